@@ -1,0 +1,1 @@
+"""Request-coalescing microbatcher for LLM APIs."""

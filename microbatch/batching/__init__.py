@@ -1,0 +1,1 @@
+"""What the project exists for: lanes, combined prompts, demultiplexing, fallback. No vendor in here."""

@@ -1,0 +1,1 @@
+"""The bundled catalogue and what `microbatch demo` does with it."""

@@ -1,0 +1,121 @@
+"""The settings that decide when requests travel together and what is done when that goes wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from microbatch.errors import ConfigError
+
+WhenFull = Literal["wait", "reject", "bypass"]
+Idle = Literal["flush", "wait"]
+Resolve = Literal["stream", "verified"]
+Priority = Literal["high", "normal", "low"]
+
+
+def at_least(minimum: float, **settings: float | None) -> None:
+    """Check numbers given by name against *minimum*; None passes.
+
+    Raises:
+        ConfigError: One is no number, is NaN or is below the minimum; the message names it.
+    """
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < minimum:
+            raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
+
+
+def whole(minimum: int, **settings: int | None) -> None:
+    """Check whole numbers given by name against *minimum*; None passes.
+
+    Raises:
+        ConfigError: One is not an int or is below the minimum; the message names it.
+    """
+    for name, value in settings.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{name} must be a whole number, got {value!r}")
+    at_least(minimum, **settings)
+
+
+def one_of(kind: object, **settings: str | None) -> None:
+    """Check words given by name against the `Literal` *kind*; None passes.
+
+    Raises:
+        ConfigError: One is not among the words; the message lists them.
+    """
+    for name, value in settings.items():
+        if value is not None and value not in get_args(kind):
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushPolicy:
+    """When a lane stops waiting for company, and how much may be under way.
+
+    Args:
+        max_batch_size: Most requests in one combined prompt. Accuracy falls slowly up to about 20 and steeply after 50
+            (arXiv:2406.10786, arXiv:2603.22608).
+        max_wait: Longest time the first request of a batch waits for company, in seconds. 0 sends at the next loop tick.
+        max_batch_tokens: Most tokens of our instructions and the items together; the shared messages are not counted.
+        max_prompt_tokens: Most tokens of the whole combined prompt, shared messages included. None sets no limit.
+        max_output_tokens: Most tokens a combined reply is expected to hold: the sum over items of 1.2 x `max_tokens` + 16, or
+            of the 95th percentile of the lane's answers so far when callers give no `max_tokens`.
+        max_concurrent_batches: Most calls under way at once, single ones included.
+        max_queued: Most requests accepted and not yet answered.
+        when_full: What a submit does beyond `max_queued`: "wait" for room, "reject" with `Overloaded`, or "bypass": go
+            alone at once if a call may start, else `Overloaded`.
+        idle: "flush" sends a request at once when its lane has nothing under way, so batching adds no latency when it is quiet;
+            "wait" always waits for company up to `max_wait`.
+        low_max_wait: `max_wait` of low-priority requests, which ignore `idle`, in seconds.
+
+    Raises:
+        ConfigError: A limit is below its minimum or a word is unknown.
+    """
+
+    max_batch_size: int = 16
+    max_wait: float = 0.1
+    max_batch_tokens: int = 8_000
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int = 2_000
+    max_concurrent_batches: int = 64
+    max_queued: int = 10_000
+    when_full: WhenFull = "wait"
+    idle: Idle = "flush"
+    low_max_wait: float = 2.0
+
+    def __post_init__(self) -> None:
+        whole(
+            1,
+            max_batch_size=self.max_batch_size,
+            max_batch_tokens=self.max_batch_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_output_tokens=self.max_output_tokens,
+            max_concurrent_batches=self.max_concurrent_batches,
+            max_queued=self.max_queued,
+        )
+        at_least(0, max_wait=self.max_wait, low_max_wait=self.low_max_wait)
+        one_of(WhenFull, when_full=self.when_full)
+        one_of(Idle, idle=self.idle)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackPolicy:
+    """What is done about answers that are missing or broken.
+
+    Args:
+        resolve: "stream" answers each caller as soon as its element has arrived in order; "verified" waits for the end
+            of the reply. None means "stream".
+        max_concurrent: Most calls one batch's fallback has under way at once.
+
+    Raises:
+        ConfigError: A limit is below its minimum or a word is unknown.
+    """
+
+    resolve: Resolve | None = None
+    max_concurrent: int = 4
+
+    def __post_init__(self) -> None:
+        one_of(Resolve, resolve=self.resolve)
+        whole(1, max_concurrent=self.max_concurrent)

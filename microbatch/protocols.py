@@ -1,0 +1,119 @@
+"""What the batcher asks of the parts it is given: the transport and the words they exchange."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """Tokens that were paid for.
+
+    Attributes:
+        prompt_tokens: All tokens of the prompt, cached ones included.
+        completion_tokens: All generated tokens, reasoning included.
+        cached_tokens: The part of `prompt_tokens` that the provider read from its prefix cache.
+        estimated: True until the endpoint has reported, and for ever if it never does.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    estimated: bool = False
+
+    def __add__(self, other: Usage) -> Usage:
+        """Return the sum, which is an estimate if either part is."""
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.estimated or other.estimated,
+        )
+
+
+class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
+    """One chat completion to ask for; re-sent as the same object when an attempt failed.
+
+    Attributes:
+        messages: OpenAI chat messages, as they go on the wire.
+        model: Model name, or None for the transport's own.
+        params: Further request fields, sent as they are (temperature, top_p, tools...).
+        headers: The caller's headers, in place of the transport's own key.
+        schema: JSON Schema of the whole reply, or None for free text; the transport adds name and strictness.
+        hint: System text to add before the last message when the schema cannot be enforced, or None.
+        max_tokens: Most tokens to generate, or None for the endpoint's own limit.
+        stream: Whether pieces are wanted as they arrive.
+        timeout: Seconds this call may take, or None for the transport's own limit.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    model: str | None = None
+    params: Mapping[str, Any] = {}
+    headers: Mapping[str, str] = {}
+    schema: Mapping[str, Any] | None = None
+    hint: str | None = None
+    max_tokens: int | None = None
+    stream: bool = False
+    timeout: float | None = None
+
+    def __repr__(self) -> str:
+        """Tell the call's shape without its words or credentials."""
+        return (
+            f"ChatCall(model={self.model!r}, messages=<{len(self.messages)}>, params={sorted(self.params)}, "
+            f"headers=<{len(self.headers)}>, schema={self.schema is not None}, max_tokens={self.max_tokens}, "
+            f"stream={self.stream}, timeout={self.timeout})"
+        )
+
+
+class Completion(msgspec.Struct):
+    """How a call ended; its text went to `on_text`.
+
+    Attributes:
+        finish_reason: "stop", "length", "content_filter"..., or None if the endpoint never said: the reply was cut off.
+        usage: What the endpoint counted, or None if it did not say.
+        model: The model that answered, or None.
+        refusal: The model's words for declining, or None.
+        request_id: The endpoint's id of the call, or None.
+        body: The endpoint's JSON of a call that was not streamed, or None.
+    """
+
+    finish_reason: str | None
+    usage: Usage | None = None
+    model: str | None = None
+    refusal: str | None = None
+    request_id: str | None = None
+    body: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        """Tell how the call ended without the model's words."""
+        return f"Completion(finish_reason={self.finish_reason!r}, usage={self.usage!r}, model={self.model!r})"
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """The way to a model. One `send` is one attempt; retries are the batcher's.
+
+    A transport may also have `model` and `base_url` attributes, which become part of what requests must share to travel
+    together, `open()` (awaited when the first batcher that uses it opens), and `forward` (see `Microbatcher.forward`).
+    """
+
+    async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
+        """Make one attempt at *call*.
+
+        Args:
+            call: What to ask.
+            on_text: Takes each piece of the assistant's text as it arrives; called once, with all of it, when not
+                streaming.
+
+        Raises:
+            TransportError: The attempt failed. Text handed to `on_text` before that stands.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release connections. Called when the last batcher that uses the transport has closed."""
+        ...

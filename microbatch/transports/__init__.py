@@ -1,0 +1,1 @@
+"""Ways to a model endpoint, and what is learned about it."""
