@@ -11,7 +11,6 @@ from microbatch.errors import ConfigError
 WhenFull = Literal["wait", "reject", "bypass"]
 Idle = Literal["flush", "wait"]
 Resolve = Literal["stream", "verified"]
-Priority = Literal["high", "normal", "low"]
 
 
 def at_least(minimum: float, **settings: float | None) -> None:

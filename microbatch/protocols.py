@@ -9,30 +9,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens that were paid for.
-
-    Attributes:
-        prompt_tokens: All tokens of the prompt, cached ones included.
-        completion_tokens: All generated tokens, reasoning included.
-        cached_tokens: The part of `prompt_tokens` that the provider read from its prefix cache.
-        estimated: True until the endpoint has reported, and for ever if it never does.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    estimated: bool = False
-
-    def __add__(self, other: Usage) -> Usage:
-        """Return the sum, which is an estimate if either part is."""
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.estimated or other.estimated,
-        )
+    from microbatch.messages import Usage
 
 
 class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
