@@ -1,1 +1,74 @@
-"""Request-coalescing microbatcher for LLM APIs."""
+"""Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer."""
+
+from microbatch.accounting.prices import Price
+from microbatch.accounting.stats import Stats
+from microbatch.client import Microbatcher
+from microbatch.errors import (
+    AuthFailed,
+    BadRequest,
+    BatcherClosed,
+    ConfigError,
+    ConnectFailed,
+    ContextTooLong,
+    DeadlineExceeded,
+    Filtered,
+    MalformedAnswer,
+    MicrobatchError,
+    MissingAnswer,
+    Overloaded,
+    QuotaExhausted,
+    RateLimited,
+    Refused,
+    ReplyError,
+    RequestFailed,
+    ServerError,
+    ShutDown,
+    StatusError,
+    TransportError,
+    TransportTimeout,
+    TruncatedReply,
+)
+from microbatch.messages import Message, Reply, Request, Result, Usage
+from microbatch.policy import FallbackPolicy, FlushPolicy
+from microbatch.protocols import ChatCall, Completion, Transport
+from microbatch.transports.openai_chat import OpenAIChat
+
+__all__ = [
+    "AuthFailed",
+    "BadRequest",
+    "BatcherClosed",
+    "ChatCall",
+    "Completion",
+    "ConfigError",
+    "ConnectFailed",
+    "ContextTooLong",
+    "DeadlineExceeded",
+    "FallbackPolicy",
+    "Filtered",
+    "FlushPolicy",
+    "MalformedAnswer",
+    "Message",
+    "MicrobatchError",
+    "Microbatcher",
+    "MissingAnswer",
+    "OpenAIChat",
+    "Overloaded",
+    "Price",
+    "QuotaExhausted",
+    "RateLimited",
+    "Refused",
+    "Reply",
+    "ReplyError",
+    "Request",
+    "RequestFailed",
+    "Result",
+    "ServerError",
+    "ShutDown",
+    "Stats",
+    "StatusError",
+    "Transport",
+    "TransportError",
+    "TransportTimeout",
+    "TruncatedReply",
+    "Usage",
+]

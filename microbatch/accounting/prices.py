@@ -1,0 +1,176 @@
+"""What tokens cost, in US dollars."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
+
+import msgspec
+
+from microbatch.errors import ConfigError
+from microbatch.policy import at_least
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from microbatch.messages import Usage
+
+_log = logging.getLogger("microbatch")
+
+_PER_MILLION: Final = 1_000_000
+
+_MAX_REMEMBERED: Final = 1_024
+"""Models whose price is remembered: callers may name them freely, so memory must not grow with the names."""
+
+
+class Price(msgspec.Struct, frozen=True):
+    """The price of a model.
+
+    Attributes:
+        input: US dollars per million prompt tokens.
+        output: US dollars per million generated tokens, reasoning included.
+        cached_input: US dollars per million prompt tokens that the provider read from its prefix cache; None: as `input`.
+
+    Raises:
+        ConfigError: A price is no number, negative, NaN or infinite.
+    """
+
+    input: float
+    output: float
+    cached_input: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            price = getattr(self, name)
+            at_least(0, **{name: price})
+            if price is not None and math.isinf(price):
+                raise ConfigError(f"{name} must be a finite number, got {price!r}")
+
+    def cost(self, usage: Usage) -> float:
+        """Return what *usage* costs, in US dollars."""
+        # Some endpoints report more cached tokens than prompt tokens; nobody is paid for using a cache.
+        cached = min(usage.cached_tokens, usage.prompt_tokens)
+        cached_price = self.input if self.cached_input is None else self.cached_input
+        dollars = (
+            (usage.prompt_tokens - cached) * self.input + cached * cached_price + usage.completion_tokens * self.output
+        )
+        return dollars / _PER_MILLION
+
+
+Prices: TypeAlias = Mapping[str, Price] | Callable[[str], Price | None]
+
+# Standard tier of https://platform.openai.com/docs/pricing, as pydantic/genai-prices had it on 2025-11-13.
+PRICES: Final[Mapping[str, Price]] = MappingProxyType(
+    {
+        "gpt-5": Price(1.25, 10.0, 0.125),
+        "gpt-5-mini": Price(0.25, 2.0, 0.025),
+        "gpt-5-nano": Price(0.05, 0.40, 0.005),
+        "gpt-4.1": Price(2.0, 8.0, 0.50),
+        "gpt-4.1-mini": Price(0.40, 1.60, 0.10),
+        "gpt-4.1-nano": Price(0.10, 0.40, 0.025),
+        "gpt-4o": Price(2.50, 10.0, 1.25),
+        # The first gpt-4o kept its launch price (genai-prices misses that), so it must not go by its family name.
+        "gpt-4o-2024-05-13": Price(5.0, 15.0),
+        "gpt-4o-mini": Price(0.15, 0.60, 0.075),
+        "o4-mini": Price(1.10, 4.40, 0.275),
+        "o3": Price(2.0, 8.0, 0.50),
+        "o1": Price(15.0, 60.0, 7.50),
+        "gpt-3.5-turbo": Price(0.50, 1.50),
+    }
+)
+"""List prices of well-known OpenAI models, US dollars per million tokens.
+
+A convenience, not a promise: prices change, and discounts (batch, flex), cache writes and regional surcharges are not in it. What
+a user gives as `prices` wins.
+"""
+
+_DATE = re.compile(r"-\d{4}-\d{2}-\d{2}\Z")
+
+
+def _names(model: str) -> Iterator[str]:
+    """Yield the names a price may be filed under, the most specific first.
+
+    Never a mere prefix: gpt-4.1-mini must not be priced as gpt-4.1.
+    """
+    plain = model.removeprefix("openai/")
+    yield model
+    yield _DATE.sub("", model)
+    yield plain
+    yield _DATE.sub("", plain)
+
+
+def _look_up(table: Mapping[str, Price], model: str) -> Price | None:
+    return next((table[name] for name in _names(model) if name in table), None)
+
+
+class PriceBook:
+    """Finds the price of a model: the user's own first, then the built-in `PRICES`.
+
+    A name is looked up as it is, without a trailing -YYYY-MM-DD, and without a leading "openai/".
+
+    Args:
+        prices: A table (copied here, so later changes to it do not count), or a function that takes a model name and returns its
+            price or None; None uses the built-in table alone.
+
+    Raises:
+        ConfigError: `prices` is neither, or the table holds something else than names and `Price`s.
+    """
+
+    def __init__(self, prices: Prices | None = None) -> None:
+        self._ask: Callable[[str], object] | None = None
+        self._table: dict[str, Price] = {}
+        if callable(prices):
+            self._ask = prices
+        elif prices is not None:
+            self._table = _checked(prices)
+        self._warned = False
+        self._resolved = lru_cache(_MAX_REMEMBERED)(self._resolve)
+
+    def for_model(self, model: str | None) -> Price | None:
+        """Return the price of a model, found once per name and remembered; None when it is unknown.
+
+        A function that raises, or returns anything but a `Price` or None, leaves the price unknown and logs one warning in the
+        book's life; it never fails a request.
+        """
+        return self._resolved(model) if model else None
+
+    def _resolve(self, model: str) -> Price | None:
+        if self._ask is not None:
+            try:
+                answer = self._ask(model)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # noqa: BLE001 - Rust panics are no Exception
+                self._warn(model, f"raised {type(error).__name__}")
+                return None
+            if isinstance(answer, Price):
+                return answer
+            if answer is not None:
+                self._warn(model, f"returned {type(answer).__name__} instead of a Price")
+                return None
+        return _look_up(self._table, model) or _look_up(PRICES, model)
+
+    def _warn(self, model: str, what: str) -> None:
+        # Once: a function that fails for one model mostly fails for all. Its message stays out of the log, it may hold keys.
+        if not self._warned:
+            self._warned = True
+            _log.warning("the prices function %s for model %r; costs of such models are unknown", what, model)
+
+
+def _checked(prices: object) -> dict[str, Price]:
+    """Return a copy of a user's table, of which nothing is known yet."""
+    if not isinstance(prices, Mapping):
+        raise ConfigError(f"prices must be a mapping, a function or None, got {type(prices).__name__}")
+    table: dict[str, Price] = {}
+    for model, price in cast("Mapping[object, object]", prices).items():
+        if not isinstance(model, str):
+            raise ConfigError(f"prices must be filed under model names, got {model!r}")
+        if not isinstance(price, Price):
+            raise ConfigError(f"the price of {model!r} must be a Price, got {type(price).__name__}")
+        table[model] = price
+    return table

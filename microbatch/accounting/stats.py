@@ -1,0 +1,154 @@
+"""Counters, what they add up to, and how the cost of a shared call is divided."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from microbatch.messages import Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a batcher has done so far; a snapshot that never changes.
+
+    Attributes:
+        items: Requests accepted.
+        answered: Requests that got an answer.
+        failed: Requests that ended with an error.
+        cancelled: Requests whose caller left before the answer.
+        queued: Requests accepted and not settled, those in flight included.
+        in_flight: Calls under way, each with its fallback.
+        upstream_calls: HTTP attempts, refused and repeated ones included.
+        batches: Calls that carried more than one request.
+        batch_size_mean: Requests per such call, 0.0 before the first.
+        batches_by_reason: Batches that left a lane, by flush reason; asking again is not in here.
+        singles_by_reason: Calls that carried one request, by reason.
+        fallback_calls: Calls made because an earlier reply left requests open.
+        retries: Attempts that repeated a failed one.
+        prompt_tokens: Prompt tokens the endpoint reported.
+        cached_tokens: The part of them it read from its prefix cache.
+        completion_tokens: Generated tokens it reported.
+        unreported_calls: Calls that ended without reporting tokens; nothing is added for them.
+        cost_usd: Price of the reported tokens in US dollars; None if a model's price is unknown.
+        unclaimed: The part of the tokens that belongs to no reply: of cancelled, failed or damaged requests.
+        unbatched_calls: Calls that the answered requests would have taken one by one.
+        unbatched_prompt_tokens: Prompt tokens that would have taken.
+        unbatched_completion_tokens: Completion tokens that would have taken.
+        unbatched_cost_usd: Price of that in US dollars; None like `cost_usd`.
+        late_duplicates: Copies of delivered answers that were dropped.
+        unknown_ids: Answers under ids that nobody asked for.
+    """
+
+    items: int = 0
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    queued: int = 0
+    in_flight: int = 0
+    upstream_calls: int = 0
+    batches: int = 0
+    batch_size_mean: float = 0.0
+    batches_by_reason: dict[str, int] = {}
+    singles_by_reason: dict[str, int] = {}
+    fallback_calls: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    unreported_calls: int = 0
+    cost_usd: float | None = 0.0
+    unclaimed: Usage = Usage()
+    unbatched_calls: int = 0
+    unbatched_prompt_tokens: int = 0
+    unbatched_completion_tokens: int = 0
+    unbatched_cost_usd: float | None = 0.0
+    late_duplicates: int = 0
+    unknown_ids: int = 0
+
+    @property
+    def costs_more(self) -> bool:
+        """Whether batching has cost more than it saved: in dollars if prices are known, else in tokens."""
+        if self.cost_usd is not None and self.unbatched_cost_usd is not None and self.cost_usd > 0:
+            return self.cost_usd > self.unbatched_cost_usd
+        paid = self.prompt_tokens + self.completion_tokens
+        return paid > self.unbatched_prompt_tokens + self.unbatched_completion_tokens
+
+
+class Ledger:
+    """The running counters behind `Stats`; plain attributes, changed by the batcher as things happen."""
+
+    def __init__(self) -> None:
+        self.items = self.answered = self.failed = self.cancelled = 0
+        self.upstream_calls = self.batches = self.batched_items = self.fallback_calls = self.retries = 0
+        self.batches_by_reason: Counter[str] = Counter()
+        self.singles_by_reason: Counter[str] = Counter()
+        self.paid = Usage()
+        self.unreported_calls = 0
+        self.cost_usd: float | None = 0.0
+        self.unclaimed = Usage()
+        self.unbatched = Usage()
+        self.unbatched_cost_usd: float | None = 0.0
+        self.late_duplicates = self.unknown_ids = 0
+
+    def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Book a call that reported *usage*; one by one, its answered requests would have used *alone*."""
+        self.paid += usage
+        self.unbatched += alone
+        if price is None:
+            self.cost_usd = self.unbatched_cost_usd = None
+            return
+        if self.cost_usd is not None and self.unbatched_cost_usd is not None:
+            self.cost_usd += price(usage)
+            self.unbatched_cost_usd += price(alone)
+
+    def snapshot(self, *, queued: int, in_flight: int) -> Stats:
+        """Return the figures as they stand."""
+        return Stats(
+            items=self.items,
+            answered=self.answered,
+            failed=self.failed,
+            cancelled=self.cancelled,
+            queued=queued,
+            in_flight=in_flight,
+            upstream_calls=self.upstream_calls,
+            batches=self.batches,
+            batch_size_mean=self.batched_items / self.batches if self.batches else 0.0,
+            batches_by_reason=dict(self.batches_by_reason),
+            singles_by_reason=dict(self.singles_by_reason),
+            fallback_calls=self.fallback_calls,
+            retries=self.retries,
+            prompt_tokens=self.paid.prompt_tokens,
+            cached_tokens=self.paid.cached_tokens,
+            completion_tokens=self.paid.completion_tokens,
+            unreported_calls=self.unreported_calls,
+            cost_usd=self.cost_usd,
+            unclaimed=self.unclaimed,
+            unbatched_calls=self.answered,
+            unbatched_prompt_tokens=self.unbatched.prompt_tokens,
+            unbatched_completion_tokens=self.unbatched.completion_tokens,
+            unbatched_cost_usd=self.unbatched_cost_usd,
+            late_duplicates=self.late_duplicates,
+            unknown_ids=self.unknown_ids,
+        )
+
+
+def split(total: int, weights: Sequence[int]) -> list[int]:
+    """Divide *total* in proportion to *weights* into whole numbers that add up to it exactly (largest remainder).
+
+    Weights that are all zero share alike.
+    """
+    whole = sum(weights)
+    if not whole:
+        weights, whole = [1] * len(weights), len(weights)
+    shares = [total * weight // whole for weight in weights]
+    rest = total - sum(shares)
+    if rest:
+        by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % whole))
+        for index in by_remainder[:rest]:
+            shares[index] += 1
+    return shares

@@ -1,0 +1,241 @@
+"""How many tokens a text has, from tables that come with the package: nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import lzma
+import operator
+import re
+import threading
+from asyncio import CancelledError
+from importlib import resources
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from anyio import to_thread
+
+from microbatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import tiktoken
+
+MAX_INLINE_BYTES: Final = 16_384
+"""Up to this size counting is cheaper than the 0.1 ms of a hop to a thread; above it use `TokenCounter.count_in_thread`."""
+
+
+class _Table(NamedTuple):
+    """What an encoding is made of besides its ranks."""
+
+    pattern: str
+    special_tokens: dict[str, int]
+
+
+# Copied from tiktoken 0.14, tiktoken_ext/openai_public.py (MIT, OpenAI): its own functions download the ranks.
+_TABLES: Final = {
+    "cl100k_base": _Table(
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+        {
+            "<|endoftext|>": 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+    ),
+    "o200k_base": _Table(
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
+    ),
+}
+
+# A loaded table is some 35 to 80 MB and never changes, so all batchers of the process share it.
+_loaded: dict[str, tiktoken.Encoding] = {}
+_loading = threading.Lock()
+
+
+def load_encoding(name: str) -> tiktoken.Encoding:
+    """Return an encoding, built from the packaged table at its first use in this process and shared from then on.
+
+    Takes up to half a second the first time: not for the event loop's thread. Threads that ask for it meanwhile wait and get
+    the same object.
+
+    Args:
+        name: "o200k_base" or "cl100k_base".
+
+    Raises:
+        ConfigError: There is no such table, or it or tiktoken cannot be loaded; the next call tries again.
+    """
+    if name not in _TABLES:
+        raise ConfigError(f"no token table named {name!r}; there are {', '.join(sorted(_TABLES))}")
+    with _loading:
+        if name not in _loaded:
+            _loaded[name] = _build(name)
+        return _loaded[name]
+
+
+def _build(name: str) -> tiktoken.Encoding:
+    try:
+        import tiktoken  # noqa: PLC0415 - a compiled extension that tokens="bytes" does without
+
+        ranks = _ranks(name)
+    except (ImportError, OSError, lzma.LZMAError) as error:
+        raise ConfigError(
+            f'cannot load the token table {name} ({type(error).__name__}); tokens="bytes" needs none'
+        ) from error
+    table = _TABLES[name]
+    return tiktoken.Encoding(name, pat_str=table.pattern, mergeable_ranks=ranks, special_tokens=table.special_tokens)
+
+
+def _ranks(name: str) -> dict[bytes, int]:
+    """Read a table: one length byte and that many bytes a token, in order of rank."""
+    packed = resources.files("microbatch.accounting").joinpath("tables", f"{name}.lp.xz").read_bytes()
+    data = lzma.decompress(packed)
+    ranks: dict[bytes, int] = {}
+    at = 0
+    while at < len(data):
+        end = at + 1 + data[at]
+        ranks[data[at + 1 : end]] = len(ranks)
+        at = end
+    return ranks
+
+
+# Those who serve OpenAI's own models under their own names. Under another publisher's name a "gpt-4o-..." may be anything.
+_PROVIDERS: Final = frozenset({"openai", "azure", "azure_ai", "github", "litellm_proxy", "openrouter"})
+
+# gpt-oss has o200k_harmony, which differs in special tokens only, and ordinary text has none of those.
+_O200K = re.compile(r"(?:gpt-4o|gpt-4\.[15]|gpt-5(?:\.\d+)?|gpt-oss|chatgpt-4o|o[134])(?:-.*)?")
+_CL100K = re.compile(r"(?:gpt-4|gpt-3\.5|gpt-35-turbo)(?:-.*)?")
+
+
+def encoding_name(model: str | None) -> tuple[str, bool]:
+    """Return the encoding to count a model's tokens with, and whether it is known to be the model's own.
+
+    Args:
+        model: A model name, also fine-tuned ("ft:gpt-4o-mini:..."), Azure's ("gpt-35-turbo") or with a provider in front
+            ("openai/gpt-4o"); None is an unknown model.
+
+    Returns:
+        "cl100k_base" or "o200k_base", the latter also for models nobody has told us about, and True only when it is certain.
+    """
+    *providers, name = (model or "").split("/")
+    # "ft:base:organisation::id" names its base model second; "base:variant" first.
+    name = name.removeprefix("ft:").partition(":")[0]
+    known = all(provider in _PROVIDERS for provider in providers)
+    if _CL100K.fullmatch(name):
+        return "cl100k_base", known
+    return "o200k_base", known and _O200K.fullmatch(name) is not None
+
+
+def _utf8_length(text: str) -> int:
+    # Lone surrogates have no UTF-8; "surrogatepass" counts 3 bytes each, as many as the U+FFFD that tiktoken reads in their place.
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+class TokenCounter:
+    """Counts the tokens of texts.
+
+    Args:
+        source: None counts with the model's table. A function takes a text and returns its tokens; it must bear being called
+            from other threads. "bytes" takes UTF-8 bytes for tokens: too many by a factor of about 4, but never too few, and
+            no table is loaded.
+        model: The model whose tokens are counted; None and unknown models are counted with o200k_base.
+
+    Attributes:
+        encoding: The name of the table, or None when `source` does without.
+        exact: Counts are those of the model's own encoding. False for a function, for "bytes" and for unknown models.
+
+    Raises:
+        ConfigError: `source` is neither None, "bytes" nor a plain function.
+    """
+
+    def __init__(self, source: Callable[[str], int] | Literal["bytes"] | None = None, model: str | None = None) -> None:
+        if source is not None and source != "bytes" and (not callable(source) or iscoroutinefunction(source)):
+            raise ConfigError('tokens must be None, "bytes" or a plain function from str to int')
+        name, known = encoding_name(model)
+        self.encoding = name if source is None else None
+        self.exact = source is None and known
+        self._source = source
+        self._table: tiktoken.Encoding | None = None
+
+    async def open(self) -> None:
+        """Load the table in a thread, unless this process has it already or none is needed.
+
+        Part of the load, up to 0.3 s, holds the interpreter lock. A cancelled `open` ends when the load has.
+
+        Raises:
+            ConfigError: The table or tiktoken cannot be loaded; the counter can be opened again.
+        """
+        if self.encoding is not None and self._table is None:
+            self._table = _loaded.get(self.encoding) or await to_thread.run_sync(load_encoding, self.encoding)
+
+    def count(self, text: str) -> int:
+        """Return the tokens of *text*; words that look like special tokens count as the plain text they are.
+
+        Before `open` the first call loads the table where it stands. For more than `MAX_INLINE_BYTES` use `count_in_thread`.
+
+        Raises:
+            ConfigError: The caller's function raised or returned something that is no count. What it raised is the cause; the
+                message holds neither its words nor the text.
+        """
+        if self._source is None:
+            return self._count_by_table(text)
+        if isinstance(self._source, str):
+            return _utf8_length(text)
+        return _count_by_function(self._source, text)
+
+    async def count_in_thread(self, text: str) -> int:
+        """Return `count(text)` without holding up the event loop, whatever the length of *text*.
+
+        A cancelled call returns at once; its thread finishes unheard.
+
+        Raises:
+            ConfigError: As in `count`.
+        """
+        return await to_thread.run_sync(self.count, text, abandon_on_cancel=True)
+
+    def upper(self, text: str) -> int:
+        """Return a number of tokens that *text* surely does not exceed, at next to no cost.
+
+        Every token stands for at least one byte, so it is the length in UTF-8. A caller's function may count anything, so
+        there it is the count itself.
+
+        Raises:
+            ConfigError: As in `count`.
+        """
+        return _utf8_length(text) if self._source is None or isinstance(self._source, str) else self.count(text)
+
+    def _count_by_table(self, text: str) -> int:
+        if self._table is None:
+            self._table = load_encoding(self.encoding or "o200k_base")
+        try:
+            # `encode` refuses text that holds "<|endoftext|>"; callers may send what they like.
+            return len(self._table.encode_ordinary(text))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # noqa: BLE001 - Rust panics are no Exception
+            # The split regex overflows its stack on a million blanks in a row and panics. The bound still keeps every budget.
+            return _utf8_length(text)
+
+    def __repr__(self) -> str:
+        """Tell how tokens are counted."""
+        how = self.encoding or ("bytes" if isinstance(self._source, str) else "function")
+        return f"TokenCounter({how}, exact={self.exact}, loaded={self._table is not None})"
+
+
+def _count_by_function(function: Callable[[str], int], text: str) -> int:
+    try:
+        count = function(text)
+    except (KeyboardInterrupt, SystemExit, CancelledError):
+        raise
+    except BaseException as error:  # a tokenizer written in Rust panics outside Exception
+        raise ConfigError(f"the `tokens` function raised {type(error).__name__}") from error
+    # Whole numbers of other libraries (numpy) will do; True will not.
+    if isinstance(count, bool) or not hasattr(count, "__index__"):
+        raise ConfigError(f"the `tokens` function must return a whole number, got {type(count).__name__}")
+    whole = operator.index(count)
+    if whole < 0:
+        raise ConfigError(f"the `tokens` function must return at least 0, got {whole}")
+    return whole

@@ -1,0 +1,275 @@
+"""`map`: any number of requests through the lanes, in bounded memory.
+
+Bulk requests wait for full batches, so something has to notice when no batch can get fuller: the consumer waits, nothing of this
+run is due or in flight, and no more can be taken in. Then everything that this run has waiting leaves. The scheduler calls
+`check` whenever anything has moved, which is when that can have become true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from microbatch.batching.lane import FlushReason, Lane
+from microbatch.errors import BatcherClosed, ConfigError
+from microbatch.messages import Request, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from microbatch.batching.collector import Collector
+    from microbatch.batching.lane import Ticket
+    from microbatch.messages import Messages
+
+    Accept = Callable[[Request, Callable[[Ticket], None]], Ticket]
+
+_SLICE = 256
+"""Requests read from a source before the event loop gets its turn; reading one takes some 10 microseconds."""
+
+
+async def bulk(
+    collector: Collector,
+    accept: Accept,
+    source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
+    *,
+    max_pending: int,
+    ordered: bool,
+    patience: float,
+) -> AsyncIterator[Result[Any]]:
+    """Yield a `Result` for each request of *source*.
+
+    Args:
+        collector: Where the lanes are.
+        accept: Queues one request; told what to call when it leaves its queue.
+        source: The requests.
+        max_pending: Most requests taken from the source and not yet taken by the consumer.
+        ordered: Yield in the order of the source, not of completion.
+        patience: Seconds after which a silent source counts as having nothing more for now.
+    """
+    run = _Run(collector, accept, source, max_pending, ordered=ordered, patience=patience)
+    try:
+        while True:
+            await run.take_in()
+            result = run.next_result()
+            if result is not None:
+                yield result
+            elif run.finished:
+                break
+            else:
+                await run.wait()
+        if run.source_error is not None:
+            raise run.source_error
+    finally:
+        run.leave()
+
+
+class _Run:
+    """One `map` under way."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        accept: Accept,
+        source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
+        max_pending: int,
+        *,
+        ordered: bool,
+        patience: float,
+    ) -> None:
+        self._collector = collector
+        self._accept = accept
+        self._max_pending = max_pending
+        self._ordered = ordered
+        self._patience = patience
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.Context()
+        self._results: deque[Result[Any]] = deque()
+        self._early: dict[int, Result[Any]] = {}  # ordered: results that came before their turn
+        self._taken = 0
+        self._yielded = 0
+        self._unsent: set[Ticket] = set()
+        self._open: set[Ticket] = set()
+        self._waiting = False
+        self._wake = asyncio.Event()
+        self._exhausted = False
+        self._left = False
+        self._silence: asyncio.TimerHandle | None = None
+        self._silent = False
+        self._feeder: asyncio.Task[Any] | None = None
+        self._feeder_room = asyncio.Event()
+        self.source_error: Exception | None = None
+        self._sync: Iterator[Request | Messages] | None = None
+        if isinstance(source, AsyncIterable):
+            iterator = aiter(source)
+            collector.start_feeder(functools.partial(self._feed, iterator))
+        else:
+            self._sync = iter(source)
+        collector.watch(self.check)
+
+    # --- intake
+
+    @property
+    def _pending(self) -> int:
+        return self._taken - self._yielded
+
+    @property
+    def finished(self) -> bool:
+        """Whether the source has ended and every result has been yielded."""
+        return self._exhausted and not self._pending
+
+    @property
+    def _has_room(self) -> bool:
+        return self._pending < self._max_pending and self._collector.has_room
+
+    async def take_in(self) -> None:
+        """Take from a plain iterator what there is room for; an async one feeds itself."""
+        if self._collector.closing:
+            self._end_source(BatcherClosed("the batcher closed while map() was reading its source"))
+        if self._sync is None:
+            if self._has_room:
+                self._feeder_room.set()
+            return
+        if not self._exhausted and not self._pending and not self._collector.has_room:
+            await self._collector.wait_for_room(None)
+            self._take_one()
+        for _ in range(_SLICE):
+            if self._exhausted or not self._has_room:
+                return
+            self._take_one()
+        await asyncio.sleep(0)
+
+    def _take_one(self) -> None:
+        if self._sync is None:
+            return
+        try:
+            item = next(self._sync)
+        except StopIteration:
+            self._end_source(None)
+        except Exception as error:  # noqa: BLE001 the user's own; raised once, after the results of what was taken
+            self._end_source(error)
+        else:
+            self._queue(item)
+
+    def _end_source(self, error: Exception | None) -> None:
+        if not self._exhausted:
+            self._exhausted = True
+            self.source_error = error
+
+    async def _feed(self, iterator: AsyncIterator[Request | Messages]) -> None:
+        """Take from an async iterator as long as there is room."""
+        self._feeder = asyncio.current_task()
+        try:
+            while not self._left:
+                while not self._has_room and not self._left:
+                    self._feeder_room.clear()
+                    await self._feeder_room.wait()
+                self._note_activity()
+                item = await anext(iterator)
+                if not self._left:
+                    self._queue(item)
+        except StopAsyncIteration:
+            self._end_source(None)
+        except asyncio.CancelledError:
+            if not self._left:
+                self._end_source(BatcherClosed("the batcher closed while map() was reading its source"))
+                raise
+        except Exception as error:  # noqa: BLE001 the user's own; raised once, after the results of what was taken
+            self._end_source(error)
+        finally:
+            self._wake.set()
+            self.check()
+
+    def _note_activity(self) -> None:
+        """The source is being asked: it is not silent for the next `patience` seconds."""
+        self._silent = False
+        if self._silence is not None:
+            self._silence.cancel()
+        self._silence = self._loop.call_later(self._patience, self._fall_silent, context=self._context)
+
+    def _fall_silent(self) -> None:
+        self._silent = True
+        self.check()
+
+    def _queue(self, item: Request | Messages) -> None:
+        index, self._taken = self._taken, self._taken + 1
+        request = item if isinstance(item, Request) else Request(item)
+        try:
+            ticket = self._accept(request, self._unsent.discard)
+        except ConfigError as error:
+            self._add(Result(index, request.id, None, error))
+            return
+        if ticket.queue is not None:
+            self._unsent.add(ticket)
+        self._open.add(ticket)
+        ticket.future.add_done_callback(
+            functools.partial(self._done, ticket, index, request.id), context=self._context
+        )
+
+    # --- results
+
+    def _done(self, ticket: Ticket, index: int, name: str | None, future: asyncio.Future[Any]) -> None:
+        self._open.discard(ticket)
+        if future.cancelled():
+            return  # the consumer has left
+        error = future.exception()
+        if error is None:
+            self._add(Result(index, name, future.result()))
+        elif isinstance(error, Exception):
+            self._add(Result(index, name, None, error))
+
+    def _add(self, result: Result[Any]) -> None:
+        if not self._ordered:
+            self._results.append(result)
+        else:
+            self._early[result.index] = result
+            turn = self._yielded + len(self._results)
+            while turn in self._early:
+                self._results.append(self._early.pop(turn))
+                turn += 1
+        self._wake.set()
+
+    def next_result(self) -> Result[Any] | None:
+        """Return the next result if there is one."""
+        if not self._results:
+            return None
+        self._yielded += 1
+        return self._results.popleft()
+
+    async def wait(self) -> None:
+        """Wait until there may be a result, or room for more."""
+        self._wake.clear()
+        self._waiting = True
+        try:
+            self.check()
+            if not self.finished:
+                await self._wake.wait()
+        finally:
+            self._waiting = False
+
+    def check(self) -> None:
+        """Send what waits if no batch of it can get fuller."""
+        if not self._waiting or self._wake.is_set() or not self._unsent:
+            return
+        may_come = not self._exhausted and self._has_room and not (self._sync is None and self._silent)
+        in_flight = len(self._open) > len(self._unsent)
+        lanes = {ticket.queue for ticket in self._unsent}
+        if may_come or in_flight or any(lane.due for lane in lanes):
+            return
+        self._collector.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
+
+    def leave(self) -> None:
+        """The consumer is gone: cancel what is pending."""
+        self._left = True
+        self._collector.unwatch(self.check)
+        if self._silence is not None:
+            self._silence.cancel()
+        for ticket in list(self._open):
+            if ticket.future.cancel():
+                self._collector.leave(ticket)
+        if self._feeder is not None and not self._feeder.done():
+            self._feeder.cancel()
+        self._feeder_room.set()

@@ -1,0 +1,514 @@
+"""One call: composed, sent, taken apart, its answers handed to their callers and its cost divided among them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import anyio
+import msgspec
+
+from microbatch.accounting.stats import split
+from microbatch.batching.demultiplexer import Demultiplexer
+from microbatch.batching.framing import measure
+from microbatch.batching.lane import AloneReason, output_reserve
+from microbatch.batching.prompt import compose, instruction
+from microbatch.errors import (
+    BadRequest,
+    ConfigError,
+    ContextTooLong,
+    Filtered,
+    MalformedAnswer,
+    MissingAnswer,
+    Refused,
+    ReplyError,
+    RequestFailed,
+    TransportError,
+    TruncatedReply,
+)
+from microbatch.messages import Reply, Usage
+from microbatch.protocols import ChatCall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Pricing = Callable[[str | None], Callable[[Usage], float] | None]
+
+    from microbatch.accounting.stats import Ledger
+    from microbatch.batching.lane import Learned, Ticket
+    from microbatch.messages import Route
+    from microbatch.protocols import Completion
+
+USAGE_PATIENCE = 2.0
+"""Seconds that the rest of a reply is read for its usage once every caller has been answered."""
+
+# Statuses of a refusal that one of the items may be to blame for. 404 names the model, not the request.
+_BLAMEABLE = frozenset({400, 413, 422})
+
+Ending = Literal["complete", "length", "cut", "refused", "failed"]
+"""How a combined call ended: with a reply, at the token limit, cut off, refused for something an item may be to blame for,
+or failed for reasons that no item has to do with."""
+
+
+class Send(Protocol):
+    """See `microbatch.transports.retry.Sender.send`."""
+
+    async def __call__(
+        self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None]
+    ) -> Completion:
+        """Send *call* until it succeeds or fails for good."""
+        ...
+
+
+class Exchange:
+    """A call under way, and how many callers still wait for it."""
+
+    __slots__ = ("_ended", "ended", "scope", "waiting")
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting = waiting
+        self.scope: anyio.CancelScope | None = None  # while it is being sent
+        self.ended = False
+        self._ended: anyio.Event | None = None
+
+    def answered(self) -> None:
+        """One caller got its answer; after the last one only the usage is still of interest, for a while."""
+        self.waiting -= 1
+        if not self.waiting and self.scope is not None:
+            self.scope.deadline = anyio.current_time() + USAGE_PATIENCE
+
+    def abandoned(self) -> None:
+        """One caller left without an answer; the last one takes the call with it."""
+        self.waiting -= 1
+        if self.waiting <= 0 and self.scope is not None:
+            self.scope.cancel()
+
+    def end(self) -> None:
+        """The call is over and its cost divided."""
+        self.ended = True
+        if self._ended is not None:
+            self._ended.set()
+
+    async def wait(self) -> None:
+        """Wait until the call is over and its cost divided."""
+        if not self.ended:
+            if self._ended is None:
+                self._ended = anyio.Event()
+            await self._ended.wait()
+
+
+class Open(msgspec.Struct):
+    """A request that a combined call left open, and the error its caller would get if it were not asked again."""
+
+    ticket: Ticket
+    error: ReplyError
+
+
+class Outcome(msgspec.Struct):
+    """How a combined call ended.
+
+    Attributes:
+        ending: See `Ending`.
+        asked: Requests it carried.
+        open: Those that still wait for an answer.
+        error: What ended it, for endings other than "complete" and "length".
+    """
+
+    ending: Ending
+    asked: int
+    open: list[Open]
+    error: RequestFailed | None = None
+
+
+class Batch:
+    """A combined call, composed and ready to go."""
+
+    __slots__ = (
+        "answer_bytes",
+        "call",
+        "demultiplexer",
+        "exchange",
+        "heard",
+        "ids",
+        "learned",
+        "route",
+        "sent",
+        "tickets",
+    )
+
+    def __init__(
+        self,
+        tickets: list[Ticket],
+        ids: list[str],
+        call: ChatCall,
+        learned: Learned,
+        *,
+        route: Route,
+        early: bool,
+        sent: float,
+    ) -> None:
+        self.tickets = tickets
+        self.ids = ids
+        self.call = call
+        self.learned = learned
+        self.route: Route = route
+        self.sent = sent
+        self.demultiplexer = Demultiplexer(ids, [ticket.answer.decode for ticket in tickets], early=early)
+        self.exchange = Exchange(len(tickets))
+        self.answer_bytes = [0] * len(tickets)
+        self.heard = False  # whether any text has come
+
+
+class Calls:
+    """Makes calls and settles what they answer.
+
+    Args:
+        send: Makes the attempts of a call.
+        ledger: Where everything is counted.
+        count: Counts a text's tokens.
+        exact: Whether *count* is the model's own.
+        price: What prices a model's usage.
+        default_model: The transport's model, for prices when neither caller nor endpoint names one.
+        settled: Told of every ticket whose future has been settled here.
+        draw: Where id endings come from.
+        now: The clock, in seconds.
+        early: Whether callers are answered while the reply still streams.
+    """
+
+    def __init__(
+        self,
+        *,
+        send: Send,
+        ledger: Ledger,
+        count: Callable[[str], int],
+        exact: bool,
+        price: Pricing,
+        default_model: str | None,
+        settled: Callable[[Ticket], None],
+        draw: Callable[[int], Sequence[str]],
+        now: Callable[[], float],
+        early: bool,
+    ) -> None:
+        self._send = send
+        self._ledger = ledger
+        self._count = count
+        self._exact = exact
+        self._price = price
+        self._default_model = default_model
+        self._settled = settled
+        self._draw = draw
+        self._now = now
+        self._early = early
+
+    # --- combined calls
+
+    def compose(self, tickets: list[Ticket], learned: Learned, *, route: Route = "batch") -> Batch:
+        """Compose a combined call for *tickets*, which are of one lane and all still wait."""
+        spec = tickets[0].spec
+        prompt, ids = compose(instruction(spec.answer.words), [ticket.line for ticket in tickets], self._draw)
+        somebody_awaits = any(ticket.on_taken is None for ticket in tickets)
+        call = ChatCall(
+            messages=[*spec.shared, {"role": "user", "content": prompt}],
+            model=spec.model,
+            params=spec.params,
+            headers=spec.headers,
+            schema=spec.answer.batch_schema,
+            max_tokens=len(tickets) * output_reserve(spec.max_tokens) if spec.max_tokens else None,
+            stream=self._early and somebody_awaits,
+            timeout=self._remaining(tickets),
+        )
+        batch = Batch(tickets, ids, call, learned, route=route, early=self._early, sent=self._now())
+        for ticket in tickets:
+            ticket.call = batch.exchange
+            ticket.queue = None
+        self._ledger.batches += 1
+        self._ledger.batched_items += len(tickets)
+        if route == "fallback":
+            self._ledger.fallback_calls += 1
+        return batch
+
+    async def batch(self, batch: Batch) -> Outcome:
+        """Send *batch*, answer whom it answers, and tell what it left open."""
+        demultiplexer, exchange = batch.demultiplexer, batch.exchange
+
+        def on_text(text: str) -> None:
+            batch.heard = True
+            for index, answer in demultiplexer.feed(text):
+                self._deliver(batch, index, answer)
+
+        completion, error = await self._exchange(exchange, batch.call, on_text, batch.tickets)
+        ending = _ending(completion, error, heard=batch.heard)
+        for index, answer in demultiplexer.close(ended=ending in ("complete", "length", "refused")):
+            self._deliver(batch, index, answer)
+        self._ledger.late_duplicates += demultiplexer.late_duplicates
+        self._ledger.unknown_ids += demultiplexer.unknown_ids
+        self._divide(batch, completion)
+        if error is None:
+            error = _complaint(completion)
+        return Outcome(ending, len(batch.tickets), list(_left_open(batch, truncated=ending == "length")), error)
+
+    def _deliver(self, batch: Batch, index: int, answer: tuple[Any, str]) -> None:
+        ticket = batch.tickets[index]
+        output, text = answer
+        answer_bytes = batch.answer_bytes[index] = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+        if ticket.future.done():
+            return
+        limit = ticket.spec.max_tokens
+        if limit is not None and answer_bytes > limit and self._longer_than(text, limit):
+            return
+        prompt_chars = ticket.spec.shared_chars // len(batch.tickets) + len(ticket.line)
+        self._answer(ticket, output, text, prompt_chars, batch.route, len(batch.tickets), batch.sent)
+        batch.exchange.answered()
+
+    def _longer_than(self, text: str, limit: int) -> bool:
+        try:
+            return self._count(text) > limit
+        except ConfigError:  # the counter failed; an answer is not dropped for that
+            return False
+
+    # --- single calls
+
+    async def single(self, ticket: Ticket, *, route: Route = "single") -> RequestFailed | None:
+        """Send *ticket* alone and answer it; return the error instead if it cannot be answered.
+
+        An answer that is empty or does not fit is asked for once more.
+        """
+        error: RequestFailed | None = None
+        for _ in range(2):
+            if ticket.future.done():
+                return None
+            if route == "fallback":
+                self._ledger.fallback_calls += 1
+                self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
+            error = await self._ask_alone(ticket, route)
+            if not isinstance(error, MalformedAnswer):
+                break
+        return error
+
+    def compose_alone(self, ticket: Ticket) -> ChatCall:
+        """Return the call that carries *ticket* alone, with its own messages."""
+        spec = ticket.spec
+        return ChatCall(
+            messages=ticket.messages or [*spec.shared, {"role": "user", "content": ticket.text}],
+            model=spec.model,
+            params=spec.params,
+            headers=spec.headers,
+            schema=ticket.answer.single_schema,
+            hint=ticket.answer.hint,
+            max_tokens=spec.max_tokens,
+            timeout=self._remaining([ticket]),
+        )
+
+    async def _ask_alone(self, ticket: Ticket, route: Route) -> RequestFailed | None:
+        pieces: list[str] = []
+        exchange = ticket.call = Exchange(1)
+        ticket.queue = None
+        sent = self._now()
+        completion, error = await self._exchange(exchange, self.compose_alone(ticket), pieces.append, [ticket])
+        if completion is None:
+            exchange.end()
+            return error
+        output, text, error = _read_alone(ticket, completion, "".join(pieces))
+        if error is None and not ticket.future.done():
+            prompt_chars = ticket.spec.shared_chars + len(ticket.line)
+            reply = self._answer(ticket, output, text, prompt_chars, route, 1, sent)
+            reply.body = completion.body
+            exchange.answered()
+        self._divide_alone(ticket, completion)
+        return error
+
+    # --- both
+
+    async def _exchange(
+        self, exchange: Exchange, call: ChatCall, on_text: Callable[[str], None], tickets: list[Ticket]
+    ) -> tuple[Completion | None, RequestFailed | None]:
+        def on_attempt() -> None:
+            self._ledger.upstream_calls += 1
+            for ticket in tickets:
+                ticket.attempts += 1
+
+        if exchange.waiting <= 0:
+            return None, None  # everybody left before the task of this call got its turn
+        try:
+            with anyio.CancelScope() as exchange.scope:
+                return await self._send(call, on_text, on_attempt), None
+        except RequestFailed as error:
+            return None, error
+        finally:
+            exchange.scope = None
+        return None, None  # nobody waits any more
+
+    def _remaining(self, tickets: list[Ticket]) -> float | None:
+        """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
+        deadlines = [ticket.deadline for ticket in tickets]
+        if None in deadlines:
+            return None
+        return max(0.0, max(deadline for deadline in deadlines if deadline is not None) - self._now())
+
+    def _answer(
+        self, ticket: Ticket, output: Any, text: str, prompt_chars: int, route: Route, size: int, sent: float
+    ) -> Reply[Any]:
+        """Hand *ticket*'s caller its answer, with an estimate of what it cost."""
+        model = ticket.spec.model or self._default_model
+        # A token is about 4 characters of English; this stands only until the call has ended.
+        usage = Usage(prompt_chars // 4, len(text) // 4 + 1, 0, estimated=True)
+        if ticket.usage is not None:
+            usage = ticket.usage + usage
+        price = self._price(model)
+        reply: Reply[Any] = Reply(
+            output,
+            text,
+            route,
+            usage=usage,
+            cost_usd=None if price is None else price(usage),
+            batch_size=size,
+            waited=sent - ticket.created,
+            latency=self._now() - ticket.created,
+            model=model,
+            wait=ticket.call.wait,
+        )
+        ticket.reply = reply
+        ticket.future.set_result(reply)
+        self._settled(ticket)
+        return reply
+
+    def _divide(self, batch: Batch, completion: Completion | None) -> None:
+        """Divide what the combined call cost among its tickets; it is over."""
+        tickets = batch.tickets
+        usage = completion.usage if completion is not None else None
+        if usage is None:
+            self._ledger.unreported_calls += completion is not None or batch.heard
+        else:
+            by_prompt = [len(ticket.line) for ticket in tickets]
+            prompts = split(usage.prompt_tokens, by_prompt)
+            cached = split(usage.cached_tokens, by_prompt) if usage.cached_tokens else [0] * len(tickets)
+            completions = split(usage.completion_tokens, batch.answer_bytes)
+            price = self._price((completion and completion.model) or batch.call.model or self._default_model)
+            mine = [ticket.reply is not None and ticket.call is batch.exchange for ticket in tickets]
+            for index, ticket in enumerate(tickets):
+                share = Usage(prompts[index], completions[index], cached[index])
+                self._book(ticket, share, None if price is None else price(share), answered=mine[index])
+            self._pay(batch, usage, mine, price)
+        for ticket in tickets:
+            if ticket.reply is not None and ticket.call is batch.exchange and completion is not None:
+                _finish(ticket.reply, completion)
+        batch.exchange.end()
+
+    def _divide_alone(self, ticket: Ticket, completion: Completion) -> None:
+        usage = completion.usage
+        mine = ticket.reply is not None
+        if usage is None:
+            self._ledger.unreported_calls += 1
+        else:
+            price = self._price(completion.model or ticket.spec.model or self._default_model)
+            self._book(ticket, usage, None if price is None else price(usage), answered=mine)
+            self._ledger.pay(usage, usage if mine else Usage(), price)
+        if ticket.reply is not None:
+            _finish(ticket.reply, completion)
+        ticket.call.end()
+
+    def _book(self, ticket: Ticket, share: Usage, cost_usd: float | None, *, answered: bool) -> None:
+        """Book a ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
+        before, ticket.usage = ticket.usage, None
+        if before is not None:
+            share = before + share
+            cost_usd = None if cost_usd is None or ticket.cost_usd is None else ticket.cost_usd + cost_usd
+        if answered and ticket.reply is not None and not ticket.unclaimed:
+            ticket.reply.usage, ticket.reply.cost_usd = share, cost_usd
+        elif ticket.future.done():
+            self._ledger.unclaimed += share
+        else:
+            ticket.usage, ticket.cost_usd = share, cost_usd
+
+    def _pay(self, batch: Batch, usage: Usage, mine: list[bool], price: Callable[[Usage], float] | None) -> None:
+        """Book the call, and what its answered requests would have cost one by one."""
+        learned, asked, answered = batch.learned, len(batch.tickets), sum(mine)
+        alone = Usage()
+        if answered:
+            tokens_a_byte = usage.completion_tokens / (sum(batch.answer_bytes) or 1)
+            learned.record_answers(
+                [round(size * tokens_a_byte) for size, got in zip(batch.answer_bytes, mine, strict=True) if got]
+            )
+            if learned.framing is None:
+                learned.framing = measure(batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact)
+            lines = [len(ticket.line) for ticket in batch.tickets]
+            share = sum(line for line, got in zip(lines, mine, strict=True) if got) / sum(lines)
+            alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
+        self._ledger.pay(usage, alone, price)
+
+
+def _ending(completion: Completion | None, error: RequestFailed | None, *, heard: bool) -> Ending:
+    if error is not None:
+        if isinstance(error, ContextTooLong | Filtered) or (
+            isinstance(error, BadRequest) and error.status in _BLAMEABLE
+        ):
+            return "refused"
+        # An error after the first words is a cut: what was finished before it stands.
+        return "cut" if heard and isinstance(error, TransportError) else "failed"
+    if completion is None or completion.finish_reason in (None, "error"):
+        return "cut"
+    if completion.refusal is not None or completion.finish_reason == "content_filter":
+        return "refused"
+    return "length" if completion.finish_reason == "length" else "complete"
+
+
+def _complaint(completion: Completion | None) -> RequestFailed | None:
+    """Return what is wrong with a reply as a whole, or None."""
+    if completion is None:
+        return None
+    if completion.refusal is not None:
+        return Refused("the model declined to answer", raw=completion.refusal)
+    if completion.finish_reason == "content_filter":
+        return Filtered(
+            "the endpoint's content filter stopped the answer", status=200, request_id=completion.request_id
+        )
+    if completion.finish_reason in (None, "error"):
+        return TransportError("the reply was cut off: it ended without a finish_reason")
+    return None
+
+
+def _left_open(batch: Batch, *, truncated: bool) -> Iterator[Open]:
+    """Yield the requests of an ended call that still wait, with what their callers would be told."""
+    faults = {index: (fault, raw) for index, fault, raw in batch.demultiplexer.faults()}
+    for index, ticket in enumerate(batch.tickets):
+        if ticket.future.done():
+            continue
+        fault, raw = faults.get(index, ("overlong", ""))
+        error: ReplyError
+        if fault == "missing" and truncated:
+            error = TruncatedReply("the combined reply hit the token limit before this answer")
+        elif fault == "missing":
+            error = MissingAnswer("the combined reply held no answer to this request")
+        elif fault == "repeated":
+            error = MalformedAnswer("the combined reply held several answers to this request")
+        elif fault == "overlong":
+            error = MalformedAnswer("the answer is longer than max_tokens allows")
+        else:
+            error = MalformedAnswer("the answer in the combined reply does not fit output_type", raw=raw)
+        yield Open(ticket, error)
+
+
+def _read_alone(ticket: Ticket, completion: Completion, content: str) -> tuple[Any, str, RequestFailed | None]:
+    """Return output and text of a single reply, and the error if there is none to be had."""
+    if ticket.messages is not None and ticket.answer.is_text and completion.finish_reason is not None:
+        return content, content, None  # tool calls and the like: what matters is in `body`
+    error = _complaint(completion)
+    if error is None and completion.finish_reason == "length" and not ticket.answer.is_text:
+        error = TruncatedReply("the answer was cut off by the token limit", raw=content)
+    if error is not None:
+        return None, "", error
+    try:
+        return *ticket.answer.decode_single(content), None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as reason:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
+        wrong = "is empty" if not content.strip() else "does not fit output_type"
+        malformed = MalformedAnswer(f"the answer {wrong}", raw=content)
+        malformed.__cause__ = reason
+        return None, "", malformed
+
+
+def _finish(reply: Reply[Any], completion: Completion) -> None:
+    reply.finish_reason = completion.finish_reason
+    reply.request_id = completion.request_id
+    if completion.model is not None:
+        reply.model = completion.model

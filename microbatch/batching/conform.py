@@ -1,0 +1,259 @@
+"""Whether a JSON value fits a JSON Schema that a caller gave, without compiling anything.
+
+Only for schemas that came as JSON: what msgspec or pydantic decodes is checked by them. Unknown keywords are ignored, as the
+specification asks; `format` is one of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+from urllib.parse import unquote
+
+MAX_DEPTH = 200
+"""Schemas applied inside one another, references and unions included, before a value counts as too deep to check."""
+
+_SCHEMA = {"$ref": "#"}
+_SCHEMAS = {"type": "array", "items": _SCHEMA}
+_NAMED = {"type": "object", "additionalProperties": _SCHEMA}
+_COUNT = {"type": "integer", "minimum": 0}
+_NUMBER = {"type": "number"}
+_LIMIT = {"type": ["number", "boolean"]}  # in draft 4 a boolean beside the limit it makes exclusive
+_WORDS = {"type": "array", "items": {"type": "string"}}
+
+WELL_FORMED: dict[str, Any] = {
+    "type": ["object", "boolean"],
+    "properties": {
+        "$ref": {"type": "string"},
+        "type": {"anyOf": [{"type": "string"}, _WORDS]},
+        "enum": {"type": "array"},
+        "required": _WORDS,
+        "pattern": {"type": "string"},
+        "items": {"anyOf": [_SCHEMA, _SCHEMAS]},
+        **dict.fromkeys(("additionalProperties", "additionalItems", "not"), _SCHEMA),
+        **dict.fromkeys(("prefixItems", "anyOf", "oneOf", "allOf"), _SCHEMAS),
+        **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), _NAMED),
+        **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _COUNT),
+        **dict.fromkeys(("minimum", "maximum", "multipleOf"), _NUMBER),
+        **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), _LIMIT),
+    },
+}
+"""What `misfit` relies on: a schema that fits this one can be checked against without surprises."""
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "null": type(None),
+    "number": (int, float),
+}
+
+
+def misfit(value: Any, schema: Any, *, root: Any = None, steps: int = 100_000) -> str | None:
+    """Return where and why *value* does not fit *schema*, or None if it does.
+
+    Args:
+        value: A decoded JSON value.
+        schema: The schema, itself well-formed (see `WELL_FORMED`).
+        root: What references point into; None for *schema* itself.
+        steps: Schemas applied to values before the check is given up and counts as a misfit. Unions that repeat
+            themselves otherwise take time exponential in the value's depth.
+
+    Returns:
+        A path and a rule, with names from the schema only: neither the value's words nor its keys.
+    """
+    reason = _Check(schema if root is None else root, steps).at(value, schema, 0)
+    return None if reason is None else "$" + reason
+
+
+def resolve(pointer: str, root: Any) -> Any:
+    """Return what the local reference *pointer* ("#", "#/$defs/Item") names in *root*.
+
+    Raises:
+        LookupError: Nothing is there, or it is not a reference into this document.
+    """
+    if not re.match(r"#(?:/|$)", pointer):
+        raise LookupError(pointer)
+    found = root
+    for part in pointer.split("/")[1:]:
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict):
+            found = found[name]
+        elif isinstance(found, list) and re.fullmatch("[0-9]{1,6}", name):
+            found = found[int(name)]
+        else:
+            raise LookupError(pointer)
+    return found
+
+
+class _Check:
+    """One run of `misfit`. Paths are built on the way back, so a value that fits builds none."""
+
+    __slots__ = ("left", "root")
+
+    def __init__(self, root: Any, steps: int) -> None:
+        self.root = root
+        self.left = steps
+
+    def at(self, value: Any, schema: Any, depth: int) -> str | None:
+        if not isinstance(schema, dict):
+            return ": nothing is allowed here" if schema is False else None
+        self.left = self.left - 1 if depth <= MAX_DEPTH else -1
+        if self.left < 0:
+            return ": too deep to check"
+        reason = _wrong_kind(value, schema)
+        if reason is None:
+            if isinstance(value, dict):
+                reason = self.members(value, schema, depth)
+            elif isinstance(value, list):
+                reason = self.elements(value, schema, depth)
+            elif isinstance(value, str):
+                reason = _wrong_text(value, schema)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                reason = _wrong_number(value, schema)
+        return reason if reason is not None else self.combined(value, schema, depth)
+
+    def members(self, value: dict[str, Any], schema: dict[str, Any], depth: int) -> str | None:
+        for name in schema.get("required", ()):
+            if name not in value:
+                return f".{name}: missing"
+        if reason := _wrong_count(len(value), schema, "minProperties", "maxProperties"):
+            return reason
+        properties = schema.get("properties", {})
+        patterns = schema.get("patternProperties", {})
+        others = schema.get("additionalProperties", True)
+        for name, member in value.items():
+            known = name in properties
+            if known and (reason := self.at(member, properties[name], depth + 1)) is not None:
+                return f".{name}{reason}"
+            for pattern, rule in patterns.items():
+                if _found(pattern, name):
+                    known = True
+                    if (reason := self.at(member, rule, depth + 1)) is not None:
+                        return f"[...]{reason}"
+            if not known and others is not True and (reason := self.at(member, others, depth + 1)) is not None:
+                return f"[...]{reason}"
+        return None
+
+    def elements(self, value: list[Any], schema: dict[str, Any], depth: int) -> str | None:
+        if reason := _wrong_count(len(value), schema, "minItems", "maxItems"):
+            return reason
+        first, rest = schema.get("prefixItems", []), schema.get("items", True)
+        if isinstance(rest, list):  # the spelling of draft 7 and before
+            first, rest = rest, schema.get("additionalItems", True)
+        for index, element in enumerate(value):
+            rule = first[index] if index < len(first) else rest
+            if rule is not True and (reason := self.at(element, rule, depth + 1)) is not None:
+                return f"[{index}]{reason}"
+        return None
+
+    def combined(self, value: Any, schema: dict[str, Any], depth: int) -> str | None:
+        if "$ref" in schema:
+            try:
+                target = resolve(schema["$ref"], self.root)
+            except LookupError:
+                target = True  # another document's schema cannot be read here
+            if (reason := self.at(value, target, depth + 1)) is not None:
+                return reason
+        for rule in schema.get("allOf", ()):
+            if (reason := self.at(value, rule, depth + 1)) is not None:
+                return reason
+        if "anyOf" in schema:
+            for rule in schema["anyOf"]:
+                if self.at(value, rule, depth + 1) is None:
+                    break
+            else:
+                return ": fits none of anyOf"
+        if "oneOf" in schema:
+            fitting = 0
+            for rule in schema["oneOf"]:
+                fitting += self.at(value, rule, depth + 1) is None
+            if fitting != 1:
+                return f": fits {fitting} of oneOf"
+        if "not" in schema and self.at(value, schema["not"], depth + 1) is None:
+            return ": fits what it must not"
+        # A branch that was given up failed for no fault of the value, which `not` and oneOf would take for success.
+        return ": too deep to check" if self.left < 0 else None
+
+
+def _wrong_kind(value: Any, schema: dict[str, Any]) -> str | None:
+    if "type" in schema:
+        names = schema["type"]
+        if not (_is(value, names) if isinstance(names, str) else any(_is(value, name) for name in names)):
+            return ": wrong type"
+    if "enum" in schema and not any(_same(value, allowed) for allowed in schema["enum"]):
+        return ": not in enum"
+    if "const" in schema and not _same(value, schema["const"]):
+        return ": not the const"
+    return None
+
+
+def _is(value: Any, name: str) -> bool:
+    if name == "integer":
+        # The specification: 1.0 is an integer, true is not.
+        return (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()
+        )
+    if name == "number" and isinstance(value, bool):
+        return False
+    kind = _TYPES.get(name)
+    return kind is None or isinstance(value, kind)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare as JSON does: 1 equals 1.0, and true equals neither."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(member, other[name]) for name, member in one.items())
+    return bool(one == other)
+
+
+def _wrong_count(count: int, schema: dict[str, Any], least: str, most: str) -> str | None:
+    if count < schema.get(least, 0):
+        return f": {least}"
+    return f": {most}" if most in schema and count > schema[most] else None
+
+
+def _wrong_text(value: str, schema: dict[str, Any]) -> str | None:
+    if "pattern" in schema and not _found(schema["pattern"], value, broken=True):
+        return ": pattern"
+    return _wrong_count(len(value), schema, "minLength", "maxLength")
+
+
+def _found(pattern: str, text: str, *, broken: bool = False) -> bool:
+    """Search *text*; a pattern that Python cannot read gives *broken*."""
+    try:
+        return re.search(pattern, text) is not None
+    except (re.error, RecursionError, OverflowError):
+        return broken
+
+
+def _wrong_number(value: float, schema: dict[str, Any]) -> str | None:
+    low, high = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    if "minimum" in schema and (value < schema["minimum"] or (low is True and value == schema["minimum"])):
+        return ": minimum"
+    if "maximum" in schema and (value > schema["maximum"] or (high is True and value == schema["maximum"])):
+        return ": maximum"
+    if low is not None and not isinstance(low, bool) and value <= low:
+        return ": exclusiveMinimum"
+    if high is not None and not isinstance(high, bool) and value >= high:
+        return ": exclusiveMaximum"
+    return ": multipleOf" if not _divides(schema.get("multipleOf", 0), value) else None
+
+
+def _divides(step: float, value: float) -> bool:
+    if step <= 0:
+        return True
+    if isinstance(step, int) and isinstance(value, int):
+        return value % step == 0
+    try:
+        quotient = value / step
+    except OverflowError:
+        return True
+    # 0.3 is no exact multiple of 0.1 in binary; what is meant is decimal.
+    return math.isfinite(quotient) and math.isclose(quotient, round(quotient), rel_tol=1e-9, abs_tol=1e-9)

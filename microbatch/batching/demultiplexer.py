@@ -1,0 +1,278 @@
+r"""Takes a combined reply apart as it streams in, and says which answer belongs to which item.
+
+Theory of operation
+-------------------
+The reply is searched for *elements*, objects that begin `{"id":`. All that stands between them (the array around them, fences,
+prose) is skipped. An element ends where its JSON object ends. While nothing is damaged, an element whose id is the next one
+asked for is decoded and *delivered at once*; these deliveries are a prefix of the items, in order.
+
+*Damage* is an element that is not JSON, an answer that does not decode, an unknown, a repeated or an out-of-order id (which a
+gap also shows as). After damage nothing is delivered early: answers are *held* until the end of the reply, because only then is
+it known that no second copy of an id comes. An id seen twice is distrusted in all its copies that were not delivered yet,
+since neither the first nor the last is known to be right; a copy of a delivered one is dropped and counted.
+
+After an element that is not JSON, the search resumes one character behind its opening brace, so that damage costs only the
+element itself. That can take a look-alike inside a broken answer for an element. It does no harm: its author would have had to
+know the unguessable id of another item, and even then the true element makes it an id seen twice.
+
+The number in front of an id is never accepted alone: a model that has lost count counts on.
+
+Cost is linear in the reply. Elements of the common shape are matched by one regular expression; all others go through
+`ObjectScanner`, which accepts exactly the same grammar, so the pieces in which a reply arrives never change the outcome.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from microbatch.batching.scanner import BROKEN, MORE, SCALAR, SPACE, STRING, ObjectScanner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+Fault = Literal["missing", "malformed", "repeated"]
+Answer = tuple[int, Any]
+"""An item's position among those asked for, and what its decoder made of the answer."""
+
+_PAIR = f"{STRING}{SPACE}:{SPACE}(?:{STRING}|{SCALAR})"
+_FLAT_OBJECT = rf"\{{{SPACE}(?:{_PAIR}(?:{SPACE},{SPACE}{_PAIR})*+)?{SPACE}\}}"
+_OPENING = r'\{[ \t\n\r]{0,16}+"id"[ \t\n\r]{0,16}+:'
+_MARKER_CHARS = 1 + 16 + len('"id"') + 16 + 1
+
+_element = re.compile(
+    rf"[ \t\n\r,]*+({_OPENING}{SPACE}"
+    r'"([^"\\\x00-\x1f]*+)"'
+    rf'{SPACE},{SPACE}"answer"{SPACE}:{SPACE}({STRING}|{SCALAR}|{_FLAT_OBJECT}){SPACE}\}})'
+).match
+_marker = re.compile(_OPENING).search
+_readable_id = re.compile(rf'{_OPENING}{SPACE}"([^"\\\x00-\x1f]*+)"').match
+
+# An unfinished element up to this length is kept as it is and matched whole when a brace arrives; a longer one is scanned
+# piece by piece, so that no character is looked at more than a few times.
+_WINDOW = 512
+
+
+class _Element(msgspec.Struct):
+    id: str
+    answer: msgspec.Raw
+
+
+_decode_element = msgspec.json.Decoder(_Element).decode
+
+
+class Demultiplexer:
+    """Feeds on the text of one combined reply.
+
+    Args:
+        ids: The ids asked for, in order.
+        decoders: For each id, what turns the JSON text of an answer into a result; raising means the answer does not fit.
+        early: Deliver in-order answers at once; otherwise all are held to the end of the reply.
+
+    Attributes:
+        damaged: Whether anything but the asked-for elements in order has been seen.
+        late_duplicates: Copies of delivered answers that were dropped.
+        unknown_ids: Elements whose id was not asked for.
+    """
+
+    __slots__ = (
+        "_copies",
+        "_decoders",
+        "_early",
+        "_held",
+        "_index",
+        "_kept",
+        "_kept_chars",
+        "_malformed",
+        "_next",
+        "_scanner",
+        "damaged",
+        "late_duplicates",
+        "unknown_ids",
+    )
+
+    def __init__(self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], *, early: bool = True) -> None:
+        self._index = {name: index for index, name in enumerate(ids)}
+        self._decoders = decoders
+        self._early = early
+        self._next = 0  # the id expected next; all before it were delivered if early
+        self._kept: list[str] = []  # text that is not decided on, in pieces
+        self._kept_chars = 0
+        self._scanner: ObjectScanner | None = None  # at work on the element that `_kept` begins with
+        self._copies: dict[int, int] = {}
+        self._held: dict[int, str] = {}
+        self._malformed: dict[int, str] = {}
+        self.damaged = False
+        self.late_duplicates = 0
+        self.unknown_ids = 0
+
+    def feed(self, text: str) -> list[Answer]:
+        """Take the next piece of the reply; return the answers that can be delivered now."""
+        self._kept.append(text)
+        self._kept_chars += len(text)
+        if self._scanner is not None:
+            end = self._scanner.feed(text)
+            if end == MORE:
+                return []
+            return self._resume(end if end == BROKEN else self._kept_chars - len(text) + end)
+        if self._kept_chars <= _WINDOW and "}" not in text:
+            return []  # nothing can have ended
+        return self._search(self._take_kept(), 0)
+
+    def close(self, *, ended: bool = True) -> list[Answer]:
+        """End the reply; return the held answers that can be trusted.
+
+        Args:
+            ended: Whether the reply came to its own end (the token limit counts). If it was cut off, held answers are
+                not trusted, because second copies may have been on their way.
+        """
+        delivered: list[Answer] = []
+        while self._kept:
+            # What is unfinished never ends now. Look inside it, as after any damage.
+            unfinished = self._scanner is not None or _marker(self._peek_kept()) is not None
+            if not unfinished:
+                self._take_kept()
+                break
+            delivered += self._resume(BROKEN)
+        if ended:
+            for index, raw in sorted(self._held.items()):
+                self._deliver(index, raw, delivered)
+        return delivered
+
+    def faults(self) -> Iterator[tuple[int, Fault, str]]:
+        """Yield each item that got no answer, with the reason and what the reply said to it. Valid after `close`."""
+        delivered = self._next if self._early else 0
+        for index in range(delivered, len(self._index)):
+            if self._copies.get(index, 0) > 1:
+                yield index, "repeated", ""
+            elif index in self._malformed:
+                yield index, "malformed", self._malformed[index]
+            elif index not in self._held:
+                yield index, "missing", ""
+
+    def _peek_kept(self) -> str:
+        if len(self._kept) > 1:
+            self._kept = ["".join(self._kept)]
+        return self._kept[0] if self._kept else ""
+
+    def _take_kept(self) -> str:
+        text = self._peek_kept()
+        self._kept, self._kept_chars = [], 0
+        return text
+
+    def _keep(self, text: str) -> None:
+        if text:
+            self._kept, self._kept_chars = [text], len(text)
+
+    def _resume(self, end: int) -> list[Answer]:
+        """The kept text begins with an element that ended at *end*, or is BROKEN: decide it and search on behind it."""
+        text = self._take_kept()
+        self._scanner = None
+        delivered: list[Answer] = []
+        if end == BROKEN:
+            found = _marker(text)
+            start = found.start() if found else 0
+            self._broken(text[start:])
+            return self._search(text, start + 1)
+        self._scanned(text[:end], delivered)
+        return delivered + self._search(text, end)
+
+    def _search(self, text: str, pos: int) -> list[Answer]:
+        """Decide all elements in *text* from *pos* on; keep what is unfinished."""
+        delivered: list[Answer] = []
+        while True:
+            found = _element(text, pos)
+            if found is not None:
+                self._place(found[2], found[3], delivered)
+                pos = found.end()
+                continue
+            marker = _marker(text, pos)
+            if marker is None:
+                self._keep(text[max(pos, len(text) - _MARKER_CHARS + 1) :])
+                return delivered
+            start = marker.start()
+            if start > pos and _element(text, start):
+                pos = start
+                continue
+            if len(text) - start <= _WINDOW and text.find("}", start) < 0:
+                self._keep(text[start:])
+                return delivered
+            scanner = ObjectScanner()
+            end = scanner.feed(text, start)
+            if end == MORE:
+                self._keep(text[start:])
+                self._scanner = scanner
+                return delivered
+            if end == BROKEN:
+                self._broken(text[start : start + _WINDOW])
+                pos = start + 1
+            else:
+                self._scanned(text[start:end], delivered)
+                pos = end
+
+    def _scanned(self, element: str, delivered: list[Answer]) -> None:
+        """Decide an element that is sound JSON but not of the common shape."""
+        try:
+            decoded = _decode_element(element)
+        except (msgspec.DecodeError, RecursionError, UnicodeError):
+            self._broken(element)
+        else:
+            self._place(decoded.id, bytes(decoded.answer).decode(), delivered)
+
+    def _broken(self, element: str) -> None:
+        """Note an element without a usable answer; its id, if it can be read, counts as seen."""
+        self.damaged = True
+        found = _readable_id(element)
+        index = self._find(found[1]) if found else None
+        if index is not None:
+            self._note(index, None, element)
+
+    def _find(self, name: str) -> int | None:
+        index = self._index.get(name)
+        # Models copy the brackets or change the case; the letters still make the id unmistakable.
+        return self._index.get(name.strip(" \t\r\n[]").lower()) if index is None else index
+
+    def _place(self, name: str, raw: str, delivered: list[Answer]) -> None:
+        index = self._find(name)
+        if index is None:
+            self.damaged = True
+            self.unknown_ids += 1
+        elif index == self._next and not self.damaged:
+            if not self._early:
+                self._copies[index] = 1
+                self._held[index] = raw
+                self._next += 1
+            elif self._deliver(index, raw, delivered):
+                self._next += 1
+            else:
+                self._copies[index] = 1
+        else:
+            self.damaged = True
+            self._note(index, raw, raw)
+
+    def _note(self, index: int, raw: str | None, said: str) -> None:
+        """Count a copy of an item's answer that cannot be delivered now; hold it if it is the only one."""
+        if self._early and index < self._next:
+            self.late_duplicates += 1
+            return
+        copies = self._copies[index] = self._copies.get(index, 0) + 1
+        if copies > 1:
+            self._held.pop(index, None)
+        elif raw is None:
+            self._malformed[index] = said[:_WINDOW]
+        else:
+            self._held[index] = raw
+
+    def _deliver(self, index: int, raw: str, delivered: list[Answer]) -> bool:
+        try:
+            answer = self._decoders[index](raw)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
+            self.damaged = True
+            self._malformed[index] = raw[:_WINDOW]
+            return False
+        delivered.append((index, answer))
+        return True

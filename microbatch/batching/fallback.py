@@ -1,0 +1,121 @@
+"""What is done about the requests that a combined call left open. Knows calls, but neither lanes nor slots.
+
+- A reply that ended (or hit the token limit, or was cut off): if more than a quarter is open, one smaller combined call asks
+  again, shuffled and under new ids, because the same prompt would get the same gaps; then every request still open goes alone,
+  with its caller's own messages.
+- A refusal that one request may be to blame for: the batch is halved until the culprits are alone. k culprits among n cost at
+  most 1 + 2k * ceil(log2 n) calls.
+- Anything else is no request's fault and would fail them again: every request fails with the error.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+import anyio
+
+from microbatch.errors import RequestFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from microbatch.batching.call import Calls, Outcome
+    from microbatch.batching.lane import Learned, Ticket
+    from microbatch.policy import FallbackPolicy
+
+_WORTH_ASKING_TOGETHER = 1 / 4
+
+
+class Fallback:
+    """Asks again for what combined calls left open.
+
+    Args:
+        calls: Makes the calls.
+        policy: How many at once.
+        fail: Ends a ticket with a copy of an error of its own.
+        shuffle: Puts a list into random order, in place.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        policy: FallbackPolicy,
+        fail: Callable[[Ticket, RequestFailed], None],
+        shuffle: Callable[[list[Ticket]], None] = secrets.SystemRandom().shuffle,
+    ) -> None:
+        self._calls = calls
+        self._policy = policy
+        self._fail = fail
+        self._shuffle = shuffle
+
+    async def recover(self, outcome: Outcome, learned: Learned) -> None:
+        """See to it that every request that *outcome* left open ends, with an answer or an error."""
+        recovery = _Recovery(self._calls, learned, self._fail, self._shuffle, self._policy.max_concurrent)
+        await recovery.after(outcome, may_combine=True)
+
+
+class _Recovery:
+    """The fallback of one batch."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        learned: Learned,
+        fail: Callable[[Ticket, RequestFailed], None],
+        shuffle: Callable[[list[Ticket]], None],
+        max_concurrent: int,
+    ) -> None:
+        self._calls = calls
+        self._learned = learned
+        self._fail = fail
+        self._shuffle = shuffle
+        self._at_once = anyio.Semaphore(max_concurrent)
+
+    async def after(self, outcome: Outcome, *, may_combine: bool) -> None:
+        """Deal with what *outcome* left open; *may_combine* allows the one smaller combined call."""
+        if outcome.ending == "length":
+            self._learned.halve(outcome.asked)
+        if not outcome.open:
+            return
+        tickets = [item.ticket for item in outcome.open]
+        if outcome.ending == "failed" and outcome.error is not None:
+            for ticket in tickets:
+                self._fail(ticket, outcome.error)
+        elif outcome.ending == "refused":
+            await self._halves(tickets)
+        elif may_combine and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
+            self._shuffle(tickets)
+            await self._together(_chunks(tickets, max(1, outcome.asked // 2)))
+        else:
+            await self._together([[ticket] for ticket in tickets])
+
+    async def _halves(self, tickets: list[Ticket]) -> None:
+        middle = (len(tickets) + 1) // 2
+        await self._together([part for part in (tickets[:middle], tickets[middle:]) if part])
+
+    async def _together(self, groups: list[list[Ticket]]) -> None:
+        """Ask each group, a few at a time."""
+        async with anyio.create_task_group() as tasks:
+            for group in groups:
+                tasks.start_soon(self._ask, group)
+
+    async def _ask(self, group: list[Ticket]) -> None:
+        async with self._at_once:
+            group = [ticket for ticket in group if not ticket.future.done()]
+            if not group:
+                return
+            if len(group) == 1:
+                await self._alone(group[0])
+                return
+            outcome = await self._calls.batch(self._calls.compose(group, self._learned, route="fallback"))
+        await self.after(outcome, may_combine=False)
+
+    async def _alone(self, ticket: Ticket) -> None:
+        error = await self._calls.single(ticket, route="fallback")
+        if error is not None:
+            self._fail(ticket, error)
+
+
+def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
+    return [tickets[start : start + size] for start in range(0, len(tickets), size)]

@@ -1,0 +1,135 @@
+"""What surrounds the requests of a combined call, and so what they would have cost one by one.
+
+Nothing is tokenized per item: the surroundings are counted once, on a lane's first batch, and the rest is what the endpoint
+reports for each call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from microbatch.batching.prompt import instruction
+from microbatch.messages import Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from microbatch.batching.lane import Ticket
+    from microbatch.protocols import ChatCall
+
+# What a chat template adds, in tokens, per message and per call: the rule of OpenAI's cookbook, with one token for the role.
+_MESSAGE_TOKENS = 4
+_PRIMING_TOKENS = 3
+
+# Items of a first batch that are counted to learn what surrounds an item.
+_SAMPLE = 4
+
+# Characters of a text that are counted; a longer one would hold up the event loop.
+_LONG = 16_384
+
+# A report this close to our count plus the schema shows that the endpoint charges the schema as prompt.
+_SCHEMA_CHARGED = 0.7
+
+
+class Framing(msgspec.Struct, frozen=True, gc=False):
+    """What surrounds the requests of a lane, in tokens.
+
+    Attributes:
+        alone_prompt: Prompt tokens of a single call without its own text.
+        batch_prompt: Prompt tokens of a combined call without its lines.
+        line: What an item's line adds to its text, on average.
+        reply: Tokens of a combined reply without its elements.
+        element: What an element adds to the answer as a single call would give it, on average.
+    """
+
+    alone_prompt: float
+    batch_prompt: float
+    line: float
+    reply: float
+    element: float
+
+    def alone(self, usage: Usage, *, asked: int, answered: int, answered_share: float) -> Usage:
+        """Return what the *answered* of *asked* requests would have used one by one.
+
+        Args:
+            usage: What the endpoint reported for the combined call.
+            asked: Requests in the call.
+            answered: Those that got their answer from it.
+            answered_share: Their part of the items' text, 0 to 1.
+        """
+        texts = max(0.0, usage.prompt_tokens - self.batch_prompt - asked * self.line)
+        answers = max(0.0, usage.completion_tokens - self.reply - asked * self.element)
+        prompt = round(texts * answered_share + answered * self.alone_prompt)
+        return Usage(
+            prompt,
+            round(answers * answered / asked),
+            # What a provider caches of a combined prompt is its beginning, which the single calls would begin with too.
+            min(prompt, answered * usage.cached_tokens),
+        )
+
+
+def measure(
+    call: ChatCall,
+    ids: Sequence[str],
+    tickets: Sequence[Ticket],
+    usage: Usage,
+    count: Callable[[str], int],
+    *,
+    exact: bool,
+) -> Framing:
+    """Count what surrounds the requests of a combined *call* that has ended, at least one of them answered.
+
+    Args:
+        call: The call.
+        ids: The ids its items had.
+        tickets: Its requests.
+        usage: What the endpoint reported for it.
+        count: Counts a text's tokens.
+        exact: Whether *count* is the model's own encoding.
+    """
+    answer = tickets[0].answer
+    content = count(call.messages[-1]["content"])
+    sample = tickets[:_SAMPLE]
+    line = sum(count(f"[{name}]") for name in ids) / len(ids)
+    line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
+    counted = content + _count_shared(call, count)
+    scale = 1.0 if exact else usage.prompt_tokens / max(1, counted)
+    # What the endpoint reports beyond the items and our instruction is what every call pays, combined or not...
+    shared = usage.prompt_tokens - content * scale
+    schemas = [
+        count(msgspec.json.encode(schema).decode()) if schema else 0
+        for schema in (answer.batch_schema, answer.single_schema)
+    ]
+    # ... but for the schema, which is another one for a single call, and which only some endpoints charge.
+    charged = exact and usage.prompt_tokens - counted >= schemas[0] * _SCHEMA_CHARGED
+    return Framing(
+        alone_prompt=shared + (schemas[1] - schemas[0] if charged else 0),
+        batch_prompt=shared + count(instruction(answer.words)) * scale,
+        line=line * scale,
+        reply=count('{"results":[]}') * scale,
+        element=_element_overhead(ids, tickets, count) * scale,
+    )
+
+
+def _count_shared(call: ChatCall, count: Callable[[str], int]) -> float:
+    """Return the tokens of all messages but the last, and of the chat template around all; of a long text, an estimate."""
+    tokens = float(_PRIMING_TOKENS + _MESSAGE_TOKENS * len(call.messages))
+    for message in call.messages[:-1]:
+        text = str(message["content"])
+        head = text[:_LONG]
+        tokens += count(head) * len(text) / max(1, len(head))
+    return tokens
+
+
+def _element_overhead(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]) -> float:
+    """Return what an element of a combined reply has more than a single reply, in tokens, on average of a sample."""
+    overheads: list[int] = []
+    for name, ticket in zip(ids, tickets, strict=True):
+        if ticket.reply is not None and len(overheads) < _SAMPLE:
+            text = ticket.reply.text
+            answer = msgspec.json.encode(text).decode() if ticket.answer.is_text else text
+            alone = f'{{"answer":{text}}}' if ticket.answer.wrapped else text
+            overheads.append(count(f'{{"id":"{name}","answer":{answer}}},') - count(alone))
+    return sum(overheads) / max(1, len(overheads))

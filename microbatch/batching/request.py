@@ -1,0 +1,252 @@
+"""Reads what a caller hands in: what it shares with other requests, and whether it may travel with them at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microbatch.batching.lane import Spec
+from microbatch.batching.schema import AnswerType, answer_type
+from microbatch.errors import ConfigError
+from microbatch.messages import Message, Priority
+from microbatch.policy import one_of, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from microbatch.messages import Messages
+
+OURS = frozenset(
+    {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "stream", "stream_options"}
+)
+"""Request fields that `submit` has an argument for or decides itself; in `params` they would be a second opinion."""
+
+ALONE = frozenset({
+    "audio",
+    "function_call",
+    "functions",
+    "logit_bias",
+    "logprobs",
+    "modalities",
+    "n",
+    "parallel_tool_calls",
+    "prediction",
+    "response_format",
+    "seed",
+    "stop",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+    "web_search_options",
+})  # fmt: skip
+"""Request fields whose meaning is one answer's, so that a request with one of them goes alone. An answer's schema is taken out of
+`response_format` before; what is left there (json_object) counts."""
+
+_TEXT = answer_type(str)
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
+
+
+class Options(msgspec.Struct, frozen=True):
+    """`submit`'s options, checked and brought into the form that lanes compare.
+
+    Attributes:
+        answer: The shape of the answer.
+        key: All that must be equal for two requests to share a prompt, but their messages.
+        combinable: Whether the options allow company.
+        params: Request fields to send, temperature included.
+        headers: The caller's headers.
+        model: As given.
+        max_tokens: As given.
+        low: Whether the priority is "low".
+        high: Whether the priority is "high".
+    """
+
+    answer: AnswerType
+    key: tuple[Hashable, ...]
+    combinable: bool = True
+    params: Mapping[str, Any] = {}
+    headers: Mapping[str, str] = {}
+    model: str | None = None
+    max_tokens: int | None = None
+    low: bool = False
+    high: bool = False
+
+
+PLAIN = Options(answer=_TEXT, key=(b"",))
+"""The options of a submit that gives none."""
+
+
+def read_options(
+    output_type: Any,
+    model: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    params: Mapping[str, Any] | None,
+    headers: Mapping[str, str] | None,
+    tenant: str | None,
+    priority: Priority,
+) -> Options:
+    """Check `submit`'s options.
+
+    Raises:
+        ConfigError: One is wrong; the message names it.
+    """
+    whole(1, max_tokens=max_tokens)
+    one_of(Priority, priority=priority)
+    for name, word in (("model", model), ("tenant", tenant)):
+        if word is not None and not isinstance(word, str):
+            raise ConfigError(f"{name} must be a string, got {type(word).__name__}")
+    fields: dict[str, Any] = {}
+    response_format = None
+    if params is not None:
+        if not isinstance(params, Mapping):
+            raise ConfigError(f"params must be a mapping of request fields, got {type(params).__name__}")
+        taken = sorted(OURS & params.keys())
+        if taken:
+            raise ConfigError(f"params: {', '.join(taken)}: submit() has an argument for this or decides it itself")
+        fields.update(params)
+        asked = fields.get("response_format")
+        if isinstance(asked, Mapping) and asked.get("type") == "json_schema":
+            response_format = fields.pop("response_format")
+        elif isinstance(asked, Mapping) and asked.get("type") == "text":
+            del fields["response_format"]
+    combinable = not any(_means_one_answer(name, value) for name, value in fields.items())
+    if temperature is not None:
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or math.isnan(temperature):
+            raise ConfigError(f"temperature must be a number, got {temperature!r}")
+        fields["temperature"] = temperature
+    answer = answer_type(output_type, response_format)
+    sent = _headers(headers)
+    return Options(
+        answer=answer,
+        # Priority is a word of its own in the key: a lane of low-priority work must not delay others.
+        key=(answer.key, model, max_tokens, _canonical(fields, "params"), sent, tenant, priority),
+        combinable=combinable,
+        params=fields,
+        headers=dict(sent),
+        model=model,
+        max_tokens=max_tokens,
+        low=priority == "low",
+        high=priority == "high",
+    )
+
+
+def _means_one_answer(name: str, value: Any) -> bool:
+    # `n: 1` and `logprobs: false` only spell out a default.
+    return name in ALONE and not (value is None or value is False or (name == "n" and value == 1))
+
+
+def _headers(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    if headers is None:
+        return ()
+    if not isinstance(headers, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, str) for name, value in headers.items()
+    ):
+        raise ConfigError("headers must be a mapping of strings to strings")
+    return tuple(sorted((name.lower(), value) for name, value in headers.items()))
+
+
+def _canonical(value: Any, name: str) -> bytes:
+    """Return *value* as JSON that is equal for equal values only; 1, 1.0 and true differ."""
+    if not value:
+        return b""
+    try:
+        return _encode_sorted(value)
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise ConfigError(f"{name} must be JSON values: {error}") from error
+
+
+def lane_key(messages: Messages, options: Options) -> tuple[Hashable, ...] | None:
+    """Return all that *messages* must share with others to travel with them, or None if they cannot.
+
+    They can if every message is plain text and the last one is the user's.
+    """
+    # The usual case first: this is on every submit's path, and the texts are compared, never copied.
+    key: list[Hashable] = [*options.key]
+    for message in messages[:-1]:
+        if type(message) is dict and len(message) == 2:  # noqa: PLR2004 role and content
+            role, content = message.get("role"), message.get("content")
+            if type(role) is str and type(content) is str:
+                key.append(role)
+                key.append(content)
+                continue
+        if not _is_text(message):
+            return None
+        key.append(_canonical(message, "messages"))
+    last = messages[-1]
+    if type(last) is dict:
+        alone = len(last) != 2 or last.get("role") != "user" or type(last.get("content")) is not str  # noqa: PLR2004
+    else:
+        alone = not (isinstance(last, Message) and last.role == "user" and last.name is None and _is_text(last))
+    return None if alone else tuple(key)
+
+
+def _is_text(message: Mapping[str, Any] | Message) -> bool:
+    if isinstance(message, Message):
+        return isinstance(message.content, str)
+    return (
+        isinstance(message, Mapping)
+        and isinstance(message.get("content"), str)
+        and message.keys() <= {"role", "content", "name"}
+    )
+
+
+def last_text(messages: Messages) -> str:
+    """Return the text of the last message, which is plain."""
+    last = messages[-1]
+    text = last.content if isinstance(last, Message) else last["content"]
+    return text if isinstance(text, str) else ""
+
+
+def check_messages(messages: Messages) -> None:
+    """Check that *messages* are a non-empty sequence of messages.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
+        raise ConfigError(
+            f"messages must be a non-empty list of chat messages, got {_kind(messages)}; "
+            'a single text is [{"role": "user", "content": text}]'
+        )
+    for position, message in enumerate(messages):
+        if not isinstance(message, Message) and not (
+            isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        ):
+            raise ConfigError(f"messages[{position}] must be a Message or a dict with a role, got {_kind(message)}")
+
+
+def _kind(value: object) -> str:
+    return f"an empty {type(value).__name__}" if value in ([], ()) else type(value).__name__
+
+
+def spec_of(messages: Messages, options: Options, key: Hashable) -> Spec:
+    """Return what *messages* but the last share with others, as a copy that the caller cannot change any more."""
+    shared = copy_of(messages[:-1])
+    return Spec(
+        key=key,
+        model=options.model,
+        shared=shared,
+        answer=options.answer,
+        max_tokens=options.max_tokens,
+        params=options.params,
+        headers=options.headers,
+        low=options.low,
+        shared_chars=sum(len(str(message.get("content"))) for message in shared),
+    )
+
+
+def copy_of(messages: Messages) -> list[dict[str, Any]]:
+    """Return *messages* as plain dicts of their own, keys in the order given.
+
+    Raises:
+        ConfigError: They hold something that JSON cannot carry.
+    """
+    try:
+        copies: list[dict[str, Any]] = msgspec.json.decode(msgspec.json.encode(messages))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"messages must be JSON values: {error}") from error
+    return copies

@@ -1,0 +1,157 @@
+"""Finds where a JSON object ends in text that arrives in pieces, or where it stops being JSON.
+
+The grammar is checked to the letter (RFC 8259), because the earliest sign of damage decides how much of a reply survives it.
+Every character is looked at once, whatever the pieces.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+MORE: Final = -1
+"""The object is sound so far and has not ended."""
+
+BROKEN: Final = -2
+"""This is not JSON, whatever may follow."""
+
+MAX_DEPTH: Final = 64
+"""Deeper nesting counts as damage. Strict schemas allow 10 levels; the bound keeps resynchronizing linear."""
+
+_MAX_SCALAR = 1_000
+
+SPACE: Final = r"[ \t\n\r]*+"
+STRING: Final = r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
+SCALAR: Final = r"(?:-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?|true|false|null)"
+
+_string_body = re.compile(r'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+').match
+_scalar_run = re.compile(r"[-+.0-9A-Za-z]++").match
+_scalar = re.compile(SCALAR).fullmatch
+_space = re.compile(SPACE).match
+
+# What may come next. In a string or a scalar, what follows it is remembered beside it.
+_VALUE, _VALUE_OR_END, _KEY, _KEY_OR_END, _COLON, _COMMA_OR_END, _STRING, _ESCAPE, _HEX, _SCALAR_CHARS = range(10)
+
+_CLOSING = {"{": "}", "[": "]"}
+
+
+class ObjectScanner:
+    """Scans one JSON object; feed it from the opening brace on."""
+
+    __slots__ = ("_after_string", "_closers", "_expect", "_hex_left", "_scalar")
+
+    def __init__(self) -> None:
+        self._expect = _VALUE
+        self._closers: list[str] = []
+        self._after_string = _COLON
+        self._scalar = ""
+        self._hex_left = 0
+
+    def feed(self, text: str, pos: int = 0) -> int:
+        """Scan *text* from *pos*.
+
+        Returns:
+            The position just after the object's closing brace, `MORE`, or `BROKEN`. After the latter two all of *text* has
+            been taken in; after an end or `BROKEN` the scanner is used up.
+        """
+        length = len(text)
+        while pos < length:
+            if self._expect >= _STRING:
+                pos = self._inside(text, pos)
+                if pos < 0:
+                    return pos
+                continue
+            found = _space(text, pos)
+            pos = found.end() if found else pos
+            if pos == length:
+                break
+            pos = self._token(text[pos], pos)
+            if pos < 0 or not self._closers:
+                return pos
+        return MORE
+
+    def _token(self, char: str, pos: int) -> int:
+        """Take the structural character *char*, or enter a string or scalar; return the next position or `BROKEN`."""
+        expect = self._expect
+        if char == '"':
+            if expect in (_KEY, _KEY_OR_END):
+                self._after_string = _COLON
+            elif expect in (_VALUE, _VALUE_OR_END):
+                self._after_string = _COMMA_OR_END
+            else:
+                return BROKEN
+            self._expect = _STRING
+        elif expect in (_VALUE, _VALUE_OR_END):
+            if char in "{[":
+                if len(self._closers) == MAX_DEPTH:
+                    return BROKEN
+                self._closers.append(_CLOSING[char])
+                self._expect = _KEY_OR_END if char == "{" else _VALUE_OR_END
+            elif char == "]" and expect == _VALUE_OR_END:
+                self._close()
+            else:
+                self._expect, self._scalar = _SCALAR_CHARS, ""
+                return pos
+        elif expect == _COLON and char == ":":
+            self._expect = _VALUE
+        elif expect == _COMMA_OR_END and char == ",":
+            self._expect = _KEY if self._closers[-1] == "}" else _VALUE
+        elif expect in (_COMMA_OR_END, _KEY_OR_END) and char == self._closers[-1]:
+            self._close()
+        else:
+            return BROKEN
+        return pos + 1
+
+    def _close(self) -> None:
+        self._closers.pop()
+        self._expect = _COMMA_OR_END
+
+    def _inside(self, text: str, pos: int) -> int:
+        """Go on in a string, an escape or a scalar; return the next position, `MORE` or `BROKEN`."""
+        if self._expect == _STRING:
+            return self._in_string(text, pos)
+        if self._expect == _SCALAR_CHARS:
+            return self._in_scalar(text, pos)
+        return self._in_escape(text[pos], pos)
+
+    def _in_string(self, text: str, pos: int) -> int:
+        found = _string_body(text, pos)
+        pos = found.end() if found else pos
+        if pos == len(text):
+            return MORE
+        if text[pos] == '"':
+            self._expect = self._after_string
+        elif text[pos] == "\\":  # bad, or cut off by the end of this piece
+            self._expect = _ESCAPE
+        else:
+            return BROKEN
+        return pos + 1
+
+    def _in_escape(self, char: str, pos: int) -> int:
+        if self._expect == _HEX:
+            if char not in "0123456789abcdefABCDEF":
+                return BROKEN
+            self._hex_left -= 1
+            if not self._hex_left:
+                self._expect = _STRING
+        elif char == "u":
+            self._expect, self._hex_left = _HEX, 4
+        elif char in '"\\/bfnrt':
+            self._expect = _STRING
+        else:
+            return BROKEN
+        return pos + 1
+
+    def _in_scalar(self, text: str, pos: int) -> int:
+        found = _scalar_run(text, pos)
+        if found:
+            self._scalar += found[0]
+            pos = found.end()
+        if len(self._scalar) > _MAX_SCALAR:
+            return BROKEN
+        if pos == len(text):
+            return MORE
+        if not _scalar(self._scalar):
+            return BROKEN
+        self._expect = _COMMA_OR_END
+        return pos

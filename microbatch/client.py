@@ -1,0 +1,408 @@
+"""`Microbatcher`: the one place that stacks the concrete parts.
+
+From the outside in: lanes and scheduler (`batching.collector`) -> calls, fallback (`batching.call`, `batching.fallback`) -> attempts
+(`transports.retry`) -> the transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+from microbatch.accounting.prices import PriceBook
+from microbatch.accounting.stats import Ledger, Stats
+from microbatch.accounting.tokens import TokenCounter
+from microbatch.batching.bulk import bulk
+from microbatch.batching.call import Calls
+from microbatch.batching.collector import Collector
+from microbatch.batching.fallback import Fallback
+from microbatch.batching.prompt import draw_endings
+from microbatch.batching.request import PLAIN, read_options
+from microbatch.errors import BatcherClosed, ConfigError, Overloaded
+from microbatch.policy import FallbackPolicy, FlushPolicy, at_least, whole
+from microbatch.protocols import Transport
+from microbatch.transports.retry import Sender
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
+
+    from typing_extensions import TypeForm
+
+    from microbatch.accounting.prices import Price
+    from microbatch.batching.lane import Ticket
+    from microbatch.batching.request import Options
+    from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
+
+_users: dict[int, tuple[object, int]] = {}
+"""Shared parts and how many open batchers use each; the last one out closes it."""
+
+
+class Microbatcher:
+    """Coalesces concurrent requests into combined prompts and gives each caller its own answer.
+
+    Use it with `async with`, or `open` and `aclose`. One batcher belongs to one event loop and, unless callers pass `tenant=`, is
+    one trust domain: the requests of a lane are read by the model together.
+
+    Args:
+        transport: The way to the model; may be shared by several batchers.
+        policy: When requests leave, and how much may be under way.
+        fallback: What is done about missing and broken answers.
+        prices: USD per million tokens by model, a mapping or a function; what it does not know comes from a small built-in table.
+        tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
+            encoding from the tables in this package.
+        draw_ids: Where the random part of item ids comes from; for tests.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        policy: FlushPolicy | None = None,
+        fallback: FallbackPolicy | None = None,
+        prices: Mapping[str, Price] | Callable[[str], Price | None] | None = None,
+        tokens: Callable[[str], int] | Literal["bytes"] | None = None,
+        draw_ids: Callable[[int], Sequence[str]] = draw_endings,
+    ) -> None:
+        if not isinstance(transport, Transport):
+            raise ConfigError(f"transport must have send() and aclose(), got {type(transport).__name__}")
+        self._transport = transport
+        self._policy = policy if policy is not None else FlushPolicy()
+        fallback = fallback if fallback is not None else FallbackPolicy()
+        model = getattr(transport, "model", None)
+        self._tokens = TokenCounter(tokens, model)
+        self._ledger = Ledger()
+        self._sender = Sender(transport)
+        self._collector = Collector(
+            self._policy,
+            self._ledger,
+            count=self._tokens.count,
+            upper=self._tokens.upper if callable(tokens) else None,
+        )
+        prices_by_model = PriceBook(prices)
+
+        def price(name: str | None) -> Callable[[Usage], float] | None:
+            found = prices_by_model.for_model(name)
+            return None if found is None else found.cost
+
+        calls = Calls(
+            send=self._sender.send,
+            ledger=self._ledger,
+            count=self._tokens.count,
+            exact=self._tokens.exact,
+            price=price,
+            default_model=model,
+            settled=self._collector.settled,
+            draw=draw_ids,
+            now=lambda: self._loop.time() if self._loop is not None else 0.0,
+            early=fallback.resolve != "verified",
+        )
+        self._collector.wire(calls, Fallback(calls, fallback, self._collector.fail))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._host: asyncio.Task[None] | None = None
+        self._closed: asyncio.Future[None] | None = None
+
+    # --- life
+
+    async def open(self) -> Self:
+        """Start; loads the token table in a thread. Returns this batcher, so that it can stand in an expression.
+
+        Raises:
+            BatcherClosed: It was opened before; a batcher is used once.
+        """
+        if self._loop is not None:
+            raise BatcherClosed("a Microbatcher is opened once; make a new one")
+        self._loop = asyncio.get_running_loop()
+        self._closed = self._loop.create_future()
+        await self._tokens.open()
+        await _lease(self._transport)
+        ready = self._loop.create_future()
+        # The group's scope has to be entered and left by one task, and opening and closing may be done by two: fixtures do that.
+        self._host = self._loop.create_task(
+            self._serve(lambda: ready.set_result(None)), name="microbatch", context=contextvars.Context()
+        )
+        await ready
+        return self
+
+    async def _serve(self, ready: Callable[[], None]) -> None:
+        try:
+            await self._collector.serve(ready)
+        finally:
+            try:
+                await _give_back(self._transport)
+            finally:
+                if self._closed is not None and not self._closed.done():
+                    self._closed.set_result(None)
+
+    async def aclose(self, grace: float | None = 30.0) -> None:
+        """Shut the door, send what waits, wait for what is under way, and end the rest with `ShutDown`.
+
+        Goes on in the background if this call is cancelled. Calling it again waits for the same end; a batcher that was never
+        opened has nothing to close.
+
+        Args:
+            grace: Seconds to wait for answers. None waits as long as deadlines and timeouts allow.
+        """
+        at_least(0, grace=grace)
+        if self._loop is None or self._closed is None:
+            return
+        self._check_loop()
+        self._collector.close(grace)
+        if self._host is not None:
+            await asyncio.shield(self._closed)
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose(30.0 if kind is None else 0.0)
+
+    def _check_loop(self) -> None:
+        if self._loop is None:
+            raise BatcherClosed("the batcher is not open yet: use `async with`, or await open() first")
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not self._loop:
+            raise BatcherClosed("the batcher belongs to another event loop; make one for each loop")
+
+    def _check_open(self) -> None:
+        self._check_loop()
+        if self._host is None:
+            raise BatcherClosed("the batcher is not open yet: await open() first")
+        if self._collector.closing:
+            raise BatcherClosed("the batcher is closed")
+
+    # --- asking
+
+    @overload
+    async def submit(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        tenant: str | None = None,
+        priority: Priority = "normal",
+        timeout: float | None = None,
+    ) -> Reply[str]: ...
+
+    @overload
+    async def submit(
+        self,
+        messages: Messages,
+        *,
+        output_type: TypeForm[T],
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        tenant: str | None = None,
+        priority: Priority = "normal",
+        timeout: float | None = None,
+    ) -> Reply[T]: ...
+
+    async def submit(
+        self,
+        messages: Messages,
+        *,
+        output_type: Any = str,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        tenant: str | None = None,
+        priority: Priority = "normal",
+        timeout: float | None = None,  # noqa: ASYNC109 the deadline travels with the request into its batch
+    ) -> Reply[Any]:
+        """Ask, together with whoever asks the same kind of thing at the same time.
+
+        Args:
+            messages: OpenAI chat messages, dicts or `Message`. Requests share a prompt only if all but the text of the last user
+                message is equal, the options below included.
+            output_type: What the answer is decoded to: str, anything msgspec decodes, or a pydantic model.
+            model: Model name; None for the transport's.
+            max_tokens: Most tokens of the answer; a longer one in a combined reply is asked for again alone.
+            temperature: Sampling temperature; None for the endpoint's default.
+            params: Any other request field. Those that mean one answer (tools, n, logprobs, stop, seed...) make the request go
+                alone, with the endpoint's JSON in `Reply.body`. `response_format` with a json_schema becomes the answer's schema.
+            headers: This caller's headers, Authorization for one, in place of the transport's own key.
+            tenant: Name of a trust domain; requests of different tenants never share a prompt.
+            priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.
+            timeout: Seconds from now until this submit gives up; None waits as long as the transport does.
+
+        Returns:
+            The caller's own answer, and its share of the cost.
+
+        Raises:
+            ConfigError: An argument is wrong; nothing was sent.
+            BatcherClosed: The batcher is not open, or belongs to another event loop.
+            Overloaded: `max_queued` requests are pending and `when_full` does not wait.
+            RequestFailed: What ended the request; see its subclasses.
+        """
+        if self._loop is None or self._host is None or self._collector.closing or asyncio.get_running_loop() is not self._loop:
+            self._check_open()
+        if (
+            output_type is str
+            and model is None
+            and max_tokens is None
+            and temperature is None
+            and params is None
+            and headers is None
+            and tenant is None
+            and priority == "normal"
+        ):
+            options = PLAIN
+        else:
+            options = read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
+        if timeout is not None:
+            at_least(0, timeout=timeout)
+        collector = self._collector
+        bypass = False
+        if not collector.has_room:
+            timeout, bypass = await self._when_full(timeout)
+        ticket = collector.accept(messages, options, timeout, bypass=bypass)
+        try:
+            reply: Reply[Any] = await ticket.future
+        except asyncio.CancelledError:
+            collector.leave(ticket)
+            raise
+        return reply
+
+    async def _when_full(self, timeout: float | None) -> tuple[float | None, bool]:  # noqa: ASYNC109 see submit
+        """Do what the policy says when no request may be accepted; return what is left of *timeout*, and whether to bypass."""
+        collector, when_full = self._collector, self._policy.when_full
+        if when_full == "wait":
+            loop = asyncio.get_running_loop()
+            start = loop.time()
+            await collector.wait_for_room(timeout)
+            return None if timeout is None else max(0.0, timeout - (loop.time() - start)), False
+        if when_full == "bypass" and collector.in_flight < self._policy.max_concurrent_batches:
+            return timeout, True
+        raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
+
+    def map(
+        self,
+        requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
+        *,
+        max_pending: int | None = None,
+        ordered: bool = False,
+    ) -> AsyncIterator[Result[Any]]:
+        """Answer any number of requests in full batches and bounded memory.
+
+        Bulk requests wait for full batches, not for `max_wait`; what cannot fill one leaves when nothing more can come. An item's
+        error is in its `Result` and never raised here. Leaving the iterator early cancels what is pending.
+
+        Args:
+            requests: An iterable or async iterable of `Request`, or of messages alone.
+            max_pending: Most requests taken from it and not yet handed out; None for twice what all slots hold.
+            ordered: Hand results out in the order of the requests, not of completion.
+
+        Returns:
+            An async iterator of `Result`. An error of *requests* itself is raised once, after the results of what was taken.
+
+        Raises:
+            ConfigError: An argument is wrong.
+            BatcherClosed: The batcher is not open, or closes before the end.
+        """
+        whole(1, max_pending=max_pending)
+        if not hasattr(requests, "__aiter__") and not hasattr(requests, "__iter__"):
+            raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
+        self._check_open()
+        policy = self._policy
+        return bulk(
+            self._collector,
+            self._accept_bulk,
+            requests,
+            max_pending=max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches,
+            ordered=ordered,
+            patience=policy.low_max_wait,
+        )
+
+    def _accept_bulk(self, request: Request, on_taken: Callable[[Ticket], None]) -> Ticket:
+        options: Options = read_options(
+            request.output_type,
+            request.model,
+            request.max_tokens,
+            request.temperature,
+            request.params,
+            request.headers,
+            request.tenant,
+            request.priority,
+        )
+        at_least(0, timeout=request.timeout)
+        return self._collector.accept(request.messages, options, request.timeout, on_taken)
+
+    def flush(self) -> asyncio.Future[None]:
+        """Send what waits in all lanes now, as far as slots are free.
+
+        Returns:
+            A future that is done; awaiting it only gives the calls a chance to start.
+
+        Raises:
+            BatcherClosed: The batcher is not open, or this is another event loop.
+        """
+        self._check_open()
+        self._collector.flush()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    def forward(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
+    ) -> AbstractAsyncContextManager[Any]:
+        raise NotImplementedError
+
+    # --- looking
+
+    @property
+    def upstream_calls(self) -> int:
+        """HTTP attempts so far, refused and repeated ones included."""
+        return self._ledger.upstream_calls
+
+    @property
+    def fallback_calls(self) -> int:
+        """Calls made so far because an earlier reply left requests open."""
+        return self._ledger.fallback_calls
+
+    def stats(self) -> Stats:
+        """Return the figures so far, as a snapshot that never changes."""
+        self._ledger.retries = self._sender.repeats
+        return self._ledger.snapshot(queued=self._collector.accepted, in_flight=self._collector.in_flight)
+
+    def __repr__(self) -> str:
+        """Tell the state and the load."""
+        state = "new" if self._host is None else "closed" if self._collector.closing else "open"
+        return f"Microbatcher({state}, queued={self._collector.accepted}, in_flight={self._collector.in_flight})"
+
+
+async def _lease(part: object) -> None:
+    """Open *part* unless another batcher has it open."""
+    _, users = _users.get(id(part), (part, 0))
+    _users[id(part)] = (part, users + 1)
+    if not users:
+        opening = getattr(part, "open", None)
+        if opening is not None:
+            await opening()
+
+
+async def _give_back(part: Transport) -> None:
+    """Close *part* unless another batcher still uses it."""
+    _, users = _users.pop(id(part), (part, 1))
+    if users > 1:
+        _users[id(part)] = (part, users - 1)
+    else:
+        await part.aclose()

@@ -1,0 +1,245 @@
+"""The simulated model behind an OpenAI-compatible HTTP server, for tests, demonstrations and load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+from aiohttp import web
+
+from microbatch.accounting.tokens import load_encoding
+from microbatch.errors import ConfigError
+from microbatch.testing.counting import ENCODING
+from microbatch.testing.model import ModelOptions, SimulatedModel, SimulatedReply
+from microbatch.testing.pace import paced, sleep_until
+from microbatch.testing.reading import EndpointError
+from microbatch.testing.wire import CREATED, Events, completion_object, error_object, request_id
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from types import TracebackType
+    from typing import Unpack
+
+# Counting the tokens of more than this takes milliseconds, in which nobody else would be served.
+MAX_INLINE_BYTES = 65_536
+MAX_REQUEST_BYTES = 64 * 2**20
+
+# Handlers that wait for nothing but the clock are cut off this long after closing began.
+CLOSING_SECONDS = 0.1
+
+
+class SimulatedEndpoint(SimulatedModel):
+    """An OpenAI-compatible endpoint with a simulated model behind it.
+
+    ```python
+    async with SimulatedEndpoint(latency=Latency(first_token=0.5, tokens_per_second=80)) as endpoint:
+        transport = OpenAIChat("any-model", base_url=endpoint.base_url, api_key="any")
+    ```
+    Serves `POST /v1/chat/completions` and `GET /v1/models`. The options and counters are those of `SimulatedModel`.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        api_keys: Keys that are let in; None lets everybody in.
+        models: Names that `GET /v1/models` lists. Any name is served.
+        options: As `SimulatedModel` takes them.
+
+    Raises:
+        ConfigError: As `SimulatedModel`.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_keys: Collection[str] | None = None,
+        models: Sequence[str] = ("simulated",),
+        **options: Unpack[ModelOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.host = host
+        self.port = port
+        self.api_keys = api_keys
+        self.models = tuple(models)
+        self._runner: web.AppRunner | None = None
+        self._closing = asyncio.Event()
+
+    @property
+    def base_url(self) -> str:
+        """What a client is given as its base URL; known once the server listens."""
+        if not self.port:
+            raise ConfigError("a SimulatedEndpoint has no base_url before it is opened")
+        return f"http://{self.host}:{self.port}/v1"
+
+    async def open(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: The port is taken.
+        """
+        await asyncio.to_thread(load_encoding, ENCODING)
+        application = web.Application(client_max_size=MAX_REQUEST_BYTES)
+        application.router.add_post("/v1/chat/completions", self._chat)
+        application.router.add_get("/v1/models", self._list_models)
+        application.router.add_route("*", "/{path:.*}", self._unknown)
+        runner = web.AppRunner(
+            application, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSING_SECONDS
+        )
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, self.host, self.port).start()
+        except BaseException:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+        self._closing.clear()
+        self.port = runner.addresses[0][1]
+
+    async def aclose(self) -> None:
+        """Stop listening and cut off whoever is still being answered."""
+        self._closing.set()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        start = asyncio.get_running_loop().time()
+        number = self.calls + 1
+        try:
+            self._authorize(request)
+            raw = await request.read()
+            body = _json_object(raw)
+            number = self.admit(body)
+            prompt = self.read(body) if len(raw) <= MAX_INLINE_BYTES else await asyncio.to_thread(self.read, body)
+            reply = self.reply(prompt)
+        except EndpointError as error:
+            return _error_response(error, number)
+        try:
+            if body.get("stream"):
+                return await self._stream(request, body, reply, start, number)
+            return await self._whole(request, body, reply, start, number)
+        except asyncio.CancelledError:
+            self.disconnects += not self._closing.is_set()
+            raise
+
+    def _authorize(self, request: web.Request) -> None:
+        if self.api_keys is None:
+            return
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            message = "You didn't provide an API key. You need to provide your API key in an Authorization header."
+            raise EndpointError(401, message)
+        if key not in self.api_keys:
+            # As OpenAI does, echo the key with its middle blotted out.
+            message = f"Incorrect API key provided: {key[:4]}{'*' * 8}{key[-4:]}."
+            raise EndpointError(401, message, code="invalid_api_key")
+
+    async def _stream(
+        self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int
+    ) -> web.StreamResponse:
+        if reply.ending == "hang":
+            return await self._hang(request)
+        options = body.get("stream_options") or {}
+        include_usage = bool(options.get("include_usage")) and self.stream_options == "ok"
+        events = Events(reply, number, body["model"], include_usage=include_usage)
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "x-request-id": request_id(number),
+            }
+        )
+        tail = events.tail() if reply.ending == "done" else b""
+        # The head and the tail travel with the pieces next to them, so that a reply without delay is one write.
+        held = events.head()
+        try:
+            await response.prepare(request)
+            async for first, end in paced(reply.times, start):
+                held += events.pieces(first, end) + (tail if end == len(reply.times) else b"")
+                await response.write(held)
+                held = b""
+            if held:
+                await response.write(held + tail)
+        except ConnectionError:
+            self.disconnects += 1
+            return response
+        if include_usage and reply.ending == "done":
+            self.reported += reply.usage
+        await self._break(request, reply)
+        return response
+
+    async def _whole(
+        self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int
+    ) -> web.StreamResponse:
+        await sleep_until(start + reply.duration)
+        if reply.ending == "hang":
+            return await self._hang(request)
+        content = msgspec.json.encode(completion_object(reply, number, body["model"]))
+        headers = {"Content-Type": "application/json", "x-request-id": request_id(number)}
+        if reply.ending in ("done", "cut"):
+            self.reported += reply.usage
+            return web.Response(body=content, headers=headers)
+        response = web.StreamResponse(headers=headers)
+        response.content_length = len(content)
+        await response.prepare(request)
+        await response.write(content[: len(content) // 2])
+        await self._break(request, reply)
+        return response
+
+    async def _break(self, request: web.Request, reply: SimulatedReply) -> None:
+        """Leave a reply unfinished, if that is how it ends."""
+        if reply.ending == "stall":
+            await self._closing.wait()
+        if reply.ending in ("reset", "stall"):
+            _abort(request)
+
+    async def _hang(self, request: web.Request) -> web.StreamResponse:
+        """Say nothing until one of the two sides closes."""
+        await self._closing.wait()
+        _abort(request)
+        return web.Response()
+
+    async def _list_models(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._authorize(request)
+        except EndpointError as error:
+            return _error_response(error, self.calls)
+        models = [{"id": name, "object": "model", "created": CREATED, "owned_by": "microbatch"} for name in self.models]
+        return web.json_response({"object": "list", "data": models})
+
+    async def _unknown(self, request: web.Request) -> web.StreamResponse:
+        return _error_response(EndpointError(404, f"Invalid URL ({request.method} {request.path})"), self.calls)
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise EndpointError(400, "We could not parse the JSON body of your request. The API expects a JSON payload.")
+    return body
+
+
+def _error_response(error: EndpointError, number: int) -> web.Response:
+    headers = {"x-request-id": request_id(number)}
+    if error.retry_after is not None:
+        headers["retry-after"] = f"{error.retry_after:g}"
+    return web.json_response(error_object(error), status=error.status, headers=headers)
+
+
+def _abort(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()

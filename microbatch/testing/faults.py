@@ -1,0 +1,233 @@
+"""The ways in which a model's reply, or the wire under it, goes wrong. Nothing here does I/O or remembers anything."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from microbatch.errors import ConfigError
+from microbatch.policy import at_least, one_of, whole
+from microbatch.testing.answers import json_types, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ElementKind = Literal[
+    "missing",  # one element is left out
+    "duplicate",  # one element comes twice
+    "shifted_back",  # the model skips an item: from there on element k stands under the id of k-1, and the last id is gone
+    "shifted_forward",  # the model skips an id: from there on element k stands under the id of k+1, and the last answer is gone
+    "unknown",  # one element more, under an id that nobody asked for
+    "renamed",  # one element's id is replaced by one that nobody asked for, sometimes by its number alone
+    "reordered",  # the elements are shuffled
+    "empty_results",  # no element at all
+    "wrong_type",  # one answer has a JSON type or a label that its schema does not allow
+]
+TextKind = Literal[
+    "broken_json",  # one element: a stray quote, a raw newline, a bad escape, an unterminated string or a missing brace
+    "fenced",  # a Markdown fence around the reply, prose full of brackets around that
+    "whitespace",  # nothing but spaces, ended properly
+    "truncated",  # cut at some token, finish_reason "length"
+    "refusal",  # the model declines: `refusal` instead of `content`
+]
+WireKind = Literal[
+    "filtered",  # a content filter: 400, or a reply cut with finish_reason "content_filter"
+    "cut",  # the stream just ends: no finish_reason, no [DONE]; when not streamed, finish_reason null
+    "reset",  # the connection breaks in the middle
+    "stall",  # the reply stops in the middle and the connection stays open
+    "hang",  # nothing is ever answered
+    "http_400",
+    "http_429",
+    "http_500",
+]
+Kind = Literal[ElementKind, TextKind, WireKind]
+On = Literal["combined", "single", "all"]
+
+Element: TypeAlias = "tuple[str, Any]"
+
+_LETTERS = "bcdfghjkmnpqrstvwxz"
+_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_UNIT = re.compile(r"\\u[0-9a-fA-F]{4}|\\.|[^\\]", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Which replies go wrong, and how.
+
+    The choice depends on the seed and on how many replies could have gone wrong before, so a run in the same order repeats.
+    A single call has one answer and no ids: the kinds about elements (all of `ElementKind` but "wrong_type") leave it
+    "whitespace", and so do the kinds about JSON when its answer is free text.
+
+    Args:
+        kinds: One kind or several to draw from.
+        rate: Share of the replies that go wrong, from 0 to 1.
+        on: Which calls can go wrong.
+        seed: Another seed makes other choices.
+        limit: Most replies to spoil; None sets no limit.
+        retry_after: Seconds that an "http_429" asks to wait, or None to leave that open.
+
+    Raises:
+        ConfigError: A kind or word is unknown, there is no kind, or a number is out of range.
+    """
+
+    kinds: Kind | Sequence[Kind]
+    _: KW_ONLY
+    rate: float = 0.2
+    on: On = "combined"
+    seed: int = 0
+    limit: int | None = None
+    retry_after: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        kinds = self._kinds
+        if not kinds:
+            raise ConfigError("kinds must name at least one fault")
+        for kind in kinds:
+            one_of(Kind, kinds=kind)
+        one_of(On, on=self.on)
+        whole(0, limit=self.limit)
+        at_least(0, rate=self.rate, retry_after=self.retry_after)
+        if self.rate > 1:
+            raise ConfigError(f"rate must be at most 1, got {self.rate!r}")
+
+    @property
+    def _kinds(self) -> tuple[Kind, ...]:
+        return (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+
+    def concern(self, *, combined: bool) -> bool:
+        """Tell whether such a call can go wrong."""
+        return self.on == "all" or (self.on == "combined") == combined
+
+    def draw(self, number: int, spoiled: int) -> Fault | None:
+        """Decide about one reply.
+
+        Args:
+            number: How many replies of the kind concerned there were before.
+            spoiled: How many of them went wrong.
+        """
+        if self.limit is not None and spoiled >= self.limit:
+            return None
+        draw = random.Random(f"{self.seed}:{number}")  # noqa: S311 - repeatable, not secret
+        return Fault(draw.choice(self._kinds), draw) if draw.random() < self.rate else None
+
+
+_ABOUT_IDS = frozenset(get_args(ElementKind)) - {"wrong_type"}
+_ABOUT_JSON = frozenset({"wrong_type", "broken_json", "fenced"})
+
+
+class Fault:
+    """One fault, ready to be done to one reply.
+
+    Attributes:
+        kind: What goes wrong.
+        random: Where; each use draws on.
+    """
+
+    def __init__(self, kind: Kind, draw: random.Random) -> None:
+        self.kind: Kind = kind
+        self.random = draw
+
+    def for_single(self, *, typed: bool) -> Fault:
+        """Return this fault as a single call can show it."""
+        if self.kind in _ABOUT_IDS or (self.kind in _ABOUT_JSON and not typed):
+            return Fault("whitespace", self.random)
+        return self
+
+    def elements(self, elements: list[Element], schema: dict[str, Any] | None) -> list[Element]:
+        """Return what becomes of a combined reply's elements, whose answers have *schema* (None: strings)."""
+        at = self.random.randrange(len(elements))
+        before, (name, answer), after = elements[:at], elements[at], elements[at + 1 :]
+        match self.kind:
+            case "missing":
+                return before + after
+            case "duplicate":
+                again = self.random.randint(at + 1, len(elements))
+                return [*elements[:again], (name, answer), *elements[again:]]
+            case "shifted_back":
+                names = [each for each, _ in elements[:-1]]
+                return list(zip(names, [answer for _, answer in before + after], strict=True))
+            case "shifted_forward":
+                names = [each for each, _ in before + after]
+                return list(zip(names, [answer for _, answer in elements[:-1]], strict=True))
+            case "unknown":
+                return [*before, (self.stranger(name, elements), answer), (name, answer), *after]
+            case "renamed":
+                return [*before, (self.stranger(name, elements), answer), *after]
+            case "reordered":
+                return self._shuffled(elements)
+            case "empty_results":
+                return []
+            case "wrong_type":
+                return [*before, (name, self.wrong(answer, schema or {"type": "string"})), *after]
+            case _:
+                return elements
+
+    def _shuffled(self, elements: list[Element]) -> list[Element]:
+        shuffled = self.random.sample(elements, len(elements))
+        return shuffled if shuffled != elements else elements[1:] + elements[:1]
+
+    def stranger(self, name: str, elements: list[Element]) -> str:
+        """Return an id that nobody asked for: other letters, another number, or the number alone."""
+        number = name.rstrip(_LETTERS)
+        letters = "".join(self.random.choices(_LETTERS, k=5))
+        drawn = self.random.choice([number + letters, f"{len(elements) + 1}{letters}", number])
+        # A chance of one in millions, but then the fault would be a worse one than it says.
+        return drawn if all(drawn != each for each, _ in elements) else f"{len(elements) + 1}{letters}"
+
+    def wrong(self, answer: Any, schema: dict[str, Any]) -> Any:
+        """Return a value that *schema* does not admit; *answer* itself if it admits everything."""
+        samples: dict[str, Any] = {
+            "null": None,
+            "boolean": True,
+            "number": 4217,
+            "string": "none of these",
+            "array": [[]],
+            "object": {"?": 0},
+        }
+        allowed = json_types(schema, schema)
+        values = [value for name, value in samples.items() if name not in allowed]
+        if "string" in allowed and resolve(schema, schema).keys() & {"enum", "const"}:
+            values.append(samples["string"])
+        return self.random.choice(values) if values else answer
+
+    def broken(self, element: str) -> str:
+        """Return the JSON of an element, or of a single answer, so damaged that it is JSON no more."""
+        # The id of an element stays readable: what is damaged is the answer.
+        start = element.find('"answer":') + len('"answer":') if '"answer":' in element else 0
+        strings = [found for found in _STRING.finditer(element, start) if found.group(1)]
+        ways = ["missing brace"]
+        if strings:
+            ways += ["quote", "newline", "escape", "unterminated"]
+        way = self.random.choice(ways)
+        if way == "missing brace":
+            # A bare number has none to lose, and would only become another number.
+            return element[:-1] if element[-1] in '}]"' else element + "}"
+        string = self.random.choice(strings)
+        if way == "unterminated":
+            return element[: string.end() - 1] + element[string.end() :]
+        # Between whole units, or the insertion would only change an escape into another.
+        edges = [unit.start() for unit in _UNIT.finditer(string.group(1))]
+        at = string.start(1) + self.random.choice(edges)
+        return element[:at] + {"quote": '"', "newline": "\n", "escape": "\\q"}[way] + element[at:]
+
+    def fenced(self) -> tuple[str, str]:
+        """Return what stands before and after the JSON of a fenced reply."""
+        before = self.random.choice(
+            [
+                "Here are the results:\n",
+                "Sure! I read [all] of them, {each} on its own:\n\n",
+                'As [1] asked, the "results" {"id", "answer"} follow.\n',
+            ]
+        )
+        after = self.random.choice(["", "\n\nLet me know if [anything] is {missing}!", "\n\nNote: ids as in [ID]."])
+        return f"{before}```json\n", f"\n```{after}"
+
+    def cut(self, length: int) -> int:
+        """Return how much of something *length* long is left when it is cut: not all, and something if there are two."""
+        return self.random.randint(min(1, length - 1), length - 1) if length else 0
+
+
+WHITESPACE = "  \n "
+REFUSAL = "I'm sorry, but I can't help with that."

@@ -1,0 +1,431 @@
+"""The simulated model: reads a chat completions request off the wire and says what comes back, and when.
+
+It knows the combined prompt only from its words, as a real model does, and shares no code with what composes them. It does
+no I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within the process.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import msgspec
+
+from microbatch.messages import Usage
+from microbatch.policy import one_of, whole
+from microbatch.testing.answers import simulated_answer, unwrap
+from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
+from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
+from microbatch.testing.pace import Latency
+from microbatch.testing.reading import (
+    EndpointError,
+    Prompt,
+    ResponseFormat,
+    check_messages,
+    check_strict,
+    response_format,
+    understand,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+NO_DELAY = Latency(first_token=None, tokens_per_second=None)
+
+Accepts = Literal["ok", "400"]
+Fails = Literal["ok", "400", "500"]
+MaxTokensName = Literal["max_tokens", "max_completion_tokens"]
+StreamOptions = Literal["ok", "400", "ignored"]
+Ending = Literal["done", "cut", "reset", "stall", "hang"]
+
+
+class SimulatedReply(msgspec.Struct):
+    """What comes back, and when.
+
+    Attributes:
+        pieces: The text in pieces; only what comes before the line breaks, if it does.
+        times: When each piece is due, in seconds after the request's arrival.
+        finish_reason: Why the model stopped; None if it never says.
+        usage: What is reported and paid.
+        ending: "done", or how the line fails: the stream just ends ("cut"), the connection breaks ("reset"), nothing
+            more comes ("stall"), or nothing comes at all ("hang").
+        refusal: Whether the text is a refusal.
+    """
+
+    pieces: Pieces
+    times: list[float]
+    finish_reason: str | None
+    usage: Usage
+    ending: Ending = "done"
+    refusal: bool = False
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the request's arrival until the reply is whole."""
+        return self.times[-1] if self.times else 0.0
+
+
+class ModelOptions(TypedDict, total=False):
+    """The options of `SimulatedModel`, which `SimulatedEndpoint` takes as well."""
+
+    answer: Callable[[str, dict[str, Any] | None], Any]
+    latency: Latency
+    faults: Faults | None
+    context_tokens: int | None
+    json_schema: Fails
+    json_object: Accepts
+    max_tokens_name: MaxTokensName | None
+    temperature_fixed: bool
+    stream_supported: bool
+    stream_options: StreamOptions
+    strict_schemas: bool
+    count_schema: bool
+    cached_prefixes: bool
+    record: bool
+
+
+class SimulatedModel:
+    """A model behind an OpenAI-compatible endpoint.
+
+    Args:
+        answer: Takes the text of an item's last user message and the JSON Schema of one answer (None: free text) and returns
+            the answer. A schema `{"answer": S}`, which clients wrap around what is no object, is unwrapped before and the
+            answer wrapped after, so that it is asked the same for a single call as within a batch.
+        latency: How fast it answers. Not at all delayed by default.
+        faults: Which replies go wrong; None: none.
+        context_tokens: Most tokens of prompt and reply together; more is refused with "context_length_exceeded".
+        json_schema: "400" refuses response_format json_schema as OpenAI-like servers do, "500" as llama-cpp-python does.
+        json_object: "400" refuses response_format json_object.
+        max_tokens_name: The only name that the limit on the reply may have; None accepts both.
+        temperature_fixed: Refuse any temperature but 1, as reasoning models do.
+        stream_supported: Whether "stream": true is accepted.
+        stream_options: "400" refuses stream_options; "ignored" never reports usage in a stream.
+        strict_schemas: Refuse a strict schema outside the subset that OpenAI enforces (closed objects, no optional properties).
+        count_schema: Count a response_format's schema as part of the prompt, as providers do.
+        cached_prefixes: Report cached_tokens as OpenAI does: prefixes seen before, from 1,024 tokens in steps of 128.
+        record: Keep the bodies of all requests in `requests` and the texts of all replies in `replies`.
+
+    Attributes:
+        calls: Requests that were well-formed JSON, refused ones included.
+        combined_calls: Combined prompts that were understood and not refused for their parameters.
+        single_calls: The other calls that were.
+        items: Items of the combined prompts and single calls.
+        prompt_tokens: Tokens of the prompts that were answered, whether or not anybody read the answer.
+        completion_tokens: Tokens that were generated for them.
+        reported: The usage that was really put on the wire. A stream that breaks off or ends without usage is missing here.
+        faulted: Replies that were spoiled.
+        disconnects: Clients that left before the reply was whole.
+        requests: Bodies of the requests, if `record`.
+        replies: Texts of the replies, if `record`; "" for an error.
+
+    Raises:
+        ConfigError: A word is unknown or a limit below its minimum.
+    """
+
+    def __init__(
+        self,
+        *,
+        answer: Callable[[str, dict[str, Any] | None], Any] = simulated_answer,
+        latency: Latency = NO_DELAY,
+        faults: Faults | None = None,
+        context_tokens: int | None = None,
+        json_schema: Fails = "ok",
+        json_object: Accepts = "ok",
+        max_tokens_name: MaxTokensName | None = None,
+        temperature_fixed: bool = False,
+        stream_supported: bool = True,
+        stream_options: StreamOptions = "ok",
+        strict_schemas: bool = True,
+        count_schema: bool = True,
+        cached_prefixes: bool = False,
+        record: bool = False,
+    ) -> None:
+        one_of(Fails, json_schema=json_schema)
+        one_of(Accepts, json_object=json_object)
+        one_of(MaxTokensName, max_tokens_name=max_tokens_name)
+        one_of(StreamOptions, stream_options=stream_options)
+        whole(1, context_tokens=context_tokens)
+        self.answer = answer
+        self.latency = latency
+        self.faults = faults
+        self.context_tokens = context_tokens
+        self.json_schema = json_schema
+        self.json_object = json_object
+        self.max_tokens_name = max_tokens_name
+        self.temperature_fixed = temperature_fixed
+        self.stream_supported = stream_supported
+        self.stream_options = stream_options
+        self.strict_schemas = strict_schemas
+        self.count_schema = count_schema
+        self.record = record
+        self.calls = self.combined_calls = self.single_calls = self.items = 0
+        self.prompt_tokens = self.completion_tokens = self.faulted = self.disconnects = 0
+        self.reported = Usage()
+        self.requests: list[dict[str, Any]] = []
+        self.replies: list[str] = []
+        self._concerned = 0
+        self._prefixes = _Prefixes() if cached_prefixes else None
+
+    def admit(self, body: dict[str, Any]) -> int:
+        """Count a request, keep it if `record`, and return its number, from 1."""
+        self.calls += 1
+        if self.record:
+            self.requests.append(body)
+        return self.calls
+
+    def read(self, body: dict[str, Any]) -> Prompt:
+        """Check and understand a request; changes nothing, so a thread may do it.
+
+        Raises:
+            EndpointError: The request is malformed, asks for what this endpoint does not support, or is too long.
+        """
+        check_messages(body)
+        self._check_parameters(body)
+        form = response_format(body)
+        self._check_format(form, body["messages"])
+        tokens = prompt_tokens(body["messages"])
+        if form.schema is not None and self.count_schema:
+            tokens += text_tokens(compact(form.schema))
+        max_tokens = _max_tokens(body)
+        self._check_context(tokens, max_tokens)
+        return understand(body, tokens=tokens, max_tokens=max_tokens)
+
+    def _check_parameters(self, body: Mapping[str, Any]) -> None:
+        for name, other in (("max_tokens", "max_completion_tokens"), ("max_completion_tokens", "max_tokens")):
+            if self.max_tokens_name == other and body.get(name) is not None:
+                message = f"Unsupported parameter: '{name}' is not supported with this model. Use '{other}' instead."
+                raise EndpointError(400, message, param=name, code="unsupported_parameter")
+        temperature = body.get("temperature")
+        if self.temperature_fixed and temperature is not None and temperature != 1:
+            message = (
+                f"Unsupported value: 'temperature' does not support {temperature} with this model. "
+                "Only the default (1) value is supported."
+            )
+            raise EndpointError(400, message, param="temperature", code="unsupported_value")
+        if body.get("stream") and not self.stream_supported:
+            message = "Unsupported value: 'stream' does not support true with this model. Supported values are: false."
+            raise EndpointError(400, message, param="stream", code="unsupported_value")
+        if body.get("stream_options") is not None:
+            if not body.get("stream"):
+                message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+                raise EndpointError(400, message, param="stream_options")
+            if self.stream_options == "400":
+                message = "Unsupported parameter: 'stream_options' is not supported with this model."
+                raise EndpointError(400, message, param="stream_options", code="unsupported_parameter")
+
+    def _check_format(self, form: ResponseFormat, messages: Sequence[Mapping[str, Any]]) -> None:
+        if form.kind == "json_schema":
+            if self.json_schema == "500":
+                message = (
+                    "[{'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), "
+                    "'msg': \"Input should be 'text' or 'json_object'\", 'input': 'json_schema'}]"
+                )
+                raise EndpointError(500, message, kind="internal_server_error")
+            if self.json_schema == "400":
+                message = "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."
+                raise EndpointError(400, message, param="response_format", code="unsupported_value")
+            if self.strict_schemas:
+                check_strict(form)
+        elif form.kind == "json_object":
+            if self.json_object == "400":
+                message = "Invalid parameter: 'response_format' of type 'json_object' is not supported with this model."
+                raise EndpointError(400, message, param="response_format", code="unsupported_value")
+            if not any("json" in content_text(message.get("content")).lower() for message in messages):
+                message = "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'."
+                raise EndpointError(400, message, param="messages")
+
+    def _check_context(self, tokens: int, max_tokens: int | None) -> None:
+        if self.context_tokens is None or tokens + (max_tokens or 0) <= self.context_tokens:
+            return
+        asked = (
+            f"your messages resulted in {tokens} tokens"
+            if max_tokens is None
+            else f"you requested {tokens + max_tokens} tokens ({tokens} in the messages, {max_tokens} in the completion)"
+        )
+        message = (
+            f"This model's maximum context length is {self.context_tokens} tokens. However, {asked}. "
+            "Please reduce the length of the messages or completion."
+        )
+        raise EndpointError(400, message, param="messages", code="context_length_exceeded")
+
+    def reply(self, prompt: Prompt) -> SimulatedReply:
+        """Answer what was read, and count it.
+
+        Raises:
+            EndpointError: The reply is spoiled by a fault that is an error response.
+        """
+        self.combined_calls += prompt.combined
+        self.single_calls += not prompt.combined
+        self.items += len(prompt.items)
+        fault = self._fault(prompt)
+        try:
+            if fault is not None:
+                _raise_error(fault, self.faults.retry_after if self.faults else None)
+        except EndpointError:
+            if self.record:
+                self.replies.append("")
+            raise
+        text, ends = self._text(prompt, fault)
+        reply = self._finish(prompt, split(text), ends, fault)
+        if reply.ending != "hang":
+            self.prompt_tokens += reply.usage.prompt_tokens
+            self.completion_tokens += reply.usage.completion_tokens
+        if self.record:
+            self.replies.append(reply.pieces.text)
+        return reply
+
+    def _fault(self, prompt: Prompt) -> Fault | None:
+        if self.faults is None or not self.faults.concern(combined=prompt.combined):
+            return None
+        fault = self.faults.draw(self._concerned, self.faulted)
+        self._concerned += 1
+        self.faulted += fault is not None
+        if fault is not None and not prompt.combined:
+            return fault.for_single(typed=prompt.schema is not None and not prompt.as_text)
+        return fault
+
+    def _text(self, prompt: Prompt, fault: Fault | None) -> tuple[str, list[int]]:
+        """Return the reply's text and where each element ends in it."""
+        if fault is not None and fault.kind in ("whitespace", "refusal"):
+            return (WHITESPACE if fault.kind == "whitespace" else REFUSAL), []
+        if prompt.combined:
+            text, ends = _results(self._elements(prompt, fault), fault)
+        else:
+            text = self._single(prompt, fault)
+            ends = [len(text)]
+        if fault is not None and fault.kind == "fenced":
+            before, after = fault.fenced()
+            return before + text + after, [end + len(before) for end in ends]
+        return text, ends
+
+    def _elements(self, prompt: Prompt, fault: Fault | None) -> list[Element]:
+        elements = [(name, self._value(text, prompt)) for name, text in prompt.items]
+        if fault is None:
+            return elements
+        return fault.elements(elements, None if prompt.as_text else prompt.schema)
+
+    def _single(self, prompt: Prompt, fault: Fault | None) -> str:
+        value = self._value(prompt.items[0][1], prompt)
+        if prompt.schema is None or prompt.as_text:
+            return compact({"answer": value}) if prompt.bare else str(value)
+        if fault is not None and fault.kind == "wrong_type":
+            inner = unwrap(prompt.schema)
+            value = (
+                fault.wrong(value, prompt.schema) if inner is None else {"answer": fault.wrong(value["answer"], inner)}
+            )
+        text = compact(value)
+        return fault.broken(text) if fault is not None and fault.kind == "broken_json" else text
+
+    def _value(self, text: str, prompt: Prompt) -> Any:
+        """Return the answer to one item; the same wherever it is asked."""
+        if prompt.schema is None:
+            return str(self.answer(text, None))
+        inner = unwrap(prompt.schema)
+        value = self.answer(text, prompt.schema) if inner is None else {"answer": self.answer(text, inner)}
+        return compact(value) if prompt.as_text else value
+
+    def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
+        """Cut the reply where limits and faults want it, and say how it ends."""
+        finish_reason: str | None = "stop"
+        limits = [] if prompt.max_tokens is None else [prompt.max_tokens]
+        if self.context_tokens is not None:
+            limits.append(self.context_tokens - prompt.tokens)
+        if limits and pieces.tokens > min(limits):
+            pieces, finish_reason = pieces.within(min(limits)), "length"
+        ending: Ending = "done"
+        match fault.kind if fault is not None else None:
+            case "truncated":
+                pieces, finish_reason = _cut(pieces, fault), "length"
+            case "filtered":
+                pieces, finish_reason = _cut(pieces, fault), "content_filter"
+            case "cut" | "reset" | "stall" as ending:
+                pieces, finish_reason = _cut(pieces, fault), None
+            case "hang" as ending:
+                pieces, finish_reason = pieces.head(0), None
+        cached = self._prefixes.seen(prompt.body["messages"]) if self._prefixes is not None else 0
+        return SimulatedReply(
+            pieces=pieces,
+            times=self.latency.times(pieces, ends),
+            finish_reason=finish_reason,
+            usage=Usage(prompt.tokens, pieces.tokens, cached),
+            ending=ending,
+            refusal=fault is not None and fault.kind == "refusal",
+        )
+
+
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
+    limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
+    for limit in limits:
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise EndpointError(
+                400, f"Invalid max_tokens: expected an integer >= 1, but got {limit!r}.", param="max_tokens"
+            )
+    return min(limits, default=None)
+
+
+def _cut(pieces: Pieces, fault: Fault | None) -> Pieces:
+    return pieces if fault is None else pieces.head(fault.cut(len(pieces.texts)))
+
+
+def _raise_error(fault: Fault, retry_after: float | None) -> None:
+    """Raise the error response that *fault* is, if it is one."""
+    match fault.kind:
+        case "http_400":
+            raise EndpointError(
+                400, "Invalid prompt: the request could not be processed.", param="messages", code="invalid_value"
+            )
+        case "http_429":
+            message = "Rate limit reached for requests. Please slow down."
+            raise EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
+        case "http_500":
+            raise EndpointError(
+                500, "The server had an error while processing your request. Sorry!", kind="server_error"
+            )
+        case "filtered" if fault.random.random() < 0.5:  # noqa: PLR2004 - a coin
+            raise EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
+        case _:
+            return
+
+
+def _results(elements: Iterable[Element], fault: Fault | None) -> tuple[str, list[int]]:
+    """Return a combined reply on one line, and where each element ends in it."""
+    texts = [compact({"id": name, "answer": answer}) for name, answer in elements]
+    if fault is not None and fault.kind == "broken_json":
+        at = fault.random.randrange(len(texts))
+        texts[at] = fault.broken(texts[at])
+    ends = []
+    position = len('{"results":[')
+    for text in texts:
+        ends.append(position + len(text))
+        position = ends[-1] + 1
+    return '{"results":[' + ",".join(texts) + "]}", ends
+
+
+class _Prefixes:
+    """Which prompt prefixes were seen before, as digests; the last 10,000."""
+
+    LEAST = 1_024
+    STEP = 128
+    MOST = 10_000
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+
+    def seen(self, messages: Iterable[Mapping[str, Any]]) -> int:
+        """Return how many tokens of the prompt's start were seen before, and remember it."""
+        tokens = [
+            token for each in messages for token in encode(f"{each.get('role')}\n{content_text(each.get('content'))}\n")
+        ]
+        cached = 0
+        digest = blake2b(digest_size=16)
+        for end in range(self.STEP, len(tokens) + 1, self.STEP):
+            digest.update(repr(tokens[end - self.STEP : end]).encode())
+            key = digest.digest()
+            if key in self._known and end >= self.LEAST:
+                cached = end
+            self._known[key] = None
+            self._known.move_to_end(key)
+        while len(self._known) > self.MOST:
+            self._known.popitem(last=False)
+        return cached

@@ -1,0 +1,90 @@
+"""How long the simulated model takes: the instant at which each piece of a reply is due."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from microbatch.policy import at_least
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from microbatch.testing.counting import Pieces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """How fast the model answers. For every duration and rate, None and 0 mean no delay.
+
+    Args:
+        first_token: Seconds from the request's arrival to the first token.
+        tokens_per_second: Rate of the tokens after that.
+        element: Seconds for each element of a combined reply, in place of the token rate: element k, from 1, arrives whole
+            at `first_token` + k x `element`. A single reply is one element.
+
+    Raises:
+        ConfigError: A number is negative.
+    """
+
+    first_token: float | None = 0.5
+    tokens_per_second: float | None = 80.0
+    element: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least(0, first_token=self.first_token, tokens_per_second=self.tokens_per_second, element=self.element)
+
+    def times(self, pieces: Pieces, element_ends: Sequence[int]) -> list[float]:
+        """Return the instant each piece is due, in seconds after the request's arrival.
+
+        Args:
+            pieces: The reply.
+            element_ends: Where in the text each element ends. What follows the last one comes with it.
+        """
+        first = self.first_token or 0.0
+        if self.element:
+            return self._by_element(pieces, element_ends, first, self.element)
+        if not self.tokens_per_second:
+            return [first] * len(pieces.texts)
+        before = [0, *pieces.ends]
+        return [first + count / self.tokens_per_second for count in before[: len(pieces.texts)]]
+
+    @staticmethod
+    def _by_element(pieces: Pieces, element_ends: Sequence[int], first: float, element: float) -> list[float]:
+        times: list[float] = []
+        done, position = 0, 0
+        for text in pieces.texts:
+            # A token may hold the end of one element and the start of the next; it is due when the former is.
+            while done < len(element_ends) - 1 and position >= element_ends[done]:
+                done += 1
+            times.append(first + (done + 1) * element)
+            position += len(text)
+        return times
+
+
+async def paced(times: Sequence[float], start: float) -> AsyncIterator[tuple[int, int]]:
+    """Yield ranges of pieces as they fall due, sleeping in between.
+
+    Whoever is behind gets all that is due in one range, so rates far beyond the clock's resolution are kept.
+
+    Args:
+        times: The instant of each piece, ascending, in seconds after *start*.
+        start: `loop.time()` at the request's arrival.
+    """
+    loop = asyncio.get_running_loop()
+    sent = 0
+    while sent < len(times):
+        await sleep_until(start + times[sent])
+        # Not less than one: the clock's rounding may wake us a hair early.
+        due = bisect_right(times, loop.time() - start, lo=sent + 1)
+        yield sent, due
+        sent = due
+
+
+async def sleep_until(when: float) -> None:
+    """Sleep until `loop.time()` is *when*; return at once if that has passed."""
+    delay = when - asyncio.get_running_loop().time()
+    if delay > 0:
+        await asyncio.sleep(delay)

@@ -1,0 +1,248 @@
+"""How the simulated model reads a request: its own parser of the wire, and the refusals of a strict endpoint.
+
+A combined prompt is known by its words alone, as a real model knows it; no code is shared with what composes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microbatch.testing.counting import content_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+REPLY_SHAPE = '{"results":[{"id":"...","answer":...}]}'
+SCHEMA_WORDS = "JSON Schema: "
+
+_SYSTEM = ("system", "developer")
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_ITEM = re.compile(r'\[([0-9]+[bcdfghjkmnpqrstvwxz]{5})\] (".*")')
+
+
+class EndpointError(Exception):
+    """The endpoint answers with an error, in OpenAI's shape.
+
+    Attributes:
+        status: HTTP status.
+        error: The object under "error".
+        retry_after: Seconds to name in the retry-after header, or None for no header.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+        self.retry_after = retry_after
+
+
+class Prompt(msgspec.Struct):
+    """A request as the model understands it.
+
+    Attributes:
+        body: The request's JSON.
+        items: Id and text of each item of a combined prompt; of a single call the one text, under the id "".
+        combined: Whether it is a combined prompt.
+        schema: JSON Schema of one answer, or None for free text.
+        as_text: The schema is in a caller's own words only, and the answer is text that holds JSON.
+        bare: There is no schema, but the reply must be a JSON object all the same.
+        tokens: Tokens of the prompt, the schema's included if the endpoint counts them.
+        max_tokens: Most tokens to generate, or None.
+    """
+
+    body: dict[str, Any]
+    items: list[tuple[str, str]]
+    combined: bool
+    schema: dict[str, Any] | None
+    as_text: bool
+    bare: bool
+    tokens: int
+    max_tokens: int | None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """What a request's response_format asks for.
+
+    Attributes:
+        kind: "text", "json_object" or "json_schema".
+        name: The schema's name.
+        schema: The schema, or None unless *kind* is "json_schema".
+        strict: Whether the schema is to be enforced.
+    """
+
+    kind: str = "text"
+    name: str = ""
+    schema: dict[str, Any] | None = None
+    strict: bool = False
+
+
+def check_messages(body: Mapping[str, Any]) -> None:
+    """Check the fields without which there is no call.
+
+    Raises:
+        EndpointError: Messages or model are missing.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise EndpointError(
+            400, "Missing required parameter: 'messages'.", param="messages", code="missing_required_parameter"
+        )
+    if not body.get("model"):
+        raise EndpointError(400, "you must provide a model parameter")
+
+
+def response_format(body: Mapping[str, Any]) -> ResponseFormat:
+    """Return what response_format asks for.
+
+    Raises:
+        EndpointError: It is malformed, or its schema is none of an object.
+    """
+    form = body.get("response_format")
+    if form is None:
+        return ResponseFormat()
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise EndpointError(400, "Invalid value for 'response_format'.", param="response_format", code="invalid_value")
+    if kind != "json_schema":
+        return ResponseFormat(kind)
+    named = form.get("json_schema")
+    if not isinstance(named, dict) or not _NAME.fullmatch(str(named.get("name", ""))):
+        message = "Missing required parameter: 'response_format.json_schema.name'."
+        raise EndpointError(400, message, param="response_format.json_schema", code="missing_required_parameter")
+    schema = named.get("schema")
+    if not isinstance(schema, dict) or schema.get("type") != "object":
+        message = (
+            f"Invalid schema for response_format '{named['name']}': schema must be a JSON Schema of 'type: \"object\"'."
+        )
+        raise EndpointError(400, message, param="response_format")
+    return ResponseFormat(kind, named["name"], schema, bool(named.get("strict")))
+
+
+def check_strict(form: ResponseFormat) -> None:
+    """Check that a strict schema keeps to the subset that OpenAI enforces.
+
+    Raises:
+        EndpointError: An object is open or has optional properties, or a keyword is not in the subset.
+    """
+    if form.strict and form.schema is not None:
+        complaint = _complaint(form.schema, ())
+        if complaint is not None:
+            raise EndpointError(
+                400, f"Invalid schema for response_format '{form.name}': {complaint}", param="response_format"
+            )
+
+
+def _complaint(schema: Any, context: tuple[str, ...]) -> str | None:
+    """Return what is wrong with a strict schema, in OpenAI's words, or None."""
+    if not isinstance(schema, dict):
+        return None
+    for keyword in ("allOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas"):
+        if keyword in schema:
+            return f"In context={context}, '{keyword}' is not permitted."
+    properties = schema.get("properties", {})
+    if schema.get("type") == "object" or properties:
+        if schema.get("additionalProperties") is not False:
+            return f"In context={context}, 'additionalProperties' is required to be supplied and to be false."
+        missing = [name for name in properties if name not in schema.get("required", ())]
+        if missing:
+            return (
+                f"In context={context}, 'required' is required to be supplied and to be an array including every key "
+                f"in properties. Missing '{missing[0]}'."
+            )
+    parts = [(("properties", name), part) for name, part in properties.items()]
+    parts += [(("$defs", name), part) for name, part in schema.get("$defs", {}).items()]
+    parts += [(("anyOf", str(i)), part) for i, part in enumerate(schema.get("anyOf", ()))]
+    parts += [(("prefixItems", str(i)), part) for i, part in enumerate(schema.get("prefixItems", ()))]
+    parts.append((("items", ""), schema.get("items")))
+    complaints = (_complaint(part, context + tuple(filter(None, names))) for names, part in parts)
+    return next(filter(None, complaints), None)
+
+
+def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> Prompt:
+    """Tell a combined prompt from a single call, and what answers it wants. *body* has passed the checks above."""
+    messages = body["messages"]
+    form = response_format(body)
+    last = content_text(messages[-1].get("content"))
+    instruction, items = _combined(last) if messages[-1].get("role") == "user" else ("", [])
+    schema = _in_words(instruction) if items else None
+    if schema is None and form.schema is not None:
+        schema = _of_one_answer(form.schema) if items else form.schema
+    # The words just before the question: a client's hint, or a caller's own prompt.
+    before = messages[-2] if len(messages) > 1 else {}
+    own_words = (
+        _in_words(content_text(before.get("content"))) if schema is None and before.get("role") in _SYSTEM else None
+    )
+    return Prompt(
+        body=body,
+        items=items or [("", last)],
+        combined=bool(items),
+        schema=own_words if schema is None else schema,
+        # A caller's own words ask for JSON, but what a batch takes from the model is still a string.
+        as_text=bool(items) and own_words is not None,
+        bare=form.kind == "json_object" and not items and schema is None and own_words is None,
+        tokens=tokens,
+        max_tokens=max_tokens,
+    )
+
+
+def _combined(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return the instruction and the items of a combined prompt; no items for any other text."""
+    if REPLY_SHAPE not in text:
+        return "", []
+    lines = text.removesuffix("\n").split("\n")
+    items: list[tuple[str, str]] = []
+    # The items are the last lines; whatever looks like one further up is an example.
+    for line in reversed(lines):
+        item = _item(line)
+        if item is None:
+            break
+        items.append(item)
+    instruction = "\n".join(lines[: len(lines) - len(items)])
+    return (instruction, items[::-1]) if REPLY_SHAPE in instruction else ("", [])
+
+
+def _item(line: str) -> tuple[str, str] | None:
+    found = _ITEM.fullmatch(line)
+    if found is None:
+        return None
+    try:
+        text = json.loads(found.group(2))
+    except ValueError:
+        return None
+    return (found.group(1), text) if isinstance(text, str) else None
+
+
+def _in_words(text: str) -> dict[str, Any] | None:
+    """Return the first JSON Schema that a text spells out, or None."""
+    for words in re.finditer(SCHEMA_WORDS, text):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(text, words.end())
+        except ValueError:
+            continue
+        if isinstance(schema, dict):
+            return schema
+    return None
+
+
+def _of_one_answer(reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the schema of one answer out of that of a combined reply; None if answers are strings."""
+    try:
+        schema = reply["properties"]["results"]["items"]["properties"]["answer"]
+    except (KeyError, TypeError):
+        return None
+    if schema == {"type": "string"}:
+        return None
+    return {**schema, **{key: reply[key] for key in ("$defs", "definitions") if key in reply}}

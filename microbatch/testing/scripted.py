@@ -1,0 +1,139 @@
+"""A transport that says what the model answers, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microbatch.messages import Usage
+from microbatch.protocols import ChatCall, Completion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_LINE = re.compile(r'^\[(\d+[a-z]{5})\] (".*")$', re.MULTILINE)
+
+
+class ScriptedCall:
+    """One call that a `ScriptedTransport` received.
+
+    Attributes:
+        call: The call itself.
+        items: Ids and texts of a combined prompt; for a single call, one item with the id "".
+        combined: Whether it was a combined prompt.
+        started: Loop time of its arrival, in seconds.
+        cancelled: Whether it was cancelled before it had been answered.
+    """
+
+    def __init__(self, call: ChatCall, started: float) -> None:
+        self.call = call
+        self.started = started
+        self.cancelled = False
+        last = call.messages[-1]["content"] if call.messages else ""
+        text = last if isinstance(last, str) else ""
+        lines = _LINE.findall(text) if '{"results":[{"id"' in text else []
+        self.combined = bool(lines)
+        self.items: list[tuple[str, str]] = [(name, msgspec.json.decode(line)) for name, line in lines] or [("", text)]
+
+    def reply(self, answers: Iterable[tuple[str, Any]]) -> str:
+        """Return the combined reply that holds *answers*, pairs of id and answer, in this order."""
+        elements = [{"id": name, "answer": answer} for name, answer in answers]
+        return msgspec.json.encode({"results": elements}).decode()
+
+
+Step = str | BaseException | Completion | Callable[[ScriptedCall], Any]
+"""What one call gets: the text of its reply; an exception, raised; a `Completion` without text; or a function of the call that
+returns one of these, or a pair of text and `Completion`."""
+
+
+class ScriptedTransport:
+    """Answers calls from a script, then by a function; a double for tests.
+
+    Args:
+        *script: A `Step` for each of the first calls, in order of arrival.
+        answer: What the model says to one item's text; a value other than a string is sent as JSON.
+        delay: Seconds before a reply.
+        piece: Characters a piece when streaming; None sends all at once.
+        interval: Seconds between pieces.
+        usage: Whether calls report usage, of a quarter token a character.
+
+    Attributes:
+        calls: The calls received, in order.
+        closed: How often it was closed.
+    """
+
+    def __init__(
+        self,
+        *script: Step,
+        answer: Callable[[str], Any] = str.upper,
+        delay: float = 0.0,
+        piece: int | None = None,
+        interval: float = 0.0,
+        usage: bool = True,
+    ) -> None:
+        self.calls: list[ScriptedCall] = []
+        self.closed = 0
+        self.model: str | None = None
+        self._script = list(script)
+        self._answer = answer
+        self._delay = delay
+        self._piece = piece
+        self._interval = interval
+        self._usage = usage
+
+    async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
+        """Answer *call* by the next step of the script, or by the answer function."""
+        received = ScriptedCall(call, asyncio.get_running_loop().time())
+        self.calls.append(received)
+        step: Any = self._script.pop(0) if self._script else self._usual
+        try:
+            if self._delay:
+                await asyncio.sleep(self._delay)
+            if callable(step):
+                step = step(received)
+                if asyncio.iscoroutine(step):
+                    step = await step
+            if isinstance(step, BaseException):
+                raise step
+            text, completion = step if isinstance(step, tuple) else ("", step) if isinstance(step, Completion) else (step, None)
+            await self._say(text, on_text, stream=call.stream)
+        except asyncio.CancelledError:
+            received.cancelled = True
+            raise
+        if isinstance(completion, BaseException):
+            raise completion
+        if completion is None:
+            completion = Completion("stop", usage=self._count(call, text) if self._usage else None)
+        return completion
+
+    async def _say(self, text: str, on_text: Callable[[str], None], *, stream: bool) -> None:
+        if not stream or self._piece is None:
+            if text:
+                on_text(text)
+            return
+        for start in range(0, len(text), self._piece):
+            if start and self._interval:
+                await asyncio.sleep(self._interval)
+            on_text(text[start : start + self._piece])
+
+    def _usual(self, received: ScriptedCall) -> str:
+        answers = [(name, self._answer(text)) for name, text in received.items]
+        if received.combined:
+            return received.reply(answers)
+        answer = answers[0][1]
+        if received.call.schema is None:
+            return answer if isinstance(answer, str) else msgspec.json.encode(answer).decode()
+        wrapped = list(received.call.schema.get("properties", {})) == ["answer"]
+        return msgspec.json.encode({"answer": answer} if wrapped else answer).decode()
+
+    def _count(self, call: ChatCall, text: str) -> Usage:
+        prompt = sum(len(str(message.get("content"))) for message in call.messages)
+        return Usage(prompt // 4, len(text) // 4)
+
+    async def aclose(self) -> None:
+        """Count the closing."""
+        self.closed += 1

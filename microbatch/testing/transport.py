@@ -1,0 +1,148 @@
+"""The simulated model within the process: no sockets, so it runs on a virtual clock as well."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from microbatch.errors import (
+    AuthFailed,
+    BadRequest,
+    ConnectFailed,
+    ContextTooLong,
+    Filtered,
+    RateLimited,
+    ServerError,
+    StatusError,
+    TransportTimeout,
+)
+from microbatch.protocols import ChatCall, Completion
+from microbatch.testing.counting import compact
+from microbatch.testing.pace import paced, sleep_until
+from microbatch.testing.reading import EndpointError
+from microbatch.testing.wire import completion_object, error_object, request_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from microbatch.testing.model import SimulatedModel, SimulatedReply
+
+MODEL = "simulated"
+
+
+class SimulatedTransport:
+    """A transport straight to a simulated model, with its latency and its faults.
+
+    Where the model refuses json_schema the call's hint goes into the prompt, as behind a transport that has learned so.
+
+    Args:
+        simulated: The model. Several transports may share one.
+    """
+
+    def __init__(self, simulated: SimulatedModel) -> None:
+        self.simulated = simulated
+
+    async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
+        """Make one attempt at *call*; see `Transport.send`.
+
+        Raises:
+            StatusError: The model refuses the call, or a fault is an error response.
+            ConnectFailed: A fault broke the connection.
+            TransportTimeout: The call's timeout passed.
+        """
+        timeout = asyncio.timeout(call.timeout)
+        try:
+            async with timeout:
+                return await self._send(call, on_text)
+        except TimeoutError as error:
+            if not timeout.expired():  # an answer function's own
+                raise
+            raise TransportTimeout(f"no answer within {call.timeout} s") from error
+
+    async def aclose(self) -> None:
+        """Do nothing: there are no connections."""
+
+    async def _send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
+        start = asyncio.get_running_loop().time()
+        # Over a network nothing is answered in the same step either.
+        await asyncio.sleep(0)
+        body = self._body(call)
+        number = self.simulated.admit(body)
+        try:
+            reply = self.simulated.reply(self.simulated.read(body))
+        except EndpointError as error:
+            raise _status_error(error, number) from error
+        try:
+            if call.stream:
+                async for first, end in paced(reply.times, start):
+                    for text in [] if reply.refusal else reply.pieces.texts[first:end]:
+                        on_text(text)
+            else:
+                await self._whole(reply, on_text, start)
+            if reply.ending in ("stall", "hang"):
+                await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            self.simulated.disconnects += 1
+            raise
+        if reply.ending == "reset":
+            raise ConnectFailed("the connection was reset in the middle of the reply")
+        return self._completion(call, reply, number, body["model"])
+
+    @staticmethod
+    async def _whole(reply: SimulatedReply, on_text: Callable[[str], None], start: float) -> None:
+        await sleep_until(start + reply.duration)
+        # Half a body that is not streamed is no JSON, so nothing of it can be read.
+        if reply.ending in ("done", "cut") and not reply.refusal:
+            on_text(reply.pieces.text)
+
+    def _completion(self, call: ChatCall, reply: SimulatedReply, number: int, model: str) -> Completion:
+        usage = (
+            None if call.stream and (reply.ending == "cut" or self.simulated.stream_options != "ok") else reply.usage
+        )
+        if usage is not None:
+            self.simulated.reported += usage
+        return Completion(
+            reply.finish_reason,
+            usage=usage,
+            model=model,
+            refusal=reply.pieces.text if reply.refusal else None,
+            request_id=request_id(number),
+            body=None if call.stream else completion_object(reply, number, model),
+        )
+
+    def _body(self, call: ChatCall) -> dict[str, Any]:
+        """Write the request that an HTTP transport would send."""
+        body: dict[str, Any] = {
+            "model": call.model or MODEL,
+            "messages": [dict(each) for each in call.messages],
+            **call.params,
+        }
+        if call.schema is not None:
+            if self.simulated.json_schema == "ok":
+                schema = {"name": "reply", "schema": dict(call.schema), "strict": False}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
+            elif call.hint is not None:
+                body["messages"].insert(-1, {"role": "system", "content": call.hint})
+        if call.max_tokens is not None:
+            body[self.simulated.max_tokens_name or "max_tokens"] = call.max_tokens
+        if call.stream:
+            body["stream"] = True
+        return body
+
+
+_BY_CODE: dict[str | None, type[StatusError]] = {"context_length_exceeded": ContextTooLong, "content_filter": Filtered}
+_BY_STATUS: dict[int, type[StatusError]] = {401: AuthFailed, 429: RateLimited, 500: ServerError}
+
+
+def _status_error(error: EndpointError, number: int) -> StatusError:
+    """Return what an HTTP transport would raise for an error response."""
+    kind = _BY_CODE.get(error.error["code"]) or _BY_STATUS.get(error.status, BadRequest)
+    return kind(
+        str(error),
+        status=error.status,
+        code=error.error["code"],
+        param=error.error["param"],
+        request_id=request_id(number),
+        retry_after=error.retry_after,
+        body=compact(error_object(error)),
+    )

@@ -1,0 +1,318 @@
+"""The many shapes in which endpoints say no, read into the error tree.
+
+Known shapes: OpenAI's `{"error": {...}}`; the same in an array (Gemini's compatible endpoint), at top level (older vLLM), with
+the status as code, number or string (OpenRouter, llama-server, LiteLLM), inside an answer of status 200 (OpenRouter), and
+FastAPI's `{"detail": ...}`. Messages may quote prompts and keys, so they go to `StatusError.body` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from microbatch.errors import (
+    AuthFailed,
+    BadRequest,
+    ContextTooLong,
+    Filtered,
+    QuotaExhausted,
+    RateLimited,
+    ServerError,
+    StatusError,
+    mask,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+_QUOTA: Final = frozenset(
+    {
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "organization_spend_limit_exceeded",
+        "project_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+    }
+)
+_CONTEXT: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
+_FILTER: Final = frozenset({"content_filter", "content_policy_violation", "responsibleaipolicyviolation"})
+_CONTEXT_TEXT: Final = re.compile(
+    r"(?i)context.{0,10}(?:length|window|size)|ContextWindowExceeded|exceed_context_size|context_length_exceeded"
+)
+_FILTER_TEXT: Final = re.compile(r"ContentPolicyViolation|ResponsibleAIPolicyViolation")
+_QUOTA_TEXT: Final = re.compile("|".join(sorted(_QUOTA)))
+# For errors inside a 200 that name no status: OpenAI's and Anthropic's types, Google's status words.
+_BY_WORD: Final[Mapping[str, type[StatusError]]] = {
+    "invalid_request_error": BadRequest,
+    "badrequesterror": BadRequest,
+    "invalid_argument": BadRequest,
+    "not_found_error": BadRequest,
+    "authentication_error": AuthFailed,
+    "invalid_api_key": AuthFailed,
+    "permission_error": AuthFailed,
+    "permission_denied": AuthFailed,
+    "unauthenticated": AuthFailed,
+    "rate_limit_exceeded": RateLimited,
+    "rate_limit_error": RateLimited,
+    "slow_down": RateLimited,
+    "resource_exhausted": RateLimited,
+}
+# The statuses under which a message about the context window, or a filter, means the request at hand. (A 429 may speak of a
+# "rate limit for long context" and a 404 quotes the model's name.)
+_ABOUT_THE_REQUEST: Final = frozenset({200, 400, 413, 422})
+_WORD: Final = re.compile(r"[A-Za-z_][\w.$\[\]/:-]{0,99}")
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """An error as the endpoint put it.
+
+    Attributes:
+        status: The HTTP status, or the one named inside an answer of status 200, or 200 if it names none.
+        code: The most telling word it has for it: `code`, else `type`, else `status`; None if it has only numbers.
+        param: The request field it complains of, or None.
+        message: Its words. They may quote the prompt.
+        words: All its codes and types, in lower case.
+        flagged: It says that a moderation flagged the input.
+    """
+
+    status: int
+    code: str | None = None
+    param: str | None = None
+    message: str = ""
+    words: frozenset[str] = frozenset()
+    flagged: bool = False
+
+    def __repr__(self) -> str:
+        """Tell the status and code, without the endpoint's words."""
+        return f"Fault(status={self.status}, code={self.code!r}, param={self.param!r})"
+
+
+def read_fault(raw: bytes, status: int) -> Fault | None:
+    """Return the error that a body or a stream event holds.
+
+    Args:
+        raw: The bytes, JSON or not.
+        status: The HTTP status. From 400 on (and for redirects) there is always a fault; in a 200 only if the body says so.
+    """
+    try:
+        data = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        data = None
+    failed = not 200 <= status < 300  # noqa: PLR2004 (the class of success)
+    found = _find(data, failed=failed)
+    if found is not None:
+        return _fault(found, status, failed=failed)
+    return Fault(status, message=raw[:4096].decode("utf-8", "replace")) if failed else None
+
+
+def to_error(
+    fault: Fault,
+    *,
+    where: str,
+    headers: Mapping[str, str],
+    raw: bytes,
+    secrets: Iterable[str] = (),
+    keyless: bool = False,
+) -> StatusError:
+    """Return the error to raise for *fault*.
+
+    Args:
+        fault: What the endpoint said.
+        where: Host and port, for the message.
+        headers: The answer's headers, looked up in any case.
+        raw: The answer's body; it is masked and goes to `body`.
+        secrets: What must not appear anywhere, such as the key that was sent.
+        keyless: No credentials were sent, which is worth saying when they are asked for.
+    """
+    kind = classify(fault)
+    body = raw[:8192].decode("utf-8", "replace")
+    code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)
+    for secret in secrets:
+        body = body.replace(secret, "***")
+    wait = retry_after(headers)
+    text = f"{where} answered with status {fault.status}"
+    if code is not None:
+        text += f" ({code})"
+    if param is not None:
+        text += f", about the field {param}"
+    advice = _advice(kind, fault.status, wait, keyless=keyless)
+    return kind(
+        f"{text}: {advice}",
+        status=fault.status,
+        code=code,
+        param=param,
+        request_id=headers.get("x-request-id"),
+        retry_after=wait,
+        body=body,
+    )
+
+
+def classify(fault: Fault) -> type[StatusError]:
+    """Return the branch of the error tree that *fault* belongs to: what to do about it decides, not the number alone."""
+    status, words, message = fault.status, fault.words, fault.message
+    about_the_request = status in _ABOUT_THE_REQUEST
+    if words & _CONTEXT or (about_the_request and _CONTEXT_TEXT.search(message)):
+        return ContextTooLong
+    if words & _FILTER or fault.flagged or (about_the_request and _FILTER_TEXT.search(message)):
+        return Filtered
+    if status == 402 or words & _QUOTA or (status == 429 and _QUOTA_TEXT.search(message)):  # noqa: PLR2004
+        return QuotaExhausted
+    match status:
+        case 401 | 403:
+            return AuthFailed
+        case 429:
+            return RateLimited
+        case 408 | 409:
+            return ServerError
+        case _ if status >= 500:  # noqa: PLR2004
+            return ServerError
+        case _ if status >= 400:  # noqa: PLR2004
+            return BadRequest
+        case _ if status >= 300:  # noqa: PLR2004
+            return StatusError
+    named = [kind for word, kind in _BY_WORD.items() if word in words]
+    # An error that arrives under a 200 without naming itself is the endpoint's own trouble ("server_error", "overloaded").
+    return named[0] if named else ServerError
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that an endpoint asks to wait, or None if it does not say, or says nonsense.
+
+    `retry-after-ms` is OpenAI's, `llm_provider-retry-after` what LiteLLM makes of the provider's header.
+    """
+    milliseconds = _seconds(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    for name in ("retry-after", "llm_provider-retry-after"):
+        value = headers.get(name)
+        wait = _seconds(value)
+        if wait is None:
+            wait = _until(value, headers.get("date"))
+        if wait is not None:
+            return wait
+    return None
+
+
+def _seconds(value: str | None) -> float | None:
+    try:
+        seconds = float(value or "")
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def _until(value: str | None, date: str | None) -> float | None:
+    """Return the seconds until an HTTP date; counted from the answer's own Date, so that a skewed clock does no harm."""
+    try:
+        moment = parsedate_to_datetime(value or "")
+    except (ValueError, OverflowError):
+        return None
+    try:
+        now = parsedate_to_datetime(date or "")
+    except (ValueError, OverflowError):
+        now = datetime.now(UTC)
+    # A date without a zone ("-0000") is UTC.
+    moment, now = (each if each.tzinfo else each.replace(tzinfo=UTC) for each in (moment, now))
+    return max(0.0, (moment - now).total_seconds())
+
+
+def _find(data: Any, *, failed: bool) -> dict[str, Any] | None:
+    """Return the error object inside *data*, put into OpenAI's shape."""
+    if isinstance(data, list):
+        return _find(data[0], failed=failed) if data else None
+    if not isinstance(data, dict):
+        return None
+    error = data.get("error")
+    if isinstance(error, dict) and error:
+        return error
+    if isinstance(error, str) and error:
+        return {"message": error, **{name: data.get(name) for name in ("code", "type", "param", "status")}}
+    choices = data.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict) and choices[0].get("error"):
+        return _find(choices[0], failed=failed)  # OpenRouter puts a provider's failure into the choice
+    if data.get("object") == "error" or (failed and isinstance(data.get("message"), str)):
+        return data
+    if failed and data.get("detail"):
+        return _from_detail(data["detail"])
+    return None
+
+
+def _from_detail(detail: Any) -> dict[str, Any]:
+    """Put FastAPI's validation errors (`[{"type", "loc", "msg"}]`) into OpenAI's shape."""
+    first = detail[0] if isinstance(detail, list) and detail else detail
+    if not isinstance(first, dict):
+        return {"message": first if isinstance(first, str) else ""}
+    place = first.get("loc")
+    return {
+        "message": first.get("msg") or first.get("message"),
+        "code": first.get("type"),
+        "param": place[-1] if isinstance(place, list) and place else None,
+    }
+
+
+def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
+    inner = error.get("innererror")
+    metadata = error.get("metadata")
+    values = [error.get("code"), error.get("type"), error.get("status")]
+    if isinstance(inner, dict):
+        values.append(inner.get("code"))
+    named = next((number for number in map(_as_status, values) if number is not None), None)
+    words = [value for value in values if isinstance(value, str) and _as_status(value) is None and value]
+    param, message = error.get("param"), error.get("message")
+    return Fault(
+        status if failed or named is None else named,
+        code=words[0] if words else None,
+        param=param if isinstance(param, str) and param else None,
+        message=message if isinstance(message, str) else "",
+        words=frozenset(word.lower() for word in words),
+        # OpenRouter's 403 for flagged input; the key is fine, and this one item is the cause.
+        flagged=isinstance(metadata, dict) and "flagged_input" in metadata,
+    )
+
+
+def _as_status(value: Any) -> int | None:
+    if isinstance(value, str) and len(value) == len("429") and value.isascii() and value.isdigit():
+        value = int(value)
+    return value if isinstance(value, int) and 400 <= value <= 599 else None  # noqa: PLR2004 (HTTP's own errors)
+
+
+def _clean(word: str | None, secrets: Iterable[str]) -> str | None:
+    """Return *word* if it can be shown: an identifier or a path of them, with nothing secret in it."""
+    if word is None or not _WORD.fullmatch(word) or mask(word) != word or any(secret in word for secret in secrets):
+        return None
+    return word
+
+
+def _advice(kind: type[StatusError], status: int, wait: float | None, *, keyless: bool) -> str:
+    if kind is AuthFailed:
+        if keyless:
+            return "no key was sent; set api_key= or OPENAI_API_KEY, or the header that the endpoint wants in headers="
+        return (
+            "the key was refused; check api_key=, OPENAI_API_KEY or the Authorization header, and what the key may do"
+        )
+    if kind is RateLimited:
+        asked = "" if wait is None else f" It asks to wait {wait:g} s."
+        return f"too many requests or tokens just now.{asked}"
+    if kind is StatusError:
+        return "redirects are not followed, they could carry the key elsewhere; set base_url to the final address"
+    if kind is BadRequest and status == 404:  # noqa: PLR2004
+        return "check model and base_url, which usually ends in /v1"
+    if kind is BadRequest and status == 413:  # noqa: PLR2004
+        return "the request is too large; lower max_batch_tokens or max_batch_size"
+    return _ADVICE[kind]
+
+
+_ADVICE: Final[Mapping[type[StatusError], str]] = {
+    BadRequest: "the request is refused as it is; the endpoint's own words are in .body",
+    ContextTooLong: "the prompt does not fit the model's context window; lower max_prompt_tokens, or shorten the item",
+    Filtered: "a content filter stopped it",
+    QuotaExhausted: "the account is out of credit or over a spending limit; waiting does not help",
+    ServerError: "the endpoint has trouble of its own; its words are in .body",
+}
