@@ -89,7 +89,7 @@ class Request(msgspec.Struct):
         return f"Request(id={self.id!r}, messages=<{len(self.messages)}>)"
 
 
-class Reply(Generic[T_co]):
+class Reply(msgspec.Struct, Generic[T_co], eq=False):
     """The answer to one request, and what it cost.
 
     Attributes:
@@ -108,52 +108,19 @@ class Reply(Generic[T_co]):
         body: The endpoint's own JSON of a single call, else None.
     """
 
-    __slots__ = (
-        "_wait",
-        "batch_size",
-        "body",
-        "cost_usd",
-        "finish_reason",
-        "latency",
-        "model",
-        "output",
-        "request_id",
-        "route",
-        "text",
-        "usage",
-        "waited",
-    )
-
-    def __init__(
-        self,
-        output: T_co,
-        text: str,
-        route: Route,
-        *,
-        usage: Usage,
-        cost_usd: float | None = None,
-        batch_size: int = 1,
-        waited: float = 0.0,
-        latency: float = 0.0,
-        model: str | None = None,
-        finish_reason: str | None = None,
-        request_id: str | None = None,
-        body: dict[str, Any] | None = None,
-        wait: Callable[[], Awaitable[object]] | None = None,
-    ) -> None:
-        self.output = output
-        self.text = text
-        self.route: Route = route
-        self.usage = usage
-        self.cost_usd = cost_usd
-        self.batch_size = batch_size
-        self.waited = waited
-        self.latency = latency
-        self.model = model
-        self.finish_reason = finish_reason
-        self.request_id = request_id
-        self.body = body
-        self._wait = wait
+    output: T_co
+    text: str
+    route: Route
+    usage: Usage
+    cost_usd: float | None = None
+    batch_size: int = 1
+    waited: float = 0.0
+    latency: float = 0.0
+    model: str | None = None
+    finish_reason: str | None = None
+    request_id: str | None = None
+    body: dict[str, Any] | None = None
+    _wait: Callable[[], Awaitable[object]] | None = None
 
     async def settled(self) -> Reply[T_co]:
         """Wait until `usage` and `cost_usd` are final, and return this reply.

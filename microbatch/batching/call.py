@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 
     from microbatch.accounting.stats import Ledger
+    from microbatch.batching.demultiplexer import Answer
     from microbatch.batching.lane import Learned, Ticket
     from microbatch.messages import Route
     from microbatch.protocols import Completion
@@ -60,21 +61,33 @@ class Send(Protocol):
 
 
 class Exchange:
-    """A call under way, and how many callers still wait for it."""
+    """A call under way, how many callers still wait for it, and what their replies say of it.
 
-    __slots__ = ("_ended", "ended", "scope", "waiting")
+    Attributes:
+        waiting: Callers that have neither been answered nor left.
+        size: Requests it carries.
+        route: What their replies name as their route.
+        sent: Loop time at which it was sent.
+        price: What prices its usage, or None if that is unknown.
+        ended: Whether it is over and its cost divided.
+        scope: What cancels it, while it is being sent.
+    """
 
-    def __init__(self, waiting: int) -> None:
-        self.waiting = waiting
-        self.scope: anyio.CancelScope | None = None  # while it is being sent
+    __slots__ = ("_ended", "ended", "price", "route", "scope", "sent", "size", "waiting")
+
+    def __init__(self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None) -> None:
+        self.waiting = self.size = size
+        self.route: Route = route
+        self.sent = sent
+        self.price = price
+        self.scope: anyio.CancelScope | None = None
         self.ended = False
         self._ended: anyio.Event | None = None
 
-    def answered(self) -> None:
-        """One caller got its answer; after the last one only the usage is still of interest, for a while."""
-        self.waiting -= 1
-        if not self.waiting and self.scope is not None:
-            self.scope.deadline = anyio.current_time() + USAGE_PATIENCE
+    def linger(self, now: float) -> None:
+        """Everyone has been answered: only the usage is still of interest, for a while."""
+        if self.scope is not None:
+            self.scope.deadline = now + USAGE_PATIENCE
 
     def abandoned(self) -> None:
         """One caller left without an answer; the last one takes the call with it."""
@@ -122,18 +135,7 @@ class Outcome(msgspec.Struct):
 class Batch:
     """A combined call, composed and ready to go."""
 
-    __slots__ = (
-        "answer_bytes",
-        "call",
-        "demultiplexer",
-        "exchange",
-        "heard",
-        "ids",
-        "learned",
-        "route",
-        "sent",
-        "tickets",
-    )
+    __slots__ = ("answer_bytes", "call", "demultiplexer", "exchange", "heard", "ids", "learned", "tickets")
 
     def __init__(
         self,
@@ -141,19 +143,16 @@ class Batch:
         ids: list[str],
         call: ChatCall,
         learned: Learned,
+        exchange: Exchange,
         *,
-        route: Route,
         early: bool,
-        sent: float,
     ) -> None:
         self.tickets = tickets
         self.ids = ids
         self.call = call
         self.learned = learned
-        self.route: Route = route
-        self.sent = sent
+        self.exchange = exchange
         self.demultiplexer = Demultiplexer(ids, [ticket.answer.decode for ticket in tickets], early=early)
-        self.exchange = Exchange(len(tickets))
         self.answer_bytes = [0] * len(tickets)
         self.heard = False  # whether any text has come
 
@@ -168,7 +167,7 @@ class Calls:
         exact: Whether *count* is the model's own.
         price: What prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
-        settled: Told of every ticket whose future has been settled here.
+        settled: Told how many tickets have just been answered here.
         draw: Where id endings come from.
         now: The clock, in seconds.
         early: Whether callers are answered while the reply still streams.
@@ -183,7 +182,7 @@ class Calls:
         exact: bool,
         price: Pricing,
         default_model: str | None,
-        settled: Callable[[Ticket], None],
+        settled: Callable[[int], None],
         draw: Callable[[int], Sequence[str]],
         now: Callable[[], float],
         early: bool,
@@ -216,10 +215,10 @@ class Calls:
             stream=self._early and somebody_awaits,
             timeout=self._remaining(tickets),
         )
-        batch = Batch(tickets, ids, call, learned, route=route, early=self._early, sent=self._now())
+        exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model))
         for ticket in tickets:
-            ticket.call = batch.exchange
-            ticket.queue = None
+            ticket.call = exchange
+        batch = Batch(tickets, ids, call, learned, exchange, early=self._early)
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
         if route == "fallback":
@@ -232,13 +231,15 @@ class Calls:
 
         def on_text(text: str) -> None:
             batch.heard = True
-            for index, answer in demultiplexer.feed(text):
-                self._deliver(batch, index, answer)
+            answers = demultiplexer.feed(text)
+            if answers:
+                self._deliver(batch, answers)
 
         completion, error = await self._exchange(exchange, batch.call, on_text, batch.tickets)
         ending = _ending(completion, error, heard=batch.heard)
-        for index, answer in demultiplexer.close(ended=ending in ("complete", "length", "refused")):
-            self._deliver(batch, index, answer)
+        answers = demultiplexer.close(ended=ending in ("complete", "length", "refused"))
+        if answers:
+            self._deliver(batch, answers)
         self._ledger.late_duplicates += demultiplexer.late_duplicates
         self._ledger.unknown_ids += demultiplexer.unknown_ids
         self._divide(batch, completion)
@@ -246,18 +247,23 @@ class Calls:
             error = _complaint(completion)
         return Outcome(ending, len(batch.tickets), list(_left_open(batch, truncated=ending == "length")), error)
 
-    def _deliver(self, batch: Batch, index: int, answer: tuple[Any, str]) -> None:
-        ticket = batch.tickets[index]
-        output, text = answer
-        answer_bytes = batch.answer_bytes[index] = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-        if ticket.future.done():
-            return
-        limit = ticket.spec.max_tokens
-        if limit is not None and answer_bytes > limit and self._longer_than(text, limit):
-            return
-        prompt_chars = ticket.spec.shared_chars // len(batch.tickets) + len(ticket.line)
-        self._answer(ticket, output, text, prompt_chars, batch.route, len(batch.tickets), batch.sent)
-        batch.exchange.answered()
+    def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
+        """Hand *answers*, pairs of position and decoded answer, to their callers."""
+        now, exchange, answered = self._now(), batch.exchange, 0
+        for index, (output, text) in answers:
+            ticket = batch.tickets[index]
+            batch.answer_bytes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+            if ticket.future.done():
+                continue
+            limit = ticket.spec.max_tokens
+            if limit is not None and length > limit and self._longer_than(text, limit):
+                continue
+            self._answer(ticket, output, text, exchange, now)
+            answered += 1
+        exchange.waiting -= answered
+        if not exchange.waiting and batch.call.stream:
+            exchange.linger(now)
+        self._settled(answered)
 
     def _longer_than(self, text: str, limit: int) -> bool:
         try:
@@ -300,19 +306,17 @@ class Calls:
 
     async def _ask_alone(self, ticket: Ticket, route: Route) -> RequestFailed | None:
         pieces: list[str] = []
-        exchange = ticket.call = Exchange(1)
-        ticket.queue = None
-        sent = self._now()
+        price = self._price(ticket.spec.model or self._default_model)
+        exchange = ticket.call = Exchange(1, route, self._now(), price)
         completion, error = await self._exchange(exchange, self.compose_alone(ticket), pieces.append, [ticket])
         if completion is None:
             exchange.end()
             return error
         output, text, error = _read_alone(ticket, completion, "".join(pieces))
         if error is None and not ticket.future.done():
-            prompt_chars = ticket.spec.shared_chars + len(ticket.line)
-            reply = self._answer(ticket, output, text, prompt_chars, route, 1, sent)
+            reply = self._answer(ticket, output, text, exchange, self._now())
             reply.body = completion.body
-            exchange.answered()
+            self._settled(1)
         self._divide_alone(ticket, completion)
         return error
 
@@ -344,54 +348,58 @@ class Calls:
             return None
         return max(0.0, max(deadline for deadline in deadlines if deadline is not None) - self._now())
 
-    def _answer(
-        self, ticket: Ticket, output: Any, text: str, prompt_chars: int, route: Route, size: int, sent: float
-    ) -> Reply[Any]:
+    def _answer(self, ticket: Ticket, output: Any, text: str, exchange: Exchange, now: float) -> Reply[Any]:
         """Hand *ticket*'s caller its answer, with an estimate of what it cost."""
-        model = ticket.spec.model or self._default_model
-        # A token is about 4 characters of English; this stands only until the call has ended.
-        usage = Usage(prompt_chars // 4, len(text) // 4 + 1, 0, estimated=True)
+        spec, created, price = ticket.spec, ticket.created, exchange.price
+        # A token is about 4 bytes of English; this stands only until the call has ended.
+        prompt = (spec.shared_chars // exchange.size + len(ticket.line)) // 4
+        usage = Usage(prompt, len(text) // 4 + 1, 0, True)  # noqa: FBT003 estimated
         if ticket.usage is not None:
             usage = ticket.usage + usage
-        price = self._price(model)
+        # By position, in the order of the fields: this is on every answer's path.
         reply: Reply[Any] = Reply(
             output,
             text,
-            route,
-            usage=usage,
-            cost_usd=None if price is None else price(usage),
-            batch_size=size,
-            waited=sent - ticket.created,
-            latency=self._now() - ticket.created,
-            model=model,
-            wait=ticket.call.wait,
+            exchange.route,
+            usage,
+            None if price is None else price(usage),
+            exchange.size,
+            exchange.sent - created,
+            now - created,
+            spec.model or self._default_model,
+            None,
+            None,
+            None,
+            exchange.wait,
         )
         ticket.reply = reply
         ticket.future.set_result(reply)
-        self._settled(ticket)
+        if ticket.timer is not None:
+            ticket.timer.cancel()
         return reply
 
     def _divide(self, batch: Batch, completion: Completion | None) -> None:
         """Divide what the combined call cost among its tickets; it is over."""
-        tickets = batch.tickets
+        tickets, exchange = batch.tickets, batch.exchange
         usage = completion.usage if completion is not None else None
+        mine = [ticket.reply is not None and ticket.call is exchange for ticket in tickets]
+        if completion is not None:
+            for ticket in tickets:
+                if ticket.reply is not None and ticket.call is exchange:
+                    _finish(ticket.reply, completion)
         if usage is None:
             self._ledger.unreported_calls += completion is not None or batch.heard
         else:
-            by_prompt = [len(ticket.line) for ticket in tickets]
-            prompts = split(usage.prompt_tokens, by_prompt)
-            cached = split(usage.cached_tokens, by_prompt) if usage.cached_tokens else [0] * len(tickets)
+            lines = [len(ticket.line) for ticket in tickets]
+            prompts = split(usage.prompt_tokens, lines)
             completions = split(usage.completion_tokens, batch.answer_bytes)
+            cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(tickets)
             price = self._price((completion and completion.model) or batch.call.model or self._default_model)
-            mine = [ticket.reply is not None and ticket.call is batch.exchange for ticket in tickets]
             for index, ticket in enumerate(tickets):
                 share = Usage(prompts[index], completions[index], cached[index])
-                self._book(ticket, share, None if price is None else price(share), answered=mine[index])
-            self._pay(batch, usage, mine, price)
-        for ticket in tickets:
-            if ticket.reply is not None and ticket.call is batch.exchange and completion is not None:
-                _finish(ticket.reply, completion)
-        batch.exchange.end()
+                self._book(ticket, share, price, answered=mine[index])
+            self._pay(batch, usage, lines, mine, price)
+        exchange.end()
 
     def _divide_alone(self, ticket: Ticket, completion: Completion) -> None:
         usage = completion.usage
@@ -400,18 +408,19 @@ class Calls:
             self._ledger.unreported_calls += 1
         else:
             price = self._price(completion.model or ticket.spec.model or self._default_model)
-            self._book(ticket, usage, None if price is None else price(usage), answered=mine)
+            self._book(ticket, usage, price, answered=mine)
             self._ledger.pay(usage, usage if mine else Usage(), price)
         if ticket.reply is not None:
             _finish(ticket.reply, completion)
         ticket.call.end()
 
-    def _book(self, ticket: Ticket, share: Usage, cost_usd: float | None, *, answered: bool) -> None:
+    def _book(self, ticket: Ticket, share: Usage, price: Callable[[Usage], float] | None, *, answered: bool) -> None:
         """Book a ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
-        before, ticket.usage = ticket.usage, None
-        if before is not None:
-            share = before + share
+        cost_usd = None if price is None else price(share)
+        if ticket.usage is not None:
+            share = ticket.usage + share
             cost_usd = None if cost_usd is None or ticket.cost_usd is None else ticket.cost_usd + cost_usd
+            ticket.usage = None
         if answered and ticket.reply is not None and not ticket.unclaimed:
             ticket.reply.usage, ticket.reply.cost_usd = share, cost_usd
         elif ticket.future.done():
@@ -419,7 +428,14 @@ class Calls:
         else:
             ticket.usage, ticket.cost_usd = share, cost_usd
 
-    def _pay(self, batch: Batch, usage: Usage, mine: list[bool], price: Callable[[Usage], float] | None) -> None:
+    def _pay(
+        self,
+        batch: Batch,
+        usage: Usage,
+        lines: list[int],
+        mine: list[bool],
+        price: Callable[[Usage], float] | None,
+    ) -> None:
         """Book the call, and what its answered requests would have cost one by one."""
         learned, asked, answered = batch.learned, len(batch.tickets), sum(mine)
         alone = Usage()
@@ -430,7 +446,6 @@ class Calls:
             )
             if learned.framing is None:
                 learned.framing = measure(batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact)
-            lines = [len(ticket.line) for ticket in batch.tickets]
             share = sum(line for line, got in zip(lines, mine, strict=True) if got) / sum(lines)
             alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
         self._ledger.pay(usage, alone, price)

@@ -48,7 +48,7 @@ from microbatch.batching.lane import (
     output_reserve,
 )
 from microbatch.batching.prompt import ID_TOKENS, instruction, item_line
-from microbatch.batching.request import check_messages, copy_of, lane_key, last_text, spec_of
+from microbatch.batching.request import check_messages, copy_of, read_messages, spec_of
 from microbatch.errors import BatcherClosed, DeadlineExceeded, RequestFailed, ShutDown
 
 if TYPE_CHECKING:
@@ -110,6 +110,17 @@ class AloneQueue:
                 return ticket, reason
 
 
+class _Work:
+    """What one slot is used for: a composed batch, or one ticket alone."""
+
+    __slots__ = ("batch", "lane", "tickets")
+
+    def __init__(self, tickets: list[Ticket], lane: Lane | None, batch: Batch | None) -> None:
+        self.tickets = tickets
+        self.lane = lane
+        self.batch = batch
+
+
 class Collector:
     """The lanes, the slots, and the tasks in them.
 
@@ -139,6 +150,7 @@ class Collector:
         self._tasks: TaskGroup
         self._memory = Memory()
         self._lanes: dict[Hashable, Lane] = {}
+        self._latest: Lane | None = None  # the lane of the latest submit, if it is still open
         self._alone = AloneQueue()
         self._due: deque[Lane | AloneQueue] = deque()
         self._slots = policy.max_concurrent_batches
@@ -147,7 +159,7 @@ class Collector:
         self._room: deque[asyncio.Future[None]] = deque()  # submits that wait for room, in order of arrival
         self._watchers: set[Callable[[], None]] = set()
         self._preambles: dict[str, int] = {}
-        self._held: dict[int, list[Ticket]] = {}  # the tickets of each slot in use
+        self._held: dict[int, _Work] = {}  # what the slots in use are at
         self._closing = False
         self._gone = False
         self._close_asked: asyncio.Event
@@ -204,7 +216,7 @@ class Collector:
         """End every ticket that waits in a queue, and, once all tasks are gone, those that a task never got to."""
         queued = [ticket for lane in list(self._lanes.values()) for ticket in lane.waiting()]
         queued += [ticket for ticket, _ in self._alone.waiting]
-        queued += [ticket for tickets in self._held.values() for ticket in tickets] if self._gone else []
+        queued += [ticket for work in self._held.values() for ticket in work.tickets] if self._gone else []
         for ticket in queued:
             self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
         for lane in list(self._lanes.values()):
@@ -240,16 +252,20 @@ class Collector:
             async with asyncio.timeout(timeout):
                 await place
         except TimeoutError as error:
-            if not place.cancelled() and place.done() and place.exception() is None:
-                self._release()
+            self._give_up(place)
             raise DeadlineExceeded(
                 f"no room within the timeout of {timeout} s: {self._accepted} requests are pending"
             ) from error
         except asyncio.CancelledError:
-            if not place.cancelled() and place.done() and place.exception() is None:
-                self._release()  # the place had just been given to this caller
+            self._give_up(place)
             raise
         self._accepted -= 1  # `accept` counts it again, in the same step
+
+    def _give_up(self, place: asyncio.Future[None]) -> None:
+        """Whoever waited for *place* is gone; if it was given in the same moment, it goes to the next."""
+        if place.done() and not place.cancelled() and place.exception() is None:
+            self._accepted -= 1
+            self._admit()
 
     def accept(
         self,
@@ -274,25 +290,29 @@ class Collector:
         """
         if type(messages) is not list or not messages:
             check_messages(messages)
-        key = lane_key(messages, options) if options.combinable else None
-        now = self._loop.time()
-        if key is None:
+        read = read_messages(messages, options) if options.combinable else None
+        loop = self._loop
+        now = loop.time()
+        if read is None:
             check_messages(messages)
-            ticket = Ticket(self._loop.create_future(), spec_of([], options, None), options.answer, now)
+            ticket = Ticket(loop.create_future(), spec_of([], options, None), options.answer, now)
             ticket.messages = copy_of(messages)
             ticket.on_taken = on_taken
             self._queue_alone(ticket, AloneReason.NOT_COMBINABLE)
         else:
-            text = last_text(messages)
+            key, text = read
             line = item_line(text)
             tokens = line_bound(line) if self._upper is None else self._upper(f" {line.decode()}\n")
-            lane = self._lanes.get(key) or self._open_lane(spec_of(messages, options, key))
-            ticket = Ticket(self._loop.create_future(), lane.spec, options.answer, now, text, line, tokens)
+            lane = self._latest
+            # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
+            if lane is None or lane.spec.key != key:
+                lane = self._latest = self._lanes.get(key) or self._open_lane(spec_of(messages, options, key))
+            due_at = NEVER
             if on_taken is None:
                 wait = self._policy.low_max_wait if options.low else self._policy.max_wait
-                ticket.due_at = now + (wait if timeout is None else min(wait, timeout / 2))
-            else:
-                ticket.on_taken = on_taken
+                due_at = now + (wait if timeout is None else min(wait, timeout / 2))
+            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, text, line, tokens, due_at)
+            ticket.on_taken = on_taken
             if bypass or options.high:
                 self._queue_alone(ticket, AloneReason.BYPASS if bypass else AloneReason.HIGH)
                 self._drop_if_abandoned(lane)
@@ -301,12 +321,13 @@ class Collector:
                 self._drop_if_abandoned(lane)
             else:
                 self._queue_in_lane(ticket, lane)
+        if not self._accepted:
+            self._quiet.clear()
         self._accepted += 1
         self._ledger.items += 1
-        self._quiet.clear()
         if timeout is not None:
             ticket.deadline = now + timeout
-            ticket.timer = self._loop.call_at(ticket.deadline, self._expire, ticket, timeout, context=self._context)
+            ticket.timer = loop.call_at(ticket.deadline, self._expire, ticket, timeout, context=self._context)
         return ticket
 
     def _open_lane(self, spec: Spec) -> Lane:
@@ -343,21 +364,20 @@ class Collector:
     def _fits(self, ticket: Ticket, lane: Lane) -> bool:
         """Whether *ticket* may share a prompt at all; its tokens are counted only if their bound does not tell."""
         budget = lane.budget.tokens - ID_TOKENS
-        fits = len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= budget or ticket.count(self._count) <= budget)
-        if fits:
+        if len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= budget or ticket.count(self._count) <= budget):
             lane.learned.alone = 0
-        else:
-            lane.learned.alone += 1
-            if lane.learned.alone == _ALONE_WARNING:
-                logger.warning(
-                    "%d requests in a row were too long to share a prompt (max_batch_tokens=%d, max_prompt_tokens=%s, %d bytes): "
-                    "each goes alone, and nothing is saved",
-                    _ALONE_WARNING,
-                    self._policy.max_batch_tokens,
-                    self._policy.max_prompt_tokens,
-                    MAX_LINE_BYTES,
-                )
-        return fits
+            return True
+        lane.learned.alone += 1
+        if lane.learned.alone == _ALONE_WARNING:
+            logger.warning(
+                "%d requests in a row were too long to share a prompt (max_batch_tokens=%d, max_prompt_tokens=%s, %d bytes): "
+                "each goes alone, and nothing is saved",
+                _ALONE_WARNING,
+                self._policy.max_batch_tokens,
+                self._policy.max_prompt_tokens,
+                MAX_LINE_BYTES,
+            )
+        return False
 
     def _queue_alone(self, ticket: Ticket, reason: AloneReason) -> None:
         ticket.queue = self._alone
@@ -367,6 +387,8 @@ class Collector:
     def _queue_in_lane(self, ticket: Ticket, lane: Lane) -> None:
         ticket.queue = lane
         lane.add(ticket)
+        if lane.queued:
+            return
         if lane.due is None:
             if lane.live == 1 and not lane.in_flight and self._heeds_idle(lane):
                 lane.owe(FlushReason.IDLE)
@@ -398,93 +420,113 @@ class Collector:
             self._pump_asked.set()
 
     def _pump(self) -> None:
-        """Start what is due, as far as slots go; queues take turns."""
+        """Start a task for what is due, as far as slots go."""
         if self._pumping:
             return  # an eager task that ended while it was being started; the loop below goes on
         self._pumping = True
         while self._slots and self._due:
-            queue = self._due.popleft()
-            queue.queued = False
-            if queue.due:
-                if isinstance(queue, Lane):
-                    self._start_batch(queue, *queue.take())
-                else:
-                    self._start_alone(*queue.take())
-            if queue.due:
-                queue.queued = True
-                self._due.append(queue)
-            elif isinstance(queue, Lane):
-                self._rearm(queue)
-                self._drop_if_abandoned(queue)
+            work = self._next()
+            if work is not None:
+                self._slots -= 1
+                self._tasks.start_soon(self._run, work)
         self._pumping = False
         self._notify()
 
-    def _start_batch(self, lane: Lane, tickets: list[Ticket], reason: FlushReason) -> None:
-        lane.in_flight += 1
-        if len(tickets) == 1:
-            alone = AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
-            self._ledger.singles_by_reason[alone] += 1
-            self._start(tickets, lane, self._answer_alone, tickets[0])
-        else:
-            self._ledger.batches_by_reason[reason] += 1
-            try:
-                batch = self._calls.compose(tickets, lane.learned)
-            except Exception as bug:
-                lane.in_flight -= 1
-                error = _bug(bug)
-                for ticket in tickets:
-                    _taken(ticket)
-                    self.fail(ticket, error)
-            else:
-                self._start(tickets, lane, self._answer_batch, batch, lane)
+    def _next(self) -> _Work | None:
+        """Take the next batch of the queue whose turn it is, composed; None if it was no longer due."""
+        queue = self._due.popleft()
+        queue.queued = False
+        work = None
+        if queue.due:
+            work = self._take_batch(queue) if isinstance(queue, Lane) else self._take_alone(queue)
+        if queue.due:
+            queue.queued = True
+            self._due.append(queue)
+        elif isinstance(queue, Lane):
+            self._rearm(queue)
+            self._drop_if_abandoned(queue)
+        return work
 
-    def _start_alone(self, ticket: Ticket, reason: AloneReason) -> None:
-        self._ledger.singles_by_reason[reason] += 1
-        self._start([ticket], None, self._answer_alone, ticket)
-
-    async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
-        outcome = await self._calls.batch(batch)
-        if outcome.ending == "complete" and not outcome.open:
-            lane.learned.grow(outcome.asked, self._policy.max_batch_size)
-        await self._fallback.recover(outcome, lane.learned)
-
-    async def _answer_alone(self, ticket: Ticket) -> None:
-        error = await self._calls.single(ticket)
-        if error is not None:
-            self.fail(ticket, error)
-
-    def _start(
-        self, tickets: list[Ticket], lane: Lane | None, work: Callable[..., Awaitable[None]], *args: Any
-    ) -> None:
-        """Start a task for one slot's *work*."""
-        self._slots -= 1
-        # A task that is cancelled before its first step never gets to settle its tickets; `serve` does it then.
-        self._held[id(tickets)] = tickets
+    def _take_batch(self, lane: Lane) -> _Work | None:
+        tickets, reason = lane.take()
         for ticket in tickets:
-            _taken(ticket)
-        self._tasks.start_soon(self._run, tickets, lane, work, *args)
+            if ticket.on_taken is not None:
+                ticket.on_taken(ticket)
+        if len(tickets) == 1:
+            self._ledger.singles_by_reason[
+                AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
+            ] += 1
+            return self._hold(_Work(tickets, lane, None))
+        self._ledger.batches_by_reason[reason] += 1
+        try:
+            batch = self._calls.compose(tickets, lane.learned)
+        except Exception as bug:
+            error = _bug(bug)
+            for ticket in tickets:
+                self.fail(ticket, error)
+            return None
+        return self._hold(_Work(tickets, lane, batch))
 
-    async def _run(
-        self, tickets: list[Ticket], lane: Lane | None, work: Callable[..., Awaitable[None]], *args: Any
-    ) -> None:
-        """Do the *work* of one slot; whatever happens in it, every ticket ends and the slot comes back."""
+    def _take_alone(self, queue: AloneQueue) -> _Work:
+        ticket, reason = queue.take()
+        _taken(ticket)
+        self._ledger.singles_by_reason[reason] += 1
+        return self._hold(_Work([ticket], None, None))
+
+    def _hold(self, work: _Work) -> _Work:
+        # A task that is cancelled before its first step never gets to settle its tickets; `serve` does it then.
+        self._held[id(work)] = work
+        if work.lane is not None:
+            work.lane.in_flight += 1
+        return work
+
+    async def _run(self, work: _Work | None) -> None:
+        """Do the work of one slot, and more of it as long as something is due; then give the slot back."""
+        try:
+            while work is not None:
+                await self._settle(work)
+                # Let the callers just answered go on before the next batch, even if the transport never waits for anything.
+                await asyncio.sleep(0)
+                work = None
+                while self._due and work is None:
+                    work = self._next()
+                if work is not None:
+                    self._notify()
+        finally:
+            self._slots += 1
+            self._pump()
+            self._note_quiet()
+
+    async def _settle(self, work: _Work) -> None:
+        """Do *work*; whatever happens in it, every one of its tickets ends."""
         error: RequestFailed = ShutDown("the batcher closed before the answer came")
         try:
-            await work(*args)
+            if work.batch is not None:
+                await self._answer_batch(work.batch)
+            else:
+                await self._answer_alone(work.tickets[0])
             error = RequestFailed("a call ended without settling this request; this is a bug in microbatch")
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as bug:  # noqa: BLE001 it must not end the other slots; a Rust panic is no Exception
             error = _bug(bug)
         finally:
-            for ticket in tickets:
+            for ticket in work.tickets:
                 self.fail(ticket, error)
-            del self._held[id(tickets)]
-            self._slots += 1
-            if lane is not None:
-                self._call_ended(lane)
-            self._pump()
-            self._note_quiet()
+            del self._held[id(work)]
+            if work.lane is not None:
+                self._call_ended(work.lane)
+
+    async def _answer_batch(self, batch: Batch) -> None:
+        outcome = await self._calls.batch(batch)
+        if outcome.ending == "complete" and not outcome.open:
+            batch.learned.grow(outcome.asked, self._policy.max_batch_size)
+        await self._fallback.recover(outcome, batch.learned)
+
+    async def _answer_alone(self, ticket: Ticket) -> None:
+        error = await self._calls.single(ticket)
+        if error is not None:
+            self.fail(ticket, error)
 
     def _call_ended(self, lane: Lane) -> None:
         lane.in_flight -= 1
@@ -519,13 +561,15 @@ class Collector:
         if lane.abandoned and self._lanes.get(lane.spec.key) is lane:
             self._disarm(lane)
             del self._lanes[lane.spec.key]
+            if self._latest is lane:
+                self._latest = None
 
     # --- settling
 
-    def settled(self, ticket: Ticket) -> None:
-        """*ticket* has just been answered: its place is free."""
-        self._ledger.answered += 1
-        self._free_place(ticket)
+    def settled(self, count: int) -> None:
+        """*count* tickets have just been answered: their places are free."""
+        self._ledger.answered += count
+        self._free(count)
 
     def fail(self, ticket: Ticket, error: RequestFailed) -> None:
         """End *ticket* with an error object of its own, unless it has ended already."""
@@ -570,24 +614,24 @@ class Collector:
         if ticket.usage is not None:
             self._ledger.unclaimed += ticket.usage
             ticket.usage = None
-        self._free_place(ticket)
-
-    def _free_place(self, ticket: Ticket) -> None:
         if ticket.timer is not None:
             ticket.timer.cancel()
-            ticket.timer = None
-        self._release()
-        self._note_quiet()
+        self._free(1)
 
-    def _release(self) -> None:
-        """Give a place to who has waited longest for one."""
-        self._accepted -= 1
-        while self._room:
+    def _free(self, places: int) -> None:
+        self._accepted -= places
+        if self._room:
+            self._admit()
+        if not self._accepted:
+            self._note_quiet()
+
+    def _admit(self) -> None:
+        """Give free places to those who have waited longest for one."""
+        while self._room and self._accepted < self._policy.max_queued:
             place = self._room.popleft()
             if not place.done():
                 place.set_result(None)
                 self._accepted += 1
-                return
 
     def _note_quiet(self) -> None:
         if not self._accepted and self._slots == self._policy.max_concurrent_batches:

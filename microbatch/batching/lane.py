@@ -146,7 +146,7 @@ class Learned(msgspec.Struct):
     """
 
     batch_size: int | None = None
-    answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=128))
+    answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
     framing: Framing | None = None
     alone: int = 0
@@ -300,6 +300,7 @@ class Lane:
         while len(tickets) < self._fill:
             ticket = self._pending.popleft()
             if not ticket.future.done():
+                ticket.queue = None
                 tickets.append(ticket)
         self.live -= len(tickets)
         if self._owed is not None:

@@ -38,6 +38,7 @@ _INSTRUCTION = (
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
 _PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
+_TRIPLES = [pair + third for pair in _PAIRS for third in ALPHABET]
 
 _encode = msgspec.json.encode
 
@@ -65,10 +66,10 @@ def item_line(text: str) -> bytes:
 
 def draw_endings(count: int) -> list[str]:
     """Return *count* random five-letter id endings, from the operating system's randomness."""
-    pairs, letters, base = _PAIRS, ALPHABET, len(_PAIRS)
+    pairs, triples = _PAIRS, _TRIPLES
     # 8 bytes each keep the bias of the modulo below 1 in 10^12.
     return [
-        pairs[number % base] + pairs[number // base % base] + letters[number // (base * base) % 19]
+        triples[number % 6859] + pairs[number // 6859 % 361]
         for number in memoryview(secrets.token_bytes(8 * count)).cast("Q")
     ]
 

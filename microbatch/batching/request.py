@@ -159,13 +159,22 @@ def _canonical(value: Any, name: str) -> bytes:
         raise ConfigError(f"{name} must be JSON values: {error}") from error
 
 
-def lane_key(messages: Messages, options: Options) -> tuple[Hashable, ...] | None:
-    """Return all that *messages* must share with others to travel with them, or None if they cannot.
+def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable, ...], str] | None:
+    """Return all that *messages* must share with others to travel with them, and their own text; None if they go alone.
 
-    They can if every message is plain text and the last one is the user's.
+    They can travel with others if every message is plain text and the last one is the user's.
     """
     # The usual case first: this is on every submit's path, and the texts are compared, never copied.
-    key: list[Hashable] = [*options.key]
+    last = messages[-1]
+    if type(last) is dict and len(last) == 2:  # noqa: PLR2004 role and content
+        text = last.get("content")
+        if last.get("role") != "user" or type(text) is not str:
+            return None
+    elif isinstance(last, Message) and last.role == "user" and last.name is None and isinstance(last.content, str):
+        text = last.content
+    else:
+        return None
+    key: list[Hashable] = [options.key]
     for message in messages[:-1]:
         if type(message) is dict and len(message) == 2:  # noqa: PLR2004 role and content
             role, content = message.get("role"), message.get("content")
@@ -176,12 +185,7 @@ def lane_key(messages: Messages, options: Options) -> tuple[Hashable, ...] | Non
         if not _is_text(message):
             return None
         key.append(_canonical(message, "messages"))
-    last = messages[-1]
-    if type(last) is dict:
-        alone = len(last) != 2 or last.get("role") != "user" or type(last.get("content")) is not str  # noqa: PLR2004
-    else:
-        alone = not (isinstance(last, Message) and last.role == "user" and last.name is None and _is_text(last))
-    return None if alone else tuple(key)
+    return tuple(key), text
 
 
 def _is_text(message: Mapping[str, Any] | Message) -> bool:
@@ -192,13 +196,6 @@ def _is_text(message: Mapping[str, Any] | Message) -> bool:
         and isinstance(message.get("content"), str)
         and message.keys() <= {"role", "content", "name"}
     )
-
-
-def last_text(messages: Messages) -> str:
-    """Return the text of the last message, which is plain."""
-    last = messages[-1]
-    text = last.content if isinstance(last, Message) else last["content"]
-    return text if isinstance(text, str) else ""
 
 
 def check_messages(messages: Messages) -> None:

@@ -13,6 +13,7 @@ import re
 import sys
 import typing
 from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
@@ -433,9 +434,7 @@ def _check_finite(body: Schema, defs: dict[str, Schema]) -> None:
         )
 
 
-def _ends(node: Any, finite: set[str]) -> bool:
-    if not isinstance(node, dict):
-        return True
+def _ends(node: Schema, finite: set[str]) -> bool:
     name = _definition(node)
     first = node.get("prefixItems", [])[: node.get("minItems", 0)]
     rest = [node["items"]] if "items" in node and node.get("minItems", 0) > len(first) else []
@@ -619,7 +618,7 @@ def _candidates(text: str) -> Iterator[str]:
     text = _THOUGHT.sub("", text, count=1) if text.lstrip().startswith("<think>") else text
     text = text.strip().removeprefix("\ufeff")
     yield text
-    for block in _FENCE.finditer(text):
+    for block in islice(_FENCE.finditer(text), _MAX_TRIES):
         yield block[1].strip()
     # A string in prose is an answer only where there is no object that it could be a part of; a bare number never is.
     opening = _BRACKET if _BRACKET.search(text) else _QUOTE

@@ -112,7 +112,7 @@ def split(text: str) -> Pieces:
     pieces = Pieces([], [])
     held = b""
     for count, token in enumerate(encode(text), start=1):
-        piece = None if held else _token_text(token)
+        piece = _token_text(token)
         if piece is None:
             held += load_encoding(ENCODING).decode_single_token_bytes(token)
             try:

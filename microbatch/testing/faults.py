@@ -114,6 +114,7 @@ class Faults:
 
 
 _ABOUT_IDS = frozenset(get_args(ElementKind)) - {"wrong_type"}
+_SHIFTS = frozenset({"shifted_back", "shifted_forward"})
 _ABOUT_JSON = frozenset({"wrong_type", "broken_json", "fenced"})
 
 
@@ -137,7 +138,9 @@ class Fault:
 
     def elements(self, elements: list[Element], schema: dict[str, Any] | None) -> list[Element]:
         """Return what becomes of a combined reply's elements, whose answers have *schema* (None: strings)."""
-        at = self.random.randrange(len(elements))
+        # A shift needs an element after it, or it would only be the last one missing.
+        room = len(elements) - (self.kind in _SHIFTS and len(elements) > 1)
+        at = self.random.randrange(room)
         before, (name, answer), after = elements[:at], elements[at], elements[at + 1 :]
         match self.kind:
             case "missing":

@@ -106,9 +106,9 @@ class ScriptedTransport:
             raise
         if isinstance(completion, BaseException):
             raise completion
-        if completion is None:
-            completion = Completion("stop", usage=self._count(call, text) if self._usage else None)
-        return completion
+        if isinstance(completion, Completion):
+            return completion
+        return Completion("stop", usage=self._count(call, text) if self._usage else None)
 
     async def _say(self, text: str, on_text: Callable[[str], None], *, stream: bool) -> None:
         if not stream or self._piece is None:

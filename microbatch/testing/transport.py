@@ -140,7 +140,7 @@ def _status_error(error: EndpointError, number: int) -> StatusError:
     return kind(
         str(error),
         status=error.status,
-        code=error.error["code"],
+        code=error.error["code"] or error.error["type"],
         param=error.error["param"],
         request_id=request_id(number),
         retry_after=error.retry_after,

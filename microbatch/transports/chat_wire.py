@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
 from microbatch.errors import TransportError
 from microbatch.messages import Usage
 from microbatch.protocols import Completion
-from microbatch.transports.error_shapes import Fault, read_fault
+from microbatch.transports.error_shapes import Fault, as_object, read_fault
 from microbatch.transports.ladder import Rung
 
 if TYPE_CHECKING:
@@ -180,20 +180,19 @@ class ReplyReader:
         return _joined(text.content)
 
 
-def _joined(content: str | list[Any] | None) -> str:
+def _joined(content: Any) -> str:
     """Return content that may come in parts as one text; parts that are no text (a model's thoughts) are left out."""
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
-        return "".join(part for part in parts if isinstance(part, str))
-    return content or ""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    parts = [as_object(part) for part in cast("list[Any]", content)]
+    texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
-def _usage(usage: Any) -> Usage | None:
-    if not isinstance(usage, dict):
-        return None
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+def _usage(reported: Any) -> Usage | None:
+    usage = as_object(reported)
     prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    cached = as_object(usage.get("prompt_tokens_details")).get("cached_tokens")
     return Usage(prompt, completion, _count(cached)) if prompt or completion else None
 
 

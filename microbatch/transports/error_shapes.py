@@ -11,7 +11,7 @@ import math
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
@@ -107,7 +107,7 @@ def read_fault(raw: bytes, status: int) -> Fault | None:
         data = None
     failed = not 200 <= status < 300  # noqa: PLR2004 (the class of success)
     found = _find(data, failed=failed)
-    if found is not None:
+    if any(found.values()):
         return _fault(found, status, failed=failed)
     return Fault(status, message=raw[:4096].decode("utf-8", "replace")) if failed else None
 
@@ -164,19 +164,14 @@ def classify(fault: Fault) -> type[StatusError]:
         return Filtered
     if status == 402 or words & _QUOTA or (status == 429 and _QUOTA_TEXT.search(message)):  # noqa: PLR2004
         return QuotaExhausted
-    match status:
-        case 401 | 403:
-            return AuthFailed
-        case 429:
-            return RateLimited
-        case 408 | 409:
-            return ServerError
-        case _ if status >= 500:  # noqa: PLR2004
-            return ServerError
-        case _ if status >= 400:  # noqa: PLR2004
-            return BadRequest
-        case _ if status >= 300:  # noqa: PLR2004
-            return StatusError
+    if status in (401, 403):
+        return AuthFailed
+    if status == 429:  # noqa: PLR2004
+        return RateLimited
+    if status in (408, 409) or status >= 500:  # noqa: PLR2004
+        return ServerError
+    if status >= 300:  # noqa: PLR2004
+        return BadRequest if status >= 400 else StatusError  # noqa: PLR2004
     named = [kind for word, kind in _BY_WORD.items() if word in words]
     # An error that arrives under a 200 without naming itself is the endpoint's own trouble ("server_error", "overloaded").
     return named[0] if named else ServerError
@@ -223,46 +218,49 @@ def _until(value: str | None, date: str | None) -> float | None:
     return max(0.0, (moment - now).total_seconds())
 
 
-def _find(data: Any, *, failed: bool) -> dict[str, Any] | None:
-    """Return the error object inside *data*, put into OpenAI's shape."""
-    if isinstance(data, list):
-        return _find(data[0], failed=failed) if data else None
-    if not isinstance(data, dict):
-        return None
-    error = data.get("error")
-    if isinstance(error, dict) and error:
-        return error
+def as_object(value: Any) -> dict[str, Any]:
+    """Return a JSON value if it is an object, else an empty one."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _first(value: Any) -> Any:
+    """Return the first element of a JSON array, or None; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    return next(iter(cast("list[Any]", value)), None)
+
+
+def _find(data: Any, *, failed: bool) -> dict[str, Any]:
+    """Return the error object inside *data*, put into OpenAI's shape; empty if there is none."""
+    top = as_object(_first(data))
+    # OpenRouter puts a provider's failure into the choice.
+    error = top.get("error") or as_object(_first(top.get("choices"))).get("error")
     if isinstance(error, str) and error:
-        return {"message": error, **{name: data.get(name) for name in ("code", "type", "param", "status")}}
-    choices = data.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict) and choices[0].get("error"):
-        return _find(choices[0], failed=failed)  # OpenRouter puts a provider's failure into the choice
-    if data.get("object") == "error" or (failed and isinstance(data.get("message"), str)):
-        return data
-    if failed and data.get("detail"):
-        return _from_detail(data["detail"])
-    return None
+        return {"message": error, **{name: top.get(name) for name in ("code", "type", "param", "status")}}
+    if as_object(error):
+        return as_object(error)
+    if top.get("object") == "error" or (failed and isinstance(top.get("message"), str)):
+        return top
+    return _from_detail(top.get("detail")) if failed else {}
 
 
 def _from_detail(detail: Any) -> dict[str, Any]:
     """Put FastAPI's validation errors (`[{"type", "loc", "msg"}]`) into OpenAI's shape."""
-    first = detail[0] if isinstance(detail, list) and detail else detail
-    if not isinstance(first, dict):
-        return {"message": first if isinstance(first, str) else ""}
-    place = first.get("loc")
+    first = _first(detail)
+    if isinstance(first, str):
+        return {"message": first}
+    fields = as_object(first)
+    place = fields.get("loc")
     return {
-        "message": first.get("msg") or first.get("message"),
-        "code": first.get("type"),
-        "param": place[-1] if isinstance(place, list) and place else None,
+        "message": fields.get("msg") or fields.get("message"),
+        "code": fields.get("type"),
+        "param": cast("list[Any]", place)[-1] if isinstance(place, list) and place else None,
     }
 
 
 def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
-    inner = error.get("innererror")
-    metadata = error.get("metadata")
-    values = [error.get("code"), error.get("type"), error.get("status")]
-    if isinstance(inner, dict):
-        values.append(inner.get("code"))
+    values: list[Any] = [error.get("code"), error.get("type"), error.get("status")]
+    values.append(as_object(error.get("innererror")).get("code"))
     named = next((number for number in map(_as_status, values) if number is not None), None)
     words = [value for value in values if isinstance(value, str) and _as_status(value) is None and value]
     param, message = error.get("param"), error.get("message")
@@ -273,7 +271,7 @@ def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
         message=message if isinstance(message, str) else "",
         words=frozenset(word.lower() for word in words),
         # OpenRouter's 403 for flagged input; the key is fine, and this one item is the cause.
-        flagged=isinstance(metadata, dict) and "flagged_input" in metadata,
+        flagged="flagged_input" in as_object(error.get("metadata")),
     )
 
 

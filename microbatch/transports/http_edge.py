@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
 
@@ -123,7 +124,8 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
             return ConnectFailed(f"{where} did not answer in HTTP")
         case OSError():
             return ConnectFailed(f"the connection to {where} broke: {_reason(error)}")
-    return ConnectFailed(f"the connection to {where} broke: {type(error).__name__}")
+        case _:
+            return ConnectFailed(f"the connection to {where} broke: {type(error).__name__}")
 
 
 async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
@@ -134,6 +136,7 @@ async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
     """
     try:
         async with clock.scope:
+            clock.feed()
             return await step
     except TimeoutError as error:
         if clock.scope.expired():
@@ -168,7 +171,7 @@ async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) 
     return bytes(body[:limit])
 
 
-def checked(headers: Mapping[str, str], *, reserved: frozenset[str] = FRAMING) -> dict[str, str]:
+def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -> dict[str, str]:
     """Return *headers* once they are known to be what they seem: one line each.
 
     Raises:
@@ -203,7 +206,9 @@ def without(headers: Iterable[tuple[str, str]], names: frozenset[str]) -> list[t
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+    if type(error).__module__ == "builtins" and error.errno:
+        return os.strerror(error.errno)  # asyncio's own text for a refused connection is its address
+    return error.strerror or str(error) or type(error).__name__
 
 
 def _presentable(error: Exception) -> BaseException | None:

@@ -65,7 +65,7 @@ class _Foothold(msgspec.Struct):
 
     rung: Rung = Rung.JSON_SCHEMA
     since: float = 0.0
-    works: set[Rung] = msgspec.field(default_factory=set)  # rungs on which an answer came
+    works: set[Rung] = msgspec.field(default_factory=set[Rung])  # rungs on which an answer came
 
     def down_to(self, rung: Rung, now: float) -> None:
         """Step down to *rung*, unless somebody already went there or further."""

@@ -10,6 +10,7 @@ import ssl as tls
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import unquote, urlsplit
+from weakref import WeakSet
 
 import aiohttp
 
@@ -22,7 +23,7 @@ from microbatch.transports.ladder import Ladder
 from microbatch.transports.relay import Forwarded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from types import SimpleNamespace
 
     from microbatch.protocols import ChatCall, Completion
@@ -85,10 +86,7 @@ class OpenAIChat:
     ) -> None:
         at_least(0.001, timeout=timeout, idle_timeout=idle_timeout)
         whole(1, max_connections=max_connections)
-        if None in (timeout, idle_timeout, max_connections):
-            raise ConfigError("timeout, idle_timeout and max_connections must be numbers; there is always a limit")
-        if ssl is not None and not isinstance(ssl, bool | tls.SSLContext):
-            raise ConfigError("ssl must be an ssl.SSLContext, a bool or None")
+        _check_given(timeout=timeout, idle_timeout=idle_timeout, max_connections=max_connections)
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         address = base_url or os.environ.get("OPENAI_BASE_URL")
         if not key and not address:
@@ -106,10 +104,11 @@ class OpenAIChat:
         self._idle_timeout = idle_timeout
         self._max_connections = max_connections
         self._proxy = None if proxy is None else _checked_address("proxy", proxy, credentials=True)
-        self._ssl = True if ssl is None else ssl
+        self._ssl = _checked_ssl(ssl)
         self._stream = stream
         self._ladder = Ladder()
         self._session: aiohttp.ClientSession | None = None
+        self._responses: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -133,6 +132,9 @@ class OpenAIChat:
     async def aclose(self) -> None:
         """Close the connections; calls under way end with `ConnectFailed`. It can be opened again afterwards."""
         session, self._session = self._session, None
+        # aiohttp leaves whoever waits for the rest of a body waiting when its session closes; closing the answer wakes it.
+        for response in list(self._responses):
+            response.close()
         if session is not None:
             await session.close()
 
@@ -179,7 +181,7 @@ class OpenAIChat:
     @asynccontextmanager
     async def forward(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
-    ) -> AsyncIterator[Forwarded]:
+    ) -> AsyncGenerator[Forwarded]:
         """Relay a request as it is and yield the answer, whatever its status.
 
         Bodies are not touched in either direction, nor decompressed. Headers that concern one connection only are left
@@ -249,7 +251,7 @@ class OpenAIChat:
         clock: Clock | None = None,
         relay: bool = False,
     ) -> aiohttp.ClientResponse:
-        return await session.request(
+        response = await session.request(
             method,
             self.base_url + path,
             data=io.BytesIO(body) if body is not None and len(body) > LARGE_BODY_BYTES else body,
@@ -261,6 +263,8 @@ class OpenAIChat:
             auto_decompress=not relay,
             skip_auto_headers=_AUTOMATIC if relay else (),
         )
+        self._responses.add(response)
+        return response
 
 
 async def _headers_sent(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
@@ -275,6 +279,20 @@ def _encoded(body: dict[str, Any]) -> bytes:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         # The original is not attached: some of these errors hold the text they tripped over.
         raise ConfigError(f"a message or a parameter cannot be written as JSON ({type(error).__name__})") from None
+
+
+def _check_given(**limits: object) -> None:
+    for name, value in limits.items():
+        if value is None:
+            raise ConfigError(f"{name} must be a number; there is always a limit")
+
+
+def _checked_ssl(ssl: object) -> tls.SSLContext | bool:
+    if ssl is None:
+        return True
+    if not isinstance(ssl, bool | tls.SSLContext):
+        raise ConfigError("ssl must be an ssl.SSLContext, a bool or None")
+    return ssl
 
 
 def _checked_key(key: object) -> str:

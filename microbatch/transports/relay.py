@@ -42,7 +42,6 @@ class Forwarded:
         while True:
             loop = asyncio.get_running_loop()
             clock = Clock(max(0.0, self._end - loop.time()), self._idle)
-            clock.feed()
             # The time runs while waiting for the endpoint only, not while the caller is busy with a chunk.
             chunk = await timed(clock, guarded(self._response.content.readany(), self._where), self._where)
             if not chunk:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import json
+import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +23,8 @@ from microbatch.testing.pace import Latency
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from microbatch.testing.reading import Prompt
 
 TEXTS = [f"Product: thing number {number}\nIt is green, and somewhat useful. 日本 🧿" for number in range(16)]
 IDS = [f"{number}bcd{'fghjkmnpqrstvwxz'[number - 1]}f" for number in range(1, 17)]
@@ -201,8 +205,8 @@ async def test_tokens_are_streamed_at_their_rate(client):
     last = 0.1 + (split("word " * 40).tokens - 1) / 200
     assert streamed.times[0] >= 0.099
     assert streamed.times[-1] >= last - 0.001
-    assert streamed.times[-1] < last + 0.2
-    assert last - 0.001 <= whole < last + 0.2
+    assert streamed.times[-1] < last + 0.5
+    assert last - 0.001 <= whole < last + 0.5
     for number, moment in enumerate(streamed.times[1:-1]):
         assert moment >= 0.099 + number / 200
 
@@ -235,8 +239,9 @@ async def test_keys_are_checked_when_there_are_any(client):
         status, body = await post(client, endpoint, single(), Authorization="Bearer sk-wrong-key-of-mine")
         assert (status, body["error"]["code"]) == (401, "invalid_api_key")
         assert body["error"]["message"].startswith("Incorrect API key provided: sk-w********mine")
-        for headers in ({}, {"Authorization": "Basic sk-right"}):
-            assert (await post(client, endpoint, single(), **headers))[0] == 401
+        for headers in ({}, {"Authorization": "Basic sk-right"}, {"Authorization": "Bearer"}):
+            status, body = await post(client, endpoint, single(), **headers)
+            assert (status, body["error"]["code"]) == (401, None)
         async with client.get(f"{endpoint.base_url}/models") as response:
             assert response.status == 401
         assert endpoint.calls == 1
@@ -312,18 +317,21 @@ async def test_ignored_stream_options_report_no_usage(client):
         assert endpoint.reported == Usage()
 
 
-async def test_a_megabyte_of_prompt_is_answered_without_holding_up_others(client):
-    async with SimulatedEndpoint() as endpoint:
-        large = asyncio.create_task(post(client, endpoint, single("some words of a long text " * 40_000)))
-        gaps, last = [], time.perf_counter()
-        while not large.done():
-            await asyncio.sleep(0.001)
-            gaps.append(time.perf_counter() - last)
-            last = time.perf_counter()
-        status, body = large.result()
-    assert status == 200
-    assert body["usage"]["prompt_tokens"] > 200_000
-    assert max(gaps) < 0.3
+async def test_a_long_prompt_is_counted_off_the_loop_and_a_short_one_on_it(client):
+    threads = []
+
+    class Watched(SimulatedEndpoint):
+        def read(self, body: dict[str, Any]) -> Prompt:
+            threads.append(threading.get_ident())
+            return super().read(body)
+
+    async with Watched() as endpoint:
+        raw = io.BytesIO(json.dumps(single("some words of a long text " * 50_000)).encode())
+        async with client.post(f"{endpoint.base_url}/chat/completions", data=raw) as response:
+            assert response.status == 200
+            assert (await response.json())["usage"]["prompt_tokens"] > 250_000
+        await post(client, endpoint, single())
+    assert [thread == threading.get_ident() for thread in threads] == [False, True]
 
 
 # Faults

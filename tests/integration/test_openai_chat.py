@@ -8,6 +8,8 @@ import copy
 import gzip
 import json
 import pickle
+import ssl
+import subprocess
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
 
     Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -86,11 +89,14 @@ async def connect(endpoint: Endpoint) -> AsyncIterator[Callable[..., OpenAIChat]
 
 
 @contextlib.asynccontextmanager
-async def raw_server(*pieces: bytes | float | str) -> AsyncIterator[str]:
+async def raw_server(*pieces: bytes | float | str, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A server that reads a request's head, then writes bytes, waits seconds or does "reset"; then it closes."""
 
+    serving: set[asyncio.Task[Any]] = set()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        serving.add(asyncio.current_task())
+        try:
             await reader.readuntil(b"\r\n\r\n")
             for piece in pieces:
                 if isinstance(piece, bytes):
@@ -100,11 +106,17 @@ async def raw_server(*pieces: bytes | float | str) -> AsyncIterator[str]:
                     writer.transport.abort()
                 else:
                     await asyncio.sleep(piece)
-        writer.close()
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving)
 
 
 def call(**options: Any) -> ChatCall:
@@ -552,6 +564,37 @@ async def test_an_unreachable_endpoint_is_named_with_the_reason() -> None:
     await chat.aclose()
 
 
+async def test_a_host_without_address_and_a_port_without_tls_are_told_apart() -> None:
+    async with raw_server(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url:
+        for base_url, text in (
+            ("http://no-such-host.invalid/v1", "could not resolve the host name of no-such-host.invalid:80"),
+            (url.replace("http:", "https:"), "could not connect to 127.0.0.1"),
+        ):
+            chat = OpenAIChat("m", api_key=KEY, base_url=base_url)
+            assert text in str(await fails(chat))
+            await chat.aclose()
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_named(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=x -keyout".split()
+    try:
+        subprocess.run([*command, key, "-out", certificate], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the openssl command to make a certificate")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    body = json.dumps(whole()).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    async with raw_server(head + body, context=context) as url:
+        chat = OpenAIChat("m", api_key=KEY, base_url=url.replace("http:", "https:"))
+        assert "certificate that is not trusted" in str(await fails(chat))
+        await chat.aclose()
+        trusting = OpenAIChat("m", base_url=url.replace("http:", "https:"), ssl=False)
+        assert (await ask(trusting))[0] == "hi"
+        await trusting.aclose()
+
+
 SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -671,13 +714,25 @@ async def test_it_can_be_opened_again_after_closing(endpoint: Endpoint, connect:
 
 
 async def test_closing_ends_calls_under_way(endpoint: Endpoint, connect: Any) -> None:
-    endpoint.answers = [stream(chunk("a"), 0.5)]
-    chat, seen = connect(), asyncio.Event()
-    task = asyncio.create_task(chat.send(call(stream=True), lambda text: seen.set()))
+    asked, seen = asyncio.Event(), asyncio.Event()
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        asked.set()
+        await asyncio.sleep(0.5)
+        return web.Response()
+
+    endpoint.answers = [stream(chunk("a"), 0.5), silent]
+    chat = connect(max_connections=2)
+    reading = asyncio.create_task(chat.send(call(stream=True), lambda text: seen.set()))
     await seen.wait()
+    waiting = asyncio.create_task(ask(chat))
+    await asked.wait()
+    queued = asyncio.create_task(ask(chat))
+    await asyncio.sleep(0.01)
     await chat.aclose()
-    with pytest.raises(errors.ConnectFailed):
-        await task
+    for task in (reading, waiting, queued):
+        with pytest.raises(errors.ConnectFailed):
+            await asyncio.wait_for(task, 0.3)
 
 
 def test_a_second_event_loop_gets_its_own_connections() -> None:
@@ -831,7 +886,7 @@ SHAPES: list[tuple[int, Any, type[errors.StatusError], int, str | None]] = [
 
 
 @pytest.mark.parametrize(("status", "body", "kind", "named", "code"), SHAPES)
-async def test_every_shape_of_error_finds_its_branch(
+async def test_every_shape_of_error_finds_its_branch(  # noqa: PLR0917 (one row of the table)
     endpoint: Endpoint,
     connect: Any,
     status: int,
@@ -852,12 +907,12 @@ async def test_every_shape_of_error_finds_its_branch(
 
 
 async def test_an_error_never_quotes_the_endpoints_words(endpoint: Endpoint, connect: Any) -> None:
-    said = {"message": "customer's words", "code": f"the key {KEY}", "param": KEY, "type": "sk-abcdefgh12345678"}
+    said = {"message": "customer's text", "code": f"the key {KEY}", "param": KEY, "type": "sk-abcdefgh12345678"}
     endpoint.answers = [answer({"error": said}, 400)]
     error = await fails(connect())
     assert (error.code, error.param) == (None, None)
-    assert "words" not in str(error)
-    assert "words" in error.body
+    assert "customer" not in str(error)
+    assert "customer" in error.body
     assert "sk-abc" not in error.body
 
 

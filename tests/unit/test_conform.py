@@ -46,6 +46,7 @@ FITS = [
     ({"a": "x", "b": 1}, {"properties": {"a": {"type": "string"}}}),
     ({"a": 1, "b": 2}, {"additionalProperties": {"type": "integer"}}),
     ({"x-a": 1}, {"patternProperties": {"^x-": {"type": "integer"}}, "additionalProperties": False}),
+    ({"b": 1}, {"patternProperties": {"^x-": {"type": "string"}}}),
     ({"a": 1}, {"minProperties": 1, "maxProperties": 1}),
     ("no object", {"required": ["a"], "properties": {"a": False}, "minProperties": 9}),
     # arrays

@@ -73,6 +73,16 @@ def test_concurrent_refusals_step_once() -> None:
     assert plan(ladder).rung is Rung.JSON_OBJECT
 
 
+def test_a_late_refusal_neither_climbs_back_nor_starts_the_hour_again() -> None:
+    ladder = Ladder()
+    late = plan(ladder)
+    refuse(ladder, plan(ladder))
+    refuse(ladder, plan(ladder))
+    assert refuse(ladder, late, now=HOUR - 1)
+    assert plan(ladder, now=HOUR - 1).rung is Rung.PLAIN
+    assert plan(ladder, now=HOUR).rung is Rung.JSON_OBJECT
+
+
 def test_a_refusal_of_the_schema_counts_for_that_schema_only() -> None:
     ladder, other = Ladder(), {"type": "object", "title": "other"}
     assert refuse(ladder, plan(ladder), BAD_SCHEMA)

@@ -270,12 +270,11 @@ def values(schema: Any, root: Any, depth: int = 0) -> st.SearchStrategy[Any]:
             first = [values(one, root, depth) for one in schema.get("prefixItems", [])]
             if first or (depth > 2 and "minItems" not in schema):
                 return st.tuples(*first).map(list)
-            rest = st.lists(
+            return st.lists(
                 values(schema.get("items", True), root, depth),
                 min_size=schema.get("minItems", 0),
                 max_size=schema.get("maxItems", 2),
             )
-            return rest
         case "integer":
             step = schema.get("multipleOf", 1)
             low = max(schema.get("minimum", -100), schema.get("exclusiveMinimum", -101) + 1)
@@ -416,18 +415,20 @@ def test_recursive_types_keep_their_references_and_are_objects_at_the_root() -> 
     assert "$defs" not in kind.batch_schema["properties"]["results"]["items"]["properties"]["answer"]
 
 
-def test_a_described_recursive_field_stays_a_plain_reference() -> None:
-    class Leaf(pydantic.BaseModel):
-        inner: Annotated[Branch | None, pydantic.Field(description="within")] = None
+class Tree(Struct):
+    children: list[Annotated[Tree, Meta(description="below")]]
 
-    class Branch(pydantic.BaseModel):
-        leaf: Leaf = pydantic.Field(description="at the end")
-        self: list[Branch] = []
 
-    Leaf.model_rebuild(_types_namespace={"Branch": Branch})
-    kind = answer_type(Leaf)
-    assert misfit({"inner": {"leaf": {"inner": None}, "self": []}}, kind.schema) is None
-    assert kind.decode('{"inner":{"leaf":{"inner":null},"self":[]}}')[0].inner.leaf.inner is None
+class TreeModel(pydantic.BaseModel):
+    children: list[Annotated[TreeModel, pydantic.Field(description="below")]]
+
+
+@pytest.mark.parametrize("output_type", [Tree, TreeModel])
+def test_a_described_recursive_field_stays_a_plain_reference(output_type) -> None:
+    kind = answer_type(output_type)
+    name = output_type.__name__
+    assert kind.schema["$defs"][name]["properties"]["children"]["items"] == {"$ref": f"#/$defs/{name}"}
+    assert kind.decode('{"children":[{"children":[]}]}')[0].children[0].children == []
 
 
 class Endless(Struct):
@@ -446,13 +447,14 @@ class Fine(Struct):
     inner: list[Fine] = []
 
 
-@pytest.mark.parametrize("output_type", [Endless, list[Annotated[Endless, "x"]] | None, EndlessList, EndlessModel])
+@pytest.mark.parametrize("output_type", [Endless, EndlessList, EndlessModel])
 def test_a_type_whose_answer_could_never_end_is_refused(output_type) -> None:
-    if output_type is not Endless and output_type not in (EndlessList, EndlessModel):
-        assert answer_type(output_type).decode("null") == (None, "null")
-        return
     with pytest.raises(ConfigError, match="contains itself without end"):
         answer_type(output_type)
+
+
+def test_a_choice_that_could_never_end_beside_one_that_can_is_accepted() -> None:
+    assert answer_type(Endless | None).decode("null") == (None, "null")
 
 
 def test_a_recursion_that_can_stop_is_accepted() -> None:
@@ -543,6 +545,7 @@ def test_what_is_no_json_string_is_no_text(raw) -> None:
     assert type(caught.value) is ValueError
 
 
+@pytest.mark.skipif(sys.gettrace() is not None, reason="tracing costs more than decoding")
 def test_decoding_text_and_choices_costs_well_under_a_microsecond() -> None:
     text, choice = answer_type().decode, answer_type(Literal["b", "a"]).decode
     assert choice('"b"') == ("b", '"b"')
@@ -672,17 +675,22 @@ OtherTwin = msgspec.defstruct("Twin", [("a", str)], module="m")
         (Literal[Colour.RED], "Literal"),
         (complex, "complex"),
         (tuple[Twin, OtherTwin], "two types that are both named .*Twin"),
-        (T, "T"),
+        (list[Literal[Colour.RED]], "Literal"),
     ],
 )
 def test_a_type_without_a_json_form_is_a_config_error_that_names_it(output_type, words) -> None:
-    if output_type is T:  # an unbound variable is anything, as for msgspec
-        assert answer_type(output_type).decode("[1]") == ([1], "[1]")
-        return
     with pytest.raises(ConfigError, match=words) as caught:
         answer_type(output_type)
     assert "\n" not in str(caught.value)
     assert "home" not in str(caught.value)
+
+
+def test_a_field_whose_type_cannot_be_found_is_a_config_error() -> None:
+    class Lost(Struct):
+        inner: Nowhere  # noqa: F821
+
+    with pytest.raises(ConfigError, match=r"Lost.*Nowhere"):
+        answer_type(Lost)
 
 
 def test_a_pydantic_model_that_is_not_finished_is_a_config_error() -> None:
@@ -738,6 +746,18 @@ def test_pydantic_constraints_hold_without_a_model(output_type) -> None:
     for raw in ("-1", '{"x":-1}', '[{"x":-1}]'):
         with pytest.raises(ValueError, match=r"greater_than|_type"):
             kind.decode(raw)
+
+
+def test_choices_that_are_no_scalars_get_their_type() -> None:
+    class Corner(enum.Enum):
+        LEFT = (0, 0)
+        RIGHT = (1, 0)
+
+    class Where(pydantic.BaseModel):
+        corner: Corner
+
+    assert answer_type(Where).schema["properties"]["corner"] == {"$ref": "#/$defs/Corner"}
+    assert answer_type(Where).schema["$defs"]["Corner"] == {"enum": [[0, 0], [1, 0]], "type": "array"}
 
 
 def test_old_pydantic_spells_a_described_reference_with_all_of() -> None:
@@ -979,7 +999,7 @@ def test_a_long_hopeless_reply_is_given_up_quickly(piece) -> None:
         started = time.perf_counter()
         with pytest.raises(ValueError, match=r"."):
             kind.decode_single(text)
-        assert time.perf_counter() - started < 1
+        assert time.perf_counter() - started < 0.5
 
 
 # --- schemas that callers give

@@ -32,10 +32,10 @@ from microbatch.errors import (
 from microbatch.messages import Usage
 from microbatch.protocols import ChatCall, Transport
 from microbatch.testing.answers import json_type, simulated_answer, unwrap
-from microbatch.testing.counting import prompt_tokens, split
+from microbatch.testing.counting import Pieces, prompt_tokens, split
 from microbatch.testing.faults import Fault, Faults, Kind
 from microbatch.testing.model import ModelOptions, SimulatedModel
-from microbatch.testing.pace import Latency
+from microbatch.testing.pace import Latency, paced
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.transport import SimulatedTransport
 
@@ -595,12 +595,11 @@ def test_faults_of_elements_do_what_they_say(seed: int):
 
     back = elements("shifted_back", seed)
     assert [name for name, _ in back] == names[:-1]
-    start = next(i for i in range(8) if [answer for _, answer in back] == answers[:i] + answers[i + 1 :])
-    assert start < 8
+    assert [answer for _, answer in back] in [answers[:i] + answers[i + 1 :] for i in range(7)]
 
     forward = elements("shifted_forward", seed)
     assert [answer for _, answer in forward] == answers[:-1]
-    assert len({name for name, _ in forward} & set(names)) == 7
+    assert [name for name, _ in forward] in [names[:i] + names[i + 1 :] for i in range(7)]
 
     more = elements("unknown", seed)
     (stranger,) = [element for element in more if element[0] not in names]
@@ -705,6 +704,9 @@ def test_faults_of_the_whole_reply_do_what_they_say():
     assert refusal.refusal
     assert "sorry" in refusal.pieces.text
     assert (hang.pieces.text, hang.ending) == ("", "hang")
+    model = SimulatedModel(faults=Faults("hang", rate=1, on="all"))
+    say(model, single())
+    assert (model.prompt_tokens, model.completion_tokens) == (0, 0)
 
 
 def test_a_filter_speaks_up_either_way():
@@ -822,6 +824,22 @@ def test_elements_come_whole_at_their_rate():
     assert set(alone.times) == {1.5}
 
 
+def test_a_piece_that_starts_where_an_element_ends_belongs_to_the_next():
+    pieces = Pieces(["[", "ab", ",", "cde", "f", "]"], [1, 2, 3, 4, 5, 6])
+    times = Latency(first_token=None, element=1).times(pieces, [3, 8])
+    assert times == [1, 1, 2, 2, 2, 2]
+
+
+async def test_whoever_is_behind_gets_all_that_is_due_at_once():
+    loop = asyncio.get_running_loop()
+    ranges = []
+    async for first, end in paced([0.0, 0.0, 0.5, 0.75, 1.0, 2.0], loop.time()):
+        ranges.append((first, end, loop.time()))
+        if first == 2:
+            loop.advance(0.5)
+    assert ranges == [(0, 2, 0.0), (2, 3, 0.5), (3, 5, 1.0), (5, 6, 2.0)]
+
+
 def test_negative_latency_is_a_config_error():
     with pytest.raises(ConfigError, match="first_token"):
         Latency(first_token=-1)
@@ -878,14 +896,20 @@ async def test_the_transport_gives_the_hint_where_the_schema_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"),
-    [("http_400", BadRequest), ("http_429", RateLimited), ("http_500", ServerError), ("reset", ConnectFailed)],
+    ("kind", "error", "code"),
+    [
+        ("http_400", BadRequest, "invalid_value"),
+        ("http_429", RateLimited, "rate_limit_exceeded"),
+        ("http_500", ServerError, "server_error"),
+        ("reset", ConnectFailed, None),
+    ],
 )
-async def test_the_transport_raises_the_faults_of_the_wire(kind, error):
+async def test_the_transport_raises_the_faults_of_the_wire(kind, error, code):
     transport = SimulatedTransport(SimulatedModel(faults=Faults(kind, rate=1, retry_after=7)))
     for stream in (True, False):
         with pytest.raises(error) as caught:
             await sent(transport, call(combined(), stream=stream))
+        assert getattr(caught.value, "code", None) == code
         assert getattr(caught.value, "retry_after", None) == (7 if kind == "http_429" else None)
 
 
