@@ -89,7 +89,7 @@ class Request(msgspec.Struct):
         return f"Request(id={self.id!r}, messages=<{len(self.messages)}>)"
 
 
-class Reply(msgspec.Struct, Generic[T_co], eq=False):
+class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
     """The answer to one request, and what it cost.
 
     Attributes:

@@ -395,9 +395,9 @@ class Calls:
             completions = split(usage.completion_tokens, batch.answer_bytes)
             cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(tickets)
             price = self._price((completion and completion.model) or batch.call.model or self._default_model)
-            for index, ticket in enumerate(tickets):
-                share = Usage(prompts[index], completions[index], cached[index])
-                self._book(ticket, share, price, answered=mine[index])
+            shares = map(Usage, prompts, completions, cached)
+            for ticket, share, answered in zip(tickets, shares, mine, strict=True):
+                self._book(ticket, share, price, answered=answered)
             self._pay(batch, usage, lines, mine, price)
         exchange.end()
 

@@ -44,10 +44,9 @@ from microbatch.batching.lane import (
     Lane,
     Memory,
     Ticket,
-    line_bound,
     output_reserve,
 )
-from microbatch.batching.prompt import ID_TOKENS, instruction, item_line
+from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, instruction, item_line
 from microbatch.batching.request import check_messages, copy_of, read_messages, spec_of
 from microbatch.errors import BatcherClosed, DeadlineExceeded, RequestFailed, ShutDown
 
@@ -302,7 +301,8 @@ class Collector:
         else:
             key, text = read
             line = item_line(text)
-            tokens = line_bound(line) if self._upper is None else self._upper(f" {line.decode()}\n")
+            # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
+            tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
             lane = self._latest
             # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
             if lane is None or lane.spec.key != key:
@@ -316,11 +316,16 @@ class Collector:
             if bypass or options.high:
                 self._queue_alone(ticket, AloneReason.BYPASS if bypass else AloneReason.HIGH)
                 self._drop_if_abandoned(lane)
-            elif not self._fits(ticket, lane):
+            elif (tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES) and self._too_long(
+                ticket, lane
+            ):
                 self._queue_alone(ticket, AloneReason.TOO_LONG)
                 self._drop_if_abandoned(lane)
             else:
-                self._queue_in_lane(ticket, lane)
+                ticket.queue = lane
+                lane.add(ticket)
+                if not lane.queued:
+                    self._consider(lane)
         if not self._accepted:
             self._quiet.clear()
         self._accepted += 1
@@ -361,12 +366,10 @@ class Collector:
             tokens = self._preambles[words] = self._count(text) if len(text) <= MAX_LINE_BYTES else len(text.encode())
         return tokens
 
-    def _fits(self, ticket: Ticket, lane: Lane) -> bool:
-        """Whether *ticket* may share a prompt at all; its tokens are counted only if their bound does not tell."""
-        budget = lane.budget.tokens - ID_TOKENS
-        if len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= budget or ticket.count(self._count) <= budget):
-            lane.learned.alone = 0
-            return True
+    def _too_long(self, ticket: Ticket, lane: Lane) -> bool:
+        """Whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
+        if len(ticket.line) <= MAX_LINE_BYTES and ticket.count(self._count) <= lane.budget.tokens - ID_TOKENS:
+            return False
         lane.learned.alone += 1
         if lane.learned.alone == _ALONE_WARNING:
             logger.warning(
@@ -377,25 +380,21 @@ class Collector:
                 self._policy.max_prompt_tokens,
                 MAX_LINE_BYTES,
             )
-        return False
+        return True
 
     def _queue_alone(self, ticket: Ticket, reason: AloneReason) -> None:
         ticket.queue = self._alone
         self._alone.add(ticket, reason)
         self._make_due(self._alone)
 
-    def _queue_in_lane(self, ticket: Ticket, lane: Lane) -> None:
-        ticket.queue = lane
-        lane.add(ticket)
-        if lane.queued:
-            return
-        if lane.due is None:
-            if lane.live == 1 and not lane.in_flight and self._heeds_idle(lane):
-                lane.owe(FlushReason.IDLE)
-            else:
-                self._rearm(lane)
-                return
-        self._make_due(lane)
+    def _consider(self, lane: Lane) -> None:
+        """A ticket has joined *lane*, which is not in the ring: see whether it is due now."""
+        if lane.due is None and not lane.in_flight and lane.live == 1 and self._heeds_idle(lane):
+            lane.owe(FlushReason.IDLE)
+        if lane.due is not None:
+            self._make_due(lane)
+        else:
+            self._rearm(lane)
 
     def _heeds_idle(self, lane: Lane) -> bool:
         # A lane in which only bulk work waits has no time at which it falls due.
@@ -449,6 +448,7 @@ class Collector:
 
     def _take_batch(self, lane: Lane) -> _Work | None:
         tickets, reason = lane.take()
+        lane.learned.alone = 0
         for ticket in tickets:
             if ticket.on_taken is not None:
                 ticket.on_taken(ticket)

@@ -185,7 +185,8 @@ class Demultiplexer:
         while True:
             found = _element(text, pos)
             if found is not None:
-                self._place(found[2], found[3], delivered)
+                _, name, raw = found.groups()
+                self._place(name, raw, delivered)
                 pos = found.end()
                 continue
             marker = _marker(text, pos)
@@ -235,19 +236,21 @@ class Demultiplexer:
         return self._index.get(name.strip(" \t\r\n[]").lower()) if index is None else index
 
     def _place(self, name: str, raw: str, delivered: list[Answer]) -> None:
-        index = self._find(name)
+        """Decide an element with an id and an answer."""
+        index = self._index.get(name)
         if index is None:
-            self.damaged = True
-            self.unknown_ids += 1
-        elif index == self._next and not self.damaged:
+            index = self._find(name)
+        if index == self._next and not self.damaged:
             if not self._early:
                 self._copies[index] = 1
                 self._held[index] = raw
-                self._next += 1
-            elif self._deliver(index, raw, delivered):
-                self._next += 1
-            else:
+            elif not self._deliver(index, raw, delivered):
                 self._copies[index] = 1
+                return
+            self._next = index + 1
+        elif index is None:
+            self.damaged = True
+            self.unknown_ids += 1
         else:
             self.damaged = True
             self._note(index, raw, raw)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES
+from microbatch.batching.prompt import ID_TOKENS
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -268,8 +268,8 @@ class Lane:
         self.live += 1
         if self._full is None:
             self._extend(ticket)
-        if ticket.due_at < self.due_at:
-            self.due_at = ticket.due_at
+            if ticket.due_at < self.due_at:
+                self.due_at = ticket.due_at
 
     def rebudget(self, budget: Budget) -> None:
         """Work with another *budget* from now on."""
@@ -330,12 +330,14 @@ class Lane:
             self.due_at = min(self.due_at, ticket.due_at)
 
     def _extend(self, ticket: Ticket) -> None:
-        charged = ticket.tokens + ID_TOKENS
-        if self._fill_tokens + charged > self.budget.tokens and self._fill and not self._fits_exactly(ticket):
+        """Take *ticket* into the fill, or find the fill full without it."""
+        tokens = self._fill_tokens + ticket.tokens + ID_TOKENS
+        if tokens <= self.budget.tokens or not self._fill:
+            self._fill_tokens = tokens
+        elif not self._fits_exactly(ticket):
             self._full = FlushReason.TOKENS
             return
         self._fill += 1
-        self._fill_tokens += ticket.tokens + ID_TOKENS
         if self._fill >= self.budget.size:
             self._full = self.budget.size_reason
 
@@ -349,17 +351,13 @@ class Lane:
                 break
             bound = bounded.tokens
             total -= bound - bounded.count(self._count)
-        self._fill_tokens = total - ticket.tokens - ID_TOKENS
-        return total <= self.budget.tokens
+        fits = total <= self.budget.tokens
+        self._fill_tokens = total if fits else total - ticket.tokens - ID_TOKENS
+        return fits
 
 
 def _bound(ticket: Ticket) -> int:
     return -1 if ticket.exact else ticket.tokens
-
-
-def line_bound(line: bytes) -> int:
-    """Return the most tokens that *line* can take without its id: every token of a byte-level BPE is at least one byte."""
-    return len(line) + LINE_OVERHEAD_BYTES
 
 
 def output_reserve(max_tokens: int) -> int:

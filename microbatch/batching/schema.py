@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib
 import json
 import re
 import sys
@@ -284,7 +285,10 @@ def _with_msgspec(output_type: Any) -> tuple[Schema, Reader]:
 def _with_pydantic(output_type: Any) -> tuple[Schema, Reader]:
     pydantic = sys.modules["pydantic"]
     adapter = pydantic.TypeAdapter(output_type)
-    schema = adapter.json_schema(mode="validation")
+    # Defaults are dropped, so one that is not JSON is nothing to warn of.
+    ignored = {"ignored_warning_kinds": {"skipped-choice", "non-serializable-default"}}
+    quiet = type("Quiet", (importlib.import_module("pydantic.json_schema").GenerateJsonSchema,), ignored)
+    schema = adapter.json_schema(mode="validation", schema_generator=quiet)
     names: set[str] = {name for node in _nodes(schema) for name in node.get("properties", ())}
 
     def read(raw: str) -> Any:

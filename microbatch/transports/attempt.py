@@ -54,14 +54,18 @@ class Attempt:
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* ends when the answer's head is there."""
-        response: aiohttp.ClientResponse | None = None
         request_id = None
         try:
             async with self._clock.scope:
-                received = response = await guarded(sending, self._where)
-                self._clock.feed()
-                request_id = received.headers.get("x-request-id")
-                await self._receive(received)
+                response = await guarded(sending, self._where)
+                try:
+                    self._clock.feed()
+                    request_id = response.headers.get("x-request-id")
+                    await self._receive(response)
+                finally:
+                    # A half-read connection must not go back to the pool: the next call would read this answer's rest.
+                    # Read to its end it is back there already, and this does nothing.
+                    response.close()
         except TimeoutError as error:
             if not self._clock.scope.expired():
                 raise  # not of our making
@@ -70,11 +74,6 @@ class Attempt:
         except ConnectFailed:
             if not self._reader.complete:
                 raise
-        finally:
-            if response is not None:
-                # A half-read connection must not go back to the pool: the next call would read this answer's rest. Read
-                # to its end it is back there already, and this does nothing.
-                response.close()
         return self._reader.completion(request_id)
 
     async def _receive(self, response: aiohttp.ClientResponse) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from microbatch.errors import TransportError
 from microbatch.messages import Usage
 from microbatch.protocols import Completion
-from microbatch.transports.error_shapes import Fault, as_object, read_fault
+from microbatch.transports.error_shapes import Fault, as_object, is_array, read_fault
 from microbatch.transports.ladder import Rung
 
 if TYPE_CHECKING:
@@ -182,9 +182,9 @@ class ReplyReader:
 
 def _joined(content: Any) -> str:
     """Return content that may come in parts as one text; parts that are no text (a model's thoughts) are left out."""
-    if not isinstance(content, list):
+    if not is_array(content):
         return content if isinstance(content, str) else ""
-    parts = [as_object(part) for part in cast("list[Any]", content)]
+    parts = [as_object(part) for part in content]
     texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
     return "".join(text for text in texts if isinstance(text, str))
 

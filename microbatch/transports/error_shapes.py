@@ -11,7 +11,7 @@ import math
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import msgspec
 
@@ -223,11 +223,16 @@ def as_object(value: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
+def is_array(value: Any) -> TypeGuard[list[Any]]:
+    """Return whether a JSON value is an array."""
+    return isinstance(value, list)
+
+
 def _first(value: Any) -> Any:
     """Return the first element of a JSON array, or None; anything else as it is."""
-    if not isinstance(value, list):
+    if not is_array(value):
         return value
-    return next(iter(cast("list[Any]", value)), None)
+    return value[0] if value else None
 
 
 def _find(data: Any, *, failed: bool) -> dict[str, Any]:
@@ -250,11 +255,11 @@ def _from_detail(detail: Any) -> dict[str, Any]:
     if isinstance(first, str):
         return {"message": first}
     fields = as_object(first)
-    place = fields.get("loc")
+    place: Any = fields.get("loc")
     return {
         "message": fields.get("msg") or fields.get("message"),
         "code": fields.get("type"),
-        "param": cast("list[Any]", place)[-1] if isinstance(place, list) and place else None,
+        "param": place[-1] if is_array(place) and place else None,
     }
 
 

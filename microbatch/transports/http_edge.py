@@ -129,19 +129,18 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
 
 
 async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
-    """Await *step* under *clock*.
+    """Await one step of aiohttp's under *clock*.
 
     Raises:
+        ConnectFailed: The connection could not be made, or broke.
         TransportTimeout: The time is up.
     """
     try:
         async with clock.scope:
             clock.feed()
-            return await step
-    except TimeoutError as error:
-        if clock.scope.expired():
-            raise clock.error(where) from error
-        raise
+            return await guarded(step, where)
+    except TimeoutError as error:  # the clock's: one of the system's is a ConnectFailed by now
+        raise clock.error(where) from error
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int, where: str) -> bytes:
@@ -206,8 +205,9 @@ def without(headers: Iterable[tuple[str, str]], names: frozenset[str]) -> list[t
 
 
 def _reason(error: OSError) -> str:
-    if type(error).__module__ == "builtins" and error.errno:
-        return os.strerror(error.errno)  # asyncio's own text for a refused connection is its address
+    number = error.errno or 0
+    if type(error).__module__ == "builtins" and number > 0:
+        return os.strerror(number)  # asyncio's own text for a refused connection is its address
     return error.strerror or str(error) or type(error).__name__
 
 

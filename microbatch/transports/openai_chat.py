@@ -18,7 +18,7 @@ from microbatch.errors import ConfigError
 from microbatch.policy import at_least, whole
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.chat_wire import can_stream, compose, encode
-from microbatch.transports.http_edge import CREDENTIALS, FRAMING, Clock, checked, guarded, merged, timed, without
+from microbatch.transports.http_edge import CREDENTIALS, FRAMING, Clock, checked, merged, timed, without
 from microbatch.transports.ladder import Ladder
 from microbatch.transports.relay import Forwarded
 
@@ -204,7 +204,7 @@ class OpenAIChat:
         clock = Clock(self._timeout, None)
         end = asyncio.get_running_loop().time() + self._timeout
         sending = self._request(session, method, path, headers=self._request_headers(relayed), body=body, relay=True)
-        response = await timed(clock, guarded(sending, self._where), self._where)
+        response = await timed(clock, sending, self._where)
         try:
             idle = self._idle_timeout if response.content_type == "text/event-stream" else None
             yield Forwarded(response, self._where, end, idle)

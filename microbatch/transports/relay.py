@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from microbatch.transports.http_edge import HOP_BY_HOP, Clock, guarded, timed, without
+from microbatch.transports.http_edge import HOP_BY_HOP, Clock, timed, without
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -43,7 +43,7 @@ class Forwarded:
             loop = asyncio.get_running_loop()
             clock = Clock(max(0.0, self._end - loop.time()), self._idle)
             # The time runs while waiting for the endpoint only, not while the caller is busy with a chunk.
-            chunk = await timed(clock, guarded(self._response.content.readany(), self._where), self._where)
+            chunk = await timed(clock, self._response.content.readany(), self._where)
             if not chunk:
                 return
             yield chunk

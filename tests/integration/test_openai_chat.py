@@ -20,7 +20,8 @@ from aiohttp import web
 from microbatch import errors
 from microbatch.messages import Usage
 from microbatch.protocols import ChatCall, Completion, Transport
-from microbatch.transports.error_shapes import retry_after
+from microbatch.transports.error_shapes import read_fault, retry_after
+from microbatch.transports.http_edge import Clock, connect_failed
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
@@ -330,8 +331,9 @@ async def test_odd_but_whole_replies_are_read(endpoint: Endpoint, connect: Any) 
         (whole(None), "", (None, None)),
         (whole(parts), "ab", (None, None)),
         (refusal, "", ("No.", None)),
-        ({"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "?"}, "model": 3}, "x", (None, None)),
+        ({"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "?"}, "model": ""}, "x", (None, None)),
         (whole("y", error=None), "y", (None, None)),
+        (whole("z", error=7), "z", (None, None)),
     ):
         endpoint.answers = [answer(body)]
         got, completion = await ask(chat)
@@ -475,6 +477,11 @@ async def test_an_error_in_mid_stream_is_raised_and_the_text_before_it_stands(en
         assert (pieces, caught.value.status, caught.value.again) == (["part"], status, False)
 
 
+async def test_an_error_as_last_event_without_its_blank_line_counts(endpoint: Endpoint, connect: Any) -> None:
+    endpoint.answers = [stream(chunk("part"), b'data: {"error":{"code":503,"message":"x"}}')]
+    assert type(await fails(connect(), stream=True)) is errors.ServerError
+
+
 async def test_a_connection_is_used_again_after_a_stream(endpoint: Endpoint, connect: Any) -> None:
     endpoint.answers = [stream(*HI)]
     chat = connect()
@@ -564,26 +571,25 @@ async def test_an_unreachable_endpoint_is_named_with_the_reason() -> None:
     await chat.aclose()
 
 
-async def test_a_host_without_address_and_a_port_without_tls_are_told_apart() -> None:
-    async with raw_server(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url:
-        for base_url, text in (
-            ("http://no-such-host.invalid/v1", "could not resolve the host name of no-such-host.invalid:80"),
-            (url.replace("http:", "https:"), "could not connect to 127.0.0.1"),
-        ):
-            chat = OpenAIChat("m", api_key=KEY, base_url=base_url)
-            assert text in str(await fails(chat))
-            await chat.aclose()
+async def test_a_port_without_tls_is_named(endpoint: Endpoint, connect: Any) -> None:
+    error = await fails(connect(base_url=endpoint.url.replace("http:", "https:")))
+    assert "could not connect to 127.0.0.1" in str(error)
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def self_signed(tmp_path: Path) -> tuple[Path, Path]:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=x -keyout".split()
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1", "-subj", "/CN=x"]
     try:
-        subprocess.run([*command, key, "-out", certificate], check=True, capture_output=True)
+        subprocess.run(["openssl", "req", *kind, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs the openssl command to make a certificate")
+    return certificate, key
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_named(self_signed: tuple[Path, Path]) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(*self_signed)
     body = json.dumps(whole()).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with raw_server(head + body, context=context) as url:
@@ -649,6 +655,37 @@ async def test_a_proxy_that_cannot_be_reached_or_refuses_is_named() -> None:
             chat = OpenAIChat("m", api_key=KEY, base_url=base_url, proxy=proxy)
             assert text in str(await fails(chat))
             await chat.aclose()
+
+    for base_url in ("http://model.test/v1", "https://model.test/v1"):
+        chat = OpenAIChat("m", api_key=KEY, base_url=base_url, proxy=proxy)
+        assert "could not reach the proxy to model.test" in str(await fails(chat))
+        await chat.aclose()
+
+
+@pytest.mark.parametrize(
+    ("failure", "text"),
+    [
+        (aiohttp.ClientError("Bearer k"), "the connection to h:1 broke: ClientError"),
+        (aiohttp.ClientOSError(104, "reset by peer"), "the connection to h:1 broke: reset by peer"),
+        (ConnectionResetError(), "the connection to h:1 broke: ConnectionResetError"),
+        (aiohttp.ConnectionTimeoutError(), "could not connect to h:1: no answer in time"),
+        (
+            aiohttp.ClientConnectorDNSError(None, OSError(-2, "Name or service not known")),
+            "could not resolve the host name of h:1: Name or service not known",
+        ),
+    ],
+)
+def test_failures_that_a_test_server_cannot_cause_are_named_too(failure: Exception, text: str) -> None:
+    assert str(connect_failed(failure, "h:1")) == text
+
+
+async def test_a_sign_of_life_after_the_time_is_up_changes_nothing() -> None:
+    clock = Clock(0.0, 1.0)
+    with pytest.raises(TimeoutError):
+        async with clock.scope:
+            await asyncio.sleep(1)
+    clock.feed()
+    assert clock.scope.expired()
 
 
 # Cancelling, closing
@@ -904,6 +941,12 @@ async def test_every_shape_of_error_finds_its_branch(  # noqa: PLR0917 (one row 
         assert str(named) in str(error)
         assert error.body == raw.decode().replace(KEY, "***")
     assert len(endpoint.requests) == 2  # a redirect was not followed
+
+
+def test_a_fault_tells_no_words() -> None:
+    assert (
+        repr(read_fault(b'{"error":{"message":"CANARY","code":"x"}}', 400)) == "Fault(status=400, code='x', param=None)"
+    )
 
 
 async def test_an_error_never_quotes_the_endpoints_words(endpoint: Endpoint, connect: Any) -> None:

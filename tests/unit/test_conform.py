@@ -229,6 +229,12 @@ def test_running_out_of_steps_is_never_a_fit() -> None:
     assert misfit(list(range(50)), {"items": {"type": "integer"}}, steps=51) is None
 
 
+@pytest.mark.parametrize("pointer", ["#/a~1b%20c", "#/a%2Fb%20c"])
+def test_a_reference_may_escape_its_names(pointer) -> None:
+    assert resolve(pointer, {"a/b c": 1, "a": {"b c": 2}}) == 1
+    assert resolve("#/~01/0", {"~1": [3]}) == 3
+
+
 @pytest.mark.parametrize(
     "pointer", ["#/$defs/none", "#/a/7", "#/a/x", "#/a/0/b", "#anchor", "other.json", "#/a/99999999999"]
 )

@@ -538,6 +538,14 @@ def test_any_text_comes_back_or_is_blank(text) -> None:
                 attempt()
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u2003"])
+def test_blank_text_is_no_answer(blank) -> None:
+    with pytest.raises(ValueError, match="blank"):
+        answer_type().decode(json.dumps(blank))
+    with pytest.raises(ValueError, match="blank"):
+        answer_type().decode_single(blank)
+
+
 @pytest.mark.parametrize("raw", ["", "null", "5", "[]", '{"a":1}', '"open', '"\\ud83d"', '"a"b', '"\ud83d"'])
 def test_what_is_no_json_string_is_no_text(raw) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
@@ -748,6 +756,13 @@ def test_pydantic_constraints_hold_without_a_model(output_type) -> None:
             kind.decode(raw)
 
 
+def test_a_default_that_is_not_json_is_nothing_to_warn_of() -> None:
+    class Odd(pydantic.BaseModel):
+        anything: Any = object()
+
+    assert answer_type(Odd).decode('{"anything":[1]}')[0].anything == [1]
+
+
 def test_choices_that_are_no_scalars_get_their_type() -> None:
     class Corner(enum.Enum):
         LEFT = (0, 0)
@@ -943,6 +958,7 @@ def test_a_reply_without_the_answer_is_a_value_error(text) -> None:
         (int, '{"answer":5}', 5, "5"),
         (int, '{"answer": 5, "note": "x"}', 5, "5"),
         (int, "5", 5, "5"),
+        (int, "\ufeff5", 5, "5"),
         (int, "```\n5\n```", 5, "5"),
         (list[int], 'So: {"answer":[1, 2]}', [1, 2], "[1, 2]"),
         (list[int], "So: [1, 2].", [1, 2], "[1, 2]"),
@@ -957,6 +973,13 @@ def test_a_reply_without_the_answer_is_a_value_error(text) -> None:
 def test_a_wrapped_answer_is_unwrapped_and_a_bare_one_accepted(output_type, text, output, raw) -> None:
     assert answer_type(output_type).wrapped
     assert answer_type(output_type).decode_single(text) == (output, raw)
+
+
+def test_what_is_wrong_with_the_form_that_was_asked_for_is_what_is_told() -> None:
+    with pytest.raises(ValueError, match=r"^Expected `int`, got `str`$"):
+        answer_type(int).decode_single('{"answer":"x"}')
+    with pytest.raises(ValueError, match=r"^Expected `int`, got `null`$"):
+        answer_type(int).decode_single('{"answer":null}')
 
 
 class Answered(Struct, tag=True):
@@ -994,6 +1017,7 @@ def test_any_text_gives_an_answer_that_fits_or_a_value_error(text) -> None:
 )
 def test_a_long_hopeless_reply_is_given_up_quickly(piece) -> None:
     text = "x " + piece * (500_000 // len(piece))
+    assert len(list(room._candidates(text))) <= 1 + 2 * room._MAX_TRIES
     for output_type in (Category, int):
         kind = answer_type(output_type)
         started = time.perf_counter()
