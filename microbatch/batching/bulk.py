@@ -205,9 +205,7 @@ class _Run:
         if ticket.queue is not None:
             self._unsent.add(ticket)
         self._open.add(ticket)
-        ticket.future.add_done_callback(
-            functools.partial(self._done, ticket, index, request.id), context=self._context
-        )
+        ticket.future.add_done_callback(functools.partial(self._done, ticket, index, request.id), context=self._context)
 
     # --- results
 

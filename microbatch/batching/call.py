@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
@@ -80,20 +81,20 @@ class Exchange:
         self.route: Route = route
         self.sent = sent
         self.price = price
-        self.scope: anyio.CancelScope | None = None
+        self.scope: asyncio.Timeout | None = None
         self.ended = False
         self._ended: anyio.Event | None = None
 
     def linger(self, now: float) -> None:
         """Everyone has been answered: only the usage is still of interest, for a while."""
-        if self.scope is not None:
-            self.scope.deadline = now + USAGE_PATIENCE
+        if self.scope is not None and not self.scope.expired():
+            self.scope.reschedule(now + USAGE_PATIENCE)
 
     def abandoned(self) -> None:
         """One caller left without an answer; the last one takes the call with it."""
         self.waiting -= 1
-        if self.waiting <= 0 and self.scope is not None:
-            self.scope.cancel()
+        if self.waiting <= 0 and self.scope is not None and not self.scope.expired():
+            self.scope.reschedule(0.0)
 
     def end(self) -> None:
         """The call is over and its cost divided."""
@@ -332,21 +333,25 @@ class Calls:
 
         if exchange.waiting <= 0:
             return None, None  # everybody left before the task of this call got its turn
+        scope = exchange.scope = asyncio.timeout(None)
         try:
-            with anyio.CancelScope() as exchange.scope:
+            async with scope:
                 return await self._send(call, on_text, on_attempt), None
         except RequestFailed as error:
             return None, error
+        except TimeoutError:
+            return None, None  # nobody waits any more
         finally:
             exchange.scope = None
-        return None, None  # nobody waits any more
 
     def _remaining(self, tickets: list[Ticket]) -> float | None:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
-        deadlines = [ticket.deadline for ticket in tickets]
-        if None in deadlines:
-            return None
-        return max(0.0, max(deadline for deadline in deadlines if deadline is not None) - self._now())
+        latest = 0.0
+        for ticket in tickets:
+            if ticket.deadline is None:
+                return None
+            latest = max(latest, ticket.deadline)
+        return max(0.0, latest - self._now())
 
     def _answer(self, ticket: Ticket, output: Any, text: str, exchange: Exchange, now: float) -> Reply[Any]:
         """Hand *ticket*'s caller its answer, with an estimate of what it cost."""

@@ -449,9 +449,6 @@ class Collector:
     def _take_batch(self, lane: Lane) -> _Work | None:
         tickets, reason = lane.take()
         lane.learned.alone = 0
-        for ticket in tickets:
-            if ticket.on_taken is not None:
-                ticket.on_taken(ticket)
         if len(tickets) == 1:
             self._ledger.singles_by_reason[
                 AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
@@ -469,7 +466,7 @@ class Collector:
 
     def _take_alone(self, queue: AloneQueue) -> _Work:
         ticket, reason = queue.take()
-        _taken(ticket)
+        ticket.taken()
         self._ledger.singles_by_reason[reason] += 1
         return self._hold(_Work([ticket], None, None))
 
@@ -604,7 +601,7 @@ class Collector:
         """*ticket* has ended without an answer: take it out of where it is."""
         queue = ticket.queue
         if queue is not None:
-            _taken(ticket)
+            ticket.taken()
             queue.discard()
             if isinstance(queue, Lane):
                 self._rearm(queue)
@@ -659,13 +656,6 @@ class Collector:
     def start_feeder(self, feeder: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run *feeder* in the batcher's task group, in the context of whoever asks for it: it runs the caller's own code."""
         self._tasks.start_soon(feeder)
-
-
-def _taken(ticket: Ticket) -> None:
-    """*ticket* is no longer in a queue."""
-    ticket.queue = None
-    if ticket.on_taken is not None:
-        ticket.on_taken(ticket)
 
 
 def _bug(cause: BaseException) -> RequestFailed:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 
+_RANK_AFTER = 32
+"""Answers after which their percentile is worked out anew, unless a longer one comes first."""
+
 
 class FlushReason(enum.StrEnum):
     """Why a batch left its lane."""
@@ -125,6 +128,12 @@ class Ticket(msgspec.Struct, eq=False):
     on_taken: Callable[[Ticket], None] | None = None
     timer: asyncio.TimerHandle | None = None
 
+    def taken(self) -> None:
+        """It is no longer in a queue."""
+        self.queue = None
+        if self.on_taken is not None:
+            self.on_taken(self)
+
     def count(self, counter: Callable[[str], int]) -> int:
         """Replace the bound by the exact number of tokens, once; return it."""
         if not self.exact:
@@ -140,7 +149,8 @@ class Learned(msgspec.Struct):
     Attributes:
         batch_size: Most requests of a batch, halved when replies are cut off by the token limit; None until then.
         answers: Tokens of the latest answers.
-        answer_tokens: Their 95th percentile.
+        answer_tokens: Their 95th percentile, as of the latest ranking.
+        unranked: Answers recorded since.
         framing: What surrounds its requests, measured on the first batch, or None.
         alone: Requests in a row that were too long to travel with others.
     """
@@ -148,12 +158,17 @@ class Learned(msgspec.Struct):
     batch_size: int | None = None
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
+    unranked: int = _RANK_AFTER
     framing: Framing | None = None
     alone: int = 0
 
     def record_answers(self, tokens: Sequence[int]) -> None:
         """Learn from the answers of one reply, in tokens each."""
         self.answers.extend(tokens)
+        self.unranked += len(tokens)
+        if self.unranked < _RANK_AFTER and max(tokens) <= self.answer_tokens:
+            return
+        self.unranked = 0
         ranked = sorted(self.answers)
         self.answer_tokens = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
 
@@ -300,7 +315,7 @@ class Lane:
         while len(tickets) < self._fill:
             ticket = self._pending.popleft()
             if not ticket.future.done():
-                ticket.queue = None
+                ticket.taken()
                 tickets.append(ticket)
         self.live -= len(tickets)
         if self._owed is not None:

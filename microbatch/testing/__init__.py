@@ -1,1 +1,24 @@
 """Doubles for tests, users' included: a scripted transport, a virtual clock, a simulated endpoint."""
+
+from microbatch.testing.answers import simulated_answer
+from microbatch.testing.clock import DeadlockError, VirtualClockLoop, loop_factories
+from microbatch.testing.endpoint import SimulatedEndpoint
+from microbatch.testing.faults import Faults
+from microbatch.testing.model import SimulatedModel
+from microbatch.testing.pace import Latency
+from microbatch.testing.scripted import ScriptedCall, ScriptedTransport
+from microbatch.testing.transport import SimulatedTransport
+
+__all__ = [
+    "DeadlockError",
+    "Faults",
+    "Latency",
+    "ScriptedCall",
+    "ScriptedTransport",
+    "SimulatedEndpoint",
+    "SimulatedModel",
+    "SimulatedTransport",
+    "VirtualClockLoop",
+    "loop_factories",
+    "simulated_answer",
+]
