@@ -139,6 +139,8 @@ class Demultiplexer:
         if ended:
             for index, raw in sorted(self._held.items()):
                 self._deliver(index, raw, delivered)
+        else:
+            self._held.clear()  # so that `faults` names them
         return delivered
 
     def faults(self) -> Iterator[tuple[int, Fault, str]]:
@@ -174,7 +176,7 @@ class Demultiplexer:
         if end == BROKEN:
             found = _marker(text)
             start = found.start() if found else 0
-            self._broken(text[start:])
+            self._broken(text, start)
             return self._search(text, start + 1)
         self._scanned(text[:end], delivered)
         return delivered + self._search(text, end)
@@ -207,7 +209,7 @@ class Demultiplexer:
                 self._scanner = scanner
                 return delivered
             if end == BROKEN:
-                self._broken(text[start : start + _WINDOW])
+                self._broken(text, start)
                 pos = start + 1
             else:
                 self._scanned(text[start:end], delivered)
@@ -218,17 +220,18 @@ class Demultiplexer:
         try:
             decoded = _decode_element(element)
         except (msgspec.DecodeError, RecursionError, UnicodeError):
-            self._broken(element)
+            self._broken(element, 0)
         else:
             self._place(decoded.id, bytes(decoded.answer).decode(), delivered)
 
-    def _broken(self, element: str) -> None:
-        """Note an element without a usable answer; its id, if it can be read, counts as seen."""
+    def _broken(self, text: str, start: int) -> None:
+        """Note an element without a usable answer, at *start* in *text*; its id, if it can be read, counts as seen."""
         self.damaged = True
-        found = _readable_id(element)
+        # Not beyond the window, where pieces and the whole reply could read different things.
+        found = _readable_id(text, start, start + _WINDOW)
         index = self._find(found[1]) if found else None
         if index is not None:
-            self._note(index, None, element)
+            self._note(index, None, text[start : start + _WINDOW])
 
     def _find(self, name: str) -> int | None:
         index = self._index.get(name)

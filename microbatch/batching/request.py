@@ -75,10 +75,6 @@ class Options(msgspec.Struct, frozen=True):
     high: bool = False
 
 
-PLAIN = Options(answer=_TEXT, key=(b"",))
-"""The options of a submit that gives none."""
-
-
 def read_options(
     output_type: Any,
     model: str | None,
@@ -247,3 +243,7 @@ def copy_of(messages: Messages) -> list[dict[str, Any]]:
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"messages must be JSON values: {error}") from error
     return copies
+
+
+PLAIN = read_options(str, None, None, None, None, None, None, "normal")
+"""The options of a submit that gives none, read once."""

@@ -18,14 +18,19 @@ BROKEN: Final = -2
 MAX_DEPTH: Final = 64
 """Deeper nesting counts as damage. Strict schemas allow 10 levels; the bound keeps resynchronizing linear."""
 
+# A longer number counts as damage: its pieces are put together again and again, and no one has a use for it.
 _MAX_SCALAR = 1_000
 
 SPACE: Final = r"[ \t\n\r]*+"
 STRING: Final = r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
-SCALAR: Final = r"(?:-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?|true|false|null)"
+_SCALAR_CHAR = "[-+.0-9A-Za-z]"
+SCALAR: Final = (
+    rf"(?!{_SCALAR_CHAR}{{{_MAX_SCALAR + 1}}})"
+    r"(?:-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?|true|false|null)"
+)
 
 _string_body = re.compile(r'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+').match
-_scalar_run = re.compile(r"[-+.0-9A-Za-z]++").match
+_scalar_run = re.compile(f"{_SCALAR_CHAR}++").match
 _scalar = re.compile(SCALAR).fullmatch
 _space = re.compile(SPACE).match
 

@@ -1,0 +1,73 @@
+"""What type checkers must infer of the public API. Checked by mypy, never run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict, assert_type
+
+import msgspec
+import pydantic
+
+import microbatch as mb
+
+
+class Category(msgspec.Struct):
+    category: Literal["electronics", "clothing"]
+
+
+@dataclass
+class Point:
+    x: int
+
+
+class Row(TypedDict):
+    name: str
+
+
+class Model(pydantic.BaseModel):
+    name: str
+
+
+async def outputs(batcher: mb.Microbatcher, messages: list[dict[str, str]]) -> None:
+    assert_type(await batcher.submit(messages), mb.Reply[str])
+    assert_type((await batcher.submit(messages)).output, str)
+    assert_type(await batcher.submit(messages, output_type=str), mb.Reply[str])
+    assert_type(await batcher.submit(messages, output_type=Category), mb.Reply[Category])
+    assert_type(await batcher.submit(messages, output_type=Point), mb.Reply[Point])
+    assert_type(await batcher.submit(messages, output_type=Row), mb.Reply[Row])
+    assert_type(await batcher.submit(messages, output_type=Model), mb.Reply[Model])
+    assert_type(await batcher.submit(messages, output_type=list[int]), mb.Reply[list[int]])
+    assert_type(await batcher.submit(messages, output_type=Literal["a", "b"]), mb.Reply[Literal["a", "b"]])
+    assert_type(await batcher.submit(messages, output_type=int | None), mb.Reply[int | None])
+    assert_type(await (await batcher.submit(messages)).settled(), mb.Reply[str])
+    assert_type((await batcher.submit(messages)).cost_usd, float | None)
+
+
+async def options(batcher: mb.Microbatcher) -> None:
+    reply = await batcher.submit(
+        [mb.Message("system", "Be brief."), mb.Message("user", "Hello")],
+        model="m",
+        max_tokens=10,
+        temperature=0.0,
+        params={"top_p": 0.5},
+        headers={"Authorization": "Bearer k"},
+        tenant="t",
+        priority="low",
+        timeout=3.0,
+    )
+    assert_type(reply.usage, mb.Usage)
+    await batcher.submit([], priority="urgent")  # type: ignore[call-overload]
+    async for result in batcher.map([mb.Request([mb.Message("user", "Hello")], id="1")], ordered=True):
+        assert_type(result.error, Exception | None)
+    assert_type(batcher.stats(), mb.Stats)
+
+
+async def own_transport(call: mb.ChatCall) -> None:
+    class Mine:
+        async def send(self, call: mb.ChatCall, on_text: object) -> mb.Completion:
+            return mb.Completion("stop", usage=mb.Usage(1, 1))
+
+        async def aclose(self) -> None: ...
+
+    async with mb.Microbatcher(Mine(), policy=mb.FlushPolicy(max_batch_size=4), prices={"m": mb.Price(1, 2)}):
+        pass
