@@ -579,3 +579,21 @@ async def test_wrong_arguments_are_named(messages, options, complaint):
             await batcher.submit(messages, **options)
     assert transport.calls == []
     assert batcher.stats().items == 0
+
+
+async def test_an_idle_batcher_wakes_nobody(monkeypatch):
+    loop = asyncio.get_running_loop()
+    async with batcher_for(ScriptedTransport(), max_wait=0.05) as batcher:
+        await asyncio.gather(*(batcher.submit(ask(f"{i}"), timeout=10) for i in range(20)))
+        await asyncio.sleep(1)  # the calls' tasks end
+        turns = 0
+        select = loop._selector.select
+
+        def counted(timeout=None):
+            nonlocal turns
+            turns += 1
+            return select(timeout)
+
+        monkeypatch.setattr(loop._selector, "select", counted)
+        await asyncio.sleep(100_000)
+    assert turns <= 2  # going to sleep, and waking up

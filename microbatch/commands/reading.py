@@ -1,0 +1,214 @@
+"""Reads the input of `run`: JSON Lines, first all of it to check the ids, then lazily to ask."""
+
+from __future__ import annotations
+
+import stat
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microbatch.commands.console import UsageError
+from microbatch.commands.questions import LineError, has_field
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterator
+
+    from microbatch.commands.questions import Questions
+    from microbatch.messages import Request
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def digest(name: str) -> int:
+    """Return what stands for an id in memory: 128 bits, so that two ids never share one in practice."""
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+
+
+class BadLine(msgspec.Struct):
+    """A line that cannot be asked about.
+
+    Attributes:
+        number: Its number in the file, from 1.
+        name: Its id, if one could be read.
+        problem: What is wrong, without saying where.
+        field: The field to blame, or None.
+    """
+
+    number: int
+    name: str | None
+    problem: str
+    field: str | None
+
+
+class Line(msgspec.Struct):
+    """A line of the input that is a JSON object.
+
+    Attributes:
+        number: Its number in the file, from 1.
+        name: Its id.
+        record: What it says.
+    """
+
+    number: int
+    name: str
+    record: dict[str, Any]
+
+
+class Survey(msgspec.Struct):
+    """What the first pass found.
+
+    Attributes:
+        items: Lines that are not blank.
+        last: Number of the last line; what is appended later has not been checked.
+        names: Digests of the ids.
+    """
+
+    items: int
+    last: int
+    names: set[int]
+
+
+class Input:
+    """The input file.
+
+    Args:
+        path: A JSON Lines file; it is read more than once.
+        id_field: The field that holds a line's id; None takes `custom_id`, else `id`, else the line number.
+
+    Raises:
+        UsageError: It is no file that can be read twice.
+    """
+
+    def __init__(self, path: str, *, id_field: str | None = None) -> None:
+        self.path = path
+        self._id_field = id_field
+        try:
+            mode = Path(path).stat().st_mode
+            Path(path).open("rb").close()
+        except OSError as error:
+            raise UsageError(f"cannot read {path!r}: {error.strerror}") from None
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"{path!r} must be a file: it is read twice, first to check the ids and then to ask")
+
+    def survey(self, fields: tuple[str, ...]) -> Survey:
+        """Read all lines once.
+
+        Args:
+            fields: What is asked about; one that no line has is a mistake in the question, not in the lines.
+
+        Raises:
+            UsageError: An id comes twice, or no line has one of the fields.
+        """
+        survey = Survey(0, 0, set())
+        missing = set(fields)
+        first: Line | None = None
+        for line in self:
+            survey.items += 1
+            survey.last = line.number
+            if isinstance(line, BadLine):
+                continue
+            first = first or line
+            name = digest(line.name)
+            if name in survey.names:
+                raise UsageError(
+                    f"{self.path}: lines {self._first(line.name)} and {line.number} have the same id {line.name!r}; "
+                    "ids must differ, or answers could not be told apart"
+                )
+            survey.names.add(name)
+            missing -= {field for field in missing if has_field(line.record, field)}
+        if first is not None and missing:
+            raise UsageError(self._nowhere(next(field for field in fields if field in missing), first))
+        return survey
+
+    def _first(self, name: str) -> int:
+        return next(line.number for line in self if isinstance(line, Line) and line.name == name)
+
+    def _nowhere(self, field: str, first: Line) -> str:
+        fields = ", ".join(first.record) or "none"
+        if field == "body":
+            return (
+                f'{self.path}: no line has a "body" (line {first.number} has the fields {fields}). '
+                "For lines that are no OpenAI Batch requests give --template, as in --template 'Product: {name}'"
+            )
+        return f'{self.path}: no line has the field "{field}" of --template; line {first.number} has {fields}'
+
+    def __iter__(self) -> Iterator[Line | BadLine]:
+        """Yield every line that is not blank."""
+        with Path(self.path).open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                text = raw.removeprefix(_BOM) if number == 1 else raw
+                if not text.isspace() and text:
+                    yield self._line(number, text)
+
+    def _line(self, number: int, raw: bytes) -> Line | BadLine:
+        try:
+            record = msgspec.json.decode(raw)
+        except UnicodeDecodeError:
+            return BadLine(number, None, "it is not UTF-8", None)
+        except RecursionError:
+            return BadLine(number, None, "the JSON is nested too deeply", None)
+        except ValueError as error:
+            return BadLine(number, None, f"it is not JSON ({_lower(str(error))})", None)
+        if not isinstance(record, dict):
+            return BadLine(number, None, "it is not a JSON object", None)
+        try:
+            return Line(number, self._name(record, number), record)
+        except LineError as error:
+            return BadLine(number, None, str(error), error.field)
+
+    def _name(self, record: dict[str, Any], number: int) -> str:
+        field = self._id_field or next((field for field in ("custom_id", "id") if field in record), None)
+        if field is None:
+            return str(number)
+        if field not in record:
+            raise LineError(f'the field "{field}" (--id-field) is missing', field)
+        name = record[field]
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+            raise LineError(f'the field "{field}" must be a text or a whole number, to serve as an id', field)
+        return str(name)
+
+
+def requests(
+    source: Input,
+    survey: Survey,
+    questions: Questions,
+    done: Container[int],
+    reject: Callable[[BadLine, str], None],
+) -> Iterator[Request]:
+    """Yield what is to be asked, reading on as it is taken.
+
+    Args:
+        source: The input.
+        survey: Its first pass.
+        questions: What is asked about each line.
+        done: Digests of the ids that have been answered.
+        reject: Takes each line that cannot be asked about, and the id to report it under.
+    """
+    for line in source:
+        if line.number > survey.last:
+            return
+        if isinstance(line, BadLine):
+            reject(line, _substitute(line.number, survey.names))
+            continue
+        if digest(line.name) in done:
+            continue
+        try:
+            request = questions.request(line.record, line.name)
+        except LineError as error:
+            reject(BadLine(line.number, line.name, str(error), error.field), line.name)
+        else:
+            yield request
+
+
+def _substitute(number: int, names: Container[int]) -> str:
+    """Return an id for a line that has none, which no other line has."""
+    name = str(number)
+    while digest(name) in names:
+        name = f"line {name}"
+    return name
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,137 @@
+"""Who may import whom: downwards only, no cycles, vendors only where they belong."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import microbatch
+
+HOUSE = Path(microbatch.__file__).parent
+
+# Rooms from the bottom up; a room may import itself as far as it says so, and any room below it.
+WORDS = ["errors", "messages", "policy", "protocols"]
+PURE = [
+    "accounting.prices",
+    "accounting.stats",
+    "batching.conform",
+    "batching.demultiplexer",
+    "batching.framing",
+    "batching.lane",
+    "batching.prompt",
+    "batching.request",
+    "batching.scanner",
+    "batching.schema",
+    "transports.sse",
+    "transports.ladder",
+    "transports.error_shapes",
+]
+WAITING = ["batching.bulk", "batching.call", "batching.collector", "batching.fallback"]
+VENDORS = {"accounting": {"tiktoken", "anyio"}, "transports": {"aiohttp", "multidict", "yarl"}, "testing": {"aiohttp", "tiktoken"}}
+CORE = {"msgspec"}
+
+
+def modules():
+    for path in sorted(HOUSE.rglob("*.py")):
+        name = ".".join(path.relative_to(HOUSE).with_suffix("").parts)
+        yield name.removesuffix(".__init__") if name != "__init__" else "", path
+
+
+def imports(path, *, at_run_time):
+    """The modules that *path* imports, those for type checkers left out if *at_run_time*."""
+    found = set()
+
+    def visit(node):
+        if at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                visit(other)
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            if node.module == "microbatch" or (HOUSE / Path(*node.module.split(".")[1:])).is_dir():
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+MODULES = dict(modules())
+OURS = {name: {m.removeprefix("microbatch.") for m in imports(path, at_run_time=True) if m.startswith("microbatch.")} & MODULES.keys() for name, path in MODULES.items()}
+
+
+def test_no_import_cycles():
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(OURS[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in OURS:
+        visit(name)
+
+
+def test_the_words_import_only_each_other_in_order():
+    for position, name in enumerate(WORDS):
+        assert OURS[name] <= set(WORDS[:position]), name
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_rooms_neither_wait_nor_know_vendors(name):
+    foreign = {module.split(".")[0] for module in imports(MODULES[name], at_run_time=True)} - {"microbatch"}
+    assert foreign <= set(sys.stdlib_module_names) | CORE
+    assert not foreign & {"asyncio", "socket", "threading", "time"}
+    assert OURS[name] <= {*WORDS, *PURE}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_the_batching_rooms_wait_but_know_no_vendor(name):
+    foreign = {module.split(".")[0] for module in imports(MODULES[name], at_run_time=True)} - {"microbatch"}
+    assert foreign <= set(sys.stdlib_module_names) | CORE | {"anyio"}
+    assert OURS[name] <= {*WORDS, *PURE, *WAITING}
+
+
+@pytest.mark.parametrize("folder", ["accounting", "transports", "testing"])
+def test_a_folder_knows_its_own_vendors_only(folder):
+    for name, path in MODULES.items():
+        if name.split(".")[0] == folder:
+            foreign = {module.split(".")[0] for module in imports(path, at_run_time=True)} - {"microbatch"}
+            assert foreign - set(sys.stdlib_module_names) <= CORE | VENDORS[folder], name
+
+
+def test_folders_do_not_reach_into_each_other():
+    for name, others in OURS.items():
+        folder = name.split(".")[0]
+        if folder in ("accounting", "transports"):
+            assert {other for other in others if other.split(".")[0] not in (folder, *WORDS)} == set(), name
+
+
+def test_only_the_client_and_what_is_above_it_stack_concrete_parts():
+    above = {"", "client", "cli", "__main__", "commands", "demo", "testing"}
+    for name, others in OURS.items():
+        if name.split(".")[0] not in above:
+            assert not others & {"client", "cli", "transports.openai_chat"}, name
+
+
+def test_every_file_says_what_it_is_for():
+    for name, path in MODULES.items():
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, name
+        assert len(docstring) > 20, name
+
+
+def test_all_public_names_are_exported_and_documented():
+    for name in microbatch.__all__:
+        assert getattr(microbatch, name).__doc__, name

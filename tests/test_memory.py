@@ -1,0 +1,18 @@
+"""Memory stays flat however many requests and lanes have come and gone. Real time: this is about memory alone."""
+
+import asyncio
+
+from lanes import lanes, mapped
+
+GROWTH_MIB = 4.0  # noise of the allocator; one kept object a request would be tens of MiB
+
+
+def test_a_hundred_thousand_lanes_leave_no_memory_behind():
+    memory = asyncio.run(lanes(100_000))
+    assert max(memory[2:]) - memory[1] < GROWTH_MIB, memory
+
+
+def test_map_over_a_hundred_thousand_items_is_flat_and_fills_its_batches():
+    memory, batch_size = asyncio.run(mapped(100_000))
+    assert max(memory[2:]) - memory[1] < GROWTH_MIB, memory
+    assert batch_size > 15.9
