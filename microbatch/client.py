@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from microbatch.accounting.prices import PriceBook
@@ -26,7 +27,6 @@ from microbatch.transports.retry import Sender
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
     from typing_extensions import TypeForm
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from microbatch.batching.lane import Ticket
     from microbatch.batching.request import Options
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
+    from microbatch.transports.relay import Forwarded
 
 _users: dict[int, tuple[object, int]] = {}
 """Shared parts and how many open batchers use each; the last one out closes it."""
@@ -226,7 +227,7 @@ class Microbatcher:
         headers: Mapping[str, str] | None = None,
         tenant: str | None = None,
         priority: Priority = "normal",
-        timeout: float | None = None,  # noqa: ASYNC109 the deadline travels with the request into its batch
+        timeout: float | None = None,
     ) -> Reply[Any]:
         """Ask, together with whoever asks the same kind of thing at the same time.
 
@@ -253,7 +254,12 @@ class Microbatcher:
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
         """
-        if self._loop is None or self._host is None or self._collector.closing or asyncio.get_running_loop() is not self._loop:
+        if (
+            self._loop is None
+            or self._host is None
+            or self._collector.closing
+            or asyncio.get_running_loop() is not self._loop
+        ):
             self._check_open()
         if (
             output_type is str
@@ -274,7 +280,11 @@ class Microbatcher:
         bypass = False
         if not collector.has_room:
             timeout, bypass = await self._when_full(timeout)
-        ticket = collector.accept(messages, options, timeout, bypass=bypass)
+        try:
+            ticket = collector.accept(messages, options, timeout, bypass=bypass)
+        except ConfigError:
+            collector.offer_room()  # which this request may have waited for
+            raise
         try:
             reply: Reply[Any] = await ticket.future
         except asyncio.CancelledError:
@@ -282,7 +292,7 @@ class Microbatcher:
             raise
         return reply
 
-    async def _when_full(self, timeout: float | None) -> tuple[float | None, bool]:  # noqa: ASYNC109 see submit
+    async def _when_full(self, timeout: float | None) -> tuple[float | None, bool]:
         """Do what the policy says when no request may be accepted; return what is left of *timeout*, and whether to bypass."""
         collector, when_full = self._collector, self._policy.when_full
         if when_full == "wait":
@@ -361,10 +371,42 @@ class Microbatcher:
         done.set_result(None)
         return done
 
-    def forward(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
-    ) -> AbstractAsyncContextManager[Any]:
-        raise NotImplementedError
+    @asynccontextmanager
+    async def forward(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> AsyncIterator[Forwarded]:
+        """Relay a request that must reach the endpoint, and its answer that must come back, byte for byte.
+
+        It takes a slot like any call, is counted in `upstream_calls`, and closing waits for it.
+
+        Args:
+            method: HTTP method.
+            path: Path below the transport's base_url, with its query.
+            headers: The request's headers; Authorization stands in place of the transport's own key.
+            body: The request's body, or None.
+
+        Yields:
+            The response: `status`, `headers`, and its bytes by `async for` or `chunks()`.
+
+        Raises:
+            ConfigError: The transport cannot forward.
+            BatcherClosed: The batcher is not open.
+            Overloaded: `max_queued` requests are pending and `when_full` does not wait.
+            TransportError: The endpoint could not be reached, or the connection broke.
+        """
+        self._check_open()
+        relay = getattr(self._transport, "forward", None)
+        if relay is None:
+            raise ConfigError(
+                f"{type(self._transport).__name__} has no forward(): it cannot relay requests as they are"
+            )
+        if not self._collector.has_room:
+            await self._when_full(None)
+        async with self._collector.borrow_slot():
+            self._ledger.upstream_calls += 1
+            self._ledger.forwarded += 1
+            async with relay(method, path, headers, body) as response:
+                yield response
 
     # --- looking
 

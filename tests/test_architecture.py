@@ -22,6 +22,7 @@ PURE = [
     "batching.framing",
     "batching.lane",
     "batching.prompt",
+    "batching.queues",
     "batching.request",
     "batching.scanner",
     "batching.schema",

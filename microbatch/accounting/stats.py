@@ -29,6 +29,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         batches_by_reason: Batches that left a lane, by flush reason; asking again is not in here.
         singles_by_reason: Calls that carried one request, by reason.
         fallback_calls: Calls made because an earlier reply left requests open.
+        forwarded: Requests relayed as they were; they are no items.
         retries: Attempts that repeated a failed one.
         prompt_tokens: Prompt tokens the endpoint reported.
         cached_tokens: The part of them it read from its prefix cache.
@@ -56,6 +57,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     batches_by_reason: dict[str, int] = {}
     singles_by_reason: dict[str, int] = {}
     fallback_calls: int = 0
+    forwarded: int = 0
     retries: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -84,7 +86,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.items = self.answered = self.failed = self.cancelled = 0
-        self.upstream_calls = self.batches = self.batched_items = self.fallback_calls = self.retries = 0
+        self.upstream_calls = self.batches = self.batched_items = self.fallback_calls = self.forwarded = self.retries = 0
         self.batches_by_reason: Counter[str] = Counter()
         self.singles_by_reason: Counter[str] = Counter()
         self.paid = Usage()
@@ -121,6 +123,7 @@ class Ledger:
             batches_by_reason=dict(self.batches_by_reason),
             singles_by_reason=dict(self.singles_by_reason),
             fallback_calls=self.fallback_calls,
+            forwarded=self.forwarded,
             retries=self.retries,
             prompt_tokens=self.paid.prompt_tokens,
             cached_tokens=self.paid.cached_tokens,

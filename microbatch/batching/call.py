@@ -358,7 +358,7 @@ class Calls:
         spec, created, price = ticket.spec, ticket.created, exchange.price
         # A token is about 4 bytes of English; this stands only until the call has ended.
         prompt = (spec.shared_chars // exchange.size + len(ticket.line)) // 4
-        usage = Usage(prompt, len(text) // 4 + 1, 0, True)  # noqa: FBT003 estimated
+        usage = Usage(prompt, len(text) // 4 + 1, 0, True)
         if ticket.usage is not None:
             usage = ticket.usage + usage
         # By position, in the order of the fields: this is on every answer's path.

@@ -32,6 +32,7 @@ import asyncio
 import contextvars
 import logging
 from collections import deque
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -47,11 +48,12 @@ from microbatch.batching.lane import (
     output_reserve,
 )
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, instruction, item_line
+from microbatch.batching.queues import AloneQueue, BorrowerQueue
 from microbatch.batching.request import check_messages, copy_of, read_messages, spec_of
 from microbatch.errors import BatcherClosed, DeadlineExceeded, RequestFailed, ShutDown
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable
 
     from anyio.abc import TaskGroup
 
@@ -74,39 +76,6 @@ _ALONE_WARNING = 100
 
 _PREAMBLES = 256
 """Shapes of answers whose instruction's tokens are remembered."""
-
-
-class AloneQueue:
-    """Requests that go alone, in order of arrival; due whenever one waits."""
-
-    def __init__(self) -> None:
-        self.waiting: deque[tuple[Ticket, AloneReason]] = deque()
-        self.live = 0
-        self.queued = False
-
-    @property
-    def due(self) -> bool:
-        """Whether a request waits."""
-        return self.live > 0
-
-    def add(self, ticket: Ticket, reason: AloneReason) -> None:
-        """Queue *ticket*, which goes alone for *reason*."""
-        self.waiting.append((ticket, reason))
-        self.live += 1
-
-    def discard(self) -> None:
-        """One waiting ticket has settled (its caller left): forget it."""
-        self.live -= 1
-        if len(self.waiting) > 2 * self.live + 64:
-            self.waiting = deque(entry for entry in self.waiting if not entry[0].future.done())
-
-    def take(self) -> tuple[Ticket, AloneReason]:
-        """Remove the oldest waiting ticket and return it with its reason. The queue must be due."""
-        while True:
-            ticket, reason = self.waiting.popleft()
-            if not ticket.future.done():
-                self.live -= 1
-                return ticket, reason
 
 
 class _Work:
@@ -151,7 +120,8 @@ class Collector:
         self._lanes: dict[Hashable, Lane] = {}
         self._latest: Lane | None = None  # the lane of the latest submit, if it is still open
         self._alone = AloneQueue()
-        self._due: deque[Lane | AloneQueue] = deque()
+        self._borrowers = BorrowerQueue()
+        self._due: deque[Lane | AloneQueue | BorrowerQueue] = deque()
         self._slots = policy.max_concurrent_batches
         self._pumping = False
         self._accepted = 0
@@ -220,6 +190,7 @@ class Collector:
             self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
         for lane in list(self._lanes.values()):
             self._disarm(lane)
+        self._borrowers.refuse(ShutDown("the batcher closed before a slot was free"))
 
     # --- intake
 
@@ -258,13 +229,13 @@ class Collector:
         except asyncio.CancelledError:
             self._give_up(place)
             raise
-        self._accepted -= 1  # `accept` counts it again, in the same step
+        self._accepted -= 1  # whoever waited takes it in this very step
 
     def _give_up(self, place: asyncio.Future[None]) -> None:
         """Whoever waited for *place* is gone; if it was given in the same moment, it goes to the next."""
         if place.done() and not place.cancelled() and place.exception() is None:
             self._accepted -= 1
-            self._admit()
+            self.offer_room()
 
     def accept(
         self,
@@ -409,7 +380,7 @@ class Collector:
                 lane.owe(reason, everything=True)
                 self._make_due(lane)
 
-    def _make_due(self, queue: Lane | AloneQueue) -> None:
+    def _make_due(self, queue: Lane | AloneQueue | BorrowerQueue) -> None:
         if not queue.queued:
             queue.queued = True
             self._due.append(queue)
@@ -424,6 +395,9 @@ class Collector:
             return  # an eager task that ended while it was being started; the loop below goes on
         self._pumping = True
         while self._slots and self._due:
+            if self._due[0] is self._borrowers:
+                self._lend()
+                continue
             work = self._next()
             if work is not None:
                 self._slots -= 1
@@ -431,11 +405,23 @@ class Collector:
         self._pumping = False
         self._notify()
 
+    def _lend(self) -> None:
+        """Lend a slot to the next borrower, whose turn it is."""
+        self._due.popleft()
+        self._borrowers.queued = False
+        if self._borrowers.due:
+            self._slots -= 1
+            self._borrowers.lend()
+        if self._borrowers.due:
+            self._make_due(self._borrowers)
+
     def _next(self) -> _Work | None:
         """Take the next batch of the queue whose turn it is, composed; None if it was no longer due."""
         queue = self._due.popleft()
         queue.queued = False
         work = None
+        if isinstance(queue, BorrowerQueue):
+            raise AssertionError("a borrower is no work for a task")
         if queue.due:
             work = self._take_batch(queue) if isinstance(queue, Lane) else self._take_alone(queue)
         if queue.due:
@@ -485,7 +471,7 @@ class Collector:
                 # Let the callers just answered go on before the next batch, even if the transport never waits for anything.
                 await asyncio.sleep(0)
                 work = None
-                while self._due and work is None:
+                while self._due and work is None and self._due[0] is not self._borrowers:
                     work = self._next()
                 if work is not None:
                     self._notify()
@@ -561,6 +547,27 @@ class Collector:
             if self._latest is lane:
                 self._latest = None
 
+    @asynccontextmanager
+    async def borrow_slot(self) -> AsyncIterator[None]:
+        """Hold a slot for work that is not a request: it is counted as pending, waits its turn, and closing waits for it.
+
+        Raises:
+            ShutDown: The batcher closed before a slot was free.
+        """
+        place: asyncio.Future[None] = self._loop.create_future()
+        self._accepted += 1
+        self._quiet.clear()
+        self._borrowers.add(place)
+        self._make_due(self._borrowers)
+        try:
+            await place
+            yield
+        finally:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self._slots += 1
+                self._pump_asked.set()
+            self._free(1)
+
     # --- settling
 
     def settled(self, count: int) -> None:
@@ -618,11 +625,11 @@ class Collector:
     def _free(self, places: int) -> None:
         self._accepted -= places
         if self._room:
-            self._admit()
+            self.offer_room()
         if not self._accepted:
             self._note_quiet()
 
-    def _admit(self) -> None:
+    def offer_room(self) -> None:
         """Give free places to those who have waited longest for one."""
         while self._room and self._accepted < self._policy.max_queued:
             place = self._room.popleft()

@@ -12,8 +12,9 @@ it known that no second copy of an id comes. An id seen twice is distrusted in a
 since neither the first nor the last is known to be right; a copy of a delivered one is dropped and counted.
 
 After an element that is not JSON, the search resumes one character behind its opening brace, so that damage costs only the
-element itself. That can take a look-alike inside a broken answer for an element. It does no harm: its author would have had to
-know the unguessable id of another item, and even then the true element makes it an id seen twice.
+element itself; objects inside it that it had not closed are broken with it and are not scanned again. Resuming can take a
+look-alike inside a broken answer for an element. It does no harm: its author would have had to know the unguessable id of
+another item, and even then the true element makes it an id seen twice.
 
 The number in front of an id is never accepted alone: a model that has lost count counts on.
 
@@ -32,6 +33,7 @@ from microbatch.batching.scanner import BROKEN, MORE, SCALAR, SPACE, STRING, Obj
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
 Fault = Literal["missing", "malformed", "repeated"]
 Answer = tuple[int, Any]
@@ -171,22 +173,22 @@ class Demultiplexer:
     def _resume(self, end: int) -> list[Answer]:
         """The kept text begins with an element that ended at *end*, or is BROKEN: decide it and search on behind it."""
         text = self._take_kept()
-        self._scanner = None
+        scanner, self._scanner = self._scanner, None
         delivered: list[Answer] = []
         if end == BROKEN:
             found = _marker(text)
             start = found.start() if found else 0
             self._broken(text, start)
-            return self._search(text, start + 1)
+            return self._search(text, start + 1, frozenset(scanner.opened if scanner is not None else ()))
         self._scanned(text[:end], delivered)
         return delivered + self._search(text, end)
 
-    def _search(self, text: str, pos: int) -> list[Answer]:
-        """Decide all elements in *text* from *pos* on; keep what is unfinished."""
+    def _search(self, text: str, pos: int, broken: AbstractSet[int] = frozenset()) -> list[Answer]:
+        """Decide all elements in *text* from *pos* on, those at *broken* as such; keep what is unfinished."""
         delivered: list[Answer] = []
         while True:
             found = _element(text, pos)
-            if found is not None:
+            if found is not None and (not broken or found.start(1) not in broken):
                 _, name, raw = found.groups()
                 self._place(name, raw, delivered)
                 pos = found.end()
@@ -196,6 +198,10 @@ class Demultiplexer:
                 self._keep(text[max(pos, len(text) - _MARKER_CHARS + 1) :])
                 return delivered
             start = marker.start()
+            if start in broken:
+                self._broken(text, start)
+                pos = start + 1
+                continue
             if start > pos and _element(text, start):
                 pos = start
                 continue
@@ -210,6 +216,7 @@ class Demultiplexer:
                 return delivered
             if end == BROKEN:
                 self._broken(text, start)
+                broken = {start + place for place in scanner.opened}
                 pos = start + 1
             else:
                 self._scanned(text[start:end], delivered)

@@ -283,8 +283,7 @@ class Lane:
         self.live += 1
         if self._full is None:
             self._extend(ticket)
-            if ticket.due_at < self.due_at:
-                self.due_at = ticket.due_at
+            self.due_at = min(self.due_at, ticket.due_at)
 
     def rebudget(self, budget: Budget) -> None:
         """Work with another *budget* from now on."""

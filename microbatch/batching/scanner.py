@@ -16,7 +16,7 @@ BROKEN: Final = -2
 """This is not JSON, whatever may follow."""
 
 MAX_DEPTH: Final = 64
-"""Deeper nesting counts as damage. Strict schemas allow 10 levels; the bound keeps resynchronizing linear."""
+"""Deeper nesting counts as damage. Strict schemas allow 10 levels; the bound keeps decoders from recursing too far."""
 
 # A longer number counts as damage: its pieces are put together again and again, and no one has a use for it.
 _MAX_SCALAR = 1_000
@@ -41,11 +41,17 @@ _CLOSING = {"{": "}", "[": "]"}
 
 
 class ObjectScanner:
-    """Scans one JSON object; feed it from the opening brace on."""
+    """Scans one JSON object; feed it from the opening brace on.
 
-    __slots__ = ("_after_string", "_closers", "_expect", "_hex_left", "_scalar")
+    Attributes:
+        opened: Where the objects and arrays began that are not closed yet, counted from the object's own brace.
+    """
+
+    __slots__ = ("_after_string", "_base", "_closers", "_expect", "_hex_left", "_scalar", "opened")
 
     def __init__(self) -> None:
+        self.opened: list[int] = []
+        self._base: int | None = None  # the object's place, counted from the start of the text at hand
         self._expect = _VALUE
         self._closers: list[str] = []
         self._after_string = _COLON
@@ -60,10 +66,12 @@ class ObjectScanner:
             been taken in; after an end or `BROKEN` the scanner is used up.
         """
         length = len(text)
+        if self._base is None:
+            self._base = pos
         while pos < length:
             if self._expect >= _STRING:
                 pos = self._inside(text, pos)
-                if pos < 0:
+                if pos == BROKEN:
                     return pos
                 continue
             found = _space(text, pos)
@@ -73,6 +81,7 @@ class ObjectScanner:
             pos = self._token(text[pos], pos)
             if pos < 0 or not self._closers:
                 return pos
+        self._base -= length
         return MORE
 
     def _token(self, char: str, pos: int) -> int:
@@ -91,6 +100,7 @@ class ObjectScanner:
                 if len(self._closers) == MAX_DEPTH:
                     return BROKEN
                 self._closers.append(_CLOSING[char])
+                self.opened.append(pos - (self._base or 0))
                 self._expect = _KEY_OR_END if char == "{" else _VALUE_OR_END
             elif char == "]" and expect == _VALUE_OR_END:
                 self._close()
@@ -109,10 +119,11 @@ class ObjectScanner:
 
     def _close(self) -> None:
         self._closers.pop()
+        self.opened.pop()
         self._expect = _COMMA_OR_END
 
     def _inside(self, text: str, pos: int) -> int:
-        """Go on in a string, an escape or a scalar; return the next position, `MORE` or `BROKEN`."""
+        """Go on in a string, an escape or a scalar; return the next position or `BROKEN`."""
         if self._expect == _STRING:
             return self._in_string(text, pos)
         if self._expect == _SCALAR_CHARS:
@@ -123,7 +134,7 @@ class ObjectScanner:
         found = _string_body(text, pos)
         pos = found.end() if found else pos
         if pos == len(text):
-            return MORE
+            return pos
         if text[pos] == '"':
             self._expect = self._after_string
         elif text[pos] == "\\":  # bad, or cut off by the end of this piece
@@ -155,7 +166,7 @@ class ObjectScanner:
         if len(self._scalar) > _MAX_SCALAR:
             return BROKEN
         if pos == len(text):
-            return MORE
+            return pos
         if not _scalar(self._scalar):
             return BROKEN
         self._expect = _COMMA_OR_END

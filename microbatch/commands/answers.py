@@ -142,6 +142,9 @@ class Answers:
             rest = rest[os.write(self._file, rest) :]
         self.written += 1
         self._unsynced.set()
+        if self._syncing is None:
+            self._syncing = threading.Thread(target=self._keep_synced, name="microbatch-fsync", daemon=True)
+            self._syncing.start()
 
     def _keep_synced(self) -> None:
         while not self._closing.is_set():
@@ -166,14 +169,12 @@ class Answers:
         self._unsynced.set()
         if self._syncing is not None:
             self._syncing.join()
-        self._sync()
+            self._sync()
         os.close(self._file)
         if self._failure is not None:
             raise self._failure
 
     def __enter__(self) -> Self:
-        self._syncing = threading.Thread(target=self._keep_synced, name="microbatch-fsync", daemon=True)
-        self._syncing.start()
         return self
 
     def __exit__(

@@ -1,0 +1,97 @@
+"""The command line: `microbatch run`, `demo`, `simulate`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from microbatch.commands import console, demo, run, simulate
+from microbatch.commands.console import UsageError, note
+from microbatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
+
+DESCRIPTION = """\
+Many questions with the same instructions leave as one combined prompt, and
+every item gets its own answer.
+"""
+EXAMPLES = """
+examples:
+  microbatch demo                     see what batching saves; needs no key
+  microbatch run --help               ask about every line of a file
+  microbatch simulate --port 8000     a simulated endpoint to develop against
+"""
+
+
+def _version() -> str:
+    try:
+        return version("microbatch")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="microbatch",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"microbatch {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add(commands, "run", run, run.run)
+    _add(commands, "demo", demo, demo.run)
+    _add(commands, "simulate", simulate, simulate.run)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    module: ModuleType,
+    command: Callable[[argparse.Namespace], int],
+) -> None:
+    parser = commands.add_parser(
+        name,
+        help=module.HELP,
+        description=module.DESCRIPTION,
+        epilog=module.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.set_defaults(command=command, name=name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+        argv: The words after `microbatch`; None takes those of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    args = parser.parse_args(words)
+    if not hasattr(args, "command"):
+        parser.print_help(sys.stderr)
+        return console.USAGE
+    args.argv = words
+    try:
+        status: int = args.command(args)
+    except (UsageError, ConfigError) as error:
+        note(f"microbatch {args.name}: {error}")
+        return console.USAGE
+    except KeyboardInterrupt:
+        return console.STOPPED
+    except BrokenPipeError:
+        # Whoever read our output has gone (`microbatch demo | head`). Python would complain again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return console.SOME_FAILED
+    return status

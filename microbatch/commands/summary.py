@@ -1,0 +1,110 @@
+"""What a run came to, for people and for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from microbatch.commands.console import dollars, plural, saving, seconds, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from microbatch.accounting.stats import Stats
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """The figures of a run, as `--json` prints them; those of the same name are `Stats`'s.
+
+    Attributes:
+        items: Lines this run had to ask about, those it could not read included.
+        answered: Those that were answered.
+        failed: Those that were not; less than the rest if the run was stopped.
+        wall_s: Seconds from the first question to the last answer.
+    """
+
+    items: int
+    answered: int
+    failed: int
+    upstream_calls: int
+    batches: int
+    fallback_calls: int
+    retries: int
+    prompt_tokens: int
+    completion_tokens: int
+    unbatched_calls: int
+    unbatched_prompt_tokens: int
+    cost_usd: float | None
+    unbatched_cost_usd: float | None
+    wall_s: float
+
+
+def summarize(stats: Stats, *, items: int, answered: int, failed: int, wall_s: float) -> Summary:
+    """Return the summary of a run that ended with *stats*."""
+    return Summary(
+        items=items,
+        answered=answered,
+        failed=failed,
+        upstream_calls=stats.upstream_calls,
+        batches=stats.batches,
+        fallback_calls=stats.fallback_calls,
+        retries=stats.retries,
+        prompt_tokens=stats.prompt_tokens,
+        completion_tokens=stats.completion_tokens,
+        unbatched_calls=stats.unbatched_calls,
+        unbatched_prompt_tokens=stats.unbatched_prompt_tokens,
+        cost_usd=None if stats.cost_usd is None else round(stats.cost_usd, 9),
+        unbatched_cost_usd=None if stats.unbatched_cost_usd is None else round(stats.unbatched_cost_usd, 9),
+        wall_s=round(wall_s, 3),
+    )
+
+
+def told(summary: Summary, stats: Stats, *, simulated: str | None, single: bool) -> Iterator[str]:
+    """Yield the summary in words and a table.
+
+    Args:
+        summary: The figures.
+        stats: Where they are from.
+        simulated: The model whose prices stand in for those of the simulated endpoint; None if the endpoint is a real one.
+        single: Whether coalescing was switched off.
+    """
+    ended = f"{summary.answered:,} of {plural(summary.items, 'item')} answered"
+    yield f"{ended}, {summary.failed:,} failed, in {seconds(summary.wall_s)}"
+    if stats.answered:
+        yield ""
+        yield comparison(stats)
+        yield ""
+    yield from _remarks(stats, simulated=simulated, single=single)
+
+
+def comparison(stats: Stats) -> str:
+    """Return the table of what was paid against one call for each answer."""
+    rows = [
+        ("calls", stats.upstream_calls, stats.unbatched_calls),
+        ("prompt tokens", stats.prompt_tokens, stats.unbatched_prompt_tokens),
+        ("completion tokens", stats.completion_tokens, stats.unbatched_completion_tokens),
+    ]
+    cells = [(name, f"{now:,}", f"{before:,}", saving(now, before)) for name, now, before in rows]
+    now, before = stats.cost_usd, stats.unbatched_cost_usd
+    cells.append(("cost", dollars(now), dollars(before), saving(now, before)))
+    return table(("", "this run", "one call each", "change"), cells)
+
+
+def _remarks(stats: Stats, *, simulated: str | None, single: bool) -> Iterator[str]:
+    if stats.answered and not single:
+        yield '"One call each" is worked out for the same answers, not measured; --single measures it.'
+    if stats.costs_more and not single:
+        yield (
+            "Batching cost more than it saved here: the instructions that items share are shorter than what "
+            "a combined prompt adds. Use --single for questions like these."
+        )
+    if stats.unreported_calls:
+        yield f"{plural(stats.unreported_calls, 'call')} ended without reporting tokens; they are missing above."
+    if simulated is not None:
+        yield (
+            f"The endpoint was simulated: the answers are made up, the tokens are counted by it, and dollars are "
+            f"the list price of {simulated} for them. Nothing was paid."
+        )
+    elif stats.answered and stats.cost_usd is None:
+        yield "The cost is unknown: there is no price for this model."
