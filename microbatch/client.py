@@ -435,10 +435,14 @@ async def _lease(part: object) -> None:
     """Open *part* unless another batcher has it open."""
     _, users = _users.get(id(part), (part, 0))
     _users[id(part)] = (part, users + 1)
-    if not users:
-        opening = getattr(part, "open", None)
-        if opening is not None:
-            await opening()
+    opening = getattr(part, "open", None)
+    if users or opening is None:
+        return
+    try:
+        await opening()
+    except BaseException:
+        del _users[id(part)]
+        raise
 
 
 async def _give_back(part: Transport) -> None:

@@ -74,11 +74,15 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def costs_more(self) -> bool:
-        """Whether batching has cost more than it saved: in dollars if prices are known, else in tokens."""
-        if self.cost_usd is not None and self.unbatched_cost_usd is not None and self.cost_usd > 0:
-            return self.cost_usd > self.unbatched_cost_usd
-        paid = self.prompt_tokens + self.completion_tokens
-        return paid > self.unbatched_prompt_tokens + self.unbatched_completion_tokens
+        """Whether combining has cost more than it saved: in dollars if prices are known, else in tokens."""
+        alone = Usage(self.unbatched_prompt_tokens, self.unbatched_completion_tokens)
+        return _dearer(Usage(self.prompt_tokens, self.completion_tokens), alone, self.cost_usd, self.unbatched_cost_usd)
+
+
+def _dearer(paid: Usage, alone: Usage, cost_usd: float | None, alone_usd: float | None) -> bool:
+    if cost_usd and alone_usd is not None:
+        return cost_usd > alone_usd
+    return paid.prompt_tokens + paid.completion_tokens > alone.prompt_tokens + alone.completion_tokens
 
 
 class Ledger:
@@ -86,7 +90,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self.items = self.answered = self.failed = self.cancelled = 0
-        self.upstream_calls = self.batches = self.batched_items = self.fallback_calls = self.forwarded = self.retries = 0
+        self.upstream_calls = self.batches = self.batched_items = self.fallback_calls = self.forwarded = (
+            self.retries
+        ) = 0
         self.batches_by_reason: Counter[str] = Counter()
         self.singles_by_reason: Counter[str] = Counter()
         self.paid = Usage()
@@ -107,6 +113,19 @@ class Ledger:
         if self.cost_usd is not None and self.unbatched_cost_usd is not None:
             self.cost_usd += price(usage)
             self.unbatched_cost_usd += price(alone)
+
+    @property
+    def costs_more(self) -> bool:
+        """See `Stats.costs_more`."""
+        return _dearer(self.paid, self.unbatched, self.cost_usd, self.unbatched_cost_usd)
+
+    @property
+    def comparison(self) -> str:
+        """What was paid against what single calls would have cost, for people."""
+        if self.cost_usd and self.unbatched_cost_usd is not None:
+            return f"{self.cost_usd:.4f} USD against about {self.unbatched_cost_usd:.4f} one by one"
+        paid, alone = (usage.prompt_tokens + usage.completion_tokens for usage in (self.paid, self.unbatched))
+        return f"{paid} tokens against about {alone} one by one"
 
     def snapshot(self, *, queued: int, in_flight: int) -> Stats:
         """Return the figures as they stand."""

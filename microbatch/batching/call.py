@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
@@ -43,8 +44,13 @@ if TYPE_CHECKING:
 USAGE_PATIENCE = 2.0
 """Seconds that the rest of a reply is read for its usage once every caller has been answered."""
 
+# Batches after which it can be told whether combining pays.
+_ENOUGH_BATCHES = 20
+
 # Statuses of a refusal that one of the items may be to blame for. 404 names the model, not the request.
 _BLAMEABLE = frozenset({400, 413, 422})
+
+logger = logging.getLogger("microbatch")
 
 Ending = Literal["complete", "length", "cut", "refused", "failed"]
 """How a combined call ended: with a reply, at the token limit, cut off, refused for something an item may be to blame for,
@@ -198,6 +204,7 @@ class Calls:
         self._draw = draw
         self._now = now
         self._early = early
+        self._paid_batches = 0
 
     # --- combined calls
 
@@ -399,7 +406,7 @@ class Calls:
             prompts = split(usage.prompt_tokens, lines)
             completions = split(usage.completion_tokens, batch.answer_bytes)
             cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(tickets)
-            price = self._price((completion and completion.model) or batch.call.model or self._default_model)
+            price = self._price_of(completion, exchange)
             shares = map(Usage, prompts, completions, cached)
             for ticket, share, answered in zip(tickets, shares, mine, strict=True):
                 self._book(ticket, share, price, answered=answered)
@@ -412,12 +419,17 @@ class Calls:
         if usage is None:
             self._ledger.unreported_calls += 1
         else:
-            price = self._price(completion.model or ticket.spec.model or self._default_model)
+            price = self._price_of(completion, ticket.call)
             self._book(ticket, usage, price, answered=mine)
             self._ledger.pay(usage, usage if mine else Usage(), price)
         if ticket.reply is not None:
             _finish(ticket.reply, completion)
         ticket.call.end()
+
+    def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
+        """Return the price of the model that answered, else of the one that was asked for."""
+        answered = None if completion is None or completion.model is None else self._price(completion.model)
+        return answered or exchange.price
 
     def _book(self, ticket: Ticket, share: Usage, price: Callable[[Usage], float] | None, *, answered: bool) -> None:
         """Book a ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
@@ -454,6 +466,17 @@ class Calls:
             share = sum(line for line, got in zip(lines, mine, strict=True) if got) / sum(lines)
             alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
         self._ledger.pay(usage, alone, price)
+        self._warn_if_dearer()
+
+    def _warn_if_dearer(self) -> None:
+        """Say once, when there is enough to judge by, that combining costs more than it saves."""
+        self._paid_batches += 1
+        if self._paid_batches != _ENOUGH_BATCHES or not self._ledger.costs_more:
+            return
+        logger.warning(
+            "combining requests costs more than it saves here (%s): the messages they share are too short, or the answers too long",
+            self._ledger.comparison,
+        )
 
 
 def _ending(completion: Completion | None, error: RequestFailed | None, *, heard: bool) -> Ending:

@@ -394,15 +394,17 @@ class Collector:
         if self._pumping:
             return  # an eager task that ended while it was being started; the loop below goes on
         self._pumping = True
-        while self._slots and self._due:
-            if self._due[0] is self._borrowers:
-                self._lend()
-                continue
-            work = self._next()
-            if work is not None:
-                self._slots -= 1
-                self._tasks.start_soon(self._run, work)
-        self._pumping = False
+        try:
+            while self._slots and self._due:
+                if self._due[0] is self._borrowers:
+                    self._lend()
+                    continue
+                work = self._next()
+                if work is not None:
+                    self._slots -= 1
+                    self._tasks.start_soon(self._run, work)
+        finally:
+            self._pumping = False
         self._notify()
 
     def _lend(self) -> None:

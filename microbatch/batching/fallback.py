@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from microbatch.errors import RequestFailed
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.call import Calls, Outcome
     from microbatch.batching.lane import Learned, Ticket
+    from microbatch.errors import RequestFailed
     from microbatch.policy import FallbackPolicy
 
 _WORTH_ASKING_TOGETHER = 1 / 4
@@ -34,7 +33,6 @@ class Fallback:
         calls: Makes the calls.
         policy: How many at once.
         fail: Ends a ticket with a copy of an error of its own.
-        shuffle: Puts a list into random order, in place.
     """
 
     def __init__(
@@ -42,12 +40,11 @@ class Fallback:
         calls: Calls,
         policy: FallbackPolicy,
         fail: Callable[[Ticket, RequestFailed], None],
-        shuffle: Callable[[list[Ticket]], None] = secrets.SystemRandom().shuffle,
     ) -> None:
         self._calls = calls
         self._policy = policy
         self._fail = fail
-        self._shuffle = shuffle
+        self._shuffle: Callable[[list[Ticket]], None] = secrets.SystemRandom().shuffle
 
     async def recover(self, outcome: Outcome, learned: Learned) -> None:
         """See to it that every request that *outcome* left open ends, with an answer or an error."""

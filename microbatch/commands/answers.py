@@ -45,7 +45,8 @@ def answer_line(name: str, output: Any, reply: Reply[Any]) -> dict[str, Any]:
 def _says_more(body: dict[str, Any]) -> bool:
     choices = [choice for choice in body.get("choices") or () if isinstance(choice, dict)]
     return len(choices) > 1 or any(
-        choice.get("logprobs") or any((choice.get("message") or {}).get(key) for key in ("tool_calls", "function_call", "audio"))
+        choice.get("logprobs")
+        or any((choice.get("message") or {}).get(key) for key in ("tool_calls", "function_call", "audio"))
         for choice in choices
     )
 
@@ -63,6 +64,10 @@ def error_object(error: Exception) -> dict[str, Any]:
     if isinstance(error, StatusError):
         told |= {"status": error.status, "code": error.code, "request_id": error.request_id}
     return told
+
+
+class NotWritten(Exception):
+    """The output cannot be written any further: the disk is full, or the like. What was written before stands."""
 
 
 class Answers:
@@ -86,9 +91,7 @@ class Answers:
         except OSError as error:
             raise UsageError(f"cannot write {path!r}: {error.strerror}") from None
         try:
-            if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise UsageError(f"-o {path!r} must be a file, so that a run can be resumed from it")
-            _lock(self._file, path)
+            _claim(self._file, path)
         except BaseException:
             os.close(self._file)
             raise
@@ -133,13 +136,15 @@ class Answers:
         """Append *line*.
 
         Raises:
-            OSError: The disk is full, or the like; also of an earlier line.
+            NotWritten: The disk is full, or the like; also if an earlier line did not get to it.
         """
-        if self._failure is not None:
-            raise self._failure
+        self._check()
         rest = memoryview(msgspec.json.encode(line) + b"\n")
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError as error:
+            raise NotWritten(f"cannot write {self.path!r}: {error.strerror}") from error
         self.written += 1
         self._unsynced.set()
         if self._syncing is None:
@@ -163,7 +168,7 @@ class Answers:
         """Bring the rest to the disk, and let go of the file.
 
         Raises:
-            OSError: What was written may not all be on the disk.
+            NotWritten: Not all of it may be on the disk.
         """
         self._closing.set()
         self._unsynced.set()
@@ -171,8 +176,11 @@ class Answers:
             self._syncing.join()
             self._sync()
         os.close(self._file)
+        self._check()
+
+    def _check(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise NotWritten(f"cannot write {self.path!r}: {self._failure.strerror}") from self._failure
 
     def __enter__(self) -> Self:
         return self
@@ -199,7 +207,10 @@ def _id_of(line: dict[str, Any]) -> str:
     return name
 
 
-def _lock(file: int, path: str) -> None:
+def _claim(file: int, path: str) -> None:
+    """Check that *file* is one to resume from, and keep other runs out of it."""
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise UsageError(f"-o {path!r} must be a file, so that a run can be resumed from it")
     try:
         import fcntl  # noqa: PLC0415 not on Windows
     except ImportError:  # pragma: no cover - Windows

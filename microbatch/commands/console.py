@@ -61,7 +61,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table: the first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [
-        "  ".join(cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(pairs)).rstrip()
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(pairs)
+        ).rstrip()
         for pairs in ([*zip(row, widths, strict=True)] for row in (head, *rows))
     ]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])

@@ -55,11 +55,15 @@ class Template:
             raise UsageError(f"--template {text!r}: {error}; a brace itself is written {{{{ or }}}}") from None
         for literal, name, form, conversion in parsed:
             if name is not None and (not name.strip() or form or conversion):
-                raise UsageError(f"--template {text!r}: braces hold the name of a field and nothing else, as in {{name}}")
+                raise UsageError(
+                    f"--template {text!r}: braces hold the name of a field and nothing else, as in {{name}}"
+                )
             self._parts.append((literal, name))
         self.fields = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.fields:
-            raise UsageError(f"--template {text!r} names no field: every line would be the same question; write {{name}}")
+            raise UsageError(
+                f"--template {text!r} names no field: every line would be the same question; write {{name}}"
+            )
 
     def render(self, record: dict[str, Any]) -> str:
         """Return the question about *record*. What is no text is written as JSON.
@@ -92,9 +96,7 @@ def _value(record: dict[str, Any], name: str) -> Any:
         return record[name]
     value: Any = record
     for part in name.split("."):
-        if not isinstance(value, dict):
-            raise LookupError(name)
-        value = value[part]
+        value = (value if isinstance(value, dict) else {})[part]
     return value
 
 
@@ -229,7 +231,7 @@ def read_labels(value: str) -> list[str]:
     text = read_text(value, "--labels")
     listed = _json_labels(text) if value.startswith("@") else None
     if listed is None:
-        listed = (text.splitlines() if value.startswith("@") else text.split(","))
+        listed = text.splitlines() if value.startswith("@") else text.split(",")
     labels = [label.strip() for label in listed]
     if value.startswith("@"):
         labels = [label for label in labels if label]

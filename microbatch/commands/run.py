@@ -17,12 +17,20 @@ from microbatch.accounting.stats import Stats
 from microbatch.batching.request import read_options
 from microbatch.client import Microbatcher
 from microbatch.commands import console, fingerprint
-from microbatch.commands.answers import Answers, answer_line, error_object, failure_line
+from microbatch.commands.answers import Answers, NotWritten, answer_line, error_object, failure_line
 from microbatch.commands.console import UsageError, note, plural, say
 from microbatch.commands.failures import Failures
 from microbatch.commands.flags import add_settings, number, read_settings, whole_number
 from microbatch.commands.progress import Progress, make_bar
-from microbatch.commands.questions import BatchLines, Questions, Template, Templated, read_labels, read_schema, read_text
+from microbatch.commands.questions import (
+    BatchLines,
+    Questions,
+    Template,
+    Templated,
+    read_labels,
+    read_schema,
+    read_text,
+)
 from microbatch.commands.reading import BadLine, Input, Survey, requests
 from microbatch.commands.stopping import stoppable
 from microbatch.commands.summary import summarize, told
@@ -72,12 +80,16 @@ _SHAPING = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_outp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
-    parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help="where the answers go, as they come")
+    parser.add_argument(
+        "-o", "--output", metavar="OUTPUT.jsonl", required=True, help="where the answers go, as they come"
+    )
     _add_question(parser.add_argument_group("what is asked"))
     _add_endpoint(parser.add_argument_group("whom"))
     _add_running(parser.add_argument_group("the run"))
     policy = parser.add_argument_group("batching", "The settings of FlushPolicy.")
-    policy.add_argument("--single", action="store_true", help="one call for each item, to compare; same as --max-batch-size 1")
+    policy.add_argument(
+        "--single", action="store_true", help="one call for each item, to compare; same as --max-batch-size 1"
+    )
     add_settings(policy, FlushPolicy)
 
 
@@ -100,7 +112,9 @@ def _add_question(group: argparse._ArgumentGroup) -> None:
 
 def _add_endpoint(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", metavar="NAME", help="the model; OpenAI Batch lines may name their own")
-    group.add_argument("--base-url", metavar="URL", help="address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
+    group.add_argument(
+        "--base-url", metavar="URL", help="address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)"
+    )
     group.add_argument(
         "--simulate",
         action="store_true",
@@ -109,7 +123,9 @@ def _add_endpoint(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted run: ask what has no answer yet")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run: ask what has no answer yet"
+    )
     group.add_argument(
         "--force",
         action="store_true",
@@ -118,7 +134,9 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=None, help="show progress (default: on a terminal)"
     )
-    group.add_argument("--json", action="store_true", help="print the summary as a JSON object, the last line of stdout")
+    group.add_argument(
+        "--json", action="store_true", help="print the summary as a JSON object, the last line of stdout"
+    )
 
 
 # --- the job
@@ -148,10 +166,14 @@ def run(args: argparse.Namespace) -> int:
         UsageError: Something is wrong with the command or its files; nothing was sent.
     """
     job = _prepare(args)
-    with _open_output(args, job) as answers:
-        done = _already_answered(args, job, answers)
-        fingerprint.keep(args.output, job.settings)
-        return asyncio.run(Run(args, job, answers, done).go())
+    try:
+        with _open_output(args) as answers:
+            done = _already_answered(args, job, answers)
+            fingerprint.keep(args.output, job.settings)
+            return asyncio.run(Run(args, job, answers, done).go())
+    except NotWritten as error:  # at the last fsync
+        note(f"microbatch run: {error}")
+        return console.SOME_FAILED
 
 
 def _prepare(args: argparse.Namespace) -> Job:
@@ -180,7 +202,9 @@ def _questions(args: argparse.Namespace, model: str | None) -> Questions:
     if args.template is None:
         for name in ("system", "labels", "schema"):
             if getattr(args, name) is not None:
-                raise UsageError(f"--{name} needs a --template; lines without one are OpenAI Batch requests and say it all themselves")
+                raise UsageError(
+                    f"--{name} needs a --template; lines without one are OpenAI Batch requests and say it all themselves"
+                )
         return BatchLines(options=options, needs_model=model is None)
     if model is None:
         raise UsageError("no model: give --model NAME, or --simulate to try without one")
@@ -189,7 +213,9 @@ def _questions(args: argparse.Namespace, model: str | None) -> Questions:
     system = None if args.system is None else read_text(args.system, "--system")
     questions = Templated(Template(args.template), system=system, labels=labels, schema=schema, options=options)
     try:
-        read_options(str, None, None, None, None if schema is None else {"response_format": schema}, None, None, "normal")
+        read_options(
+            str, None, None, None, None if schema is None else {"response_format": schema}, None, None, "normal"
+        )
     except ConfigError as error:
         raise UsageError(f"--schema {args.schema}: {error}") from error
     return questions
@@ -230,7 +256,7 @@ def _settings(
 # --- the output there is
 
 
-def _open_output(args: argparse.Namespace, job: Job) -> Answers:
+def _open_output(args: argparse.Namespace) -> Answers:
     """Open the output; an old one stays unless it is resumed, or moves aside with --force."""
     answers = Answers(args.output)
     if not answers.size or args.resume:
@@ -304,7 +330,7 @@ class Run:
         with stoppable():
             try:
                 await self._ask()
-            except OSError as error:  # the disk is full, or the like
+            except NotWritten as error:
                 broken = error
             stopped = False
         return self._tell(loop.time() - start, stopped=stopped, broken=broken)
@@ -361,7 +387,7 @@ class Run:
 
     # --- afterwards
 
-    def _tell(self, wall_s: float, *, stopped: bool, broken: OSError | None) -> int:
+    def _tell(self, wall_s: float, *, stopped: bool, broken: NotWritten | None) -> int:
         for line in self._failures.told():
             note(line)
         args, stats = self._args, self._stats
@@ -373,7 +399,7 @@ class Run:
         if args.json:
             say(msgspec.json.encode(summary).decode())
         if broken is not None:
-            note(f"microbatch run: cannot write {args.output!r}: {broken.strerror}")
+            note(f"microbatch run: {broken}")
         if stopped or broken is not None or self._failed:
             note(_how_to_go_on(args, stopped=stopped))
         return console.STOPPED if stopped else console.SOME_FAILED if self._failed or broken is not None else console.OK
@@ -382,4 +408,6 @@ class Run:
 def _how_to_go_on(args: argparse.Namespace, *, stopped: bool) -> str:
     words = [word for word in args.argv if word not in ("--force", "--resume")]
     again = shlex.join(["microbatch", *words, "--resume"])
-    return f"{'Stopped; all' if stopped else 'All'} answers so far are in {args.output}. To ask for the rest:\n  {again}"
+    return (
+        f"{'Stopped; all' if stopped else 'All'} answers so far are in {args.output}. To ask for the rest:\n  {again}"
+    )

@@ -42,32 +42,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", metavar="N", type=whole_number(0, 65_535), default=0, help="port to listen on (default: a free one)"
     )
     parser.add_argument(
-        "--api-key", metavar="KEY", action="append", help="a key that is let in; may be repeated (default: everybody is)"
+        "--api-key",
+        metavar="KEY",
+        action="append",
+        help="a key that is let in; may be repeated (default: everybody is)",
     )
     latency = parser.add_argument_group("latency")
     latency.add_argument(
         "--first-token", metavar="SECONDS", type=number(0), default=0.5, help="time to the first token (default: 0.5)"
     )
     latency.add_argument(
-        "--tokens-per-second", metavar="N", type=number(0), default=80.0, help="rate after that, 0 for no delay (default: 80)"
+        "--tokens-per-second",
+        metavar="N",
+        type=number(0),
+        default=80.0,
+        help="rate after that, 0 for no delay (default: 80)",
     )
     _add_capabilities(parser.add_argument_group("what the model can do"))
     _add_faults(parser.add_argument_group("what goes wrong"))
 
 
 def _add_capabilities(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--context-tokens", metavar="N", type=whole_number(1), help="most tokens of prompt and reply together")
     group.add_argument(
-        "--json-schema", choices=get_args(Fails), default="ok", help="how response_format json_schema is taken (default: ok)"
+        "--context-tokens", metavar="N", type=whole_number(1), help="most tokens of prompt and reply together"
     )
     group.add_argument(
-        "--json-object", choices=get_args(Accepts), default="ok", help="how response_format json_object is taken (default: ok)"
+        "--json-schema",
+        choices=get_args(Fails),
+        default="ok",
+        help="how response_format json_schema is taken (default: ok)",
     )
-    group.add_argument("--max-tokens-name", choices=get_args(MaxTokensName), help="the only name of that limit (default: both)")
-    group.add_argument("--temperature-fixed", action="store_true", help="refuse any temperature but 1, as reasoning models do")
+    group.add_argument(
+        "--json-object",
+        choices=get_args(Accepts),
+        default="ok",
+        help="how response_format json_object is taken (default: ok)",
+    )
+    group.add_argument(
+        "--max-tokens-name", choices=get_args(MaxTokensName), help="the only name of that limit (default: both)"
+    )
+    group.add_argument(
+        "--temperature-fixed", action="store_true", help="refuse any temperature but 1, as reasoning models do"
+    )
     group.add_argument("--no-streaming", action="store_true", help="refuse streaming")
     group.add_argument(
-        "--stream-options", choices=get_args(StreamOptions), default="ok", help="how stream_options are taken (default: ok)"
+        "--stream-options",
+        choices=get_args(StreamOptions),
+        default="ok",
+        help="how stream_options are taken (default: ok)",
     )
     group.add_argument("--cached-prefixes", action="store_true", help="report cached_tokens as OpenAI does")
 
@@ -82,7 +104,11 @@ def _add_faults(group: argparse._ArgumentGroup) -> None:
         help=f"what may go wrong, may be repeated: {', '.join(_KINDS)}",
     )
     group.add_argument(
-        "--fault-rate", metavar="R", type=number(0, 1), default=0.2, help="share of the replies that go wrong (default: 0.2)"
+        "--fault-rate",
+        metavar="R",
+        type=number(0, 1),
+        default=0.2,
+        help="share of the replies that go wrong (default: 0.2)",
     )
     group.add_argument(
         "--fault-on", choices=get_args(On), default="all", help="which calls may go wrong (default: all)"
@@ -126,11 +152,15 @@ async def _serve(endpoint: SimulatedEndpoint) -> int:
             await endpoint.open()
         except OSError as error:
             where = f"{endpoint.host}:{endpoint.port}"
-            raise UsageError(f"cannot listen on {where}: {error.strerror}; choose another --port, 0 takes a free one") from None
+            raise UsageError(
+                f"cannot listen on {where}: {error.strerror}; choose another --port, 0 takes a free one"
+            ) from None
         try:
             say(endpoint.base_url)
             note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
-            note(f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ...")
+            note(
+                f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ..."
+            )
             await asyncio.Event().wait()
         finally:
             await endpoint.aclose()
