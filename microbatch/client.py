@@ -95,7 +95,7 @@ class Microbatcher:
             send=self._sender.send,
             ledger=self._ledger,
             count=self._tokens.count,
-            exact=self._tokens.exact,
+            exact=self._tokens.exact_for,
             price=price,
             default_model=model,
             settled=self._collector.settled,

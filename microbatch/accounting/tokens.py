@@ -219,6 +219,10 @@ class TokenCounter:
             # The split regex overflows its stack on a million blanks in a row and panics. The bound still keeps every budget.
             return _utf8_length(text)
 
+    def exact_for(self, model: str | None) -> bool:
+        """Whether counts are those of *model*'s own encoding; None asks for the model given at construction."""
+        return self.exact if model is None else encoding_name(model) == (self.encoding, True)
+
     def __repr__(self) -> str:
         """Tell how tokens are counted."""
         how = self.encoding or ("bytes" if isinstance(self._source, str) else "function")

@@ -171,7 +171,7 @@ class Calls:
         send: Makes the attempts of a call.
         ledger: Where everything is counted.
         count: Counts a text's tokens.
-        exact: Whether *count* is the model's own.
+        exact: Whether *count* is that of a model's own encoding; asked with None for the transport's model.
         price: What prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
         settled: Told how many tickets have just been answered here.
@@ -186,7 +186,7 @@ class Calls:
         send: Send,
         ledger: Ledger,
         count: Callable[[str], int],
-        exact: bool,
+        exact: Callable[[str | None], bool],
         price: Pricing,
         default_model: str | None,
         settled: Callable[[int], None],
@@ -462,7 +462,9 @@ class Calls:
                 [round(size * tokens_a_byte) for size, got in zip(batch.answer_bytes, mine, strict=True) if got]
             )
             if learned.framing is None:
-                learned.framing = measure(batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact)
+                learned.framing = measure(
+                    batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact(batch.call.model)
+                )
             share = sum(line for line, got in zip(lines, mine, strict=True) if got) / sum(lines)
             alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
         self._ledger.pay(usage, alone, price)

@@ -166,7 +166,7 @@ def test_items_missing_at_the_end_are_no_damage_to_the_others():
         "Here are the [results] {each}:\n\n```\n%s\n```\nAnything {else}?",
         'As [1] asked, the "results" {"id", "answer"} follow.\n%s',
         "\ufeff%s",
-        "<think>{ {[[\"</think>%s",
+        '<think>{ {[["</think>%s',
     ],
 )
 def test_fences_and_prose_around_are_no_damage(around):
@@ -180,7 +180,7 @@ def test_what_stands_between_the_elements_does_not_matter(between):
     assert (read.in_time, read.demultiplexer.damaged) == (alive(0, 1, 2, 3, 4), False)
 
 
-@pytest.mark.parametrize("name", ["[1kfqzt]", " 1kfqzt ", "1KFQZT", "[ 1Kfqzt]\t", "\\u0031kfqzt", "[1kfqzt\\n]"])
+@pytest.mark.parametrize("name", ["[1kfqzt]", " 1kfqzt ", "1KFQZT", "[ 1Kfqzt]\\t", "\\u0031kfqzt", "[1kfqzt\\n]"])
 def test_brackets_blanks_and_capitals_of_an_id_are_forgiven(name):
     read = Read(reply(f'{{"id":"{name}","answer":"home"}}', *map(element, (1, 2, 3, 4))))
     assert (read.in_time, read.demultiplexer.damaged) == (alive(0, 1, 2, 3, 4), False)
@@ -191,7 +191,9 @@ def test_two_spellings_of_an_id_are_the_same_id_seen_twice():
     assert (read.answers, read.faults[0]) == (alive(1), "repeated")
 
 
-@pytest.mark.parametrize("name", ["1", "[1]", "1kfqz", "1kfqztt", "kfqzt", "1 kfqzt", "2kfqzt", "01kfqzt", "#1kfqzt", ""])
+@pytest.mark.parametrize(
+    "name", ["1", "[1]", "1kfqz", "1kfqztt", "kfqzt", "1 kfqzt", "2kfqzt", "01kfqzt", "#1kfqzt", ""]
+)
 def test_the_number_alone_or_a_similar_id_is_never_accepted(name):
     read = Read(reply(f'{{"id":"{name}","answer":"home"}}', *map(element, (1, 2, 3, 4))))
     assert read.faults == {0: "missing"}
@@ -264,7 +266,7 @@ BROKEN_ANSWERS = {
     "a missing bracket": '{"id":"2bcdfg","answer":["beauty"}',
     "a missing comma": '{"id":"2bcdfg" "answer":"beauty"}',
     "a missing answer": '{"id":"2bcdfg"}',
-    "single quotes": "{\"id\":\"2bcdfg\",\"answer\":'beauty'}",
+    "single quotes": '{"id":"2bcdfg","answer":\'beauty\'}',
     "python words": '{"id":"2bcdfg","answer":None}',
     "a trailing comma": '{"id":"2bcdfg","answer":"beauty",}',
     "dots": '{"id":"2bcdfg","answer":...}',
@@ -332,7 +334,7 @@ FRAGMENTS = st.sampled_from(
         '{"id":"9xxxxx","answer":"s"}',
         '{"id":"3hjkmn"',
         *('{"id":', '{ "id" :', '{"id":[', '{"results":[', '"id"', '"answer":', '"1kfqzt"', '"2bcdfg"'),
-        *",[]{}\"\\: \n\x00\x1fx1-é\U0001f600\u2028",
+        *',[]{}"\\: \n\x00\x1fx1-é\U0001f600\u2028',
         *("null", "true", "1.5e3", "\\ud800", "\\u00e9", "\\q", "```", "]}", '"}', '"},'),
         '"' + " " * 300,
         "9" * 600,
@@ -349,7 +351,7 @@ ANSWERS = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=1_000)
 @given(text=TEXTS, cuts=CUTS, early=st.booleans(), ended=st.booleans())
 def test_any_text_is_read_alike_in_any_pieces(text, cuts, early, ended):
     whole = Read(text, early=early, ended=ended)
@@ -389,7 +391,9 @@ KINDS = (
 @given(
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 10_000),
-    labels=st.lists(st.sampled_from([*LABELS, 'a "quoted" one', "ünï\u2028", "\\", "{}", "a\nb"]), min_size=5, max_size=5),
+    labels=st.lists(
+        st.sampled_from([*LABELS, 'a "quoted" one', "ünï\u2028", "\\", "{}", "a\nb"]), min_size=5, max_size=5
+    ),
     cuts=CUTS,
     early=st.booleans(),
 )
@@ -445,7 +449,7 @@ def test_a_number_of_a_thousand_digits_is_read_alike_in_any_pieces():
 
 # --- what a hostile reply costs. Every shape once took, or could take, time in the square of its length.
 
-MEGABYTES = 2_000_000
+HOSTILE_CHARS = 250_000
 HOSTILE = {
     "open elements": ("", '{"id":"1kfqzt","answer":"'),
     "nested openings": ("", '{"id":'),
@@ -468,13 +472,11 @@ HOSTILE = {
 }
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("shape", HOSTILE)
-def test_a_hostile_reply_of_megabytes_is_read_in_time(shape):
+def test_a_hostile_reply_costs_no_more_than_its_length(shape):
     start, rest = HOSTILE[shape]
-    size = MEGABYTES // 8
-    text = start + rest * (size // len(rest))
+    text = start + rest * (HOSTILE_CHARS // len(rest))
     began = time.perf_counter()
     read = Read(*pieces_of(text, range(0, len(text), 40)))
-    assert time.perf_counter() - began < 10
+    assert time.perf_counter() - began < 2  # some 0.1 s; each of these has a way to take seconds
     assert set(read.answers) <= {0, 1}
