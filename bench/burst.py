@@ -68,7 +68,7 @@ async def ours(count: int) -> tuple[float, float]:
 
         async def caller(number: int) -> None:
             messages = [
-                {"role": "system", "content": "".join([SYSTEM, "."])},
+                {"role": "system", "content": f"{SYSTEM}."},
                 {"role": "user", "content": f"Product {number}: {FILLER}"},
             ]
             reply = await batcher.submit(messages)
@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    print(f"python {sys.version.split()[0]}, {platform.machine()}, {options.count} submits, {options.runs} alternating runs")
+    print(
+        f"python {sys.version.split()[0]}, {platform.machine()}, {options.count} submits, {options.runs} alternating runs"
+    )
     ratios = []
     for _ in range(options.runs):
         gc.collect()

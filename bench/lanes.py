@@ -53,7 +53,7 @@ async def lanes(count: int, marks: int = 10) -> list[float]:
                 await batcher.submit([{"role": "system", "content": system}, {"role": "user", "content": f"{number}"}])
 
         numbers = iter(range(count))
-        for mark in range(marks):
+        for _ in range(marks):
             part = iter([next(numbers) for _ in range(count // marks)])
             await asyncio.gather(*(worker(part) for _ in range(64)))
             memory.append(resident_mib())
@@ -67,7 +67,9 @@ async def mapped(count: int, marks: int = 10) -> tuple[list[float], float]:
     memory = []
     transport = Echo()
     async with mb.Microbatcher(transport, tokens="bytes") as batcher:
-        source = ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"item {n}"}] for n in range(count))
+        source = (
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"item {n}"}] for n in range(count)
+        )
         seen = 0
         async for result in batcher.map(source):
             result.unwrap()
@@ -88,7 +90,9 @@ def main() -> None:
     print("  " + " ".join(f"{mib:.1f}" for mib in memory))
     start = time.perf_counter()
     memory, size = asyncio.run(mapped(options.count))
-    print(f"map over {options.count} requests, {time.perf_counter() - start:.0f} s, {size:.2f} a batch; MiB on the way:")
+    print(
+        f"map over {options.count} requests, {time.perf_counter() - start:.0f} s, {size:.2f} a batch; MiB on the way:"
+    )
     print("  " + " ".join(f"{mib:.1f}" for mib in memory))
 
 

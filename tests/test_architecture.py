@@ -31,7 +31,11 @@ PURE = [
     "transports.error_shapes",
 ]
 WAITING = ["batching.bulk", "batching.call", "batching.collector", "batching.fallback"]
-VENDORS = {"accounting": {"tiktoken", "anyio"}, "transports": {"aiohttp", "multidict", "yarl"}, "testing": {"aiohttp", "tiktoken"}}
+VENDORS = {
+    "accounting": {"tiktoken", "anyio"},
+    "transports": {"aiohttp", "multidict", "yarl"},
+    "testing": {"aiohttp", "tiktoken"},
+}
 CORE = {"msgspec"}
 
 
@@ -64,7 +68,11 @@ def imports(path, *, at_run_time):
 
 
 MODULES = dict(modules())
-OURS = {name: {m.removeprefix("microbatch.") for m in imports(path, at_run_time=True) if m.startswith("microbatch.")} & MODULES.keys() for name, path in MODULES.items()}
+OURS = {
+    name: {m.removeprefix("microbatch.") for m in imports(path, at_run_time=True) if m.startswith("microbatch.")}
+    & MODULES.keys()
+    for name, path in MODULES.items()
+}
 
 
 def test_no_import_cycles():

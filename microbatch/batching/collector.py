@@ -422,8 +422,7 @@ class Collector:
         queue = self._due.popleft()
         queue.queued = False
         work = None
-        if isinstance(queue, BorrowerQueue):
-            raise AssertionError("a borrower is no work for a task")
+        assert not isinstance(queue, BorrowerQueue), "lent by the pump"  # noqa: S101 for type checkers
         if queue.due:
             work = self._take_batch(queue) if isinstance(queue, Lane) else self._take_alone(queue)
         if queue.due:
@@ -445,7 +444,7 @@ class Collector:
         self._ledger.batches_by_reason[reason] += 1
         try:
             batch = self._calls.compose(tickets, lane.learned)
-        except Exception as bug:
+        except Exception as bug:  # noqa: BLE001 it must not end the scheduler
             error = _bug(bug)
             for ticket in tickets:
                 self.fail(ticket, error)

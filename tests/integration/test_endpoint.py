@@ -296,7 +296,7 @@ async def test_a_malformed_body_is_a_400_in_json(client, raw):
         ({"context_tokens": 10}, {}, 400, "invalid_request_error", "context_length_exceeded"),
     ],
 )
-async def test_what_is_not_supported_is_refused_before_anything_is_streamed(  # noqa: PLR0917 - a table
+async def test_what_is_not_supported_is_refused_before_anything_is_streamed(
     client, options, fields, status, kind, code
 ):
     if fields.get("response_format") == "schema":

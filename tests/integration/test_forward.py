@@ -18,7 +18,9 @@ async def upstream():
     async def turn(request):
         body = await request.read()
         await go.wait()
-        return web.Response(status=201, body=body[::-1], headers={"X-Path": request.path_qs, "X-Key": request.headers["Authorization"]})
+        return web.Response(
+            status=201, body=body[::-1], headers={"X-Path": request.path_qs, "X-Key": request.headers["Authorization"]}
+        )
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", turn)
@@ -34,7 +36,9 @@ async def upstream():
 async def test_forward_relays_bytes_with_the_callers_key(upstream):
     url, _ = upstream
     async with mb.Microbatcher(mb.OpenAIChat(base_url=url, api_key="ours"), tokens="bytes") as batcher:
-        async with batcher.forward("POST", "embeddings?x=1", {"Authorization": "Bearer theirs"}, b"\x00abc") as response:
+        async with batcher.forward(
+            "POST", "embeddings?x=1", {"Authorization": "Bearer theirs"}, b"\x00abc"
+        ) as response:
             body = b"".join([chunk async for chunk in response])
             assert batcher.stats().in_flight == 1
         assert (response.status, body) == (201, b"cba\x00")

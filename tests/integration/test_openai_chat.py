@@ -923,7 +923,7 @@ SHAPES: list[tuple[int, Any, type[errors.StatusError], int, str | None]] = [
 
 
 @pytest.mark.parametrize(("status", "body", "kind", "named", "code"), SHAPES)
-async def test_every_shape_of_error_finds_its_branch(  # noqa: PLR0917 (one row of the table)
+async def test_every_shape_of_error_finds_its_branch(
     endpoint: Endpoint,
     connect: Any,
     status: int,

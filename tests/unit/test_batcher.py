@@ -148,7 +148,9 @@ async def test_lanes_take_turns_for_slots():
 async def test_requests_that_differ_in_anything_never_share_a_prompt(difference):
     transport = ScriptedTransport()
     async with batcher_for(transport, max_wait=0.1, low_max_wait=0.1, idle="wait") as batcher:
-        pairs = [batcher.submit(ask(text)) for text in "ab"] + [batcher.submit(ask(text), **difference) for text in "ab"]
+        pairs = [batcher.submit(ask(text)) for text in "ab"] + [
+            batcher.submit(ask(text), **difference) for text in "ab"
+        ]
         replies = await asyncio.gather(*pairs)
     assert sorted(len(call.items) for call in transport.calls) == [2, 2]
     assert [reply.output for reply in replies] == ["A", "B", "A", "B"]
@@ -163,7 +165,14 @@ async def test_different_shared_messages_never_share_a_prompt():
 
 @pytest.mark.parametrize(
     "params",
-    [{"tools": [{"type": "function"}]}, {"n": 2}, {"logprobs": True}, {"stop": ["x"]}, {"seed": 1}, {"response_format": {"type": "json_object"}}],
+    [
+        {"tools": [{"type": "function"}]},
+        {"n": 2},
+        {"logprobs": True},
+        {"stop": ["x"]},
+        {"seed": 1},
+        {"response_format": {"type": "json_object"}},
+    ],
     ids=lambda params: next(iter(params)),
 )
 async def test_what_means_one_answer_goes_alone(params):
@@ -195,7 +204,8 @@ async def test_a_message_object_and_its_dict_are_the_same_request():
     async with batcher_for(transport) as batcher:
         system = mb.Message("system", "Shout.")
         replies = await asyncio.gather(
-            batcher.submit([system, mb.Message("user", "a")]), batcher.submit([system, {"role": "user", "content": "b"}])
+            batcher.submit([system, mb.Message("user", "a")]),
+            batcher.submit([system, {"role": "user", "content": "b"}]),
         )
     assert [reply.output for reply in replies] == ["A", "B"]
     assert len(transport.calls) == 1
