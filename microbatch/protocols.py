@@ -20,7 +20,8 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         model: Model name, or None for the transport's own.
         params: Further request fields, sent as they are (temperature, top_p, tools...).
         headers: The caller's headers, in place of the transport's own key.
-        schema: JSON Schema of the whole reply, or None for free text; the transport adds name and strictness.
+        schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
+        strict: Whether the schema is to be enforced; False only where the caller's own schema said so.
         hint: System text to add before the last message when the schema cannot be enforced, or None.
         max_tokens: Most tokens to generate, or None for the endpoint's own limit.
         stream: Whether pieces are wanted as they arrive.
@@ -32,6 +33,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     params: Mapping[str, Any] = {}
     headers: Mapping[str, str] = {}
     schema: Mapping[str, Any] | None = None
+    strict: bool = True
     hint: str | None = None
     max_tokens: int | None = None
     stream: bool = False

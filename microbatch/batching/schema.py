@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
-from microbatch.batching import given, typed
 from microbatch.batching.decoding import decode_text, decoder
 from microbatch.batching.find_json import candidates, unwrapped
+from microbatch.batching.given import compile_given, given_schema
 from microbatch.batching.reply_schema import batch_schema, single_schema
 from microbatch.batching.subschemas import Schema, canonical
+from microbatch.batching.typed import blaming, compile_type, type_name
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class AnswerType:
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         is_text: Whether the answer is plain text.
         decode: Decodes the JSON of one answer of a combined reply: the output, and its text, which is the string itself for
-            plain text, else the JSON as it came. Raises as a `decoding.Decoder` does. No method, since it is called for
-            every answer.
+            plain text, else the JSON as it came. Raises ValueError, without a word of the answer, if that does not fit; a
+            validator of the caller's type may raise anything else. No method, since it is called for every answer.
     """
 
     __slots__ = (
@@ -118,7 +119,9 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
     """
     if response_format is not None:
         if output_type is not str:
-            raise ConfigError(f"give output_type or response_format, not both (output_type is {typed.type_name(output_type)})")
+            raise ConfigError(
+                f"give output_type or response_format, not both (output_type is {type_name(output_type)})"
+            )
         return _from_response_format(response_format)
     if output_type is str:
         return _TEXT
@@ -131,17 +134,17 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
 
 
 def _from_type(output_type: Any) -> AnswerType:
-    with typed.blaming(output_type):
-        schema, read = typed.schema_and_reader(output_type)
+    with blaming(output_type):
+        schema, read = compile_type(output_type)
         return AnswerType(schema, decoder(read), "typed")
 
 
 def _from_response_format(response_format: Any) -> AnswerType:
-    key = encoded, strict = given.schema_in(response_format)
+    key = encoded, strict = given_schema(response_format)
     found = _formats.get(key)
     if found is not None:
         return found
-    schema, read = given.schema_and_reader(encoded)
+    schema, read = compile_given(encoded)
     return _formats.put(key, None, AnswerType(schema, decoder(read), "given", strict=strict))
 
 

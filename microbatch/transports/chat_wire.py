@@ -65,7 +65,7 @@ def compose(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
         if name in plan.sent:
             body[name] = call.max_tokens
     if plan.rung is Rung.JSON_SCHEMA:
-        named = {"name": "answers", "strict": True, "schema": call.schema}
+        named = {"name": "answers", "strict": call.strict, "schema": call.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": named}
     elif plan.rung is not None:
         if call.hint is not None:
