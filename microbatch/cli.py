@@ -60,6 +60,7 @@ def _add(
 ) -> None:
     parser = commands.add_parser(
         name,
+        usage=module.USAGE,
         help=module.HELP,
         description=module.DESCRIPTION,
         epilog=module.EXAMPLES,

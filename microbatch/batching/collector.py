@@ -184,7 +184,7 @@ class Collector:
     def _fail_waiting(self) -> None:
         """End every ticket that waits in a queue, and, once all tasks are gone, those that a task never got to."""
         queued = [ticket for lane in list(self._lanes.values()) for ticket in lane.waiting()]
-        queued += [ticket for ticket, _ in self._alone.waiting]
+        queued += self._alone.waiting()
         queued += [ticket for work in self._held.values() for ticket in work.tickets] if self._gone else []
         for ticket in queued:
             self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
@@ -293,7 +293,6 @@ class Collector:
                 self._queue_alone(ticket, AloneReason.TOO_LONG)
                 self._drop_if_abandoned(lane)
             else:
-                ticket.queue = lane
                 lane.add(ticket)
                 if not lane.queued:
                     self._consider(lane)
@@ -354,7 +353,6 @@ class Collector:
         return True
 
     def _queue_alone(self, ticket: Ticket, reason: AloneReason) -> None:
-        ticket.queue = self._alone
         self._alone.add(ticket, reason)
         self._make_due(self._alone)
 
@@ -435,6 +433,8 @@ class Collector:
 
     def _take_batch(self, lane: Lane) -> _Work | None:
         tickets, reason = lane.take()
+        if not tickets:
+            return None
         lane.learned.alone = 0
         if len(tickets) == 1:
             self._ledger.singles_by_reason[
@@ -451,9 +451,11 @@ class Collector:
             return None
         return self._hold(_Work(tickets, lane, batch))
 
-    def _take_alone(self, queue: AloneQueue) -> _Work:
-        ticket, reason = queue.take()
-        ticket.taken()
+    def _take_alone(self, queue: AloneQueue) -> _Work | None:
+        taken = queue.take()
+        if taken is None:
+            return None
+        ticket, reason = taken
         self._ledger.singles_by_reason[reason] += 1
         return self._hold(_Work([ticket], None, None))
 
@@ -609,8 +611,7 @@ class Collector:
         """*ticket* has ended without an answer: take it out of where it is."""
         queue = ticket.queue
         if queue is not None:
-            ticket.taken()
-            queue.discard()
+            queue.discard(ticket)
             if isinstance(queue, Lane):
                 self._rearm(queue)
                 self._drop_if_abandoned(queue)

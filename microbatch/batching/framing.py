@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microbatch.batching.prompt import instruction
+from microbatch.batching.prompt import draw_endings, instruction
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ _PRIMING_TOKENS = 3
 
 # Items of a first batch that are counted to learn what surrounds an item.
 _SAMPLE = 4
+
+# Random ids that are counted, because those of one batch may be longer or shorter than most: a label is not much longer.
+_IDS = 256
 
 # Characters of a text that are counted; a longer one would hold up the event loop.
 _LONG = 16_384
@@ -60,11 +63,12 @@ class Framing(msgspec.Struct, frozen=True, gc=False):
             answered_share: Their part of the items' text, 0 to 1.
         """
         texts = max(0.0, usage.prompt_tokens - self.batch_prompt - asked * self.line)
-        answers = max(0.0, usage.completion_tokens - self.reply - asked * self.element)
+        # What got no answer is mostly not in the reply either.
+        answers = max(0.0, usage.completion_tokens - self.reply - answered * self.element)
         prompt = round(texts * answered_share + answered * self.alone_prompt)
         return Usage(
             prompt,
-            round(answers * answered / asked),
+            round(answers),
             # What a provider caches of a combined prompt is its beginning, which the single calls would begin with too.
             min(prompt, answered * usage.cached_tokens),
         )
@@ -91,6 +95,7 @@ def measure(
     """
     answer = tickets[0].answer
     content = count(call.messages[-1]["content"])
+    reply, element = _elements(ids, tickets, count)
     sample = tickets[:_SAMPLE]
     line = sum(count(f"[{name}]") for name in ids) / len(ids)
     line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
@@ -108,8 +113,8 @@ def measure(
         alone_prompt=shared + (schemas[1] - schemas[0] if charged else 0),
         batch_prompt=shared + count(instruction(answer.words)) * scale,
         line=line * scale,
-        reply=count('{"results":[]}') * scale,
-        element=_element_overhead(ids, tickets, count) * scale,
+        reply=reply * scale,
+        element=element * scale,
     )
 
 
@@ -123,13 +128,25 @@ def _count_shared(call: ChatCall, count: Callable[[str], int]) -> float:
     return tokens
 
 
-def _element_overhead(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]) -> float:
-    """Return what an element of a combined reply has more than a single reply, in tokens, on average of a sample."""
-    overheads: list[int] = []
+def _elements(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]) -> tuple[float, float]:
+    """Return the tokens of a combined reply without its elements, and what each has more than a single reply, on average."""
+    names: list[str] = []
+    elements: list[str] = []
+    alone = length = 0
     for name, ticket in zip(ids, tickets, strict=True):
-        if ticket.reply is not None and len(overheads) < _SAMPLE:
+        if ticket.reply is not None and length < _LONG:
             text = ticket.reply.text
             answer = msgspec.json.encode(text).decode() if ticket.answer.is_text else text
-            alone = f'{{"answer":{text}}}' if ticket.answer.wrapped else text
-            overheads.append(count(f'{{"id":"{name}","answer":{answer}}},') - count(alone))
-    return sum(overheads) / max(1, len(overheads))
+            names.append(name)
+            elements.append(f'{{"id":"{name}","answer":{answer}}}')
+            alone += count(f'{{"answer":{text}}}' if ticket.answer.wrapped else text)
+            length += len(text)
+    # The end of an element and the start of the next share a token, so it matters that they stand in a row.
+    once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
+    drawn = [f"{1 + number % len(ids)}{ending}" for number, ending in enumerate(draw_endings(_IDS))]
+    usual_id = _id_tokens(drawn, count) - _id_tokens(names, count)
+    return once - (twice - once), (twice - once - alone) / len(elements) + usual_id
+
+
+def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
+    return sum(count(f'{{"id":"{name}"') for name in names) / len(names)

@@ -260,7 +260,7 @@ class Lane:
         self.queued = False  # whether the scheduler has this lane in its turn
         self.timer: asyncio.TimerHandle | None = None  # the scheduler's
         self._count = count
-        self._pending: deque[Ticket] = deque()  # settled ones stay until they come up, or are too many
+        self._pending: deque[Ticket] = deque()  # discarded ones stay until they come up, or are too many
         self._fill = 0
         self._fill_tokens = 0
         self._full: FlushReason | None = None
@@ -270,7 +270,7 @@ class Lane:
     @property
     def due(self) -> FlushReason | None:
         """Why the lane should leave now, or None to keep waiting."""
-        return (self._full or self._owed) if self.live else None
+        return (self._full or self._owed) if self._fill else None
 
     @property
     def abandoned(self) -> bool:
@@ -279,6 +279,7 @@ class Lane:
 
     def add(self, ticket: Ticket) -> None:
         """Queue *ticket*."""
+        ticket.queue = self
         self._pending.append(ticket)
         self.live += 1
         if self._full is None:
@@ -298,45 +299,57 @@ class Lane:
             self._owed_count = 0
         self._owed_count = max(self._owed_count, self.live if everything else 1)
 
-    def discard(self) -> None:
-        """One waiting ticket has settled (its caller left): forget it."""
+    def discard(self, ticket: Ticket) -> None:
+        """*ticket*, which waits here, has settled (its caller left): forget it."""
+        ticket.taken()
         self.live -= 1
+        self._pay_debt(self._owed_count - self.live)
         if len(self._pending) > 2 * self.live + 64:
-            self._pending = deque(ticket for ticket in self._pending if not ticket.future.done())
+            self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
         self._refill()
 
     def take(self) -> tuple[list[Ticket], FlushReason]:
-        """Remove the next batch and return it with the reason it leaves. The lane must be due."""
+        """Remove the next batch and return it with the reason it leaves. The lane must be due.
+
+        The batch is empty if all of its callers have left in this very turn and have not been discarded yet.
+        """
         reason = self.due
         if reason is None:
             raise AssertionError("take() from a lane that is not due")
         tickets: list[Ticket] = []
-        while len(tickets) < self._fill:
+        left = self._fill
+        while left:
             ticket = self._pending.popleft()
-            if not ticket.future.done():
-                ticket.taken()
-                tickets.append(ticket)
+            if ticket.queue is self:
+                left -= 1
+                if not ticket.future.done():
+                    ticket.taken()
+                    tickets.append(ticket)
         self.live -= len(tickets)
-        if self._owed is not None:
-            self._owed_count -= len(tickets)
-            if self._owed_count <= 0:
-                self._owed = None
+        self._pay_debt(self._fill)
         self._refill()
         return tickets, reason
 
+    def _pay_debt(self, count: int) -> None:
+        """*count* fewer tickets are owed a flush."""
+        if self._owed is not None and count > 0:
+            self._owed_count -= count
+            if self._owed_count <= 0:
+                self._owed = None
+
     def waiting(self) -> list[Ticket]:
         """Return what waits, oldest first."""
-        return [ticket for ticket in self._pending if not ticket.future.done()]
+        return [ticket for ticket in self._pending if ticket.queue is self and not ticket.future.done()]
 
     def _refill(self) -> None:
         """Work out the fill anew from the oldest waiting ticket."""
         self._fill = self._fill_tokens = 0
         self._full = None
         self.due_at = NEVER
-        while self._pending and self._pending[0].future.done():
+        while self._pending and self._pending[0].queue is not self:
             self._pending.popleft()
         for ticket in self._pending:
-            if ticket.future.done():
+            if ticket.queue is not self:
                 continue
             self._extend(ticket)
             if self._full is not None:
@@ -357,7 +370,7 @@ class Lane:
 
     def _fits_exactly(self, ticket: Ticket) -> bool:
         """Count the largest bounds until *ticket* fits behind the fill, or nothing is left to count."""
-        fill = [waiting for waiting in self._pending if not waiting.future.done()][: self._fill]
+        fill = [waiting for waiting in self._pending if waiting.queue is self][: self._fill]
         fill.append(ticket)
         total = self._fill_tokens + ticket.tokens + ID_TOKENS
         for bounded in sorted(fill, key=_bound, reverse=True):

@@ -15,33 +15,44 @@ class AloneQueue:
     """Requests that go alone, in order of arrival; due whenever one waits."""
 
     def __init__(self) -> None:
-        self.waiting: deque[tuple[Ticket, AloneReason]] = deque()
-        self.live = 0
+        self._waiting: deque[tuple[Ticket, AloneReason]] = deque()  # discarded ones stay until they come up, or are too many
+        self._live = 0
         self.queued = False
 
     @property
     def due(self) -> bool:
         """Whether a request waits."""
-        return self.live > 0
+        while self._waiting and self._waiting[0][0].queue is not self:
+            self._waiting.popleft()
+        return bool(self._waiting)
 
     def add(self, ticket: Ticket, reason: AloneReason) -> None:
         """Queue *ticket*, which goes alone for *reason*."""
-        self.waiting.append((ticket, reason))
-        self.live += 1
+        ticket.queue = self
+        self._waiting.append((ticket, reason))
+        self._live += 1
 
-    def discard(self) -> None:
-        """One waiting ticket has settled (its caller left): forget it."""
-        self.live -= 1
-        if len(self.waiting) > 2 * self.live + 64:
-            self.waiting = deque(entry for entry in self.waiting if not entry[0].future.done())
+    def discard(self, ticket: Ticket) -> None:
+        """*ticket*, which waits here, has settled (its caller left): forget it."""
+        ticket.taken()
+        self._live -= 1
+        if len(self._waiting) > 2 * self._live + 64:
+            self._waiting = deque(entry for entry in self._waiting if entry[0].queue is self)
 
-    def take(self) -> tuple[Ticket, AloneReason]:
-        """Remove the oldest waiting ticket and return it with its reason. The queue must be due."""
-        while True:
-            ticket, reason = self.waiting.popleft()
-            if not ticket.future.done():
-                self.live -= 1
-                return ticket, reason
+    def take(self) -> tuple[Ticket, AloneReason] | None:
+        """Remove the oldest waiting request and return it with its reason; None if its caller has left in this very turn."""
+        if not self.due:
+            raise AssertionError("take() from a queue that is not due")
+        ticket, reason = self._waiting.popleft()
+        if ticket.future.done():
+            return None
+        self._live -= 1
+        ticket.taken()
+        return ticket, reason
+
+    def waiting(self) -> list[Ticket]:
+        """Return what waits, oldest first."""
+        return [ticket for ticket, _ in self._waiting if ticket.queue is self and not ticket.future.done()]
 
 
 class BorrowerQueue:

@@ -43,12 +43,26 @@ def answer_line(name: str, output: Any, reply: Reply[Any]) -> dict[str, Any]:
 
 
 def _says_more(body: dict[str, Any]) -> bool:
-    choices = [choice for choice in body.get("choices") or () if isinstance(choice, dict)]
-    return len(choices) > 1 or any(
-        choice.get("logprobs")
-        or any((choice.get("message") or {}).get(key) for key in ("tool_calls", "function_call", "audio"))
-        for choice in choices
-    )
+    try:
+        choices = msgspec.convert(body, _Body).choices
+    except msgspec.ValidationError:
+        return True  # nothing we know, so nothing to leave out
+    return len(choices) > 1 or any(choice.logprobs or choice.message != _Message() for choice in choices)
+
+
+class _Message(msgspec.Struct, frozen=True):
+    tool_calls: Any = None
+    function_call: Any = None
+    audio: Any = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message = _Message()
+    logprobs: Any = None
+
+
+class _Body(msgspec.Struct):
+    choices: list[_Choice] = []
 
 
 def failure_line(name: str, error: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ SOME_FAILED = 1
 USAGE = 2
 STOPPED = 130
 
+COLUMNS = 80
+"""Width that fits every terminal."""
+
 
 class UsageError(Exception):
     """What was asked for cannot be done as asked; nothing was sent. The command ends with exit status 2."""

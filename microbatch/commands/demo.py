@@ -31,6 +31,7 @@ LATENCY = Latency(first_token=0.5, tokens_per_second=80.0)
 SHOWN = 6
 _NAME_WIDTH = 52
 
+USAGE = "microbatch demo"
 HELP = "see what batching saves, on a simulated endpoint"
 DESCRIPTION = """\
 Sort the products of a bundled catalogue into departments, first one call each

@@ -46,10 +46,8 @@ def keep(output: str, settings: Settings) -> None:
 def differences(output: str, settings: Settings) -> list[str] | None:
     """Return the settings in which the run into *output* differed from *settings*, in words; None if nothing is known of it."""
     try:
-        kept = msgspec.json.decode(path_beside(output).read_bytes())
+        kept = msgspec.json.decode(path_beside(output).read_bytes(), type=Settings)
     except (OSError, ValueError):
-        return None
-    if not isinstance(kept, dict):
         return None
     names = [name for name in {**settings, **kept} if settings.get(name) != kept.get(name)]
     return [_told(name, kept.get(name), settings.get(name)) for name in names]

@@ -168,10 +168,7 @@ class BatchLines:
             raise LineError('the field "method" must be "POST"', "method")
         if record.get("url", _CHAT_URL) != _CHAT_URL:
             raise LineError(f'the field "url" must be "{_CHAT_URL}"', "url")
-        body = record.get("body")
-        if not isinstance(body, dict):
-            problem = "is missing" if body is None else "must be a JSON object"
-            raise LineError(f'the field "body" {problem}', "body")
+        body = _body(record)
         _check_body(body, needs_model=self._needs_model)
         options = dict(self._options)
         for field in ("model", "max_tokens", "temperature"):
@@ -186,6 +183,13 @@ class BatchLines:
     def output(answer: Any) -> Any:
         """Return an answer as it stands in the output: the text that the endpoint would have sent."""
         return answer
+
+
+def _body(record: dict[str, Any]) -> dict[str, Any]:
+    body: dict[str, Any] | None = record.get("body")
+    if not isinstance(body, dict):
+        raise LineError(f'the field "body" {"is missing" if body is None else "must be a JSON object"}', "body")
+    return body
 
 
 def _check_body(body: dict[str, Any], *, needs_model: bool) -> None:
@@ -256,13 +260,14 @@ def read_schema(path: str) -> dict[str, Any]:
     Raises:
         UsageError: The file cannot be read or holds neither.
     """
-    text = read_text("@" + path, "--schema")
     try:
-        value = msgspec.json.decode(text.encode())
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--schema: cannot read {path!r}: {error.strerror}") from None
+    try:
+        value = msgspec.json.decode(text, type=dict[str, Any])
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--schema: {path!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"--schema: {path!r} must hold a JSON object, a JSON Schema")
+        raise UsageError(f"--schema: {path!r} must hold a JSON Schema, an object: {error}") from None
     if value.get("type") == "json_schema":
         return value
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": value}}

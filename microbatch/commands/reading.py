@@ -32,14 +32,16 @@ class BadLine(msgspec.Struct):
     Attributes:
         number: Its number in the file, from 1.
         name: Its id, if one could be read.
-        problem: What is wrong, without saying where.
+        problem: What is wrong, in words that are the same for all lines of the kind.
         field: The field to blame, or None.
+        detail: More about it, of this line only.
     """
 
     number: int
     name: str | None
     problem: str
-    field: str | None
+    field: str | None = None
+    detail: str = ""
 
 
 class Line(msgspec.Struct):
@@ -144,15 +146,15 @@ class Input:
 
     def _line(self, number: int, raw: bytes) -> Line | BadLine:
         try:
-            record = msgspec.json.decode(raw)
+            record = msgspec.json.decode(raw, type=dict[str, Any])
         except UnicodeDecodeError:
-            return BadLine(number, None, "it is not UTF-8", None)
+            return BadLine(number, None, "it is not UTF-8")
         except RecursionError:
-            return BadLine(number, None, "the JSON is nested too deeply", None)
+            return BadLine(number, None, "the JSON is nested too deeply")
+        except msgspec.ValidationError:
+            return BadLine(number, None, "it is not a JSON object")
         except ValueError as error:
-            return BadLine(number, None, f"it is not JSON ({_lower(str(error))})", None)
-        if not isinstance(record, dict):
-            return BadLine(number, None, "it is not a JSON object", None)
+            return BadLine(number, None, "it is not JSON", detail=str(error).removeprefix("JSON is malformed: "))
         try:
             return Line(number, self._name(record, number), record)
         except LineError as error:
@@ -208,7 +210,3 @@ def _substitute(number: int, names: Container[int]) -> str:
     while digest(name) in names:
         name = f"line {name}"
     return name
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]

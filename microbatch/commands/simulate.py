@@ -17,6 +17,7 @@ from microbatch.testing.pace import Latency
 if TYPE_CHECKING:
     import argparse
 
+USAGE = "microbatch simulate [options]"
 HELP = "serve a simulated OpenAI-compatible endpoint"
 DESCRIPTION = """\
 Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
@@ -79,7 +80,10 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
         help="how response_format json_object is taken (default: ok)",
     )
     group.add_argument(
-        "--max-tokens-name", choices=get_args(MaxTokensName), help="the only name of that limit (default: both)"
+        "--max-tokens-name",
+        metavar="NAME",
+        choices=get_args(MaxTokensName),
+        help=f"the only name of that limit: {' or '.join(get_args(MaxTokensName))} (default: both)",
     )
     group.add_argument(
         "--temperature-fixed", action="store_true", help="refuse any temperature but 1, as reasoning models do"

@@ -8,13 +8,13 @@ import signal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Generator[None]:
     """Cancel the running task at the first signal, and let this block swallow that; a second signal kills as usual.
 
     Without a main thread or signals to listen to, the block runs unchanged.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from microbatch.commands.console import dollars, plural, saving, seconds, table
+from microbatch.commands.console import COLUMNS, dollars, plural, saving, seconds, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +76,8 @@ def told(summary: Summary, stats: Stats, *, simulated: str | None, single: bool)
         yield ""
         yield comparison(stats)
         yield ""
-    yield from _remarks(stats, simulated=simulated, single=single)
+    for remark in _remarks(stats, simulated=simulated, single=single):
+        yield textwrap.fill(remark, COLUMNS)
 
 
 def comparison(stats: Stats) -> str:

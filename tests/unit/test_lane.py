@@ -71,7 +71,7 @@ def drained(lane):
 def leave(lane, *tickets):
     for each in tickets:
         each.future.gone = True
-        lane.discard()
+        lane.discard(each)
 
 
 # --- the token budget

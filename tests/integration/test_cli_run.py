@@ -1,0 +1,329 @@
+"""`microbatch run` over real sockets: every line ends in the output, and the exit status says how."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from microbatch.cli import main
+from microbatch.commands import answers
+from microbatch.testing import Faults, SimulatedEndpoint
+
+QUESTION = ("--template", "Product: {name}")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def given(*lines, path="in.jsonl"):
+    Path(path).write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def products(count):
+    given(*({"id": f"p{number}", "name": f"thing {number}"} for number in range(count)))
+
+
+def run(*words, out="out.jsonl"):
+    return main(["run", "in.jsonl", "-o", out, *words])
+
+
+def output(path="out.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def summary(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@contextmanager
+def serving(**options):
+    """Serve a simulated endpoint from a thread of its own, and yield it."""
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    endpoint = SimulatedEndpoint(**options)
+    stop = asyncio.Event()
+
+    async def serve():
+        async with endpoint:
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield endpoint
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
+
+
+def test_every_line_is_answered_once_in_full_batches(capsys):
+    products(100)
+    assert run(*QUESTION, "--system", "Sort.", "--labels", "home, other", "--simulate", "--json") == 0
+    told = summary(capsys)
+    lines = output()
+    assert sorted(line["custom_id"] for line in lines) == sorted(f"p{number}" for number in range(100))
+    assert {line["output"] for line in lines} == {"home", "other"}
+    assert all(line["error"] is None and not line["usage"]["estimated"] for line in lines)
+    assert (told["items"], told["answered"], told["failed"], told["upstream_calls"], told["batches"]) == (
+        100,
+        100,
+        0,
+        7,
+        7,
+    )
+    assert sum(line["usage"]["prompt_tokens"] for line in lines) == told["prompt_tokens"]
+    assert sum(line["cost_usd"] for line in lines) == pytest.approx(told["cost_usd"], abs=1e-8)
+
+
+def test_one_by_one_costs_what_a_batched_run_says_it_would(capsys):
+    products(50)
+    words = (*QUESTION, "--labels", "home,other", "--simulate", "--json")
+    assert run(*words) == 0
+    batched = summary(capsys)
+    assert run(*words, "--single", out="single.jsonl") == 0
+    single = summary(capsys)
+    assert (single["upstream_calls"], single["batches"]) == (batched["unbatched_calls"], 0) == (50, 0)
+    assert batched["unbatched_prompt_tokens"] == pytest.approx(single["prompt_tokens"], rel=0.01)
+    assert {line["custom_id"]: line["output"] for line in output()} == {
+        line["custom_id"]: line["output"] for line in output("single.jsonl")
+    }
+
+
+def test_a_schema_makes_json_objects_and_plain_text_makes_strings():
+    products(20)
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    Path("schema.json").write_text(json.dumps(schema))
+    assert run(*QUESTION, "--schema", "schema.json", "--simulate") == 0
+    assert all(isinstance(line["output"]["n"], int) for line in output())
+    assert run(*QUESTION, "--simulate", out="text.jsonl") == 0
+    assert all(isinstance(line["output"], str) for line in output("text.jsonl"))
+
+
+def test_openai_batch_lines_are_answered_as_they_ask(capsys):
+    def line(number, **body):
+        messages = [{"role": "system", "content": "Sort."}, {"role": "user", "content": f"thing {number}"}]
+        asks = {"model": "gpt-4.1-mini", "messages": messages, **body}
+        return {"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions", "body": asks}
+
+    given(*map(line, range(20)), line(20, n=2), {"custom_id": "bad", "body": {"model": "m", "messages": []}})
+    with serving() as endpoint:
+        assert run("--base-url", endpoint.base_url, "--json") == 1
+    told = summary(capsys)
+    assert (told["answered"], told["failed"], told["upstream_calls"]) == (21, 1, 3)
+    failed = [line for line in output() if line["error"]]
+    assert [line["custom_id"] for line in failed] == ["bad"]
+    assert "line 22" in failed[0]["error"]["message"]
+    assert "body.messages" in failed[0]["error"]["message"]
+
+
+def test_bad_lines_fail_with_file_line_and_field_and_the_others_are_answered(capsys):
+    given({"id": "a", "name": "x"}, "{broken", {"id": "b"}, {"id": None, "name": "y"}, {"id": "c", "name": "z"})
+    assert run(*QUESTION, "--simulate", "--json") == 1
+    shown = capsys.readouterr()
+    told = json.loads(shown.out.splitlines()[-1])
+    assert (told["items"], told["answered"], told["failed"]) == (5, 2, 3)
+    errors = {line["custom_id"]: line["error"] for line in output() if line["error"]}
+    assert errors.keys() == {"2", "b", "4"}
+    assert errors["b"] == {
+        "type": "InputError",
+        "message": 'in.jsonl, line 3: the field "name" is missing',
+        "line": 3,
+        "field": "name",
+    }
+    for words in ('in.jsonl, line 3: the field "name" is missing', "in.jsonl, line 2: it is not JSON", 'field "id"'):
+        assert words in shown.err
+
+
+def test_a_repeated_id_is_refused_before_anything_is_sent(capsys):
+    given({"id": "a", "name": "x"}, {"id": "b", "name": "y"}, {"id": "a", "name": "z"})
+    with serving() as endpoint:
+        assert run(*QUESTION, "--base-url", endpoint.base_url, "--model", "m") == 2
+    assert endpoint.calls == 0
+    assert "lines 1 and 3" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (QUESTION, "--model"),
+        ((*QUESTION, "--model", "m"), "OPENAI_API_KEY"),
+        ((*QUESTION, "--model", "m", "--base-url", "nonsense"), "--base-url"),
+        ((*QUESTION, "--model", "m", "--base-url", "http://me:secret@host/v1"), "--base-url"),
+        (("--simulate",), "--template"),
+        (("--simulate", "--system", "x"), "--system needs a --template"),
+        ((*QUESTION, "--simulate", "--max-batch-size", "0"), "--max-batch-size"),
+        ((*QUESTION, "--simulate", "--max-batch-size", "3", "--single"), "--single"),
+        ((*QUESTION, "--simulate", "--schema", "in.jsonl"), "--schema"),
+        ((*QUESTION, "--simulate", "--schema", "odd.json"), "--schema"),
+    ],
+)
+def test_a_wrong_setting_is_named_and_leaves_no_trace(words, message, capsys):
+    products(2)
+    Path("odd.json").write_text('{"type": 5}')
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "secret" not in error
+    assert not Path("out.jsonl").exists()
+
+
+def test_a_key_that_cannot_be_a_key_is_named_and_not_shown(monkeypatch, capsys):
+    products(1)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    assert run(*QUESTION, "--model", "m") == 2
+    error = capsys.readouterr().err
+    assert "OPENAI_API_KEY" in error
+    assert "secret" not in error
+
+
+def test_an_endpoint_that_is_not_there_is_told_once_for_all_items(capsys):
+    products(200)
+    assert run(*QUESTION, "--model", "m", "--base-url", "http://127.0.0.1:9/v1") == 1
+    error = capsys.readouterr().err
+    assert len([line for line in error.splitlines() if "ConnectFailed" in line]) == 1
+    assert "and 195 more: ConnectFailed: could not connect to 127.0.0.1:9" in error
+    assert Counter(line["error"]["type"] for line in output()) == {"ConnectFailed": 200}
+
+
+def test_a_refused_key_is_told_with_its_status():
+    products(3)
+    with serving(api_keys=["right"]) as endpoint:
+        assert run(*QUESTION, "--model", "m", "--base-url", endpoint.base_url) == 1
+    assert {line["error"]["status"] for line in output()} == {401}
+
+
+def test_an_output_that_holds_answers_is_never_overwritten(capsys):
+    products(3)
+    assert run(*QUESTION, "--simulate") == 0
+    before = output()
+    assert run(*QUESTION, "--simulate") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert output() == before
+    assert run(*QUESTION, "--simulate", "--force") == 0
+    assert output("out.jsonl.old1") == before
+    assert Path("out.jsonl.old1.digest").exists()
+
+
+def test_the_input_is_never_written_to(capsys):
+    products(3)
+    assert run(*QUESTION, "--simulate", "--resume", "--force", out="in.jsonl") == 2
+    assert "is the input itself" in capsys.readouterr().err
+    assert len(output("in.jsonl")) == 3
+
+
+def test_resuming_asks_what_failed_and_what_is_new_and_nothing_else(capsys):
+    products(40)
+    with serving(api_keys=["right"]) as endpoint:
+        assert run(*QUESTION, "--model", "m", "--base-url", endpoint.base_url) == 1
+        endpoint.api_keys = None
+        with Path("in.jsonl").open("a") as file:
+            file.write('{"id": "new", "name": "late"}\n')
+        words = (*QUESTION, "--model", "m", "--base-url", endpoint.base_url, "--resume", "--json")
+        assert run(*words) == 0
+        first = summary(capsys)
+        assert run(*words) == 0
+        again = summary(capsys)
+    assert (first["items"], first["answered"]) == (41, 41)
+    assert (again["items"], again["answered"], again["upstream_calls"]) == (0, 0, 0)
+    good = Counter(line["custom_id"] for line in output() if line["error"] is None)
+    assert good.keys() == {*(f"p{number}" for number in range(40)), "new"}
+    assert set(good.values()) == {1}
+
+
+def test_resuming_with_another_prompt_or_policy_is_refused_unless_forced(capsys):
+    products(3)
+    assert run(*QUESTION, "--simulate") == 0
+    for words in (
+        ("--template", "{name}", "--simulate"),
+        (*QUESTION, "--simulate", "--system", "Sort."),
+        (*QUESTION, "--simulate", "--labels", "a,b"),
+        (*QUESTION, "--simulate", "--model", "other"),
+        (*QUESTION, "--simulate", "--max-batch-size", "4"),
+        (*QUESTION, "--model", "gpt-4.1-mini", "--base-url", "http://127.0.0.1:9/v1"),
+    ):
+        assert run(*words, "--resume") == 2
+        assert "other settings" in capsys.readouterr().err
+        assert run(*words, "--resume", "--force") == 0
+        assert run(*QUESTION, "--simulate", "--resume", "--force") == 0
+    assert run(*QUESTION, "--simulate", "--resume", "--max-concurrent-batches", "2") == 0
+    Path("out.jsonl.digest").unlink()
+    assert run(*QUESTION, "--simulate", "--resume") == 2
+    assert "is missing" in capsys.readouterr().err.splitlines()[-1]
+    assert len(output()) == 3
+
+
+def test_resuming_what_never_began_is_a_run_like_any_other():
+    products(3)
+    assert run(*QUESTION, "--simulate", "--resume") == 0
+    assert len(output()) == 3
+
+
+def test_faults_end_in_an_answer_or_an_error_for_every_line(capsys):
+    products(120)
+    faults = Faults(["missing", "broken_json", "truncated", "shifted_back", "unknown"], rate=0.5, on="all")
+    with serving(faults=faults) as endpoint:
+        status = run(*QUESTION, "--labels", "a,b", "--model", "m", "--base-url", endpoint.base_url, "--json")
+    told = summary(capsys)
+    assert told["answered"] + told["failed"] == told["items"] == 120
+    assert status == (1 if told["failed"] else 0)
+    assert told["fallback_calls"] > 0
+    assert Counter(line["custom_id"] for line in output()) == Counter(f"p{number}" for number in range(120))
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_written(monkeypatch, capsys):
+    products(40)
+    room = 5
+
+    def write(self, line, real=answers.Answers.write):
+        if self.written == room:
+            raise answers.NotWritten("cannot write 'out.jsonl': No space left on device")
+        real(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.Answers, "write", write)
+        assert run(*QUESTION, "--simulate") == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "--resume" in error
+    assert len(output()) == room
+    assert run(*QUESTION, "--simulate", "--resume") == 0
+    assert len(output()) == 40
+
+
+def test_a_disk_that_fails_at_the_last_moment_is_told(monkeypatch, capsys):
+    products(2)
+
+    def close(self, real=answers.Answers.close):
+        real(self)
+        raise answers.NotWritten("cannot write 'out.jsonl': Input/output error")
+
+    monkeypatch.setattr(answers.Answers, "close", close)
+    assert run(*QUESTION, "--simulate") == 1
+    assert "Input/output error" in capsys.readouterr().err
+
+
+def test_the_table_says_that_batching_cost_more_and_that_all_was_simulated(capsys):
+    products(20)
+    assert run("--template", "{name}", "--labels", "a,b", "--simulate", "--progress") == 0
+    shown = capsys.readouterr()
+    assert "Batching cost more than it saved" in shown.out
+    assert "endpoint was simulated" in shown.out
+    assert "20/20" in shown.err

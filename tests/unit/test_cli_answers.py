@@ -1,0 +1,225 @@
+"""The output of `run`, and what is read back from it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from microbatch.commands import fingerprint
+from microbatch.commands.answers import Answers, NotWritten, answer_line, error_object, failure_line
+from microbatch.commands.console import UsageError
+from microbatch.commands.reading import digest
+from microbatch.errors import BadRequest, ConfigError, MissingAnswer
+from microbatch.messages import Reply, Usage
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "out.jsonl")
+
+
+def good(name):
+    return answer_line(name, "yes", Reply("yes", "yes", "batch", Usage(3, 2), 0.5))
+
+
+def bad(name):
+    return failure_line(name, {"type": "ServerError", "message": "no"})
+
+
+def lines(path):
+    with Path(path).open() as file:
+        return [json.loads(line) for line in file]
+
+
+def write(path, *told):
+    with Answers(path) as answers:
+        for line in told:
+            answers.write(line)
+
+
+def test_a_line_has_the_six_fields_in_order(path):
+    write(path, good("a"), bad("b"))
+    answered, failed = lines(path)
+    assert list(answered) == list(failed) == ["custom_id", "output", "error", "route", "usage", "cost_usd"]
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0, "estimated": False}
+    assert answered == {
+        "custom_id": "a",
+        "output": "yes",
+        "error": None,
+        "route": "batch",
+        "usage": usage,
+        "cost_usd": 0.5,
+    }
+    assert failed["error"] == {"type": "ServerError", "message": "no"}
+    assert [failed[key] for key in ("output", "route", "usage", "cost_usd")] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("choices", "kept"),
+    [
+        ([{"message": {"content": "x"}, "logprobs": None}], False),
+        ([{"message": {"content": None, "tool_calls": [{"id": "1"}]}}], True),
+        ([{"message": {"content": "x"}, "logprobs": {"content": []}}], True),
+        ([{"message": {"content": "x"}}, {"message": {"content": "y"}}], True),
+        (["odd"], True),
+    ],
+)
+def test_the_endpoints_json_is_kept_when_the_text_is_not_all_of_it(choices, kept):
+    body = {"choices": choices}
+    line = answer_line("a", "x", Reply("x", "x", "single", Usage(), body=body))
+    assert line.get("body") == (body if kept else None)
+
+
+def test_an_error_is_told_without_what_the_endpoint_quoted():
+    error = BadRequest("no such thing", status=400, code="odd", request_id="r1", body="the prompt", attempts=2)
+    assert error_object(error) == {
+        "type": "BadRequest",
+        "message": "no such thing",
+        "attempts": 2,
+        "status": 400,
+        "code": "odd",
+        "request_id": "r1",
+    }
+    assert error_object(MissingAnswer("none", raw="words", attempts=1)) == {
+        "type": "MissingAnswer",
+        "message": "none",
+        "attempts": 1,
+    }
+    assert error_object(ConfigError("x")) == {"type": "ConfigError", "message": "x"}
+
+
+def test_the_last_line_of_an_id_counts(path):
+    write(path, bad("a"), good("a"), good("b"), bad("b"), bad("c"))
+    with Answers(path) as answers:
+        assert answers.answered() == {digest("a")}
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"custom_id":"c","output":null', b"x" * 200_000])
+def test_an_incomplete_last_line_is_cut_off_and_nothing_else(path, torn):
+    write(path, good("a"), good("b"))
+    whole = Path(path).stat().st_size
+    with Path(path).open("ab") as file:
+        file.write(torn)
+    with Answers(path) as answers:
+        assert answers.cut() == len(torn)
+        assert answers.size == whole
+        answers.write(good("c"))
+    assert [line["custom_id"] for line in lines(path)] == ["a", "b", "c"]
+
+
+def test_a_file_that_is_nothing_but_an_incomplete_line_is_emptied(path):
+    with Path(path).open("w") as file:
+        file.write('{"custom_id"')
+    with Answers(path) as answers:
+        assert answers.cut() == 12
+        assert answers.answered() == set()
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"custom_id": 1, "output": 1, "error": null}', '{"custom_id": "a", "error": null}']
+)
+def test_a_line_that_is_not_ours_is_named(path, line):
+    write(path, good("a"))
+    with Path(path).open("a") as file:
+        file.write(line + "\n")
+    with Answers(path) as answers, pytest.raises(UsageError, match=r"out\.jsonl: line 2 was not written by"):
+        answers.answered()
+
+
+def test_two_runs_cannot_write_one_output(path):
+    with Answers(path), pytest.raises(UsageError, match="another run"):
+        Answers(path)
+    with Answers(path):
+        pass  # free again
+
+
+def test_the_output_must_be_a_file_that_can_be_written(tmp_path):
+    with pytest.raises(UsageError, match="must be a file"):
+        Answers(os.devnull)
+    with pytest.raises(UsageError, match="cannot write"):
+        Answers(str(tmp_path / "nowhere" / "out.jsonl"))
+
+
+def test_writing_does_not_wait_for_the_disk_and_closing_does(path, monkeypatch):
+    synced, release = [], threading.Event()
+
+    def slow(file):
+        release.wait(10)
+        synced.append(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with Answers(path) as answers:
+        for number in range(100):
+            answers.write(good(str(number)))
+        assert len(lines(path)) == 100  # a kill now would lose nothing
+        assert synced == []
+        release.set()
+    assert 1 <= len(synced) <= 3
+
+
+def test_a_full_disk_is_told_once_and_for_all(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Answers(path) as answers:
+        answers.write(good("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(NotWritten, match="No space left"):
+                answers.write(good("b"))
+    monkeypatch.setattr(os, "fsync", full)
+    answers = Answers(path)
+    answers.write(good("c"))
+    with pytest.raises(NotWritten, match="No space left"):
+        answers.close()
+    with pytest.raises(NotWritten, match="No space left"):
+        answers.write(good("d"))
+
+
+def test_a_line_is_written_whole_even_if_the_system_takes_it_in_pieces(path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:7]))
+    write(path, good("a"), good("b"))
+    assert [line["custom_id"] for line in lines(path)] == ["a", "b"]
+
+
+def test_settings_that_differ_are_named_but_no_prompt_is_kept(path):
+    settings = {
+        "--system": fingerprint.hashed("secret words"),
+        "--max-batch-size": 16,
+        "--labels": None,
+        "--model": "m",
+    }
+    fingerprint.keep(path, settings)
+    assert "secret" not in fingerprint.path_beside(path).read_text()
+    assert fingerprint.differences(path, settings) == []
+    others = {
+        "--system": fingerprint.hashed("others"),
+        "--max-batch-size": 8,
+        "--labels": fingerprint.hashed(["a"]),
+        "--model": None,
+    }
+    assert fingerprint.differences(path, others) == [
+        "--system (changed)",
+        "--max-batch-size (was 16, is 8)",
+        "--labels (added)",
+        "--model (was m, is not set)",
+    ]
+    assert "--system (left out)" in fingerprint.differences(path, {**settings, "--system": None})
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+def test_nothing_is_known_without_a_readable_digest(path, content):
+    if content is not None:
+        fingerprint.path_beside(path).write_text(content)
+    assert fingerprint.differences(path, {}) is None
+
+
+def test_settings_that_cannot_be_kept_are_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot write .*digest"):
+        fingerprint.keep(str(tmp_path / "nowhere" / "out"), {})

@@ -1,0 +1,255 @@
+"""What the commands say: flags, tables, summaries, failures, progress."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import dataclasses
+
+import msgspec
+import pytest
+
+from microbatch.accounting.stats import Stats
+from microbatch.cli import main, make_parser
+from microbatch.commands import progress
+from microbatch.commands.console import UsageError, dollars, plural, saving, seconds, table
+from microbatch.commands.failures import MAX_KINDS, Failures
+from microbatch.commands.flags import add_settings, described, flag, read_settings
+from microbatch.commands.summary import summarize, told
+from microbatch.policy import FlushPolicy
+
+CHEAP = Stats(
+    items=20,
+    answered=20,
+    upstream_calls=2,
+    batches=2,
+    prompt_tokens=100,
+    completion_tokens=50,
+    cost_usd=0.001,
+    unbatched_calls=20,
+    unbatched_prompt_tokens=900,
+    unbatched_completion_tokens=40,
+    unbatched_cost_usd=0.004,
+)
+
+
+def policy_of(*words):
+    parser = argparse.ArgumentParser()
+    add_settings(parser, FlushPolicy)
+    return read_settings(parser.parse_args(words), FlushPolicy)
+
+
+def words_of(stats, **options):
+    summary = summarize(stats, items=20, answered=stats.answered, failed=20 - stats.answered, wall_s=1.5)
+    return "\n".join(told(summary, stats, **{"simulated": None, "single": False, **options}))
+
+
+def test_every_setting_of_the_policy_has_a_flag_with_its_own_words():
+    parser = argparse.ArgumentParser()
+    add_settings(parser, FlushPolicy)
+    words = described(FlushPolicy)
+    for field in dataclasses.fields(FlushPolicy):
+        assert flag(field.name) in parser.format_help()
+        assert words[field.name]
+
+
+def test_flags_make_the_policy_they_say():
+    assert policy_of() == FlushPolicy()
+    given = policy_of("--max-batch-size", "4", "--max-wait", "0.5", "--idle", "wait", "--max-prompt-tokens", "99")
+    assert given == FlushPolicy(max_batch_size=4, max_wait=0.5, idle="wait", max_prompt_tokens=99)
+
+
+def test_a_truth_value_becomes_a_pair_of_flags():
+    @dataclasses.dataclass
+    class Settings:
+        share: bool = False
+
+    parser = argparse.ArgumentParser()
+    add_settings(parser, Settings)
+    assert read_settings(parser.parse_args(["--share"]), Settings) == Settings(share=True)
+    assert read_settings(parser.parse_args(["--no-share"]), Settings) == Settings(share=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-batch-size", "0"), "--max-batch-size must be a number of at least 1, got 0"),
+        (("--max-wait", "-1"), "--max-wait must be"),
+        (("--low-max-wait", "nan"), "--low-max-wait must be"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_by_its_flag(words, message):
+    with pytest.raises(UsageError, match=f"^{message}"):
+        policy_of(*words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "in", "-o", "out", "--idle", "never"],
+        ["run", "in", "-o", "out", "--max-wait", "soon"],
+        ["run", "in", "-o", "out", "--max-tokens", "0"],
+        ["run", "in", "-o", "out", "--max-tokens", "x"],
+        ["run", "in", "-o", "out", "--temperature", "x"],
+        ["run", "in", "-o", "out", "--temperature", "-1"],
+        ["run", "in", "-o", "out", "--labels", "a", "--schema", "f"],
+        ["run", "in", "-o", "out", "--unknown"],
+        ["run", "in", "-o", "out", "--max-batch", "3"],
+        ["run", "in"],
+        ["simulate", "--port", "70000"],
+        ["simulate", "--fault", "boredom"],
+        ["simulate", "--fault-rate", "2"],
+        ["unheard-of"],
+    ],
+)
+def test_a_flag_that_cannot_be_is_told_with_exit_status_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    assert "microbatch demo" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("microbatch ")
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "simulate"])
+def test_every_command_explains_itself_in_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([command, "--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "DESIGN" not in shown
+
+
+def test_figures_are_written_as_people_read_them():
+    assert [dollars(amount) for amount in (None, 0.01234, 1234.5)] == ["unknown", "$0.0123", "$1,234.50"]
+    assert [seconds(duration) for duration in (1.26, 75, 3720)] == ["1.3 s", "1 min 15 s", "1 h 02 min"]
+    assert [plural(number, "item") for number in (0, 1, 1234)] == ["0 items", "1 item", "1,234 items"]
+    assert [saving(*pair) for pair in ((2, 10), (12, 10), (10, 10), (None, 1), (1, 0))] == [
+        "-80 %",
+        "+20 %",
+        "same",
+        "",
+        "",
+    ]
+
+
+def test_a_table_lines_up():
+    assert table(("", "a"), [("calls", "1"), ("x", "100")]).splitlines() == [
+        "         a",
+        "----------",
+        "calls    1",
+        "x      100",
+    ]
+
+
+def test_the_summary_has_exactly_the_promised_keys():
+    summary = summarize(CHEAP, items=20, answered=20, failed=0, wall_s=1.23456)
+    assert list(msgspec.to_builtins(summary)) == [
+        "items",
+        "answered",
+        "failed",
+        "upstream_calls",
+        "batches",
+        "fallback_calls",
+        "retries",
+        "prompt_tokens",
+        "completion_tokens",
+        "unbatched_calls",
+        "unbatched_prompt_tokens",
+        "cost_usd",
+        "unbatched_cost_usd",
+        "wall_s",
+    ]
+    assert (summary.wall_s, summary.unbatched_calls) == (1.235, 20)
+
+
+def test_the_table_compares_with_one_call_each():
+    shown = words_of(CHEAP)
+    assert "20 of 20 items answered, 0 failed, in 1.5 s" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith("cost")] == [
+        ["cost", "$0.0010", "$0.0040", "-75", "%"]
+    ]
+    assert "more than it saved" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_it_is_said_plainly_when_batching_cost_more_than_it_saved():
+    dear = msgspec.structs.replace(CHEAP, cost_usd=0.005)
+    assert "Batching cost more than it saved" in words_of(dear)
+    assert "Batching cost more" not in words_of(dear, single=True)
+
+
+def test_it_is_said_plainly_that_the_endpoint_was_simulated_and_what_is_not_known():
+    assert "endpoint was simulated" in words_of(CHEAP, simulated="gpt-4.1-mini")
+    unpriced = msgspec.structs.replace(CHEAP, cost_usd=None, unbatched_cost_usd=None, unreported_calls=2)
+    assert "no price" in words_of(unpriced)
+    assert "2 calls ended without reporting tokens" in words_of(unpriced)
+
+
+def test_a_run_without_answers_has_no_table():
+    assert words_of(Stats()) == "0 of 20 items answered, 20 failed, in 1.5 s"
+
+
+def test_equal_failures_are_told_once_with_the_first_few():
+    failures = Failures()
+    for number in range(2_465):
+        failures.add("ConnectFailed: refused", f"p{number}", "id ")
+    failures.add("ConnectFailed: reset", "p9", "id ")
+    assert list(failures.told()) == [
+        "id p0, p1, p2, p3, p4 and 2,460 more: ConnectFailed: refused",
+        "id p9: ConnectFailed: reset",
+    ]
+
+
+def test_failures_of_very_many_kinds_take_no_room():
+    failures = Failures()
+    for number in range(1_000):
+        failures.add(f"odd {number}", "x")
+    shown = list(failures.told())
+    assert len(shown) == MAX_KINDS + 1
+    assert f"{1_000 - MAX_KINDS:,} failures of other kinds" in shown[-1]
+
+
+def test_progress_shows_items_calls_tokens_dollars_and_the_time_left(capsys):
+    with progress.Progress(progress.PlainBar(40), lambda: CHEAP) as shown:
+        for _ in range(20):
+            shown.advance()
+    last = capsys.readouterr().err.rstrip("\n").rsplit("\r", 1)[1]
+    for part in ("20 of 40 items", "items/s", "2 calls", "150 tokens", "$0.0010", "left"):
+        assert part in last
+
+
+def test_the_bar_is_tqdms_where_there_is_tqdm(capsys):
+    with progress.Progress(progress.make_bar(40), lambda: CHEAP) as shown:
+        for _ in range(20):
+            shown.advance()
+    assert "20/40" in capsys.readouterr().err
+
+
+def test_the_bar_is_a_plain_one_without_tqdm(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args):
+        if name == "tqdm":
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert isinstance(progress.make_bar(1), progress.PlainBar)
+
+
+def test_progress_without_a_bar_says_nothing(capsys):
+    with progress.Progress(None, Stats) as shown:
+        shown.advance()
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,163 @@
+"""The input of `run`, line by line."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from microbatch.commands.console import UsageError
+from microbatch.commands.questions import Template, Templated
+from microbatch.commands.reading import BadLine, Input, Line, digest, requests
+
+QUESTIONS = Templated(Template("{q}"))
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Return what writes lines to a file and opens it as an `Input`."""
+
+    def write(*lines, end="\n", **options):
+        raw = [line if isinstance(line, bytes) else line.encode() for line in lines]
+        (tmp_path / "in.jsonl").write_bytes(end.encode().join(raw))
+        return Input(str(tmp_path / "in.jsonl"), **options)
+
+    return write
+
+
+def asked(source, done=()):
+    """Return the requests, and the lines that were rejected with the id they are reported under."""
+    rejected = []
+    survey = source.survey(("q",))
+    taken = list(requests(source, survey, QUESTIONS, set(map(digest, done)), lambda *bad: rejected.append(bad)))
+    return taken, rejected
+
+
+def test_an_id_is_the_custom_id_else_the_id_else_the_line_number(given):
+    source = given('{"custom_id":"a","id":"b","q":1}', '{"id":7,"q":1}', "", '{"q":1}')
+    assert [line.name for line in source] == ["a", "7", "4"]
+
+
+def test_a_field_of_ones_own_can_hold_the_id(given):
+    lines = list(given('{"sku":"s","id":"b"}', '{"id":"b"}', id_field="sku"))
+    assert isinstance(lines[0], Line)
+    assert lines[0].name == "s"
+    assert isinstance(lines[1], BadLine)
+    assert (lines[1].field, lines[1].number) == ("sku", 2)
+
+
+@pytest.mark.parametrize("value", ["null", "true", "1.5", "[1]", "{}", '""'])
+def test_what_cannot_serve_as_an_id_is_said_to_be_so(given, value):
+    (line,) = given(f'{{"id":{value}}}')
+    assert isinstance(line, BadLine)
+    assert line.field == "id"
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        (b"nonsense", "not JSON"),
+        (b'{"q":', "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"3", "not a JSON object"),
+        (b'{"q":"\xff"}', "not UTF-8"),
+        (b'{"q":' + b"[" * 100_000, "nested too deeply"),
+        (b'{"q":"\\ud800"}', "not JSON"),
+    ],
+)
+def test_a_broken_line_is_told_and_the_others_are_asked(given, raw, problem):
+    taken, rejected = asked(given('{"id":"a","q":1}', raw, '{"id":"b","q":1}'))
+    assert [request.id for request in taken] == ["a", "b"]
+    ((bad, name),) = rejected
+    assert problem in bad.problem
+    assert (bad.number, name) == (2, "2")
+
+
+def test_a_byte_order_mark_crlf_and_a_missing_last_line_break_do_no_harm(given):
+    taken, rejected = asked(given(b'\xef\xbb\xbf{"id":"a","q":1}', '{"id":"b","q":1}', end="\r\n"))
+    assert [request.id for request in taken] == ["a", "b"]
+    assert rejected == []
+
+
+def test_an_empty_file_asks_nothing(given):
+    assert asked(given()) == ([], [])
+
+
+def test_a_missing_field_keeps_the_lines_id(given):
+    _, rejected = asked(given('{"id":"a","q":1}', '{"id":"b"}'))
+    ((bad, name),) = rejected
+    assert (name, bad.number, bad.field) == ("b", 2, "q")
+
+
+def test_a_line_without_an_id_never_takes_that_of_another(given):
+    _, rejected = asked(given('{"id":"2","q":1}', "broken", '{"id":"line 2","q":1}'))
+    assert [name for _, name in rejected] == ["line line 2"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "numbers"),
+    [
+        (['{"id":"a","q":1}', '{"id":"b","q":1}', "", '{"id":"a","q":1}'], "1 and 4"),
+        (['{"id":1,"q":1}', '{"id":"1","q":1}'], "1 and 2"),
+        (['{"id":"2","q":1}', '{"q":1}'], "1 and 2"),
+    ],
+)
+def test_a_repeated_id_is_an_error_that_names_both_lines(given, lines, numbers):
+    with pytest.raises(UsageError, match=rf"in\.jsonl: lines {numbers} have the same id"):
+        given(*lines).survey(("q",))
+
+
+def test_a_field_that_no_line_has_is_a_mistake_in_the_question(given):
+    with pytest.raises(UsageError, match=r'no line has the field "q" of --template; line 2 has id, name'):
+        given("broken", '{"id":"a","name":"x"}').survey(("q",))
+    with pytest.raises(UsageError, match=r'no line has a "body".*--template'):
+        given('{"id":"a"}').survey(("body",))
+
+
+def test_what_has_been_answered_is_not_asked_again(given):
+    taken, _ = asked(given('{"id":"a","q":1}', '{"id":"b","q":1}'), done=["a"])
+    assert [request.id for request in taken] == ["b"]
+
+
+def test_what_is_appended_after_the_check_of_the_ids_is_left_for_the_next_run(given):
+    source = given('{"id":"a","q":1}\n')
+    survey = source.survey(("q",))
+    with Path(source.path).open("a") as file:
+        file.write('{"id":"a","q":2}\n')
+    assert [request.id for request in requests(source, survey, QUESTIONS, set(), lambda *_: None)] == ["a"]
+
+
+def test_only_a_file_that_can_be_read_twice_will_do(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        Input(str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="cannot read"):
+        Input(str(tmp_path))
+    with pytest.raises(UsageError, match="must be a file"):
+        Input(os.devnull)
+
+
+def test_memory_grows_with_the_ids_and_not_with_the_lines(tmp_path):
+    path = tmp_path / "in.jsonl"
+    lines, length = 5_000, 2_000
+    with path.open("w") as file:
+        for number in range(lines):
+            file.write(f'{{"id":"{number}","q":"{random.Random(number).randbytes(length // 2).hex()}"}}\n')
+    source = Input(str(path))
+    tracemalloc.start()
+    try:
+        survey = source.survey(("q",))
+        count = sum(1 for _ in requests(source, survey, QUESTIONS, set(), lambda *_: None))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == lines
+    assert peak < 1_500_000 < path.stat().st_size / 5
+
+
+def test_the_id_in_an_error_is_quoted(given):
+    with pytest.raises(UsageError, match=re.escape("'odd \\' id'") + "|" + re.escape('"odd \' id"')):
+        given('{"id":"odd \' id","q":1}', '{"id":"odd \' id","q":1}').survey(("q",))
