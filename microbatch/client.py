@@ -285,6 +285,8 @@ class Microbatcher:
         except ConfigError:
             collector.offer_room()  # which this request may have waited for
             raise
+        # The caller's dicts and texts are of no more use, and many submits may wait.
+        del messages
         try:
             reply: Reply[Any] = await ticket.future
         except asyncio.CancelledError:

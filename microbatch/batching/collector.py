@@ -282,7 +282,7 @@ class Collector:
             if on_taken is None:
                 wait = self._policy.low_max_wait if options.low else self._policy.max_wait
                 due_at = now + (wait if timeout is None else min(wait, timeout / 2))
-            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, text, line, tokens, due_at)
+            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, due_at)
             ticket.on_taken = on_taken
             if bypass or options.high:
                 self._queue_alone(ticket, AloneReason.BYPASS if bypass else AloneReason.HIGH)

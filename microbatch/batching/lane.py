@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 
+_text_of = msgspec.json.Decoder(str).decode
+
 _RANK_AFTER = 32
 """Answers after which their percentile is worked out anew, unless a longer one comes first."""
 
@@ -88,8 +90,7 @@ class Ticket(msgspec.Struct, eq=False):
         future: The caller's; done means nobody waits any more.
         spec: What it shares with its lane; its own when it goes alone.
         answer: How its answer is decoded.
-        text: The last user message; "" when `messages` is set.
-        line: The text as its line will hold it, or b"" when it cannot be combined.
+        line: The last user message as its line will hold it, or b"" when it cannot be combined.
         tokens: The line's tokens without its id: an upper bound until `exact`.
         exact: Whether `tokens` was counted.
         created: Loop time of the submit, in seconds.
@@ -111,7 +112,6 @@ class Ticket(msgspec.Struct, eq=False):
     spec: Spec
     answer: AnswerType
     created: float
-    text: str = ""
     line: bytes = b""
     tokens: int = 0
     due_at: float = NEVER
@@ -127,6 +127,11 @@ class Ticket(msgspec.Struct, eq=False):
     unclaimed: bool = False
     on_taken: Callable[[Ticket], None] | None = None
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def text(self) -> str:
+        """The last user message; "" when `messages` is set. Read from the line, because one copy is enough to keep."""
+        return _text_of(self.line) if self.line else ""
 
     def taken(self) -> None:
         """It is no longer in a queue."""

@@ -41,7 +41,7 @@ class Counted:
 
 def ticket(text, due_at=NEVER):
     line = item_line(text)
-    return Ticket(Caller(), SPEC, TEXT, 0.0, text, line, len(line) + LINE_OVERHEAD_BYTES, due_at)
+    return Ticket(Caller(), SPEC, TEXT, 0.0, line, len(line) + LINE_OVERHEAD_BYTES, due_at)
 
 
 def sized(number, size):
