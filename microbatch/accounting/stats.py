@@ -167,10 +167,12 @@ def split(total: int, weights: Sequence[int]) -> list[int]:
     whole = sum(weights)
     if not whole:
         weights, whole = [1] * len(weights), len(weights)
-    shares = [total * weight // whole for weight in weights]
+    parts = [total * weight for weight in weights]
+    shares = [part // whole for part in parts]
     rest = total - sum(shares)
     if rest:
-        by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % whole))
-        for index in by_remainder[:rest]:
+        remainders = [part % whole for part in parts]
+        # Reversed, yet stable: of equal remainders the first still comes first.
+        for index in sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)[:rest]:
             shares[index] += 1
     return shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
@@ -31,7 +32,7 @@ from microbatch.messages import Reply, Usage
 from microbatch.protocols import ChatCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 
@@ -396,36 +397,26 @@ class Calls:
         """Divide what the combined call cost among its tickets; it is over."""
         tickets, exchange = batch.tickets, batch.exchange
         usage = completion.usage if completion is not None else None
-        mine = [ticket.reply is not None and ticket.call is exchange for ticket in tickets]
         if completion is not None:
-            for ticket in tickets:
-                if ticket.reply is not None and ticket.call is exchange:
-                    _finish(ticket.reply, completion)
+            _finish(tickets, completion)
         if usage is None:
             self._ledger.unreported_calls += completion is not None or batch.heard
         else:
             lines = [len(ticket.line) for ticket in tickets]
-            prompts = split(usage.prompt_tokens, lines)
-            completions = split(usage.completion_tokens, batch.answer_bytes)
-            cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(tickets)
             price = self._price_of(completion, exchange)
-            shares = map(Usage, prompts, completions, cached)
-            for ticket, share, answered in zip(tickets, shares, mine, strict=True):
-                self._book(ticket, share, price, answered=answered)
-            self._pay(batch, usage, lines, mine, price)
+            self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
+            self._pay(batch, usage, lines, price)
         exchange.end()
 
     def _divide_alone(self, ticket: Ticket, completion: Completion) -> None:
         usage = completion.usage
-        mine = ticket.reply is not None
         if usage is None:
             self._ledger.unreported_calls += 1
         else:
             price = self._price_of(completion, ticket.call)
-            self._book(ticket, usage, price, answered=mine)
-            self._ledger.pay(usage, usage if mine else Usage(), price)
-        if ticket.reply is not None:
-            _finish(ticket.reply, completion)
+            self._book([ticket], [usage], price)
+            self._ledger.pay(usage, usage if ticket.reply is not None else Usage(), price)
+        _finish([ticket], completion)
         ticket.call.end()
 
     def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
@@ -433,41 +424,39 @@ class Calls:
         answered = None if completion is None or completion.model is None else self._price(completion.model)
         return answered or exchange.price
 
-    def _book(self, ticket: Ticket, share: Usage, price: Callable[[Usage], float] | None, *, answered: bool) -> None:
-        """Book a ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
-        cost_usd = None if price is None else price(share)
-        if ticket.usage is not None:
-            share = ticket.usage + share
-            cost_usd = None if cost_usd is None or ticket.cost_usd is None else ticket.cost_usd + cost_usd
-            ticket.usage = None
-        if answered and ticket.reply is not None and not ticket.unclaimed:
-            ticket.reply.usage, ticket.reply.cost_usd = share, cost_usd
-        elif ticket.future.done():
-            self._ledger.unclaimed += share
-        else:
-            ticket.usage, ticket.cost_usd = share, cost_usd
-
-    def _pay(
-        self,
-        batch: Batch,
-        usage: Usage,
-        lines: list[int],
-        mine: list[bool],
-        price: Callable[[Usage], float] | None,
+    def _book(
+        self, tickets: Sequence[Ticket], shares: Iterable[Usage], price: Callable[[Usage], float] | None
     ) -> None:
+        """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
+        for ticket, share in zip(tickets, shares, strict=True):
+            cost_usd = None if price is None else price(share)
+            if ticket.usage is not None:
+                share = ticket.usage + share  # noqa: PLW2901 with its shares of earlier calls
+                cost_usd = None if cost_usd is None or ticket.cost_usd is None else ticket.cost_usd + cost_usd
+                ticket.usage = None
+            reply = ticket.reply
+            if reply is not None and not ticket.unclaimed:
+                reply.usage = share
+                reply.cost_usd = cost_usd
+            elif ticket.future.done():
+                self._ledger.unclaimed += share
+            else:
+                ticket.usage, ticket.cost_usd = share, cost_usd
+
+    def _pay(self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None) -> None:
         """Book the call, and what its answered requests would have cost one by one."""
-        learned, asked, answered = batch.learned, len(batch.tickets), sum(mine)
+        learned, asked, sizes = batch.learned, len(batch.tickets), batch.answer_bytes
+        mine = [ticket.reply is not None for ticket in batch.tickets]
+        answered = sum(mine)
         alone = Usage()
         if answered:
-            tokens_a_byte = usage.completion_tokens / (sum(batch.answer_bytes) or 1)
-            learned.record_answers(
-                [round(size * tokens_a_byte) for size, got in zip(batch.answer_bytes, mine, strict=True) if got]
-            )
+            tokens_a_byte = usage.completion_tokens / (sum(sizes) or 1)
+            learned.record_answers([round(size * tokens_a_byte) for size in compress(sizes, mine)])
             if learned.framing is None:
                 learned.framing = measure(
                     batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact(batch.call.model)
                 )
-            share = sum(line for line, got in zip(lines, mine, strict=True) if got) / sum(lines)
+            share = sum(compress(lines, mine)) / sum(lines)
             alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
         self._ledger.pay(usage, alone, price)
         self._warn_if_dearer()
@@ -554,8 +543,21 @@ def _read_alone(ticket: Ticket, completion: Completion, content: str) -> tuple[A
         return None, "", malformed
 
 
-def _finish(reply: Reply[Any], completion: Completion) -> None:
-    reply.finish_reason = completion.finish_reason
-    reply.request_id = completion.request_id
-    if completion.model is not None:
-        reply.model = completion.model
+def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
+    """Tell the replies how the call that answered them ended."""
+    finish_reason, request_id, model = completion.finish_reason, completion.request_id, completion.model
+    for ticket in tickets:
+        reply = ticket.reply
+        if reply is not None:
+            reply.finish_reason = finish_reason
+            reply.request_id = request_id
+            if model is not None:
+                reply.model = model
+
+
+def _shares(usage: Usage, lines: list[int], answer_bytes: list[int]) -> Iterator[Usage]:
+    """Divide *usage* by the bytes of each request's line and answer."""
+    prompts = split(usage.prompt_tokens, lines)
+    completions = split(usage.completion_tokens, answer_bytes)
+    cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(lines)
+    return map(Usage, prompts, completions, cached)
