@@ -186,6 +186,8 @@ class Demultiplexer:
     def _search(self, text: str, pos: int, broken: AbstractSet[int] = frozenset()) -> list[Answer]:
         """Decide all elements in *text* from *pos* on, those at *broken* as such; keep what is unfinished."""
         delivered: list[Answer] = []
+        if self._early:
+            pos = self._in_order(text, pos, delivered)
         while True:
             found = _element(text, pos)
             if found is not None and (not broken or found.start(1) not in broken):
@@ -221,6 +223,20 @@ class Demultiplexer:
             else:
                 self._scanned(text[start:end], delivered)
                 pos = end
+
+    def _in_order(self, text: str, pos: int, delivered: list[Answer]) -> int:
+        """Deliver the elements from *pos* on as long as each is the next one asked for; return the place behind them."""
+        index = self._next
+        while not self.damaged and (found := _element(text, pos)) is not None:
+            _, name, raw = found.groups()
+            if self._index.get(name) != index:
+                break
+            pos = found.end()
+            if self._deliver(index, raw, delivered):
+                self._next = index = index + 1
+            else:
+                self._copies[index] = 1
+        return pos
 
     def _scanned(self, element: str, delivered: list[Answer]) -> None:
         """Decide an element that is sound JSON but not of the common shape."""

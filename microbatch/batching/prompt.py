@@ -38,8 +38,9 @@ _INSTRUCTION = (
 # These end a line for some readers, and JSON lets them stand unescaped.
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
-_PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
-_TRIPLES = [pair + third for pair in _PAIRS for third in ALPHABET]
+# What a random byte stands for. The surplus is thrown away, or some letters would come more often than others.
+_LETTERS = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256))
+_SURPLUS = bytes(range(256 - 256 % len(ALPHABET), 256))
 
 _encode = msgspec.json.encode
 
@@ -67,12 +68,10 @@ def item_line(text: str) -> bytes:
 
 def draw_endings(count: int) -> list[str]:
     """Return *count* random five-letter id endings, from the operating system's randomness."""
-    pairs, triples = _PAIRS, _TRIPLES
-    # 8 bytes each keep the bias of the modulo below 1 in 10^12.
-    return [
-        triples[number % 6859] + pairs[number // 6859 % 361]
-        for number in memoryview(secrets.token_bytes(8 * count)).cast("Q")
-    ]
+    letters = ""
+    while len(letters) < 5 * count:
+        letters += secrets.token_bytes(6 * count).translate(_LETTERS, _SURPLUS).decode()
+    return [letters[start : start + 5] for start in range(0, 5 * count, 5)]
 
 
 def compose(
@@ -86,7 +85,5 @@ def compose(
         draw: Where the id endings come from; tests may fix them.
     """
     ids = [f"{number}{ending}" for number, ending in enumerate(draw(len(lines)), 1)]
-    parts = [preamble.encode()]
-    for name, line in zip(ids, lines, strict=True):
-        parts += (b"[", name.encode(), b"] ", line, b"\n")
-    return b"".join(parts).decode(), ids
+    parts = [f"[{name}] {line.decode()}\n" for name, line in zip(ids, lines, strict=True)]
+    return preamble + "".join(parts), ids
