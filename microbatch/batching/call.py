@@ -259,21 +259,20 @@ class Calls:
 
     def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
         """Hand *answers*, pairs of position and decoded answer, to their callers."""
-        now, exchange, answered = self._now(), batch.exchange, 0
+        now, exchange, tickets, sizes = self._now(), batch.exchange, batch.tickets, batch.answer_bytes
+        limit = tickets[0].spec.max_tokens  # equal in a lane
+        answered: list[tuple[Ticket, Any, str]] = []
         for index, (output, text) in answers:
-            ticket = batch.tickets[index]
-            batch.answer_bytes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-            if ticket.future.done():
+            ticket = tickets[index]
+            sizes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+            if ticket.future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
                 continue
-            limit = ticket.spec.max_tokens
-            if limit is not None and length > limit and self._longer_than(text, limit):
-                continue
-            self._answer(ticket, output, text, exchange, now)
-            answered += 1
-        exchange.waiting -= answered
+            answered.append((ticket, output, text))
+        self._answer(answered, exchange, now)
+        exchange.waiting -= len(answered)
         if not exchange.waiting and batch.call.stream:
             exchange.linger(now)
-        self._settled(answered)
+        self._settled(len(answered))
 
     def _longer_than(self, text: str, limit: int) -> bool:
         try:
@@ -325,8 +324,7 @@ class Calls:
             return error
         output, text, error = _read_alone(ticket, completion, "".join(pieces))
         if error is None and not ticket.future.done():
-            reply = self._answer(ticket, output, text, exchange, self._now())
-            reply.body = completion.body
+            self._answer([(ticket, output, text)], exchange, self._now(), completion.body)
             self._settled(1)
         self._divide_alone(ticket, completion)
         return error
@@ -363,35 +361,41 @@ class Calls:
             latest = max(latest, ticket.deadline)
         return max(0.0, latest - self._now())
 
-    def _answer(self, ticket: Ticket, output: Any, text: str, exchange: Exchange, now: float) -> Reply[Any]:
-        """Hand *ticket*'s caller its answer, with an estimate of what it cost."""
-        spec, created, price = ticket.spec, ticket.created, exchange.price
-        # A token is about 4 bytes of English; this stands only until the call has ended.
-        prompt = (spec.shared_chars // exchange.size + len(ticket.line)) // 4
-        usage = Usage(prompt, len(text) // 4 + 1, 0, True)
-        if ticket.usage is not None:
-            usage = ticket.usage + usage
-        # By position, in the order of the fields: this is on every answer's path.
-        reply: Reply[Any] = Reply(
-            output,
-            text,
-            exchange.route,
-            usage,
-            None if price is None else price(usage),
-            exchange.size,
-            exchange.sent - created,
-            now - created,
-            spec.model or self._default_model,
-            None,
-            None,
-            None,
-            exchange.wait,
-        )
-        ticket.reply = reply
-        ticket.future.set_result(reply)
-        if ticket.timer is not None:
-            ticket.timer.cancel()
-        return reply
+    def _answer(
+        self,
+        answers: Iterable[tuple[Ticket, Any, str]],
+        exchange: Exchange,
+        now: float,
+        body: dict[str, Any] | None = None,
+    ) -> None:
+        """Hand callers their answers (ticket, output and text of each), with an estimate of what they cost."""
+        route, price, size, sent = exchange.route, exchange.price, exchange.size, exchange.sent
+        wait = exchange.wait  # one bound method for all
+        for ticket, output, text in answers:
+            spec, created = ticket.spec, ticket.created
+            # A token is about 4 bytes of English; this stands only until the call has ended.
+            usage = Usage((spec.shared_chars // size + len(ticket.line)) // 4, len(text) // 4 + 1, 0, True)
+            if ticket.usage is not None:
+                usage = ticket.usage + usage
+            # By position, in the order of the fields: this is on every answer's path.
+            ticket.reply = reply = Reply(
+                output,
+                text,
+                route,
+                usage,
+                None if price is None else price(usage),
+                size,
+                sent - created,
+                now - created,
+                spec.model or self._default_model,
+                None,
+                None,
+                body,
+                wait,
+            )
+            ticket.future.set_result(reply)
+            if ticket.timer is not None:
+                ticket.timer.cancel()
 
     def _divide(self, batch: Batch, completion: Completion | None) -> None:
         """Divide what the combined call cost among its tickets; it is over."""

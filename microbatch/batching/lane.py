@@ -19,7 +19,7 @@ from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     from microbatch.batching.framing import Framing
     from microbatch.batching.schema import AnswerType
@@ -288,8 +288,7 @@ class Lane:
         self._pending.append(ticket)
         self.live += 1
         if self._full is None:
-            self._extend(ticket)
-            self.due_at = min(self.due_at, ticket.due_at)
+            self._extend((ticket,))
 
     def rebudget(self, budget: Budget) -> None:
         """Work with another *budget* from now on."""
@@ -353,25 +352,29 @@ class Lane:
         self.due_at = NEVER
         while self._pending and self._pending[0].queue is not self:
             self._pending.popleft()
-        for ticket in self._pending:
+        self._extend(self._pending)
+
+    def _extend(self, tickets: Iterable[Ticket]) -> None:
+        """Take *tickets* into the fill until it is full: then the lane is due, and no time is needed."""
+        fill, total, budget = self._fill, self._fill_tokens, self.budget
+        for ticket in tickets:
             if ticket.queue is not self:
                 continue
-            self._extend(ticket)
-            if self._full is not None:
-                return  # due already, so no time is needed
-            self.due_at = min(self.due_at, ticket.due_at)
-
-    def _extend(self, ticket: Ticket) -> None:
-        """Take *ticket* into the fill, or find the fill full without it."""
-        tokens = self._fill_tokens + ticket.tokens + ID_TOKENS
-        if tokens <= self.budget.tokens or not self._fill:
-            self._fill_tokens = tokens
-        elif not self._fits_exactly(ticket):
-            self._full = FlushReason.TOKENS
-            return
-        self._fill += 1
-        if self._fill >= self.budget.size:
-            self._full = self.budget.size_reason
+            tokens = total + ticket.tokens + ID_TOKENS
+            if tokens > budget.tokens and fill:
+                self._fill, self._fill_tokens = fill, total
+                if not self._fits_exactly(ticket):
+                    self._full = FlushReason.TOKENS
+                    return
+                tokens = self._fill_tokens
+            fill += 1
+            total = tokens
+            if fill >= budget.size:
+                self._full = budget.size_reason
+                break
+            if ticket.due_at < self.due_at:  # noqa: PLR1730 min() is a call
+                self.due_at = ticket.due_at
+        self._fill, self._fill_tokens = fill, total
 
     def _fits_exactly(self, ticket: Ticket) -> bool:
         """Count the largest bounds until *ticket* fits behind the fill, or nothing is left to count."""

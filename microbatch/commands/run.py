@@ -59,8 +59,8 @@ examples:
 """
 
 POLICY = """\
-A run waits for full batches; --max-wait, --low-max-wait, --idle and --when-full
-are for live traffic and change nothing here.
+A run waits for full batches; --max-wait, --low-max-wait, --idle and
+--when-full are for live traffic and change nothing here.
 """
 
 # --- the flags

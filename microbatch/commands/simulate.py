@@ -29,7 +29,7 @@ EXAMPLES = """
 examples:
   microbatch simulate --port 8000
   microbatch simulate --first-token 0 --tokens-per-second 0       (no delay)
-  microbatch simulate --json-schema 400 --no-streaming            (a modest server)
+  microbatch simulate --json-schema 400 --no-streaming         (a modest server)
   microbatch simulate --fault truncated --fault http_429 --fault-rate 0.1
 """
 

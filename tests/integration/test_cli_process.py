@@ -1,0 +1,188 @@
+"""The commands as processes: killed, stopped, served, piped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from microbatch.cli import main
+from microbatch.commands import demo
+from microbatch.testing import Latency
+
+MICROBATCH = [sys.executable, "-m", "microbatch"]
+PATIENCE = 30
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+ITEMS = 64
+
+
+def start(*words, **options):
+    return subprocess.Popen([*MICROBATCH, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture
+def endpoint():
+    """Return the base URL of a slow simulated endpoint that runs as a process; check that it ends well."""
+    process = start(
+        "simulate", "--first-token", "0.15", "--tokens-per-second", "0", "--cached-prefixes", stdout=subprocess.PIPE
+    )
+    try:
+        yield process.stdout.readline().strip()
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0
+        assert re.search(r"served [\d,]+ calls?: .* combined prompts? and .* single calls?", told)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def words(endpoint, tmp_path):
+    """Return the command that asks 64 questions, two batches of 4 at a time: more than a second's work."""
+    lines = [json.dumps({"id": f"p{number}", "name": f"thing {number}"}) for number in range(ITEMS)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    return [
+        *("run", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--template", r"Sort:\n{name}"),
+        *("--labels", "a,b", "--model", "gpt-4.1-mini", "--base-url", endpoint),
+        *("--max-batch-size", "4", "--max-concurrent-batches", "2"),
+    ]
+
+
+def wait_for_lines(path, number, process):
+    end = time.monotonic() + PATIENCE
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, out, err
+
+
+def test_after_a_kill_in_mid_run_resume_ends_with_one_good_line_for_every_id(words, tmp_path):
+    path = tmp_path / "out.jsonl"
+    for part, torn in ((8, b'{"custom_id":"p0","output":"a","err'), (24, b"{"), (40, b"")):
+        process = start(*words, "--resume")
+        wait_for_lines(path, part, process)
+        process.kill()
+        process.communicate()
+        assert path.read_bytes().count(b"\n") < ITEMS, "it was over before it was killed"
+        # What a kill in the middle of a write leaves; waiting for one to happen by itself would take for ever.
+        with path.open("ab") as file:
+            file.write(torn)
+    kept = path.read_bytes().count(b"\n")
+    status, out, err = finish(start(*words, "--resume", "--json", stdout=subprocess.PIPE))
+    assert status == 0
+    assert f"resuming: {kept} of {ITEMS} items answered before" in err
+    assert json.loads(out.splitlines()[-1])["items"] == ITEMS - kept
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert Counter(line["custom_id"] for line in lines) == {f"p{number}": 1 for number in range(ITEMS)}
+    assert all(line["error"] is None for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_keeps_the_answers_and_tells_how_to_go_on(words, tmp_path, number):
+    path = tmp_path / "out.jsonl"
+    process = start(*words, "--json", stdout=subprocess.PIPE)
+    wait_for_lines(path, 8, process)
+    sent = time.monotonic()
+    process.send_signal(number)
+    status, out, err = finish(process)
+    assert status == 130
+    assert time.monotonic() - sent < 5
+    assert "Traceback" not in err
+    answered = json.loads(out.splitlines()[-1])["answered"]
+    lines = path.read_bytes()
+    assert lines.endswith(b"\n")
+    assert 8 <= answered == lines.count(b"\n") < ITEMS
+    assert err.splitlines()[-1].endswith("--resume")
+    status, _, _ = finish(start(*words, "--resume", stdout=subprocess.DEVNULL))
+    assert status == 0
+    assert path.read_bytes().count(b"\n") == ITEMS
+
+
+def test_an_output_in_use_is_refused(words, tmp_path):
+    first = start(*words)
+    try:
+        wait_for_lines(tmp_path / "out.jsonl", 1, first)
+        status, _, err = finish(start(*words, "--resume"))
+        assert status == 2
+        assert "another run is writing" in err
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_port_that_is_taken_is_told(endpoint):
+    port = endpoint.removesuffix("/v1").rpartition(":")[2]
+    status, _, err = finish(start("simulate", "--port", port))
+    assert status == 2
+    assert "--port" in err
+
+
+def test_the_simulated_endpoint_goes_wrong_as_it_is_told(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"q": 1}\n')
+    process = start(
+        "simulate", "--first-token", "0", "--fault", "http_400", "--fault-rate", "1", stdout=subprocess.PIPE
+    )
+    try:
+        base_url = process.stdout.readline().strip()
+        output = str(tmp_path / "out.jsonl")
+        words = [
+            "run",
+            str(tmp_path / "in.jsonl"),
+            "-o",
+            output,
+            "--template",
+            "{q}",
+            "--model",
+            "m",
+            "--base-url",
+            base_url,
+        ]
+        assert main(words) == 1
+        process.send_signal(signal.SIGINT)
+        status, _, err = finish(process)
+        assert (status, "spoiled on purpose" in err) == (0, True)
+    finally:
+        process.kill()
+        process.communicate()
+    assert json.loads(Path(output).read_text())["error"]["status"] == 400
+
+
+def test_a_reader_that_leaves_early_is_no_reason_to_complain(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"q": 1}\n')
+    words = ["run", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--template", "{q}", "--simulate"]
+    process = start(*words, stdout=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(PATIENCE) == 1
+    assert "Traceback" not in error
+    assert "Exception ignored" not in error
+
+
+def test_the_demo_compares_and_says_what_is_simulated(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "LATENCY", Latency(first_token=0.05, tokens_per_second=2_000))
+    assert main(["demo"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "SIMULATED" in shown
+    assert "329 of 329 products got the same answer both ways." in shown
+    rows = {line[:17].strip(): line for line in shown.splitlines()}
+    assert rows["calls"].split() == ["calls", "329", "21", "-94", "%"]
+    saved = int(rows["prompt tokens"].split()[-2])
+    assert saved < -60
+    for row in ("completion tokens", "cost at gpt-4.1-m", "wall time"):
+        assert row in rows
