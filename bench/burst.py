@@ -67,11 +67,13 @@ async def ours(count: int) -> tuple[float, float]:
     async with mb.Microbatcher(transport, policy=policy, tokens="bytes") as batcher:
 
         async def caller(number: int) -> None:
-            messages = [
-                {"role": "system", "content": f"{SYSTEM}."},
-                {"role": "user", "content": f"Product {number}: {FILLER}"},
-            ]
-            reply = await batcher.submit(messages)
+            # Built in the call: what a caller keeps while it waits is no cost of submit.
+            reply = await batcher.submit(
+                [
+                    {"role": "system", "content": f"{SYSTEM}."},
+                    {"role": "user", "content": f"Product {number}: {FILLER}"},
+                ]
+            )
             assert reply.output == "electronics"
 
         loop = asyncio.get_running_loop()
