@@ -428,9 +428,7 @@ class Calls:
         answered = None if completion is None or completion.model is None else self._price(completion.model)
         return answered or exchange.price
 
-    def _book(
-        self, tickets: Sequence[Ticket], shares: Iterable[Usage], price: Callable[[Usage], float] | None
-    ) -> None:
+    def _book(self, tickets: Sequence[Ticket], shares: Iterable[Usage], price: Callable[[Usage], float] | None) -> None:
         """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
         for ticket, share in zip(tickets, shares, strict=True):
             cost_usd = None if price is None else price(share)

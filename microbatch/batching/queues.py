@@ -15,7 +15,9 @@ class AloneQueue:
     """Requests that go alone, in order of arrival; due whenever one waits."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Ticket, AloneReason]] = deque()  # discarded ones stay until they come up, or are too many
+        self._waiting: deque[tuple[Ticket, AloneReason]] = (
+            deque()
+        )  # discarded ones stay until they come up, or are too many
         self._live = 0
         self.queued = False
 

@@ -336,9 +336,6 @@ async def test_a_404_names_the_model_and_is_not_bisected():
 # --- callers who leave
 
 
-@pytest.mark.xfail(
-    run=False, reason="Lane.take counts on tickets whose callers left in this very turn; the scheduler dies of it"
-)
 @pytest.mark.parametrize(("count", "gone"), [(3, [0]), (1, [0]), (2, [0, 1]), (17, [0]), (17, [16])])
 async def test_a_caller_who_leaves_in_the_turn_in_which_the_batch_leaves_harms_nobody(count, gone):
     async with mb.Microbatcher(scripted(), tokens="bytes") as batcher:

@@ -291,9 +291,6 @@ def test_taking_a_ticket_tells_bulk_work_and_its_caller_that_it_is_no_longer_que
 
 # --- callers who leave
 
-LEAVING = pytest.mark.xfail(reason="take() counts on tickets whose callers left in this very turn")
-
-
 def test_a_caller_who_left_a_full_lane_makes_it_wait_again():
     lane = filled([ticket(str(number)) for number in range(16)])
     leave(lane, lane.waiting()[7])
@@ -316,7 +313,6 @@ def test_callers_who_left_are_forgotten_however_many_they_are():
     assert len(lane._pending) < 100
 
 
-@LEAVING
 @pytest.mark.parametrize("gone", [[0], [1], [2], [0, 1], [0, 1, 2]])
 def test_a_caller_who_left_in_this_very_turn_is_passed_over(gone):
     """A cancelled task tells the lane only when it runs; the scheduler may take a batch before that."""
@@ -330,7 +326,6 @@ def test_a_caller_who_left_in_this_very_turn_is_passed_over(gone):
     assert lane.due is None
 
 
-@LEAVING
 def test_a_caller_who_left_in_this_very_turn_makes_no_room_beyond_the_budget():
     tickets = [sized(0, 20), sized(1, 100), sized(2, 200)]
     lane = filled(tickets, tokens=250, count=Counted(len))
@@ -339,7 +334,6 @@ def test_a_caller_who_left_in_this_very_turn_makes_no_room_beyond_the_budget():
     assert lane.take()[0] == [tickets[1]]
 
 
-@pytest.mark.xfail(reason="discard() leaves _owed set when nothing waits any more")
 def test_a_flush_that_lost_its_last_caller_is_not_owed_to_the_next():
     lane = filled([ticket("a")])
     lane.in_flight = 1  # so that the lane stays
