@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
+from microbatch.batching.books import Books
 from microbatch.batching.bulk import bulk
 from microbatch.batching.call import Calls
 from microbatch.batching.collector import Collector
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
     from microbatch.accounting.prices import Price
-    from microbatch.batching.lane import Ticket
+    from microbatch.batching.ticket import Ticket
     from microbatch.batching.request import Options
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
     from microbatch.transports.relay import Forwarded
@@ -94,8 +95,8 @@ class Microbatcher:
         calls = Calls(
             send=self._sender.send,
             ledger=self._ledger,
+            books=Books(self._ledger, self._tokens.count, self._tokens.exact_for, price),
             count=self._tokens.count,
-            exact=self._tokens.exact_for,
             price=price,
             default_model=model,
             settled=self._collector.settled,
@@ -278,12 +279,12 @@ class Microbatcher:
             at_least(0, timeout=timeout)
         collector = self._collector
         bypass = False
-        if not collector.has_room:
+        if not collector.room.free:
             timeout, bypass = await self._when_full(timeout)
         try:
             ticket = collector.accept(messages, options, timeout, bypass=bypass)
         except ConfigError:
-            collector.offer_room()  # which this request may have waited for
+            collector.room.offer()  # which this request may have waited for
             raise
         # The caller's dicts and texts are of no more use, and many submits may wait.
         del messages
@@ -300,9 +301,9 @@ class Microbatcher:
         if when_full == "wait":
             loop = asyncio.get_running_loop()
             start = loop.time()
-            await collector.wait_for_room(timeout)
+            await collector.room.wait(timeout)
             return None if timeout is None else max(0.0, timeout - (loop.time() - start)), False
-        if when_full == "bypass" and collector.in_flight < self._policy.max_concurrent_batches:
+        if when_full == "bypass" and collector.scheduler.in_use < self._policy.max_concurrent_batches:
             return timeout, True
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
 
@@ -402,7 +403,7 @@ class Microbatcher:
             raise ConfigError(
                 f"{type(self._transport).__name__} has no forward(): it cannot relay requests as they are"
             )
-        if not self._collector.has_room:
+        if not self._collector.room.free:
             await self._when_full(None)
         async with self._collector.borrow_slot():
             self._ledger.upstream_calls += 1
@@ -425,12 +426,14 @@ class Microbatcher:
     def stats(self) -> Stats:
         """Return the figures so far, as a snapshot that never changes."""
         self._ledger.retries = self._sender.repeats
-        return self._ledger.snapshot(queued=self._collector.accepted, in_flight=self._collector.in_flight)
+        return self._ledger.snapshot(queued=self._collector.room.taken, in_flight=self._collector.scheduler.in_use)
 
     def __repr__(self) -> str:
         """Tell the state and the load."""
         state = "new" if self._host is None else "closed" if self._collector.closing else "open"
-        return f"Microbatcher({state}, queued={self._collector.accepted}, in_flight={self._collector.in_flight})"
+        return (
+            f"Microbatcher({state}, queued={self._collector.room.taken}, in_flight={self._collector.scheduler.in_use})"
+        )
 
 
 async def _lease(part: object) -> None:

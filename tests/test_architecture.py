@@ -17,6 +17,8 @@ WORDS = ["errors", "messages", "policy", "protocols"]
 PURE = [
     "accounting.prices",
     "accounting.stats",
+    "batching.books",
+    "batching.budget",
     "batching.conform",
     "batching.decoding",
     "batching.demultiplexer",
@@ -24,12 +26,15 @@ PURE = [
     "batching.framing",
     "batching.given",
     "batching.lane",
+    "batching.learned",
     "batching.prompt",
     "batching.queues",
     "batching.reply_schema",
     "batching.request",
     "batching.scanner",
     "batching.schema",
+    "batching.ticket",
+    "batching.verdict",
     "batching.strict",
     "batching.subschemas",
     "batching.typed",
@@ -37,7 +42,14 @@ PURE = [
     "transports.ladder",
     "transports.error_shapes",
 ]
-WAITING = ["batching.bulk", "batching.call", "batching.collector", "batching.fallback"]
+WAITING = [
+    "batching.bulk",
+    "batching.call",
+    "batching.collector",
+    "batching.fallback",
+    "batching.room",
+    "batching.scheduler",
+]
 VENDORS = {
     "accounting": {"tiktoken", "anyio"},
     "transports": {"aiohttp", "multidict", "yarl"},

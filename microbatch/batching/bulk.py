@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from microbatch.batching.lane import FlushReason, Lane
+from microbatch.batching.budget import FlushReason
+from microbatch.batching.lane import Lane
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.messages import Request, Result
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.collector import Collector
-    from microbatch.batching.lane import Ticket
+    from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
 
     Accept = Callable[[Request, Callable[[Ticket], None]], Ticket]
@@ -108,7 +109,7 @@ class _Run:
             collector.start_feeder(functools.partial(self._feed, iterator))
         else:
             self._sync = iter(source)
-        collector.watch(self.check)
+        collector.scheduler.watch(self.check)
 
     # --- intake
 
@@ -123,7 +124,7 @@ class _Run:
 
     @property
     def _has_room(self) -> bool:
-        return self._pending < self._max_pending and self._collector.has_room
+        return self._pending < self._max_pending and self._collector.room.free
 
     async def take_in(self) -> None:
         """Take from a plain iterator what there is room for; an async one feeds itself."""
@@ -133,8 +134,8 @@ class _Run:
             if self._has_room:
                 self._feeder_room.set()
             return
-        if not self._exhausted and not self._pending and not self._collector.has_room:
-            await self._collector.wait_for_room(None)
+        if not self._exhausted and not self._pending and not self._collector.room.free:
+            await self._collector.room.wait(None)
             self._take_one()
         for _ in range(_SLICE):
             if self._exhausted or not self._has_room:
@@ -262,7 +263,7 @@ class _Run:
     def leave(self) -> None:
         """The consumer is gone: cancel what is pending."""
         self._left = True
-        self._collector.unwatch(self.check)
+        self._collector.scheduler.unwatch(self.check)
         if self._silence is not None:
             self._silence.cancel()
         for ticket in list(self._open):

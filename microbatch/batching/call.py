@@ -1,61 +1,34 @@
-"""One call: composed, sent, taken apart, its answers handed to their callers and its cost divided among them."""
+"""One call: composed, sent, taken apart, its answers handed to their callers."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from itertools import compress
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
-import msgspec
 
-from microbatch.accounting.stats import split
+from microbatch.batching.budget import output_reserve
 from microbatch.batching.demultiplexer import Demultiplexer
-from microbatch.batching.framing import measure
-from microbatch.batching.lane import AloneReason, output_reserve
 from microbatch.batching.prompt import compose, instruction
-from microbatch.errors import (
-    BadRequest,
-    ConfigError,
-    ContextTooLong,
-    Filtered,
-    MalformedAnswer,
-    MissingAnswer,
-    Refused,
-    ReplyError,
-    RequestFailed,
-    TransportError,
-    TruncatedReply,
-)
+from microbatch.batching.ticket import AloneReason
+from microbatch.batching.verdict import Outcome, complaint, ending, left_open, read_alone
+from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed
 from microbatch.messages import Reply, Usage
 from microbatch.protocols import ChatCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    Pricing = Callable[[str | None], Callable[[Usage], float] | None]
+    from collections.abc import Callable, Iterable, Sequence
 
     from microbatch.accounting.stats import Ledger
+    from microbatch.batching.books import Books, Pricing
     from microbatch.batching.demultiplexer import Answer
-    from microbatch.batching.lane import Learned, Ticket
+    from microbatch.batching.learned import Learned
+    from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route
     from microbatch.protocols import Completion
 
 USAGE_PATIENCE = 2.0
 """Seconds that the rest of a reply is read for its usage once every caller has been answered."""
-
-# Batches after which it can be told whether combining pays.
-_ENOUGH_BATCHES = 20
-
-# Statuses of a refusal that one of the items may be to blame for. 404 names the model, not the request.
-_BLAMEABLE = frozenset({400, 413, 422})
-
-logger = logging.getLogger("microbatch")
-
-Ending = Literal["complete", "length", "cut", "refused", "failed"]
-"""How a combined call ended: with a reply, at the token limit, cut off, refused for something an item may be to blame for,
-or failed for reasons that no item has to do with."""
 
 
 class Send(Protocol):
@@ -117,29 +90,6 @@ class Exchange:
             await self._ended.wait()
 
 
-class Open(msgspec.Struct):
-    """A request that a combined call left open, and the error its caller would get if it were not asked again."""
-
-    ticket: Ticket
-    error: ReplyError
-
-
-class Outcome(msgspec.Struct):
-    """How a combined call ended.
-
-    Attributes:
-        ending: See `Ending`.
-        asked: Requests it carried.
-        open: Those that still wait for an answer.
-        error: What ended it, for endings other than "complete" and "length".
-    """
-
-    ending: Ending
-    asked: int
-    open: list[Open]
-    error: RequestFailed | None = None
-
-
 class Batch:
     """A combined call, composed and ready to go."""
 
@@ -171,8 +121,8 @@ class Calls:
     Args:
         send: Makes the attempts of a call.
         ledger: Where everything is counted.
+        books: Where ended calls are booked.
         count: Counts a text's tokens.
-        exact: Whether *count* is that of a model's own encoding; asked with None for the transport's model.
         price: What prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
         settled: Told how many tickets have just been answered here.
@@ -186,8 +136,8 @@ class Calls:
         *,
         send: Send,
         ledger: Ledger,
+        books: Books,
         count: Callable[[str], int],
-        exact: Callable[[str | None], bool],
         price: Pricing,
         default_model: str | None,
         settled: Callable[[int], None],
@@ -197,15 +147,14 @@ class Calls:
     ) -> None:
         self._send = send
         self._ledger = ledger
+        self._books = books
         self._count = count
-        self._exact = exact
         self._price = price
         self._default_model = default_model
         self._settled = settled
         self._draw = draw
         self._now = now
         self._early = early
-        self._paid_batches = 0
 
     # --- combined calls
 
@@ -246,16 +195,17 @@ class Calls:
                 self._deliver(batch, answers)
 
         completion, error = await self._exchange(exchange, batch.call, on_text, batch.tickets)
-        ending = _ending(completion, error, heard=batch.heard)
-        answers = demultiplexer.close(ended=ending in ("complete", "length", "refused"))
+        how = ending(completion, error, heard=batch.heard)
+        answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
         if answers:
             self._deliver(batch, answers)
         self._ledger.late_duplicates += demultiplexer.late_duplicates
         self._ledger.unknown_ids += demultiplexer.unknown_ids
-        self._divide(batch, completion)
+        self._books.divide(batch, completion)
         if error is None:
-            error = _complaint(completion)
-        return Outcome(ending, len(batch.tickets), list(_left_open(batch, truncated=ending == "length")), error)
+            error = complaint(completion)
+        open_ = list(left_open(batch.tickets, demultiplexer, truncated=how == "length"))
+        return Outcome(how, len(batch.tickets), open_, error)
 
     def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
         """Hand *answers*, pairs of position and decoded answer, to their callers."""
@@ -322,11 +272,11 @@ class Calls:
         if completion is None:
             exchange.end()
             return error
-        output, text, error = _read_alone(ticket, completion, "".join(pieces))
+        output, text, error = read_alone(ticket, completion, "".join(pieces))
         if error is None and not ticket.future.done():
             self._answer([(ticket, output, text)], exchange, self._now(), completion.body)
             self._settled(1)
-        self._divide_alone(ticket, completion)
+        self._books.divide_alone(ticket, completion)
         return error
 
     # --- both
@@ -396,170 +346,3 @@ class Calls:
             ticket.future.set_result(reply)
             if ticket.timer is not None:
                 ticket.timer.cancel()
-
-    def _divide(self, batch: Batch, completion: Completion | None) -> None:
-        """Divide what the combined call cost among its tickets; it is over."""
-        tickets, exchange = batch.tickets, batch.exchange
-        usage = completion.usage if completion is not None else None
-        if completion is not None:
-            _finish(tickets, completion)
-        if usage is None:
-            self._ledger.unreported_calls += completion is not None or batch.heard
-        else:
-            lines = [len(ticket.line) for ticket in tickets]
-            price = self._price_of(completion, exchange)
-            self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
-            self._pay(batch, usage, lines, price)
-        exchange.end()
-
-    def _divide_alone(self, ticket: Ticket, completion: Completion) -> None:
-        usage = completion.usage
-        if usage is None:
-            self._ledger.unreported_calls += 1
-        else:
-            price = self._price_of(completion, ticket.call)
-            self._book([ticket], [usage], price)
-            self._ledger.pay(usage, usage if ticket.reply is not None else Usage(), price)
-        _finish([ticket], completion)
-        ticket.call.end()
-
-    def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
-        """Return the price of the model that answered, else of the one that was asked for."""
-        answered = None if completion is None or completion.model is None else self._price(completion.model)
-        return answered or exchange.price
-
-    def _book(self, tickets: Sequence[Ticket], shares: Iterable[Usage], price: Callable[[Usage], float] | None) -> None:
-        """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
-        for ticket, share in zip(tickets, shares, strict=True):
-            cost_usd = None if price is None else price(share)
-            if ticket.usage is not None:
-                share = ticket.usage + share  # noqa: PLW2901 with its shares of earlier calls
-                cost_usd = None if cost_usd is None or ticket.cost_usd is None else ticket.cost_usd + cost_usd
-                ticket.usage = None
-            reply = ticket.reply
-            if reply is not None and not ticket.unclaimed:
-                reply.usage = share
-                reply.cost_usd = cost_usd
-            elif ticket.future.done():
-                self._ledger.unclaimed += share
-            else:
-                ticket.usage, ticket.cost_usd = share, cost_usd
-
-    def _pay(self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None) -> None:
-        """Book the call, and what its answered requests would have cost one by one."""
-        learned, asked, sizes = batch.learned, len(batch.tickets), batch.answer_bytes
-        mine = [ticket.reply is not None for ticket in batch.tickets]
-        answered = sum(mine)
-        alone = Usage()
-        if answered:
-            tokens_a_byte = usage.completion_tokens / (sum(sizes) or 1)
-            learned.record_answers([round(size * tokens_a_byte) for size in compress(sizes, mine)])
-            if learned.framing is None:
-                learned.framing = measure(
-                    batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact(batch.call.model)
-                )
-            share = sum(compress(lines, mine)) / sum(lines)
-            alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
-        self._ledger.pay(usage, alone, price)
-        self._warn_if_dearer()
-
-    def _warn_if_dearer(self) -> None:
-        """Say once, when there is enough to judge by, that combining costs more than it saves."""
-        self._paid_batches += 1
-        if self._paid_batches != _ENOUGH_BATCHES or not self._ledger.costs_more:
-            return
-        logger.warning(
-            "combining requests costs more than it saves here (%s): the messages they share are too short, or the answers too long",
-            self._ledger.comparison,
-        )
-
-
-def _ending(completion: Completion | None, error: RequestFailed | None, *, heard: bool) -> Ending:
-    if error is not None:
-        if isinstance(error, ContextTooLong | Filtered) or (
-            isinstance(error, BadRequest) and error.status in _BLAMEABLE
-        ):
-            return "refused"
-        # An error after the first words is a cut: what was finished before it stands.
-        return "cut" if heard and isinstance(error, TransportError) else "failed"
-    if completion is None or completion.finish_reason in (None, "error"):
-        return "cut"
-    if completion.refusal is not None or completion.finish_reason == "content_filter":
-        return "refused"
-    return "length" if completion.finish_reason == "length" else "complete"
-
-
-def _complaint(completion: Completion | None) -> RequestFailed | None:
-    """Return what is wrong with a reply as a whole, or None."""
-    if completion is None:
-        return None
-    if completion.refusal is not None:
-        return Refused("the model declined to answer", raw=completion.refusal)
-    if completion.finish_reason == "content_filter":
-        return Filtered(
-            "the endpoint's content filter stopped the answer", status=200, request_id=completion.request_id
-        )
-    if completion.finish_reason in (None, "error"):
-        return TransportError("the reply was cut off: it ended without a finish_reason")
-    return None
-
-
-def _left_open(batch: Batch, *, truncated: bool) -> Iterator[Open]:
-    """Yield the requests of an ended call that still wait, with what their callers would be told."""
-    faults = {index: (fault, raw) for index, fault, raw in batch.demultiplexer.faults()}
-    for index, ticket in enumerate(batch.tickets):
-        if ticket.future.done():
-            continue
-        fault, raw = faults.get(index, ("overlong", ""))
-        error: ReplyError
-        if fault == "missing" and truncated:
-            error = TruncatedReply("the combined reply hit the token limit before this answer")
-        elif fault == "missing":
-            error = MissingAnswer("the combined reply held no answer to this request")
-        elif fault == "repeated":
-            error = MalformedAnswer("the combined reply held several answers to this request")
-        elif fault == "overlong":
-            error = MalformedAnswer("the answer is longer than max_tokens allows")
-        else:
-            error = MalformedAnswer("the answer in the combined reply does not fit output_type", raw=raw)
-        yield Open(ticket, error)
-
-
-def _read_alone(ticket: Ticket, completion: Completion, content: str) -> tuple[Any, str, RequestFailed | None]:
-    """Return output and text of a single reply, and the error if there is none to be had."""
-    if ticket.messages is not None and ticket.answer.is_text and completion.finish_reason is not None:
-        return content, content, None  # tool calls and the like: what matters is in `body`
-    error = _complaint(completion)
-    if error is None and completion.finish_reason == "length" and not ticket.answer.is_text:
-        error = TruncatedReply("the answer was cut off by the token limit", raw=content)
-    if error is not None:
-        return None, "", error
-    try:
-        return *ticket.answer.decode_single(content), None
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as reason:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
-        wrong = "is empty" if not content.strip() else "does not fit output_type"
-        malformed = MalformedAnswer(f"the answer {wrong}", raw=content)
-        malformed.__cause__ = reason
-        return None, "", malformed
-
-
-def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
-    """Tell the replies how the call that answered them ended."""
-    finish_reason, request_id, model = completion.finish_reason, completion.request_id, completion.model
-    for ticket in tickets:
-        reply = ticket.reply
-        if reply is not None:
-            reply.finish_reason = finish_reason
-            reply.request_id = request_id
-            if model is not None:
-                reply.model = model
-
-
-def _shares(usage: Usage, lines: list[int], answer_bytes: list[int]) -> Iterator[Usage]:
-    """Divide *usage* by the bytes of each request's line and answer."""
-    prompts = split(usage.prompt_tokens, lines)
-    completions = split(usage.completion_tokens, answer_bytes)
-    cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(lines)
-    return map(Usage, prompts, completions, cached)

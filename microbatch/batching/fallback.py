@@ -18,8 +18,10 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microbatch.batching.call import Calls, Outcome
-    from microbatch.batching.lane import Learned, Ticket
+    from microbatch.batching.call import Calls
+    from microbatch.batching.learned import Learned
+    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.verdict import Outcome
     from microbatch.errors import RequestFailed
     from microbatch.policy import FallbackPolicy
 

@@ -6,6 +6,7 @@ reports for each call.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,7 +17,7 @@ from microbatch.messages import Usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from microbatch.batching.lane import Ticket
+    from microbatch.batching.ticket import Ticket
     from microbatch.protocols import ChatCall
 
 # What a chat template adds, in tokens, per message and per call: the rule of OpenAI's cookbook, with one token for the role.
@@ -27,7 +28,7 @@ _PRIMING_TOKENS = 3
 _SAMPLE = 4
 
 # Random ids that are counted, because those of one batch may be longer or shorter than most: a label is not much longer.
-_IDS = 256
+_IDS = 1_024
 
 # Characters of a text that are counted; a longer one would hold up the event loop.
 _LONG = 16_384
@@ -36,7 +37,7 @@ _LONG = 16_384
 _SCHEMA_CHARGED = 0.7
 
 
-class Framing(msgspec.Struct, frozen=True, gc=False):
+class Framing(msgspec.Struct, gc=False):
     """What surrounds the requests of a lane, in tokens.
 
     Attributes:
@@ -45,6 +46,7 @@ class Framing(msgspec.Struct, frozen=True, gc=False):
         line: What an item's line adds to its text, on average.
         reply: Tokens of a combined reply without its elements.
         element: What an element adds to the answer as a single call would give it, on average.
+        carried: What rounding has left out so far, for the next call: half a token a call is a hundredth of sixteen labels.
     """
 
     alone_prompt: float
@@ -52,6 +54,7 @@ class Framing(msgspec.Struct, frozen=True, gc=False):
     line: float
     reply: float
     element: float
+    carried: float = 0.0
 
     def alone(self, usage: Usage, *, asked: int, answered: int, answered_share: float) -> Usage:
         """Return what the *answered* of *asked* requests would have used one by one.
@@ -64,11 +67,13 @@ class Framing(msgspec.Struct, frozen=True, gc=False):
         """
         texts = max(0.0, usage.prompt_tokens - self.batch_prompt - asked * self.line)
         # What got no answer is mostly not in the reply either.
-        answers = max(0.0, usage.completion_tokens - self.reply - answered * self.element)
+        answers = max(0.0, usage.completion_tokens - self.reply - answered * self.element + self.carried)
+        completion = round(answers)
+        self.carried = answers - completion
         prompt = round(texts * answered_share + answered * self.alone_prompt)
         return Usage(
             prompt,
-            round(answers),
+            completion,
             # What a provider caches of a combined prompt is its beginning, which the single calls would begin with too.
             min(prompt, answered * usage.cached_tokens),
         )
@@ -143,10 +148,15 @@ def _elements(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[st
             length += len(text)
     # The end of an element and the start of the next share a token, so it matters that they stand in a row.
     once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
-    drawn = [f"{1 + number % len(ids)}{ending}" for number, ending in enumerate(draw_endings(_IDS))]
-    usual_id = _id_tokens(drawn, count) - _id_tokens(names, count)
-    return once - (twice - once), (twice - once - alone) / len(elements) + usual_id
+    longer_ids = _id_tokens(names, count) - _usual_id_tokens(count)
+    return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids
+
+
+@lru_cache(maxsize=4)
+def _usual_id_tokens(count: Callable[[str], int]) -> float:
+    return _id_tokens([f"{1 + number % 99}{ending}" for number, ending in enumerate(draw_endings(_IDS))], count)
 
 
 def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
-    return sum(count(f'{{"id":"{name}"') for name in names) / len(names)
+    # In one text, of lines that add up: one long text costs a tokenizer less than many short ones.
+    return count("".join(f'{{"id":"{name}"\n' for name in names)) / len(names)

@@ -1,224 +1,24 @@
 """A lane: the requests that may share a prompt, waiting for each other.
 
-Pure bookkeeping: a lane is told the time, the limits and how to count tokens; it sends nothing and owns no timer.
+Pure bookkeeping: a lane is told the time, the limits and how to count tokens; it sends nothing and sets no timer.
 """
 
 from __future__ import annotations
 
-import contextlib
-import enum
-import hashlib
-import math
-from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING
 
-import msgspec
-
+from microbatch.batching.budget import FlushReason
 from microbatch.batching.prompt import ID_TOKENS
-from microbatch.errors import ConfigError
+from microbatch.batching.ticket import NEVER
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable
 
-    from microbatch.batching.framing import Framing
-    from microbatch.batching.schema import AnswerType
-    from microbatch.messages import Reply, Usage
-
-NEVER = float("inf")
-
-_text_of = msgspec.json.Decoder(str).decode
-
-_RANK_AFTER = 32
-"""Answers after which their percentile is worked out anew, unless a longer one comes first."""
-
-
-class FlushReason(enum.StrEnum):
-    """Why a batch left its lane."""
-
-    SIZE = "size"
-    TOKENS = "tokens"
-    OUTPUT = "output"
-    TIMEOUT = "timeout"
-    IDLE = "idle"
-    EXPLICIT = "explicit"
-    DRAIN = "drain"
-
-
-class AloneReason(enum.StrEnum):
-    """Why a request was sent as a single call."""
-
-    IDLE = "idle"
-    NO_COMPANY = "no_company"
-    TOO_LONG = "too_long"
-    NOT_COMBINABLE = "not_combinable"
-    HIGH = "high"
-    BYPASS = "bypass"
-    FALLBACK = "fallback"
-
-
-class Spec(msgspec.Struct, frozen=True, eq=False):
-    """Everything of a request but its last user message; what the requests of a lane have in common.
-
-    Attributes:
-        key: The whole of it, hashable. Equal keys may share a prompt; anything that differs makes keys differ.
-        model: As given, None for the transport's own.
-        shared: The messages before the last one, as given.
-        answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
-        max_tokens: Most tokens of one answer, or None.
-        params: Further request fields, temperature included.
-        headers: The caller's headers.
-        low: Whether this is low-priority work, which waits longer and ignores `idle`.
-        shared_chars: Length of the shared messages' texts, for estimates.
-    """
-
-    key: Hashable
-    model: str | None
-    shared: Sequence[Mapping[str, Any]]
-    answer: AnswerType
-    max_tokens: int | None
-    params: Mapping[str, Any]
-    headers: Mapping[str, str]
-    low: bool
-    shared_chars: int
-
-
-class Ticket(msgspec.Struct, eq=False):
-    """One accepted request, from its lane to its caller's future.
-
-    Attributes:
-        future: The caller's; done means nobody waits any more.
-        spec: What it shares with its lane; its own when it goes alone.
-        answer: How its answer is decoded.
-        line: The last user message as its line will hold it, or b"" when it cannot be combined.
-        tokens: The line's tokens without its id: an upper bound until `exact`.
-        exact: Whether `tokens` was counted.
-        created: Loop time of the submit, in seconds.
-        due_at: Loop time until which it waits for company; `NEVER` for bulk work, which waits for a full batch.
-        deadline: Loop time at which its caller gives up, or None.
-        messages: All messages, for a request that is not combinable.
-        attempts: Upstream calls that carried it so far.
-        usage: Its shares of the calls that have ended, None before the first.
-        cost_usd: Their price, None once one of them had no known price.
-        queue: Where it waits to be sent, or None once it was.
-        call: The call it travels or travelled in, the latest one; None before the first.
-        reply: What its caller got.
-        unclaimed: Whether its caller left in the moment it was answered.
-        on_taken: For bulk work: called when it leaves its queue. None for a `submit`, whose caller waits for it alone.
-        timer: Ends it at its deadline; the collector's.
-    """
-
-    future: asyncio.Future[Any]
-    spec: Spec
-    answer: AnswerType
-    created: float
-    line: bytes = b""
-    tokens: int = 0
-    due_at: float = NEVER
-    deadline: float | None = None
-    messages: Sequence[Mapping[str, Any]] | None = None
-    exact: bool = False
-    attempts: int = 0
-    usage: Usage | None = None
-    cost_usd: float | None = 0.0
-    queue: Any = None
-    call: Any = None
-    reply: Reply[Any] | None = None
-    unclaimed: bool = False
-    on_taken: Callable[[Ticket], None] | None = None
-    timer: asyncio.TimerHandle | None = None
-
-    @property
-    def text(self) -> str:
-        """The last user message; "" when `messages` is set. Read from the line, because one copy is enough to keep."""
-        return _text_of(self.line) if self.line else ""
-
-    def taken(self) -> None:
-        """It is no longer in a queue."""
-        self.queue = None
-        if self.on_taken is not None:
-            self.on_taken(self)
-
-    def count(self, counter: Callable[[str], int]) -> int:
-        """Replace the bound by the exact number of tokens, once; return it."""
-        if not self.exact:
-            self.exact = True
-            with contextlib.suppress(ConfigError):  # the counter failed; the bound still holds
-                self.tokens = counter(f" {self.line.decode()}\n")
-        return self.tokens
-
-
-class Learned(msgspec.Struct):
-    """What a lane has learned, kept beyond its life without any text.
-
-    Attributes:
-        batch_size: Most requests of a batch, halved when replies are cut off by the token limit; None until then.
-        answers: Tokens of the latest answers.
-        answer_tokens: Their 95th percentile, as of the latest ranking.
-        unranked: Answers recorded since.
-        framing: What surrounds its requests, measured on the first batch, or None.
-        alone: Requests in a row that were too long to travel with others.
-    """
-
-    batch_size: int | None = None
-    answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
-    answer_tokens: int = 32
-    unranked: int = _RANK_AFTER
-    framing: Framing | None = None
-    alone: int = 0
-
-    def record_answers(self, tokens: Sequence[int]) -> None:
-        """Learn from the answers of one reply, in tokens each."""
-        self.answers.extend(tokens)
-        self.unranked += len(tokens)
-        if self.unranked < _RANK_AFTER and max(tokens) <= self.answer_tokens:
-            return
-        self.unranked = 0
-        ranked = sorted(self.answers)
-        self.answer_tokens = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
-
-    def halve(self, asked: int) -> None:
-        """A reply to *asked* requests was cut off by the token limit: ask for half as many from now on."""
-        self.batch_size = max(1, min(asked, self.batch_size or asked) // 2)
-
-    def grow(self, asked: int, limit: int) -> None:
-        """A reply to *asked* requests was complete: if that was a full batch of a halved lane, allow one more."""
-        if self.batch_size is not None and asked >= self.batch_size:
-            self.batch_size = self.batch_size + 1 if self.batch_size + 1 < limit else None
-
-
-class Memory:
-    """What lanes have learned, under a digest of their key, for the 1,024 used last."""
-
-    def __init__(self, size: int = 1_024) -> None:
-        self._size = size
-        self._learned: OrderedDict[bytes, Learned] = OrderedDict()
-
-    def of(self, key: Hashable) -> Learned:
-        """Return what is known of the lane with *key*; the same object as long as it is remembered."""
-        digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        learned = self._learned.get(digest)
-        if learned is None:
-            learned = self._learned[digest] = Learned()
-            if len(self._learned) > self._size:
-                self._learned.popitem(last=False)
-        else:
-            self._learned.move_to_end(digest)
-        return learned
-
-
-class Budget(msgspec.Struct, frozen=True, gc=False):
-    """How much one batch of a lane may hold.
-
-    Attributes:
-        size: Most requests.
-        tokens: Most tokens of the items' lines, ids included.
-        size_reason: What binds the size: SIZE, or OUTPUT when the expected reply does.
-    """
-
-    size: int
-    tokens: int
-    size_reason: FlushReason = FlushReason.SIZE
+    from microbatch.batching.budget import Budget
+    from microbatch.batching.learned import Learned
+    from microbatch.batching.ticket import Spec, Ticket
 
 
 class Lane:
@@ -393,8 +193,3 @@ class Lane:
 
 def _bound(ticket: Ticket) -> int:
     return -1 if ticket.exact else ticket.tokens
-
-
-def output_reserve(max_tokens: int) -> int:
-    """Return the tokens to reserve in a combined reply for an answer of at most *max_tokens*: that, JSON escapes, and framing."""
-    return math.ceil(1.2 * max_tokens) + 16

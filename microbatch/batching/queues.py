@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import asyncio
 
-    from microbatch.batching.lane import AloneReason, Ticket
+    from microbatch.batching.ticket import AloneReason, Ticket
 
 
 class AloneQueue:
@@ -62,7 +62,6 @@ class BorrowerQueue:
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self.queued = False
 
     @property
     def due(self) -> bool:
@@ -76,7 +75,7 @@ class BorrowerQueue:
         self._waiting.append(place)
 
     def lend(self) -> None:
-        """Give a slot to who has waited longest. The queue must be due."""
+        """Give a slot to who has waited longest. Somebody must wait."""
         self._waiting.popleft().set_result(None)
 
     def refuse(self, error: Exception) -> None:

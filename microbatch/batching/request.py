@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.lane import Spec
 from microbatch.batching.schema import AnswerType, answer_type
+from microbatch.batching.ticket import Spec
 from microbatch.errors import ConfigError
 from microbatch.messages import Message, Priority
 from microbatch.policy import one_of, whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 
 from microbatch.cli import main
 from microbatch.commands import demo
-from microbatch.testing import Latency
+from microbatch.testing import Latency, SimulatedEndpoint
 
 MICROBATCH = [sys.executable, "-m", "microbatch"]
 PATIENCE = 30
@@ -171,6 +172,17 @@ def test_a_reader_that_leaves_early_is_no_reason_to_complain(tmp_path):
     assert process.wait(PATIENCE) == 1
     assert "Traceback" not in error
     assert "Exception ignored" not in error
+
+
+@pytest.mark.parametrize(("command", "status"), [("simulate", 0), ("demo", 130)])
+def test_a_signal_ends_a_command_that_serves(command, status, monkeypatch, capsys):
+    async def opened(self, real=SimulatedEndpoint.open):
+        await real(self)
+        asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGTERM)
+
+    monkeypatch.setattr(SimulatedEndpoint, "open", opened)
+    assert main([command]) == status
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_demo_compares_and_says_what_is_simulated(monkeypatch, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import signal
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from microbatch.cli import main
-from microbatch.commands import answers
+from microbatch.commands import answers, fingerprint, reading
 from microbatch.testing import Faults, SimulatedEndpoint
 
 QUESTION = ("--template", "Product: {name}")
@@ -220,6 +222,9 @@ def test_an_output_that_holds_answers_is_never_overwritten(capsys):
     assert run(*QUESTION, "--simulate", "--force") == 0
     assert output("out.jsonl.old1") == before
     assert Path("out.jsonl.old1.digest").exists()
+    Path("out.jsonl.digest").unlink()
+    assert run(*QUESTION, "--simulate", "--force") == 0
+    assert len(output("out.jsonl.old2")) == 3
 
 
 def test_the_input_is_never_written_to(capsys):
@@ -306,6 +311,61 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_written(monkeypatch, capsys)
     assert len(output()) == room
     assert run(*QUESTION, "--simulate", "--resume") == 0
     assert len(output()) == 40
+
+
+def test_ctrl_c_keeps_what_is_answered(monkeypatch, capsys):
+    products(400)
+
+    def write(self, line, real=answers.Answers.write):
+        real(self, line)
+        if self.written == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.Answers, "write", write)
+        assert run(*QUESTION, "--simulate", "--max-concurrent-batches", "1", "--max-batch-size", "4") == 130
+    assert "Stopped" in capsys.readouterr().err
+    assert 20 <= len(output()) < 400
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run(*QUESTION, "--simulate", "--max-batch-size", "4", "--resume") == 0
+    assert len(output()) == 400
+
+
+def test_ctrl_c_before_anything_was_asked_is_quiet(monkeypatch, capsys):
+    products(1)
+    monkeypatch.setattr(fingerprint, "keep", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run(*QUESTION, "--simulate") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_outside_the_main_thread_does_without_signals():
+    products(3)
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(run(*QUESTION, "--simulate")))
+    thread.start()
+    thread.join(30)
+    assert statuses == [0]
+
+
+def test_an_input_that_cannot_be_read_to_its_end_is_told(monkeypatch, capsys):
+    products(40)
+
+    def torn(self):
+        yield from itertools.islice(lines(self), 20)
+        raise OSError(5, "Input/output error")
+
+    lines = reading.Input.__iter__
+    survey = reading.Input.survey
+
+    def surveyed(self, fields):
+        found = survey(self, fields)
+        monkeypatch.setattr(reading.Input, "__iter__", torn)
+        return found
+
+    monkeypatch.setattr(reading.Input, "survey", surveyed)
+    assert run(*QUESTION, "--simulate") == 1
+    assert "Input/output error" in capsys.readouterr().err
+    assert len(output()) == 20
 
 
 def test_a_disk_that_fails_at_the_last_moment_is_told(monkeypatch, capsys):

@@ -214,6 +214,33 @@ async def test_whoever_leaves_a_call_that_goes_on_leaves_their_share_unclaimed()
     assert total([*(reply.usage for reply in replies), stats.unclaimed]) == total([model.reported])
 
 
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_caller_cancelled_in_the_moment_of_its_answer_leaves_its_share_unclaimed(ended):
+    callers = []
+
+    class Transport(ScriptedTransport):
+        async def send(self, call, on_text):
+            if ended:  # answers and end come in one step; the cancellation runs after it and before the caller does
+                asyncio.get_running_loop().call_soon(callers[1].cancel)
+                return await super().send(call, on_text)
+            completion = await super().send(call, on_text)
+            callers[1].cancel()
+            await asyncio.sleep(0.5)
+            return completion
+
+    async with mb.Microbatcher(Transport(), tokens="bytes") as batcher:
+        texts = varied(4)
+        callers += [asyncio.ensure_future(batcher.submit(ask(text))) for text in texts]
+        results = await asyncio.gather(*callers, return_exceptions=True)
+        replies = [await each.settled() for each in results if isinstance(each, mb.Reply)]
+        await batcher.aclose()
+        stats = batcher.stats()
+    assert len(replies) == stats.answered == 4 - stats.cancelled
+    assert total([*(reply.usage for reply in replies), stats.unclaimed]) == paid(stats)
+    assert stats.cancelled == 1
+    assert stats.unclaimed.prompt_tokens > 0
+
+
 # --- estimates
 
 

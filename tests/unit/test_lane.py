@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microbatch.batching.lane import NEVER, Budget, FlushReason, Lane, Learned, Memory, Spec, Ticket, output_reserve
+from microbatch.batching.budget import Budget, FlushReason, output_reserve
+from microbatch.batching.lane import Lane
+from microbatch.batching.learned import Learned, Memory
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
 from microbatch.batching.schema import answer_type
+from microbatch.batching.ticket import NEVER, Spec, Ticket
 from microbatch.errors import ConfigError
 
 TEXT = answer_type(str)
@@ -290,6 +293,7 @@ def test_taking_a_ticket_tells_bulk_work_and_its_caller_that_it_is_no_longer_que
 
 
 # --- callers who leave
+
 
 def test_a_caller_who_left_a_full_lane_makes_it_wait_again():
     lane = filled([ticket(str(number)) for number in range(16)])

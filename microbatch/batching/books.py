@@ -1,0 +1,143 @@
+"""Divides what a call cost among its requests, and books it."""
+
+from __future__ import annotations
+
+import logging
+from itertools import compress
+from typing import TYPE_CHECKING
+
+from microbatch.accounting.stats import split
+from microbatch.batching.framing import measure
+from microbatch.messages import Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from microbatch.accounting.stats import Ledger
+    from microbatch.batching.call import Batch, Exchange
+    from microbatch.batching.ticket import Ticket
+    from microbatch.protocols import Completion
+
+    Pricing = Callable[[str | None], Callable[[Usage], float] | None]
+
+logger = logging.getLogger("microbatch")
+
+# Batches after which it can be told whether combining pays.
+_ENOUGH_BATCHES = 20
+
+
+class Books:
+    """Keeps the accounts of calls that have ended.
+
+    Args:
+        ledger: Where everything is counted.
+        count: Counts a text's tokens.
+        exact: Whether *count* is that of a model's own encoding; asked with None for the transport's model.
+        price: What prices a model's usage.
+    """
+
+    def __init__(
+        self, ledger: Ledger, count: Callable[[str], int], exact: Callable[[str | None], bool], price: Pricing
+    ) -> None:
+        self._ledger = ledger
+        self._count = count
+        self._exact = exact
+        self._price = price
+        self._paid_batches = 0
+
+    def divide(self, batch: Batch, completion: Completion | None) -> None:
+        """Divide what the combined call cost among its tickets; it is over."""
+        tickets, exchange = batch.tickets, batch.exchange
+        usage = completion.usage if completion is not None else None
+        if completion is not None:
+            _finish(tickets, completion)
+        if usage is None:
+            self._ledger.unreported_calls += completion is not None or batch.heard
+        else:
+            lines = [len(ticket.line) for ticket in tickets]
+            price = self._price_of(completion, exchange)
+            self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
+            self._pay(batch, usage, lines, price)
+        exchange.end()
+
+    def divide_alone(self, ticket: Ticket, completion: Completion) -> None:
+        """Book what the single call of *ticket* cost; it is over."""
+        usage = completion.usage
+        if usage is None:
+            self._ledger.unreported_calls += 1
+        else:
+            price = self._price_of(completion, ticket.call)
+            self._book([ticket], [usage], price)
+            self._ledger.pay(usage, usage if ticket.reply is not None else Usage(), price)
+        _finish([ticket], completion)
+        ticket.call.end()
+
+    def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
+        """Return the price of the model that answered, else of the one that was asked for."""
+        answered = None if completion is None or completion.model is None else self._price(completion.model)
+        return answered or exchange.price
+
+    def _book(self, tickets: Sequence[Ticket], shares: Iterable[Usage], price: Callable[[Usage], float] | None) -> None:
+        """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
+        for ticket, share in zip(tickets, shares, strict=True):
+            cost_usd = None if price is None else price(share)
+            if ticket.usage is not None:
+                share = ticket.usage + share  # noqa: PLW2901 with its shares of earlier calls
+                cost_usd = None if cost_usd is None or ticket.cost_usd is None else ticket.cost_usd + cost_usd
+                ticket.usage = None
+            reply = ticket.reply
+            if reply is not None and not ticket.unclaimed:
+                reply.usage = share
+                reply.cost_usd = cost_usd
+            elif ticket.future.done():
+                self._ledger.unclaimed += share
+            else:
+                ticket.usage, ticket.cost_usd = share, cost_usd
+
+    def _pay(self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None) -> None:
+        """Book the call, and what its answered requests would have cost one by one."""
+        learned, asked, sizes = batch.learned, len(batch.tickets), batch.answer_bytes
+        mine = [ticket.reply is not None for ticket in batch.tickets]
+        answered = sum(mine)
+        alone = Usage()
+        if answered:
+            tokens_a_byte = usage.completion_tokens / (sum(sizes) or 1)
+            learned.record_answers([round(size * tokens_a_byte) for size in compress(sizes, mine)])
+            if learned.framing is None:
+                learned.framing = measure(
+                    batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact(batch.call.model)
+                )
+            share = sum(compress(lines, mine)) / sum(lines)
+            alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
+        self._ledger.pay(usage, alone, price)
+        self._warn_if_dearer()
+
+    def _warn_if_dearer(self) -> None:
+        """Say once, when there is enough to judge by, that combining costs more than it saves."""
+        self._paid_batches += 1
+        if self._paid_batches != _ENOUGH_BATCHES or not self._ledger.costs_more:
+            return
+        logger.warning(
+            "combining requests costs more than it saves here (%s): the messages they share are too short, or the answers too long",
+            self._ledger.comparison,
+        )
+
+
+def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
+    """Tell the replies how the call that answered them ended."""
+    finish_reason, request_id, model = completion.finish_reason, completion.request_id, completion.model
+    for ticket in tickets:
+        reply = ticket.reply
+        if reply is not None:
+            reply.finish_reason = finish_reason
+            reply.request_id = request_id
+            if model is not None:
+                reply.model = model
+
+
+def _shares(usage: Usage, lines: list[int], answer_bytes: list[int]) -> Iterator[Usage]:
+    """Divide *usage* by the bytes of each request's line and answer."""
+    prompts = split(usage.prompt_tokens, lines)
+    completions = split(usage.completion_tokens, answer_bytes)
+    cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(lines)
+    return map(Usage, prompts, completions, cached)

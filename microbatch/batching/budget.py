@@ -1,0 +1,97 @@
+"""How much one batch of a lane may hold."""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from microbatch.batching.prompt import instruction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from microbatch.batching.learned import Learned
+    from microbatch.batching.ticket import Spec
+    from microbatch.policy import FlushPolicy
+
+MAX_COUNTED_CHARS = 16_384
+"""A longer text is not tokenized on the event loop, which it would hold up."""
+
+_PREAMBLES = 256
+"""Shapes of answers whose instruction's tokens are remembered."""
+
+
+class FlushReason(enum.StrEnum):
+    """Why a batch left its lane."""
+
+    SIZE = "size"
+    TOKENS = "tokens"
+    OUTPUT = "output"
+    TIMEOUT = "timeout"
+    IDLE = "idle"
+    EXPLICIT = "explicit"
+    DRAIN = "drain"
+
+
+class Budget(msgspec.Struct, frozen=True, gc=False):
+    """How much one batch of a lane may hold.
+
+    Attributes:
+        size: Most requests.
+        tokens: Most tokens of the items' lines, ids included.
+        size_reason: What binds the size: SIZE, or OUTPUT when the expected reply does.
+    """
+
+    size: int
+    tokens: int
+    size_reason: FlushReason = FlushReason.SIZE
+
+
+class Budgets:
+    """Works out the budget of a lane from the policy and from what the lane has learned.
+
+    Args:
+        policy: The limits.
+        count: Counts a text's tokens.
+    """
+
+    def __init__(self, policy: FlushPolicy, count: Callable[[str], int]) -> None:
+        self._policy = policy
+        self._count = count
+        self._preambles: dict[str, int] = {}
+
+    def of(self, spec: Spec, learned: Learned) -> Budget:
+        """Return the budget of the lane with *spec*."""
+        policy = self._policy
+        reserve = output_reserve(spec.max_tokens) if spec.max_tokens else learned.answer_tokens
+        by_output = max(1, policy.max_output_tokens // reserve)
+        size = min(policy.max_batch_size, learned.batch_size or policy.max_batch_size)
+        tokens = policy.max_batch_tokens
+        if policy.max_prompt_tokens is not None:
+            shared = "".join(str(message["content"]) for message in spec.shared)
+            tokens = min(tokens, policy.max_prompt_tokens - self._tokens_of(shared))
+        tokens -= self._preamble_tokens(spec.answer.words)
+        if by_output < size:
+            return Budget(by_output, tokens, FlushReason.OUTPUT)
+        return Budget(size, tokens)
+
+    def _preamble_tokens(self, words: str) -> int:
+        """Return the tokens of our instruction, counted once for each shape of answer."""
+        tokens = self._preambles.get(words)
+        if tokens is None:
+            if len(self._preambles) >= _PREAMBLES:
+                self._preambles.clear()
+            tokens = self._preambles[words] = self._tokens_of(instruction(words))
+        return tokens
+
+    def _tokens_of(self, text: str) -> int:
+        # Counting a huge text would hold up the event loop; its bytes are a bound as good as any.
+        return self._count(text) if len(text) <= MAX_COUNTED_CHARS else len(text.encode())
+
+
+def output_reserve(max_tokens: int) -> int:
+    """Return the tokens to reserve in a combined reply for an answer of at most *max_tokens*: that, JSON escapes, and framing."""
+    return math.ceil(1.2 * max_tokens) + 16

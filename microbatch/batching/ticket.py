@@ -1,0 +1,134 @@
+"""One accepted request: what it shares with others, and how it stands with it."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microbatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Hashable, Mapping, Sequence
+
+    from microbatch.batching.schema import AnswerType
+    from microbatch.messages import Reply, Usage
+
+NEVER = float("inf")
+
+_text_of = msgspec.json.Decoder(str).decode
+
+
+class AloneReason(enum.StrEnum):
+    """Why a request was sent as a single call."""
+
+    IDLE = "idle"
+    NO_COMPANY = "no_company"
+    TOO_LONG = "too_long"
+    NOT_COMBINABLE = "not_combinable"
+    HIGH = "high"
+    BYPASS = "bypass"
+    FALLBACK = "fallback"
+
+
+class Spec(msgspec.Struct, frozen=True, eq=False):
+    """Everything of a request but its last user message; what the requests of a lane have in common.
+
+    Attributes:
+        key: The whole of it, hashable. Equal keys may share a prompt; anything that differs makes keys differ.
+        model: As given, None for the transport's own.
+        shared: The messages before the last one, as given.
+        answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
+        max_tokens: Most tokens of one answer, or None.
+        params: Further request fields, temperature included.
+        headers: The caller's headers.
+        low: Whether this is low-priority work, which waits longer and ignores `idle`.
+        shared_chars: Length of the shared messages' texts, for estimates.
+    """
+
+    key: Hashable
+    model: str | None
+    shared: Sequence[Mapping[str, Any]]
+    answer: AnswerType
+    max_tokens: int | None
+    params: Mapping[str, Any]
+    headers: Mapping[str, str]
+    low: bool
+    shared_chars: int
+
+    def __repr__(self) -> str:
+        """Tell the model, never the words or the headers."""
+        return f"Spec(model={self.model!r}, shared=<{len(self.shared)}>, params={sorted(self.params)})"
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """One accepted request, from its lane to its caller's future.
+
+    Attributes:
+        future: The caller's; done means nobody waits any more.
+        spec: What it shares with its lane; its own when it goes alone.
+        answer: How its answer is decoded.
+        line: The last user message as its line will hold it, or b"" when it cannot be combined.
+        tokens: The line's tokens without its id: an upper bound until `exact`.
+        exact: Whether `tokens` was counted.
+        created: Loop time of the submit, in seconds.
+        due_at: Loop time until which it waits for company; `NEVER` for bulk work, which waits for a full batch.
+        deadline: Loop time at which its caller gives up, or None.
+        messages: All messages, for a request that is not combinable.
+        attempts: Upstream calls that carried it so far.
+        usage: Its shares of the calls that have ended, None before the first.
+        cost_usd: Their price, None once one of them had no known price.
+        queue: Where it waits to be sent, or None once it was.
+        call: The call it travels or travelled in, the latest one; None before the first.
+        reply: What its caller got.
+        unclaimed: Whether its caller left in the moment it was answered.
+        on_taken: For bulk work: called when it leaves its queue. None for a `submit`, whose caller waits for it alone.
+        timer: Ends it at its deadline; the collector's.
+    """
+
+    future: asyncio.Future[Any]
+    spec: Spec
+    answer: AnswerType
+    created: float
+    line: bytes = b""
+    tokens: int = 0
+    due_at: float = NEVER
+    deadline: float | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    exact: bool = False
+    attempts: int = 0
+    usage: Usage | None = None
+    cost_usd: float | None = 0.0
+    queue: Any = None
+    call: Any = None
+    reply: Reply[Any] | None = None
+    unclaimed: bool = False
+    on_taken: Callable[[Ticket], None] | None = None
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def text(self) -> str:
+        """The last user message; "" when `messages` is set. Read from the line, because one copy is enough to keep."""
+        return _text_of(self.line) if self.line else ""
+
+    def taken(self) -> None:
+        """It is no longer in a queue."""
+        self.queue = None
+        if self.on_taken is not None:
+            self.on_taken(self)
+
+    def count(self, counter: Callable[[str], int]) -> int:
+        """Replace the bound by the exact number of tokens, once; return it."""
+        if not self.exact:
+            self.exact = True
+            with contextlib.suppress(ConfigError):  # the counter failed; the bound still holds
+                self.tokens = counter(f" {self.line.decode()}\n")
+        return self.tokens
+
+    def __repr__(self) -> str:
+        """Tell the state, never the words."""
+        state = "settled" if self.future.done() else "waiting" if self.queue is not None else "in flight"
+        return f"Ticket({state}, tokens={self.tokens}, attempts={self.attempts})"
