@@ -162,17 +162,19 @@ class Ledger:
 def split(total: int, weights: Sequence[int]) -> list[int]:
     """Divide *total* in proportion to *weights* into whole numbers that add up to it exactly (largest remainder).
 
-    Weights that are all zero share alike.
+    Equal weights share alike, though all be zero; of equal remainders, the first ones are rounded up.
     """
+    count = len(weights)
+    if weights.count(weights[0]) == count:
+        share, rest = divmod(total, count)
+        return [share + 1] * rest + [share] * (count - rest)
     whole = sum(weights)
-    if not whole:
-        weights, whole = [1] * len(weights), len(weights)
     parts = [total * weight for weight in weights]
     shares = [part // whole for part in parts]
     rest = total - sum(shares)
     if rest:
         remainders = [part % whole for part in parts]
-        # Reversed, yet stable: of equal remainders the first still comes first.
-        for index in sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)[:rest]:
+        # Reversed, yet stable.
+        for index in sorted(range(count), key=remainders.__getitem__, reverse=True)[:rest]:
             shares[index] += 1
     return shares

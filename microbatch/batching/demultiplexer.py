@@ -96,7 +96,7 @@ class Demultiplexer:
     )
 
     def __init__(self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], *, early: bool = True) -> None:
-        self._index = {name: index for index, name in enumerate(ids)}
+        self._index = dict(zip(ids, range(len(ids)), strict=True))
         self._decoders = decoders
         self._early = early
         self._next = 0  # the id expected next; all before it were delivered if early
@@ -186,9 +186,9 @@ class Demultiplexer:
     def _search(self, text: str, pos: int, broken: AbstractSet[int] = frozenset()) -> list[Answer]:
         """Decide all elements in *text* from *pos* on, those at *broken* as such; keep what is unfinished."""
         delivered: list[Answer] = []
-        if self._early:
-            pos = self._in_order(text, pos, delivered)
         while True:
+            if self._early and not self.damaged:
+                pos = self._in_order(text, pos, delivered)
             found = _element(text, pos)
             if found is not None and (not broken or found.start(1) not in broken):
                 _, name, raw = found.groups()
@@ -226,16 +226,21 @@ class Demultiplexer:
 
     def _in_order(self, text: str, pos: int, delivered: list[Answer]) -> int:
         """Deliver the elements from *pos* on as long as each is the next one asked for; return the place behind them."""
-        index = self._next
-        while not self.damaged and (found := _element(text, pos)) is not None:
-            _, name, raw = found.groups()
-            if self._index.get(name) != index:
-                break
-            pos = found.end()
-            if self._deliver(index, raw, delivered):
+        index, decoders = self._next, self._decoders
+        raw = ""
+        try:
+            while (found := _element(text, pos)) is not None:
+                _, name, raw = found.groups()
+                if self._index.get(name) != index:
+                    break
+                pos = found.end()
+                delivered.append((index, decoders[index](raw)))
                 self._next = index = index + 1
-            else:
-                self._copies[index] = 1
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # noqa: BLE001 see _deliver
+            self._unfit(index, raw)
+            self._copies[index] = 1
         return pos
 
     def _scanned(self, element: str, delivered: list[Answer]) -> None:
@@ -300,8 +305,11 @@ class Demultiplexer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
-            self.damaged = True
-            self._malformed[index] = raw[:_WINDOW]
+            self._unfit(index, raw)
             return False
         delivered.append((index, answer))
         return True
+
+    def _unfit(self, index: int, raw: str) -> None:
+        self.damaged = True
+        self._malformed[index] = raw[:_WINDOW]
