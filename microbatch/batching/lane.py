@@ -121,13 +121,15 @@ class Lane:
         if reason is None:
             raise AssertionError("take() from a lane that is not due")
         tickets: list[Ticket] = []
-        left = self._fill
+        pending, left = self._pending, self._fill
         while left:
-            ticket = self._pending.popleft()
+            ticket = pending.popleft()
             if ticket.queue is self:
                 left -= 1
                 if not ticket.future.done():
-                    ticket.taken()
+                    ticket.queue = None
+                    if ticket.on_taken is not None:
+                        ticket.on_taken(ticket)
                     tickets.append(ticket)
         self.live -= len(tickets)
         self._pay_debt(self._fill)
