@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
     from microbatch.accounting.prices import Price
-    from microbatch.batching.ticket import Ticket
     from microbatch.batching.request import Options
+    from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
     from microbatch.transports.relay import Forwarded
 
@@ -255,12 +255,8 @@ class Microbatcher:
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
         """
-        if (
-            self._loop is None
-            or self._host is None
-            or self._collector.closing
-            or asyncio.get_running_loop() is not self._loop
-        ):
+        collector = self._collector
+        if asyncio.get_running_loop() is not collector.door:
             self._check_open()
         if (
             output_type is str
@@ -277,7 +273,6 @@ class Microbatcher:
             options = read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
         if timeout is not None:
             at_least(0, timeout=timeout)
-        collector = self._collector
         bypass = False
         if not collector.room.free:
             timeout, bypass = await self._when_full(timeout)

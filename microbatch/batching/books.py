@@ -58,7 +58,6 @@ class Books:
             price = self._price_of(completion, exchange)
             self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
             self._pay(batch, usage, lines, price)
-        exchange.end()
 
     def divide_alone(self, ticket: Ticket, completion: Completion) -> None:
         """Book what the single call of *ticket* cost; it is over."""
@@ -70,7 +69,6 @@ class Books:
             self._book([ticket], [usage], price)
             self._ledger.pay(usage, usage if ticket.reply is not None else Usage(), price)
         _finish([ticket], completion)
-        ticket.call.end()
 
     def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
         """Return the price of the model that answered, else of the one that was asked for."""
@@ -107,7 +105,7 @@ class Books:
                 learned.framing = measure(
                     batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact(batch.call.model)
                 )
-            share = sum(compress(lines, mine)) / sum(lines)
+            share = 1.0 if answered == asked else sum(compress(lines, mine)) / sum(lines)
             alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
         self._ledger.pay(usage, alone, price)
         self._warn_if_dearer()

@@ -137,11 +137,14 @@ class _Run:
         if not self._exhausted and not self._pending and not self._collector.room.free:
             await self._collector.room.wait(None)
             self._take_one()
-        for _ in range(_SLICE):
-            if self._exhausted or not self._has_room:
+        while True:
+            for _ in range(_SLICE):
+                if self._exhausted or not self._has_room:
+                    return
+                self._take_one()
+            await asyncio.sleep(0)
+            if self._results:
                 return
-            self._take_one()
-        await asyncio.sleep(0)
 
     def _take_one(self) -> None:
         if self._sync is None:

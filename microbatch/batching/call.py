@@ -11,7 +11,7 @@ from microbatch.batching.budget import output_reserve
 from microbatch.batching.demultiplexer import Demultiplexer
 from microbatch.batching.prompt import compose, instruction
 from microbatch.batching.ticket import AloneReason
-from microbatch.batching.verdict import Outcome, complaint, ending, left_open, read_alone
+from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, read_alone
 from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed
 from microbatch.messages import Reply, Usage
 from microbatch.protocols import ChatCall
@@ -67,8 +67,13 @@ class Exchange:
 
     def linger(self, now: float) -> None:
         """Everyone has been answered: only the usage is still of interest, for a while."""
+        if self.scope is not None:
+            # In the next turn: a reply that comes in one piece mostly ends in this one, and the timer would be for nothing.
+            asyncio.get_running_loop().call_soon(self._linger, now + USAGE_PATIENCE)
+
+    def _linger(self, until: float) -> None:
         if self.scope is not None and not self.scope.expired():
-            self.scope.reschedule(now + USAGE_PATIENCE)
+            self.scope.reschedule(until)
 
     def abandoned(self) -> None:
         """One caller left without an answer; the last one takes the call with it."""
@@ -194,17 +199,22 @@ class Calls:
             if answers:
                 self._deliver(batch, answers)
 
-        completion, error = await self._exchange(exchange, batch.call, on_text, batch.tickets)
-        how = ending(completion, error, heard=batch.heard)
-        answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
-        if answers:
-            self._deliver(batch, answers)
+        try:
+            completion, error = await self._exchange(exchange, batch.call, on_text, batch.tickets)
+            how = ending(completion, error, heard=batch.heard)
+            answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
+            if answers:
+                self._deliver(batch, answers)
+            self._books.divide(batch, completion)
+        finally:
+            exchange.end()
         self._ledger.late_duplicates += demultiplexer.late_duplicates
         self._ledger.unknown_ids += demultiplexer.unknown_ids
-        self._books.divide(batch, completion)
         if error is None:
             error = complaint(completion)
-        open_ = list(left_open(batch.tickets, demultiplexer, truncated=how == "length"))
+        open_: list[Open] = []
+        if exchange.waiting > 0:
+            open_ += left_open(batch.tickets, demultiplexer, truncated=how == "length")
         return Outcome(how, len(batch.tickets), open_, error)
 
     def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
@@ -268,16 +278,18 @@ class Calls:
         pieces: list[str] = []
         price = self._price(ticket.spec.model or self._default_model)
         exchange = ticket.call = Exchange(1, route, self._now(), price)
-        completion, error = await self._exchange(exchange, self.compose_alone(ticket), pieces.append, [ticket])
-        if completion is None:
-            exchange.end()
+        try:
+            completion, error = await self._exchange(exchange, self.compose_alone(ticket), pieces.append, [ticket])
+            if completion is None:
+                return error
+            output, text, error = read_alone(ticket, completion, "".join(pieces))
+            if error is None and not ticket.future.done():
+                self._answer([(ticket, output, text)], exchange, self._now(), completion.body)
+                self._settled(1)
+            self._books.divide_alone(ticket, completion)
             return error
-        output, text, error = read_alone(ticket, completion, "".join(pieces))
-        if error is None and not ticket.future.done():
-            self._answer([(ticket, output, text)], exchange, self._now(), completion.body)
-            self._settled(1)
-        self._books.divide_alone(ticket, completion)
-        return error
+        finally:
+            exchange.end()
 
     # --- both
 

@@ -57,6 +57,8 @@ logger = logging.getLogger("microbatch")
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
 """A longer item goes alone: it would have to be counted, and it gains least from company."""
 
+_UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
+
 _ALONE_WARNING = 100
 """Requests of one lane in a row that were too long to combine before a warning is logged."""
 
@@ -86,7 +88,8 @@ class Collector:
     Attributes:
         room: The places for accepted requests.
         scheduler: The slots.
-        closing: Whether the door is shut.
+        door: The event loop whose callers may come in; None before and after. One look at it answers every submit.
+        closing: Whether it is shut for good.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Collector:
             rested=self._rested,
             freed=self._note_quiet,
         )
+        self.door: asyncio.AbstractEventLoop | None = None
         self.closing = False
         self._close_asked: asyncio.Event
         self._quiet: asyncio.Event  # set while nothing is accepted and no slot is in use
@@ -139,6 +143,7 @@ class Collector:
         try:
             async with anyio.create_task_group() as self._tasks:
                 self.scheduler.start(self._tasks)
+                self.door = None if self.closing else self._loop
                 ready()
                 await self._close_asked.wait()
                 with anyio.move_on_after(self._grace):
@@ -146,7 +151,7 @@ class Collector:
                 self._end_waiting()
                 self._tasks.cancel_scope.cancel()
         finally:
-            self.closing = True
+            self.closing, self.door = True, None
             self._end_waiting()
             # A task that is cancelled before its first step never gets to settle its tickets.
             for work in self.scheduler.under_way.values():
@@ -157,7 +162,7 @@ class Collector:
         """Shut the door, send what waits, and give what is under way *grace* seconds; None waits as long as it takes."""
         if self.closing:
             return
-        self.closing = True
+        self.closing, self.door = True, None
         self._grace = grace
         self.room.close()
         self.flush(FlushReason.DRAIN)
@@ -367,20 +372,21 @@ class Collector:
 
     async def _settle(self, work: _Work) -> None:
         """Do *work*; whatever happens in it, every one of its tickets ends."""
-        error: RequestFailed = ShutDown("the batcher closed before the answer came")
+        error: RequestFailed | None = None
         try:
             if work.batch is not None:
                 await self._answer_batch(work.batch)
             else:
                 await self._answer_alone(work.tickets[0])
-            error = RequestFailed("a call ended without settling this request; this is a bug in microbatch")
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            error = ShutDown("the batcher closed before the answer came")
             raise
         except BaseException as bug:  # noqa: BLE001 it must not end the other slots; a Rust panic is no Exception
             error = _bug(bug)
         finally:
             for ticket in work.tickets:
-                self.fail(ticket, error)
+                if not ticket.future.done():
+                    self.fail(ticket, error or RequestFailed(_UNSETTLED))
             if work.lane is not None:
                 self._call_ended(work.lane)
 
@@ -443,10 +449,10 @@ class Collector:
             # Answered in the very moment it was cancelled. What it cost is nobody's now.
             self._ledger.answered -= 1
             self._ledger.cancelled += 1
-            if ticket.call.ended:
-                self._ledger.unclaimed += ticket.reply.usage
-            else:
+            if not ticket.call.ended:
                 ticket.unclaimed = True
+            elif not ticket.reply.usage.estimated:  # what nobody reported is nobody's to claim
+                self._ledger.unclaimed += ticket.reply.usage
         elif ticket.future.cancelled():
             self._ledger.cancelled += 1
             self._withdraw(ticket)

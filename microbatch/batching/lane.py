@@ -6,6 +6,7 @@ Pure bookkeeping: a lane is told the time, the limits and how to count tokens; i
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from microbatch.batching.budget import FlushReason
@@ -180,7 +181,7 @@ class Lane:
 
     def _fits_exactly(self, ticket: Ticket) -> bool:
         """Count the largest bounds until *ticket* fits behind the fill, or nothing is left to count."""
-        fill = [waiting for waiting in self._pending if waiting.queue is self][: self._fill]
+        fill = list(islice((waiting for waiting in self._pending if waiting.queue is self), self._fill))
         fill.append(ticket)
         total = self._fill_tokens + ticket.tokens + ID_TOKENS
         for bounded in sorted(fill, key=_bound, reverse=True):

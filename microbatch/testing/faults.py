@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 ElementKind = Literal[
     "missing",  # one element is left out
     "duplicate",  # one element comes twice
+    "previous_id",  # one element k stands under the id of k-1, which so comes twice
+    "next_id",  # one element k stands under the id of k+1, which so comes twice
     "shifted_back",  # the model skips an item: from there on element k stands under the id of k-1, and the last id is gone
     "shifted_forward",  # the model skips an id: from there on element k stands under the id of k+1, and the last answer is gone
     "unknown",  # one element more, under an id that nobody asked for
@@ -114,7 +116,7 @@ class Faults:
 
 
 _ABOUT_IDS = frozenset(get_args(ElementKind)) - {"wrong_type"}
-_SHIFTS = frozenset({"shifted_back", "shifted_forward"})
+_NEIGHBOURLY = frozenset({"shifted_back", "shifted_forward", "previous_id", "next_id"})
 _ABOUT_JSON = frozenset({"wrong_type", "broken_json", "fenced"})
 
 
@@ -138,8 +140,8 @@ class Fault:
 
     def elements(self, elements: list[Element], schema: dict[str, Any] | None) -> list[Element]:
         """Return what becomes of a combined reply's elements, whose answers have *schema* (None: strings)."""
-        # A shift needs an element after it, or it would only be the last one missing.
-        room = len(elements) - (self.kind in _SHIFTS and len(elements) > 1)
+        # These need an element after the one they begin at, or they would only be the last one missing.
+        room = len(elements) - (self.kind in _NEIGHBOURLY and len(elements) > 1)
         at = self.random.randrange(room)
         before, (name, answer), after = elements[:at], elements[at], elements[at + 1 :]
         match self.kind:
@@ -148,6 +150,10 @@ class Fault:
             case "duplicate":
                 again = self.random.randint(at + 1, len(elements))
                 return [*elements[:again], (name, answer), *elements[again:]]
+            case "previous_id":
+                return [*before, (name, answer), *((name, other) for _, other in after[:1]), *after[1:]]
+            case "next_id":
+                return [*before, *((following, answer) for following, _ in after[:1]), *after]
             case "shifted_back":
                 names = [each for each, _ in elements[:-1]]
                 return list(zip(names, [answer for _, answer in before + after], strict=True))

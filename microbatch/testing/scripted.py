@@ -99,7 +99,9 @@ class ScriptedTransport:
                     step = await step
             if isinstance(step, BaseException):
                 raise step
-            text, completion = step if isinstance(step, tuple) else ("", step) if isinstance(step, Completion) else (step, None)
+            text, completion = (
+                step if isinstance(step, tuple) else ("", step) if isinstance(step, Completion) else (step, None)
+            )
             await self._say(text, on_text, stream=call.stream)
         except asyncio.CancelledError:
             received.cancelled = True

@@ -42,7 +42,17 @@ PRODUCTS = [
 TEXTS = [f"Product: {each['name']}\nDescription: {each['description']}" for each in PRODUCTS]
 TYPES = {"str": str, "label": Label, "struct": Product}
 COMBINED_KINDS = (
-    *("missing", "duplicate", "unknown", "renamed", "reordered", "empty_results", "wrong_type"),
+    *(
+        "missing",
+        "duplicate",
+        "previous_id",
+        "next_id",
+        "unknown",
+        "renamed",
+        "reordered",
+        "empty_results",
+        "wrong_type",
+    ),
     *("broken_json", "fenced", "whitespace", "truncated", "refusal", "filtered", "cut", "reset", "http_400"),
 )
 """Kinds that spoil a combined reply and can be told from its words."""
@@ -74,7 +84,7 @@ async def outcomes(model, texts, types=str, *, resolve=None, policy=None):
     ) as batcher:
         asked = (batcher.submit(ask(text), output_type=each) for text, each in zip(texts, types, strict=True))
         ended = await asyncio.gather(*asked, return_exceptions=True)
-        return ended, batcher.stats()
+    return ended, batcher.stats()
 
 
 def heard(model):

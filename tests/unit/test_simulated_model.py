@@ -593,6 +593,14 @@ def test_faults_of_elements_do_what_they_say(seed: int):
     assert len(twice) == 9
     assert list(dict.fromkeys(twice)) == TRUE
 
+    previous = elements("previous_id", seed)
+    assert [answer for _, answer in previous] == answers
+    assert [name for name, _ in previous] in [names[: i + 1] + names[i : i + 1] + names[i + 2 :] for i in range(7)]
+
+    following = elements("next_id", seed)
+    assert [answer for _, answer in following] == answers
+    assert [name for name, _ in following] in [names[:i] + names[i + 1 : i + 2] + names[i + 1 :] for i in range(7)]
+
     back = elements("shifted_back", seed)
     assert [name for name, _ in back] == names[:-1]
     assert [answer for _, answer in back] in [answers[:i] + answers[i + 1 :] for i in range(7)]
