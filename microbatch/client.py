@@ -274,7 +274,8 @@ class Microbatcher:
         if timeout is not None:
             at_least(0, timeout=timeout)
         bypass = False
-        if not collector.room.free:
+        room = collector.room
+        if room.taken >= room.size or room.waiting:  # spelled out: `room.free` is a call
             timeout, bypass = await self._when_full(timeout)
         try:
             ticket = collector.accept(messages, options, timeout, bypass=bypass)

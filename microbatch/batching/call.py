@@ -219,20 +219,11 @@ class Calls:
 
     def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
         """Hand *answers*, pairs of position and decoded answer, to their callers."""
-        now, exchange, tickets, sizes = self._now(), batch.exchange, batch.tickets, batch.answer_bytes
-        limit = tickets[0].spec.max_tokens  # equal in a lane
-        answered: list[tuple[Ticket, Any, str]] = []
-        for index, (output, text) in answers:
-            ticket = tickets[index]
-            sizes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-            if ticket.future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
-                continue
-            answered.append((ticket, output, text))
-        self._answer(answered, exchange, now)
-        exchange.waiting -= len(answered)
+        exchange = batch.exchange
+        limit = batch.tickets[0].spec.max_tokens  # equal in a lane
+        exchange.waiting -= self._answer(batch.tickets, answers, exchange, batch.answer_bytes, limit)
         if not exchange.waiting and batch.call.stream:
-            exchange.linger(now)
-        self._settled(len(answered))
+            exchange.linger(self._now())
 
     def _longer_than(self, text: str, limit: int) -> bool:
         try:
@@ -283,9 +274,8 @@ class Calls:
             if completion is None:
                 return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
-            if error is None and not ticket.future.done():
-                self._answer([(ticket, output, text)], exchange, self._now(), completion.body)
-                self._settled(1)
+            if error is None:
+                self._answer([ticket], [(0, (output, text))], exchange, [0], None, completion.body)
             self._books.divide_alone(ticket, completion)
             return error
         finally:
@@ -325,18 +315,34 @@ class Calls:
 
     def _answer(
         self,
-        answers: Iterable[tuple[Ticket, Any, str]],
+        tickets: Sequence[Ticket],
+        answers: Iterable[Answer],
         exchange: Exchange,
-        now: float,
+        sizes: list[int],
+        limit: int | None,
         body: dict[str, Any] | None = None,
-    ) -> None:
-        """Hand callers their answers (ticket, output and text of each), with an estimate of what they cost."""
+    ) -> int:
+        """Hand callers their answers, with an estimate of what they cost; return how many have been answered.
+
+        Args:
+            tickets: The requests of the call.
+            answers: Position among them, and output and text, of each answer.
+            exchange: The call.
+            sizes: Takes the bytes of each answer's text.
+            limit: Tokens beyond which an answer is not handed out, or None.
+            body: The endpoint's JSON of a single call, or None.
+        """
+        now, answered = self._now(), 0
         route, price, size, sent = exchange.route, exchange.price, exchange.size, exchange.sent
         wait = exchange.wait  # one bound method for all
-        for ticket, output, text in answers:
+        for index, (output, text) in answers:
+            ticket = tickets[index]
+            sizes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+            if ticket.future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
+                continue
             spec, created = ticket.spec, ticket.created
             # A token is about 4 bytes of English; this stands only until the call has ended.
-            usage = Usage((spec.shared_chars // size + len(ticket.line)) // 4, len(text) // 4 + 1, 0, True)
+            usage = Usage((spec.shared_chars // size + len(ticket.line)) // 4, length // 4 + 1, 0, True)
             if ticket.usage is not None:
                 usage = ticket.usage + usage
             # By position, in the order of the fields: this is on every answer's path.
@@ -358,3 +364,6 @@ class Calls:
             ticket.future.set_result(reply)
             if ticket.timer is not None:
                 ticket.timer.cancel()
+            answered += 1
+        self._settled(answered)
+        return answered

@@ -226,12 +226,12 @@ class Collector:
             # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
             if lane is None or lane.spec.key != key:
                 lane = self._latest = self._lanes.get(key) or self._open_lane(spec_of(messages, options, key))
-            due_at = NEVER
+            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens)
             if on_taken is None:
                 wait = self._policy.low_max_wait if options.low else self._policy.max_wait
-                due_at = now + (wait if timeout is None else min(wait, timeout / 2))
-            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, due_at)
-            ticket.on_taken = on_taken
+                ticket.due_at = now + (wait if timeout is None else min(wait, timeout / 2))
+            else:
+                ticket.on_taken = on_taken
             if bypass or options.high:
                 self._queue_alone(ticket, AloneReason.BYPASS if bypass else AloneReason.HIGH)
                 self._drop_if_abandoned(lane)
@@ -244,7 +244,9 @@ class Collector:
                 lane.add(ticket)
                 if not lane.queued:
                     self._consider(lane)
-        self._take_place()
+        if not self.room.taken:
+            self._quiet.clear()
+        self.room.taken += 1
         self._ledger.items += 1
         if timeout is not None:
             ticket.deadline = now + timeout
@@ -255,11 +257,6 @@ class Collector:
         learned = self._memory.of(spec.key)
         lane = self._lanes[spec.key] = Lane(spec, learned, self._budgets.of(spec, learned), self._count)
         return lane
-
-    def _take_place(self) -> None:
-        if not self.room.taken:
-            self._quiet.clear()
-        self.room.taken += 1
 
     def _too_long(self, ticket: Ticket, lane: Lane) -> bool:
         """Whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
@@ -394,7 +391,8 @@ class Collector:
         outcome = await self._calls.batch(batch)
         if outcome.ending == "complete" and not outcome.open:
             batch.learned.grow(outcome.asked, self._policy.max_batch_size)
-        await self._fallback.recover(outcome, batch.learned)
+        if outcome.open or outcome.ending == "length":
+            await self._fallback.recover(outcome, batch.learned)
 
     async def _answer_alone(self, ticket: Ticket) -> None:
         error = await self._calls.single(ticket)
@@ -403,7 +401,9 @@ class Collector:
 
     def _call_ended(self, lane: Lane) -> None:
         lane.in_flight -= 1
-        lane.rebudget(self._budgets.of(lane.spec, lane.learned))
+        if lane.learned.revised:
+            lane.learned.revised = False
+            lane.rebudget(self._budgets.of(lane.spec, lane.learned))
         if lane.due is None and lane.live and not lane.in_flight and self._heeds_idle(lane):
             lane.owe(FlushReason.IDLE)
         if lane.due is not None:
@@ -419,7 +419,8 @@ class Collector:
         Raises:
             ShutDown: The batcher closed before a slot was free.
         """
-        self._take_place()
+        self._quiet.clear()
+        self.room.taken += 1
         try:
             async with self.scheduler.borrow():
                 yield

@@ -50,8 +50,6 @@ class Fallback:
 
     async def recover(self, outcome: Outcome, learned: Learned) -> None:
         """See to it that every request that *outcome* left open ends, with an answer or an error."""
-        if not outcome.open and outcome.ending != "length":
-            return
         recovery = _Recovery(self._calls, learned, self._fail, self._shuffle, self._policy.max_concurrent)
         await recovery.after(outcome, may_combine=True)
 

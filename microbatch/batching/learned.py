@@ -26,6 +26,7 @@ class Learned(msgspec.Struct):
         answer_tokens: Their 95th percentile, as of the latest ranking.
         unranked: Answers recorded since.
         framing: What surrounds its requests, measured on the first batch, or None.
+        revised: Whether the batch size or the percentile has changed since the lane's budget was worked out.
         alone: Requests in a row that were too long to travel with others.
     """
 
@@ -34,6 +35,7 @@ class Learned(msgspec.Struct):
     answer_tokens: int = 32
     unranked: int = _RANK_AFTER
     framing: Framing | None = None
+    revised: bool = False
     alone: int = 0
 
     def record_answers(self, tokens: Sequence[int]) -> None:
@@ -45,15 +47,18 @@ class Learned(msgspec.Struct):
         self.unranked = 0
         ranked = sorted(self.answers)
         self.answer_tokens = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
+        self.revised = True
 
     def halve(self, asked: int) -> None:
         """A reply to *asked* requests was cut off by the token limit: ask for half as many from now on."""
         self.batch_size = max(1, min(asked, self.batch_size or asked) // 2)
+        self.revised = True
 
     def grow(self, asked: int, limit: int) -> None:
         """A reply to *asked* requests was complete: if that was a full batch of a halved lane, allow one more."""
         if self.batch_size is not None and asked >= self.batch_size:
             self.batch_size = self.batch_size + 1 if self.batch_size + 1 < limit else None
+            self.revised = True
 
 
 class Memory:

@@ -21,18 +21,20 @@ class Room:
 
     Attributes:
         taken: How many there are.
+        size: As given.
+        waiting: Who waits, in order of arrival.
     """
 
     def __init__(self, size: int, emptied: Callable[[], None]) -> None:
         self.taken = 0
-        self._size = size
+        self.size = size
         self._emptied = emptied
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self.waiting: deque[asyncio.Future[None]] = deque()
 
     @property
     def free(self) -> bool:
         """Whether another request may come in without waiting or jumping a queue."""
-        return self.taken < self._size and not self._waiting
+        return self.taken < self.size and not self.waiting
 
     async def wait(self, timeout: float | None) -> None:
         """Wait, in order of arrival, until one more request may come in; it has to in the very step of the return.
@@ -42,7 +44,7 @@ class Room:
             BatcherClosed: The batcher closed first.
         """
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        self.waiting.append(place)
         try:
             async with asyncio.timeout(timeout):
                 await place
@@ -64,22 +66,22 @@ class Room:
     def leave(self, count: int) -> None:
         """*count* requests have settled."""
         self.taken -= count
-        if self._waiting:
+        if self.waiting:
             self.offer()
         if not self.taken:
             self._emptied()
 
     def offer(self) -> None:
         """Give free places to those who have waited longest for one."""
-        while self._waiting and self.taken < self._size:
-            place = self._waiting.popleft()
+        while self.waiting and self.taken < self.size:
+            place = self.waiting.popleft()
             if not place.done():
                 place.set_result(None)
                 self.taken += 1
 
     def close(self) -> None:
         """Send away whoever waits."""
-        while self._waiting:
-            place = self._waiting.popleft()
+        while self.waiting:
+            place = self.waiting.popleft()
             if not place.done():
                 place.set_exception(BatcherClosed("the batcher closed before there was room for this request"))
