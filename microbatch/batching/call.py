@@ -51,35 +51,43 @@ class Exchange:
         sent: Loop time at which it was sent.
         price: What prices its usage, or None if that is unknown.
         ended: Whether it is over and its cost divided.
-        scope: What cancels it, while it is being sent.
+        task: The task that sends it, while it does.
+        stopped: Whether the sending was cancelled because nobody waits any more.
     """
 
-    __slots__ = ("_ended", "ended", "price", "route", "scope", "sent", "size", "waiting")
+    __slots__ = ("_ended", "ended", "price", "route", "sent", "size", "stopped", "task", "waiting")
 
     def __init__(self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None) -> None:
         self.waiting = self.size = size
         self.route: Route = route
         self.sent = sent
         self.price = price
-        self.scope: asyncio.Timeout | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.stopped = False
         self.ended = False
         self._ended: anyio.Event | None = None
 
-    def linger(self, now: float) -> None:
+    def linger(self) -> None:
         """Everyone has been answered: only the usage is still of interest, for a while."""
-        if self.scope is not None:
+        if self.task is not None:
             # In the next turn: a reply that comes in one piece mostly ends in this one, and the timer would be for nothing.
-            asyncio.get_running_loop().call_soon(self._linger, now + USAGE_PATIENCE)
+            asyncio.get_running_loop().call_soon(self._linger)
 
-    def _linger(self, until: float) -> None:
-        if self.scope is not None and not self.scope.expired():
-            self.scope.reschedule(until)
+    def _linger(self) -> None:
+        if self.task is not None:
+            self.task.get_loop().call_later(USAGE_PATIENCE, self._stop)
 
     def abandoned(self) -> None:
         """One caller left without an answer; the last one takes the call with it."""
         self.waiting -= 1
-        if self.waiting <= 0 and self.scope is not None and not self.scope.expired():
-            self.scope.reschedule(0.0)
+        if self.waiting <= 0 and self.task is not None:
+            self.task.get_loop().call_soon(self._stop)
+
+    def _stop(self) -> None:
+        # Called by the loop only, never from within the task: so the cancellation lands where the task waits, in `send`.
+        if self.task is not None and not self.stopped:
+            self.stopped = True
+            self.task.cancel()
 
     def end(self) -> None:
         """The call is over and its cost divided."""
@@ -223,7 +231,7 @@ class Calls:
         limit = batch.tickets[0].spec.max_tokens  # equal in a lane
         exchange.waiting -= self._answer(batch.tickets, answers, exchange, batch.answer_bytes, limit)
         if not exchange.waiting and batch.call.stream:
-            exchange.linger(self._now())
+            exchange.linger()
 
     def _longer_than(self, text: str, limit: int) -> bool:
         try:
@@ -293,16 +301,21 @@ class Calls:
 
         if exchange.waiting <= 0:
             return None, None  # everybody left before the task of this call got its turn
-        scope = exchange.scope = asyncio.timeout(None)
+        # A scope of our own: this is on every batch's path, and `asyncio.timeout` would be 1 % of a burst. The rules are the same.
+        task = exchange.task = asyncio.current_task()
+        asked_before = task.cancelling() if task is not None else 0
         try:
-            async with scope:
-                return await self._send(call, on_text, on_attempt), None
+            return await self._send(call, on_text, on_attempt), None
         except RequestFailed as error:
             return None, error
-        except TimeoutError:
+        except asyncio.CancelledError:
+            if not exchange.stopped or task is None or task.cancelling() > asked_before + 1:
+                raise  # somebody else wants the task to end
             return None, None  # nobody waits any more
         finally:
-            exchange.scope = None
+            exchange.task = None
+            if exchange.stopped and task is not None:
+                task.uncancel()
 
     def _remaining(self, tickets: list[Ticket]) -> float | None:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
