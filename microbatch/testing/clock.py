@@ -48,6 +48,11 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         """Return the virtual time in seconds."""
         return self._now
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Wait for the threads of `asyncio.to_thread` in real time; a timeout of virtual time would be over at once."""
+        del timeout
+        await super().shutdown_default_executor()
+
     def advance(self, seconds: float) -> None:
         """Put the clock forward. Timers that fall due run at the loop's next turn."""
         self._now += seconds

@@ -61,7 +61,8 @@ def test_what_was_optional_is_required_and_words_beside_a_reference_survive() ->
     assert schema["properties"]["default"] == {"type": "integer"}
     assert schema["properties"]["kind"]["description"] == "the shelf"
     assert schema["properties"]["kind"]["type"] == "object"
-    assert schema["description"] == "A product.\n\n    As in the catalogue."
+    # From Python 3.13 on the compiler dedents docstrings.
+    assert schema["description"].split() == ["A", "product.", "As", "in", "the", "catalogue."]
 
 
 class Tree(Struct):
