@@ -392,7 +392,10 @@ KINDS = (
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 10_000),
     labels=st.lists(
-        st.sampled_from([*LABELS, 'a "quoted" one', "ünï\u2028", "\\", "{}", "a\nb"]), min_size=5, max_size=5
+        # No "}" that a stray quote can come to stand before: that makes a sound element of another answer, and nobody can tell.
+        st.sampled_from([*LABELS, 'a "quoted" one', "ünï\u2028", "\\", "{x", "a\nb"]),
+        min_size=5,
+        max_size=5,
     ),
     cuts=CUTS,
     early=st.booleans(),
