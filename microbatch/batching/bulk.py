@@ -131,12 +131,13 @@ class _Run:
         if self._collector.closing:
             self._end_source(BatcherClosed("the batcher closed while map() was reading its source"))
         if self._sync is None:
-            if self._has_room:
+            if self._pending < self._max_pending:
                 self._feeder_room.set()
             return
         if not self._exhausted and not self._pending and not self._collector.room.free:
             await self._collector.room.wait(None)
             self._take_one()
+            self._collector.room.offer()  # to the next who waits, if the source had nothing more
         while True:
             for _ in range(_SLICE):
                 if self._exhausted or not self._has_room:
@@ -168,12 +169,16 @@ class _Run:
         self._feeder = asyncio.current_task()
         try:
             while not self._left:
-                while not self._has_room and not self._left:
+                while self._pending >= self._max_pending and not self._left:
                     self._feeder_room.clear()
                     await self._feeder_room.wait()
                 self._note_activity()
                 item = await anext(iterator)
-                if not self._left:
+                if not self._collector.room.free:
+                    await self._collector.room.wait(None)
+                if self._left:
+                    self._collector.room.offer()  # to the next who waits, if a place was kept for this item
+                else:
                     self._queue(item)
         except StopAsyncIteration:
             self._end_source(None)

@@ -186,3 +186,36 @@ async def test_a_source_that_cannot_be_iterated_is_refused():
             batcher.map(3)
         with pytest.raises(mb.ConfigError, match="max_pending"):
             batcher.map([], max_pending=0)
+
+
+async def test_an_async_source_gets_its_turn_when_others_fill_the_batcher():
+    transport = ScriptedTransport(delay=1.0)
+
+    async def source():
+        for n in range(4):
+            yield ask(f"m{n}")
+
+    async with batcher_for(transport, max_queued=2) as batcher:
+        submits = [asyncio.ensure_future(batcher.submit(ask(f"s{n}"))) for n in range(6)]
+        await asyncio.sleep(0)
+        results = await collect(batcher.map(source()))
+        await asyncio.gather(*submits)
+    assert sorted(result.reply.output for result in results) == ["M0", "M1", "M2", "M3"]
+
+
+async def test_places_freed_by_cancelled_callers_reach_a_waiting_map():
+    transport = ScriptedTransport(delay=1.0)
+
+    async def source():
+        for n in range(3):
+            yield ask(f"m{n}")
+
+    for make in (source, lambda: [ask(f"m{n}") for n in range(3)]):
+        async with batcher_for(transport, max_queued=2, idle="wait", max_wait=1_000) as batcher:
+            submits = [asyncio.ensure_future(batcher.submit(ask(f"s{n}"))) for n in range(2)]
+            await asyncio.sleep(0)
+            bulk = asyncio.ensure_future(collect(batcher.map(make())))
+            await asyncio.sleep(5)
+            for task in submits:
+                task.cancel()
+            assert len(await bulk) == 3
