@@ -72,7 +72,8 @@ class SimulatedEndpoint(SimulatedModel):
         """What a client is given as its base URL; known once the server listens."""
         if not self.port:
             raise ConfigError("a SimulatedEndpoint has no base_url before it is opened")
-        return f"http://{self.host}:{self.port}/v1"
+        host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986 wants IPv6 in brackets
+        return f"http://{host}:{self.port}/v1"
 
     async def open(self) -> None:
         """Listen.
