@@ -151,12 +151,11 @@ class Microbatcher:
             grace: Seconds to wait for answers. None waits as long as deadlines and timeouts allow.
         """
         at_least(0, grace=grace)
-        if self._loop is None or self._closed is None:
+        if self._host is None or self._closed is None:
             return
         self._check_loop()
         self._collector.close(grace)
-        if self._host is not None:
-            await asyncio.shield(self._closed)
+        await asyncio.shield(self._closed)
 
     async def __aenter__(self) -> Self:
         return await self.open()

@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import functools
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from microbatch.batching.budget import FlushReason
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _SLICE = 256
 """Requests read from a source before the event loop gets its turn; reading one takes some 10 microseconds."""
+
+_CLOSED = "the batcher closed while map() was reading its source"
 
 
 async def bulk(
@@ -129,7 +131,7 @@ class _Run:
     async def take_in(self) -> None:
         """Take from a plain iterator what there is room for; an async one feeds itself."""
         if self._collector.closing:
-            self._end_source(BatcherClosed("the batcher closed while map() was reading its source"))
+            self._end_source(BatcherClosed(_CLOSED))
         if self._sync is None:
             if self._pending < self._max_pending:
                 self._feeder_room.set()
@@ -176,15 +178,20 @@ class _Run:
                 item = await anext(iterator)
                 if not self._collector.room.free:
                     await self._collector.room.wait(None)
+                if self._collector.closing:
+                    self._end_source(BatcherClosed(_CLOSED))
+                    break
                 if self._left:
                     self._collector.room.offer()  # to the next who waits, if a place was kept for this item
                 else:
                     self._queue(item)
+            if isinstance(iterator, AsyncGenerator):
+                await iterator.aclose()  # nobody will ask it again, so its `finally` is due
         except StopAsyncIteration:
             self._end_source(None)
         except asyncio.CancelledError:
             if not self._left:
-                self._end_source(BatcherClosed("the batcher closed while map() was reading its source"))
+                self._end_source(BatcherClosed(_CLOSED))
                 raise
         except Exception as error:  # noqa: BLE001 the user's own; raised once, after the results of what was taken
             self._end_source(error)

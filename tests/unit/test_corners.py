@@ -134,7 +134,7 @@ async def test_closing_ends_an_async_source_of_map():
         finally:
             closed.append(True)
 
-    batcher = await batcher_for(ScriptedTransport(delay=0.5), low_max_wait=0.1).open()
+    batcher = await batcher_for(ScriptedTransport(delay=3), low_max_wait=0.1).open()
     seen = []
 
     async def consume():
@@ -144,9 +144,13 @@ async def test_closing_ends_an_async_source_of_map():
     task = asyncio.ensure_future(consume())
     await asyncio.sleep(5)
     await batcher.aclose()
+    assert asyncio.get_running_loop().time() == 8.0, (
+        "nothing is taken in once the door is shut, so nothing waits out the grace"
+    )
     with pytest.raises(mb.BatcherClosed):
         await task
     assert seen
+    assert all(result.reply is not None for result in seen)
     assert closed == [True]
 
 
@@ -206,3 +210,17 @@ def test_errors_keep_bodies_out_of_pickles():
     twin = pickle.loads(pickle.dumps(error))
     assert (twin.status, twin.attempts, str(twin)) == (400, 2, "endpoint answered 400")
     assert twin.body == ""
+
+
+async def test_what_never_opened_has_nothing_to_close():
+    class Broken(ScriptedTransport):
+        async def open(self):
+            raise mb.ConfigError("no")
+
+    batcher = batcher_for(Broken())
+    await batcher.aclose()
+    with pytest.raises(mb.ConfigError, match="no"):
+        await batcher.open()
+    await batcher.aclose()
+    with pytest.raises(mb.BatcherClosed):
+        await batcher.submit(ask("x"))
