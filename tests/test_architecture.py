@@ -46,6 +46,7 @@ WAITING = [
     "batching.bulk",
     "batching.call",
     "batching.collector",
+    "batching.exchange",
     "batching.fallback",
     "batching.room",
     "batching.scheduler",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from microbatch.accounting.stats import Ledger
-    from microbatch.batching.call import Batch, Exchange
+    from microbatch.batching.exchange import Batch, Exchange
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import Completion
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
-import anyio
-
 from microbatch.batching.budget import output_reserve
-from microbatch.batching.demultiplexer import Demultiplexer
+from microbatch.batching.exchange import Batch, Exchange
 from microbatch.batching.prompt import compose, instruction
 from microbatch.batching.ticket import AloneReason
 from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, read_alone
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
     from microbatch.messages import Route
     from microbatch.protocols import Completion
 
-USAGE_PATIENCE = 2.0
-"""Seconds that the rest of a reply is read for its usage once every caller has been answered."""
-
 
 class Send(Protocol):
     """See `microbatch.transports.retry.Sender.send`."""
@@ -39,93 +34,6 @@ class Send(Protocol):
     ) -> Completion:
         """Send *call* until it succeeds or fails for good."""
         ...
-
-
-class Exchange:
-    """A call under way, how many callers still wait for it, and what their replies say of it.
-
-    Attributes:
-        waiting: Callers that have neither been answered nor left.
-        size: Requests it carries.
-        route: What their replies name as their route.
-        sent: Loop time at which it was sent.
-        price: What prices its usage, or None if that is unknown.
-        ended: Whether it is over and its cost divided.
-        task: The task that sends it, while it does.
-        stopped: Whether the sending was cancelled because nobody waits any more.
-    """
-
-    __slots__ = ("_ended", "ended", "price", "route", "sent", "size", "stopped", "task", "waiting")
-
-    def __init__(self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None) -> None:
-        self.waiting = self.size = size
-        self.route: Route = route
-        self.sent = sent
-        self.price = price
-        self.task: asyncio.Task[Any] | None = None
-        self.stopped = False
-        self.ended = False
-        self._ended: anyio.Event | None = None
-
-    def linger(self) -> None:
-        """Everyone has been answered: only the usage is still of interest, for a while."""
-        if self.task is not None:
-            # In the next turn: a reply that comes in one piece mostly ends in this one, and the timer would be for nothing.
-            asyncio.get_running_loop().call_soon(self._linger)
-
-    def _linger(self) -> None:
-        if self.task is not None:
-            self.task.get_loop().call_later(USAGE_PATIENCE, self._stop)
-
-    def abandoned(self) -> None:
-        """One caller left without an answer; the last one takes the call with it."""
-        self.waiting -= 1
-        if self.waiting <= 0 and self.task is not None:
-            self.task.get_loop().call_soon(self._stop)
-
-    def _stop(self) -> None:
-        # Called by the loop only, never from within the task: so the cancellation lands where the task waits, in `send`.
-        if self.task is not None and not self.stopped:
-            self.stopped = True
-            self.task.cancel()
-
-    def end(self) -> None:
-        """The call is over and its cost divided."""
-        self.ended = True
-        if self._ended is not None:
-            self._ended.set()
-
-    async def wait(self) -> None:
-        """Wait until the call is over and its cost divided."""
-        if not self.ended:
-            if self._ended is None:
-                self._ended = anyio.Event()
-            await self._ended.wait()
-
-
-class Batch:
-    """A combined call, composed and ready to go."""
-
-    __slots__ = ("answer_bytes", "call", "demultiplexer", "exchange", "heard", "ids", "learned", "tickets")
-
-    def __init__(
-        self,
-        tickets: list[Ticket],
-        ids: list[str],
-        call: ChatCall,
-        learned: Learned,
-        exchange: Exchange,
-        *,
-        early: bool,
-    ) -> None:
-        self.tickets = tickets
-        self.ids = ids
-        self.call = call
-        self.learned = learned
-        self.exchange = exchange
-        self.demultiplexer = Demultiplexer(ids, [ticket.answer.decode for ticket in tickets], early=early)
-        self.answer_bytes = [0] * len(tickets)
-        self.heard = False  # whether any text has come
 
 
 class Calls:

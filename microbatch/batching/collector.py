@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from microbatch.accounting.stats import Ledger
-    from microbatch.batching.call import Batch, Calls
+    from microbatch.batching.call import Calls
+    from microbatch.batching.exchange import Batch
     from microbatch.batching.fallback import Fallback
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Spec

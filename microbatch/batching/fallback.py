@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _WORTH_ASKING_TOGETHER = 1 / 4
 
+_shuffle = secrets.SystemRandom().shuffle
+
 
 class Fallback:
     """Asks again for what combined calls left open.
@@ -46,11 +48,10 @@ class Fallback:
         self._calls = calls
         self._policy = policy
         self._fail = fail
-        self._shuffle: Callable[[list[Ticket]], None] = secrets.SystemRandom().shuffle
 
     async def recover(self, outcome: Outcome, learned: Learned) -> None:
         """See to it that every request that *outcome* left open ends, with an answer or an error."""
-        recovery = _Recovery(self._calls, learned, self._fail, self._shuffle, self._policy.max_concurrent)
+        recovery = _Recovery(self._calls, learned, self._fail, self._policy.max_concurrent)
         await recovery.after(outcome, may_combine=True)
 
 
@@ -62,13 +63,11 @@ class _Recovery:
         calls: Calls,
         learned: Learned,
         fail: Callable[[Ticket, RequestFailed], None],
-        shuffle: Callable[[list[Ticket]], None],
         max_concurrent: int,
     ) -> None:
         self._calls = calls
         self._learned = learned
         self._fail = fail
-        self._shuffle = shuffle
         self._at_once = anyio.Semaphore(max_concurrent)
 
     async def after(self, outcome: Outcome, *, may_combine: bool) -> None:
@@ -84,7 +83,7 @@ class _Recovery:
         elif outcome.ending == "refused":
             await self._halves(tickets)
         elif may_combine and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
-            self._shuffle(tickets)
+            _shuffle(tickets)
             await self._together(_chunks(tickets, max(1, outcome.asked // 2)))
         else:
             await self._together([[ticket] for ticket in tickets])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microbatch.batching.budget import MAX_COUNTED_CHARS
 from microbatch.batching.prompt import draw_endings, instruction
 from microbatch.messages import Usage
 
@@ -29,9 +30,6 @@ _SAMPLE = 4
 
 # Random ids that are counted, because those of one batch may be longer or shorter than most: a label is not much longer.
 _IDS = 1_024
-
-# Characters of a text that are counted; a longer one would hold up the event loop.
-_LONG = 16_384
 
 # A report this close to our count plus the schema shows that the endpoint charges the schema as prompt.
 _SCHEMA_CHARGED = 0.7
@@ -128,7 +126,7 @@ def _count_shared(call: ChatCall, count: Callable[[str], int]) -> float:
     tokens = float(_PRIMING_TOKENS + _MESSAGE_TOKENS * len(call.messages))
     for message in call.messages[:-1]:
         text = str(message["content"])
-        head = text[:_LONG]
+        head = text[:MAX_COUNTED_CHARS]
         tokens += count(head) * len(text) / max(1, len(head))
     return tokens
 
@@ -139,7 +137,7 @@ def _elements(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[st
     elements: list[str] = []
     alone = length = 0
     for name, ticket in zip(ids, tickets, strict=True):
-        if ticket.reply is not None and length < _LONG:
+        if ticket.reply is not None and length < MAX_COUNTED_CHARS:
             text = ticket.reply.text
             answer = msgspec.json.encode(text).decode() if ticket.answer.is_text else text
             names.append(name)

@@ -20,13 +20,11 @@ class Sender:
     """Sends calls through *transport*, and again at once when a refusal taught it how to send them better.
 
     Attributes:
-        attempts: Attempts made, all calls together.
-        repeats: Those that repeated a failed attempt of the same call.
+        repeats: Attempts that repeated a failed attempt of the same call.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self.attempts = 0
         self.repeats = 0
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None]) -> Completion:
@@ -42,7 +40,6 @@ class Sender:
         """
         lessons = 0
         while True:
-            self.attempts += 1
             on_attempt()
             try:
                 return await self._transport.send(call, on_text)
