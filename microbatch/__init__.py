@@ -28,8 +28,8 @@ from microbatch.errors import (
     TransportTimeout,
     TruncatedReply,
 )
-from microbatch.messages import Message, Reply, Request, Result, Usage
-from microbatch.policy import FallbackPolicy, FlushPolicy
+from microbatch.messages import Limits, Message, Reply, Request, Result, Usage
+from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import ChatCall, Completion, Transport
 from microbatch.transports.openai_chat import OpenAIChat
 
@@ -46,6 +46,7 @@ __all__ = [
     "FallbackPolicy",
     "Filtered",
     "FlushPolicy",
+    "Limits",
     "MalformedAnswer",
     "Message",
     "MicrobatchError",
@@ -62,6 +63,7 @@ __all__ = [
     "Request",
     "RequestFailed",
     "Result",
+    "RetryPolicy",
     "ServerError",
     "ShutDown",
     "Stats",

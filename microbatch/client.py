@@ -102,7 +102,7 @@ class Microbatcher:
             settled=self._collector.settled,
             draw=draw_ids,
             now=lambda: self._loop.time() if self._loop is not None else 0.0,
-            early=fallback.resolve != "verified",
+            early=fallback.early,
         )
         self._collector.wire(calls, Fallback(calls, fallback, self._collector.fail))
         self._loop: asyncio.AbstractEventLoop | None = None

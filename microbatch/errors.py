@@ -7,7 +7,10 @@ Everything derives from `MicrobatchError`. All that can end an accepted submit d
 from __future__ import annotations
 
 import re
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from microbatch.messages import Limits
 
 MAX_BODY_CHARS = 2_048
 """Provider bodies and raw replies are kept to this length, so that an error stays cheap to hold."""
@@ -100,6 +103,8 @@ class StatusError(TransportError):
         body: The answer's body, at most 2 KB, keys masked. It may quote the prompt, so it is in neither `str` nor pickles.
         again: The transport learned from this refusal and will send the same call differently; sending again at once is
             worthwhile and is not a retry.
+        should_retry: What the endpoint itself says about trying again (`x-should-retry`), or None if nothing.
+        limits: What the endpoint said of its rate limits, or None.
     """
 
     def __init__(
@@ -113,6 +118,8 @@ class StatusError(TransportError):
         retry_after: float | None = None,
         body: str = "",
         again: bool = False,
+        should_retry: bool | None = None,
+        limits: Limits | None = None,
         attempts: int = 0,
     ) -> None:
         super().__init__(message, attempts=attempts)
@@ -123,6 +130,8 @@ class StatusError(TransportError):
         self.retry_after = retry_after
         self.body = mask(body)
         self.again = again
+        self.should_retry = should_retry
+        self.limits = limits
 
 
 class BadRequest(StatusError):

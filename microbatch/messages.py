@@ -42,6 +42,26 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
         )
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What an endpoint says of its rate limits; None where it says nothing.
+
+    Attributes:
+        limit_requests: Requests allowed a minute.
+        remaining_requests: Requests that may still be sent now.
+        reset_requests: Seconds until `remaining_requests` is back at `limit_requests`.
+        limit_tokens: Tokens allowed a minute.
+        remaining_tokens: Tokens that may still be spent now.
+        reset_tokens: Seconds until `remaining_tokens` is back at `limit_tokens`.
+    """
+
+    limit_requests: int | None = None
+    remaining_requests: int | None = None
+    reset_requests: float | None = None
+    limit_tokens: int | None = None
+    remaining_tokens: int | None = None
+    reset_tokens: float | None = None
+
+
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One chat message. Plain dicts do as well, and may hold any further field an endpoint knows.
 

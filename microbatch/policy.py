@@ -11,6 +11,7 @@ from microbatch.errors import ConfigError
 WhenFull = Literal["wait", "reject", "bypass"]
 Idle = Literal["flush", "wait"]
 Resolve = Literal["stream", "verified"]
+Merge = Literal["always", "when-cheaper"]
 
 
 def at_least(minimum: float, **settings: float | None) -> None:
@@ -67,6 +68,9 @@ class FlushPolicy:
             alone at once if a call may start, else `Overloaded`.
         idle: "flush" sends a request at once when its lane has nothing under way, so batching adds no latency when it is quiet;
             "wait" always waits for company up to `max_wait`.
+        merge: "always" combines whatever may share a prompt; "when-cheaper" sends requests alone where the wrapper and the
+            framing would cost more than the shared messages save, by the model's prices (output at 4 times the input where
+            no price is known).
         low_max_wait: `max_wait` of low-priority requests, which ignore `idle`, in seconds.
 
     Raises:
@@ -82,6 +86,7 @@ class FlushPolicy:
     max_queued: int = 10_000
     when_full: WhenFull = "wait"
     idle: Idle = "flush"
+    merge: Merge = "always"
     low_max_wait: float = 2.0
 
     def __post_init__(self) -> None:
@@ -97,6 +102,40 @@ class FlushPolicy:
         at_least(0, max_wait=self.max_wait, low_max_wait=self.low_max_wait)
         one_of(WhenFull, when_full=self.when_full)
         one_of(Idle, idle=self.idle)
+        one_of(Merge, merge=self.merge)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When a call that failed is made again.
+
+    Retried are failures that time may heal: connections that fail or break, timeouts, 408, 409, 429 (but for quota and
+    billing), 5xx; the endpoint's `x-should-retry` overrides the status. A call is retried only before its first token. What
+    the endpoint asks to wait is never undercut; if it asks for more than two minutes, the call fails at once.
+
+    Args:
+        max_attempts: Most attempts of one call, the first included. 1 never retries.
+        base: Upper end of the first random delay, in seconds; it doubles with each further attempt ("full jitter", AWS
+            Architecture Blog, "Exponential Backoff And Jitter").
+        cap: Upper end of any random delay, in seconds.
+        budget: Retries allowed per first attempt, shared by all calls to the same endpoint, model and key, so that an outage
+            is not answered with a multiple of the load. Asking again after a cut stream is paid from it too.
+        reserve: Retries allowed beyond that, so that a batcher with little traffic can retry at all.
+
+    Raises:
+        ConfigError: A limit is below its minimum.
+    """
+
+    max_attempts: int = 4
+    base: float = 0.5
+    cap: float = 20.0
+    budget: float = 0.2
+    reserve: int = 10
+
+    def __post_init__(self) -> None:
+        whole(1, max_attempts=self.max_attempts)
+        whole(0, reserve=self.reserve)
+        at_least(0, base=self.base, cap=self.cap, budget=self.budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +144,28 @@ class FallbackPolicy:
 
     Args:
         resolve: "stream" answers each caller as soon as its element has arrived in order; "verified" waits for the end
-            of the reply. None means "stream".
+            of the reply. None means "stream", or "verified" with a canary.
+        canary: Whether each combined prompt ends in an item whose only right answer is a random word. A reply that gets it
+            wrong is distrusted as a whole: one item may have given orders to all, or the model may have slipped a line. It
+            costs about 50 tokens a call.
         max_concurrent: Most calls one batch's fallback has under way at once.
 
     Raises:
-        ConfigError: A limit is below its minimum or a word is unknown.
+        ConfigError: A limit is below its minimum, a word is unknown, or early answers are asked for together with a canary,
+            which can only be checked at the end.
     """
 
     resolve: Resolve | None = None
+    canary: bool = False
     max_concurrent: int = 4
 
     def __post_init__(self) -> None:
         one_of(Resolve, resolve=self.resolve)
         whole(1, max_concurrent=self.max_concurrent)
+        if self.canary and self.resolve == "stream":
+            raise ConfigError('canary=True needs resolve="verified": the canary is the last answer of a reply')
+
+    @property
+    def early(self) -> bool:
+        """Whether callers are answered while the reply still streams."""
+        return not self.canary and self.resolve != "verified"

@@ -9,7 +9,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from microbatch.messages import Usage
+    from microbatch.messages import Limits, Usage
 
 
 class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
@@ -58,6 +58,7 @@ class Completion(msgspec.Struct):
         refusal: The model's words for declining, or None.
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a call that was not streamed, or None.
+        limits: What the endpoint said of its rate limits, or None.
     """
 
     finish_reason: str | None
@@ -66,6 +67,7 @@ class Completion(msgspec.Struct):
     refusal: str | None = None
     request_id: str | None = None
     body: dict[str, Any] | None = None
+    limits: Limits | None = None
 
     def __repr__(self) -> str:
         """Tell how the call ended without the model's words."""
