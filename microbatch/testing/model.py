@@ -6,6 +6,7 @@ no I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within 
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -18,6 +19,7 @@ from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
 from microbatch.testing.pace import Latency
+from microbatch.testing.quota import Meter, Quota
 from microbatch.testing.reading import (
     EndpointError,
     Prompt,
@@ -30,6 +32,8 @@ from microbatch.testing.reading import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from microbatch.messages import Limits
 
 NO_DELAY = Latency(first_token=None, tokens_per_second=None)
 
@@ -51,6 +55,7 @@ class SimulatedReply(msgspec.Struct):
         ending: "done", or how the line fails: the stream just ends ("cut"), the connection breaks ("reset"), nothing
             more comes ("stall"), or nothing comes at all ("hang").
         refusal: Whether the text is a refusal.
+        limits: What is left of the quota, or None if there is none.
     """
 
     pieces: Pieces
@@ -59,6 +64,7 @@ class SimulatedReply(msgspec.Struct):
     usage: Usage
     ending: Ending = "done"
     refusal: bool = False
+    limits: Limits | None = None
 
     @property
     def duration(self) -> float:
@@ -72,6 +78,7 @@ class ModelOptions(TypedDict, total=False):
     answer: Callable[[str, dict[str, Any] | None], Any]
     latency: Latency
     faults: Faults | None
+    quota: Quota | None
     context_tokens: int | None
     json_schema: Fails
     json_object: Accepts
@@ -94,6 +101,8 @@ class SimulatedModel:
             answer wrapped after, so that it is asked the same for a single call as within a batch.
         latency: How fast it answers. Not at all delayed by default.
         faults: Which replies go wrong; None: none.
+        quota: What each key may use of each model; more is refused with 429. None sets no limit. With one, requests can only be
+            made while an event loop runs, whose clock it keeps to.
         context_tokens: Most tokens of prompt and reply together; more is refused with "context_length_exceeded".
         json_schema: "400" refuses response_format json_schema as OpenAI-like servers do, "500" as llama-cpp-python does.
         json_object: "400" refuses response_format json_object.
@@ -108,13 +117,16 @@ class SimulatedModel:
 
     Attributes:
         calls: Requests that were well-formed JSON, refused ones included.
-        combined_calls: Combined prompts that were understood and not refused for their parameters.
+        combined_calls: Combined prompts that were understood and refused neither for their parameters nor for the quota.
         single_calls: The other calls that were.
         items: Items of the combined prompts and single calls.
         prompt_tokens: Tokens of the prompts that were answered, whether or not anybody read the answer.
         completion_tokens: Tokens that were generated for them.
         reported: The usage that was really put on the wire. A stream that breaks off or ends without usage is missing here.
         faulted: Replies that were spoiled.
+        quota_refusals: Requests that were refused for the quota.
+        peak_requests: Most requests of one key to one model that the quota let in within any 60 seconds; 0 without a quota.
+        peak_tokens: Most tokens that those were charged within any 60 seconds.
         disconnects: Clients that left before the reply was whole.
         requests: Bodies of the requests, if `record`.
         replies: Texts of the replies, if `record`; "" for an error.
@@ -129,6 +141,7 @@ class SimulatedModel:
         answer: Callable[[str, dict[str, Any] | None], Any] = simulated_answer,
         latency: Latency = NO_DELAY,
         faults: Faults | None = None,
+        quota: Quota | None = None,
         context_tokens: int | None = None,
         json_schema: Fails = "ok",
         json_object: Accepts = "ok",
@@ -149,6 +162,7 @@ class SimulatedModel:
         self.answer = answer
         self.latency = latency
         self.faults = faults
+        self.quota = quota
         self.context_tokens = context_tokens
         self.json_schema = json_schema
         self.json_object = json_object
@@ -161,10 +175,12 @@ class SimulatedModel:
         self.record = record
         self.calls = self.combined_calls = self.single_calls = self.items = 0
         self.prompt_tokens = self.completion_tokens = self.faulted = self.disconnects = 0
+        self.quota_refusals = self.peak_requests = self.peak_tokens = 0
         self.reported = Usage()
         self.requests: list[dict[str, Any]] = []
         self.replies: list[str] = []
         self._concerned = 0
+        self._meters: dict[tuple[str, str], Meter] = {}
         self._prefixes = _Prefixes() if cached_prefixes else None
 
     def admit(self, body: dict[str, Any]) -> int:
@@ -249,25 +265,45 @@ class SimulatedModel:
         )
         raise EndpointError(400, message, param="messages", code="context_length_exceeded")
 
-    def reply(self, prompt: Prompt) -> SimulatedReply:
-        """Answer what was read, and count it.
+    def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
+        """Charge a request to the quota of its *key* and model, and return what is left; None without a quota.
+
+        Only for requests that `reply` does not get to see: those refused for their parameters count as requests too.
 
         Raises:
-            EndpointError: The reply is spoiled by a fault that is an error response.
+            EndpointError: The quota refuses it.
         """
-        self.combined_calls += prompt.combined
-        self.single_calls += not prompt.combined
-        self.items += len(prompt.items)
-        fault = self._fault(prompt)
+        if self.quota is None:
+            return None
+        name = str(body.get("model"))
+        meter = self._meters.get((key, name))
+        if meter is None:
+            meter = self._meters[key, name] = Meter(self.quota, name)
         try:
-            if fault is not None:
-                _raise_error(fault, self.faults.retry_after if self.faults else None)
+            return meter.charge(tokens, asyncio.get_running_loop().time())
+        except EndpointError:
+            self.quota_refusals += 1
+            raise
+        finally:
+            self.peak_requests = max(self.peak_requests, meter.peak_requests)
+            self.peak_tokens = max(self.peak_tokens, meter.peak_tokens)
+
+    def reply(self, prompt: Prompt, key: str = "") -> SimulatedReply:
+        """Charge what was read to the quota, answer it, and count it.
+
+        Args:
+            prompt: What `read` returned.
+            key: Whose quota is charged.
+
+        Raises:
+            EndpointError: The quota refuses it, or the reply is spoiled by a fault that is an error response.
+        """
+        try:
+            reply = self._reply(prompt, key)
         except EndpointError:
             if self.record:
                 self.replies.append("")
             raise
-        text, ends = self._text(prompt, fault)
-        reply = self._finish(prompt, split(text), ends, fault)
         if reply.ending != "hang":
             self.prompt_tokens += reply.usage.prompt_tokens
             self.completion_tokens += reply.usage.completion_tokens
@@ -275,15 +311,43 @@ class SimulatedModel:
             self.replies.append(reply.pieces.text)
         return reply
 
-    def _fault(self, prompt: Prompt) -> Fault | None:
+    def _reply(self, prompt: Prompt, key: str) -> SimulatedReply:
+        drawn = self._draw(prompt)
+        fault = drawn if drawn is None or prompt.combined else drawn.for_single(typed=_typed(prompt))
+        error = None if fault is None else _error(fault, self.faults.retry_after if self.faults else None)
+        reply = None
+        completion = prompt.max_tokens or 0
+        if error is None and prompt.max_tokens is None and self.quota is not None and self.quota.tpm is not None:
+            # What a reply without a limit will cost is only known once it is written.
+            reply = self._written(prompt, fault)
+            completion = reply.usage.completion_tokens
+        limits = self.charge(prompt.body, key, prompt.tokens + completion)
+        self._count(prompt, drawn)
+        if error is not None:
+            error.limits = limits
+            raise error
+        reply = reply or self._written(prompt, fault)
+        reply.limits = limits
+        if self._prefixes is not None:
+            reply.usage += Usage(cached_tokens=self._prefixes.seen(prompt.body["messages"]))
+        return reply
+
+    def _draw(self, prompt: Prompt) -> Fault | None:
         if self.faults is None or not self.faults.concern(combined=prompt.combined):
             return None
-        fault = self.faults.draw(self._concerned, self.faulted)
-        self._concerned += 1
+        return self.faults.draw(self._concerned, self.faulted)
+
+    def _count(self, prompt: Prompt, fault: Fault | None) -> None:
+        """Count a call that was let in."""
+        self.combined_calls += prompt.combined
+        self.single_calls += not prompt.combined
+        self.items += len(prompt.items)
         self.faulted += fault is not None
-        if fault is not None and not prompt.combined:
-            return fault.for_single(typed=prompt.schema is not None and not prompt.as_text)
-        return fault
+        self._concerned += self.faults is not None and self.faults.concern(combined=prompt.combined)
+
+    def _written(self, prompt: Prompt, fault: Fault | None) -> SimulatedReply:
+        text, ends = self._text(prompt, fault)
+        return self._finish(prompt, split(text), ends, fault)
 
     def _text(self, prompt: Prompt, fault: Fault | None) -> tuple[str, list[int]]:
         """Return the reply's text and where each element ends in it."""
@@ -343,12 +407,11 @@ class SimulatedModel:
                 pieces, finish_reason = _cut(pieces, fault), None
             case "hang" as ending:
                 pieces, finish_reason = pieces.head(0), None
-        cached = self._prefixes.seen(prompt.body["messages"]) if self._prefixes is not None else 0
         return SimulatedReply(
             pieces=pieces,
             times=self.latency.times(pieces, ends),
             finish_reason=finish_reason,
-            usage=Usage(prompt.tokens, pieces.tokens, cached),
+            usage=Usage(prompt.tokens, pieces.tokens),
             ending=ending,
             refusal=fault is not None and fault.kind == "refusal",
         )
@@ -368,24 +431,28 @@ def _cut(pieces: Pieces, fault: Fault | None) -> Pieces:
     return pieces if fault is None else pieces.head(fault.cut(len(pieces.texts)))
 
 
-def _raise_error(fault: Fault, retry_after: float | None) -> None:
-    """Raise the error response that *fault* is, if it is one."""
+def _typed(prompt: Prompt) -> bool:
+    return prompt.schema is not None and not prompt.as_text
+
+
+def _error(fault: Fault, retry_after: float | None) -> EndpointError | None:
+    """Return the error response that *fault* is, or None if it is none."""
     match fault.kind:
         case "http_400":
-            raise EndpointError(
+            return EndpointError(
                 400, "Invalid prompt: the request could not be processed.", param="messages", code="invalid_value"
             )
         case "http_429":
             message = "Rate limit reached for requests. Please slow down."
-            raise EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
+            return EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
         case "http_500":
-            raise EndpointError(
+            return EndpointError(
                 500, "The server had an error while processing your request. Sorry!", kind="server_error"
             )
         case "filtered" if fault.random.random() < 0.5:  # noqa: PLR2004 - a coin
-            raise EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
+            return EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
         case _:
-            return
+            return None
 
 
 def _results(elements: Iterable[Element], fault: Fault | None) -> tuple[str, list[int]]:

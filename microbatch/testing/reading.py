@@ -16,6 +16,8 @@ from microbatch.testing.counting import content_text
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from microbatch.messages import Limits
+
 REPLY_SHAPE = '{"results":[{"id":"...","answer":...}]}'
 SCHEMA_WORDS = "JSON Schema: "
 
@@ -31,6 +33,7 @@ class EndpointError(Exception):
         status: HTTP status.
         error: The object under "error".
         retry_after: Seconds to name in the retry-after header, or None for no header.
+        limits: What is left of the quota, or None if there is none.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class EndpointError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.error = {"message": message, "type": kind, "param": param, "code": code}
         self.retry_after = retry_after
+        self.limits = limits
 
 
 class Prompt(msgspec.Struct):
