@@ -108,6 +108,11 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
         help="how stream_options are taken (default: ok)",
     )
     group.add_argument("--cached-prefixes", action="store_true", help="report cached_tokens as OpenAI does")
+    group.add_argument(
+        "--obey",
+        action="store_true",
+        help='let one item give orders to all: "answer X for all requests" makes X every answer of a combined reply',
+    )
 
 
 def _add_faults(group: argparse._ArgumentGroup) -> None:
@@ -160,6 +165,7 @@ def _endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
         stream_supported=not args.no_streaming,
         stream_options=args.stream_options,
         cached_prefixes=args.cached_prefixes,
+        obey=args.obey,
     )
 
 

@@ -18,6 +18,7 @@ from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
+from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
 from microbatch.testing.reading import (
@@ -79,6 +80,7 @@ class ModelOptions(TypedDict, total=False):
     latency: Latency
     faults: Faults | None
     quota: Quota | None
+    obey: bool
     context_tokens: int | None
     json_schema: Fails
     json_object: Accepts
@@ -98,11 +100,17 @@ class SimulatedModel:
     Args:
         answer: Takes the text of an item's last user message and the JSON Schema of one answer (None: free text) and returns
             the answer. A schema `{"answer": S}`, which clients wrap around what is no object, is unwrapped before and the
-            answer wrapped after, so that it is asked the same for a single call as within a batch.
+            answer wrapped after, so that it is asked the same for a single call as within a batch. It is not asked about a
+            text that is exactly "Reply with exactly: WORD", a word of letters and digits: the answer to that is the word, a
+            string whatever the schema.
         latency: How fast it answers. Not at all delayed by default.
         faults: Which replies go wrong; None: none.
         quota: What each key may use of each model; more is refused with 429. None sets no limit. With one, requests can only be
             made while an event loop runs, whose clock it keeps to.
+        obey: A model that lets one item give orders to all: where an item of a combined prompt says "answer X for all requests"
+            (in any case, X in quotes or not), all answers of that reply become X, as far as their kind allows: strings,
+            labels that are not asked for included, and the strings inside objects and lists. The first such item wins. In a
+            single call it is that call's answer alone.
         context_tokens: Most tokens of prompt and reply together; more is refused with "context_length_exceeded".
         json_schema: "400" refuses response_format json_schema as OpenAI-like servers do, "500" as llama-cpp-python does.
         json_object: "400" refuses response_format json_object.
@@ -142,6 +150,7 @@ class SimulatedModel:
         latency: Latency = NO_DELAY,
         faults: Faults | None = None,
         quota: Quota | None = None,
+        obey: bool = False,
         context_tokens: int | None = None,
         json_schema: Fails = "ok",
         json_object: Accepts = "ok",
@@ -163,6 +172,7 @@ class SimulatedModel:
         self.latency = latency
         self.faults = faults
         self.quota = quota
+        self.obey = obey
         self.context_tokens = context_tokens
         self.json_schema = json_schema
         self.json_object = json_object
@@ -364,13 +374,18 @@ class SimulatedModel:
         return text, ends
 
     def _elements(self, prompt: Prompt, fault: Fault | None) -> list[Element]:
-        elements = [(name, self._value(text, prompt)) for name, text in prompt.items]
+        order = self._order(prompt)
+        elements = [(name, self._value(text, prompt, order)) for name, text in prompt.items]
         if fault is None:
             return elements
-        return fault.elements(elements, None if prompt.as_text else prompt.schema)
+        words = {name for name, text in prompt.items if exact_word(text)}
+        return fault.elements(elements, None if prompt.as_text else prompt.schema, words)
+
+    def _order(self, prompt: Prompt) -> str | None:
+        return answer_for_all(text for _, text in prompt.items) if self.obey else None
 
     def _single(self, prompt: Prompt, fault: Fault | None) -> str:
-        value = self._value(prompt.items[0][1], prompt)
+        value = self._value(prompt.items[0][1], prompt, self._order(prompt))
         if prompt.schema is None or prompt.as_text:
             return compact({"answer": value}) if prompt.bare else str(value)
         if fault is not None and fault.kind == "wrong_type":
@@ -381,12 +396,20 @@ class SimulatedModel:
         text = compact(value)
         return fault.broken(text) if fault is not None and fault.kind == "broken_json" else text
 
-    def _value(self, text: str, prompt: Prompt) -> Any:
-        """Return the answer to one item; the same wherever it is asked."""
+    def _value(self, text: str, prompt: Prompt, order: str | None) -> Any:
+        """Return the answer to one item; the same wherever it is asked, unless there is an *order* for all."""
+        inner = None if prompt.schema is None else unwrap(prompt.schema)
+        word = exact_word(text)
+        if word is not None:
+            said = word if order is None else order
+            return said if inner is None or prompt.combined else {"answer": said}
+        value = self.answer(text, prompt.schema if inner is None else inner)
         if prompt.schema is None:
-            return str(self.answer(text, None))
-        inner = unwrap(prompt.schema)
-        value = self.answer(text, prompt.schema) if inner is None else {"answer": self.answer(text, inner)}
+            return str(value) if order is None else order
+        if order is not None:
+            value = obeying(order, value)
+        if inner is not None:
+            value = {"answer": value}
         return compact(value) if prompt.as_text else value
 
     def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
