@@ -224,6 +224,7 @@ async def test_a_refused_request_leaves_no_trace_but_its_refusal():
     # Nor do refusals use up what the faults draw from.
     await send(to, at=100)
     await send(to, at=200)
+    await refused(to, at=201)
     assert (model.faulted, len(asked)) == (2, 1)
 
 
@@ -235,8 +236,17 @@ async def test_what_is_refused_for_its_parameters_counts_as_a_request():
     assert caught.value.limits.remaining_tokens == 500
     assert caught.value.limits.reset_tokens == 0
     await send(to, max_tokens=10)
-    assert (await refused(to, params={"stream_options": {}})).retry_after == 60
+    error = await refused(to, at=30, params={"stream_options": {}})
+    # It would have cost no tokens, so theirs are free again when those of the answer are.
+    assert (error.retry_after, error.limits.reset_requests, error.limits.reset_tokens) == (30, 60, 30)
     assert (model.quota_refusals, model.single_calls) == (1, 1)
+    with pytest.raises(BadRequest) as caught:
+        await send(to, at=89, params={"stream_options": {}})
+    assert caught.value.limits.reset_tokens == 0
+    await send(to, at=95, max_tokens=10)
+    with pytest.raises(BadRequest) as caught:
+        await send(to, at=149, params={"stream_options": {}})
+    assert (caught.value.limits.reset_requests, caught.value.limits.reset_tokens) == (60, 6)
 
 
 async def test_each_key_and_each_model_has_a_quota_of_its_own():
