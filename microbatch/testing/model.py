@@ -327,8 +327,8 @@ class SimulatedModel:
         error = None if fault is None else _error(fault, self.faults.retry_after if self.faults else None)
         reply = None
         completion = prompt.max_tokens or 0
-        if error is None and prompt.max_tokens is None and self.quota is not None and self.quota.tpm is not None:
-            # What a reply without a limit will cost is only known once it is written.
+        if error is None and prompt.max_tokens is None and self.quota is not None:
+            # What a reply without a limit will cost is only known once it is written, even if it is then refused.
             reply = self._written(prompt, fault)
             completion = reply.usage.completion_tokens
         limits = self.charge(prompt.body, key, prompt.tokens + completion)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from microbatch.testing import Faults, Latency, Quota, SimulatedModel, Simulated
 from microbatch.testing.counting import prompt_tokens, split
 from microbatch.testing.quota import SLACK, WINDOW, Meter, go_duration
 from microbatch.testing.reading import EndpointError
-from microbatch.testing.wire import limit_headers
+from microbatch.testing.wire import limit_headers, wait_headers
 
 MESSAGES = [{"role": "user", "content": "Is this a thing?"}]
 PROMPT = prompt_tokens(MESSAGES)
@@ -202,6 +203,13 @@ async def test_without_a_limit_on_the_reply_its_real_length_is_charged(kind):
     assert limits.remaining_tokens == 1_000 - PROMPT - length
 
 
+async def test_tokens_are_counted_even_where_only_requests_have_a_limit():
+    to, model = transport(Quota(rpm=2))
+    first = await send(to)
+    await send(to, max_tokens=50)
+    assert model.peak_tokens == 2 * PROMPT + first.usage.completion_tokens + 50
+
+
 async def test_a_refused_request_leaves_no_trace_but_its_refusal():
     asked = []
     faults = Faults("whitespace", rate=1, on="all", limit=2)
@@ -209,10 +217,10 @@ async def test_a_refused_request_leaves_no_trace_but_its_refusal():
         quota=Quota(rpm=1), answer=lambda *item: asked.append(item) or "Yes.", faults=faults, record=True
     )
     to = SimulatedTransport(model)
-    await send(to)
+    await send(to, max_tokens=9)
     counted = (model.single_calls, model.items, model.prompt_tokens, model.completion_tokens, model.faulted)
-    await refused(to)
-    await refused(to)
+    await refused(to, max_tokens=9)
+    await refused(to, max_tokens=9)
     assert counted == (
         model.single_calls,
         model.items,
@@ -222,9 +230,9 @@ async def test_a_refused_request_leaves_no_trace_but_its_refusal():
     )
     assert (model.calls, model.quota_refusals, model.replies) == (3, 2, ["  \n ", "", ""])
     # Nor do refusals use up what the faults draw from.
-    await send(to, at=100)
-    await send(to, at=200)
-    await refused(to, at=201)
+    await send(to, at=100, max_tokens=9)
+    await send(to, at=200, max_tokens=9)
+    await refused(to, at=201, max_tokens=9)
     assert (model.faulted, len(asked)) == (2, 1)
 
 
@@ -306,6 +314,16 @@ async def test_of_what_has_no_limit_nothing_is_told():
     }
     assert (await send(transport(None)[0])).limits is None
     assert limit_headers(None) == {}
+
+
+def test_a_wait_is_told_in_seconds_and_milliseconds_rounded_up():
+    def told(wait: float | None) -> dict[str, str]:
+        return wait_headers(EndpointError(429, "", retry_after=wait))
+
+    assert told(None) == {}
+    assert told(14.7) == {"retry-after": "14.7", "retry-after-ms": "14700"}
+    assert told(0.0001) == {"retry-after": "0.001", "retry-after-ms": "1"}
+    assert told(math.inf) == {"retry-after": "inf"}
 
 
 @pytest.mark.parametrize(
