@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 from fault_proxy import Fault, FaultProxy
-from helpers import ask, batcher_for
+from helpers import ask
 
 import microbatch as mb
 from microbatch.testing import SimulatedEndpoint
@@ -19,6 +19,15 @@ HOPELESS = {"refuse", "silence"}
 MIX: tuple[Fault, ...] = get_args(Fault)
 ROUNDS = 2
 PATIENCE = 20.0
+
+
+def open_batcher(transport: mb.OpenAIChat) -> mb.Microbatcher:
+    return mb.Microbatcher(
+        transport,
+        policy=mb.FlushPolicy(max_batch_size=4, max_wait=0.005),
+        retry=mb.RetryPolicy(max_attempts=2, base=0.01),
+        tokens="bytes",
+    )
 
 
 async def ask_around(batcher: mb.Microbatcher, number: int) -> Counter[str]:
@@ -50,10 +59,10 @@ async def weather(endpoint: SimulatedEndpoint, faults: tuple[Fault, ...], seed: 
     """Ask through bad connections, then through good ones; return how it ended while they were bad."""
     async with FaultProxy(endpoint.port, faults, seed=seed) as proxy:
         chat = mb.OpenAIChat(
-            "m", base_url=proxy.base_url, api_key="k", stream=stream, timeout=0.4, idle_timeout=0.3, max_connections=6
+            "m", base_url=proxy.base_url, api_key="k", stream=stream, timeout=0.3, idle_timeout=0.25, max_connections=6
         )
         ended: Counter[str] = Counter()
-        async with asyncio.timeout(PATIENCE), batcher_for(chat, max_batch_size=4, max_wait=0.005) as batcher:
+        async with asyncio.timeout(PATIENCE), open_batcher(chat) as batcher:
             for number in range(ROUNDS):
                 ended += await ask_around(batcher, number)
             proxy.faults = ("none",)
@@ -75,18 +84,16 @@ async def test_whatever_connections_do_each_submit_ends_and_later_ones_work(
         ended = await weather(endpoint, (fault,), 7, stream=stream)
     if fault in HARMLESS:
         assert set(ended) == {"right"}
-    elif fault in HOPELESS:
-        assert set(ended) <= {"ConnectFailed", "TransportTimeout"}
     else:
-        assert set(ended) - {"right"}
+        assert set(ended) <= {"right", "ConnectFailed", "TransportTimeout", "TransportError"}
+        assert ("right" in ended) == (fault not in HOPELESS)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_every_kind_of_bad_connection_at_once(stream: bool, complaints: list[Any]) -> None:
     ended: Counter[str] = Counter()
     async with SimulatedEndpoint(answer=lambda text, schema: text.upper()) as endpoint:
-        for seed in range(4):
+        for seed in range(3):
             ended += await weather(endpoint, MIX, seed, stream=stream)
-    # The pool is small: one silent connection fails some, but the rest of them serve the others.
-    assert ended["right"] > ended.total() / 4, ended
-    assert len(ended) > 1
+    # Retries find another connection: most are answered all the same.
+    assert ended["right"] > ended.total() / 2, ended
