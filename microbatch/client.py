@@ -295,7 +295,23 @@ class Microbatcher:
         bypass = False
         room = collector.room
         if room.taken >= room.size or room.waiting:  # spelled out: `room.free` is a call
-            timeout, bypass = await self._when_full(timeout)
+            place, timer = self._when_full(timeout)
+            if place is None:
+                bypass = True
+            else:
+                start = asyncio.get_running_loop().time()
+                try:
+                    await place
+                except BaseException:
+                    room.give_up(place)
+                    raise
+                finally:
+                    if timer is not None:
+                        timer.cancel()
+                room.enter()
+                if timeout is not None:
+                    timeout = max(0.0, timeout - (asyncio.get_running_loop().time() - start))
+                del place, timer, start  # or they live as long as the request
         try:
             ticket = collector.accept(messages, options, timeout, bypass=bypass)
         except ConfigError:
@@ -310,16 +326,17 @@ class Microbatcher:
             raise
         return reply
 
-    async def _when_full(self, timeout: float | None) -> tuple[float | None, bool]:
-        """Do what the policy says when no request may be accepted; return what is left of *timeout*, and whether to bypass."""
+    def _when_full(self, timeout: float | None) -> tuple[asyncio.Future[None] | None, asyncio.TimerHandle | None]:
+        """Return what the policy says when no request may be accepted: a place to wait for and its timer, or None to bypass.
+
+        Raises:
+            Overloaded: It says neither.
+        """
         collector, when_full = self._collector, self._policy.when_full
         if when_full == "wait":
-            loop = asyncio.get_running_loop()
-            start = loop.time()
-            await collector.room.wait(timeout)
-            return None if timeout is None else max(0.0, timeout - (loop.time() - start)), False
+            return collector.room.place(timeout)
         if when_full == "bypass" and collector.scheduler.in_use < self._policy.max_concurrent_batches:
-            return timeout, True
+            return None, None
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
 
     def map(
@@ -419,7 +436,10 @@ class Microbatcher:
                 f"{type(self._transport).__name__} has no forward(): it cannot relay requests as they are"
             )
         if not self._collector.room.free:
-            await self._when_full(None)
+            if self._policy.when_full == "wait":
+                await self._collector.room.wait()
+            else:
+                self._when_full(None)
         model, cost = read_charge(body)
         async with self._collector.borrow_slot(model, headers, cost):
             self._ledger.upstream_calls += 1

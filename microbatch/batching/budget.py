@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.learned import Learned
+    from microbatch.batching.schema import AnswerType
     from microbatch.batching.ticket import Spec
     from microbatch.policy import FlushPolicy
 
@@ -65,6 +66,7 @@ class Budgets:
         self._canary_tokens = CANARY_TOKENS if canary else 0
         self._count = count
         self._preambles: dict[str, int] = {}
+        self._schemas: dict[str, tuple[int, int]] = {}
 
     def of(self, spec: Spec, learned: Learned, quota: int | None = None) -> Budget:
         """Return the budget of the lane with *spec*.
@@ -100,6 +102,19 @@ class Budgets:
             if len(self._preambles) >= _PREAMBLES:
                 self._preambles.clear()
             tokens = self._preambles[words] = self._tokens_of(instruction(words)) + self._canary_tokens
+        return tokens
+
+    def schema_tokens(self, answer: AnswerType) -> tuple[int, int]:
+        """Return the tokens of the schemas of a single and of a combined reply, counted once for each shape of answer."""
+        tokens = self._schemas.get(answer.words)
+        if tokens is None:
+            if len(self._schemas) >= _PREAMBLES:
+                self._schemas.clear()
+            single, combined = (
+                0 if schema is None else self._tokens_of(msgspec.json.encode(schema).decode())
+                for schema in (answer.single_schema, answer.batch_schema)
+            )
+            tokens = self._schemas[answer.words] = single, combined
         return tokens
 
     def _tokens_of(self, text: str) -> int:

@@ -32,7 +32,13 @@ class Send(Protocol):
     """See `microbatch.transports.retry.Sender.send`."""
 
     async def __call__(
-        self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None], permit: Any
+        self,
+        call: ChatCall,
+        on_text: Callable[[str], None],
+        *,
+        on_attempt: Callable[[], None],
+        on_cut: Callable[[Completion | None], bool],
+        permit: Any,
     ) -> Completion:
         """Send *call* until it succeeds or fails for good."""
         ...
@@ -120,17 +126,27 @@ class Calls:
 
     async def batch(self, batch: Batch) -> Outcome:
         """Send *batch*, answer whom it answers, and tell what it left open."""
-        demultiplexer, exchange = batch.demultiplexer, batch.exchange
+        exchange = batch.exchange
 
         def on_text(text: str) -> None:
             batch.heard = True
-            answers = demultiplexer.feed(text)
+            answers = batch.demultiplexer.feed(text)
             if answers:
                 self._deliver(batch, answers)
 
+        def on_cut(completion: Completion | None) -> bool:
+            # Cut once more, it is the size that is to blame (a proxy's time limit): a smaller call has better chances.
+            if batch.repeated or any(ticket.reply is not None for ticket in batch.tickets):
+                return False
+            self._books.divide(batch, completion)
+            batch.reset()
+            batch.repeated = True
+            return True
+
         try:
-            completion, error = await self._exchange(exchange, batch.call, on_text, batch.tickets)
+            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut, batch.tickets)
             how = ending(completion, error, heard=batch.heard)
+            demultiplexer = batch.demultiplexer
             answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
             trusted = batch.canary is None
             if not trusted:
@@ -171,20 +187,16 @@ class Calls:
     async def single(self, ticket: Ticket, permit: Permit, *, learned: Learned | None = None) -> RequestFailed | None:
         """Send *ticket* alone and answer it; return the error instead if it cannot be answered.
 
-        An answer that is empty or does not fit is asked for once more; so is one that was cut off, if the retry budget pays it.
+        An answer that is empty or does not fit is asked for once more.
 
         Args:
             ticket: The request.
             permit: What pays the call.
             learned: What is known of its lane, if a combined call has left it open; else None.
         """
-        error, cut = await self._ask_alone(ticket, permit, learned)
-        if error is None or ticket.future.done():
-            return error
-        account = permit.account
-        if not (account.budget.draw() if cut else isinstance(error, MalformedAnswer)):
-            return error
-        error, _ = await self._ask_alone(ticket, account.permit(permit.tokens, again=cut), learned)
+        error = await self._ask_alone(ticket, permit, learned)
+        if isinstance(error, MalformedAnswer) and not ticket.future.done():
+            error = await self._ask_alone(ticket, permit.account.permit(permit.tokens), learned)
         return error
 
     def compose_alone(self, ticket: Ticket) -> ChatCall:
@@ -202,10 +214,7 @@ class Calls:
             timeout=self._remaining([ticket]),
         )
 
-    async def _ask_alone(
-        self, ticket: Ticket, permit: Permit, learned: Learned | None
-    ) -> tuple[RequestFailed | None, bool]:
-        """Make one call for *ticket*; return its error, if it has one, and whether the answer was cut off."""
+    async def _ask_alone(self, ticket: Ticket, permit: Permit, learned: Learned | None) -> RequestFailed | None:
         if learned is not None:
             self._ledger.fallback_calls += 1
             self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
@@ -214,23 +223,38 @@ class Calls:
         price = self._price(ticket.spec.model or self._default_model)
         route: Route = "single" if learned is None else "fallback"
         exchange = ticket.call = Exchange(1, route, self._now(), price, permit)
-        try:
-            completion, error = await self._exchange(exchange, self.compose_alone(ticket), pieces.append, [ticket])
-            cut = ending(completion, error, heard=bool(pieces)) == "cut"
+
+        def on_cut(completion: Completion | None) -> bool:
+            pieces.clear()
             if completion is None:
-                return error, cut
+                self._ledger.unreported_calls += 1
+            else:
+                self._books.divide_alone(ticket, completion, learned)
+            return True
+
+        try:
+            completion, error = await self._exchange(
+                exchange, self.compose_alone(ticket), pieces.append, on_cut, [ticket]
+            )
+            if completion is None:
+                return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
             if error is None:
                 self._answer([ticket], [(0, (output, text))], exchange, [0], None, completion.body)
             self._books.divide_alone(ticket, completion, learned)
-            return error, cut
+            return error
         finally:
             exchange.end()
 
     # --- both
 
     async def _exchange(
-        self, exchange: Exchange, call: ChatCall, on_text: Callable[[str], None], tickets: list[Ticket]
+        self,
+        exchange: Exchange,
+        call: ChatCall,
+        on_text: Callable[[str], None],
+        on_cut: Callable[[Completion | None], bool],
+        tickets: list[Ticket],
     ) -> tuple[Completion | None, RequestFailed | None]:
         def on_attempt() -> None:
             self._ledger.upstream_calls += 1
@@ -243,7 +267,7 @@ class Calls:
         task = exchange.task = asyncio.current_task()
         asked_before = task.cancelling() if task is not None else 0
         try:
-            return await self._send(call, on_text, on_attempt, exchange.permit), None
+            return await self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=exchange.permit), None
         except RequestFailed as error:
             return None, error
         except asyncio.CancelledError:

@@ -306,10 +306,12 @@ class Collector:
 
     def _pays(self, lane: Lane, items: int) -> bool:
         spec, learned = lane.spec, lane.learned
+        apart, together = self.costs.surroundings(spec, learned)
         return pays(
             items,
-            shared=learned.shared_tokens or 0,
-            preamble=self._budgets.preamble_tokens(spec.answer.words),
+            apart=apart,
+            together=together,
+            wrapped=spec.answer.wrapped,
             framing=learned.framing,
             ratio=self._ratio(spec.model),
         )

@@ -82,6 +82,15 @@ class Costs:
         prompt = self.prompt_of(spec, learned, tokens) * learned.prompt_scale
         return round(prompt) + self._answers(spec, learned, items)
 
+    def surroundings(self, spec: Spec, learned: Learned) -> tuple[int, int]:
+        """Return the tokens of a single prompt without its text, and of a combined one without its lines.
+
+        Schemas are counted in, as OpenAI charges them: who does not shows that with the first reply.
+        """
+        single, combined = self._budgets.schema_tokens(spec.answer)
+        shared = learned.shared_tokens or 0
+        return shared + single, shared + self._budgets.preamble_tokens(spec.answer.words) + combined
+
     def of_tickets(self, tickets: Sequence[Ticket], learned: Learned) -> int:
         """Return the charge of a combined call for *tickets*."""
         return self.together(tickets[0].spec, learned, len(tickets), line_tokens(tickets))

@@ -103,9 +103,23 @@ class Batch:
         demultiplexer: What takes its reply apart.
         answer_bytes: The length of each answer so far.
         heard: Whether any text has come.
+        repeated: Whether it was sent again as it is, after a cut that left nothing.
     """
 
-    __slots__ = ("answer_bytes", "call", "canary", "demultiplexer", "exchange", "heard", "ids", "learned", "tickets")
+    __slots__ = (
+        "_asked",
+        "_early",
+        "answer_bytes",
+        "call",
+        "canary",
+        "demultiplexer",
+        "exchange",
+        "heard",
+        "ids",
+        "learned",
+        "repeated",
+        "tickets",
+    )
 
     def __init__(
         self,
@@ -124,9 +138,16 @@ class Batch:
         self.call = call
         self.learned = learned
         self.exchange = exchange
-        decoders: list[Callable[[str], Any]] = [ticket.answer.decode for ticket in tickets]
-        if canary is not None:
-            decoders.append(partial(check_canary, canary))
-        self.demultiplexer = Demultiplexer(ids, decoders, early=early)
-        self.answer_bytes = [0] * len(tickets)
+        self._asked = ids
+        self._early = early
+        self.repeated = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Start on a new reply: nothing of the one before was used."""
+        decoders: list[Callable[[str], Any]] = [ticket.answer.decode for ticket in self.tickets]
+        if self.canary is not None:
+            decoders.append(partial(check_canary, self.canary))
+        self.demultiplexer = Demultiplexer(self._asked, decoders, early=self._early)
+        self.answer_bytes = [0] * len(self.tickets)
         self.heard = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.budget import MAX_COUNTED_CHARS
-from microbatch.batching.canary import CANARY_ANSWER_TOKENS, CANARY_TOKENS
+from microbatch.batching.canary import USUAL_TOKENS
 from microbatch.batching.prompt import draw_endings, instruction
 from microbatch.messages import Usage
 
@@ -102,7 +102,7 @@ def measure(
     answer = tickets[0].answer
     content = count(call.messages[-1]["content"])
     reply, element = _elements(ids, tickets, count)
-    canary_prompt, canary_reply = (CANARY_TOKENS, CANARY_ANSWER_TOKENS) if canary else (0, 0)
+    canary_prompt, canary_reply = USUAL_TOKENS if canary else (0.0, 0.0)
     sample = tickets[:_SAMPLE]
     line = sum(count(f"[{name}]") for name in ids) / len(ids)
     line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
@@ -111,8 +111,7 @@ def measure(
     # What the endpoint reports beyond the items and our instruction is what every call pays, combined or not...
     shared = usage.prompt_tokens - content * scale
     schemas = [
-        count(msgspec.json.encode(schema).decode()) if schema else 0
-        for schema in (answer.batch_schema, answer.single_schema)
+        count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (call.schema, answer.single_schema)
     ]
     # ... but for the schema, which is another one for a single call, and which only some endpoints charge.
     charged = exact and usage.prompt_tokens - counted >= schemas[0] * _SCHEMA_CHARGED

@@ -20,6 +20,7 @@ UNKNOWN_RATIO = 4.0
 # the braces of an element; the array around them. Measured on the bundled catalogue.
 _LINE = 9.0
 _ELEMENT = 11.0
+_WRAPPER = 5.0  # of a single reply whose answer is no object, which a combined one does without
 _REPLY = 7.0
 
 _FORGET = 0.9
@@ -32,18 +33,19 @@ _SMALL_SAVING = 0.1
 """Where combining saves less than this part, or is meant to cost more, asking again may cost as much before it is given up."""
 
 
-def pays(items: int, *, shared: float, preamble: float, framing: Framing | None, ratio: float) -> bool:
+def pays(items: int, *, apart: float, together: float, wrapped: bool, framing: Framing | None, ratio: float) -> bool:
     """Return whether *items* cost less together than one by one.
 
     Args:
         items: How many they are.
-        shared: Tokens of the shared messages.
-        preamble: Tokens of our instruction.
-        framing: What was measured on the lane, or None.
+        apart: Tokens of a single prompt without its own text, by our own count.
+        together: Tokens of a combined prompt without its lines, by our own count.
+        wrapped: Whether a single reply wraps the answer in an object.
+        framing: What was measured on the lane, which then counts instead; or None.
         ratio: Price of a generated token in prompt tokens.
     """
     if framing is None:
-        apart, once, line, reply, element = shared, shared + preamble, _LINE, _REPLY, _ELEMENT
+        once, line, reply, element = together, _LINE, _REPLY, _ELEMENT - wrapped * _WRAPPER
     else:
         apart, once, line, reply, element = (
             framing.alone_prompt,

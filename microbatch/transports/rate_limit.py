@@ -239,8 +239,9 @@ class Bucket:
             return relieved
         surplus = grant.tokens - usage.prompt_tokens - usage.completion_tokens
         if self._settings.charge == "reserved":
+            # More than was reserved has been used in any case; less is given back only where the endpoint shows it.
             shown = 0.0 if limits is None else self._unseen(grant, limits)
-            surplus = surplus if 0 < surplus <= shown else 0
+            surplus = surplus if surplus <= max(0.0, shown) else 0
         if surplus and grant.at > now - WINDOW:
             grant.tokens -= surplus
             self._tokens.add(-surplus)

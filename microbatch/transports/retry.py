@@ -38,6 +38,7 @@ class Sender:
     Args:
         transport: Makes one attempt.
         policy: When a failed call is made again.
+        draw: Makes the jitter: numbers from 0 to 1.
 
     Attributes:
         repeats: Attempts that repeated a failed attempt of the same call.
@@ -45,23 +46,36 @@ class Sender:
         rate_limited: Attempts that were answered with "too many requests".
     """
 
-    def __init__(self, transport: Transport, policy: RetryPolicy) -> None:
+    def __init__(self, transport: Transport, policy: RetryPolicy, draw: Callable[[], float] = random.random) -> None:
         self._transport = transport
         self._policy = policy
+        self._draw = draw
         self.repeats = 0
         self.unpaid = 0
         self.rate_limited = 0
 
     async def send(
-        self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None], permit: Permit
+        self,
+        call: ChatCall,
+        on_text: Callable[[str], None],
+        *,
+        on_attempt: Callable[[], None],
+        on_cut: Callable[[Completion | None], bool],
+        permit: Permit,
     ) -> Completion:
         """Send *call* until it succeeds or fails for good.
 
         Args:
             call: What to ask. Its timeout is that of all attempts together.
-            on_text: Takes the pieces of the answer. Once there was one, the call is not repeated.
+            on_text: Takes the pieces of the answer.
             on_attempt: Called before each attempt.
+            on_cut: Called when an attempt broke off after its first piece, or ended without saying why (then with its
+                completion); tells whether nothing of it was used, so that the call may be repeated as it is. What was used
+                stands, and the call is not repeated.
             permit: What pays the attempts.
+
+        Returns:
+            How the call ended; with a `finish_reason` of None if it was cut off and part of it was used.
 
         Raises:
             RequestFailed: The last attempt's error. Anything else a transport raises comes as a `TransportError` from it.
@@ -77,19 +91,27 @@ class Sender:
 
         lessons = failures = 0
         while True:
+            completion: Completion | None = None
             try:
-                return await self._attempt(call, hear, on_attempt, permit, end)
+                completion = await self._attempt(call, hear, on_attempt, permit, end)
+                if completion.finish_reason not in (None, "error"):
+                    return completion
+                failure: RequestFailed = TransportError("the reply was cut off: it ended without a finish_reason")
             except RequestFailed as error:
                 failure = error
             permit.error = failure
             self.rate_limited += isinstance(failure, RateLimited)
-            if heard:
-                raise failure
+            cut = completion is not None or (heard and (type(failure) is TransportError or worth_retrying(failure)))
+            if (heard and not cut) or (cut and not on_cut(completion)):
+                if completion is None:
+                    raise failure
+                return completion
+            heard = False
             if isinstance(failure, StatusError) and failure.again and lessons < _MAX_LESSONS:
                 lessons += 1
             else:
                 failures += 1
-                await self._back_off(failure, failures, permit)
+                await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
             self.repeats += 1
 
     async def _attempt(
@@ -129,15 +151,15 @@ class Sender:
         account.ended(permit, None, completion.usage, completion.limits)
         return completion
 
-    async def _back_off(self, error: RequestFailed, failures: int, permit: Permit) -> None:
-        """Wait until *error* may be worth another attempt.
+    async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
+        """Wait until another attempt may be *worth* it.
 
         Raises:
             RequestFailed: *error* itself, if it is not, or the budget is used up.
         """
         policy, budget = self._policy, permit.account.budget
         asked = error.retry_after if isinstance(error, StatusError) else None
-        if not worth_retrying(error) or failures >= policy.max_attempts or (asked or 0.0) > MAX_WAIT:
+        if not worth or failures >= policy.max_attempts or (asked or 0.0) > MAX_WAIT:
             raise error
         if not budget.draw():
             self.unpaid += 1
@@ -146,7 +168,7 @@ class Sender:
         # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
         longest = min(policy.cap, policy.base * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
         try:
-            await asyncio.sleep((asked or 0.0) + random.uniform(0.0, longest))  # noqa: S311 jitter is no secret
+            await asyncio.sleep((asked or 0.0) + longest * self._draw())
         except asyncio.CancelledError:
             budget.give_back()
             raise
