@@ -23,7 +23,6 @@ def test_a_queued_request_costs_at_most_two_kilobytes(measured):
     assert 0 < measured["queued"] <= 2_000, measured
 
 
-@pytest.mark.xfail(reason="two coroutines and a timeout scope for each waiter", strict=True)
 def test_a_submit_that_waits_for_room_costs_at_most_300_bytes(measured):
     assert 0 < measured["waiting"] <= 300, measured
 
