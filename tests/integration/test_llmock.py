@@ -7,7 +7,6 @@ is, counts for it as given up; the tests say so where that is right.
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,16 +33,15 @@ def repeat_the_question(llmock: LLMock, llmock_server: LLMockServer) -> Iterator
     llmock.reset()
 
 
-@pytest.fixture
-def longest_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full jitter may well wait shorter the second time, and the judge takes that for no back-off; so draw the longest waits."""
-    monkeypatch.setattr("microbatch.transports.retry.random", SimpleNamespace(uniform=lambda low, high: high))
-
-
-def batcher_for(stream: bool | None = None, **options: Any) -> mb.Microbatcher:
+def batcher_for(stream: bool | None = None, limit: mb.RateLimit | None = None, **options: Any) -> mb.Microbatcher:
     # The fixture has set OPENAI_BASE_URL and OPENAI_API_KEY.
     chat = mb.OpenAIChat("m", stream=stream, **options)
-    return mb.Microbatcher(chat, retry=QUICK, tokens="bytes", draw_ids=lambda number: ["bcdfg"] * number)
+    batcher = mb.Microbatcher(
+        chat, retry=QUICK, rate_limit=limit, tokens="bytes", draw_ids=lambda number: ["bcdfg"] * number
+    )
+    # Full jitter may well wait shorter the second time, and the judge takes that for no back-off; so draw the longest waits.
+    batcher._sender._draw = lambda: 1.0
+    return batcher
 
 
 async def ask_one(batcher: mb.Microbatcher, text: str = "alpha", **options: Any) -> str:
@@ -93,6 +91,16 @@ async def test_callers_refused_by_a_token_quota_all_get_through(llmock: LLMock) 
     llmock.limits(tpm=59_800)
     async with batcher_for() as batcher:
         await asyncio.gather(*(ask_one(batcher, text, max_tokens=30_000) for text in TEXTS[:2]))
+    llmock.assert_resilient(strict=True)
+
+
+async def test_callers_who_declare_the_quota_are_never_refused(llmock: LLMock) -> None:
+    llmock.limits(rpm=600, tpm=60_000)
+    async with batcher_for(limit=mb.RateLimit(rpm=600, tpm=60_000)) as batcher:
+        # The burst of 2 % is 12 requests at once; the next 8 are paced to 10 a second.
+        await asyncio.gather(*(ask_one(batcher, f"alpha {number}", max_tokens=8) for number in range(20)))
+        assert batcher.stats().rate_limited == 0
+    assert [request.status for request in llmock.requests] == [200] * 20
     llmock.assert_resilient(strict=True)
 
 
@@ -160,6 +168,16 @@ async def test_what_a_cut_combined_reply_has_lost_is_asked_again(llmock: LLMock)
     ]  # it does not know the rest when it is asked in other words
 
 
+async def test_a_combined_reply_cut_before_its_first_answer_is_asked_for_again_as_it_is(llmock: LLMock) -> None:
+    whole = combined_reply(TEXTS)
+    at = whole.index("ALPHA")
+    llmock.truncate(after_chunks=1).reply(f"{whole[:at]} {whole[at:]}").reply(whole)
+    async with batcher_for() as batcher:
+        assert await ask_all(batcher) == [text.upper() for text in TEXTS]
+    assert len({request.fingerprint for request in llmock.requests}) == 1
+    llmock.assert_resilient(strict=True)
+
+
 async def test_a_broken_event_ends_the_stream_and_the_call_is_made_again(llmock: LLMock) -> None:
     llmock.corrupt(after_chunks=3).pace(30)  # so slow that hanging up can be seen
     async with batcher_for(stream=True) as batcher:
@@ -174,7 +192,7 @@ async def test_a_broken_event_ends_the_stream_and_the_call_is_made_again(llmock:
 
 
 @pytest.mark.parametrize("status", [408, 409, 500, 502, 503, 504, 529])
-async def test_a_failure_that_passes_is_outlasted(llmock: LLMock, longest_waits: None, status: int) -> None:
+async def test_a_failure_that_passes_is_outlasted(llmock: LLMock, status: int) -> None:
     llmock.fail(status, times=3, retry_after=0.05 if status > 502 else None)
     async with batcher_for() as batcher:
         await ask_one(batcher)
