@@ -21,7 +21,7 @@ _RANK_AFTER = 32
 _APART = 500
 """Requests that go alone once combining has cost more than it saved, before it is tried again."""
 
-_BATCHES_ON_TRIAL = 5
+_BATCHES_ON_TRIAL = 7
 """Batches that a lane gets credit for when it is tried again: three more bad ones are enough to give up."""
 
 
@@ -73,7 +73,8 @@ class Learned(msgspec.Struct):
 
     def shrink(self, tokens: int) -> None:
         """A prompt with *tokens* in its lines was refused for its size: send half as much from now on."""
-        self.max_line_tokens = min(tokens, self.max_line_tokens or tokens) // 2
+        half = tokens // 2
+        self.max_line_tokens = half if self.max_line_tokens is None else min(half, self.max_line_tokens)
         self.revised = True
 
     def part(self) -> None:
@@ -83,8 +84,11 @@ class Learned(msgspec.Struct):
         self.revised = True
 
     def halve(self, asked: int) -> None:
-        """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on."""
-        self.batch_size = max(1, min(asked, self.batch_size or asked) // 2)
+        """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on.
+
+        But for two at least, or the lane would never learn again; whether two are worth it is for its balance to tell.
+        """
+        self.batch_size = max(2, min(asked, self.batch_size or asked) // 2)
         self.revised = True
 
     def grow(self, asked: int, limit: int) -> None:

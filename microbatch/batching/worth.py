@@ -23,10 +23,10 @@ _ELEMENT = 11.0
 _WRAPPER = 5.0  # of a single reply whose answer is no object, which a combined one does without
 _REPLY = 7.0
 
-_FORGET = 0.9
-"""What a batch leaves of the weight of those before it: about the last ten count."""
+_FORGET = 0.95
+"""What a batch leaves of the weight of those before it: about the last twenty count."""
 
-_ENOUGH = 8
+_ENOUGH = 10
 """Batches after which it can be told whether asking again costs more than combining saves."""
 
 _SMALL_SAVING = 0.1
