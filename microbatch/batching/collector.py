@@ -252,19 +252,15 @@ class Collector:
                 lane = lanes.find(key, messages, options)
             ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens)
             if on_taken is None:
-                wait = self._policy.low_max_wait if lane.spec.low else self._policy.max_wait
+                wait = lane.max_wait
                 ticket.due_at = now + (wait if timeout is None else min(wait, timeout / 2))
             else:
                 ticket.on_taken = on_taken
-            alone: AloneReason | None = None
-            if lane.careful:
-                alone = self._look_closely(ticket, lane)
+            alone = self._look_closely(ticket, lane) if lane.careful else None
             if bypass:
                 alone = AloneReason.BYPASS
-            elif lane.rank == HIGH:
-                alone = AloneReason.HIGH
             elif tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES:
-                alone = self._too_long(ticket, lane) or alone
+                alone = alone or self._too_long(ticket, lane)
             if alone is not None:
                 self._queue_alone(ticket, alone, lane.account)
                 lanes.drop_if_abandoned(lane)
@@ -282,7 +278,7 @@ class Collector:
         return ticket
 
     def _look_closely(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
-        """Work out what *ticket* costs alone, and tell whether combining would not pay.
+        """Work out what *ticket* costs alone, and tell why it goes alone if it does.
 
         Raises:
             ConfigError: It can never be sent, because it is larger than the whole quota.
@@ -294,6 +290,8 @@ class Collector:
             except ConfigError:
                 self.lanes.drop_if_abandoned(lane)
                 raise
+        if lane.rank == HIGH:
+            return AloneReason.HIGH
         if learned.apart > 0:
             learned.apart -= 1
             if not learned.apart:

@@ -55,6 +55,7 @@ class Lane:
         "in_flight",
         "learned",
         "live",
+        "max_wait",
         "queued",
         "rank",
         "spec",
@@ -69,6 +70,7 @@ class Lane:
         self.account = account
         self.tenant = spec.tenant
         self.rank = spec.rank
+        self.max_wait = 0.0  # seconds its requests wait for company at most; the collector's
         self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
         self.learned = learned
         self.budget = budget

@@ -16,7 +16,7 @@ from microbatch.batching.budget import FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.learned import Memory
 from microbatch.batching.request import spec_of
-from microbatch.batching.ticket import NEVER
+from microbatch.batching.ticket import HIGH, LOW, NEVER
 
 if TYPE_CHECKING:
     import asyncio
@@ -91,12 +91,16 @@ class Lanes:
             self._costs.measure(spec, learned)
         budget = self._budgets.of(spec, learned, account.max_tokens)
         lane = self._open[key] = Lane(spec, account, learned, budget, self._count)
+        lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
         self._look_closely(lane)
         return lane
 
     def _look_closely(self, lane: Lane) -> None:
         lane.careful = (
-            lane.account.max_tokens is not None or lane.learned.apart > 0 or self._policy.merge == "when-cheaper"
+            lane.rank == HIGH
+            or lane.account.max_tokens is not None
+            or lane.learned.apart > 0
+            or self._policy.merge == "when-cheaper"
         )
 
     def drop_if_abandoned(self, lane: Lane) -> None:
@@ -150,7 +154,7 @@ class Lanes:
 
     def _heeds_idle(self, lane: Lane) -> bool:
         # A lane in which only bulk work waits has no time at which it falls due.
-        return self._policy.idle == "flush" and not lane.spec.low and lane.due_at < NEVER
+        return self._policy.idle == "flush" and lane.rank != LOW and lane.due_at < NEVER
 
     def _consider(self, lane: Lane) -> None:
         if lane.due is not None:

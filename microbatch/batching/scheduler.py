@@ -140,10 +140,9 @@ class Scheduler(Generic[Q, W]):
                 turns.block(queue)
                 continue
             work = self._take(queue, permit)
-            turns.served(queue)
-            if queue.due:
-                turns.add(queue)
-            else:
+            stays = bool(queue.due)
+            turns.served(queue, stays=stays)
+            if not stays:
                 self._rest(queue)
             if work is not None:
                 self.under_way[id(work)] = work

@@ -65,11 +65,6 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
     rank: int
     shared_chars: int
 
-    @property
-    def low(self) -> bool:
-        """Whether this is low-priority work, which waits longer and ignores `idle`."""
-        return self.rank == LOW
-
     def __repr__(self) -> str:
         """Tell the model, never the words or the headers."""
         return f"Spec(model={self.model!r}, shared=<{len(self.shared)}>, params={sorted(self.params)})"

@@ -90,12 +90,23 @@ class Turns(Generic[Q]):
             return head
         return next(iter(first.accounts[account].values()))[0]
 
-    def served(self, queue: Q) -> None:
-        """*queue* has had its turn: it goes, and so do the turns of its tenant, account and priority. To stay it is added anew."""
+    def served(self, queue: Q, *, stays: bool) -> None:
+        """*queue* has had its turn, and so have its tenant, its account and its priority; it *stays* for another or goes."""
         priority = self._priorities[queue.rank]
         self._level = priority.moved
         priority.moved += priority.step
+        if stays and not self._heads:
+            tenants = priority.accounts[queue.account]
+            if len(priority.accounts) == len(tenants) == len(tenants[queue.tenant]) == 1:
+                return  # nobody else to let pass: the usual case of a busy service, and on every batch's path
         self.remove(queue)
+        self._pass_on(priority, queue)
+        if stays:
+            self.add(queue)
+
+    @staticmethod
+    def _pass_on(priority: _Priority[Q], queue: Q) -> None:
+        """Put the account and the tenant of *queue* last, if they have anything else due."""
         tenants = priority.accounts.pop(queue.account, None)
         if tenants is not None:
             priority.accounts[queue.account] = tenants

@@ -79,10 +79,11 @@ class Balance(msgspec.Struct):
     def begin(self, items: int) -> None:
         """A combined call of *items* is being made."""
         self.batches += 1
-        for name in ("combined", "mending", "alone", "items", "calls"):
-            setattr(self, name, getattr(self, name) * _FORGET)
-        self.items += items
-        self.calls += 1
+        self.combined *= _FORGET
+        self.mending *= _FORGET
+        self.alone *= _FORGET
+        self.items = self.items * _FORGET + items
+        self.calls = self.calls * _FORGET + 1
 
     @property
     def lost(self) -> bool:
