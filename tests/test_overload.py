@@ -19,13 +19,16 @@ def measured():
     return json.loads(done.stdout)
 
 
+@pytest.mark.promise(of="memory")
 def test_a_queued_request_costs_at_most_two_kilobytes(measured):
     assert 0 < measured["queued"] <= 2_000, measured
 
 
+@pytest.mark.promise(of="memory")
 def test_a_submit_that_waits_for_room_costs_at_most_300_bytes(measured):
     assert 0 < measured["waiting"] <= 300, measured
 
 
+@pytest.mark.promise(of="memory")
 def test_rejected_submits_leave_nothing_behind(measured):
     assert measured["rejected"] < 90_000, measured  # a byte each

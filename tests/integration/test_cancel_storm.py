@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import pytest
 from aiohttp import web
 from helpers import ask, batcher_for
 
@@ -121,6 +122,7 @@ class Storm:
         self.seen[reply.route] += 1
 
 
+@pytest.mark.promise(of="cross_talk")
 async def test_in_a_storm_of_cancels_every_answer_is_its_callers_own() -> None:
     server = NumberServer(1)
     storm = Storm(server, 2)

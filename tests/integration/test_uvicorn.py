@@ -72,6 +72,7 @@ async def until_all_are_in(service: Service, session: aiohttp.ClientSession, num
     # uvicorn's command ends with the signal that stopped it, since 0.29; that is its clean end (Kludex/uvicorn#1600).
     [("program", 0), ("command", -signal.SIGTERM)],
 )
+@pytest.mark.promise(of="close")
 async def test_sigterm_ends_the_service_after_all_requests_under_way_are_answered(how: str, clean: int) -> None:
     latency = Latency(first_token=0.4, tokens_per_second=0)
     async with (

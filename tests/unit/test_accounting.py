@@ -75,6 +75,7 @@ def paid(stats):
 
 
 @given(total=st.integers(0, 10**9), weights=st.lists(st.integers(0, 10**6), min_size=1, max_size=60))
+@pytest.mark.promise(of="usage")
 def test_shares_add_up_to_the_total_and_are_within_one_of_their_part(total, weights):
     shares = split(total, weights)
     assert sum(shares) == total
@@ -106,6 +107,7 @@ def test_the_largest_remainders_get_what_rounding_leaves(total, weights):
 
 @pytest.mark.parametrize("resolve", ["stream", "verified"])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.promise(of="usage")
 async def test_usage_is_conserved_to_the_token_under_faults_cancellations_and_failures(seed, resolve):
     kinds = (
         *("missing", "duplicate", "unknown", "renamed", "reordered", "empty_results", "wrong_type", "broken_json"),

@@ -53,6 +53,7 @@ async def test_a_reply_whose_only_fault_is_order_costs_the_lane_nothing():
 @pytest.mark.parametrize(
     "refusal", [mb.ContextTooLong("too long", status=400), mb.BadRequest("too large", status=413)], ids=["400", "413"]
 )
+@pytest.mark.promise(of="poison")
 async def test_a_refusal_for_size_lowers_the_lanes_limit_before_the_halves_go(refusal):
     """At most 2n - 1 calls once, and then none are wasted: the window does not grow, so the limit does not either."""
 

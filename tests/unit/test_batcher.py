@@ -122,6 +122,7 @@ async def test_a_due_lane_fills_while_it_waits_for_a_slot():
     assert [len(call.items) for call in transport.calls] == [1, 8]
 
 
+@pytest.mark.promise(of="fair")
 async def test_lanes_take_turns_for_slots():
     transport = ScriptedTransport(delay=1.0)
     async with batcher_for(transport, max_concurrent_batches=1, max_batch_size=2, max_wait=0) as batcher:
@@ -145,6 +146,7 @@ async def test_lanes_take_turns_for_slots():
     ],
     ids=lambda difference: next(iter(difference)),
 )
+@pytest.mark.promise(of="lane")
 async def test_requests_that_differ_in_anything_never_share_a_prompt(difference):
     transport = ScriptedTransport()
     async with batcher_for(transport, max_wait=0.1, low_max_wait=0.1, idle="wait") as batcher:
@@ -156,6 +158,7 @@ async def test_requests_that_differ_in_anything_never_share_a_prompt(difference)
     assert [reply.output for reply in replies] == ["A", "B", "A", "B"]
 
 
+@pytest.mark.promise(of="lane")
 async def test_different_shared_messages_never_share_a_prompt():
     transport = ScriptedTransport()
     async with batcher_for(transport) as batcher:
@@ -255,6 +258,7 @@ async def test_an_answer_longer_than_max_tokens_is_asked_again_alone():
 # --- leaving
 
 
+@pytest.mark.promise(of="cancel")
 async def test_an_unsent_item_leaves_with_its_caller():
     transport = ScriptedTransport()
     async with batcher_for(transport, idle="wait", max_wait=1) as batcher:
@@ -269,6 +273,7 @@ async def test_an_unsent_item_leaves_with_its_caller():
     assert (stats.items, stats.answered, stats.cancelled, stats.queued) == (4, 3, 1, 0)
 
 
+@pytest.mark.promise(of="cancel")
 async def test_a_caller_who_leaves_in_flight_harms_nobody():
     transport = ScriptedTransport(delay=1.0)
     async with batcher_for(transport) as batcher:
@@ -280,6 +285,7 @@ async def test_a_caller_who_leaves_in_flight_harms_nobody():
     assert not transport.calls[0].cancelled
 
 
+@pytest.mark.promise(of="cancel")
 async def test_the_last_caller_takes_the_call_with_it():
     loop = asyncio.get_running_loop()
     transport = ScriptedTransport(delay=10.0)
@@ -305,6 +311,7 @@ async def test_a_lane_without_requests_is_forgotten():
     assert transport.calls == []
 
 
+@pytest.mark.promise(of="timeout")
 async def test_a_timeout_ends_the_submit_on_time():
     loop = asyncio.get_running_loop()
     transport = ScriptedTransport(delay=10.0)
@@ -318,6 +325,7 @@ async def test_a_timeout_ends_the_submit_on_time():
     assert transport.calls[0].call.timeout == 2.5
 
 
+@pytest.mark.promise(of="timeout")
 async def test_a_calls_timeout_is_the_longest_of_its_callers():
     transport = ScriptedTransport()
     async with batcher_for(transport) as batcher:
@@ -329,6 +337,7 @@ async def test_a_calls_timeout_is_the_longest_of_its_callers():
 # --- errors
 
 
+@pytest.mark.promise(of="context")
 async def test_each_caller_of_a_failed_batch_gets_an_error_of_its_own():
     transport = ScriptedTransport(mb.AuthFailed("boom", status=401))
     async with batcher_for(transport) as batcher:
@@ -348,6 +357,7 @@ async def test_a_transport_that_raises_something_else_is_a_transport_error():
     assert isinstance(caught.value.__cause__.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.promise(of="bugs")
 async def test_a_bug_in_composing_fails_its_batch_and_no_other(caplog):
     broken = [True]
 
@@ -364,6 +374,7 @@ async def test_a_bug_in_composing_fails_its_batch_and_no_other(caplog):
         assert await gather_outputs(batcher, "cd") == ["C", "D"]
 
 
+@pytest.mark.promise(of="callbacks")
 async def test_a_decoder_that_panics_fails_only_its_item():
     class Panic(BaseException):
         pass
@@ -396,6 +407,7 @@ async def test_a_decoder_that_panics_fails_only_its_item():
 # --- life
 
 
+@pytest.mark.promise(of="misuse")
 async def test_misuse_is_refused_at_once():
     batcher = batcher_for(ScriptedTransport())
     with pytest.raises(mb.BatcherClosed, match="not open yet"):
@@ -412,6 +424,7 @@ async def test_misuse_is_refused_at_once():
         batcher.flush()
 
 
+@pytest.mark.promise(of="misuse")
 async def test_another_event_loop_is_refused():
     async with batcher_for(ScriptedTransport()) as batcher:
 
@@ -424,6 +437,7 @@ async def test_another_event_loop_is_refused():
         await asyncio.to_thread(elsewhere)
 
 
+@pytest.mark.promise(of="close")
 async def test_closing_sends_what_waits_and_waits_for_answers():
     transport = ScriptedTransport(delay=5.0)
     batcher = await batcher_for(transport, idle="wait", max_wait=60).open()
@@ -436,6 +450,7 @@ async def test_closing_sends_what_waits_and_waits_for_answers():
     assert transport.closed == 1
 
 
+@pytest.mark.promise(of="close")
 async def test_what_outlasts_the_grace_ends_with_shut_down():
     transport = ScriptedTransport(delay=100.0)
     batcher = await batcher_for(transport, max_concurrent_batches=1).open()
@@ -474,6 +489,7 @@ async def test_a_shared_transport_is_closed_by_the_last_user():
     assert transport.closed == 1
 
 
+@pytest.mark.promise(of="context")
 async def test_callers_contextvars_never_reach_a_call():
     who = contextvars.ContextVar("who", default="nobody")
     seen = []
@@ -492,6 +508,7 @@ async def test_callers_contextvars_never_reach_a_call():
 # --- overload
 
 
+@pytest.mark.promise(of="memory")
 async def test_a_full_batcher_rejects():
     async with batcher_for(ScriptedTransport(delay=1.0), max_queued=2, when_full="reject") as batcher:
         tasks = [asyncio.ensure_future(batcher.submit(ask(f"{i}"))) for i in range(3)]
@@ -500,6 +517,7 @@ async def test_a_full_batcher_rejects():
     assert [task.result().output for task in tasks[:2]] == ["0", "1"]
 
 
+@pytest.mark.promise(of="fair")
 async def test_waiters_for_room_are_served_in_order_of_arrival():
     transport = ScriptedTransport(delay=1.0)
     async with batcher_for(transport, max_queued=1) as batcher:
@@ -535,6 +553,7 @@ async def test_a_cancelled_waiter_for_room_passes_its_place_on():
     assert tasks[2].result().output == "2"
 
 
+@pytest.mark.promise(of="memory")
 async def test_bypass_goes_alone_while_a_call_may_start():
     transport = ScriptedTransport(delay=1.0)
     async with batcher_for(transport, max_queued=1, max_concurrent_batches=2, when_full="bypass") as batcher:

@@ -54,6 +54,7 @@ async def test_with_a_canary_everybody_still_gets_an_answer_from_the_one_call(ou
 
 
 @pytest.mark.parametrize("output", TYPES)
+@pytest.mark.promise(of="cross_talk")
 async def test_an_item_that_answers_for_all_is_caught_where_the_endpoint_obeys_it(output):
     """Without the canary everybody is answered with the order's words; with it nobody but who gave the order."""
     texts = [*TEXTS[:9], ORDER, *TEXTS[9:]]
@@ -67,6 +68,7 @@ async def test_an_item_that_answers_for_all_is_caught_where_the_endpoint_obeys_i
 
 
 @pytest.mark.parametrize("kind", ["shifted_back", "shifted_forward"])
+@pytest.mark.promise(of="cross_talk")
 async def test_answers_that_slip_by_one_under_intact_ids_are_caught(kind):
     model = SimulatedModel(faults=Faults(kind, rate=1.0))
     ended, stats = await outcomes(model, TEXTS, str, canary=True)
@@ -133,6 +135,7 @@ def test_a_canary_cannot_be_checked_before_the_end():
 
 
 @pytest.mark.parametrize("early", [True, False])
+@pytest.mark.promise(of="cross_talk")
 def test_the_reply_to_another_batch_answers_nobody(early):
     """A connection or a proxy that mixes replies up cannot make one batch's answers another's: the ids are drawn anew."""
     lines = [item_line(text) for text in TEXTS]

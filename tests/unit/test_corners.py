@@ -12,6 +12,7 @@ from microbatch.testing import DeadlockError, ScriptedTransport, VirtualClockLoo
 SECRET = "a customer's words"
 
 
+@pytest.mark.promise(of="secrets")
 async def test_no_repr_tells_a_word_of_anybody():
     transport = ScriptedTransport(delay=1.0)
     async with batcher_for(transport) as batcher:
@@ -181,6 +182,7 @@ async def test_a_user_function_counts_tokens():
     assert counted
 
 
+@pytest.mark.promise(of="callbacks")
 async def test_a_counter_that_fails_fails_only_its_own_request():
     def count(text):
         if "bad" in text:
@@ -205,6 +207,7 @@ def test_a_test_that_waits_for_nothing_is_told_so(monkeypatch):
     assert loop_factories() == {"virtual": VirtualClockLoop}
 
 
+@pytest.mark.promise(of="secrets")
 def test_errors_keep_bodies_out_of_pickles():
     import pickle
 

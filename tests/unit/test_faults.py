@@ -130,6 +130,7 @@ DAMAGE.remove(("reset", "verified"))
 
 
 @pytest.mark.parametrize(("kind", "resolve"), DAMAGE)
+@pytest.mark.promise(of="cross_talk")
 async def test_every_item_gets_its_own_answer_whatever_happens_to_combined_replies(kind, resolve):
     for rate, count in ((0.2, 240), (1.0, 96)):
         model = simulated(kind, rate=rate)
@@ -325,6 +326,7 @@ async def test_a_cut_after_damage_keeps_only_what_was_delivered_before_it():
 
 
 @pytest.mark.parametrize("error", [mb.RateLimited, mb.ServerError, mb.ConnectFailed, mb.TransportTimeout])
+@pytest.mark.promise(of="poison")
 async def test_a_failure_that_is_no_items_fault_fails_them_all_and_is_never_split(error):
     transport = scripted(*(error("no") for _ in range(50)))
     replies, _ = await asked(transport, 8)
@@ -388,6 +390,7 @@ def poisoned(error):
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("output", ["str", "label"])
+@pytest.mark.promise(of="poison")
 async def test_poison_is_found_within_the_bound_and_fails_alone(refusal, output):
     endpoint_error, error = REFUSALS[refusal]
     draw = random.Random(refusal)
