@@ -315,7 +315,7 @@ class Microbatcher:
         try:
             ticket = collector.accept(messages, options, timeout, bypass=bypass)
         except ConfigError:
-            collector.room.offer()  # which this request may have waited for
+            collector.room.decline()  # which this request may have waited for
             raise
         # The caller's dicts and texts are of no more use, and many submits may wait.
         del messages

@@ -63,6 +63,8 @@ class Books:
             _finish(tickets, completion)
         if usage is None:
             self._ledger.unreported_calls += completion is not None or batch.heard
+            for ticket in tickets:
+                self._give_up_share(ticket)
         else:
             lines = [len(ticket.line) for ticket in tickets]
             price = self._price_of(completion, exchange)
@@ -81,6 +83,7 @@ class Books:
         usage = completion.usage
         if usage is None:
             self._ledger.unreported_calls += 1
+            self._give_up_share(ticket)
         else:
             price = self._price_of(completion, ticket.call)
             self._book([ticket], [usage], price)
@@ -91,6 +94,12 @@ class Books:
                 learned.balance.mending += _weight(usage, price)
                 learned.balance.alone += _weight(alone, price)
         _finish([ticket], completion)
+
+    def _give_up_share(self, ticket: Ticket) -> None:
+        """A call has reported nothing: if the caller left in the moment of its answer, the shares of earlier calls are nobody's."""
+        if ticket.unclaimed and ticket.usage is not None:
+            self._ledger.unclaimed += ticket.usage
+            ticket.usage = None
 
     def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
         """Return the price of the model that answered, else of the one that was asked for."""

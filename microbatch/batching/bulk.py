@@ -112,6 +112,7 @@ class _Run:
         else:
             self._sync = iter(source)
         collector.scheduler.watch(self.check)
+        collector.room.watchers.add(self._note_room)
 
     # --- intake
 
@@ -139,7 +140,7 @@ class _Run:
         if not self._exhausted and not self._pending and not self._collector.room.free:
             await self._collector.room.wait()
             self._take_one()
-            self._collector.room.offer()  # to the next who waits, if the source had nothing more
+            self._collector.room.decline()  # to the next who waits, if the source had nothing more
         while True:
             for _ in range(_SLICE):
                 if self._exhausted or not self._has_room:
@@ -182,9 +183,10 @@ class _Run:
                     self._end_source(BatcherClosed(_CLOSED))
                     break
                 if self._left:
-                    self._collector.room.offer()  # to the next who waits, if a place was kept for this item
+                    self._collector.room.decline()  # to the next who waits, if a place was kept for this item
                 else:
                     self._queue(item)
+                    self.check()  # nothing more may come, if that was the last there was room for
             if isinstance(iterator, AsyncGenerator):
                 await iterator.aclose()  # nobody will ask it again, so its `finally` is due
         except StopAsyncIteration:
@@ -198,6 +200,11 @@ class _Run:
         finally:
             self._wake.set()
             self.check()
+
+    def _note_room(self) -> None:
+        """Others have left a full batcher: a plain iterator can be asked for more."""
+        if self._sync is not None and not self._exhausted and self._has_room:
+            self._wake.set()
 
     def _note_activity(self) -> None:
         """The source is being asked: it is not silent for the next `patience` seconds."""
@@ -279,6 +286,7 @@ class _Run:
         """The consumer is gone: cancel what is pending."""
         self._left = True
         self._collector.scheduler.unwatch(self.check)
+        self._collector.room.watchers.discard(self._note_room)
         if self._silence is not None:
             self._silence.cancel()
         for ticket in list(self._open):

@@ -194,6 +194,8 @@ class Calls:
             permit: What pays the call.
             learned: What is known of its lane, if a combined call has left it open; else None.
         """
+        if ticket.future.done():
+            return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, learned)
         if isinstance(error, MalformedAnswer) and not ticket.future.done():
             error = await self._ask_alone(ticket, permit.account.permit(permit.tokens), learned)

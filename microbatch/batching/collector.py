@@ -497,8 +497,10 @@ class Collector:
             self._ledger.cancelled += 1
             if not ticket.call.ended:
                 ticket.unclaimed = True
-            elif not ticket.reply.usage.estimated:  # what nobody reported is nobody's to claim
+            elif not ticket.reply.usage.estimated:
                 self._ledger.unclaimed += ticket.reply.usage
+            elif ticket.usage is not None:  # of the last call nothing was reported, but of those before it
+                self._ledger.unclaimed += ticket.usage
         elif ticket.future.cancelled():
             self._ledger.cancelled += 1
             self._withdraw(ticket)

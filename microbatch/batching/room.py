@@ -27,6 +27,7 @@ class Room:
         taken: How many there are.
         size: As given.
         waiting: Who waits, in order of arrival.
+        watchers: Called when there is room after requests have settled.
     """
 
     def __init__(self, size: int, emptied: Callable[[], None]) -> None:
@@ -34,6 +35,7 @@ class Room:
         self.size = size
         self._emptied = emptied
         self.waiting: deque[asyncio.Future[None]] = deque()
+        self.watchers: set[Callable[[], None]] = set()
         self._gone = 0  # of those who wait, how many have left
 
     @property
@@ -79,13 +81,19 @@ class Room:
     def give_up(self, place: asyncio.Future[None]) -> None:
         """Whoever waited for *place* is gone; if it was given in the same moment, it goes to the next."""
         if place.done() and not place.cancelled() and place.exception() is None:
-            self.taken -= 1
-            self.offer()
+            self.enter()
+            self.decline()
             return
         self._gone += 1
         if 2 * self._gone > len(self.waiting):
             self.waiting = deque(each for each in self.waiting if not each.done())
             self._gone = 0
+
+    def decline(self) -> None:
+        """Whoever could come in does not: the place goes to the next."""
+        self.offer()
+        if not self.taken:
+            self._emptied()
 
     def leave(self, count: int) -> None:
         """*count* requests have settled."""
@@ -94,6 +102,9 @@ class Room:
             self.offer()
         if not self.taken:
             self._emptied()
+        if self.watchers and self.free:
+            for watcher in list(self.watchers):
+                watcher()
 
     def offer(self) -> None:
         """Give free places to those who have waited longest for one."""
