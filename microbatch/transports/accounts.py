@@ -126,6 +126,7 @@ class Account:
         self.used = 0.0
         self._bucket = bucket
         self._concurrency = Concurrency() if adaptive else None
+        self._unlimited = bucket is None and not adaptive
         self._in_flight = 0
         self._paused_until = 0.0
         self._waiters: deque[tuple[Permit, asyncio.Future[None]]] = deque()
@@ -139,12 +140,16 @@ class Account:
     # --- permits
 
     def permit(self, tokens: int, *, again: bool = False) -> Permit:
-        """Return a permit whose attempts wait for their turn; see `acquire`."""
+        """Return a permit whose attempts wait for their turn; see `admit`."""
         return Permit(self, tokens, again=again)
 
     def pay(self, tokens: int) -> Permit | None:
         """Return a permit with the first attempt paid, or None: then `on_ready` is called when it is worth trying again."""
         permit = Permit(self, tokens)
+        if self._unlimited and self.breaker.closed and not self._paused_until:
+            permit.paid = True  # the usual case of who sets no limit, and on every batch's path
+            self._in_flight += 1
+            return permit
         now = asyncio.get_running_loop().time()
         if self.breaker.is_open(now):
             return permit  # it will fail without being sent
@@ -156,9 +161,20 @@ class Account:
         self._grant(permit, now)
         return permit
 
-    async def acquire(self, permit: Permit) -> None:
-        """Pay the next attempt of *permit*, in order of arrival."""
+    async def admit(self, permit: Permit) -> None:
+        """See that the next attempt of *permit* is paid, in order of arrival, unless it could only be refused.
+
+        Raises:
+            StatusError: The breaker is open.
+        """
         loop = asyncio.get_running_loop()
+        try:
+            self.breaker.check(loop.time())
+        except StatusError:
+            permit.cancel()
+            raise
+        if permit.paid:
+            return
         if not self._waiters and self._wait(permit.tokens, loop.time()) <= 0:
             self._grant(permit, loop.time())
             return
@@ -195,6 +211,9 @@ class Account:
             usage: What the endpoint says it used, or None.
             limits: What the endpoint says of its limits, or None.
         """
+        if error is None and self._unlimited and self.breaker.closed and not self._paused_until:
+            self._in_flight -= 1
+            return
         now = asyncio.get_running_loop().time()
         self.breaker.note(error, now)
         if self._concurrency is not None:
@@ -225,8 +244,10 @@ class Account:
         """Return the seconds until a permit may be granted; infinite if only the end of a call can bring it."""
         if self._concurrency is not None and not self._concurrency.allows(self._in_flight):
             return float("inf")
-        wait = self._paused_until - now
-        return wait if self._bucket is None else max(wait, self._bucket.wait(tokens, now))
+        if now >= self._paused_until:
+            self._paused_until = 0.0
+        pause = max(0.0, self._paused_until - now)
+        return pause if self._bucket is None else max(pause, self._bucket.wait(tokens, now))
 
     def _serve(self) -> None:
         """Grant what can be granted now, first come first served; see that the rest is looked at in time."""

@@ -24,6 +24,11 @@ class Breaker:
         self._error: StatusError | None = None
         self._until = 0.0
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing stands against any call."""
+        return self._error is None
+
     def is_open(self, now: float) -> bool:
         """Whether calls would fail at once."""
         return self._error is not None and now < self._until

@@ -89,16 +89,34 @@ class Sender:
             heard = True
             on_text(text)
 
+        account, send = permit.account, self._transport.send
         lessons = failures = 0
         while True:
+            if not (permit.paid and account.breaker.closed):
+                await account.admit(permit)
+            permit.paid = False
+            if permit.error is None and not permit.again:
+                account.budget.first()
+            if end is not None:
+                call.timeout = max(0.0, end - loop.time())
+            on_attempt()
             completion: Completion | None = None
             try:
-                completion = await self._attempt(call, hear, on_attempt, permit, end)
+                completion = await send(call, hear)
+                account.ended(permit, None, completion.usage, completion.limits)
                 if completion.finish_reason not in (None, "error"):
                     return completion
                 failure: RequestFailed = TransportError("the reply was cut off: it ended without a finish_reason")
             except RequestFailed as error:
                 failure = error
+                account.ended(permit, failure)
+            except Exception as error:
+                failure = TransportError(f"the transport raised {type(error).__name__}")
+                account.ended(permit, failure)
+                raise failure from error
+            except BaseException:
+                account.dropped(permit)
+                raise
             permit.error = failure
             self.rate_limited += isinstance(failure, RateLimited)
             cut = completion is not None or (heard and (type(failure) is TransportError or worth_retrying(failure)))
@@ -113,43 +131,6 @@ class Sender:
                 failures += 1
                 await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
             self.repeats += 1
-
-    async def _attempt(
-        self,
-        call: ChatCall,
-        on_text: Callable[[str], None],
-        on_attempt: Callable[[], None],
-        permit: Permit,
-        end: float | None,
-    ) -> Completion:
-        account, loop = permit.account, asyncio.get_running_loop()
-        try:
-            account.breaker.check(loop.time())
-        except StatusError:
-            permit.cancel()
-            raise
-        if not permit.paid:
-            await account.acquire(permit)
-        permit.paid = False
-        if end is not None:
-            call.timeout = max(0.0, end - loop.time())
-        if permit.error is None and not permit.again:
-            account.budget.first()
-        on_attempt()
-        try:
-            completion = await self._transport.send(call, on_text)
-        except RequestFailed as error:
-            account.ended(permit, error)
-            raise
-        except Exception as error:
-            failure = TransportError(f"the transport raised {type(error).__name__}")
-            account.ended(permit, failure)
-            raise failure from error
-        except BaseException:
-            account.dropped(permit)
-            raise
-        account.ended(permit, None, completion.usage, completion.limits)
-        return completion
 
     async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
         """Wait until another attempt may be *worth* it.
