@@ -71,3 +71,17 @@ async def own_transport(call: mb.ChatCall) -> None:
 
     async with mb.Microbatcher(Mine(), policy=mb.FlushPolicy(max_batch_size=4), prices={"m": mb.Price(1, 2)}):
         pass
+
+
+async def reliability() -> None:
+    async with mb.Microbatcher(
+        mb.OpenAIChat("m", api_key="k"),
+        retry=mb.RetryPolicy(max_attempts=3, base=0.1, cap=5.0, budget=0.1, reserve=5),
+        fallback=mb.FallbackPolicy(canary=True),
+        rate_limit=mb.RateLimit(rpm=1_000, tpm=200_000, share=0.5, charge="used", adaptive=True),
+        policy=mb.FlushPolicy(merge="when-cheaper"),
+    ) as batcher:
+        assert_type(batcher.stats().lanes_parted, int)
+    mb.RateLimit(rpm=1, charge="spent")  # type: ignore[arg-type]
+    mb.Completion("stop", limits=mb.Limits(remaining_requests=3))
+    mb.RateLimited("slow down", status=429, retry_after=2.0, limits=mb.Limits(remaining_tokens=0))
