@@ -12,7 +12,6 @@ import hashlib
 import secrets
 from collections import deque
 from typing import TYPE_CHECKING, Final
-from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -20,7 +19,7 @@ from microbatch.errors import RateLimited, StatusError
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.http_edge import WHO
-from microbatch.transports.recent import Recent
+from microbatch.transports.recent import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
 
 CAPACITY: Final = 1_024
-IDLE_EXPIRY: Final = 600.0
-"""Seconds after which an account that nobody used is forgotten."""
 
 MAX_WAIT: Final = 120.0
 """An endpoint that asks to wait longer, in seconds, is not waited for: the openai SDK draws the line there as well."""
@@ -111,9 +108,9 @@ class Account:
     Attributes:
         budget: Its retries.
         breaker: Whether calls are stopped.
-        max_tokens: As given.
+        max_tokens: As given, or what the endpoint tells of a lower limit.
         on_ready: Called when a permit that was refused may be had; set by the scheduler.
-        used: When it was last looked up.
+        used: When it was last used.
     """
 
     def __init__(
@@ -125,6 +122,7 @@ class Account:
         self.on_ready: Callable[[Account], None] | None = None
         self.used = 0.0
         self._bucket = bucket
+        self._name = object()  # in the bucket's books, which are not to hold the account itself
         self._concurrency = Concurrency() if adaptive else None
         self._in_flight = 0
         self._paused_until = 0.0
@@ -206,6 +204,7 @@ class Account:
                 self._paused_until = max(self._paused_until, now + error.retry_after)
         if self._bucket is not None and permit.grant is not None:
             self._bucket.ended(permit.grant, usage, limits, now)
+            self.max_tokens = self._bucket.max_tokens
         self._serve()
 
     def dropped(self, permit: Permit) -> None:
@@ -217,16 +216,17 @@ class Account:
     def _grant(self, permit: Permit, now: float) -> None:
         permit.paid = True
         permit.sent = now
+        self.used = now
         self._in_flight += 1
         if self._bucket is not None:
-            permit.grant = self._bucket.grant(permit.tokens, now)
+            permit.grant = self._bucket.grant(permit.tokens, now, self._name)
 
     def _wait(self, tokens: int, now: float) -> float:
         """Return the seconds until a permit may be granted; infinite if only the end of a call can bring it."""
         if self._concurrency is not None and not self._concurrency.allows(self._in_flight):
             return float("inf")
         wait = self._paused_until - now
-        return wait if self._bucket is None else max(wait, self._bucket.wait(tokens, now))
+        return wait if self._bucket is None else max(wait, self._bucket.wait(tokens, now, self._name))
 
     def _serve(self) -> None:
         """Grant what can be granted now, first come first served; see that the rest is looked at in time."""
@@ -267,6 +267,8 @@ class Account:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._bucket is not None:
+            self._bucket.disclaim(self._name)
 
     def _time_is_up(self) -> None:
         self._timer = None
@@ -292,25 +294,18 @@ class Accounts:
         self._model = getattr(transport, "model", None)
         self._retry = retry
         self._limit = limit
-        self._in_use: WeakValueDictionary[object, Account] = WeakValueDictionary()
-        self._recent: Recent[object, Account] = Recent(CAPACITY)
+        self._kept: Kept[object, Account] = Kept(CAPACITY)
         self._ready: Callable[[Account], None] | None = None
 
     def __len__(self) -> int:
         """Return how many are remembered or in use."""
-        return len(self._in_use)
+        return len(self._kept)
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:
         """Return the account of calls to *model* with *headers*."""
         key = (self._base_url, model or self._model, _credentials(headers) if headers else b"")
-        account = self._in_use.get(key)
-        if account is None:
-            account = self._in_use[key] = self._make(key)
-        now = account.used = asyncio.get_running_loop().time()
-        self._recent.put(key, account)
-        while (oldest := self._recent.oldest()) is not None and oldest[1].used < now - IDLE_EXPIRY:
-            self._recent.forget(oldest[0])
-        return account
+        now = asyncio.get_running_loop().time()
+        return self._kept.get(key, now) or self._kept.put(key, self._make(key, now), now)
 
     def listen(self, ready: Callable[[Account], None]) -> None:
         """Call *ready* with an account that refused a permit and may have one now."""
@@ -318,17 +313,17 @@ class Accounts:
 
     def close(self) -> None:
         """Look after nobody any more."""
-        for account in list(self._in_use.values()):
+        for account in self._kept.values():
             account.close()
 
-    def _make(self, key: object) -> Account:
+    def _make(self, key: object, now: float) -> Account:
         limit = self._limit
         if limit is None:
             account = Account(self._retry, None)
         else:
             account = Account(
                 self._retry,
-                limit.bucket(key) if limit.rpm or limit.tpm else None,
+                limit.bucket(key, now) if limit.rpm or limit.tpm else None,
                 adaptive=limit.adaptive,
                 max_tokens=limit.max_tokens,
             )
