@@ -75,25 +75,35 @@ class Permit:
         account: Whose limits count.
         tokens: What each attempt is charged.
         paid: Whether the next attempt has its permit already.
-        again: Whether the call asks again for what a cut left open, which is paid from the retry budget.
+        again: Whether the call asks again for what a cut left open.
+        drawn: Whether the retry budget has paid for the next attempt.
         error: What the latest attempt failed with, or None.
     """
 
-    __slots__ = ("account", "again", "error", "grant", "paid", "sent", "tokens")
+    __slots__ = ("account", "again", "drawn", "error", "grant", "paid", "sent", "tokens")
 
     def __init__(self, account: Account, tokens: int, *, again: bool = False) -> None:
         self.account = account
         self.tokens = tokens
-        self.again = again
+        self.again = self.drawn = again
         self.paid = False
         self.error: RequestFailed | None = None
         self.grant: Grant | None = None
         self.sent = 0.0
 
     def cancel(self) -> None:
-        """Give the permit of the next attempt back: it will not be made."""
+        """Give back what was paid for the next attempt: it will not be made."""
+        if self.drawn:
+            self.drawn = False
+            self.account.budget.give_back()
         if self.paid:
             self.account.cancel(self)
+
+    def used(self) -> None:
+        """The attempt was made by somebody who tells nothing of how it ended."""
+        if self.paid:
+            self.paid = False
+            self.account.dropped(self)
 
 
 class Account:
@@ -155,7 +165,7 @@ class Account:
         return permit
 
     async def acquire(self, permit: Permit) -> None:
-        """Pay the next attempt of *permit*, in order of arrival."""
+        """Pay the next attempt of *permit*, in order of arrival; returns without it if the breaker opens."""
         loop = asyncio.get_running_loop()
         if not self._waiters and self._wait(permit.tokens, loop.time()) <= 0:
             self._grant(permit, loop.time())
@@ -194,7 +204,7 @@ class Account:
             limits: What the endpoint says of its limits, or None.
         """
         now = asyncio.get_running_loop().time()
-        self.breaker.note(error, now)
+        self.breaker.note(error, sent=permit.sent, now=now)
         if self._concurrency is not None:
             self._concurrency.note(error, sent=permit.sent, in_flight=self._in_flight, now=now)
         self._in_flight -= 1
@@ -233,15 +243,17 @@ class Account:
         if not self._waiters and self._refused is None:
             return
         now = asyncio.get_running_loop().time()
+        failing = self.breaker.is_open(now)  # then nobody has anything to wait for
         while self._waiters:
             permit, place = self._waiters[0]
             if not place.done():
-                if self._wait(permit.tokens, now) > 0:
-                    break
-                self._grant(permit, now)
+                if not failing:
+                    if self._wait(permit.tokens, now) > 0:
+                        break
+                    self._grant(permit, now)
                 place.set_result(None)
             self._waiters.popleft()
-        if not self._waiters and self._refused is not None and self._wait(self._refused, now) <= 0:
+        if not self._waiters and self._refused is not None and (failing or self._wait(self._refused, now) <= 0):
             self._refused = None
             if self.on_ready is not None:
                 self.on_ready(self)

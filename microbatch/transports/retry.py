@@ -112,7 +112,6 @@ class Sender:
             else:
                 failures += 1
                 await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
-            self.repeats += 1
 
     async def _attempt(
         self,
@@ -124,22 +123,27 @@ class Sender:
     ) -> Completion:
         account, loop = permit.account, asyncio.get_running_loop()
         try:
+            while not permit.paid and not account.breaker.is_open(loop.time()):
+                await account.acquire(permit)
             account.breaker.check(loop.time())
-        except StatusError:
+        except BaseException:
             permit.cancel()
             raise
-        if not permit.paid:
-            await account.acquire(permit)
-        permit.paid = False
+        permit.paid = permit.drawn = False
         if end is not None:
             call.timeout = max(0.0, end - loop.time())
-        if permit.error is None and not permit.again:
+        if permit.error is not None:
+            self.repeats += 1
+        elif not permit.again:
             account.budget.first()
         on_attempt()
         try:
             completion = await self._transport.send(call, on_text)
         except RequestFailed as error:
-            account.ended(permit, error)
+            if isinstance(error, TransportTimeout) and end is not None and loop.time() >= end:
+                account.dropped(permit)  # the callers' own deadline tells nothing of the endpoint
+            else:
+                account.ended(permit, error)
             raise
         except Exception as error:
             failure = TransportError(f"the transport raised {type(error).__name__}")
@@ -165,12 +169,13 @@ class Sender:
             self.unpaid += 1
             error.add_note("microbatch: not retried, because the retry budget is used up (RetryPolicy.budget, reserve)")
             raise error
+        permit.drawn = True
         # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
         longest = min(policy.cap, policy.base * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
         try:
             await asyncio.sleep((asked or 0.0) + longest * self._draw())
         except asyncio.CancelledError:
-            budget.give_back()
+            permit.cancel()
             raise
 
 
