@@ -140,10 +140,7 @@ class Sender:
         try:
             completion = await self._transport.send(call, on_text)
         except RequestFailed as error:
-            if isinstance(error, TransportTimeout) and end is not None and loop.time() >= end:
-                account.dropped(permit)  # the callers' own deadline tells nothing of the endpoint
-            else:
-                account.ended(permit, error)
+            account.ended(permit, error)
             raise
         except Exception as error:
             failure = TransportError(f"the transport raised {type(error).__name__}")

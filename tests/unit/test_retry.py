@@ -278,7 +278,7 @@ async def test_nothing_is_repeated_for_callers_who_have_part_of_the_answers():
     async with mb.Microbatcher(transport, tokens="bytes", retry=RetryPolicy(base=0)) as batcher:
         replies = await asyncio.gather(*(batcher.submit(ask(text)) for text in "abcd"))
     assert [reply.output for reply in replies] == ["A", "B", "C", "D"]
-    assert [[text for _, text in call.items] for call in transport.calls][0] == ["a", "b", "c", "d"]
+    assert [text for _, text in transport.calls[0].items] == ["a", "b", "c", "d"]
     assert sorted(text for call in transport.calls[1:] for _, text in call.items) == ["c", "d"]
 
 
