@@ -39,6 +39,10 @@ class Permit(Protocol):
         """Give back what was paid for an attempt that will not be made."""
         ...
 
+    def used(self) -> None:
+        """The attempt was made by somebody who tells nothing of how it ended."""
+        ...
+
 
 class Account(Protocol):
     """One (endpoint, model, credentials).

@@ -405,6 +405,8 @@ class Collector:
         try:
             if work.loan is not None:
                 await work.loan.returned.wait()
+                if work.loan.used:
+                    work.permit.used()
             elif work.batch is not None and work.lane is not None:
                 await self._answer_batch(work.batch, work.lane)
             else:
@@ -467,6 +469,7 @@ class Collector:
         self.scheduler.enqueue(queue)
         try:
             await loan.granted
+            loan.used = True
             yield
         finally:
             loan.returned.set()

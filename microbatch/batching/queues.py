@@ -83,14 +83,16 @@ class Loan:
         cost: Tokens that the permit is charged.
         granted: Done when the loan is; fails if it never will be.
         returned: Set by the borrower in the end.
+        used: Whether the borrower came to have it.
     """
 
-    __slots__ = ("cost", "granted", "returned")
+    __slots__ = ("cost", "granted", "returned", "used")
 
     def __init__(self, cost: int, granted: asyncio.Future[None], returned: asyncio.Event) -> None:
         self.cost = cost
         self.granted = granted
         self.returned = returned
+        self.used = False
 
 
 class BorrowerQueue:

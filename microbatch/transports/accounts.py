@@ -12,7 +12,6 @@ import hashlib
 import secrets
 from collections import deque
 from typing import TYPE_CHECKING, Final
-from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -20,7 +19,7 @@ from microbatch.errors import RateLimited, StatusError
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.http_edge import WHO
-from microbatch.transports.recent import Recent
+from microbatch.transports.recent import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
 
 CAPACITY: Final = 1_024
-IDLE_EXPIRY: Final = 600.0
-"""Seconds after which an account that nobody used is forgotten."""
 
 MAX_WAIT: Final = 120.0
 """An endpoint that asks to wait longer, in seconds, is not waited for: the openai SDK draws the line there as well."""
@@ -78,25 +75,35 @@ class Permit:
         account: Whose limits count.
         tokens: What each attempt is charged.
         paid: Whether the next attempt has its permit already.
-        again: Whether the call asks again for what a cut left open, which is paid from the retry budget.
+        again: Whether the call asks again for what a cut left open.
+        drawn: Whether the retry budget has paid for the next attempt.
         error: What the latest attempt failed with, or None.
     """
 
-    __slots__ = ("account", "again", "error", "grant", "paid", "sent", "tokens")
+    __slots__ = ("account", "again", "drawn", "error", "grant", "paid", "sent", "tokens")
 
     def __init__(self, account: Account, tokens: int, *, again: bool = False) -> None:
         self.account = account
         self.tokens = tokens
-        self.again = again
+        self.again = self.drawn = again
         self.paid = False
         self.error: RequestFailed | None = None
         self.grant: Grant | None = None
         self.sent = 0.0
 
     def cancel(self) -> None:
-        """Give the permit of the next attempt back: it will not be made."""
+        """Give back what was paid for the next attempt: it will not be made."""
+        if self.drawn:
+            self.drawn = False
+            self.account.budget.give_back()
         if self.paid:
             self.account.cancel(self)
+
+    def used(self) -> None:
+        """The attempt was made by somebody who tells nothing of how it ended."""
+        if self.paid:
+            self.paid = False
+            self.account.dropped(self)
 
 
 class Account:
@@ -111,9 +118,9 @@ class Account:
     Attributes:
         budget: Its retries.
         breaker: Whether calls are stopped.
-        max_tokens: As given.
+        max_tokens: As given, or what the endpoint tells of a lower limit.
         on_ready: Called when a permit that was refused may be had; set by the scheduler.
-        used: When it was last looked up.
+        used: When it was last used.
     """
 
     def __init__(
@@ -125,6 +132,7 @@ class Account:
         self.on_ready: Callable[[Account], None] | None = None
         self.used = 0.0
         self._bucket = bucket
+        self._name = object()  # in the bucket's books, which are not to hold the account itself
         self._concurrency = Concurrency() if adaptive else None
         self._unlimited = bucket is None and not adaptive
         self._in_flight = 0
@@ -169,12 +177,16 @@ class Account:
         """
         loop = asyncio.get_running_loop()
         try:
+            while not permit.paid and not self.breaker.is_open(loop.time()):
+                await self._acquire(permit)
             self.breaker.check(loop.time())
-        except StatusError:
+        except BaseException:
             permit.cancel()
             raise
-        if permit.paid:
-            return
+
+    async def _acquire(self, permit: Permit) -> None:
+        """Wait for a permit; returns without it if the breaker opens."""
+        loop = asyncio.get_running_loop()
         if not self._waiters and self._wait(permit.tokens, loop.time()) <= 0:
             self._grant(permit, loop.time())
             return
@@ -215,7 +227,7 @@ class Account:
             self._in_flight -= 1
             return
         now = asyncio.get_running_loop().time()
-        self.breaker.note(error, now)
+        self.breaker.note(error, sent=permit.sent, now=now)
         if self._concurrency is not None:
             self._concurrency.note(error, sent=permit.sent, in_flight=self._in_flight, now=now)
         self._in_flight -= 1
@@ -225,6 +237,7 @@ class Account:
                 self._paused_until = max(self._paused_until, now + error.retry_after)
         if self._bucket is not None and permit.grant is not None:
             self._bucket.ended(permit.grant, usage, limits, now)
+            self.max_tokens = self._bucket.max_tokens
         self._serve()
 
     def dropped(self, permit: Permit) -> None:
@@ -236,9 +249,10 @@ class Account:
     def _grant(self, permit: Permit, now: float) -> None:
         permit.paid = True
         permit.sent = now
+        self.used = now
         self._in_flight += 1
         if self._bucket is not None:
-            permit.grant = self._bucket.grant(permit.tokens, now)
+            permit.grant = self._bucket.grant(permit.tokens, now, self._name)
 
     def _wait(self, tokens: int, now: float) -> float:
         """Return the seconds until a permit may be granted; infinite if only the end of a call can bring it."""
@@ -247,22 +261,24 @@ class Account:
         if now >= self._paused_until:
             self._paused_until = 0.0
         pause = max(0.0, self._paused_until - now)
-        return pause if self._bucket is None else max(pause, self._bucket.wait(tokens, now))
+        return pause if self._bucket is None else max(pause, self._bucket.wait(tokens, now, self._name))
 
     def _serve(self) -> None:
         """Grant what can be granted now, first come first served; see that the rest is looked at in time."""
         if not self._waiters and self._refused is None:
             return
         now = asyncio.get_running_loop().time()
+        failing = self.breaker.is_open(now)  # then nobody has anything to wait for
         while self._waiters:
             permit, place = self._waiters[0]
             if not place.done():
-                if self._wait(permit.tokens, now) > 0:
-                    break
-                self._grant(permit, now)
+                if not failing:
+                    if self._wait(permit.tokens, now) > 0:
+                        break
+                    self._grant(permit, now)
                 place.set_result(None)
             self._waiters.popleft()
-        if not self._waiters and self._refused is not None and self._wait(self._refused, now) <= 0:
+        if not self._waiters and self._refused is not None and (failing or self._wait(self._refused, now) <= 0):
             self._refused = None
             if self.on_ready is not None:
                 self.on_ready(self)
@@ -288,6 +304,8 @@ class Account:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._bucket is not None:
+            self._bucket.disclaim(self._name)
 
     def _time_is_up(self) -> None:
         self._timer = None
@@ -313,25 +331,18 @@ class Accounts:
         self._model = getattr(transport, "model", None)
         self._retry = retry
         self._limit = limit
-        self._in_use: WeakValueDictionary[object, Account] = WeakValueDictionary()
-        self._recent: Recent[object, Account] = Recent(CAPACITY)
+        self._kept: Kept[object, Account] = Kept(CAPACITY)
         self._ready: Callable[[Account], None] | None = None
 
     def __len__(self) -> int:
         """Return how many are remembered or in use."""
-        return len(self._in_use)
+        return len(self._kept)
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:
         """Return the account of calls to *model* with *headers*."""
         key = (self._base_url, model or self._model, _credentials(headers) if headers else b"")
-        account = self._in_use.get(key)
-        if account is None:
-            account = self._in_use[key] = self._make(key)
-        now = account.used = asyncio.get_running_loop().time()
-        self._recent.put(key, account)
-        while (oldest := self._recent.oldest()) is not None and oldest[1].used < now - IDLE_EXPIRY:
-            self._recent.forget(oldest[0])
-        return account
+        now = asyncio.get_running_loop().time()
+        return self._kept.get(key, now) or self._kept.put(key, self._make(key, now), now)
 
     def listen(self, ready: Callable[[Account], None]) -> None:
         """Call *ready* with an account that refused a permit and may have one now."""
@@ -339,17 +350,17 @@ class Accounts:
 
     def close(self) -> None:
         """Look after nobody any more."""
-        for account in list(self._in_use.values()):
+        for account in self._kept.values():
             account.close()
 
-    def _make(self, key: object) -> Account:
+    def _make(self, key: object, now: float) -> Account:
         limit = self._limit
         if limit is None:
             account = Account(self._retry, None)
         else:
             account = Account(
                 self._retry,
-                limit.bucket(key) if limit.rpm or limit.tpm else None,
+                limit.bucket(key, now) if limit.rpm or limit.tpm else None,
                 adaptive=limit.adaptive,
                 max_tokens=limit.max_tokens,
             )

@@ -22,7 +22,7 @@ class Breaker:
 
     def __init__(self) -> None:
         self._error: StatusError | None = None
-        self._until = 0.0
+        self._opened = self._until = 0.0
 
     @property
     def closed(self) -> bool:
@@ -50,9 +50,16 @@ class Breaker:
         error.should_retry = False
         raise error
 
-    def note(self, error: RequestFailed | None, now: float) -> None:
-        """Learn from how a call ended; None for an answer."""
+    def note(self, error: RequestFailed | None, *, sent: float, now: float) -> None:
+        """Learn from how a call ended.
+
+        Args:
+            error: None for an answer.
+            sent: When the call was sent.
+            now: The time.
+        """
         if isinstance(error, AuthFailed | QuotaExhausted):
-            self._error, self._until = error, now + COOL_DOWN
-        elif error is None:
+            self._error, self._opened, self._until = error, now, now + COOL_DOWN
+        elif error is None and sent >= self._opened:
+            # The answer to a call that was let in earlier tells nothing of what has changed since.
             self._error = None

@@ -18,7 +18,7 @@ class Concurrency:
 
     def __init__(self) -> None:
         self.limit = INITIAL
-        self._cut_at = float("-inf")
+        self._cut_at = self._full_at = float("-inf")
 
     def allows(self, in_flight: int) -> bool:
         """Whether one more call may start."""
@@ -41,5 +41,9 @@ class Concurrency:
             if sent > self._cut_at:
                 self.limit = max(1.0, self.limit * _DECREASE)
                 self._cut_at = now
-        elif error is None and in_flight >= int(self.limit):
+            return
+        if in_flight >= int(self.limit):
+            self._full_at = now
+        # Of calls that end together only the first sees the limit reached, but it was reached during all of them.
+        if error is None and sent <= self._full_at:
             self.limit += 1 / self.limit

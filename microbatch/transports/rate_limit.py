@@ -5,10 +5,13 @@ How it counts
 Providers count over a minute, some over a sliding one, some with a bucket that refills. This holds to the strictest reading: no
 more than the limit in any 60 seconds, whenever they begin. What is *small* (at most the burst) is paid from a bucket that holds
 the burst and refills at such a rate that burst and a minute's refill make the limit. What is larger is granted when everything
-of the last minute and itself fit the limit; it leaves the bucket in debt, which the small ones after it wait out. So between two
-grants of small ones the bucket bounds the sum, and at each large one the window does.
+of the last minute and itself fit the limit; it leaves the bucket in debt, which the small ones after it wait out, though only as
+far as it is of the last minute. The window bounds the sum at each grant; the bucket spreads small ones over the minute.
 
 Requests sent a minute apart can arrive a little less apart, so a minute is taken to be a second longer than it is.
+
+Several batchers may share a bucket. Each has its own line; who has been refused has a *claim*, and those after it are granted only
+what leaves room for the eldest, so that no batcher's small requests keep another's large one waiting for ever.
 
 The endpoint's own count is followed where it tells it. If it has seen more than we can have sent, others use the same quota
 (or our estimates are low): the surplus counts as used until the endpoint says otherwise. If it has seen less, it has given back
@@ -20,11 +23,12 @@ Nothing here waits or reads a clock.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Final, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, one_of, whole
-from microbatch.transports.recent import Recent
+from microbatch.transports.recent import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
 
 Charge = Literal["reserved", "used"]
+
+_Claim: TypeAlias = tuple[int, float]  # tokens (or requests), and until when
 
 MINUTE: Final = 60.0
 _LATENESS: Final = 1.0
@@ -43,6 +49,9 @@ _BURST_SHARE: Final = 0.02
 _MAX_BURST_SHARE: Final = 0.05
 
 _CAPACITY: Final = 1_024
+
+# A claim is renewed when its time has come; one that is not is of a request that was given up, or of an event loop that is gone.
+_CLAIM_LATENESS: Final = 1.0
 
 
 class RateLimit:
@@ -82,12 +91,14 @@ class RateLimit:
             raise ConfigError("a RateLimit needs rpm=, tpm= or adaptive=True")
         if rpm is not None and rpm * share < 1:
             raise ConfigError(f"rpm={rpm} times share={share} leaves less than one request a minute")
+        if tpm is not None and tpm * share < 1:
+            raise ConfigError(f"tpm={tpm} times share={share} leaves less than one token a minute")
         self.rpm = rpm
         self.tpm = tpm
         self.share = share
         self.charge: Charge = charge
         self.adaptive = adaptive
-        self._buckets: Recent[Hashable, Bucket] = Recent(_CAPACITY)
+        self._buckets: Kept[Hashable, Bucket] = Kept(_CAPACITY)
 
     def __repr__(self) -> str:
         """Tell the settings."""
@@ -101,9 +112,9 @@ class RateLimit:
         """The most tokens that one request can ever be granted; None for no limit."""
         return None if self.tpm is None else int(self.tpm * self.share)
 
-    def bucket(self, key: Hashable) -> Bucket:
+    def bucket(self, key: Hashable, now: float) -> Bucket:
         """Return the bucket of one (endpoint, model, credentials)."""
-        return self._buckets.get(key) or self._buckets.put(key, Bucket(self))
+        return self._buckets.get(key, now) or self._buckets.put(key, Bucket(self), now)
 
 
 class Grant:
@@ -126,26 +137,32 @@ class Grant:
 class _Measure:
     """One of the two: requests or tokens."""
 
-    __slots__ = ("_at", "_burst", "_level", "_rate", "_unit", "limit", "others", "others_until", "total")
+    __slots__ = ("_at", "_burst", "_level", "_most", "_rate", "_unit", "limit", "others", "others_until", "total")
 
     def __init__(self, limit: float, unit: float) -> None:
         self.total = 0.0  # granted in the last minute
         self.others = 0.0  # used by others, for all we know
         self.others_until = 0.0
+        self._most = self.limit = limit
         self._unit = unit
         self.resize(limit)
         self._level = self._burst
         self._at = 0.0
 
-    def resize(self, limit: float) -> None:
-        """Work with another limit from now on."""
-        self.limit = limit
+    def resize(self, limit: float) -> bool:
+        """Work with another limit from now on, though with none above the first; return whether it is a higher one."""
+        before, self.limit = self.limit, min(limit, self._most)
+        limit = self.limit
         self._burst = max(_BURST_SHARE * limit, min(self._unit, _MAX_BURST_SHARE * limit))
         self._rate = (limit - self._burst) / WINDOW
+        return limit > before
 
     def refill(self, now: float) -> None:
         """Let time pass."""
-        self._level = min(self._burst, self._level + self._rate * (now - self._at))
+        level = self._level + self._rate * (now - self._at)
+        # What is owed is of the last minute. Large ones may come a little faster than the bucket refills; were that to add up
+        # for hours, a small one would have to wait it all out.
+        self._level = min(self._burst, max(level, self._burst - self.total))
         self._at = now
         if now >= self.others_until:
             self.others = 0.0
@@ -154,9 +171,9 @@ class _Measure:
         """Whether *amount* is paid from the bucket."""
         return amount <= self._burst
 
-    def missing(self, amount: float) -> float:
-        """Return by how much the bucket is too low for *amount*, at most 0 if it is not."""
-        return amount - self._level
+    def missing(self, amount: float, kept: float) -> float:
+        """Return by how much the bucket is too low for *amount* and, if that is small too, *kept*; at most 0 if it is not."""
+        return (min(amount + kept, self._burst) if kept <= self._burst else amount) - self._level
 
     def seconds_for(self, missing: float) -> float:
         """Return how long the bucket takes to gain *missing*."""
@@ -185,31 +202,55 @@ class Bucket:
         self._requests = None if settings.rpm is None else _Measure(settings.rpm * share, 1.0)
         self._tokens = None if settings.tpm is None else _Measure(settings.tpm * share, 0.0)
         self._log: deque[Grant] = deque()
+        self._newest = float(
+            "-inf"
+        )  # when the request was granted with which came what is known of the endpoint's count
+        self.used = 0.0  # when; see `Kept`
+        self._claims: dict[object, _Claim] = {}  # by who waits, the eldest first
 
     def __repr__(self) -> str:
         """Tell what has been granted in the last minute."""
         requests, tokens = (None if measure is None else measure.total for measure in (self._requests, self._tokens))
         return f"Bucket(requests={requests}, tokens={tokens})"
 
-    def wait(self, tokens: int, now: float) -> float:
-        """Return the seconds until a request of *tokens* may be granted if nothing else is; 0.0 for at once."""
-        self._pass_time(now)
-        waits = [
-            self._wait_for(measure, amount, now)
-            for measure, amount in ((self._requests, 1), (self._tokens, tokens))
-            if measure is not None
-        ]
-        return max(waits, default=0.0)
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens that one request can ever be granted, for all we know; None for no limit."""
+        return None if self._tokens is None else int(self._tokens.limit)
 
-    def grant(self, tokens: int, now: float) -> Grant:
+    def wait(self, tokens: int, now: float, who: object = None) -> float:
+        """Return the seconds until a request of *tokens* may be granted if nothing else is; 0.0 for at once.
+
+        Args:
+            tokens: What it is charged.
+            now: The time.
+            who: Whose request it is; refused, it has a claim until it is granted.
+        """
+        self._pass_time(now)
+        wait = 0.0
+        claim = self._claim_before(who, now)
+        if self._requests is not None:
+            wait = self._wait_for(self._requests, 1, claim and (1, claim[1]), now)
+        if self._tokens is not None:
+            wait = max(wait, self._wait_for(self._tokens, tokens, claim, now))
+        if wait > 0:
+            self._claims[who] = tokens, now + wait + _CLAIM_LATENESS
+        return wait
+
+    def grant(self, tokens: int, now: float, who: object = None) -> Grant:
         """Charge a request of *tokens*, whose wait is over."""
         self._pass_time(now)
+        self._claims.pop(who, None)
         for measure, amount in ((self._requests, 1), (self._tokens, tokens)):
             if measure is not None:
                 measure.add(amount)
         grant = Grant(now, tokens, self._totals)
         self._log.append(grant)
         return grant
+
+    def disclaim(self, who: object) -> None:
+        """*who* waits no longer."""
+        self._claims.pop(who, None)
 
     def cancel(self, grant: Grant) -> None:
         """Take *grant* back: its request was not sent."""
@@ -234,7 +275,10 @@ class Bucket:
             Whether somebody may have to wait less than before.
         """
         self._pass_time(now)
-        relieved = limits is not None and self._follow(limits, now)
+        relieved = False
+        if limits is not None and grant.at >= self._newest:  # a long reply's headers may be a minute old
+            self._newest = grant.at
+            relieved = self._follow(limits, grant, now)
         if self._tokens is None or usage is None:
             return relieved
         surplus = grant.tokens - usage.prompt_tokens - usage.completion_tokens
@@ -256,6 +300,7 @@ class Bucket:
         )
 
     def _pass_time(self, now: float) -> None:
+        self.used = now
         while self._log and self._log[0].at <= now - WINDOW:
             old = self._log.popleft()
             if self._requests is not None:
@@ -266,46 +311,68 @@ class Bucket:
             if measure is not None:
                 measure.refill(now)
 
-    def _wait_for(self, measure: _Measure, amount: float, now: float) -> float:
-        wait = 0.0
+    def _claim_before(self, who: object, now: float) -> _Claim | None:
+        """Return the eldest claim if it is not that of *who*."""
+        while self._claims:
+            eldest, claim = next(iter(self._claims.items()))
+            if eldest is who:
+                break
+            if now < claim[1]:
+                return claim
+            del self._claims[eldest]
+        return None
+
+    def _wait_for(self, measure: _Measure, amount: float, claim: _Claim | None, now: float) -> float:
+        # One that was accepted before the endpoint told of a lower limit could otherwise wait for ever.
+        amount = min(amount, measure.limit)
+        wait = kept = 0.0
+        if claim is not None:
+            kept = claim[0]
+            if amount + kept > measure.limit:
+                wait = claim[1] - now  # there is no room for both: when the claim has lapsed, at the latest
         if measure.small(amount):
-            missing = measure.missing(amount)
+            missing = measure.missing(amount, kept)
             if missing > _HAIR:
-                wait = measure.seconds_for(missing)
-        over = measure.total + measure.others + amount - measure.limit
+                wait = max(wait, measure.seconds_for(missing))
+        over = measure.total + measure.others + min(amount + kept, measure.limit) - measure.limit
         if over > _HAIR:
             wait = max(wait, self._until_gone(measure, over, now))
         return wait
 
     def _until_gone(self, measure: _Measure, over: float, now: float) -> float:
         """Return the seconds until *over* of what counts now counts no more."""
-        ends: list[tuple[float, float]] = [
-            (grant.at + WINDOW, 1 if measure is self._requests else grant.tokens) for grant in self._log
-        ]
-        if measure.others:
-            ends.append((measure.others_until, measure.others))
-            ends.sort()
-        for when, amount in ends:
+        others, until = measure.others, measure.others_until
+        when = now
+        # Mostly the first few are enough: there may be thousands.
+        for when, amount in chain(
+            ((grant.at + WINDOW, 1 if measure is self._requests else grant.tokens) for grant in self._log),
+            ((until, 0.0),),
+        ):
+            if others and until <= when:
+                over -= others
+                others = 0.0
+                if over <= _HAIR:
+                    return max(0.0, until - now)
             over -= amount
             if over <= _HAIR:
-                return max(0.0, when - now)
-        return WINDOW
+                break
+        return max(0.0, when - now)
 
-    def _follow(self, limits: Limits, now: float) -> bool:
-        """Take over what the endpoint counts beyond what we can have sent."""
+    def _follow(self, limits: Limits, grant: Grant, now: float) -> bool:
+        """Take over what the endpoint counts beyond what we can have sent, by *grant*'s time or now."""
         relieved = False
         told = (
             (self._requests, limits.limit_requests, limits.remaining_requests, limits.reset_requests),
             (self._tokens, limits.limit_tokens, limits.remaining_tokens, limits.reset_tokens),
         )
-        for (measure, limit, remaining, reset), ours in zip(told, self._totals, strict=True):
+        for (measure, limit, remaining, reset), *ours in zip(told, grant.seen, self._totals, strict=True):
             if measure is None or limit is None or remaining is None:
                 continue
             if reset is not None and reset > MINUTE and remaining > 0:
                 continue  # a limit of a longer period (requests a day), of which something is left
-            if limit * self._settings.share < measure.limit:
-                measure.resize(limit * self._settings.share)  # the settings were too high
-            expected = ours + (1 - self._settings.share) * limit
+            if limit > 0:
+                relieved = measure.resize(limit * self._settings.share) or relieved  # the settings may be too high
+            expected = max(ours) + (1 - self._settings.share) * limit
             others = max(0.0, min(measure.limit, limit - remaining - expected))
             relieved = relieved or others < measure.others
             measure.others = others

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Generic, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+
+class _Used(Protocol):
+    """What tells when it was last used.
+
+    Attributes:
+        used: The loop's time.
+    """
+
+    used: float
+
 
 K = TypeVar("K")
 V = TypeVar("V")
+U = TypeVar("U", bound=_Used)
+
+IDLE_EXPIRY: Final = 600.0
+"""Seconds after which what nobody used is forgotten."""
 
 
 class Recent(Generic[K, V]):
@@ -45,3 +61,37 @@ class Recent(Generic[K, V]):
     def forget(self, key: K) -> None:
         """Forget *key*, if it is remembered."""
         self._values.pop(key, None)
+
+
+class Kept(Generic[K, U]):
+    """Values that are kept as long as somebody holds them, and for a while after.
+
+    Args:
+        capacity: Most values kept that nobody holds.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._held: WeakValueDictionary[K, U] = WeakValueDictionary()
+        self._recent: Recent[K, U] = Recent(capacity)
+
+    def __len__(self) -> int:
+        """Return how many are kept or held."""
+        return len(self._held)
+
+    def get(self, key: K, now: float) -> U | None:
+        """Return the value of *key*, or None."""
+        value = self._held.get(key)
+        return None if value is None else self.put(key, value, now)
+
+    def put(self, key: K, value: U, now: float) -> U:
+        """Keep *value*, and forget what nobody used for long; return *value*."""
+        value.used = now
+        self._held[key] = value
+        self._recent.put(key, value)
+        while (oldest := self._recent.oldest()) is not None and oldest[1].used < now - IDLE_EXPIRY:
+            self._recent.forget(oldest[0])
+        return value
+
+    def values(self) -> list[U]:
+        """Return all that are kept or held."""
+        return list(self._held.values())

@@ -94,8 +94,10 @@ class Sender:
         while True:
             if not (permit.paid and account.breaker.closed):
                 await account.admit(permit)
-            permit.paid = False
-            if permit.error is None and not permit.again:
+            permit.paid = permit.drawn = False
+            if permit.error is not None:
+                self.repeats += 1
+            elif not permit.again:
                 account.budget.first()
             if end is not None:
                 call.timeout = max(0.0, end - loop.time())
@@ -130,7 +132,6 @@ class Sender:
             else:
                 failures += 1
                 await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
-            self.repeats += 1
 
     async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
         """Wait until another attempt may be *worth* it.
@@ -146,12 +147,13 @@ class Sender:
             self.unpaid += 1
             error.add_note("microbatch: not retried, because the retry budget is used up (RetryPolicy.budget, reserve)")
             raise error
+        permit.drawn = True
         # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
         longest = min(policy.cap, policy.base * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
         try:
             await asyncio.sleep((asked or 0.0) + longest * self._draw())
         except asyncio.CancelledError:
-            budget.give_back()
+            permit.cancel()
             raise
 
 

@@ -1,0 +1,145 @@
+"""Refusals that concern every call with the same key."""
+
+import asyncio
+
+import pytest
+from helpers import ask
+
+import microbatch as mb
+from microbatch.errors import AuthFailed, QuotaExhausted, RateLimited, ServerError
+from microbatch.testing import ScriptedTransport
+from microbatch.transports.breaker import COOL_DOWN, Breaker
+
+BROKE = QuotaExhausted("You exceeded your current quota", status=429, code="insufficient_quota", request_id="r1")
+
+
+def refuses(breaker, now):
+    try:
+        breaker.check(now)
+    except (AuthFailed, QuotaExhausted) as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("error", [BROKE, AuthFailed("wrong key", status=401)], ids=["quota", "key"])
+def test_a_refusal_opens_it_and_its_copies_say_why(error):
+    breaker = Breaker()
+    breaker.check(0.0)
+    breaker.note(error, sent=0.0, now=1.0)
+    assert breaker.is_open(1.0)
+    copy = refuses(breaker, 11.0)
+    assert type(copy) is type(error)
+    assert copy is not error
+    assert str(copy) == f"not sent, and no other call before 20 s have passed: {error}"
+    assert (copy.status, copy.code, copy.request_id) == (error.status, error.code, error.request_id)
+    assert copy.should_retry is False
+    assert error.should_retry is None
+    assert "not sent" not in str(error)
+
+
+@pytest.mark.parametrize("error", [ServerError("x", status=500), RateLimited("x", status=429), mb.ConnectFailed("x")])
+def test_other_failures_do_not_concern_it(error):
+    breaker = Breaker()
+    breaker.note(error, sent=0.0, now=0.0)
+    breaker.check(0.0)
+    breaker.note(BROKE, sent=0.0, now=0.0)
+    breaker.note(error, sent=1.0, now=1.0)
+    assert breaker.is_open(1.0)
+
+
+def test_after_the_cool_down_one_call_tries():
+    breaker = Breaker()
+    breaker.note(BROKE, sent=0.0, now=0.0)
+    assert refuses(breaker, COOL_DOWN - 0.001)
+    assert not breaker.is_open(COOL_DOWN)
+    assert not refuses(breaker, COOL_DOWN)
+    assert refuses(breaker, COOL_DOWN)
+    # It never came back; another one tries.
+    assert not refuses(breaker, 2 * COOL_DOWN)
+    breaker.note(BROKE, sent=2 * COOL_DOWN, now=2 * COOL_DOWN + 1)
+    assert refuses(breaker, 3 * COOL_DOWN)
+    assert not refuses(breaker, 3 * COOL_DOWN + 1)
+    breaker.note(None, sent=3 * COOL_DOWN + 1, now=3 * COOL_DOWN + 2)
+    assert not refuses(breaker, 3 * COOL_DOWN + 2)
+
+
+def test_answers_to_calls_sent_before_the_refusal_do_not_close_it():
+    breaker = Breaker()
+    breaker.note(BROKE, sent=0.0, now=5.0)
+    breaker.note(None, sent=4.9, now=6.0)
+    assert breaker.is_open(6.0)
+
+
+# --- through the batcher
+
+
+async def outcome(batcher, text="x", **options):
+    try:
+        return (await batcher.submit(ask(text), **options)).output
+    except mb.RequestFailed as error:
+        return error
+
+
+async def test_calls_fail_fast_until_one_has_tried():
+    loop = asyncio.get_running_loop()
+    transport = ScriptedTransport(BROKE, BROKE, delay=1.0)
+    async with mb.Microbatcher(transport, tokens="bytes") as batcher:
+        first = await outcome(batcher)
+        assert (type(first), first.attempts) == (QuotaExhausted, 1)
+        fast = await asyncio.gather(*(outcome(batcher, f"{i}", priority="high") for i in range(20)))
+        assert loop.time() == 1.0
+        assert {type(error) for error in fast} == {QuotaExhausted}
+        assert all("not sent" in str(error) and "exceeded your current quota" in str(error) for error in fast)
+        assert len({id(error) for error in fast}) == 20
+        assert {error.attempts for error in fast} == {0}
+        await asyncio.sleep(COOL_DOWN)
+        tried = await asyncio.gather(*(outcome(batcher, f"{i}", priority="high") for i in range(20)))
+        assert sorted(error.attempts for error in tried) == [0] * 19 + [1]
+        await asyncio.sleep(COOL_DOWN)
+        assert await outcome(batcher) == "X"
+        assert await asyncio.gather(*(outcome(batcher, f"{i}", priority="high") for i in range(5))) == list("01234")
+        stats = batcher.stats()
+    assert len(transport.calls) == stats.upstream_calls == 8
+    assert stats.retries == 0
+
+
+async def test_other_credentials_models_and_batchers_are_unaffected():
+    def by_key(call):
+        return BROKE if "Bearer poor" in call.call.headers.values() else "ok"
+
+    transport = ScriptedTransport(*[by_key] * 10)
+    async with mb.Microbatcher(transport, tokens="bytes") as batcher:
+        poor = {"Authorization": "Bearer poor"}
+        assert isinstance(await outcome(batcher, headers=poor), QuotaExhausted)
+        assert await outcome(batcher) == "ok"
+        assert await outcome(batcher, headers={"Authorization": "Bearer rich"}) == "ok"
+        # Headers are names in any case, and other headers are no credentials.
+        more = {"authorization": "Bearer poor", "X-Trace": "1"}
+        assert (await outcome(batcher, headers=more)).attempts == 0
+        assert (await outcome(batcher, headers=poor, model="other")).attempts == 1
+
+
+async def test_what_waits_for_a_permit_fails_with_the_others():
+    loop = asyncio.get_running_loop()
+    transport = ScriptedTransport(BROKE, delay=3.0)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(rpm=1)) as batcher:
+        errors = await asyncio.gather(*(outcome(batcher, f"{i}", priority="high") for i in range(5)))
+        assert loop.time() == 3.0
+        assert [error.attempts for error in errors] == [1, 0, 0, 0, 0]
+
+
+async def test_a_retry_that_waits_for_a_permit_fails_with_the_others():
+    loop = asyncio.get_running_loop()
+
+    async def slow_refusal(_):
+        await asyncio.sleep(8.0)
+        return BROKE
+
+    transport = ScriptedTransport(slow_refusal, ServerError("oops", status=500))
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(rpm=2)) as batcher:
+        errors = await asyncio.gather(*(outcome(batcher, f"{i}", priority="high") for i in range(2)))
+        assert loop.time() == 8.0
+        assert [type(error) for error in errors] == [QuotaExhausted] * 2
+        (account,) = batcher._accounts._kept.values()
+        assert account._in_flight == 0
+        assert account.budget._balance == pytest.approx(10.4)
