@@ -10,6 +10,8 @@ import re
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from microbatch.messages import Limits
 
 MAX_BODY_CHARS = 2_048
@@ -104,7 +106,7 @@ class StatusError(TransportError):
         again: The transport learned from this refusal and will send the same call differently; sending again at once is
             worthwhile and is not a retry.
         should_retry: What the endpoint itself says about trying again (`x-should-retry`), or None if nothing.
-        limits: What the endpoint said of its rate limits, or None.
+        limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class StatusError(TransportError):
         body: str = "",
         again: bool = False,
         should_retry: bool | None = None,
-        limits: Limits | None = None,
+        limits: Limits | Mapping[str, str] | None = None,
         attempts: int = 0,
     ) -> None:
         super().__init__(message, attempts=attempts)

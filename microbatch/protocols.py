@@ -58,7 +58,7 @@ class Completion(msgspec.Struct):
         refusal: The model's words for declining, or None.
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a call that was not streamed, or None.
-        limits: What the endpoint said of its rate limits, or None.
+        limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
     """
 
     finish_reason: str | None
@@ -67,7 +67,7 @@ class Completion(msgspec.Struct):
     refusal: str | None = None
     request_id: str | None = None
     body: dict[str, Any] | None = None
-    limits: Limits | None = None
+    limits: Limits | Mapping[str, str] | None = None
 
     def __repr__(self) -> str:
         """Tell how the call ended without the model's words."""

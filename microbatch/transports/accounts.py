@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from microbatch.errors import RateLimited, StatusError
+from microbatch.messages import Limits
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.http_edge import WHO
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from microbatch.errors import RequestFailed
-    from microbatch.messages import Limits, Usage
+    from microbatch.messages import Usage
     from microbatch.policy import RetryPolicy
     from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
 
@@ -213,7 +214,7 @@ class Account:
         permit: Permit,
         error: RequestFailed | None,
         usage: Usage | None = None,
-        limits: Limits | None = None,
+        limits: Limits | Mapping[str, str] | None = None,
     ) -> None:
         """An attempt of *permit* is over.
 
@@ -221,7 +222,7 @@ class Account:
             permit: Its permit.
             error: What it failed with; None for an answer.
             usage: What the endpoint says it used, or None.
-            limits: What the endpoint says of its limits, or None.
+            limits: What the endpoint says of its limits, or its headers, or None.
         """
         if error is None and self._unlimited and self.breaker.closed and not self._paused_until:
             self._in_flight -= 1
@@ -236,7 +237,8 @@ class Account:
             if isinstance(error, RateLimited) and error.retry_after is not None and error.retry_after <= MAX_WAIT:
                 self._paused_until = max(self._paused_until, now + error.retry_after)
         if self._bucket is not None and permit.grant is not None:
-            self._bucket.ended(permit.grant, usage, limits, now)
+            said = limits if limits is None or isinstance(limits, Limits) else read_limits(limits)
+            self._bucket.ended(permit.grant, usage, said, now)
             self.max_tokens = self._bucket.max_tokens
         self._serve()
 
