@@ -20,8 +20,8 @@ MAX_BODY_CHARS = 2_048
 # Providers echo the key they refuse ("Incorrect API key provided: sk-..."), and proxies echo headers.
 _KEYS = re.compile(r"(?i)\b(?:sk|pk|rk|gsk|xai|key)-[\w.*-]{4,}|\bBearer\s+[^\s\"',]+")
 
-# Attributes that may hold a customer's words; they stay in this process.
-_PRIVATE = frozenset({"body", "raw"})
+# Attributes that may hold a customer's words, or an endpoint's headers; they stay in this process.
+_PRIVATE = frozenset({"body", "limits", "raw"})
 
 
 def mask(text: str) -> str:

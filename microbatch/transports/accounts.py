@@ -20,6 +20,7 @@ from microbatch.messages import Limits
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.http_edge import WHO
+from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.recent import Kept
 
 if TYPE_CHECKING:
