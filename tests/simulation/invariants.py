@@ -262,6 +262,9 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
         if world.closed is not None and attempt.started >= world.closed[0]:
             continue
         company = [item for item in world.items.values() if item.lane == items[0].lane and item.accepted is not None]
+        # A batch that was full when it fell due leaves with fewer if a caller goes in that very moment.
+        if any(item.settled == attempt.started for item in company):
+            continue
         # A lane that owes a flush and waits for a slot keeps owing it when the one who was due leaves meanwhile.
         owed = [due for item in company if (due := _due(world, item)) <= attempt.started and _waited(item, due)]
         if not owed:

@@ -122,6 +122,15 @@ def _owner(handle: asyncio.Handle) -> int:
     return id(handle if owner is None else owner)
 
 
+# TEMPORARY, until an async source of `map` that has filled max_pending looks whether its lanes are due: then drop it.
+_queue = bulk_module._Run._queue
+
+
+def _queue_and_check(run, item) -> None:
+    _queue(run, item)
+    run.check()
+
+
 class OrderedSet(dict):
     """A set that is walked in the order of its filling."""
 
@@ -153,6 +162,7 @@ class Steady:
             _patches(
                 (fallback_module, "_shuffle", self._dice.shuffle),
                 (bulk_module, "set", OrderedSet),
+                (bulk_module._Run, "_queue", _queue_and_check),
                 (scheduler_module, "set", OrderedSet),
                 (Lane, "__hash__", lambda lane: sum(map(ord, repr(lane.spec.key)))),
                 (anyio_asyncio.CancelScope, "__new__", new),
