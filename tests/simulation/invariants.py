@@ -251,6 +251,7 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
     hurried = world.scenario.flushes or world.scenario.bulks or policy.get("when_full") == "bypass"
     if policy["idle"] != "wait" or tight or shrunk or hurried:
         return
+    carried = _carried(world)
     sent: set[str] = set()
     for attempt in world.upstream.attempts:
         fresh = not sent.intersection(attempt.texts)
@@ -266,31 +267,51 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
         if any(item.settled == attempt.started for item in company):
             continue
         # A lane that owes a flush and waits for a slot keeps owing it when the one who was due leaves meanwhile.
-        owed = [due for item in company if (due := _due(world, item)) <= attempt.started and _waited(item, due)]
+        owed = [item for item in company if attempt.started >= _due(world, item) and _unsent_when_due(world, item, carried)]
         if not owed:
             yield f"attempt {attempt.number} left at {attempt.started}, when nobody in it was due"
 
 
 def _due(world: World, item: Item) -> float:
+    """Return when the lane of *item* must leave for its sake."""
     policy = world.scenario.policy
+    if item.ask.alone or item.ask.priority == "high":
+        return item.accepted
     wait = policy["low_max_wait"] if item.ask.priority == "low" else policy["max_wait"]
     return item.accepted + (wait if item.timeout is None else min(wait, item.timeout / 2))
 
 
-def _waited(item: Item, due: float) -> bool:
-    return item.settled is None or item.settled >= due
+def _unsent_when_due(world: World, item: Item, carried: dict[str, list[Attempt]]) -> bool:
+    due, attempts = _due(world, item), carried[item.text]
+    return attempts[0].started >= due if attempts else item.settled is None or item.settled >= due
 
 
 def nobody_waits_beside_free_slots(world: World) -> Iterator[str]:
-    """Where slots cannot run out, every request is sent when it is due at the latest."""
+    """Where slots cannot run out, every request is sent when it is due, or, if it may be, when its lane is idle."""
     accepted = [item for item in world.items.values() if item.accepted is not None and item.bulk is None]
     if len(world.items) > world.scenario.policy["max_concurrent_batches"]:
         return
     carried = _carried(world)
     for item in accepted:
         attempts, due = carried[item.text], _due(world, item)
+        if world.scenario.policy["idle"] == "flush" and item.ask.priority != "low":
+            due = min(due, _idle_from(world, item))
         if (attempts and attempts[0].started > due) or (not attempts and (item.settled is None or item.settled > due)):
             yield f"{item.text} was due at {due}, but was sent at {attempts[0].started if attempts else None}"
+
+
+def _idle_from(world: World, item: Item) -> float:
+    """Return the first instant since its acceptance at which nothing else of the lane of *item* is under way."""
+    spans: dict[int, tuple[float, float]] = {}
+    for attempt in world.upstream.attempts:
+        if item.text not in attempt.texts and world.items[attempt.texts[0]].lane == item.lane:
+            begun, _ = spans.get(id(attempt.call), (attempt.started, 0.0))
+            spans[id(attempt.call)] = (begun, attempt.ended)
+    idle = item.accepted
+    for begun, ended in sorted(spans.values()):
+        if begun <= idle:
+            idle = max(idle, ended)
+    return idle
 
 
 def slots_and_room_are_limits(world: World) -> Iterator[str]:

@@ -178,7 +178,7 @@ def draw(random: Random) -> Scenario:
     """Draw a scenario."""
     busy = random.random()
     features = {name for name in _FEATURES if random.random() < _FEATURES[name]}
-    trouble = random.sample(TROUBLE, random.randint(1, 4)) if "trouble" in features else []
+    trouble = random.sample(TROUBLE + REPLY_TROUBLE, random.randint(1, 4)) if "trouble" in features else []
     if random.random() < 0.2 and trouble:
         trouble = list(TROUBLE)
     scenario = Scenario(
@@ -230,7 +230,7 @@ _FEATURES = {
     "close": 0.35,
     "crowd": 0.3,
     "slow": 0.4,
-    "unreported": 0.2,
+    "unreported": 0.3,
     "tight": 0.1,
     "trickle": 0.3,
 }
