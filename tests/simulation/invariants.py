@@ -86,9 +86,8 @@ def errors_are_deserved(world: World) -> Iterator[str]:
         elif isinstance(error, mb.Overloaded):
             if world.scenario.policy.get("when_full") not in ("reject", "bypass"):
                 yield f"{item.text} was not let in, but may wait"
-        elif isinstance(error, mb.AuthFailed | mb.QuotaExhausted) and not attempts:
-            if type(error) not in locked_out:
-                yield f"{item.text} ended with {error!r}, which nobody had"
+        elif RETRIES and isinstance(error, mb.AuthFailed | mb.QuotaExhausted) and type(error) in locked_out:
+            continue  # known to be hopeless for now, so the endpoint was not asked
         else:
             last = attempts[-1] if attempts else None
             excuses = last.excuses[last.combined] if last is not None else ()
@@ -294,7 +293,9 @@ def nobody_waits_beside_free_slots(world: World) -> Iterator[str]:
     carried = _carried(world)
     for item in accepted:
         attempts, due = carried[item.text], _due(world, item)
-        if world.scenario.policy["idle"] == "flush" and item.ask.priority != "low":
+        # In a lane where bulk work waits too, a submit waits for its time.
+        shared = any(other.bulk is not None and other.lane == item.lane for other in world.items.values())
+        if world.scenario.policy["idle"] == "flush" and item.ask.priority != "low" and not shared:
             due = min(due, _idle_from(world, item))
         if (attempts and attempts[0].started > due) or (not attempts and (item.settled is None or item.settled > due)):
             yield f"{item.text} was due at {due}, but was sent at {attempts[0].started if attempts else None}"
@@ -302,11 +303,11 @@ def nobody_waits_beside_free_slots(world: World) -> Iterator[str]:
 
 def _idle_from(world: World, item: Item) -> float:
     """Return the first instant since its acceptance at which nothing else of the lane of *item* is under way."""
-    spans: dict[int, tuple[float, float]] = {}
+    spans: dict[object, tuple[float, float]] = {}
     for attempt in world.upstream.attempts:
         if item.text not in attempt.texts and world.items[attempt.texts[0]].lane == item.lane:
-            begun, _ = spans.get(id(attempt.call), (attempt.started, 0.0))
-            spans[id(attempt.call)] = (begun, attempt.ended)
+            begun, _ = spans.get(attempt.key, (attempt.started, 0.0))
+            spans[attempt.key] = (begun, attempt.ended)
     idle = item.accepted
     for begun, ended in sorted(spans.values()):
         if begun <= idle:
@@ -394,9 +395,9 @@ def _failed(item: Item) -> bool:
 
 def retries_keep_to_their_budget(world: World) -> Iterator[str]:
     """No call is attempted too often, all retries fit the budget, and none comes sooner than the endpoint asked."""
-    calls: dict[int, list[Attempt]] = defaultdict(list)
+    calls: dict[object, list[Attempt]] = defaultdict(list)
     for attempt in world.upstream.attempts:
-        calls[id(attempt.call)].append(attempt)
+        calls[attempt.key].append(attempt)
     retry = world.scenario.retry if RETRIES else {"max_attempts": 1, "budget": 0.0, "reserve": 0}
     retries = sum(len(attempts) - 1 for attempts in calls.values())
     if retries > retry["budget"] * len(calls) + retry["reserve"]:

@@ -122,13 +122,21 @@ def _owner(handle: asyncio.Handle) -> int:
     return id(handle if owner is None else owner)
 
 
-# TEMPORARY, until an async source of `map` that has filled max_pending looks whether its lanes are due: then drop it.
+# TEMPORARY, until `map` does so itself: it looks whether its lanes are due when its async source has filled max_pending, and
+# goes on taking in when a full room has become free. Then drop these and their lines in `Steady`.
 _queue = bulk_module._Run._queue
+_check = bulk_module._Run.check
 
 
 def _queue_and_check(run, item) -> None:
     _queue(run, item)
     run.check()
+
+
+def _wake_or_check(run) -> None:
+    if run._waiting and run._sync is not None and not run._exhausted and run._has_room:
+        run._wake.set()
+    _check(run)
 
 
 class OrderedSet(dict):
@@ -163,6 +171,7 @@ class Steady:
                 (fallback_module, "_shuffle", self._dice.shuffle),
                 (bulk_module, "set", OrderedSet),
                 (bulk_module._Run, "_queue", _queue_and_check),
+                (bulk_module._Run, "check", _wake_or_check),
                 (scheduler_module, "set", OrderedSet),
                 (Lane, "__hash__", lambda lane: sum(map(ord, repr(lane.spec.key)))),
                 (anyio_asyncio.CancelScope, "__new__", new),

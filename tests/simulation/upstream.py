@@ -57,6 +57,7 @@ class Attempt:
     Attributes:
         texts: The items' texts, in order.
         ids: Their ids; "" for a single call.
+        key: Equal for the attempts of one call: a combined prompt is never composed twice alike.
         first: Whether the call had not been sent before.
         started: When it came, in virtual seconds; `turn` the loop's turn and `moment` the place in the trace.
         ended: When it was over, None while it is not.
@@ -72,6 +73,7 @@ class Attempt:
     texts: list[str]
     ids: list[str]
     combined: bool
+    key: object
     first: bool
     fault: Fault
     started: float
@@ -127,7 +129,8 @@ class Upstream:
         self._world = world
         self._faults = faults
         self._poison = poison
-        self._calls: dict[int, mb.ChatCall] = {}  # kept, so that no address is used twice
+        self._seen: set[object] = set()
+        self._calls: list[mb.ChatCall] = []  # kept, so that no address is used twice
 
     async def send(self, call: mb.ChatCall, on_text: Callable[[str], None]) -> mb.Completion:
         """Make one attempt, as its fault says."""
@@ -137,19 +140,22 @@ class Upstream:
         fault = self._faults[number] if number < len(self._faults) else Fault(dice=number)
         if any(world.is_poison(text) for _, text in received.items):
             fault = Fault(self._poison, fault.latency, fault.pieces, fault.gap, fault.usage, dice=fault.dice)
+        key = call.messages[-1]["content"] if received.combined else id(call)
         attempt = Attempt(
             number=number,
             call=call,
             texts=[text for _, text in received.items],
             ids=[name for name, _ in received.items],
             combined=received.combined,
-            first=id(call) not in self._calls,
+            key=key,
+            first=key not in self._seen,
             fault=fault,
             started=world.now(),
             turn=world.loop.turns,
             moment=world.moment(),
         )
-        self._calls[id(call)] = call
+        self._seen.add(key)
+        self._calls.append(call)
         self.attempts.append(attempt)
         world.note("attempt", number, fault.kind, *attempt.texts)
         world.attempt_came(attempt)
