@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BODY = (
-    (Calls, ("compose", "batch", "_deliver", "single", "compose_alone", "_ask_alone", "_exchange", "_answer", "_remaining")),
+    (
+        Calls,
+        ("compose", "batch", "_deliver", "single", "compose_alone", "_ask_alone", "_exchange", "_answer", "_remaining"),
+    ),
     (Books, ("divide", "divide_alone", "_book", "_pay")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
     (Fallback, ("recover",)),

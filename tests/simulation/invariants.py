@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from simulation.scenario import REFUSALS
@@ -92,7 +92,8 @@ def errors_are_deserved(world: World) -> Iterator[str]:
             last = attempts[-1] if attempts else None
             excuses = last.excuses[last.combined] if last is not None else ()
             if type(error) not in excuses:
-                yield f"{item.text} ended with {error!r}, which its last attempt does not explain: {last and (last.number, last.fault.kind, last.how)}"
+                known = last and (last.number, last.fault.kind, last.how)
+                yield f"{item.text} ended with {error!r}, which its last attempt does not explain: {known}"
 
 
 def answers_are_ones_own(world: World) -> Iterator[str]:
@@ -112,6 +113,40 @@ def answers_are_ones_own(world: World) -> Iterator[str]:
             yield f"{item.text} has an answer, but no attempt gave it"
 
 
+def errors_are_ones_own(world: World) -> Iterator[str]:
+    """No two callers get the same exception object."""
+    errors = [item.error for item in world.items.values() if item.error is not None]
+    if len({id(error) for error in errors}) != len(errors):
+        yield "callers share an exception"
+
+
+def finished_answers_stand(world: World) -> Iterator[str]:
+    """An answer that is sound is handed out: at once if it comes in order and early answers are wanted, else at the end."""
+    early = world.scenario.fallback.get("resolve") != "verified"
+    for attempt in world.upstream.attempts:
+        in_order = early and attempt.combined and attempt.call.stream and attempt.fault.kind in _IN_ORDER
+        if attempt.call.max_tokens is not None or not (
+            in_order or (attempt.how == "answered" and attempt.fault.kind in _SOUND)
+        ):
+            continue
+        for text, said in attempt.said.items():
+            settled, due = world.items[text].settled, said if in_order else attempt.ended
+            if settled is None or settled > due:
+                yield f"{text} was answered by attempt {attempt.number}, due at {due}, but settled at {settled}"
+
+
+_IN_ORDER = frozenset({"ok", "prose", "truncated", "cut", "reset", "stream_error", "timeout", "hang"})
+_SOUND = frozenset({"ok", "prose", "truncated", "short", "reordered", "wrong_type", "foreign"})
+"""Kinds of replies whose right answers are all to be trusted, in order or at their end."""
+
+
+def calls_run_in_no_callers_context(world: World) -> Iterator[str]:
+    """The endpoint never sees a caller's context variables."""
+    for attempt in world.upstream.attempts:
+        if attempt.whose is not None:
+            yield f"attempt {attempt.number} ran in the context of {attempt.whose}"
+
+
 def only_equals_travel_together(world: World) -> Iterator[str]:
     """What shares a prompt is equal in everything but the last message, and the call carries just that."""
     for attempt in world.upstream.attempts:
@@ -121,7 +156,9 @@ def only_equals_travel_together(world: World) -> Iterator[str]:
         if len(set(attempt.texts)) != len(attempt.texts):
             yield f"attempt {attempt.number} carries a request twice"
         ask, call = items[0].ask, attempt.call
-        if dict(call.headers) != dict(ask.headers) or [dict(part)["content"] for part in call.messages[:-1]] != [ask.system]:
+        if dict(call.headers) != dict(ask.headers) or [dict(part)["content"] for part in call.messages[:-1]] != [
+            ask.system
+        ]:
             yield f"attempt {attempt.number} has headers or messages that are not its callers'"
         if dict(call.params) != ({"seed": 1} if ask.alone else {}):
             yield f"attempt {attempt.number} has params {call.params}"
@@ -148,7 +185,8 @@ def calls_for_nobody_are_cancelled(world: World) -> Iterator[str]:
             continue
         gone = max(item.settled for item in items)
         answered = any(item.settled == gone and item.text in attempt.said for item in items)
-        if attempt.ended is None or attempt.ended > gone + (USAGE_PATIENCE if answered else 0.0):
+        patience = attempt.fault.stubborn + (USAGE_PATIENCE if answered else 0.0)
+        if attempt.ended is None or attempt.ended > gone + patience:
             yield f"attempt {attempt.number} went on until {attempt.ended}, but its last caller went at {gone}"
 
 
@@ -157,7 +195,11 @@ def neighbours_are_unharmed(world: World) -> Iterator[str]:
     for attempt in world.upstream.attempts:
         if attempt.how != "cancelled":
             continue
-        alive = [text for text in attempt.texts if world.items[text].settled is None or world.items[text].settled > attempt.ended]
+        alive = [
+            text
+            for text in attempt.texts
+            if world.items[text].settled is None or world.items[text].settled > attempt.ended
+        ]
         closing = world.closed is not None and world.closed[1] is not None and attempt.ended >= sum(world.closed)
         if alive and not closing:
             yield f"attempt {attempt.number} was cancelled although {alive} waited"
@@ -172,7 +214,7 @@ def refusals_blame_only_the_culprits(world: World) -> Iterator[str]:
             for attempt in attempts
             if attempt.how == "failed" and attempt.fault.kind in REFUSALS and attempt.raised is not None
         ]
-        shrunk = zip(sizes, sizes[1:], strict=False)
+        shrunk = pairwise(sizes)
         if any(smaller > (larger + 1) // 2 for larger, smaller in shrunk):
             yield f"{text} was refused in calls of {sizes}, which are no halves"
 
@@ -180,14 +222,15 @@ def refusals_blame_only_the_culprits(world: World) -> Iterator[str]:
 def closing_ends_everything(world: World) -> Iterator[str]:
     """After `aclose` no task is left, all has ended, and it took no longer than its grace."""
     yield from world.leftover
-    if world.closed is None or world.shut is None:
+    if world.closed is None or world.shut_call is None:
         return
     start, grace = world.closed
-    if grace is not None and world.shut > start + grace:
-        yield f"aclose({grace}) at {start} returned at {world.shut}"
+    begun, returned = world.shut_call
+    if grace is not None and returned > max(begun, start + grace):
+        yield f"aclose at {begun} returned at {returned}, but the first one was {world.closed}"
     for item in world.items.values():
-        if item.accepted is not None and (item.settled is None or item.settled > world.shut):
-            yield f"{item.text} ended at {item.settled}, after the close at {world.shut}"
+        if item.accepted is not None and (item.settled is None or item.settled > returned):
+            yield f"{item.text} ended at {item.settled}, after the close at {returned}"
 
 
 def deadlines_hold(world: World) -> Iterator[str]:
@@ -219,11 +262,16 @@ def lanes_keep_their_order(world: World) -> Iterator[str]:
     carried = _carried(world)
     bypasses = world.scenario.policy.get("when_full") == "bypass"
     for item in world.items.values():
-        if item.accepted is not None and carried[item.text] and not bypasses and "max_batch_tokens" not in world.scenario.policy:
+        if (
+            item.accepted is not None
+            and carried[item.text]
+            and not bypasses
+            and "max_batch_tokens" not in world.scenario.policy
+        ):
             lanes[item.lane].append(item)
     for items in lanes.values():
         items.sort(key=lambda item: item.place)
-        for earlier, later in zip(items, items[1:], strict=False):
+        for earlier, later in pairwise(items):
             if carried[earlier.text][0].started > carried[later.text][0].started:
                 yield f"{later.text} was sent before {earlier.text}"
     let_in = [item for item in world.items.values() if item.accepted is not None and item.bulk is None]
@@ -266,7 +314,9 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
         if any(item.settled == attempt.started for item in company):
             continue
         # A lane that owes a flush and waits for a slot keeps owing it when the one who was due leaves meanwhile.
-        owed = [item for item in company if attempt.started >= _due(world, item) and _unsent_when_due(world, item, carried)]
+        owed = [
+            item for item in company if attempt.started >= _due(world, item) and _unsent_when_due(world, item, carried)
+        ]
         if not owed:
             yield f"attempt {attempt.number} left at {attempt.started}, when nobody in it was due"
 
@@ -348,7 +398,9 @@ def usage_is_conserved(world: World) -> Iterator[str]:
     reported = Counter[str]()
     for attempt in world.upstream.attempts:
         reported.update(_tokens(attempt.reported))
-    if _tokens(mb.Usage(stats.prompt_tokens, stats.completion_tokens, stats.cached_tokens)) != dict(reported or _tokens(None)):
+    if _tokens(mb.Usage(stats.prompt_tokens, stats.completion_tokens, stats.cached_tokens)) != dict(
+        reported or _tokens(None)
+    ):
         yield f"booked were {stats.prompt_tokens} and {stats.completion_tokens}, but reported {dict(reported)}"
     claimed, guessed = Counter(_tokens(stats.unclaimed)), Counter[str]()
     mixed = False
@@ -405,7 +457,7 @@ def retries_keep_to_their_budget(world: World) -> Iterator[str]:
     for attempts in calls.values():
         if len(attempts) > retry["max_attempts"]:
             yield f"{len(attempts)} attempts of one call"
-        for before, after in zip(attempts, attempts[1:], strict=False):
+        for before, after in pairwise(attempts):
             if before.said or before.how != "failed":
                 yield f"attempt {after.number} repeats {before.number}, which had begun to answer"
             asked = getattr(before.raised, "retry_after", None) or 0.0
@@ -418,7 +470,9 @@ def all_is_well_in_the_end(world: World) -> Iterator[str]:
     scenario = world.scenario
     rough = [attempt.ended for attempt in world.upstream.attempts if attempt.number < len(scenario.faults)]
     asks = [ask.at for ask in scenario.asks] + [bulk.at for bulk in scenario.bulks]
-    sources = [sum(bulk.gaps or ()) + len(bulk.asks) * bulk.pause + scenario.policy["low_max_wait"] for bulk in scenario.bulks]
+    sources = [
+        sum(bulk.gaps or ()) + len(bulk.asks) * bulk.pause + scenario.policy["low_max_wait"] for bulk in scenario.bulks
+    ]
     quiet = max([0.0, *rough, *asks]) + sum(sources)
     calls = sum(attempt.started > quiet for attempt in world.upstream.attempts)
     waits = scenario.policy["low_max_wait"] + scenario.policy["max_wait"] + (LIMIT if RETRIES else 0.0)
@@ -432,6 +486,9 @@ CHECKS: tuple[Check, ...] = (
     every_request_ends_once,
     errors_are_deserved,
     answers_are_ones_own,
+    errors_are_ones_own,
+    finished_answers_stand,
+    calls_run_in_no_callers_context,
     only_equals_travel_together,
     the_gone_are_not_sent,
     calls_for_nobody_are_cancelled,
@@ -448,9 +505,3 @@ CHECKS: tuple[Check, ...] = (
     retries_keep_to_their_budget,
     all_is_well_in_the_end,
 )
-
-
-@functools.cache
-def names() -> tuple[str, ...]:
-    """Return the names of the checks."""
-    return tuple(check.__name__ for check in CHECKS)

@@ -8,10 +8,11 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
+from anyio._backends import _asyncio as anyio_asyncio
+
 import microbatch.batching.bulk as bulk_module
 import microbatch.batching.fallback as fallback_module
 import microbatch.batching.scheduler as scheduler_module
-from anyio._backends import _asyncio as anyio_asyncio
 from microbatch.batching.lane import Lane
 from microbatch.testing import VirtualClockLoop
 

@@ -11,6 +11,8 @@ import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from simulation.scenario import TICK
+
 import microbatch.batching.call as call_module
 import microbatch.batching.exchange as exchange_module
 from microbatch.batching.books import Books
@@ -19,7 +21,6 @@ from microbatch.batching.collector import Collector
 from microbatch.batching.exchange import Exchange
 from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
-from simulation.scenario import TICK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Plays any number of scenarios, or one of them with its whole trace.
 
-    python tests/simulation/run.py --scenarios 200000 --jobs 2
-    python tests/simulation/run.py --seed 1234
+python tests/simulation/run.py --scenarios 200000 --jobs 2
+python tests/simulation/run.py --seed 1234
 """
 
 from __future__ import annotations
@@ -67,12 +67,16 @@ def main() -> int:
     slices = [range(start, min(end, start + SLICE)) for start in range(args.first, end, SLICE)]
     begun, failures, played, digests = time.perf_counter(), 0, 0, []
     with multiprocessing.Pool(args.jobs) as pool:
-        for part, (bad, digest) in zip(slices, pool.imap(functools.partial(play_slice, trace=args.digest), slices), strict=True):
+        for part, (bad, digest) in zip(
+            slices, pool.imap(functools.partial(play_slice, trace=args.digest), slices), strict=True
+        ):
             played += len(part)
             digests.append(digest)
             for seed, found in bad:
                 failures += 1
-                print(f"seed {seed}: {found[0]}{f' (and {len(found) - 1} more)' if found[1:] else ''}\n    {command(seed)}")
+                print(
+                    f"seed {seed}: {found[0]}{f' (and {len(found) - 1} more)' if found[1:] else ''}\n    {command(seed)}"
+                )
             seconds = time.perf_counter() - begun
             print(f"{played} scenarios, {failures} failed, {played / seconds:.0f} a second", file=sys.stderr, end="\r")
     print(f"{played} scenarios, {failures} failed, {played / seconds:.0f} a second", " " * 20)

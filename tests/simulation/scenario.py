@@ -62,6 +62,7 @@ class Fault:
         gap: Seconds between pieces.
         usage: Whether the reply reports usage.
         retry_after: What an error asks to wait, in seconds, or None.
+        stubborn: Seconds that it takes to end when it is cancelled.
         dice: Seed of what is left to chance, such as which items are missing.
     """
 
@@ -71,6 +72,7 @@ class Fault:
     gap: float = 0.0
     usage: bool = True
     retry_after: float | None = None
+    stubborn: float = 0.0
     dice: int = 0
 
 
@@ -133,7 +135,7 @@ class Scenario:
         faults: One for each attempt; later ones get a reply that is as it should be.
         poison: The refusal that calls with poison get.
         flushes: When `flush` is called.
-        closes: When `aclose` is called, and with what grace.
+        closes: When `aclose` is called, with what grace, and after how many seconds that call is cancelled, or None.
         order: Seed of the order in which things of one turn happen, or None for asyncio's own.
         shuffled: Share of the turns that are shuffled.
     """
@@ -146,7 +148,7 @@ class Scenario:
     faults: list[Fault] = field(default_factory=list)
     poison: str = "bad_request"
     flushes: list[float] = field(default_factory=list)
-    closes: list[tuple[float, float | None]] = field(default_factory=list)
+    closes: list[tuple[float, float | None, float | None]] = field(default_factory=list)
     order: int | None = 0
     shuffled: float = 1.0
 
@@ -206,7 +208,8 @@ def draw(random: Random) -> Scenario:
     systems = ["Shout.", "Whisper.", "Rhyme."][: random.choice((1, 1, 2, 3)) if not calm else 1]
     kinds = random.choice((["text"], ["fact"], ["text", "fact", "number"] if not calm else ["number"]))
     scenario.asks = [
-        _draw_ask(random, features, bursts, systems, kinds) for _ in range(random.randint(0 if "bulk" in features else 1, int(4 + 20 * busy)))
+        _draw_ask(random, features, bursts, systems, kinds)
+        for _ in range(random.randint(0 if "bulk" in features else 1, int(4 + 20 * busy)))
     ]
     if "bulk" in features:
         scenario.bulks = [_draw_bulk(random, features, bursts, systems, kinds) for _ in range(random.randint(1, 2))]
@@ -215,7 +218,14 @@ def draw(random: Random) -> Scenario:
         scenario.flushes = [_draw_instant(random, bursts) for _ in range(random.randint(1, 3))]
     if "close" in features:
         graces = (0.0, TICK, 0.5, 2.0, 30.0, None)
-        scenario.closes = [(_draw_instant(random, bursts), random.choice(graces)) for _ in range(random.choice((1, 1, 2)))]
+        scenario.closes = [
+            (
+                _draw_instant(random, bursts),
+                random.choice(graces),
+                random.choice((0.0, TICK, 0.5)) if "impatient" in features else None,
+            )
+            for _ in range(random.choice((1, 1, 2)))
+        ]
     return scenario
 
 
@@ -237,6 +247,8 @@ _FEATURES = {
     "unreported": 0.3,
     "tight": 0.1,
     "trickle": 0.3,
+    "stubborn": 0.15,
+    "impatient": 0.1,
 }
 """Kinds of trouble, and how many scenarios in a hundred have them."""
 
@@ -286,12 +298,14 @@ def _draw_ask(random: Random, features: set[str], bursts: list[float], systems: 
     if some("deadline", 0.6):
         ask.timeout = random.choice((0.0, TICK, 8 * TICK, 17 * TICK, 32 * TICK, 1.0, 2.0, 8.0))
     if some("cancel", 0.5):
-        ask.cancel = random.choice((
-            ("after", random.choice((0.0, TICK, 8 * TICK, 16 * TICK, 17 * TICK, 32 * TICK, 1.0))),
-            ("after", ask.timeout if ask.timeout is not None else 0.0),
-            ("sent", random.choice((0.0, 0.0, TICK, 4 * TICK, 16 * TICK))),
-            ("answer", random.choice(("before", "after"))),
-        ))
+        ask.cancel = random.choice(
+            (
+                ("after", random.choice((0.0, TICK, 8 * TICK, 16 * TICK, 17 * TICK, 32 * TICK, 1.0))),
+                ("after", ask.timeout if ask.timeout is not None else 0.0),
+                ("sent", random.choice((0.0, 0.0, TICK, 4 * TICK, 16 * TICK))),
+                ("answer", random.choice(("before", "after"))),
+            )
+        )
     if some("poison", 0.25):
         ask.poison = True
     return ask
@@ -319,5 +333,6 @@ def _draw_fault(random: Random, features: set[str], trouble: list[str]) -> Fault
         gap=random.choice(GAPS),
         usage="unreported" not in features or random.random() < 0.5,
         retry_after=random.choice((None, None, 0.0, TICK, 1.0, 5.0)),
+        stubborn=random.choice((0.0, TICK, 0.5)) if "stubborn" in features else 0.0,
         dice=random.getrandbits(32),
     )

@@ -20,7 +20,13 @@ def scenario(kind, faults):
     asks += [Ask(kind=kind, system="Whisper.", cancel=("sent", 0.0) if number == 1 else None) for number in range(5)]
     asks += [Ask(kind=kind, alone=True), Ask(at=LATE, kind=kind, system="Rhyme.")]
     return Scenario(
-        policy={"max_batch_size": 5, "max_wait": 16 * TICK, "low_max_wait": 2.0, "idle": "wait", "max_concurrent_batches": 3},
+        policy={
+            "max_batch_size": 5,
+            "max_wait": 16 * TICK,
+            "low_max_wait": 2.0,
+            "idle": "wait",
+            "max_concurrent_batches": 3,
+        },
         fallback={"resolve": "stream" if kind == "text" else "verified"},
         retry={"max_attempts": 1, "budget": 0.0, "reserve": 0},
         asks=asks,
@@ -39,7 +45,9 @@ SCENARIOS = {
 
 # TEMPORARY, until composing may raise anything: what is no `Exception` ends the scheduler there.
 panic_while_composing = pytest.param(
-    broken_functions, Panic, marks=pytest.mark.xfail(strict=True, reason="a BaseException in compose() ends the scheduler")
+    broken_functions,
+    Panic,
+    marks=pytest.mark.xfail(strict=True, reason="a BaseException in compose() ends the scheduler"),
 )
 
 

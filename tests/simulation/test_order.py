@@ -45,7 +45,10 @@ def test_a_tenant_with_many_lanes_does_not_starve_one_with_one():
 
 
 @fair
-@pytest.mark.parametrize(("priority", "flood", "most"), [("low", "normal", 2 * (4 + 1)), ("normal", "high", 2 * (16 + 4)), ("low", "high", 2 * (16 + 1))])
+@pytest.mark.parametrize(
+    ("priority", "flood", "most"),
+    [("low", "normal", 2 * (4 + 1)), ("normal", "high", 2 * (16 + 4)), ("low", "high", 2 * (16 + 1))],
+)
 def test_a_lower_priority_gets_its_share(priority, flood, most):
     late = Ask(at=TICK, priority=priority)
     assert calls_before([*(Ask(priority=flood) for _ in range(300)), late], late) <= most

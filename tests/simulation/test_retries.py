@@ -16,10 +16,16 @@ pytestmark = pytest.mark.skipif(not RETRIES, reason="the batcher takes no retry 
 def test_retries_keep_to_their_budget_when_everything_fails(kind):
     world = play(
         Scenario(
-            policy={"max_batch_size": 4, "max_wait": TICK, "low_max_wait": 2.0, "idle": "wait", "max_concurrent_batches": 4},
+            policy={
+                "max_batch_size": 4,
+                "max_wait": TICK,
+                "low_max_wait": 2.0,
+                "idle": "wait",
+                "max_concurrent_batches": 4,
+            },
             fallback={},
             retry={"max_attempts": 4, "base": 0.5, "cap": 20.0, "budget": 0.2, "reserve": 10},
-            asks=[Ask(at=number * 8 * TICK) for number in range(300)],
+            asks=[Ask(at=number * 8 * TICK) for number in range(100)],
             faults=[Fault(kind=kind, retry_after=number % 3 * 0.5 or None) for number in range(2_000)],
             order=11,
         )

@@ -54,8 +54,9 @@ def test_the_trace_is_the_same_in_every_process():
     # Hashes of strings differ between processes, and so do addresses: neither may decide about anything.
     command = [sys.executable, run.__file__, "--scenarios", "60", "--digest"]
     digests = {
-        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
-        .stdout.splitlines()[-1]
+        subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
         for seed in ("1", "2")
     }
     assert len(digests) == 1

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 LIMIT = 60.0
 """Seconds an attempt may take when its call sets no limit of its own: the transport's."""
+
+
+WHOSE: ContextVar[str | None] = ContextVar("WHOSE", default=None)
+"""Whose context this is; every caller sets it in its own."""
 
 
 class Fact(msgspec.Struct):
@@ -66,6 +72,7 @@ class Attempt:
         reported: Usage it reported.
         excuses: Errors that this attempt may mean for an item it carried alone, and for one of several.
         raised: What it raised.
+        whose: The caller whose context it ran in; None, as it should be.
     """
 
     number: int
@@ -85,6 +92,7 @@ class Attempt:
     reported: mb.Usage | None = None
     excuses: tuple[tuple[type, ...], tuple[type, ...]] = ((), ())
     raised: BaseException | None = None
+    whose: str | None = None
 
 
 _STATUS: dict[str, Callable[[Fault], BaseException]] = {
@@ -110,7 +118,9 @@ _STATUS: dict[str, Callable[[Fault], BaseException]] = {
 _BROKEN_OFF = frozenset({"reset", "stream_error", "timeout", "hang"})
 """Errors that may come when some of the reply is out already."""
 
-TRANSIENT = frozenset({"rate_limited", "server_error", "overloaded", "no_connection", "reset", "stream_error", "timeout", "hang"})
+TRANSIENT = frozenset(
+    {"rate_limited", "server_error", "overloaded", "no_connection", "reset", "stream_error", "timeout", "hang"}
+)
 """Errors that a retry may heal."""
 
 
@@ -153,6 +163,7 @@ class Upstream:
             started=world.now(),
             turn=world.loop.turns,
             moment=world.moment(),
+            whose=WHOSE.get(),
         )
         self._seen.add(key)
         self._calls.append(call)
@@ -163,6 +174,8 @@ class Upstream:
             completion = await _Sending(self, world, attempt, received, on_text).run()
         except asyncio.CancelledError:
             attempt.how = "cancelled"
+            if fault.stubborn:
+                await asyncio.sleep(fault.stubborn)  # saying goodbye to the server
             raise
         except BaseException as error:
             attempt.how, attempt.raised = "failed", error
@@ -250,7 +263,7 @@ class _Sending:
         cuts = [0, len(text)]
         if attempt.call.stream:
             cuts = sorted([*cuts, *(self._dice.randint(0, len(text)) for _ in range(fault.pieces - 1))])
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             if start == end:
                 continue
             if start and fault.gap:
@@ -325,7 +338,11 @@ class _Sending:
         dice, others = self._dice, []
         for attempt in self._upstream.attempts:
             if attempt is not self._attempt:
-                others += [(name, right_answer(text), None) for name, text in zip(attempt.ids, attempt.texts, strict=True) if name]
+                others += [
+                    (name, right_answer(text), None)
+                    for name, text in zip(attempt.ids, attempt.texts, strict=True)
+                    if name
+                ]
         for name, answer, _ in list(elements):
             others.append((name[:-1] + ("b" if name[-1] != "b" else "c"), _wrong(answer), None))
         chosen = dice.sample(others, min(len(others), dice.randint(1, 3)))
@@ -338,7 +355,9 @@ class _Sending:
     def _broken(self, elements: list[Any]) -> list[Any]:
         index = self._dice.randrange(len(elements))
         name = elements[index][0]
-        raw = self._dice.choice((f'{{"id":"{name}","answer":}}', f'{{"id":"{name}"', f'{{"id":"{name}","answer":"never ends', "null"))
+        raw = self._dice.choice(
+            (f'{{"id":"{name}","answer":}}', f'{{"id":"{name}"', f'{{"id":"{name}","answer":"never ends', "null")
+        )
         elements[index] = (None, raw, None)
         return elements
 

@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from simulation.loop import ShuffledLoop, Steady, Stuck
-from simulation.upstream import OUTPUT_TYPES, Attempt, Upstream
+from simulation.upstream import OUTPUT_TYPES, WHOSE, Attempt, Upstream
 
 import microbatch as mb
 from microbatch.batching.prompt import ALPHABET
@@ -79,7 +79,7 @@ class World:
         items: By text, which is unique.
         trace: What happened: virtual time, what, and details.
         closed: When the first `aclose` was called and with what grace; None before.
-        shut: When the first `aclose` returned.
+        shut_call: The first `aclose` that returned: when it was called and when it returned.
         stuck: Why the run could not go on, or None.
         leftover: What was left of the batcher's after its end: tasks, timers.
         stats: As they were after the end.
@@ -92,8 +92,7 @@ class World:
         self.items: dict[str, Item] = {}
         self.upstream = Upstream(self, scenario.faults, scenario.poison)
         self.closed: tuple[float, float | None] | None = None
-        self.closes: list[tuple[float, float]] = []
-        self.shut: float | None = None
+        self.shut_call: tuple[float, float] | None = None
         self.stuck: str | None = None
         self.leftover: list[str] = []
         self.stats: mb.Stats | None = None
@@ -214,6 +213,7 @@ class World:
             self._cancel_in(float(item.ask.cancel[1]), item)
 
     async def _submit(self, item: Item) -> None:
+        WHOSE.set(item.text)
         item.arrived = self.now()
         self.note("submit", item.text)
         try:
@@ -222,7 +222,7 @@ class World:
         except asyncio.CancelledError:
             item.outcome = "cancelled"
             self.note("cancelled", item.text)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 whatever comes is judged later
             error.__traceback__ = None  # it would keep this whole world alive
             item.outcome = error
             self.note("error", item.text, type(error).__name__, str(error))
@@ -232,6 +232,7 @@ class World:
         items = [item for item in self.items.values() if item.bulk == number]
         yielded: list[int] = []
         taken = 0
+        WHOSE.set(f"map {number}")
 
         def request(item: Item) -> mb.Request:
             nonlocal taken
@@ -298,6 +299,11 @@ class World:
         except mb.BatcherClosed:
             self.note("flush refused")
 
+    def _close(self, grace: float | None, give_up: float | None) -> None:
+        task = self._start(self._aclose(grace))
+        if give_up is not None:
+            self.loop.call_later(give_up, task.cancel)
+
     async def _aclose(self, grace: float | None) -> None:
         start = self.now()
         if self.closed is None:
@@ -305,9 +311,8 @@ class World:
         self.note("close", grace)
         await self.batcher.aclose(grace)
         self.note("closed")
-        self.closes.append((start, self.now()))
-        if self.shut is None:
-            self.shut = self.now()
+        if self.shut_call is None:
+            self.shut_call = (start, self.now())
             stats = self.batcher.stats()
             if stats.queued or stats.in_flight:
                 self.leftover.append(f"when closed: queued={stats.queued}, in_flight={stats.in_flight}")
@@ -337,7 +342,7 @@ class World:
         arrivals = [(ask.at, self._arrive, item) for ask, item in zip(scenario.asks, self.items.values(), strict=False)]
         arrivals += [(bulk.at, self._arrive_bulk, number, bulk) for number, bulk in enumerate(scenario.bulks)]
         arrivals += [(at, self._flush) for at in scenario.flushes]
-        arrivals += [(at, lambda grace=grace: self._start(self._aclose(grace))) for at, grace in scenario.closes]
+        arrivals += [(at, self._close, grace, give_up) for at, grace, give_up in scenario.closes]
         for at, call, *args in arrivals:
             loop.call_at(start + at, call, *args)
             last = max(last, start + at)
@@ -359,6 +364,10 @@ class World:
             await asyncio.sleep(0)
         self.stats = self.batcher.stats()
         left = asyncio.all_tasks() - {mine}
+        timers = {getattr(timer._callback, "__qualname__", "") for timer in loop._scheduled if not timer._cancelled}
+        self.leftover += sorted(
+            f"timer {name}" for name in timers if name.startswith(("Collector", "_Run", "Room", "Scheduler"))
+        )
         self.leftover += sorted(f"task {task.get_name()} {task.get_coro().__qualname__}" for task in left)
         if self.upstream.closed != 1:
             self.leftover.append(f"the transport was closed {self.upstream.closed} times")
