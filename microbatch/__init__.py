@@ -32,6 +32,7 @@ from microbatch.messages import Limits, Message, Reply, Request, Result, Usage
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import ChatCall, Completion, Transport
 from microbatch.transports.openai_chat import OpenAIChat
+from microbatch.transports.rate_limit import RateLimit
 
 __all__ = [
     "AuthFailed",
@@ -56,6 +57,7 @@ __all__ = [
     "Overloaded",
     "Price",
     "QuotaExhausted",
+    "RateLimit",
     "RateLimited",
     "Refused",
     "Reply",

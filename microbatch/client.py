@@ -21,9 +21,12 @@ from microbatch.batching.collector import Collector
 from microbatch.batching.fallback import Fallback
 from microbatch.batching.prompt import draw_endings
 from microbatch.batching.request import PLAIN, read_options
+from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.errors import BatcherClosed, ConfigError, Overloaded
-from microbatch.policy import FallbackPolicy, FlushPolicy, at_least, whole
+from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
 from microbatch.protocols import Transport
+from microbatch.transports.accounts import Accounts
+from microbatch.transports.relay import read_charge
 from microbatch.transports.retry import Sender
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
+    from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
 _users: dict[int, tuple[object, int]] = {}
@@ -51,7 +55,10 @@ class Microbatcher:
     Args:
         transport: The way to the model; may be shared by several batchers.
         policy: When requests leave, and how much may be under way.
+        retry: When failed calls are made again.
         fallback: What is done about missing and broken answers.
+        rate_limit: Requests and tokens a minute, for each endpoint, model and key; may be shared by several batchers. None sets
+            no limit; a 429 then holds up the calls of its endpoint, model and key for as long as it asks.
         prices: USD per million tokens by model, a mapping or a function; what it does not know comes from a small built-in table.
         tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
             encoding from the tables in this package.
@@ -66,7 +73,9 @@ class Microbatcher:
         transport: Transport,
         *,
         policy: FlushPolicy | None = None,
+        retry: RetryPolicy | None = None,
         fallback: FallbackPolicy | None = None,
+        rate_limit: RateLimit | None = None,
         prices: Mapping[str, Price] | Callable[[str], Price | None] | None = None,
         tokens: Callable[[str], int] | Literal["bytes"] | None = None,
         draw_ids: Callable[[int], Sequence[str]] = draw_endings,
@@ -79,23 +88,32 @@ class Microbatcher:
         model = getattr(transport, "model", None)
         self._tokens = TokenCounter(tokens, model)
         self._ledger = Ledger()
-        self._sender = Sender(transport)
-        self._collector = Collector(
-            self._policy,
-            self._ledger,
-            count=self._tokens.count,
-            upper=self._tokens.upper if callable(tokens) else None,
-        )
+        retry = retry if retry is not None else RetryPolicy()
+        self._sender = Sender(transport, retry)
+        self._accounts = Accounts(transport, retry, rate_limit)
         prices_by_model = PriceBook(prices)
 
         def price(name: str | None) -> Callable[[Usage], float] | None:
             found = prices_by_model.for_model(name)
             return None if found is None else found.cost
 
+        def ratio(name: str | None) -> float:
+            found = prices_by_model.for_model(name or model)
+            return UNKNOWN_RATIO if found is None or not found.input else found.output / found.input
+
+        self._collector = Collector(
+            self._policy,
+            self._ledger,
+            self._accounts,
+            count=self._tokens.count,
+            upper=self._tokens.upper if callable(tokens) else None,
+            ratio=ratio,
+            canary=fallback.canary,
+        )
         calls = Calls(
             send=self._sender.send,
             ledger=self._ledger,
-            books=Books(self._ledger, self._tokens.count, self._tokens.exact_for, price),
+            books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
             count=self._tokens.count,
             price=price,
             default_model=model,
@@ -103,8 +121,9 @@ class Microbatcher:
             draw=draw_ids,
             now=lambda: self._loop.time() if self._loop is not None else 0.0,
             early=fallback.early,
+            canary=fallback.canary,
         )
-        self._collector.wire(calls, Fallback(calls, fallback, self._collector.fail))
+        self._collector.wire(calls, Fallback(calls, self._collector.costs, fallback, self._collector.fail))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] | None = None
@@ -135,6 +154,7 @@ class Microbatcher:
         try:
             await self._collector.serve(ready)
         finally:
+            self._accounts.close()
             try:
                 await _give_back(self._transport)
             finally:
@@ -275,7 +295,23 @@ class Microbatcher:
         bypass = False
         room = collector.room
         if room.taken >= room.size or room.waiting:  # spelled out: `room.free` is a call
-            timeout, bypass = await self._when_full(timeout)
+            place, timer = self._when_full(timeout)
+            if place is None:
+                bypass = True
+            else:
+                start = asyncio.get_running_loop().time()
+                try:
+                    await place
+                except BaseException:
+                    room.give_up(place)
+                    raise
+                finally:
+                    if timer is not None:
+                        timer.cancel()
+                room.enter()
+                if timeout is not None:
+                    timeout = max(0.0, timeout - (asyncio.get_running_loop().time() - start))
+                del place, timer, start  # or they live as long as the request
         try:
             ticket = collector.accept(messages, options, timeout, bypass=bypass)
         except ConfigError:
@@ -290,16 +326,17 @@ class Microbatcher:
             raise
         return reply
 
-    async def _when_full(self, timeout: float | None) -> tuple[float | None, bool]:
-        """Do what the policy says when no request may be accepted; return what is left of *timeout*, and whether to bypass."""
+    def _when_full(self, timeout: float | None) -> tuple[asyncio.Future[None] | None, asyncio.TimerHandle | None]:
+        """Return what the policy says when no request may be accepted: a place to wait for and its timer, or None to bypass.
+
+        Raises:
+            Overloaded: It says neither.
+        """
         collector, when_full = self._collector, self._policy.when_full
         if when_full == "wait":
-            loop = asyncio.get_running_loop()
-            start = loop.time()
-            await collector.room.wait(timeout)
-            return None if timeout is None else max(0.0, timeout - (loop.time() - start)), False
+            return collector.room.place(timeout)
         if when_full == "bypass" and collector.scheduler.in_use < self._policy.max_concurrent_batches:
-            return timeout, True
+            return None, None
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
 
     def map(
@@ -375,7 +412,7 @@ class Microbatcher:
     ) -> AsyncIterator[Forwarded]:
         """Relay a request that must reach the endpoint, and its answer that must come back, byte for byte.
 
-        It takes a slot like any call, is counted in `upstream_calls`, and closing waits for it.
+        It takes a slot and a permit like any call, is counted in `upstream_calls`, and closing waits for it.
 
         Args:
             method: HTTP method.
@@ -399,8 +436,12 @@ class Microbatcher:
                 f"{type(self._transport).__name__} has no forward(): it cannot relay requests as they are"
             )
         if not self._collector.room.free:
-            await self._when_full(None)
-        async with self._collector.borrow_slot():
+            if self._policy.when_full == "wait":
+                await self._collector.room.wait()
+            else:
+                self._when_full(None)
+        model, cost = read_charge(body)
+        async with self._collector.borrow_slot(model, headers, cost):
             self._ledger.upstream_calls += 1
             self._ledger.forwarded += 1
             async with relay(method, path, headers, body) as response:
@@ -421,6 +462,8 @@ class Microbatcher:
     def stats(self) -> Stats:
         """Return the figures so far, as a snapshot that never changes."""
         self._ledger.retries = self._sender.repeats
+        self._ledger.retries_denied = self._sender.unpaid
+        self._ledger.rate_limited = self._sender.rate_limited
         return self._ledger.snapshot(queued=self._collector.room.taken, in_flight=self._collector.scheduler.in_use)
 
     def __repr__(self) -> str:

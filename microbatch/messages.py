@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-Priority = Literal["high", "normal", "low"]
+Priority = Literal["high", "normal", "low"]  # by rank, the most urgent first
 Route = Literal["batch", "single", "fallback", "cache", "shared", "forward"]
 
 

@@ -43,6 +43,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         unbatched_cost_usd: Price of that in US dollars; None like `cost_usd`.
         late_duplicates: Copies of delivered answers that were dropped.
         unknown_ids: Answers under ids that nobody asked for.
+        retries_denied: Failed calls that were not retried because the retry budget was used up.
+        rate_limited: Attempts that were answered with "too many requests" (429).
+        canaries_failed: Complete replies that were distrusted because they got their canary wrong.
+        lanes_parted: How often a lane stopped combining for a while, because asking again cost more than combining saved.
     """
 
     items: int = 0
@@ -71,6 +75,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     unbatched_cost_usd: float | None = 0.0
     late_duplicates: int = 0
     unknown_ids: int = 0
+    retries_denied: int = 0
+    rate_limited: int = 0
+    canaries_failed: int = 0
+    lanes_parted: int = 0
 
     @property
     def costs_more(self) -> bool:
@@ -102,6 +110,8 @@ class Ledger:
         self.unbatched = Usage()
         self.unbatched_cost_usd: float | None = 0.0
         self.late_duplicates = self.unknown_ids = 0
+        self.retries_denied = self.rate_limited = 0
+        self.canaries_failed = self.lanes_parted = 0
 
     def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Book a call that reported *usage*; one by one, its answered requests would have used *alone*."""
@@ -156,6 +166,10 @@ class Ledger:
             unbatched_cost_usd=self.unbatched_cost_usd,
             late_duplicates=self.late_duplicates,
             unknown_ids=self.unknown_ids,
+            retries_denied=self.retries_denied,
+            rate_limited=self.rate_limited,
+            canaries_failed=self.canaries_failed,
+            lanes_parted=self.lanes_parted,
         )
 
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 from microbatch.accounting.stats import split
 from microbatch.batching.framing import measure
+from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from microbatch.accounting.stats import Ledger
+    from microbatch.batching.cost import Costs
     from microbatch.batching.exchange import Batch, Exchange
+    from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import Completion
 
@@ -31,15 +34,22 @@ class Books:
 
     Args:
         ledger: Where everything is counted.
+        costs: Told how the endpoint counts.
         count: Counts a text's tokens.
         exact: Whether *count* is that of a model's own encoding; asked with None for the transport's model.
         price: What prices a model's usage.
     """
 
     def __init__(
-        self, ledger: Ledger, count: Callable[[str], int], exact: Callable[[str | None], bool], price: Pricing
+        self,
+        ledger: Ledger,
+        costs: Costs,
+        count: Callable[[str], int],
+        exact: Callable[[str | None], bool],
+        price: Pricing,
     ) -> None:
         self._ledger = ledger
+        self._costs = costs
         self._count = count
         self._exact = exact
         self._price = price
@@ -58,16 +68,28 @@ class Books:
             price = self._price_of(completion, exchange)
             self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
             self._pay(batch, usage, lines, price)
+            self._costs.learn_together(tickets, batch.learned, usage.prompt_tokens)
 
-    def divide_alone(self, ticket: Ticket, completion: Completion) -> None:
-        """Book what the single call of *ticket* cost; it is over."""
+    def divide_alone(self, ticket: Ticket, completion: Completion, learned: Learned | None = None) -> None:
+        """Book what the single call of *ticket* cost; it is over.
+
+        Args:
+            ticket: The request.
+            completion: How the call ended.
+            learned: What is known of its lane, if a combined call had left it open; else None.
+        """
         usage = completion.usage
         if usage is None:
             self._ledger.unreported_calls += 1
         else:
             price = self._price_of(completion, ticket.call)
             self._book([ticket], [usage], price)
-            self._ledger.pay(usage, usage if ticket.reply is not None else Usage(), price)
+            alone = usage if ticket.reply is not None else Usage()
+            self._ledger.pay(usage, alone, price)
+            self._costs.learn_alone(ticket, usage.prompt_tokens)
+            if learned is not None:
+                learned.balance.mending += _weight(usage, price)
+                learned.balance.alone += _weight(alone, price)
         _finish([ticket], completion)
 
     def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
@@ -103,11 +125,23 @@ class Books:
             learned.record_answers([round(size * tokens_a_byte) for size in compress(sizes, mine)])
             if learned.framing is None:
                 learned.framing = measure(
-                    batch.call, batch.ids, batch.tickets, usage, self._count, exact=self._exact(batch.call.model)
+                    batch.call,
+                    batch.ids,
+                    batch.tickets,
+                    usage,
+                    self._count,
+                    exact=self._exact(batch.call.model),
+                    canary=batch.canary is not None,
                 )
             share = 1.0 if answered == asked else sum(compress(lines, mine)) / sum(lines)
             alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
         self._ledger.pay(usage, alone, price)
+        balance = learned.balance
+        if batch.exchange.route == "fallback":
+            balance.mending += _weight(usage, price)
+        else:
+            balance.combined += _weight(usage, price)
+        balance.alone += _weight(alone, price)
         self._warn_if_dearer()
 
     def _warn_if_dearer(self) -> None:
@@ -119,6 +153,11 @@ class Books:
             "combining requests costs more than it saves here (%s): the messages they share are too short, or the answers too long",
             self._ledger.comparison,
         )
+
+
+def _weight(usage: Usage, price: Callable[[Usage], float] | None) -> float:
+    """Return what *usage* costs, in whatever unit: it is compared within one lane only."""
+    return usage.prompt_tokens + UNKNOWN_RATIO * usage.completion_tokens if price is None else price(usage)
 
 
 def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microbatch.batching.canary import CANARY_TOKENS
 from microbatch.batching.prompt import instruction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.learned import Learned
+    from microbatch.batching.schema import AnswerType
     from microbatch.batching.ticket import Spec
     from microbatch.policy import FlushPolicy
 
@@ -56,15 +58,24 @@ class Budgets:
     Args:
         policy: The limits.
         count: Counts a text's tokens.
+        canary: Whether each batch has a canary as well.
     """
 
-    def __init__(self, policy: FlushPolicy, count: Callable[[str], int]) -> None:
+    def __init__(self, policy: FlushPolicy, count: Callable[[str], int], *, canary: bool = False) -> None:
         self._policy = policy
+        self._canary_tokens = CANARY_TOKENS if canary else 0
         self._count = count
         self._preambles: dict[str, int] = {}
+        self._schemas: dict[str, tuple[int, int]] = {}
 
-    def of(self, spec: Spec, learned: Learned) -> Budget:
-        """Return the budget of the lane with *spec*."""
+    def of(self, spec: Spec, learned: Learned, quota: int | None = None) -> Budget:
+        """Return the budget of the lane with *spec*.
+
+        Args:
+            spec: What its requests have in common.
+            learned: What is known of it.
+            quota: Tokens that one call can be charged at most, prompt and answers together; None for no limit.
+        """
         policy = self._policy
         reserve = output_reserve(spec.max_tokens) if spec.max_tokens else learned.answer_tokens
         by_output = max(1, policy.max_output_tokens // reserve)
@@ -73,18 +84,37 @@ class Budgets:
         if policy.max_prompt_tokens is not None:
             shared = "".join(str(message["content"]) for message in spec.shared)
             tokens = min(tokens, policy.max_prompt_tokens - self._tokens_of(shared))
-        tokens -= self._preamble_tokens(spec.answer.words)
+        tokens -= self.preamble_tokens(spec.answer.words)
+        if quota is not None:
+            left = quota - (learned.shared_tokens or 0) - self.preamble_tokens(spec.answer.words)
+            size = max(1, min(size, left // (2 * reserve)))  # half of a small quota for the answers
+            tokens = min(tokens, left - size * reserve)
+        if learned.max_line_tokens is not None:
+            tokens = min(tokens, learned.max_line_tokens)
         if by_output < size:
             return Budget(by_output, tokens, FlushReason.OUTPUT)
         return Budget(size, tokens)
 
-    def _preamble_tokens(self, words: str) -> int:
-        """Return the tokens of our instruction, counted once for each shape of answer."""
+    def preamble_tokens(self, words: str) -> int:
+        """Return the tokens of our instruction and the canary, counted once for each shape of answer."""
         tokens = self._preambles.get(words)
         if tokens is None:
             if len(self._preambles) >= _PREAMBLES:
                 self._preambles.clear()
-            tokens = self._preambles[words] = self._tokens_of(instruction(words))
+            tokens = self._preambles[words] = self._tokens_of(instruction(words)) + self._canary_tokens
+        return tokens
+
+    def schema_tokens(self, answer: AnswerType) -> tuple[int, int]:
+        """Return the tokens of the schemas of a single and of a combined reply, counted once for each shape of answer."""
+        tokens = self._schemas.get(answer.words)
+        if tokens is None:
+            if len(self._schemas) >= _PREAMBLES:
+                self._schemas.clear()
+            single, combined = (
+                0 if schema is None else self._tokens_of(msgspec.json.encode(schema).decode())
+                for schema in (answer.single_schema, answer.batch_schema)
+            )
+            tokens = self._schemas[answer.words] = single, combined
         return tokens
 
     def _tokens_of(self, text: str) -> int:

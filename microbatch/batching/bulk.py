@@ -137,7 +137,7 @@ class _Run:
                 self._feeder_room.set()
             return
         if not self._exhausted and not self._pending and not self._collector.room.free:
-            await self._collector.room.wait(None)
+            await self._collector.room.wait()
             self._take_one()
             self._collector.room.offer()  # to the next who waits, if the source had nothing more
         while True:
@@ -177,7 +177,7 @@ class _Run:
                 self._note_activity()
                 item = await anext(iterator)
                 if not self._collector.room.free:
-                    await self._collector.room.wait(None)
+                    await self._collector.room.wait()
                 if self._collector.closing:
                     self._end_source(BatcherClosed(_CLOSED))
                     break

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
 from microbatch.batching.budget import output_reserve
+from microbatch.batching.canary import CANARY_ANSWER_TOKENS, canary_line, draw_word
 from microbatch.batching.exchange import Batch, Exchange
 from microbatch.batching.prompt import compose, instruction
 from microbatch.batching.ticket import AloneReason
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from microbatch.accounting.stats import Ledger
+    from microbatch.batching.account import Permit
     from microbatch.batching.books import Books, Pricing
     from microbatch.batching.demultiplexer import Answer
     from microbatch.batching.learned import Learned
@@ -30,7 +32,13 @@ class Send(Protocol):
     """See `microbatch.transports.retry.Sender.send`."""
 
     async def __call__(
-        self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None]
+        self,
+        call: ChatCall,
+        on_text: Callable[[str], None],
+        *,
+        on_attempt: Callable[[], None],
+        on_cut: Callable[[Completion | None], bool],
+        permit: Any,
     ) -> Completion:
         """Send *call* until it succeeds or fails for good."""
         ...
@@ -50,6 +58,7 @@ class Calls:
         draw: Where id endings come from.
         now: The clock, in seconds.
         early: Whether callers are answered while the reply still streams.
+        canary: Whether combined prompts end in a canary.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class Calls:
         draw: Callable[[int], Sequence[str]],
         now: Callable[[], float],
         early: bool,
+        canary: bool,
     ) -> None:
         self._send = send
         self._ledger = ledger
@@ -76,49 +86,73 @@ class Calls:
         self._draw = draw
         self._now = now
         self._early = early
+        self._canary = canary
 
     # --- combined calls
 
-    def compose(self, tickets: list[Ticket], learned: Learned, *, route: Route = "batch") -> Batch:
-        """Compose a combined call for *tickets*, which are of one lane and all still wait."""
+    def compose(self, tickets: list[Ticket], learned: Learned, permit: Permit, *, route: Route = "batch") -> Batch:
+        """Compose a combined call for *tickets*, which are of one lane and all still wait; *permit* pays it."""
         spec = tickets[0].spec
-        prompt, ids = compose(instruction(spec.answer.words), [ticket.line for ticket in tickets], self._draw)
+        lines = [ticket.line for ticket in tickets]
+        canary = draw_word(self._draw) if self._canary else None
+        if canary is not None:
+            lines.append(canary_line(canary))
+        prompt, ids = compose(instruction(spec.answer.words), lines, self._draw)
+        max_tokens = len(tickets) * output_reserve(spec.max_tokens) if spec.max_tokens else None
         somebody_awaits = any(ticket.on_taken is None for ticket in tickets)
         call = ChatCall(
             messages=[*spec.shared, {"role": "user", "content": prompt}],
             model=spec.model,
             params=spec.params,
             headers=spec.headers,
-            schema=spec.answer.batch_schema,
+            schema=spec.answer.batch_schema if canary is None else spec.answer.watched_schema,
             strict=spec.answer.strict,
-            max_tokens=len(tickets) * output_reserve(spec.max_tokens) if spec.max_tokens else None,
+            max_tokens=max_tokens if max_tokens is None or canary is None else max_tokens + CANARY_ANSWER_TOKENS,
             stream=self._early and somebody_awaits,
             timeout=self._remaining(tickets),
         )
-        exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model))
+        exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model), permit)
         for ticket in tickets:
             ticket.call = exchange
-        batch = Batch(tickets, ids, call, learned, exchange, early=self._early)
+        batch = Batch(tickets, ids, call, learned, exchange, early=self._early, canary=canary)
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
         if route == "fallback":
             self._ledger.fallback_calls += 1
+            learned.balance.calls += 1
+        else:
+            learned.balance.begin(len(tickets))
         return batch
 
     async def batch(self, batch: Batch) -> Outcome:
         """Send *batch*, answer whom it answers, and tell what it left open."""
-        demultiplexer, exchange = batch.demultiplexer, batch.exchange
+        exchange = batch.exchange
 
         def on_text(text: str) -> None:
             batch.heard = True
-            answers = demultiplexer.feed(text)
+            answers = batch.demultiplexer.feed(text)
             if answers:
                 self._deliver(batch, answers)
 
+        def on_cut(completion: Completion | None) -> bool:
+            # Cut once more, it is the size that is to blame (a proxy's time limit): a smaller call has better chances.
+            if batch.repeated or any(ticket.reply is not None for ticket in batch.tickets):
+                return False
+            self._books.divide(batch, completion)
+            batch.reset()
+            batch.repeated = True
+            return True
+
         try:
-            completion, error = await self._exchange(exchange, batch.call, on_text, batch.tickets)
+            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut, batch.tickets)
             how = ending(completion, error, heard=batch.heard)
+            demultiplexer = batch.demultiplexer
             answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
+            trusted = batch.canary is None
+            if not trusted:
+                trusted = any(index == len(batch.tickets) for index, _ in answers)
+                answers = [answer for answer in answers if answer[0] < len(batch.tickets)] if trusted else []
+                self._ledger.canaries_failed += not trusted and how == "complete"
             if answers:
                 self._deliver(batch, answers)
             self._books.divide(batch, completion)
@@ -130,8 +164,9 @@ class Calls:
             error = complaint(completion)
         open_: list[Open] = []
         if exchange.waiting > 0:
-            open_ += left_open(batch.tickets, demultiplexer, truncated=how == "length")
-        return Outcome(how, len(batch.tickets), open_, error)
+            open_ += left_open(batch.tickets, demultiplexer, truncated=how == "length", trusted=trusted)
+        damaged = bool(open_) and (demultiplexer.damaged or any(True for _ in demultiplexer.faults()))
+        return Outcome(how, len(batch.tickets), open_, error, damaged)
 
     def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
         """Hand *answers*, pairs of position and decoded answer, to their callers."""
@@ -149,21 +184,19 @@ class Calls:
 
     # --- single calls
 
-    async def single(self, ticket: Ticket, *, route: Route = "single") -> RequestFailed | None:
+    async def single(self, ticket: Ticket, permit: Permit, *, learned: Learned | None = None) -> RequestFailed | None:
         """Send *ticket* alone and answer it; return the error instead if it cannot be answered.
 
         An answer that is empty or does not fit is asked for once more.
+
+        Args:
+            ticket: The request.
+            permit: What pays the call.
+            learned: What is known of its lane, if a combined call has left it open; else None.
         """
-        error: RequestFailed | None = None
-        for _ in range(2):
-            if ticket.future.done():
-                return None
-            if route == "fallback":
-                self._ledger.fallback_calls += 1
-                self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
-            error = await self._ask_alone(ticket, route)
-            if not isinstance(error, MalformedAnswer):
-                break
+        error = await self._ask_alone(ticket, permit, learned)
+        if isinstance(error, MalformedAnswer) and not ticket.future.done():
+            error = await self._ask_alone(ticket, permit.account.permit(permit.tokens), learned)
         return error
 
     def compose_alone(self, ticket: Ticket) -> ChatCall:
@@ -181,18 +214,34 @@ class Calls:
             timeout=self._remaining([ticket]),
         )
 
-    async def _ask_alone(self, ticket: Ticket, route: Route) -> RequestFailed | None:
+    async def _ask_alone(self, ticket: Ticket, permit: Permit, learned: Learned | None) -> RequestFailed | None:
+        if learned is not None:
+            self._ledger.fallback_calls += 1
+            self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
+            learned.balance.calls += 1
         pieces: list[str] = []
         price = self._price(ticket.spec.model or self._default_model)
-        exchange = ticket.call = Exchange(1, route, self._now(), price)
+        route: Route = "single" if learned is None else "fallback"
+        exchange = ticket.call = Exchange(1, route, self._now(), price, permit)
+
+        def on_cut(completion: Completion | None) -> bool:
+            pieces.clear()
+            if completion is None:
+                self._ledger.unreported_calls += 1
+            else:
+                self._books.divide_alone(ticket, completion, learned)
+            return True
+
         try:
-            completion, error = await self._exchange(exchange, self.compose_alone(ticket), pieces.append, [ticket])
+            completion, error = await self._exchange(
+                exchange, self.compose_alone(ticket), pieces.append, on_cut, [ticket]
+            )
             if completion is None:
                 return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
             if error is None:
                 self._answer([ticket], [(0, (output, text))], exchange, [0], None, completion.body)
-            self._books.divide_alone(ticket, completion)
+            self._books.divide_alone(ticket, completion, learned)
             return error
         finally:
             exchange.end()
@@ -200,7 +249,12 @@ class Calls:
     # --- both
 
     async def _exchange(
-        self, exchange: Exchange, call: ChatCall, on_text: Callable[[str], None], tickets: list[Ticket]
+        self,
+        exchange: Exchange,
+        call: ChatCall,
+        on_text: Callable[[str], None],
+        on_cut: Callable[[Completion | None], bool],
+        tickets: list[Ticket],
     ) -> tuple[Completion | None, RequestFailed | None]:
         def on_attempt() -> None:
             self._ledger.upstream_calls += 1
@@ -213,7 +267,7 @@ class Calls:
         task = exchange.task = asyncio.current_task()
         asked_before = task.cancelling() if task is not None else 0
         try:
-            return await self._send(call, on_text, on_attempt), None
+            return await self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=exchange.permit), None
         except RequestFailed as error:
             return None, error
         except asyncio.CancelledError:

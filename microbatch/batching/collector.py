@@ -2,20 +2,14 @@
 
 Theory of operation
 -------------------
-A *ticket* is one accepted request. It waits in a lane, if it can share a prompt, or in the queue of those that go alone; then it
+A *ticket* is one accepted request. It waits in a lane, if it can share a prompt, or in a queue of those that go alone; then it
 is in flight, and then its future is settled. It is settled exactly once: by an answer, an error, or its caller leaving.
 
-Both kinds of queue are *due* or not. The scheduler takes batches from those that are due as slots come free. Until then tickets
-stay in their queue: they can leave it, and a lane goes on filling.
+Both kinds of queue are *due* or not (see `lanes`). The scheduler takes batches from those that are due as slots and permits come
+free. Until then tickets stay in their queue: they can leave it, and a lane goes on filling.
 
-Invariants:
-
-- A lane is in the scheduler's ring if it is due; a lane in the ring that is no longer due is passed over.
-- A lane that waits for a time has a timer; a lane that is empty or due has none.
-- A lane is in `_lanes` as long as tickets wait in it or are in flight from it.
-- Every accepted ticket takes a place in `room` until it is settled.
-
-What goes wrong inside a call ends the tickets of that call with a typed error; the collector lives on.
+Every accepted ticket takes a place in `room` until it is settled. What goes wrong inside a call ends the tickets of that call with
+a typed error; the collector lives on.
 """
 
 from __future__ import annotations
@@ -29,27 +23,29 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from microbatch.batching.budget import MAX_COUNTED_CHARS, Budgets, FlushReason
+from microbatch.batching.cost import Costs
 from microbatch.batching.lane import Lane
-from microbatch.batching.learned import Memory
+from microbatch.batching.lanes import Lanes
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
-from microbatch.batching.queues import AloneQueue
+from microbatch.batching.queues import AloneQueue, BorrowerQueue, Loan
 from microbatch.batching.request import check_messages, copy_of, read_messages, spec_of
 from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
-from microbatch.batching.ticket import NEVER, AloneReason, Ticket
-from microbatch.errors import DeadlineExceeded, RequestFailed, ShutDown
+from microbatch.batching.ticket import HIGH, NORMAL, AloneReason, Ticket
+from microbatch.batching.worth import pays
+from microbatch.errors import ConfigError, DeadlineExceeded, RequestFailed, ShutDown
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Mapping
 
     from anyio.abc import TaskGroup
 
     from microbatch.accounting.stats import Ledger
+    from microbatch.batching.account import Account, Accounts, Permit
     from microbatch.batching.call import Calls
     from microbatch.batching.exchange import Batch
     from microbatch.batching.fallback import Fallback
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Spec
     from microbatch.messages import Messages
     from microbatch.policy import FlushPolicy
 
@@ -61,33 +57,46 @@ MAX_LINE_BYTES = MAX_COUNTED_CHARS
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 _ALONE_WARNING = 100
-"""Requests of one lane in a row that were too long to combine before a warning is logged."""
+"""Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
 
 
 class _Work:
-    """What one slot is used for: a composed batch, or one ticket alone."""
+    """What one slot is used for: a composed batch, one ticket alone, or a loan."""
 
-    __slots__ = ("batch", "lane", "tickets")
+    __slots__ = ("batch", "lane", "loan", "permit", "tickets")
 
-    def __init__(self, tickets: list[Ticket], lane: Lane | None, batch: Batch | None) -> None:
+    def __init__(
+        self,
+        permit: Permit,
+        tickets: list[Ticket],
+        lane: Lane | None = None,
+        batch: Batch | None = None,
+        loan: Loan | None = None,
+    ) -> None:
+        self.permit = permit
         self.tickets = tickets
         self.lane = lane
         self.batch = batch
+        self.loan = loan
         if lane is not None:
             lane.in_flight += 1
 
 
 class Collector:
-    """The lanes, and the lives of tickets.
+    """The queues, and the lives of tickets.
 
     Args:
         policy: When lanes are due and how much may be under way.
         ledger: Where everything is counted.
+        accounts: Where permits come from.
         count: Counts a text's tokens.
         upper: Bounds a line's tokens from above, or None to use its bytes.
+        ratio: Tells what a generated token of a model costs, in prompt tokens.
+        canary: Whether combined prompts end in a canary.
 
     Attributes:
         room: The places for accepted requests.
+        lanes: The open lanes.
         scheduler: The slots.
         door: The event loop whose callers may come in; None before and after. One look at it answers every submit.
         closing: Whether it is shut for good.
@@ -97,32 +106,39 @@ class Collector:
         self,
         policy: FlushPolicy,
         ledger: Ledger,
+        accounts: Accounts,
         *,
         count: Callable[[str], int],
         upper: Callable[[str], int] | None,
+        ratio: Callable[[str | None], float],
+        canary: bool,
     ) -> None:
         self._policy = policy
         self._ledger = ledger
+        self._accounts = accounts
         self._count = count
         self._upper = upper
+        self._ratio = ratio
         self._calls: Calls
         self._fallback: Fallback
         self._loop: asyncio.AbstractEventLoop
         self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
         self._tasks: TaskGroup
-        self._budgets = Budgets(policy, count)
-        self._memory = Memory()
-        self._lanes: dict[Hashable, Lane] = {}
-        self._latest: Lane | None = None  # the lane of the latest submit, if it is still open
-        self._alone = AloneQueue()
+        self._budgets = Budgets(policy, count, canary=canary)
+        self.costs = Costs(self._budgets, count)
+        self._alone: dict[Hashable, AloneQueue] = {}
+        self._borrowers: dict[Account, BorrowerQueue] = {}
         self.room = Room(policy.max_queued, self._note_quiet)
-        self.scheduler: Scheduler[Lane | AloneQueue, _Work] = Scheduler(
+        self.scheduler: Scheduler[Lane | AloneQueue | BorrowerQueue, _Work] = Scheduler(
             policy.max_concurrent_batches,
+            cost=self._cost,
             take=self._take,
             settle=self._settle,
             rested=self._rested,
             freed=self._note_quiet,
         )
+        accounts.listen(self.scheduler.ready)
+        self.lanes = Lanes(policy, self._budgets, self.costs, accounts, count=count, enqueue=self.scheduler.enqueue)
         self.door: asyncio.AbstractEventLoop | None = None
         self.closing = False
         self._close_asked: asyncio.Event
@@ -139,6 +155,7 @@ class Collector:
     async def serve(self, ready: Callable[[], None]) -> None:
         """Run until `close` is asked for and done. One task runs this, and it alone enters and leaves the task group."""
         self._loop = asyncio.get_running_loop()
+        self.lanes.start(self._loop)
         self._close_asked, self._quiet = asyncio.Event(), asyncio.Event()
         self._quiet.set()
         try:
@@ -156,6 +173,7 @@ class Collector:
             self._end_waiting()
             # A task that is cancelled before its first step never gets to settle its tickets.
             for work in self.scheduler.under_way.values():
+                work.permit.cancel()
                 for ticket in work.tickets:
                     self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
 
@@ -171,10 +189,11 @@ class Collector:
 
     def _end_waiting(self) -> None:
         """End every ticket that waits in a queue."""
-        lanes = list(self._lanes.values())
-        for ticket in [*self._alone.waiting(), *(ticket for lane in lanes for ticket in lane.waiting())]:
+        queues = [*self._alone.values(), *self.lanes]
+        for ticket in [ticket for queue in queues for ticket in queue.waiting()]:
             self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
-        self.scheduler.refuse_borrowers(ShutDown("the batcher closed before a slot was free"))
+        for borrowers in list(self._borrowers.values()):
+            borrowers.refuse(ShutDown("the batcher closed before a slot was free"))
 
     def _note_quiet(self) -> None:
         if not self.room.taken and not self.scheduler.in_use:
@@ -217,34 +236,42 @@ class Collector:
             ticket = Ticket(loop.create_future(), spec_of([], options, None), options.answer, now)
             ticket.messages = copy_of(messages)
             ticket.on_taken = on_taken
-            self._queue_alone(ticket, AloneReason.NOT_COMBINABLE)
+            account = self._accounts.of(options.model, options.headers)
+            if account.max_tokens is not None:
+                ticket.cost = _fitting(self.costs.of_any(ticket.messages, ticket.spec), account.max_tokens)
+            self._queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
         else:
             key, text = read
             line = item_line(text)
             # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
             tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
-            lane = self._latest
+            lanes = self.lanes
+            lane = lanes.latest
             # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
             if lane is None or lane.spec.key != key:
-                lane = self._latest = self._lanes.get(key) or self._open_lane(spec_of(messages, options, key))
+                lane = lanes.find(key, messages, options)
             ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens)
             if on_taken is None:
-                wait = self._policy.low_max_wait if options.low else self._policy.max_wait
+                wait = self._policy.low_max_wait if lane.spec.low else self._policy.max_wait
                 ticket.due_at = now + (wait if timeout is None else min(wait, timeout / 2))
             else:
                 ticket.on_taken = on_taken
-            if bypass or options.high:
-                self._queue_alone(ticket, AloneReason.BYPASS if bypass else AloneReason.HIGH)
-                self._drop_if_abandoned(lane)
-            elif (tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES) and self._too_long(
-                ticket, lane
-            ):
-                self._queue_alone(ticket, AloneReason.TOO_LONG)
-                self._drop_if_abandoned(lane)
+            alone: AloneReason | None = None
+            if lane.careful:
+                alone = self._look_closely(ticket, lane)
+            if bypass:
+                alone = AloneReason.BYPASS
+            elif lane.rank == HIGH:
+                alone = AloneReason.HIGH
+            elif tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES:
+                alone = self._too_long(ticket, lane) or alone
+            if alone is not None:
+                self._queue_alone(ticket, alone, lane.account)
+                lanes.drop_if_abandoned(lane)
             else:
                 lane.add(ticket)
                 if not lane.queued:
-                    self._consider(lane)
+                    lanes.joined(lane)
         if not self.room.taken:
             self._quiet.clear()
         self.room.taken += 1
@@ -254,114 +281,120 @@ class Collector:
             ticket.timer = loop.call_at(ticket.deadline, self._expire, ticket, timeout, context=self._context)
         return ticket
 
-    def _open_lane(self, spec: Spec) -> Lane:
-        learned = self._memory.of(spec.key)
-        lane = self._lanes[spec.key] = Lane(spec, learned, self._budgets.of(spec, learned), self._count)
-        return lane
+    def _look_closely(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
+        """Work out what *ticket* costs alone, and tell whether combining would not pay.
 
-    def _too_long(self, ticket: Ticket, lane: Lane) -> bool:
-        """Whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
+        Raises:
+            ConfigError: It can never be sent, because it is larger than the whole quota.
+        """
+        learned, quota = lane.learned, lane.account.max_tokens
+        if quota is not None:
+            try:
+                ticket.cost = _fitting(self.costs.alone(ticket, learned), quota)
+            except ConfigError:
+                self.lanes.drop_if_abandoned(lane)
+                raise
+        if learned.apart > 0:
+            learned.apart -= 1
+            if not learned.apart:
+                learned.revised = True
+                self.lanes.revise(lane)
+        elif self._policy.merge == "always" or self._pays(lane, lane.budget.size):
+            return None
+        self._note_alone(lane, "not cheaper together")
+        return AloneReason.NOT_CHEAPER
+
+    def _pays(self, lane: Lane, items: int) -> bool:
+        spec, learned = lane.spec, lane.learned
+        apart, together = self.costs.surroundings(spec, learned)
+        return pays(
+            items,
+            apart=apart,
+            together=together,
+            wrapped=spec.answer.wrapped,
+            framing=learned.framing,
+            ratio=self._ratio(spec.model),
+        )
+
+    def _too_long(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
+        """Tell whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
         if len(ticket.line) <= MAX_LINE_BYTES and ticket.count(self._count) <= lane.budget.tokens - ID_TOKENS:
-            return False
+            return None
+        self._note_alone(
+            lane,
+            f"too long to share a prompt (max_batch_tokens={self._policy.max_batch_tokens}, "
+            f"max_prompt_tokens={self._policy.max_prompt_tokens}, {MAX_LINE_BYTES} bytes)",
+        )
+        return AloneReason.TOO_LONG
+
+    def _note_alone(self, lane: Lane, why: str) -> None:
         lane.learned.alone += 1
         if lane.learned.alone == _ALONE_WARNING:
-            logger.warning(
-                "%d requests in a row were too long to share a prompt (max_batch_tokens=%d, max_prompt_tokens=%s, %d bytes): "
-                "each goes alone, and nothing is saved",
-                _ALONE_WARNING,
-                self._policy.max_batch_tokens,
-                self._policy.max_prompt_tokens,
-                MAX_LINE_BYTES,
-            )
-        return True
+            logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
 
-    def _queue_alone(self, ticket: Ticket, reason: AloneReason) -> None:
-        self._alone.add(ticket, reason)
-        self._make_due(self._alone)
-
-    def _consider(self, lane: Lane) -> None:
-        """A ticket has joined *lane*, which is not in the ring: see whether it is due now."""
-        if lane.due is None and not lane.in_flight and lane.live == 1 and self._heeds_idle(lane):
-            lane.owe(FlushReason.IDLE)
-        if lane.due is not None:
-            self._make_due(lane)
-        else:
-            self._rearm(lane)
-
-    def _heeds_idle(self, lane: Lane) -> bool:
-        # A lane in which only bulk work waits has no time at which it falls due.
-        return self._policy.idle == "flush" and not lane.spec.low and lane.due_at < NEVER
-
-    # --- when lanes are due
+    def _queue_alone(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:
+        spec = ticket.spec
+        key = (account, spec.tenant, spec.rank)
+        queue = self._alone.get(key)
+        if queue is None:
+            queue = self._alone[key] = AloneQueue(account, spec.tenant, spec.rank)
+        queue.add(ticket, reason)
+        self.scheduler.enqueue(queue)
 
     def flush(self, reason: FlushReason = FlushReason.EXPLICIT, only: Iterable[Lane] | None = None) -> None:
         """Make all lanes, or *only* these, due with everything that waits in them now."""
-        for lane in list(self._lanes.values() if only is None else only):
-            if lane.live:
-                lane.owe(reason, everything=True)
-                self._make_due(lane)
-
-    def _make_due(self, queue: Lane | AloneQueue) -> None:
-        if isinstance(queue, Lane) and not queue.queued:
-            self._disarm(queue)
-        self.scheduler.enqueue(queue)
-
-    def _rested(self, queue: Lane | AloneQueue) -> None:
-        """*queue* is no longer due."""
-        if isinstance(queue, Lane):
-            self._rearm(queue)
-            self._drop_if_abandoned(queue)
-
-    def _rearm(self, lane: Lane) -> None:
-        """Set the lane's timer to the time it falls due, or to none."""
-        if lane.due is not None or lane.due_at == NEVER:
-            self._disarm(lane)
-        elif lane.timer is None or lane.timer.when() != lane.due_at:
-            self._disarm(lane)
-            lane.timer = self._loop.call_at(lane.due_at, self._time_is_up, lane, context=self._context)
-
-    def _disarm(self, lane: Lane) -> None:
-        if lane.timer is not None:
-            lane.timer.cancel()
-            lane.timer = None
-
-    def _time_is_up(self, lane: Lane) -> None:
-        lane.timer = None
-        lane.owe(FlushReason.TIMEOUT)
-        self._make_due(lane)
-
-    def _drop_if_abandoned(self, lane: Lane) -> None:
-        if lane.abandoned and self._lanes.get(lane.spec.key) is lane:
-            self._disarm(lane)
-            del self._lanes[lane.spec.key]
-            if self._latest is lane:
-                self._latest = None
+        self.lanes.flush(reason, only)
 
     # --- work
 
-    def _take(self, queue: Lane | AloneQueue) -> _Work | None:
+    def _cost(self, queue: Lane | AloneQueue | BorrowerQueue) -> int:
+        """Return the tokens that the next work of *queue* is charged, as it stands."""
+        quota = queue.account.max_tokens
+        if quota is None:
+            return 0
+        if not isinstance(queue, Lane):
+            return queue.cost
+        items, tokens = queue.next_batch
+        return min(quota, self.costs.together(queue.spec, queue.learned, items, tokens))
+
+    def _rested(self, queue: Lane | AloneQueue | BorrowerQueue) -> None:
+        """*queue* takes no turns any more."""
+        if isinstance(queue, Lane):
+            self.lanes.rested(queue)
+        elif isinstance(queue, BorrowerQueue):
+            self._borrowers.pop(queue.account, None)
+        else:
+            self._alone.pop((queue.account, queue.tenant, queue.rank), None)
+
+    def _take(self, queue: Lane | AloneQueue | BorrowerQueue, permit: Permit) -> _Work | None:
         """Take the next work from *queue*, a batch already composed; None if all of its callers have just left."""
         if isinstance(queue, Lane):
-            return self._take_batch(queue)
+            return self._take_batch(queue, permit)
+        if isinstance(queue, BorrowerQueue):
+            return _Work(permit, [], loan=queue.take())
         taken = queue.take()
         if taken is None:
             return None
         ticket, reason = taken
         self._ledger.singles_by_reason[reason] += 1
-        return _Work([ticket], None, None)
+        return _Work(permit, [ticket])
 
-    def _take_batch(self, lane: Lane) -> _Work | None:
+    def _take_batch(self, lane: Lane, permit: Permit) -> _Work | None:
         tickets, reason = lane.take()
         if not tickets:
             return None
-        lane.learned.alone = 0
         if len(tickets) == 1:
             alone = AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
             self._ledger.singles_by_reason[alone] += 1
-            return _Work(tickets, lane, None)
+            return _Work(permit, tickets, lane)
+        if self._policy.merge == "when-cheaper" and not self._pays(lane, len(tickets)):
+            for ticket in tickets:
+                self._queue_alone(ticket, AloneReason.NOT_CHEAPER, lane.account)
+            return None
+        lane.learned.alone = 0
         self._ledger.batches_by_reason[reason] += 1
         try:
-            return _Work(tickets, lane, self._calls.compose(tickets, lane.learned))
+            return _Work(permit, tickets, lane, self._calls.compose(tickets, lane.learned, permit))
         except Exception as bug:  # noqa: BLE001 it must not end the scheduler
             error = _bug(bug)
             for ticket in tickets:
@@ -372,60 +405,73 @@ class Collector:
         """Do *work*; whatever happens in it, every one of its tickets ends."""
         error: RequestFailed | None = None
         try:
-            if work.batch is not None:
-                await self._answer_batch(work.batch)
+            if work.loan is not None:
+                await work.loan.returned.wait()
+            elif work.batch is not None and work.lane is not None:
+                await self._answer_batch(work.batch, work.lane)
             else:
-                await self._answer_alone(work.tickets[0])
+                await self._answer_alone(work)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             error = ShutDown("the batcher closed before the answer came")
             raise
         except BaseException as bug:  # noqa: BLE001 it must not end the other slots; a Rust panic is no Exception
             error = _bug(bug)
         finally:
+            work.permit.cancel()
             for ticket in work.tickets:
                 if not ticket.future.done():
                     self.fail(ticket, error or RequestFailed(_UNSETTLED))
             if work.lane is not None:
-                self._call_ended(work.lane)
+                self.lanes.call_ended(work.lane)
 
-    async def _answer_batch(self, batch: Batch) -> None:
+    async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
+        learned = batch.learned
         outcome = await self._calls.batch(batch)
         if outcome.ending == "complete" and not outcome.open:
-            batch.learned.grow(outcome.asked, self._policy.max_batch_size)
+            learned.grow(outcome.asked, self._policy.max_batch_size)
         if outcome.open or outcome.ending == "length":
-            await self._fallback.recover(outcome, batch.learned)
+            await self._fallback.recover(outcome, batch, lambda: self.lanes.revise(lane))
+            if learned.balance.lost:
+                learned.part()
+                self._ledger.lanes_parted += 1
+                logger.warning(
+                    "asking again for missing and broken answers costs more than combining saves: requests of this kind go "
+                    "alone for a while"
+                )
 
-    async def _answer_alone(self, ticket: Ticket) -> None:
-        error = await self._calls.single(ticket)
+    async def _answer_alone(self, work: _Work) -> None:
+        (ticket,) = work.tickets
+        error = await self._calls.single(ticket, work.permit)
         if error is not None:
             self.fail(ticket, error)
 
-    def _call_ended(self, lane: Lane) -> None:
-        lane.in_flight -= 1
-        if lane.learned.revised:
-            lane.learned.revised = False
-            lane.rebudget(self._budgets.of(lane.spec, lane.learned))
-        if lane.due is None and lane.live and not lane.in_flight and self._heeds_idle(lane):
-            lane.owe(FlushReason.IDLE)
-        if lane.due is not None:
-            self._make_due(lane)
-        else:
-            self._rearm(lane)
-        self._drop_if_abandoned(lane)
-
     @asynccontextmanager
-    async def borrow_slot(self) -> AsyncIterator[None]:
-        """Hold a slot for work that is not a request: it is counted as pending, waits its turn, and closing waits for it.
+    async def borrow_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[None]:
+        """Hold a slot and a permit for work that is not a request: it is pending, waits its turn, and closing waits for it.
+
+        Args:
+            model: Whose limits count, together with *headers*; None for the transport's.
+            headers: The headers that will be sent.
+            cost: Tokens it will be charged, by estimate.
 
         Raises:
             ShutDown: The batcher closed before a slot was free.
         """
+        account = self._accounts.of(model, headers)
+        queue = self._borrowers.get(account)
+        if queue is None:
+            queue = self._borrowers[account] = BorrowerQueue(account, NORMAL)
+        cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
+        loan = Loan(cost, self._loop.create_future(), asyncio.Event())
+        queue.add(loan)
         self._quiet.clear()
         self.room.taken += 1
+        self.scheduler.enqueue(queue)
         try:
-            async with self.scheduler.borrow():
-                yield
+            await loan.granted
+            yield
         finally:
+            loan.returned.set()
             self.room.leave(1)
 
     # --- settling
@@ -462,16 +508,17 @@ class Collector:
             ticket.future.exception()  # retrieved, so that asyncio does not complain of it
 
     def _expire(self, ticket: Ticket, timeout: float) -> None:
-        self.fail(ticket, DeadlineExceeded(f"no answer within the timeout of {timeout} s"))
+        failure = None if ticket.call is None else ticket.call.permit.error
+        latest = "" if failure is None else f"; the latest attempt failed: {type(failure).__name__}: {failure}"
+        self.fail(ticket, DeadlineExceeded(f"no answer within the timeout of {timeout} s{latest}"))
 
     def _withdraw(self, ticket: Ticket) -> None:
         """*ticket* has ended without an answer: take it out of where it is."""
         queue = ticket.queue
-        if queue is not None:
+        if isinstance(queue, Lane):
+            self.lanes.discard(queue, ticket)
+        elif queue is not None:
             queue.discard(ticket)
-            if isinstance(queue, Lane):
-                self._rearm(queue)
-                self._drop_if_abandoned(queue)
         elif ticket.call is not None:
             ticket.call.abandoned()
         if ticket.usage is not None:
@@ -488,3 +535,17 @@ def _bug(cause: BaseException) -> RequestFailed:
     error = RequestFailed(f"a call failed in microbatch itself: {type(cause).__name__}")
     error.__cause__ = cause
     return error
+
+
+def _fitting(cost: int, quota: int) -> int:
+    """Return *cost* if it can ever be granted.
+
+    Raises:
+        ConfigError: It is larger than the whole quota.
+    """
+    if cost > quota:
+        raise ConfigError(
+            f"this request would be charged about {cost} tokens (its prompt and max_tokens), but the rate limit grants {quota} "
+            "a minute, so it could never be sent: shorten it, lower max_tokens or raise tpm="
+        )
+    return cost

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from microbatch.batching.canary import check_canary
 from microbatch.batching.demultiplexer import Demultiplexer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from microbatch.batching.account import Permit
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route, Usage
@@ -29,18 +32,22 @@ class Exchange:
         size: Requests it carries.
         route: What their replies name as their route.
         sent: Loop time at which it was sent.
+        permit: What pays its attempts.
         price: What prices its usage, or None if that is unknown.
         ended: Whether it is over and its cost divided.
         task: The task that sends it, while it does.
         stopped: Whether the sending was cancelled because nobody waits any more.
     """
 
-    __slots__ = ("_ended", "ended", "price", "route", "sent", "size", "stopped", "task", "waiting")
+    __slots__ = ("_ended", "ended", "permit", "price", "route", "sent", "size", "stopped", "task", "waiting")
 
-    def __init__(self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None) -> None:
+    def __init__(
+        self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None, permit: Permit
+    ) -> None:
         self.waiting = self.size = size
         self.route: Route = route
         self.sent = sent
+        self.permit = permit
         self.price = price
         self.task: asyncio.Task[Any] | None = None
         self.stopped = False
@@ -84,9 +91,35 @@ class Exchange:
 
 
 class Batch:
-    """A combined call, composed and ready to go."""
+    """A combined call, composed and ready to go.
 
-    __slots__ = ("answer_bytes", "call", "demultiplexer", "exchange", "heard", "ids", "learned", "tickets")
+    Attributes:
+        tickets: The requests it carries.
+        ids: Their ids, in the same order.
+        canary: The word that the last item, which is nobody's request, has to be answered with; None if there is none.
+        call: What is sent.
+        learned: What is known of the lane.
+        exchange: The call under way.
+        demultiplexer: What takes its reply apart.
+        answer_bytes: The length of each answer so far.
+        heard: Whether any text has come.
+        repeated: Whether it was sent again as it is, after a cut that left nothing.
+    """
+
+    __slots__ = (
+        "_asked",
+        "_early",
+        "answer_bytes",
+        "call",
+        "canary",
+        "demultiplexer",
+        "exchange",
+        "heard",
+        "ids",
+        "learned",
+        "repeated",
+        "tickets",
+    )
 
     def __init__(
         self,
@@ -97,12 +130,24 @@ class Batch:
         exchange: Exchange,
         *,
         early: bool,
+        canary: str | None = None,
     ) -> None:
         self.tickets = tickets
-        self.ids = ids
+        self.ids = ids[: len(tickets)]
+        self.canary = canary
         self.call = call
         self.learned = learned
         self.exchange = exchange
-        self.demultiplexer = Demultiplexer(ids, [ticket.answer.decode for ticket in tickets], early=early)
-        self.answer_bytes = [0] * len(tickets)
-        self.heard = False  # whether any text has come
+        self._asked = ids
+        self._early = early
+        self.repeated = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Start on a new reply: nothing of the one before was used."""
+        decoders: list[Callable[[str], Any]] = [ticket.answer.decode for ticket in self.tickets]
+        if self.canary is not None:
+            decoders.append(partial(check_canary, self.canary))
+        self.demultiplexer = Demultiplexer(self._asked, decoders, early=self._early)
+        self.answer_bytes = [0] * len(self.tickets)
+        self.heard = False

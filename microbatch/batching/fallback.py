@@ -15,17 +15,23 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from microbatch.batching.cost import line_tokens
+from microbatch.errors import BadRequest, ContextTooLong
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.call import Calls
-    from microbatch.batching.learned import Learned
+    from microbatch.batching.cost import Costs
+    from microbatch.batching.exchange import Batch
     from microbatch.batching.ticket import Ticket
     from microbatch.batching.verdict import Outcome
     from microbatch.errors import RequestFailed
     from microbatch.policy import FallbackPolicy
 
 _WORTH_ASKING_TOGETHER = 1 / 4
+
+_CONTENT_TOO_LARGE = 413
 
 _shuffle = secrets.SystemRandom().shuffle
 
@@ -35,6 +41,7 @@ class Fallback:
 
     Args:
         calls: Makes the calls.
+        costs: What they are charged.
         policy: How many at once.
         fail: Ends a ticket with a copy of an error of its own.
     """
@@ -42,16 +49,24 @@ class Fallback:
     def __init__(
         self,
         calls: Calls,
+        costs: Costs,
         policy: FallbackPolicy,
         fail: Callable[[Ticket, RequestFailed], None],
     ) -> None:
         self._calls = calls
+        self._costs = costs
         self._policy = policy
         self._fail = fail
 
-    async def recover(self, outcome: Outcome, learned: Learned) -> None:
-        """See to it that every request that *outcome* left open ends, with an answer or an error."""
-        recovery = _Recovery(self._calls, learned, self._fail, self._policy.max_concurrent)
+    async def recover(self, outcome: Outcome, batch: Batch, revised: Callable[[], None]) -> None:
+        """See to it that every request that *outcome* left open ends, with an answer or an error.
+
+        Args:
+            outcome: How the call ended.
+            batch: The call.
+            revised: Called when the lane has learned something that its next batches should know at once.
+        """
+        recovery = _Recovery(self._calls, self._costs, batch, self._fail, revised, self._policy.max_concurrent)
         await recovery.after(outcome, may_combine=True)
 
 
@@ -61,59 +76,83 @@ class _Recovery:
     def __init__(
         self,
         calls: Calls,
-        learned: Learned,
+        costs: Costs,
+        batch: Batch,
         fail: Callable[[Ticket, RequestFailed], None],
+        revised: Callable[[], None],
         max_concurrent: int,
     ) -> None:
         self._calls = calls
-        self._learned = learned
+        self._costs = costs
+        self._learned = batch.learned
+        self._account = batch.exchange.permit.account
         self._fail = fail
+        self._revised = revised
         self._at_once = anyio.Semaphore(max_concurrent)
 
     async def after(self, outcome: Outcome, *, may_combine: bool) -> None:
         """Deal with what *outcome* left open; *may_combine* allows the one smaller combined call."""
-        if outcome.ending == "length":
-            self._learned.halve(outcome.asked)
-        if not outcome.open:
-            return
         tickets = [item.ticket for item in outcome.open]
+        if outcome.ending == "length" or (outcome.ending == "complete" and outcome.damaged):
+            self._learned.halve(outcome.asked)
+            self._revised()
+        if not tickets:
+            return
         if outcome.ending == "failed" and outcome.error is not None:
             for ticket in tickets:
                 self._fail(ticket, outcome.error)
         elif outcome.ending == "refused":
+            if _too_large(outcome.error):
+                self._learned.shrink(line_tokens(tickets))
+                self._revised()
             await self._halves(tickets)
-        elif may_combine and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
-            _shuffle(tickets)
-            await self._together(_chunks(tickets, max(1, outcome.asked // 2)))
         else:
-            await self._together([[ticket] for ticket in tickets])
+            # What a cut has lost is asked for again at the expense of the retry budget: it is a retry of that part.
+            cut = outcome.error if outcome.ending == "cut" else None
+            if may_combine and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
+                _shuffle(tickets)
+                await self._together(_chunks(tickets, max(1, outcome.asked // 2)), cut)
+            else:
+                await self._together([[ticket] for ticket in tickets], cut)
 
     async def _halves(self, tickets: list[Ticket]) -> None:
         middle = (len(tickets) + 1) // 2
         await self._together([part for part in (tickets[:middle], tickets[middle:]) if part])
 
-    async def _together(self, groups: list[list[Ticket]]) -> None:
-        """Ask each group, a few at a time."""
+    async def _together(self, groups: list[list[Ticket]], cut: RequestFailed | None = None) -> None:
+        """Ask each group, a few at a time; after a *cut*, as far as the retry budget goes."""
         async with anyio.create_task_group() as tasks:
             for group in groups:
-                tasks.start_soon(self._ask, group)
+                tasks.start_soon(self._ask, group, cut)
 
-    async def _ask(self, group: list[Ticket]) -> None:
+    async def _ask(self, group: list[Ticket], cut: RequestFailed | None) -> None:
         async with self._at_once:
             group = [ticket for ticket in group if not ticket.future.done()]
             if not group:
                 return
-            if len(group) == 1:
-                await self._alone(group[0])
+            if cut is not None and not self._account.budget.draw():
+                for ticket in group:
+                    self._fail(ticket, cut)
                 return
-            outcome = await self._calls.batch(self._calls.compose(group, self._learned, route="fallback"))
+            again = cut is not None
+            if len(group) == 1:
+                await self._alone(group[0], again=again)
+                return
+            permit = self._account.permit(self._costs.of_tickets(group, self._learned), again=again)
+            outcome = await self._calls.batch(self._calls.compose(group, self._learned, permit, route="fallback"))
         await self.after(outcome, may_combine=False)
 
-    async def _alone(self, ticket: Ticket) -> None:
-        error = await self._calls.single(ticket, route="fallback")
+    async def _alone(self, ticket: Ticket, *, again: bool) -> None:
+        permit = self._account.permit(ticket.cost, again=again)
+        error = await self._calls.single(ticket, permit, learned=self._learned)
         if error is not None:
             self._fail(ticket, error)
 
 
 def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
     return [tickets[start : start + size] for start in range(0, len(tickets), size)]
+
+
+def _too_large(error: RequestFailed | None) -> bool:
+    """Whether a prompt was refused for its size."""
+    return isinstance(error, ContextTooLong) or (isinstance(error, BadRequest) and error.status == _CONTENT_TOO_LARGE)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.budget import MAX_COUNTED_CHARS
+from microbatch.batching.canary import USUAL_TOKENS
 from microbatch.batching.prompt import draw_endings, instruction
 from microbatch.messages import Usage
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from microbatch.protocols import ChatCall
 
 # What a chat template adds, in tokens, per message and per call: the rule of OpenAI's cookbook, with one token for the role.
-_MESSAGE_TOKENS = 4
-_PRIMING_TOKENS = 3
+MESSAGE_TOKENS = 4
+PRIMING_TOKENS = 3
 
 # Items of a first batch that are counted to learn what surrounds an item.
 _SAMPLE = 4
@@ -85,6 +86,7 @@ def measure(
     count: Callable[[str], int],
     *,
     exact: bool,
+    canary: bool = False,
 ) -> Framing:
     """Count what surrounds the requests of a combined *call* that has ended, at least one of them answered.
 
@@ -95,10 +97,12 @@ def measure(
         usage: What the endpoint reported for it.
         count: Counts a text's tokens.
         exact: Whether *count* is the model's own encoding.
+        canary: Whether there was one more item, which was nobody's.
     """
     answer = tickets[0].answer
     content = count(call.messages[-1]["content"])
     reply, element = _elements(ids, tickets, count)
+    canary_prompt, canary_reply = USUAL_TOKENS if canary else (0.0, 0.0)
     sample = tickets[:_SAMPLE]
     line = sum(count(f"[{name}]") for name in ids) / len(ids)
     line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
@@ -107,23 +111,22 @@ def measure(
     # What the endpoint reports beyond the items and our instruction is what every call pays, combined or not...
     shared = usage.prompt_tokens - content * scale
     schemas = [
-        count(msgspec.json.encode(schema).decode()) if schema else 0
-        for schema in (answer.batch_schema, answer.single_schema)
+        count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (call.schema, answer.single_schema)
     ]
     # ... but for the schema, which is another one for a single call, and which only some endpoints charge.
     charged = exact and usage.prompt_tokens - counted >= schemas[0] * _SCHEMA_CHARGED
     return Framing(
         alone_prompt=shared + (schemas[1] - schemas[0] if charged else 0),
-        batch_prompt=shared + count(instruction(answer.words)) * scale,
+        batch_prompt=shared + (count(instruction(answer.words)) + canary_prompt) * scale,
         line=line * scale,
-        reply=reply * scale,
+        reply=(reply + canary_reply) * scale,
         element=element * scale,
     )
 
 
 def _count_shared(call: ChatCall, count: Callable[[str], int]) -> float:
     """Return the tokens of all messages but the last, and of the chat template around all; of a long text, an estimate."""
-    tokens = float(_PRIMING_TOKENS + _MESSAGE_TOKENS * len(call.messages))
+    tokens = float(PRIMING_TOKENS + MESSAGE_TOKENS * len(call.messages))
     for message in call.messages[:-1]:
         text = str(message["content"])
         head = text[:MAX_COUNTED_CHARS]

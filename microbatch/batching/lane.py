@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
 
+    from microbatch.batching.account import Account
     from microbatch.batching.budget import Budget
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Spec, Ticket
@@ -32,6 +33,7 @@ class Lane:
 
     Attributes:
         spec: What the requests have in common.
+        account: Whose permits they need.
         learned: What is known of earlier batches.
         in_flight: Batches under way.
         live: Requests waiting.
@@ -46,18 +48,28 @@ class Lane:
         "_owed",
         "_owed_count",
         "_pending",
+        "account",
         "budget",
+        "careful",
         "due_at",
         "in_flight",
         "learned",
         "live",
         "queued",
+        "rank",
         "spec",
+        "tenant",
         "timer",
     )
 
-    def __init__(self, spec: Spec, learned: Learned, budget: Budget, count: Callable[[str], int]) -> None:
+    def __init__(
+        self, spec: Spec, account: Account, learned: Learned, budget: Budget, count: Callable[[str], int]
+    ) -> None:
         self.spec = spec
+        self.account = account
+        self.tenant = spec.tenant
+        self.rank = spec.rank
+        self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
         self.learned = learned
         self.budget = budget
         self.in_flight = 0
@@ -77,6 +89,11 @@ class Lane:
     def due(self) -> FlushReason | None:
         """Why the lane should leave now, or None to keep waiting."""
         return (self._full or self._owed) if self._fill else None
+
+    @property
+    def next_batch(self) -> tuple[int, int]:
+        """How many requests the next batch will hold as it stands, and the tokens of their lines."""
+        return self._fill, self._fill_tokens
 
     @property
     def abandoned(self) -> bool:

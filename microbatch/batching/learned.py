@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microbatch.batching.worth import Balance
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
@@ -16,25 +18,44 @@ if TYPE_CHECKING:
 _RANK_AFTER = 32
 """Answers after which their percentile is worked out anew, unless a longer one comes first."""
 
+_APART = 500
+"""Requests that go alone once combining has cost more than it saved, before it is tried again."""
+
+_BATCHES_ON_TRIAL = 5
+"""Batches that a lane gets credit for when it is tried again: three more bad ones are enough to give up."""
+
 
 class Learned(msgspec.Struct):
     """What a lane has learned, kept beyond its life without any text.
 
     Attributes:
-        batch_size: Most requests of a batch, halved when replies are cut off by the token limit; None until then.
+        batch_size: Most requests of a batch, halved when replies are damaged or cut off by the token limit; None until then.
+        max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then. It does
+            not grow back: a context window does not either.
         answers: Tokens of the latest answers.
         answer_tokens: Their 95th percentile, as of the latest ranking.
+        answer_mean: Their mean, as of the latest ranking.
         unranked: Answers recorded since.
         framing: What surrounds its requests, measured on the first batch, or None.
-        revised: Whether the batch size or the percentile has changed since the lane's budget was worked out.
-        alone: Requests in a row that were too long to travel with others.
+        shared_tokens: Tokens of the messages its requests share, or None where nobody counts them.
+        prompt_scale: The endpoint's count of combined prompts over ours.
+        balance: What combining has cost and saved lately.
+        apart: Requests that still go alone before combining is tried again, because it cost more than it saved.
+        revised: Whether anything has changed since the lane's budget was worked out.
+        alone: Requests in a row that were too long, or not cheaper, to travel with others.
     """
 
     batch_size: int | None = None
+    max_line_tokens: int | None = None
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
+    answer_mean: float = 32.0
     unranked: int = _RANK_AFTER
     framing: Framing | None = None
+    shared_tokens: int | None = None
+    prompt_scale: float = 1.0
+    balance: Balance = msgspec.field(default_factory=Balance)
+    apart: int = 0
     revised: bool = False
     alone: int = 0
 
@@ -47,10 +68,22 @@ class Learned(msgspec.Struct):
         self.unranked = 0
         ranked = sorted(self.answers)
         self.answer_tokens = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
+        self.answer_mean = sum(ranked) / len(ranked)
+        self.revised = True
+
+    def shrink(self, tokens: int) -> None:
+        """A prompt with *tokens* in its lines was refused for its size: send half as much from now on."""
+        self.max_line_tokens = min(tokens, self.max_line_tokens or tokens) // 2
+        self.revised = True
+
+    def part(self) -> None:
+        """Combining costs more than it saves: send requests alone for a while."""
+        self.apart = _APART
+        self.balance = Balance(batches=_BATCHES_ON_TRIAL)
         self.revised = True
 
     def halve(self, asked: int) -> None:
-        """A reply to *asked* requests was cut off by the token limit: ask for half as many from now on."""
+        """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on."""
         self.batch_size = max(1, min(asked, self.batch_size or asked) // 2)
         self.revised = True
 

@@ -7,19 +7,33 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Hashable
 
+    from microbatch.batching.account import Account
     from microbatch.batching.ticket import AloneReason, Ticket
 
 
 class AloneQueue:
-    """Requests that go alone, in order of arrival; due whenever one waits."""
+    """Requests of one account, tenant and priority that go alone, in order of arrival; due whenever one waits.
 
-    def __init__(self) -> None:
+    Attributes:
+        account: Whose permits they need.
+        tenant: Whose requests they are.
+        rank: Their priority; see `microbatch.batching.turns`.
+        queued: The scheduler's mark.
+    """
+
+    __slots__ = ("_live", "_waiting", "account", "queued", "rank", "tenant")
+
+    def __init__(self, account: Account, tenant: Hashable, rank: int) -> None:
+        self.account = account
+        self.tenant = tenant
+        self.rank = rank
+        self.queued = False
         self._waiting: deque[tuple[Ticket, AloneReason]] = (
             deque()
         )  # discarded ones stay until they come up, or are too many
         self._live = 0
-        self.queued = False
 
     @property
     def due(self) -> bool:
@@ -27,6 +41,11 @@ class AloneQueue:
         while self._waiting and self._waiting[0][0].queue is not self:
             self._waiting.popleft()
         return bool(self._waiting)
+
+    @property
+    def cost(self) -> int:
+        """Tokens that the oldest waiting request is charged. The queue must be due."""
+        return self._waiting[0][0].cost
 
     def add(self, ticket: Ticket, reason: AloneReason) -> None:
         """Queue *ticket*, which goes alone for *reason*."""
@@ -57,28 +76,58 @@ class AloneQueue:
         return [ticket for ticket, _ in self._waiting if ticket.queue is self and not ticket.future.done()]
 
 
-class BorrowerQueue:
-    """Callers who want a slot for work of their own, in order of arrival; each waits on a future."""
+class Loan:
+    """A slot and a permit for work of the borrower's own.
 
-    def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
+    Attributes:
+        cost: Tokens that the permit is charged.
+        granted: Done when the loan is; fails if it never will be.
+        returned: Set by the borrower in the end.
+    """
+
+    __slots__ = ("cost", "granted", "returned")
+
+    def __init__(self, cost: int, granted: asyncio.Future[None], returned: asyncio.Event) -> None:
+        self.cost = cost
+        self.granted = granted
+        self.returned = returned
+
+
+class BorrowerQueue:
+    """Who waits for a loan from one account, in order of arrival."""
+
+    __slots__ = ("_waiting", "account", "queued", "rank", "tenant")
+
+    def __init__(self, account: Account, rank: int) -> None:
+        self.account = account
+        self.tenant = None
+        self.rank = rank
+        self.queued = False
+        self._waiting: deque[Loan] = deque()
 
     @property
     def due(self) -> bool:
         """Whether somebody waits."""
-        while self._waiting and self._waiting[0].done():
+        while self._waiting and self._waiting[0].granted.done():
             self._waiting.popleft()
         return bool(self._waiting)
 
-    def add(self, place: asyncio.Future[None]) -> None:
-        """Queue a caller who waits on *place*."""
-        self._waiting.append(place)
+    @property
+    def cost(self) -> int:
+        """Tokens that the oldest loan is charged. The queue must be due."""
+        return self._waiting[0].cost
 
-    def lend(self) -> None:
-        """Give a slot to who has waited longest. Somebody must wait."""
-        self._waiting.popleft().set_result(None)
+    def add(self, loan: Loan) -> None:
+        """Queue a borrower."""
+        self._waiting.append(loan)
+
+    def take(self) -> Loan:
+        """Grant the loan to who has waited longest. Somebody must wait."""
+        loan = self._waiting.popleft()
+        loan.granted.set_result(None)
+        return loan
 
     def refuse(self, error: Exception) -> None:
         """Send everybody away with *error*."""
         while self.due:
-            self._waiting.popleft().set_exception(error)
+            self._waiting.popleft().granted.set_exception(error)

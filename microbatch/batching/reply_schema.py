@@ -13,9 +13,16 @@ _HOISTED = tuple(f"#/{key}/" for key in SHARED)
 _SILENT = frozenset({"$ref", "$schema", "$id", "$comment", "title", "description", "default", "examples", *SHARED})
 
 
-def batch_schema(schema: Schema) -> Schema:
-    """Return the schema of a combined reply: `{"results": [{"id": ..., "answer": ...}, ...]}`."""
+def batch_schema(schema: Schema, *, canary: bool = False) -> Schema:
+    """Return the schema of a combined reply: `{"results": [{"id": ..., "answer": ...}, ...]}`.
+
+    Args:
+        schema: That of one answer.
+        canary: Whether one of the answers is a string in any case.
+    """
     body, shared = _embedded(schema)
+    if canary and body != {"type": "string"}:
+        body = {"anyOf": [body, {"type": "string"}]}
     # The id comes first, so that an answer is written with its request named just before.
     element = _object({"id": {"type": "string"}, "answer": body})
     return {**_object({"results": {"type": "array", "items": element}}), **shared}

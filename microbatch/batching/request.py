@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
 from microbatch.batching.schema import AnswerType, answer_type
-from microbatch.batching.ticket import Spec
+from microbatch.batching.ticket import NORMAL, Spec
 from microbatch.errors import ConfigError
 from microbatch.messages import Message, Priority
 from microbatch.policy import one_of, whole
@@ -60,8 +60,8 @@ class Options(msgspec.Struct, frozen=True):
         headers: The caller's headers.
         model: As given.
         max_tokens: As given.
-        low: Whether the priority is "low".
-        high: Whether the priority is "high".
+        tenant: As given.
+        rank: The priority as a number: 0 high, 1 normal, 2 low.
     """
 
     answer: AnswerType
@@ -71,8 +71,8 @@ class Options(msgspec.Struct, frozen=True):
     headers: Mapping[str, str] = {}
     model: str | None = None
     max_tokens: int | None = None
-    low: bool = False
-    high: bool = False
+    tenant: str | None = None
+    rank: int = NORMAL
 
 
 def read_options(
@@ -125,8 +125,8 @@ def read_options(
         headers=dict(sent),
         model=model,
         max_tokens=max_tokens,
-        low=priority == "low",
-        high=priority == "high",
+        tenant=tenant,
+        rank=get_args(Priority).index(priority),
     )
 
 
@@ -227,7 +227,8 @@ def spec_of(messages: Messages, options: Options, key: Hashable) -> Spec:
         max_tokens=options.max_tokens,
         params=options.params,
         headers=options.headers,
-        low=options.low,
+        tenant=options.tenant,
+        rank=options.rank,
         shared_chars=sum(len(str(message.get("content"))) for message in shared),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from microbatch.errors import BatcherClosed, DeadlineExceeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+_NO_CONTEXT = contextvars.Context()  # for timers: they are not to keep a caller's
 
 
 class Room:
@@ -30,38 +34,58 @@ class Room:
         self.size = size
         self._emptied = emptied
         self.waiting: deque[asyncio.Future[None]] = deque()
+        self._gone = 0  # of those who wait, how many have left
 
     @property
     def free(self) -> bool:
         """Whether another request may come in without waiting or jumping a queue."""
         return self.taken < self.size and not self.waiting
 
-    async def wait(self, timeout: float | None) -> None:
-        """Wait, in order of arrival, until one more request may come in; it has to in the very step of the return.
+    def place(self, timeout: float | None) -> tuple[asyncio.Future[None], asyncio.TimerHandle | None]:
+        """Return a place in the queue, done when its turn has come, and the timer that ends the waiting.
+
+        Whoever awaits it calls `enter` in the very step in which the wait ends well, else `give_up`, and cancels the timer. It is
+        awaited by the caller, and not here, because the frame of another coroutine would be most of what a waiter costs.
+
+        Args:
+            timeout: Seconds after which the place fails with `DeadlineExceeded`, or None. It fails with `BatcherClosed` if the
+                batcher closes first.
+        """
+        loop = asyncio.get_running_loop()
+        place: asyncio.Future[None] = loop.create_future()
+        self.waiting.append(place)
+        if timeout is None:
+            return place, None
+        return place, loop.call_later(timeout, _expire, place, timeout, context=_NO_CONTEXT)
+
+    def enter(self) -> None:
+        """Take the place that was kept; a request has to be accepted in the same step."""
+        self.taken -= 1
+
+    async def wait(self) -> None:
+        """Wait for a place and take it; a request has to be accepted in the step of the return.
 
         Raises:
-            DeadlineExceeded: *timeout* seconds passed first.
             BatcherClosed: The batcher closed first.
         """
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting.append(place)
+        place, _ = self.place(None)
         try:
-            async with asyncio.timeout(timeout):
-                await place
-        except TimeoutError as error:
-            self._give_up(place)
-            message = f"no room within the timeout of {timeout} s: {self.taken} requests are pending"
-            raise DeadlineExceeded(message) from error
-        except asyncio.CancelledError:
-            self._give_up(place)
+            await place
+        except BaseException:
+            self.give_up(place)
             raise
-        self.taken -= 1  # it was kept for this caller, who takes it now
+        self.enter()
 
-    def _give_up(self, place: asyncio.Future[None]) -> None:
+    def give_up(self, place: asyncio.Future[None]) -> None:
         """Whoever waited for *place* is gone; if it was given in the same moment, it goes to the next."""
         if place.done() and not place.cancelled() and place.exception() is None:
             self.taken -= 1
             self.offer()
+            return
+        self._gone += 1
+        if 2 * self._gone > len(self.waiting):
+            self.waiting = deque(each for each in self.waiting if not each.done())
+            self._gone = 0
 
     def leave(self, count: int) -> None:
         """*count* requests have settled."""
@@ -75,7 +99,9 @@ class Room:
         """Give free places to those who have waited longest for one."""
         while self.waiting and self.taken < self.size:
             place = self.waiting.popleft()
-            if not place.done():
+            if place.done():
+                self._gone -= 1
+            else:
                 place.set_result(None)
                 self.taken += 1
 
@@ -85,3 +111,8 @@ class Room:
             place = self.waiting.popleft()
             if not place.done():
                 place.set_exception(BatcherClosed("the batcher closed before there was room for this request"))
+
+
+def _expire(place: asyncio.Future[None], timeout: float) -> None:
+    if not place.done():
+        place.set_exception(DeadlineExceeded(f"no room for this request within its timeout of {timeout} s"))

@@ -1,8 +1,9 @@
-"""Grants slots to what is due, in turn, and runs it.
+"""Grants slots and permits to what is due, in turn, and runs it.
 
-Queues that are due stand in one ring. `pump` is the whole of scheduling: while a slot is free it takes the next queue of the ring,
-takes work from it and starts a task for it, all in one plain step, so that nothing can happen between the decision and the taking.
-A task that has done its work goes on with the next, as long as something is due, before it gives its slot back.
+`_pump` is the whole of scheduling: while a slot is free it takes the queue whose turn it is, asks its account for a permit, takes
+work from it and starts a task for it, all in one plain step, so that nothing can happen between the decision and the taking. Until
+that step what waits can still leave, and a lane goes on filling. A task that has done its work goes on with the next, as long as
+something is due, before it gives its slot back.
 
 Outsiders only ask for a pump; a task of the batcher's own runs it at the next turn of the event loop. So no caller's context
 variables reach another's call, and callers of one turn travel together: that costs no time, and a burst on an idle lane leaves as
@@ -12,23 +13,23 @@ full batches instead of one request alone and then the rest.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from microbatch.batching.queues import BorrowerQueue
+from microbatch.batching.turns import Due, Turns
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from anyio.abc import TaskGroup
 
+    from microbatch.batching.account import Account, Permit
 
-class Queue(Protocol):
-    """What stands in the ring.
+
+class Queue(Due, Protocol):
+    """What takes turns.
 
     Attributes:
-        queued: Whether it does; the scheduler's own mark.
+        queued: Whether it does now; the scheduler's own mark.
     """
 
     queued: bool
@@ -44,13 +45,14 @@ W = TypeVar("W")
 
 
 class Scheduler(Generic[Q, W]):
-    """The slots, the ring of due queues, and the tasks.
+    """The slots, the turns of due queues, and the tasks.
 
     Args:
         slots: Most calls under way at once.
-        take: Takes the next work from a due queue; None if there was none after all.
+        cost: Tells how many tokens the next work of a due queue is charged.
+        take: Takes the next work from a due queue, with its permit; None if there was none after all.
         settle: Does some work; never raises anything but cancellation.
-        rested: Told of a queue that has left the ring because it is no longer due.
+        rested: Told of a queue that has lost its turn because it is no longer due.
         freed: Called when a slot has come back.
 
     Attributes:
@@ -62,7 +64,8 @@ class Scheduler(Generic[Q, W]):
         self,
         slots: int,
         *,
-        take: Callable[[Q], W | None],
+        cost: Callable[[Q], int],
+        take: Callable[[Q, Permit], W | None],
         settle: Callable[[W], Awaitable[None]],
         rested: Callable[[Q], None],
         freed: Callable[[], None],
@@ -70,13 +73,12 @@ class Scheduler(Generic[Q, W]):
         self.free = slots
         self.under_way: dict[int, W] = {}
         self._slots = slots
+        self._cost = cost
         self._take = take
         self._settle = settle
         self._rested = rested
         self._freed = freed
-        self._ring: deque[Q] = deque()
-        self._borrowers = BorrowerQueue()
-        self._lend_next = False  # borrowers and the ring take turns
+        self._turns: Turns[Q] = Turns()
         self._watchers: set[Callable[[], None]] = set()
         self._pumping = False
         self._asked: asyncio.Event
@@ -100,45 +102,58 @@ class Scheduler(Generic[Q, W]):
             self._pump()
 
     def enqueue(self, queue: Q) -> None:
-        """Put *queue*, which is due, into the ring, and see that a pump comes."""
+        """Let *queue*, which is due, take its turns, and see that a pump comes."""
         if not queue.queued:
             queue.queued = True
-            self._ring.append(queue)
+            self._turns.add(queue)
         if self.free:
             self._asked.set()
 
+    def ready(self, account: Account) -> None:
+        """*account*, which had no permit to give, may have one now."""
+        if self._turns.unblock(account) and self.free:
+            self._asked.set()
+
     def _pump(self) -> None:
-        """Start a task for what is due, as far as slots go."""
+        """Start a task for what is due, as far as slots and permits go."""
         if self._pumping:
             return  # an eager task that ended while it was being started; the loop below goes on
         self._pumping = True
         try:
-            while self.free and (self._ring or self._borrowers.due):
-                if self._borrowers.due and (self._lend_next or not self._ring):
-                    self._lend()
-                    continue
-                self._lend_next = True
-                work = self._next()
-                if work is not None:
-                    self.free -= 1
-                    self._tasks.start_soon(self._run, work)
+            while self.free and (work := self._next()) is not None:
+                self.free -= 1
+                self._tasks.start_soon(self._run, work)
         finally:
             self._pumping = False
         self._notify()
 
     def _next(self) -> W | None:
-        """Take the next work of the queue whose turn it is; None if it had none after all."""
-        queue = self._ring.popleft()
+        """Take the next work of whoever's turn it is; None if nothing is due that has a permit."""
+        turns = self._turns
+        while (queue := turns.next()) is not None:
+            if not queue.due:
+                turns.remove(queue)
+                self._rest(queue)
+                continue
+            permit = queue.account.pay(self._cost(queue))
+            if permit is None:
+                turns.block(queue)
+                continue
+            work = self._take(queue, permit)
+            turns.served(queue)
+            if queue.due:
+                turns.add(queue)
+            else:
+                self._rest(queue)
+            if work is not None:
+                self.under_way[id(work)] = work
+                return work
+            permit.cancel()
+        return None
+
+    def _rest(self, queue: Q) -> None:
         queue.queued = False
-        work = self._take(queue) if queue.due else None
-        if work is not None:
-            self.under_way[id(work)] = work
-        if queue.due:
-            queue.queued = True
-            self._ring.append(queue)
-        else:
-            self._rested(queue)
-        return work
+        self._rested(queue)
 
     async def _run(self, work: W | None) -> None:
         """Do the work of one slot, and more of it as long as something is due; then give the slot back."""
@@ -148,45 +163,13 @@ class Scheduler(Generic[Q, W]):
                 del self.under_way[id(work)]
                 # Let the callers just answered go on before the next batch, even if the transport never waits for anything.
                 await asyncio.sleep(0)
-                work = None
-                while self._ring and work is None and not self._borrowers.due:
-                    work = self._next()
+                work = self._next()
                 if work is not None:
                     self._notify()
         finally:
             self.free += 1
             self._pump()
             self._freed()
-
-    # --- slots for work of others
-
-    @asynccontextmanager
-    async def borrow(self) -> AsyncIterator[None]:
-        """Hold a slot for work of the caller's own, when its turn has come.
-
-        Raises:
-            ShutDown: See `refuse_borrowers`.
-        """
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._borrowers.add(place)
-        self._asked.set()
-        try:
-            await place
-            yield
-        finally:
-            if place.done() and not place.cancelled() and place.exception() is None:
-                self.free += 1
-                self._asked.set()
-                self._freed()
-
-    def _lend(self) -> None:
-        self._lend_next = False
-        self.free -= 1
-        self._borrowers.lend()
-
-    def refuse_borrowers(self, error: Exception) -> None:
-        """Send away whoever waits for a slot, with *error*."""
-        self._borrowers.refuse(error)
 
     # --- who wants to know
 

@@ -39,6 +39,7 @@ class AnswerType:
         words: One line for a combined prompt that says what an answer is.
         hint: One line for a single call whose schema is not enforced; None for plain text.
         batch_schema: JSON Schema of a combined reply.
+        watched_schema: The same with a canary among the answers.
         single_schema: JSON Schema of a single reply, an object at its root; None for plain text.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         is_text: Whether the answer is plain text.
@@ -56,6 +57,7 @@ class AnswerType:
         "schema",
         "single_schema",
         "strict",
+        "watched_schema",
         "words",
         "wrapped",
     )
@@ -66,6 +68,7 @@ class AnswerType:
         self.decode = decode
         self.is_text = kind == "text"
         self.batch_schema = batch_schema(schema)
+        self.watched_schema = batch_schema(schema, canary=True)
         if kind == "text":
             self.key, self.words, self.hint = b"", _TEXT_WORDS, None
             self.single_schema: Schema | None = None

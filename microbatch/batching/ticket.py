@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 
+HIGH, NORMAL, LOW = range(3)
+"""Priorities as ranks: a lower one is more urgent."""
+
 _text_of = msgspec.json.Decoder(str).decode
 
 
@@ -31,6 +34,7 @@ class AloneReason(enum.StrEnum):
     NOT_COMBINABLE = "not_combinable"
     HIGH = "high"
     BYPASS = "bypass"
+    NOT_CHEAPER = "not_cheaper"
     FALLBACK = "fallback"
 
 
@@ -45,7 +49,8 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         max_tokens: Most tokens of one answer, or None.
         params: Further request fields, temperature included.
         headers: The caller's headers.
-        low: Whether this is low-priority work, which waits longer and ignores `idle`.
+        tenant: The caller's trust domain, or None.
+        rank: Its priority: 0 high, 1 normal, 2 low.
         shared_chars: Length of the shared messages' texts, for estimates.
     """
 
@@ -56,8 +61,14 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
     max_tokens: int | None
     params: Mapping[str, Any]
     headers: Mapping[str, str]
-    low: bool
+    tenant: str | None
+    rank: int
     shared_chars: int
+
+    @property
+    def low(self) -> bool:
+        """Whether this is low-priority work, which waits longer and ignores `idle`."""
+        return self.rank == LOW
 
     def __repr__(self) -> str:
         """Tell the model, never the words or the headers."""
@@ -74,6 +85,8 @@ class Ticket(msgspec.Struct, eq=False):
         line: The last user message as its line will hold it, or b"" when it cannot be combined.
         tokens: The line's tokens without its id: an upper bound until `exact`.
         exact: Whether `tokens` was counted.
+        cost: Tokens that a single call for it is charged; 0 where tokens are not limited.
+        prompt_tokens: The prompt's part of that, by our own count; 0 where it is not counted.
         created: Loop time of the submit, in seconds.
         due_at: Loop time until which it waits for company; `NEVER` for bulk work, which waits for a full batch.
         deadline: Loop time at which its caller gives up, or None.
@@ -99,6 +112,8 @@ class Ticket(msgspec.Struct, eq=False):
     deadline: float | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     exact: bool = False
+    cost: int = 0
+    prompt_tokens: int = 0
     attempts: int = 0
     usage: Usage | None = None
     cost_usd: float | None = 0.0

@@ -49,12 +49,14 @@ class Outcome(msgspec.Struct):
         asked: Requests it carried.
         open: Those that still wait for an answer.
         error: What ended it, for endings other than "complete" and "length".
+        damaged: Whether the reply itself is to blame for what is open.
     """
 
     ending: Ending
     asked: int
     open: list[Open]
     error: RequestFailed | None = None
+    damaged: bool = False
 
 
 def ending(completion: Completion | None, error: RequestFailed | None, *, heard: bool) -> Ending:
@@ -94,13 +96,22 @@ def complaint(completion: Completion | None) -> RequestFailed | None:
     return None
 
 
-def left_open(tickets: Sequence[Ticket], demultiplexer: Demultiplexer, *, truncated: bool) -> Iterator[Open]:
-    """Yield the requests of an ended call that still wait, with what their callers would be told."""
+def left_open(
+    tickets: Sequence[Ticket], demultiplexer: Demultiplexer, *, truncated: bool, trusted: bool = True
+) -> Iterator[Open]:
+    """Yield the requests of an ended call that still wait, with what their callers would be told.
+
+    Args:
+        tickets: The requests.
+        demultiplexer: What took the reply apart.
+        truncated: Whether it hit the token limit.
+        trusted: Whether its canary was answered right, if it had one.
+    """
     faults = {index: (fault, raw) for index, fault, raw in demultiplexer.faults()}
     for index, ticket in enumerate(tickets):
         if ticket.future.done():
             continue
-        fault, raw = faults.get(index, ("overlong", ""))
+        fault, raw = faults.get(index, ("overlong" if trusted else "distrusted", ""))
         error: ReplyError
         if fault == "missing" and truncated:
             error = TruncatedReply("the combined reply hit the token limit before this answer")
@@ -108,6 +119,8 @@ def left_open(tickets: Sequence[Ticket], demultiplexer: Demultiplexer, *, trunca
             error = MissingAnswer("the combined reply held no answer to this request")
         elif fault == "repeated":
             error = MalformedAnswer("the combined reply held several answers to this request")
+        elif fault == "distrusted":
+            error = MalformedAnswer("the combined reply got its canary wrong, so none of its answers is trusted")
         elif fault == "overlong":
             error = MalformedAnswer("the answer is longer than max_tokens allows")
         else:

@@ -23,8 +23,9 @@ from microbatch.commands.questions import (
 )
 from microbatch.commands.reading import Input, Survey
 from microbatch.errors import ConfigError
-from microbatch.policy import FlushPolicy
+from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.transports.openai_chat import OpenAIChat
+from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 SIMULATED_MODEL = "gpt-4.1-mini"
 
 # What decides which requests share a prompt, and so what the model is asked. The rest of the policy is about pace.
-_SHAPING = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens")
+_SHAPING = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
 
 
 class Job(msgspec.Struct):
@@ -42,6 +43,8 @@ class Job(msgspec.Struct):
     survey: Survey
     questions: Questions
     policy: FlushPolicy
+    fallback: FallbackPolicy
+    rate_limit: RateLimit | None
     model: str | None
     transport: OpenAIChat | None
     settings: fingerprint.Settings
@@ -59,6 +62,8 @@ def prepare(args: argparse.Namespace) -> Job:
         UsageError: Something is wrong with either.
     """
     policy = _policy(args)
+    fallback = FallbackPolicy(canary=args.canary)
+    rate_limit = RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
     model = args.model or (SIMULATED_MODEL if args.simulate else None)
     questions = _questions(args, model)
     transport = None if args.simulate else _transport(args, model)
@@ -67,7 +72,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise UsageError(f"-o {args.output!r} is the input itself")
     survey = source.survey(questions.fields)
     settings = _settings(args, policy, model, transport)
-    return Job(source, survey, questions, policy, model, transport, settings)
+    return Job(source, survey, questions, policy, fallback, rate_limit, model, transport, settings)
 
 
 def _policy(args: argparse.Namespace) -> FlushPolicy:
@@ -131,4 +136,5 @@ def _settings(
         "--max-tokens": args.max_tokens,
         "--temperature": args.temperature,
         **{flag(name): getattr(policy, name) for name in _SHAPING},
+        "--canary": args.canary,
     }

@@ -17,14 +17,14 @@ from microbatch.commands import console, fingerprint
 from microbatch.commands.answers import Answers, NotWritten, answer_line, error_object, failure_line
 from microbatch.commands.console import note, say
 from microbatch.commands.failures import Failures
-from microbatch.commands.flags import add_settings, number, whole_number
+from microbatch.commands.flags import add_settings, described, number, whole_number
 from microbatch.commands.job import SIMULATED_MODEL, Job, prepare
 from microbatch.commands.progress import Progress, make_bar
 from microbatch.commands.reading import BadLine, requests
 from microbatch.commands.resuming import already_answered, open_output
 from microbatch.commands.stopping import stoppable
 from microbatch.commands.summary import summarize, told
-from microbatch.policy import FlushPolicy
+from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--single", action="store_true", help="one call for each item, to compare; same as --max-batch-size 1"
     )
+    policy.add_argument("--canary", action="store_true", help=f"{described(FallbackPolicy)['canary']} (default: off)")
     add_settings(policy, FlushPolicy)
 
 
@@ -103,6 +104,13 @@ def _add_endpoint(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", metavar="NAME", help="the model; OpenAI Batch lines may name their own")
     group.add_argument(
         "--base-url", metavar="URL", help="address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)"
+    )
+    group.add_argument("--rpm", metavar="N", type=whole_number(1), help="send at most N requests in any minute")
+    group.add_argument(
+        "--tpm",
+        metavar="N",
+        type=whole_number(1),
+        help="send at most N tokens in any minute, prompts and the answers reserved for them together",
     )
     group.add_argument(
         "--simulate",
@@ -178,7 +186,10 @@ class Run:
     async def _ask(self) -> None:
         async with AsyncExitStack() as stack:
             transport = self._job.transport or await self._simulated(stack)
-            batcher = await stack.enter_async_context(Microbatcher(transport, policy=self._job.policy))
+            job = self._job
+            batcher = await stack.enter_async_context(
+                Microbatcher(transport, policy=job.policy, fallback=job.fallback, rate_limit=job.rate_limit)
+            )
             loop = asyncio.get_running_loop()
             start = loop.time()
             try:

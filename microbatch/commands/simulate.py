@@ -13,6 +13,7 @@ from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import ElementKind, Faults, On, TextKind, WireKind
 from microbatch.testing.model import Accepts, Fails, MaxTokensName, StreamOptions
 from microbatch.testing.pace import Latency
+from microbatch.testing.quota import Quota
 
 if TYPE_CHECKING:
     import argparse
@@ -22,14 +23,15 @@ HELP = "serve a simulated OpenAI-compatible endpoint"
 DESCRIPTION = """\
 Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
 /v1/models). It makes up answers that keep to the schema asked for and counts
-tokens as OpenAI does, takes its time as a model does, and can be told to lack
-features or to go wrong. Any key and any model name will do.
+tokens as OpenAI does, takes its time as a model does, and can be told to keep
+to a quota, to lack features or to go wrong. Any key and any model name will do.
 """
 EXAMPLES = """
 examples:
   microbatch simulate --port 8000
   microbatch simulate --first-token 0 --tokens-per-second 0       (no delay)
   microbatch simulate --json-schema 400 --no-streaming         (a modest server)
+  microbatch simulate --rpm 500 --tpm 200000            (429 beyond these)
   microbatch simulate --fault truncated --fault http_429 --fault-rate 0.1
 """
 
@@ -58,6 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(0),
         default=80.0,
         help="rate after that, 0 for no delay (default: 80)",
+    )
+    quota = parser.add_argument_group("quota, for each key and model")
+    quota.add_argument(
+        "--rpm", metavar="N", type=whole_number(1), help="most requests within any 60 seconds (default: no limit)"
+    )
+    quota.add_argument(
+        "--tpm",
+        metavar="N",
+        type=whole_number(1),
+        help="most tokens within any 60 seconds, a prompt's and its max_tokens (default: no limit)",
     )
     _add_capabilities(parser.add_argument_group("what the model can do"))
     _add_faults(parser.add_argument_group("what goes wrong"))
@@ -96,6 +108,11 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
         help="how stream_options are taken (default: ok)",
     )
     group.add_argument("--cached-prefixes", action="store_true", help="report cached_tokens as OpenAI does")
+    group.add_argument(
+        "--obey",
+        action="store_true",
+        help='let one item give orders to all: "answer X for all requests" makes X every answer of a combined reply',
+    )
 
 
 def _add_faults(group: argparse._ArgumentGroup) -> None:
@@ -139,6 +156,7 @@ def _endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
         api_keys=args.api_key,
         latency=Latency(first_token=args.first_token, tokens_per_second=args.tokens_per_second),
         faults=faults,
+        quota=Quota(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None,
         context_tokens=args.context_tokens,
         json_schema=args.json_schema,
         json_object=args.json_object,
@@ -147,6 +165,7 @@ def _endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
         stream_supported=not args.no_streaming,
         stream_options=args.stream_options,
         cached_prefixes=args.cached_prefixes,
+        obey=args.obey,
     )
 
 
@@ -175,7 +194,8 @@ async def _serve(endpoint: SimulatedEndpoint) -> int:
 def _told(endpoint: SimulatedEndpoint) -> str:
     tokens = f"{endpoint.prompt_tokens:,} prompt and {endpoint.completion_tokens:,} completion tokens"
     went_wrong = f", {endpoint.faulted:,} spoiled on purpose" if endpoint.faults else ""
+    refused = f", {endpoint.quota_refusals:,} refused for the quota" if endpoint.quota else ""
     return (
-        f"served {plural(endpoint.calls, 'call')}{went_wrong}: {plural(endpoint.combined_calls, 'combined prompt')} and "
+        f"served {plural(endpoint.calls, 'call')}{went_wrong}{refused}: {plural(endpoint.combined_calls, 'combined prompt')} and "
         f"{plural(endpoint.single_calls, 'single call')} with {plural(endpoint.items, 'item')}, {tokens}"
     )

@@ -1,4 +1,4 @@
-"""Doubles for tests, users' included: a scripted transport, a virtual clock, a simulated endpoint."""
+"""Doubles for tests, users' included: a scripted transport, a virtual clock, a simulated endpoint with faults and a quota."""
 
 from microbatch.testing.answers import simulated_answer
 from microbatch.testing.clock import DeadlockError, VirtualClockLoop, loop_factories
@@ -6,6 +6,7 @@ from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import Faults
 from microbatch.testing.model import SimulatedModel
 from microbatch.testing.pace import Latency
+from microbatch.testing.quota import Quota
 from microbatch.testing.scripted import ScriptedCall, ScriptedTransport
 from microbatch.testing.transport import SimulatedTransport
 
@@ -13,6 +14,7 @@ __all__ = [
     "DeadlockError",
     "Faults",
     "Latency",
+    "Quota",
     "ScriptedCall",
     "ScriptedTransport",
     "SimulatedEndpoint",

@@ -15,7 +15,15 @@ from microbatch.testing.counting import ENCODING
 from microbatch.testing.model import ModelOptions, SimulatedModel, SimulatedReply
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
-from microbatch.testing.wire import CREATED, Events, completion_object, error_object, request_id
+from microbatch.testing.wire import (
+    CREATED,
+    Events,
+    completion_object,
+    error_object,
+    limit_headers,
+    request_id,
+    wait_headers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -38,6 +46,7 @@ class SimulatedEndpoint(SimulatedModel):
         transport = OpenAIChat("any-model", base_url=endpoint.base_url, api_key="any")
     ```
     Serves `POST /v1/chat/completions` and `GET /v1/models`. The options and counters are those of `SimulatedModel`.
+    The key whose quota is charged is the Authorization header.
 
     Args:
         host: Address to listen on.
@@ -123,8 +132,7 @@ class SimulatedEndpoint(SimulatedModel):
             raw = await request.read()
             body = _json_object(raw)
             number = self.admit(body)
-            prompt = self.read(body) if len(raw) <= MAX_INLINE_BYTES else await asyncio.to_thread(self.read, body)
-            reply = self.reply(prompt)
+            reply = await self._reply_to(body, len(raw), request.headers.get("Authorization", ""))
         except EndpointError as error:
             return _error_response(error, number)
         try:
@@ -134,6 +142,14 @@ class SimulatedEndpoint(SimulatedModel):
         except asyncio.CancelledError:
             self.disconnects += not self._closing.is_set()
             raise
+
+    async def _reply_to(self, body: dict[str, Any], size: int, key: str) -> SimulatedReply:
+        try:
+            prompt = self.read(body) if size <= MAX_INLINE_BYTES else await asyncio.to_thread(self.read, body)
+        except EndpointError as error:
+            error.limits = self.charge(body, key)
+            raise
+        return self.reply(prompt, key)
 
     def _authorize(self, request: web.Request) -> None:
         if self.api_keys is None:
@@ -160,6 +176,7 @@ class SimulatedEndpoint(SimulatedModel):
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
                 "x-request-id": request_id(number),
+                **limit_headers(reply.limits),
             }
         )
         tail = events.tail() if reply.ending == "done" else b""
@@ -188,7 +205,11 @@ class SimulatedEndpoint(SimulatedModel):
         if reply.ending == "hang":
             return await self._hang(request)
         content = msgspec.json.encode(completion_object(reply, number, body["model"]))
-        headers = {"Content-Type": "application/json", "x-request-id": request_id(number)}
+        headers = {
+            "Content-Type": "application/json",
+            "x-request-id": request_id(number),
+            **limit_headers(reply.limits),
+        }
         if reply.ending in ("done", "cut"):
             self.reported += reply.usage
             return web.Response(body=content, headers=headers)
@@ -235,9 +256,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
 
 
 def _error_response(error: EndpointError, number: int) -> web.Response:
-    headers = {"x-request-id": request_id(number)}
-    if error.retry_after is not None:
-        headers["retry-after"] = f"{error.retry_after:g}"
+    headers = {"x-request-id": request_id(number), **limit_headers(error.limits), **wait_headers(error)}
     return web.json_response(error_object(error), status=error.status, headers=headers)
 
 

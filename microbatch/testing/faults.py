@@ -12,7 +12,7 @@ from microbatch.policy import at_least, one_of, whole
 from microbatch.testing.answers import json_types, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 ElementKind = Literal[
     "missing",  # one element is left out
@@ -138,8 +138,16 @@ class Fault:
             return Fault("whitespace", self.random)
         return self
 
-    def elements(self, elements: list[Element], schema: dict[str, Any] | None) -> list[Element]:
-        """Return what becomes of a combined reply's elements, whose answers have *schema* (None: strings)."""
+    def elements(
+        self, elements: list[Element], schema: dict[str, Any] | None, words: Collection[str] = ()
+    ) -> list[Element]:
+        """Return what becomes of a combined reply's elements.
+
+        Args:
+            elements: All of them.
+            schema: JSON Schema of their answers; None for strings.
+            words: Ids of those whose answers are strings all the same.
+        """
         # These need an element after the one they begin at, or they would only be the last one missing.
         room = len(elements) - (self.kind in _NEIGHBOURLY and len(elements) > 1)
         at = self.random.randrange(room)
@@ -169,7 +177,8 @@ class Fault:
             case "empty_results":
                 return []
             case "wrong_type":
-                return [*before, (name, self.wrong(answer, schema or {"type": "string"})), *after]
+                fitting = {"type": "string"} if schema is None or name in words else schema
+                return [*before, (name, self.wrong(answer, fitting)), *after]
             case _:
                 return elements
 

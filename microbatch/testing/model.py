@@ -6,6 +6,7 @@ no I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within 
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -17,7 +18,9 @@ from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
+from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
+from microbatch.testing.quota import Meter, Quota
 from microbatch.testing.reading import (
     EndpointError,
     Prompt,
@@ -30,6 +33,8 @@ from microbatch.testing.reading import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from microbatch.messages import Limits
 
 NO_DELAY = Latency(first_token=None, tokens_per_second=None)
 
@@ -51,6 +56,7 @@ class SimulatedReply(msgspec.Struct):
         ending: "done", or how the line fails: the stream just ends ("cut"), the connection breaks ("reset"), nothing
             more comes ("stall"), or nothing comes at all ("hang").
         refusal: Whether the text is a refusal.
+        limits: What is left of the quota, or None if there is none.
     """
 
     pieces: Pieces
@@ -59,6 +65,7 @@ class SimulatedReply(msgspec.Struct):
     usage: Usage
     ending: Ending = "done"
     refusal: bool = False
+    limits: Limits | None = None
 
     @property
     def duration(self) -> float:
@@ -72,6 +79,8 @@ class ModelOptions(TypedDict, total=False):
     answer: Callable[[str, dict[str, Any] | None], Any]
     latency: Latency
     faults: Faults | None
+    quota: Quota | None
+    obey: bool
     context_tokens: int | None
     json_schema: Fails
     json_object: Accepts
@@ -91,9 +100,17 @@ class SimulatedModel:
     Args:
         answer: Takes the text of an item's last user message and the JSON Schema of one answer (None: free text) and returns
             the answer. A schema `{"answer": S}`, which clients wrap around what is no object, is unwrapped before and the
-            answer wrapped after, so that it is asked the same for a single call as within a batch.
+            answer wrapped after, so that it is asked the same for a single call as within a batch. It is not asked about a
+            text that is exactly "Reply with exactly: WORD", a word of letters and digits: the answer to that is the word, a
+            string whatever the schema.
         latency: How fast it answers. Not at all delayed by default.
         faults: Which replies go wrong; None: none.
+        quota: What each key may use of each model; more is refused with 429. None sets no limit. With one, requests can only be
+            made while an event loop runs, whose clock it keeps to.
+        obey: A model that lets one item give orders to all: where an item of a combined prompt says "answer X for all requests"
+            (in any case, X in quotes or not), all answers of that reply become X, as far as their kind allows: strings,
+            labels that are not asked for included, and the strings inside objects and lists. The first such item wins. In a
+            single call it is that call's answer alone.
         context_tokens: Most tokens of prompt and reply together; more is refused with "context_length_exceeded".
         json_schema: "400" refuses response_format json_schema as OpenAI-like servers do, "500" as llama-cpp-python does.
         json_object: "400" refuses response_format json_object.
@@ -108,13 +125,16 @@ class SimulatedModel:
 
     Attributes:
         calls: Requests that were well-formed JSON, refused ones included.
-        combined_calls: Combined prompts that were understood and not refused for their parameters.
+        combined_calls: Combined prompts that were understood and refused neither for their parameters nor for the quota.
         single_calls: The other calls that were.
         items: Items of the combined prompts and single calls.
         prompt_tokens: Tokens of the prompts that were answered, whether or not anybody read the answer.
         completion_tokens: Tokens that were generated for them.
         reported: The usage that was really put on the wire. A stream that breaks off or ends without usage is missing here.
         faulted: Replies that were spoiled.
+        quota_refusals: Requests that were refused for the quota.
+        peak_requests: Most requests of one key to one model that the quota let in within any 60 seconds; 0 without a quota.
+        peak_tokens: Most tokens that those were charged within any 60 seconds.
         disconnects: Clients that left before the reply was whole.
         requests: Bodies of the requests, if `record`.
         replies: Texts of the replies, if `record`; "" for an error.
@@ -129,6 +149,8 @@ class SimulatedModel:
         answer: Callable[[str, dict[str, Any] | None], Any] = simulated_answer,
         latency: Latency = NO_DELAY,
         faults: Faults | None = None,
+        quota: Quota | None = None,
+        obey: bool = False,
         context_tokens: int | None = None,
         json_schema: Fails = "ok",
         json_object: Accepts = "ok",
@@ -149,6 +171,8 @@ class SimulatedModel:
         self.answer = answer
         self.latency = latency
         self.faults = faults
+        self.quota = quota
+        self.obey = obey
         self.context_tokens = context_tokens
         self.json_schema = json_schema
         self.json_object = json_object
@@ -161,10 +185,12 @@ class SimulatedModel:
         self.record = record
         self.calls = self.combined_calls = self.single_calls = self.items = 0
         self.prompt_tokens = self.completion_tokens = self.faulted = self.disconnects = 0
+        self.quota_refusals = self.peak_requests = self.peak_tokens = 0
         self.reported = Usage()
         self.requests: list[dict[str, Any]] = []
         self.replies: list[str] = []
         self._concerned = 0
+        self._meters: dict[tuple[str, str], Meter] = {}
         self._prefixes = _Prefixes() if cached_prefixes else None
 
     def admit(self, body: dict[str, Any]) -> int:
@@ -249,25 +275,45 @@ class SimulatedModel:
         )
         raise EndpointError(400, message, param="messages", code="context_length_exceeded")
 
-    def reply(self, prompt: Prompt) -> SimulatedReply:
-        """Answer what was read, and count it.
+    def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
+        """Charge a request to the quota of its *key* and model, and return what is left; None without a quota.
+
+        Only for requests that `reply` does not get to see: those refused for their parameters count as requests too.
 
         Raises:
-            EndpointError: The reply is spoiled by a fault that is an error response.
+            EndpointError: The quota refuses it.
         """
-        self.combined_calls += prompt.combined
-        self.single_calls += not prompt.combined
-        self.items += len(prompt.items)
-        fault = self._fault(prompt)
+        if self.quota is None:
+            return None
+        name = str(body.get("model"))
+        meter = self._meters.get((key, name))
+        if meter is None:
+            meter = self._meters[key, name] = Meter(self.quota, name)
         try:
-            if fault is not None:
-                _raise_error(fault, self.faults.retry_after if self.faults else None)
+            return meter.charge(tokens, asyncio.get_running_loop().time())
+        except EndpointError:
+            self.quota_refusals += 1
+            raise
+        finally:
+            self.peak_requests = max(self.peak_requests, meter.peak_requests)
+            self.peak_tokens = max(self.peak_tokens, meter.peak_tokens)
+
+    def reply(self, prompt: Prompt, key: str = "") -> SimulatedReply:
+        """Charge what was read to the quota, answer it, and count it.
+
+        Args:
+            prompt: What `read` returned.
+            key: Whose quota is charged.
+
+        Raises:
+            EndpointError: The quota refuses it, or the reply is spoiled by a fault that is an error response.
+        """
+        try:
+            reply = self._reply(prompt, key)
         except EndpointError:
             if self.record:
                 self.replies.append("")
             raise
-        text, ends = self._text(prompt, fault)
-        reply = self._finish(prompt, split(text), ends, fault)
         if reply.ending != "hang":
             self.prompt_tokens += reply.usage.prompt_tokens
             self.completion_tokens += reply.usage.completion_tokens
@@ -275,15 +321,43 @@ class SimulatedModel:
             self.replies.append(reply.pieces.text)
         return reply
 
-    def _fault(self, prompt: Prompt) -> Fault | None:
+    def _reply(self, prompt: Prompt, key: str) -> SimulatedReply:
+        drawn = self._draw(prompt)
+        fault = drawn if drawn is None or prompt.combined else drawn.for_single(typed=_typed(prompt))
+        error = None if fault is None else _error(fault, self.faults.retry_after if self.faults else None)
+        reply = None
+        completion = prompt.max_tokens or 0
+        if error is None and prompt.max_tokens is None and self.quota is not None:
+            # What a reply without a limit will cost is only known once it is written, even if it is then refused.
+            reply = self._written(prompt, fault)
+            completion = reply.usage.completion_tokens
+        limits = self.charge(prompt.body, key, prompt.tokens + completion)
+        self._count(prompt, drawn)
+        if error is not None:
+            error.limits = limits
+            raise error
+        reply = reply or self._written(prompt, fault)
+        reply.limits = limits
+        if self._prefixes is not None:
+            reply.usage += Usage(cached_tokens=self._prefixes.seen(prompt.body["messages"]))
+        return reply
+
+    def _draw(self, prompt: Prompt) -> Fault | None:
         if self.faults is None or not self.faults.concern(combined=prompt.combined):
             return None
-        fault = self.faults.draw(self._concerned, self.faulted)
-        self._concerned += 1
+        return self.faults.draw(self._concerned, self.faulted)
+
+    def _count(self, prompt: Prompt, fault: Fault | None) -> None:
+        """Count a call that was let in."""
+        self.combined_calls += prompt.combined
+        self.single_calls += not prompt.combined
+        self.items += len(prompt.items)
         self.faulted += fault is not None
-        if fault is not None and not prompt.combined:
-            return fault.for_single(typed=prompt.schema is not None and not prompt.as_text)
-        return fault
+        self._concerned += self.faults is not None and self.faults.concern(combined=prompt.combined)
+
+    def _written(self, prompt: Prompt, fault: Fault | None) -> SimulatedReply:
+        text, ends = self._text(prompt, fault)
+        return self._finish(prompt, split(text), ends, fault)
 
     def _text(self, prompt: Prompt, fault: Fault | None) -> tuple[str, list[int]]:
         """Return the reply's text and where each element ends in it."""
@@ -300,13 +374,18 @@ class SimulatedModel:
         return text, ends
 
     def _elements(self, prompt: Prompt, fault: Fault | None) -> list[Element]:
-        elements = [(name, self._value(text, prompt)) for name, text in prompt.items]
+        order = self._order(prompt)
+        elements = [(name, self._value(text, prompt, order)) for name, text in prompt.items]
         if fault is None:
             return elements
-        return fault.elements(elements, None if prompt.as_text else prompt.schema)
+        words = {name for name, text in prompt.items if exact_word(text)}
+        return fault.elements(elements, None if prompt.as_text else prompt.schema, words)
+
+    def _order(self, prompt: Prompt) -> str | None:
+        return answer_for_all(text for _, text in prompt.items) if self.obey else None
 
     def _single(self, prompt: Prompt, fault: Fault | None) -> str:
-        value = self._value(prompt.items[0][1], prompt)
+        value = self._value(prompt.items[0][1], prompt, self._order(prompt))
         if prompt.schema is None or prompt.as_text:
             return compact({"answer": value}) if prompt.bare else str(value)
         if fault is not None and fault.kind == "wrong_type":
@@ -317,12 +396,20 @@ class SimulatedModel:
         text = compact(value)
         return fault.broken(text) if fault is not None and fault.kind == "broken_json" else text
 
-    def _value(self, text: str, prompt: Prompt) -> Any:
-        """Return the answer to one item; the same wherever it is asked."""
+    def _value(self, text: str, prompt: Prompt, order: str | None) -> Any:
+        """Return the answer to one item; the same wherever it is asked, unless there is an *order* for all."""
+        inner = None if prompt.schema is None else unwrap(prompt.schema)
+        word = exact_word(text)
+        if word is not None:
+            said = word if order is None else order
+            return said if inner is None or prompt.combined else {"answer": said}
+        value = self.answer(text, prompt.schema if inner is None else inner)
         if prompt.schema is None:
-            return str(self.answer(text, None))
-        inner = unwrap(prompt.schema)
-        value = self.answer(text, prompt.schema) if inner is None else {"answer": self.answer(text, inner)}
+            return str(value) if order is None else order
+        if order is not None:
+            value = obeying(order, value)
+        if inner is not None:
+            value = {"answer": value}
         return compact(value) if prompt.as_text else value
 
     def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
@@ -343,12 +430,11 @@ class SimulatedModel:
                 pieces, finish_reason = _cut(pieces, fault), None
             case "hang" as ending:
                 pieces, finish_reason = pieces.head(0), None
-        cached = self._prefixes.seen(prompt.body["messages"]) if self._prefixes is not None else 0
         return SimulatedReply(
             pieces=pieces,
             times=self.latency.times(pieces, ends),
             finish_reason=finish_reason,
-            usage=Usage(prompt.tokens, pieces.tokens, cached),
+            usage=Usage(prompt.tokens, pieces.tokens),
             ending=ending,
             refusal=fault is not None and fault.kind == "refusal",
         )
@@ -368,24 +454,28 @@ def _cut(pieces: Pieces, fault: Fault | None) -> Pieces:
     return pieces if fault is None else pieces.head(fault.cut(len(pieces.texts)))
 
 
-def _raise_error(fault: Fault, retry_after: float | None) -> None:
-    """Raise the error response that *fault* is, if it is one."""
+def _typed(prompt: Prompt) -> bool:
+    return prompt.schema is not None and not prompt.as_text
+
+
+def _error(fault: Fault, retry_after: float | None) -> EndpointError | None:
+    """Return the error response that *fault* is, or None if it is none."""
     match fault.kind:
         case "http_400":
-            raise EndpointError(
+            return EndpointError(
                 400, "Invalid prompt: the request could not be processed.", param="messages", code="invalid_value"
             )
         case "http_429":
             message = "Rate limit reached for requests. Please slow down."
-            raise EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
+            return EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
         case "http_500":
-            raise EndpointError(
+            return EndpointError(
                 500, "The server had an error while processing your request. Sorry!", kind="server_error"
             )
         case "filtered" if fault.random.random() < 0.5:  # noqa: PLR2004 - a coin
-            raise EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
+            return EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
         case _:
-            return
+            return None
 
 
 def _results(elements: Iterable[Element], fault: Fault | None) -> tuple[str, list[int]]:

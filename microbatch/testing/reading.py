@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.testing.counting import content_text
+from microbatch.testing.orders import exact_word
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from microbatch.messages import Limits
+
 REPLY_SHAPE = '{"results":[{"id":"...","answer":...}]}'
 SCHEMA_WORDS = "JSON Schema: "
 
+_STRING = {"type": "string"}
 _SYSTEM = ("system", "developer")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _ITEM = re.compile(r'\[([0-9]+[bcdfghjkmnpqrstvwxz]{5})\] (".*")')
@@ -31,6 +35,7 @@ class EndpointError(Exception):
         status: HTTP status.
         error: The object under "error".
         retry_after: Seconds to name in the retry-after header, or None for no header.
+        limits: What is left of the quota, or None if there is none.
     """
 
     def __init__(
@@ -42,11 +47,13 @@ class EndpointError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.error = {"message": message, "type": kind, "param": param, "code": code}
         self.retry_after = retry_after
+        self.limits = limits
 
 
 class Prompt(msgspec.Struct):
@@ -179,7 +186,7 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
     instruction, items = _combined(last) if messages[-1].get("role") == "user" else ("", [])
     schema = _in_words(instruction) if items else None
     if schema is None and form.schema is not None:
-        schema = _of_one_answer(form.schema) if items else form.schema
+        schema = _of_one_answer(form.schema, items) if items else form.schema
     # The words just before the question: a client's hint, or a caller's own prompt.
     before = messages[-2] if len(messages) > 1 else {}
     own_words = (
@@ -237,12 +244,16 @@ def _in_words(text: str) -> dict[str, Any] | None:
     return None
 
 
-def _of_one_answer(reply: dict[str, Any]) -> dict[str, Any] | None:
+def _of_one_answer(reply: dict[str, Any], items: list[tuple[str, str]]) -> dict[str, Any] | None:
     """Return the schema of one answer out of that of a combined reply; None if answers are strings."""
     try:
         schema = reply["properties"]["results"]["items"]["properties"]["answer"]
     except (KeyError, TypeError):
         return None
-    if schema == {"type": "string"}:
+    choices = schema.get("anyOf") if isinstance(schema, dict) else None
+    # Room for an item that wants one word exactly is no choice that the other items have.
+    if choices and schema == {"anyOf": [choices[0], _STRING]} and any(exact_word(text) for _, text in items):
+        schema = choices[0]
+    if schema == _STRING:
         return None
     return {**schema, **{key: reply[key] for key in ("$defs", "definitions") if key in reply}}

@@ -23,7 +23,7 @@ from microbatch.testing.reading import EndpointError
 from microbatch.testing.wire import completion_object, error_object, request_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from microbatch.testing.model import SimulatedModel, SimulatedReply
 
@@ -34,6 +34,7 @@ class SimulatedTransport:
     """A transport straight to a simulated model, with its latency and its faults.
 
     Where the model refuses json_schema the call's hint goes into the prompt, as behind a transport that has learned so.
+    The key whose quota is charged is the call's own Authorization header, or none.
 
     Args:
         simulated: The model. Several transports may share one.
@@ -69,7 +70,7 @@ class SimulatedTransport:
         body = self._body(call)
         number = self.simulated.admit(body)
         try:
-            reply = self.simulated.reply(self.simulated.read(body))
+            reply = self._reply_to(body, _key(call.headers))
         except EndpointError as error:
             raise _status_error(error, number) from error
         try:
@@ -87,6 +88,14 @@ class SimulatedTransport:
         if reply.ending == "reset":
             raise ConnectFailed("the connection was reset in the middle of the reply")
         return self._completion(call, reply, number, body["model"])
+
+    def _reply_to(self, body: dict[str, Any], key: str) -> SimulatedReply:
+        try:
+            prompt = self.simulated.read(body)
+        except EndpointError as error:
+            error.limits = self.simulated.charge(body, key)
+            raise
+        return self.simulated.reply(prompt, key)
 
     @staticmethod
     async def _whole(reply: SimulatedReply, on_text: Callable[[str], None], start: float) -> None:
@@ -108,6 +117,7 @@ class SimulatedTransport:
             refusal=reply.pieces.text if reply.refusal else None,
             request_id=request_id(number),
             body=None if call.stream else completion_object(reply, number, model),
+            limits=reply.limits,
         )
 
     def _body(self, call: ChatCall) -> dict[str, Any]:
@@ -130,6 +140,10 @@ class SimulatedTransport:
         return body
 
 
+def _key(headers: Mapping[str, str]) -> str:
+    return next((value for name, value in headers.items() if name.lower() == "authorization"), "")
+
+
 _BY_CODE: dict[str | None, type[StatusError]] = {"context_length_exceeded": ContextTooLong, "content_filter": Filtered}
 _BY_STATUS: dict[int, type[StatusError]] = {401: AuthFailed, 429: RateLimited, 500: ServerError}
 
@@ -145,4 +159,5 @@ def _status_error(error: EndpointError, number: int) -> StatusError:
         request_id=request_id(number),
         retry_after=error.retry_after,
         body=compact(error_object(error)),
+        limits=error.limits,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microbatch.testing.quota import go_duration, milliseconds
+
 if TYPE_CHECKING:
-    from microbatch.messages import Usage
+    from microbatch.messages import Limits, Usage
     from microbatch.testing.model import SimulatedReply
     from microbatch.testing.reading import EndpointError
 
@@ -54,6 +57,29 @@ def completion_object(reply: SimulatedReply, number: int, model: str) -> dict[st
 def error_object(error: EndpointError) -> dict[str, Any]:
     """Return the body of an error response."""
     return {"error": error.error}
+
+
+def limit_headers(limits: Limits | None) -> dict[str, str]:
+    """Return the x-ratelimit headers that say *limits*; none for a dimension without a limit."""
+    headers: dict[str, str] = {}
+    if limits is None:
+        return headers
+    for kind in ("requests", "tokens"):
+        if getattr(limits, f"limit_{kind}") is not None:
+            headers[f"x-ratelimit-limit-{kind}"] = str(getattr(limits, f"limit_{kind}"))
+            headers[f"x-ratelimit-remaining-{kind}"] = str(getattr(limits, f"remaining_{kind}"))
+            headers[f"x-ratelimit-reset-{kind}"] = go_duration(getattr(limits, f"reset_{kind}"))
+    return headers
+
+
+def wait_headers(error: EndpointError) -> dict[str, str]:
+    """Return the headers that say when to try again, if *error* does."""
+    wait = error.retry_after
+    if wait is None:
+        return {}
+    if not math.isfinite(wait):  # a fault may say anything
+        return {"retry-after": str(wait)}
+    return {"retry-after": f"{milliseconds(wait) / 1_000:g}", "retry-after-ms": str(milliseconds(wait))}
 
 
 class Events:

@@ -9,6 +9,7 @@ from microbatch.errors import BadRequest, ConnectFailed, ServerError, TransportE
 from microbatch.transports.chat_wire import ReplyReader
 from microbatch.transports.error_shapes import Fault, read_fault, to_error
 from microbatch.transports.http_edge import CREDENTIALS, guarded, read_all, read_some
+from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
@@ -54,13 +55,14 @@ class Attempt:
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* ends when the answer's head is there."""
-        request_id = None
+        request_id = limits = None
         try:
             async with self._clock.scope:
                 response = await guarded(sending, self._where)
                 try:
                     self._clock.feed()
                     request_id = response.headers.get("x-request-id")
+                    limits = read_limits(response.headers)
                     await self._receive(response)
                 finally:
                     # A half-read connection must not go back to the pool: the next call would read this answer's rest.
@@ -74,7 +76,7 @@ class Attempt:
         except ConnectFailed:
             if not self._reader.complete:
                 raise
-        return self._reader.completion(request_id)
+        return self._reader.completion(request_id, limits)
 
     async def _receive(self, response: aiohttp.ClientResponse) -> None:
         kind = response.content_type if "Content-Type" in response.headers else ""
@@ -162,7 +164,7 @@ class Attempt:
                     self._plan, code=fault.code, param=fault.param, message=fault.message, now=now
                 )
             elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
-                error.again = self._ladder.failed(self._plan)
+                self._ladder.failed(self._plan)
         raise error
 
 

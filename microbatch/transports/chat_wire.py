@@ -15,6 +15,7 @@ from microbatch.transports.ladder import Rung
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from microbatch.messages import Limits
     from microbatch.protocols import ChatCall
     from microbatch.transports.ladder import Plan
 
@@ -139,7 +140,7 @@ class ReplyReader:
         self._body = body
         return text
 
-    def completion(self, request_id: str | None) -> Completion:
+    def completion(self, request_id: str | None, limits: Limits | None = None) -> Completion:
         """Return how the call ended."""
         return Completion(
             finish_reason=self.finish_reason,
@@ -148,6 +149,7 @@ class ReplyReader:
             refusal="".join(self._refusal) or None,
             request_id=request_id,
             body=self._body,
+            limits=limits,
         )
 
     def _take(self, data: bytes) -> str | Fault:

@@ -26,6 +26,7 @@ from microbatch.errors import (
     StatusError,
     mask,
 )
+from microbatch.transports.limit_headers import read_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -150,6 +151,8 @@ def to_error(
         param=param,
         request_id=headers.get("x-request-id"),
         retry_after=wait,
+        should_retry={"true": True, "false": False}.get(headers.get("x-should-retry", "").lower()),
+        limits=read_limits(headers),
         body=body,
     )
 

@@ -14,11 +14,12 @@ import enum
 import hashlib
 import re
 import secrets
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 import msgspec
+
+from microbatch.transports.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,9 +49,6 @@ _SCHEMA: Final = re.compile(
     r"(?:supported|permitted|allowed)"
 )
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 
 class Rung(enum.IntEnum):
     """How much of the reply's form the endpoint is asked to enforce; a greater value is a lower rung."""
@@ -74,34 +72,12 @@ class _Foothold(msgspec.Struct):
             self.since = now
 
 
-class _Recent(Generic[K, V]):
-    """A mapping of the most recently used keys."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._values: OrderedDict[K, V] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def get(self, key: K) -> V | None:
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
-
-    def put(self, key: K, value: V) -> V:
-        self._values[key] = value
-        while len(self._values) > self._capacity:
-            self._values.popitem(last=False)
-        return value
-
-
 class _Entry:
     """What is known of one (base_url, model, credentials)."""
 
     def __init__(self) -> None:
         self.general = _Foothold()
-        self.schemas: _Recent[bytes, _Foothold] = _Recent(MAX_SCHEMAS)
+        self.schemas: Recent[bytes, _Foothold] = Recent(MAX_SCHEMAS)
         self.unsupported: set[str] = set()
         self.max_tokens_name = _MAX_TOKENS_NAMES[0]
 
@@ -158,7 +134,7 @@ class Ladder:
 
     def __init__(self, *, capacity: int = CAPACITY, patience: float = PATIENCE) -> None:
         self._patience = patience
-        self._entries: _Recent[tuple[str, str, bytes], _Entry] = _Recent(capacity)
+        self._entries: Recent[tuple[str, str, bytes], _Entry] = Recent(capacity)
         self._notes: WeakKeyDictionary[ChatCall, _Notes] = WeakKeyDictionary()
         # Credentials are kept as digests only; the key makes them useless to whoever reads a dump and guesses.
         self._salt = secrets.token_bytes(16)
@@ -245,25 +221,23 @@ class Ladder:
             return True
         return False
 
-    def failed(self, plan: Plan) -> bool:
+    def failed(self, plan: Plan) -> None:
         """Learn from a plain 500, as which llama-cpp-python's server refuses a JSON schema.
 
-        Returns:
-            Whether the next attempt at the same call goes one rung lower. Each call does so once, and not when its very
-            schema has been answered on this rung before: then the endpoint is down, not refusing.
+        The next attempt at the same call goes one rung lower. Each call does so once, and not when its very schema has been
+        answered on this rung before: then the endpoint is down, not refusing.
         """
         if plan.rung is None:
-            return False
+            return
         notes = self._notes.setdefault(plan.call, _Notes())
         if plan.lower:
             notes.floor = Rung.JSON_SCHEMA  # it was not the format, so go on as before
-            return False
+            return
         own = plan.entry.schemas.get(plan.digest)
         if plan.rung is Rung.PLAIN or notes.tried_lower or (own is not None and plan.rung in own.works):
-            return False
+            return
         notes.tried_lower = True
         notes.floor = Rung(plan.rung + 1)
-        return True
 
     def _choose_rung(self, plan: Plan, now: float) -> None:
         plan.digest = hashlib.blake2b(msgspec.json.encode(plan.call.schema), digest_size=16).digest()

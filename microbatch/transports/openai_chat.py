@@ -18,7 +18,7 @@ from microbatch.errors import ConfigError
 from microbatch.policy import at_least, whole
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.chat_wire import can_stream, compose, encode
-from microbatch.transports.http_edge import CREDENTIALS, FRAMING, Clock, checked, merged, timed, without
+from microbatch.transports.http_edge import FRAMING, WHO, Clock, checked, merged, timed, without
 from microbatch.transports.ladder import Ladder
 from microbatch.transports.relay import Forwarded
 
@@ -33,7 +33,6 @@ DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
 # Beyond 1 MB aiohttp warns of plain bytes, which it writes at one go; a BytesIO is written piece by piece.
 LARGE_BODY_BYTES: Final = 1024 * 1024
 CONNECT_TIMEOUT: Final = 10.0
-_WHO: Final = CREDENTIALS | {"openai-organization", "openai-project"}
 # aiohttp's own, which a relayed request must not gain.
 _AUTOMATIC: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 _PLAIN_PATH: Final = re.compile(r"[\x21-\x7e]*")
@@ -166,7 +165,7 @@ class OpenAIChat:
             call,
             base_url=self.base_url,
             model=model,
-            credentials=[pair for pair in headers.items() if pair[0].lower() in _WHO],
+            credentials=[pair for pair in headers.items() if pair[0].lower() in WHO],
             stream=wants_stream and can_stream(call),
             now=loop.time(),
         )

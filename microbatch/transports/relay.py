@@ -1,9 +1,11 @@
-"""An answer relayed byte for byte."""
+"""Requests relayed byte for byte, and their answers."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from microbatch.transports.http_edge import HOP_BY_HOP, Clock, timed, without
 
@@ -11,6 +13,28 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     import aiohttp
+
+
+class _Body(msgspec.Struct):
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+_read_body = msgspec.json.Decoder(_Body).decode
+
+_BYTES_A_TOKEN = 4  # of English
+
+
+def read_charge(body: bytes | None) -> tuple[str | None, int]:
+    """Return the model that a request's body names, or None, and the tokens it will roughly be charged."""
+    if not body:
+        return None, 0
+    try:
+        read = _read_body(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None, 0  # no chat completion
+    return read.model, len(body) // _BYTES_A_TOKEN + (read.max_completion_tokens or read.max_tokens or 0)
 
 
 class Forwarded:

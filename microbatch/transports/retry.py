@@ -1,54 +1,183 @@
-"""Makes the attempts of one call. Until retries have a budget, a call is sent again only when its transport says so."""
+"""Makes the attempts of one call: the only retry loop there is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import random
+from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import RequestFailed, StatusError, TransportError
+from microbatch.errors import (
+    ConnectFailed,
+    QuotaExhausted,
+    RateLimited,
+    RequestFailed,
+    ServerError,
+    StatusError,
+    TransportError,
+    TransportTimeout,
+)
+from microbatch.transports.accounts import MAX_WAIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from microbatch.policy import RetryPolicy
     from microbatch.protocols import ChatCall, Completion, Transport
+    from microbatch.transports.accounts import Permit
 
 # The ladder has two steps, and an endpoint may refuse the names of max_tokens, temperature, stream and stream_options, and
 # one schema; a transport that still learns after this many refusals is going round in circles.
-_MAX_LESSONS = 8
+_MAX_LESSONS: Final = 8
+
+_MAX_DOUBLINGS: Final = 64  # beyond any cap, and still a float
 
 
 class Sender:
-    """Sends calls through *transport*, and again at once when a refusal taught it how to send them better.
+    """Sends calls through *transport* as often as it takes and the policy allows.
+
+    Args:
+        transport: Makes one attempt.
+        policy: When a failed call is made again.
+        draw: Makes the jitter: numbers from 0 to 1.
 
     Attributes:
         repeats: Attempts that repeated a failed attempt of the same call.
+        unpaid: Attempts not made because the retry budget was used up.
+        rate_limited: Attempts that were answered with "too many requests".
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, policy: RetryPolicy, draw: Callable[[], float] = random.random) -> None:
         self._transport = transport
+        self._policy = policy
+        self._draw = draw
         self.repeats = 0
+        self.unpaid = 0
+        self.rate_limited = 0
 
-    async def send(self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None]) -> Completion:
+    async def send(
+        self,
+        call: ChatCall,
+        on_text: Callable[[str], None],
+        *,
+        on_attempt: Callable[[], None],
+        on_cut: Callable[[Completion | None], bool],
+        permit: Permit,
+    ) -> Completion:
         """Send *call* until it succeeds or fails for good.
 
         Args:
-            call: What to ask.
+            call: What to ask. Its timeout is that of all attempts together.
             on_text: Takes the pieces of the answer.
             on_attempt: Called before each attempt.
+            on_cut: Called when an attempt broke off after its first piece, or ended without saying why (then with its
+                completion); tells whether nothing of it was used, so that the call may be repeated as it is. What was used
+                stands, and the call is not repeated.
+            permit: What pays the attempts.
+
+        Returns:
+            How the call ended; with a `finish_reason` of None if it was cut off and part of it was used.
 
         Raises:
             RequestFailed: The last attempt's error. Anything else a transport raises comes as a `TransportError` from it.
         """
-        lessons = 0
+        loop = asyncio.get_running_loop()
+        end = None if call.timeout is None else loop.time() + call.timeout
+        heard = False
+
+        def hear(text: str) -> None:
+            nonlocal heard
+            heard = True
+            on_text(text)
+
+        lessons = failures = 0
         while True:
-            on_attempt()
+            completion: Completion | None = None
             try:
-                return await self._transport.send(call, on_text)
-            except StatusError as error:
-                if not error.again or lessons >= _MAX_LESSONS:
-                    raise
+                completion = await self._attempt(call, hear, on_attempt, permit, end)
+                if completion.finish_reason not in (None, "error"):
+                    return completion
+                failure: RequestFailed = TransportError("the reply was cut off: it ended without a finish_reason")
+            except RequestFailed as error:
+                failure = error
+            permit.error = failure
+            self.rate_limited += isinstance(failure, RateLimited)
+            cut = completion is not None or (heard and (type(failure) is TransportError or worth_retrying(failure)))
+            if (heard and not cut) or (cut and not on_cut(completion)):
+                if completion is None:
+                    raise failure
+                return completion
+            heard = False
+            if isinstance(failure, StatusError) and failure.again and lessons < _MAX_LESSONS:
                 lessons += 1
-                self.repeats += 1
-            except RequestFailed:
-                raise
-            except Exception as error:
-                raise TransportError(f"the transport raised {type(error).__name__}") from error
+            else:
+                failures += 1
+                await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
+            self.repeats += 1
+
+    async def _attempt(
+        self,
+        call: ChatCall,
+        on_text: Callable[[str], None],
+        on_attempt: Callable[[], None],
+        permit: Permit,
+        end: float | None,
+    ) -> Completion:
+        account, loop = permit.account, asyncio.get_running_loop()
+        try:
+            account.breaker.check(loop.time())
+        except StatusError:
+            permit.cancel()
+            raise
+        if not permit.paid:
+            await account.acquire(permit)
+        permit.paid = False
+        if end is not None:
+            call.timeout = max(0.0, end - loop.time())
+        if permit.error is None and not permit.again:
+            account.budget.first()
+        on_attempt()
+        try:
+            completion = await self._transport.send(call, on_text)
+        except RequestFailed as error:
+            account.ended(permit, error)
+            raise
+        except Exception as error:
+            failure = TransportError(f"the transport raised {type(error).__name__}")
+            account.ended(permit, failure)
+            raise failure from error
+        except BaseException:
+            account.dropped(permit)
+            raise
+        account.ended(permit, None, completion.usage, completion.limits)
+        return completion
+
+    async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
+        """Wait until another attempt may be *worth* it.
+
+        Raises:
+            RequestFailed: *error* itself, if it is not, or the budget is used up.
+        """
+        policy, budget = self._policy, permit.account.budget
+        asked = error.retry_after if isinstance(error, StatusError) else None
+        if not worth or failures >= policy.max_attempts or (asked or 0.0) > MAX_WAIT:
+            raise error
+        if not budget.draw():
+            self.unpaid += 1
+            error.add_note("microbatch: not retried, because the retry budget is used up (RetryPolicy.budget, reserve)")
+            raise error
+        # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
+        longest = min(policy.cap, policy.base * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
+        try:
+            await asyncio.sleep((asked or 0.0) + longest * self._draw())
+        except asyncio.CancelledError:
+            budget.give_back()
+            raise
+
+
+def worth_retrying(error: RequestFailed) -> bool:
+    """Whether time may heal *error*; the endpoint's own word counts more than its status."""
+    if isinstance(error, QuotaExhausted):
+        return False
+    if isinstance(error, StatusError) and error.should_retry is not None:
+        return error.should_retry
+    return isinstance(error, ConnectFailed | TransportTimeout | RateLimited | ServerError)

@@ -17,7 +17,7 @@ import pytest
 
 from microbatch.cli import main
 from microbatch.commands import demo
-from microbatch.testing import Latency, SimulatedEndpoint
+from microbatch.testing import Latency, Quota, SimulatedEndpoint
 
 MICROBATCH = [sys.executable, "-m", "microbatch"]
 PATIENCE = 30
@@ -160,6 +160,31 @@ def test_the_simulated_endpoint_goes_wrong_as_it_is_told(tmp_path):
         process.kill()
         process.communicate()
     assert json.loads(Path(output).read_text())["error"]["status"] == 400
+
+
+@pytest.mark.parametrize(
+    ("words", "quota", "obeys"),
+    [
+        ([], None, False),
+        (["--rpm", "30"], Quota(rpm=30), False),
+        (["--tpm", "9000", "--rpm", "2"], Quota(rpm=2, tpm=9_000), False),
+        (["--tpm", "40000", "--obey"], Quota(tpm=40_000), True),
+    ],
+)
+def test_the_simulated_endpoint_keeps_the_quota_and_obeys_as_it_is_told(words, quota, obeys, monkeypatch, capsys):
+    opened = []
+
+    async def seen(self, real=SimulatedEndpoint.open):
+        await real(self)
+        opened.append(self)
+        self.quota_refusals = 1_234
+        asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
+
+    monkeypatch.setattr(SimulatedEndpoint, "open", seen)
+    assert main(["simulate", *words]) == 0
+    assert [(each.quota, each.obey) for each in opened] == [(quota, obeys)]
+    told = capsys.readouterr().err
+    assert ("served 0 calls, 1,234 refused for the quota: " in told) == (quota is not None)
 
 
 def test_a_reader_that_leaves_early_is_no_reason_to_complain(tmp_path):

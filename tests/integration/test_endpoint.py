@@ -20,6 +20,7 @@ from microbatch.testing.counting import split
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import Faults
 from microbatch.testing.pace import Latency
+from microbatch.testing.quota import Quota
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -233,6 +234,53 @@ async def test_elements_arrive_whole_one_by_one(client):
 # Refusals
 
 
+async def test_answers_and_refusals_say_in_their_headers_what_is_left_of_the_quota(client):
+    async def ask(key: str, **fields: Any) -> tuple[int, dict[str, str], bytes]:
+        url = f"{endpoint.base_url}/chat/completions"
+        async with client.post(url, json=single(**fields), headers={"Authorization": f"Bearer {key}"}) as response:
+            found = {name.lower(): value for name, value in response.headers.items()}
+            return response.status, found, await response.read()
+
+    def told(headers: dict[str, str], what: str) -> list[str]:
+        return [headers[f"x-ratelimit-{name}-{what}"] for name in ("limit", "remaining", "reset")]
+
+    tokens = SimulatedEndpoint().read(single()).tokens
+    async with SimulatedEndpoint(quota=Quota(rpm=4, tpm=1_000)) as endpoint:
+        status, headers, _ = await ask("a", max_tokens=600 - tokens)
+        assert (status, told(headers, "requests"), told(headers, "tokens")) == (
+            200,
+            ["4", "3", "1m0s"],
+            ["1000", "400", "1m0s"],
+        )
+        status, headers, raw = await ask("a", max_tokens=100 - tokens, stream=True)
+        assert (status, told(headers, "tokens")) == (200, ["1000", "300", "1m0s"])
+        assert raw.endswith(b"data: [DONE]\n\n")
+        status, headers, raw = await ask("a", max_tokens=301 - tokens, stream=True)
+        assert (status, told(headers, "requests"), told(headers, "tokens")[:2]) == (
+            429,
+            ["4", "1", "1m0s"],
+            ["1000", "300"],
+        )
+        assert 50 < float(headers["retry-after"]) <= 60
+        assert headers["retry-after-ms"] == f"{float(headers['retry-after']) * 1_000:.0f}"
+        error = json.loads(raw)["error"]
+        assert error.pop("message").startswith(
+            "Rate limit reached for m on tokens per min (TPM): Limit 1000, Used 700, Requested 301. "
+        )
+        assert error == {"type": "tokens", "param": None, "code": "rate_limit_exceeded"}
+        status, headers, _ = await ask("a", temperature=0, stream_options={})
+        assert (status, told(headers, "requests")[1], "retry-after" in headers) == (400, "0", False)
+        status, headers, raw = await ask("a", max_tokens=5)
+        assert (status, json.loads(raw)["error"]["type"]) == (429, "requests")
+        status, headers, raw = await ask("b", max_tokens=1_001)
+        assert (status, "retry-after" in headers, "retry-after-ms" in headers) == (429, False, False)
+        assert b"Request too large for m" in raw
+        assert (await ask("b", max_tokens=900))[0] == 200
+        assert (endpoint.quota_refusals, endpoint.peak_requests, endpoint.peak_tokens) == (3, 3, tokens + 900)
+    async with SimulatedEndpoint() as endpoint:
+        assert not any(name.startswith("x-ratelimit") for name in (await ask("a"))[1])
+
+
 async def test_keys_are_checked_when_there_are_any(client):
     async with SimulatedEndpoint(api_keys={"sk-right"}) as endpoint:
         assert (await post(client, endpoint, single(), Authorization="Bearer sk-right"))[0] == 200
@@ -425,6 +473,7 @@ async def test_faults_that_are_error_responses_have_their_status(client, kind, s
         assert response.status == status
         assert set((await response.json())["error"]) == {"message", "type", "param", "code"}
         assert response.headers.get("retry-after") == ("1.5" if status == 429 else None)
+        assert response.headers.get("retry-after-ms") == ("1500" if status == 429 else None)
         assert response.headers["x-request-id"] == "req_00000001"
 
 

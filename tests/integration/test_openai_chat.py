@@ -1080,7 +1080,9 @@ async def test_a_500_is_tried_one_rung_lower_and_remembered_when_that_works(endp
     endpoint.answers = [answer({"error": {"message": "KeyError"}}, 500), answer(whole())]
     chat = connect()
     options = {"schema": SCHEMA, "hint": "JSON"}
-    assert (await again(chat, call(**options)))[2] == 2
+    each = call(**options)
+    assert not (await fails(chat, each)).again  # with a delay and out of the retry budget, as any 500
+    await chat.send(each, lambda _: None)
     await ask(chat, **options)
     assert formats(endpoint) == ["json_schema", "json_object", "json_object"]
 
@@ -1088,11 +1090,10 @@ async def test_a_500_is_tried_one_rung_lower_and_remembered_when_that_works(endp
 async def test_a_500_on_both_rungs_is_an_ordinary_one(endpoint: Endpoint, connect: Any) -> None:
     endpoint.answers = [answer({}, 500)]
     chat, each = connect(), call(schema=SCHEMA, hint="JSON")
-    with pytest.raises(errors.ServerError):
-        await again(chat, each)
-    assert not (await fails(chat, each)).again
+    for _ in range(3):
+        assert not (await fails(chat, each)).again
     assert formats(endpoint) == ["json_schema", "json_object", "json_schema"]
-    assert not (await fails(connect(), call())).again  # nothing to try without a schema
+    await fails(connect(), call())  # nothing to try without a schema
 
 
 async def test_a_refused_schema_is_remembered_for_that_schema(endpoint: Endpoint, connect: Any) -> None:

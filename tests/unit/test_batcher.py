@@ -298,10 +298,10 @@ async def test_a_lane_without_requests_is_forgotten():
     async with batcher_for(transport, idle="wait", max_wait=1) as batcher:
         task = asyncio.ensure_future(batcher.submit(ask("x")))
         await asyncio.sleep(0)
-        assert len(batcher._collector._lanes) == 1
+        assert len(list(batcher._collector.lanes)) == 1
         task.cancel()
         await asyncio.wait([task])
-        assert not batcher._collector._lanes
+        assert not list(batcher._collector.lanes)
     assert transport.calls == []
 
 
@@ -330,12 +330,12 @@ async def test_a_calls_timeout_is_the_longest_of_its_callers():
 
 
 async def test_each_caller_of_a_failed_batch_gets_an_error_of_its_own():
-    transport = ScriptedTransport(mb.ServerError("boom", status=503))
+    transport = ScriptedTransport(mb.AuthFailed("boom", status=401))
     async with batcher_for(transport) as batcher:
         errors = await asyncio.gather(*(batcher.submit(ask(text)) for text in "abc"), return_exceptions=True)
-    assert [type(error) for error in errors] == [mb.ServerError] * 3
+    assert [type(error) for error in errors] == [mb.AuthFailed] * 3
     assert len({id(error) for error in errors}) == 3
-    assert {error.status for error in errors} == {503}
+    assert {error.status for error in errors} == {401}
     assert {error.attempts for error in errors} == {1}
     assert len(transport.calls) == 1
 

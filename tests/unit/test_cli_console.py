@@ -102,6 +102,8 @@ def test_a_setting_out_of_range_is_named_by_its_flag(words, message):
         ["simulate", "--first-token", "inf"],
         ["simulate", "--fault", "boredom"],
         ["simulate", "--fault-rate", "2"],
+        ["simulate", "--rpm", "0"],
+        ["simulate", "--tpm", "many"],
         ["unheard-of"],
     ],
 )

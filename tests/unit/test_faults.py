@@ -80,7 +80,11 @@ async def outcomes(model, texts, types=str, *, resolve=None, policy=None):
     """Submit all *texts* at once, for answers of these *types*; return what each ended with, and the batcher's figures."""
     types = types if isinstance(types, list) else [types] * len(texts)
     async with mb.Microbatcher(
-        SimulatedTransport(model), policy=policy, fallback=mb.FallbackPolicy(resolve=resolve), tokens="bytes"
+        SimulatedTransport(model),
+        policy=policy,
+        retry=mb.RetryPolicy(reserve=1_000),  # up to all replies are cut here, and asking again is paid from it
+        fallback=mb.FallbackPolicy(resolve=resolve),
+        tokens="bytes",
     ) as batcher:
         asked = (batcher.submit(ask(text), output_type=each) for text, each in zip(texts, types, strict=True))
         ended = await asyncio.gather(*asked, return_exceptions=True)

@@ -128,7 +128,7 @@ def test_the_least_recently_used_endpoint_is_forgotten() -> None:
 
 def test_after_a_500_the_same_call_goes_one_rung_lower_and_success_is_remembered() -> None:
     ladder, each = Ladder(), call()
-    assert ladder.failed(plan(ladder, each))
+    ladder.failed(plan(ladder, each))
     assert plan(ladder).rung is Rung.JSON_SCHEMA  # nobody else is affected yet
     lower = plan(ladder, each)
     assert lower.rung is Rung.JSON_OBJECT
@@ -138,11 +138,12 @@ def test_after_a_500_the_same_call_goes_one_rung_lower_and_success_is_remembered
 
 def test_a_500_on_the_lower_rung_as_well_is_remembered_nowhere() -> None:
     ladder, each = Ladder(), call()
-    assert ladder.failed(plan(ladder, each))
-    assert not ladder.failed(plan(ladder, each))
+    ladder.failed(plan(ladder, each))
+    ladder.failed(plan(ladder, each))
     again = plan(ladder, each)
     assert again.rung is Rung.JSON_SCHEMA
-    assert not ladder.failed(again)  # once a call
+    ladder.failed(again)  # once a call
+    assert plan(ladder, each).rung is Rung.JSON_SCHEMA
     assert plan(ladder, each).rung is Rung.JSON_SCHEMA
 
 
@@ -167,14 +168,16 @@ def test_a_refusal_on_the_lower_rung_leads_further_down_for_that_call_alone() ->
 def test_a_500_where_this_schema_was_answered_before_is_an_outage() -> None:
     ladder = Ladder()
     ladder.accepted(plan(ladder), 0.0)
-    assert not ladder.failed(plan(ladder))
+    each = call()
+    ladder.failed(plan(ladder, each))
+    assert plan(ladder, each).rung is Rung.JSON_SCHEMA
 
 
 def test_a_500_for_one_schema_among_others_that_work_counts_for_that_schema_only() -> None:
     ladder, other = Ladder(), {"title": "fine"}
     ladder.accepted(plan(ladder, call(other)), 0.0)
     each = call()
-    assert ladder.failed(plan(ladder, each))
+    ladder.failed(plan(ladder, each))
     ladder.accepted(plan(ladder, each), 0.0)
     assert plan(ladder).rung is Rung.JSON_OBJECT
     assert plan(ladder, call({"title": "new"})).rung is Rung.JSON_SCHEMA
@@ -184,7 +187,9 @@ def test_a_500_at_plain_text_is_an_ordinary_one() -> None:
     ladder = Ladder()
     refuse(ladder, plan(ladder))
     refuse(ladder, plan(ladder))
-    assert not ladder.failed(plan(ladder))
+    each = call()
+    ladder.failed(plan(ladder, each))
+    assert plan(ladder, each).rung is Rung.PLAIN
 
 
 def test_after_an_hour_one_call_tries_the_rung_above() -> None:

@@ -13,11 +13,14 @@ from microbatch.batching.lane import Lane
 from microbatch.batching.learned import Learned, Memory
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
 from microbatch.batching.schema import answer_type
-from microbatch.batching.ticket import NEVER, Spec, Ticket
+from microbatch.batching.ticket import NEVER, NORMAL, Spec, Ticket
 from microbatch.errors import ConfigError
+from microbatch.policy import RetryPolicy
+from microbatch.transports.accounts import Account
 
 TEXT = answer_type(str)
-SPEC = Spec((), None, [], TEXT, None, {}, {}, low=False, shared_chars=0)
+SPEC = Spec((), None, [], TEXT, None, {}, {}, None, NORMAL, shared_chars=0)
+ACCOUNT = Account(RetryPolicy(), None)
 
 
 class Caller:
@@ -53,7 +56,7 @@ def sized(number, size):
 
 
 def lane_of(*, size=16, tokens=1_000, count=None, reason=FlushReason.SIZE):
-    return Lane(SPEC, Learned(), Budget(size, tokens, reason), count or Counted())
+    return Lane(SPEC, ACCOUNT, Learned(), Budget(size, tokens, reason), count or Counted())
 
 
 def filled(tickets, **options):

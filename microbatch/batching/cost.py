@@ -1,0 +1,148 @@
+"""What a call is charged by an endpoint that limits tokens a minute: its prompt, and the answer reserved for it.
+
+Counted only where such a limit is set. An item is counted once, when it is queued; what surrounds it once a lane. What the
+endpoint then reports corrects the estimate for the lane's next calls: schemas and chat templates are charged differently
+everywhere, and not every model's encoding is known.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microbatch.batching.budget import MAX_COUNTED_CHARS, output_reserve
+from microbatch.batching.framing import MESSAGE_TOKENS, PRIMING_TOKENS
+from microbatch.batching.prompt import ID_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from microbatch.batching.budget import Budgets
+    from microbatch.batching.learned import Learned
+    from microbatch.batching.ticket import Spec, Ticket
+
+# Slices of a long text that are counted in place of all of it.
+_SLICES = 3
+_SLICE_CHARS = 4_096
+
+# How far one reply moves the ratio of the endpoint's count to ours, and the most that is believed of it.
+_STEP = 0.5
+_MAX_SCALE = 4.0
+
+_MODELS = 256
+
+# For requests that never had company, nothing is learned of their answers.
+_UNKNOWN_ANSWER = 256
+
+
+class Costs:
+    """Estimates charges, in tokens.
+
+    Args:
+        budgets: Knows what our own instruction takes.
+        count: Counts a text's tokens.
+    """
+
+    def __init__(self, budgets: Budgets, count: Callable[[str], int]) -> None:
+        self._budgets = budgets
+        self._count = count
+        self._scales: dict[str | None, float] = {}  # the endpoint's count of single prompts over ours, by model
+
+    def measure(self, spec: Spec, learned: Learned) -> None:
+        """Count what the requests of a lane share, once."""
+        if learned.shared_tokens is None:
+            learned.shared_tokens = self._of_messages(spec.shared) + MESSAGE_TOKENS
+
+    def alone(self, ticket: Ticket, learned: Learned) -> int:
+        """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
+        text = ticket.count(self._count) if len(ticket.line) <= MAX_COUNTED_CHARS else self._of(ticket.text)
+        ticket.prompt_tokens = (learned.shared_tokens or 0) + text
+        prompt = ticket.prompt_tokens * self._scales.get(ticket.spec.model, 1.0)
+        limit = ticket.spec.max_tokens
+        return round(prompt) + (limit if limit is not None else learned.answer_tokens)
+
+    def of_any(self, messages: Sequence[Mapping[str, Any]], spec: Spec) -> int:
+        """Return the charge of a request that is not combinable."""
+        extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
+        prompt = self._of_messages(messages) + (self._of(msgspec.json.encode(extra).decode()) if extra else 0)
+        answers = spec.params.get("n")
+        each = spec.max_tokens if spec.max_tokens is not None else _UNKNOWN_ANSWER
+        return prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1)
+
+    def together(self, spec: Spec, learned: Learned, items: int, tokens: int) -> int:
+        """Return the charge of a combined call.
+
+        Args:
+            spec: What its *items* have in common.
+            learned: What is known of their lane.
+            items: How many they are.
+            tokens: The tokens of their lines, ids included.
+        """
+        prompt = self.prompt_of(spec, learned, tokens) * learned.prompt_scale
+        return round(prompt) + self._answers(spec, learned, items)
+
+    def surroundings(self, spec: Spec, learned: Learned) -> tuple[int, int]:
+        """Return the tokens of a single prompt without its text, and of a combined one without its lines.
+
+        Schemas are counted in, as OpenAI charges them: who does not shows that with the first reply.
+        """
+        single, combined = self._budgets.schema_tokens(spec.answer)
+        shared = learned.shared_tokens or 0
+        return shared + single, shared + self._budgets.preamble_tokens(spec.answer.words) + combined
+
+    def of_tickets(self, tickets: Sequence[Ticket], learned: Learned) -> int:
+        """Return the charge of a combined call for *tickets*."""
+        return self.together(tickets[0].spec, learned, len(tickets), line_tokens(tickets))
+
+    def prompt_of(self, spec: Spec, learned: Learned, tokens: int) -> int:
+        """Return the prompt's tokens of a combined call whose lines have *tokens*, by our own count."""
+        return (learned.shared_tokens or 0) + self._budgets.preamble_tokens(spec.answer.words) + tokens
+
+    def learn_together(self, tickets: Sequence[Ticket], learned: Learned, prompt_tokens: int) -> None:
+        """The endpoint counted *prompt_tokens* for a combined call of *tickets*."""
+        if learned.shared_tokens is not None:
+            ours = self.prompt_of(tickets[0].spec, learned, line_tokens(tickets))
+            learned.prompt_scale = _nearer(learned.prompt_scale, prompt_tokens / ours)
+
+    def learn_alone(self, ticket: Ticket, prompt_tokens: int) -> None:
+        """The endpoint counted *prompt_tokens* for a single call of *ticket*."""
+        if ticket.prompt_tokens:
+            model = ticket.spec.model
+            if len(self._scales) >= _MODELS:
+                self._scales.clear()
+            self._scales[model] = _nearer(self._scales.get(model, 1.0), prompt_tokens / ticket.prompt_tokens)
+
+    @staticmethod
+    def _answers(spec: Spec, learned: Learned, items: int) -> int:
+        if spec.max_tokens is not None:
+            return items * output_reserve(spec.max_tokens)
+        # Of many answers only a few are long: the mean, and one of the long ones.
+        return round((items - 1) * learned.answer_mean) + learned.answer_tokens
+
+    def _of_messages(self, messages: Iterable[Mapping[str, Any]]) -> int:
+        total = PRIMING_TOKENS
+        for message in messages:
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            total += MESSAGE_TOKENS + sum(self._of(text) for text in texts if isinstance(text, str))
+        return total
+
+    def _of(self, text: str) -> int:
+        """Return the tokens of *text*; of a long one an estimate, because counting it would hold up the event loop."""
+        length = len(text)
+        if length <= MAX_COUNTED_CHARS:
+            return self._count(text)
+        step = (length - _SLICE_CHARS) // (_SLICES - 1)
+        counted = sum(self._count(text[start : start + _SLICE_CHARS]) for start in range(0, length, step)[:_SLICES])
+        return round(counted * length / (_SLICES * _SLICE_CHARS))
+
+
+def _nearer(scale: float, measured: float) -> float:
+    return scale + (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - scale) * _STEP
+
+
+def line_tokens(tickets: Iterable[Ticket]) -> int:
+    """Return the tokens that the lines of *tickets* take, ids included."""
+    return sum(ticket.tokens + ID_TOKENS for ticket in tickets)

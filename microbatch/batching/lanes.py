@@ -1,0 +1,182 @@
+"""The open lanes: which of them a request joins, and when each is due.
+
+Invariants:
+
+- A lane takes turns with the scheduler if it is due; one that no longer is, is passed over.
+- A lane that waits for a time has a timer; a lane that is empty or due has none.
+- A lane is open as long as tickets wait in it or are in flight from it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import TYPE_CHECKING
+
+from microbatch.batching.budget import FlushReason
+from microbatch.batching.lane import Lane
+from microbatch.batching.learned import Memory
+from microbatch.batching.request import spec_of
+from microbatch.batching.ticket import NEVER
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Hashable, Iterable, Iterator
+
+    from microbatch.batching.account import Accounts
+    from microbatch.batching.budget import Budgets
+    from microbatch.batching.cost import Costs
+    from microbatch.batching.request import Options
+    from microbatch.batching.ticket import Ticket
+    from microbatch.messages import Messages
+    from microbatch.policy import FlushPolicy
+
+
+class Lanes:
+    """The open lanes.
+
+    Args:
+        policy: When they are due.
+        budgets: How much a batch of each may hold.
+        costs: What a call of each is charged.
+        accounts: Whose permits each needs.
+        count: Counts a text's tokens.
+        enqueue: Lets a lane that is due take its turns.
+
+    Attributes:
+        latest: The lane of the latest request, if it is still open.
+    """
+
+    def __init__(
+        self,
+        policy: FlushPolicy,
+        budgets: Budgets,
+        costs: Costs,
+        accounts: Accounts,
+        *,
+        count: Callable[[str], int],
+        enqueue: Callable[[Lane], None],
+    ) -> None:
+        self.latest: Lane | None = None
+        self._policy = policy
+        self._budgets = budgets
+        self._costs = costs
+        self._accounts = accounts
+        self._count = count
+        self._enqueue = enqueue
+        self._memory = Memory()
+        self._open: dict[Hashable, Lane] = {}
+        self._loop: asyncio.AbstractEventLoop
+        self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Set timers in *loop* from now on."""
+        self._loop = loop
+
+    def __iter__(self) -> Iterator[Lane]:
+        """Yield the lanes that are open now."""
+        return iter(list(self._open.values()))
+
+    # --- which lane
+
+    def find(self, key: Hashable, messages: Messages, options: Options) -> Lane:
+        """Return the lane of all requests with *key*, opened if need be."""
+        lane = self.latest = self._open.get(key) or self._make(key, messages, options)
+        return lane
+
+    def _make(self, key: Hashable, messages: Messages, options: Options) -> Lane:
+        spec = spec_of(messages, options, key)
+        learned = self._memory.of(key)
+        account = self._accounts.of(spec.model, spec.headers)
+        if account.max_tokens is not None or self._policy.merge == "when-cheaper":
+            self._costs.measure(spec, learned)
+        budget = self._budgets.of(spec, learned, account.max_tokens)
+        lane = self._open[key] = Lane(spec, account, learned, budget, self._count)
+        self._look_closely(lane)
+        return lane
+
+    def _look_closely(self, lane: Lane) -> None:
+        lane.careful = (
+            lane.account.max_tokens is not None or lane.learned.apart > 0 or self._policy.merge == "when-cheaper"
+        )
+
+    def drop_if_abandoned(self, lane: Lane) -> None:
+        """Close *lane* if nothing waits in it and nothing is under way."""
+        if lane.abandoned and self._open.get(lane.spec.key) is lane:
+            self._disarm(lane)
+            del self._open[lane.spec.key]
+            if self.latest is lane:
+                self.latest = None
+
+    # --- when they are due
+
+    def joined(self, lane: Lane) -> None:
+        """A ticket has joined *lane*, which does not take turns yet: see whether it is due now."""
+        if lane.due is None and not lane.in_flight and lane.live == 1 and self._heeds_idle(lane):
+            lane.owe(FlushReason.IDLE)
+        self._consider(lane)
+
+    def discard(self, lane: Lane, ticket: Ticket) -> None:
+        """*ticket*, which waited in *lane*, has settled."""
+        lane.discard(ticket)
+        self.rested(lane)
+
+    def call_ended(self, lane: Lane) -> None:
+        """A call of *lane* and its fallback are over."""
+        lane.in_flight -= 1
+        self.revise(lane)
+        if lane.due is None and lane.live and not lane.in_flight and self._heeds_idle(lane):
+            lane.owe(FlushReason.IDLE)
+        self._consider(lane)
+        self.drop_if_abandoned(lane)
+
+    def revise(self, lane: Lane) -> None:
+        """Let *lane* work with what has been learned since its budget was worked out."""
+        if lane.learned.revised:
+            lane.learned.revised = False
+            lane.rebudget(self._budgets.of(lane.spec, lane.learned, lane.account.max_tokens))
+            self._look_closely(lane)
+
+    def flush(self, reason: FlushReason, only: Iterable[Lane] | None = None) -> None:
+        """Make all lanes, or *only* these, due with everything that waits in them now."""
+        for lane in self if only is None else only:
+            if lane.live:
+                lane.owe(reason, everything=True)
+                self._make_due(lane)
+
+    def rested(self, lane: Lane) -> None:
+        """*lane* has changed and may be due no longer."""
+        self._rearm(lane)
+        self.drop_if_abandoned(lane)
+
+    def _heeds_idle(self, lane: Lane) -> bool:
+        # A lane in which only bulk work waits has no time at which it falls due.
+        return self._policy.idle == "flush" and not lane.spec.low and lane.due_at < NEVER
+
+    def _consider(self, lane: Lane) -> None:
+        if lane.due is not None:
+            self._make_due(lane)
+        else:
+            self._rearm(lane)
+
+    def _make_due(self, lane: Lane) -> None:
+        if not lane.queued:
+            self._disarm(lane)
+        self._enqueue(lane)
+
+    def _rearm(self, lane: Lane) -> None:
+        """Set the lane's timer to the time it falls due, or to none."""
+        if lane.due is not None or lane.due_at == NEVER:
+            self._disarm(lane)
+        elif lane.timer is None or lane.timer.when() != lane.due_at:
+            self._disarm(lane)
+            lane.timer = self._loop.call_at(lane.due_at, self._time_is_up, lane, context=self._context)
+
+    def _disarm(self, lane: Lane) -> None:
+        if lane.timer is not None:
+            lane.timer.cancel()
+            lane.timer = None
+
+    def _time_is_up(self, lane: Lane) -> None:
+        lane.timer = None
+        lane.owe(FlushReason.TIMEOUT)
+        self._make_due(lane)

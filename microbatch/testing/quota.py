@@ -1,0 +1,196 @@
+"""How much a simulated endpoint lets in: requests and tokens within any 60 seconds of the loop's clock.
+
+The strictest reading of "per minute": there is no bucket that refills and no minute that begins anew, so whatever keeps to
+this keeps to any other reading. A charge counts from the instant it is made and no longer 60 seconds later. Nothing here
+waits or looks at a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from microbatch.errors import ConfigError
+from microbatch.messages import Limits
+from microbatch.policy import whole
+from microbatch.testing.reading import EndpointError
+
+WINDOW = 60.0
+
+# Loops wake sleepers up to a nanosecond early and sums of floats are off by less; both are no reason for a refusal.
+SLACK = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """What one key may use of one model within any 60 seconds.
+
+    A request is charged, when it has been read, one request and the tokens of its prompt and of the longest reply it allows
+    (its max_tokens; without one, those of the reply that it will get). What is refused counts as a request, but uses no tokens.
+
+    Args:
+        rpm: Most requests; None sets no limit.
+        tpm: Most tokens; None sets no limit. A request that is larger by itself is always refused.
+
+    Raises:
+        ConfigError: Both are None, or one is below 1.
+    """
+
+    rpm: int | None = None
+    tpm: int | None = None
+
+    def __post_init__(self) -> None:
+        whole(1, rpm=self.rpm, tpm=self.tpm)
+        if self.rpm is None and self.tpm is None:
+            raise ConfigError("a Quota needs rpm or tpm")
+
+
+class Meter:
+    """What one key has used of one model.
+
+    Args:
+        quota: What it may use.
+        model: The model's name, for the words of refusals.
+    """
+
+    def __init__(self, quota: Quota, model: str) -> None:
+        self._quota = quota
+        self._model = model
+        self._asked = _Window()
+        self._admitted = _Window()
+        self._tokens = _Window()
+
+    @property
+    def peak_requests(self) -> int:
+        """Most requests that were let in within any 60 seconds."""
+        return self._admitted.peak
+
+    @property
+    def peak_tokens(self) -> int:
+        """Most tokens that were charged within any 60 seconds."""
+        return self._tokens.peak
+
+    def charge(self, tokens: int, now: float) -> Limits:
+        """Charge a request and return what is left.
+
+        Args:
+            tokens: What it costs beside being a request.
+            now: `loop.time()`, never less than before.
+
+        Raises:
+            EndpointError: It is refused, with 429.
+        """
+        for window in (self._asked, self._admitted, self._tokens):
+            window.forget(now)
+        self._asked.add(1, now)
+        refusal = self._refusal(tokens, now)
+        if refusal is None:
+            self._admitted.add(1, now)
+            self._tokens.add(tokens, now)
+        limits = self._limits(now)
+        if refusal is not None:
+            refusal.limits = limits
+            raise refusal
+        return limits
+
+    def _refusal(self, tokens: int, now: float) -> EndpointError | None:
+        """Return why a request that has just been counted is refused, or None."""
+        rpm, tpm = self._quota.rpm, self._quota.tpm
+        if tpm is not None and tokens > tpm:
+            message = (
+                f"Request too large for {self._model} on tokens per min (TPM): Limit {tpm}, Requested {tokens}. "
+                "The input or output tokens must be reduced in order to run successfully."
+            )
+            return EndpointError(429, message, kind="tokens", code="rate_limit_exceeded")
+        if rpm is not None and self._asked.used > rpm:
+            kind, what = "requests", f"requests per min (RPM): Limit {rpm}, Used {self._asked.used - 1}, Requested 1"
+        elif tpm is not None and self._tokens.used + tokens > tpm:
+            used = self._tokens.used
+            kind, what = "tokens", f"tokens per min (TPM): Limit {tpm}, Used {used}, Requested {tokens}"
+        else:
+            return None
+        # The next try is one request more than those that count by now, this one among them.
+        wait = max(
+            self._asked.until_left(self._asked.used + 1 - rpm, now) if rpm is not None else 0.0,
+            self._tokens.until_left(self._tokens.used + tokens - tpm, now) if tpm is not None else 0.0,
+        )
+        message = f"Rate limit reached for {self._model} on {what}. Please try again in {go_duration(wait)}."
+        return EndpointError(429, message, kind=kind, code="rate_limit_exceeded", retry_after=wait)
+
+    def _limits(self, now: float) -> Limits:
+        rpm, tpm = self._quota.rpm, self._quota.tpm
+        return Limits(
+            limit_requests=rpm,
+            remaining_requests=None if rpm is None else max(0, rpm - self._asked.used),
+            reset_requests=None if rpm is None else self._asked.until_empty(now),
+            limit_tokens=tpm,
+            remaining_tokens=None if tpm is None else tpm - self._tokens.used,
+            reset_tokens=None if tpm is None else self._tokens.until_empty(now),
+        )
+
+
+class _Window:
+    """What was charged within the last 60 seconds, at a constant cost a charge: one look when it comes, one when it leaves.
+
+    Attributes:
+        peak: The most there ever was.
+    """
+
+    __slots__ = ("_first", "_gone", "_times", "_total", "_totals", "peak")
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        # All that was ever charged, up to and with each charge, so that any number of them is one subtraction.
+        self._totals: list[int] = []
+        self._first = 0
+        self._total = self._gone = 0
+        self.peak = 0
+
+    @property
+    def used(self) -> int:
+        return self._total - self._gone
+
+    def forget(self, now: float) -> None:
+        """Let go of what no longer counts."""
+        times = self._times
+        while self._first < len(times) and times[self._first] + WINDOW - now <= SLACK:
+            self._gone = self._totals[self._first]
+            self._first += 1
+        # Only once half has gone, or each charge would move all the others.
+        if 2 * self._first >= len(times):
+            del times[: self._first], self._totals[: self._first]
+            self._first = 0
+
+    def add(self, amount: int, now: float) -> None:
+        if amount:
+            self._total += amount
+            self._times.append(now)
+            self._totals.append(self._total)
+            self.peak = max(self.peak, self.used)
+
+    def until_left(self, amount: int, now: float) -> float:
+        """Return the seconds until *amount* of what counts has left; 0 if there is no need for any to."""
+        if amount <= 0:
+            return 0.0
+        last = bisect_left(self._totals, self._gone + amount, self._first)
+        return self._times[last] + WINDOW - now
+
+    def until_empty(self, now: float) -> float:
+        """Return the seconds until nothing counts any more."""
+        return self._times[-1] + WINDOW - now if self.used else 0.0
+
+
+def milliseconds(seconds: float) -> int:
+    """Return a wait in whole milliseconds, rounded up: whoever waits that long does not come early."""
+    # The dust of float arithmetic is no millisecond.
+    return math.ceil(round(seconds * 1_000, 3))
+
+
+def go_duration(seconds: float) -> str:
+    """Return a duration as Go writes it, and so OpenAI: "12ms", "1s", "14.7s", "6m0s"."""
+    whole_ms = milliseconds(seconds)
+    if 0 < whole_ms < 1_000:  # noqa: PLR2004 - a second
+        return f"{whole_ms}ms"
+    minutes, rest = divmod(whole_ms, 60_000)
+    return f"{minutes}m{rest / 1_000:g}s" if minutes else f"{rest / 1_000:g}s"

@@ -1,0 +1,346 @@
+"""What is kept for each (endpoint, model, credentials): its limits, its retry budget, its breaker, and who waits for a permit.
+
+A *permit* allows one attempt. The first one of a call is granted by the scheduler together with a slot, those of retries and of
+asking again in order of arrival here; these go first, because they belong to requests that have waited longest and hold slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import secrets
+from collections import deque
+from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from microbatch.errors import RateLimited, StatusError
+from microbatch.transports.breaker import Breaker
+from microbatch.transports.concurrency import Concurrency
+from microbatch.transports.http_edge import WHO
+from microbatch.transports.recent import Recent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from microbatch.errors import RequestFailed
+    from microbatch.messages import Limits, Usage
+    from microbatch.policy import RetryPolicy
+    from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
+
+CAPACITY: Final = 1_024
+IDLE_EXPIRY: Final = 600.0
+"""Seconds after which an account that nobody used is forgotten."""
+
+MAX_WAIT: Final = 120.0
+"""An endpoint that asks to wait longer, in seconds, is not waited for: the openai SDK draws the line there as well."""
+
+# First attempts whose share of retries is saved up: enough for all slots of a default policy to use all their attempts once, so a
+# quiet day's savings do not become a storm of retries.
+_SAVED_FIRSTS: Final = 1_000
+
+
+class RetryBudget:
+    """Retries that all calls of an account may make together.
+
+    Args:
+        policy: The rules.
+    """
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._share = policy.budget
+        self._balance = float(policy.reserve)
+        self._most = policy.reserve + policy.budget * _SAVED_FIRSTS
+
+    def first(self) -> None:
+        """Note a first attempt, which earns part of a retry."""
+        self._balance = min(self._most, self._balance + self._share)
+
+    def draw(self) -> bool:
+        """Take a retry, if there is one left."""
+        # A hair of tolerance: five times 0.2 is not quite 1.
+        if self._balance < 1 - 1e-9:
+            return False
+        self._balance -= 1
+        return True
+
+    def give_back(self) -> None:
+        """Return a retry that was not made."""
+        self._balance = min(self._most, self._balance + 1)
+
+
+class Permit:
+    """Leave for one call to be sent; its attempts are paid through it one by one.
+
+    Attributes:
+        account: Whose limits count.
+        tokens: What each attempt is charged.
+        paid: Whether the next attempt has its permit already.
+        again: Whether the call asks again for what a cut left open, which is paid from the retry budget.
+        error: What the latest attempt failed with, or None.
+    """
+
+    __slots__ = ("account", "again", "error", "grant", "paid", "sent", "tokens")
+
+    def __init__(self, account: Account, tokens: int, *, again: bool = False) -> None:
+        self.account = account
+        self.tokens = tokens
+        self.again = again
+        self.paid = False
+        self.error: RequestFailed | None = None
+        self.grant: Grant | None = None
+        self.sent = 0.0
+
+    def cancel(self) -> None:
+        """Give the permit of the next attempt back: it will not be made."""
+        if self.paid:
+            self.account.cancel(self)
+
+
+class Account:
+    """One (endpoint, model, credentials).
+
+    Args:
+        retry: The rules of its retry budget.
+        bucket: Its limits, or None.
+        adaptive: Whether calls under way are limited by what the endpoint bears.
+        max_tokens: The most tokens one request can ever be granted, or None.
+
+    Attributes:
+        budget: Its retries.
+        breaker: Whether calls are stopped.
+        max_tokens: As given.
+        on_ready: Called when a permit that was refused may be had; set by the scheduler.
+        used: When it was last looked up.
+    """
+
+    def __init__(
+        self, retry: RetryPolicy, bucket: Bucket | None, *, adaptive: bool = False, max_tokens: int | None = None
+    ) -> None:
+        self.budget = RetryBudget(retry)
+        self.breaker = Breaker()
+        self.max_tokens = max_tokens
+        self.on_ready: Callable[[Account], None] | None = None
+        self.used = 0.0
+        self._bucket = bucket
+        self._concurrency = Concurrency() if adaptive else None
+        self._in_flight = 0
+        self._paused_until = 0.0
+        self._waiters: deque[tuple[Permit, asyncio.Future[None]]] = deque()
+        self._refused: int | None = None  # tokens of the scheduler's latest request, if it was refused
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        """Tell the load."""
+        return f"Account(in_flight={self._in_flight}, waiting={len(self._waiters)}, bucket={self._bucket!r})"
+
+    # --- permits
+
+    def permit(self, tokens: int, *, again: bool = False) -> Permit:
+        """Return a permit whose attempts wait for their turn; see `acquire`."""
+        return Permit(self, tokens, again=again)
+
+    def pay(self, tokens: int) -> Permit | None:
+        """Return a permit with the first attempt paid, or None: then `on_ready` is called when it is worth trying again."""
+        permit = Permit(self, tokens)
+        now = asyncio.get_running_loop().time()
+        if self.breaker.is_open(now):
+            return permit  # it will fail without being sent
+        if self._waiters or self._wait(tokens, now) > 0:
+            self._refused = tokens
+            self._arm(now)
+            return None
+        self._refused = None
+        self._grant(permit, now)
+        return permit
+
+    async def acquire(self, permit: Permit) -> None:
+        """Pay the next attempt of *permit*, in order of arrival."""
+        loop = asyncio.get_running_loop()
+        if not self._waiters and self._wait(permit.tokens, loop.time()) <= 0:
+            self._grant(permit, loop.time())
+            return
+        place: asyncio.Future[None] = loop.create_future()
+        self._waiters.append((permit, place))
+        self._arm(loop.time())
+        try:
+            await place
+        except asyncio.CancelledError:
+            permit.cancel()
+            self._serve()
+            raise
+
+    def cancel(self, permit: Permit) -> None:
+        """Take back what *permit* was granted and has not used."""
+        permit.paid = False
+        self._in_flight -= 1
+        if self._bucket is not None and permit.grant is not None:
+            self._bucket.cancel(permit.grant)
+        self._serve()
+
+    def ended(
+        self,
+        permit: Permit,
+        error: RequestFailed | None,
+        usage: Usage | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """An attempt of *permit* is over.
+
+        Args:
+            permit: Its permit.
+            error: What it failed with; None for an answer.
+            usage: What the endpoint says it used, or None.
+            limits: What the endpoint says of its limits, or None.
+        """
+        now = asyncio.get_running_loop().time()
+        self.breaker.note(error, now)
+        if self._concurrency is not None:
+            self._concurrency.note(error, sent=permit.sent, in_flight=self._in_flight, now=now)
+        self._in_flight -= 1
+        if isinstance(error, StatusError):
+            limits = error.limits
+            if isinstance(error, RateLimited) and error.retry_after is not None and error.retry_after <= MAX_WAIT:
+                self._paused_until = max(self._paused_until, now + error.retry_after)
+        if self._bucket is not None and permit.grant is not None:
+            self._bucket.ended(permit.grant, usage, limits, now)
+        self._serve()
+
+    def dropped(self, permit: Permit) -> None:
+        """An attempt of *permit* was cancelled: what it would have taught is not known."""
+        del permit
+        self._in_flight -= 1
+        self._serve()
+
+    def _grant(self, permit: Permit, now: float) -> None:
+        permit.paid = True
+        permit.sent = now
+        self._in_flight += 1
+        if self._bucket is not None:
+            permit.grant = self._bucket.grant(permit.tokens, now)
+
+    def _wait(self, tokens: int, now: float) -> float:
+        """Return the seconds until a permit may be granted; infinite if only the end of a call can bring it."""
+        if self._concurrency is not None and not self._concurrency.allows(self._in_flight):
+            return float("inf")
+        wait = self._paused_until - now
+        return wait if self._bucket is None else max(wait, self._bucket.wait(tokens, now))
+
+    def _serve(self) -> None:
+        """Grant what can be granted now, first come first served; see that the rest is looked at in time."""
+        if not self._waiters and self._refused is None:
+            return
+        now = asyncio.get_running_loop().time()
+        while self._waiters:
+            permit, place = self._waiters[0]
+            if not place.done():
+                if self._wait(permit.tokens, now) > 0:
+                    break
+                self._grant(permit, now)
+                place.set_result(None)
+            self._waiters.popleft()
+        if not self._waiters and self._refused is not None and self._wait(self._refused, now) <= 0:
+            self._refused = None
+            if self.on_ready is not None:
+                self.on_ready(self)
+        self._arm(now)
+
+    def _arm(self, now: float) -> None:
+        """Set the timer to when the next in line may be granted its permit."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        tokens = self._waiters[0][0].tokens if self._waiters else self._refused
+        if tokens is None:
+            return
+        wait = self._wait(tokens, now)
+        if wait < float("inf"):
+            # Not in the context of whoever happens to be refused.
+            self._timer = asyncio.get_running_loop().call_at(
+                now + max(0.0, wait), self._time_is_up, context=contextvars.Context()
+            )
+
+    def close(self) -> None:
+        """Wake nobody any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_is_up(self) -> None:
+        self._timer = None
+        self._serve()
+
+
+class Accounts:
+    """The accounts in use, and those used lately.
+
+    Args:
+        transport: The way to the endpoint.
+        retry: The rules of retries.
+        limit: The rate limit, or None.
+    """
+
+    def __init__(
+        self,
+        transport: object,
+        retry: RetryPolicy,
+        limit: RateLimit | None,
+    ) -> None:
+        self._base_url = getattr(transport, "base_url", "")
+        self._model = getattr(transport, "model", None)
+        self._retry = retry
+        self._limit = limit
+        self._in_use: WeakValueDictionary[object, Account] = WeakValueDictionary()
+        self._recent: Recent[object, Account] = Recent(CAPACITY)
+        self._ready: Callable[[Account], None] | None = None
+
+    def __len__(self) -> int:
+        """Return how many are remembered or in use."""
+        return len(self._in_use)
+
+    def of(self, model: str | None, headers: Mapping[str, str]) -> Account:
+        """Return the account of calls to *model* with *headers*."""
+        key = (self._base_url, model or self._model, _credentials(headers) if headers else b"")
+        account = self._in_use.get(key)
+        if account is None:
+            account = self._in_use[key] = self._make(key)
+        now = account.used = asyncio.get_running_loop().time()
+        self._recent.put(key, account)
+        while (oldest := self._recent.oldest()) is not None and oldest[1].used < now - IDLE_EXPIRY:
+            self._recent.forget(oldest[0])
+        return account
+
+    def listen(self, ready: Callable[[Account], None]) -> None:
+        """Call *ready* with an account that refused a permit and may have one now."""
+        self._ready = ready
+
+    def close(self) -> None:
+        """Look after nobody any more."""
+        for account in list(self._in_use.values()):
+            account.close()
+
+    def _make(self, key: object) -> Account:
+        limit = self._limit
+        if limit is None:
+            account = Account(self._retry, None)
+        else:
+            account = Account(
+                self._retry,
+                limit.bucket(key) if limit.rpm or limit.tpm else None,
+                adaptive=limit.adaptive,
+                max_tokens=limit.max_tokens,
+            )
+        account.on_ready = self._ready
+        return account
+
+
+# Credentials are kept as digests only; the key makes them useless to whoever reads a dump and guesses.
+_SALT: Final = secrets.token_bytes(16)
+
+
+def _credentials(headers: Mapping[str, str]) -> bytes:
+    """Return a digest of the headers that say who asks."""
+    who = sorted((name.lower(), value) for name, value in headers.items() if name.lower() in WHO)
+    return hashlib.blake2b(msgspec.json.encode(who), digest_size=16, key=_SALT).digest() if who else b""

@@ -1,0 +1,319 @@
+"""Requests and tokens a minute: one dual bucket for each (endpoint, model, credentials).
+
+How it counts
+-------------
+Providers count over a minute, some over a sliding one, some with a bucket that refills. This holds to the strictest reading: no
+more than the limit in any 60 seconds, whenever they begin. What is *small* (at most the burst) is paid from a bucket that holds
+the burst and refills at such a rate that burst and a minute's refill make the limit. What is larger is granted when everything
+of the last minute and itself fit the limit; it leaves the bucket in debt, which the small ones after it wait out. So between two
+grants of small ones the bucket bounds the sum, and at each large one the window does.
+
+Requests sent a minute apart can arrive a little less apart, so a minute is taken to be a second longer than it is.
+
+The endpoint's own count is followed where it tells it. If it has seen more than we can have sent, others use the same quota
+(or our estimates are low): the surplus counts as used until the endpoint says otherwise. If it has seen less, it has given back
+what `max_tokens` reserved and the reply did not use, and so do we.
+
+Nothing here waits or reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final, Literal
+
+from microbatch.errors import ConfigError
+from microbatch.policy import at_least, one_of, whole
+from microbatch.transports.recent import Recent
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from microbatch.messages import Limits, Usage
+
+Charge = Literal["reserved", "used"]
+
+MINUTE: Final = 60.0
+_LATENESS: Final = 1.0
+WINDOW: Final = MINUTE + _LATENESS
+
+# A smaller burst wastes less of the steady rate: limit = burst + rate x window.
+_BURST_SHARE: Final = 0.02
+# A single request may be more than that of a low limit; then the burst is one request, up to this share.
+_MAX_BURST_SHARE: Final = 0.05
+
+_CAPACITY: Final = 1_024
+
+
+class RateLimit:
+    """How many requests and tokens a minute may be sent, for each endpoint, model and key.
+
+    A request is charged when it is sent: 1 request, and its prompt's tokens + `max_tokens`, or the answer lengths learned so far
+    when no `max_tokens` is sent, because that is how providers charge. It may be shared by several batchers.
+
+    Args:
+        rpm: Requests a minute. None sets no limit.
+        tpm: Tokens a minute, prompt and answer together. None sets no limit.
+        share: The part of both that this process may use: 1/n for n processes with one key.
+        charge: "reserved" keeps the charge as it was, unless the endpoint's `x-ratelimit-remaining-*` headers show that it gave
+            back what was not used; "used" gives it back in any case, once the endpoint has reported its usage.
+        adaptive: Whether the number of calls under way adapts as well: it grows by one with each round of successes, and halves
+            when the endpoint is overloaded (429, 503, 529, timeouts).
+
+    Raises:
+        ConfigError: A setting is out of range, there is none, or not even one request a minute is left.
+    """
+
+    def __init__(
+        self,
+        *,
+        rpm: int | None = None,
+        tpm: int | None = None,
+        share: float = 1.0,
+        charge: Charge = "reserved",
+        adaptive: bool = False,
+    ) -> None:
+        whole(1, rpm=rpm, tpm=tpm)
+        at_least(0, share=share)
+        one_of(Charge, charge=charge)
+        if not 0 < share <= 1:
+            raise ConfigError(f"share must be above 0 and at most 1, got {share!r}")
+        if rpm is None and tpm is None and not adaptive:
+            raise ConfigError("a RateLimit needs rpm=, tpm= or adaptive=True")
+        if rpm is not None and rpm * share < 1:
+            raise ConfigError(f"rpm={rpm} times share={share} leaves less than one request a minute")
+        self.rpm = rpm
+        self.tpm = tpm
+        self.share = share
+        self.charge: Charge = charge
+        self.adaptive = adaptive
+        self._buckets: Recent[Hashable, Bucket] = Recent(_CAPACITY)
+
+    def __repr__(self) -> str:
+        """Tell the settings."""
+        return (
+            f"RateLimit(rpm={self.rpm}, tpm={self.tpm}, share={self.share:g}, charge={self.charge!r}, "
+            f"adaptive={self.adaptive})"
+        )
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens that one request can ever be granted; None for no limit."""
+        return None if self.tpm is None else int(self.tpm * self.share)
+
+    def bucket(self, key: Hashable) -> Bucket:
+        """Return the bucket of one (endpoint, model, credentials)."""
+        return self._buckets.get(key) or self._buckets.put(key, Bucket(self))
+
+
+class Grant:
+    """What one request was charged.
+
+    Attributes:
+        at: When, on the loop's clock.
+        tokens: Tokens charged and not given back.
+        seen: Requests and tokens of the last minute just after it, itself included.
+    """
+
+    __slots__ = ("at", "seen", "tokens")
+
+    def __init__(self, at: float, tokens: int, seen: tuple[float, float]) -> None:
+        self.at = at
+        self.tokens = tokens
+        self.seen = seen
+
+
+class _Measure:
+    """One of the two: requests or tokens."""
+
+    __slots__ = ("_at", "_burst", "_level", "_rate", "_unit", "limit", "others", "others_until", "total")
+
+    def __init__(self, limit: float, unit: float) -> None:
+        self.total = 0.0  # granted in the last minute
+        self.others = 0.0  # used by others, for all we know
+        self.others_until = 0.0
+        self._unit = unit
+        self.resize(limit)
+        self._level = self._burst
+        self._at = 0.0
+
+    def resize(self, limit: float) -> None:
+        """Work with another limit from now on."""
+        self.limit = limit
+        self._burst = max(_BURST_SHARE * limit, min(self._unit, _MAX_BURST_SHARE * limit))
+        self._rate = (limit - self._burst) / WINDOW
+
+    def refill(self, now: float) -> None:
+        """Let time pass."""
+        self._level = min(self._burst, self._level + self._rate * (now - self._at))
+        self._at = now
+        if now >= self.others_until:
+            self.others = 0.0
+
+    def small(self, amount: float) -> bool:
+        """Whether *amount* is paid from the bucket."""
+        return amount <= self._burst
+
+    def missing(self, amount: float) -> float:
+        """Return by how much the bucket is too low for *amount*, at most 0 if it is not."""
+        return amount - self._level
+
+    def seconds_for(self, missing: float) -> float:
+        """Return how long the bucket takes to gain *missing*."""
+        return missing / self._rate
+
+    def add(self, amount: float) -> None:
+        """Charge *amount*, or give it back if it is negative."""
+        self._level = min(self._burst, self._level - amount)
+        self.total += amount
+
+
+# Sums of floats may miss an exact limit by a hair.
+_HAIR: Final = 1e-6
+
+
+class Bucket:
+    """What one (endpoint, model, credentials) may be sent; told the time.
+
+    Args:
+        settings: The limits.
+    """
+
+    def __init__(self, settings: RateLimit) -> None:
+        share = settings.share
+        self._settings = settings
+        self._requests = None if settings.rpm is None else _Measure(settings.rpm * share, 1.0)
+        self._tokens = None if settings.tpm is None else _Measure(settings.tpm * share, 0.0)
+        self._log: deque[Grant] = deque()
+
+    def __repr__(self) -> str:
+        """Tell what has been granted in the last minute."""
+        requests, tokens = (None if measure is None else measure.total for measure in (self._requests, self._tokens))
+        return f"Bucket(requests={requests}, tokens={tokens})"
+
+    def wait(self, tokens: int, now: float) -> float:
+        """Return the seconds until a request of *tokens* may be granted if nothing else is; 0.0 for at once."""
+        self._pass_time(now)
+        waits = [
+            self._wait_for(measure, amount, now)
+            for measure, amount in ((self._requests, 1), (self._tokens, tokens))
+            if measure is not None
+        ]
+        return max(waits, default=0.0)
+
+    def grant(self, tokens: int, now: float) -> Grant:
+        """Charge a request of *tokens*, whose wait is over."""
+        self._pass_time(now)
+        for measure, amount in ((self._requests, 1), (self._tokens, tokens)):
+            if measure is not None:
+                measure.add(amount)
+        grant = Grant(now, tokens, self._totals)
+        self._log.append(grant)
+        return grant
+
+    def cancel(self, grant: Grant) -> None:
+        """Take *grant* back: its request was not sent."""
+        if grant in self._log:  # the latest grants are at the end, but few are ever taken back
+            self._log.remove(grant)
+            if self._requests is not None:
+                self._requests.add(-1)
+            if self._tokens is not None:
+                self._tokens.add(-grant.tokens)
+        grant.tokens = 0
+
+    def ended(self, grant: Grant, usage: Usage | None, limits: Limits | None, now: float) -> bool:
+        """Learn from how the request of *grant* ended.
+
+        Args:
+            grant: What it was charged.
+            usage: What the endpoint says it used, or None.
+            limits: What the endpoint says of its limits, or None.
+            now: The time.
+
+        Returns:
+            Whether somebody may have to wait less than before.
+        """
+        self._pass_time(now)
+        relieved = limits is not None and self._follow(limits, now)
+        if self._tokens is None or usage is None:
+            return relieved
+        surplus = grant.tokens - usage.prompt_tokens - usage.completion_tokens
+        if self._settings.charge == "reserved":
+            # More than was reserved has been used in any case; less is given back only where the endpoint shows it.
+            shown = 0.0 if limits is None else self._unseen(grant, limits)
+            surplus = surplus if surplus <= max(0.0, shown) else 0
+        if surplus and grant.at > now - WINDOW:
+            grant.tokens -= surplus
+            self._tokens.add(-surplus)
+            return True
+        return relieved
+
+    @property
+    def _totals(self) -> tuple[float, float]:
+        return (
+            0.0 if self._requests is None else self._requests.total,
+            0.0 if self._tokens is None else self._tokens.total,
+        )
+
+    def _pass_time(self, now: float) -> None:
+        while self._log and self._log[0].at <= now - WINDOW:
+            old = self._log.popleft()
+            if self._requests is not None:
+                self._requests.total -= 1
+            if self._tokens is not None:
+                self._tokens.total -= old.tokens
+        for measure in (self._requests, self._tokens):
+            if measure is not None:
+                measure.refill(now)
+
+    def _wait_for(self, measure: _Measure, amount: float, now: float) -> float:
+        wait = 0.0
+        if measure.small(amount):
+            missing = measure.missing(amount)
+            if missing > _HAIR:
+                wait = measure.seconds_for(missing)
+        over = measure.total + measure.others + amount - measure.limit
+        if over > _HAIR:
+            wait = max(wait, self._until_gone(measure, over, now))
+        return wait
+
+    def _until_gone(self, measure: _Measure, over: float, now: float) -> float:
+        """Return the seconds until *over* of what counts now counts no more."""
+        ends: list[tuple[float, float]] = [
+            (grant.at + WINDOW, 1 if measure is self._requests else grant.tokens) for grant in self._log
+        ]
+        if measure.others:
+            ends.append((measure.others_until, measure.others))
+            ends.sort()
+        for when, amount in ends:
+            over -= amount
+            if over <= _HAIR:
+                return max(0.0, when - now)
+        return WINDOW
+
+    def _follow(self, limits: Limits, now: float) -> bool:
+        """Take over what the endpoint counts beyond what we can have sent."""
+        relieved = False
+        told = (
+            (self._requests, limits.limit_requests, limits.remaining_requests, limits.reset_requests),
+            (self._tokens, limits.limit_tokens, limits.remaining_tokens, limits.reset_tokens),
+        )
+        for (measure, limit, remaining, reset), ours in zip(told, self._totals, strict=True):
+            if measure is None or limit is None or remaining is None:
+                continue
+            if reset is not None and reset > MINUTE and remaining > 0:
+                continue  # a limit of a longer period (requests a day), of which something is left
+            if limit * self._settings.share < measure.limit:
+                measure.resize(limit * self._settings.share)  # the settings were too high
+            expected = ours + (1 - self._settings.share) * limit
+            others = max(0.0, min(measure.limit, limit - remaining - expected))
+            relieved = relieved or others < measure.others
+            measure.others = others
+            measure.others_until = now + (MINUTE if reset is None else min(reset, MINUTE))
+        return relieved
+
+    def _unseen(self, grant: Grant, limits: Limits) -> float:
+        """Return how many tokens the endpoint counts less than we had charged when *grant* was given."""
+        if limits.limit_tokens is None or limits.remaining_tokens is None:
+            return 0.0
+        return grant.seen[1] - (limits.limit_tokens - limits.remaining_tokens)
