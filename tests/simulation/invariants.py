@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from simulation.scenario import REFUSALS
+from simulation.scenario import REFUSALS, REPLY_TROUBLE
 from simulation.upstream import LIMIT, SLOWEST_SOUND_REPLY, right_output
 from simulation.world import RETRIES
 
@@ -247,8 +247,8 @@ def deadlines_hold(world: World) -> Iterator[str]:
         items = [world.items[text] for text in attempt.texts]
         ends = [None if item.timeout is None else item.accepted + item.timeout for item in items]
         due = None if None in ends else max(ends) - attempt.started
-        if attempt.first and attempt.call.timeout != due:
-            yield f"attempt {attempt.number} may take {attempt.call.timeout}, but its callers wait {due}"
+        if attempt.first and attempt.timeout != due:
+            yield f"attempt {attempt.number} may take {attempt.timeout}, but its callers wait {due}"
 
 
 def _begun(item: Item) -> float | None:
@@ -260,14 +260,12 @@ def lanes_keep_their_order(world: World) -> Iterator[str]:
     """Within a lane, whoever came first is sent first; and for room, whoever came first is let in first."""
     lanes: dict[object, list[Item]] = defaultdict(list)
     carried = _carried(world)
-    bypasses = world.scenario.policy.get("when_full") == "bypass"
+    # Who bypasses a full room, is too long for company, or goes alone because combining does not pay, overtakes.
+    overtaking = world.scenario.policy.get("when_full") == "bypass" or "max_batch_tokens" in world.scenario.policy
+    overtaking |= world.stats.lanes_parted > 0
+    overtaking |= any(attempt.fault.kind in ("too_large", "too_long") for attempt in world.upstream.attempts)
     for item in world.items.values():
-        if (
-            item.accepted is not None
-            and carried[item.text]
-            and not bypasses
-            and "max_batch_tokens" not in world.scenario.policy
-        ):
+        if item.accepted is not None and carried[item.text] and not overtaking:
             lanes[item.lane].append(item)
     for items in lanes.values():
         items.sort(key=lambda item: item.place)
@@ -294,7 +292,8 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
     """With `idle="wait"` a batch that is not full leaves when one of its requests has waited long enough, and not before."""
     policy = world.scenario.policy
     tight = "max_batch_tokens" in policy or any(item.ask.max_tokens for item in world.items.values())
-    shrunk = any(attempt.fault.kind == "truncated" for attempt in world.upstream.attempts)
+    # A lane makes smaller batches after replies that were damaged or too long.
+    shrunk = any(attempt.fault.kind in _SHRINKING for attempt in world.upstream.attempts) or _held_up(world)
     hurried = world.scenario.flushes or world.scenario.bulks or policy.get("when_full") == "bypass"
     if policy["idle"] != "wait" or tight or shrunk or hurried:
         return
@@ -321,6 +320,15 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
             yield f"attempt {attempt.number} left at {attempt.started}, when nobody in it was due"
 
 
+def _held_up(world: World) -> bool:
+    """Whether requests waited because the endpoint asked for it, or went alone because combining did not pay."""
+    asked = any(getattr(attempt.raised, "retry_after", None) for attempt in world.upstream.attempts)
+    return asked or world.stats.lanes_parted > 0
+
+
+_SHRINKING = frozenset({*REPLY_TROUBLE, "too_large", "too_long"})
+
+
 def _due(world: World, item: Item) -> float:
     """Return when the lane of *item* must leave for its sake."""
     policy = world.scenario.policy
@@ -338,7 +346,7 @@ def _unsent_when_due(world: World, item: Item, carried: dict[str, list[Attempt]]
 def nobody_waits_beside_free_slots(world: World) -> Iterator[str]:
     """Where slots cannot run out, every request is sent when it is due, or, if it may be, when its lane is idle."""
     accepted = [item for item in world.items.values() if item.accepted is not None and item.bulk is None]
-    if len(world.items) > world.scenario.policy["max_concurrent_batches"]:
+    if len(world.items) > world.scenario.policy["max_concurrent_batches"] or _held_up(world):
         return
     carried = _carried(world)
     for item in accepted:
@@ -451,15 +459,23 @@ def retries_keep_to_their_budget(world: World) -> Iterator[str]:
     for attempt in world.upstream.attempts:
         calls[attempt.key].append(attempt)
     retry = world.scenario.retry if RETRIES else {"max_attempts": 1, "budget": 0.0, "reserve": 0}
-    retries = sum(len(attempts) - 1 for attempts in calls.values())
-    if retries > retry["budget"] * len(calls) + retry["reserve"]:
-        yield f"{retries} retries of {len(calls)} calls"
+    firsts, retries = Counter[object](), Counter[object]()
+    for attempts in calls.values():
+        account = tuple(attempts[0].call.headers.items())
+        firsts[account] += 1
+        retries[account] += len(attempts) - 1
+    for account, made in retries.items():
+        if made > retry["budget"] * firsts[account] + retry["reserve"]:
+            yield f"{made} retries of {firsts[account]} calls"
     for attempts in calls.values():
         if len(attempts) > retry["max_attempts"]:
             yield f"{len(attempts)} attempts of one call"
         for before, after in pairwise(attempts):
-            if before.said or before.how != "failed":
-                yield f"attempt {after.number} repeats {before.number}, which had begun to answer"
+            used = [
+                text for text in before.said if world.items[text].reply and world.items[text].settled <= before.ended
+            ]
+            if used:
+                yield f"attempt {after.number} repeats {before.number}, which has answered {used}"
             asked = getattr(before.raised, "retry_after", None) or 0.0
             if after.started < before.ended + asked:
                 yield f"attempt {after.number} came at {after.started}, {asked} s were asked for at {before.ended}"

@@ -4,6 +4,8 @@ python tests/simulation/run.py --scenarios 200000 --jobs 2
 python tests/simulation/run.py --seed 1234
 """
 
+# ruff: noqa: T201
+
 from __future__ import annotations
 
 import argparse
@@ -15,7 +17,9 @@ import time
 from pathlib import Path
 from random import Random
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+# As a script this runs in any directory, and outside of pytest, which knows where tests and library are.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from simulation.invariants import breaches
 from simulation.scenario import draw

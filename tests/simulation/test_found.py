@@ -1,26 +1,60 @@
-"""What the simulation has found, as the smallest scenarios that show it."""
+"""What the simulation has found, as small scenarios that show it."""
 
 from __future__ import annotations
 
 import pytest
+from simulation import loop
 from simulation.invariants import breaches
-from simulation.scenario import Ask, Fault, Scenario
+from simulation.scenario import TICK, Ask, Bulk, Fault, Scenario
 from simulation.world import play
+
+
+@pytest.fixture(autouse=True)
+def unmended(monkeypatch):
+    monkeypatch.setattr(loop, "MENDS", ())
+
+
+def of(policy=None, **parts):
+    """A scenario in which lanes wait for company and nothing is retried."""
+    usual = {"max_batch_size": 2, "max_wait": 0.25, "low_max_wait": 2.0, "idle": "wait", "max_concurrent_batches": 4}
+    retry = {"max_attempts": 1, "budget": 0.0, "reserve": 0}
+    return Scenario(policy={**usual, **(policy or {})}, retry=retry, order=None, **parts)
 
 
 @pytest.mark.xfail(strict=True, reason="its share of the first call is neither on a reply nor unclaimed")
 def test_usage_is_conserved_when_a_caller_goes_in_the_moment_of_an_answer_whose_call_reports_nothing():
-    scenario = Scenario(
-        policy={
-            "max_batch_size": 4,
-            "max_wait": 0.25,
-            "low_max_wait": 2.0,
-            "idle": "wait",
-            "max_concurrent_batches": 4,
-        },
-        fallback={"resolve": "stream"},
-        retry={"max_attempts": 1, "budget": 0.0, "reserve": 0},
+    scenario = of(
+        {"max_batch_size": 4},
         asks=[Ask(cancel=("answer", "after")), Ask(), Ask(), Ask()],
         faults=[Fault("nonsense"), Fault(usage=False), Fault(usage=False)],
+    )
+    assert not breaches(play(scenario))
+
+
+@pytest.mark.xfail(strict=True, reason="nobody looks whether the lanes are due when max_pending is reached")
+def test_map_goes_on_when_a_source_that_fell_silent_fills_max_pending():
+    scenario = of(bulks=[Bulk(at=0.0, asks=[Ask(), Ask()], gaps=[3.0, 0.0], max_pending=1)])
+    assert not breaches(play(scenario))
+
+
+@pytest.mark.xfail(strict=True, reason="nobody wakes the map when there is room again")
+def test_map_goes_on_when_others_have_left_a_full_room():
+    scenario = of(
+        {"max_queued": 5, "when_full": "reject", "max_concurrent_batches": 1},
+        asks=[Ask() for _ in range(4)],
+        bulks=[Bulk(at=TICK, asks=[Ask(), Ask(), Ask()], max_pending=3)],
+        faults=[Fault(latency=16 * TICK)],
+    )
+    assert not breaches(play(scenario))
+
+
+@pytest.mark.xfail(strict=True, reason="the map's place is given back without a word to who waits for quiet")
+def test_closing_does_not_wait_for_a_map_that_was_about_to_take_in():
+    scenario = of(
+        {"max_queued": 1, "when_full": "wait", "max_wait": 0.0},
+        asks=[Ask()],
+        bulks=[Bulk(at=0.0, asks=[Ask()], gaps=[2 * TICK])],
+        faults=[Fault(latency=16 * TICK)],
+        closes=[(TICK, 30.0, None)],
     )
     assert not breaches(play(scenario))

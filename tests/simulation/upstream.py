@@ -70,6 +70,7 @@ class Attempt:
         how: "answered", "failed", "cancelled"; None while it is under way.
         said: Texts whose right answers have gone out, and when.
         reported: Usage it reported.
+        timeout: What the call may take, as it was told then.
         excuses: Errors that this attempt may mean for an item it carried alone, and for one of several.
         raised: What it raised.
         whose: The caller whose context it ran in; None, as it should be.
@@ -86,6 +87,7 @@ class Attempt:
     started: float
     turn: int
     moment: int
+    timeout: float | None = None
     ended: float | None = None
     how: str | None = None
     said: dict[str, float] = field(default_factory=dict)
@@ -163,6 +165,7 @@ class Upstream:
             started=world.now(),
             turn=world.loop.turns,
             moment=world.moment(),
+            timeout=call.timeout,
             whose=WHOSE.get(),
         )
         self._seen.add(key)

@@ -126,6 +126,8 @@ class World:
             draw_ids=lambda count: ["".join(self._letters.choices(ALPHABET, k=5)) for _ in range(count)],
             **options,
         )
+        # Jitter comes in eighths, so that back-offs end together with other things.
+        batcher._sender._draw = lambda: self._letters.randrange(9) / 8
         # The one look inside: who was accepted, and when. Nothing public tells it of requests that wait for room.
         accept = batcher._collector.accept
 
@@ -332,6 +334,10 @@ class World:
         finally:
             logger.disabled = silent
             loop.close()
+            # Replies are invisible to the garbage collector, and lead back here by way of their calls.
+            for item in self.items.values():
+                if item.ticket is not None and item.ticket.reply is not None:
+                    item.ticket.reply._wait = None
 
     async def _main(self) -> None:
         scenario, loop = self.scenario, self.loop
