@@ -228,6 +228,10 @@ def closing_ends_everything(world: World) -> Iterator[str]:
     begun, returned = world.shut_call
     if grace is not None and returned > max(begun, start + grace):
         yield f"aclose at {begun} returned at {returned}, but the first one was {world.closed}"
+    ends = [item.settled for item in world.items.values() if item.settled is not None]
+    busy = max([begun, start, *ends, *(attempt.ended for attempt in world.upstream.attempts)])
+    if returned > busy:
+        yield f"aclose returned at {returned}, but all was quiet from {busy} on"
     for item in world.items.values():
         if item.accepted is not None and (item.settled is None or item.settled > returned):
             yield f"{item.text} ended at {item.settled}, after the close at {returned}"

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from simulation.scenario import TICK
 
 import microbatch.batching.call as call_module
+import microbatch.batching.collector as collector_module
 import microbatch.batching.exchange as exchange_module
 from microbatch.batching.books import Books
 from microbatch.batching.call import Calls
 from microbatch.batching.collector import Collector
 from microbatch.batching.exchange import Exchange
+from microbatch.batching.lanes import Lanes
 from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
 
@@ -97,12 +99,12 @@ def stale_timer():
     """A lane that has left keeps its timer, which flushes the next batch too early."""
 
     def forget(_):
-        def disarm(collector, lane):
+        def disarm(lanes, lane):
             lane.timer = None
 
         return disarm
 
-    return _replaced(Collector, "_disarm", forget)
+    return _replaced(Lanes, "_disarm", forget)
 
 
 def dropping_on_close():
@@ -110,7 +112,7 @@ def dropping_on_close():
 
     def drop(end):
         def wrapper(collector):
-            for lane in collector._lanes.values():
+            for lane in collector.lanes:
                 lane._pending.clear()
             end(collector)
 
@@ -138,13 +140,10 @@ def await_inside_flush():
     def divided(_):
         def pump(scheduler):
             async def slowly():
-                while scheduler.free and scheduler._ring:
+                while scheduler.free and (work := scheduler._next()) is not None:
                     await asyncio.sleep(0)  # a count of tokens in a thread, say
-                    work = scheduler._next() if scheduler._ring else None
-                    if work is not None:
-                        await asyncio.sleep(0)
-                        scheduler.free -= 1
-                        scheduler._tasks.start_soon(scheduler._run, work)
+                    scheduler.free -= 1
+                    scheduler._tasks.start_soon(scheduler._run, work)
                 scheduler._notify()
 
             scheduler._tasks.start_soon(slowly)
@@ -214,8 +213,6 @@ def ignored_tenant():
 
         return wrapper
 
-    import microbatch.batching.collector as collector_module
-
     return _replaced(collector_module, "read_messages", loosely)
 
 
@@ -271,13 +268,13 @@ def lost_wakeup():
     """The end of a call does not make its lane due, although requests wait in it."""
 
     def forget(call_ended):
-        def wrapper(collector, lane):
+        def wrapper(lanes, lane):
             lane.in_flight -= 1
-            collector._drop_if_abandoned(lane)
+            lanes.drop_if_abandoned(lane)
 
         return wrapper
 
-    return _replaced(Collector, "_call_ended", forget)
+    return _replaced(Lanes, "call_ended", forget)
 
 
 def unfinished_close():

@@ -369,12 +369,17 @@ class World:
         for _ in range(3):
             await asyncio.sleep(0)
         self.stats = self.batcher.stats()
+        host = self.batcher._host
+        if host is not None and host.done() and not host.cancelled() and host.exception() is not None:
+            self.leftover.append(f"the batcher's own task died of {host.exception()!r}")
         left = asyncio.all_tasks() - {mine}
-        timers = {getattr(timer._callback, "__qualname__", "") for timer in loop._scheduled if not timer._cancelled}
-        self.leftover += sorted(
-            f"timer {name}" for name in timers if name.startswith(("Collector", "_Run", "Room", "Scheduler"))
-        )
         self.leftover += sorted(f"task {task.get_name()} {task.get_coro().__qualname__}" for task in left)
+        timers = {timer._callback for timer in loop._scheduled if not timer._cancelled}
+        # That of a call whose usage was waited for does nothing, once the call is over.
+        names = {timer.__qualname__ for timer in timers if str(timer.__module__).startswith("microbatch")} - {
+            "Exchange._stop"
+        }
+        self.leftover += sorted(f"timer {name}" for name in names)
         if self.upstream.closed != 1:
             self.leftover.append(f"the transport was closed {self.upstream.closed} times")
 
