@@ -7,8 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from simulation.scenario import REFUSALS, REPLY_TROUBLE
-from simulation.upstream import LIMIT, SLOWEST_SOUND_REPLY, right_output
-from simulation.world import RETRIES
+from simulation.upstream import SLOWEST_SOUND_REPLY, right_output
 
 import microbatch as mb
 from microbatch.batching.exchange import USAGE_PATIENCE
@@ -86,7 +85,7 @@ def errors_are_deserved(world: World) -> Iterator[str]:
         elif isinstance(error, mb.Overloaded):
             if world.scenario.policy.get("when_full") not in ("reject", "bypass"):
                 yield f"{item.text} was not let in, but may wait"
-        elif RETRIES and isinstance(error, mb.AuthFailed | mb.QuotaExhausted) and type(error) in locked_out:
+        elif isinstance(error, mb.AuthFailed | mb.QuotaExhausted) and type(error) in locked_out:
             continue  # known to be hopeless for now, so the endpoint was not asked
         else:
             last = attempts[-1] if attempts else None
@@ -122,12 +121,12 @@ def errors_are_ones_own(world: World) -> Iterator[str]:
 
 def finished_answers_stand(world: World) -> Iterator[str]:
     """An answer that is sound is handed out: at once if it comes in order and early answers are wanted, else at the end."""
-    early = world.scenario.fallback.get("resolve") != "verified"
+    early = world.scenario.fallback.get("resolve") != "verified" and not world.scenario.fallback.get("canary")
     for attempt in world.upstream.attempts:
         in_order = early and attempt.combined and attempt.call.stream and attempt.fault.kind in _IN_ORDER
-        if attempt.call.max_tokens is not None or not (
-            in_order or (attempt.how == "answered" and attempt.fault.kind in _SOUND)
-        ):
+        sound = _SOUND if attempt.canary is None else _SOUND_WITH_CANARY
+        at_the_end = attempt.how == "answered" and attempt.fault.kind in sound
+        if attempt.call.max_tokens is not None or not (in_order or at_the_end):
             continue
         for text, said in attempt.said.items():
             settled, due = world.items[text].settled, said if in_order else attempt.ended
@@ -138,6 +137,15 @@ def finished_answers_stand(world: World) -> Iterator[str]:
 _IN_ORDER = frozenset({"ok", "prose", "truncated", "cut", "reset", "stream_error", "timeout", "hang"})
 _SOUND = frozenset({"ok", "prose", "truncated", "short", "reordered", "wrong_type", "foreign"})
 """Kinds of replies whose right answers are all to be trusted, in order or at their end."""
+_SOUND_WITH_CANARY = frozenset({"ok", "prose", "reordered", "wrong_type"})
+"""Those that are sure to answer the canary, too."""
+
+
+def canaries_watch(world: World) -> Iterator[str]:
+    """Each combined call carries a canary if it is to, and a reply that gets it wrong answers nobody."""
+    for attempt in world.upstream.attempts:
+        if (attempt.canary is not None) != (attempt.combined and bool(world.scenario.fallback.get("canary"))):
+            yield f"attempt {attempt.number} has a canary where none is wanted, or none where one is"
 
 
 def calls_run_in_no_callers_context(world: World) -> Iterator[str]:
@@ -265,7 +273,8 @@ def lanes_keep_their_order(world: World) -> Iterator[str]:
     lanes: dict[object, list[Item]] = defaultdict(list)
     carried = _carried(world)
     # Who bypasses a full room, is too long for company, or goes alone because combining does not pay, overtakes.
-    overtaking = world.scenario.policy.get("when_full") == "bypass" or "max_batch_tokens" in world.scenario.policy
+    policy = world.scenario.policy
+    overtaking = policy.get("when_full") == "bypass" or "max_batch_tokens" in policy or "merge" in policy
     overtaking |= world.stats.lanes_parted > 0
     overtaking |= any(attempt.fault.kind in ("too_large", "too_long") for attempt in world.upstream.attempts)
     for item in world.items.values():
@@ -327,7 +336,7 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
 def _held_up(world: World) -> bool:
     """Whether requests waited because the endpoint asked for it, or went alone because combining did not pay."""
     asked = any(getattr(attempt.raised, "retry_after", None) for attempt in world.upstream.attempts)
-    return asked or world.stats.lanes_parted > 0
+    return asked or world.stats.lanes_parted > 0 or "merge" in world.scenario.policy
 
 
 _SHRINKING = frozenset({*REPLY_TROUBLE, "too_large", "too_long"})
@@ -462,7 +471,7 @@ def retries_keep_to_their_budget(world: World) -> Iterator[str]:
     calls: dict[object, list[Attempt]] = defaultdict(list)
     for attempt in world.upstream.attempts:
         calls[attempt.key].append(attempt)
-    retry = world.scenario.retry if RETRIES else {"max_attempts": 1, "budget": 0.0, "reserve": 0}
+    retry = world.scenario.retry
     firsts, retries = Counter[object](), Counter[object]()
     for attempts in calls.values():
         account = tuple(attempts[0].call.headers.items())
@@ -495,9 +504,12 @@ def all_is_well_in_the_end(world: World) -> Iterator[str]:
     ]
     quiet = max([0.0, *rough, *asks]) + sum(sources)
     calls = sum(attempt.started > quiet for attempt in world.upstream.attempts)
-    waits = scenario.policy["low_max_wait"] + scenario.policy["max_wait"] + (LIMIT if RETRIES else 0.0)
-    bound = quiet + waits + (calls + 1) * (SLOWEST_SOUND_REPLY + USAGE_PATIENCE)
-    # Each bulk consumer may wait once more for a source that has fallen silent.
+    retry, pauses = scenario.retry, [fault.retry_after or 0.0 for fault in scenario.faults]
+    back_off = min(retry.get("cap", 20.0), retry.get("base", 0.5) * 2.0 ** retry["max_attempts"]) + max([0.0, *pauses])
+    # Where room is short, those who are let in late wait for company then.
+    rounds = 1 + len(world.items) // scenario.policy.get("max_queued", 10_000)
+    waits = rounds * (scenario.policy["low_max_wait"] + scenario.policy["max_wait"])
+    bound = quiet + waits + back_off + (calls + 1) * (SLOWEST_SOUND_REPLY + USAGE_PATIENCE)
     if world.finished > bound:
         yield f"all was quiet from {quiet} on, but the end came at {world.finished}"
 
@@ -508,6 +520,7 @@ CHECKS: tuple[Check, ...] = (
     answers_are_ones_own,
     errors_are_ones_own,
     finished_answers_stand,
+    canaries_watch,
     calls_run_in_no_callers_context,
     only_equals_travel_together,
     the_gone_are_not_sent,

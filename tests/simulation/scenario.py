@@ -24,6 +24,7 @@ REPLY_TROUBLE = (
     "duplicate",  # an id is answered twice, once wrongly
     "foreign",  # elements with another batch's ids, or with ids that differ in a letter
     "broken",  # an element is no JSON
+    "hijacked",  # one item gives orders to all: every answer is wrong, the canary's too; without one, as it should be
     "wrong_type",
     "prose",  # fences and words around the reply
     "nonsense",  # no JSON at all
@@ -204,6 +205,8 @@ def draw(random: Random) -> Scenario:
         order=random.getrandbits(32) if random.random() < 0.85 else None,
         shuffled=random.choice((0.2, 1.0, 1.0)),
     )
+    if "canary" in features:
+        scenario.fallback.update(resolve=None, canary=True)
     bursts = [random.randint(0, 128) * TICK for _ in range(random.randint(1, 4))]
     systems = ["Shout.", "Whisper.", "Rhyme."][: random.choice((1, 1, 2, 3)) if not calm else 1]
     kinds = random.choice((["text"], ["fact"], ["text", "fact", "number"] if not calm else ["number"]))
@@ -249,6 +252,8 @@ _FEATURES = {
     "trickle": 0.3,
     "stubborn": 0.15,
     "impatient": 0.1,
+    "canary": 0.15,
+    "merge": 0.08,
 }
 """Kinds of trouble, and how many scenarios in a hundred have them."""
 
@@ -264,6 +269,8 @@ def _draw_policy(random: Random, features: set[str]) -> dict[str, object]:
     if "crowd" in features:
         policy["max_queued"] = random.randint(1, 8)
         policy["when_full"] = random.choice(("wait", "wait", "reject", "bypass"))
+    if "merge" in features:
+        policy["merge"] = "when-cheaper"
     if "tight" in features:
         policy["max_batch_tokens"] = random.choice((700, 800))
         policy["max_output_tokens"] = random.choice((100, 2_000))

@@ -69,5 +69,5 @@ def test_a_single_call_whose_caller_has_gone_before_it_began_is_not_made():
             {"idle": "flush"}, asks=[Ask(timeout=0.0)], faults=[Fault(kind="no_connection") for _ in range(4)]
         )
         scenario.order = order
-        scenario.retry = {"max_attempts": 4, "base": 0.5, "reserve": 10}
+        scenario.retry = {"max_attempts": 4, "budget": 1.0, "reserve": 10}
         assert not breaches(play(scenario))

@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 from simulation.invariants import breaches
 from simulation.scenario import TICK, Ask, Fault, Scenario
-from simulation.world import RETRIES, play
-
-# TEMPORARY, like RETRIES: fairness between tenants and priorities comes with it.
-fair = pytest.mark.skipif(not RETRIES, reason="the scheduler knows lanes only")
+from simulation.world import play
 
 ONE_SLOT = {"max_batch_size": 4, "max_wait": 0.0, "low_max_wait": 0.0, "idle": "wait", "max_concurrent_batches": 1}
 
@@ -37,14 +34,12 @@ def test_a_flooded_lane_does_not_starve_another():
     assert calls_before([Ask() for _ in range(200)] + [late], late) <= 2
 
 
-@fair
 def test_a_tenant_with_many_lanes_does_not_starve_one_with_one():
     late = Ask(at=TICK, tenant="blue")
     flood = [Ask(system=f"System {number % 20}.", tenant="red") for number in range(200)]
     assert calls_before([*flood, late], late) <= 2
 
 
-@fair
 @pytest.mark.parametrize(
     ("priority", "flood", "most"),
     [("low", "normal", 2 * (4 + 1)), ("normal", "high", 2 * (16 + 4)), ("low", "high", 2 * (16 + 1))],
@@ -54,7 +49,6 @@ def test_a_lower_priority_gets_its_share(priority, flood, most):
     assert calls_before([*(Ask(priority=flood) for _ in range(300)), late], late) <= most
 
 
-@fair
 def test_a_higher_priority_does_not_wait_behind_a_flood_of_lower_ones():
     late = Ask(at=TICK, priority="high")
     flood = [Ask(system=f"System {number % 20}.", priority="low") for number in range(200)]

@@ -6,10 +6,7 @@ import pytest
 from simulation.invariants import breaches
 from simulation.scenario import TICK, Ask, Fault, Scenario
 from simulation.upstream import TRANSIENT
-from simulation.world import RETRIES, play
-
-# TEMPORARY, like RETRIES.
-pytestmark = pytest.mark.skipif(not RETRIES, reason="the batcher takes no retry policy yet")
+from simulation.world import play
 
 
 @pytest.mark.parametrize("kind", sorted(TRANSIENT))

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from simulation.world import World
 
+CANARY = "Reply with exactly: "
+"""How the text of a canary begins."""
+
 LIMIT = 60.0
 """Seconds an attempt may take when its call sets no limit of its own: the transport's."""
 
@@ -63,6 +66,7 @@ class Attempt:
     Attributes:
         texts: The items' texts, in order.
         ids: Their ids; "" for a single call.
+        canary: The id of the canary, or None.
         key: Equal for the attempts of one call: a combined prompt is never composed twice alike.
         first: Whether the call had not been sent before.
         started: When it came, in virtual seconds; `turn` the loop's turn and `moment` the place in the trace.
@@ -80,6 +84,7 @@ class Attempt:
     call: mb.ChatCall
     texts: list[str]
     ids: list[str]
+    canary: str | None
     combined: bool
     key: object
     first: bool
@@ -148,16 +153,19 @@ class Upstream:
         """Make one attempt, as its fault says."""
         world = self._world
         received = ScriptedCall(call, world.now())
+        items = [(name, text) for name, text in received.items if not text.startswith(CANARY)]
+        canary = received.items[-1][0] if len(items) < len(received.items) else None
         number = len(self.attempts)
         fault = self._faults[number] if number < len(self._faults) else Fault(dice=number)
-        if any(world.is_poison(text) for _, text in received.items):
+        if any(world.is_poison(text) for _, text in items):
             fault = Fault(self._poison, fault.latency, fault.pieces, fault.gap, fault.usage, dice=fault.dice)
         key = call.messages[-1]["content"] if received.combined else id(call)
         attempt = Attempt(
             number=number,
             call=call,
-            texts=[text for _, text in received.items],
-            ids=[name for name, _ in received.items],
+            texts=[text for _, text in items],
+            ids=[name for name, _ in items],
+            canary=canary,
             combined=received.combined,
             key=key,
             first=key not in self._seen,
@@ -282,7 +290,9 @@ class _Sending:
         attempt = self._attempt
         if not attempt.combined:
             return self._compose_alone(kind)
-        elements = [(name, right_answer(text), text) for name, text in self._received.items]
+        elements = [(name, right_answer(text), text) for name, text in zip(attempt.ids, attempt.texts, strict=True)]
+        if attempt.canary is not None:
+            elements.append((attempt.canary, self._received.items[-1][1].removeprefix(CANARY), None))
         if kind in _SPOIL:
             elements = _SPOIL[kind](self, elements)
         if kind == "nonsense":
@@ -364,10 +374,15 @@ class _Sending:
         elements[index] = (None, raw, None)
         return elements
 
+    def _hijacked(self, elements: list[Any]) -> list[Any]:
+        if self._attempt.canary is None:
+            return elements
+        return [(name, _wrong(answer), None) for name, answer, _ in elements]
+
     def _wrong_type(self, elements: list[Any]) -> list[Any]:
         if self._attempt.texts[0].startswith("text"):
             return elements
-        index = self._dice.randrange(len(elements))
+        index = self._dice.randrange(len(self._attempt.texts))
         elements[index] = (elements[index][0], ["what?"], None)
         return elements
 
@@ -378,9 +393,10 @@ _SPOIL = {
     "duplicate": _Sending._duplicate,
     "foreign": _Sending._foreign,
     "broken": _Sending._broken,
+    "hijacked": _Sending._hijacked,
     "wrong_type": _Sending._wrong_type,
 }
-_COMBINED_ONLY = frozenset({"short", "reordered", "duplicate", "foreign", "broken"})
+_COMBINED_ONLY = frozenset({"short", "reordered", "duplicate", "foreign", "broken", "hijacked"})
 
 SLOWEST_SOUND_REPLY = 2.0 + 12 * 8 * TICK
 """Seconds that the slowest reply that is as it should be takes."""

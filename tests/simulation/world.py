@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,9 +17,6 @@ from microbatch.batching.prompt import ALPHABET
 
 if TYPE_CHECKING:
     from simulation.scenario import Ask, Bulk, Scenario
-
-# TEMPORARY, until the batcher takes a retry policy for good: then pass it always, and drop this and its uses.
-RETRIES = "retry" in inspect.signature(mb.Microbatcher).parameters
 
 
 @dataclass
@@ -117,14 +113,13 @@ class World:
 
     def _make_batcher(self) -> mb.Microbatcher:
         scenario = self.scenario
-        options: dict[str, Any] = {"retry": mb.RetryPolicy(**scenario.retry)} if RETRIES else {}
         batcher = mb.Microbatcher(
             self.upstream,
             policy=mb.FlushPolicy(**scenario.policy),
+            retry=mb.RetryPolicy(**scenario.retry),
             fallback=mb.FallbackPolicy(**scenario.fallback),
             tokens="bytes",
             draw_ids=lambda count: ["".join(self._letters.choices(ALPHABET, k=5)) for _ in range(count)],
-            **options,
         )
         # Jitter comes in eighths, so that back-offs end together with other things.
         batcher._sender._draw = lambda: self._letters.randrange(9) / 8
