@@ -485,7 +485,9 @@ def retries_keep_to_their_budget(world: World) -> Iterator[str]:
             yield f"{len(attempts)} attempts of one call"
         for before, after in pairwise(attempts):
             used = [
-                text for text in before.said if world.items[text].reply and world.items[text].settled <= before.ended
+                text
+                for text in before.said
+                if world.items[text].reply is not None and world.items[text].turn_settled <= before.turn_ended
             ]
             if used:
                 yield f"attempt {after.number} repeats {before.number}, which has answered {used}"

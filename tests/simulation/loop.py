@@ -15,6 +15,7 @@ import microbatch.batching.fallback as fallback_module
 import microbatch.batching.scheduler as scheduler_module
 from microbatch.batching.call import Calls
 from microbatch.batching.lane import Lane
+from microbatch.batching.room import Room
 from microbatch.testing import VirtualClockLoop
 
 if TYPE_CHECKING:
@@ -124,34 +125,47 @@ def _owner(handle: asyncio.Handle) -> int:
     return id(handle if owner is None else owner)
 
 
-# TEMPORARY, until `map` does so itself: it looks whether its lanes are due when its async source has filled max_pending, and
-# goes on taking in when a full room has become free. Then drop these, and the marks in test_found.py.
-_queue = bulk_module._Run._queue
-_check = bulk_module._Run.check
+# TEMPORARY, until the library does so itself; then drop these, and the marks in test_found.py. `map` looks whether its lanes are
+# due when its async source has filled max_pending, and goes on taking in when a full room has become free; whoever declines a
+# place says so to who waits for quiet; a single call is not begun when its caller has gone.
+def _queue_and_check(queue):
+    def wrapper(run, item):
+        queue(run, item)
+        run.check()
+
+    return wrapper
 
 
-def _queue_and_check(run, item) -> None:
-    _queue(run, item)
-    run.check()
+def _wake_or_check(check):
+    def wrapper(run):
+        run._collector.room.offer()
+        if run._waiting and run._sync is not None and not run._exhausted and run._has_room:
+            run._wake.set()
+        check(run)
+
+    return wrapper
 
 
-def _wake_or_check(run) -> None:
-    if run._waiting and run._sync is not None and not run._exhausted and run._has_room:
-        run._wake.set()
-    _check(run)
+def _offer_and_tell(offer):
+    def wrapper(room):
+        offer(room)
+        if not room.taken:
+            room._emptied()
+
+    return wrapper
 
 
-# TEMPORARY, until a single call looks whether its caller has gone before its task began.
-_single = Calls.single
+def _single_for_somebody(single):
+    async def wrapper(calls, ticket, *args, **kwargs):
+        return None if ticket.future.done() else await single(calls, ticket, *args, **kwargs)
 
-
-async def _single_for_somebody(calls, ticket, *args, **kwargs):
-    return None if ticket.future.done() else await _single(calls, ticket, *args, **kwargs)
+    return wrapper
 
 
 MENDS = (
     (bulk_module._Run, "_queue", _queue_and_check),
     (bulk_module._Run, "check", _wake_or_check),
+    (Room, "offer", _offer_and_tell),
     (Calls, "single", _single_for_somebody),
 )
 
@@ -187,7 +201,7 @@ class Steady:
             _patches(
                 (fallback_module, "_shuffle", self._dice.shuffle),
                 (bulk_module, "set", OrderedSet),
-                *MENDS,
+                *((owner, name, mend(vars(owner)[name])) for owner, name, mend in MENDS),
                 (scheduler_module, "set", OrderedSet),
                 (Lane, "__hash__", lambda lane: sum(map(ord, repr(lane.spec.key)))),
                 (anyio_asyncio.CancelScope, "__new__", new),

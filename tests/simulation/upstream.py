@@ -70,7 +70,7 @@ class Attempt:
         key: Equal for the attempts of one call: a combined prompt is never composed twice alike.
         first: Whether the call had not been sent before.
         started: When it came, in virtual seconds; `turn` the loop's turn and `moment` the place in the trace.
-        ended: When it was over, None while it is not.
+        ended: When it was over, None while it is not; `turn_ended` the loop's turn.
         how: "answered", "failed", "cancelled"; None while it is under way.
         said: Texts whose right answers have gone out, and when.
         reported: Usage it reported.
@@ -94,6 +94,7 @@ class Attempt:
     moment: int
     timeout: float | None = None
     ended: float | None = None
+    turn_ended: int = 0
     how: str | None = None
     said: dict[str, float] = field(default_factory=dict)
     reported: mb.Usage | None = None
@@ -199,7 +200,7 @@ class Upstream:
             attempt.how, attempt.reported = "answered", completion.usage
             return completion
         finally:
-            attempt.ended = world.now()
+            attempt.ended, attempt.turn_ended = world.now(), world.loop.turns
             world.note("attempt ends", number, attempt.how)
 
     async def aclose(self) -> None:
