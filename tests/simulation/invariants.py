@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from simulation.scenario import REFUSALS, REPLY_TROUBLE
-from simulation.upstream import SLOWEST_SOUND_REPLY, right_output
+from simulation.upstream import ASKING, SLOWEST_SOUND_REPLY, right_output
 
 import microbatch as mb
 from microbatch.batching.exchange import USAGE_PATIENCE
@@ -174,9 +174,12 @@ def only_equals_travel_together(world: World) -> Iterator[str]:
 
 def the_gone_are_not_sent(world: World) -> Iterator[str]:
     """A request that was unsent when it ended is in no call composed later; nothing is sent for the gone alone."""
+    carried = _carried(world)
     for attempt in world.upstream.attempts:
         items = [world.items[text] for text in attempt.texts]
         for item in items:
+            if carried[item.text][0] is not attempt and _held_up(world):
+                continue  # what asks again is composed first, and may then wait for its permit
             gone = item.cancel
             late = gone is not None and (attempt.started > gone[0] or attempt.turn > gone[1] + GRANT_TURNS)
             if attempt.first and (late or (item.settled is not None and attempt.started > item.settled)):
@@ -334,9 +337,10 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
 
 
 def _held_up(world: World) -> bool:
-    """Whether requests waited because the endpoint asked for it, or went alone because combining did not pay."""
-    asked = any(getattr(attempt.raised, "retry_after", None) for attempt in world.upstream.attempts)
-    return asked or world.stats.lanes_parted > 0 or "merge" in world.scenario.policy
+    """Whether requests waited for a permit, or went alone because combining did not pay."""
+    asked = any(attempt.fault.kind in ASKING and attempt.fault.retry_after for attempt in world.upstream.attempts)
+    limited = bool(world.scenario.rate_limit)
+    return asked or limited or world.stats.lanes_parted > 0 or "merge" in world.scenario.policy
 
 
 _SHRINKING = frozenset({*REPLY_TROUBLE, "too_large", "too_long"})
@@ -367,18 +371,21 @@ def nobody_waits_beside_free_slots(world: World) -> Iterator[str]:
         # In a lane where bulk work waits too, a submit waits for its time.
         shared = any(other.bulk is not None and other.lane == item.lane for other in world.items.values())
         if world.scenario.policy["idle"] == "flush" and item.ask.priority != "low" and not shared:
-            due = min(due, _idle_from(world, item))
+            due = min(due, _idle_from(world, item, carried))
         if (attempts and attempts[0].started > due) or (not attempts and (item.settled is None or item.settled > due)):
             yield f"{item.text} was due at {due}, but was sent at {attempts[0].started if attempts else None}"
 
 
-def _idle_from(world: World, item: Item) -> float:
+def _idle_from(world: World, item: Item, carried: dict[str, list[Attempt]]) -> float:
     """Return the first instant since its acceptance at which nothing else of the lane of *item* is under way."""
     spans: dict[object, tuple[float, float]] = {}
     for attempt in world.upstream.attempts:
         if item.text not in attempt.texts and world.items[attempt.texts[0]].lane == item.lane:
             begun, _ = spans.get(attempt.key, (attempt.started, 0.0))
-            spans[attempt.key] = (begun, attempt.ended)
+            # A call that is to be repeated is under way until then, though no attempt may come of it.
+            failed = attempt.how == "failed"
+            ends = [world.items[text].settled for text in attempt.texts if failed and carried[text][-1] is attempt]
+            spans[attempt.key] = (begun, max([attempt.ended, *filter(None, ends)]))
     idle = item.accepted
     for begun, ended in sorted(spans.values()):
         if begun <= idle:
@@ -491,9 +498,26 @@ def retries_keep_to_their_budget(world: World) -> Iterator[str]:
             ]
             if used:
                 yield f"attempt {after.number} repeats {before.number}, which has answered {used}"
-            asked = getattr(before.raised, "retry_after", None) or 0.0
+            asked = (before.fault.retry_after or 0.0) if before.fault.kind in ASKING else 0.0
             if after.started < before.ended + asked:
                 yield f"attempt {after.number} came at {after.started}, {asked} s were asked for at {before.ended}"
+
+
+def quotas_are_kept(world: World) -> Iterator[str]:
+    """In no minute are there more attempts with one key than the limit allows."""
+    most = world.scenario.rate_limit.get("rpm")
+    if most is None:
+        return
+    accounts: dict[object, list[float]] = defaultdict(list)
+    for attempt in world.upstream.attempts:
+        accounts[tuple(attempt.call.headers.items())].append(attempt.started)
+    for starts in accounts.values():
+        for first, last in zip(starts, starts[most:], strict=False):
+            if last - first < _MINUTE:
+                yield f"more than {most} attempts between {first} and {last}"
+
+
+_MINUTE = 60.0
 
 
 def all_is_well_in_the_end(world: World) -> Iterator[str]:
@@ -511,6 +535,8 @@ def all_is_well_in_the_end(world: World) -> Iterator[str]:
     # Where room is short, those who are let in late wait for company then.
     rounds = 1 + len(world.items) // scenario.policy.get("max_queued", 10_000)
     waits = rounds * (scenario.policy["low_max_wait"] + scenario.policy["max_wait"])
+    if scenario.rate_limit:
+        waits += 2 * _MINUTE * (1 + len(world.upstream.attempts) // scenario.rate_limit.get("rpm", 20))
     bound = quiet + waits + back_off + (calls + 1) * (SLOWEST_SOUND_REPLY + USAGE_PATIENCE)
     if world.finished > bound:
         yield f"all was quiet from {quiet} on, but the end came at {world.finished}"
@@ -538,5 +564,6 @@ CHECKS: tuple[Check, ...] = (
     usage_is_conserved,
     counters_balance,
     retries_keep_to_their_budget,
+    quotas_are_kept,
     all_is_well_in_the_end,
 )

@@ -23,6 +23,9 @@ from microbatch.batching.exchange import Exchange
 from microbatch.batching.lanes import Lanes
 from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
+from microbatch.errors import StatusError
+from microbatch.transports.accounts import Account, RetryBudget
+from microbatch.transports.rate_limit import Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -289,6 +292,35 @@ def unfinished_close():
     return _replaced(Collector, "close", hasty)
 
 
+def ignored_limit():
+    """There is always a permit."""
+    return _replaced(Bucket, "wait", lambda _: lambda bucket, tokens, now: 0.0)
+
+
+def unbounded_retries():
+    """Retries draw on no budget."""
+    return _replaced(RetryBudget, "draw", lambda _: lambda budget: True)
+
+
+def hasty_retries():
+    """What the endpoint asks to wait is not heeded."""
+
+    def deaf(ended):
+        def wrapper(account, permit, error, *args):
+            if isinstance(error, StatusError):
+                error.retry_after = None
+            ended(account, permit, error, *args)
+
+        return wrapper
+
+    return _replaced(Account, "ended", deaf)
+
+
+def trusted_hijack():
+    """The canary's answer is not looked at."""
+    return _replaced(exchange_module, "check_canary", lambda _: lambda word, raw: None)
+
+
 BUGS: tuple[Callable[[], Any], ...] = (
     missing_done_check,
     positional_matching,
@@ -306,4 +338,8 @@ BUGS: tuple[Callable[[], Any], ...] = (
     newest_first,
     lost_wakeup,
     unfinished_close,
+    ignored_limit,
+    unbounded_retries,
+    hasty_retries,
+    trusted_hijack,
 )

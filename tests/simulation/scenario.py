@@ -132,7 +132,8 @@ class Scenario:
     Attributes:
         policy: Settings of `FlushPolicy`.
         fallback: Settings of `FallbackPolicy`.
-        retry: Settings of `RetryPolicy`, if the batcher takes one.
+        retry: Settings of `RetryPolicy`.
+        rate_limit: Settings of `RateLimit`; none for no limit.
         faults: One for each attempt; later ones get a reply that is as it should be.
         poison: The refusal that calls with poison get.
         flushes: When `flush` is called.
@@ -144,6 +145,7 @@ class Scenario:
     policy: dict[str, object] = field(default_factory=dict)
     fallback: dict[str, object] = field(default_factory=dict)
     retry: dict[str, object] = field(default_factory=dict)
+    rate_limit: dict[str, object] = field(default_factory=dict)
     asks: list[Ask] = field(default_factory=list)
     bulks: list[Bulk] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -205,8 +207,19 @@ def draw(random: Random) -> Scenario:
         order=random.getrandbits(32) if random.random() < 0.85 else None,
         shuffled=random.choice((0.2, 1.0, 1.0)),
     )
+    if "quota" in features:
+        quotas = (
+            {"rpm": 4},
+            {"rpm": 12},
+            {"rpm": 120},
+            {"tpm": 20_000},
+            {"rpm": 60, "tpm": 50_000},
+            {"adaptive": True},
+        )
+        scenario.rate_limit = {**random.choice(quotas), "charge": random.choice(("reserved", "used"))}
     if "canary" in features:
         scenario.fallback.update(resolve=None, canary=True)
+        trouble += ["hijacked"] * random.randint(0, len(trouble))
     bursts = [random.randint(0, 128) * TICK for _ in range(random.randint(1, 4))]
     systems = ["Shout.", "Whisper.", "Rhyme."][: random.choice((1, 1, 2, 3)) if not calm else 1]
     kinds = random.choice((["text"], ["fact"], ["text", "fact", "number"] if not calm else ["number"]))
@@ -254,6 +267,7 @@ _FEATURES = {
     "impatient": 0.1,
     "canary": 0.15,
     "merge": 0.08,
+    "quota": 0.12,
 }
 """Kinds of trouble, and how many scenarios in a hundred have them."""
 

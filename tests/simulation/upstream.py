@@ -126,6 +126,9 @@ _STATUS: dict[str, Callable[[Fault], BaseException]] = {
 _BROKEN_OFF = frozenset({"reset", "stream_error", "timeout", "hang"})
 """Errors that may come when some of the reply is out already."""
 
+ASKING = frozenset({"rate_limited", "overloaded"})
+"""Errors that may ask to wait."""
+
 TRANSIENT = frozenset(
     {"rate_limited", "server_error", "overloaded", "no_connection", "reset", "stream_error", "timeout", "hang"}
 )

@@ -118,6 +118,7 @@ class World:
             policy=mb.FlushPolicy(**scenario.policy),
             retry=mb.RetryPolicy(**scenario.retry),
             fallback=mb.FallbackPolicy(**scenario.fallback),
+            rate_limit=mb.RateLimit(**scenario.rate_limit) if scenario.rate_limit else None,
             tokens="bytes",
             draw_ids=lambda count: ["".join(self._letters.choices(ALPHABET, k=5)) for _ in range(count)],
         )
