@@ -354,7 +354,7 @@ class _Sending:
     def _foreign(self, elements: list[Any]) -> list[Any]:
         dice, others = self._dice, []
         for attempt in self._upstream.attempts:
-            if attempt is not self._attempt:
+            if attempt.key != self._attempt.key:
                 others += [
                     (name, right_answer(text), None)
                     for name, text in zip(attempt.ids, attempt.texts, strict=True)
