@@ -71,3 +71,17 @@ def test_a_single_call_whose_caller_has_gone_before_it_began_is_not_made():
         scenario.order = order
         scenario.retry = {"max_attempts": 4, "budget": 1.0, "reserve": 10}
         assert not breaches(play(scenario))
+
+
+@pytest.mark.xfail(strict=True, reason="a map that is let in after the close tells nobody that all is quiet")
+def test_closing_does_not_wait_for_a_map_that_was_let_in_after_the_close():
+    for order in range(10):
+        scenario = of(
+            {"max_queued": 1, "when_full": "wait", "max_wait": 0.0},
+            asks=[Ask()],
+            bulks=[Bulk(at=0.0, asks=[Ask(), Ask()], gaps=[0.5, 0.0])],
+            faults=[Fault(latency=64 * TICK)],
+            closes=[(0.25, 30.0, None)],
+        )
+        scenario.order = order
+        assert not breaches(play(scenario))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -321,6 +322,8 @@ class World:
         """Play the scenario to its end."""
         loop, logger = self.loop, logging.getLogger("microbatch")
         silent, logger.disabled = logger.disabled, True
+        # When the collector runs is no part of the scenario, and what it finalizes would join in.
+        gc.disable()
         try:
             with Steady(Random(self.scenario.order or 0)):
                 loop.run_until_complete(self._main())
@@ -330,6 +333,7 @@ class World:
         finally:
             logger.disabled = silent
             loop.close()
+            gc.enable()
             # Replies are invisible to the garbage collector, and lead back here by way of their calls.
             for item in self.items.values():
                 if item.ticket is not None and item.ticket.reply is not None:
