@@ -13,9 +13,7 @@ from anyio._backends import _asyncio as anyio_asyncio
 import microbatch.batching.bulk as bulk_module
 import microbatch.batching.fallback as fallback_module
 import microbatch.batching.scheduler as scheduler_module
-from microbatch.batching.call import Calls
 from microbatch.batching.lane import Lane
-from microbatch.batching.room import Room
 from microbatch.testing import VirtualClockLoop
 
 if TYPE_CHECKING:
@@ -125,51 +123,6 @@ def _owner(handle: asyncio.Handle) -> int:
     return id(handle if owner is None else owner)
 
 
-# TEMPORARY, until the library does so itself; then drop these, and the marks in test_found.py. `map` looks whether its lanes are
-# due when its async source has filled max_pending, and goes on taking in when a full room has become free; whoever declines a
-# place says so to who waits for quiet; a single call is not begun when its caller has gone.
-def _queue_and_check(queue):
-    def wrapper(run, item):
-        queue(run, item)
-        run.check()
-
-    return wrapper
-
-
-def _wake_or_check(check):
-    def wrapper(run):
-        run._collector.room.offer()
-        if run._waiting and run._sync is not None and not run._exhausted and run._has_room:
-            run._wake.set()
-        check(run)
-
-    return wrapper
-
-
-def _offer_and_tell(offer):
-    def wrapper(room):
-        offer(room)
-        if not room.taken:
-            room._emptied()
-
-    return wrapper
-
-
-def _single_for_somebody(single):
-    async def wrapper(calls, ticket, *args, **kwargs):
-        return None if ticket.future.done() else await single(calls, ticket, *args, **kwargs)
-
-    return wrapper
-
-
-MENDS = (
-    (bulk_module._Run, "_queue", _queue_and_check),
-    (bulk_module._Run, "check", _wake_or_check),
-    (Room, "offer", _offer_and_tell),
-    (Calls, "single", _single_for_somebody),
-)
-
-
 class OrderedSet(dict):
     """A set that is walked in the order of its filling."""
 
@@ -201,7 +154,6 @@ class Steady:
             _patches(
                 (fallback_module, "_shuffle", self._dice.shuffle),
                 (bulk_module, "set", OrderedSet),
-                *((owner, name, mend(vars(owner)[name])) for owner, name, mend in MENDS),
                 (scheduler_module, "set", OrderedSet),
                 (Lane, "__hash__", lambda lane: sum(map(ord, repr(lane.spec.key)))),
                 (anyio_asyncio.CancelScope, "__new__", new),

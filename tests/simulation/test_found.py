@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from simulation import loop
 from simulation.invariants import breaches
 from simulation.scenario import TICK, Ask, Bulk, Fault, Scenario
 from simulation.world import play
-
-
-@pytest.fixture(autouse=True)
-def unmended(monkeypatch):
-    monkeypatch.setattr(loop, "MENDS", ())
 
 
 def of(policy=None, **parts):
@@ -21,7 +15,6 @@ def of(policy=None, **parts):
     return Scenario(policy={**usual, **(policy or {})}, retry=retry, order=None, **parts)
 
 
-@pytest.mark.xfail(strict=True, reason="its share of the first call is neither on a reply nor unclaimed")
 def test_usage_is_conserved_when_a_caller_goes_in_the_moment_of_an_answer_whose_call_reports_nothing():
     scenario = of(
         {"max_batch_size": 4},
@@ -31,13 +24,11 @@ def test_usage_is_conserved_when_a_caller_goes_in_the_moment_of_an_answer_whose_
     assert not breaches(play(scenario))
 
 
-@pytest.mark.xfail(strict=True, reason="nobody looks whether the lanes are due when max_pending is reached")
 def test_map_goes_on_when_a_source_that_fell_silent_fills_max_pending():
     scenario = of(bulks=[Bulk(at=0.0, asks=[Ask(), Ask()], gaps=[3.0, 0.0], max_pending=1)])
     assert not breaches(play(scenario))
 
 
-@pytest.mark.xfail(strict=True, reason="nobody wakes the map when there is room again")
 def test_map_goes_on_when_others_have_left_a_full_room():
     scenario = of(
         {"max_queued": 5, "when_full": "reject", "max_concurrent_batches": 1},
@@ -48,7 +39,6 @@ def test_map_goes_on_when_others_have_left_a_full_room():
     assert not breaches(play(scenario))
 
 
-@pytest.mark.xfail(strict=True, reason="whoever declines the last place taken tells nobody that all is quiet")
 def test_closing_does_not_wait_for_a_map_that_took_no_more_when_there_was_room():
     for order in range(10):
         scenario = of(
@@ -62,7 +52,6 @@ def test_closing_does_not_wait_for_a_map_that_took_no_more_when_there_was_room()
         assert not breaches(play(scenario))
 
 
-@pytest.mark.xfail(strict=True, reason="a single call does not look whether its caller has gone before its task began")
 def test_a_single_call_whose_caller_has_gone_before_it_began_is_not_made():
     for order in range(10):
         scenario = of(
