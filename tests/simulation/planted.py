@@ -1,0 +1,345 @@
+"""Bugs to plant in the library for a while, to see that the simulation finds them: those that batchers like this one had.
+
+Each is a context manager that bends the library from outside; the library itself has no switches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from simulation.scenario import TICK
+
+import microbatch.batching.call as call_module
+import microbatch.batching.collector as collector_module
+import microbatch.batching.exchange as exchange_module
+from microbatch.batching.books import Books
+from microbatch.batching.call import Calls
+from microbatch.batching.collector import Collector
+from microbatch.batching.exchange import Exchange
+from microbatch.batching.lanes import Lanes
+from microbatch.batching.room import Room
+from microbatch.batching.scheduler import Scheduler
+from microbatch.errors import StatusError
+from microbatch.transports.accounts import Account, RetryBudget
+from microbatch.transports.rate_limit import Bucket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace an attribute by what *make* makes of it."""
+    old = vars(owner)[name]
+    setattr(owner, name, make(old))
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+def missing_done_check():
+    """An answer is set on a future without looking whether its caller has gone."""
+
+    def careless(answer):
+        @functools.wraps(answer)
+        def wrapper(calls, tickets, answers, *args):
+            answers = list(answers)
+            if any(tickets[index].future.done() for index, _ in answers):
+                raise asyncio.InvalidStateError("invalid state")  # what set_result would raise
+            return answer(calls, tickets, answers, *args)
+
+        return wrapper
+
+    return _replaced(Calls, "_answer", careless)
+
+
+class Positional:
+    """Matches the nth answer of a reply to the nth request, as most hand-written batchers do."""
+
+    late_duplicates = unknown_ids = 0
+    damaged = False
+
+    def __init__(self, ids, decoders, *, early=True):
+        self._decoders = decoders
+        self._text = ""
+        self._answered: set[int] = set()
+
+    def feed(self, text):
+        self._text += text
+        return []
+
+    def close(self, *, ended=True):
+        try:
+            elements = json.loads(self._text)["results"]
+        except (ValueError, LookupError, TypeError):
+            return []
+        answers = []
+        for index, (element, decode) in enumerate(zip(elements, self._decoders, strict=False)):
+            try:
+                answers.append((index, decode(json.dumps(element["answer"], separators=(",", ":")))))
+            except (ValueError, LookupError, TypeError):
+                continue
+            self._answered.add(index)
+        return answers
+
+    def faults(self):
+        for index in range(len(self._decoders)):
+            if index not in self._answered:
+                yield index, "missing", ""
+
+
+def positional_matching():
+    """Answers are matched by position, not by id."""
+    return _replaced(exchange_module, "Demultiplexer", lambda _: Positional)
+
+
+def stale_timer():
+    """A lane that has left keeps its timer, which flushes the next batch too early."""
+
+    def forget(_):
+        def disarm(lanes, lane):
+            lane.timer = None
+
+        return disarm
+
+    return _replaced(Lanes, "_disarm", forget)
+
+
+def dropping_on_close():
+    """What waits when the batcher closes is dropped without a word."""
+
+    def drop(end):
+        def wrapper(collector):
+            for lane in collector.lanes:
+                lane._pending.clear()
+            end(collector)
+
+        return wrapper
+
+    return _replaced(Collector, "_end_waiting", drop)
+
+
+def no_bisection():
+    """A refused batch fails as a whole."""
+
+    def blame_all(ending):
+        def wrapper(completion, error, *, heard):
+            how = ending(completion, error, heard=heard)
+            return "failed" if how == "refused" and error is not None else how
+
+        return wrapper
+
+    return _replaced(call_module, "ending", blame_all)
+
+
+def await_inside_flush():
+    """Between looking for a free slot and taking it, the scheduler waits a turn for something."""
+
+    def divided(_):
+        def pump(scheduler):
+            async def slowly():
+                while scheduler.free and (work := scheduler._next()) is not None:
+                    await asyncio.sleep(0)  # a count of tokens in a thread, say
+                    scheduler.free -= 1
+                    scheduler._tasks.start_soon(scheduler._run, work)
+                scheduler._notify()
+
+            scheduler._tasks.start_soon(slowly)
+
+        return pump
+
+    return _replaced(Scheduler, "_pump", divided)
+
+
+def leaked_room():
+    """A request that leaves unsent keeps its place."""
+
+    def leak(withdraw):
+        def wrapper(collector, ticket):
+            unsent = ticket.queue is not None
+            withdraw(collector, ticket)
+            collector.room.taken += unsent
+
+        return wrapper
+
+    return _replaced(Collector, "_withdraw", leak)
+
+
+def leaked_slot():
+    """A call that nobody waits for any more keeps its slot."""
+
+    def leak(settle):
+        async def wrapper(collector, work):
+            await settle(collector, work)
+            if all(ticket.future.cancelled() for ticket in work.tickets):
+                collector.scheduler.free -= 1
+
+        return wrapper
+
+    return _replaced(Collector, "_settle", leak)
+
+
+def first_caller_runs_the_batch():
+    """The batch runs in its first caller's task, whose cancel it dies of."""
+
+    def run_in_first(settle):
+        async def wrapper(collector, work):
+            task = asyncio.current_task()
+
+            def die(future):
+                if future.cancelled() and not task.done():
+                    task.cancel()
+
+            work.tickets[0].future.add_done_callback(die)
+            try:
+                await settle(collector, work)
+            finally:
+                work.tickets[0].future.remove_done_callback(die)
+
+        return wrapper
+
+    return _replaced(Collector, "_settle", run_in_first)
+
+
+def ignored_tenant():
+    """Lanes are told apart by their messages only."""
+
+    def loosely(read):
+        def wrapper(messages, options):
+            found = read(messages, options)
+            return found and ((options.key[0], *found[0][1:]), found[1])
+
+        return wrapper
+
+    return _replaced(collector_module, "read_messages", loosely)
+
+
+def orphaned_call():
+    """A call goes on when its last caller has gone."""
+    return _replaced(Exchange, "_stop", lambda _: lambda exchange: None)
+
+
+def lost_usage():
+    """What a cancelled request's calls cost is forgotten."""
+
+    def forget(book):
+        def wrapper(books, tickets, shares, price):
+            unclaimed = books._ledger.unclaimed
+            book(books, tickets, shares, price)
+            books._ledger.unclaimed = unclaimed
+
+        return wrapper
+
+    return _replaced(Books, "_book", forget)
+
+
+def late_deadline():
+    """A deadline is looked at once the call is over, not when it passes."""
+
+    def later(expire):
+        def wrapper(collector, ticket, timeout):
+            if ticket.queue is not None:
+                expire(collector, ticket, timeout)
+            else:
+                collector._loop.call_later(TICK, expire, collector, ticket, timeout)
+
+        return wrapper
+
+    return _replaced(Collector, "_expire", later)
+
+
+def newest_first():
+    """Room is given to whoever came last."""
+
+    def reversed_(offer):
+        def wrapper(room):
+            room.waiting.reverse()
+            offer(room)
+            room.waiting.reverse()
+
+        return wrapper
+
+    return _replaced(Room, "offer", reversed_)
+
+
+def lost_wakeup():
+    """The end of a call does not make its lane due, although requests wait in it."""
+
+    def forget(call_ended):
+        def wrapper(lanes, lane):
+            lane.in_flight -= 1
+            lanes.drop_if_abandoned(lane)
+
+        return wrapper
+
+    return _replaced(Lanes, "call_ended", forget)
+
+
+def unfinished_close():
+    """Closing does not wait for the calls under way."""
+
+    def hasty(close):
+        def wrapper(collector, grace):
+            close(collector, 0.0 if grace is not None else None)
+
+        return wrapper
+
+    return _replaced(Collector, "close", hasty)
+
+
+def ignored_limit():
+    """There is always a permit."""
+    return _replaced(Bucket, "wait", lambda _: lambda bucket, tokens, now: 0.0)
+
+
+def unbounded_retries():
+    """Retries draw on no budget."""
+    return _replaced(RetryBudget, "draw", lambda _: lambda budget: True)
+
+
+def hasty_retries():
+    """What the endpoint asks to wait is not heeded."""
+
+    def deaf(ended):
+        def wrapper(account, permit, error, *args):
+            if isinstance(error, StatusError):
+                error.retry_after = None
+            ended(account, permit, error, *args)
+
+        return wrapper
+
+    return _replaced(Account, "ended", deaf)
+
+
+def trusted_hijack():
+    """The canary's answer is not looked at."""
+    return _replaced(exchange_module, "check_canary", lambda _: lambda word, raw: None)
+
+
+BUGS: tuple[Callable[[], Any], ...] = (
+    missing_done_check,
+    positional_matching,
+    stale_timer,
+    dropping_on_close,
+    no_bisection,
+    await_inside_flush,
+    leaked_room,
+    leaked_slot,
+    first_caller_runs_the_batch,
+    ignored_tenant,
+    orphaned_call,
+    lost_usage,
+    late_deadline,
+    newest_first,
+    lost_wakeup,
+    unfinished_close,
+    ignored_limit,
+    unbounded_retries,
+    hasty_retries,
+    trusted_hijack,
+)

@@ -1,0 +1,76 @@
+"""What the simulation has found, as small scenarios that show it."""
+
+from __future__ import annotations
+
+import pytest
+from simulation.invariants import breaches
+from simulation.scenario import TICK, Ask, Bulk, Fault, Scenario
+from simulation.world import play
+
+
+def of(policy=None, **parts):
+    """A scenario in which lanes wait for company and nothing is retried."""
+    usual = {"max_batch_size": 2, "max_wait": 0.25, "low_max_wait": 2.0, "idle": "wait", "max_concurrent_batches": 4}
+    retry = {"max_attempts": 1, "budget": 0.0, "reserve": 0}
+    return Scenario(policy={**usual, **(policy or {})}, retry=retry, order=None, **parts)
+
+
+def test_usage_is_conserved_when_a_caller_goes_in_the_moment_of_an_answer_whose_call_reports_nothing():
+    scenario = of(
+        {"max_batch_size": 4},
+        asks=[Ask(cancel=("answer", "after")), Ask(), Ask(), Ask()],
+        faults=[Fault("nonsense"), Fault(usage=False), Fault(usage=False)],
+    )
+    assert not breaches(play(scenario))
+
+
+def test_map_goes_on_when_a_source_that_fell_silent_fills_max_pending():
+    scenario = of(bulks=[Bulk(at=0.0, asks=[Ask(), Ask()], gaps=[3.0, 0.0], max_pending=1)])
+    assert not breaches(play(scenario))
+
+
+def test_map_goes_on_when_others_have_left_a_full_room():
+    scenario = of(
+        {"max_queued": 5, "when_full": "reject", "max_concurrent_batches": 1},
+        asks=[Ask() for _ in range(4)],
+        bulks=[Bulk(at=TICK, asks=[Ask(), Ask(), Ask()], max_pending=3)],
+        faults=[Fault(latency=16 * TICK)],
+    )
+    assert not breaches(play(scenario))
+
+
+def test_closing_does_not_wait_for_a_map_that_took_no_more_when_there_was_room():
+    for order in range(10):
+        scenario = of(
+            {"max_queued": 1, "when_full": "wait", "max_wait": 0.0},
+            asks=[Ask()],
+            bulks=[Bulk(at=TICK, asks=[])],
+            faults=[Fault(latency=16 * TICK)],
+            closes=[(1.0, 30.0, None)],
+        )
+        scenario.order = order
+        assert not breaches(play(scenario))
+
+
+def test_a_single_call_whose_caller_has_gone_before_it_began_is_not_made():
+    for order in range(10):
+        scenario = of(
+            {"idle": "flush"}, asks=[Ask(timeout=0.0)], faults=[Fault(kind="no_connection") for _ in range(4)]
+        )
+        scenario.order = order
+        scenario.retry = {"max_attempts": 4, "budget": 1.0, "reserve": 10}
+        assert not breaches(play(scenario))
+
+
+@pytest.mark.xfail(strict=True, reason="a map that is let in after the close tells nobody that all is quiet")
+def test_closing_does_not_wait_for_a_map_that_was_let_in_after_the_close():
+    for order in range(10):
+        scenario = of(
+            {"max_queued": 1, "when_full": "wait", "max_wait": 0.0},
+            asks=[Ask()],
+            bulks=[Bulk(at=0.0, asks=[Ask(), Ask()], gaps=[0.5, 0.0])],
+            faults=[Fault(latency=64 * TICK)],
+            closes=[(0.25, 30.0, None)],
+        )
+        scenario.order = order
+        assert not breaches(play(scenario))

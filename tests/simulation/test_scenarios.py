@@ -1,0 +1,78 @@
+"""Thousands of drawn runs, each on virtual time and in an order of its own, in all of which every promise is kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+from simulation import run
+from simulation.invariants import breaches
+from simulation.scenario import TROUBLE, draw
+from simulation.world import play
+
+SCENARIOS = 2_400
+SLICE = 200
+
+
+@pytest.mark.parametrize("first", range(0, SCENARIOS, SLICE))
+def test_every_promise_is_kept_in_every_scenario(first, record_property):
+    begun = time.process_time()
+    bad, _ = run.play_slice(range(first, first + SLICE))
+    record_property("scenarios_per_second", round(SLICE / (time.process_time() - begun)))
+    assert not bad, "\n".join(f"seed {seed}: {found}\n    replay: {run.command(seed)}" for seed, found in bad)
+
+
+@settings(
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    phases=[phase for phase in Phase if phase is not Phase.explain],
+)
+@given(st.randoms(use_true_random=False))
+def test_every_promise_is_kept_in_whatever_hypothesis_thinks_of(random):
+    scenario = draw(random)
+    note(str(scenario))
+    world = play(scenario)
+    found = breaches(world)
+    if found:
+        note("\n".join(map(str, world.trace)))
+    assert not found
+
+
+def test_the_same_seed_gives_the_same_trace():
+    for seed in range(60):
+        assert run.play_seed(seed).trace == run.play_seed(seed).trace, run.command(seed)
+
+
+def test_the_trace_is_the_same_in_every_process():
+    # Hashes of strings differ between processes, and so do addresses: neither may decide about anything.
+    command = [sys.executable, run.__file__, "--scenarios", "60", "--digest"]
+    digests = {
+        subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
+
+
+def test_scenarios_meet_all_kinds_of_trouble():
+    """A simulation that never gets anywhere keeps every promise."""
+    kinds, outcomes, routes = set(), set(), set()
+    for seed in range(600):
+        world = play(draw(Random(seed)))
+        kinds.update(attempt.fault.kind for attempt in world.upstream.attempts)
+        outcomes.update(type(item.outcome).__name__ for item in world.items.values())
+        routes.update(item.reply.route for item in world.items.values() if item.reply is not None)
+    assert kinds == {"ok", *TROUBLE}
+    assert routes == {"batch", "single", "fallback"}
+    assert outcomes >= {
+        "Reply", "str", "DeadlineExceeded", "ShutDown", "BatcherClosed", "Overloaded", "RateLimited", "AuthFailed", "Filtered",
+        "MalformedAnswer", "TruncatedReply", "Refused", "ContextTooLong", "TransportTimeout", "ConnectFailed",
+    }  # fmt: skip
