@@ -1,0 +1,620 @@
+"""Permits: in order of arrival, given back when not used, and never for ever out of reach."""
+
+import asyncio
+import contextvars
+import gc
+
+import pytest
+from helpers import ask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import microbatch as mb
+from microbatch.errors import QuotaExhausted, RateLimited, ServerError
+from microbatch.messages import Limits, Usage
+from microbatch.policy import RetryPolicy
+from microbatch.protocols import Completion
+from microbatch.testing import ScriptedTransport
+from microbatch.testing.clock import VirtualClockLoop
+from microbatch.transports.accounts import CAPACITY, Account, Accounts
+from microbatch.transports.rate_limit import WINDOW, RateLimit
+from microbatch.transports.recent import IDLE_EXPIRY
+
+
+class Desk:
+    """An account with a scheduler's double, which asks again when told to."""
+
+    def __init__(self, limit=None, *, costs=()):
+        bucket = None if limit is None or not (limit.rpm or limit.tpm) else limit.bucket("key", 0.0)
+        adaptive = limit is not None and limit.adaptive
+        self.account = Account(RetryPolicy(), bucket, adaptive=adaptive)
+        self.account.on_ready = self.on_ready
+        self.due = list(costs)
+        self.paid = []
+        self.permits = []
+
+    def on_ready(self, account):
+        assert account is self.account
+        asyncio.get_running_loop().call_soon(self.pump)
+
+    def pump(self):
+        while self.due:
+            permit = self.account.pay(self.due[0])
+            if permit is None:
+                return
+            self.due.pop(0)
+            self.permits.append(permit)
+            self.paid.append(asyncio.get_running_loop().time())
+
+    def wait_for(self, tokens=0):
+        permit = self.account.permit(tokens)
+        return permit, asyncio.ensure_future(self.account.acquire(permit))
+
+
+def at(seconds):
+    """Some exact instants."""
+    return [pytest.approx(second) for second in seconds]
+
+
+# --- the scheduler's permits
+
+
+async def test_without_limits_every_permit_is_paid_at_once():
+    desk = Desk(costs=[1_000_000] * 100)
+    desk.pump()
+    assert desk.paid == [0.0] * 100
+    assert desk.account._timer is None
+
+
+async def test_who_was_refused_is_told_when_a_permit_may_be_had():
+    desk = Desk(RateLimit(rpm=2), costs=[0] * 5)
+    desk.pump()
+    await asyncio.sleep(200)
+    assert desk.paid == at([0, 0, WINDOW, WINDOW, 2 * WINDOW])
+    assert desk.account._timer is None
+
+
+async def test_nobody_is_woken_while_nobody_waits():
+    desk = Desk(RateLimit(rpm=2), costs=[0, 0])
+    desk.pump()
+    for permit in desk.permits:
+        permit.paid = False
+        desk.account.ended(permit, None)
+    assert desk.account._timer is None
+
+
+async def test_a_permit_that_is_not_used_is_worth_one_to_the_next():
+    desk = Desk(RateLimit(rpm=1), costs=[0, 0])
+    desk.pump()
+    await asyncio.sleep(5)
+    desk.permits[0].cancel()
+    desk.permits[0].cancel()
+    await asyncio.sleep(1)
+    assert desk.paid == at([0, 5])
+    assert desk.account._in_flight == 1
+
+
+async def test_what_a_reply_gives_back_is_granted_at_once():
+    desk = Desk(RateLimit(tpm=1_000, charge="used"), costs=[900, 900])
+    desk.pump()
+    await asyncio.sleep(5)
+    desk.permits[0].paid = False
+    desk.account.ended(desk.permits[0], None, Usage(50, 50))
+    await asyncio.sleep(1)
+    assert desk.paid == at([0, 5])
+
+
+async def test_a_request_that_was_refused_and_then_given_up_blocks_nobody_for_long():
+    desk = Desk(RateLimit(tpm=1_000), costs=[900, 900])
+    desk.pump()
+    desk.due.clear()
+    await asyncio.sleep(WINDOW + 1)
+    assert desk.account._timer is None
+    desk.due.append(900)
+    desk.pump()
+    assert desk.paid == at([0, WINDOW + 1])
+
+
+async def test_timers_run_in_no_callers_context():
+    variable = contextvars.ContextVar("variable", default="nobody's")
+    seen = []
+    desk = Desk(RateLimit(rpm=1), costs=[0, 0])
+    desk.account.on_ready = lambda _: seen.append(variable.get())
+    variable.set("a caller's")
+    desk.pump()
+    await asyncio.sleep(WINDOW + 1)
+    assert seen == ["nobody's"]
+
+
+# --- those who wait for theirs
+
+
+async def test_waiters_are_served_in_order_of_arrival_and_before_the_scheduler():
+    loop = asyncio.get_running_loop()
+    desk = Desk(RateLimit(rpm=1), costs=[0, 0, 0])
+    desk.pump()
+    order = []
+    for name in "abc":
+        _, task = desk.wait_for()
+        task.add_done_callback(lambda _, name=name: order.append((name, loop.time())))
+        await asyncio.sleep(1)
+    await asyncio.sleep(6 * WINDOW)
+    assert order == [(name, pytest.approx(number * WINDOW)) for number, name in enumerate("abc", 1)]
+    assert desk.paid == at([0, 4 * WINDOW, 5 * WINDOW])
+
+
+async def test_a_small_one_does_not_overtake_a_large_one():
+    desk = Desk(RateLimit(tpm=1_000), costs=[600])
+    desk.pump()
+    _, large = desk.wait_for(600)
+    await asyncio.sleep(0)
+    _, small = desk.wait_for(1)
+    desk.due.append(1)
+    desk.pump()
+    await asyncio.sleep(WINDOW - 1)
+    assert not large.done()
+    assert not small.done()
+    await asyncio.sleep(2)
+    assert large.done()
+    assert not small.done()  # it waits out the debt of the large one
+    await asyncio.sleep(WINDOW)
+    assert small.done()
+    assert len(desk.paid) == 2
+
+
+async def test_a_cancelled_waiter_leaves_its_place_to_the_next():
+    desk = Desk(RateLimit(tpm=1_000), costs=[600])
+    desk.pump()
+    permit, large = desk.wait_for(600)
+    await asyncio.sleep(0)
+    _, small = desk.wait_for(300)
+    await asyncio.sleep(1)
+    assert not small.done()
+    large.cancel()
+    await asyncio.wait([large])
+    assert not permit.paid
+    await asyncio.sleep(0)
+    assert small.done()
+    assert not desk.account._waiters
+    assert desk.account._in_flight == 2
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_waiter_cancelled_in_the_turn_in_which_it_is_granted_gives_the_permit_back(turns):
+    desk = Desk(RateLimit(rpm=1), costs=[0])
+    desk.pump()
+    permit, first = desk.wait_for()
+    other, second = desk.wait_for()
+    await asyncio.sleep(0)
+    loop = asyncio.get_running_loop()
+
+    def cancel(after):
+        if after:
+            loop.call_soon(cancel, after - 1)
+        else:
+            first.cancel()
+
+    loop.call_at(WINDOW, cancel, turns)
+    await asyncio.sleep(WINDOW + 1)
+    if first.cancelled():
+        assert not permit.paid
+        assert second.done()
+        assert other.paid
+    else:
+        assert permit.paid  # it had gone on before
+        assert not second.done()
+        second.cancel()
+    assert desk.account._in_flight == 2
+
+
+async def test_an_attempt_that_was_cancelled_is_charged_all_the_same():
+    desk = Desk(RateLimit(rpm=1), costs=[0, 0])
+    desk.pump()
+    desk.permits[0].paid = False
+    desk.account.dropped(desk.permits[0])
+    await asyncio.sleep(1)
+    assert desk.paid == [0.0]
+    assert desk.account._in_flight == 0
+
+
+# --- the endpoint's own word
+
+
+@pytest.mark.parametrize("limit", [None, RateLimit(rpm=1_000)])
+async def test_a_pause_asked_for_is_kept_by_everybody(limit):
+    desk = Desk(limit, costs=[0])
+    desk.pump()
+    desk.permits[0].paid = False
+    desk.account.ended(desk.permits[0], RateLimited("x", status=429, retry_after=7.5))
+    desk.account.permit(0)
+    _, task = desk.wait_for()
+    desk.due.append(0)
+    desk.pump()
+    await asyncio.sleep(7.25)
+    assert not task.done()
+    await asyncio.sleep(0.5)
+    assert task.done()
+    assert desk.paid == at([0, 7.5])
+
+
+async def test_a_shorter_pause_does_not_end_a_longer_one():
+    desk = Desk(costs=[0, 0])
+    desk.pump()
+    for permit, seconds in zip(desk.permits, (20.0, 1.0), strict=True):
+        permit.paid = False
+        desk.account.ended(permit, RateLimited("x", status=429, retry_after=seconds))
+    desk.due.append(0)
+    desk.pump()
+    await asyncio.sleep(30)
+    assert desk.paid == at([0, 0, 20])
+
+
+async def test_only_a_429_holds_up_the_others():
+    desk = Desk(costs=[0])
+    desk.pump()
+    desk.permits[0].paid = False
+    desk.account.ended(desk.permits[0], ServerError("x", status=503, retry_after=20.0))
+    desk.due.append(0)
+    desk.pump()
+    assert len(desk.paid) == 2
+
+
+async def test_a_lower_limit_told_by_the_endpoint_bounds_what_is_accepted():
+    desk = Desk(RateLimit(tpm=100_000), costs=[10])
+    desk.pump()
+    desk.permits[0].paid = False
+    limits = Limits(limit_tokens=5_000, remaining_tokens=4_990, reset_tokens=0.1)
+    desk.account.ended(desk.permits[0], None, None, limits)
+    assert desk.account.max_tokens == 5_000
+
+
+async def test_while_the_breaker_is_open_permits_cost_nothing():
+    desk = Desk(RateLimit(rpm=1), costs=[0])
+    desk.pump()
+    desk.permits[0].paid = False
+    desk.account.ended(desk.permits[0], QuotaExhausted("x", status=429))
+    permit = desk.account.pay(0)
+    assert permit is not None
+    assert not permit.paid
+    permit.cancel()
+    assert desk.account._in_flight == 0
+
+
+# --- adaptive
+
+
+async def test_with_nothing_under_way_one_call_is_allowed_always():
+    desk = Desk(RateLimit(adaptive=True))
+    for number in range(30):
+        desk.due.append(0)
+        desk.pump()
+        assert len(desk.paid) == number + 1
+        desk.permits[-1].paid = False
+        await asyncio.sleep(1)
+        desk.account.ended(desk.permits[-1], RateLimited("x", status=429))
+        await asyncio.sleep(1)
+    assert desk.account._concurrency.limit == 1
+
+
+@pytest.mark.parametrize("how", ["ended", "dropped", "cancel"])
+async def test_the_end_of_a_call_however_it_ends_lets_in_the_next(how):
+    desk = Desk(RateLimit(adaptive=True), costs=[0] * 21)
+    desk.pump()
+    assert len(desk.paid) == 20
+    permit = desk.permits[0]
+    if how == "cancel":
+        permit.cancel()
+    else:
+        permit.paid = False
+        desk.account.ended(permit, None) if how == "ended" else desk.account.dropped(permit)
+    await asyncio.sleep(0)
+    assert len(desk.paid) == 21
+
+
+# --- who shares an account, and for how long it is kept
+
+
+async def accounts_of(**options):
+    transport = ScriptedTransport()
+    transport.base_url, transport.model = "http://x", "m"
+    return Accounts(transport, RetryPolicy(), options.get("limit"))
+
+
+async def test_endpoint_model_and_credentials_make_an_account():
+    accounts = await accounts_of()
+    usual = accounts.of(None, {})
+    assert accounts.of("m", {}) is usual
+    assert accounts.of("m", {"X-Trace": "1"}) is usual
+    assert accounts.of("other", {}) is not usual
+    key = accounts.of(None, {"Authorization": "Bearer a"})
+    assert key is not usual
+    assert accounts.of(None, {"authorization": "Bearer a", "X-Trace": "2"}) is key
+    assert accounts.of(None, {"Authorization": "Bearer b"}) is not key
+    assert "Bearer" not in repr(list(accounts._kept._held.items()))
+
+
+async def test_what_nobody_uses_is_forgotten_after_a_while():
+    accounts = await accounts_of()
+    accounts.of("a", {})
+    await asyncio.sleep(IDLE_EXPIRY - 1)
+    accounts.of("b", {})
+    assert len(accounts) == 2
+    await asyncio.sleep(2)
+    accounts.of("b", {})
+    gc.collect()
+    assert len(accounts) == 1
+
+
+async def test_what_was_used_lately_is_not_forgotten_though_it_was_asked_for_long_ago():
+    accounts = await accounts_of()
+    account = accounts.of("a", {})
+    await asyncio.sleep(IDLE_EXPIRY + 1)
+    account.pay(0)
+    account.budget.draw()
+    del account
+    accounts.of("b", {})
+    gc.collect()
+    assert accounts.of("a", {}).budget._balance == 9
+
+
+async def test_as_many_as_there_may_be_are_kept_and_those_in_use_beyond():
+    accounts = await accounts_of(limit=RateLimit(rpm=100))
+    held = accounts.of("held", {})
+    permit = held.pay(0)
+    for number in range(3 * CAPACITY):
+        accounts.of(f"{number}", {})
+    gc.collect()
+    assert len(accounts) == CAPACITY + 1
+    assert accounts.of("held", {}) is held
+    assert permit.account is held
+
+
+async def test_the_limit_outlives_its_accounts():
+    limit = RateLimit(rpm=1)
+    first = await accounts_of(limit=limit)
+    assert first.of(None, {}).pay(0)
+    del first
+    gc.collect()
+    second = await accounts_of(limit=limit)
+    account = second.of(None, {})
+    assert account.pay(0) is None
+    second.close()
+    assert account._timer is None
+
+
+async def test_a_limit_holds_on_to_no_batcher():
+    limit = RateLimit(rpm=1)
+    accounts = await accounts_of(limit=limit)
+    account = accounts.of(None, {})
+    account.pay(0)
+    assert account.pay(0) is None
+    accounts.close()
+    del accounts, account
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Account)]
+
+
+# --- through the batcher
+
+
+async def test_a_request_larger_than_the_quota_is_refused_and_nothing_is_queued():
+    transport = ScriptedTransport()
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=2_000)) as batcher:
+        for options in ({}, {"priority": "high"}, {"params": {"n": 2}}, {"params": {"tools": []}}):
+            for text, more in (("x" * 2_000, {}), ("x", {"max_tokens": 2_000})):
+                with pytest.raises(mb.ConfigError, match="raise tpm="):
+                    await batcher.submit(ask(text), **options, **more)
+        stats = batcher.stats()
+        assert (stats.items, stats.queued) == (0, 0)
+        assert not list(batcher._collector.lanes)
+        results = [each async for each in batcher.map([ask("x" * 2_000), ask("y")])]
+        assert {result.index: type(result.error) for result in results} == {0: mb.ConfigError, 1: type(None)}
+    assert len(transport.calls) == 1
+
+
+async def test_a_share_of_the_quota_counts():
+    async with mb.Microbatcher(
+        ScriptedTransport(), tokens="bytes", rate_limit=mb.RateLimit(tpm=4_000, share=0.5)
+    ) as batcher:
+        with pytest.raises(mb.ConfigError, match="grants 2000 a minute"):
+            await batcher.submit(ask("x" * 2_000))
+
+
+async def test_a_batch_whose_learned_cost_outgrows_the_quota_is_still_sent():
+    # The endpoint counts four times as many tokens as we do, and answers are long.
+    def heavy(call):
+        text = call.reply([(name, "y" * 400) for name, _ in call.items]) if call.combined else "y" * 400
+        return text, Completion("stop", usage=Usage(4_000, 2_000))
+
+    transport = ScriptedTransport(*[heavy] * 1_000)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=6_000)) as batcher:
+        results = [each async for each in batcher.map(ask(f"item {i}") for i in range(40))]
+    assert all(result.reply for result in results)
+
+
+async def test_asking_again_for_more_than_the_quota_is_not_stuck():
+    # The first reply is cut after one answer; by then the rest is estimated to cost more than a minute's tokens.
+    def cut(call):
+        name, _ = call.items[0]
+        return call.reply([(name, "y" * 1_500)])[:-2], Completion(None, usage=Usage(3_000, 1_500))
+
+    transport = ScriptedTransport(cut)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=4_000)) as batcher:
+        replies = await asyncio.gather(*(batcher.submit(ask(f"item {i}")) for i in range(8)))
+    assert len(replies) == 8
+
+
+async def test_a_limit_lowered_by_the_endpoint_stops_nobody_for_ever():
+    limits = Limits(limit_tokens=1_000, remaining_tokens=900, reset_tokens=1.0)
+
+    def lowered(call):
+        text = call.reply([(name, "ok") for name, _ in call.items]) if call.combined else "ok"
+        return text, Completion("stop", usage=Usage(100, 10), limits=limits)
+
+    transport = ScriptedTransport(*[lowered] * 1_000)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=10_000)) as batcher:
+        # Some of them are accepted, but cannot be sent before the endpoint has told that they are too large.
+        waiting = [batcher.submit(ask("x" * 2_000), priority="high") for _ in range(6)]
+        assert len(await asyncio.wait_for(asyncio.gather(*waiting), 600)) == 6
+        assert asyncio.get_running_loop().time() >= WINDOW
+        with pytest.raises(mb.ConfigError):
+            await batcher.submit(ask("x" * 9_000))
+
+
+async def test_relayed_requests_count_against_the_limit():
+    loop = asyncio.get_running_loop()
+
+    class Relay(ScriptedTransport):
+        def forward(self, method, path, headers, body):
+            return self
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            pass
+
+    async with mb.Microbatcher(Relay(), tokens="bytes", rate_limit=mb.RateLimit(rpm=2)) as batcher:
+        for _ in range(3):
+            async with batcher.forward("POST", "chat/completions", {}, b"{}"):
+                pass
+        assert loop.time() == pytest.approx(WINDOW)
+        (account,) = batcher._accounts._kept.values()
+        await asyncio.sleep(1)
+        assert account._in_flight == 0
+
+
+async def test_a_borrower_who_leaves_before_it_is_served_costs_nothing():
+    class Relay(ScriptedTransport):
+        forwarded = 0
+
+        def forward(self, method, path, headers, body):
+            self.forwarded += 1
+            return self
+
+        async def __aenter__(self):
+            await asyncio.sleep(10)
+
+        async def __aexit__(self, *_):
+            pass
+
+    transport = Relay()
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(rpm=100)) as batcher:
+
+        async def relay():
+            async with batcher.forward("POST", "chat/completions", {}, b"{}"):
+                pass
+
+        for turns in range(8):
+            task = asyncio.ensure_future(relay())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        await asyncio.sleep(1)
+        (account,) = batcher._accounts._kept.values()
+        assert account._in_flight == 0
+        assert 0 < transport.forwarded < 8
+        assert account._bucket._requests.total == transport.forwarded
+
+
+async def test_closing_while_permits_are_waited_for_ends_everybody_and_leaves_no_timer():
+    transport = ScriptedTransport(ServerError("x", status=500))
+    limit = mb.RateLimit(rpm=1)
+    batcher = mb.Microbatcher(transport, tokens="bytes", rate_limit=limit, retry=RetryPolicy(base=0))
+    await batcher.open()
+    tasks = [asyncio.ensure_future(batcher.submit(ask(f"{i}"), priority="high")) for i in range(5)]
+    await asyncio.sleep(10)
+    (account,) = batcher._accounts._kept.values()
+    assert account._waiters
+    assert account._refused is not None
+    await batcher.aclose(grace=5)
+    assert asyncio.get_running_loop().time() == 15
+    await asyncio.wait(tasks)
+    assert {type(task.exception()) for task in tasks} == {mb.ShutDown}
+    assert account._timer is None
+    assert account._in_flight == 0
+    assert not limit.bucket(("", None, b""), 15.0)._claims
+
+
+async def test_closing_with_time_enough_sends_what_waits_for_permits():
+    transport = ScriptedTransport()
+    batcher = await mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(rpm=1)).open()
+    tasks = [asyncio.ensure_future(batcher.submit(ask(f"{i}"), priority="high")) for i in range(3)]
+    await asyncio.sleep(1)
+    await batcher.aclose(grace=None)
+    assert [task.result().output for task in tasks] == ["0", "1", "2"]
+    assert asyncio.get_running_loop().time() == pytest.approx(2 * WINDOW)
+
+
+# --- whatever happens
+
+EVENTS = st.lists(
+    st.tuples(
+        st.floats(0, 40),
+        st.integers(0, 900),
+        st.sampled_from(["answer", "answer", "fail", "pause", "leave", "never mind"]),
+        st.floats(0, 30),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(events=EVENTS, adaptive=st.booleans(), rpm=st.sampled_from([None, 2, 10]))
+def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, rpm):
+    async def run():
+        loop = asyncio.get_running_loop()
+        desk = Desk(RateLimit(rpm=rpm, tpm=1_000, adaptive=adaptive, charge="used"))
+        account = desk.account
+
+        async def attempt(permit, ending, lasts):
+            permit.paid = False
+            await asyncio.sleep(lasts)
+            if ending == "leave":
+                account.dropped(permit)
+            elif ending == "answer":
+                account.ended(permit, None, Usage(permit.tokens // 3, 0))
+            else:
+                kind = RateLimited if ending == "pause" else ServerError
+                account.ended(permit, kind("x", status=429, retry_after=lasts))
+
+        async def waiter(tokens, ending, lasts):
+            permit = account.permit(tokens)
+            if ending == "never mind":
+                task = asyncio.ensure_future(account.acquire(permit))
+                await asyncio.sleep(lasts)
+                task.cancel()
+                await asyncio.wait([task])
+                permit.cancel()
+                return
+            await account.acquire(permit)
+            await attempt(permit, ending, lasts)
+
+        async def scheduled(tokens, ending, lasts):
+            async with turn:  # like the scheduler, which asks for one thing at a time
+                while (permit := account.pay(tokens)) is None:
+                    ready.clear()
+                    await ready.wait()
+            if ending == "never mind":
+                permit.cancel()
+                return
+            await attempt(permit, ending, lasts)
+
+        turn, ready = asyncio.Lock(), asyncio.Event()
+        account.on_ready = lambda _: ready.set()
+        tasks = []
+        for pause, tokens, ending, lasts, through_scheduler in events:
+            await asyncio.sleep(pause)
+            tasks.append(asyncio.ensure_future((scheduled if through_scheduler else waiter)(tokens, ending, lasts)))
+        await asyncio.wait_for(asyncio.gather(*tasks), 4 * WINDOW * len(events))
+        assert account._in_flight == 0
+        assert not account._waiters
+        await asyncio.sleep(WINDOW)
+        assert account._timer is None
+        assert account._bucket.wait(1_000, loop.time()) == 0.0
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        runner.run(run())
