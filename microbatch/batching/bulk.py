@@ -181,6 +181,7 @@ class _Run:
                     await self._collector.room.wait()
                 if self._collector.closing:
                     self._end_source(BatcherClosed(_CLOSED))
+                    self._collector.room.decline()
                     break
                 if self._left:
                     self._collector.room.decline()  # to the next who waits, if a place was kept for this item

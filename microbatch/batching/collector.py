@@ -393,7 +393,9 @@ class Collector:
         self._ledger.batches_by_reason[reason] += 1
         try:
             return _Work(permit, tickets, lane, self._calls.compose(tickets, lane.learned, permit))
-        except Exception as bug:  # noqa: BLE001 it must not end the scheduler
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as bug:  # noqa: BLE001 it must not end the scheduler; a Rust panic is no Exception
             error = _bug(bug)
             for ticket in tickets:
                 self.fail(ticket, error)

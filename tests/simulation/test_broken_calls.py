@@ -43,18 +43,10 @@ SCENARIOS = {
 }
 
 
-# TEMPORARY, until composing may raise anything: what is no `Exception` ends the scheduler there.
-panic_while_composing = pytest.param(
-    broken_functions,
-    Panic,
-    marks=pytest.mark.xfail(strict=True, reason="a BaseException in compose() ends the scheduler"),
-)
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize(
     ("broken", "error"),
-    [(broken_awaits, ValueError), (broken_awaits, Panic), (broken_functions, ValueError), panic_while_composing],
+    [(broken_awaits, ValueError), (broken_awaits, Panic), (broken_functions, ValueError), (broken_functions, Panic)],
 )
 def test_a_bug_at_any_step_fails_its_call_with_a_typed_error_and_the_batcher_lives_on(name, broken, error):
     step = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from simulation.invariants import breaches
 from simulation.scenario import TICK, Ask, Bulk, Fault, Scenario
 from simulation.world import play
@@ -62,7 +61,6 @@ def test_a_single_call_whose_caller_has_gone_before_it_began_is_not_made():
         assert not breaches(play(scenario))
 
 
-@pytest.mark.xfail(strict=True, reason="a map that is let in after the close tells nobody that all is quiet")
 def test_closing_does_not_wait_for_a_map_that_was_let_in_after_the_close():
     for order in range(10):
         scenario = of(

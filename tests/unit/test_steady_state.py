@@ -15,7 +15,24 @@ from microbatch.testing.quota import Quota
 RPM, TPM = 1_000, 200_000
 MINUTES = 6
 
-WORDS = "Product name with a few more words of description that vary a lot in length indeed".split()
+WORDS = [
+    "Product",
+    "name",
+    "with",
+    "a",
+    "few",
+    "more",
+    "words",
+    "of",
+    "description",
+    "that",
+    "vary",
+    "a",
+    "lot",
+    "in",
+    "length",
+    "indeed",
+]
 LONG = "You sort the products of an online shop. " * 20
 
 
