@@ -8,6 +8,7 @@ run is due or in flight, and no more can be taken in. Then everything that this 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 from collections import deque
@@ -90,12 +91,13 @@ class _Run:
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.Context()
-        self._results: deque[Result[Any]] = deque()
-        self._early: dict[int, Result[Any]] = {}  # ordered: results that came before their turn
+        self._results: deque[tuple[Result[Any], Ticket | None]] = deque()
+        self._early: dict[int, tuple[Result[Any], Ticket | None]] = {}  # ordered: results that came before their turn
         self._taken = 0
         self._yielded = 0
-        self._unsent: set[Ticket] = set()
-        self._open: set[Ticket] = set()
+        # As sets that keep their order: the same run takes the same course each time.
+        self._unsent: dict[Ticket, None] = {}
+        self._open: dict[Ticket, None] = {}
         self._waiting = False
         self._wake = asyncio.Event()
         self._exhausted = False
@@ -112,7 +114,7 @@ class _Run:
         else:
             self._sync = iter(source)
         collector.scheduler.watch(self.check)
-        collector.room.watchers.add(self._note_room)
+        collector.room.watchers[self._note_room] = None
 
     # --- intake
 
@@ -196,6 +198,9 @@ class _Run:
             if not self._left:
                 self._end_source(BatcherClosed(_CLOSED))
                 raise
+            if isinstance(iterator, AsyncGenerator):
+                with contextlib.suppress(Exception):  # nobody is left to be told
+                    await iterator.aclose()
         except Exception as error:  # noqa: BLE001 the user's own; raised once, after the results of what was taken
             self._end_source(error)
         finally:
@@ -222,32 +227,35 @@ class _Run:
         index, self._taken = self._taken, self._taken + 1
         request = item if isinstance(item, Request) else Request(item)
         try:
-            ticket = self._accept(request, self._unsent.discard)
+            ticket = self._accept(request, self._note_taken)
         except ConfigError as error:
-            self._add(Result(index, request.id, None, error))
+            self._add(Result(index, request.id, None, error), None)
             return
         if ticket.queue is not None:
-            self._unsent.add(ticket)
-        self._open.add(ticket)
+            self._unsent[ticket] = None
+        self._open[ticket] = None
         ticket.future.add_done_callback(functools.partial(self._done, ticket, index, request.id), context=self._context)
+
+    def _note_taken(self, ticket: Ticket) -> None:
+        self._unsent.pop(ticket, None)
 
     # --- results
 
     def _done(self, ticket: Ticket, index: int, name: str | None, future: asyncio.Future[Any]) -> None:
-        self._open.discard(ticket)
+        self._open.pop(ticket, None)
         if future.cancelled():
             return  # the consumer has left
         error = future.exception()
         if error is None:
-            self._add(Result(index, name, future.result()))
+            self._add(Result(index, name, future.result()), ticket)
         elif isinstance(error, Exception):
-            self._add(Result(index, name, None, error))
+            self._add(Result(index, name, None, error), None)
 
-    def _add(self, result: Result[Any]) -> None:
+    def _add(self, result: Result[Any], answered: Ticket | None) -> None:
         if not self._ordered:
-            self._results.append(result)
+            self._results.append((result, answered))
         else:
-            self._early[result.index] = result
+            self._early[result.index] = (result, answered)
             turn = self._yielded + len(self._results)
             while turn in self._early:
                 self._results.append(self._early.pop(turn))
@@ -259,7 +267,7 @@ class _Run:
         if not self._results:
             return None
         self._yielded += 1
-        return self._results.popleft()
+        return self._results.popleft()[0]
 
     async def wait(self) -> None:
         """Wait until there may be a result, or room for more."""
@@ -278,7 +286,7 @@ class _Run:
             return
         may_come = not self._exhausted and self._has_room and not (self._sync is None and self._silent)
         in_flight = len(self._open) > len(self._unsent)
-        lanes = {ticket.queue for ticket in self._unsent}
+        lanes = dict.fromkeys(ticket.queue for ticket in self._unsent)
         if may_come or in_flight or any(lane.due for lane in lanes):
             return
         self._collector.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
@@ -287,12 +295,15 @@ class _Run:
         """The consumer is gone: cancel what is pending."""
         self._left = True
         self._collector.scheduler.unwatch(self.check)
-        self._collector.room.watchers.discard(self._note_room)
+        self._collector.room.watchers.pop(self._note_room, None)
         if self._silence is not None:
             self._silence.cancel()
         for ticket in list(self._open):
-            if ticket.future.cancel():
-                self._collector.leave(ticket)
+            ticket.future.cancel()  # in vain if it has just been answered
+            self._collector.leave(ticket)
+        for _, answered in [*self._results, *self._early.values()]:
+            if answered is not None:  # nobody will ever have this answer
+                self._collector.leave(answered)
         if self._feeder is not None and not self._feeder.done():
             self._feeder.cancel()
         self._feeder_room.set()

@@ -114,7 +114,7 @@ class Calls:
         exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model), permit)
         for ticket in tickets:
             ticket.call = exchange
-        batch = Batch(tickets, ids, call, learned, exchange, early=self._early, canary=canary)
+        batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary)
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
         if route == "fallback":

@@ -513,7 +513,8 @@ class Collector:
             ticket.future.exception()  # retrieved, so that asyncio does not complain of it
 
     def _expire(self, ticket: Ticket, timeout: float) -> None:
-        failure = None if ticket.call is None else ticket.call.permit.error
+        permit = None if ticket.call is None else ticket.call.permit
+        failure = None if permit is None else permit.error
         latest = "" if failure is None else f"; the latest attempt failed: {type(failure).__name__}: {failure}"
         self.fail(ticket, DeadlineExceeded(f"no answer within the timeout of {timeout} s{latest}"))
 

@@ -32,7 +32,7 @@ class Exchange:
         size: Requests it carries.
         route: What their replies name as their route.
         sent: Loop time at which it was sent.
-        permit: What pays its attempts.
+        permit: What pays its attempts; None once it is over, because replies keep this and are not to keep the batcher.
         price: What prices its usage, or None if that is unknown.
         ended: Whether it is over and its cost divided.
         task: The task that sends it, while it does.
@@ -47,7 +47,7 @@ class Exchange:
         self.waiting = self.size = size
         self.route: Route = route
         self.sent = sent
-        self.permit = permit
+        self.permit: Permit | None = permit
         self.price = price
         self.task: asyncio.Task[Any] | None = None
         self.stopped = False
@@ -79,6 +79,7 @@ class Exchange:
     def end(self) -> None:
         """The call is over and its cost divided."""
         self.ended = True
+        self.permit = None
         if self._ended is not None:
             self._ended.set()
 
@@ -99,6 +100,7 @@ class Batch:
         canary: The word that the last item, which is nobody's request, has to be answered with; None if there is none.
         call: What is sent.
         learned: What is known of the lane.
+        permit: What pays the call.
         exchange: The call under way.
         demultiplexer: What takes its reply apart.
         answer_bytes: The length of each answer so far.
@@ -117,6 +119,7 @@ class Batch:
         "heard",
         "ids",
         "learned",
+        "permit",
         "repeated",
         "tickets",
     )
@@ -127,6 +130,7 @@ class Batch:
         ids: list[str],
         call: ChatCall,
         learned: Learned,
+        permit: Permit,
         exchange: Exchange,
         *,
         early: bool,
@@ -137,6 +141,7 @@ class Batch:
         self.canary = canary
         self.call = call
         self.learned = learned
+        self.permit = permit
         self.exchange = exchange
         self._asked = ids
         self._early = early

@@ -85,7 +85,7 @@ class _Recovery:
         self._calls = calls
         self._costs = costs
         self._learned = batch.learned
-        self._account = batch.exchange.permit.account
+        self._account = batch.permit.account
         self._fail = fail
         self._revised = revised
         self._at_once = anyio.Semaphore(max_concurrent)

@@ -35,7 +35,7 @@ class Room:
         self.size = size
         self._emptied = emptied
         self.waiting: deque[asyncio.Future[None]] = deque()
-        self.watchers: set[Callable[[], None]] = set()
+        self.watchers: dict[Callable[[], None], None] = {}  # as a set that keeps their order
         self._gone = 0  # of those who wait, how many have left
 
     @property

@@ -79,7 +79,7 @@ class Scheduler(Generic[Q, W]):
         self._rested = rested
         self._freed = freed
         self._turns: Turns[Q] = Turns()
-        self._watchers: set[Callable[[], None]] = set()
+        self._watchers: dict[Callable[[], None], None] = {}  # as a set that keeps their order
         self._pumping = False
         self._asked: asyncio.Event
         self._tasks: TaskGroup
@@ -174,11 +174,11 @@ class Scheduler(Generic[Q, W]):
 
     def watch(self, watcher: Callable[[], None]) -> None:
         """Call *watcher* whenever slots have been granted; it may enqueue."""
-        self._watchers.add(watcher)
+        self._watchers[watcher] = None
 
     def unwatch(self, watcher: Callable[[], None]) -> None:
         """Stop calling *watcher*."""
-        self._watchers.discard(watcher)
+        self._watchers.pop(watcher, None)
 
     def _notify(self) -> None:
         for watcher in list(self._watchers):

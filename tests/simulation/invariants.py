@@ -454,7 +454,7 @@ def counters_balance(world: World) -> Iterator[str]:
     stats = world.stats
     accepted = [item for item in world.items.values() if item.accepted is not None]
     # Who is cancelled in the very moment of its error has failed for the batcher, which cannot know.
-    gone = [item for item in accepted if item.outcome == "cancelled" and not _failed(item)]
+    gone = [item for item in accepted if item.outcome in ("cancelled", "unfetched") and not _failed(item)]
     figures = {
         "items": (stats.items, len(accepted)),
         "ends": (stats.answered + stats.failed + stats.cancelled, len(accepted)),

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING
 
 from anyio._backends import _asyncio as anyio_asyncio
 
-import microbatch.batching.bulk as bulk_module
 import microbatch.batching.fallback as fallback_module
-import microbatch.batching.scheduler as scheduler_module
-from microbatch.batching.lane import Lane
 from microbatch.testing import VirtualClockLoop
 
 if TYPE_CHECKING:
@@ -123,17 +120,8 @@ def _owner(handle: asyncio.Handle) -> int:
     return id(handle if owner is None else owner)
 
 
-class OrderedSet(dict):
-    """A set that is walked in the order of its filling."""
-
-    add = dict.setdefault
-
-    def discard(self, member) -> None:
-        self.pop(member, None)
-
-
 class Steady:
-    """Takes the remaining chance out of the library for a while: its dice, and sets of objects, which are walked by address.
+    """Takes the remaining chance out of the library for a while: its dice, and anyio's sets of scopes, which are walked by address.
 
     Used as a context manager around each scenario.
     """
@@ -153,9 +141,6 @@ class Steady:
         self._undo = list(
             _patches(
                 (fallback_module, "_shuffle", self._dice.shuffle),
-                (bulk_module, "set", OrderedSet),
-                (scheduler_module, "set", OrderedSet),
-                (Lane, "__hash__", lambda lane: sum(map(ord, repr(lane.spec.key)))),
                 (anyio_asyncio.CancelScope, "__new__", new),
                 (anyio_asyncio.CancelScope, "__hash__", lambda scope: by_address.get(id(scope), 0)),
             )

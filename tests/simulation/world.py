@@ -33,8 +33,9 @@ class Item:
         cancel: When its caller was cancelled, and in which turn.
         settled: When its future was done, and `turn_settled` in which turn.
         ended: When its caller had the outcome.
-        outcome: A `Reply`, an exception, "cancelled", or None while there is none.
-        ticket: The batcher's own record; for replies that nobody fetched any more.
+        outcome: A `Reply`, an exception, "cancelled", "unfetched" for an answer that a map's consumer left behind, or None while
+            there is none.
+        ticket: The batcher's own record.
     """
 
     text: str
@@ -55,13 +56,8 @@ class Item:
 
     @property
     def reply(self) -> mb.Reply[Any] | None:
-        """What it was answered, fetched by its caller or not; None if its caller left in the same moment."""
-        if isinstance(self.outcome, mb.Reply):
-            return self.outcome
-        if self.bulk is not None and self.outcome is None and self.settled is not None:
-            future = self.ticket.future
-            return None if future.cancelled() or future.exception() else future.result()
-        return None
+        """What its caller was answered."""
+        return self.outcome if isinstance(self.outcome, mb.Reply) else None
 
     @property
     def error(self) -> BaseException | None:
@@ -285,6 +281,8 @@ class World:
             if item.outcome is None and item.accepted is not None and item.ticket.future.cancelled():
                 item.cancel = (self.now(), self.loop.turns)
                 item.outcome, item.ended = "cancelled", self.now()
+            elif item.outcome is None and item.accepted is not None and item.ticket.reply is not None:
+                item.outcome, item.ended = "unfetched", self.now()
 
     def _arrive_bulk(self, number: int, bulk: Bulk) -> None:
         task = self._start(self._map(number, bulk))
@@ -334,10 +332,6 @@ class World:
             logger.disabled = silent
             loop.close()
             gc.enable()
-            # Replies are invisible to the garbage collector, and lead back here by way of their calls.
-            for item in self.items.values():
-                if item.ticket is not None and item.ticket.reply is not None:
-                    item.ticket.reply._wait = None
 
     async def _main(self) -> None:
         scenario, loop = self.scenario, self.loop
