@@ -152,7 +152,7 @@ class Lane:
                         ticket.on_taken(ticket)
                     tickets.append(ticket)
         self.live -= len(tickets)
-        self._pay_debt(self._fill)
+        self._pay_debt(len(tickets))  # those who have just left pay when they are discarded
         self._refill()
         return tickets, reason
 

@@ -46,6 +46,17 @@ async def test_a_lone_submit_on_an_idle_lane_waits_for_nobody():
     assert reply.waited == 0.0
 
 
+async def test_who_leaves_in_the_turn_of_the_flush_does_not_keep_the_next_one_waiting():
+    transport = ScriptedTransport()
+    async with batcher_for(transport, max_wait=5.0, max_batch_size=2) as batcher:
+        tasks = [asyncio.ensure_future(batcher.submit(ask(text))) for text in "abc"]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        tasks[1].cancel()
+        await asyncio.wait(tasks)
+        assert tasks[2].result().waited == 0.0
+
+
 async def test_idle_wait_keeps_the_first_request_for_max_wait():
     loop = asyncio.get_running_loop()
     transport = ScriptedTransport()
