@@ -43,6 +43,7 @@ SCENARIOS = {
 }
 
 
+@pytest.mark.promise(of="bugs")
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize(
     ("broken", "error"),

@@ -29,17 +29,20 @@ def calls_before(asks, wanted):
     return next(number for number, attempt in enumerate(calls) if text in attempt.texts)
 
 
+@pytest.mark.promise(of="fair")
 def test_a_flooded_lane_does_not_starve_another():
     late = Ask(at=TICK, system="Whisper.")
     assert calls_before([Ask() for _ in range(200)] + [late], late) <= 2
 
 
+@pytest.mark.promise(of="fair")
 def test_a_tenant_with_many_lanes_does_not_starve_one_with_one():
     late = Ask(at=TICK, tenant="blue")
     flood = [Ask(system=f"System {number % 20}.", tenant="red") for number in range(200)]
     assert calls_before([*flood, late], late) <= 2
 
 
+@pytest.mark.promise(of="fair")
 @pytest.mark.parametrize(
     ("priority", "flood", "most"),
     [("low", "normal", 2 * (4 + 1)), ("normal", "high", 2 * (16 + 4)), ("low", "high", 2 * (16 + 1))],
@@ -49,6 +52,7 @@ def test_a_lower_priority_gets_its_share(priority, flood, most):
     assert calls_before([*(Ask(priority=flood) for _ in range(300)), late], late) <= most
 
 
+@pytest.mark.promise(of="fair")
 def test_a_higher_priority_does_not_wait_behind_a_flood_of_lower_ones():
     late = Ask(at=TICK, priority="high")
     flood = [Ask(system=f"System {number % 20}.", priority="low") for number in range(200)]

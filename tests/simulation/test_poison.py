@@ -33,6 +33,7 @@ def batch_with_poison(random, refusal):
     )
 
 
+@pytest.mark.promise(of="poison")
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_poison_is_found_by_halving_and_nobody_else_fails(refusal):
     for seed in range(25):

@@ -9,6 +9,7 @@ from simulation.upstream import TRANSIENT
 from simulation.world import play
 
 
+@pytest.mark.promise(of="retries")
 @pytest.mark.parametrize("kind", sorted(TRANSIENT))
 def test_retries_keep_to_their_budget_when_everything_fails(kind):
     world = play(

@@ -20,6 +20,17 @@ SCENARIOS = 2_400
 SLICE = 200
 
 
+@pytest.mark.promise(of="ends_once")
+@pytest.mark.promise(of="cross_talk")
+@pytest.mark.promise(of="cancel")
+@pytest.mark.promise(of="lane")
+@pytest.mark.promise(of="close")
+@pytest.mark.promise(of="timeout")
+@pytest.mark.promise(of="retries")
+@pytest.mark.promise(of="fair")
+@pytest.mark.promise(of="context")
+@pytest.mark.promise(of="usage")
+@pytest.mark.promise(of="liveness")
 @pytest.mark.parametrize("first", range(0, SCENARIOS, SLICE))
 def test_every_promise_is_kept_in_every_scenario(first, record_property):
     begun = time.process_time()
@@ -45,11 +56,13 @@ def test_every_promise_is_kept_in_whatever_hypothesis_thinks_of(random):
     assert not found
 
 
+@pytest.mark.promise(of="liveness")
 def test_the_same_seed_gives_the_same_trace():
     for seed in range(60):
         assert run.play_seed(seed).trace == run.play_seed(seed).trace, run.command(seed)
 
 
+@pytest.mark.promise(of="liveness")
 def test_the_trace_is_the_same_in_every_process():
     # Hashes of strings differ between processes, and so do addresses: neither may decide about anything.
     command = [sys.executable, run.__file__, "--scenarios", "60", "--digest"]

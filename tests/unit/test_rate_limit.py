@@ -408,6 +408,7 @@ EVENTS = st.lists(
     rpm=st.sampled_from([None, 3, 25, 400]),
     headers=st.booleans(),
 )
+@pytest.mark.promise(of="limits")
 def test_no_window_ever_holds_more_than_the_limit_and_nobody_is_overtaken_or_stuck(events, charge, rpm, headers):
     line = Line(bucket_for(rpm=rpm, tpm=1_000, charge=charge))
     under_way = deque()

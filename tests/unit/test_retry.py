@@ -172,6 +172,7 @@ async def test_a_thousand_attempts_overflow_nothing():
 @pytest.mark.parametrize("draw", [0.0, 1.0])
 @pytest.mark.parametrize("asked", [0.0, 0.001, 7.25, MAX_WAIT])
 @pytest.mark.parametrize("kind", [RateLimited, ServerError])
+@pytest.mark.promise(of="retries")
 async def test_what_the_endpoint_asks_is_never_undercut_and_the_jitter_comes_on_top(kind, asked, draw):
     sent = Sent(kind("wait", status=429, retry_after=asked), draw=lambda: draw)
     await sent.send()
@@ -365,6 +366,7 @@ async def test_without_budget_the_error_is_raised_at_once_and_says_so():
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(), RetryPolicy(max_attempts=10, budget=0.5, reserve=3)], ids=repr)
+@pytest.mark.promise(of="retries")
 async def test_when_everything_fails_upstream_attempts_stay_within_the_budget(policy):
     transport = ScriptedTransport(*[lambda _: ServerError("down", status=503)] * 10_000)
     batcher = mb.Microbatcher(transport, tokens="bytes", policy=mb.FlushPolicy(idle="wait"), retry=policy)
@@ -382,6 +384,7 @@ async def test_when_everything_fails_upstream_attempts_stay_within_the_budget(po
     assert stats.retries_denied > 0
 
 
+@pytest.mark.promise(of="retries")
 async def test_asking_again_after_cuts_is_paid_from_the_budget_too():
     def cut(call):
         # One whole answer is delivered, so that the rest is not repeated but asked for again.
@@ -466,6 +469,7 @@ async def submit_timed(transport, timeout, **options):
         yield caught.value, account, batcher
 
 
+@pytest.mark.promise(of="timeout")
 async def test_a_deadline_during_back_off_ends_the_submit_at_that_instant():
     transport = ScriptedTransport(RateLimited("wait", status=429, retry_after=50.0))
     async for error, account, batcher in submit_timed(transport, 2.5):
@@ -478,6 +482,7 @@ async def test_a_deadline_during_back_off_ends_the_submit_at_that_instant():
         assert asyncio.get_running_loop().time() == 50.0
 
 
+@pytest.mark.promise(of="timeout")
 async def test_a_deadline_while_waiting_for_the_first_permit_ends_the_submit_at_that_instant():
     transport = ScriptedTransport()
     limit = mb.RateLimit(rpm=1)
