@@ -58,6 +58,7 @@ WAITING = [
     "batching.collector",
     "batching.exchange",
     "batching.fallback",
+    "batching.intake",
     "batching.lanes",
     "batching.room",
     "batching.scheduler",

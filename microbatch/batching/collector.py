@@ -15,28 +15,25 @@ a typed error; the collector lives on.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from microbatch.batching.budget import MAX_COUNTED_CHARS, Budgets, FlushReason
+from microbatch.batching.budget import Budgets, FlushReason
 from microbatch.batching.cost import Costs
+from microbatch.batching.intake import Intake
 from microbatch.batching.lane import Lane
 from microbatch.batching.lanes import Lanes
-from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
 from microbatch.batching.queues import AloneQueue, BorrowerQueue, Loan
-from microbatch.batching.request import check_messages, copy_of, read_messages, spec_of
 from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
-from microbatch.batching.ticket import HIGH, NORMAL, AloneReason, Ticket
-from microbatch.batching.worth import pays
-from microbatch.errors import ConfigError, DeadlineExceeded, RequestFailed, ShutDown
+from microbatch.batching.ticket import NORMAL, AloneReason
+from microbatch.errors import DeadlineExceeded, RequestFailed, ShutDown
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 
     from anyio.abc import TaskGroup
 
@@ -45,19 +42,12 @@ if TYPE_CHECKING:
     from microbatch.batching.call import Calls
     from microbatch.batching.exchange import Batch
     from microbatch.batching.fallback import Fallback
-    from microbatch.batching.request import Options
-    from microbatch.messages import Messages
+    from microbatch.batching.ticket import Ticket
     from microbatch.policy import FlushPolicy
 
 logger = logging.getLogger("microbatch")
 
-MAX_LINE_BYTES = MAX_COUNTED_CHARS
-"""A longer item goes alone: it would have to be counted, and it gains least from company."""
-
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
-
-_ALONE_WARNING = 100
-"""Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
 
 
 class _Work:
@@ -98,6 +88,8 @@ class Collector:
         room: The places for accepted requests.
         lanes: The open lanes.
         scheduler: The slots.
+        costs: What calls are charged.
+        accept: Queues a request; see `Intake.accept`.
         door: The event loop whose callers may come in; None before and after. One look at it answers every submit.
         closing: Whether it is shut for good.
     """
@@ -116,17 +108,12 @@ class Collector:
         self._policy = policy
         self._ledger = ledger
         self._accounts = accounts
-        self._count = count
-        self._upper = upper
-        self._ratio = ratio
         self._calls: Calls
         self._fallback: Fallback
         self._loop: asyncio.AbstractEventLoop
-        self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
         self._tasks: TaskGroup
-        self._budgets = Budgets(policy, count, canary=canary)
-        self.costs = Costs(self._budgets, count)
-        self._alone: dict[Hashable, AloneQueue] = {}
+        budgets = Budgets(policy, count, canary=canary)
+        self.costs = Costs(budgets, count)
         self._borrowers: dict[Account, BorrowerQueue] = {}
         self.room = Room(policy.max_queued, self._note_quiet)
         self.scheduler: Scheduler[Lane | AloneQueue | BorrowerQueue, _Work] = Scheduler(
@@ -138,11 +125,25 @@ class Collector:
             freed=self._note_quiet,
         )
         accounts.listen(self.scheduler.ready)
-        self.lanes = Lanes(policy, self._budgets, self.costs, accounts, count=count, enqueue=self.scheduler.enqueue)
+        self.lanes = Lanes(policy, budgets, self.costs, accounts, count=count, enqueue=self.scheduler.enqueue)
+        self._intake = Intake(
+            policy,
+            ledger,
+            room=self.room,
+            lanes=self.lanes,
+            accounts=accounts,
+            costs=self.costs,
+            count=count,
+            upper=upper,
+            ratio=ratio,
+            enqueue=self.scheduler.enqueue,
+            expire=self._expire,
+        )
+        self.accept = self._intake.accept
         self.door: asyncio.AbstractEventLoop | None = None
         self.closing = False
         self._close_asked: asyncio.Event
-        self._quiet: asyncio.Event  # set while nothing is accepted and no slot is in use
+        self._quiet: asyncio.Event  # set when, after the door was shut, nothing is accepted and no slot in use
         self._grace: float | None = None
 
     # --- life
@@ -156,14 +157,16 @@ class Collector:
         """Run until `close` is asked for and done. One task runs this, and it alone enters and leaves the task group."""
         self._loop = asyncio.get_running_loop()
         self.lanes.start(self._loop)
+        self._intake.start(self._loop)
         self._close_asked, self._quiet = asyncio.Event(), asyncio.Event()
-        self._quiet.set()
         try:
             async with anyio.create_task_group() as self._tasks:
                 self.scheduler.start(self._tasks)
                 self.door = None if self.closing else self._loop
                 ready()
                 await self._close_asked.wait()
+                self._quiet.clear()
+                self._note_quiet()
                 with anyio.move_on_after(self._grace):
                     await self._quiet.wait()
                 self._end_waiting()
@@ -189,7 +192,7 @@ class Collector:
 
     def _end_waiting(self) -> None:
         """End every ticket that waits in a queue."""
-        queues = [*self._alone.values(), *self.lanes]
+        queues = [*self._intake.alone.values(), *self.lanes]
         for ticket in [ticket for queue in queues for ticket in queue.waiting()]:
             self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
         for borrowers in list(self._borrowers.values()):
@@ -202,142 +205,6 @@ class Collector:
     def start_feeder(self, feeder: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run *feeder* in the batcher's task group, in the context of whoever asks for it: it runs the caller's own code."""
         self._tasks.start_soon(feeder)
-
-    # --- intake
-
-    def accept(
-        self,
-        messages: Messages,
-        options: Options,
-        timeout: float | None,
-        on_taken: Callable[[Ticket], None] | None = None,
-        *,
-        bypass: bool = False,
-    ) -> Ticket:
-        """Queue a request; its ticket's future is settled in the end, whatever happens.
-
-        Args:
-            messages: The chat messages, checked here.
-            options: The checked options.
-            timeout: Seconds from now until its caller gives up, or None.
-            on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
-            bypass: Go alone at once.
-
-        Raises:
-            ConfigError: The messages cannot be sent; nothing was queued.
-        """
-        if type(messages) is not list or not messages:
-            check_messages(messages)
-        read = read_messages(messages, options) if options.combinable else None
-        loop = self._loop
-        now = loop.time()
-        if read is None:
-            check_messages(messages)
-            ticket = Ticket(loop.create_future(), spec_of([], options, None), options.answer, now)
-            ticket.messages = copy_of(messages)
-            ticket.on_taken = on_taken
-            account = self._accounts.of(options.model, options.headers)
-            if account.max_tokens is not None:
-                ticket.cost = _fitting(self.costs.of_any(ticket.messages, ticket.spec), account.max_tokens)
-            self._queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
-        else:
-            key, text = read
-            line = item_line(text)
-            # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
-            tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
-            lanes = self.lanes
-            lane = lanes.latest
-            # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
-            if lane is None or lane.spec.key != key:
-                lane = lanes.find(key, messages, options)
-            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens)
-            if on_taken is None:
-                wait = lane.max_wait
-                ticket.due_at = now + (wait if timeout is None else min(wait, timeout / 2))
-            else:
-                ticket.on_taken = on_taken
-            alone = self._look_closely(ticket, lane) if lane.careful else None
-            if bypass:
-                alone = AloneReason.BYPASS
-            elif tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES:
-                alone = alone or self._too_long(ticket, lane)
-            if alone is not None:
-                self._queue_alone(ticket, alone, lane.account)
-                lanes.drop_if_abandoned(lane)
-            else:
-                lane.add(ticket)
-                if not lane.queued:
-                    lanes.joined(lane)
-        if not self.room.taken:
-            self._quiet.clear()
-        self.room.taken += 1
-        self._ledger.items += 1
-        if timeout is not None:
-            ticket.deadline = now + timeout
-            ticket.timer = loop.call_at(ticket.deadline, self._expire, ticket, timeout, context=self._context)
-        return ticket
-
-    def _look_closely(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
-        """Work out what *ticket* costs alone, and tell why it goes alone if it does.
-
-        Raises:
-            ConfigError: It can never be sent, because it is larger than the whole quota.
-        """
-        learned, quota = lane.learned, lane.account.max_tokens
-        if quota is not None:
-            try:
-                ticket.cost = _fitting(self.costs.alone(ticket, learned), quota)
-            except ConfigError:
-                self.lanes.drop_if_abandoned(lane)
-                raise
-        if lane.rank == HIGH:
-            return AloneReason.HIGH
-        if learned.apart > 0:
-            learned.apart -= 1
-            if not learned.apart:
-                learned.revised = True
-                self.lanes.revise(lane)
-        elif self._policy.merge == "always" or self._pays(lane, lane.budget.size):
-            return None
-        self._note_alone(lane, "not cheaper together")
-        return AloneReason.NOT_CHEAPER
-
-    def _pays(self, lane: Lane, items: int) -> bool:
-        spec, learned = lane.spec, lane.learned
-        apart, together = self.costs.surroundings(spec, learned)
-        return pays(
-            items,
-            apart=apart,
-            together=together,
-            wrapped=spec.answer.wrapped,
-            framing=learned.framing,
-            ratio=self._ratio(spec.model),
-        )
-
-    def _too_long(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
-        """Tell whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
-        if len(ticket.line) <= MAX_LINE_BYTES and ticket.count(self._count) <= lane.budget.tokens - ID_TOKENS:
-            return None
-        self._note_alone(
-            lane,
-            f"too long to share a prompt (max_batch_tokens={self._policy.max_batch_tokens}, "
-            f"max_prompt_tokens={self._policy.max_prompt_tokens}, {MAX_LINE_BYTES} bytes)",
-        )
-        return AloneReason.TOO_LONG
-
-    def _note_alone(self, lane: Lane, why: str) -> None:
-        lane.learned.alone += 1
-        if lane.learned.alone == _ALONE_WARNING:
-            logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
-
-    def _queue_alone(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:
-        spec = ticket.spec
-        key = (account, spec.tenant, spec.rank)
-        queue = self._alone.get(key)
-        if queue is None:
-            queue = self._alone[key] = AloneQueue(account, spec.tenant, spec.rank)
-        queue.add(ticket, reason)
-        self.scheduler.enqueue(queue)
 
     def flush(self, reason: FlushReason = FlushReason.EXPLICIT, only: Iterable[Lane] | None = None) -> None:
         """Make all lanes, or *only* these, due with everything that waits in them now."""
@@ -362,7 +229,7 @@ class Collector:
         elif isinstance(queue, BorrowerQueue):
             self._borrowers.pop(queue.account, None)
         else:
-            self._alone.pop((queue.account, queue.tenant, queue.rank), None)
+            self._intake.alone.pop((queue.account, queue.tenant, queue.rank), None)
 
     def _take(self, queue: Lane | AloneQueue | BorrowerQueue, permit: Permit) -> _Work | None:
         """Take the next work from *queue*, a batch already composed; None if all of its callers have just left."""
@@ -385,9 +252,9 @@ class Collector:
             alone = AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
             self._ledger.singles_by_reason[alone] += 1
             return _Work(permit, tickets, lane)
-        if self._policy.merge == "when-cheaper" and not self._pays(lane, len(tickets)):
+        if self._policy.merge == "when-cheaper" and not self._intake.pays(lane, len(tickets)):
             for ticket in tickets:
-                self._queue_alone(ticket, AloneReason.NOT_CHEAPER, lane.account)
+                self._intake.queue_alone(ticket, AloneReason.NOT_CHEAPER, lane.account)
             return None
         lane.learned.alone = 0
         self._ledger.batches_by_reason[reason] += 1
@@ -433,13 +300,14 @@ class Collector:
             learned.grow(outcome.asked, self._policy.max_batch_size)
         if outcome.open or outcome.ending == "length":
             await self._fallback.recover(outcome, batch, lambda: self.lanes.revise(lane))
-            if learned.balance.lost:
+            if learned.balance.lost and not learned.apart:
                 learned.part()
                 self._ledger.lanes_parted += 1
-                logger.warning(
-                    "asking again for missing and broken answers costs more than combining saves: requests of this kind go "
-                    "alone for a while"
-                )
+                if learned.parted == 1:  # once is enough
+                    logger.warning(
+                        "asking again for missing and broken answers costs more than combining saves: requests of this kind "
+                        "go alone for a while"
+                    )
 
     async def _answer_alone(self, work: _Work) -> None:
         (ticket,) = work.tickets
@@ -466,7 +334,6 @@ class Collector:
         cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
         loan = Loan(cost, self._loop.create_future(), asyncio.Event())
         queue.add(loan)
-        self._quiet.clear()
         self.room.taken += 1
         self.scheduler.enqueue(queue)
         try:
@@ -541,17 +408,3 @@ def _bug(cause: BaseException) -> RequestFailed:
     error = RequestFailed(f"a call failed in microbatch itself: {type(cause).__name__}")
     error.__cause__ = cause
     return error
-
-
-def _fitting(cost: int, quota: int) -> int:
-    """Return *cost* if it can ever be granted.
-
-    Raises:
-        ConfigError: It is larger than the whole quota.
-    """
-    if cost > quota:
-        raise ConfigError(
-            f"this request would be charged about {cost} tokens (its prompt and max_tokens), but the rate limit grants {quota} "
-            "a minute, so it could never be sent: shorten it, lower max_tokens or raise tpm="
-        )
-    return cost

@@ -41,6 +41,7 @@ class Learned(msgspec.Struct):
         prompt_scale: The endpoint's count of combined prompts over ours.
         balance: What combining has cost and saved lately.
         apart: Requests that still go alone before combining is tried again, because it cost more than it saved.
+        parted: How often that was so.
         revised: Whether anything has changed since the lane's budget was worked out.
         alone: Requests in a row that were too long, or not cheaper, to travel with others.
     """
@@ -56,6 +57,7 @@ class Learned(msgspec.Struct):
     prompt_scale: float = 1.0
     balance: Balance = msgspec.field(default_factory=Balance)
     apart: int = 0
+    parted: int = 0
     revised: bool = False
     alone: int = 0
 
@@ -80,8 +82,18 @@ class Learned(msgspec.Struct):
     def part(self) -> None:
         """Combining costs more than it saves: send requests alone for a while."""
         self.apart = _APART
-        self.balance = Balance(batches=_BATCHES_ON_TRIAL)
+        self.parted += 1
         self.revised = True
+
+    def go_alone(self) -> bool:
+        """Return whether a request goes alone for that reason; the last one ends the while, and combining is on trial."""
+        if not self.apart:
+            return False
+        self.apart -= 1
+        if not self.apart:
+            self.balance = Balance(batches=_BATCHES_ON_TRIAL)
+            self.revised = True
+        return True
 
     def halve(self, asked: int) -> None:
         """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on.

@@ -100,10 +100,10 @@ async def test_alone_requests_that_leave_are_forgotten():
         for task in tasks[1:-1]:
             task.cancel()
         await asyncio.sleep(0.1)
-        (queue,) = batcher._collector._alone.values()
+        (queue,) = batcher._collector._intake.alone.values()
         assert len(queue._waiting) <= 70
         await asyncio.wait(tasks)
-        assert not batcher._collector._alone
+        assert not batcher._collector._intake.alone
     assert [call.items[0][1] for call in transport.calls] == ["0", "199"]
 
 

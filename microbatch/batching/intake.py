@@ -1,0 +1,240 @@
+"""Takes requests in: what they are, whether they may share a prompt, and where they wait.
+
+This is on every submit's path, so it is written with care for what each step costs; see `bench/burst.py`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from typing import TYPE_CHECKING
+
+from microbatch.batching.budget import MAX_COUNTED_CHARS
+from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
+from microbatch.batching.queues import AloneQueue
+from microbatch.batching.request import check_messages, copy_of, read_messages, spec_of
+from microbatch.batching.ticket import HIGH, AloneReason, Ticket
+from microbatch.batching.worth import pays
+from microbatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Hashable
+
+    from microbatch.accounting.stats import Ledger
+    from microbatch.batching.account import Account, Accounts
+    from microbatch.batching.cost import Costs
+    from microbatch.batching.lane import Lane
+    from microbatch.batching.lanes import Lanes
+    from microbatch.batching.request import Options
+    from microbatch.batching.room import Room
+    from microbatch.messages import Messages
+    from microbatch.policy import FlushPolicy
+
+logger = logging.getLogger("microbatch")
+
+MAX_LINE_BYTES = MAX_COUNTED_CHARS
+"""A longer item goes alone: it would have to be counted, and it gains least from company."""
+
+_ALONE_WARNING = 100
+"""Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
+
+
+class Intake:
+    """The way in.
+
+    Args:
+        policy: What may travel together.
+        ledger: Where everything is counted.
+        room: The places for accepted requests.
+        lanes: Where requests wait that may share a prompt.
+        accounts: Whose permits each needs.
+        costs: What each is charged.
+        count: Counts a text's tokens.
+        upper: Bounds a line's tokens from above, or None to use its bytes.
+        ratio: Tells what a generated token of a model costs, in prompt tokens.
+        enqueue: Lets a queue that is due take its turns.
+        expire: Ends a ticket whose timeout, which it is told, has passed.
+
+    Attributes:
+        alone: The queues of requests that go alone, by account, tenant and priority.
+    """
+
+    def __init__(
+        self,
+        policy: FlushPolicy,
+        ledger: Ledger,
+        *,
+        room: Room,
+        lanes: Lanes,
+        accounts: Accounts,
+        costs: Costs,
+        count: Callable[[str], int],
+        upper: Callable[[str], int] | None,
+        ratio: Callable[[str | None], float],
+        enqueue: Callable[[AloneQueue], None],
+        expire: Callable[[Ticket, float], None],
+    ) -> None:
+        self.alone: dict[Hashable, AloneQueue] = {}
+        self._policy = policy
+        self._ledger = ledger
+        self._room = room
+        self._lanes = lanes
+        self._accounts = accounts
+        self._costs = costs
+        self._count = count
+        self._upper = upper
+        self._ratio = ratio
+        self._enqueue = enqueue
+        self._expire = expire
+        self._loop: asyncio.AbstractEventLoop
+        self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Serve callers of *loop* from now on."""
+        self._loop = loop
+
+    def accept(
+        self,
+        messages: Messages,
+        options: Options,
+        timeout: float | None,
+        on_taken: Callable[[Ticket], None] | None = None,
+        *,
+        bypass: bool = False,
+    ) -> Ticket:
+        """Queue a request; its ticket's future is settled in the end, whatever happens.
+
+        Args:
+            messages: The chat messages, checked here.
+            options: The checked options.
+            timeout: Seconds from now until its caller gives up, or None.
+            on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
+            bypass: Go alone at once.
+
+        Raises:
+            ConfigError: The messages cannot be sent; nothing was queued.
+        """
+        if type(messages) is not list or not messages:
+            check_messages(messages)
+        read = read_messages(messages, options) if options.combinable else None
+        loop = self._loop
+        now = loop.time()
+        if read is None:
+            check_messages(messages)
+            ticket = Ticket(loop.create_future(), spec_of([], options, None), options.answer, now)
+            ticket.messages = copy_of(messages)
+            ticket.on_taken = on_taken
+            account = self._accounts.of(options.model, options.headers)
+            if account.max_tokens is not None:
+                ticket.cost = _fitting(self._costs.of_any(ticket.messages, ticket.spec), account.max_tokens)
+            self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
+        else:
+            key, text = read
+            line = item_line(text)
+            # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
+            tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
+            lanes = self._lanes
+            lane = lanes.latest
+            # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
+            if lane is None or lane.spec.key != key:
+                lane = lanes.find(key, messages, options)
+            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens)
+            if on_taken is None:
+                wait = lane.max_wait
+                ticket.due_at = now + (wait if timeout is None else min(wait, timeout / 2))
+            else:
+                ticket.on_taken = on_taken
+            alone = self._look_closely(ticket, lane) if lane.careful else None
+            if bypass:
+                alone = AloneReason.BYPASS
+            elif tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES:
+                alone = alone or self._too_long(ticket, lane)
+            if alone is not None:
+                self.queue_alone(ticket, alone, lane.account)
+                lanes.drop_if_abandoned(lane)
+            else:
+                lane.add(ticket)
+                if not lane.queued:
+                    lanes.joined(lane)
+        self._room.taken += 1
+        self._ledger.items += 1
+        if timeout is not None:
+            ticket.deadline = now + timeout
+            ticket.timer = loop.call_at(ticket.deadline, self._expire, ticket, timeout, context=self._context)
+        return ticket
+
+    def _look_closely(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
+        """Work out what *ticket* costs alone, and tell why it goes alone if it does.
+
+        Raises:
+            ConfigError: It can never be sent, because it is larger than the whole quota.
+        """
+        learned, quota = lane.learned, lane.account.max_tokens
+        if quota is not None:
+            try:
+                ticket.cost = _fitting(self._costs.alone(ticket, learned), quota)
+            except ConfigError:
+                self._lanes.drop_if_abandoned(lane)
+                raise
+        if lane.rank == HIGH:
+            return AloneReason.HIGH
+        if learned.go_alone():
+            self._lanes.revise(lane)
+        elif self._policy.merge == "always" or self.pays(lane, lane.budget.size):
+            return None
+        self._note_alone(lane, "not cheaper together")
+        return AloneReason.NOT_CHEAPER
+
+    def pays(self, lane: Lane, items: int) -> bool:
+        """Return whether *items* of *lane* cost less together than alone, by all that is known of it."""
+        spec, learned = lane.spec, lane.learned
+        apart, together = self._costs.surroundings(spec, learned)
+        return pays(
+            items,
+            apart=apart,
+            together=together,
+            wrapped=spec.answer.wrapped,
+            framing=learned.framing,
+            ratio=self._ratio(spec.model),
+        )
+
+    def _too_long(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
+        """Tell whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
+        if len(ticket.line) <= MAX_LINE_BYTES and ticket.count(self._count) <= lane.budget.tokens - ID_TOKENS:
+            return None
+        self._note_alone(
+            lane,
+            f"too long to share a prompt (max_batch_tokens={self._policy.max_batch_tokens}, "
+            f"max_prompt_tokens={self._policy.max_prompt_tokens}, {MAX_LINE_BYTES} bytes)",
+        )
+        return AloneReason.TOO_LONG
+
+    def _note_alone(self, lane: Lane, why: str) -> None:
+        lane.learned.alone += 1
+        if lane.learned.alone == _ALONE_WARNING:
+            logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
+
+    def queue_alone(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:
+        """Queue *ticket* among those of its account, tenant and priority that go alone."""
+        spec = ticket.spec
+        key = (account, spec.tenant, spec.rank)
+        queue = self.alone.get(key)
+        if queue is None:
+            queue = self.alone[key] = AloneQueue(account, spec.tenant, spec.rank)
+        queue.add(ticket, reason)
+        self._enqueue(queue)
+
+
+def _fitting(cost: int, quota: int) -> int:
+    """Return *cost* if it can ever be granted.
+
+    Raises:
+        ConfigError: It is larger than the whole quota.
+    """
+    if cost > quota:
+        raise ConfigError(
+            f"this request would be charged about {cost} tokens (its prompt and max_tokens), but the rate limit grants {quota} "
+            "a minute, so it could never be sent: shorten it, lower max_tokens or raise tpm="
+        )
+    return cost
