@@ -194,6 +194,8 @@ class Account:
         error: RequestFailed | None,
         usage: Usage | None = None,
         limits: Limits | None = None,
+        *,
+        reserved: bool = True,
     ) -> None:
         """An attempt of *permit* is over.
 
@@ -202,6 +204,7 @@ class Account:
             error: What it failed with; None for an answer.
             usage: What the endpoint says it used, or None.
             limits: What the endpoint says of its limits, or None.
+            reserved: Whether `max_tokens` was sent, which endpoints charge whatever is used of it.
         """
         now = asyncio.get_running_loop().time()
         self.breaker.note(error, sent=permit.sent, now=now)
@@ -213,7 +216,7 @@ class Account:
             if isinstance(error, RateLimited) and error.retry_after is not None and error.retry_after <= MAX_WAIT:
                 self._paused_until = max(self._paused_until, now + error.retry_after)
         if self._bucket is not None and permit.grant is not None:
-            self._bucket.ended(permit.grant, usage, limits, now)
+            self._bucket.ended(permit.grant, usage, limits, now, reserved=reserved)
             self.max_tokens = self._bucket.max_tokens
         self._serve()
 

@@ -149,7 +149,7 @@ class Sender:
         except BaseException:
             account.dropped(permit)
             raise
-        account.ended(permit, None, completion.usage, completion.limits)
+        account.ended(permit, None, completion.usage, completion.limits, reserved=call.max_tokens is not None)
         return completion
 
     async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
