@@ -83,8 +83,12 @@ class Learned(msgspec.Struct):
         self.revised = True
 
     def halve(self, asked: int) -> None:
-        """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on."""
-        self.batch_size = max(1, min(asked, self.batch_size or asked) // 2)
+        """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on.
+
+        At least for two: from requests that go alone nothing is learned, and the lane would never grow again. Where two are too
+        many, `balance` tells.
+        """
+        self.batch_size = max(2, min(asked, self.batch_size or asked) // 2)
         self.revised = True
 
     def grow(self, asked: int, limit: int) -> None:

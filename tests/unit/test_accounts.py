@@ -414,6 +414,16 @@ async def test_a_request_larger_than_the_quota_is_refused_and_nothing_is_queued(
     assert len(transport.calls) == 1
 
 
+async def test_a_batch_of_one_is_charged_as_the_single_call_it_is():
+    charges = {}
+    for priority in ("high", "normal"):
+        async with mb.Microbatcher(ScriptedTransport(), tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000)) as batcher:
+            await batcher.submit(ask("x"), max_tokens=100, priority=priority)
+            (account,) = batcher._accounts._kept.values()
+            charges[priority] = account._bucket._tokens.total
+    assert charges["normal"] == charges["high"] < 200
+
+
 async def test_a_share_of_the_quota_counts():
     async with mb.Microbatcher(
         ScriptedTransport(), tokens="bytes", rate_limit=mb.RateLimit(tpm=4_000, share=0.5)

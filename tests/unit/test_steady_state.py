@@ -19,21 +19,15 @@ RPM, TPM = 1_000, 200_000
 MINUTES = 6
 
 WORDS = [
-    "Product",
+    "product",
     "name",
     "with",
-    "a",
-    "few",
-    "more",
-    "words",
-    "of",
+    "a few",
+    "more words of",
     "description",
-    "that",
-    "vary",
-    "a",
-    "lot",
-    "in",
-    "length",
+    "that vary",
+    "a lot",
+    "in length",
     "indeed",
 ]
 LONG = "You sort the products of an online shop. " * 20
