@@ -220,6 +220,8 @@ class Collector:
         if not isinstance(queue, Lane):
             return queue.cost
         items, tokens = queue.next_batch
+        if items == 1:
+            return min(quota, queue.oldest.cost)
         return min(quota, self.costs.together(queue.spec, queue.learned, items, tokens))
 
     def _rested(self, queue: Lane | AloneQueue | BorrowerQueue) -> None:

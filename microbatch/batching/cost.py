@@ -7,6 +7,7 @@ everywhere, and not every model's encoding is known.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -117,8 +118,9 @@ class Costs:
     def _answers(spec: Spec, learned: Learned, items: int) -> int:
         if spec.max_tokens is not None:
             return items * output_reserve(spec.max_tokens)
-        # Of many answers only a few are long: the mean, and one of the long ones.
-        return round((items - 1) * learned.answer_mean) + learned.answer_tokens
+        # Of many answers only a few are long: what is drawn independently strays from its mean by the root of the number.
+        stray = max(0.0, learned.answer_tokens - learned.answer_mean) * math.sqrt(items)
+        return round(items * learned.answer_mean + stray)
 
     def _of_messages(self, messages: Iterable[Mapping[str, Any]]) -> int:
         total = PRIMING_TOKENS

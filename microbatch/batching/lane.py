@@ -98,6 +98,11 @@ class Lane:
         return self._fill, self._fill_tokens
 
     @property
+    def oldest(self) -> Ticket:
+        """The request that has waited longest. One must wait."""
+        return next(ticket for ticket in self._pending if ticket.queue is self)
+
+    @property
     def abandoned(self) -> bool:
         """Whether nothing waits and nothing is under way, so that the lane can go."""
         return not self.live and not self.in_flight

@@ -98,7 +98,8 @@ class Learned(msgspec.Struct):
     def halve(self, asked: int) -> None:
         """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on.
 
-        But for two at least, or the lane would never learn again; whether two are worth it is for its balance to tell.
+        At least for two: from requests that go alone nothing is learned, and the lane would never grow again. Where two are too
+        many, `balance` tells.
         """
         self.batch_size = max(2, min(asked, self.batch_size or asked) // 2)
         self.revised = True

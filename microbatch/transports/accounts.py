@@ -216,6 +216,8 @@ class Account:
         error: RequestFailed | None,
         usage: Usage | None = None,
         limits: Limits | Mapping[str, str] | None = None,
+        *,
+        reserved: bool = True,
     ) -> None:
         """An attempt of *permit* is over.
 
@@ -224,6 +226,7 @@ class Account:
             error: What it failed with; None for an answer.
             usage: What the endpoint says it used, or None.
             limits: What the endpoint says of its limits, or its headers, or None.
+            reserved: Whether `max_tokens` was sent, which endpoints charge whatever is used of it.
         """
         if error is None and self._unlimited and self.breaker.closed and not self._paused_until:
             self._in_flight -= 1
@@ -239,7 +242,7 @@ class Account:
                 self._paused_until = max(self._paused_until, now + error.retry_after)
         if self._bucket is not None and permit.grant is not None:
             said = limits if limits is None or isinstance(limits, Limits) else read_limits(limits)
-            self._bucket.ended(permit.grant, usage, said, now)
+            self._bucket.ended(permit.grant, usage, said, now, reserved=reserved)
             self.max_tokens = self._bucket.max_tokens
         self._serve()
 

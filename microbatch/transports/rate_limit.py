@@ -64,8 +64,8 @@ class RateLimit:
         rpm: Requests a minute. None sets no limit.
         tpm: Tokens a minute, prompt and answer together. None sets no limit.
         share: The part of both that this process may use: 1/n for n processes with one key.
-        charge: "reserved" keeps the charge as it was, unless the endpoint's `x-ratelimit-remaining-*` headers show that it gave
-            back what was not used; "used" gives it back in any case, once the endpoint has reported its usage.
+        charge: "reserved" keeps the charge of `max_tokens` as it was, unless the endpoint's `x-ratelimit-remaining-*` headers show
+            that it gave back what was not used; "used" gives it back in any case, once the endpoint has reported its usage.
         adaptive: Whether the number of calls under way adapts as well: it grows by one with each round of successes, and halves
             when the endpoint is overloaded (429, 503, 529, timeouts).
 
@@ -124,14 +124,16 @@ class Grant:
         at: When, on the loop's clock.
         tokens: Tokens charged and not given back.
         seen: Requests and tokens of the last minute just after it, itself included.
+        sure: Tokens of what the endpoint counted then as well, by whatever clock, and of all that had ever been given back.
     """
 
-    __slots__ = ("at", "seen", "tokens")
+    __slots__ = ("at", "seen", "sure", "tokens")
 
-    def __init__(self, at: float, tokens: int, seen: tuple[float, float]) -> None:
+    def __init__(self, at: float, tokens: int, seen: tuple[float, float], sure: int) -> None:
         self.at = at
         self.tokens = tokens
         self.seen = seen
+        self.sure = sure
 
 
 class _Measure:
@@ -202,6 +204,10 @@ class Bucket:
         self._requests = None if settings.rpm is None else _Measure(settings.rpm * share, 1.0)
         self._tokens = None if settings.tpm is None else _Measure(settings.tpm * share, 0.0)
         self._log: deque[Grant] = deque()
+        # What was granted so lately that no endpoint has forgotten it yet, and its tokens.
+        self._latest: deque[Grant] = deque()
+        self._latest_tokens = 0
+        self._given_back = 0  # all that ever was
         self._newest = float(
             "-inf"
         )  # when the request was granted with which came what is known of the endpoint's count
@@ -244,8 +250,10 @@ class Bucket:
         for measure, amount in ((self._requests, 1), (self._tokens, tokens)):
             if measure is not None:
                 measure.add(amount)
-        grant = Grant(now, tokens, self._totals)
+        self._latest_tokens += tokens
+        grant = Grant(now, tokens, self._totals, self._latest_tokens + self._given_back)
         self._log.append(grant)
+        self._latest.append(grant)
         return grant
 
     def disclaim(self, who: object) -> None:
@@ -256,13 +264,14 @@ class Bucket:
         """Take *grant* back: its request was not sent."""
         if grant in self._log:  # the latest grants are at the end, but few are ever taken back
             self._log.remove(grant)
+            self._give_back(grant, grant.tokens)
             if self._requests is not None:
                 self._requests.add(-1)
-            if self._tokens is not None:
-                self._tokens.add(-grant.tokens)
         grant.tokens = 0
 
-    def ended(self, grant: Grant, usage: Usage | None, limits: Limits | None, now: float) -> bool:
+    def ended(
+        self, grant: Grant, usage: Usage | None, limits: Limits | None, now: float, *, reserved: bool = True
+    ) -> bool:
         """Learn from how the request of *grant* ended.
 
         Args:
@@ -270,6 +279,7 @@ class Bucket:
             usage: What the endpoint says it used, or None.
             limits: What the endpoint says of its limits, or None.
             now: The time.
+            reserved: Whether `max_tokens` was sent; if not, the answer's part of the charge was a guess, and is put right.
 
         Returns:
             Whether somebody may have to wait less than before.
@@ -282,15 +292,23 @@ class Bucket:
         if self._tokens is None or usage is None:
             return relieved
         surplus = grant.tokens - usage.prompt_tokens - usage.completion_tokens
-        if self._settings.charge == "reserved":
-            # More than was reserved has been used in any case; less is given back only where the endpoint shows it.
-            shown = 0.0 if limits is None else self._unseen(grant, limits)
-            surplus = surplus if surplus <= max(0.0, shown) else 0
+        if reserved and self._settings.charge == "reserved":
+            # More than was reserved has been used in any case; less is given back only as far as the endpoint shows it.
+            shown = 0 if limits is None else self._unseen(grant, limits)
+            surplus = min(surplus, max(0, shown))
         if surplus and grant.at > now - WINDOW:
-            grant.tokens -= surplus
-            self._tokens.add(-surplus)
+            self._give_back(grant, surplus)
             return True
         return relieved
+
+    def _give_back(self, grant: Grant, tokens: int) -> None:
+        """Charge *grant* less by *tokens*, or more if that is negative."""
+        grant.tokens -= tokens
+        self._given_back += max(0, tokens)
+        if self._latest and grant.at >= self._latest[0].at:
+            self._latest_tokens -= tokens
+        if self._tokens is not None:
+            self._tokens.add(-tokens)
 
     @property
     def _totals(self) -> tuple[float, float]:
@@ -307,6 +325,8 @@ class Bucket:
                 self._requests.total -= 1
             if self._tokens is not None:
                 self._tokens.total -= old.tokens
+        while self._latest and self._latest[0].at <= now - (MINUTE - _LATENESS):
+            self._latest_tokens -= self._latest.popleft().tokens
         for measure in (self._requests, self._tokens):
             if measure is not None:
                 measure.refill(now)
@@ -379,8 +399,8 @@ class Bucket:
             measure.others_until = now + (MINUTE if reset is None else min(reset, MINUTE))
         return relieved
 
-    def _unseen(self, grant: Grant, limits: Limits) -> float:
-        """Return how many tokens the endpoint counts less than we had charged when *grant* was given."""
+    def _unseen(self, grant: Grant, limits: Limits) -> int:
+        """Return how many tokens the endpoint counted at *grant*'s time that we had charged and have not given back since."""
         if limits.limit_tokens is None or limits.remaining_tokens is None:
-            return 0.0
-        return grant.seen[1] - (limits.limit_tokens - limits.remaining_tokens)
+            return 0
+        return grant.sure - self._given_back - (limits.limit_tokens - limits.remaining_tokens)

@@ -90,6 +90,7 @@ class Sender:
             on_text(text)
 
         account, send = permit.account, self._transport.send
+        reserved = call.max_tokens is not None
         lessons = failures = 0
         while True:
             if not (permit.paid and account.breaker.closed):
@@ -105,7 +106,7 @@ class Sender:
             completion: Completion | None = None
             try:
                 completion = await send(call, hear)
-                account.ended(permit, None, completion.usage, completion.limits)
+                account.ended(permit, None, completion.usage, completion.limits, reserved=reserved)
                 if completion.finish_reason not in (None, "error"):
                     return completion
                 failure: RequestFailed = TransportError("the reply was cut off: it ended without a finish_reason")

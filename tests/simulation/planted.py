@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simulation.scenario import TICK
 
 import microbatch.batching.call as call_module
-import microbatch.batching.collector as collector_module
+import microbatch.batching.intake as intake_module
 import microbatch.batching.exchange as exchange_module
 from microbatch.batching.books import Books
 from microbatch.batching.call import Calls
@@ -216,7 +216,7 @@ def ignored_tenant():
 
         return wrapper
 
-    return _replaced(collector_module, "read_messages", loosely)
+    return _replaced(intake_module, "read_messages", loosely)
 
 
 def orphaned_call():

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import weakref
 
 import pytest
 from helpers import ask
@@ -388,10 +389,11 @@ async def test_a_limit_holds_on_to_no_batcher():
     account = accounts.of(None, {})
     account.pay(0)
     assert account.pay(0) is None
+    gone = weakref.ref(account)
     accounts.close()
     del accounts, account
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, Account)]
+    assert gone() is None
 
 
 # --- through the batcher
@@ -410,6 +412,16 @@ async def test_a_request_larger_than_the_quota_is_refused_and_nothing_is_queued(
         results = [each async for each in batcher.map([ask("x" * 2_000), ask("y")])]
         assert {result.index: type(result.error) for result in results} == {0: mb.ConfigError, 1: type(None)}
     assert len(transport.calls) == 1
+
+
+async def test_a_batch_of_one_is_charged_as_the_single_call_it_is():
+    charges = {}
+    for priority in ("high", "normal"):
+        async with mb.Microbatcher(ScriptedTransport(), tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000)) as batcher:
+            await batcher.submit(ask("x"), max_tokens=100, priority=priority)
+            (account,) = batcher._accounts._kept.values()
+            charges[priority] = account._bucket._tokens.total
+    assert charges["normal"] == charges["high"] < 200
 
 
 async def test_a_share_of_the_quota_counts():

@@ -263,6 +263,33 @@ def test_reserved_keeps_what_the_endpoint_shows_to_be_gone():
     assert repr(bucket) == "Bucket(requests=None, tokens=900.0)"
 
 
+def test_what_the_endpoint_shows_is_given_back_once():
+    bucket = bucket_for(tpm=1_000)
+    grants = [bucket.grant(200, 0.0) for _ in range(3)]
+    # The first one's surplus is back by the time of the third; all three learn of it.
+    shown = Limits(limit_tokens=1_000, remaining_tokens=550)
+    for grant in grants[1:]:
+        bucket.ended(grant, Usage(25, 25), None, 1.0)
+    bucket.ended(grants[2], Usage(25, 25), shown, 2.0)
+    assert repr(bucket) == "Bucket(requests=None, tokens=450.0)"
+    bucket.ended(grants[2], Usage(25, 25), shown, 2.0)
+    assert repr(bucket) == "Bucket(requests=None, tokens=450.0)"
+
+
+def test_what_has_left_the_endpoints_minute_but_not_ours_is_not_taken_for_given_back():
+    bucket = bucket_for(tpm=1_000)
+    bucket.grant(400, 0.0)
+    grant = bucket.grant(400, 60.0)
+    bucket.ended(grant, Usage(100, 100), Limits(limit_tokens=1_000, remaining_tokens=600), 60.5)
+    assert repr(bucket) == "Bucket(requests=None, tokens=800.0)"
+
+
+def test_a_guess_at_an_answer_without_max_tokens_is_put_right():
+    bucket = bucket_for(tpm=1_000)
+    bucket.ended(bucket.grant(900, 0.0), Usage(100, 100), None, 1.0, reserved=False)
+    assert repr(bucket) == "Bucket(requests=None, tokens=200.0)"
+
+
 @pytest.mark.parametrize("charge", ["reserved", "used"])
 def test_more_than_was_reserved_is_charged_in_any_case(charge):
     bucket = bucket_for(tpm=1_000, charge=charge)
@@ -438,7 +465,7 @@ def test_no_window_ever_holds_more_than_the_limit_and_nobody_is_overtaken_or_stu
                     limit_tokens=1_000, remaining_tokens=remaining, reset_tokens=reset,
                 )  # fmt: skip
                 usage = Usage(int(grant.tokens * used), 0)
-                line.bucket.ended(grant, usage, limits if headers else None, line.now)
+                line.bucket.ended(grant, usage, limits if headers else None, line.now, reserved=bool(values[0] % 2))
             line.serve()
     line.run_dry()
     assert len(line.granted) == arrived

