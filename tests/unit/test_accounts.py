@@ -424,6 +424,25 @@ async def test_a_batch_of_one_is_charged_as_the_single_call_it_is():
     assert charges["normal"] == charges["high"] < 200
 
 
+async def test_what_short_prompts_are_off_by_is_not_taken_for_a_ratio():
+    # The endpoint counts 20 more for every call than we do.
+    def counted(call):
+        prompt = sum(4 + len(message["content"]) for message in call.call.messages) + 3
+        return "ok", Completion("stop", usage=Usage(prompt + 20, 10))
+
+    charges = []
+    transport = ScriptedTransport(*[counted] * 1_000)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000_000)) as batcher:
+        for text in ["x"] * 20 + ["x" * 4_000]:
+            (account,) = batcher._accounts._kept.values() or [None]
+            before = account._bucket._given_back - account._bucket._tokens.total if account else 0
+            await batcher.submit(ask(text), max_tokens=10)
+            (account,) = batcher._accounts._kept.values()
+            charges.append(before + account._bucket._tokens.total - account._bucket._given_back)
+    assert charges[19] == pytest.approx(7 + 4 + 6 + 1 + 20 + 10, abs=6)
+    assert charges[20] == pytest.approx(charges[19] + 4_000, abs=6)
+
+
 async def test_a_share_of_the_quota_counts():
     async with mb.Microbatcher(
         ScriptedTransport(), tokens="bytes", rate_limit=mb.RateLimit(tpm=4_000, share=0.5)
