@@ -443,6 +443,22 @@ async def test_what_short_prompts_are_off_by_is_not_taken_for_a_ratio():
     assert charges[20] == pytest.approx(charges[19] + 4_000, abs=6)
 
 
+async def test_the_length_of_single_replies_is_learned():
+    def talkative(_):
+        return "ok", Completion("stop", usage=Usage(10, 500))
+
+    transport = ScriptedTransport(*[talkative] * 20)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000_000)) as batcher:
+        for number in range(20):
+            await batcher.submit(ask(f"{number:02}"))
+        charged = []
+        (account,) = batcher._accounts._kept.values()
+        grant = account._bucket.grant
+        account._bucket.grant = lambda tokens, *rest: charged.append(tokens) or grant(tokens, *rest)
+        await batcher.submit(ask("20"))
+    assert 500 <= charged[0] <= 530
+
+
 async def test_a_share_of_the_quota_counts():
     async with mb.Microbatcher(
         ScriptedTransport(), tokens="bytes", rate_limit=mb.RateLimit(tpm=4_000, share=0.5)

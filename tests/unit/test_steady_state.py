@@ -180,8 +180,8 @@ async def test_a_batcher_of_large_calls_beside_one_of_small_calls():
     async with small, large:
         loads = (small, Load(**{**SINGLE, "words": (20, 20)})), (large, Load(**{**BATCH, "words": (60, 80)}, seed=2))
         await asyncio.gather(*(consume(batcher, load, watch) for batcher, load in loads))
-    # Up to a large call is unused while it waits for the room it needs: 4 % here.
-    assert_kept(model, watch, learning=3, least=0.93)
+    # Up to a large call is unused while it waits for the room it needs, 4 % here, and the small ones wait out its debt.
+    assert_kept(model, watch, learning=3, least=0.92)
     assert large.stats().batches > MINUTES
 
 
