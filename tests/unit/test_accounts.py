@@ -163,6 +163,21 @@ async def test_a_small_one_does_not_overtake_a_large_one():
     assert len(desk.paid) == 2
 
 
+async def test_the_scheduler_does_not_overtake_those_who_wait():
+    desk = Desk(RateLimit(tpm=1_000), costs=[600])
+    desk.pump()
+    await asyncio.sleep(50)  # the debt is paid, but two large ones do not fit into one window
+    _, large = desk.wait_for(600)
+    await asyncio.sleep(0)
+    desk.due.append(1)
+    desk.pump()
+    assert len(desk.paid) == 1
+    large.cancel()
+    await asyncio.wait([large])
+    await asyncio.sleep(1)
+    assert desk.paid == at([0, 50])
+
+
 async def test_a_cancelled_waiter_leaves_its_place_to_the_next():
     desk = Desk(RateLimit(tpm=1_000), costs=[600])
     desk.pump()
