@@ -316,6 +316,8 @@ class Collector:
         error = await self._calls.single(ticket, work.permit)
         if error is not None:
             self.fail(ticket, error)
+        elif work.lane is not None and ticket.reply is not None and not ticket.reply.usage.estimated:
+            work.lane.learned.record_single(ticket.reply.usage.completion_tokens)
 
     @asynccontextmanager
     async def borrow_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[None]:

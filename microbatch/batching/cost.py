@@ -31,10 +31,35 @@ _SLICE_CHARS = 4_096
 _STEP = 0.5
 _MAX_SCALE = 4.0
 
+_SHORT = 256
+"""Prompts of fewer tokens tell what is added to each, longer ones by how much they are off in proportion."""
+
 _MODELS = 256
 
 # For requests that never had company, nothing is learned of their answers.
 _UNKNOWN_ANSWER = 256
+
+
+class _Fit(msgspec.Struct):
+    """How an endpoint counts a model's single prompts: so many times our count, and so many more.
+
+    What frames a message is the same for short and long ones: learned as a ratio from short ones, it would be far off for long.
+    """
+
+    scale: float = 1.0
+    more: float = 0.0
+
+    def of(self, ours: int) -> float:
+        """Return the endpoint's count of a prompt that has *ours* by our own."""
+        return max(1.0, ours * self.scale + self.more)
+
+    def learn(self, ours: int, theirs: int) -> None:
+        """The endpoint counted *theirs* for a prompt that has *ours* by our own."""
+        if ours < _SHORT:
+            most = (_MAX_SCALE - 1) * _SHORT
+            self.more += (min(most, max(-most, theirs - ours * self.scale)) - self.more) * _STEP
+        else:
+            self.scale = _nearer(self.scale, (theirs - self.more) / ours)
 
 
 class Costs:
@@ -48,7 +73,7 @@ class Costs:
     def __init__(self, budgets: Budgets, count: Callable[[str], int]) -> None:
         self._budgets = budgets
         self._count = count
-        self._scales: dict[str | None, float] = {}  # the endpoint's count of single prompts over ours, by model
+        self._fits: dict[str | None, _Fit] = {}  # by model
 
     def measure(self, spec: Spec, learned: Learned) -> None:
         """Count what the requests of a lane share, once."""
@@ -59,9 +84,12 @@ class Costs:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
         text = ticket.count(self._count) if len(ticket.line) <= MAX_COUNTED_CHARS else self._of(ticket.text)
         ticket.prompt_tokens = (learned.shared_tokens or 0) + text
-        prompt = ticket.prompt_tokens * self._scales.get(ticket.spec.model, 1.0)
-        limit = ticket.spec.max_tokens
-        return round(prompt) + (limit if limit is not None else learned.answer_tokens)
+        fit = self._fits.get(ticket.spec.model)
+        prompt = ticket.prompt_tokens if fit is None else fit.of(ticket.prompt_tokens)
+        answer: float | None = ticket.spec.max_tokens
+        if answer is None:
+            answer = learned.answer_tokens if learned.single_tokens is None else learned.single_tokens
+        return round(prompt + answer)
 
     def of_any(self, messages: Sequence[Mapping[str, Any]], spec: Spec) -> int:
         """Return the charge of a request that is not combinable."""
@@ -110,9 +138,9 @@ class Costs:
         """The endpoint counted *prompt_tokens* for a single call of *ticket*."""
         if ticket.prompt_tokens:
             model = ticket.spec.model
-            if len(self._scales) >= _MODELS:
-                self._scales.clear()
-            self._scales[model] = _nearer(self._scales.get(model, 1.0), prompt_tokens / ticket.prompt_tokens)
+            if len(self._fits) >= _MODELS and model not in self._fits:
+                self._fits.clear()
+            self._fits.setdefault(model, _Fit()).learn(ticket.prompt_tokens, prompt_tokens)
 
     @staticmethod
     def _answers(spec: Spec, learned: Learned, items: int) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _RANK_AFTER = 32
 """Answers after which their percentile is worked out anew, unless a longer one comes first."""
 
+_UP, _DOWN = 0.5, 0.05
+
 _APART = 500
 """Requests that go alone once combining has cost more than it saved, before it is tried again."""
 
@@ -36,6 +38,7 @@ class Learned(msgspec.Struct):
         answer_tokens: Their 95th percentile, as of the latest ranking.
         answer_mean: Their mean, as of the latest ranking.
         unranked: Answers recorded since.
+        single_tokens: What all but the longest single replies took lately; None until the first.
         framing: What surrounds its requests, measured on the first batch, or None.
         shared_tokens: Tokens of the messages its requests share, or None where nobody counts them.
         prompt_scale: The endpoint's count of combined prompts over ours.
@@ -52,6 +55,7 @@ class Learned(msgspec.Struct):
     answer_tokens: int = 32
     answer_mean: float = 32.0
     unranked: int = _RANK_AFTER
+    single_tokens: float | None = None
     framing: Framing | None = None
     shared_tokens: int | None = None
     prompt_scale: float = 1.0
@@ -72,6 +76,12 @@ class Learned(msgspec.Struct):
         self.answer_tokens = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
         self.answer_mean = sum(ranked) / len(ranked)
         self.revised = True
+
+    def record_single(self, tokens: int) -> None:
+        """Learn from a single reply, whose tokens are not those of an answer among others: think of reasoning."""
+        known = tokens if self.single_tokens is None else self.single_tokens
+        # Up fast and down slowly: so it stays above most of them.
+        self.single_tokens = known + (tokens - known) * (_UP if tokens > known else _DOWN)
 
     def shrink(self, tokens: int) -> None:
         """A prompt with *tokens* in its lines was refused for its size: send half as much from now on."""

