@@ -156,11 +156,12 @@ class Account:
     def pay(self, tokens: int) -> Permit | None:
         """Return a permit with the first attempt paid, or None: then `on_ready` is called when it is worth trying again."""
         permit = Permit(self, tokens)
+        now = asyncio.get_running_loop().time()
         if self._unlimited and self.breaker.closed and not self._paused_until:
             permit.paid = True  # the usual case of who sets no limit, and on every batch's path
+            permit.sent = self.used = now
             self._in_flight += 1
             return permit
-        now = asyncio.get_running_loop().time()
         if self.breaker.is_open(now):
             return permit  # it will fail without being sent
         if self._waiters or self._wait(tokens, now) > 0:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from simulation.scenario import TICK
 
 import microbatch.batching.call as call_module
-import microbatch.batching.intake as intake_module
 import microbatch.batching.exchange as exchange_module
+import microbatch.batching.intake as intake_module
 from microbatch.batching.books import Books
 from microbatch.batching.call import Calls
 from microbatch.batching.collector import Collector

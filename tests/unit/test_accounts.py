@@ -49,7 +49,7 @@ class Desk:
 
     def wait_for(self, tokens=0):
         permit = self.account.permit(tokens)
-        return permit, asyncio.ensure_future(self.account.acquire(permit))
+        return permit, asyncio.ensure_future(self.account.admit(permit))
 
 
 def at(seconds):
@@ -646,13 +646,13 @@ def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, 
         async def waiter(tokens, ending, lasts):
             permit = account.permit(tokens)
             if ending == "never mind":
-                task = asyncio.ensure_future(account.acquire(permit))
+                task = asyncio.ensure_future(account.admit(permit))
                 await asyncio.sleep(lasts)
                 task.cancel()
                 await asyncio.wait([task])
                 permit.cancel()
                 return
-            await account.acquire(permit)
+            await account.admit(permit)
             await attempt(permit, ending, lasts)
 
         async def scheduled(tokens, ending, lasts):

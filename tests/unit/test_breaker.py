@@ -143,3 +143,27 @@ async def test_a_retry_that_waits_for_a_permit_fails_with_the_others():
         (account,) = batcher._accounts._kept.values()
         assert account._in_flight == 0
         assert account.budget._balance == pytest.approx(10.4)
+
+
+def test_a_403_may_be_about_one_prompt_so_it_takes_three_in_a_row():
+    breaker = Breaker()
+    forbidden = mb.AuthFailed("no", status=403)
+    for at in (1.0, 2.0):
+        breaker.note(forbidden, sent=at, now=at)
+        breaker.check(at)
+    breaker.note(None, sent=3.0, now=3.0)
+    for at in (4.0, 5.0):
+        breaker.note(forbidden, sent=at, now=at)
+        breaker.check(at)
+    breaker.note(forbidden, sent=6.0, now=6.0)
+    assert breaker.is_open(6.0)
+
+
+def test_a_try_that_fails_for_another_reason_may_be_repeated():
+    breaker = Breaker()
+    breaker.note(mb.AuthFailed("no", status=401), sent=0.0, now=0.0)
+    breaker.check(COOL_DOWN)
+    assert breaker.is_open(COOL_DOWN + 1)
+    breaker.note(mb.ServerError("busy", status=503), sent=COOL_DOWN, now=COOL_DOWN + 2)
+    breaker.check(COOL_DOWN + 2)
+    assert breaker.is_open(COOL_DOWN + 3), "one at a time"

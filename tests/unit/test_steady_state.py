@@ -114,6 +114,7 @@ def assert_kept(model, watch, *, learning=0, least=0.95):
 
 @pytest.mark.parametrize("charge", ["reserved", "used"])
 @pytest.mark.parametrize("max_tokens", [None, 16])
+@pytest.mark.promise(of="limits")
 async def test_where_requests_bind(charge, max_tokens):
     model = simulated()
     watch = Watch(model)
@@ -126,6 +127,7 @@ async def test_where_requests_bind(charge, max_tokens):
 
 # With max_tokens, "used" is for endpoints that give back what was not used; see below.
 @pytest.mark.parametrize(("charge", "max_tokens"), [("reserved", None), ("used", None), ("reserved", 200)])
+@pytest.mark.promise(of="limits")
 async def test_where_tokens_bind(charge, max_tokens):
     model = simulated()
     watch = Watch(model)
@@ -137,6 +139,7 @@ async def test_where_tokens_bind(charge, max_tokens):
 
 
 @pytest.mark.parametrize("kind", [SINGLE, BATCH], ids=["requests", "tokens"])
+@pytest.mark.promise(of="limits")
 async def test_a_stream_of_submits(kind):
     model = simulated()
     watch = Watch(model)
@@ -156,6 +159,7 @@ async def test_a_stream_of_submits(kind):
 
 
 @pytest.mark.parametrize("kind", [SINGLE, BATCH], ids=["requests", "tokens"])
+@pytest.mark.promise(of="limits")
 async def test_several_batchers_that_share_one_limit(kind):
     model = simulated()
     watch = Watch(model)

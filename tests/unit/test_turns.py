@@ -245,6 +245,7 @@ def batcher_with(limit, transport=None, **policy):
 
 
 @LIMITS
+@pytest.mark.promise(of="fair")
 async def test_priorities_get_their_weights_and_none_starves(limit):
     async with batcher_with(limit) as batcher:
         loads = Loads(batcher)
@@ -258,6 +259,7 @@ async def test_priorities_get_their_weights_and_none_starves(limit):
 
 
 @LIMITS
+@pytest.mark.promise(of="fair")
 async def test_a_tenant_with_many_lanes_and_callers_gets_no_more_than_one_with_few(limit):
     async with batcher_with(limit) as batcher:
         loads = Loads(batcher)
@@ -280,6 +282,7 @@ async def test_what_goes_alone_takes_turns_with_the_lanes_of_its_tenant(limit):
     assert loads.answered["lane"] == pytest.approx(loads.answered["alone"], rel=0.1)
 
 
+@pytest.mark.promise(of="fair")
 async def test_requests_of_a_lane_leave_in_order_of_arrival_whatever_blocks_them():
     transport = ScriptedTransport(delay=0.3)
     async with batcher_with({"rpm": 30}, transport, max_batch_size=3, max_concurrent_batches=2, idle="wait") as batcher:
