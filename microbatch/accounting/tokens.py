@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     import tiktoken
 
-MAX_INLINE_BYTES: Final = 16_384
-"""Up to this size counting is cheaper than the 0.1 ms of a hop to a thread; above it use `TokenCounter.count_in_thread`."""
-
 
 class _Table(NamedTuple):
     """What an encoding is made of besides its ranks."""
@@ -174,7 +171,7 @@ class TokenCounter:
     def count(self, text: str) -> int:
         """Return the tokens of *text*; words that look like special tokens count as the plain text they are.
 
-        Before `open` the first call loads the table where it stands. For more than `MAX_INLINE_BYTES` use `count_in_thread`.
+        Before `open` the first call loads the table where it stands.
 
         Raises:
             ConfigError: The caller's function raised or returned something that is no count. What it raised is the cause; the
@@ -185,16 +182,6 @@ class TokenCounter:
         if isinstance(self._source, str):
             return _utf8_length(text)
         return _count_by_function(self._source, text)
-
-    async def count_in_thread(self, text: str) -> int:
-        """Return `count(text)` without holding up the event loop, whatever the length of *text*.
-
-        A cancelled call returns at once; its thread finishes unheard.
-
-        Raises:
-            ConfigError: As in `count`.
-        """
-        return await to_thread.run_sync(self.count, text, abandon_on_cancel=True)
 
     def upper(self, text: str) -> int:
         """Return a number of tokens that *text* surely does not exceed, at next to no cost.

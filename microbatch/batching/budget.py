@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 MAX_COUNTED_CHARS = 16_384
 """A longer text is not tokenized on the event loop, which it would hold up."""
 
+_SLICES = 3
+_SLICE_CHARS = 4_096
+"""What is counted of a text that is longer: its beginning, its middle and its end."""
+
 _PREAMBLES = 256
 """Shapes of answers whose instruction's tokens are remembered."""
 
@@ -120,6 +124,16 @@ class Budgets:
     def _tokens_of(self, text: str) -> int:
         # Counting a huge text would hold up the event loop; its bytes are a bound as good as any.
         return self._count(text) if len(text) <= MAX_COUNTED_CHARS else len(text.encode())
+
+
+def estimate(text: str, count: Callable[[str], int]) -> int:
+    """Return the tokens of *text*; of a long one by slices of it, because counting it all would hold up the event loop."""
+    length = len(text)
+    if length <= MAX_COUNTED_CHARS:
+        return count(text)
+    step = (length - _SLICE_CHARS) // (_SLICES - 1)
+    counted = sum(count(text[start : start + _SLICE_CHARS]) for start in range(0, length, step)[:_SLICES])
+    return round(counted * length / (_SLICES * _SLICE_CHARS))
 
 
 def output_reserve(max_tokens: int) -> int:

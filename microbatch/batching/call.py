@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
-from microbatch.batching.budget import output_reserve
+from microbatch.batching.budget import estimate, output_reserve
 from microbatch.batching.canary import CANARY_ANSWER_TOKENS, canary_line, draw_word
 from microbatch.batching.exchange import Batch, Exchange
 from microbatch.batching.prompt import compose, instruction
@@ -178,7 +178,7 @@ class Calls:
 
     def _longer_than(self, text: str, limit: int) -> bool:
         try:
-            return self._count(text) > limit
+            return estimate(text, self._count) > limit
         except ConfigError:  # the counter failed; an answer is not dropped for that
             return False
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.budget import MAX_COUNTED_CHARS, output_reserve
+from microbatch.batching.budget import MAX_COUNTED_CHARS, estimate, output_reserve
 from microbatch.batching.framing import MESSAGE_TOKENS, PRIMING_TOKENS
 from microbatch.batching.prompt import ID_TOKENS
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from microbatch.batching.budget import Budgets
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Spec, Ticket
-
-# Slices of a long text that are counted in place of all of it.
-_SLICES = 3
-_SLICE_CHARS = 4_096
 
 # How far one reply moves the ratio of the endpoint's count to ours, and the most that is believed of it.
 _STEP = 0.5
@@ -82,7 +78,9 @@ class Costs:
 
     def alone(self, ticket: Ticket, learned: Learned) -> int:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
-        text = ticket.count(self._count) if len(ticket.line) <= MAX_COUNTED_CHARS else self._of(ticket.text)
+        text = (
+            ticket.count(self._count) if len(ticket.line) <= MAX_COUNTED_CHARS else estimate(ticket.text, self._count)
+        )
         ticket.prompt_tokens = (learned.shared_tokens or 0) + text
         fit = self._fits.get(ticket.spec.model)
         prompt = ticket.prompt_tokens if fit is None else fit.of(ticket.prompt_tokens)
@@ -94,7 +92,9 @@ class Costs:
     def of_any(self, messages: Sequence[Mapping[str, Any]], spec: Spec) -> int:
         """Return the charge of a request that is not combinable."""
         extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
-        prompt = self._of_messages(messages) + (self._of(msgspec.json.encode(extra).decode()) if extra else 0)
+        prompt = self._of_messages(messages) + (
+            estimate(msgspec.json.encode(extra).decode(), self._count) if extra else 0
+        )
         answers = spec.params.get("n")
         each = spec.max_tokens if spec.max_tokens is not None else _UNKNOWN_ANSWER
         return prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1)
@@ -156,17 +156,8 @@ class Costs:
             content = message.get("content")
             parts = content if isinstance(content, list) else [{"text": content}]
             texts = [part.get("text") for part in parts if isinstance(part, dict)]
-            total += MESSAGE_TOKENS + sum(self._of(text) for text in texts if isinstance(text, str))
+            total += MESSAGE_TOKENS + sum(estimate(text, self._count) for text in texts if isinstance(text, str))
         return total
-
-    def _of(self, text: str) -> int:
-        """Return the tokens of *text*; of a long one an estimate, because counting it would hold up the event loop."""
-        length = len(text)
-        if length <= MAX_COUNTED_CHARS:
-            return self._count(text)
-        step = (length - _SLICE_CHARS) // (_SLICES - 1)
-        counted = sum(self._count(text[start : start + _SLICE_CHARS]) for start in range(0, length, step)[:_SLICES])
-        return round(counted * length / (_SLICES * _SLICE_CHARS))
 
 
 def _nearer(scale: float, measured: float) -> float:

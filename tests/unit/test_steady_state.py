@@ -16,7 +16,7 @@ from microbatch.testing import Latency, ScriptedTransport, SimulatedModel, Simul
 from microbatch.testing.quota import Quota
 
 RPM, TPM = 1_000, 200_000
-MINUTES = 6
+MINUTES = 4
 
 WORDS = [
     "product",

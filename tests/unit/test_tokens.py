@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microbatch.accounting import tokens
-from microbatch.accounting.tokens import MAX_INLINE_BYTES, TokenCounter, encoding_name, load_encoding
+from microbatch.accounting.tokens import TokenCounter, encoding_name, load_encoding
 from microbatch.errors import ConfigError
 
 ENCODINGS = ["cl100k_base", "o200k_base"]
@@ -369,39 +369,6 @@ async def test_a_table_that_cannot_be_loaded_is_a_config_error_and_can_be_tried_
 def test_there_is_no_other_table():
     with pytest.raises(ConfigError, match="no token table named 'p50k_base'; there are cl100k_base, o200k_base"):
         load_encoding("p50k_base")
-
-
-async def test_counting_in_a_thread_gives_the_same_count(counter):
-    text = "The price is 12.50 €.\n" * (MAX_INLINE_BYTES // 8)
-    assert await counter.count_in_thread(text) == counter.count(text)
-
-
-async def test_a_function_that_raises_in_a_thread_is_a_config_error_too():
-    def broken(_text):
-        raise RustPanicError
-
-    with pytest.raises(ConfigError, match="raised RustPanicError"):
-        await TokenCounter(broken).count_in_thread("text")
-
-
-async def test_the_loop_runs_while_a_thread_counts_and_a_cancelled_call_does_not_wait_for_it():
-    counting, let_go, counted = threading.Event(), threading.Event(), threading.Event()
-
-    def slow(text):
-        counting.set()
-        let_go.wait(10)
-        counted.set()
-        return len(text)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(TokenCounter(slow).count_in_thread, "text")
-        # Passes only if the loop is free while `slow` waits.
-        await anyio.to_thread.run_sync(counting.wait, 10)
-        group.cancel_scope.cancel()
-    assert counting.is_set()
-    assert not counted.is_set()
-    let_go.set()
-    assert await anyio.to_thread.run_sync(counted.wait, 10)
 
 
 def test_the_tables_are_package_data():
