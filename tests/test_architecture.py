@@ -44,6 +44,7 @@ PURE = [
     "batching.typed",
     "batching.worth",
     "transports.breaker",
+    "transports.bucket",
     "transports.concurrency",
     "transports.error_shapes",
     "transports.ladder",

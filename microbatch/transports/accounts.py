@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from microbatch.errors import RequestFailed
     from microbatch.messages import Usage
     from microbatch.policy import RetryPolicy
-    from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
+    from microbatch.transports.bucket import Bucket, Grant
+    from microbatch.transports.rate_limit import RateLimit
 
 CAPACITY: Final = 1_024
 

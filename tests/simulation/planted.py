@@ -25,7 +25,7 @@ from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
 from microbatch.errors import StatusError
 from microbatch.transports.accounts import Account, RetryBudget
-from microbatch.transports.rate_limit import Bucket
+from microbatch.transports.bucket import Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import microbatch as mb
 from microbatch.batching.turns import WEIGHTS, Turns
 from microbatch.testing import ScriptedTransport
-from microbatch.transports.rate_limit import WINDOW
+from microbatch.transports.bucket import WINDOW
 
 
 class Line:
