@@ -51,6 +51,7 @@ PURE = [
     "transports.limit_headers",
     "transports.rate_limit",
     "transports.recent",
+    "transports.retry_budget",
     "transports.sse",
 ]
 WAITING = [

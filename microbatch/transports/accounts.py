@@ -22,6 +22,7 @@ from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.http_edge import WHO
 from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.recent import Kept
+from microbatch.transports.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,39 +37,6 @@ CAPACITY: Final = 1_024
 
 MAX_WAIT: Final = 120.0
 """An endpoint that asks to wait longer, in seconds, is not waited for: the openai SDK draws the line there as well."""
-
-# First attempts whose share of retries is saved up: enough for all slots of a default policy to use all their attempts once, so a
-# quiet day's savings do not become a storm of retries.
-_SAVED_FIRSTS: Final = 1_000
-
-
-class RetryBudget:
-    """Retries that all calls of an account may make together.
-
-    Args:
-        policy: The rules.
-    """
-
-    def __init__(self, policy: RetryPolicy) -> None:
-        self._share = policy.budget
-        self._balance = float(policy.reserve)
-        self._most = policy.reserve + policy.budget * _SAVED_FIRSTS
-
-    def first(self) -> None:
-        """Note a first attempt, which earns part of a retry."""
-        self._balance = min(self._most, self._balance + self._share)
-
-    def draw(self) -> bool:
-        """Take a retry, if there is one left."""
-        # A hair of tolerance: five times 0.2 is not quite 1.
-        if self._balance < 1 - 1e-9:
-            return False
-        self._balance -= 1
-        return True
-
-    def give_back(self) -> None:
-        """Return a retry that was not made."""
-        self._balance = min(self._most, self._balance + 1)
 
 
 class Permit:

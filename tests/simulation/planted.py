@@ -24,8 +24,9 @@ from microbatch.batching.lanes import Lanes
 from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
 from microbatch.errors import StatusError
-from microbatch.transports.accounts import Account, RetryBudget
+from microbatch.transports.accounts import Account
 from microbatch.transports.bucket import Bucket
+from microbatch.transports.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -27,10 +27,11 @@ from microbatch.errors import (
 from microbatch.policy import RetryPolicy
 from microbatch.protocols import ChatCall, Completion
 from microbatch.testing import ScriptedTransport
-from microbatch.transports.accounts import MAX_WAIT, Account, Permit, RetryBudget
+from microbatch.transports.accounts import MAX_WAIT, Account, Permit
 from microbatch.transports.error_shapes import retry_after
 from microbatch.transports.rate_limit import RateLimit
 from microbatch.transports.retry import Sender, worth_retrying
+from microbatch.transports.retry_budget import RetryBudget
 
 CALL = {"messages": [{"role": "user", "content": "x"}]}
 
