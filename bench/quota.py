@@ -17,7 +17,24 @@ import microbatch as mb
 from microbatch.testing import Latency, Quota, SimulatedModel, SimulatedTransport, VirtualClockLoop
 
 RPM, TPM, MINUTES = 1_000, 200_000, 6
-WORDS = "a product name with some words of a description that vary a good deal in length".split()
+WORDS = [
+    "a",
+    "product",
+    "name",
+    "with",
+    "some",
+    "words",
+    "of",
+    "a",
+    "description",
+    "that",
+    "vary",
+    "a",
+    "good",
+    "deal",
+    "in",
+    "length",
+]
 LONG = "You sort the products of an online shop. Read the name and the description. " * 12
 
 
