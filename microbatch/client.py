@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
     from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
+
+logger = logging.getLogger("microbatch")
 
 _users: dict[int, tuple[object, int]] = {}
 """Shared parts and how many open batchers use each; the last one out closes it."""
@@ -153,6 +156,9 @@ class Microbatcher:
     async def _serve(self, ready: Callable[[], None]) -> None:
         try:
             await self._collector.serve(ready)
+        except Exception:
+            # Nobody awaits this task; its requests have been told, and so must be whoever reads the log.
+            logger.exception("the batcher has ended because of a bug in microbatch")
         finally:
             self._accounts.close()
             try:

@@ -293,7 +293,13 @@ class Collector:
                 if not ticket.future.done():
                     self.fail(ticket, error or RequestFailed(_UNSETTLED))
             if work.lane is not None:
-                self.lanes.call_ended(work.lane)
+                self._end_call(work.lane)
+
+    def _end_call(self, lane: Lane) -> None:
+        try:
+            self.lanes.call_ended(lane)
+        except Exception as bug:  # noqa: BLE001 it must not end the other slots
+            _bug(bug)
 
     async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
         learned = batch.learned

@@ -61,6 +61,7 @@ class Lane:
         "spec",
         "tenant",
         "timer",
+        "timer_at",
     )
 
     def __init__(
@@ -78,6 +79,7 @@ class Lane:
         self.live = 0
         self.due_at = NEVER
         self.queued = False  # whether the scheduler has this lane in its turn
+        self.timer_at = NEVER
         self.timer: asyncio.TimerHandle | None = None  # the scheduler's
         self._count = count
         self._pending: deque[Ticket] = deque()  # discarded ones stay until they come up, or are too many

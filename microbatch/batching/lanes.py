@@ -171,8 +171,10 @@ class Lanes:
         """Set the lane's timer to the time it falls due, or to none."""
         if lane.due is not None or lane.due_at == NEVER:
             self._disarm(lane)
-        elif lane.timer is None or lane.timer.when() != lane.due_at:
+        elif lane.timer is None or lane.timer_at != lane.due_at:
             self._disarm(lane)
+            # The time is kept beside the handle: uvloop's have no `when` if the time has come.
+            lane.timer_at = lane.due_at
             lane.timer = self._loop.call_at(lane.due_at, self._time_is_up, lane, context=self._context)
 
     def _disarm(self, lane: Lane) -> None:

@@ -13,6 +13,8 @@ full batches instead of one request alone and then the rest.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import logging
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from microbatch.batching.turns import Due, Turns
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from microbatch.batching.account import Account, Permit
+
+logger = logging.getLogger("microbatch")
+
+_SECOND_LOOK = 1.0
+"""Seconds after a bug in scheduling until it is tried again: not at once, or one that stays would fill the log."""
 
 
 class Queue(Due, Protocol):
@@ -123,9 +130,11 @@ class Scheduler(Generic[Q, W]):
             while self.free and (work := self._next()) is not None:
                 self.free -= 1
                 self._tasks.start_soon(self._run, work)
+            self._notify()
+        except Exception as bug:  # noqa: BLE001 it would take the task group with it, and so every call under way
+            self._look_again(bug)
         finally:
             self._pumping = False
-        self._notify()
 
     def _next(self) -> W | None:
         """Take the next work of whoever's turn it is; None if nothing is due that has a permit."""
@@ -165,10 +174,17 @@ class Scheduler(Generic[Q, W]):
                 work = self._next()
                 if work is not None:
                     self._notify()
+        except Exception as bug:  # noqa: BLE001 see _pump
+            self._look_again(bug)
         finally:
             self.free += 1
             self._pump()
             self._freed()
+
+    def _look_again(self, bug: Exception) -> None:
+        """Log *bug*, and see that what is due is not forgotten over it."""
+        logger.error("scheduling failed in microbatch itself", exc_info=bug)
+        asyncio.get_running_loop().call_later(_SECOND_LOOK, self._asked.set, context=contextvars.Context())
 
     # --- who wants to know
 

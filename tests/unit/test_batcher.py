@@ -9,6 +9,8 @@ import pytest
 from helpers import ask, batcher_for
 
 import microbatch as mb
+from microbatch.batching.lanes import Lanes
+from microbatch.batching.scheduler import Scheduler
 from microbatch.testing import ScriptedTransport
 
 
@@ -383,6 +385,26 @@ async def test_a_bug_in_composing_fails_its_batch_and_no_other(caplog):
         errors = await asyncio.gather(*(batcher.submit(ask(text)) for text in "ab"), return_exceptions=True)
         assert [type(error) for error in errors] == [mb.RequestFailed] * 2
         assert await gather_outputs(batcher, "cd") == ["C", "D"]
+
+
+@pytest.mark.promise(of="bugs")
+@pytest.mark.parametrize("place", ["after a call", "in scheduling"])
+async def test_a_bug_between_calls_is_logged_and_ends_no_other(place, monkeypatch, caplog):
+    owner, name = (Lanes, "call_ended") if place == "after a call" else (Scheduler, "_next")
+    real, broken = getattr(owner, name), [True]
+
+    def once(*args):
+        if broken:
+            broken.clear()
+            raise ZeroDivisionError("planted")
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, once)
+    transport = ScriptedTransport(delay=0.1)
+    async with batcher_for(transport, max_batch_size=2) as batcher:
+        replies = await asyncio.gather(*(batcher.submit(ask(text)) for text in "abcd"), batcher.submit(ask("e", "Hi.")))
+    assert [reply.output for reply in replies] == list("ABCDE")
+    assert "microbatch itself" in caplog.text
 
 
 @pytest.mark.promise(of="callbacks")
