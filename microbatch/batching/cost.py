@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.batching.budget import MAX_COUNTED_CHARS, estimate, output_reserve
-from microbatch.batching.framing import MESSAGE_TOKENS, PRIMING_TOKENS
+from microbatch.batching.framing import message_tokens, shared_tokens
 from microbatch.batching.prompt import ID_TOKENS
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Costs:
     def measure(self, spec: Spec, learned: Learned) -> None:
         """Count what the requests of a lane share, once."""
         if learned.shared_tokens is None:
-            learned.shared_tokens = self._of_messages(spec.shared) + MESSAGE_TOKENS
+            learned.shared_tokens = shared_tokens(spec.shared, self._count)
 
     def alone(self, ticket: Ticket, learned: Learned) -> int:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
@@ -92,7 +92,7 @@ class Costs:
     def of_any(self, messages: Sequence[Mapping[str, Any]], spec: Spec) -> int:
         """Return the charge of a request that is not combinable."""
         extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
-        prompt = self._of_messages(messages) + (
+        prompt = message_tokens(messages, self._count) + (
             estimate(msgspec.json.encode(extra).decode(), self._count) if extra else 0
         )
         answers = spec.params.get("n")
@@ -117,8 +117,7 @@ class Costs:
         Schemas are counted in, as OpenAI charges them: who does not shows that with the first reply.
         """
         single, combined = self._budgets.schema_tokens(spec.answer)
-        shared = learned.shared_tokens or 0
-        return shared + single, shared + self._budgets.preamble_tokens(spec.answer.words) + combined
+        return (learned.shared_tokens or 0) + single, self.prompt_of(spec, learned, combined)
 
     def of_tickets(self, tickets: Sequence[Ticket], learned: Learned) -> int:
         """Return the charge of a combined call for *tickets*."""
@@ -149,15 +148,6 @@ class Costs:
         # Of many answers only a few are long: what is drawn independently strays from its mean by the root of the number.
         stray = max(0.0, learned.answer_tokens - learned.answer_mean) * math.sqrt(items)
         return round(items * learned.answer_mean + stray)
-
-    def _of_messages(self, messages: Iterable[Mapping[str, Any]]) -> int:
-        total = PRIMING_TOKENS
-        for message in messages:
-            content = message.get("content")
-            parts = content if isinstance(content, list) else [{"text": content}]
-            texts = [part.get("text") for part in parts if isinstance(part, dict)]
-            total += MESSAGE_TOKENS + sum(estimate(text, self._count) for text in texts if isinstance(text, str))
-        return total
 
 
 def _nearer(scale: float, measured: float) -> float:

@@ -7,24 +7,24 @@ reports for each call.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.budget import MAX_COUNTED_CHARS
+from microbatch.batching.budget import MAX_COUNTED_CHARS, estimate
 from microbatch.batching.canary import USUAL_TOKENS
 from microbatch.batching.prompt import draw_endings, instruction
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import ChatCall
 
 # What a chat template adds, in tokens, per message and per call: the rule of OpenAI's cookbook, with one token for the role.
-MESSAGE_TOKENS = 4
-PRIMING_TOKENS = 3
+_MESSAGE_TOKENS = 4
+_PRIMING_TOKENS = 3
 
 # Items of a first batch that are counted to learn what surrounds an item.
 _SAMPLE = 4
@@ -106,7 +106,7 @@ def measure(
     sample = tickets[:_SAMPLE]
     line = sum(count(f"[{name}]") for name in ids) / len(ids)
     line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
-    counted = content + _count_shared(call, count)
+    counted = content + shared_tokens(call.messages[:-1], count)
     scale = 1.0 if exact else usage.prompt_tokens / max(1, counted)
     # What the endpoint reports beyond the items and our instruction is what every call pays, combined or not...
     shared = usage.prompt_tokens - content * scale
@@ -124,14 +124,20 @@ def measure(
     )
 
 
-def _count_shared(call: ChatCall, count: Callable[[str], int]) -> float:
-    """Return the tokens of all messages but the last, and of the chat template around all; of a long text, an estimate."""
-    tokens = float(PRIMING_TOKENS + MESSAGE_TOKENS * len(call.messages))
-    for message in call.messages[:-1]:
-        text = str(message["content"])
-        head = text[:MAX_COUNTED_CHARS]
-        tokens += count(head) * len(text) / max(1, len(head))
-    return tokens
+def message_tokens(messages: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> int:
+    """Return the tokens of the texts of *messages* and of the chat template around them; of long texts, an estimate."""
+    total = _PRIMING_TOKENS
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = [part.get("text") for part in parts if isinstance(part, dict)]
+        total += _MESSAGE_TOKENS + sum(estimate(text, count) for text in texts if isinstance(text, str))
+    return total
+
+
+def shared_tokens(shared: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> int:
+    """Return the tokens of a prompt that begins with *shared*, without the text of its last message."""
+    return message_tokens(shared, count) + _MESSAGE_TOKENS
 
 
 def _elements(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]) -> tuple[float, float]:

@@ -168,7 +168,6 @@ class Account:
         try:
             await place
         except asyncio.CancelledError:
-            permit.cancel()
             self._serve()
             raise
 

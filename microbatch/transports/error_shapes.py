@@ -7,7 +7,6 @@ FastAPI's `{"detail": ...}`. Messages may quote prompts and keys, so they go to 
 
 from __future__ import annotations
 
-import math
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -26,7 +25,7 @@ from microbatch.errors import (
     StatusError,
     mask,
 )
-from microbatch.transports.limit_headers import read_limits
+from microbatch.transports.limit_headers import number, read_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -185,25 +184,17 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
     `retry-after-ms` is OpenAI's, `llm_provider-retry-after` what LiteLLM makes of the provider's header.
     """
-    milliseconds = _seconds(headers.get("retry-after-ms"))
+    milliseconds = number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000
     for name in ("retry-after", "llm_provider-retry-after"):
         value = headers.get(name)
-        wait = _seconds(value)
+        wait = number(value)
         if wait is None:
             wait = _until(value, headers.get("date"))
         if wait is not None:
             return wait
     return None
-
-
-def _seconds(value: str | None) -> float | None:
-    try:
-        seconds = float(value or "")
-    except ValueError:
-        return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def _until(value: str | None, date: str | None) -> float | None:

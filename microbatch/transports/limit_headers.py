@@ -40,19 +40,20 @@ def duration(value: str | None) -> float | None:
     """Return a duration in seconds, written as Go does or as a plain number of seconds; None if it is neither."""
     text = (value or "").strip()
     parts = _DURATION.findall(text)
-    if parts and "".join(number + unit for number, unit in parts) == text:
-        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
-    return _number(text)
+    if parts and "".join(amount + unit for amount, unit in parts) == text:
+        return sum(float(amount) * _SECONDS[unit] for amount, unit in parts)
+    return number(text)
 
 
 def _count(value: str | None) -> int | None:
-    number = _number(value or "")
-    return None if number is None else int(number)
+    read = number(value)
+    return None if read is None else int(read)
 
 
-def _number(text: str) -> float | None:
+def number(value: str | None) -> float | None:
+    """Return a number of at least 0, or None if it is none."""
     try:
-        number = float(text)
+        read = float(value or "")
     except ValueError:
         return None
-    return number if math.isfinite(number) and number >= 0 else None
+    return read if math.isfinite(read) and read >= 0 else None
