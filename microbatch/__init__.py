@@ -2,6 +2,8 @@
 
 from microbatch.accounting.prices import Price
 from microbatch.accounting.stats import Stats
+from microbatch.caching.memory import MemoryCache
+from microbatch.caching.warming import Warmed
 from microbatch.client import Microbatcher
 from microbatch.errors import (
     AuthFailed,
@@ -12,6 +14,7 @@ from microbatch.errors import (
     ContextTooLong,
     DeadlineExceeded,
     Filtered,
+    IdConflict,
     MalformedAnswer,
     MicrobatchError,
     MissingAnswer,
@@ -24,13 +27,14 @@ from microbatch.errors import (
     ServerError,
     ShutDown,
     StatusError,
+    StorageError,
     TransportError,
     TransportTimeout,
     TruncatedReply,
 )
 from microbatch.messages import Limits, Message, Reply, Request, Result, Usage
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
-from microbatch.protocols import ChatCall, Completion, Transport
+from microbatch.protocols import Cache, ChatCall, Completion, Transport
 from microbatch.transports.openai_chat import OpenAIChat
 from microbatch.transports.rate_limit import RateLimit
 
@@ -38,6 +42,7 @@ __all__ = [
     "AuthFailed",
     "BadRequest",
     "BatcherClosed",
+    "Cache",
     "ChatCall",
     "Completion",
     "ConfigError",
@@ -47,8 +52,10 @@ __all__ = [
     "FallbackPolicy",
     "Filtered",
     "FlushPolicy",
+    "IdConflict",
     "Limits",
     "MalformedAnswer",
+    "MemoryCache",
     "Message",
     "MicrobatchError",
     "Microbatcher",
@@ -70,9 +77,11 @@ __all__ = [
     "ShutDown",
     "Stats",
     "StatusError",
+    "StorageError",
     "Transport",
     "TransportError",
     "TransportTimeout",
     "TruncatedReply",
     "Usage",
+    "Warmed",
 ]

@@ -1,7 +1,7 @@
 """`Microbatcher`: the one place that stacks the concrete parts.
 
-From the outside in: lanes and scheduler (`batching.collector`) -> calls, fallback (`batching.call`, `batching.fallback`) -> attempts
-(`transports.retry`) -> the transport.
+From the outside in: cache (`caching.answer_cache`) -> single flight (`batching.flight`) -> lanes and scheduler
+(`batching.collector`) -> calls, fallback (`batching.call`, `batching.fallback`) -> attempts (`transports.retry`) -> the transport.
 """
 
 from __future__ import annotations
@@ -9,23 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import uuid
+from collections import Counter
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.books import Books
-from microbatch.batching.bulk import bulk
+from microbatch.batching.bulk import Prepared, bulk
 from microbatch.batching.call import Calls
 from microbatch.batching.collector import Collector
 from microbatch.batching.fallback import Fallback
+from microbatch.batching.intake import IN_FLIGHT, Sharing
 from microbatch.batching.prompt import draw_endings
-from microbatch.batching.request import PLAIN, read_options
+from microbatch.batching.request import PLAIN, check_messages, read_options
 from microbatch.batching.worth import UNKNOWN_RATIO
-from microbatch.errors import BatcherClosed, ConfigError, Overloaded
+from microbatch.caching.answer_cache import AnswerCache
+from microbatch.caching.warming import Warmed, lasting
+from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, Overloaded, StorageError
+from microbatch.parts import Part, give_back, lease
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
-from microbatch.protocols import Transport
+from microbatch.protocols import Cache, Transport
+from microbatch.spool.front import SpoolFront
+from microbatch.spool.payload import Payload
+from microbatch.spool.records import Name, Spool
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.relay import read_charge
 from microbatch.transports.retry import Sender
@@ -37,16 +46,18 @@ if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
     from microbatch.accounting.prices import Price
+    from microbatch.batching.flight import Seat
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
     from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
+
 logger = logging.getLogger("microbatch")
 
-_users: dict[int, tuple[object, int]] = {}
-"""Shared parts and how many open batchers use each; the last one out closes it."""
+_KNOWN: Final = ("cache", "shared")
+"""Routes of answers that nothing was asked for."""
 
 
 class Microbatcher:
@@ -62,6 +73,12 @@ class Microbatcher:
         fallback: What is done about missing and broken answers.
         rate_limit: Requests and tokens a minute, for each endpoint, model and key; may be shared by several batchers. None sets
             no limit; a 429 then holds up the calls of its endpoint, model and key for as long as it asks.
+        cache: Where answers are kept for those who ask the same again: `MemoryCache`, `SQLiteCache`, `RedisCache`, several of them
+            as a `TieredCache`, or anything with the methods of `Cache`; may be shared by several batchers. None keeps nothing.
+        spool: Where requests wait that nobody waits for, see `enqueue`: `SQLiteSpool`, `RedisSpool`, or anything with the methods of
+            `Spool`; may be shared by several batchers.
+        normalize: With a cache, makes the texts of last messages equal that are to share an answer (`str.strip`, say); what is sent
+            stays as it was written. None tells every difference.
         prices: USD per million tokens by model, a mapping or a function; what it does not know comes from a small built-in table.
         tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
             encoding from the tables in this package.
@@ -79,12 +96,17 @@ class Microbatcher:
         retry: RetryPolicy | None = None,
         fallback: FallbackPolicy | None = None,
         rate_limit: RateLimit | None = None,
+        cache: Cache | None = None,
+        spool: Spool | None = None,
+        normalize: Callable[[str], str] | None = None,
         prices: Mapping[str, Price] | Callable[[str], Price | None] | None = None,
         tokens: Callable[[str], int] | Literal["bytes"] | None = None,
         draw_ids: Callable[[int], Sequence[str]] = draw_endings,
     ) -> None:
         if not isinstance(transport, Transport):
             raise ConfigError(f"transport must have send() and aclose(), got {type(transport).__name__}")
+        if cache is not None and not isinstance(cache, Cache):
+            raise ConfigError(f"cache must have get_many(), set_many() and aclose(), got {type(cache).__name__}")
         self._transport = transport
         self._policy = policy if policy is not None else FlushPolicy()
         fallback = fallback if fallback is not None else FallbackPolicy()
@@ -104,6 +126,21 @@ class Microbatcher:
             found = prices_by_model.for_model(name or model)
             return UNKNOWN_RATIO if found is None or not found.input else found.output / found.input
 
+        self._cache = None
+        if cache is not None:
+            self._cache = AnswerCache(
+                cache,
+                ledger=self._ledger,
+                price=price,
+                endpoint=getattr(transport, "base_url", ""),
+                model=model,
+                normalize=normalize,
+            )
+        self._sharing = IN_FLIGHT if self._policy.share else None
+        if spool is not None and not isinstance(spool, Spool):
+            raise ConfigError(f"spool must have the methods of Spool, got {type(spool).__name__}")
+        self._spool = None if spool is None else SpoolFront(spool)
+        self._parts: list[Part] = [part for part in (transport, cache, spool) if part is not None]
         self._collector = Collector(
             self._policy,
             self._ledger,
@@ -117,6 +154,8 @@ class Microbatcher:
             send=self._sender.send,
             ledger=self._ledger,
             books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
+            flights=self._collector.flights,
+            keep=None if self._cache is None else self._cache.keep,
             count=self._tokens.count,
             price=price,
             default_model=model,
@@ -144,25 +183,35 @@ class Microbatcher:
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
         await self._tokens.open()
-        await _lease(self._transport)
-        ready = self._loop.create_future()
+        await lease(self._parts)
+        try:
+            if self._cache is not None:
+                await self._cache.open()
+        except BaseException:
+            await give_back(self._parts)
+            raise
+        ready: asyncio.Future[None] = self._loop.create_future()
         # The group's scope has to be entered and left by one task, and opening and closing may be done by two: fixtures do that.
-        self._host = self._loop.create_task(
-            self._serve(lambda: ready.set_result(None)), name="microbatch", context=contextvars.Context()
-        )
+        self._host = self._loop.create_task(self._serve(ready), name="microbatch", context=contextvars.Context())
         await ready
         return self
 
-    async def _serve(self, ready: Callable[[], None]) -> None:
+    async def _serve(self, ready: asyncio.Future[None]) -> None:
+        def begin() -> None:
+            for part in (self._cache, self._spool):
+                for service in part.services if part is not None else ():
+                    self._collector.start_feeder(service)
+            ready.set_result(None)
+
         try:
-            await self._collector.serve(ready)
+            await self._collector.serve(begin)
         except Exception:
             # Nobody awaits this task; its requests have been told, and so must be whoever reads the log.
             logger.exception("the batcher has ended because of a bug in microbatch")
         finally:
             self._accounts.close()
             try:
-                await _give_back(self._transport)
+                await give_back(self._parts)
             finally:
                 if self._closed is not None and not self._closed.done():
                     self._closed.set_result(None)
@@ -223,6 +272,8 @@ class Microbatcher:
         tenant: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = None,
+        use_cache: bool = True,
+        ttl: float | None = None,
     ) -> Reply[str]: ...
 
     @overload
@@ -239,6 +290,8 @@ class Microbatcher:
         tenant: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = None,
+        use_cache: bool = True,
+        ttl: float | None = None,
     ) -> Reply[T]: ...
 
     async def submit(
@@ -254,6 +307,8 @@ class Microbatcher:
         tenant: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = None,
+        use_cache: bool = True,
+        ttl: float | None = None,
     ) -> Reply[Any]:
         """Ask, together with whoever asks the same kind of thing at the same time.
 
@@ -270,6 +325,9 @@ class Microbatcher:
             tenant: Name of a trust domain; requests of different tenants never share a prompt.
             priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.
             timeout: Seconds from now until this submit gives up; None waits as long as the transport does.
+            use_cache: Whether an answer that somebody else got will do. It may come from the cache, or, where `temperature` is 0,
+                there is a cache or the policy says `share`, from an equal request that is under way.
+            ttl: Seconds for which the cache may give this answer to others; None for the cache's own time.
 
         Returns:
             The caller's own answer, and its share of the cost.
@@ -296,8 +354,22 @@ class Microbatcher:
             options = PLAIN
         else:
             options = read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
-        if timeout is not None:
-            at_least(0, timeout=timeout)
+        if timeout is not None or ttl is not None:
+            at_least(0, timeout=timeout, ttl=ttl)
+        sharing = self._sharing
+        if not use_cache:
+            sharing = None
+        elif self._cache is not None:
+            start = asyncio.get_running_loop().time()
+            sharing, reply = await self._look_up(self._cache, messages, options, ttl, timeout)
+            if reply is not None:
+                return reply
+            if timeout is not None:
+                timeout = max(0.0, timeout - (asyncio.get_running_loop().time() - start))
+            if asyncio.get_running_loop() is not collector.door:
+                self._check_open()
+        elif options.cold:
+            sharing = IN_FLIGHT
         bypass = False
         room = collector.room
         if room.taken >= room.size or room.waiting:  # spelled out: `room.free` is a call
@@ -319,18 +391,41 @@ class Microbatcher:
                     timeout = max(0.0, timeout - (asyncio.get_running_loop().time() - start))
                 del place, timer, start  # or they live as long as the request
         try:
-            ticket = collector.accept(messages, options, timeout, bypass=bypass)
+            ticket = collector.accept(messages, options, timeout, bypass=bypass, sharing=sharing)
         except ConfigError:
             collector.room.decline()  # which this request may have waited for
             raise
         # The caller's dicts and texts are of no more use, and many submits may wait.
-        del messages
+        del messages, sharing
         try:
-            reply: Reply[Any] = await ticket.future
+            answer: Reply[Any] = await ticket.future
         except asyncio.CancelledError:
             collector.leave(ticket)
             raise
-        return reply
+        return answer
+
+    async def _look_up(
+        self, cache: AnswerCache, messages: Messages, options: Options, ttl: float | None, timeout: float | None
+    ) -> tuple[Sharing, Reply[Any] | None]:
+        """Return how equal requests find this one, and what the cache has for it, or None.
+
+        Raises:
+            DeadlineExceeded: *timeout* passed meanwhile.
+        """
+        check_messages(messages)
+        key = cache.key(messages, options)
+        if key is None:
+            return Sharing(None, ttl), None
+        created = asyncio.get_running_loop().time()
+        value = None
+        try:
+            async with asyncio.timeout(timeout):
+                value = await cache.look_up(key)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
+        except StorageError:
+            pass  # the batcher is closing
+        return Sharing(key, ttl), cache.read(key, value, options.answer, created)
 
     def _when_full(self, timeout: float | None) -> tuple[asyncio.Future[None] | None, asyncio.TimerHandle | None]:
         """Return what the policy says when no request may be accepted: a place to wait for and its timer, or None to bypass.
@@ -376,6 +471,7 @@ class Microbatcher:
         policy = self._policy
         return bulk(
             self._collector,
+            self._prepare_bulk,
             self._accept_bulk,
             requests,
             max_pending=max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches,
@@ -383,7 +479,17 @@ class Microbatcher:
             patience=policy.low_max_wait,
         )
 
-    def _accept_bulk(self, request: Request, on_taken: Callable[[Ticket], None]) -> Ticket:
+    def _accept_bulk(self, request: Request, prepared: Prepared, on_taken: Callable[[Any], None]) -> Ticket | Seat:
+        return self._collector.accept(
+            request.messages, prepared.options, request.timeout, on_taken, sharing=prepared.sharing
+        )
+
+    def _prepare_bulk(self, request: Request) -> Prepared:
+        """Check the options of *request*, and begin to look it up.
+
+        Raises:
+            ConfigError: One is wrong.
+        """
         options: Options = read_options(
             request.output_type,
             request.model,
@@ -394,8 +500,165 @@ class Microbatcher:
             request.tenant,
             request.priority,
         )
-        at_least(0, timeout=request.timeout)
-        return self._collector.accept(request.messages, options, request.timeout, on_taken)
+        at_least(0, timeout=request.timeout, ttl=request.ttl)
+        if not request.use_cache:
+            return Prepared(options)
+        cache = self._cache
+        if cache is None:
+            return Prepared(options, IN_FLIGHT if options.cold else self._sharing)
+        check_messages(request.messages)
+        key = cache.key(request.messages, options)
+        sharing = Sharing(key, request.ttl)
+        if key is None:
+            return Prepared(options, sharing)
+        created = asyncio.get_running_loop().time()
+
+        def read(value: bytes | None) -> Reply[Any] | None:
+            return cache.read(key, value, options.answer, created)
+
+        return Prepared(options, sharing, cache.look_up(key), read)
+
+    async def warm(
+        self,
+        requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
+        *,
+        ttl: float | None = None,
+        progress: Callable[[Warmed], None] | None = None,
+    ) -> Warmed:
+        """Fill the cache with the answers to *requests*, in full batches; what is in it already is not asked again.
+
+        Args:
+            requests: As for `map`.
+            ttl: Seconds for which the answers are good, where a request does not say; None for the cache's own time.
+            progress: Called with the figures so far after each request.
+
+        Returns:
+            What came of it.
+
+        Raises:
+            ConfigError: There is no cache, or an argument is wrong.
+            BatcherClosed: The batcher is not open, or closes before the end.
+        """
+        if self._cache is None:
+            raise ConfigError("warm() fills a cache: make the batcher with cache=")
+        at_least(0, ttl=ttl)
+        counts = Counter[str]()
+        warmed = Warmed()
+        async for result in self.map(lasting(requests, ttl)):
+            found = "failed" if result.reply is None else "known" if result.reply.route in _KNOWN else "asked"
+            counts.update((found, "items"))
+            warmed = Warmed(**counts)
+            if progress is not None:
+                progress(warmed)
+        return warmed
+
+    # --- asking without waiting
+
+    async def enqueue(
+        self,
+        messages: Messages,
+        *,
+        id: str | None = None,  # noqa: A002 what everybody calls it
+        output_type: Any = str,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        params: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
+    ) -> str:
+        """Hand a request to the spool, for a worker (`microbatch worker SPOOL`) to answer in its own time.
+
+        Once this returns, the request survives this process. It is asked with the worker's key: keys and headers are not spooled.
+
+        Args:
+            messages: As for `submit`, and so for all but `id`.
+            id: The caller's name for the request, within its tenant: putting the same again does nothing. None makes one up.
+            output_type: What the answer has to fit; pass it to `result` as well.
+            model: Model name; None for that of this batcher's transport.
+            max_tokens: Most tokens of the answer.
+            temperature: Sampling temperature.
+            params: Any other request field.
+            tenant: Name of a trust domain.
+
+        Returns:
+            The id.
+
+        Raises:
+            ConfigError: There is no spool, or an argument is wrong; nothing was queued.
+            IdConflict: Another request has this id; nothing was queued.
+            StorageError: It may not be durable; calling again with the same id does no harm.
+            BatcherClosed: The batcher is not open.
+        """
+        spool = self._spooling()
+        name = _name(tenant, id if id is not None else uuid.uuid4().hex)
+        payload = Payload.of(
+            messages,
+            output_type=output_type,
+            model=model if model is not None else getattr(self._transport, "model", None),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            params=params,
+        )
+        room = self._collector.room
+        room.taken += 1  # so that closing waits for it
+        try:
+            await spool.put(payload.item(name))
+        finally:
+            room.leave(1)
+        return name.id
+
+    @overload
+    async def result(
+        self,
+        id: str,
+        *,
+        tenant: str | None = None,
+        timeout: float | None = None,
+    ) -> Reply[str]: ...
+
+    @overload
+    async def result(
+        self,
+        id: str,
+        *,
+        tenant: str | None = None,
+        output_type: TypeForm[T],
+        timeout: float | None = None,
+    ) -> Reply[T]: ...
+
+    async def result(
+        self,
+        id: str,  # noqa: A002 see `enqueue`
+        *,
+        tenant: str | None = None,
+        output_type: Any = str,
+        timeout: float | None = None,
+    ) -> Reply[Any]:
+        """Return the answer to a spooled request, as soon as there is one. It can be fetched again as long as the spool keeps it.
+
+        Args:
+            id: The request's id.
+            tenant: Its tenant.
+            output_type: What it is decoded to: the type it was queued with, or str for its text.
+            timeout: Seconds to wait; None waits for ever, 0 only looks.
+
+        Raises:
+            ConfigError: There is no spool, or it knows no such request (any more).
+            DeadlineExceeded: There is no answer yet.
+            MalformedAnswer: The answer does not fit the type.
+            RequestFailed: It was given up, after it had failed alone several times.
+            StorageError: The spool cannot be read.
+            BatcherClosed: The batcher is not open.
+        """
+        spool = self._spooling()
+        at_least(0, timeout=timeout)
+        return await spool.result(_name(tenant, id), output_type, timeout)
+
+    def _spooling(self) -> SpoolFront:
+        if self._spool is None:
+            raise ConfigError("requests are spooled where there is a spool: make the batcher with spool=")
+        self._check_open()
+        return self._spool
 
     def flush(self) -> asyncio.Future[None]:
         """Send what waits in all lanes now, as far as slots are free.
@@ -470,7 +733,17 @@ class Microbatcher:
         self._ledger.retries = self._sender.repeats
         self._ledger.retries_denied = self._sender.unpaid
         self._ledger.rate_limited = self._sender.rate_limited
-        return self._ledger.snapshot(queued=self._collector.room.taken, in_flight=self._collector.scheduler.in_use)
+        if self._cache is not None:
+            self._ledger.cache_bypassed = self._cache.bypassed
+            self._ledger.cache_evictions = self._cache.evictions
+        spooled = None if self._spool is None else self._spool.look()
+        return self._ledger.snapshot(
+            queued=self._collector.room.taken,
+            in_flight=self._collector.scheduler.in_use,
+            spool_depth=None if spooled is None else spooled.depth,
+            spool_dead=None if spooled is None else spooled.dead,
+            spool_oldest=None if spooled is None else spooled.oldest,
+        )
 
     def __repr__(self) -> str:
         """Tell the state and the load."""
@@ -480,24 +753,10 @@ class Microbatcher:
         )
 
 
-async def _lease(part: object) -> None:
-    """Open *part* unless another batcher has it open."""
-    _, users = _users.get(id(part), (part, 0))
-    _users[id(part)] = (part, users + 1)
-    opening = getattr(part, "open", None)
-    if users or opening is None:
-        return
-    try:
-        await opening()
-    except BaseException:
-        del _users[id(part)]
-        raise
-
-
-async def _give_back(part: Transport) -> None:
-    """Close *part* unless another batcher still uses it."""
-    _, users = _users.pop(id(part), (part, 1))
-    if users > 1:
-        _users[id(part)] = (part, users - 1)
-    else:
-        await part.aclose()
+def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.enqueue`
+    for word, value in (("id", id), ("tenant", tenant)):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{word} must be a string, got {type(value).__name__}")
+    if not id:
+        raise ConfigError("id must not be empty")
+    return Name(tenant, id)

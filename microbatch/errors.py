@@ -61,6 +61,14 @@ class Overloaded(MicrobatchError):
     """`max_queued` requests are pending and `when_full` forbids waiting; nothing was queued or sent."""
 
 
+class IdConflict(MicrobatchError):
+    """The spool holds another request under this id; nothing was queued."""
+
+
+class StorageError(MicrobatchError):
+    """A spool or a cache cannot be reached, read or written. What was asked of it has not been acknowledged."""
+
+
 class RequestFailed(MicrobatchError):
     """Base of all that can end an accepted submit.
 

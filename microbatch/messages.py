@@ -103,6 +103,8 @@ class Request(msgspec.Struct):
     tenant: str | None = None
     priority: Priority = "normal"
     timeout: float | None = None
+    use_cache: bool = True
+    ttl: float | None = None
 
     def __repr__(self) -> str:
         """Tell the id and the shape, never the words."""
@@ -115,7 +117,8 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
     Attributes:
         output: The answer, decoded to `output_type`.
         text: The answer as the model wrote it: the text itself, or its JSON.
-        route: How it came: "batch", "single", "fallback" (asked again after an earlier reply left it open).
+        route: How it came: "batch", "single", "fallback" (asked again after an earlier reply left it open), "cache", or "shared"
+            (an equal request was under way).
         usage: This request's share of the tokens, over all calls that carried it; an estimate (`usage.estimated`) until
             the last of them has ended. Shares add up exactly to what the endpoint reported.
         cost_usd: The price of `usage` in US dollars, or None when the model's price is unknown.

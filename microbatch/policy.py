@@ -71,6 +71,8 @@ class FlushPolicy:
         merge: "always" combines whatever may share a prompt; "when-cheaper" sends requests alone where the wrapper and the
             framing would cost more than the shared messages save, by the model's prices (output at 4 times the input where
             no price is known).
+        share: Whether equal requests that are under way at the same time are answered by one, each with its own copy, whatever
+            their temperature. Those of temperature 0 are, and with a cache all are.
         low_max_wait: `max_wait` of low-priority requests, which ignore `idle`, in seconds.
 
     Raises:
@@ -87,6 +89,7 @@ class FlushPolicy:
     when_full: WhenFull = "wait"
     idle: Idle = "flush"
     merge: Merge = "always"
+    share: bool = False
     low_max_wait: float = 2.0
 
     def __post_init__(self) -> None:
@@ -100,6 +103,8 @@ class FlushPolicy:
             max_queued=self.max_queued,
         )
         at_least(0, max_wait=self.max_wait, low_max_wait=self.low_max_wait)
+        if not isinstance(self.share, bool):
+            raise ConfigError(f"share must be True or False, got {self.share!r}")
         one_of(WhenFull, when_full=self.when_full)
         one_of(Idle, idle=self.idle)
         one_of(Merge, merge=self.merge)

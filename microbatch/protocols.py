@@ -98,3 +98,28 @@ class Transport(Protocol):
     async def aclose(self) -> None:
         """Release connections. Called when the last batcher that uses the transport has closed."""
         ...
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Where answers are kept for those who ask the same again. Keys are digests, values opaque; both are bytes.
+
+    What is asked for in one turn of the event loop comes as one call, and so do the answers of one reply. A cache that fails or
+    takes longer than 50 ms is left alone for a while; callers are not held up and not failed.
+
+    A cache may also have `open()` (awaited when the first batcher that uses it opens), `ttl` (seconds for which its answers are
+    good unless the request says otherwise; None for ever), `evictions` (a count), and `secret()`, which returns the 32 random
+    bytes that key the digests. They are made once by whatever is shared between processes; without it, each process has its own.
+    """
+
+    async def get_many(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
+        """Return the value of each key, None where there is none."""
+        ...
+
+    async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
+        """Keep *entries*: key, value, and seconds after which it may be dropped, None for as long as there is room."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of files and connections. Called when the last batcher that uses the cache has closed."""
+        ...

@@ -47,6 +47,16 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         rate_limited: Attempts that were answered with "too many requests" (429).
         canaries_failed: Complete replies that were distrusted because they got their canary wrong.
         lanes_parted: How often a lane stopped combining for a while, because asking again cost more than combining saved.
+        shared: Requests that were answered by one under way that asked the same.
+        cache_hits: Requests that were answered from the cache; they are among `answered`, and paid nothing.
+        cache_misses: Requests that were looked up in vain, those for which the cache was too slow or out of order included.
+        cache_bypassed: Those of them for which it was not asked, failed, or took too long.
+        cache_stores: Answers put into the cache.
+        cache_evictions: Answers that the cache dropped for want of room.
+        cache_age: Mean age of the answers that were hit, in seconds.
+        spool_depth: Requests in the spool that are neither answered nor dead, up to a second ago; None without a spool.
+        spool_dead: Dead letters in it; None without a spool.
+        spool_oldest: Age in seconds of the oldest that is neither answered nor dead; None if there is none.
     """
 
     items: int = 0
@@ -79,6 +89,21 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     rate_limited: int = 0
     canaries_failed: int = 0
     lanes_parted: int = 0
+    shared: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_bypassed: int = 0
+    cache_stores: int = 0
+    cache_evictions: int = 0
+    cache_age: float = 0.0
+    spool_depth: int | None = None
+    spool_dead: int | None = None
+    spool_oldest: float | None = None
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Hits among all look-ups, 0 to 1; 0.0 before the first."""
+        return self.cache_hits / (self.cache_hits + self.cache_misses or 1)
 
     @property
     def costs_more(self) -> bool:
@@ -111,7 +136,9 @@ class Ledger:
         self.unbatched_cost_usd: float | None = 0.0
         self.late_duplicates = self.unknown_ids = 0
         self.retries_denied = self.rate_limited = 0
-        self.canaries_failed = self.lanes_parted = 0
+        self.canaries_failed = self.lanes_parted = self.shared = 0
+        self.cache_hits = self.cache_misses = self.cache_bypassed = self.cache_stores = self.cache_evictions = 0
+        self.cache_ages = 0.0
 
     def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Book a call that reported *usage*; one by one, its answered requests would have used *alone*."""
@@ -137,8 +164,16 @@ class Ledger:
         paid, alone = (usage.prompt_tokens + usage.completion_tokens for usage in (self.paid, self.unbatched))
         return f"{paid} tokens against about {alone} one by one"
 
-    def snapshot(self, *, queued: int, in_flight: int) -> Stats:
-        """Return the figures as they stand."""
+    def snapshot(
+        self,
+        *,
+        queued: int,
+        in_flight: int,
+        spool_depth: int | None = None,
+        spool_dead: int | None = None,
+        spool_oldest: float | None = None,
+    ) -> Stats:
+        """Return the figures as they stand, with those that are kept elsewhere."""
         return Stats(
             items=self.items,
             answered=self.answered,
@@ -170,6 +205,16 @@ class Ledger:
             rate_limited=self.rate_limited,
             canaries_failed=self.canaries_failed,
             lanes_parted=self.lanes_parted,
+            shared=self.shared,
+            cache_hits=self.cache_hits,
+            cache_misses=self.cache_misses,
+            cache_bypassed=self.cache_bypassed,
+            cache_stores=self.cache_stores,
+            cache_evictions=self.cache_evictions,
+            cache_age=self.cache_ages / self.cache_hits if self.cache_hits else 0.0,
+            spool_depth=spool_depth,
+            spool_dead=spool_dead,
+            spool_oldest=spool_oldest,
         )
 
 

@@ -55,8 +55,12 @@ class Books:
         self._price = price
         self._paid_batches = 0
 
-    def divide(self, batch: Batch, completion: Completion | None) -> None:
-        """Divide what the combined call cost among its tickets; it is over."""
+    def divide(self, batch: Batch, completion: Completion | None) -> list[Usage]:
+        """Divide what the combined call cost among its tickets; it is over.
+
+        Returns:
+            For each ticket what it would have cost alone, none for those that were not answered; [] if that is not known.
+        """
         tickets, exchange = batch.tickets, batch.exchange
         usage = completion.usage if completion is not None else None
         if completion is not None:
@@ -65,12 +69,17 @@ class Books:
             self._ledger.unreported_calls += completion is not None or batch.heard
             for ticket in tickets:
                 self._give_up_share(ticket)
+            alone = []
         else:
             lines = [len(ticket.line) for ticket in tickets]
             price = self._price_of(completion, exchange)
             self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
-            self._pay(batch, usage, lines, price)
+            alone = self._pay(batch, usage, lines, price)
             self._costs.learn_together(tickets, batch.learned, usage.prompt_tokens)
+        for ticket in tickets:
+            if ticket.flight is not None:
+                ticket.flight.spread(final=True)
+        return alone
 
     def divide_alone(self, ticket: Ticket, completion: Completion, learned: Learned | None = None) -> None:
         """Book what the single call of *ticket* cost; it is over.
@@ -89,11 +98,14 @@ class Books:
             self._book([ticket], [usage], price)
             alone = usage if ticket.reply is not None else Usage()
             self._ledger.pay(usage, alone, price)
+            self._pay_joined(ticket, alone, price)
             self._costs.learn_alone(ticket, usage.prompt_tokens)
             if learned is not None:
                 learned.balance.mending += _weight(usage, price)
                 learned.balance.alone += _weight(alone, price)
         _finish([ticket], completion)
+        if ticket.flight is not None:
+            ticket.flight.spread(final=True)
 
     def _give_up_share(self, ticket: Ticket) -> None:
         """A call has reported nothing: if the caller left in the moment of its answer, the shares of earlier calls are nobody's."""
@@ -123,8 +135,8 @@ class Books:
             else:
                 ticket.usage, ticket.cost_usd = share, cost_usd
 
-    def _pay(self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None) -> None:
-        """Book the call, and what its answered requests would have cost one by one."""
+    def _pay(self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None) -> list[Usage]:
+        """Book the call, and what its answered requests would have cost one by one; return that of each ticket."""
         learned, asked, sizes = batch.learned, len(batch.tickets), batch.answer_bytes
         mine = [ticket.reply is not None for ticket in batch.tickets]
         answered = sum(mine)
@@ -152,6 +164,18 @@ class Books:
             balance.combined += _weight(usage, price)
         balance.alone += _weight(alone, price)
         self._warn_if_dearer()
+        if not any(ticket.key is not None for ticket in batch.tickets):
+            return []  # nobody asks
+        each = [*_shares(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)] if answered else []
+        for ticket, single in zip(batch.tickets, each, strict=False):
+            self._pay_joined(ticket, single, price)
+        return each
+
+    def _pay_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Book what those who have joined *ticket* would have cost, each as much as *alone*."""
+        if ticket.flight is not None:
+            for _ in range(ticket.flight.size - 1):
+                self._ledger.pay(Usage(), alone, price)
 
     def _warn_if_dearer(self) -> None:
         """Say once, when there is enough to judge by, that combining costs more than it saves."""

@@ -15,28 +15,53 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from microbatch.batching.budget import FlushReason
 from microbatch.batching.lane import Lane
-from microbatch.errors import BatcherClosed, ConfigError
+from microbatch.errors import BatcherClosed, ConfigError, ShutDown
 from microbatch.messages import Request, Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.collector import Collector
+    from microbatch.batching.flight import Seat
+    from microbatch.batching.intake import Sharing
+    from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
-    from microbatch.messages import Messages
+    from microbatch.messages import Messages, Reply
 
-    Accept = Callable[[Request, Callable[[Ticket], None]], Ticket]
+    Handle = Ticket | Seat
+    Prepare = Callable[[Request], "Prepared"]
+    Accept = Callable[[Request, "Prepared", Callable[[Any], None]], Handle]
 
 _SLICE = 256
 """Requests read from a source before the event loop gets its turn; reading one takes some 10 microseconds."""
+
+
+class Prepared(msgspec.Struct):
+    """A request whose options have been checked.
+
+    Attributes:
+        options: The options.
+        sharing: How equal requests find it; None if its answer is for this caller only.
+        looking: Done with what the cache has for it; None if the cache is not asked.
+        read: Returns the reply in that, or None. It is asked once.
+    """
+
+    options: Options
+    sharing: Sharing | None = None
+    looking: asyncio.Future[bytes | None] | None = None
+    read: Callable[[bytes | None], Reply[Any] | None] | None = None
+
 
 _CLOSED = "the batcher closed while map() was reading its source"
 
 
 async def bulk(
     collector: Collector,
+    prepare: Prepare,
     accept: Accept,
     source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
     *,
@@ -48,13 +73,14 @@ async def bulk(
 
     Args:
         collector: Where the lanes are.
+        prepare: Checks one request, and begins to look it up.
         accept: Queues one request; told what to call when it leaves its queue.
         source: The requests.
         max_pending: Most requests taken from the source and not yet taken by the consumer.
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.
     """
-    run = _Run(collector, accept, source, max_pending, ordered=ordered, patience=patience)
+    run = _Run(collector, prepare, accept, source, max_pending, ordered=ordered, patience=patience)
     try:
         while True:
             await run.take_in()
@@ -77,6 +103,7 @@ class _Run:
     def __init__(
         self,
         collector: Collector,
+        prepare: Prepare,
         accept: Accept,
         source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
         max_pending: int,
@@ -85,19 +112,21 @@ class _Run:
         patience: float,
     ) -> None:
         self._collector = collector
+        self._prepare = prepare
         self._accept = accept
         self._max_pending = max_pending
         self._ordered = ordered
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.Context()
-        self._results: deque[tuple[Result[Any], Ticket | None]] = deque()
-        self._early: dict[int, tuple[Result[Any], Ticket | None]] = {}  # ordered: results that came before their turn
+        self._results: deque[tuple[Result[Any], Handle | None]] = deque()
+        self._early: dict[int, tuple[Result[Any], Handle | None]] = {}  # ordered: results that came before their turn
         self._taken = 0
         self._yielded = 0
         # As sets that keep their order: the same run takes the same course each time.
-        self._unsent: dict[Ticket, None] = {}
-        self._open: dict[Ticket, None] = {}
+        self._unsent: dict[Handle, None] = {}
+        self._open: dict[Handle, asyncio.Future[Any]] = {}
+        self._looking = 0
         self._waiting = False
         self._wake = asyncio.Event()
         self._exhausted = False
@@ -227,31 +256,75 @@ class _Run:
         index, self._taken = self._taken, self._taken + 1
         request = item if isinstance(item, Request) else Request(item)
         try:
-            ticket = self._accept(request, self._note_taken)
+            prepared = self._prepare(request)
+            if prepared.looking is None:
+                self._enter(index, request, prepared)
+                return
         except ConfigError as error:
             self._add(Result(index, request.id, None, error), None)
             return
-        if ticket.queue is not None:
-            self._unsent[ticket] = None
-        self._open[ticket] = None
-        ticket.future.add_done_callback(functools.partial(self._done, ticket, index, request.id), context=self._context)
+        # It holds its place while it is looked up: by then others may have taken what was free.
+        self._collector.room.taken += 1
+        self._looking += 1
+        found = functools.partial(self._looked_up, index, request, prepared)
+        prepared.looking.add_done_callback(found, context=self._context)
 
-    def _note_taken(self, ticket: Ticket) -> None:
-        self._unsent.pop(ticket, None)
+    def _looked_up(
+        self, index: int, request: Request, prepared: Prepared, looking: asyncio.Future[bytes | None]
+    ) -> None:
+        """The cache has been asked: hand out what it has, or ask the model."""
+        self._looking -= 1
+        failed = looking.exception() is not None
+        if self._left or failed or prepared.read is None:
+            self._collector.room.leave(1)
+            if not self._left:
+                self._add(Result(index, request.id, None, ShutDown(_CLOSED)), None)
+            return
+        try:
+            reply = prepared.read(looking.result())
+            if reply is not None:
+                self._collector.room.leave(1)
+                self._add(Result(index, request.id, reply), None)
+            elif self._collector.closing:
+                self._collector.room.leave(1)
+                self._add(Result(index, request.id, None, ShutDown(_CLOSED)), None)
+            else:
+                self._collector.room.enter()
+                self._enter(index, request, prepared)
+        except ConfigError as error:
+            self._collector.room.decline()
+            self._add(Result(index, request.id, None, error), None)
+        self.check()
+
+    def _enter(self, index: int, request: Request, prepared: Prepared) -> None:
+        """Queue *request*.
+
+        Raises:
+            ConfigError: It cannot be sent; nothing was queued.
+        """
+        handle = self._accept(request, prepared, self._note_taken)
+        if handle.queue is not None:
+            self._unsent[handle] = None
+        self._open[handle] = future = handle.future
+        future.add_done_callback(functools.partial(self._done, handle, index, request.id), context=self._context)
+
+    def _note_taken(self, handle: Handle) -> None:
+        self._unsent.pop(handle, None)
 
     # --- results
 
-    def _done(self, ticket: Ticket, index: int, name: str | None, future: asyncio.Future[Any]) -> None:
-        self._open.pop(ticket, None)
+    def _done(self, handle: Handle, index: int, name: str | None, future: asyncio.Future[Any]) -> None:
+        self._open.pop(handle, None)
+        self._unsent.pop(handle, None)  # if it has left a flight that goes on
         if future.cancelled():
             return  # the consumer has left
         error = future.exception()
         if error is None:
-            self._add(Result(index, name, future.result()), ticket)
+            self._add(Result(index, name, future.result()), handle)
         elif isinstance(error, Exception):
             self._add(Result(index, name, None, error), None)
 
-    def _add(self, result: Result[Any], answered: Ticket | None) -> None:
+    def _add(self, result: Result[Any], answered: Handle | None) -> None:
         if not self._ordered:
             self._results.append((result, answered))
         else:
@@ -286,8 +359,8 @@ class _Run:
             return
         may_come = not self._exhausted and self._has_room and not (self._sync is None and self._silent)
         in_flight = len(self._open) > len(self._unsent)
-        lanes = dict.fromkeys(ticket.queue for ticket in self._unsent)
-        if may_come or in_flight or any(lane.due for lane in lanes):
+        lanes = dict.fromkeys(handle.queue for handle in self._unsent)
+        if may_come or in_flight or self._looking or any(lane.due for lane in lanes):
             return
         self._collector.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
 
@@ -298,9 +371,9 @@ class _Run:
         self._collector.room.watchers.pop(self._note_room, None)
         if self._silence is not None:
             self._silence.cancel()
-        for ticket in list(self._open):
-            ticket.future.cancel()  # in vain if it has just been answered
-            self._collector.leave(ticket)
+        for handle, future in list(self._open.items()):
+            future.cancel()  # in vain if it has just been answered
+            self._collector.leave(handle)
         for _, answered in [*self._results, *self._early.values()]:
             if answered is not None:  # nobody will ever have this answer
                 self._collector.leave(answered)

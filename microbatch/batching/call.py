@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from microbatch.batching.account import Permit
     from microbatch.batching.books import Books, Pricing
     from microbatch.batching.demultiplexer import Answer
+    from microbatch.batching.flight import Flights
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route
@@ -44,6 +45,14 @@ class Send(Protocol):
         ...
 
 
+class Keep(Protocol):
+    """See `microbatch.caching.answer_cache.AnswerCache.keep`."""
+
+    async def __call__(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
+        """Keep the answers of tickets, each with what it would have cost alone; never raises."""
+        ...
+
+
 class Calls:
     """Makes calls and settles what they answer.
 
@@ -51,6 +60,8 @@ class Calls:
         send: Makes the attempts of a call.
         ledger: Where everything is counted.
         books: Where ended calls are booked.
+        flights: The tickets that others may join.
+        keep: Puts answers into the cache, after their callers have them; None if there is none.
         count: Counts a text's tokens.
         price: What prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
@@ -67,6 +78,8 @@ class Calls:
         send: Send,
         ledger: Ledger,
         books: Books,
+        flights: Flights,
+        keep: Keep | None,
         count: Callable[[str], int],
         price: Pricing,
         default_model: str | None,
@@ -79,6 +92,8 @@ class Calls:
         self._send = send
         self._ledger = ledger
         self._books = books
+        self._flights = flights
+        self._keep = keep
         self._count = count
         self._price = price
         self._default_model = default_model
@@ -99,7 +114,7 @@ class Calls:
             lines.append(canary_line(canary))
         prompt, ids = compose(instruction(spec.answer.words), lines, self._draw)
         max_tokens = len(tickets) * output_reserve(spec.max_tokens) if spec.max_tokens else None
-        somebody_awaits = any(ticket.on_taken is None for ticket in tickets)
+        somebody_awaits = not all(ticket.bulk for ticket in tickets)
         call = ChatCall(
             messages=[*spec.shared, {"role": "user", "content": prompt}],
             model=spec.model,
@@ -155,9 +170,12 @@ class Calls:
                 self._ledger.canaries_failed += not trusted and how == "complete"
             if answers:
                 self._deliver(batch, answers)
-            self._books.divide(batch, completion)
+            alone = self._books.divide(batch, completion)
         finally:
             exchange.end()
+        # A reply with anything odd about it answers who asked, but nobody who comes later.
+        if how == "complete" and trusted and not demultiplexer.damaged and not demultiplexer.late_duplicates:
+            await self._keep_answers(completion, zip(batch.tickets, alone, strict=False))
         self._ledger.late_duplicates += demultiplexer.late_duplicates
         self._ledger.unknown_ids += demultiplexer.unknown_ids
         if error is None:
@@ -167,6 +185,14 @@ class Calls:
             open_ += left_open(batch.tickets, demultiplexer, truncated=how == "length", trusted=trusted)
         damaged = bool(open_) and (demultiplexer.damaged or any(True for _ in demultiplexer.faults()))
         return Outcome(how, len(batch.tickets), open_, error, damaged)
+
+    async def _keep_answers(self, completion: Completion | None, answered: Iterable[tuple[Ticket, Usage]]) -> None:
+        """Put into the cache what a call has answered, if it ended as it should."""
+        if self._keep is None or completion is None or completion.finish_reason != "stop":
+            return
+        kept = [pair for pair in answered if pair[0].key is not None and pair[0].reply is not None]
+        if kept:
+            await self._keep(kept)
 
     def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
         """Hand *answers*, pairs of position and decoded answer, to their callers."""
@@ -244,9 +270,11 @@ class Calls:
             if error is None:
                 self._answer([ticket], [(0, (output, text))], exchange, [0], None, completion.body)
             self._books.divide_alone(ticket, completion, learned)
-            return error
         finally:
             exchange.end()
+        if error is None:
+            await self._keep_answers(completion, [(ticket, completion.usage or Usage())])
+        return error
 
     # --- both
 
@@ -341,6 +369,8 @@ class Calls:
             ticket.future.set_result(reply)
             if ticket.timer is not None:
                 ticket.timer.cancel()
+            if ticket.key is not None:
+                self._flights.drop(ticket)
             answered += 1
         self._settled(answered)
         return answered

@@ -23,6 +23,7 @@ import anyio
 
 from microbatch.batching.budget import Budgets, FlushReason
 from microbatch.batching.cost import Costs
+from microbatch.batching.flight import Flights, Seat
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane import Lane
 from microbatch.batching.lanes import Lanes
@@ -86,6 +87,7 @@ class Collector:
 
     Attributes:
         room: The places for accepted requests.
+        flights: The tickets that others may join.
         lanes: The open lanes.
         scheduler: The slots.
         costs: What calls are charged.
@@ -116,6 +118,9 @@ class Collector:
         self.costs = Costs(budgets, count)
         self._borrowers: dict[Account, BorrowerQueue] = {}
         self.room = Room(policy.max_queued, self._note_quiet)
+        self.flights = Flights(
+            ledger, self.room, abandon=self._withdraw, disown=self._disown, late=_late
+        )  # fmt: skip
         self.scheduler: Scheduler[Lane | AloneQueue | BorrowerQueue, _Work] = Scheduler(
             policy.max_concurrent_batches,
             cost=self._cost,
@@ -131,6 +136,7 @@ class Collector:
             ledger,
             room=self.room,
             lanes=self.lanes,
+            flights=self.flights,
             accounts=accounts,
             costs=self.costs,
             count=count,
@@ -371,32 +377,39 @@ class Collector:
         self._ledger.failed += 1
         self._withdraw(ticket)
 
-    def leave(self, ticket: Ticket) -> None:
-        """*ticket*'s caller has gone without taking an answer."""
-        if ticket.reply is not None:
+    def leave(self, who: Ticket | Seat) -> None:
+        """The caller who was given *who* has gone without taking an answer."""
+        if isinstance(who, Seat):
+            who.flight.leave(who)
+        elif who.flight is not None:
+            who.flight.leave(who.flight.first)
+        elif who.reply is not None:
             # Answered in the very moment it was cancelled. What it cost is nobody's now.
             self._ledger.answered -= 1
             self._ledger.cancelled += 1
-            if not ticket.call.ended:
-                ticket.unclaimed = True
-            elif not ticket.reply.usage.estimated:
-                self._ledger.unclaimed += ticket.reply.usage
-            elif ticket.usage is not None:  # of the last call nothing was reported, but of those before it
-                self._ledger.unclaimed += ticket.usage
-        elif ticket.future.cancelled():
+            self._disown(who)
+        elif who.future.cancelled():
             self._ledger.cancelled += 1
-            self._withdraw(ticket)
-        elif ticket.future.done():
-            ticket.future.exception()  # retrieved, so that asyncio does not complain of it
+            self._withdraw(who)
+        elif who.future.done():
+            who.future.exception()  # retrieved, so that asyncio does not complain of it
+
+    def _disown(self, ticket: Ticket) -> None:
+        """Nobody has the answer to *ticket*: what it cost is nobody's."""
+        if not ticket.call.ended:
+            ticket.unclaimed = True
+        elif ticket.reply is not None and not ticket.reply.usage.estimated:
+            self._ledger.unclaimed += ticket.reply.usage
+        elif ticket.usage is not None:  # of the last call nothing was reported, but of those before it
+            self._ledger.unclaimed += ticket.usage
 
     def _expire(self, ticket: Ticket, timeout: float) -> None:
-        permit = None if ticket.call is None else ticket.call.permit
-        failure = None if permit is None else permit.error
-        latest = "" if failure is None else f"; the latest attempt failed: {type(failure).__name__}: {failure}"
-        self.fail(ticket, DeadlineExceeded(f"no answer within the timeout of {timeout} s{latest}"))
+        self.fail(ticket, _late(ticket, timeout))
 
     def _withdraw(self, ticket: Ticket) -> None:
         """*ticket* has ended without an answer: take it out of where it is."""
+        if ticket.key is not None:
+            self.flights.drop(ticket)
         queue = ticket.queue
         if isinstance(queue, Lane):
             self.lanes.discard(queue, ticket)
@@ -410,6 +423,14 @@ class Collector:
         if ticket.timer is not None:
             ticket.timer.cancel()
         self.room.leave(1)
+
+
+def _late(ticket: Ticket, timeout: float) -> RequestFailed:
+    """Return the error of a caller of *ticket* whose *timeout* has passed."""
+    permit = None if ticket.call is None else ticket.call.permit
+    failure = None if permit is None else permit.error
+    latest = "" if failure is None else f"; the latest attempt failed: {type(failure).__name__}: {failure}"
+    return DeadlineExceeded(f"no answer within the timeout of {timeout:g} s{latest}", attempts=ticket.attempts)
 
 
 def _bug(cause: BaseException) -> RequestFailed:

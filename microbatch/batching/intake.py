@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextvars
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from microbatch.batching.budget import MAX_COUNTED_CHARS
+from microbatch.batching.flight import Seat
+from microbatch.batching.lane import Lane
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
 from microbatch.batching.queues import AloneQueue
-from microbatch.batching.request import check_messages, copy_of, read_messages, spec_of
-from microbatch.batching.ticket import HIGH, AloneReason, Ticket
+from microbatch.batching.request import canonical_messages, check_messages, copy_of, read_messages, spec_of
+from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket
 from microbatch.batching.worth import pays
 from microbatch.errors import ConfigError
 
@@ -24,10 +28,11 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Account, Accounts
     from microbatch.batching.cost import Costs
-    from microbatch.batching.lane import Lane
+    from microbatch.batching.flight import Flights
     from microbatch.batching.lanes import Lanes
     from microbatch.batching.request import Options
     from microbatch.batching.room import Room
+    from microbatch.batching.ticket import Spec
     from microbatch.messages import Messages
     from microbatch.policy import FlushPolicy
 
@@ -40,6 +45,22 @@ _ALONE_WARNING = 100
 """Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
 
 
+class Sharing(msgspec.Struct, frozen=True):
+    """How equal requests are found.
+
+    Attributes:
+        key: The request's digest, where there is a cache; None to compare it whole.
+        ttl: Seconds for which its answer is good, None for the cache's own.
+    """
+
+    key: bytes | None = None
+    ttl: float | None = None
+
+
+IN_FLIGHT = Sharing()
+"""Equal requests are found while they are under way, and not afterwards."""
+
+
 class Intake:
     """The way in.
 
@@ -48,6 +69,7 @@ class Intake:
         ledger: Where everything is counted.
         room: The places for accepted requests.
         lanes: Where requests wait that may share a prompt.
+        flights: Those that others may join.
         accounts: Whose permits each needs.
         costs: What each is charged.
         count: Counts a text's tokens.
@@ -67,6 +89,7 @@ class Intake:
         *,
         room: Room,
         lanes: Lanes,
+        flights: Flights,
         accounts: Accounts,
         costs: Costs,
         count: Callable[[str], int],
@@ -80,6 +103,7 @@ class Intake:
         self._ledger = ledger
         self._room = room
         self._lanes = lanes
+        self._flights = flights
         self._accounts = accounts
         self._costs = costs
         self._count = count
@@ -99,11 +123,12 @@ class Intake:
         messages: Messages,
         options: Options,
         timeout: float | None,
-        on_taken: Callable[[Ticket], None] | None = None,
+        on_taken: Callable[[Any], None] | None = None,
         *,
         bypass: bool = False,
-    ) -> Ticket:
-        """Queue a request; its ticket's future is settled in the end, whatever happens.
+        sharing: Sharing | None = None,
+    ) -> Ticket | Seat:
+        """Queue a request; the future of what is returned is settled in the end, whatever happens.
 
         Args:
             messages: The chat messages, checked here.
@@ -111,6 +136,7 @@ class Intake:
             timeout: Seconds from now until its caller gives up, or None.
             on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
             bypass: Go alone at once.
+            sharing: How equal requests are found; None if its answer is for this caller only.
 
         Raises:
             ConfigError: The messages cannot be sent; nothing was queued.
@@ -120,15 +146,10 @@ class Intake:
         read = read_messages(messages, options) if options.combinable else None
         loop = self._loop
         now = loop.time()
+        who: Ticket | Seat | None = None
         if read is None:
             check_messages(messages)
-            ticket = Ticket(loop.create_future(), spec_of([], options, None), options.answer, now)
-            ticket.messages = copy_of(messages)
-            ticket.on_taken = on_taken
-            account = self._accounts.of(options.model, options.headers)
-            if account.max_tokens is not None:
-                ticket.cost = _fitting(self._costs.of_any(ticket.messages, ticket.spec), account.max_tokens)
-            self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
+            who = self._take_alone(copy_of(messages), options, now, on_taken, sharing)
         else:
             key, text = read
             line = item_line(text)
@@ -139,30 +160,120 @@ class Intake:
             # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
             if lane is None or lane.spec.key != key:
                 lane = lanes.find(key, messages, options)
-            ticket = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens)
-            if on_taken is None:
-                wait = lane.max_wait
-                ticket.due_at = now + (wait if timeout is None else min(wait, timeout / 2))
-            else:
-                ticket.on_taken = on_taken
-            alone = self._look_closely(ticket, lane) if lane.careful else None
-            if bypass:
-                alone = AloneReason.BYPASS
-            elif tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES:
-                alone = alone or self._too_long(ticket, lane)
-            if alone is not None:
-                self.queue_alone(ticket, alone, lane.account)
-                lanes.drop_if_abandoned(lane)
-            else:
-                lane.add(ticket)
-                if not lane.queued:
-                    lanes.joined(lane)
+            wait = lane.max_wait
+            due_at = NEVER if on_taken is not None else now + (wait if timeout is None else min(wait, timeout / 2))
+            if sharing is not None:
+                same = sharing.key or (lane.spec.content, line)
+                if not bypass:
+                    who = self._join(same, options, now, on_taken, lane.spec, due_at, lane)
+            if who is None:
+                who = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, due_at)
+                if on_taken is not None:
+                    who.on_taken = on_taken
+                    who.bulk = True
+                self._place(who, lane, bypass=bypass)
+                if sharing is not None:
+                    who.key, who.ttl = same, sharing.ttl
+                    self._flights.file(who)
         self._room.taken += 1
         self._ledger.items += 1
         if timeout is not None:
-            ticket.deadline = now + timeout
-            ticket.timer = loop.call_at(ticket.deadline, self._expire, ticket, timeout, context=self._context)
+            who.deadline = now + timeout
+            if isinstance(who, Seat):
+                who.flight.expire_at(who, who.deadline, loop)
+            else:
+                who.timer = loop.call_at(who.deadline, self._expire, who, timeout, context=self._context)
+        return who
+
+    def _place(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
+        """Queue *ticket* in *lane*, or alone if it is better off so."""
+        alone = self._look_closely(ticket, lane) if lane.careful else None
+        if bypass:
+            alone = AloneReason.BYPASS
+        elif ticket.tokens > lane.budget.tokens - ID_TOKENS or len(ticket.line) > MAX_LINE_BYTES:
+            alone = alone or self._too_long(ticket, lane)
+        if alone is not None:
+            self.queue_alone(ticket, alone, lane.account)
+            self._lanes.drop_if_abandoned(lane)
+        else:
+            lane.add(ticket)
+            if not lane.queued:
+                self._lanes.joined(lane)
+
+    def _take_alone(
+        self,
+        messages: list[dict[str, Any]],
+        options: Options,
+        now: float,
+        on_taken: Callable[[Any], None] | None,
+        sharing: Sharing | None,
+    ) -> Ticket | Seat:
+        spec = spec_of([], options, ())
+        if sharing is not None:
+            same = sharing.key or (options.content, canonical_messages(messages))
+            seat = self._join(same, options, now, on_taken, spec, NEVER)
+            if seat is not None:
+                return seat
+        ticket = Ticket(self._loop.create_future(), spec, options.answer, now)
+        ticket.messages = messages
+        ticket.on_taken = on_taken
+        ticket.bulk = on_taken is not None
+        account = self._accounts.of(options.model, options.headers)
+        if account.max_tokens is not None:
+            ticket.cost = _fitting(self._costs.of_any(messages, spec), account.max_tokens)
+        self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
+        if sharing is not None:
+            ticket.key, ticket.ttl = same, sharing.ttl
+            self._flights.file(ticket)
         return ticket
+
+    def _join(
+        self,
+        key: Hashable,
+        options: Options,
+        now: float,
+        on_taken: Callable[[Any], None] | None,
+        spec: Spec,
+        due_at: float,
+        lane: Lane | None = None,
+    ) -> Seat | None:
+        """Return a seat with an equal request that is accepted already, after seeing to it that it is as urgent; None if there is none.
+
+        Args:
+            key: What equal requests are found by.
+            options: The caller's options.
+            now: Loop time.
+            on_taken: See `accept`.
+            spec: What the request would travel with by itself.
+            due_at: Loop time until which it would wait for company.
+            lane: The lane of that; None if it goes alone.
+        """
+        ticket = self._flights.find(key)
+        if ticket is None:
+            return None
+        queue = ticket.queue
+        if spec.rank < ticket.spec.rank:
+            if queue is None:
+                return None  # it is under way at the pace of its own priority
+            self._promote(ticket, spec, due_at, lane)
+        elif isinstance(queue, Lane):
+            self._lanes.hasten(queue, ticket, due_at)
+        if lane is not None:
+            self._lanes.drop_if_abandoned(lane)
+        return self._flights.join(ticket, options.answer, now, on_taken, self._loop)
+
+    def _promote(self, ticket: Ticket, spec: Spec, due_at: float, lane: Lane | None) -> None:
+        """Let *ticket*, which waits, wait in a queue of a higher priority instead."""
+        queue = ticket.queue
+        if isinstance(queue, Lane):
+            self._lanes.discard(queue, ticket, moved=True)
+        else:
+            queue.discard(ticket, moved=True)
+        ticket.spec, ticket.due_at = spec, min(ticket.due_at, due_at)
+        if lane is None:
+            self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, self._accounts.of(spec.model, spec.headers))
+        else:
+            self._place(ticket, lane)
 
     def _look_closely(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
         """Work out what *ticket* costs alone, and tell why it goes alone if it does.

@@ -130,9 +130,18 @@ class Lane:
             self._owed_count = 0
         self._owed_count = max(self._owed_count, self.live if everything else 1)
 
-    def discard(self, ticket: Ticket) -> None:
-        """*ticket*, which waits here, has settled (its caller left): forget it."""
-        ticket.taken()
+    def hasten(self, ticket: Ticket, due_at: float) -> None:
+        """*ticket*, which waits here, is to leave by *due_at*, which is sooner than before."""
+        ticket.due_at = due_at
+        if self._full is None:  # else the lane is due, and looks at the times again when the next batch has left
+            self.due_at = min(self.due_at, due_at)
+
+    def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
+        """*ticket*, which waits here, has settled (its caller left), or has *moved* to another queue: forget it."""
+        if moved:
+            ticket.queue = None
+        else:
+            ticket.taken()
         self.live -= 1
         self._pay_debt(self._owed_count - self.live)
         if len(self._pending) > 2 * self.live + 64:

@@ -78,12 +78,12 @@ class Lanes:
 
     # --- which lane
 
-    def find(self, key: Hashable, messages: Messages, options: Options) -> Lane:
+    def find(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         """Return the lane of all requests with *key*, opened if need be."""
         lane = self.latest = self._open.get(key) or self._make(key, messages, options)
         return lane
 
-    def _make(self, key: Hashable, messages: Messages, options: Options) -> Lane:
+    def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         spec = spec_of(messages, options, key)
         learned = self._memory.of(key)
         account = self._accounts.of(spec.model, spec.headers)
@@ -119,10 +119,16 @@ class Lanes:
             lane.owe(FlushReason.IDLE)
         self._consider(lane)
 
-    def discard(self, lane: Lane, ticket: Ticket) -> None:
-        """*ticket*, which waited in *lane*, has settled."""
-        lane.discard(ticket)
+    def discard(self, lane: Lane, ticket: Ticket, *, moved: bool = False) -> None:
+        """*ticket*, which waited in *lane*, has settled, or has *moved* to another queue."""
+        lane.discard(ticket, moved=moved)
         self.rested(lane)
+
+    def hasten(self, lane: Lane, ticket: Ticket, due_at: float) -> None:
+        """*ticket*, which waits in *lane*, waits no longer than until *due_at*, in loop time."""
+        if due_at < ticket.due_at:
+            lane.hasten(ticket, due_at)
+            self._consider(lane)
 
     def call_ended(self, lane: Lane) -> None:
         """A call of *lane* and its fallback are over."""

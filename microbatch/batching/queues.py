@@ -53,9 +53,12 @@ class AloneQueue:
         self._waiting.append((ticket, reason))
         self._live += 1
 
-    def discard(self, ticket: Ticket) -> None:
-        """*ticket*, which waits here, has settled (its caller left): forget it."""
-        ticket.taken()
+    def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
+        """*ticket*, which waits here, has settled (its caller left), or has *moved* to another queue: forget it."""
+        if moved:
+            ticket.queue = None
+        else:
+            ticket.taken()
         self._live -= 1
         if len(self._waiting) > 2 * self._live + 64:
             self._waiting = deque(entry for entry in self._waiting if entry[0].queue is self)

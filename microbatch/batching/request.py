@@ -54,7 +54,8 @@ class Options(msgspec.Struct, frozen=True):
 
     Attributes:
         answer: The shape of the answer.
-        key: All that must be equal for two requests to share a prompt, but their messages.
+        content: All that two requests must have in common to be the same question, but their messages.
+        priority: As given; with it, `content` is what they must have in common to share a prompt.
         combinable: Whether the options allow company.
         params: Request fields to send, temperature included.
         headers: The caller's headers.
@@ -62,10 +63,12 @@ class Options(msgspec.Struct, frozen=True):
         max_tokens: As given.
         tenant: As given.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
+        cold: Whether the temperature is 0, so that equal requests may well get equal answers.
     """
 
     answer: AnswerType
-    key: tuple[Hashable, ...]
+    content: tuple[Hashable, ...]
+    priority: Priority = "normal"
     combinable: bool = True
     params: Mapping[str, Any] = {}
     headers: Mapping[str, str] = {}
@@ -73,6 +76,7 @@ class Options(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     tenant: str | None = None
     rank: int = NORMAL
+    cold: bool = False
 
 
 def read_options(
@@ -118,8 +122,8 @@ def read_options(
     sent = _headers(headers)
     return Options(
         answer=answer,
-        # Priority is a word of its own in the key: a lane of low-priority work must not delay others.
-        key=(answer.key, model, max_tokens, _canonical(fields, "params"), sent, tenant, priority),
+        content=(answer.key, model, max_tokens, _canonical(fields, "params"), sent, tenant),
+        priority=priority,
         combinable=combinable,
         params=fields,
         headers=dict(sent),
@@ -127,6 +131,7 @@ def read_options(
         max_tokens=max_tokens,
         tenant=tenant,
         rank=get_args(Priority).index(priority),
+        cold=temperature == 0,
     )
 
 
@@ -170,7 +175,8 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
         text = last.content
     else:
         return None
-    key: list[Hashable] = [options.key]
+    # Priority is a word of its own in the key: a lane of low-priority work must not delay others.
+    key: list[Hashable] = [options.priority, options.content]
     for message in messages[:-1]:
         if type(message) is dict and len(message) == 2:  # noqa: PLR2004 role and content
             role, content = message.get("role"), message.get("content")
@@ -216,11 +222,18 @@ def _kind(value: object) -> str:
     return f"an empty {type(value).__name__}" if value in ([], ()) else type(value).__name__
 
 
-def spec_of(messages: Messages, options: Options, key: Hashable) -> Spec:
-    """Return what *messages* but the last share with others, as a copy that the caller cannot change any more."""
+def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...]) -> Spec:
+    """Return what *messages* but the last share with others, as a copy that the caller cannot change any more.
+
+    Args:
+        messages: The messages of one request.
+        options: Its options.
+        key: What `read_messages` returned for it, or () for a request that goes alone.
+    """
     shared = copy_of(messages[:-1])
     return Spec(
         key=key,
+        content=key[1:],
         model=options.model,
         shared=shared,
         answer=options.answer,
@@ -231,6 +244,15 @@ def spec_of(messages: Messages, options: Options, key: Hashable) -> Spec:
         rank=options.rank,
         shared_chars=sum(len(str(message.get("content"))) for message in shared),
     )
+
+
+def canonical_messages(messages: Messages) -> bytes:
+    """Return *messages* as JSON that is equal for equal messages only.
+
+    Raises:
+        ConfigError: They hold something that JSON cannot carry.
+    """
+    return _canonical(messages, "messages")
 
 
 def copy_of(messages: Messages) -> list[dict[str, Any]]:

@@ -104,6 +104,18 @@ class AnswerType:
         assert problem is not None  # noqa: S101 - the text itself is always tried
         raise problem
 
+    def decode_again(self, text: str) -> tuple[Any, str]:
+        """Decode the text of an answer that was accepted before, for another caller.
+
+        Returns:
+            As from `decode`.
+
+        Raises:
+            ValueError: It does not fit: this type's validators ask more than its schema says. The message holds no word of it.
+            Exception: Whatever else a validator of the caller's type raises.
+        """
+        return (text, text) if self.is_text else self.decode(text)
+
     def __repr__(self) -> str:
         """Tell the schema, which is the caller's code and no prompt."""
         return f"AnswerType({_compact(self.schema)})"

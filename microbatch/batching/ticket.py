@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
+    from microbatch.batching.flight import Flight
     from microbatch.batching.schema import AnswerType
     from microbatch.messages import Reply, Usage
 
@@ -43,6 +44,7 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
 
     Attributes:
         key: The whole of it, hashable. Equal keys may share a prompt; anything that differs makes keys differ.
+        content: The same without the priority: what two requests ask of the model, but for the last message.
         model: As given, None for the transport's own.
         shared: The messages before the last one, as given.
         answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
@@ -55,6 +57,7 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
     """
 
     key: Hashable
+    content: Hashable
     model: str | None
     shared: Sequence[Mapping[str, Any]]
     answer: AnswerType
@@ -93,8 +96,12 @@ class Ticket(msgspec.Struct, eq=False):
         call: The call it travels or travelled in, the latest one; None before the first.
         reply: What its caller got.
         unclaimed: Whether its caller left in the moment it was answered.
-        on_taken: For bulk work: called when it leaves its queue. None for a `submit`, whose caller waits for it alone.
+        on_taken: For bulk work: called when it leaves its queue.
+        bulk: Whether only bulk work waits for it, and nobody for it alone.
         timer: Ends it at its deadline; the collector's.
+        key: What equal requests find it by, to join it or its answer in the cache; None for one that is not shared.
+        ttl: Seconds for which its answer is good, None for the cache's own.
+        flight: Its callers, once there are several; then `future` is nobody's.
     """
 
     future: asyncio.Future[Any]
@@ -117,7 +124,11 @@ class Ticket(msgspec.Struct, eq=False):
     reply: Reply[Any] | None = None
     unclaimed: bool = False
     on_taken: Callable[[Ticket], None] | None = None
+    bulk: bool = False
     timer: asyncio.TimerHandle | None = None
+    key: Hashable = None
+    ttl: float | None = None
+    flight: Flight | None = None
 
     @property
     def text(self) -> str:

@@ -1,0 +1,351 @@
+"""Single flight: callers who ask the same thing at the same time are answered by one ticket.
+
+Theory of operation
+-------------------
+A ticket that others may join is filed under a key. The first one to join turns it into a *flight*: the ticket gets a future that
+belongs to nobody, and each caller, the first one included, a *seat* with a future and a deadline of its own. From then on the
+ticket is settled like any other, and whatever settles it is handed on to the seats one turn of the loop later (the flight *lands*).
+
+Until it has landed a seat can be left without harm to the others; the last one to leave takes the ticket with it. A place in the
+room is held by each seat. A ticket that nobody has joined costs no more than its entry in the files.
+
+Usage is divided among the seats that were answered, and divided anew when the call ends and the true figures are known.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from microbatch.accounting.stats import split
+from microbatch.errors import MalformedAnswer, RequestFailed
+from microbatch.messages import Usage
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Hashable, Iterator
+
+    from microbatch.accounting.stats import Ledger
+    from microbatch.batching.room import Room
+    from microbatch.batching.schema import AnswerType
+    from microbatch.batching.ticket import Ticket
+    from microbatch.messages import Reply
+
+_NO_CONTEXT = contextvars.Context()  # callbacks and timers run in it, not in that of the caller who set them
+
+
+class Seat(msgspec.Struct, eq=False):
+    """One caller of a flight.
+
+    Attributes:
+        future: The caller's own.
+        flight: The flight.
+        answer: How its answer is decoded.
+        created: Loop time of its submit, in seconds.
+        deadline: Loop time at which it gives up, or None.
+        on_taken: For bulk work: called when the ticket leaves its queue.
+        ticket: The ticket, for who came first and knows it by that; None for those who joined.
+        timer: Ends it at its deadline.
+        reply: What it was answered.
+        unclaimed: Whether its caller was gone when the answer came to be fetched.
+    """
+
+    future: asyncio.Future[Any]
+    flight: Flight
+    answer: AnswerType
+    created: float
+    deadline: float | None = None
+    on_taken: Callable[[Any], None] | None = None
+    ticket: Ticket | None = None
+    timer: asyncio.TimerHandle | None = None
+    reply: Reply[Any] | None = None
+    unclaimed: bool = False
+
+    @property
+    def queue(self) -> Any:
+        """Where the ticket waits to be sent, or None once it was."""
+        return self.flight.ticket.queue
+
+
+class Flights:
+    """The tickets that can be joined, by key.
+
+    Args:
+        ledger: Where everything is counted.
+        room: The places for accepted requests.
+        abandon: Ends a ticket that nobody waits for any more.
+        disown: Books an answer that nobody had any more when it came.
+        late: Returns the error of a caller whose timeout, which it is told, has passed.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        room: Room,
+        *,
+        abandon: Callable[[Ticket], None],
+        disown: Callable[[Ticket], None],
+        late: Callable[[Ticket, float], RequestFailed],
+    ) -> None:
+        self.ledger = ledger
+        self.room = room
+        self.abandon = abandon
+        self.disown = disown
+        self.late = late
+        self._by_key: dict[Hashable, Ticket] = {}
+
+    def __len__(self) -> int:
+        """Return how many can be joined."""
+        return len(self._by_key)
+
+    def file(self, ticket: Ticket) -> None:
+        """Let *ticket* be joined under its key, in place of an earlier one."""
+        self._by_key[ticket.key] = ticket
+
+    def find(self, key: Hashable) -> Ticket | None:
+        """Return the ticket under *key* whose answer somebody waits for; one whose callers have all gone is not joined."""
+        ticket = self._by_key.get(key)
+        if ticket is None or ticket.future.done() or (ticket.flight is not None and ticket.flight.deserted):
+            return None
+        return ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """Let nobody join *ticket* any more."""
+        if self._by_key.get(ticket.key) is ticket:
+            del self._by_key[ticket.key]
+
+    def join(
+        self,
+        ticket: Ticket,
+        answer: AnswerType,
+        now: float,
+        on_taken: Callable[[Any], None] | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> Seat:
+        """Return a seat for another caller of *ticket*."""
+        if ticket.flight is None:
+            ticket.flight = Flight(ticket, self, loop)
+        return ticket.flight.board(answer, now, on_taken, loop)
+
+
+class Flight:
+    """A ticket with several callers.
+
+    Attributes:
+        ticket: The ticket that travels for all of them.
+        seats: Those who have not left, in order of arrival; once it has landed, those who were answered.
+    """
+
+    __slots__ = ("_desk", "_landed", "first", "seats", "ticket")
+
+    def __init__(self, ticket: Ticket, desk: Flights, loop: asyncio.AbstractEventLoop) -> None:
+        self.ticket = ticket
+        self._desk = desk
+        self._landed = False
+        self.first = Seat(
+            ticket.future, self, ticket.answer, ticket.created, ticket.deadline, ticket.on_taken, ticket
+        )  # fmt: skip
+        self.seats = [self.first]
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+            ticket.timer = None
+        if ticket.deadline is not None:
+            self.expire_at(self.first, ticket.deadline, loop)
+        ticket.future = loop.create_future()
+        ticket.future.add_done_callback(self._land, context=_NO_CONTEXT)
+        ticket.on_taken = self._taken if ticket.on_taken is not None else None
+
+    @property
+    def deserted(self) -> bool:
+        """Whether every caller has gone, though it may not have been noticed yet."""
+        return all(seat.future.done() for seat in self.seats)
+
+    def board(
+        self, answer: AnswerType, now: float, on_taken: Callable[[Any], None] | None, loop: asyncio.AbstractEventLoop
+    ) -> Seat:
+        """Return a seat for another caller."""
+        seat = Seat(loop.create_future(), self, answer, now, on_taken=on_taken)
+        self.seats.append(seat)
+        ticket = self.ticket
+        ticket.deadline = None  # until `expire_at` tells of another
+        if on_taken is None:
+            ticket.bulk = False
+        else:
+            ticket.on_taken = self._taken
+        return seat
+
+    def expire_at(self, seat: Seat, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
+        """End *seat* at *deadline*, in loop time."""
+        seat.deadline = deadline
+        seat.timer = loop.call_at(deadline, self._expire, seat, context=_NO_CONTEXT)
+        self._note_deadlines()
+
+    def _note_deadlines(self) -> None:
+        """A call for the ticket may take as long as the most patient caller waits."""
+        deadlines = [seat.deadline for seat in self.seats]
+        known = [deadline for deadline in deadlines if deadline is not None]
+        self.ticket.deadline = max(known) if known and len(known) == len(deadlines) else None
+
+    def _taken(self, _: Ticket) -> None:
+        for seat in self.seats:
+            if seat.on_taken is not None:
+                seat.on_taken(seat if seat.ticket is None else seat.ticket)
+
+    # --- leaving
+
+    def leave(self, seat: Seat) -> None:
+        """The caller of *seat* has gone without taking an answer."""
+        ledger = self._desk.ledger
+        if seat.reply is not None:
+            # Answered in the very moment it was cancelled. Its share of the cost is nobody's now.
+            ledger.answered -= 1
+            ledger.cancelled += 1
+            if self.ticket.call.ended:
+                self._give_up(seat)
+            else:
+                seat.unclaimed = True
+        elif seat.future.cancelled():
+            if not self.ticket.future.done():  # else `_land` counts it, or has
+                ledger.cancelled += 1
+                self._withdraw(seat)
+        elif seat.future.done():
+            seat.future.exception()  # retrieved, so that asyncio does not complain of it
+
+    def _expire(self, seat: Seat) -> None:
+        if not seat.future.done() and seat.deadline is not None:
+            seat.future.set_exception(self._desk.late(self.ticket, seat.deadline - seat.created))
+            if not self.ticket.future.done():
+                self._desk.ledger.failed += 1
+                self._withdraw(seat)
+
+    def _withdraw(self, seat: Seat) -> None:
+        if seat.timer is not None:
+            seat.timer.cancel()
+        self.seats.remove(seat)
+        if self.seats:
+            self._note_deadlines()
+            self._desk.room.leave(1)
+        else:
+            self.ticket.future.cancel()
+            self._desk.abandon(self.ticket)
+
+    # --- landing
+
+    def _land(self, future: asyncio.Future[Any]) -> None:
+        """The ticket has settled: hand what it got to each seat."""
+        if future.cancelled():
+            return  # everybody had left
+        error = future.exception()
+        aboard, self.seats, self._landed = self.seats, [], True
+        answered = failed = 0
+        for seat in aboard:
+            if seat.timer is not None:
+                seat.timer.cancel()
+            if seat.future.done():
+                failed += not seat.future.cancelled()
+            elif isinstance(error, RequestFailed):
+                twin = error.replica()
+                twin.attempts = self.ticket.attempts
+                seat.future.set_exception(twin)
+                failed += 1
+            elif self._answer(seat):
+                answered += 1
+            else:
+                failed += 1
+        ledger = self._desk.ledger
+        # One was counted when the ticket was settled.
+        ledger.answered += answered - (error is None)
+        ledger.failed += failed - (error is not None)
+        ledger.cancelled += len(aboard) - answered - failed
+        ledger.shared += max(0, answered - 1)
+        if error is None and not answered:
+            self._desk.disown(self.ticket)
+        self.spread(final=False)
+        self._desk.room.leave(len(aboard) - 1)
+
+    def _answer(self, seat: Seat) -> bool:
+        """Answer *seat* with an object of its own; return whether that was possible."""
+        ticket = self.ticket
+        reply = ticket.reply
+        if reply is None:
+            raise AssertionError("a ticket without a reply has landed without an error")
+        first = seat is self.first
+        try:
+            output, text = (reply.output, reply.text) if first else seat.answer.decode_again(reply.text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as reason:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
+            malformed = MalformedAnswer("the answer does not fit output_type", raw=reply.text, attempts=ticket.attempts)
+            malformed.__cause__ = reason
+            seat.future.set_exception(malformed)
+            return False
+        created, sent = ticket.created, ticket.created + reply.waited
+        seat.reply = msgspec.structs.replace(
+            reply,
+            output=output,
+            text=text,
+            route=reply.route if first else "shared",
+            waited=max(0.0, sent - seat.created),
+            latency=created + reply.latency - seat.created,
+            body=reply.body if first else copy_of_body(reply.body),
+        )
+        seat.future.set_result(seat.reply)
+        self.seats.append(seat)
+        return True
+
+    # --- what it cost
+
+    @property
+    def size(self) -> int:
+        """Callers that wait or were answered."""
+        return len(self.seats)
+
+    def spread(self, *, final: bool) -> None:
+        """Divide what the answer cost among those who got it, and tell them how the call ended.
+
+        Args:
+            final: Whether the call is over and its cost divided.
+        """
+        whole = self.ticket.reply
+        if whole is None or not self._landed:
+            return
+        shares = _divided(whole.usage, len(self.seats))
+        for seat, share in zip(self.seats, shares, strict=True):
+            reply = seat.reply
+            if reply is None:
+                continue
+            reply.usage = share
+            reply.cost_usd = None if whole.cost_usd is None else whole.cost_usd / len(self.seats)
+            reply.finish_reason, reply.request_id, reply.model = whole.finish_reason, whole.request_id, whole.model
+            if final and seat.unclaimed:
+                self._give_up(seat)
+
+    def _give_up(self, seat: Seat) -> None:
+        """The share of *seat*, whose call is over, is nobody's."""
+        whole = self.ticket.reply
+        if whole is None:
+            return
+        # Where the last call has reported nothing, only what those before it have reported is known.
+        known = self.ticket.usage if whole.usage.estimated else whole.usage
+        if known is not None:
+            shares = list(_divided(known, len(self.seats)))
+            self._desk.ledger.unclaimed += shares[self.seats.index(seat)]
+
+
+def copy_of_body(body: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a copy of an endpoint's JSON, so that nobody changes another's."""
+    return None if body is None else msgspec.json.decode(msgspec.json.encode(body))
+
+
+def _divided(usage: Usage, count: int) -> Iterator[Usage]:
+    """Divide *usage* into *count* parts that add up to it."""
+    if not count:
+        return
+    alike = [1] * count
+    prompts = split(usage.prompt_tokens, alike)
+    completions = split(usage.completion_tokens, alike)
+    cached = split(usage.cached_tokens, alike)
+    for parts in zip(prompts, completions, cached, strict=True):
+        yield Usage(*parts, usage.estimated)

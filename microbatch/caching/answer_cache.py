@@ -1,0 +1,209 @@
+"""Looks answers up before anything is asked, and keeps what was answered.
+
+Whatever a store does, a caller loses no more than the time that its guard allows: what cannot be had in time is a miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import random
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from microbatch.caching import entry as entries
+from microbatch.caching.guard import Guard
+from microbatch.caching.key import Keys
+from microbatch.messages import Reply, Usage
+from microbatch.storage.round_trips import RoundTrips
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from microbatch.accounting.stats import Ledger
+    from microbatch.batching.request import Options
+    from microbatch.batching.schema import AnswerType
+    from microbatch.batching.ticket import Ticket
+    from microbatch.messages import Messages
+    from microbatch.protocols import Cache
+
+JITTER: Final = 0.1
+"""Answers are kept for up to this share less than they might be, so that what was stored together does not expire together."""
+
+FRESH: Final = 0.1
+"""Seconds for which what was just stored is kept at hand: twice what a look-up may take, for those that were on their way before."""
+
+
+class AnswerCache:
+    """The cache as the batcher sees it.
+
+    Args:
+        cache: Where answers are kept.
+        ledger: Where everything is counted.
+        price: What prices a model's usage.
+        endpoint: Address of the endpoint.
+        model: Its model when a request names none.
+        normalize: See `Keys`.
+        now: Seconds since 1970: entries outlive processes.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        ledger: Ledger,
+        price: Callable[[str | None], Callable[[Usage], float] | None],
+        endpoint: str,
+        model: str | None,
+        normalize: Callable[[str], str] | None,
+        now: Callable[[], float] = time.time,  # noqa: TID251 see above
+    ) -> None:
+        self._guard = Guard(cache)
+        self._ttl: float | None = getattr(cache, "ttl", None)
+        self._ledger = ledger
+        self._price = price
+        self._endpoint = endpoint
+        self._model = model
+        self._normalize = normalize
+        self._now = now
+        self._keys: Keys | None = None
+        self._fresh: dict[bytes, bytes] = {}
+        self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many)
+        self._unlockings: RoundTrips[None, None] = RoundTrips(self._unlock)
+
+    @property
+    def services(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
+        """What has to run as long as the cache is used."""
+        return self._look_ups.serve, self._unlockings.serve
+
+    async def open(self) -> None:
+        """Learn the secret that keys the digests, if it can be had now; else look-ups are misses until it can."""
+        await self._unlock([None])
+
+    async def _unlock(self, asked: list[None]) -> list[None]:
+        if self._keys is None:
+            secret = await self._guard.secret()
+            if secret is not None:
+                self._keys = Keys(secret, endpoint=self._endpoint, model=self._model, normalize=self._normalize)
+        return asked
+
+    @property
+    def bypassed(self) -> int:
+        """Look-ups for which the cache was not asked, failed, or took too long."""
+        return self._guard.bypassed
+
+    @property
+    def evictions(self) -> int:
+        """Answers that the cache dropped for want of room."""
+        return self._guard.evictions
+
+    # --- looking up
+
+    def key(self, messages: Messages, options: Options) -> bytes | None:
+        """Return the key of a request; None as long as the secret cannot be had, which counts as a miss.
+
+        Raises:
+            ConfigError: The messages are no JSON, or `normalize` failed.
+        """
+        if self._keys is not None:
+            return self._keys.of(messages, options)
+        self._ledger.cache_misses += 1
+        self._unlockings.ask_for_nobody(None)
+        return None
+
+    def look_up(self, key: bytes) -> asyncio.Future[bytes | None]:
+        """Return a future of what is kept under *key*, for `read`; None if nothing is. It fails only when the batcher closes."""
+        value = self._fresh.get(key)
+        if value is None:
+            return self._look_ups.ask(key)
+        found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        found.set_result(value)
+        return found
+
+    async def _get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        asked = list(dict.fromkeys(keys))
+        found = dict(zip(asked, await self._guard.get_many(asked), strict=True))
+        # What was stored while this look-up was on its way: whoever asked would otherwise find neither the answer nor its call.
+        return [found[key] or self._fresh.get(key) for key in keys]
+
+    def read(self, key: bytes, value: bytes | None, answer: AnswerType, created: float) -> Reply[Any] | None:
+        """Return the reply that *value* holds, decoded for this caller and booked as a hit; None, booked as a miss, if it holds none.
+
+        Args:
+            key: The request's key.
+            value: What `look_up` found.
+            answer: How the caller wants it.
+            created: Loop time of its submit.
+        """
+        now = self._now()
+        entry = None if value is None else entries.read(value, key, now)
+        if entry is None:
+            self._ledger.cache_misses += 1
+            return None
+        try:
+            output, text = answer.decode_again(entry.text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # noqa: BLE001 a validator of the caller's type may raise anything; the model may please it
+            self._ledger.cache_misses += 1
+            return None
+        self._ledger.items += 1
+        self._ledger.answered += 1
+        self._ledger.cache_hits += 1
+        self._ledger.cache_ages += max(0.0, now - entry.stored_at)
+        price = self._price(entry.model)
+        self._ledger.pay(Usage(), entry.alone, price)
+        return Reply(
+            output,
+            text,
+            "cache",
+            Usage(),
+            0.0,
+            latency=asyncio.get_running_loop().time() - created,
+            model=entry.model,
+            finish_reason="stop",
+            body=entry.json(),
+        )
+
+    # --- keeping
+
+    async def keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
+        """Keep the answers of one reply, each with what it would have cost alone; never raises."""
+        if self._keys is None:
+            return
+        now = self._now()
+        stored: list[tuple[bytes, bytes, float | None]] = []
+        for ticket, alone in answered:
+            reply, key = ticket.reply, ticket.key
+            if reply is None or not isinstance(key, bytes):
+                continue  # asked while the secret could not be had
+            ttl = self._ttl if ticket.ttl is None else ticket.ttl
+            if ttl is not None:
+                ttl *= 1 - JITTER * random.random()  # noqa: S311 no secret
+            value = entries.encode(
+                entries.Entry(
+                    key,
+                    reply.text,
+                    reply.model,
+                    now,
+                    None if ttl is None else now + ttl,
+                    alone.prompt_tokens,
+                    alone.completion_tokens,
+                    alone.cached_tokens,
+                    entries.body_of(reply.body) if ticket.messages is not None else None,
+                )
+            )
+            stored.append((key, value, ttl))
+        if not stored:
+            return
+        self._fresh.update((key, value) for key, value, _ in stored)
+        self._ledger.cache_stores += len(stored)
+        try:
+            await self._guard.set_many(stored)
+        finally:
+            keys = [key for key, _, _ in stored]
+            asyncio.get_running_loop().call_later(FRESH, self._forget, keys, context=contextvars.Context())
+
+    def _forget(self, keys: list[bytes]) -> None:
+        for key in keys:
+            self._fresh.pop(key, None)
