@@ -174,7 +174,7 @@ class Calls:
         finally:
             exchange.end()
         # A reply with anything odd about it answers who asked, but nobody who comes later.
-        if how == "complete" and trusted and not demultiplexer.damaged and not demultiplexer.late_duplicates:
+        if how == "complete" and trusted and not demultiplexer.damaged:
             await self._keep_answers(completion, zip(batch.tickets, alone, strict=False))
         self._ledger.late_duplicates += demultiplexer.late_duplicates
         self._ledger.unknown_ids += demultiplexer.unknown_ids

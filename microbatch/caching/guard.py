@@ -131,8 +131,9 @@ class Guard:
             return None
         if until is None and self._seconds is not None:
             until = now + self._seconds
+        limit = asyncio.timeout_at(until)
         try:
-            async with asyncio.timeout_at(until) as limit:
+            async with limit:
                 result = await call()
         except asyncio.CancelledError:
             task = asyncio.current_task()

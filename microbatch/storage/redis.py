@@ -42,8 +42,11 @@ def connect(url: str, *, timeout: float, max_connections: int) -> Any:
             socket_timeout=timeout,
             socket_connect_timeout=timeout,
             retry=None,
+            # With version 3 the client (8.1.0) no longer looks whether a connection that it takes from its pool has something left to
+            # be read, and hands out the answer to a command as that to the next one; it also says hello twice more.
+            protocol=2,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         # Not quoted: addresses hold passwords.
         raise ConfigError(
             f"the address of Redis is malformed ({type(error).__name__}): write redis://host:6379/0"

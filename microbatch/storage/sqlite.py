@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _OWNER_ONLY = 0o600
+_OPENING = 5.0  # seconds to wait for other processes that open the file at the same time
 
 
 class Database:
@@ -63,10 +65,11 @@ class Database:
         connection = None
         try:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, _OWNER_ONLY))
-            connection = sqlite3.connect(self._path, timeout=self._busy, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
+            connection = sqlite3.connect(self._path, timeout=_OPENING, isolation_level=None, check_same_thread=False)
+            _keep_log(connection)
             connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'NORMAL'}")
             self._prepare(connection)
+            connection.execute(f"PRAGMA busy_timeout={round(1000 * self._busy)}")
         except (OSError, sqlite3.Error) as error:
             if connection is not None:
                 connection.close()
@@ -171,3 +174,21 @@ class Database:
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.close()
+
+
+def _keep_log(connection: sqlite3.Connection) -> None:
+    """Have the journal be a write-ahead log.
+
+    That needs the file for itself for a moment, and SQLite does not wait for it, whatever the timeout: two who did might wait for
+    each other.
+    """
+    deadline = time.monotonic() + _OPENING
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return

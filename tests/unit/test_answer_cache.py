@@ -419,6 +419,18 @@ async def test_a_map_over_a_slow_cache_beside_other_callers_keeps_to_its_bounds_
     assert most <= max_queued
 
 
+async def test_a_map_does_not_send_a_part_while_the_rest_is_looked_up():
+    async def source():
+        yield ask("a")
+        await asyncio.sleep(0.03)
+        yield ask("b")
+
+    transport = ScriptedTransport()
+    async with batcher_for(transport, Watched(delay=0.04)) as batcher:
+        assert [result.unwrap().output async for result in batcher.map(source(), ordered=True)] == ["A", "B"]
+    assert [len(call.items) for call in transport.calls] == [2]
+
+
 async def test_leaving_a_map_while_it_looks_up_gives_every_place_back():
     cache = Watched(delay=0.04)
     async with batcher_for(ScriptedTransport(), cache) as batcher:

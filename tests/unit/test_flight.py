@@ -104,9 +104,13 @@ async def test_a_flight_all_of_whose_callers_were_cancelled_in_this_turn_is_not_
         await asyncio.sleep(0.5)
         for task in tasks:
             task.cancel()
-        late = batcher.submit(ask("same"), **COLD)
-        assert (await late).output == "SAME"
+        assert (await batcher.submit(ask("same"), **COLD)).route == "single"
         await settle(tasks)
+        (alone,) = start(batcher, 1, text="alone")
+        await asyncio.sleep(0.5)
+        alone.cancel()
+        assert (await batcher.submit(ask("alone"), **COLD)).route == "single"
+    assert len(transport.calls) == 4
 
 
 @pytest.mark.promise(of="single_flight")
@@ -392,6 +396,25 @@ async def test_a_map_that_joined_what_another_one_left_unsent_sends_it():
         await first.aclose()
         assert batcher.stats().queued == 0
     assert len(upstream_items(transport)) == 18
+
+
+async def test_a_map_whose_unsent_request_was_promoted_by_another_that_left_sends_it_all_the_same():
+    loop = asyncio.get_running_loop()
+
+    async def silent(priority):
+        yield mb.Request(ask("q"), temperature=0, priority=priority)
+        await asyncio.sleep(1.0)  # as long as more may come, the request waits for company
+
+    async with batcher_for(ScriptedTransport()) as batcher:
+        first = asyncio.ensure_future(anext(batcher.map(silent("low"))))
+        await asyncio.sleep(0.25)
+        second = asyncio.ensure_future(anext(batcher.map(silent("normal"))))
+        await asyncio.sleep(0.25)
+        assert batcher.stats().queued == 2
+        second.cancel()
+        assert (await first).unwrap().output == "Q"
+        assert loop.time() == 1.0
+        await settle([second])
 
 
 async def test_a_map_that_leaves_takes_nothing_from_who_joined_it():
