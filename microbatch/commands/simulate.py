@@ -22,9 +22,10 @@ USAGE = "microbatch simulate [options]"
 HELP = "serve a simulated OpenAI-compatible endpoint"
 DESCRIPTION = """\
 Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
-/v1/models). It makes up answers that keep to the schema asked for and counts
-tokens as OpenAI does, takes its time as a model does, and can be told to keep
-to a quota, to lack features or to go wrong. Any key and any model name will do.
+/v1/models, and OpenAI's files and batches below /v1/files and /v1/batches). It
+makes up answers that keep to the schema asked for and counts tokens as OpenAI
+does, takes its time as a model does, and can be told to keep to a quota, to
+lack features or to go wrong. Any key and any model name will do.
 """
 EXAMPLES = """
 examples:
@@ -33,6 +34,7 @@ examples:
   microbatch simulate --json-schema 400 --no-streaming         (a modest server)
   microbatch simulate --rpm 500 --tpm 200000            (429 beyond these)
   microbatch simulate --fault truncated --fault http_429 --fault-rate 0.1
+  microbatch simulate --batch-seconds 60 --batch-expires 20%   (/v1/batches)
 """
 
 _KINDS = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in get_args(kinds)]
@@ -71,8 +73,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         help="most tokens within any 60 seconds, a prompt's and its max_tokens (default: no limit)",
     )
+    _add_batches(parser.add_argument_group("batches"))
     _add_capabilities(parser.add_argument_group("what the model can do"))
     _add_faults(parser.add_argument_group("what goes wrong"))
+
+
+def _add_batches(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch-seconds", metavar="N", type=number(0), default=10.0, help="how long a batch takes (default: 10)"
+    )
+    group.add_argument(
+        "--batch-expires",
+        metavar="N|P%",
+        type=_lines_or_share,
+        default=0,
+        help="lines of a batch that are not answered before its time is over, as a number or a percentage (default: 0)",
+    )
+    group.add_argument(
+        "--batch-tokens",
+        metavar="N",
+        type=whole_number(1),
+        help="most tokens that the batches of one key may hold while they are worked on (default: no limit)",
+    )
+
+
+def _lines_or_share(text: str) -> float:
+    """Return a number of lines as a whole number, and a percentage as a share."""
+    if text.endswith("%"):
+        share: float = number(0, 100)(text.removesuffix("%"))
+        return share / 100
+    lines: int = whole_number(0)(text)
+    return lines
 
 
 def _add_capabilities(group: argparse._ArgumentGroup) -> None:
@@ -157,6 +188,9 @@ def _endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
         latency=Latency(first_token=args.first_token, tokens_per_second=args.tokens_per_second),
         faults=faults,
         quota=Quota(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None,
+        batch_seconds=args.batch_seconds,
+        batch_expires=args.batch_expires,
+        batch_tokens=args.batch_tokens,
         context_tokens=args.context_tokens,
         json_schema=args.json_schema,
         json_object=args.json_object,
@@ -195,7 +229,10 @@ def _told(endpoint: SimulatedEndpoint) -> str:
     tokens = f"{endpoint.prompt_tokens:,} prompt and {endpoint.completion_tokens:,} completion tokens"
     went_wrong = f", {endpoint.faulted:,} spoiled on purpose" if endpoint.faults else ""
     refused = f", {endpoint.quota_refusals:,} refused for the quota" if endpoint.quota else ""
+    jobs = plural(endpoint.batches_created, "batch job")
+    batched = f", {plural(endpoint.batch_lines, 'line')} of {jobs}" if endpoint.batches_created else ""
     return (
-        f"served {plural(endpoint.calls, 'call')}{went_wrong}{refused}: {plural(endpoint.combined_calls, 'combined prompt')} and "
-        f"{plural(endpoint.single_calls, 'single call')} with {plural(endpoint.items, 'item')}, {tokens}"
+        f"served {plural(endpoint.calls, 'call')}{batched}{went_wrong}{refused}: "
+        f"{plural(endpoint.combined_calls, 'combined prompt')} and {plural(endpoint.single_calls, 'single call')} "
+        f"with {plural(endpoint.items, 'item')}, {tokens}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -11,24 +10,23 @@ from aiohttp import web
 
 from microbatch.accounting.tokens import load_encoding
 from microbatch.errors import ConfigError
+from microbatch.testing.batch_routes import BatchRoutes
+from microbatch.testing.batch_work import UNMETERED, BatchWork, check_options
+from microbatch.testing.batches import Batches
 from microbatch.testing.counting import ENCODING
+from microbatch.testing.files import Files
 from microbatch.testing.model import ModelOptions, SimulatedModel, SimulatedReply
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
-from microbatch.testing.wire import (
-    CREATED,
-    Events,
-    completion_object,
-    error_object,
-    limit_headers,
-    request_id,
-    wait_headers,
-)
+from microbatch.testing.responses import authorize, error_response, json_object
+from microbatch.testing.wire import CREATED, Events, completion_object, limit_headers, request_id
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from types import TracebackType
     from typing import Unpack
+
+    from microbatch.messages import Limits
 
 # Counting the tokens of more than this takes milliseconds, in which nobody else would be served.
 MAX_INLINE_BYTES = 65_536
@@ -45,15 +43,27 @@ class SimulatedEndpoint(SimulatedModel):
     async with SimulatedEndpoint(latency=Latency(first_token=0.5, tokens_per_second=80)) as endpoint:
         transport = OpenAIChat("any-model", base_url=endpoint.base_url, api_key="any")
     ```
-    Serves `POST /v1/chat/completions` and `GET /v1/models`. The options and counters are those of `SimulatedModel`.
-    The key whose quota is charged is the Authorization header.
+    Serves `POST /v1/chat/completions`, `GET /v1/models`, and OpenAI's files and batches below `/v1/files` and `/v1/batches`.
+    The options and counters are those of `SimulatedModel`. The key whose quota is charged, and to which files and batches belong,
+    is the Authorization header. The lines of batches are no `calls` and use up no quota; as combined prompts, items and tokens
+    they count like any others, and the same faults befall them.
 
     Args:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         api_keys: Keys that are let in; None lets everybody in.
         models: Names that `GET /v1/models` lists. Any name is served.
+        batch_seconds: How long a batch takes.
+        batch_expires: How many lines of a batch are not answered before its time is over: a whole number of lines, or a float
+            from 0 to 1 for that share of them.
+        batch_tokens: Most tokens that the batches of one key may hold while they are worked on, taking four bytes for a token;
+            a batch beyond that fails with "token_limit_exceeded". None sets no limit.
         options: As `SimulatedModel` takes them.
+
+    Attributes:
+        batch_lines: Lines of batches that were answered so far, those that failed included.
+        files: The files that are kept.
+        batches: The batches.
 
     Raises:
         ConfigError: As `SimulatedModel`.
@@ -66,6 +76,9 @@ class SimulatedEndpoint(SimulatedModel):
         port: int = 0,
         api_keys: Collection[str] | None = None,
         models: Sequence[str] = ("simulated",),
+        batch_seconds: float = 0.0,
+        batch_expires: float = 0,
+        batch_tokens: int | None = None,
         **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(**options)
@@ -73,6 +86,13 @@ class SimulatedEndpoint(SimulatedModel):
         self.port = port
         self.api_keys = api_keys
         self.models = tuple(models)
+        check_options(batch_seconds=batch_seconds, batch_expires=batch_expires, batch_tokens=batch_tokens)
+        self.batch_seconds = batch_seconds
+        self.batch_expires = batch_expires
+        self.batch_tokens = batch_tokens
+        self.batch_lines = 0
+        self.files = Files()
+        self.batches = Batches(self.files, BatchWork(self, self.files))
         self._runner: web.AppRunner | None = None
         self._closing = asyncio.Event()
 
@@ -84,8 +104,17 @@ class SimulatedEndpoint(SimulatedModel):
         host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986 wants IPv6 in brackets
         return f"http://{host}:{self.port}/v1"
 
+    @property
+    def batches_created(self) -> int:
+        """Batches made so far."""
+        return len(self.batches)
+
+    def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
+        """Charge a request as `SimulatedModel.charge` does; what is `UNMETERED` costs nothing."""
+        return None if key == UNMETERED else super().charge(body, key, tokens)
+
     async def open(self) -> None:
-        """Listen.
+        """Listen, and go on with the batches that are not over.
 
         Raises:
             OSError: The port is taken.
@@ -94,6 +123,7 @@ class SimulatedEndpoint(SimulatedModel):
         application = web.Application(client_max_size=MAX_REQUEST_BYTES)
         application.router.add_post("/v1/chat/completions", self._chat)
         application.router.add_get("/v1/models", self._list_models)
+        BatchRoutes(self.files, self.batches, self.api_keys).add_to(application.router)
         application.router.add_route("*", "/{path:.*}", self._unknown)
         runner = web.AppRunner(
             application, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSING_SECONDS
@@ -107,13 +137,15 @@ class SimulatedEndpoint(SimulatedModel):
         self._runner = runner
         self._closing.clear()
         self.port = runner.addresses[0][1]
+        self.batches.start()
 
     async def aclose(self) -> None:
-        """Stop listening and cut off whoever is still being answered."""
+        """Stop listening and cut off whoever is still being answered. Files and batches stay, as they stand."""
         self._closing.set()
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
+        await self.batches.stop()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -128,13 +160,13 @@ class SimulatedEndpoint(SimulatedModel):
         start = asyncio.get_running_loop().time()
         number = self.calls + 1
         try:
-            self._authorize(request)
+            key = authorize(request, self.api_keys)
             raw = await request.read()
-            body = _json_object(raw)
+            body = json_object(raw)
             number = self.admit(body)
-            reply = await self._reply_to(body, len(raw), request.headers.get("Authorization", ""))
+            reply = await self._reply_to(body, len(raw), key)
         except EndpointError as error:
-            return _error_response(error, number)
+            return error_response(error, number)
         try:
             if body.get("stream"):
                 return await self._stream(request, body, reply, start, number)
@@ -150,18 +182,6 @@ class SimulatedEndpoint(SimulatedModel):
             error.limits = self.charge(body, key)
             raise
         return self.reply(prompt, key)
-
-    def _authorize(self, request: web.Request) -> None:
-        if self.api_keys is None:
-            return
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            message = "You didn't provide an API key. You need to provide your API key in an Authorization header."
-            raise EndpointError(401, message)
-        if key not in self.api_keys:
-            # As OpenAI does, echo the key with its middle blotted out.
-            message = f"Incorrect API key provided: {key[:4]}{'*' * 8}{key[-4:]}."
-            raise EndpointError(401, message, code="invalid_api_key")
 
     async def _stream(
         self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int
@@ -235,29 +255,14 @@ class SimulatedEndpoint(SimulatedModel):
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
         try:
-            self._authorize(request)
+            authorize(request, self.api_keys)
         except EndpointError as error:
-            return _error_response(error, self.calls)
+            return error_response(error, self.calls)
         models = [{"id": name, "object": "model", "created": CREATED, "owned_by": "microbatch"} for name in self.models]
         return web.json_response({"object": "list", "data": models})
 
     async def _unknown(self, request: web.Request) -> web.StreamResponse:
-        return _error_response(EndpointError(404, f"Invalid URL ({request.method} {request.path})"), self.calls)
-
-
-def _json_object(raw: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise EndpointError(400, "We could not parse the JSON body of your request. The API expects a JSON payload.")
-    return body
-
-
-def _error_response(error: EndpointError, number: int) -> web.Response:
-    headers = {"x-request-id": request_id(number), **limit_headers(error.limits), **wait_headers(error)}
-    return web.json_response(error_object(error), status=error.status, headers=headers)
+        return error_response(EndpointError(404, f"Invalid URL ({request.method} {request.path})"), self.calls)
 
 
 def _abort(request: web.Request) -> None:
