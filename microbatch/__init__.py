@@ -3,6 +3,9 @@
 from microbatch.accounting.prices import Price
 from microbatch.accounting.stats import Stats
 from microbatch.caching.memory import MemoryCache
+from microbatch.caching.redis import RedisCache
+from microbatch.caching.sqlite import SQLiteCache
+from microbatch.caching.tiers import TieredCache
 from microbatch.caching.warming import Warmed
 from microbatch.client import Microbatcher
 from microbatch.errors import (
@@ -35,6 +38,9 @@ from microbatch.errors import (
 from microbatch.messages import Limits, Message, Reply, Request, Result, Usage
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import Cache, ChatCall, Completion, Transport
+from microbatch.spool.records import Spool
+from microbatch.spool.redis import RedisSpool
+from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.transports.openai_chat import OpenAIChat
 from microbatch.transports.rate_limit import RateLimit
 
@@ -66,6 +72,8 @@ __all__ = [
     "QuotaExhausted",
     "RateLimit",
     "RateLimited",
+    "RedisCache",
+    "RedisSpool",
     "Refused",
     "Reply",
     "ReplyError",
@@ -73,11 +81,15 @@ __all__ = [
     "RequestFailed",
     "Result",
     "RetryPolicy",
+    "SQLiteCache",
+    "SQLiteSpool",
     "ServerError",
     "ShutDown",
+    "Spool",
     "Stats",
     "StatusError",
     "StorageError",
+    "TieredCache",
     "Transport",
     "TransportError",
     "TransportTimeout",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import ConfigError, DeadlineExceeded, IdConflict, RequestFailed
@@ -69,7 +70,7 @@ class SpoolFront:
         Args:
             name: The request's name.
             output_type: What its text is decoded to.
-            timeout: Seconds to wait; None waits for ever.
+            timeout: Seconds to wait beyond a first look; None waits for ever.
 
         Raises:
             ConfigError: The spool does not know the name, or the type cannot be used.
@@ -78,21 +79,34 @@ class SpoolFront:
             RequestFailed: The request is a dead letter.
             StorageError: The spool cannot be read.
         """
-        pause = FIRST_LOOK
-        try:
-            async with asyncio.timeout(timeout):
-                while (found := await self._looks.ask(name)).state not in ("done", "dead"):
-                    if found.state == "unknown":
-                        raise ConfigError(
-                            f"the spool knows no request with the id {name.id!r}: it was never queued, or its answer was dropped"
-                        )
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, RAREST_LOOK)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer to the spooled request within the timeout of {timeout:g} s") from None
+        found = await self._look(name)
+        if found is None and timeout != 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    found = await self._wait_for(name)
+        if found is None:
+            raise DeadlineExceeded(f"no answer to the spooled request within the timeout of {timeout:g} s")
         if found.state == "dead" or found.result is None:
             raise RequestFailed(f"the spooled request was given up, a dead letter: {found.error}")
         return Answer.decode(found.result).reply(output_type)
+
+    async def _look(self, name: Name) -> Found | None:
+        """Return how the request ended; None if it has not."""
+        found = await self._looks.ask(name)
+        if found.state == "unknown":
+            raise ConfigError(
+                f"the spool knows no request with the id {name.id!r}: it was never queued, or its answer was dropped"
+            )
+        return found if found.state in ("done", "dead") else None
+
+    async def _wait_for(self, name: Name) -> Found:
+        pause = FIRST_LOOK
+        while True:
+            await asyncio.sleep(pause)
+            found = await self._look(name)
+            if found is not None:
+                return found
+            pause = min(2 * pause, RAREST_LOOK)
 
     async def _find(self, names: list[Name]) -> list[Found]:
         return await self.spool.find(names)

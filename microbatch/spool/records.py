@@ -9,9 +9,11 @@ no other with it. Only who has failed alone several times is dead.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 import msgspec
+
+from microbatch.errors import mask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -24,6 +26,9 @@ MAX_ALONE = 3
 
 LEASE = 60.0
 """Seconds for which a worker takes requests; it renews them as long as it lives."""
+
+LOST = "its worker died, or did not return it within its lease: the last of {} deliveries in vain"
+"""What is told of a dead letter whose last lease ran out; to be filled in with the number of its deliveries."""
 
 
 class Stage(enum.IntEnum):
@@ -44,6 +49,11 @@ def is_dead(deliveries: int, max_alone: int) -> bool:
     return deliveries >= Stage.ALONE + max_alone
 
 
+def as_kept(error: str) -> str:
+    """Return what a spool keeps of *error*: at most 2 KB, whatever looks like a key blotted out, and nothing that UTF-8 cannot say."""
+    return mask(error).encode(errors="replace").decode()
+
+
 class Name(msgspec.Struct, frozen=True, array_like=True):
     """Names a request: its id within its tenant."""
 
@@ -54,6 +64,11 @@ class Name(msgspec.Struct, frozen=True, array_like=True):
     def key(self) -> str:
         """The same as one text, different for different names."""
         return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def of(cls, key: str | bytes) -> Self:
+        """Return the name whose `key` this is."""
+        return msgspec.json.decode(key, type=cls)
 
 
 class Item(msgspec.Struct, frozen=True):

@@ -1,0 +1,101 @@
+"""Chat completions as lines of a provider's batch file: the same bodies, replies and refusals as those of live calls."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from microbatch.errors import BadRequest, ConfigError
+from microbatch.protocols import ChatCall
+from microbatch.transports.chat_wire import ReplyReader, compose
+from microbatch.transports.error_shapes import Fault, as_object, read_fault, to_error
+from microbatch.transports.ladder import Ladder, Plan, Rung
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from microbatch.errors import StatusError
+    from microbatch.protocols import Completion
+
+# Fields that the ladder may leave out or rename.
+_OPTIONAL: Final = ("temperature", "max_tokens", "max_completion_tokens")
+_RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJECT}
+
+
+class BatchWire:
+    """Writes and reads chat completions that travel in files.
+
+    What the endpoint turns out not to support is learned from the refusals of lines, and the lines of later files go without it.
+
+    Args:
+        model: The model to ask when a call names none.
+        where: What errors call the endpoint: its host and port.
+    """
+
+    def __init__(self, model: str | None, *, where: str) -> None:
+        self._model = model
+        self._where = where
+        self._ladder = Ladder()
+
+    def body(self, call: ChatCall) -> dict[str, Any]:
+        """Return the body of the line for *call*.
+
+        Raises:
+            ConfigError: No model is named anywhere.
+        """
+        model = call.model or self._model
+        if not model:
+            raise ConfigError("no model: name one for the worker, or in the requests")
+        return compose(call, model, self._plan(call, model))
+
+    def read(
+        self, status: int, raw: bytes, *, request_id: str | None, sent: Callable[[], Mapping[str, Any]]
+    ) -> tuple[str, Completion]:
+        """Return the text of a reply, and how it ended.
+
+        Args:
+            status: The HTTP status that the line names.
+            raw: The body that came back.
+            request_id: The endpoint's id of the call, or None.
+            sent: Returns the body that was sent; called for refusals only.
+
+        Raises:
+            StatusError: It is a refusal. With `again`, what `body` returns for the same call has changed since.
+            TransportError: It is no chat completion.
+        """
+        if not 200 <= status < 300:  # noqa: PLR2004 (the class of success)
+            raise self._learned(read_fault(raw, status) or Fault(status), raw, sent)
+        reader = ReplyReader()
+        text = reader.whole(raw)
+        if isinstance(text, Fault):
+            raise self._learned(text, raw, sent)
+        return text, reader.completion(request_id)
+
+    def refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> StatusError:
+        """Return the error that the answer to any request of the API is."""
+        return to_error(read_fault(raw, status) or Fault(status), where=self._where, headers=headers, raw=raw)
+
+    def _learned(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
+        error = to_error(fault, where=self._where, headers={}, raw=raw)
+        if type(error) is BadRequest and error.status in (400, 422):
+            plan = self._plan_of(sent())
+            now = asyncio.get_running_loop().time()
+            error.again = self._ladder.refused(plan, code=fault.code, param=fault.param, message=fault.message, now=now)
+        return error
+
+    def _plan(self, call: ChatCall, model: str) -> Plan:
+        now = asyncio.get_running_loop().time()
+        return self._ladder.plan(call, base_url=self._where, model=model, credentials=(), stream=False, now=now)
+
+    def _plan_of(self, body: Mapping[str, Any]) -> Plan:
+        """Return how *body* was made, however long ago: the plan that a live call would still have at hand."""
+        form = as_object(body.get("response_format"))
+        schema = as_object(form.get("json_schema")).get("schema")
+        call = ChatCall(messages=(), model=body["model"], schema=schema)
+        today = self._plan(call, body["model"])
+        sent = frozenset(name for name in _OPTIONAL if name in body)
+        return Plan(call, today.entry, _RUNGS.get(form.get("type", "")), sent, today.digest)
+
+    def __repr__(self) -> str:
+        """Tell the model and the endpoint."""
+        return f"BatchWire(model={self._model!r}, where={self._where!r})"
