@@ -1,4 +1,4 @@
-"""The command line: `microbatch run`, `demo`, `simulate`."""
+"""The command line: `microbatch run`, `warm`, `spool`, `worker`, `demo`, `simulate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from microbatch.commands import console, demo, run, simulate
+from microbatch.commands import console, demo, run, simulate, spool, warm, worker
 from microbatch.commands.console import UsageError, note
 from microbatch.errors import ConfigError
 
@@ -24,6 +24,9 @@ EXAMPLES = """
 examples:
   microbatch demo                     see what batching saves; needs no key
   microbatch run --help               ask about every line of a file
+  microbatch warm --help              fill a cache with the answers beforehand
+  microbatch spool --help             queue questions for later, see what waits
+  microbatch worker --help            answer what was queued
   microbatch simulate --port 8000     a simulated endpoint to develop against
 """
 
@@ -47,6 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"microbatch {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add(commands, "run", run, run.run)
+    _add(commands, "warm", warm, warm.run)
+    _add(commands, "spool", spool, spool.run)
+    _add(commands, "worker", worker, worker.run)
     _add(commands, "demo", demo, demo.run)
     _add(commands, "simulate", simulate, simulate.run)
     return parser

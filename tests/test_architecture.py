@@ -26,6 +26,7 @@ PURE = [
     "batching.decoding",
     "batching.demultiplexer",
     "batching.find_json",
+    "batching.flight",
     "batching.framing",
     "batching.given",
     "batching.lane",
@@ -43,6 +44,12 @@ PURE = [
     "batching.subschemas",
     "batching.typed",
     "batching.worth",
+    "caching.entry",
+    "caching.key",
+    "caching.terms",
+    "caching.warming",
+    "spool.payload",
+    "spool.records",
     "transports.breaker",
     "transports.bucket",
     "transports.concurrency",
@@ -67,6 +74,9 @@ WAITING = [
 ]
 VENDORS = {
     "accounting": {"tiktoken", "anyio"},
+    "caching": set(),
+    "spool": {"anyio"},
+    "storage": {"anyio", "redis"},
     "transports": {"aiohttp", "multidict", "yarl"},
     "testing": {"aiohttp", "tiktoken"},
 }
@@ -146,7 +156,7 @@ def test_the_batching_rooms_wait_but_know_no_vendor(name):
     assert OURS[name] <= {*WORDS, *PURE, *WAITING}
 
 
-@pytest.mark.parametrize("folder", ["accounting", "transports", "testing"])
+@pytest.mark.parametrize("folder", sorted(VENDORS))
 def test_a_folder_knows_its_own_vendors_only(folder):
     for name, path in MODULES.items():
         if name.split(".")[0] == folder:
@@ -154,11 +164,30 @@ def test_a_folder_knows_its_own_vendors_only(folder):
             assert foreign - set(sys.stdlib_module_names) <= CORE | VENDORS[folder], name
 
 
-def test_folders_do_not_reach_into_each_other():
+# What a folder may import beside itself and the words.
+NEIGHBOURS = {
+    "accounting": set(),
+    "transports": set(),
+    "storage": set(),
+    "caching": {"storage", *PURE},
+    "spool": {"storage", *PURE},
+}
+
+
+@pytest.mark.parametrize("folder", sorted(NEIGHBOURS))
+def test_folders_do_not_reach_into_each_other(folder):
     for name, others in OURS.items():
-        folder = name.split(".")[0]
-        if folder in ("accounting", "transports"):
-            assert {other for other in others if other.split(".")[0] not in (folder, *WORDS)} == set(), name
+        if name.split(".")[0] == folder:
+            foreign = {other for other in others if other.split(".")[0] not in (folder, *WORDS)}
+            assert {other for other in foreign if not {other, other.split(".")[0]} & NEIGHBOURS[folder]} == set(), name
+
+
+def test_what_is_optional_is_imported_late():
+    for name, path in MODULES.items():
+        top = ast.parse(path.read_text()).body
+        names = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in top if isinstance(node, ast.ImportFrom)]
+        assert not {module.split(".")[0] for module in names} & {"redis", "tqdm", "uvloop", "pydantic"}, name
 
 
 def test_only_the_client_and_what_is_above_it_stack_concrete_parts():

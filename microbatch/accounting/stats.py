@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -110,6 +110,31 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         """Whether combining has cost more than it saved: in dollars if prices are known, else in tokens."""
         alone = Usage(self.unbatched_prompt_tokens, self.unbatched_completion_tokens)
         return _dearer(Usage(self.prompt_tokens, self.completion_tokens), alone, self.cost_usd, self.unbatched_cost_usd)
+
+
+def together(parts: Sequence[Stats]) -> Stats:
+    """Return what several batchers have done as if it were one; where one price is unknown, so is the whole."""
+    totals: dict[str, Any] = {}
+    for name in Stats.__struct_fields__:
+        values = [getattr(part, name) for part in parts]
+        if name in _MEANS:
+            weights = [getattr(part, _MEANS[name]) for part in parts]
+            weighed = sum(value * weight for value, weight in zip(values, weights, strict=True))
+            totals[name] = weighed / (sum(weights) or 1)
+        elif isinstance(values[0], dict):
+            totals[name] = dict(sum(map(Counter, values), Counter()))
+        elif isinstance(values[0], Usage):
+            totals[name] = sum(values, Usage())
+        elif name not in _OF_THE_SPOOL:
+            totals[name] = None if None in values else sum(values)
+    return Stats(**totals)
+
+
+_MEANS: Final = {"batch_size_mean": "batches", "cache_age": "cache_hits"}
+"""Figures that are means, and of how many."""
+
+_OF_THE_SPOOL: Final = ("spool_depth", "spool_dead", "spool_oldest")
+"""Figures of one spool, whoever looks at it."""
 
 
 def _dearer(paid: Usage, alone: Usage, cost_usd: float | None, alone_usd: float | None) -> bool:

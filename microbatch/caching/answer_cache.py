@@ -197,9 +197,9 @@ class AnswerCache:
         if not stored:
             return
         self._fresh.update((key, value) for key, value, _ in stored)
-        self._ledger.cache_stores += len(stored)
         try:
-            await self._guard.set_many(stored)
+            if await self._guard.set_many(stored):
+                self._ledger.cache_stores += len(stored)
         finally:
             keys = [key for key, _, _ in stored]
             asyncio.get_running_loop().call_later(FRESH, self._forget, keys, context=contextvars.Context())

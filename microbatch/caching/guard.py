@@ -95,15 +95,21 @@ class Guard:
 
     async def set_many(
         self, entries: Sequence[tuple[bytes, bytes, float | None]], *, until: float | None = None
-    ) -> None:
-        """Keep *entries*, if the cache can.
+    ) -> bool:
+        """Keep *entries*, if the cache can; return whether it did.
 
         Args:
             entries: Key, value and seconds to live, as in `Cache.set_many`.
             until: Loop time after which nobody waits for it; None gives the cache its usual time.
         """
-        if entries:
-            await self._ask(lambda: self.cache.set_many(entries), self._stores, until)
+        if not entries:
+            return True
+
+        async def store() -> bool:
+            await self.cache.set_many(entries)
+            return True
+
+        return await self._ask(store, self._stores, until) is True
 
     async def secret(self, *, until: float | None = None) -> bytes | None:
         """Return the 32 bytes that key the digests; None if they cannot be had now.

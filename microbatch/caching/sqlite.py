@@ -70,7 +70,7 @@ class SQLiteCache:
         self.ttl = ttl
         self.evictions = 0
         self._max_bytes = max_bytes
-        self._database = Database(path, _SCHEMA, version=1, durable=False, busy=_BUSY)
+        self._database = Database(path, _SCHEMA, kind="cache", version=1, durable=False, busy=_BUSY)
         self._touched: dict[int, float] = {}  # rows used since the last write, and when
         self._now = time.time  # noqa: TID251 entries outlive the process
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microbatch.commands.console import plural
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -43,11 +45,15 @@ class Failures:
         if len(kind.examples) < MAX_EXAMPLES:
             kind.examples.append(example)
 
-    def told(self) -> Iterator[str]:
-        """Yield a line for each kind."""
+    def told(self, others: str = "") -> Iterator[str]:
+        """Yield a line for each kind.
+
+        Args:
+            others: What to say of kinds beyond the first `MAX_KINDS`.
+        """
         for (place, problem), kind in self._kinds.items():
             rest = kind.count - len(kind.examples)
             more = f" and {rest:,} more" if rest else ""
             yield f"{place}{', '.join(kind.examples)}{more}: {problem}"
         if self._others:
-            yield f"and {self._others:,} failures of other kinds; the output tells them all"
+            yield f"and {plural(self._others, 'failure')} of other kinds{others}"

@@ -1,17 +1,17 @@
-"""What `run` is to do, checked before anything is sent."""
+"""What a command is to ask, checked before anything is sent."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from microbatch.batching.request import read_options
-from microbatch.commands import fingerprint
+from microbatch.client import Microbatcher
 from microbatch.commands.console import UsageError
-from microbatch.commands.flags import flag, read_settings
+from microbatch.commands.flags import read_settings
+from microbatch.commands.patient import PatientCache
 from microbatch.commands.questions import (
     BatchLines,
     Questions,
@@ -22,6 +22,8 @@ from microbatch.commands.questions import (
     read_text,
 )
 from microbatch.commands.reading import Input, Survey
+from microbatch.commands.simulated import SIMULATED_MODEL, SimulatedChat
+from microbatch.commands.stores import PATIENT_TIMEOUT, cache_at
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.transports.openai_chat import OpenAIChat
@@ -30,14 +32,9 @@ from microbatch.transports.rate_limit import RateLimit
 if TYPE_CHECKING:
     import argparse
 
-SIMULATED_MODEL = "gpt-4.1-mini"
-
-# What decides which requests share a prompt, and so what the model is asked. The rest of the policy is about pace.
-_SHAPING = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
-
 
 class Job(msgspec.Struct):
-    """A run whose settings have been checked."""
+    """Settings that have been checked, and an input that has been read once."""
 
     source: Input
     survey: Survey
@@ -45,37 +42,45 @@ class Job(msgspec.Struct):
     policy: FlushPolicy
     fallback: FallbackPolicy
     rate_limit: RateLimit | None
-    model: str | None
-    transport: OpenAIChat | None
-    settings: fingerprint.Settings
+    cache: PatientCache | None
+    transport: OpenAIChat | SimulatedChat
 
     @property
-    def simulated(self) -> bool:
-        """Whether the endpoint is the embedded one."""
-        return self.transport is None
+    def simulated(self) -> str | None:
+        """The model whose prices stand in for those of the embedded endpoint; None if the endpoint is a real one."""
+        return self.transport.model if isinstance(self.transport, SimulatedChat) else None
+
+    def batcher(self) -> Microbatcher:
+        """Return what asks, not yet open."""
+        return Microbatcher(
+            self.transport, policy=self.policy, fallback=self.fallback, rate_limit=self.rate_limit, cache=self.cache
+        )
 
 
 def prepare(args: argparse.Namespace) -> Job:
-    """Check what the flags of `run` say, and read the input once.
+    """Check what the flags of `asking` say, and read the input once.
 
     Raises:
         UsageError: Something is wrong with either.
     """
-    policy = _policy(args)
+    policy = read_policy(args)
     fallback = FallbackPolicy(canary=args.canary)
     rate_limit = RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
+    cache = None if args.cache is None else PatientCache(cache_at(args.cache, timeout=PATIENT_TIMEOUT))
     model = args.model or (SIMULATED_MODEL if args.simulate else None)
-    questions = _questions(args, model)
-    transport = None if args.simulate else _transport(args, model)
+    questions = read_questions(args, needs_model=model is None)
+    transport = SimulatedChat(model) if args.simulate else read_transport(args, model)
     source = Input(args.input, id_field=args.id_field)
-    if Path(args.output).exists() and Path(args.output).samefile(args.input):
-        raise UsageError(f"-o {args.output!r} is the input itself")
     survey = source.survey(questions.fields)
-    settings = _settings(args, policy, model, transport)
-    return Job(source, survey, questions, policy, fallback, rate_limit, model, transport, settings)
+    return Job(source, survey, questions, policy, fallback, rate_limit, cache, transport)
 
 
-def _policy(args: argparse.Namespace) -> FlushPolicy:
+def read_policy(args: argparse.Namespace) -> FlushPolicy:
+    """Return when requests leave.
+
+    Raises:
+        UsageError: A value is out of range, or two flags contradict each other.
+    """
     if not args.single:
         return read_settings(args, FlushPolicy)
     if args.max_batch_size not in (None, 1):
@@ -83,7 +88,16 @@ def _policy(args: argparse.Namespace) -> FlushPolicy:
     return read_settings(args, FlushPolicy, max_batch_size=1)
 
 
-def _questions(args: argparse.Namespace, model: str | None) -> Questions:
+def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
+    """Return what is asked about each line.
+
+    Args:
+        args: What `asking.add_question` has added.
+        needs_model: Whether nothing but a line itself can name the model.
+
+    Raises:
+        UsageError: A flag, or the file it names, is wrong.
+    """
     options: dict[str, Any] = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     if args.template is None:
         for name in ("system", "labels", "schema"):
@@ -91,8 +105,8 @@ def _questions(args: argparse.Namespace, model: str | None) -> Questions:
                 raise UsageError(
                     f"--{name} needs a --template; lines without one are OpenAI Batch requests and say it all themselves"
                 )
-        return BatchLines(options=options, needs_model=model is None)
-    if model is None:
+        return BatchLines(options=options, needs_model=needs_model)
+    if needs_model:
         raise UsageError("no model: give --model NAME, or --simulate to try without one")
     labels = None if args.labels is None else read_labels(args.labels)
     schema = None if args.schema is None else read_schema(args.schema)
@@ -107,7 +121,12 @@ def _questions(args: argparse.Namespace, model: str | None) -> Questions:
     return questions
 
 
-def _transport(args: argparse.Namespace, model: str | None) -> OpenAIChat:
+def read_transport(args: argparse.Namespace, model: str | None) -> OpenAIChat:
+    """Return the way to the endpoint.
+
+    Raises:
+        UsageError: There is no key, or the address is wrong.
+    """
     if not os.environ.get("OPENAI_API_KEY") and not args.base_url and not os.environ.get("OPENAI_BASE_URL"):
         raise UsageError(
             "no API key: set the environment variable OPENAI_API_KEY, give --base-url for an endpoint that needs none, "
@@ -118,23 +137,3 @@ def _transport(args: argparse.Namespace, model: str | None) -> OpenAIChat:
     except ConfigError as error:
         words = str(error).replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")
         raise UsageError(words.replace("api_key", "OPENAI_API_KEY")) from error
-
-
-def _settings(
-    args: argparse.Namespace, policy: FlushPolicy, model: str | None, transport: OpenAIChat | None
-) -> fingerprint.Settings:
-    """Return what must be the same when the run is resumed: all that decides what is asked, and of whom."""
-    system = None if args.system is None else read_text(args.system, "--system")
-    return {
-        "endpoint": "simulated" if transport is None else transport.base_url,
-        "--model": model,
-        "--system": fingerprint.hashed(system),
-        "--template": fingerprint.hashed(args.template),
-        "--labels": fingerprint.hashed(None if args.labels is None else read_labels(args.labels)),
-        "--schema": fingerprint.hashed(None if args.schema is None else read_schema(args.schema)),
-        "--id-field": args.id_field,
-        "--max-tokens": args.max_tokens,
-        "--temperature": args.temperature,
-        **{flag(name): getattr(policy, name) for name in _SHAPING},
-        "--canary": args.canary,
-    }

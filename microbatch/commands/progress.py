@@ -43,9 +43,9 @@ class Progress:
         self._done = 0
         self._next = 0.0
 
-    def advance(self) -> None:
-        """One more item is done."""
-        self._done += 1
+    def advance(self, count: int = 1) -> None:
+        """*count* more items are done."""
+        self._done += count
         if self._bar is not None and time.monotonic() >= self._next:
             self._next = time.monotonic() + REFRESH_SECONDS
             self._draw(self._bar)

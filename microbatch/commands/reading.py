@@ -1,4 +1,4 @@
-"""Reads the input of `run`: JSON Lines, first all of it to check the ids, then lazily to ask."""
+"""Reads the input of the commands that ask: JSON Lines, first all of it to check the ids, then lazily to ask."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ class BadLine(msgspec.Struct):
     problem: str
     field: str | None = None
     detail: str = ""
+
+    def error(self, path: str) -> dict[str, Any]:
+        """Return what an output line says of it, as a line of the file *path*."""
+        message = f"{path}, line {self.number}: {self.problem}" + (f" ({self.detail})" if self.detail else "")
+        return {"type": "InputError", "message": message, "line": self.number, "field": self.field}
 
 
 class Line(msgspec.Struct):
@@ -179,7 +184,18 @@ def requests(
     done: Container[int],
     reject: Callable[[BadLine, str], None],
 ) -> Iterator[Request]:
-    """Yield what is to be asked, reading on as it is taken.
+    """Yield what is to be asked, reading on as it is taken; the arguments are those of `numbered`."""
+    return (request for _, request in numbered(source, survey, questions, done, reject))
+
+
+def numbered(
+    source: Input,
+    survey: Survey,
+    questions: Questions,
+    done: Container[int],
+    reject: Callable[[BadLine, str], None],
+) -> Iterator[tuple[int, Request]]:
+    """Yield what is to be asked, with the numbers of its lines, reading on as it is taken.
 
     Args:
         source: The input.
@@ -201,7 +217,7 @@ def requests(
         except LineError as error:
             reject(BadLine(line.number, line.name, str(error), error.field), line.name)
         else:
-            yield request
+            yield line.number, request
 
 
 def _substitute(number: int, names: Container[int]) -> str:

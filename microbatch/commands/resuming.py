@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from microbatch.commands import fingerprint
 from microbatch.commands.answers import Answers
 from microbatch.commands.console import UsageError, note, plural
+from microbatch.commands.flags import flag
+from microbatch.commands.questions import read_labels, read_schema, read_text
 
 if TYPE_CHECKING:
     import argparse
@@ -15,9 +17,14 @@ if TYPE_CHECKING:
 
     from microbatch.commands.job import Job
 
+# What decides which requests share a prompt, and so what the model is asked. The rest of the policy is about pace.
+_SHAPING = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
+
 
 def open_output(args: argparse.Namespace) -> Answers:
     """Open the output; an old one stays unless it is resumed, or moves aside with --force."""
+    if Path(args.output).exists() and Path(args.output).samefile(args.input):
+        raise UsageError(f"-o {args.output!r} is the input itself")
     answers = Answers(args.output)
     if not answers.size or args.resume:
         return answers
@@ -48,7 +55,7 @@ def already_answered(args: argparse.Namespace, job: Job, answers: Answers) -> se
     """Return digests of the ids that need not be asked about, after a check that the rest will be asked in the same way."""
     if not answers.size:
         return set()
-    changes = fingerprint.differences(args.output, job.settings)
+    changes = fingerprint.differences(args.output, settings(args, job))
     if not args.force and changes is None:
         raise UsageError(
             f"{str(fingerprint.path_beside(args.output))!r} is missing or broken, so nobody knows how {args.output!r} was made; "
@@ -64,3 +71,21 @@ def already_answered(args: argparse.Namespace, job: Job, answers: Answers) -> se
     if cut:
         note(f"cut off an incomplete last line ({plural(cut, 'byte')})")
     return done
+
+
+def settings(args: argparse.Namespace, job: Job) -> fingerprint.Settings:
+    """Return what must be the same when the run is resumed: all that decides what is asked, and of whom."""
+    system = None if args.system is None else read_text(args.system, "--system")
+    return {
+        "endpoint": job.transport.base_url,
+        "--model": job.transport.model,
+        "--system": fingerprint.hashed(system),
+        "--template": fingerprint.hashed(args.template),
+        "--labels": fingerprint.hashed(None if args.labels is None else read_labels(args.labels)),
+        "--schema": fingerprint.hashed(None if args.schema is None else read_schema(args.schema)),
+        "--id-field": args.id_field,
+        "--max-tokens": args.max_tokens,
+        "--temperature": args.temperature,
+        **{flag(name): getattr(job.policy, name) for name in _SHAPING},
+        "--canary": args.canary,
+    }

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import shlex
-import sys
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.accounting.stats import Stats
-from microbatch.client import Microbatcher
 from microbatch.commands import console, fingerprint
-from microbatch.commands.answers import Answers, NotWritten, answer_line, error_object, failure_line
+from microbatch.commands.answers import Answers, NotWritten, answer_line, failure_line
+from microbatch.commands.asking import POLICY, add_endpoint, add_policy, add_question, add_telling
 from microbatch.commands.console import note, say
-from microbatch.commands.failures import Failures
-from microbatch.commands.flags import add_settings, described, number, whole_number
-from microbatch.commands.job import SIMULATED_MODEL, Job, prepare
-from microbatch.commands.progress import Progress, make_bar
-from microbatch.commands.reading import BadLine, requests
-from microbatch.commands.resuming import already_answered, open_output
-from microbatch.commands.stopping import stoppable
+from microbatch.commands.job import Job, prepare
+from microbatch.commands.resuming import already_answered, open_output, settings
+from microbatch.commands.stores import CACHE_HELP
 from microbatch.commands.summary import summarize, told
-from microbatch.policy import FallbackPolicy, FlushPolicy
-from microbatch.transports.openai_chat import OpenAIChat
+from microbatch.commands.work import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import argparse
 
-    from microbatch.messages import Request, Result
+    from microbatch.messages import Reply
 
 USAGE = "microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]"
 HELP = "ask about every line of a JSON Lines file"
@@ -55,12 +46,9 @@ examples:
 
   microbatch run products.jsonl -o answers.jsonl ... --resume    (after a crash)
   microbatch run products.jsonl -o try.jsonl ... --simulate      (costs nothing)
+  microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
+                                             (what was ever asked costs nothing)
   microbatch run openai_batch.jsonl -o answers.jsonl
-"""
-
-POLICY = """\
-A run waits for full batches; --max-wait, --low-max-wait, --idle and
---when-full are for live traffic and change nothing here.
 """
 
 # --- the flags
@@ -72,54 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="OUTPUT.jsonl", required=True, help="where the answers go, as they come"
     )
-    _add_question(parser.add_argument_group("what is asked"))
-    _add_endpoint(parser.add_argument_group("whom"))
+    add_question(parser.add_argument_group("what is asked"))
+    add_endpoint(parser.add_argument_group("whom"))
     _add_running(parser.add_argument_group("the run"))
-    policy = parser.add_argument_group("batching", POLICY)
-    policy.add_argument(
-        "--single", action="store_true", help="one call for each item, to compare; same as --max-batch-size 1"
-    )
-    policy.add_argument("--canary", action="store_true", help=f"{described(FallbackPolicy)['canary']} (default: off)")
-    add_settings(policy, FlushPolicy)
-
-
-def _add_question(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--system", metavar="TEXT|@FILE", help="instructions, the same for every line")
-    group.add_argument(
-        "--template",
-        metavar="TEXT",
-        help=r"the question, with fields of the line in braces; \n and \t are newline and tab, {{ and }} are braces",
-    )
-    answers = group.add_mutually_exclusive_group()
-    answers.add_argument(
-        "--labels", metavar="A,B,C|@FILE", help="the only answers allowed; in a file one a line, or a JSON list"
-    )
-    answers.add_argument("--schema", metavar="FILE", help="a JSON Schema that every answer keeps to")
-    group.add_argument("--id-field", metavar="FIELD", help="the field that holds a line's id")
-    group.add_argument("--max-tokens", metavar="N", type=whole_number(1), help="most tokens of one answer")
-    group.add_argument("--temperature", metavar="T", type=number(0), help="sampling temperature")
-
-
-def _add_endpoint(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", metavar="NAME", help="the model; OpenAI Batch lines may name their own")
-    group.add_argument(
-        "--base-url", metavar="URL", help="address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)"
-    )
-    group.add_argument("--rpm", metavar="N", type=whole_number(1), help="send at most N requests in any minute")
-    group.add_argument(
-        "--tpm",
-        metavar="N",
-        type=whole_number(1),
-        help="send at most N tokens in any minute, prompts and the answers reserved for them together",
-    )
-    group.add_argument(
-        "--simulate",
-        action="store_true",
-        help=f"ask a simulated endpoint on this machine: made-up answers, nothing paid (default model: {SIMULATED_MODEL})",
-    )
+    add_policy(parser.add_argument_group("batching", POLICY))
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--cache", metavar="FILE|URL", help=CACHE_HELP)
     group.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run: ask what has no answer yet"
     )
@@ -128,12 +76,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="with --resume: go on though prompt or policy have changed; else: begin anew, keeping the old output under another name",
     )
-    group.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, default=None, help="show progress (default: on a terminal)"
-    )
-    group.add_argument(
-        "--json", action="store_true", help="print the summary as a JSON object, the last line of stdout"
-    )
+    add_telling(group)
 
 
 # --- the run
@@ -149,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with open_output(args) as answers:
             done = already_answered(args, job, answers)
-            fingerprint.keep(args.output, job.settings)
+            fingerprint.keep(args.output, settings(args, job))
             return asyncio.run(Run(args, job, answers, done).go())
     except NotWritten as error:  # at the last fsync
         note(f"microbatch run: {error}")
@@ -163,100 +106,34 @@ class Run:
         self._args = args
         self._job = job
         self._answers = answers
-        self._done = done
-        self._items = job.survey.items - len(done)
-        self._answered = 0
-        self._failed = 0
-        self._wall_s = 0.0
-        self._failures = Failures()
-        self._stats = Stats()
-        self._progress = Progress(None, Stats)
+        self._work = Work(job, self._take, self._fail, done=done, progress=args.progress)
 
     async def go(self) -> int:
         """Ask, tell how it went and return the exit status."""
-        stopped, broken = True, None
-        with stoppable():
-            try:
-                await self._ask()
-            except (NotWritten, OSError) as error:  # the disk is full, or the input cannot be read on
-                broken = error
-            stopped = False
-        return self._tell(stopped=stopped, broken=broken)
+        await self._work.go()
+        self._tell()
+        return self._work.status
 
-    async def _ask(self) -> None:
-        async with AsyncExitStack() as stack:
-            transport = self._job.transport or await self._simulated(stack)
-            job = self._job
-            batcher = await stack.enter_async_context(
-                Microbatcher(transport, policy=job.policy, fallback=job.fallback, rate_limit=job.rate_limit)
-            )
-            loop = asyncio.get_running_loop()
-            start = loop.time()
-            try:
-                with Progress(self._bar(), batcher.stats) as self._progress:
-                    async for result in batcher.map(self._requests()):
-                        await self._take(result)
-            finally:
-                self._wall_s = loop.time() - start
-                self._stats = batcher.stats()
-
-    async def _simulated(self, stack: AsyncExitStack) -> OpenAIChat:
-        from microbatch.testing.endpoint import SimulatedEndpoint  # noqa: PLC0415 a server, which a real run does not need
-
-        endpoint = await stack.enter_async_context(SimulatedEndpoint())
-        return OpenAIChat(self._job.model, base_url=endpoint.base_url, api_key="simulated")
-
-    def _bar(self) -> Any:
-        wanted = self._args.progress
-        return make_bar(self._items) if wanted or (wanted is None and sys.stderr.isatty()) else None
-
-    def _requests(self) -> Iterator[Request]:
-        job = self._job
-        return requests(job.source, job.survey, job.questions, self._done, self._reject)
-
-    def _reject(self, line: BadLine, name: str) -> None:
-        """Write down that *line* cannot be asked about."""
-        path = self._args.input
-        message = f"{path}, line {line.number}: {line.problem}" + (f" ({line.detail})" if line.detail else "")
-        error = {"type": "InputError", "message": message, "line": line.number, "field": line.field}
-        self._fail(name, error)
-        self._failures.add(line.problem, str(line.number), f"{path}, line ")
-
-    async def _take(self, result: Result[Any]) -> None:
-        name = result.id or ""
-        if result.reply is None:
-            error = error_object(result.error or RuntimeError("no reply"))
-            self._fail(name, error)
-            self._failures.add(f"{error['type']}: {error['message']}", name, "id ")
-            return
-        reply = await result.reply.settled()
+    def _take(self, name: str, reply: Reply[Any]) -> None:
         self._answers.write(answer_line(name, self._job.questions.output(reply.output), reply))
-        self._answered += 1
-        self._progress.advance()
 
     def _fail(self, name: str, error: dict[str, Any]) -> None:
         self._answers.write(failure_line(name, error))
-        self._failed += 1
-        self._progress.advance()
 
-    # --- afterwards
-
-    def _tell(self, *, stopped: bool, broken: Exception | None) -> int:
-        for line in self._failures.told():
+    def _tell(self) -> None:
+        args, work, stats = self._args, self._work, self._work.stats
+        for line in work.failures.told(others="; the output tells them all"):
             note(line)
-        args, stats = self._args, self._stats
-        summary = summarize(stats, items=self._items, answered=self._answered, failed=self._failed, wall_s=self._wall_s)
+        summary = summarize(stats, items=work.items, answered=work.answered, failed=work.failed, wall_s=work.wall_s)
         write = note if args.json else say
-        simulated = self._job.model if self._job.simulated else None
-        for line in told(summary, stats, simulated=simulated, single=self._job.policy.max_batch_size == 1):
+        for line in told(summary, stats, simulated=self._job.simulated, single=self._job.policy.max_batch_size == 1):
             write(line)
         if args.json:
             say(msgspec.json.encode(summary).decode())
-        if broken is not None:
-            note(f"microbatch run: {broken}")
-        if stopped or broken is not None or self._failed:
-            note(_how_to_go_on(args, stopped=stopped))
-        return console.STOPPED if stopped else console.SOME_FAILED if self._failed or broken is not None else console.OK
+        if work.broken is not None:
+            note(f"microbatch run: {work.broken}")
+        if work.status != console.OK:
+            note(_how_to_go_on(args, stopped=work.stopped))
 
 
 def _how_to_go_on(args: argparse.Namespace, *, stopped: bool) -> str:

@@ -76,7 +76,10 @@ def told(summary: Summary, stats: Stats, *, simulated: str | None, single: bool)
         yield ""
         yield comparison(stats)
         yield ""
-    for remark in _remarks(stats, simulated=simulated, single=single):
+    if stats.cache_hits or stats.cache_misses or stats.shared:
+        yield from reuse(stats)
+        yield ""
+    for remark in remarks(stats, simulated=simulated, single=single):
         yield textwrap.fill(remark, COLUMNS)
 
 
@@ -93,7 +96,22 @@ def comparison(stats: Stats) -> str:
     return table(("", "this run", "one call each", "change"), cells)
 
 
-def _remarks(stats: Stats, *, simulated: str | None, single: bool) -> Iterator[str]:
+def reuse(stats: Stats) -> Iterator[str]:
+    """Yield what did not have to be asked, and what became of the cache."""
+    if stats.cache_hits or stats.cache_misses:
+        looked_up = stats.cache_hits + stats.cache_misses
+        age = f", {seconds(stats.cache_age)} old on average" if stats.cache_hits else ""
+        yield f"cache: {stats.cache_hits:,} of {looked_up:,} found ({stats.cache_hit_rate:.0%}{age}), {stats.cache_stores:,} stored"
+        if stats.cache_evictions:
+            yield f"       {stats.cache_evictions:,} dropped for want of room"
+        if stats.cache_bypassed:
+            yield f"       {stats.cache_bypassed:,} not looked up: it failed or was too slow"
+    if stats.shared:
+        yield f"shared: {plural(stats.shared, 'item')} answered by an equal one under way"
+
+
+def remarks(stats: Stats, *, simulated: str | None, single: bool) -> Iterator[str]:
+    """Yield what has to be known to read the figures; the arguments are those of `told`."""
     if stats.answered and not single:
         yield '"One call each" is worked out for the same answers, not measured; --single measures it.'
     if stats.costs_more and not single:

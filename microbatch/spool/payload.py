@@ -94,6 +94,12 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         }
         return _encode_sorted(msgspec.structs.replace(self, params=kept))
 
+    @property
+    def is_typed(self) -> bool:
+        """Whether its answer is JSON that a schema asks for, and no plain text."""
+        asked = self.params.get("response_format")
+        return isinstance(asked, dict) and asked.get("type") == "json_schema"
+
     def item(self, name: Name) -> Item:
         """Return this request, under *name*, as a spool takes it."""
         raw = self.encode()
@@ -131,6 +137,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         text: What `Reply.text` is: the text itself, or its JSON.
+        is_json: Which of the two.
         answered_at: When the answer came, in seconds since 1970.
         route: How it came.
         batch_size: Requests in the call that answered.
@@ -144,6 +151,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     text: str
     answered_at: float
+    is_json: bool = False
     route: Route = "batch"
     batch_size: int = 1
     model: str | None = None
@@ -154,11 +162,12 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     body: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, reply: Reply[Any], answered_at: float) -> Self:
+    def of(cls, reply: Reply[Any], answered_at: float, *, is_json: bool) -> Self:
         """Return what to keep of *reply*, which should be settled."""
         return cls(
             text=reply.text,
             answered_at=answered_at,
+            is_json=is_json,
             route=reply.route,
             batch_size=reply.batch_size,
             model=reply.model,
@@ -184,6 +193,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def encode(self) -> bytes:
         """Return the bytes to keep."""
         return msgspec.json.encode(self)
+
+    @property
+    def value(self) -> Any:
+        """The text, or what its JSON says."""
+        return msgspec.json.decode(self.text) if self.is_json else self.text
 
     def reply(self, output_type: Any = str) -> Reply[Any]:
         """Return the answer as `submit` would.

@@ -257,6 +257,7 @@ class Replies:
             answer = Answer(
                 text=share.text,
                 answered_at=now,
+                is_json=not share.asked.options.answer.is_text,
                 route="batch" if line.ids else "single",
                 batch_size=len(line.names),
                 model=completion.model or model,

@@ -44,7 +44,7 @@ class SQLiteSpool:
         whole(1, max_alone=max_alone)
         self._keep = keep
         self._max_alone = max_alone
-        self._database = Database(path, steps.SCHEMA, version=1, durable=True, busy=_BUSY)
+        self._database = Database(path, steps.SCHEMA, kind="spool", version=1, durable=True, busy=_BUSY)
         self._now = time.time  # noqa: TID251 requests outlive the process
 
     async def open(self) -> None:

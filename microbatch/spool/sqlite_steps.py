@@ -38,12 +38,13 @@ _MOST_DROPPED: Final = 64  # answers, beyond as many as are written, so that no 
 
 # Each index holds only the rows of one state: so a step touches two of them, and nothing is searched for among the done. The state
 # is in it as well, without which SQLite would look at the row for it.
-# `until`: when the lease runs out, or when the answer may be dropped.
+# `stage` is that of the next delivery, and right while a request waits (as a generated column it would make no index a covering
+# one); `until`: when the lease runs out, or when the answer may be dropped.
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS items (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest BLOB NOT NULL, queued_at REAL NOT NULL,
     state TEXT NOT NULL DEFAULT 'waiting',
-    deliveries INTEGER NOT NULL DEFAULT 0, stage INTEGER AS (min(deliveries, 2)) STORED,
+    deliveries INTEGER NOT NULL DEFAULT 0, stage INTEGER NOT NULL DEFAULT 0,
     lease TEXT, until REAL, job TEXT, error TEXT, died_at REAL);
 CREATE INDEX IF NOT EXISTS items_waiting ON items (state, stage) WHERE state = 'waiting';
 CREATE INDEX IF NOT EXISTS items_leased ON items (state, until, deliveries) WHERE state = 'leased';
@@ -115,7 +116,10 @@ def take(
         "UPDATE items SET state = 'leased', deliveries = deliveries + 1, lease = ?, until = ? WHERE id = ?",
         [(token, now + lease, number) for number, *_ in rows],
     )
-    return [_delivery(*row, token) for _, *row in rows]
+    return [
+        _delivery(key, digest, payload, deliveries, queued_at, token)
+        for _, key, digest, payload, deliveries, queued_at in rows
+    ]
 
 
 def _delivery(key: str, digest: bytes, payload: bytes, deliveries: int, queued_at: float, lease: str) -> Delivery:
@@ -135,8 +139,10 @@ def _fail(db: sqlite3.Connection, now: float, failed: Iterable[tuple[int, int, s
         if is_dead(deliveries, max_alone):
             dead.append((error, now, number))
         else:
-            alive.append((number,))
-    db.executemany("UPDATE items SET state = 'waiting', lease = NULL, until = NULL, job = NULL WHERE id = ?", alive)
+            alive.append((Stage.after(deliveries), number))
+    db.executemany(
+        "UPDATE items SET state = 'waiting', stage = ?, lease = NULL, until = NULL, job = NULL WHERE id = ?", alive
+    )
     db.executemany(
         "UPDATE items SET state = 'dead', lease = NULL, until = NULL, job = NULL, error = ?, died_at = ? WHERE id = ?",
         dead,
@@ -178,9 +184,9 @@ def give_back(db: sqlite3.Connection, now: float, held: Held, *, error: str, cou
         _fail(db, now, [(number, deliveries, error) for number, deliveries in rows.items()], max_alone)
     else:
         db.executemany(
-            "UPDATE items SET state = 'waiting', deliveries = deliveries - 1, lease = NULL, until = NULL, job = NULL "
-            "WHERE id = ?",
-            [(number,) for number in rows],
+            "UPDATE items SET state = 'waiting', stage = ?, deliveries = deliveries - 1, "
+            "lease = NULL, until = NULL, job = NULL WHERE id = ?",
+            [(Stage.after(deliveries - 1), number) for number, deliveries in rows.items()],
         )
 
 
@@ -266,7 +272,7 @@ def dead_letters(db: sqlite3.Connection, _now: float, after: tuple[float, int]) 
 def requeue(db: sqlite3.Connection, now: float, keys: Sequence[str] | None, *, max_alone: int) -> int:
     """Queue dead letters anew, all if *keys* is None; return how many."""
     pass_on_lost(db, now, max_alone)
-    change = "UPDATE items SET state = 'waiting', deliveries = 0, error = NULL, died_at = NULL WHERE state = 'dead'"
+    change = "UPDATE items SET state = 'waiting', stage = 0, deliveries = 0, error = NULL, died_at = NULL WHERE state = 'dead'"
     if keys is None:
         return db.execute(change).rowcount
     return sum(db.execute(f"{change} AND name = ?", (key,)).rowcount for key in keys)

@@ -221,7 +221,8 @@ class Worker:
         if result.reply is not None:
             reply = await result.reply.settled()
             self._rest = 0.0
-            answer = Answer.of(reply, time.time()).encode()  # noqa: TID251 answers outlive processes
+            is_json = Payload.decode(delivery.item.payload).is_typed
+            answer = Answer.of(reply, time.time(), is_json=is_json).encode()  # noqa: TID251 answers outlive processes
             # Not awaited here: the next results come meanwhile, and share the next commit.
             store = self._storing.ask((delivery, answer))
             self._stores.add(store)

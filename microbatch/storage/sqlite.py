@@ -30,15 +30,20 @@ class Database:
     Args:
         path: The file; it is made if it is missing.
         schema: Statements that make the tables, if they are missing.
+        kind: What it is, in one word; a file of another kind is refused.
         version: Number of the schema; a file with another one is refused.
         durable: Whether a commit waits for the disk (`synchronous=FULL`). If not, the last commits before a power cut may be lost,
             but never the file.
         busy: Seconds to wait for other processes to finish their transactions.
     """
 
-    def __init__(self, path: str | os.PathLike[str], schema: str, *, version: int, durable: bool, busy: float) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], schema: str, *, kind: str, version: int, durable: bool, busy: float
+    ) -> None:
         self._path = os.fspath(path)
         self._schema = schema
+        self._kind = kind
+        self._mark = int.from_bytes(kind.encode()[:4])
         self._version = version
         self._durable = durable
         self._busy = busy
@@ -84,14 +89,16 @@ class Database:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Make the tables, under a lock, as several processes may come at once."""
         connection.execute("BEGIN IMMEDIATE")
-        (found,) = connection.execute("PRAGMA user_version").fetchone()
-        if found not in (0, self._version):
-            raise ConfigError(f"{self._path!r} was made by another version of microbatch (its format is {found})")
+        (kind,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not found and tables:
-            raise ConfigError(f"{self._path!r} is a database, but none of microbatch's: choose another file")
+        if tables and kind != self._mark:
+            raise ConfigError(f"{self._path!r} is a database, but no {self._kind} of microbatch's: choose another file")
+        if tables and version != self._version:
+            raise ConfigError(f"{self._path!r} was made by another version of microbatch (its format is {version})")
         for statement in self._schema.split(";"):
             connection.execute(statement)
+        connection.execute(f"PRAGMA application_id={self._mark}")
         connection.execute(f"PRAGMA user_version={self._version}")
         connection.execute("COMMIT")
 
@@ -152,7 +159,8 @@ class Database:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._thread is None:
             raise StorageError(f"{self._path!r} is not open")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        # Shielded, or work that has not begun would be dropped with its caller.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
 
     async def aclose(self) -> None:
         """Finish what is under way and close the file."""

@@ -17,7 +17,7 @@ Fault = Literal[
 
 
 class FaultyRedis:
-    """Knows SET and MGET, and answers them as its fault says; what it is told it keeps in any case.
+    """Knows SET, GET and MGET, and answers them as its fault says; what it is told it keeps in any case.
 
     Args:
         fault: What is wrong with it; may be changed at any time.
@@ -69,6 +69,8 @@ class FaultyRedis:
             case b"SET":
                 self.values[words[0]] = words[1]
                 said = b"+OK\r\n"
+            case b"GET":
+                said = _bulk(self.values.get(words[0]))
             case b"MGET":
                 said = _array([self.values.get(word) for word in words])
             case _:
@@ -86,8 +88,11 @@ class FaultyRedis:
 
 
 def _array(values: list[bytes | None]) -> bytes:
-    parts = (b"$-1\r\n" if value is None else b"$%d\r\n%s\r\n" % (len(value), value) for value in values)
-    return b"*%d\r\n" % len(values) + b"".join(parts)
+    return b"*%d\r\n" % len(values) + b"".join(map(_bulk, values))
+
+
+def _bulk(value: bytes | None) -> bytes:
+    return b"$-1\r\n" if value is None else b"$%d\r\n%s\r\n" % (len(value), value)
 
 
 async def _command(reader: asyncio.StreamReader) -> list[bytes]:

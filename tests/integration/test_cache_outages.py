@@ -9,11 +9,14 @@ import time
 
 import pytest
 from fault_redis import FaultyRedis
+from helpers import ask
 
+import microbatch as mb
 from microbatch.caching.guard import BUDGET, Guard
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.tiers import TieredCache
+from microbatch.testing import ScriptedTransport
 
 AT_MOST = 5 * BUDGET  # a busy machine may take its time to run us
 
@@ -146,3 +149,27 @@ async def test_a_full_server_goes_on_giving_the_answers_that_it_has(own_redis, c
             assert [record.levelname for record in caplog.records] == ["WARNING"]
             assert "OutOfMemoryError" in caplog.text
             assert "canary" not in caplog.text
+
+
+@pytest.mark.promise(of="slow_cache")
+async def test_callers_lose_little_once_get_their_answers_and_find_the_cache_again_afterwards(outage):
+    transport = ScriptedTransport()
+    async with mb.Microbatcher(transport, cache=RedisCache(outage.url), tokens="bytes") as batcher:
+        await batcher.submit(ask("known"))
+        assert (await batcher.submit(ask("known"))).route == "cache"
+        outage.fail()
+        reply, took = await timed(batcher.submit(ask("first")))
+        assert (reply.output, reply.route) == ("FIRST", "single")
+        assert took < AT_MOST
+        took = [await timed(batcher.submit(ask(f"next {number}"))) for number in range(9)]
+        assert [reply.output for reply, _ in took] == [f"NEXT {number}" for number in range(9)]
+        assert statistics.median(seconds for _, seconds in took) < BUDGET / 5
+        many = await asyncio.gather(*(batcher.submit(ask(f"many {number}")) for number in range(200)))
+        assert [reply.output for reply in many] == [f"MANY {number}" for number in range(200)]
+        assert batcher.stats().cache_bypassed >= 200
+        outage.recover()
+
+        async def route():
+            return (await batcher.submit(ask("known"))).route
+
+        await answers_again(route, "cache")

@@ -2,72 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import signal
 import threading
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from command_line import QUESTION, given, here, output, products, serving, summary  # noqa: F401 a fixture
 
 from microbatch.cli import main
 from microbatch.commands import answers, fingerprint, reading
-from microbatch.testing import Faults, Quota, SimulatedEndpoint
+from microbatch.testing import Faults, Quota
 
-QUESTION = ("--template", "Product: {name}")
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def given(*lines, path="in.jsonl"):
-    Path(path).write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-
-
-def products(count):
-    given(*({"id": f"p{number}", "name": f"thing {number}"} for number in range(count)))
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def run(*words, out="out.jsonl"):
     return main(["run", "in.jsonl", "-o", out, *words])
-
-
-def output(path="out.jsonl"):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def summary(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-@contextmanager
-def serving(**options):
-    """Serve a simulated endpoint from a thread of its own, and yield it."""
-    started, loop = threading.Event(), asyncio.new_event_loop()
-    endpoint = SimulatedEndpoint(**options)
-    stop = asyncio.Event()
-
-    async def serve():
-        async with endpoint:
-            started.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield endpoint
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        loop.close()
 
 
 def test_every_line_is_answered_once_in_full_batches(capsys):

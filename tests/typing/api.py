@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict, assert_type
+from typing import TYPE_CHECKING, Literal, TypedDict, assert_type
 
 import msgspec
 import pydantic
 
 import microbatch as mb
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Category(msgspec.Struct):
@@ -85,3 +88,37 @@ async def reliability() -> None:
     mb.RateLimit(rpm=1, charge="spent")  # type: ignore[arg-type]
     mb.Completion("stop", limits=mb.Limits(remaining_requests=3))
     mb.RateLimited("slow down", status=429, retry_after=2.0, limits=mb.Limits(remaining_tokens=0))
+
+
+async def reuse(messages: list[dict[str, str]]) -> None:
+    class Own:
+        async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+            return [None] * len(keys)
+
+        async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None: ...
+
+        async def aclose(self) -> None: ...
+
+    caches: list[mb.Cache] = [
+        Own(),
+        mb.MemoryCache(max_bytes=1, ttl=None),
+        mb.SQLiteCache("c.sqlite", ttl=60.0),
+        mb.RedisCache("redis://localhost"),
+        mb.TieredCache(mb.MemoryCache(), mb.RedisCache("redis://localhost")),
+    ]
+    spools: list[mb.Spool] = [mb.SQLiteSpool("s.sqlite", keep=60.0), mb.RedisSpool("redis://localhost", max_alone=5)]
+    async with mb.Microbatcher(
+        mb.OpenAIChat("m", api_key="k"),
+        cache=caches[0],
+        spool=spools[0],
+        normalize=str.strip,
+        policy=mb.FlushPolicy(share=True),
+    ) as batcher:
+        assert_type(await batcher.submit(messages, output_type=int, use_cache=False, ttl=3.0), mb.Reply[int])
+        assert_type(await batcher.warm([messages], ttl=3.0, progress=lambda warmed: None), mb.Warmed)
+        assert_type(await batcher.enqueue(messages, id="a", output_type=Category, tenant="t"), str)
+        assert_type(await batcher.result("a"), mb.Reply[str])
+        assert_type(await batcher.result("a", output_type=Category, tenant="t", timeout=3.0), mb.Reply[Category])
+        await batcher.enqueue(messages, headers={})  # type: ignore[call-arg]
+        assert_type(batcher.stats().cache_hit_rate, float)
+    mb.Request(messages, use_cache=False, ttl=1.0)

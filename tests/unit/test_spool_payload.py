@@ -205,7 +205,7 @@ def reply(**fields):
 
 def test_an_answer_comes_back_as_the_reply_that_it_was():
     said = reply(cost_usd=0.5, batch_size=8, model="m-1", finish_reason="stop", request_id="req_1", body={"id": "x"})
-    kept = Answer.decode(Answer.of(said, 12.5).encode())
+    kept = Answer.decode(Answer.of(said, 12.5, is_json=False).encode())
     assert kept.answered_at == 12.5
     again = kept.reply()
     for name in (
@@ -224,7 +224,7 @@ def test_an_answer_comes_back_as_the_reply_that_it_was():
 
 
 def test_usage_that_was_never_reported_stays_an_estimate():
-    assert Answer.decode(Answer.of(reply(usage=Usage(9, 2, 0, True)), 0.0).encode()).usage.estimated
+    assert Answer.decode(Answer.of(reply(usage=Usage(9, 2, 0, True)), 0.0, is_json=False).encode()).usage.estimated
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,288 @@
+"""`microbatch worker`: answers what is in a spool, in combined prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sys
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from microbatch.accounting.prices import PriceBook
+from microbatch.accounting.stats import Stats, together
+from microbatch.client import Microbatcher
+from microbatch.commands import console
+from microbatch.commands.asking import add_endpoint, add_policy, add_telling
+from microbatch.commands.console import UsageError, note, plural, say, seconds
+from microbatch.commands.flags import number, whole_number
+from microbatch.commands.job import read_policy, read_transport
+from microbatch.commands.patient import PatientCache
+from microbatch.commands.progress import Progress, make_bar
+from microbatch.commands.simulated import SIMULATED_MODEL, SimulatedChat
+from microbatch.commands.stopping import at_first_signal
+from microbatch.commands.stores import CACHE_HELP, PATIENT_TIMEOUT, cache_at, spool_at
+from microbatch.commands.summary import comparison, reuse
+from microbatch.messages import Usage
+from microbatch.policy import FallbackPolicy
+from microbatch.spool.provider_api import OpenAIBatchApi
+from microbatch.spool.provider_batch import POLL, ProviderBatches, Tally
+from microbatch.spool.records import LEASE, MAX_ALONE, Counts, Stage
+from microbatch.spool.worker import Done, Worker
+from microbatch.transports.batch_wire import BatchWire
+from microbatch.transports.rate_limit import RateLimit
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+USAGE = "microbatch worker SPOOL [options]"
+HELP = "answer what is in a spool"
+DESCRIPTION = """\
+Take requests from a spool, have them answered in combined prompts, and store
+the answers, where `batcher.result(id)` and `microbatch spool --export` find
+them. SPOOL is a file, or Redis at redis://HOST:PORT/DB. Any number of workers
+may serve one spool; what one of them held when it died is taken by the others.
+
+A worker runs until it is stopped: on Ctrl-C or SIGTERM it takes no more, ends
+what is under way, and tells what it did. A second signal stops it at once,
+and nothing is lost by that. The key is taken from OPENAI_API_KEY.
+
+Exit status: 0, 1 if requests became dead letters, 2 if something is wrong with the command.
+"""
+EXAMPLES = """
+examples:
+  microbatch worker spool.sqlite --model gpt-4.1-mini
+  microbatch worker redis://localhost:6379/0 --until-empty --json
+  microbatch worker spool.sqlite --provider-batch      (half price, within a day)
+"""
+
+_BATCH_FACTOR: Final = "half the price of live calls"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `worker`."""
+    parser.add_argument("spool", metavar="SPOOL", help="a file (SQLite), or redis://HOST:PORT/DB")
+    add_endpoint(parser.add_argument_group("whom"))
+    group = parser.add_argument_group("the work")
+    group.add_argument(
+        "--until-empty", action="store_true", help="end when everything in the spool is answered or dead"
+    )
+    group.add_argument(
+        "--lease",
+        metavar="SECONDS",
+        type=number(0.1),
+        default=LEASE,
+        help=f"time after which others take what this worker held when it died (default: {LEASE:g})",
+    )
+    group.add_argument(
+        "--max-alone",
+        metavar="N",
+        type=whole_number(1),
+        default=MAX_ALONE,
+        help=f"a request that fails in full and half batches, and then N times alone, is dead (default: {MAX_ALONE})",
+    )
+    group.add_argument("--cache", metavar="FILE|URL", help=CACHE_HELP)
+    group.add_argument(
+        "--provider-batch",
+        action="store_true",
+        help=f"use the provider's batch API (/v1/files, /v1/batches): {_BATCH_FACTOR}, and up to a day until the answers come",
+    )
+    group.add_argument(
+        "--poll",
+        metavar="SECONDS",
+        type=number(0.01),
+        default=POLL,
+        help=f"with --provider-batch: time between two looks at what is under way (default: {POLL:g})",
+    )
+    add_telling(group)
+    add_policy(parser.add_argument_group("batching"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it.
+
+    Raises:
+        UsageError: Something is wrong with the command.
+    """
+    if args.provider_batch and (args.cache or args.rpm or args.tpm or args.single):
+        raise UsageError("--cache, --rpm, --tpm and --single are for live calls: leave them out with --provider-batch")
+    return asyncio.run(Work(args).go())
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What a worker did, as `--json` prints it; figures of the same name are `Stats`'s.
+
+    Attributes:
+        answered: Requests whose answers it stored.
+        failed: Requests it put back because they failed, each as often as it did.
+        returned: Requests it put back for reasons that were not theirs.
+        depth: Requests in the spool, in the end, that are neither answered nor dead.
+        dead: Dead letters in it.
+        jobs: Batch jobs begun at the provider.
+        wall_s: Seconds it worked.
+    """
+
+    answered: int
+    failed: int
+    returned: int
+    depth: int
+    dead: int
+    jobs: int
+    upstream_calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float | None
+    wall_s: float
+
+
+class Work:
+    """One worker, from its flags to its report."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._policy = read_policy(args)
+        self._transport = (
+            SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else read_transport(args, args.model)
+        )
+        self._spool = spool_at(args.spool, max_alone=args.max_alone)
+        self._batchers: list[Microbatcher] = []
+
+    async def go(self) -> int:
+        """Work, tell what was done and return the exit status."""
+        start = asyncio.get_running_loop().time()
+        async with AsyncExitStack() as stack:
+            await self._spool.open()
+            stack.push_async_callback(self._spool.aclose)
+            before = await self._spool.counts()
+            with Progress(self._bar(before), self._stats) as progress:
+                worker = await self._worker(stack, progress)
+                with at_first_signal(worker.stop):
+                    await worker.run()
+            counts = await self._spool.counts()
+            stats = self._stats()
+        self._tell(worker.done, stats, counts, asyncio.get_running_loop().time() - start)
+        return console.SOME_FAILED if counts.dead > before.dead else console.OK
+
+    async def _worker(self, stack: AsyncExitStack, progress: Progress) -> Worker | ProviderBatches:
+        shown = 0
+
+        def advance(done: Done | Tally) -> None:
+            nonlocal shown
+            progress.advance(done.answered - shown)
+            shown = done.answered
+
+        if self._args.provider_batch:
+            return await self._provider_batches(stack, advance)
+        args = self._args
+        batchers = await self._open_batchers(stack)
+        return Worker(self._spool, batchers, lease=args.lease, until_empty=args.until_empty, progress=advance)
+
+    async def _open_batchers(self, stack: AsyncExitStack) -> dict[Stage, tuple[Microbatcher, int]]:
+        """Open a batcher for each stage; they share transport, limits and cache."""
+        args, policy = self._args, self._policy
+        rate_limit = RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
+        cache = None if args.cache is None else PatientCache(cache_at(args.cache, timeout=PATIENT_TIMEOUT))
+        policies = {
+            Stage.FULL: policy,
+            Stage.HALF: dataclasses.replace(policy, max_batch_size=max(1, policy.max_batch_size // 2)),
+            Stage.ALONE: dataclasses.replace(policy, max_batch_size=1, max_concurrent_batches=1),
+        }
+        opened: dict[Stage, tuple[Microbatcher, int]] = {}
+        for stage, own in policies.items():
+            batcher = Microbatcher(
+                self._transport,
+                policy=own,
+                fallback=FallbackPolicy(canary=args.canary),
+                rate_limit=rate_limit,
+                cache=cache,
+            )
+            opened[stage] = await stack.enter_async_context(batcher), own.max_batch_size * own.max_concurrent_batches
+            self._batchers.append(batcher)
+        return opened
+
+    async def _provider_batches(self, stack: AsyncExitStack, advance: Callable[[Tally], None]) -> ProviderBatches:
+        args, transport = self._args, self._transport
+        await transport.open()
+        stack.push_async_callback(transport.aclose)
+        wire = BatchWire(transport.model, where=urlsplit(transport.base_url).netloc or transport.base_url)
+        prices = PriceBook()
+
+        def price(model: str | None) -> Callable[[Usage], float] | None:
+            found = prices.for_model(model or transport.model)
+            return None if found is None else found.cost
+
+        return ProviderBatches(
+            self._spool,
+            OpenAIBatchApi(transport.forward, wire.refusal),
+            wire,
+            policy=self._policy,
+            price=price,
+            canary=args.canary,
+            lease=args.lease,
+            poll_interval=args.poll,
+            until_empty=args.until_empty,
+            progress=advance,
+        )
+
+    def _bar(self, before: Counts) -> Any:
+        wanted = self._args.progress
+        return make_bar(before.depth) if wanted or (wanted is None and sys.stderr.isatty()) else None
+
+    def _stats(self) -> Stats:
+        return together([batcher.stats() for batcher in self._batchers]) if self._batchers else Stats()
+
+    # --- afterwards
+
+    def _tell(self, done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> None:
+        usage, cost_usd, jobs, calls = _paid(done, stats)
+        write = note if self._args.json else say
+        write(
+            f"{plural(done.answered, 'request')} answered, {done.failed:,} failed, {done.returned:,} put back as they were, "
+            f"in {seconds(wall_s)}"
+        )
+        write(
+            f"in the spool: {counts.depth:,} to be answered, {counts.done:,} answers, {plural(counts.dead, 'dead letter')}"
+        )
+        if isinstance(done, Tally):
+            write(
+                f"{plural(jobs, 'batch job')} with {plural(calls, 'prompt')}: {console.dollars(cost_usd)}, {_BATCH_FACTOR}"
+            )
+        elif stats.answered:
+            write(f"\n{comparison(stats)}\n")
+            if stats.cache_hits or stats.cache_misses or stats.shared:
+                for line in reuse(stats):
+                    write(line)
+        if isinstance(self._transport, SimulatedChat):
+            write("The endpoint was simulated: the answers are made up, and nothing was paid.")
+        if counts.dead:
+            note(f"Dead letters: microbatch spool {self._args.spool} --dead")
+        if self._args.json:
+            report = Report(
+                answered=done.answered,
+                failed=done.failed,
+                returned=done.returned,
+                depth=counts.depth,
+                dead=counts.dead,
+                jobs=jobs,
+                upstream_calls=calls,
+                prompt_tokens=usage.prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                cost_usd=None if cost_usd is None else round(cost_usd, 9),
+                wall_s=round(wall_s, 3),
+            )
+            say(msgspec.json.encode(report).decode())
+
+
+def _paid(done: Done | Tally, stats: Stats) -> tuple[Usage, float | None, int, int]:
+    """Return the tokens used, their price, the batch jobs begun, and the calls or prompts made."""
+    if isinstance(done, Tally):
+        return done.usage, done.cost_usd, done.jobs, done.lines
+    return (
+        Usage(stats.prompt_tokens, stats.completion_tokens, stats.cached_tokens),
+        stats.cost_usd,
+        0,
+        stats.upstream_calls,
+    )

@@ -1,0 +1,75 @@
+"""What the tests of commands have in common: files, a server, and what was written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from microbatch.testing import SimulatedEndpoint
+
+QUESTION = ("--template", "Product: {name}")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Let the test work in a folder of its own, without a key or an endpoint of the developer's."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def given(*lines, path="in.jsonl"):
+    Path(path).write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def products(count):
+    given(*({"id": f"p{number}", "name": f"thing {number}"} for number in range(count)))
+
+
+def output(path="out.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def summary(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def summary_with_reuse(capsys):
+    """Return the summary of a run with --json, and what the words beside it say did not have to be asked."""
+    shown = capsys.readouterr()
+
+    def figure(words):
+        found = re.search(words, shown.err)
+        return int(found[1].replace(",", "")) if found else 0
+
+    reused = {"cache_hits": figure(r"cache: ([\d,]+) of"), "shared": figure(r"shared: ([\d,]+) item")}
+    return json.loads(shown.out.splitlines()[-1]) | reused
+
+
+@contextmanager
+def serving(**options):
+    """Serve a simulated endpoint from a thread of its own, and yield it."""
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    endpoint = SimulatedEndpoint(**options)
+    stop = asyncio.Event()
+
+    async def serve():
+        async with endpoint:
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield endpoint
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()

@@ -1,0 +1,212 @@
+"""The patience that bulk work has with a cache, and what `warm` and `spool` say."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from microbatch.accounting.stats import Stats
+from microbatch.caching.guard import Guard
+from microbatch.cli import main, make_parser
+from microbatch.commands.patient import OPENING, PATIENCE, PatientCache
+from microbatch.commands.warm import Summary, told
+from microbatch.errors import ConfigError, StorageError
+
+ENTRY = (b"k", b"v", None)
+WELL = Summary(
+    items=20,
+    known=5,
+    asked=14,
+    failed=1,
+    stored=14,
+    upstream_calls=2,
+    batches=1,
+    fallback_calls=0,
+    retries=0,
+    prompt_tokens=100,
+    completion_tokens=50,
+    cost_usd=0.001,
+    wall_s=1.5,
+)
+STATS = Stats(answered=19, upstream_calls=2, unbatched_calls=19, cost_usd=0.001, unbatched_cost_usd=0.004)
+
+
+class Ailing:
+    """A cache that is unwell for a while.
+
+    Attributes:
+        until: Loop time from which it is well.
+        takes: Seconds that every call takes.
+        asked: How often it was asked for something.
+        closed: Whether it was closed.
+    """
+
+    ttl = 60.0
+    evictions = 7
+
+    def __init__(self, until=0.0, *, takes=0.0):
+        self.until = until
+        self.takes = takes
+        self.asked = 0
+        self.closed = False
+        self.values = {}
+
+    async def open(self):
+        pass
+
+    async def aclose(self):
+        self.closed = True
+
+    async def _act(self):
+        self.asked += 1
+        if self.takes:
+            await asyncio.sleep(self.takes)
+        if now() < self.until:
+            raise StorageError("database is locked")
+
+    async def secret(self):
+        await self._act()
+        return b"s" * 32
+
+    async def get_many(self, keys):
+        await self._act()
+        return [self.values.get(key) for key in keys]
+
+    async def set_many(self, entries):
+        await self._act()
+        self.values.update((key, value) for key, value, _ in entries)
+
+
+def now():
+    return asyncio.get_running_loop().time()
+
+
+async def test_a_store_that_fails_is_made_again_until_it_succeeds():
+    cache = Ailing(until=now() + 3)
+    patient = PatientCache(cache)
+    begun = now()
+    await patient.set_many([ENTRY])
+    assert 3 <= now() - begun < 3.2
+    assert await patient.get_many([b"k", b"l"]) == [b"v", None]
+    assert (patient.failure, patient.stored) == (None, 1)
+
+
+async def test_the_batcher_lets_it_take_its_time():
+    guard = Guard(PatientCache(Ailing(takes=1.0)))
+    await guard.set_many([ENTRY])
+    assert await guard.get_many([b"k"]) == [b"v"]
+    assert (guard.bypassed, guard.evictions) == (0, 7)
+
+
+@pytest.mark.parametrize("ailment", [{"until": 1e9}, {"takes": 1e9}])
+async def test_one_that_does_not_get_well_is_given_up_and_not_asked_again(ailment):
+    patient = PatientCache(cache := Ailing(**ailment))
+    begun = now()
+    with pytest.raises(StorageError, match=r"database is locked|no answer within 10 s"):
+        await patient.get_many([b"k"])
+    assert PATIENCE - 0.2 <= now() - begun <= PATIENCE
+    begun, asked = now(), cache.asked
+    with pytest.raises(StorageError):
+        await patient.set_many([ENTRY])
+    assert (now(), cache.asked) == (begun, asked)
+    assert isinstance(patient.failure, StorageError)
+
+
+async def test_one_that_cannot_be_used_from_the_start_is_told_soon_and_closed():
+    patient = PatientCache(cache := Ailing(until=1e9))
+    begun = now()
+    with pytest.raises(ConfigError, match=r"^--cache cannot be used: database is locked"):
+        await patient.open()
+    assert now() - begun <= OPENING
+    assert cache.closed
+
+
+async def test_one_that_is_busy_at_the_start_is_waited_for():
+    patient = PatientCache(cache := Ailing(until=now() + 1))
+    await patient.open()
+    assert await patient.secret() == b"s" * 32
+    assert (patient.ttl, cache.closed) == (60.0, False)
+    await patient.aclose()
+    assert cache.closed
+
+
+async def test_opening_that_is_cancelled_closes_it():
+    patient = PatientCache(cache := Ailing(takes=1.5))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(patient.open(), 1)
+    assert cache.closed
+
+
+def test_the_summary_has_exactly_these_keys():
+    assert list(msgspec.to_builtins(WELL)) == [
+        "items",
+        "known",
+        "asked",
+        "failed",
+        "stored",
+        "upstream_calls",
+        "batches",
+        "fallback_calls",
+        "retries",
+        "prompt_tokens",
+        "completion_tokens",
+        "cost_usd",
+        "wall_s",
+    ]
+
+
+def test_a_warming_is_told_with_what_it_cost():
+    shown = list(told(WELL, STATS, ended=True))
+    assert shown[:3] == [
+        "20 items: 5 known already, 14 asked, 1 failed, in 1.5 s",
+        "14 answers stored in the cache",
+        "",
+    ]
+    assert "one call each" in shown[3]
+
+
+def test_answers_that_are_not_kept_are_told():
+    summary, stats = msgspec.structs.replace(WELL, stored=11), msgspec.structs.replace(STATS, cache_evictions=1)
+    shown = "\n".join(told(summary, stats, ended=True))
+    assert "3 answers not stored: they were cut off, or came with others that were damaged" in shown
+    assert "1 answer dropped for want of room" in shown
+    assert "not stored" not in "\n".join(told(summary, stats, ended=False))
+
+
+def test_a_warming_that_asked_nothing_is_told_in_one_line():
+    summary = msgspec.structs.replace(WELL, known=20, asked=0, failed=0, stored=0, upstream_calls=0)
+    assert list(told(summary, STATS, ended=True)) == ["20 items: 20 known already, 0 asked, 0 failed, in 1.5 s"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["warm", "in.jsonl"],
+        ["warm", "--cache", "c.sqlite"],
+        ["warm", "in.jsonl", "--cache", "c.sqlite", "--ttl", "0"],
+        ["warm", "in.jsonl", "--cache", "c.sqlite", "--ttl", "soon"],
+        ["warm", "in.jsonl", "--cache", "c.sqlite", "-o", "out.jsonl"],
+        ["spool"],
+        ["spool", "s.sqlite", "--dead", "--requeue"],
+        ["spool", "s.sqlite", "--put", "in.jsonl", "--export", "out.jsonl"],
+        ["spool", "s.sqlite", "--put"],
+        ["spool", "s.sqlite", "--max-alone", "0"],
+    ],
+)
+def test_a_flag_that_cannot_be_is_told_with_exit_status_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["warm", "spool"])
+def test_every_command_explains_itself_in_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([command, "--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "examples:" in shown
