@@ -37,6 +37,7 @@ from microbatch.spool.provider_lines import Composer, Writes
 from microbatch.spool.provider_replies import Reads, Replies
 from microbatch.spool.provider_results import Reader
 from microbatch.spool.records import LEASE, Stage
+from microbatch.spool.rest import PARTING, RENEWALS, Rest, wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -61,12 +62,6 @@ MAX_JOBS: Final = 8
 
 LONGEST_REST: Final = 600.0
 """Most seconds without a new job after failures that are no request's fault; the first rest is as long as a poll."""
-
-RENEWALS: Final = 3
-"""Renewals in the time of a lease, so that one may fail."""
-
-PARTING: Final = 5.0
-"""Seconds that a worker which is cancelled takes to give back what it holds."""
 
 
 class Wire(Writes, Reads, Protocol):
@@ -156,8 +151,7 @@ class ProviderBatches:
         self._turns = deque(Stage)
         self._taken: dict[str, Delivery] = {}
         self._stopping = asyncio.Event()
-        self._rest = 0.0
-        self._rest_until = 0.0
+        self._rest = Rest("no new batch job", first=poll_interval, longest=LONGEST_REST)
 
     # --- the loop
 
@@ -198,14 +192,9 @@ class ProviderBatches:
                 if self._until_empty and not self._jobs.held and not (await self._spool.counts()).depth:
                     return
             except StorageError as error:
-                self._take_rest(str(error))
+                self._rest.take(str(error))
             if not submitted:
-                await self._wait(self._poll_interval)
-
-    async def _wait(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
+                await wait(self._stopping, self._poll_interval)
 
     async def _keep_leases(self) -> None:
         while True:
@@ -224,14 +213,6 @@ class ProviderBatches:
             logger.warning("what was under way could not be given back, and is free when its leases run out: %s", error)
         self._jobs.held.clear()
 
-    def _take_rest(self, why: str) -> None:
-        now = asyncio.get_running_loop().time()
-        if now < self._rest_until:
-            return  # one of several that were under way when the first failed
-        self._rest = min(2 * self._rest or self._poll_interval, max(LONGEST_REST, self._poll_interval))
-        self._rest_until = now + self._rest
-        logger.warning("no new batch job for %g s, for reasons that are no request's fault: %s", self._rest, why)
-
     # --- to the provider
 
     async def submit_some(self) -> bool:
@@ -241,7 +222,7 @@ class ProviderBatches:
             ConfigError: Requests name no model, and neither does the transport; they are put back.
             StorageError: The spool failed. What was taken is put back, or free when its lease runs out; jobs that were recorded go on.
         """
-        if len(self._jobs.held) >= self._max_jobs or asyncio.get_running_loop().time() < self._rest_until:
+        if len(self._jobs.held) >= self._max_jobs or self._rest.on:
             return False
         try:
             await self._take()
@@ -300,7 +281,7 @@ class ProviderBatches:
         try:
             return await step
         except RequestFailed as error:
-            self._take_rest(f"batch job {held.token}: {type(error).__name__}: {error}")
+            self._rest.take(f"batch job {held.token}: {type(error).__name__}: {error}")
             return None
 
     def _learn(self, end: Ended) -> None:
@@ -312,9 +293,9 @@ class ProviderBatches:
             self._most = min(self._max_requests, 2 * self._most)
         results, done = end.results, self.done
         if results.answers:
-            self._rest = 0.0
+            self._rest.end()
         if results.trouble is not None:
-            self._take_rest(results.trouble)
+            self._rest.take(results.trouble)
         done.usage += results.usage
         known = results.cost_usd is not None and done.cost_usd is not None
         done.cost_usd = (done.cost_usd or 0.0) + (results.cost_usd or 0.0) if known else None

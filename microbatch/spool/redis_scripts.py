@@ -89,24 +89,23 @@ end
 
 local function pass_on_lost()
   for stage = 0, ALONE do
-    local stream, cursor, left = stream_of(stage), '0-0', MOST
-    repeat
+    local stream, left = stream_of(stage), MOST
+    -- XAUTOCLAIM looks up each entry before it looks at its time, so it is only sent where there is something for it.
+    local first = redis.call('XPENDING', stream, GROUP, 'IDLE', HORIZON, '-', '+', 1, LEASED)[1]
+    local cursor = first and first[1]
+    while cursor and cursor ~= '0-0' and left > 0 do
       local page = redis.call('XAUTOCLAIM', stream, GROUP, LEASED, HORIZON, cursor, 'COUNT', MOST)
       cursor = page[1]
       left = left - #page[2]
       for _, found in ipairs(page[2]) do
         local entry, name = found[1], found[2][2]
-        local item = redis.call('HMGET', item_key(name), 'state', 'deliveries', 'entry')
-        if item[3] ~= entry then
-          discard(stream, entry)  -- somebody has deleted the request
-        elseif item[1] == 'waiting' then
-          redis.call('XCLAIM', stream, GROUP, RETURNED, 0, entry, 'JUSTID')  -- it waits there for a month
-        else
-          discard(stream, entry)
-          fail(name, tonumber(item[2]), (string.gsub([[$LOST]], '{}', item[2])))
+        local item = redis.call('HMGET', item_key(name), 'deliveries', 'entry')
+        discard(stream, entry)
+        if item[2] == entry then  -- else somebody has deleted the request
+          fail(name, tonumber(item[1]), (string.gsub([[$LOST]], '{}', item[1])))
         end
       end
-    until cursor == '0-0' or left <= 0
+    end
   end
 end
 

@@ -17,7 +17,6 @@ requests back as if they had not been taken, and the worker rests before it take
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -37,6 +36,7 @@ from microbatch.errors import (
 )
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.records import LEASE, Stage
+from microbatch.spool.rest import PARTING, RENEWALS, Rest, wait
 from microbatch.storage.round_trips import RoundTrips
 
 if TYPE_CHECKING:
@@ -59,13 +59,7 @@ TURN: Final = 30.0
 
 FIRST_REST: Final = 1.0
 LONGEST_REST: Final = 60.0
-"""Seconds that the worker rests after failures that are no request's fault: twice as long each time."""
-
-RENEWALS: Final = 3
-"""Renewals in the time of a lease, so that one may fail."""
-
-PARTING: Final = 5.0
-"""Seconds that a worker which is cancelled takes to give back what it holds."""
+"""Seconds of the first and the longest rest after failures that are no request's fault."""
 
 # Statuses of an endpoint that is down or overloaded, whatever it is asked: bad gateway, unavailable, gateway timeout, overloaded; and
 # of a model or an address that is not there.
@@ -127,8 +121,7 @@ class Worker:
         self._stores: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
         self._storing: RoundTrips[tuple[Delivery, bytes], None] = RoundTrips(self._store, in_turn=True)
-        self._rest = 0.0
-        self._rest_until = 0.0
+        self._rest = Rest("the worker rests", first=FIRST_REST, longest=LONGEST_REST)
 
     def stop(self) -> None:
         """Take no more; `run` returns when all that is held has been answered or given back."""
@@ -162,14 +155,14 @@ class Worker:
                 continue
             if self._until_empty and await self._is_empty():
                 return
-            await self._wait(pause)
+            await wait(self._stopping, pause)
             pause = min(2 * pause, RAREST_LOOK)
 
     async def _is_empty(self) -> bool:
         try:
             return not (await self._spool.counts()).depth
         except StorageError as error:
-            self._take_rest(str(error))
+            self._rest.take(str(error))
             return False
 
     async def _serve(self, stage: Stage) -> bool:
@@ -205,22 +198,22 @@ class Worker:
             elif not self._held:
                 return
             else:
-                await self._wait(pause)
+                await wait(self._stopping, pause)
                 pause = min(2 * pause, RAREST_LOOK)
 
     async def _take(self, stage: Stage, most: int) -> list[Delivery]:
-        if asyncio.get_running_loop().time() < self._rest_until:
+        if self._rest.on:
             return []
         try:
             return await self._spool.take(stage, min(most, MOST_AT_ONCE), lease=self._lease)
         except StorageError as error:
-            self._take_rest(str(error))
+            self._rest.take(str(error))
             return []
 
     async def _take_result(self, delivery: Delivery, result: Result[Any]) -> None:
         if result.reply is not None:
             reply = await result.reply.settled()
-            self._rest = 0.0
+            self._rest.end()
             is_json = Payload.decode(delivery.item.payload).is_typed
             answer = Answer.of(reply, time.time(), is_json=is_json).encode()  # noqa: TID251 answers outlive processes
             # Not awaited here: the next results come meanwhile, and share the next commit.
@@ -232,7 +225,7 @@ class Worker:
         told = f"{type(error).__name__}: {error}"
         counted = not _is_nobodys_fault(error)
         if not counted and not isinstance(error, ShutDown | BatcherClosed):
-            self._take_rest(told)
+            self._rest.take(told)
         await self._give_back([delivery], told, counted=counted)
 
     # --- what is held
@@ -278,21 +271,6 @@ class Worker:
                 await self._spool.renew(list(self._held.values()), lease=self._lease)
             except StorageError as error:
                 logger.warning("leases could not be renewed, others may take what is under way here: %s", error)
-
-    # --- pauses
-
-    def _take_rest(self, why: str) -> None:
-        now = asyncio.get_running_loop().time()
-        if now < self._rest_until:
-            return  # one of many that were under way when the first failed
-        self._rest = min(2 * self._rest, LONGEST_REST) or FIRST_REST
-        self._rest_until = now + self._rest
-        logger.warning("the worker rests for %g s, for reasons that are no request's fault: %s", self._rest, why)
-
-    async def _wait(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
 
 
 def _is_nobodys_fault(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from spool_process import LEASE, item, logged, spool_at
 from microbatch.errors import ConfigError
 from microbatch.spool.records import Counts, Stage
 
-PATIENCE = 30.0
+PATIENCE = 8.0
 ROUNDS = 20
 
 
