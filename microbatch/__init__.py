@@ -1,5 +1,6 @@
 """Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer."""
 
+from microbatch.accounting.events import Called, Flushed, Settled
 from microbatch.accounting.prices import Price
 from microbatch.accounting.stats import Stats
 from microbatch.caching.memory import MemoryCache
@@ -49,6 +50,7 @@ __all__ = [
     "BadRequest",
     "BatcherClosed",
     "Cache",
+    "Called",
     "ChatCall",
     "Completion",
     "ConfigError",
@@ -58,6 +60,7 @@ __all__ = [
     "FallbackPolicy",
     "Filtered",
     "FlushPolicy",
+    "Flushed",
     "IdConflict",
     "Limits",
     "MalformedAnswer",
@@ -84,6 +87,7 @@ __all__ = [
     "SQLiteCache",
     "SQLiteSpool",
     "ServerError",
+    "Settled",
     "ShutDown",
     "Spool",
     "Stats",

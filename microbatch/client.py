@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
+from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
@@ -82,6 +83,9 @@ class Microbatcher:
         prices: USD per million tokens by model, a mapping or a function; what it does not know comes from a small built-in table.
         tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
             encoding from the tables in this package.
+        hooks: Objects with any of the methods `on_flush`, `on_call` and `on_settle`, which take a `Flushed`, a `Called` and a
+            `Settled`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns is in the
+            later events of that request. They are called on the event loop and have to be quick; what one raises is logged.
         draw_ids: Where the random part of item ids comes from; for tests.
 
     Raises:
@@ -101,6 +105,7 @@ class Microbatcher:
         normalize: Callable[[str], str] | None = None,
         prices: Mapping[str, Price] | Callable[[str], Price | None] | None = None,
         tokens: Callable[[str], int] | Literal["bytes"] | None = None,
+        hooks: Sequence[object] = (),
         draw_ids: Callable[[int], Sequence[str]] = draw_endings,
     ) -> None:
         if not isinstance(transport, Transport):
@@ -126,12 +131,14 @@ class Microbatcher:
             found = prices_by_model.for_model(name or model)
             return UNKNOWN_RATIO if found is None or not found.input else found.output / found.input
 
+        listeners = Listeners(hooks)
         self._cache = None
         if cache is not None:
             self._cache = AnswerCache(
                 cache,
                 ledger=self._ledger,
                 price=price,
+                listeners=listeners,
                 endpoint=getattr(transport, "base_url", ""),
                 model=model,
                 normalize=normalize,
@@ -148,6 +155,7 @@ class Microbatcher:
             count=self._tokens.count,
             upper=self._tokens.upper if callable(tokens) else None,
             ratio=ratio,
+            listeners=listeners,
             canary=fallback.canary,
         )
         calls = Calls(
@@ -156,6 +164,7 @@ class Microbatcher:
             books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
             flights=self._collector.flights,
             keep=None if self._cache is None else self._cache.keep,
+            listeners=listeners,
             count=self._tokens.count,
             price=price,
             default_model=model,
@@ -425,7 +434,7 @@ class Microbatcher:
             raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
         except StorageError:
             pass  # the batcher is closing
-        return Sharing(key, ttl), cache.read(key, value, options.answer, created)
+        return Sharing(key, ttl), cache.read(key, value, options, created)
 
     def _when_full(self, timeout: float | None) -> tuple[asyncio.Future[None] | None, asyncio.TimerHandle | None]:
         """Return what the policy says when no request may be accepted: a place to wait for and its timer, or None to bypass.
@@ -514,7 +523,7 @@ class Microbatcher:
         created = asyncio.get_running_loop().time()
 
         def read(value: bytes | None) -> Reply[Any] | None:
-            return cache.read(key, value, options.answer, created)
+            return cache.read(key, value, options, created)
 
         return Prepared(options, sharing, cache.look_up(key), read)
 

@@ -15,6 +15,7 @@ HOUSE = Path(microbatch.__file__).parent
 # Rooms from the bottom up; a room may import itself as far as it says so, and any room below it.
 WORDS = ["errors", "messages", "policy", "protocols"]
 PURE = [
+    "accounting.events",
     "accounting.prices",
     "accounting.stats",
     "batching.account",
@@ -42,6 +43,7 @@ PURE = [
     "batching.verdict",
     "batching.strict",
     "batching.subschemas",
+    "batching.telling",
     "batching.typed",
     "batching.worth",
     "caching.entry",

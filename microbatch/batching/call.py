@@ -9,6 +9,7 @@ from microbatch.batching.budget import estimate, output_reserve
 from microbatch.batching.canary import CANARY_ANSWER_TOKENS, canary_line, draw_word
 from microbatch.batching.exchange import Batch, Exchange
 from microbatch.batching.prompt import compose, instruction
+from microbatch.batching.telling import called, settled
 from microbatch.batching.ticket import AloneReason
 from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, read_alone
 from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed
@@ -18,6 +19,7 @@ from microbatch.protocols import ChatCall
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Permit
     from microbatch.batching.books import Books, Pricing
@@ -62,6 +64,7 @@ class Calls:
         books: Where ended calls are booked.
         flights: The tickets that others may join.
         keep: Puts answers into the cache, after their callers have them; None if there is none.
+        listeners: Who is told of calls and of answers.
         count: Counts a text's tokens.
         price: What prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
@@ -80,6 +83,7 @@ class Calls:
         books: Books,
         flights: Flights,
         keep: Keep | None,
+        listeners: Listeners,
         count: Callable[[str], int],
         price: Pricing,
         default_model: str | None,
@@ -94,6 +98,7 @@ class Calls:
         self._books = books
         self._flights = flights
         self._keep = keep
+        self._listeners = listeners
         self._count = count
         self._price = price
         self._default_model = default_model
@@ -145,6 +150,8 @@ class Calls:
 
         def on_text(text: str) -> None:
             batch.heard = True
+            if exchange.first_text is None:
+                exchange.first_text = self._now()
             answers = batch.demultiplexer.feed(text)
             if answers:
                 self._deliver(batch, answers)
@@ -173,6 +180,8 @@ class Calls:
             alone = self._books.divide(batch, completion)
         finally:
             exchange.end()
+        if self._listeners.call is not None:
+            self._listeners.call(called(exchange, batch.call, batch.tickets, completion, error, self._now()))
         # A reply with anything odd about it answers who asked, but nobody who comes later.
         if how == "complete" and trusted and not demultiplexer.damaged:
             await self._keep_answers(completion, zip(batch.tickets, alone, strict=False))
@@ -252,6 +261,11 @@ class Calls:
         route: Route = "single" if learned is None else "fallback"
         exchange = ticket.call = Exchange(1, route, self._now(), price, permit)
 
+        def on_text(text: str) -> None:
+            pieces.append(text)
+            if exchange.first_text is None:
+                exchange.first_text = self._now()
+
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
             if completion is None:
@@ -260,10 +274,11 @@ class Calls:
                 self._books.divide_alone(ticket, completion, learned)
             return True
 
+        completion: Completion | None = None
+        error: RequestFailed | None = None
+        call = self.compose_alone(ticket)
         try:
-            completion, error = await self._exchange(
-                exchange, self.compose_alone(ticket), pieces.append, on_cut, [ticket]
-            )
+            completion, error = await self._exchange(exchange, call, on_text, on_cut, [ticket])
             if completion is None:
                 return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
@@ -272,6 +287,8 @@ class Calls:
             self._books.divide_alone(ticket, completion, learned)
         finally:
             exchange.end()
+            if self._listeners.call is not None:
+                self._listeners.call(called(exchange, call, [ticket], completion, error, self._now()))
         if error is None:
             await self._keep_answers(completion, [(ticket, completion.usage or Usage())])
         return error
@@ -288,6 +305,7 @@ class Calls:
     ) -> tuple[Completion | None, RequestFailed | None]:
         def on_attempt() -> None:
             self._ledger.upstream_calls += 1
+            exchange.attempts += 1
             for ticket in tickets:
                 ticket.attempts += 1
 
@@ -371,6 +389,8 @@ class Calls:
                 ticket.timer.cancel()
             if ticket.key is not None:
                 self._flights.drop(ticket)
+            if self._listeners.settle is not None and ticket.flight is None:
+                self._listeners.settle(settled(spec, created, ticket.origin, now, reply=reply))
             answered += 1
         self._settled(answered)
         return answered

@@ -30,6 +30,7 @@ from microbatch.batching.lanes import Lanes
 from microbatch.batching.queues import AloneQueue, BorrowerQueue, Loan
 from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
+from microbatch.batching.telling import flushed, settled
 from microbatch.batching.ticket import NORMAL, AloneReason
 from microbatch.errors import DeadlineExceeded, RequestFailed, ShutDown
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
+    from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Account, Accounts, Permit
     from microbatch.batching.call import Calls
@@ -83,6 +85,7 @@ class Collector:
         count: Counts a text's tokens.
         upper: Bounds a line's tokens from above, or None to use its bytes.
         ratio: Tells what a generated token of a model costs, in prompt tokens.
+        listeners: Who is told what happens.
         canary: Whether combined prompts end in a canary.
 
     Attributes:
@@ -105,11 +108,13 @@ class Collector:
         count: Callable[[str], int],
         upper: Callable[[str], int] | None,
         ratio: Callable[[str | None], float],
+        listeners: Listeners,
         canary: bool,
     ) -> None:
         self._policy = policy
         self._ledger = ledger
         self._accounts = accounts
+        self._listeners = listeners
         self._calls: Calls
         self._fallback: Fallback
         self._loop: asyncio.AbstractEventLoop
@@ -119,8 +124,14 @@ class Collector:
         self._borrowers: dict[Account, BorrowerQueue] = {}
         self.room = Room(policy.max_queued, self._note_quiet)
         self.flights = Flights(
-            ledger, self.room, abandon=self._withdraw, disown=self._disown, late=_late
-        )  # fmt: skip
+            ledger,
+            self.room,
+            abandon=self._withdraw,
+            disown=self._disown,
+            late=_late,
+            listeners=listeners,
+            now=lambda: self._loop.time(),  # noqa: PLW0108 the loop is not known yet
+        )
         self.scheduler: Scheduler[Lane | AloneQueue | BorrowerQueue, _Work] = Scheduler(
             policy.max_concurrent_batches,
             cost=self._cost,
@@ -142,6 +153,7 @@ class Collector:
             count=count,
             upper=upper,
             ratio=ratio,
+            capture=listeners.submit,
             enqueue=self.scheduler.enqueue,
             expire=self._expire,
         )
@@ -249,7 +261,7 @@ class Collector:
         if taken is None:
             return None
         ticket, reason = taken
-        self._ledger.singles_by_reason[reason] += 1
+        self._note_single(ticket, reason)
         return _Work(permit, [ticket])
 
     def _take_batch(self, lane: Lane, permit: Permit) -> _Work | None:
@@ -258,7 +270,7 @@ class Collector:
             return None
         if len(tickets) == 1:
             alone = AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
-            self._ledger.singles_by_reason[alone] += 1
+            self._note_single(tickets[0], alone)
             return _Work(permit, tickets, lane)
         if self._policy.merge == "when-cheaper" and not self._intake.pays(lane, len(tickets)):
             for ticket in tickets:
@@ -266,6 +278,8 @@ class Collector:
             return None
         lane.learned.alone = 0
         self._ledger.batches_by_reason[reason] += 1
+        if self._listeners.flush is not None:
+            self._listeners.flush(flushed(tickets, reason, self._loop.time()))
         try:
             return _Work(permit, tickets, lane, self._calls.compose(tickets, lane.learned, permit))
         except (KeyboardInterrupt, SystemExit):
@@ -275,6 +289,11 @@ class Collector:
             for ticket in tickets:
                 self.fail(ticket, error)
             return None
+
+    def _note_single(self, ticket: Ticket, reason: AloneReason) -> None:
+        self._ledger.singles_by_reason[reason] += 1
+        if self._listeners.flush is not None:
+            self._listeners.flush(flushed([ticket], reason, self._loop.time()))
 
     async def _settle(self, work: _Work) -> None:
         """Do *work*; whatever happens in it, every one of its tickets ends."""
@@ -375,6 +394,7 @@ class Collector:
         twin.attempts = ticket.attempts
         ticket.future.set_exception(twin)
         self._ledger.failed += 1
+        self._tell(ticket, twin)
         self._withdraw(ticket)
 
     def leave(self, who: Ticket | Seat) -> None:
@@ -391,8 +411,15 @@ class Collector:
         elif who.future.cancelled():
             self._ledger.cancelled += 1
             self._withdraw(who)
+            self._tell(who)
         elif who.future.done():
             who.future.exception()  # retrieved, so that asyncio does not complain of it
+
+    def _tell(self, ticket: Ticket, error: RequestFailed | None = None) -> None:
+        """Tell who listens that *ticket* ended with *error*, or was left; a flight tells of each of its callers."""
+        if self._listeners.settle is not None and ticket.flight is None:
+            now = self._loop.time()
+            self._listeners.settle(settled(ticket.spec, ticket.created, ticket.origin, now, error=error))
 
     def _disown(self, ticket: Ticket) -> None:
         """Nobody has the answer to *ticket*: what it cost is nobody's."""

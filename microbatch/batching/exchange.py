@@ -32,6 +32,8 @@ class Exchange:
         size: Requests it carries.
         route: What their replies name as their route.
         sent: Loop time at which it was sent.
+        attempts: HTTP attempts so far.
+        first_text: Loop time at which the first text came, or None.
         permit: What pays its attempts; None once it is over, because replies keep this and are not to keep the batcher.
         price: What prices its usage, or None if that is unknown.
         ended: Whether it is over and its cost divided.
@@ -39,7 +41,20 @@ class Exchange:
         stopped: Whether the sending was cancelled because nobody waits any more.
     """
 
-    __slots__ = ("_ended", "ended", "permit", "price", "route", "sent", "size", "stopped", "task", "waiting")
+    __slots__ = (
+        "_ended",
+        "attempts",
+        "ended",
+        "first_text",
+        "permit",
+        "price",
+        "route",
+        "sent",
+        "size",
+        "stopped",
+        "task",
+        "waiting",
+    )
 
     def __init__(
         self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None, permit: Permit
@@ -47,6 +62,8 @@ class Exchange:
         self.waiting = self.size = size
         self.route: Route = route
         self.sent = sent
+        self.attempts = 0
+        self.first_text: float | None = None
         self.permit: Permit | None = permit
         self.price = price
         self.task: asyncio.Task[Any] | None = None

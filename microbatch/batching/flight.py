@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.accounting.stats import split
+from microbatch.batching.telling import settled
 from microbatch.errors import MalformedAnswer, RequestFailed
 from microbatch.messages import Usage
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Hashable, Iterator
 
+    from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.room import Room
     from microbatch.batching.schema import AnswerType
@@ -50,6 +52,7 @@ class Seat(msgspec.Struct, eq=False):
         timer: Ends it at its deadline.
         reply: What it was answered.
         unclaimed: Whether its caller was gone when the answer came to be fetched.
+        origin: What hooks keep of its caller.
     """
 
     future: asyncio.Future[Any]
@@ -62,6 +65,7 @@ class Seat(msgspec.Struct, eq=False):
     timer: asyncio.TimerHandle | None = None
     reply: Reply[Any] | None = None
     unclaimed: bool = False
+    origin: Any = None
 
     @property
     def queue(self) -> Any:
@@ -78,6 +82,8 @@ class Flights:
         abandon: Ends a ticket that nobody waits for any more.
         disown: Books an answer that nobody had any more when it came.
         late: Returns the error of a caller whose timeout, which it is told, has passed.
+        listeners: Who is told how callers ended.
+        now: The clock, in seconds.
     """
 
     def __init__(
@@ -88,13 +94,23 @@ class Flights:
         abandon: Callable[[Ticket], None],
         disown: Callable[[Ticket], None],
         late: Callable[[Ticket, float], RequestFailed],
+        listeners: Listeners,
+        now: Callable[[], float],
     ) -> None:
         self.ledger = ledger
         self.room = room
         self.abandon = abandon
         self.disown = disown
         self.late = late
+        self._listeners = listeners
+        self._now = now
         self._by_key: dict[Hashable, Ticket] = {}
+
+    def tell(self, seat: Seat, error: Exception | None = None) -> None:
+        """Tell who listens that *seat* was answered, ended with *error*, or was left."""
+        if self._listeners.settle is not None:
+            spec = seat.flight.ticket.spec
+            self._listeners.settle(settled(spec, seat.created, seat.origin, self._now(), reply=seat.reply, error=error))
 
     def __len__(self) -> int:
         """Return how many can be joined."""
@@ -145,7 +161,7 @@ class Flight:
         self._desk = desk
         self._landed = False
         self.first = Seat(
-            ticket.future, self, ticket.answer, ticket.created, ticket.deadline, ticket.on_taken, ticket
+            ticket.future, self, ticket.answer, ticket.created, ticket.deadline, ticket.on_taken, ticket, origin=ticket.origin
         )  # fmt: skip
         self.seats = [self.first]
         if ticket.timer is not None:
@@ -210,12 +226,15 @@ class Flight:
             if not self.ticket.future.done():  # else `_land` counts it, or has
                 ledger.cancelled += 1
                 self._withdraw(seat)
+                self._desk.tell(seat)
         elif seat.future.done():
             seat.future.exception()  # retrieved, so that asyncio does not complain of it
 
     def _expire(self, seat: Seat) -> None:
         if not seat.future.done() and seat.deadline is not None:
-            seat.future.set_exception(self._desk.late(self.ticket, seat.deadline - seat.created))
+            error = self._desk.late(self.ticket, seat.deadline - seat.created)
+            seat.future.set_exception(error)
+            self._desk.tell(seat, error)
             if not self.ticket.future.done():
                 self._desk.ledger.failed += 1
                 self._withdraw(seat)
@@ -249,6 +268,7 @@ class Flight:
                 twin = error.replica()
                 twin.attempts = self.ticket.attempts
                 seat.future.set_exception(twin)
+                self._desk.tell(seat, twin)
                 failed += 1
             elif self._answer(seat):
                 answered += 1
@@ -280,6 +300,7 @@ class Flight:
             malformed = MalformedAnswer("the answer does not fit output_type", raw=reply.text, attempts=ticket.attempts)
             malformed.__cause__ = reason
             seat.future.set_exception(malformed)
+            self._desk.tell(seat, malformed)
             return False
         created, sent = ticket.created, ticket.created + reply.waited
         seat.reply = msgspec.structs.replace(
@@ -292,6 +313,7 @@ class Flight:
             body=reply.body if first else copy_of_body(reply.body),
         )
         seat.future.set_result(seat.reply)
+        self._desk.tell(seat)
         self.seats.append(seat)
         return True
 

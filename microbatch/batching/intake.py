@@ -75,6 +75,7 @@ class Intake:
         count: Counts a text's tokens.
         upper: Bounds a line's tokens from above, or None to use its bytes.
         ratio: Tells what a generated token of a model costs, in prompt tokens.
+        capture: Returns what hooks keep of a caller, in whose context it is called; None if they keep nothing.
         enqueue: Lets a queue that is due take its turns.
         expire: Ends a ticket whose timeout, which it is told, has passed.
 
@@ -95,6 +96,7 @@ class Intake:
         count: Callable[[str], int],
         upper: Callable[[str], int] | None,
         ratio: Callable[[str | None], float],
+        capture: Callable[[], Any] | None,
         enqueue: Callable[[AloneQueue], None],
         expire: Callable[[Ticket, float], None],
     ) -> None:
@@ -109,6 +111,7 @@ class Intake:
         self._count = count
         self._upper = upper
         self._ratio = ratio
+        self._capture = capture
         self._enqueue = enqueue
         self._expire = expire
         self._loop: asyncio.AbstractEventLoop
@@ -175,6 +178,8 @@ class Intake:
                 if sharing is not None:
                     who.key, who.ttl = same, sharing.ttl
                     self._flights.file(who)
+        if self._capture is not None:
+            who.origin = self._capture()
         self._room.taken += 1
         self._ledger.items += 1
         if timeout is not None:

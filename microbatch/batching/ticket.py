@@ -101,6 +101,7 @@ class Ticket(msgspec.Struct, eq=False):
         timer: Ends it at its deadline; the collector's.
         key: What equal requests find it by, to join it or its answer in the cache; None for one that is not shared.
         ttl: Seconds for which its answer is good, None for the cache's own.
+        origin: What hooks keep of its caller.
         flight: Its callers, once there are several; then `future` is nobody's.
     """
 
@@ -128,6 +129,7 @@ class Ticket(msgspec.Struct, eq=False):
     timer: asyncio.TimerHandle | None = None
     key: Hashable = None
     ttl: float | None = None
+    origin: Any = None
     flight: Flight | None = None
 
     @property

@@ -11,6 +11,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.accounting.events import Settled
 from microbatch.caching import entry as entries
 from microbatch.caching.guard import Guard
 from microbatch.caching.key import Keys
@@ -20,9 +21,9 @@ from microbatch.storage.round_trips import RoundTrips
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+    from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.request import Options
-    from microbatch.batching.schema import AnswerType
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
     from microbatch.protocols import Cache
@@ -41,6 +42,7 @@ class AnswerCache:
         cache: Where answers are kept.
         ledger: Where everything is counted.
         price: What prices a model's usage.
+        listeners: Who is told of hits.
         endpoint: Address of the endpoint.
         model: Its model when a request names none.
         normalize: See `Keys`.
@@ -53,6 +55,7 @@ class AnswerCache:
         *,
         ledger: Ledger,
         price: Callable[[str | None], Callable[[Usage], float] | None],
+        listeners: Listeners,
         endpoint: str,
         model: str | None,
         normalize: Callable[[str], str] | None,
@@ -62,6 +65,7 @@ class AnswerCache:
         self._ttl: float | None = getattr(cache, "ttl", None)
         self._ledger = ledger
         self._price = price
+        self._listeners = listeners
         self._endpoint = endpoint
         self._model = model
         self._normalize = normalize
@@ -126,13 +130,13 @@ class AnswerCache:
         # What was stored while this look-up was on its way: whoever asked would otherwise find neither the answer nor its call.
         return [found[key] or self._fresh.get(key) for key in keys]
 
-    def read(self, key: bytes, value: bytes | None, answer: AnswerType, created: float) -> Reply[Any] | None:
+    def read(self, key: bytes, value: bytes | None, options: Options, created: float) -> Reply[Any] | None:
         """Return the reply that *value* holds, decoded for this caller and booked as a hit; None, booked as a miss, if it holds none.
 
         Args:
             key: The request's key.
             value: What `look_up` found.
-            answer: How the caller wants it.
+            options: The caller's options.
             created: Loop time of its submit.
         """
         now = self._now()
@@ -141,7 +145,7 @@ class AnswerCache:
             self._ledger.cache_misses += 1
             return None
         try:
-            output, text = answer.decode_again(entry.text)
+            output, text = options.answer.decode_again(entry.text)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # noqa: BLE001 a validator of the caller's type may raise anything; the model may please it
@@ -153,7 +157,7 @@ class AnswerCache:
         self._ledger.cache_ages += max(0.0, now - entry.stored_at)
         price = self._price(entry.model)
         self._ledger.pay(Usage(), entry.alone, price)
-        return Reply(
+        reply = Reply(
             output,
             text,
             "cache",
@@ -164,6 +168,23 @@ class AnswerCache:
             finish_reason="stop",
             body=entry.json(),
         )
+        if self._listeners.settle is not None:
+            origin = None if self._listeners.submit is None else self._listeners.submit()
+            self._listeners.settle(
+                Settled(
+                    route="cache",
+                    error=None,
+                    model=reply.model,
+                    priority=options.priority,
+                    waited=0.0,
+                    latency=reply.latency,
+                    batch_size=1,
+                    usage=reply.usage,
+                    cost_usd=0.0,
+                    origin=origin,
+                )
+            )
+        return reply
 
     # --- keeping
 
