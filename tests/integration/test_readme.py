@@ -1,10 +1,15 @@
 """The README's code runs, and its two commands are one line each."""
 
 import asyncio
+import importlib.util
+import os
 import re
+import shlex
+import socket
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from microbatch.testing import SimulatedEndpoint
@@ -13,24 +18,73 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=[f"block {number}" for number in range(1, len(PYTHON) + 1)])
+SERVED = re.compile(r"# (\w+)\.py, served by: (.+)\n")
+SCRIPTS = [code for code in PYTHON if not SERVED.match(code)]
+SERVICES = [code for code in PYTHON if SERVED.match(code)]
+
+
+def environment(endpoint, tmp_path):
+    return {**os.environ, "OPENAI_API_KEY": "test", "OPENAI_BASE_URL": endpoint.base_url, "PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("code", SCRIPTS, ids=[f"block {number}" for number in range(1, len(SCRIPTS) + 1)])
 async def test_python_blocks_run_as_they_stand(code, tmp_path):
+    if "import ray" in code and importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
     async with SimulatedEndpoint() as endpoint:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-W",
-            "error",
-            "-c",
-            code,
+            *(sys.executable, "-W", "error", "-c", code),
             cwd=tmp_path,
-            env={"OPENAI_API_KEY": "test", "OPENAI_BASE_URL": endpoint.base_url},
+            env=environment(endpoint, tmp_path),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         output, complaints = await process.communicate()
         assert (process.returncode, complaints.decode()) == (0, "")
         assert output
-        assert endpoint.calls == ("one upstream call" in code)  # as the comment says
+        if "one upstream call" in code:
+            assert endpoint.calls == 1
+
+
+@pytest.mark.parametrize("code", SERVICES, ids=[f"service {number}" for number in range(1, len(SERVICES) + 1)])
+async def test_services_answer_concurrent_requests_in_few_calls(code, tmp_path):
+    name, command = SERVED.match(code).groups()
+    (tmp_path / f"{name}.py").write_text(code)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    words = shlex.split(command.removeprefix("python -m "))
+    flags = ["--port", str(port), *(["--log-level", "warning"] if words[0] == "uvicorn" else ["-H", "127.0.0.1"])]
+    async with SimulatedEndpoint() as endpoint, aiohttp.ClientSession() as session:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-W", "error", "-m", words[0], *flags, *words[1:]),
+            cwd=tmp_path,
+            env=environment(endpoint, tmp_path),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            first = await asked(session, f"http://127.0.0.1:{port}/label/chair")
+            labels = await asyncio.gather(
+                *(asked(session, f"http://127.0.0.1:{port}/label/chair{number}") for number in range(20))
+            )
+            assert all(label for label in [first, *labels])
+            assert endpoint.calls < 12
+        finally:
+            process.terminate()
+            _, complaints = await process.communicate()
+        assert "Error" not in complaints.decode()
+
+
+async def asked(session, url):
+    """Ask a service that may still be starting for a label."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                async with session.get(url) as response:
+                    assert response.status == 200, await response.text()
+                    return (await response.json())["label"]
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("title", ["Run it", "Test it"])
