@@ -768,4 +768,9 @@ def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.
             raise ConfigError(f"{word} must be a string, got {type(value).__name__}")
     if not id:
         raise ConfigError("id must not be empty")
-    return Name(tenant, id)
+    name = Name(tenant, id)
+    try:
+        _ = name.key
+    except UnicodeEncodeError:
+        raise ConfigError("id and tenant must be texts that UTF-8 can say") from None
+    return name

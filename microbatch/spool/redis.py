@@ -73,7 +73,8 @@ class RedisSpool:
         prefix: str = "microbatch:spool:",
         timeout: float = 5.0,
     ) -> None:
-        at_least(0.001, keep=keep, timeout=timeout)
+        at_least(0, keep=keep)
+        at_least(0.001, timeout=timeout)
         whole(1, max_alone=max_alone)
         if not isinstance(prefix, str):
             raise ConfigError(f"prefix must be a str, got {prefix!r}")
@@ -109,7 +110,7 @@ class RedisSpool:
                 raise ConfigError(f"the spool cannot be used: {error}") from error
             raise
         if warning:
-            logger.warning("the spool in Redis is not durable: %s", warning)
+            logger.warning("the spool in Redis may lose what it is given: %s", warning)
         self._client = client
         self._scripts = {}
 
@@ -279,7 +280,7 @@ async def _check(client: Any) -> str | None:
         return f"whether it keeps what it is given on disk could not be checked ({error})"
     if info.get("redis_mode") == "cluster":
         raise ConfigError("the spool cannot be used: it needs a Redis server that is not part of a cluster")
-    told = []
+    told: list[str] = []
     if not info.get("aof_enabled"):
         told.append(
             "without `appendonly yes` a request that was put survives the death of its worker, but not the server's"

@@ -134,7 +134,8 @@ def pass_on_lost(db: sqlite3.Connection, now: float, max_alone: int) -> None:
 
 def _fail(db: sqlite3.Connection, now: float, failed: Iterable[tuple[int, int, str]], max_alone: int) -> None:
     """Put requests on their next stage, or among the dead: each row, how often it was delivered, and what it failed with."""
-    alive, dead = [], []
+    alive: list[tuple[Stage, int]] = []
+    dead: list[tuple[str, float, int]] = []
     for number, deliveries, error in failed:
         if is_dead(deliveries, max_alone):
             dead.append((error, now, number))

@@ -188,8 +188,10 @@ async def test_who_is_lost_again_and_again_goes_from_full_batches_to_half_ones_t
     spool = await spools(max_alone=2)
     await spool.put([item("a"), item("b")])
     for deliveries, stage in enumerate((FULL, HALF, ALONE, ALONE), start=1):
-        assert {d.deliveries for d in await taken(spool, stage, lease=SHORT)} == {deliveries}
+        held = await taken(spool, stage)
+        assert [d.deliveries for d in held] == [deliveries] * 2
         assert (await spool.counts()).leased == 2
+        await spool.renew(held, lease=SHORT)
         others = [each for each in Stage if each != Stage.after(deliveries)]
         assert [await spool.take(each, 10, lease=LONG) for each in others] == [[], []]
         end = time.monotonic() + PATIENCE
@@ -209,12 +211,13 @@ async def test_who_is_lost_again_and_again_goes_from_full_batches_to_half_ones_t
 async def test_a_lease_holds_as_long_as_it_is_renewed(spools):
     spool, other = await spools(), await spools()
     await spool.put([item("a"), item("b")])
-    (a, b) = await spool.take(FULL, 2, lease=2 * SHORT)
+    (a, b) = await spool.take(FULL, 2, lease=5 * SHORT)
     begun = time.monotonic()
-    while time.monotonic() < begun + 5 * SHORT:
-        await spool.renew([a], lease=2 * SHORT)
+    while time.monotonic() < begun + 8 * SHORT:
+        await spool.renew([a], lease=5 * SHORT)
         assert ids(await other.take(HALF, 10, lease=LONG)) in ([], ["b"])
         await asyncio.sleep(SHORT / 4)
+    await spool.renew([a], lease=SHORT)
     assert (await found(spool, "b")).state == "leased"
     assert (await spool.counts()).waiting == (0, 0, 0)
     assert ids(await taken(other, HALF)) == ["a"]
@@ -405,13 +408,13 @@ async def test_export_yields_everything_that_is_kept(spools, monkeypatch):
 
 
 async def test_answers_are_kept_for_a_while_and_then_forgotten(spools, request):
-    spool = await spools(keep=0.2)
+    spool = await spools(keep=0.5)
     await spool.put(items(5))
     deliveries = await spool.take(FULL, 5, lease=LONG)
     await spool.finish([(d, b"answer") for d in deliveries[:4]])
     names = [d.item.name for d in deliveries]
     assert [each.state for each in await spool.find(names)] == ["done"] * 4 + ["leased"]
-    end = time.monotonic() + 2
+    end = time.monotonic() + 4
     while (await spool.counts()).done:
         assert time.monotonic() < end
         await asyncio.sleep(0.02)

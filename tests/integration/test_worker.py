@@ -277,6 +277,7 @@ async def test_a_batcher_without_a_spool_says_so():
         ({"id": ""}, "id must not be empty"),
         ({"id": 7}, "id must be a string"),
         ({"tenant": 7}, "tenant must be a string"),
+        ({"id": "\ud800"}, "UTF-8"),
     ],
 )
 async def test_misuse_is_told(tmp_path, options, words):
