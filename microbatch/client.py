@@ -525,7 +525,7 @@ class Microbatcher:
         def read(value: bytes | None) -> Reply[Any] | None:
             return cache.read(key, value, options, created)
 
-        return Prepared(options, sharing, cache.look_up(key), read)
+        return Prepared(options, sharing, cache.look_up(key, bulk=True), read)
 
     async def warm(
         self,

@@ -105,7 +105,7 @@ class Cache(Protocol):
     """Where answers are kept for those who ask the same again. Keys are digests, values opaque; both are bytes.
 
     What is asked for in one turn of the event loop comes as one call, and so do the answers of one reply. A cache that fails or
-    takes longer than 50 ms is left alone for a while; callers are not held up and not failed.
+    takes longer than 50 ms (2 s for bulk work, `map` and `warm`) is left alone for a while; callers are not held up or failed.
 
     A cache may also have `open()` (awaited when the first batcher that uses it opens), `ttl` (seconds for which its answers are
     good unless the request says otherwise; None for ever), `evictions` (a count), and `secret()`, which returns the 32 random

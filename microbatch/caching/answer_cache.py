@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 JITTER: Final = 0.1
 """Answers are kept for up to this share less than they might be, so that what was stored together does not expire together."""
 
+PATIENCE: Final = 2.0
+"""Seconds that a look-up or a store of bulk work may take: nobody waits for it, and what is missed has to be paid for."""
+
 FRESH: Final = 0.1
 """Seconds for which what was just stored is kept at hand: twice what a look-up may take, for those that were on their way before."""
 
@@ -73,12 +76,13 @@ class AnswerCache:
         self._keys: Keys | None = None
         self._fresh: dict[bytes, bytes] = {}
         self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many)
+        self._bulk_look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many_patiently)
         self._unlockings: RoundTrips[None, None] = RoundTrips(self._unlock)
 
     @property
     def services(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
         """What has to run as long as the cache is used."""
-        return self._look_ups.serve, self._unlockings.serve
+        return self._look_ups.serve, self._bulk_look_ups.serve, self._unlockings.serve
 
     async def open(self) -> None:
         """Learn the secret that keys the digests, if it can be had now; else look-ups are misses until it can."""
@@ -115,18 +119,26 @@ class AnswerCache:
         self._unlockings.ask_for_nobody(None)
         return None
 
-    def look_up(self, key: bytes) -> asyncio.Future[bytes | None]:
-        """Return a future of what is kept under *key*, for `read`; None if nothing is. It fails only when the batcher closes."""
+    def look_up(self, key: bytes, *, bulk: bool = False) -> asyncio.Future[bytes | None]:
+        """Return a future of what is kept under *key*, for `read`; None if nothing is. It fails only when the batcher closes.
+
+        Args:
+            key: The key.
+            bulk: Whether it is for bulk work, which has more patience.
+        """
         value = self._fresh.get(key)
         if value is None:
-            return self._look_ups.ask(key)
+            return (self._bulk_look_ups if bulk else self._look_ups).ask(key)
         found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         found.set_result(value)
         return found
 
-    async def _get_many(self, keys: list[bytes]) -> list[bytes | None]:
+    async def _get_many_patiently(self, keys: list[bytes]) -> list[bytes | None]:
+        return await self._get_many(keys, _patiently())
+
+    async def _get_many(self, keys: list[bytes], until: float | None = None) -> list[bytes | None]:
         asked = list(dict.fromkeys(keys))
-        found = dict(zip(asked, await self._guard.get_many(asked), strict=True))
+        found = dict(zip(asked, await self._guard.get_many(asked, until=until), strict=True))
         # What was stored while this look-up was on its way: whoever asked would otherwise find neither the answer nor its call.
         return [found[key] or self._fresh.get(key) for key in keys]
 
@@ -219,7 +231,8 @@ class AnswerCache:
             return
         self._fresh.update((key, value) for key, value, _ in stored)
         try:
-            if await self._guard.set_many(stored):
+            bulk = all(ticket.bulk for ticket, _ in answered)
+            if await self._guard.set_many(stored, until=_patiently() if bulk else None):
                 self._ledger.cache_stores += len(stored)
         finally:
             keys = [key for key, _, _ in stored]
@@ -228,3 +241,7 @@ class AnswerCache:
     def _forget(self, keys: list[bytes]) -> None:
         for key in keys:
             self._fresh.pop(key, None)
+
+
+def _patiently() -> float:
+    return asyncio.get_running_loop().time() + PATIENCE

@@ -41,7 +41,8 @@ class Guard:
     stores spoke for all, each look-up that succeeds would end an outage and the next store begin another.
 
     Args:
-        cache: What to guard. It may have `keeps_time`: true if it sees to it itself that no call takes longer than `BUDGET`.
+        cache: What to guard. It may have `keeps_time`: true if it sees to it itself that no call takes longer than `BUDGET`, or
+            than until the loop time that its methods are told as `until`.
 
     Attributes:
         cache: As given.
@@ -50,7 +51,7 @@ class Guard:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self._name = type(cache).__name__
-        self._seconds = None if getattr(cache, "keeps_time", False) else BUDGET
+        self._keeps_time = bool(getattr(cache, "keeps_time", False))
         self._missed = 0
         self._look_ups = _Trust()
         self._stores = _Trust()
@@ -85,7 +86,7 @@ class Guard:
             return []
 
         async def look_up() -> list[bytes | None]:
-            return _checked(await self.cache.get_many(keys), len(keys))
+            return _checked(await self.cache.get_many(keys, **self._told(until)), len(keys))
 
         found = await self._ask(look_up, self._look_ups, until)
         if found is None:
@@ -106,7 +107,7 @@ class Guard:
             return True
 
         async def store() -> bool:
-            await self.cache.set_many(entries)
+            await self.cache.set_many(entries, **self._told(until))
             return True
 
         return await self._ask(store, self._stores, until) is True
@@ -135,9 +136,7 @@ class Guard:
         era = trust.let_through(now)
         if era is None:
             return None
-        if until is None and self._seconds is not None:
-            until = now + self._seconds
-        limit = asyncio.timeout_at(until)
+        limit = asyncio.timeout_at(None if self._keeps_time else now + BUDGET if until is None else until)
         try:
             async with limit:
                 result = await call()
@@ -154,6 +153,9 @@ class Guard:
             self._succeeded(trust, era)
             return result
         return None
+
+    def _told(self, until: float | None) -> dict[str, Any]:
+        return {"until": until} if self._keeps_time and until is not None else {}
 
     @property
     def _distrusted(self) -> bool:

@@ -76,9 +76,14 @@ class TieredCache:
         holders = [guard for guard in self._guards if hasattr(guard.cache, "secret")]
         return await (holders or self._guards)[-1].secret()
 
-    async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none that can be had now."""
-        until = asyncio.get_running_loop().time() + BUDGET
+    async def get_many(self, keys: Sequence[bytes], *, until: float | None = None) -> list[bytes | None]:
+        """Return the value of each key, None where there is none that can be had now.
+
+        Args:
+            keys: What to look up.
+            until: Loop time after which nobody waits for an answer; None takes `BUDGET`.
+        """
+        until = _end(until)
         found: dict[bytes, bytes] = {}
         gains: list[dict[bytes, bytes]] = []
         for position, guard in enumerate(self._guards):
@@ -98,9 +103,16 @@ class TieredCache:
                 ttl: float | None = getattr(self.tiers[position], "ttl", None)
                 await self._guards[position].set_many([(key, value, ttl) for key, value in below.items()], until=until)
 
-    async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
-        """Keep *entries* in all tiers: key, value, and seconds to live, None for as long as there is room."""
-        until = asyncio.get_running_loop().time() + BUDGET
+    async def set_many(
+        self, entries: Sequence[tuple[bytes, bytes, float | None]], *, until: float | None = None
+    ) -> None:
+        """Keep *entries* in all tiers: key, value, and seconds to live, None for as long as there is room.
+
+        Args:
+            entries: What to keep.
+            until: Loop time after which nobody waits for it; None takes `BUDGET`.
+        """
+        until = _end(until)
         for position, guard in enumerate(self._guards):
             own: float | None = None if position == len(self._guards) - 1 else getattr(guard.cache, "ttl", None)
             await guard.set_many(
@@ -116,6 +128,10 @@ class TieredCache:
         """Close the tiers, all of them even if one fails."""
         opened, self._opened = self._opened, contextlib.AsyncExitStack()
         await opened.aclose()
+
+
+def _end(until: float | None) -> float:
+    return asyncio.get_running_loop().time() + BUDGET if until is None else until
 
 
 def _shorter(ttl: float | None, own: float | None) -> float | None:

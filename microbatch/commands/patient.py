@@ -77,15 +77,20 @@ class PatientCache:
         """
         return await self._patiently(self._cache.secret, PATIENCE)
 
-    async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none.
+    async def get_many(self, keys: Sequence[bytes], *, until: float | None = None) -> list[bytes | None]:  # noqa: ARG002
+        """Return the value of each key, None where there is none. *until*, a batcher's patience, is too short here.
 
         Raises:
             StorageError: The cache is given up.
         """
         return await self._patiently(lambda: self._cache.get_many(keys), PATIENCE)
 
-    async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
+    async def set_many(
+        self,
+        entries: Sequence[tuple[bytes, bytes, float | None]],
+        *,
+        until: float | None = None,  # noqa: ARG002 see `get_many`
+    ) -> None:
         """Keep *entries*: key, value, and seconds after which it may be dropped, None for as long as there is room.
 
         Raises:

@@ -431,6 +431,20 @@ async def test_a_map_does_not_send_a_part_while_the_rest_is_looked_up():
     assert [len(call.items) for call in transport.calls] == [2]
 
 
+@pytest.mark.parametrize("tiered", [False, True])
+async def test_bulk_work_waits_for_a_slow_cache_where_a_caller_does_without(tiered):
+    slow, transport = Watched(delay=0.5), ScriptedTransport()
+    cache = mb.TieredCache(mb.MemoryCache(max_bytes=1), slow) if tiered else slow
+    async with batcher_for(transport, cache) as batcher:
+        requests = [mb.Request(ask(f"q{number}")) for number in range(8)]
+        await batcher.warm(requests)
+        await asyncio.sleep(1.0)  # stored by now, and no longer at hand
+        assert {result.unwrap().route async for result in batcher.map(requests)} == {"cache"}
+        assert batcher.stats().cache_stores == 8
+        assert (await batcher.submit(ask("q0"))).route == "single"
+    assert len(transport.calls) == 2
+
+
 async def test_leaving_a_map_while_it_looks_up_gives_every_place_back():
     cache = Watched(delay=0.04)
     async with batcher_for(ScriptedTransport(), cache) as batcher:
