@@ -117,6 +117,7 @@ def test_an_output_in_use_is_refused(words, tmp_path):
     first = start(*words)
     try:
         wait_for_lines(tmp_path / "out.jsonl", 1, first)
+        first.send_signal(signal.SIGSTOP)  # or it might be done before the second one has started
         status, _, err = finish(start(*words, "--resume"))
         assert status == 2
         assert "another run is writing" in err
