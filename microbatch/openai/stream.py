@@ -1,0 +1,160 @@
+"""Streamed completions: relayed event by event, since what one caller is to see as it is written cannot be shared."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import msgspec
+
+from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
+from microbatch.openai.objects import ChatCompletionChunk
+from microbatch.policy import at_least
+from microbatch.transports.error_shapes import Fault, read_fault, to_error
+from microbatch.transports.sse import SSEDecoder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+    from types import TracebackType
+
+    from microbatch.client import Microbatcher
+    from microbatch.transports.relay import Forwarded
+
+MAX_ERROR_BYTES: Final = 65_536
+_WHERE: Final = "the endpoint"
+
+
+class AsyncStream:
+    """The chunks of a completion, as they arrive: `async for chunk in stream`.
+
+    Reading it to the end, `close`, leaving it as an `async with` block and dropping the last reference to it all give back the
+    connection and the slot that it holds in the batcher.
+
+    Attributes:
+        response: Status and headers of the endpoint's answer.
+    """
+
+    def __init__(self, response: Forwarded, held: AsyncExitStack, secrets: list[str]) -> None:
+        self.response = response
+        self._held = held
+        self._chunks = _chunks(response, held, secrets)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ChatCompletionChunk:
+        """Return the next chunk.
+
+        Raises:
+            StatusError: The endpoint reports an error within the stream.
+            TransportError: The connection broke, was silent for too long, or the stream ended without saying why.
+        """
+        return await anext(self._chunks)
+
+    async def close(self) -> None:
+        """Let go of the connection and the slot; a stream that is not over is broken off. Closing again does nothing."""
+        await self._held.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        """Tell the status."""
+        return f"AsyncStream(status={self.response.status})"
+
+
+# No method: a generator that knows its stream would keep it alive after its reader has dropped it.
+async def _chunks(response: Forwarded, held: AsyncExitStack, secrets: list[str]) -> AsyncGenerator[ChatCompletionChunk]:
+    finished = False
+    decoder = SSEDecoder()
+    try:
+        async for piece in response:
+            for data in decoder.feed(piece):
+                if data.strip() == b"[DONE]":
+                    return
+                if data.strip():  # else it only keeps the connection alive
+                    chunk = _read_chunk(data, response, secrets)
+                    finished = finished or any(choice.finish_reason for choice in chunk.choices or ())
+                    yield chunk
+        if not finished and b"[DONE]" not in decoder.close():
+            raise TransportError("the stream was cut off: it ended without a finish_reason")
+    finally:
+        await held.aclose()
+
+
+def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCompletionChunk:
+    try:
+        members = msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TransportError(f"the stream holds what is no chunk of a completion ({type(error).__name__})") from None
+    fault = read_fault(data, response.status) if members.get("error") or members.get("object") == "error" else None
+    if fault is not None:
+        raise to_error(fault, where=_WHERE, headers=response.headers, raw=data, secrets=secrets)
+    return ChatCompletionChunk(members)
+
+
+async def open_stream(
+    batcher: Microbatcher, body: Mapping[str, Any], headers: Mapping[str, str] | None, timeout: float | None
+) -> AsyncStream:
+    """Send *body* as it is and return the stream, once the endpoint has begun to answer.
+
+    Args:
+        batcher: What forwards it.
+        body: The request's body.
+        headers: The caller's headers, or None.
+        timeout: Seconds until the answer has to begin; None for the transport's own limit.
+
+    Raises:
+        ConfigError: The body names no model, or is not JSON.
+        DeadlineExceeded: The time is over.
+        StatusError: The endpoint refused.
+        TransportError: It could not be reached, or answers with something else than a stream.
+    """
+    at_least(0, timeout=timeout)
+    if not body.get("model"):
+        raise ConfigError("a streamed completion is sent as it is: name its model")
+    try:
+        encoded = msgspec.json.encode(body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the request cannot be written as JSON ({type(error).__name__})") from None
+    sent = {"content-type": "application/json", "accept": "text/event-stream", "user-agent": "microbatch"}
+    sent |= {name.lower(): value for name, value in (headers or {}).items()}
+    async with AsyncExitStack() as held:
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                response = await held.enter_async_context(batcher.forward("POST", "/chat/completions", sent, encoded))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
+        secrets = [
+            value.removeprefix("Bearer ") for name, value in sent.items() if name in ("authorization", "api-key")
+        ]
+        await _check(response, secrets)
+        return AsyncStream(response, held.pop_all(), secrets)
+
+
+async def _check(response: Forwarded, secrets: list[str]) -> None:
+    """Raise unless *response* is a stream."""
+    if 200 <= response.status < 300 and not _is_json(response):  # noqa: PLR2004 the class of success
+        return
+    raw = b""
+    async for piece in response:
+        raw += piece
+        if len(raw) > MAX_ERROR_BYTES:
+            break
+    fault: Fault | None = read_fault(raw, response.status)
+    if fault is None:
+        raise TransportError(f"{_WHERE} answered with one JSON object where a stream was asked for")
+    raise to_error(fault, where=_WHERE, headers=response.headers, raw=raw, secrets=secrets)
+
+
+def _is_json(response: Forwarded) -> bool:
+    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower().endswith("json")
