@@ -1,7 +1,10 @@
 """Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer."""
 
 from microbatch.accounting.events import Called, Flushed, Settled
+from microbatch.accounting.genai_prices import genai_prices
+from microbatch.accounting.otel import OpenTelemetryHooks
 from microbatch.accounting.prices import Price
+from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.accounting.stats import Stats
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.redis import RedisCache
@@ -70,8 +73,10 @@ __all__ = [
     "Microbatcher",
     "MissingAnswer",
     "OpenAIChat",
+    "OpenTelemetryHooks",
     "Overloaded",
     "Price",
+    "PrometheusHooks",
     "QuotaExhausted",
     "RateLimit",
     "RateLimited",
@@ -100,4 +105,5 @@ __all__ = [
     "TruncatedReply",
     "Usage",
     "Warmed",
+    "genai_prices",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `microbatch run`, `warm`, `spool`, `worker`, `demo`, `simulate`."""
+"""The command line: `microbatch run`, `warm`, `spool`, `worker`, `serve`, `demo`, `simulate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from microbatch.commands import console, demo, run, simulate, spool, warm, worker
+from microbatch.commands import console, demo, dotenv, run, serve, simulate, spool, warm, worker
 from microbatch.commands.console import UsageError, note
 from microbatch.errors import ConfigError
 
@@ -27,7 +27,11 @@ examples:
   microbatch warm --help              fill a cache with the answers beforehand
   microbatch spool --help             queue questions for later, see what waits
   microbatch worker --help            answer what was queued
+  microbatch serve --help             the gateway: batching for any OpenAI client
   microbatch simulate --port 8000     a simulated endpoint to develop against
+
+OPENAI_API_KEY, OPENAI_BASE_URL and MICROBATCH_* come from the environment, or
+from .env in this directory; an address in there counts only with a key in there.
 """
 
 
@@ -53,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add(commands, "warm", warm, warm.run)
     _add(commands, "spool", spool, spool.run)
     _add(commands, "worker", worker, worker.run)
+    _add(commands, "serve", serve, serve.run)
     _add(commands, "demo", demo, demo.run)
     _add(commands, "simulate", simulate, simulate.run)
     return parser
@@ -90,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return console.USAGE
     args.argv = words
+    dotenv.load()
     try:
         status: int = args.command(args)
     except (UsageError, ConfigError) as error:

@@ -80,7 +80,8 @@ class Microbatcher:
             `Spool`; may be shared by several batchers.
         normalize: With a cache, makes the texts of last messages equal that are to share an answer (`str.strip`, say); what is sent
             stays as it was written. None tells every difference.
-        prices: USD per million tokens by model, a mapping or a function; what it does not know comes from a small built-in table.
+        prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; what it does not know comes from
+            a small built-in table.
         tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
             encoding from the tables in this package.
         hooks: Objects with any of the methods `on_flush`, `on_call` and `on_settle`, which take a `Flushed`, a `Called` and a
@@ -121,7 +122,7 @@ class Microbatcher:
         retry = retry if retry is not None else RetryPolicy()
         self._sender = Sender(transport, retry)
         self._accounts = Accounts(transport, retry, rate_limit)
-        prices_by_model = PriceBook(prices)
+        self._prices = prices_by_model = PriceBook(prices)
 
         def price(name: str | None) -> Callable[[Usage], float] | None:
             found = prices_by_model.for_model(name)
@@ -192,6 +193,8 @@ class Microbatcher:
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
         await self._tokens.open()
+        if self._prices.load is not None:
+            await asyncio.to_thread(self._prices.load)
         await lease(self._parts)
         try:
             if self._cache is not None:

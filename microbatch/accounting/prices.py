@@ -104,14 +104,16 @@ def _names(model: str) -> Iterator[str]:
     yield _DATE.sub("", plain)
 
 
-def _look_up(table: Mapping[str, Price], model: str) -> Price | None:
+def look_up(table: Mapping[str, Price], model: str) -> Price | None:
+    """Return the price of *model* in *table* under the most specific of its names, or None."""
     return next((table[name] for name in _names(model) if name in table), None)
 
 
 class PriceBook:
     """Finds the price of a model: the user's own first, then the built-in `PRICES`.
 
-    A name is looked up as it is, without a trailing -YYYY-MM-DD, and without a leading "openai/".
+    A name is looked up as it is, without a trailing -YYYY-MM-DD, and without a leading "openai/". The first model without a price
+    is logged, once in the book's life.
 
     Args:
         prices: A table (copied here, so later changes to it do not count), or a function that takes a model name and returns its
@@ -127,8 +129,9 @@ class PriceBook:
         if callable(prices):
             self._ask = prices
         elif prices is not None:
-            self._table = _checked(prices)
+            self._table = checked(prices)
         self._warned = False
+        self._missed = False
         self._resolved = lru_cache(_MAX_REMEMBERED)(self._resolve)
 
     def for_model(self, model: str | None) -> Price | None:
@@ -153,7 +156,18 @@ class PriceBook:
             if answer is not None:
                 self._warn(model, f"returned {type(answer).__name__} instead of a Price")
                 return None
-        return _look_up(self._table, model) or _look_up(PRICES, model)
+        price = look_up(self._table, model) or look_up(PRICES, model)
+        if price is None and not self._missed:
+            self._missed = True
+            words = "no price is known for model %r, so cost_usd is None for it and its like; give prices={...} or genai_prices()"
+            _log.warning(words, model)
+        return price
+
+    @property
+    def load(self) -> Callable[[], object] | None:
+        """What gets the prices ready and may take a while, if the function that was given has a `load` of its own; else None."""
+        load = getattr(self._ask, "load", None)
+        return load if callable(load) else None
 
     def _warn(self, model: str, what: str) -> None:
         # Once: a function that fails for one model mostly fails for all. Its message stays out of the log, it may hold keys.
@@ -162,8 +176,12 @@ class PriceBook:
             _log.warning("the prices function %s for model %r; costs of such models are unknown", what, model)
 
 
-def _checked(prices: object) -> dict[str, Price]:
-    """Return a copy of a user's table, of which nothing is known yet."""
+def checked(prices: object) -> dict[str, Price]:
+    """Return a copy of a user's table, of which nothing is known yet.
+
+    Raises:
+        ConfigError: It holds something else than names and `Price`s.
+    """
     if not isinstance(prices, Mapping):
         raise ConfigError(f"prices must be a mapping, a function or None, got {type(prices).__name__}")
     table: dict[str, Price] = {}

@@ -9,6 +9,7 @@ import msgspec
 import pydantic
 
 import microbatch as mb
+from microbatch.openai import AsyncOpenAI, AsyncStream, ChatCompletion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +75,7 @@ async def own_transport(call: mb.ChatCall) -> None:
 
     async with mb.Microbatcher(Mine(), policy=mb.FlushPolicy(max_batch_size=4), prices={"m": mb.Price(1, 2)}):
         pass
+    mb.Microbatcher(Mine(), prices=mb.genai_prices({"m": mb.Price(1, 2)}))
 
 
 async def reliability() -> None:
@@ -122,3 +124,32 @@ async def reuse(messages: list[dict[str, str]]) -> None:
         await batcher.enqueue(messages, headers={})  # type: ignore[call-arg]
         assert_type(batcher.stats().cache_hit_rate, float)
     mb.Request(messages, use_cache=False, ttl=1.0)
+
+
+async def like_the_sdk(batcher: mb.Microbatcher, messages: list[dict[str, str]], *, stream: bool) -> None:
+    async with AsyncOpenAI(batcher) as client:
+        completions = client.chat.completions
+    completion = await completions.create(model="m", messages=messages, temperature=0.5, seed=1, tenant="t")
+    assert_type(completion, ChatCompletion[None])
+    assert_type(completion.choices[0].message.content, str | None)
+    assert_type(completion.choices[0].message.parsed, None)
+    assert_type(await completion.settled(), ChatCompletion[None])
+    assert_type(completion.microbatch.cost_usd, float | None)
+    if completion.usage is not None:
+        assert_type(completion.usage.total_tokens, int)
+    for call in completion.choices[0].message.tool_calls or ():
+        assert_type(call.function.arguments, str)
+    parsed = await completions.parse(messages=messages, response_format=Model)
+    assert_type(parsed.choices[0].message.parsed, Model | None)
+    assert_type(await completions.parse(messages=messages, response_format=Category), ChatCompletion[Category])
+    assert_type(await completions.parse(messages=messages, response_format=list[int]), ChatCompletion[list[int]])
+    chunks = await completions.create(model="m", messages=messages, stream=True)
+    assert_type(chunks, AsyncStream)
+    async with chunks:
+        async for chunk in chunks:
+            assert_type(chunk.choices[0].delta.content, str | None)
+    assert_type(
+        await completions.create(model="m", messages=messages, stream=stream), ChatCompletion[None] | AsyncStream
+    )
+    await completions.create(messages=messages, priority="urgent")  # type: ignore[call-overload]
+    await completions.parse(messages=messages, response_format=3)  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""What a batcher did in the last minute, for people who watch it."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from microbatch.accounting.events import Called, Settled
+
+WINDOW: Final = 60.0
+"""Seconds that figures look back."""
+
+MOST_KEPT: Final = 4_096
+"""Most requests, and most calls, that are looked back on; of more than that in a window, it is the latest."""
+
+_SIZES: Final = (*range(1, 17), 32, 64, 128, 256, 512, 1_024)
+
+
+class Live(msgspec.Struct, frozen=True, kw_only=True):
+    """Recent figures; a snapshot that never changes.
+
+    Attributes:
+        window: Seconds that the recent figures look back; less than a minute after the start, or with very many requests.
+        requests_per_second: Answered requests in that time.
+        latency_p50: Seconds from submit to the answer that half of them needed at most; None if there were none, and so below.
+        latency_p99: Seconds that 99 of 100 needed at most.
+        call_p50: Seconds that half of the calls took at most.
+        call_p99: Seconds that 99 of 100 calls took at most.
+        batch_sizes: Calls by how many requests they carried, as pairs of the largest size counted and how many, in order of size; from
+            the start. What is larger than the last is counted there.
+        routes: Answered requests by route, from the start.
+        errors: Failed requests by the kind of error, from the start.
+    """
+
+    window: float
+    requests_per_second: float
+    latency_p50: float | None
+    latency_p99: float | None
+    call_p50: float | None
+    call_p99: float | None
+    batch_sizes: list[tuple[int, int]]
+    routes: dict[str, int]
+    errors: dict[str, int]
+
+
+class LiveFigures:
+    """Keeps what `Live` tells; one of the `hooks` of a `Microbatcher`. Its memory is bounded: under 1 MB.
+
+    Args:
+        now: Tells the time in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._started = now()
+        self._latencies: deque[tuple[float, float]] = deque(maxlen=MOST_KEPT)  # when, and how long
+        self._calls: deque[tuple[float, float]] = deque(maxlen=MOST_KEPT)
+        self._sizes = [0] * len(_SIZES)
+        self._routes = Counter[str]()
+        self._errors = Counter[str]()
+
+    def on_call(self, event: Called) -> None:
+        """Keep how large a call was, and how long it took."""
+        self._sizes[min(bisect_left(_SIZES, event.size), len(_SIZES) - 1)] += 1
+        self._calls.append((self._now(), event.duration))
+
+    def on_settle(self, event: Settled) -> None:
+        """Keep how a request ended, and when."""
+        if event.error is not None:
+            self._errors[type(event.error).__name__] += 1
+        elif event.route is not None:
+            self._routes[event.route] += 1
+            self._latencies.append((self._now(), event.latency))
+
+    def snapshot(self) -> Live:
+        """Return the figures as they are now."""
+        now = self._now()
+        start = max(self._started, now - WINDOW)
+        latencies = _since(start, self._latencies)
+        if len(latencies) == MOST_KEPT:
+            start = self._latencies[0][0]  # all that is kept is recent, and there was more before it
+        window = now - start
+        calls = _since(now - WINDOW, self._calls)
+        return Live(
+            window=window,
+            requests_per_second=len(latencies) / window if window > 0 else 0.0,
+            latency_p50=_percentile(latencies, 0.50),
+            latency_p99=_percentile(latencies, 0.99),
+            call_p50=_percentile(calls, 0.50),
+            call_p99=_percentile(calls, 0.99),
+            batch_sizes=list(zip(_SIZES, self._sizes, strict=True)),
+            routes=dict(self._routes),
+            errors=dict(self._errors),
+        )
+
+
+def _since(start: float, kept: deque[tuple[float, float]]) -> list[float]:
+    """Return how long those took that ended at *start* or later, the quickest first."""
+    return sorted(seconds for when, seconds in kept if when >= start)
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float | None:
+    """Return the smallest of *ordered* that *share* of them do not exceed, None if there are none."""
+    return ordered[math.ceil(share * len(ordered)) - 1] if ordered else None

@@ -1,0 +1,200 @@
+"""What Prometheus scrapes, read back with its own parser."""
+
+import asyncio
+import builtins
+import sys
+
+import prometheus_client
+import pytest
+from helpers import ask
+from prometheus_client.parser import text_string_to_metric_families
+
+import microbatch as mb
+from microbatch.testing import ScriptedTransport
+
+WORDS = "words of a customer"
+
+
+def scraped(text):
+    """The samples of an exposition: (name, labels) -> value."""
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def value(hooks, name, **labels):
+    return scraped(hooks.render()).get((f"microbatch_{name}", *sorted(labels.items())))
+
+
+def batcher_for(transport, *hooks, cache=None, **policy):
+    prices = {"m": mb.Price(input=2.0, output=8.0)}
+    return mb.Microbatcher(
+        transport, hooks=hooks, cache=cache, tokens="bytes", prices=prices, policy=mb.FlushPolicy(**policy)
+    )
+
+
+async def ask_all(batcher, texts, **options):
+    return await asyncio.gather(*(batcher.submit(ask(text), **options) for text in texts), return_exceptions=True)
+
+
+async def test_batches_their_requests_and_their_tokens_are_counted():
+    hooks = mb.PrometheusHooks()
+    answer = mb.Completion("stop", usage=mb.Usage(70, 5, cached_tokens=64), model="m")
+    transport = ScriptedTransport(lambda call: (call.reply((name, "A") for name, _ in call.items), answer), delay=1.0)
+    async with batcher_for(transport, hooks, idle="wait", max_wait=0.5) as batcher:
+        await ask_all(batcher, "abc", model="m")
+    assert value(hooks, "requests_total", route="batch", outcome="answered") == 3
+    assert value(hooks, "calls_total", route="batch", outcome="answered") == 1
+    assert value(hooks, "attempts_total", route="batch") == 1
+    assert value(hooks, "flushes_total", reason="timeout") == 1
+    assert value(hooks, "tokens_total", kind="prompt") == 70
+    assert value(hooks, "tokens_total", kind="completion") == 5
+    assert value(hooks, "cached_tokens_total") == 64
+    assert value(hooks, "unreported_calls_total") == 0
+    assert value(hooks, "cost_usd_total") == pytest.approx(batcher.stats().cost_usd)
+    assert value(hooks, "batch_size_bucket", route="batch", le="2.0") == 0
+    assert value(hooks, "batch_size_bucket", route="batch", le="4.0") == 1
+    assert value(hooks, "batch_size_sum", route="batch") == 3
+    assert value(hooks, "wait_seconds_sum", priority="normal") == pytest.approx(1.5)
+    assert value(hooks, "latency_seconds_sum", priority="normal") == pytest.approx(4.5)
+    assert value(hooks, "latency_seconds_count", priority="normal") == 3
+    assert value(hooks, "call_seconds_sum", route="batch") == 1.0
+    assert value(hooks, "first_text_seconds_count", route="batch") == 1
+
+
+async def test_failures_are_counted_by_kind_and_cancels_as_such():
+    hooks = mb.PrometheusHooks()
+    down = [mb.ServerError(f"down: {WORDS}", status=503, retry_after=0.0) for _ in range(4)]
+    async with batcher_for(ScriptedTransport(*down, delay=1.0), hooks) as batcher:
+        await ask_all(batcher, "a")
+        task = asyncio.ensure_future(batcher.submit(ask("b")))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert value(hooks, "requests_total", route="none", outcome="ServerError") == 1
+    assert value(hooks, "requests_total", route="none", outcome="cancelled") == 1
+    assert value(hooks, "calls_total", route="single", outcome="ServerError") == 1
+    assert value(hooks, "calls_total", route="single", outcome="stopped") == 1
+    assert value(hooks, "attempts_total", route="single") == 5
+    assert value(hooks, "unreported_calls_total") == 2
+    assert value(hooks, "latency_seconds_count", priority="normal") is None
+    assert WORDS not in hooks.render().decode()
+
+
+async def test_what_callers_make_up_is_no_label():
+    hooks = mb.PrometheusHooks()
+    async with batcher_for(ScriptedTransport(), hooks, idle="wait") as batcher:
+        hooks.watch(batcher)
+        series = set()
+        for model in ("one", "two", "three"):
+            await ask_all(batcher, "ab", model=f"made up {model}", tenant=f"tenant {model}")
+            series.add(frozenset(scraped(hooks.render())))
+    assert len(series) == 1
+    assert "made up" not in hooks.render().decode()
+
+
+async def test_what_a_watched_batcher_keeps_itself_is_read_at_each_scrape():
+    hooks = mb.PrometheusHooks()
+    async with batcher_for(ScriptedTransport(delay=1.0), hooks, cache=mb.MemoryCache()) as batcher:
+        assert value(hooks, "queued") is None
+        hooks.watch(batcher)
+        assert value(hooks, "queued") == 0
+        tasks = [asyncio.ensure_future(batcher.submit(ask(text))) for text in "abc"]
+        await asyncio.sleep(0.5)
+        assert value(hooks, "queued") == 3
+        assert value(hooks, "in_flight") == 1
+        await asyncio.gather(*tasks)
+        assert value(hooks, "queued") == value(hooks, "in_flight") == 0
+        await batcher.submit(ask("a"))
+        assert value(hooks, "cache_hits_total") == 1
+        assert value(hooks, "cache_misses_total") == 3
+        assert value(hooks, "cache_stores_total") == 3
+        assert value(hooks, "unbatched_calls_total") == batcher.stats().unbatched_calls
+        assert value(hooks, "spool_depth") is None
+
+
+async def test_several_batchers_are_shown_as_one():
+    hooks = mb.PrometheusHooks()
+    async with batcher_for(ScriptedTransport(delay=1.0), hooks) as one, batcher_for(ScriptedTransport(), hooks) as two:
+        hooks.watch(one)
+        hooks.watch(two)
+        task = asyncio.ensure_future(one.submit(ask("a")))
+        await asyncio.gather(*(two.submit(ask(text)) for text in "bc"))
+        assert value(hooks, "queued") == 1
+        await task
+    assert value(hooks, "requests_total", route="single", outcome="answered") == 1
+    assert value(hooks, "requests_total", route="batch", outcome="answered") == 2
+
+
+async def test_the_figures_of_a_spool_are_shown(tmp_path):
+    class Spooled:
+        stats = staticmethod(lambda: mb.Stats(spool_depth=7, spool_dead=1, spool_oldest=3.5))
+
+    hooks = mb.PrometheusHooks()
+    hooks.watch(Spooled)
+    assert [value(hooks, name) for name in ("spool_depth", "spool_dead", "spool_oldest")] == [7, 1, 3.5]
+
+
+async def test_a_scrape_that_cannot_read_shows_what_was_seen_last():
+    class Elsewhere:
+        def __init__(self):
+            self.failing = False
+
+        def stats(self):
+            if self.failing:
+                raise RuntimeError("no running event loop")
+            return mb.Stats(queued=5)
+
+    batcher = Elsewhere()
+    hooks = mb.PrometheusHooks()
+    hooks.watch(batcher)
+    assert value(hooks, "queued") == 5
+    batcher.failing = True
+    assert value(hooks, "queued") == 5
+
+
+def test_metrics_may_stand_beside_those_of_the_process():
+    registry = prometheus_client.CollectorRegistry(auto_describe=True)
+    prometheus_client.Gauge("theirs", "Something else.", registry=registry).set(3)
+    hooks = mb.PrometheusHooks(registry=registry, namespace="shop_llm")
+    samples = scraped(hooks.render())
+    assert samples["theirs",] == 3
+    assert samples["shop_llm_cost_usd_total",] == 0
+
+
+def test_names_that_are_taken_are_a_mistake_in_the_settings():
+    registry = prometheus_client.CollectorRegistry()
+    mb.PrometheusHooks(registry=registry)
+    with pytest.raises(mb.ConfigError, match="microbatch_"):
+        mb.PrometheusHooks(registry=registry)
+    mb.PrometheusHooks(registry=registry, namespace="other")
+    mb.PrometheusHooks()
+
+
+def test_all_names_and_units_are_as_prometheus_wants_them():
+    hooks = mb.PrometheusHooks()
+    hooks.watch(mb.Microbatcher(ScriptedTransport(), tokens="bytes"))
+    families = list(text_string_to_metric_families(hooks.render().decode()))
+    assert len(families) > 20
+    for family in families:
+        assert family.name.startswith("microbatch_")
+        assert family.documentation.endswith(".")
+        assert family.type != "unknown"
+    assert hooks.content_type.startswith("text/plain")
+
+
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
+    real_import = builtins.__import__
+
+    def without(name, *arguments):
+        if name.startswith("prometheus_client"):
+            raise ImportError(name)
+        return real_import(name, *arguments)
+
+    monkeypatch.delitem(sys.modules, "prometheus_client")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(mb.ConfigError, match=r"pip install 'microbatch\[prometheus\]'"):
+        mb.PrometheusHooks()
