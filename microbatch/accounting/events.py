@@ -40,6 +40,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
         route: What it was: "batch", "single" or "fallback".
         size: Requests it carried.
         model: The model that answered, else the one asked for; None if neither is known.
+        requested_model: The model asked for, None if neither the caller nor the transport named one.
         duration: Seconds from its first attempt to its end.
         first_text: Seconds until the first text came; None if none did.
         attempts: HTTP attempts.
@@ -57,6 +58,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     route: Route
     size: int
     model: str | None
+    requested_model: str | None
     duration: float
     first_text: float | None
     attempts: int

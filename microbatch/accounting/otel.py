@@ -111,7 +111,7 @@ class OpenTelemetryHooks:
         """Make the span of a call, and count what it took."""
         # Without a reason to stop there was no whole reply, and the model is the one that was asked.
         answered_by = None if event.finish_reason is None else event.model
-        of_call = _known({REQUEST_MODEL: event.model, RESPONSE_MODEL: answered_by})
+        of_call = _known({REQUEST_MODEL: event.requested_model, RESPONSE_MODEL: answered_by})
         failure = _known({ERROR_TYPE: _kind(event.error)})
         self._trace_call(event, self._common | of_call | failure)
         self._metrics.count_call(event, self._common | of_call, failure)
@@ -123,7 +123,7 @@ class OpenTelemetryHooks:
         # A caller may have many requests in one batch, and one link to it says all.
         callers = {(origin.trace_id, origin.span_id): origin for origin in event.origins if origin is not None}
         span = self._tracer.start_span(
-            f"{_CHAT} {event.model}" if event.model else _CHAT,
+            f"{_CHAT} {event.requested_model}" if event.requested_model else _CHAT,
             self._root,
             trace.SpanKind.CLIENT,
             attributes | _of_span(event),

@@ -181,7 +181,11 @@ class Calls:
         finally:
             exchange.end()
         if self._listeners.call is not None:
-            self._listeners.call(called(exchange, batch.call, batch.tickets, completion, error, self._now()))
+            told = called(
+                *(exchange, batch.call, batch.tickets, completion, error, self._now()),
+                default_model=self._default_model,
+            )
+            self._listeners.call(told)
         # A reply with anything odd about it answers who asked, but nobody who comes later.
         if how == "complete" and trusted and not demultiplexer.damaged:
             await self._keep_answers(completion, zip(batch.tickets, alone, strict=False))
@@ -288,7 +292,10 @@ class Calls:
         finally:
             exchange.end()
             if self._listeners.call is not None:
-                self._listeners.call(called(exchange, call, [ticket], completion, error, self._now()))
+                told = called(
+                    *(exchange, call, [ticket], completion, error, self._now()), default_model=self._default_model
+                )
+                self._listeners.call(told)
         if error is None:
             await self._keep_answers(completion, [(ticket, completion.usage or Usage())])
         return error

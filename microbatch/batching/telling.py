@@ -37,14 +37,18 @@ def called(
     completion: Completion | None,
     error: Exception | None,
     now: float,
+    *,
+    default_model: str | None,
 ) -> Called:
-    """Tell that *call*, which carried *tickets*, has ended."""
+    """Tell that *call*, which carried *tickets* and may have left the model to the transport's default, has ended."""
+    requested = call.model if call.model is not None else default_model
     usage = None if completion is None else completion.usage
     temperature = call.params.get("temperature")
     return Called(
         route=exchange.route,
         size=len(tickets),
-        model=call.model if completion is None or completion.model is None else completion.model,
+        model=requested if completion is None or completion.model is None else completion.model,
+        requested_model=requested,
         duration=now - exchange.sent,
         first_text=None if exchange.first_text is None else exchange.first_text - exchange.sent,
         attempts=exchange.attempts,

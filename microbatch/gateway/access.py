@@ -7,6 +7,7 @@ is betrayed by that name, so it must be one of the gateway's; and answers carry 
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
 import re
@@ -225,13 +226,26 @@ class Access:
             return
         if self._token is None:
             raise Refusal(403, "Off loopback this needs an access token (--access-token-file).", code="no_access_token")
-        if not self._is_token(request.headers.get("Authorization", "")):
+        sent = request.headers.get("Authorization", "")
+        if not self._is_token(_as_bearer(sent)):
             raise Refusal(
                 401,
-                "Give the gateway's access token as the Authorization bearer.",
+                "Give the gateway's access token as the Authorization bearer, or as the password to a browser that asks for one.",
                 code="wrong_access_token",
-                headers={"WWW-Authenticate": "Bearer"},
+                headers={"WWW-Authenticate": 'Basic realm="microbatch", charset="UTF-8"'},
             )
+
+
+def _as_bearer(authorization: str) -> str:
+    """Return the password that a browser sends as if it were a bearer; it cannot send one of its own when it opens a page."""
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        decoded = base64.b64decode(credentials, validate=True).decode()
+    except ValueError:
+        return ""
+    return f"Bearer {decoded.partition(':')[2]}"
 
 
 def not_json() -> Refusal:

@@ -8,14 +8,16 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import msgspec
 from aiohttp import web
 
+from microbatch.accounting.live import LiveFigures
+from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.gateway.access import Access
 from microbatch.gateway.bodies import read_body
 from microbatch.gateway.chat import PATH, Chat
+from microbatch.gateway.dashboard import figures, show_dashboard
 from microbatch.gateway.edge import API, Edge, silent
 from microbatch.gateway.refusals import Refusal
 from microbatch.gateway.relay import relay
@@ -108,10 +110,20 @@ class Gateway:
         # The transport has no key: which one a request goes with is decided here, for each.
         transport = OpenAIChat(model, base_url=upstream, api_key="", max_connections=_connections(batcher))
         OpenAIChat(base_url=upstream, api_key=api_key or "")  # checks the key
-        self.batcher = Microbatcher(transport, **batcher)
+        self._live = LiveFigures()
+        self._metrics = _prometheus()
+        listeners = [self._live] if self._metrics is None else [self._live, self._metrics]
+        self.batcher = Microbatcher(transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]})
+        if self._metrics is not None:
+            self._metrics.watch(self.batcher)
         self._cache = batcher.get("cache")
         self._secret = secret
-        self._pages = {"/stats": self._stats, **(pages or {})}
+        self._pages = {
+            "/stats": self._stats,
+            "/metrics": self._show_metrics,
+            "/dashboard": show_dashboard,
+            **(pages or {}),
+        }
         self._edge = Edge(self._access, self._settings.max_requests)
         self._chat = Chat(self.batcher, self._access, self._settings, model)
         self._runner: web.AppRunner | None = None
@@ -247,10 +259,19 @@ class Gateway:
 
     async def _stats(self, _request: web.Request) -> web.Response:
         return web.Response(
-            body=msgspec.json.encode(self.batcher.stats()),
+            body=figures(self.batcher.stats(), self._live.snapshot()),
             content_type="application/json",
             headers={"Cache-Control": "no-store"},
         )
+
+    async def _show_metrics(self, _request: web.Request) -> web.Response:
+        if self._metrics is None:
+            raise Refusal(
+                501,
+                "This needs the package prometheus-client: pip install 'microbatch[prometheus]'.",
+                code="no_metrics",
+            )
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": self._metrics.content_type})
 
     async def _relay(self, request: web.Request) -> web.StreamResponse:
         caller = self._access.caller(request)
@@ -266,6 +287,14 @@ class Gateway:
         body = await read_body(request, timeout=patience) if request.body_exists else None
         query = f"?{address.raw_query_string}" if address.raw_query_string else ""
         return await relay(self.batcher, request, path + query, body, caller, timeout=patience)
+
+
+def _prometheus() -> PrometheusHooks | None:
+    """Return what counts for Prometheus; None if its package is missing, and then /metrics says so."""
+    try:
+        return PrometheusHooks()
+    except ConfigError:
+        return None
 
 
 def _connections(options: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import asyncio
 import itertools
 import logging
@@ -23,6 +24,7 @@ from gateway_world import (
     status,
     talk,
 )
+from prometheus_client.parser import text_string_to_metric_families
 
 import microbatch as mb
 from microbatch.gateway import Gateway, GatewaySettings
@@ -198,6 +200,41 @@ async def test_the_token_opens_the_gateways_key_and_its_pages_and_goes_no_furthe
             async with session.get(root + path) as response:
                 assert response.status == 200
     assert [key for key, _ in upstream.heard] == [f"Bearer {OWN}", "Bearer theirs"]
+
+
+def basic(password):
+    return "Basic " + base64.b64encode(f"anybody:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize("page", ["/stats", "/metrics", "/dashboard"])
+async def test_a_browser_gives_the_token_as_a_password_for_the_pages_and_for_nothing_else(page):
+    protected = {"api_key": OWN, "access_token": TOKEN, "host": "0.0.0.0"}
+    async with Watched() as upstream, gateway(upstream, **protected) as served, aiohttp.ClientSession() as session:
+        root = f"http://127.0.0.1:{served.port}"
+        for password, expected in ((TOKEN, 200), ("wrong", 401)):
+            async with session.get(root + page, headers={"Authorization": basic(password)}) as response:
+                assert response.status == expected
+        for sent in ("Basic", "Basic !", "Basic YQ==", f"Basic {TOKEN}"):
+            async with session.get(root + page, headers={"Authorization": sent}) as response:
+                assert response.status == 401
+                assert response.headers["WWW-Authenticate"].startswith("Basic ")
+        body = {"model": MODEL, "messages": ask("x")}
+        async with session.post(
+            f"{root}/v1/chat/completions", json=body, headers={"Authorization": basic(TOKEN)}
+        ) as response:
+            await response.read()
+    assert all(key != f"Bearer {OWN}" for key, _ in upstream.heard)
+
+
+async def test_the_gateways_metrics_are_what_prometheus_reads():
+    async with Watched() as upstream, gateway(upstream) as served, aiohttp.ClientSession() as session:
+        body = {"model": MODEL, "messages": ask("x")}
+        async with session.post(f"{served.base_url}/chat/completions", json=body) as response:
+            assert response.status == 200
+        async with session.get(f"http://127.0.0.1:{served.port}/metrics") as response:
+            families = list(text_string_to_metric_families(await response.text()))
+    samples = {(sample.name, sample.labels.get("route")): sample.value for each in families for sample in each.samples}
+    assert samples["microbatch_requests_total", "single"] == 1
 
 
 async def test_off_loopback_the_pages_need_a_token_even_where_there_is_none():

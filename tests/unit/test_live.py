@@ -38,6 +38,7 @@ def called(size=1, duration=1.0):
         route="batch",
         size=size,
         model="m",
+        requested_model="m",
         duration=duration,
         first_text=None,
         attempts=1,
