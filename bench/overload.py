@@ -58,7 +58,9 @@ async def stalled_batcher(queued, when_full):
         await reader.read()
 
     server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
-    chat = mb.OpenAIChat("m", base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", api_key="k")
+    chat = mb.OpenAIChat(
+        "gpt-4.1-mini", base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", api_key="k"
+    )
     policy = mb.FlushPolicy(max_queued=queued, when_full=when_full)
     batcher = mb.Microbatcher(chat, policy=policy, tokens="bytes")
     await batcher.open()

@@ -24,7 +24,7 @@ POLICY = mb.FlushPolicy(max_batch_size=8, max_wait=0.05, max_concurrent_batches=
 @asynccontextmanager
 async def lifespan(application: FastAPI):
     before = asyncio.all_tasks()
-    transport = mb.OpenAIChat("m", base_url=os.environ["OPENAI_BASE_URL"], api_key="k")
+    transport = mb.OpenAIChat("gpt-4.1-mini", base_url=os.environ["OPENAI_BASE_URL"], api_key="k")
     async with mb.Microbatcher(transport, policy=POLICY, tokens="bytes") as application.state.batcher:
         yield
     print("closed, tasks left:", sorted(task.get_name() for task in asyncio.all_tasks() - before), flush=True)
