@@ -26,6 +26,7 @@ from microbatch.spool.sqlite import SQLiteSpool
 NEVER = 10_000
 LEASE = 0.3
 LONG = 60.0
+TAKERS = 3
 
 
 def spool_at(place):
@@ -80,11 +81,19 @@ async def work(spool, folder, chance):
 
 
 async def take(spool, folder, _chance):
-    """Take all there is as soon as the others are there as well, and tell what it was."""
-    while not (Path(folder) / "go").exists():  # noqa: ASYNC110 the sign comes from another process
-        await asyncio.sleep(0.005)
-    while deliveries := await spool.take(Stage.FULL, 7, lease=LONG):
+    """Take all there is together with two others, and tell what it was."""
+
+    async def some():
+        deliveries = await spool.take(Stage.FULL, 7, lease=LONG)
         log(folder, f"taken-{os.getpid()}", *[each.item.name.id for each in deliveries])
+        return deliveries
+
+    await some()
+    log(folder, "began", os.getpid())
+    while len(logged(folder, "began")) < TAKERS:  # noqa: ASYNC110 the others are processes of their own
+        await asyncio.sleep(0.005)
+    while await some():
+        pass
     log(folder, "ended", os.getpid())
 
 
