@@ -20,7 +20,7 @@ from microbatch.errors import (
     TransportError,
     TransportTimeout,
 )
-from microbatch.policy import RetryPolicy
+from microbatch.policy import MAX_WAIT, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -30,11 +30,6 @@ T = TypeVar("T")
 
 ENDPOINT: Final = "/v1/chat/completions"
 PAGE: Final = 100
-MAX_WAIT: Final = 120.0
-"""Most seconds that a request waits because the endpoint asks it to."""
-
-_MAX_DOUBLINGS: Final = 64  # beyond any cap, and still a float
-
 # Results are compressed by nobody then: what a transport forwards it does not unpack.
 _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity"}
 
@@ -255,8 +250,7 @@ class OpenAIBatchApi:
                 asked = (error.retry_after or 0.0) if isinstance(error, StatusError) else 0.0
                 if hopeless or failures >= self._retry.max_attempts or asked > MAX_WAIT:
                     raise
-            longest = min(self._retry.cap, self._retry.base * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
-            await asyncio.sleep(asked + longest * self._draw())
+            await asyncio.sleep(asked + self._retry.longest_delay(failures) * self._draw())
 
     async def _attempt(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
         async with self._forward(method, path, headers, body) as response:

@@ -17,6 +17,7 @@ import msgspec
 
 from microbatch.errors import RateLimited, StatusError
 from microbatch.messages import Limits
+from microbatch.policy import MAX_WAIT
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.http_edge import WHO
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from microbatch.transports.rate_limit import RateLimit
 
 CAPACITY: Final = 1_024
-
-MAX_WAIT: Final = 120.0
-"""An endpoint that asks to wait longer, in seconds, is not waited for: the openai SDK draws the line there as well."""
 
 
 class Permit:

@@ -16,7 +16,7 @@ from microbatch.errors import (
     TransportError,
     TransportTimeout,
 )
-from microbatch.transports.accounts import MAX_WAIT
+from microbatch.policy import MAX_WAIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # The ladder has two steps, and an endpoint may refuse the names of max_tokens, temperature, stream and stream_options, and
 # one schema; a transport that still learns after this many refusals is going round in circles.
 _MAX_LESSONS: Final = 8
-
-_MAX_DOUBLINGS: Final = 64  # beyond any cap, and still a float
 
 
 class Sender:
@@ -150,9 +148,8 @@ class Sender:
             raise error
         permit.drawn = True
         # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
-        longest = min(policy.cap, policy.base * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
         try:
-            await asyncio.sleep((asked or 0.0) + longest * self._draw())
+            await asyncio.sleep((asked or 0.0) + policy.longest_delay(failures) * self._draw())
         except asyncio.CancelledError:
             permit.cancel()
             raise

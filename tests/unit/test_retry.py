@@ -24,10 +24,10 @@ from microbatch.errors import (
     TransportError,
     TransportTimeout,
 )
-from microbatch.policy import RetryPolicy
+from microbatch.policy import MAX_WAIT, RetryPolicy
 from microbatch.protocols import ChatCall, Completion
 from microbatch.testing import ScriptedTransport
-from microbatch.transports.accounts import MAX_WAIT, Account, Permit
+from microbatch.transports.accounts import Account, Permit
 from microbatch.transports.error_shapes import retry_after
 from microbatch.transports.rate_limit import RateLimit
 from microbatch.transports.retry import Sender, worth_retrying
