@@ -6,14 +6,19 @@ import asyncio
 import os
 from pathlib import Path
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
+from microbatch.testing import clock
 from microbatch.testing.clock import VirtualClockLoop
 
-# A red CI must mean that the change is to blame, so there the examples are always the same; elsewhere they go on exploring.
-settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# How long an example takes is up to whatever else the machine does. A red CI must mean that the change is to blame, so there the
+# examples are always the same; elsewhere they go on exploring.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("unhurried"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "unhurried")
+
+# The same goes for threads, for which a loop on virtual time waits in real time.
+clock._PATIENCE = 40.0
 
 REAL_TIME = Path(__file__).parent / "integration"
 

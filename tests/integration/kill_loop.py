@@ -26,7 +26,7 @@ from microbatch.demo import catalogue
 from microbatch.spool.records import Name
 from microbatch.testing import Latency, SimulatedEndpoint
 
-LEASE = 1.0
+LEASE = 2.0  # a worker that a loaded machine stops for longer would be taken for a dead one
 LATENCY = Latency(
     first_token=0.01, tokens_per_second=800.0
 )  # so that full batches take their time, and suspects do not hold up the test

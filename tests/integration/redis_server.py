@@ -6,19 +6,19 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from typing import TYPE_CHECKING, Self
 
 import pytest
 import redis
+from ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_PATIENCE = 10.0
+_PATIENCE = 30.0
 _TRIES = 5  # as somebody else may take a port between our finding it free and the server's binding it
 
 
@@ -51,7 +51,7 @@ class RedisServer:
 
     def start(self) -> None:
         for _ in range(1 if self.port else _TRIES):
-            port = self.port or _free_port()
+            port = self.port or free_port()
             if self._starts_on(port):
                 self.port = port
                 return
@@ -115,12 +115,6 @@ class RedisServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _binary() -> str:

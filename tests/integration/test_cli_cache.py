@@ -146,7 +146,8 @@ def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, caps
     ],
 )
 def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, message, monkeypatch, capsys):
-    monkeypatch.setattr(patient, "OPENING", 0.3)
+    # So the first failure counts, and not how the last one ended.
+    monkeypatch.setattr(patient, "_PAUSE", patient.OPENING)
     products(3)
     with serving() as endpoint:
         assert run(*QUESTION, "--model", "m", "--base-url", endpoint.base_url, cache=place) == 2
@@ -157,7 +158,7 @@ def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, 
 
 
 def test_a_cache_that_dies_in_mid_run_costs_no_answer(own_redis, monkeypatch, capsys):
-    monkeypatch.setattr(patient, "PATIENCE", 0.3)
+    monkeypatch.setattr(patient, "PATIENCE", 3.0)
     products(400)
 
     def write(self, line, real=answers.Answers.write):

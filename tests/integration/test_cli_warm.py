@@ -210,7 +210,8 @@ def test_ctrl_c_keeps_what_is_answered_and_the_same_command_goes_on(monkeypatch,
 
 
 def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(monkeypatch, capsys):
-    monkeypatch.setattr(patient, "OPENING", 0.3)
+    # So the first failure counts, and not how the last one ended.
+    monkeypatch.setattr(patient, "_PAUSE", patient.OPENING)
     products(3)
     with serving() as endpoint:
         words = (*QUESTION, "--model", "m", "--base-url", endpoint.base_url)
@@ -220,9 +221,13 @@ def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(monkeyp
 
 
 def test_a_cache_that_dies_ends_the_warming_as_there_is_nothing_left_to_pay_for(own_redis, monkeypatch, capsys):
-    monkeypatch.setattr(patient, "PATIENCE", 0.3)
     products(2_000)
-    once_taken(20, own_redis.kill, monkeypatch)
+
+    def die():
+        own_redis.kill()
+        monkeypatch.setattr(patient, "_PAUSE", patient.PATIENCE)  # so the first failure counts
+
+    once_taken(20, die, monkeypatch)
     assert warm(*SIMULATED, *FEW_AT_A_TIME, "--json", cache=own_redis.url) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out.splitlines()[-1])["asked"] < 2_000
@@ -231,12 +236,12 @@ def test_a_cache_that_dies_ends_the_warming_as_there_is_nothing_left_to_pay_for(
 
 
 def test_a_cache_that_dies_before_the_last_answer_is_kept_is_told(own_redis, monkeypatch, capsys):
-    monkeypatch.setattr(patient, "PATIENCE", 0.3)
     products(1)
 
     async def send(self, call, on_text, real=SimulatedChat.send):
         completion = await real(self, call, on_text)
         own_redis.kill()
+        monkeypatch.setattr(patient, "_PAUSE", patient.PATIENCE)  # so the first failure counts
         return completion
 
     monkeypatch.setattr(SimulatedChat, "send", send)

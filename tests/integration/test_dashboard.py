@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import ClientSession, web
-from chromium import browser
+from chromium import PATIENCE, browser
 from helpers import ask
 
 import microbatch as mb
@@ -20,7 +21,9 @@ from microbatch.gateway import Gateway
 from microbatch.gateway.dashboard import figures, show_dashboard
 from microbatch.testing import ScriptedTransport, SimulatedEndpoint
 
-POLICY = mb.FlushPolicy(idle="wait", max_wait=0.01, max_batch_size=8)
+pytestmark = pytest.mark.timeout(150)  # a browser takes its time to start on a loaded machine
+
+POLICY = mb.FlushPolicy(idle="wait", max_wait=0.5, max_batch_size=8)
 SYSTEM = "Sort the products of a shop into its departments. " * 40
 IMAGE = "<img src=x onerror=\"document.title='run'\">"
 
@@ -130,12 +133,17 @@ async def test_the_page_reads_once_a_second():
     async with (
         site(lambda: figures(mb.Stats(), LiveFigures().snapshot())) as served,
         browser() as opened,
-        opened(f"{served.url}/dashboard") as page,
+        opened(f"{served.url}/dashboard"),
     ):
-        await page.until("performance.now() > 4500")
-        gaps = [later - earlier for earlier, later in zip(served.reads, served.reads[1:], strict=False)]
-        assert len(served.reads) in (4, 5, 6)
-        assert 0.8 < sorted(gaps)[len(gaps) // 2] < 1.5
+
+        def steady():
+            """How many of its pauses were a second; a loaded machine makes some of them longer."""
+            return sum(0.8 < later - earlier < 1.5 for earlier, later in itertools.pairwise(served.reads))
+
+        async with asyncio.timeout(PATIENCE):
+            while steady() < 3:  # noqa: ASYNC110 nothing tells
+                await asyncio.sleep(0.05)
+        assert len(served.reads) <= 2 + (served.reads[-1] - served.reads[0]) / 0.8
 
 
 @pytest.mark.chromium

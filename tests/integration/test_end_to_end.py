@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -89,17 +90,28 @@ async def test_a_lone_submit_is_the_callers_own_request():
     assert "response_format" not in body
 
 
-async def test_callers_are_answered_in_order_while_the_reply_still_streams():
-    answered = []
-    latency = Latency(first_token=0.05, element=0.03)
+async def test_callers_are_answered_in_order_while_the_reply_still_streams(monkeypatch):
+    """The endpoint sends an element only when the caller of the one before has its answer."""
+    answered, turns = [], asyncio.Semaphore(1)
+
+    async def paced(times, start):
+        elements = [at for at in range(1, len(times)) if times[at] != times[at - 1]]
+        for first, last in itertools.pairwise([0, *elements, len(times)]):
+            await turns.acquire()
+            yield first, last
+
+    monkeypatch.setattr("microbatch.testing.endpoint.paced", paced)
+    latency = Latency(first_token=0, element=0.001)
     async with SimulatedEndpoint(latency=latency) as endpoint, open_batcher(endpoint) as batcher:
 
         async def caller(number):
             reply = await batcher.submit(ask(TEXTS[number]))
             assert reply.output == right(TEXTS[number])
             answered.append((number, reply.finish_reason, batcher.stats().in_flight))
+            turns.release()
 
-        await asyncio.gather(*map(caller, range(10)))
+        async with asyncio.timeout(30):
+            await asyncio.gather(*map(caller, range(10)))
     assert [number for number, _, _ in answered] == list(range(10))
     # The first nine came before the reply had ended, and so before anybody knew how it would.
     assert [(reason, in_flight) for _, reason, in_flight in answered[:9]] == [(None, 1)] * 9

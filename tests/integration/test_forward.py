@@ -44,9 +44,9 @@ async def test_forward_relays_bytes_with_the_callers_key(upstream):
         assert (response.status, body) == (201, b"cba\x00")
         assert response.headers["X-Path"] == "/v1/embeddings?x=1"
         assert response.headers["X-Key"] == "Bearer theirs"
-        await asyncio.sleep(0)  # the task that held the slot has its turn
-        await asyncio.sleep(0)
-        stats = batcher.stats()
+        async with asyncio.timeout(20):
+            while (stats := batcher.stats()).in_flight:  # noqa: ASYNC110 the task that held the slot has its turn
+                await asyncio.sleep(0.001)
     assert (stats.forwarded, stats.upstream_calls, stats.items, stats.in_flight, stats.queued) == (1, 1, 0, 0, 0)
 
 

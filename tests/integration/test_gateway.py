@@ -49,11 +49,16 @@ def right(text, way):
     return simulated_answer(text, None if way in (create, stream) else to_strict_json_schema(Product))
 
 
+def company_of(number):
+    """A policy that waits for *number* requests, however long a loaded machine takes to bring them."""
+    return {"max_batch_size": number, "max_wait": 30}
+
+
 async def test_200_concurrent_calls_of_the_sdk_leave_as_at_most_15():
     ways = (create, parse, stream, stream_parsed)
     async with (
         SimulatedEndpoint(latency=Latency(first_token=1.0, tokens_per_second=0)) as upstream,
-        serve("--upstream", upstream.base_url, "--port", "0", "--idle", "wait", "--max-wait", "0.5") as served,
+        serve("--upstream", upstream.base_url, "--port", "0", "--idle", "wait", "--max-wait", "3") as served,
         sdk(served) as client,
     ):
         # The SDK takes a while over its first calls, and to open connections.
@@ -104,8 +109,12 @@ async def test_errors_are_those_that_the_sdk_raises_at_the_provider(upstream, ke
 
 
 async def test_a_reply_has_the_shape_and_the_share_of_the_caller():
-    slow = Latency(first_token=0, tokens_per_second=0, element=0.05)  # the first answers are there before the bill
-    async with Watched(latency=slow) as upstream, gateway(upstream) as served, sdk(served) as client:
+    slow = Latency(first_token=0, tokens_per_second=0, element=0.5)  # the first answers are there before the bill
+    async with (
+        Watched(latency=slow) as upstream,
+        gateway(upstream, policy=company_of(4)) as served,
+        sdk(served) as client,
+    ):
         asked = (client.chat.completions.create(model=MODEL, messages=ask(f"t{number}")) for number in range(4))
         completions = await asyncio.gather(*asked)
         paid = served.stats()
@@ -134,7 +143,11 @@ async def test_exact_usage_adds_up_to_what_the_upstream_reported(streamed):
 
     exact = GatewaySettings(exact_usage=True)
     slow = Watched(latency=Latency(first_token=0, tokens_per_second=0, element=0.05))
-    async with slow as upstream, gateway(upstream, settings=exact) as served, sdk(served) as client:
+    async with (
+        slow as upstream,
+        gateway(upstream, policy=company_of(5), settings=exact) as served,
+        sdk(served) as client,
+    ):
         usages = await asyncio.gather(*(usage_of(client, f"thing {number}") for number in range(5)))
     assert not any(hasattr(usage, "microbatch_estimated") for usage in usages)
     assert sum(usage.prompt_tokens for usage in usages) == upstream.reported.prompt_tokens
@@ -296,7 +309,7 @@ async def test_priority_and_cache_are_chosen_by_headers():
 
 
 async def test_headers_of_the_client_software_split_no_lane():
-    async with Watched() as upstream, gateway(upstream) as served, sdk(served) as client:
+    async with Watched() as upstream, gateway(upstream, policy=company_of(4)) as served, sdk(served) as client:
         await asyncio.gather(
             *(create(client, f"t{n}", extra_headers={"X-Request-Id": str(n), "traceparent": str(n)}) for n in range(4))
         )
@@ -335,7 +348,7 @@ async def test_a_request_timeout_ends_a_request():
 
 
 async def test_stats_are_the_batchers():
-    async with Watched() as upstream, gateway(upstream) as served, sdk(served) as client:
+    async with Watched() as upstream, gateway(upstream, policy=company_of(3)) as served, sdk(served) as client:
         await asyncio.gather(*(create(client, f"t{number}") for number in range(3)))
         async with aiohttp.ClientSession() as session, session.get(served.base_url[:-3] + "/stats") as response:
             stats = await response.json()

@@ -33,6 +33,7 @@ KEYS = ("sk-key-of-one-customer", "sk-key-of-the-other-one")
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
 OWN = "sk-the-gateway-s-own-key"
 TOKEN = "the-access-token"
+TOGETHER = {"max_wait": 2.0}  # in which a loaded machine brings all requests of a moment
 
 
 async def asked(client, text, **options):
@@ -43,7 +44,7 @@ async def asked(client, text, **options):
 @pytest.mark.parametrize("tenants", [(None, None), ("a", "a"), ("a", "b"), (None, "a")])
 async def test_two_keys_never_meet_in_a_batch_a_flight_or_a_cache_entry(tenants):
     cache = mb.MemoryCache()
-    async with Watched() as upstream, gateway(upstream, cache=cache, policy={"share": True}) as served:
+    async with Watched() as upstream, gateway(upstream, cache=cache, policy={"share": True, **TOGETHER}) as served:
         clients = [
             sdk(served, key, default_headers={} if tenant is None else {"X-Microbatch-Tenant": tenant})
             for key, tenant in zip(KEYS, tenants, strict=True)
@@ -63,7 +64,8 @@ async def test_two_keys_never_meet_in_a_batch_a_flight_or_a_cache_entry(tenants)
 
 
 async def test_tenants_of_one_key_never_meet_either():
-    async with Watched() as upstream, gateway(upstream, cache=mb.MemoryCache()) as served, sdk(served) as client:
+    cache = mb.MemoryCache()
+    async with Watched() as upstream, gateway(upstream, cache=cache, policy=TOGETHER) as served, sdk(served) as client:
         tenants = [{}, {"X-Microbatch-Tenant": "a"}, {"X-Microbatch-Tenant": "b"}]
         for _ in range(2):
             await asyncio.gather(*(asked(client, "x", extra_headers=tenant) for tenant in tenants for _ in range(3)))
@@ -75,7 +77,7 @@ async def test_tenants_of_one_key_never_meet_either():
 async def test_without_a_key_of_the_callers_a_tenant_header_counts_only_if_it_is_trusted():
     for trusted, calls in ((False, 1), (True, 2)):
         settings = GatewaySettings(trust_tenant_header=trusted)
-        async with Watched() as upstream, gateway(upstream, settings=settings, api_key=OWN) as served:
+        async with Watched() as upstream, gateway(upstream, settings=settings, api_key=OWN, policy=TOGETHER) as served:
             sent = (talk(served.port, post(CHAT, X_Microbatch_Tenant=tenant)) for tenant in ("a", "b", "a", "b"))
             assert [status(answer) for answer in await asyncio.gather(*sent)] == [200] * 4
         assert upstream.calls == calls

@@ -31,7 +31,7 @@ from microbatch.commands.console import UsageError
 from microbatch.commands.environment import with_environment
 from microbatch.testing import Latency, SimulatedEndpoint
 
-SLOW = Latency(first_token=0.8, tokens_per_second=0)
+SLOW = Latency(first_token=4, tokens_per_second=0)  # a loaded machine must manage to look in meanwhile
 UPSTREAM = ("--upstream", "http://127.0.0.1:9/v1")
 
 
@@ -138,7 +138,8 @@ async def test_it_is_configured_by_the_environment_and_flags_come_first(tmp_path
             "MICROBATCH_UPSTREAM": upstream.base_url,
             "MICROBATCH_PORT": "no number, and not looked at",
             "MICROBATCH_IDLE": "wait",
-            "MICROBATCH_MAX_WAIT": "0.2",
+            "MICROBATCH_MAX_WAIT": "2",
+            "MICROBATCH_MAX_BATCH_SIZE": "2",
             "MICROBATCH_LANE_HEADER": "X-Team, X-Room",
             "MICROBATCH_CACHE": str(tmp_path / "cache"),
             "MICROBATCH_EXACT_USAGE": "yes",

@@ -74,7 +74,8 @@ async def test_a_rate_limit_is_waited_out_as_long_as_it_asks(llmock: LLMock) -> 
         await ask_one(batcher)
     first, second, third = llmock.requests
     assert [first.status, second.status, third.status] == [429, 429, 200]
-    assert min(second.started_at - first.ended_at, third.started_at - second.ended_at) >= 0.2
+    # From start to start: when one ended, the judge may note late.
+    assert min(second.started_at - first.started_at, third.started_at - second.started_at) >= 0.2
     llmock.assert_resilient(strict=True)
 
 
@@ -236,11 +237,15 @@ async def test_patience_within_the_timeouts_costs_one_attempt(llmock: LLMock) ->
 @pytest.mark.parametrize("fault", ["delay", "slow_first_token", "stall"])
 async def test_a_silent_endpoint_is_hung_up_on_and_asked_again(llmock: LLMock, fault: str) -> None:
     {
-        "delay": lambda: llmock.delay(0.7),
-        "slow_first_token": lambda: llmock.slow_first_token(5.0),
-        "stall": lambda: llmock.stall(after_chunks=3, seconds=5.0),
+        "delay": lambda: llmock.delay(3.0),
+        "slow_first_token": lambda: llmock.slow_first_token(10.0),
+        "stall": lambda: llmock.stall(after_chunks=3, seconds=10.0),
     }[fault]()
-    async with batcher_for(stream=True, timeout=0.5, idle_timeout=0.3) as batcher:
+    # Long enough for a loaded machine to answer the second time.
+    async with batcher_for(stream=True, timeout=3.0, idle_timeout=2.0) as batcher:
         await ask_one(batcher)
+    async with asyncio.timeout(20):
+        while len(llmock.requests) < 2:  # noqa: ASYNC110 it notes the first one when it has done with it
+            await asyncio.sleep(0.05)
     assert len(llmock.requests) == 2
     llmock.assert_resilient(strict=True)

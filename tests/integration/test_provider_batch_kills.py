@@ -19,6 +19,7 @@ from microbatch.testing import SimulatedEndpoint
 ROUNDS = 5
 PORTION = 30
 PATIENCE = 60
+LEASE = "2"  # seconds; a worker that a loaded machine stops for longer would be taken for a dead one
 
 
 def question(number: int) -> list[dict[str, str]]:
@@ -37,7 +38,7 @@ async def worker(place: str, base_url: str, *more: str) -> asyncio.subprocess.Pr
         "--poll",
         "0.05",
         "--lease",
-        "0.5",
+        LEASE,
     ]
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "microbatch", *words, *more),

@@ -5,12 +5,12 @@ import importlib.util
 import os
 import re
 import shlex
-import socket
 import sys
 from pathlib import Path
 
 import aiohttp
 import pytest
+from ports import free_port
 
 from microbatch.testing import SimulatedEndpoint
 
@@ -52,8 +52,7 @@ async def test_python_blocks_run_as_they_stand(code, tmp_path):
 async def test_services_answer_concurrent_requests_in_few_calls(code, tmp_path):
     name, command = SERVED.match(code).groups()
     (tmp_path / f"{name}.py").write_text(code)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     words = shlex.split(command.removeprefix("python -m "))
     flags = ["--port", str(port), *(["--log-level", "warning"] if words[0] == "uvicorn" else ["-H", "127.0.0.1"])]
     async with SimulatedEndpoint() as endpoint, aiohttp.ClientSession() as session:

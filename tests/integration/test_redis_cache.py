@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import time
 import types
 
@@ -95,10 +96,10 @@ async def test_five_hundred_at_once_share_its_connections_and_none_fails(redis_s
 
 async def test_who_waits_for_a_connection_does_not_fail_for_being_one_of_many():
     """The time limit is one for the server's answers; with one for the wait as well, most of these would fail."""
-    async with FaultyRedis(delay=0.05) as server, opened(server.url, timeout=0.5, max_connections=2) as cache:
+    async with FaultyRedis(delay=0.1) as server, opened(server.url, timeout=2.0, max_connections=2) as cache:
         begun = time.perf_counter()
-        assert await asyncio.gather(*(cache.get_many([b"k"]) for _ in range(50))) == [[None]] * 50
-        assert time.perf_counter() - begun > 2 * 0.5
+        assert await asyncio.gather(*(cache.get_many([b"k"]) for _ in range(100))) == [[None]] * 100
+        assert time.perf_counter() - begun > 2 * 2.0
 
 
 async def test_a_storm_of_cancelled_look_ups_mixes_no_answers_and_loses_no_connection(redis_url):
@@ -117,17 +118,20 @@ async def test_a_storm_of_cancelled_look_ups_mixes_no_answers_and_loses_no_conne
                 assert found == [b"v%d" % number, None, b"v%d" % (999 - number)]
                 outcomes["right"] += 1
 
-        for _ in range(12):
+        storms = 0
+        while storms < 12 or min(outcomes.values()) <= 20:
             await asyncio.gather(*(one(dice.randrange(1_000)) for _ in range(250)))
-        assert min(outcomes.values()) > 20, outcomes
-        async with asyncio.timeout(10):
+            storms += 1
+            assert storms < 100, outcomes
+        async with asyncio.timeout(30):
             assert await asyncio.gather(*(cache.get_many([b"7"]) for _ in range(20))) == [[b"v7"]] * 20
 
 
 async def test_opening_does_not_wait_for_a_server_that_is_down():
-    begun = time.perf_counter()
-    async with opened("redis://127.0.0.1:1", timeout=0.05) as cache:
-        assert time.perf_counter() - begun < 0.25
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # it takes connections and never says a word
+        async with asyncio.timeout(10), opened(f"redis://127.0.0.1:{deaf.getsockname()[1]}", timeout=60.0):
+            pass
+    async with opened("redis://127.0.0.1:1") as cache:
         with pytest.raises(StorageError, match="ConnectionError"):
             await cache.get_many([b"k"])
         with pytest.raises(StorageError, match="ConnectionError"):
@@ -138,11 +142,11 @@ async def test_opening_does_not_wait_for_a_server_that_is_down():
 
 async def test_a_server_that_hangs_is_waited_for_no_longer_than_said(own_redis):
     own_redis.pause()
-    async with opened(own_redis.url, timeout=0.1) as cache:
+    async with opened(own_redis.url, timeout=1.0) as cache:
         begun = time.perf_counter()
         with pytest.raises(StorageError, match="TimeoutError"):
             await cache.get_many([b"k"])
-        assert 0.09 < time.perf_counter() - begun < 0.4
+        assert 0.9 < time.perf_counter() - begun < 5
         own_redis.resume()
 
 

@@ -21,7 +21,8 @@ from microbatch.errors import ConfigError
 from microbatch.spool.records import Counts, Stage
 
 PATIENCE = 30.0
-ROUNDS = 20
+ROUNDS = 20  # or as many as a loaded machine needs for
+ENOUGH = 50  # requests put, and answers found
 
 
 class Nursery:
@@ -88,7 +89,10 @@ async def test_processes_that_take_at_once_never_hold_the_same_request(nursery):
 async def test_what_was_acknowledged_is_answered_once_whoever_is_killed(nursery):
     chance = random.Random(7)
     seeds = iter(range(1_000))
-    for number in range(ROUNDS):
+    for number in itertools.count():
+        if number >= ROUNDS and enough_happened(nursery.folder):
+            break
+        assert number < 10 * ROUNDS, "they come to nothing"
         while len(nursery.pids) < 4:
             nursery.start(chance.choice(["put", "work", "work"]), next(seeds))
         await asyncio.sleep(0.03 + 0.12 * chance.random())
@@ -101,7 +105,6 @@ async def test_what_was_acknowledged_is_answered_once_whoever_is_killed(nursery)
         nursery.kill(pid)
 
     acknowledged = set(logged(nursery.folder, "acknowledged"))
-    assert len(acknowledged) > 50
     spool = spool_at(nursery.place)
     await open_in_time(spool)
     try:
@@ -111,13 +114,16 @@ async def test_what_was_acknowledged_is_answered_once_whoever_is_killed(nursery)
         results = {label: each.result.decode() for label, each in zip(acknowledged, found, strict=True)}
         assert [label for label, result in results.items() if not result.startswith(f"answer {label} ")] == []
         seen = logged(nursery.folder, "found")
-        assert len(seen) > 50
         assert [(label, result) for label, result in seen if results.get(label, result) != result] == []
         kept = [each async for each in spool.export()]
         assert len({each.name for each in kept}) == len(kept)
         assert await spool.counts() == Counts(done=len(kept))
     finally:
         await spool.aclose()
+
+
+def enough_happened(folder):
+    return len(set(logged(folder, "acknowledged"))) > ENOUGH and len(logged(folder, "found")) > ENOUGH
 
 
 async def open_in_time(spool):

@@ -20,7 +20,8 @@ from microbatch.spool.sqlite import SQLiteSpool
 FULL, HALF, ALONE = Stage
 LONG = 60.0
 SHORT = 0.1
-PATIENCE = 10.0
+IN_TIME = 3.0  # long enough for a loaded machine to take the next step before it is over
+PATIENCE = 20.0
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -211,12 +212,10 @@ async def test_who_is_lost_again_and_again_goes_from_full_batches_to_half_ones_t
 async def test_a_lease_holds_as_long_as_it_is_renewed(spools):
     spool, other = await spools(), await spools()
     await spool.put([item("a"), item("b")])
-    (a, b) = await spool.take(FULL, 2, lease=5 * SHORT)
-    begun = time.monotonic()
-    while time.monotonic() < begun + 8 * SHORT:
-        await spool.renew([a], lease=5 * SHORT)
-        assert ids(await other.take(HALF, 10, lease=LONG)) in ([], ["b"])
-        await asyncio.sleep(SHORT / 4)
+    (a, b) = await spool.take(FULL, 2, lease=IN_TIME)
+    await spool.renew([a], lease=LONG)
+    assert ids(await taken(other, HALF)) == ["b"]  # so the lease that "a" had at first is over as well
+    assert await other.take(HALF, 10, lease=LONG) == []
     await spool.renew([a], lease=SHORT)
     assert (await found(spool, "b")).state == "leased"
     assert (await spool.counts()).waiting == (0, 0, 0)
@@ -408,13 +407,13 @@ async def test_export_yields_everything_that_is_kept(spools, monkeypatch):
 
 
 async def test_answers_are_kept_for_a_while_and_then_forgotten(spools, request):
-    spool = await spools(keep=0.5)
+    spool = await spools(keep=IN_TIME)
     await spool.put(items(5))
     deliveries = await spool.take(FULL, 5, lease=LONG)
     await spool.finish([(d, b"answer") for d in deliveries[:4]])
     names = [d.item.name for d in deliveries]
     assert [each.state for each in await spool.find(names)] == ["done"] * 4 + ["leased"]
-    end = time.monotonic() + 4
+    end = time.monotonic() + IN_TIME + PATIENCE
     while (await spool.counts()).done:
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
@@ -746,11 +745,11 @@ async def test_a_server_that_cannot_be_reached_is_told_without_the_password(own_
 
 
 async def test_a_server_that_never_answers_is_given_up_in_time(own_redis):
-    async with open_spool(RedisSpool(own_redis.url, timeout=0.2)) as spool:
+    hasty, patient = RedisSpool(own_redis.url, timeout=1.0), RedisSpool(own_redis.url)
+    async with open_spool(hasty) as spool, open_spool(patient) as other:
         own_redis.pause()
-        begun = time.monotonic()
-        with pytest.raises(StorageError, match="Timeout"):
-            await spool.put([item("a")])
-        assert time.monotonic() - begun < 2
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(StorageError, match="Timeout"):
+                await spool.put([item("a")])
         own_redis.resume()
-        assert await spool.put([item("a")]) == ["known"]  # it was told, and did it when it came to itself
+        assert await other.put([item("a")]) == ["known"]  # it was told, and did it when it came to itself

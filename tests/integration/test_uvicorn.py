@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import aiohttp
 import pytest
+from ports import free_port
 
 from microbatch.testing import Latency, SimulatedEndpoint
 
@@ -36,8 +36,7 @@ async def start(how: str, base_url: str) -> Service:
     if how == "program":
         words, url = [str(SERVED_APP)], None
     else:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         url = f"http://127.0.0.1:{port}"
         words = ["-m", "uvicorn", "--app-dir", str(SERVED_APP.parent), "--port", str(port), "--log-level", "warning"]
         words.append("served_app:app")
@@ -76,7 +75,7 @@ async def until_all_are_in(service: Service, session: aiohttp.ClientSession, num
 )
 @pytest.mark.promise(of="close")
 async def test_sigterm_ends_the_service_after_all_requests_under_way_are_answered(how: str, clean: int) -> None:
-    latency = Latency(first_token=0.4, tokens_per_second=0)
+    latency = Latency(first_token=2, tokens_per_second=0)  # a loaded machine must manage to ask them all meanwhile
     async with (
         SimulatedEndpoint(latency=latency, answer=lambda text, schema: text.upper()) as endpoint,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,

@@ -28,7 +28,7 @@ def test_lanes_whose_time_has_come_are_sent(wait, caplog):
 
             async def caller(number):
                 await asyncio.sleep(number % 7 * 0.001)
-                return await batcher.submit(ask(f"item {number}"), timeout=5.0)
+                return await batcher.submit(ask(f"item {number}"), timeout=30.0)
 
             replies = await asyncio.gather(*map(caller, range(200)))
             results = [result async for result in batcher.map(ask(f"bulk {number}") for number in range(50))]

@@ -235,16 +235,19 @@ async def test_a_worker_that_is_cancelled_gives_back_what_it_holds_as_it_was(pla
 
 
 async def test_leases_are_renewed_as_long_as_the_worker_lives(place):
-    """Two workers, one of which takes much longer than a lease: nothing is asked twice."""
+    """Two workers, one of which takes longer than a lease: nothing is asked twice.
+
+    The lease is much longer than a loaded machine keeps a renewal waiting; the answer takes longer still.
+    """
     spool, other = await place.spool(), await place.spool()
-    slow, quick = ScriptedTransport(delay=1.0), ScriptedTransport()
+    slow, quick = ScriptedTransport(delay=4.0), ScriptedTransport()
     async with place.sender() as batcher:
         for number in range(4):
             await batcher.enqueue(ask(f"q{number}"), id=str(number))
-        async with worker_for(spool, slow, lease=0.3) as first:
+        async with worker_for(spool, slow, lease=3.0) as first:
             running = asyncio.ensure_future(first.run())
             await until(lambda: slow.calls)
-            await drain(other, quick, lease=0.3)
+            await drain(other, quick, lease=3.0)
             await running
     assert quick.calls == []
     assert first.done.answered == 4

@@ -218,9 +218,9 @@ def test_unions_that_multiply_are_given_up_in_bounded_time() -> None:
         value = [value]
     # Each level tries both branches before it fails at the innermost list: 2**60 ways.
     branch = {"items": {"$ref": "#"}, "minItems": 1}
-    started = time.perf_counter()
+    started = time.process_time()
     assert misfit(value, {"anyOf": [branch, branch]}) is not None
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_running_out_of_steps_is_never_a_fit() -> None:

@@ -130,7 +130,7 @@ def test_a_long_hopeless_reply_is_given_up_quickly(piece) -> None:
     assert len(list(candidates(text))) <= 1 + 2 * MAX_TRIES
     for output_type in (Category, int):
         kind = answer_type(output_type)
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(ValueError, match=r"."):
             kind.decode_single(text)
-        assert time.perf_counter() - started < 0.5
+        assert time.process_time() - started < 0.5

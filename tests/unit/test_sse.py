@@ -109,10 +109,10 @@ def test_an_event_beyond_the_limit_is_an_error_however_it_is_made() -> None:
 
 def test_a_long_event_in_single_bytes_takes_linear_time() -> None:
     def seconds(size: int) -> float:
-        decoder, start = SSEDecoder(), time.perf_counter()
+        decoder, start = SSEDecoder(), time.process_time()
         for _ in range(size):
             decoder.feed(b"x")
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     small = min(seconds(10_000) for _ in range(3))
     assert seconds(80_000) < 8 * small * 4  # quadratic would be 64 times
