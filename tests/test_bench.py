@@ -267,7 +267,7 @@ def test_every_benchmark_offers_what_the_frame_asks_for(name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gateway", ["--requests", "30", "--low", "5", "--rounds", "1"]),
+        ("gateway", ["--requests", "300", "--low", "5", "--rounds", "1"]),
         ("hybrid", ["--count", "400"]),
         ("quota", ["--minutes", "3"]),
     ],

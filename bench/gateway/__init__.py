@@ -13,7 +13,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from bench import plot
-from bench.gateway.load import Loaded, closed_loop, one_by_one
+from bench.gateway.load import Kind, Loaded, closed_loop, one_by_one
 from bench.gateway.ways import DIRECT, GATEWAY, PASS_THROUGH, running
 from bench.report import Column, Report, Table
 from bench.timing import quantile, ratios
@@ -29,11 +29,11 @@ QUESTION = "What does the gateway add to a request, beside asking directly and t
 COMPARED = ["aiohttp"]
 
 WORKERS = 64
-REQUESTS, REQUESTS_QUICK = 2_000, 400
+REQUESTS, REQUESTS_QUICK = 2_000, 300
 LOW, LOW_QUICK = 300, 80
 ROUNDS, ROUNDS_QUICK = 5, 2
-CHARACTERS = 12
-"""Of an answer: some 6 tokens, a little more than a label, and enough for every answer to be another."""
+REPLIES = {"whole": Kind(False, 12), "streamed": Kind(True, 12), "streamed, long": Kind(True, 140)}
+"""Answers of some 6 tokens, a little more than a label, and of some 80, a short paragraph."""
 QUANTILES = (0.5, 0.99)
 COLOURS = {DIRECT: plot.MUTED, PASS_THROUGH: plot.OTHERS[0], GATEWAY: plot.OURS}
 
@@ -48,9 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, help=f"alternating rounds (default {ROUNDS}; {ROUNDS_QUICK} if quick)")
     parser.add_argument(
-        "--characters", type=int, help=f"of an answer, some 2 a token (default, and least, {CHARACTERS})"
-    )
-    parser.add_argument(
         "--latency", type=float, default=0.0, help="seconds to the endpoint's first token (default %(default)s)"
     )
 
@@ -60,10 +57,7 @@ def run(options: argparse.Namespace, found: Report) -> None:
     low = options.low or (LOW_QUICK if options.quick else LOW)
     rounds = options.rounds or (ROUNDS_QUICK if options.quick else ROUNDS)
     workers, latency = options.workers or WORKERS, options.latency or 0.0
-    characters = max(options.characters or 0, CHARACTERS)
-    scene = (
-        f"SIMULATED endpoint, {latency:g} s to answer, answers of {characters} characters; medians of {rounds} rounds"
-    )
+    scene = f"SIMULATED endpoint, {latency:g} s to answer; medians of {rounds} rounds"
     found.tables["load"] = Table(
         f"{workers} requests at a time, {requests:,} a round; {scene}",
         [
@@ -89,40 +83,35 @@ def run(options: argparse.Namespace, found: Report) -> None:
             Column("adds to pass-through, p99 ms", "+.2f"),
         ],
     )
-    asyncio.run(measure(found, requests, low, workers, rounds, latency, characters))
+    asyncio.run(measure(found, requests, low, workers, rounds, latency))
     found.findings += judged(found)
 
 
-async def measure(
-    found: Report, requests: int, low: int, workers: int, rounds: int, latency: float, characters: int
-) -> None:
+async def measure(found: Report, requests: int, low: int, workers: int, rounds: int, latency: float) -> None:
     async with running(latency) as there:
-        for stream in (False, True):
-            reply = "streamed" if stream else "whole"
+        for reply, kind in REPLIES.items():
             loaded: dict[str, list[Loaded]] = {way.name: [] for way in there}
             for number in range(-1, rounds):  # the first round warms up
                 for way in there:
                     gc.collect()
-                    sample = await closed_loop(way, requests, workers, stream=stream, characters=characters)
+                    sample = await closed_loop(way, requests, workers, kind)
                     if number >= 0:
                         loaded[way.name].append(sample)
             found.samples[f"load, {reply}"] = {
                 name: [one._asdict() for one in several] for name, several in loaded.items()
             }
             tell_load(found.tables["load"], reply, loaded)
-            latencies = await low_load(there, low, rounds, stream=stream, characters=characters)
+            latencies = await low_load(there, low, rounds, kind)
             found.samples[f"latency ms, {reply}"] = latencies
             tell_latency(found.tables["latency"], reply, latencies)
 
 
-async def low_load(
-    there: list[Way], low: int, rounds: int, *, stream: bool, characters: int
-) -> dict[str, list[tuple[float, ...]]]:
+async def low_load(there: list[Way], low: int, rounds: int, kind: Kind) -> dict[str, list[tuple[float, ...]]]:
     """Return the quantiles of each way's milliseconds, of every round."""
     latencies: dict[str, list[tuple[float, ...]]] = {way.name: [] for way in there}
     for _ in range(rounds):
         gc.collect()
-        for name, taken in (await one_by_one(there, low, stream=stream, characters=characters)).items():
+        for name, taken in (await one_by_one(there, low, kind)).items():
             latencies[name].append(tuple(quantile(taken, share) for share in QUANTILES))
     return latencies
 
@@ -151,21 +140,20 @@ def added(rounds: list[tuple[float, ...]], base: list[tuple[float, ...]]) -> lis
 
 def judged(found: Report) -> list[str]:
     findings = []
-    for reply in ("whole", "streamed"):
+    for reply in REPLIES:
         load, latency = (
             {row[1]: row[2:] for row in found.tables[name].rows if row[0] == reply} for name in ("load", "latency")
         )
         gateway, relay = load[GATEWAY], load[PASS_THROUGH]
         adds, relay_adds = latency[GATEWAY][2:4], latency[PASS_THROUGH][2:4]
-        findings += [
-            f"{reply.capitalize()} replies, one at a time: the gateway adds {adds[0]:.2f} ms at p50 and {adds[1]:.2f} ms at p99, "
-            f"the pass-through {relay_adds[0]:.2f} and {relay_adds[1]:.2f}.",
-            f"{reply.capitalize()} replies, under load: the gateway bears {gateway[0] / relay[0]:.0%} of the pass-through's "
-            f"requests/s for {gateway[3] / relay[3]:.1f} times its processor time, with {gateway[2]:.1f} requests a call.",
-        ]
+        alone = f"the gateway adds {adds[0]:.2f} ms at p50 and {adds[1]:.2f} ms at p99"
+        findings.append(
+            f"Replies {reply}: one at a time, {alone}, the pass-through {relay_adds[0]:.2f} and {relay_adds[1]:.2f}; under load it "
+            f"bears {gateway[0] / relay[0]:.0%} of the pass-through's requests/s for {gateway[3] / relay[3]:.1f} times its processor "
+            f"time, with {gateway[2]:.1f} requests a call."
+        )
     cores = f"Client, endpoint and what is between them share {found.machine.cores} cores, so requests/s are of them all together"
-    rough = "a p99 of a few hundred requests is rough, and longer answers cost more (--characters)"
-    return [*findings, f"{cores}; loopback has no network in it, {rough}."]
+    return [*findings, f"{cores}; loopback has no network in it, and a p99 of a few hundred requests is rough."]
 
 
 def draw(found: Report) -> Figure:
@@ -181,7 +169,7 @@ def draw(found: Report) -> Figure:
             axes.bar(
                 [where + (place - 1) * 0.27 for where in range(len(replies))], heights, 0.25, color=colour, label=way
             )
-        axes.set_xticks(range(len(replies)), [f"{reply} reply" for reply in replies])
+        axes.set_xticks(range(len(replies)), replies)
         axes.set(title=title, ylabel=ylabel)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS))
     figure.suptitle("The gateway on loopback, SIMULATED endpoint")

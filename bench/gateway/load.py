@@ -25,6 +25,13 @@ WARM_UP = 20
 _numbers = itertools.count()
 
 
+class Kind(NamedTuple):
+    """What is asked for: whether the reply is streamed, and how many letters and digits the answer has."""
+
+    stream: bool
+    characters: int
+
+
 class Answer(NamedTuple):
     word: str
     raw: bytes
@@ -47,11 +54,13 @@ class Loaded(NamedTuple):
     per_call: float
 
 
-async def ask(session: aiohttp.ClientSession, way: Way, *, stream: bool, characters: int) -> Answer:
-    """Ask what the simulated model knows only one answer to, a word of *characters* letters and digits."""
-    word = draw_word(next(_numbers), characters)
+async def ask(session: aiohttp.ClientSession, way: Way, kind: Kind) -> Answer:
+    """Ask what the simulated model knows only one answer to, a word."""
+    word = draw_word(next(_numbers), kind.characters)
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"Reply with exactly: {word}"}]
-    body = msgspec.json.encode({"model": MODEL, "messages": messages, "max_tokens": characters, "stream": stream})
+    body = msgspec.json.encode(
+        {"model": MODEL, "messages": messages, "max_tokens": kind.characters, "stream": kind.stream}
+    )
     headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-bench"}
     start = time.perf_counter()
     async with session.post(f"{way.url}/chat/completions", data=body, headers=headers) as response:
@@ -64,10 +73,12 @@ def draw_word(number: int, characters: int) -> str:
     return shake_128(str(number).encode()).hexdigest(characters)[:characters]
 
 
-def check(answers: list[Answer], *, stream: bool) -> None:
+def check(answers: list[Answer], kind: Kind) -> None:
     """Make sure, after the clock has stopped, that everybody got their own answer."""
     for answer in answers:
-        said = streamed(answer.raw) if stream else msgspec.json.decode(answer.raw)["choices"][0]["message"]["content"]
+        said = (
+            streamed(answer.raw) if kind.stream else msgspec.json.decode(answer.raw)["choices"][0]["message"]["content"]
+        )
         assert said == answer.word, answer
 
 
@@ -78,7 +89,7 @@ def streamed(raw: bytes) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
-async def closed_loop(way: Way, requests: int, workers: int, *, stream: bool, characters: int) -> Loaded:
+async def closed_loop(way: Way, requests: int, workers: int, kind: Kind) -> Loaded:
     """Have *workers* ask *requests* times in all, each as soon as it is answered."""
     answers: list[Answer] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -86,7 +97,7 @@ async def closed_loop(way: Way, requests: int, workers: int, *, stream: bool, ch
 
         async def work() -> None:
             for _ in left:
-                answers.append(await ask(session, way, stream=stream, characters=characters))  # noqa: PERF401 the next one waits for it
+                answers.append(await ask(session, way, kind))  # noqa: PERF401 the next one waits for it
 
         calls = await upstream_calls(session, way)
         before, start = way.spent(), time.perf_counter()
@@ -95,7 +106,7 @@ async def closed_loop(way: Way, requests: int, workers: int, *, stream: bool, ch
                 group.create_task(work())
         took, after = time.perf_counter() - start, way.spent()
         calls = (await upstream_calls(session, way) - calls) or requests
-    check(answers, stream=stream)
+    check(answers, kind)
     middle, endpoint = ((late - early) / requests * 1000 for early, late in zip(before, after, strict=True))
     return Loaded(requests / took, middle, endpoint, requests / calls)
 
@@ -108,14 +119,14 @@ async def upstream_calls(session: aiohttp.ClientSession, way: Way) -> int:
         return (await response.json())["upstream_calls"]
 
 
-async def one_by_one(ways: list[Way], requests: int, *, stream: bool, characters: int) -> dict[str, list[float]]:
+async def one_by_one(ways: list[Way], requests: int, kind: Kind) -> dict[str, list[float]]:
     """Return the milliseconds of every request by each way, the ways in turn, so that a busy moment strikes all alike."""
     answers: dict[str, list[Answer]] = {way.name: [] for way in ways}
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(aiohttp.ClientSession()) for _ in ways]
         for _ in range(WARM_UP + requests):
             for way, session in zip(ways, sessions, strict=True):
-                answers[way.name].append(await ask(session, way, stream=stream, characters=characters))
+                answers[way.name].append(await ask(session, way, kind))
     for given in answers.values():
-        check(given, stream=stream)
+        check(given, kind)
     return {name: [answer.seconds * 1000 for answer in given[WARM_UP:]] for name, given in answers.items()}

@@ -42,6 +42,6 @@ def run(options: argparse.Namespace, found: Report) -> None:
 
 
 def draw(found: Report) -> Figure:
-    from bench.scale import figure  # noqa: PLC0415 matplotlib would be in the memory that is measured
+    from bench.scale import figure
 
     return figure.draw(found)
