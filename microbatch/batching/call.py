@@ -12,7 +12,7 @@ from microbatch.batching.prompt import compose, instruction
 from microbatch.batching.telling import called, settled
 from microbatch.batching.ticket import AloneReason
 from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, read_alone
-from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed
+from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed, TransportError
 from microbatch.messages import Reply, Usage
 from microbatch.protocols import ChatCall
 
@@ -325,8 +325,14 @@ class Calls:
             return await self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=exchange.permit), None
         except RequestFailed as error:
             return None, error
-        except asyncio.CancelledError:
-            if not exchange.stopped or task is None or task.cancelling() > asked_before + 1:
+        except asyncio.CancelledError as error:
+            asked = task.cancelling() - asked_before if task is not None else 0
+            if not asked:
+                # Nobody wants this task to end: the transport was cancelled inside, by a scope or a task of its own.
+                failure = TransportError("the transport cancelled the call")
+                failure.__cause__ = error
+                return None, failure
+            if not exchange.stopped or asked > 1:
                 raise  # somebody else wants the task to end
             return None, None  # nobody waits any more
         finally:

@@ -106,15 +106,15 @@ class PatientCache:
     async def _patiently(self, call: Callable[[], Awaitable[T]], patience: float) -> T:
         loop = asyncio.get_running_loop()
         end = loop.time() + patience
+        error = StorageError(f"no answer within {patience:g} s")
         while self.failure is None:
-            error = StorageError(f"no answer within {patience:g} s")
             try:
                 async with asyncio.timeout_at(end):
                     return await call()
             except StorageError as reason:
                 error = reason
             except TimeoutError:
-                pass
+                pass  # an earlier reason says more than that the last try was cut off
             if loop.time() + _PAUSE >= end:
                 self.failure = error
             else:

@@ -407,6 +407,24 @@ async def test_a_bug_between_calls_is_logged_and_ends_no_other(place, monkeypatc
     assert "microbatch itself" in caplog.text
 
 
+@pytest.mark.promise(of="bugs")
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_transport_that_is_cancelled_inside_fails_its_call_and_no_other(count):
+    class CancelledOnce(ScriptedTransport):
+        broken = True
+
+        async def send(self, call, on_text):
+            if self.broken:
+                self.broken = False
+                raise asyncio.CancelledError
+            return await super().send(call, on_text)
+
+    async with batcher_for(CancelledOnce(), max_batch_size=2) as batcher:
+        errors = await asyncio.gather(*(batcher.submit(ask(text)) for text in "ab"[:count]), return_exceptions=True)
+        assert [type(error) for error in errors] == [mb.TransportError] * count
+        assert await gather_outputs(batcher, "cd") == ["C", "D"]
+
+
 @pytest.mark.promise(of="callbacks")
 async def test_a_decoder_that_panics_fails_only_its_item():
     class Panic(BaseException):
