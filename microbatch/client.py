@@ -162,7 +162,14 @@ class Microbatcher:
         calls = Calls(
             send=self._sender.send,
             ledger=self._ledger,
-            books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
+            books=Books(
+                self._ledger,
+                self._collector.costs,
+                self._tokens.count,
+                self._tokens.exact_for,
+                price,
+                kept=self._cache is not None,
+            ),
             flights=self._collector.flights,
             keep=None if self._cache is None else self._cache.keep,
             listeners=listeners,

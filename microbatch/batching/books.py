@@ -38,6 +38,7 @@ class Books:
         count: Counts a text's tokens.
         exact: Whether *count* is that of a model's own encoding; asked with None for the transport's model.
         price: What prices a model's usage.
+        kept: Whether answers are kept, with what they would have cost alone.
     """
 
     def __init__(
@@ -47,21 +48,26 @@ class Books:
         count: Callable[[str], int],
         exact: Callable[[str | None], bool],
         price: Pricing,
+        *,
+        kept: bool,
     ) -> None:
         self._ledger = ledger
         self._costs = costs
         self._count = count
         self._exact = exact
         self._price = price
+        self._kept = kept
         self._paid_batches = 0
 
     def divide(self, batch: Batch, completion: Completion | None) -> list[Usage]:
         """Divide what the combined call cost among its tickets; it is over.
 
         Returns:
-            For each ticket what it would have cost alone, none for those that were not answered; [] if that is not known.
+            For each ticket what it would have cost alone, none for those that were not answered; [] if that is not known, or
+            nobody asks.
         """
         tickets, exchange = batch.tickets, batch.exchange
+        flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
         usage = completion.usage if completion is not None else None
         if completion is not None:
             _finish(tickets, completion)
@@ -74,11 +80,10 @@ class Books:
             lines = [len(ticket.line) for ticket in tickets]
             price = self._price_of(completion, exchange)
             self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
-            alone = self._pay(batch, usage, lines, price)
+            alone = self._pay(batch, usage, lines, price, each=bool(flights) or self._kept)
             self._costs.learn_together(tickets, batch.learned, usage.prompt_tokens)
-        for ticket in tickets:
-            if ticket.flight is not None:
-                ticket.flight.spread(final=True)
+        for flight in flights:
+            flight.spread(final=True)
         return alone
 
     def divide_alone(self, ticket: Ticket, completion: Completion, learned: Learned | None = None) -> None:
@@ -135,8 +140,10 @@ class Books:
             else:
                 ticket.usage, ticket.cost_usd = share, cost_usd
 
-    def _pay(self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None) -> list[Usage]:
-        """Book the call, and what its answered requests would have cost one by one; return that of each ticket."""
+    def _pay(
+        self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None, *, each: bool
+    ) -> list[Usage]:
+        """Book the call, and what its answered requests would have cost one by one; return that of *each* ticket if asked."""
         learned, asked, sizes = batch.learned, len(batch.tickets), batch.answer_bytes
         mine = [ticket.reply is not None for ticket in batch.tickets]
         answered = sum(mine)
@@ -164,12 +171,12 @@ class Books:
             balance.combined += _weight(usage, price)
         balance.alone += _weight(alone, price)
         self._warn_if_dearer()
-        if not any(ticket.key is not None for ticket in batch.tickets):
-            return []  # nobody asks
-        each = [*_shares(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)] if answered else []
-        for ticket, single in zip(batch.tickets, each, strict=False):
+        if not (each and answered):
+            return []
+        singles = [*_shares(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)]
+        for ticket, single in zip(batch.tickets, singles, strict=True):
             self._pay_joined(ticket, single, price)
-        return each
+        return singles
 
     def _pay_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Book what those who have joined *ticket* would have cost, each as much as *alone*."""

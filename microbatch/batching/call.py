@@ -371,16 +371,20 @@ class Calls:
         now, answered = self._now(), 0
         route, price, size, sent = exchange.route, exchange.price, exchange.size, exchange.sent
         wait = exchange.wait  # one bound method for all
+        spec = tickets[0].spec  # the requests of a call are of one lane
+        model, shared = spec.model or self._default_model, spec.shared_chars // size
+        drop, tell = self._flights.drop, self._listeners.settle
         for index, (output, text) in answers:
             ticket = tickets[index]
             sizes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-            if ticket.future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
+            future = ticket.future
+            if future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
                 continue
-            spec, created = ticket.spec, ticket.created
             # A token is about 4 bytes of English; this stands only until the call has ended.
-            usage = Usage((spec.shared_chars // size + len(ticket.line)) // 4, length // 4 + 1, 0, True)
+            usage = Usage((shared + len(ticket.line)) // 4, length // 4 + 1, 0, True)
             if ticket.usage is not None:
                 usage = ticket.usage + usage
+            created = ticket.created
             # By position, in the order of the fields: this is on every answer's path.
             ticket.reply = reply = Reply(
                 output,
@@ -391,19 +395,19 @@ class Calls:
                 size,
                 sent - created,
                 now - created,
-                spec.model or self._default_model,
+                model,
                 None,
                 None,
                 body,
                 wait,
             )
-            ticket.future.set_result(reply)
+            future.set_result(reply)
             if ticket.timer is not None:
                 ticket.timer.cancel()
             if ticket.key is not None:
-                self._flights.drop(ticket)
-            if self._listeners.settle is not None and ticket.flight is None:
-                self._listeners.settle(settled(spec, created, ticket.origin, now, reply=reply))
+                drop(ticket)
+            if tell is not None and ticket.flight is None:
+                tell(settled(spec, created, ticket.origin, now, reply=reply))
             answered += 1
         self._settled(answered)
         return answered

@@ -84,6 +84,9 @@ class Flights:
         late: Returns the error of a caller whose timeout, which it is told, has passed.
         listeners: Who is told how callers ended.
         now: The clock, in seconds.
+
+    Attributes:
+        filed: The latest ticket under each key; whoever accepts one that may be joined puts it here.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class Flights:
         self.late = late
         self._listeners = listeners
         self._now = now
-        self._by_key: dict[Hashable, Ticket] = {}
+        self.filed: dict[Hashable, Ticket] = {}
 
     def tell(self, seat: Seat, error: Exception | None = None) -> None:
         """Tell who listens that *seat* was answered, ended with *error*, or was left."""
@@ -114,23 +117,13 @@ class Flights:
 
     def __len__(self) -> int:
         """Return how many can be joined."""
-        return len(self._by_key)
-
-    def file(self, ticket: Ticket) -> None:
-        """Let *ticket* be joined under its key, in place of an earlier one."""
-        self._by_key[ticket.key] = ticket
-
-    def find(self, key: Hashable) -> Ticket | None:
-        """Return the ticket under *key* whose answer somebody waits for; one whose callers have all gone is not joined."""
-        ticket = self._by_key.get(key)
-        if ticket is None or ticket.future.done() or (ticket.flight is not None and ticket.flight.deserted):
-            return None
-        return ticket
+        return len(self.filed)
 
     def drop(self, ticket: Ticket) -> None:
         """Let nobody join *ticket* any more."""
-        if self._by_key.get(ticket.key) is ticket:
-            del self._by_key[ticket.key]
+        filed = self.filed.pop(ticket.key, ticket)
+        if filed is not ticket:
+            self.filed[ticket.key] = filed  # a later one that has taken its place
 
     def join(
         self,
@@ -140,10 +133,15 @@ class Flights:
         on_taken: Callable[[Any], None] | None,
         loop: asyncio.AbstractEventLoop,
     ) -> Seat:
-        """Return a seat for another caller of *ticket*."""
+        """Return a seat for another caller of *ticket*, which is `awaited`."""
         if ticket.flight is None:
             ticket.flight = Flight(ticket, self, loop)
         return ticket.flight.board(answer, now, on_taken, loop)
+
+
+def awaited(ticket: Ticket) -> bool:
+    """Return whether somebody waits for the answer of *ticket*; one whose callers have all gone is not joined."""
+    return not ticket.future.done() and not (ticket.flight is not None and ticket.flight.deserted)
 
 
 class Flight:

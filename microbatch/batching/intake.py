@@ -1,6 +1,6 @@
 """Takes requests in: what they are, whether they may share a prompt, and where they wait.
 
-This is on every submit's path, so it is written with care for what each step costs; see `bench/burst.py`.
+This is on every submit's path, so it is written with care for what each step costs; see `python -m bench overhead`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.batching.budget import MAX_COUNTED_CHARS
-from microbatch.batching.flight import Seat
+from microbatch.batching.flight import Seat, awaited
 from microbatch.batching.lane import Lane
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
 from microbatch.batching.queues import AloneQueue
-from microbatch.batching.request import canonical_messages, check_messages, copy_of, read_messages, spec_of
+from microbatch.batching.request import canonical_messages, check_messages, copy_of, own_text, read_messages, spec_of
 from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket
 from microbatch.batching.worth import pays
 from microbatch.errors import ConfigError
@@ -106,6 +106,7 @@ class Intake:
         self._room = room
         self._lanes = lanes
         self._flights = flights
+        self._filed = flights.filed
         self._accounts = accounts
         self._costs = costs
         self._count = count
@@ -146,38 +147,40 @@ class Intake:
         """
         if type(messages) is not list or not messages:
             check_messages(messages)
-        read = read_messages(messages, options) if options.combinable else None
-        loop = self._loop
+        loop, lane = self._loop, self._lanes.latest
         now = loop.time()
-        who: Ticket | Seat | None = None
-        if read is None:
-            check_messages(messages)
-            who = self._take_alone(copy_of(messages), options, now, on_taken, sharing)
+        text: str | None = None
+        if options.combinable:
+            if lane is not None:
+                text = own_text(messages, options, lane.spec)
+            if text is None:
+                lane, text = self._read(messages, options)
+        if text is None or lane is None:
+            who = self._take_alone(messages, options, now, on_taken, sharing)
         else:
-            key, text = read
             line = item_line(text)
             # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
             tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
-            lanes = self._lanes
-            lane = lanes.latest
-            # Comparing with the lane of the submit before is cheaper than hashing its long shared texts.
-            if lane is None or lane.spec.key != key:
-                lane = lanes.find(key, messages, options)
-            wait = lane.max_wait
-            due_at = NEVER if on_taken is not None else now + (wait if timeout is None else min(wait, timeout / 2))
+            wait = lane.max_wait if timeout is None else min(lane.max_wait, timeout / 2)
+            due_at = now + wait if on_taken is None else NEVER
+            seat = same = ttl = None
             if sharing is not None:
-                same = sharing.key or (lane.spec.content, line)
-                if not bypass:
-                    who = self._join(same, options, now, on_taken, lane.spec, due_at, lane)
-            if who is None:
-                who = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, due_at)
+                same, ttl = sharing.key or (lane.spec.content, line), sharing.ttl
+                if not bypass and (equal := self._filed.get(same)) is not None:
+                    seat = self._join(equal, options, now, on_taken, lane.spec, due_at, lane)
+            if seat is not None:
+                who = seat
+            else:
+                who = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, due_at, same, ttl)
                 if on_taken is not None:
                     who.on_taken = on_taken
                     who.bulk = True
-                self._place(who, lane, bypass=bypass)
-                if sharing is not None:
-                    who.key, who.ttl = same, sharing.ttl
-                    self._flights.file(who)
+                if lane.careful or bypass or tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES:
+                    self._place(who, lane, bypass=bypass)
+                elif lane.add(who) and not lane.queued:
+                    self._lanes.joined(lane)
+                if same is not None:
+                    self._filed[same] = who
         if self._capture is not None:
             who.origin = self._capture()
         self._room.taken += 1
@@ -190,6 +193,14 @@ class Intake:
                 who.timer = loop.call_at(who.deadline, self._expire, who, timeout, context=self._context)
         return who
 
+    def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:
+        """Return the lane of *messages* and their own text; None and None if they go alone."""
+        read = read_messages(messages, options)
+        if read is None:
+            return None, None
+        key, text = read
+        return self._lanes.find(key, messages, options), text
+
     def _place(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
         """Queue *ticket* in *lane*, or alone if it is better off so."""
         alone = self._look_closely(ticket, lane) if lane.careful else None
@@ -201,40 +212,43 @@ class Intake:
             self.queue_alone(ticket, alone, lane.account)
             self._lanes.drop_if_abandoned(lane)
         else:
-            lane.add(ticket)
-            if not lane.queued:
+            changed = lane.add(ticket)
+            if changed and not lane.queued:
                 self._lanes.joined(lane)
 
     def _take_alone(
         self,
-        messages: list[dict[str, Any]],
+        messages: Messages,
         options: Options,
         now: float,
         on_taken: Callable[[Any], None] | None,
         sharing: Sharing | None,
     ) -> Ticket | Seat:
+        check_messages(messages)
+        own = copy_of(messages)
         spec = spec_of([], options, ())
+        same = ttl = None
         if sharing is not None:
-            same = sharing.key or (options.content, canonical_messages(messages))
-            seat = self._join(same, options, now, on_taken, spec, NEVER)
+            same, ttl = sharing.key or (options.content, canonical_messages(own)), sharing.ttl
+            equal = self._filed.get(same)
+            seat = None if equal is None else self._join(equal, options, now, on_taken, spec, NEVER)
             if seat is not None:
                 return seat
-        ticket = Ticket(self._loop.create_future(), spec, options.answer, now)
-        ticket.messages = messages
+        ticket = Ticket(self._loop.create_future(), spec, options.answer, now, key=same, ttl=ttl)
+        ticket.messages = own
         ticket.on_taken = on_taken
         ticket.bulk = on_taken is not None
         account = self._accounts.of(options.model, options.headers)
         if account.max_tokens is not None:
-            ticket.cost = _fitting(self._costs.of_any(messages, spec), account.max_tokens)
+            ticket.cost = _fitting(self._costs.of_any(own, spec), account.max_tokens)
         self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
-        if sharing is not None:
-            ticket.key, ticket.ttl = same, sharing.ttl
-            self._flights.file(ticket)
+        if same is not None:
+            self._filed[same] = ticket
         return ticket
 
     def _join(
         self,
-        key: Hashable,
+        ticket: Ticket,
         options: Options,
         now: float,
         on_taken: Callable[[Any], None] | None,
@@ -242,10 +256,10 @@ class Intake:
         due_at: float,
         lane: Lane | None = None,
     ) -> Seat | None:
-        """Return a seat with an equal request that is accepted already, after seeing to it that it is as urgent; None if there is none.
+        """Return a seat with *ticket*, after seeing to it that it is as urgent; None if it is too late for that.
 
         Args:
-            key: What equal requests are found by.
+            ticket: An equal request that was accepted before.
             options: The caller's options.
             now: Loop time.
             on_taken: See `accept`.
@@ -253,8 +267,7 @@ class Intake:
             due_at: Loop time until which it would wait for company.
             lane: The lane of that; None if it goes alone.
         """
-        ticket = self._flights.find(key)
-        if ticket is None:
+        if not awaited(ticket):
             return None
         queue = ticket.queue
         if spec.rank < ticket.spec.rank:

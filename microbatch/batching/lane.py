@@ -15,7 +15,7 @@ from microbatch.batching.ticket import NEVER
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from microbatch.batching.account import Account
     from microbatch.batching.budget import Budget
@@ -109,13 +109,12 @@ class Lane:
         """Whether nothing waits and nothing is under way, so that the lane can go."""
         return not self.live and not self.in_flight
 
-    def add(self, ticket: Ticket) -> None:
-        """Queue *ticket*."""
+    def add(self, ticket: Ticket) -> bool:
+        """Queue *ticket*; return whether that may have changed when the lane is due."""
         ticket.queue = self
         self._pending.append(ticket)
         self.live += 1
-        if self._full is None:
-            self._extend((ticket,))
+        return self._full is None and self._admit(ticket)
 
     def rebudget(self, budget: Budget) -> None:
         """Work with another *budget* from now on."""
@@ -190,29 +189,33 @@ class Lane:
         self.due_at = NEVER
         while self._pending and self._pending[0].queue is not self:
             self._pending.popleft()
-        self._extend(self._pending)
+        for ticket in self._pending:
+            if ticket.queue is self:
+                self._admit(ticket)
+                if self._full is not None:
+                    break
 
-    def _extend(self, tickets: Iterable[Ticket]) -> None:
-        """Take *tickets* into the fill until it is full: then the lane is due, and no time is needed."""
-        fill, total, budget = self._fill, self._fill_tokens, self.budget
-        for ticket in tickets:
-            if ticket.queue is not self:
-                continue
-            tokens = total + ticket.tokens + ID_TOKENS
-            if tokens > budget.tokens and fill:
-                self._fill, self._fill_tokens = fill, total
-                if not self._fits_exactly(ticket):
-                    self._full = FlushReason.TOKENS
-                    return
-                tokens = self._fill_tokens
-            fill += 1
-            total = tokens
-            if fill >= budget.size:
-                self._full = budget.size_reason
-                break
-            if ticket.due_at < self.due_at:  # noqa: PLR1730 min() is a call
-                self.due_at = ticket.due_at
-        self._fill, self._fill_tokens = fill, total
+    def _admit(self, ticket: Ticket) -> bool:
+        """Take *ticket* into the fill, which is not full; return whether that may have changed when the lane is due.
+
+        A lane that is full is due, and the times of those behind need not be known.
+        """
+        budget = self.budget
+        tokens = self._fill_tokens + ticket.tokens + ID_TOKENS
+        if tokens > budget.tokens and self._fill:
+            if not self._fits_exactly(ticket):
+                self._full = FlushReason.TOKENS
+                return True
+            tokens = self._fill_tokens
+        self._fill_tokens = tokens
+        self._fill += 1
+        if self._fill >= budget.size:
+            self._full = budget.size_reason
+            return True
+        if ticket.due_at < self.due_at:
+            self.due_at = ticket.due_at
+            return True
+        return self._fill == 1
 
     def _fits_exactly(self, ticket: Ticket) -> bool:
         """Count the largest bounds until *ticket* fits behind the fill, or nothing is left to count."""

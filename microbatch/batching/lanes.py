@@ -4,7 +4,8 @@ Invariants:
 
 - A lane takes turns with the scheduler if it is due; one that no longer is, is passed over.
 - A lane that waits for a time has a timer; a lane that is empty or due has none.
-- A lane is open as long as tickets wait in it or are in flight from it.
+- A lane is open as long as tickets wait in it or are in flight from it. The lane of the latest request is kept beyond that, until
+  a request of another kind comes: the next one is mostly of the same kind, and making a lane costs as much as several submits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Lanes:
         enqueue: Lets a lane that is due take its turns.
 
     Attributes:
-        latest: The lane of the latest request, if it is still open.
+        latest: The lane of the latest request that may share a prompt, None before the first.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Lanes:
         self._count = count
         self._enqueue = enqueue
         self._memory = Memory()
-        self._open: dict[Hashable, Lane] = {}
+        self._by_key: dict[Hashable, Lane] = {}
         self._loop: asyncio.AbstractEventLoop
         self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
 
@@ -74,13 +75,16 @@ class Lanes:
 
     def __iter__(self) -> Iterator[Lane]:
         """Yield the lanes that are open now."""
-        return iter(list(self._open.values()))
+        return iter([lane for lane in self._by_key.values() if not lane.abandoned])
 
     # --- which lane
 
     def find(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
-        """Return the lane of all requests with *key*, opened if need be."""
-        lane = self.latest = self._open.get(key) or self._make(key, messages, options)
+        """Return the lane of all requests with *key*, made if need be."""
+        before = self.latest
+        lane = self.latest = self._by_key.get(key) or self._make(key, messages, options)
+        if before is not None:
+            self.drop_if_abandoned(before)
         return lane
 
     def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
@@ -90,7 +94,7 @@ class Lanes:
         if account.max_tokens is not None or self._policy.merge == "when-cheaper":
             self._costs.measure(spec, learned)
         budget = self._budgets.of(spec, learned, account.max_tokens)
-        lane = self._open[key] = Lane(spec, account, learned, budget, self._count)
+        lane = self._by_key[key] = Lane(spec, account, learned, budget, self._count)
         lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
         self._look_closely(lane)
         return lane
@@ -104,12 +108,10 @@ class Lanes:
         )
 
     def drop_if_abandoned(self, lane: Lane) -> None:
-        """Close *lane* if nothing waits in it and nothing is under way."""
-        if lane.abandoned and self._open.get(lane.spec.key) is lane:
+        """Drop *lane* if nothing waits in it and nothing is under way, unless it is the latest."""
+        if lane.abandoned and lane is not self.latest and self._by_key.get(lane.spec.key) is lane:
             self._disarm(lane)
-            del self._open[lane.spec.key]
-            if self.latest is lane:
-                self.latest = None
+            del self._by_key[lane.spec.key]
 
     # --- when they are due
 

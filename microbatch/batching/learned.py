@@ -73,9 +73,11 @@ class Learned(msgspec.Struct):
             return
         self.unranked = 0
         ranked = sorted(self.answers)
-        self.answer_tokens = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
         self.answer_mean = sum(ranked) / len(ranked)
-        self.revised = True
+        longest = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
+        if longest != self.answer_tokens:  # the budget is worked out from it
+            self.answer_tokens = longest
+            self.revised = True
 
     def record_single(self, tokens: int) -> None:
         """Learn from a single reply, whose tokens are not those of an answer among others: think of reasoning."""

@@ -42,6 +42,8 @@ _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
 _LETTERS = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256))
 _SURPLUS = bytes(range(256 - 256 % len(ALPHABET), 256))
 
+_endings = re.compile(".{5}").findall
+
 _encode = msgspec.json.encode
 
 
@@ -71,7 +73,7 @@ def draw_endings(count: int) -> list[str]:
     letters = ""
     while len(letters) < 5 * count:
         letters += secrets.token_bytes(6 * count).translate(_LETTERS, _SURPLUS).decode()
-    return [letters[start : start + 5] for start in range(0, 5 * count, 5)]
+    return _endings(letters)[:count]
 
 
 def compose(

@@ -46,6 +46,9 @@ ALONE = frozenset({
 `response_format` before; what is left there (json_object) counts."""
 
 _TEXT = answer_type(str)
+
+_PLAIN_FIELDS = 2
+"""Those of the usual message: a role and a content."""
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -165,9 +168,9 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
 
     They can travel with others if every message is plain text and the last one is the user's.
     """
-    # The usual case first: this is on every submit's path, and the texts are compared, never copied.
+    # The usual case first, and the texts are referred to, never copied.
     last = messages[-1]
-    if type(last) is dict and len(last) == 2:  # noqa: PLR2004 role and content
+    if type(last) is dict and len(last) == _PLAIN_FIELDS:
         text = last.get("content")
         if last.get("role") != "user" or type(text) is not str:
             return None
@@ -178,7 +181,7 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
     # Priority is a word of its own in the key: a lane of low-priority work must not delay others.
     key: list[Hashable] = [options.priority, options.content]
     for message in messages[:-1]:
-        if type(message) is dict and len(message) == 2:  # noqa: PLR2004 role and content
+        if type(message) is dict and len(message) == _PLAIN_FIELDS:
             role, content = message.get("role"), message.get("content")
             if type(role) is str and type(content) is str:
                 key.append(role)
@@ -188,6 +191,25 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
             return None
         key.append(_canonical(message, "messages"))
     return tuple(key), text
+
+
+def own_text(messages: Messages, options: Options, spec: Spec) -> str | None:
+    """Return the text of *messages* of its own, if all else is plainly that of *spec*; None if that takes a closer look.
+
+    This answers most submits of a service, which ask the same kind of thing again: comparing costs a fraction of making a key.
+    """
+    last = messages[-1]
+    if (
+        type(last) is dict
+        and len(last) == _PLAIN_FIELDS
+        and last.get("role") == "user"
+        and options.content == spec.key[1]
+        and options.priority == spec.key[0]
+        and messages[:-1] == spec.plain
+    ):
+        text = last.get("content")
+        return text if type(text) is str else None
+    return None
 
 
 def _is_text(message: Mapping[str, Any] | Message) -> bool:
@@ -231,11 +253,13 @@ def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...]) -> 
         key: What `read_messages` returned for it, or () for a request that goes alone.
     """
     shared = copy_of(messages[:-1])
+    plain = all(len(message) == _PLAIN_FIELDS and set(map(type, message.values())) == {str} for message in shared)
     return Spec(
         key=key,
         content=key[1:],
         model=options.model,
         shared=shared,
+        plain=shared if plain else None,
         answer=options.answer,
         max_tokens=options.max_tokens,
         params=options.params,

@@ -47,6 +47,7 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         content: The same without the priority: what two requests ask of the model, but for the last message.
         model: As given, None for the transport's own.
         shared: The messages before the last one, as given.
+        plain: The same, if each is a role and a text and nothing else; otherwise None.
         answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
         max_tokens: Most tokens of one answer, or None.
         params: Further request fields, temperature included.
@@ -56,10 +57,11 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         shared_chars: Length of the shared messages' texts, for estimates.
     """
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     content: Hashable
     model: str | None
-    shared: Sequence[Mapping[str, Any]]
+    shared: list[dict[str, Any]]
+    plain: list[dict[str, Any]] | None
     answer: AnswerType
     max_tokens: int | None
     params: Mapping[str, Any]
@@ -87,6 +89,8 @@ class Ticket(msgspec.Struct, eq=False):
         prompt_tokens: The prompt's part of that, by our own count; 0 where it is not counted.
         created: Loop time of the submit, in seconds.
         due_at: Loop time until which it waits for company; `NEVER` for bulk work, which waits for a full batch.
+        key: What equal requests find it by, to join it or its answer in the cache; None for one that is not shared.
+        ttl: Seconds for which its answer is good, None for the cache's own.
         deadline: Loop time at which its caller gives up, or None.
         messages: All messages, for a request that is not combinable.
         attempts: Upstream calls that carried it so far.
@@ -99,8 +103,6 @@ class Ticket(msgspec.Struct, eq=False):
         on_taken: For bulk work: called when it leaves its queue.
         bulk: Whether only bulk work waits for it, and nobody for it alone.
         timer: Ends it at its deadline; the collector's.
-        key: What equal requests find it by, to join it or its answer in the cache; None for one that is not shared.
-        ttl: Seconds for which its answer is good, None for the cache's own.
         origin: What hooks keep of its caller.
         flight: Its callers, once there are several; then `future` is nobody's.
     """
@@ -112,6 +114,8 @@ class Ticket(msgspec.Struct, eq=False):
     line: bytes = b""
     tokens: int = 0
     due_at: float = NEVER
+    key: Hashable = None
+    ttl: float | None = None
     deadline: float | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     exact: bool = False
@@ -127,8 +131,6 @@ class Ticket(msgspec.Struct, eq=False):
     on_taken: Callable[[Ticket], None] | None = None
     bulk: bool = False
     timer: asyncio.TimerHandle | None = None
-    key: Hashable = None
-    ttl: float | None = None
     origin: Any = None
     flight: Flight | None = None
 

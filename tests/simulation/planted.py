@@ -213,7 +213,7 @@ def ignored_tenant():
     def loosely(read):
         def wrapper(messages, options):
             found = read(messages, options)
-            return found and ((options.key[0], *found[0][1:]), found[1])
+            return found and ((options.priority, options.content[:-1], *found[0][2:]), found[1])
 
         return wrapper
 

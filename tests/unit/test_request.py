@@ -1,0 +1,94 @@
+"""Whether requests may share a prompt: the short look at most submits sees what the long one sees."""
+
+from __future__ import annotations
+
+import copy
+
+import msgspec
+import pytest
+from helpers import ask, batcher_for
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import microbatch as mb
+from microbatch.batching.request import PLAIN, own_text, read_messages, read_options, spec_of
+from microbatch.testing import ScriptedTransport
+
+# Few words, so that messages are often equal, and values that are equal in Python but not in JSON.
+words = st.sampled_from(["", "a", "b", "user", "system"])
+odd = st.sampled_from([None, 1, 1.0, True, [], ["a"]])
+messages = st.one_of(
+    st.fixed_dictionaries({"role": words, "content": words}),
+    st.fixed_dictionaries({"role": words, "content": words}, optional={"name": words | odd}),
+    st.fixed_dictionaries({"role": words, "content": words | odd}),
+    st.builds(mb.Message, words, words),
+)
+conversations = st.lists(messages, max_size=2).flatmap(
+    lambda shared: st.sampled_from(["own", "other"]).map(lambda text: [*shared, {"role": "user", "content": text}])
+)
+options = st.builds(
+    lambda model, tenant, priority: read_options(str, model, None, None, None, None, tenant, priority),
+    *(st.sampled_from([None, "a"]), st.sampled_from([None, "a"]), st.sampled_from(["normal", "low"])),
+)
+
+
+def named(name):
+    return [{"role": "a", "content": "a", "name": name}, {"role": "user", "content": "own"}]
+
+
+@given(first=conversations, second=conversations, theirs=options, ours=options)
+@example(first=named(1), second=named(True), theirs=PLAIN, ours=PLAIN)  # equal in Python, but not in JSON
+def test_the_short_look_never_sees_a_lane_that_the_long_one_does_not(first, second, theirs, ours):
+    read, other = read_messages(first, theirs), read_messages(second, ours)
+    if read is None:
+        return
+    text = own_text(second, ours, spec_of(first, theirs, read[0]))
+    assert text is None or other == (read[0], text)
+
+
+def test_the_short_look_sees_the_usual_lane():
+    first = ask("one")
+    key, _ = read_messages(first, PLAIN)
+    assert own_text(ask("two"), PLAIN, spec_of(first, PLAIN, key)) == "two"
+
+
+@pytest.mark.promise(of="lane")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda asked: asked[0].update(content="Whisper."),
+        lambda asked: asked[0].update(role="developer"),
+        lambda asked: asked[0].update(name="boss"),
+        lambda asked: asked.insert(0, asked[0]),
+        lambda asked: asked.pop(0),
+    ],
+)
+async def test_whatever_differs_before_the_last_message_makes_another_lane(change):
+    transport = ScriptedTransport()
+    async with batcher_for(transport, idle="wait", max_wait=1.0) as batcher:
+        await batcher.submit(ask("first"))
+        other = copy.deepcopy(ask("second"))
+        change(other)
+        await batcher.submit(other)
+        await batcher.submit(ask("third"))
+    assert [list(each.call.messages) for each in transport.calls] == [ask("first"), other, ask("third")]
+
+
+async def test_of_the_lanes_that_rest_only_the_latest_is_kept():
+    async with batcher_for(ScriptedTransport()) as batcher:
+        lanes = batcher._collector.lanes
+        for number in range(10):
+            await batcher.submit(ask("x", f"Lane {number}."))
+            assert [lane.spec.shared[0]["content"] for lane in lanes._by_key.values()] == [f"Lane {number}."]
+        assert not list(lanes)
+        kept = lanes.latest
+        await batcher.submit(ask("y", "Lane 9."))
+        assert lanes.latest is kept
+
+
+def test_a_lanes_own_copy_cannot_be_changed_from_outside():
+    first = ask("one")
+    spec = spec_of(first, PLAIN, read_messages(first, PLAIN)[0])
+    first[0]["content"] = "Whisper."
+    assert own_text(first, PLAIN, spec) is None
+    assert spec.shared == msgspec.json.decode(msgspec.json.encode(ask("one")))[:1]
