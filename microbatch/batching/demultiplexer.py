@@ -50,6 +50,7 @@ _element = re.compile(
     rf'{SPACE},{SPACE}"answer"{SPACE}:{SPACE}({STRING}|{SCALAR}|{_FLAT_OBJECT}){SPACE}\}})'
 ).match
 _marker = re.compile(_OPENING).search
+_text_answer = re.compile(rf'{_OPENING}{SPACE}"[^"\\\x00-\x1f]*+"{SPACE},{SPACE}"answer"{SPACE}:{SPACE}"').match
 _readable_id = re.compile(rf'{_OPENING}{SPACE}"([^"\\\x00-\x1f]*+)"').match
 
 # An unfinished element up to this length is kept as it is and matched whole when a brace arrives; a longer one is scanned
@@ -210,8 +211,8 @@ class Demultiplexer:
             if len(text) - start <= _WINDOW and text.find("}", start) < 0:
                 self._keep(text[start:])
                 return delivered
-            scanner = ObjectScanner()
-            end = scanner.feed(text, start)
+            scanner, head = ObjectScanner(), _text_answer(text, start)
+            end = scanner.feed(text, start) if head is None else scanner.feed_answer(text, start, head.end())
             if end == MORE:
                 self._keep(text[start:])
                 self._scanner = scanner

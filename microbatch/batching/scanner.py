@@ -71,6 +71,11 @@ class ObjectScanner:
             self._base = pos
         while pos < length:
             if self._expect >= _STRING:
+                # Here and not in `_inside`, because most pieces of a long reply are in a string from end to end.
+                if self._expect == _STRING and (found := _string_body(text, pos)) is not None:
+                    pos = found.end()
+                    if pos == length:
+                        break
                 pos = self._inside(text, pos)
                 if pos == BROKEN:
                     return pos
@@ -84,6 +89,20 @@ class ObjectScanner:
                 return pos
         self._base -= length
         return MORE
+
+    def feed_answer(self, text: str, start: int, pos: int) -> int:
+        """Go on with *text* from *pos* on, as `feed` does, where a text begins that is a member's value.
+
+        Args:
+            text: See above.
+            start: Where the object begins; it is sound up to *pos*.
+            pos: The place behind the text's opening quote.
+        """
+        self._base = start
+        self.opened.append(0)
+        self._closers.append("}")
+        self._expect, self._after_string = _STRING, _COMMA_OR_END
+        return self.feed(text, pos)
 
     def _token(self, char: str, pos: int) -> int:
         """Take the structural character *char*, or enter a string or scalar; return the next position or `BROKEN`."""
@@ -124,18 +143,14 @@ class ObjectScanner:
         self._expect = _COMMA_OR_END
 
     def _inside(self, text: str, pos: int) -> int:
-        """Go on in a string, an escape or a scalar; return the next position or `BROKEN`."""
+        """Go on at the end of a string's plain part, in an escape or in a scalar; return the next position or `BROKEN`."""
         if self._expect == _STRING:
-            return self._in_string(text, pos)
+            return self._after_plain(text, pos)
         if self._expect == _SCALAR_CHARS:
             return self._in_scalar(text, pos)
         return self._in_escape(text[pos], pos)
 
-    def _in_string(self, text: str, pos: int) -> int:
-        found = _string_body(text, pos)
-        pos = found.end() if found else pos
-        if pos == len(text):
-            return pos
+    def _after_plain(self, text: str, pos: int) -> int:
         if text[pos] == '"':
             self._expect = self._after_string
         elif text[pos] == "\\":  # bad, or cut off by the end of this piece

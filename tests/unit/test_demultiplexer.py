@@ -72,6 +72,15 @@ def test_a_sound_reply_answers_every_item_as_soon_as_its_element_closes():
     assert list(demultiplexer.faults()) == []
 
 
+@pytest.mark.parametrize("size", [1, 8, 40])
+@pytest.mark.parametrize("text", ["a {brace} that closes in the text", 'a "quote" and a {brace}\n' * 40])
+def test_a_text_with_braces_is_out_as_soon_as_its_element_closes(text, size):
+    whole = reply(*(element(index, text) for index in range(5)))
+    read = Read(*pieces_of(whole, range(0, len(whole), size)))
+    assert read.in_time == dict.fromkeys(range(5), text)
+    assert not read.demultiplexer.damaged
+
+
 def test_verified_holds_every_answer_to_the_end():
     read = Read(WHOLE, early=False)
     assert (read.in_time, read.answers) == ({}, alive(0, 1, 2, 3, 4))
