@@ -25,7 +25,7 @@ from microbatch.batching.collector import Collector
 from microbatch.batching.fallback import Fallback
 from microbatch.batching.intake import IN_FLIGHT, Sharing
 from microbatch.batching.prompt import draw_endings
-from microbatch.batching.request import PLAIN, check_messages, read_options
+from microbatch.batching.request import PLAIN, OptionsReader, check_messages
 from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.caching.warming import Warmed, lasting
@@ -144,6 +144,7 @@ class Microbatcher:
                 model=model,
                 normalize=normalize,
             )
+        self._options = OptionsReader()
         self._sharing = IN_FLIGHT if self._policy.share else None
         if spool is not None and not isinstance(spool, Spool):
             raise ConfigError(f"spool must have the methods of Spool, got {type(spool).__name__}")
@@ -372,7 +373,7 @@ class Microbatcher:
         ):
             options = PLAIN
         else:
-            options = read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
+            options = self._options.read(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
         if timeout is not None or ttl is not None:
             at_least(0, timeout=timeout, ttl=ttl)
         sharing = self._sharing
@@ -509,7 +510,7 @@ class Microbatcher:
         Raises:
             ConfigError: One is wrong.
         """
-        options: Options = read_options(
+        options = self._options.read(
             request.output_type,
             request.model,
             request.max_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import microbatch as mb
-from microbatch.batching.request import PLAIN, own_text, read_messages, read_options, spec_of
+from microbatch.batching.request import PLAIN, OptionsReader, own_text, read_messages, read_options, spec_of
 from microbatch.testing import ScriptedTransport
 
 # Few words, so that messages are often equal, and values that are equal in Python but not in JSON.
@@ -84,6 +85,49 @@ async def test_of_the_lanes_that_rest_only_the_latest_is_kept():
         kept = lanes.latest
         await batcher.submit(ask("y", "Lane 9."))
         assert lanes.latest is kept
+
+
+settings_given = st.tuples(
+    *(
+        st.sampled_from([str, int, Literal["a", "b"], 7]),  # 7 is no type
+        st.sampled_from([None, "a", 1]),
+        st.sampled_from([None, 1, True, 1.0, 300]),
+        st.sampled_from([None, 0, 0.0, False, 1]),
+        st.sampled_from([None, {}, {"seed": 1}, {"stop": "x"}]),
+        st.sampled_from([None, {"X-Team": "a"}]),
+        st.sampled_from([None, "acme"]),
+        st.sampled_from(["normal", "low", "urgent"]),
+    )
+)
+
+
+def outcome(read, given):
+    try:
+        return msgspec.structs.astuple(read(*given))
+    except mb.ConfigError as error:
+        return str(error)
+
+
+def given_limit(max_tokens):
+    return (str, None, max_tokens, None, None, None, None, "normal")
+
+
+@given(st.lists(settings_given, max_size=6))
+@example([given_limit(1), given_limit(True)])
+def test_options_that_come_again_are_read_as_at_first(several):
+    reader = OptionsReader()
+    for given_now in several:
+        for _ in range(2):
+            assert outcome(reader.read, given_now) == outcome(read_options, given_now)
+
+
+def test_options_of_the_submit_before_are_known_and_a_mapping_that_changed_is_not():
+    reader, params = OptionsReader(), {"top_p": 0.1}
+    read = [reader.read(int, "m", None, None, None, None, None, "normal") for _ in range(2)]
+    assert read[0] is read[1]
+    before = reader.read(int, "m", None, None, params, None, None, "normal")
+    params["top_p"] = 0.2
+    assert reader.read(int, "m", None, None, params, None, None, "normal").content != before.content
 
 
 def test_a_lanes_own_copy_cannot_be_changed_from_outside():
