@@ -107,6 +107,7 @@ class Intake:
         self._lanes = lanes
         self._flights = flights
         self._filed = flights.filed
+        self._scratch = bytearray()
         self._accounts = accounts
         self._costs = costs
         self._count = count
@@ -158,7 +159,7 @@ class Intake:
         if text is None or lane is None:
             who = self._take_alone(messages, options, now, on_taken, sharing)
         else:
-            line = item_line(text)
+            line = item_line(text, self._scratch)
             # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
             tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
             wait = lane.max_wait if timeout is None else min(lane.max_wait, timeout / 2)

@@ -140,6 +140,18 @@ def test_an_attempt_to_break_out_is_read_as_its_own_text(text):
     assert read_back(content) == list(zip(ids, ["before", text, "after"], strict=True))
 
 
+@given(texts=st.lists(TEXTS | st.sampled_from(["x" * 100, f"{'y' * 50}\ud800"])))
+def test_nothing_of_a_line_written_before_is_left_in_the_scratch(texts):
+    def line(*given):
+        try:
+            return item_line(*given)
+        except ConfigError:
+            return None
+
+    scratch = bytearray()
+    assert [line(text, scratch) for text in texts] == [line(text) for text in texts]
+
+
 @given(before=st.text(max_size=5), half=st.integers(0xD800, 0xDFFF), after=st.text(max_size=5))
 def test_half_a_surrogate_pair_is_a_config_error_without_the_text_in_it(before, half, after):
     text = f"secret{before}{chr(half)}{after}"
