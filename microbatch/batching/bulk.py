@@ -359,10 +359,11 @@ class _Run:
             return
         may_come = not self._exhausted and self._has_room and not (self._sync is None and self._silent)
         in_flight = len(self._open) > len(self._unsent)
-        lanes = dict.fromkeys(handle.queue for handle in self._unsent)
-        if may_come or in_flight or self._looking or any(lane.due for lane in lanes):
+        if may_come or in_flight or self._looking:
             return
-        self._collector.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
+        lanes = dict.fromkeys(handle.queue for handle in self._unsent)
+        if not any(lane.due for lane in lanes):
+            self._collector.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
 
     def leave(self) -> None:
         """The consumer is gone: cancel what is pending."""
