@@ -15,7 +15,19 @@ from bench import report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = ("overhead", "semantics", "latency", "demux", "scale", "gateway", "hybrid", "quota")
+NAMES = (
+    "overhead",
+    "semantics",
+    "throughput",
+    "latency",
+    "demux",
+    "scale",
+    "overload",
+    "stalls",
+    "gateway",
+    "hybrid",
+    "quota",
+)
 RESULTS = Path(__file__).parent / "results"
 SEED = 1
 
@@ -68,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.name == "readme":
         from bench import readme
 
-        return readme.main(options.out)
+        return readme.main(options.out, quick=options.quick)
     run_one(options.name, modules[options.name], options)
     return 0
 
@@ -80,7 +92,7 @@ def run_one(name: str, module: Benchmark, options: argparse.Namespace) -> None:
         for key, value in vars(options).items()
         if key not in ("name", "quick", "seed", "out") and value is not None
     }
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}
+    told = {key: value.name if isinstance(value, Path) else value for key, value in own.items()}
     found = report.begin(
         name, module.QUESTION, quick=options.quick, seed=options.seed, options=told, compared=module.COMPARED
     )

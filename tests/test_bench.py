@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def bench(*words):
     return subprocess.run(
-        [sys.executable, "-m", "bench", *words], cwd=ROOT, check=False, capture_output=True, text=True, timeout=50
+        [sys.executable, "-m", "bench", *words], cwd=ROOT, check=False, capture_output=True, text=True, timeout=100
     )
 
 
@@ -269,7 +269,10 @@ def test_every_benchmark_offers_what_the_frame_asks_for(name):
     [
         ("gateway", ["--requests", "300", "--low", "5", "--rounds", "1"]),
         ("hybrid", ["--count", "400"]),
+        ("overload", ["--count", "4000", "--queued", "1000"]),
         ("quota", ["--minutes", "3"]),
+        ("stalls", []),
+        ("throughput", ["--count", "400", "--seconds", "0.2", "--rounds", "1"]),
     ],
 )
 def test_a_quick_run_leaves_a_report_and_a_figure_that_is_drawn_from_it(name, words, tmp_path):

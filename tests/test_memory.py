@@ -2,7 +2,8 @@
 
 import asyncio
 
-from lanes import lanes, mapped
+from bench.scale.items import mapped
+from bench.scale.lanes import lanes
 
 GROWTH_MIB = 4.0  # noise of the allocator; one kept object a request would be tens of MiB
 

@@ -222,11 +222,12 @@ class MsgspecWhole(_ById):
 OURS = "microbatch"
 WHOLE = "msgspec, whole reply"
 STREAMED_PEER = "ijson yajl2_c"
+CHECKED_PEER = "ijson, types checked"
 
 BY_NAME: dict[str, type[Reader]] = {
     OURS: Microbatch,
     STREAMED_PEER: Ijson,
-    "ijson, types checked": IjsonTyped,
+    CHECKED_PEER: IjsonTyped,
     "jiter, every chunk": Jiter,
     "jiter, chunks with }": JiterAtBraces,
     "partial-json-parser": PartialJsonParser,

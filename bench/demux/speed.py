@@ -35,6 +35,9 @@ MOST_US = 5.0
 MOST_GROWTH = 13.0
 """The targets: microseconds for a label in pieces of `LINEAR_PIECE`, and how much longer ten times the items may take."""
 
+LEVEL = 0.05
+"""Differences below this share are not told apart from noise."""
+
 SAMPLE_S = 0.004
 """What a sample takes at least, so that the clock's resolution and one interruption do not show: short replies are repeated."""
 
@@ -184,15 +187,11 @@ def findings(found: Report) -> list[str]:
     """Say what the tables say."""
     speed, linear, against = (found.tables[name] for name in ("speed", "linear", "against_ours"))
     names = [column.name for column in against.columns]
-    peer, whole = (names.index(name) for name in (readers.STREAMED_PEER, readers.WHOLE))
-    said = []
-    streamed = [(f"{row[0]} in chunks of {row[1]}", row[peer]) for row in against.rows if row[1] != named(0)]
-    slower = [f"{what} ({1 / ratio:.1f}x)" for what, ratio in streamed if ratio < 1]
-    ahead = [f"{what} ({ratio:.1f}x)" for what, ratio in streamed if ratio >= 1]
-    said.append(
-        f"Slower than {readers.STREAMED_PEER} (which checks no types) with: {', '.join(slower) or 'nothing'}; as fast or faster with: "
-        f"{', '.join(ahead) or 'nothing'}."
-    )
+    whole = names.index(readers.WHOLE)
+    said = [
+        _against(name, {(row[0], row[1]): row[names.index(name)] for row in against.rows})
+        for name in (readers.STREAMED_PEER, readers.CHECKED_PEER)
+    ]
     costs = [1 / row[whole] for row in against.rows]
     said.append(
         f"Decoding the whole reply once with msgspec takes less: microbatch takes {min(costs):.1f} to {max(costs):.1f} times that; "
@@ -202,7 +201,7 @@ def findings(found: Report) -> list[str]:
     row = next(row for row in linear.rows if row[0] == readers.OURS)
     growth = [cell for cell in row[1 + len(COUNTS) :] if cell is not None]
     said.append(
-        f"Target of at most {MOST_US:g} us for a label: {_met(us <= MOST_US)} ({us:.2f} us). Ten times the items at most "
+        f"Target of at most {MOST_US:g} us for a label in chunks of {LINEAR_PIECE}: {_met(us <= MOST_US)} ({us:.2f} us). Ten times the items at most "
         f"{MOST_GROWTH:g} times as long: {_met(max(growth) <= MOST_GROWTH)} (at most {max(growth):.1f} times)."
     )
     few, many = (
@@ -215,6 +214,25 @@ def findings(found: Report) -> list[str]:
             f"long, microbatch {few:.0f} times."
         )
     return said
+
+
+def _against(name: str, ratios: dict[tuple[str, str], float]) -> str:
+    """Say with what microbatch is slower and faster than *name*, from how many times its own time that one takes."""
+    said: dict[str, list[str]] = {"slower": [], f"level to within {LEVEL:.0%}": [], "faster": []}
+    slower, level, faster = said.values()
+    for (kind, piece), ratio in ratios.items():
+        what = f"{kind} {'whole' if piece == named(0) else f'in chunks of {piece}'}"
+        if abs(ratio - 1) <= LEVEL:
+            level.append(what)
+        elif ratio < 1:
+            slower.append(f"{what} ({1 / ratio:.1f}x)")
+        else:
+            faster.append(f"{what} ({ratio:.1f}x)")
+    return (
+        f"Against {name}: "
+        + "; ".join(f"{word} with {', '.join(whats) or 'none'}" for word, whats in said.items())
+        + "."
+    )
 
 
 def _met(met: bool) -> str:

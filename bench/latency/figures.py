@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bench import plot
 from bench.latency import windows
-from bench.latency.world import ALONE, MODES, STREAMED, WHOLE
+from bench.latency.world import ALONE, LATENCY, MODES, STREAMED, WHOLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from bench.report import Report
 
 SHOWN_SIZES = ("16", "50")
+LABELLED = {"quiet": 5, "busy": 3}
+"""The first window whose point is labelled: those before lie too close to each other."""
+
 COLORS = {STREAMED: plot.OURS, WHOLE: plot.OTHERS[0], ALONE: plot.MUTED}
 
 
@@ -24,7 +27,9 @@ def draw(found: Report) -> Figure:
     _places(places, found.samples["positions"])
     _trade(trade, found.samples["windows"])
     _loads(loads, found.samples["loads"])
-    figure.suptitle("SIMULATED endpoint: 0.5 s to the first token, 80 tokens/s; virtual time", fontsize=9)
+    figure.suptitle(
+        f"SIMULATED endpoint: {LATENCY.first_token} s to the first token, {LATENCY.tokens_per_second:g} tokens/s; virtual time"
+    )
     return figure
 
 
@@ -50,9 +55,11 @@ def _trade(axes: Axes, samples: dict[str, dict[str, list[list[float]]]]) -> None
         for idle, points in by_idle.items():
             waits, sizes = [point[2] for point in points], [point[1] for point in points]
             label = f'{name} ({windows.RATES[name]:g}/s), idle="{idle}"'
-            axes.plot(waits, sizes, marker="o", markersize=4, color=styles[name, idle], label=label)
+            # Where calls are always under way both ways to idle are the same: one line shows beside the other.
+            style = {"linestyle": "--", "markersize": 4} if idle == "wait" else {"linewidth": 3.5, "markersize": 7}
+            axes.plot(waits, sizes, marker="o", color=styles[name, idle], label=label, **style)
             if idle == "wait":
-                for point in points[3:] if name == "quiet" else points:
+                for point in points[LABELLED[name] :]:
                     axes.annotate(
                         f"{point[0]:.0f}", (point[2], point[1]), xytext=(4, -9), textcoords="offset points", fontsize=7
                     )

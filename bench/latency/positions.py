@@ -20,7 +20,7 @@ APART_S = 60.0
 def measure(found: Report, batches: int) -> None:
     """Fill in the table: full batches on an idle batcher, everybody at the same instant."""
     table = Table(
-        f"Seconds to the answer by place in a full batch, {batches} batches each, everybody comes at once, no limit on calls",
+        f"Seconds to the answer by place in a full batch, SIMULATED endpoint, {batches} batches each, all callers at once, no limit on calls",
         [
             Column("batch"),
             Column("mode"),
@@ -64,7 +64,7 @@ def findings(found: Report) -> list[str]:
         streamed, whole, alone = (rows[size, mode] for mode in MODES)
         said.append(
             f"Batches of {size}: streaming answers after {streamed[2]:.2f} s on average against {whole[2]:.2f} s for the whole "
-            f"reply ({1 - streamed[2] / whole[2]:.0%} sooner), the first after {streamed[5]:.2f} s; the slowest gain nothing "
+            f"reply ({1 - streamed[2] / whole[2]:.0%} sooner), the first after {streamed[5]:.2f} s; the slowest gain next to nothing "
             f"(p99 {streamed[4]:.2f} s against {whole[4]:.2f} s). One call each takes {alone[2]:.2f} s where nothing limits calls: "
             f"a batch costs the average caller {streamed[2] / alone[2]:.1f} times that even streamed."
         )

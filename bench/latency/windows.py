@@ -29,7 +29,7 @@ DEFAULT_WAIT = 0.1
 def sweep(found: Report, count: int) -> None:
     """Fill in the table of windows."""
     table = Table(
-        f"The window: wait against batch size, streamed, batches of at most {SIZE}, {count} Poisson arrivals each",
+        f"The window: wait against batch size, SIMULATED endpoint, streamed, batches of at most {SIZE}, {count:,} Poisson arrivals each",
         [
             Column("arrivals"),
             Column("idle"),
@@ -78,7 +78,7 @@ def lone(found: Report) -> None:
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         direct = runner.run(_direct(question))
     table = Table(
-        f"One request, max_wait {DEFAULT_WAIT * 1e3:.0f} ms",
+        f"One request, SIMULATED endpoint, max_wait {DEFAULT_WAIT * 1e3:.0f} ms",
         [Column("how"), Column("time to answer, s", ".4f"), Column("added, ms", ".1f")],
     )
     table.add("straight to the transport", direct, 0.0)

@@ -13,14 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bench import peers
-from bench.overhead import figure, findings, tables
+from bench.overhead import findings, tables
 from bench.overhead.entries import FLOOR, LARGE, OURS, WAITING, entries
-from bench.overhead.loads import LOADS
+from bench.overhead.loads import BARE, LOADS
 from bench.overhead.quiet import all_quiet, loops_of
 from bench.timing import alternate
 
 if TYPE_CHECKING:
     import argparse
+
+    from matplotlib.figure import Figure
 
     from bench.overhead.entries import Entry
     from bench.overhead.tables import Pairs
@@ -29,23 +31,21 @@ if TYPE_CHECKING:
 QUESTION = "What does submit cost, beside bare futures and other collectors?"
 COMPARED = [*peers.DISTRIBUTIONS, "uvloop"]
 
-PENDING = 100_000
+PENDING, QUICK_PENDING = 100_000, 20_000
 PROFILED = 40
 """Lines of the profile."""
 
-ROUNDS = 5
+ROUNDS = {"burst 32": 5, "burst 16": 3, "burst 256": 3, "steady": 5, BARE.name: 5}
 # The short form has about a minute: fewer rounds, most of them where libraries differ most.
-QUICK_ROUNDS = {"burst 32": 2, "burst 16": 1, "burst 256": 1, "steady": 3}
+QUICK_ROUNDS = {"burst 32": 2, "burst 16": 1, "burst 256": 1, "steady": 3, BARE.name: 1}
 QUICK_UVLOOP = {"burst 32": 1, "steady": 2}
 
-QUICK_OTHERS = (FLOOR, "minimal", "async-batcher", "async-batcher (concurrency=-1)", OURS)
+QUICK_OTHERS = (FLOOR, "minimal", "async-batcher", "async-batcher (concurrency=-1)", "aioautobatch", OURS)
 """Whom the short form measures in the other bursts: ours, and those to beat."""
 
-IDLE_SECONDS, QUICK_IDLE_SECONDS = 3.0, 1.0
+IDLE_SECONDS, QUICK_IDLE_SECONDS = 2.0, 1.0
 QUICK_AT_ONCE = 2
-"""Processes side by side in the short form: they sleep most of the time."""
-
-draw = figure.draw
+"""Processes side by side in the short form: they sleep some of the time."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,16 +84,16 @@ def run(options: argparse.Namespace, found: Report) -> None:
 
 def times(loop: str, measured: dict[str, Entry], *, quick: bool) -> Pairs:
     """Measure *measured* under each load that the form asks for."""
-    rounds = {load.name: ROUNDS for load in LOADS}
-    if quick:
-        rounds = QUICK_ROUNDS if loop == "asyncio" else QUICK_UVLOOP
+    rounds = ROUNDS if not quick else QUICK_ROUNDS if loop == "asyncio" else QUICK_UVLOOP
     pairs: Pairs = {}
-    for load in LOADS:
+    for load in (*LOADS, BARE):
         if load.name not in rounds:
             continue
         names = [name for name in measured if name != WAITING]
         if quick and load.name in ("burst 16", "burst 256"):
             names = [name for name in names if name in QUICK_OTHERS]
+        if load is BARE:
+            names = [name for name in names if name == OURS]
         cases = {name: partial(load.pair, measured[name], measured[FLOOR], loops_of(loop)) for name in names}
         pairs[load.name] = alternate(cases, rounds[load.name])
     return pairs
@@ -102,18 +102,24 @@ def times(loop: str, measured: dict[str, Entry], *, quick: bool) -> Pairs:
 def stillness(loop: str, measured: dict[str, Entry], found: Report) -> None:
     """Measure what each costs when little happens."""
     names = [name for name in measured if name != LARGE]
-    quick = found.quick
+    pending = QUICK_PENDING if found.quick else PENDING
     quiet, failed = all_quiet(
         names,
         loop,
-        pending=PENDING,
-        seconds=QUICK_IDLE_SECONDS if quick else IDLE_SECONDS,
-        at_once=QUICK_AT_ONCE if quick else 1,
+        pending=pending,
+        seconds=QUICK_IDLE_SECONDS if found.quick else IDLE_SECONDS,
+        at_once=QUICK_AT_ONCE if found.quick else 1,
     )
-    found.tables[f"{loop}_quiet"] = tables.quiet(loop, quiet, PENDING)
+    found.tables[f"{loop}_quiet"] = tables.quiet(loop, quiet, pending)
     found.samples[f"{loop}_quiet"] = quiet
-    found.findings += findings.of_quiet(loop, quiet, PENDING)
+    found.findings += findings.of_quiet(loop, quiet, pending)
     found.findings += [f"{name} failed when many waited, {loop}: {reason}." for name, reason in failed.items()]
+
+
+def draw(found: Report) -> Figure:
+    from bench.overhead import figure
+
+    return figure.draw(found)
 
 
 def profile(entry: Entry) -> None:

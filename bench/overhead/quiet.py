@@ -1,26 +1,23 @@
 """What one way to batch costs when little happens: a lone request, twenty slow batches, nothing at all, and many that wait.
 
-Runs in a process of its own, so that what others have left behind is neither counted nor waked.
+Each is measured in a process of its own, so that what others have left behind is neither counted nor waked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import selectors
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 
+from bench.apart import measured
 from bench.overhead.entries import entries
 from bench.overhead.loads import PATIENCE, WINDOW, check
 
@@ -32,13 +29,12 @@ if TYPE_CHECKING:
 SIZE = 32
 LONG_WINDOW = 0.05
 ASKS = 3
+"""How often a latency is measured; the median counts."""
 SLOW, BATCHES = 0.05, 20
 SETTLE = 0.2
 """Seconds after which nothing moves any more: many windows."""
 OWN_TURNS = 2
 """Turns of the loop that a sleep takes: in one its timer fires, in the next its task goes on."""
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 class Quiet(msgspec.Struct):
@@ -46,7 +42,7 @@ class Quiet(msgspec.Struct):
 
     Attributes:
         latency_ms: Of a request that has no company, under a window of 50 ms; the median of a few.
-        batches_ms: Until 20 batches over a function of 50 ms are answered.
+        batches_ms: Until 20 batches over a function of 50 ms are answered; the median too.
         wakeups: Turns of the loop in an idle second; None where they cannot be counted.
         idle_cpu_ms: Processor time of an idle second.
         waiting_bytes: Resident memory for each request while all wait, that of its task included.
@@ -89,12 +85,14 @@ async def lone(entry: Entry) -> float:
 async def slow_batches(entry: Entry) -> float:
     running = entry.make(SIZE, WINDOW, partial(asyncio.sleep, SLOW))
     await running.start()
-    start = time.perf_counter()
-    answers = await asyncio.gather(*(running.submit(number) for number in range(SIZE * BATCHES)))
-    took = time.perf_counter() - start
-    check(running, answers)
+    took = []
+    for _ in range(ASKS):
+        start = time.perf_counter()
+        answers = await asyncio.gather(*map(running.submit, range(SIZE * BATCHES)))
+        took.append(time.perf_counter() - start)
+        check(running, answers)
     await running.stop()
-    return took * 1e3
+    return statistics.median(took) * 1e3
 
 
 async def idle(entry: Entry, seconds: float, selector: CountingSelector | None) -> tuple[float | None, float]:
@@ -134,7 +132,10 @@ async def memory(entry: Entry, pending: int) -> tuple[float, float]:
     return waiting / pending, peak / pending
 
 
-def measure(entry: Entry, loop: str, pending: int, seconds: float) -> Quiet:
+def measure(name: str, loop: str, pending: int, seconds: float) -> dict[str, Any]:
+    """Measure the one called *name*; return a `Quiet` as JSON has it."""
+    entry = entries([name])[name]
+
     def run(case: Any, selector: CountingSelector | None = None) -> Any:
         async def patient() -> Any:
             async with asyncio.timeout(PATIENCE):
@@ -143,9 +144,12 @@ def measure(entry: Entry, loop: str, pending: int, seconds: float) -> Quiet:
         with asyncio.Runner(loop_factory=loops_of(loop, selector)) as runner:
             return runner.run(patient())
 
+    # Memory first: what the others free would be taken again, and not counted.
+    waiting, peak = run(memory(entry, pending))
     selector = CountingSelector() if loop == "asyncio" else None
     wakeups, cpu = run(idle(entry, seconds, selector), selector)
-    return Quiet(run(lone(entry)), run(slow_batches(entry)), wakeups, cpu, *run(memory(entry, pending)))
+    found = Quiet(run(lone(entry)), run(slow_batches(entry)), wakeups, cpu, waiting, peak)
+    return msgspec.to_builtins(found)
 
 
 def loops_of(name: str, selector: selectors.BaseSelector | None = None) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -160,19 +164,16 @@ def loops_of(name: str, selector: selectors.BaseSelector | None = None) -> Calla
 def all_quiet(
     names: list[str], loop: str, *, pending: int, seconds: float, at_once: int
 ) -> tuple[dict[str, Quiet], dict[str, str]]:
-    """Measure each of *names* in its own process; return what was found, and why some was not."""
+    """Measure each of *names* in its own process, so many *at once*; return what was found, and why some was not."""
 
-    def child(name: str) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", __name__, json.dumps([name, loop, pending, seconds])]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=5 * PATIENCE)
+    def child(name: str) -> Quiet | str:
+        try:
+            found = measured(measure, patience=5 * PATIENCE, name=name, loop=loop, pending=pending, seconds=seconds)
+        except RuntimeError as error:
+            return str(error).rpartition("\n")[2]  # the last line of a traceback tells what it was
+        return msgspec.convert(found, Quiet)
 
     with ThreadPoolExecutor(at_once) as pool:
         ended = dict(zip(names, pool.map(child, names), strict=True))
-    found = {name: msgspec.json.decode(end.stdout, type=Quiet) for name, end in ended.items() if not end.returncode}
-    failed = {name: end.stderr.decode().strip().rpartition("\n")[2] for name, end in ended.items() if end.returncode}
-    return found, failed
-
-
-if __name__ == "__main__":
-    wanted, *settings = json.loads(sys.argv[1])
-    sys.stdout.buffer.write(msgspec.json.encode(measure(entries([wanted])[wanted], *settings)))
+    found = {name: end for name, end in ended.items() if isinstance(end, Quiet)}
+    return found, {name: end for name, end in ended.items() if isinstance(end, str)}

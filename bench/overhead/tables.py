@@ -29,6 +29,11 @@ def cpu_ratio(pairs: Sequence[Pair]) -> float:
     return statistics.median(ratios([pair.own.cpu_us for pair in pairs], [pair.floor.cpu_us for pair in pairs]))
 
 
+def filling(pairs: Sequence[Pair]) -> float | None:
+    """Return how many items a batch held; None of those who make none."""
+    return _median([pair.own.batch for pair in pairs])
+
+
 def times(loop: str, entries: Mapping[str, Entry], pairs: Pairs) -> Table:
     """Return the table of wall time: microseconds an item, and how many times the floor that is."""
     names = [load.name for load in LOADS if load.name in pairs]
@@ -62,7 +67,7 @@ def details(loop: str, entries: Mapping[str, Entry], pairs: Pairs) -> Table:
             table.add(
                 entry.name,
                 *(cpu_ratio(own) if own else None for own in runs),
-                *(_median([pair.own.batch for pair in own]) if own else None for own in runs),
+                *(filling(own) if own else None for own in runs),
                 _median([pair.own.backend_us for own in runs[:1] if own for pair in own]),
             )
     return table
@@ -94,9 +99,11 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 _SETUP = (
-    f"Burst N: {BURST:,} tasks at once, made on the clock, batches of N. Steady: {WORKERS} workers that ask {TIMES} times each, batches "
-    f"of 32, no task for an item. Longest wait {WINDOW * 1e3:g} ms. x floor: the median over the rounds of the ratio to a run of bare "
-    "futures right before; the floor's own ratio tells the noise. No endpoint and no network: the backend answers at once."
+    f"Burst N: {BURST:,} calls under one asyncio.gather, batches of N. Steady: {WORKERS} workers that ask {TIMES} times each, batches of "
+    f"32, no task for an item. Longest wait {WINDOW * 1e3:g} ms. x floor: the median over the rounds of the ratio to a run of bare futures "
+    "(floor-future) right before; the floor's own ratio tells the noise. What gather, tasks and futures take is in the floor and in "
+    "everyone's figure. No endpoint and no network: the backend answers at once. Modules are out of reach of garbage collection: so many "
+    "libraries are imported here to be compared that looking through them would be most of some figures."
 )
 _CARRIED = (
     f"Floors and peers carry an integer. microbatch carries two chat messages built anew for each call (300 tokens shared, {SMALL_BYTES} "

@@ -60,7 +60,7 @@ async def timed(count: int) -> dict[str, object]:
 def measure(found: Report, counts: list[int]) -> None:
     """Fill in the table of lanes that come and go."""
     table = found.tables["lanes"] = Table(
-        f"Lanes that come and go, one request each, {CALLERS} callers",
+        f"Lanes that come and go, one request each, {CALLERS} callers, SIMULATED endpoint within the process",
         [
             Column("lanes", ",d"),
             Column("us a lane", ".1f"),

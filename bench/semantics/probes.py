@@ -57,7 +57,7 @@ async def in_flight(stage: Stage, victim: int | None) -> Verdict:
     await asyncio.wait_for(backend.started.wait(), stage.limit)
     if victim is None:
         if backend.tasks[0] not in tasks:
-            return Verdict(RIGHT, "none does", "the call runs in a task of its own")
+            return Verdict(RIGHT, "own task", "the call runs in a task of its own")
         victim = tasks.index(backend.tasks[0])
     tasks[victim].cancel()
     ends = await stage.ends(tasks, ITEMS)
@@ -315,7 +315,7 @@ PROBES = (
     ),
     Probe(
         "cancel runner, in flight",
-        f"the caller in whose task the call runs; {_SPARED}, or no caller's does",
+        f"the caller in whose task the call runs; {_SPARED}, or it runs in a task of its own",
         alone(partial(in_flight, victim=None)),
     ),
     Probe(
