@@ -65,7 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     common.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and figures (default bench/results)")
     modules: dict[str, Benchmark] = {}
     for name in NAMES:
-        modules[name] = module = importlib.import_module(f"bench.{name}")
+        try:
+            modules[name] = module = importlib.import_module(f"bench.{name}")
+        except ModuleNotFoundError as error:
+            raise SystemExit(f"bench: {error}; what it needs comes with: pip install -e '.[bench]'") from None
         module.add_arguments(
             commands.add_parser(name, parents=[common], help=module.QUESTION, description=module.__doc__)
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import plot, readme
-from bench.__main__ import NAMES
+from bench.__main__ import NAMES, main
 from bench.report import Column, Report, Table, begin
 from bench.timing import Stopwatch, alternate, chunks, quantile, ratios, spread
 
@@ -251,6 +251,14 @@ def test_without_a_name_all_are_listed():
     assert not done.stderr
     for name in [*NAMES, "all", "readme"]:
         assert re.search(rf"^    {name}\b", done.stdout, re.MULTILINE), name
+
+
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    for name in [name for name in sys.modules if name.startswith("bench.overhead")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r"psutil.*pip install -e '\.\[bench\]'"):
+        main([])
 
 
 @pytest.mark.parametrize("name", NAMES)
