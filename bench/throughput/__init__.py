@@ -30,7 +30,11 @@ PACE, PACE_QUICK = 1.0, 8.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, help="JSON Lines with name, description and label")
-    parser.add_argument("--count", type=int, help=f"items of a job (default {COUNT:,}; {COUNT_QUICK:,} if quick)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help=f"items of a job (default {COUNT:,}; {COUNT_QUICK:,} if quick, and fewer are over before the rate is steady)",
+    )
     parser.add_argument(
         "--seconds", type=float, help=f"of each way on real sockets (default {SECONDS:g}; {SECONDS_QUICK:g} if quick)"
     )
