@@ -61,7 +61,7 @@ class Played(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, help="JSON Lines with name, description and label")
+    parser.add_argument("--input", type=Path, help="JSON Lines with id, name, description and label")
     parser.add_argument("--count", type=int, help=f"questions (default {COUNT:,}; {COUNT_QUICK:,} if quick)")
     parser.add_argument(
         "--per-second", type=float, nargs="+", default=RATES, help="questions a second (default %(default)s)"

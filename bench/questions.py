@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from microbatch.accounting.tokens import load_encoding
-from microbatch.demo import LABELS, catalogue, instructions
+from microbatch.demo import LABELS, Product, catalogue, instructions
 
 Label = Literal["electronics", "clothing", "home", "beauty", "sports", "other"]
 """What a product is put under, as an output type."""
@@ -19,22 +19,11 @@ BESIDE = Path(__file__).parent.parent.parent / "shared" / "data" / "products.jso
 """More products than the bundled catalogue has, where they lie beside the project."""
 
 
-class Product(msgspec.Struct, frozen=True):
-    name: str
-    description: str
-    label: str
-
-    @property
-    def question(self) -> str:
-        return f"Product: {self.name}\nDescription: {self.description}"
-
-
 def products(path: Path | None = None) -> list[tuple[str, str]]:
     """Return pairs of question and label, from the JSON lines at *path*; None for those beside the project, else the bundled catalogue."""
-    if path is None and not BESIDE.exists():
-        return [(product.question, product.label) for product in catalogue()]
-    decode = msgspec.json.Decoder(Product).decode
-    found = [decode(line) for line in (path or BESIDE).read_bytes().splitlines()]
+    if path is None and BESIDE.exists():
+        path = BESIDE
+    found = catalogue() if path is None else msgspec.json.Decoder(Product).decode_lines(path.read_bytes())
     return [(product.question, product.label) for product in found]
 
 
@@ -53,4 +42,4 @@ def zipf(questions: list[str], count: int, seed: int) -> list[str]:
     return draw.choices(ranked, cum_weights=weights, k=count)
 
 
-__all__ = ["LABELS", "Label", "Product", "products", "shared_instructions", "zipf"]
+__all__ = ["LABELS", "Label", "products", "shared_instructions", "zipf"]

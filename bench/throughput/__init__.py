@@ -29,7 +29,7 @@ PACE, PACE_QUICK = 1.0, 8.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, help="JSON Lines with name, description and label")
+    parser.add_argument("--input", type=Path, help="JSON Lines with id, name, description and label")
     parser.add_argument(
         "--count",
         type=int,
