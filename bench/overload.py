@@ -19,7 +19,7 @@ import aiohttp
 
 import microbatch as mb
 from bench.apart import measured
-from bench.report import Column, Table
+from bench.report import Column, Table, met
 
 if TYPE_CHECKING:
     import argparse
@@ -238,20 +238,16 @@ def run(options: argparse.Namespace, found: Report) -> None:
 def judged(table: Table, growth: int) -> list[str]:
     rows = {row[0]: row[1:] for row in table.rows}
     said = [
-        f"{what[0].upper()}{what[1:]} costs {rows[what][1]:,.0f} bytes; promised are at most {promised:,}: {_met(rows[what][1] <= promised)}."
+        f"{what[0].upper()}{what[1:]} costs {rows[what][1]:,.0f} bytes; promised are at most {promised:,}: {met(rows[what][1] <= promised)}."
         for what, promised in PROMISED.items()
         if promised
     ]
     number, size, _ = rows["a rejected submit"]
     return [
         *said,
-        f"While {number:,} submits were rejected, memory grew by {growth:,} bytes in all; promised is nothing: {_met(size < NOTHING)}.",
+        f"While {number:,} submits were rejected, memory grew by {growth:,} bytes in all; promised is nothing: {met(size < NOTHING)}.",
         f"A call of aiohttp that waits for a connection costs {rows[WAITING_CALL][1]:,.0f} bytes, and nothing bounds how many wait.",
     ]
-
-
-def _met(kept: bool) -> str:
-    return "met" if kept else "MISSED"
 
 
 def draw(found: Report) -> Figure:

@@ -148,6 +148,11 @@ def begin(name: str, question: str, *, quick: bool, seed: int, options: dict[str
     return Report(name, question, quick, seed, options, machine(), versions, date)
 
 
+def met(so: bool) -> str:
+    """Return the verdict on a target or promise, worded alike everywhere: a miss is not to be overlooked."""
+    return "met" if so else "MISSED"
+
+
 def version_of(distribution: str) -> str | None:
     """Return the version of *distribution*, None if it is not installed."""
     try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import microbatch as mb
 from bench.apart import measured, simulated_endpoint
-from bench.report import Column, Table
+from bench.report import Column, Table, met
 from microbatch.accounting.tokens import load_encoding
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def judged(table: Table) -> list[str]:
     said = []
     for clock, at in (("CPU time of the loop's thread", 3), ("wall time", 1)):
         worst = max(ours, key=lambda name, at=at: ours[name][at])
-        verdict = "met" if ours[worst][at] < PROMISED_S * 1e3 else "MISSED"
+        verdict = met(ours[worst][at] < PROMISED_S * 1e3)
         said.append(
             f"The longest gap is {ours[worst][at]:.1f} ms of {clock} ({worst}); less than {PROMISED_S * 1e3:g} ms {verdict}."
         )

@@ -25,7 +25,7 @@ from microbatch.batching.collector import Collector
 from microbatch.batching.fallback import Fallback
 from microbatch.batching.intake import IN_FLIGHT, Sharing
 from microbatch.batching.prompt import draw_endings
-from microbatch.batching.request import PLAIN, OptionsReader, check_messages
+from microbatch.batching.request import PLAIN, check_messages, read_options, remembering
 from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.caching.warming import Warmed, lasting
@@ -144,7 +144,7 @@ class Microbatcher:
                 model=model,
                 normalize=normalize,
             )
-        self._options = OptionsReader()
+        self._read_options = remembering(read_options)
         self._sharing = IN_FLIGHT if self._policy.share else None
         if spool is not None and not isinstance(spool, Spool):
             raise ConfigError(f"spool must have the methods of Spool, got {type(spool).__name__}")
@@ -163,14 +163,7 @@ class Microbatcher:
         calls = Calls(
             send=self._sender.send,
             ledger=self._ledger,
-            books=Books(
-                self._ledger,
-                self._collector.costs,
-                self._tokens.count,
-                self._tokens.exact_for,
-                price,
-                kept=self._cache is not None,
-            ),
+            books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
             flights=self._collector.flights,
             keep=None if self._cache is None else self._cache.keep,
             listeners=listeners,
@@ -373,7 +366,7 @@ class Microbatcher:
         ):
             options = PLAIN
         else:
-            options = self._options.read(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
+            options = self._read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
         if timeout is not None or ttl is not None:
             at_least(0, timeout=timeout, ttl=ttl)
         sharing = self._sharing
@@ -510,7 +503,7 @@ class Microbatcher:
         Raises:
             ConfigError: One is wrong.
         """
-        options = self._options.read(
+        options = self._read_options(
             request.output_type,
             request.model,
             request.max_tokens,

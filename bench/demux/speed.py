@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bench import timing
 from bench.demux import readers
 from bench.demux.replies import KINDS, LABEL, reply
-from bench.report import Column, Table
+from bench.report import Column, Table, met
 
 if TYPE_CHECKING:
     import asyncio
@@ -201,8 +201,8 @@ def findings(found: Report) -> list[str]:
     row = next(row for row in linear.rows if row[0] == readers.OURS)
     growth = [cell for cell in row[1 + len(COUNTS) :] if cell is not None]
     said.append(
-        f"Target of at most {MOST_US:g} us for a label in chunks of {LINEAR_PIECE}: {_met(us <= MOST_US)} ({us:.2f} us). Ten times the items at most "
-        f"{MOST_GROWTH:g} times as long: {_met(max(growth) <= MOST_GROWTH)} (at most {max(growth):.1f} times)."
+        f"Target of at most {MOST_US:g} us for a label in chunks of {LINEAR_PIECE}: {met(us <= MOST_US)} ({us:.2f} us). Ten times the items at most "
+        f"{MOST_GROWTH:g} times as long: {met(max(growth) <= MOST_GROWTH)} (at most {max(growth):.1f} times)."
     )
     few, many = (
         next(row for row in linear.rows if row[0] == name)[1 + len(COUNTS)]
@@ -233,7 +233,3 @@ def _against(name: str, ratios: dict[tuple[str, str], float]) -> str:
         + "; ".join(f"{word} with {', '.join(whats) or 'none'}" for word, whats in said.items())
         + "."
     )
-
-
-def _met(met: bool) -> str:
-    return "met" if met else "MISSED"

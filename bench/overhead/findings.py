@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from bench.overhead.entries import FLOOR, LARGE, OURS
 from bench.overhead.loads import BARE, LOADS
 from bench.overhead.tables import cpu_ratio, filling, wall_ratio
+from bench.report import met
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +41,10 @@ def of_times(loop: str, entries: Mapping[str, Entry], pairs: Pairs) -> Iterator[
 
 def _verdict(where: str, target: tuple[float, float], own: Sequence[Pair]) -> str:
     ratio, (limit, aim) = wall_ratio(own), target
-    met = "aim met" if ratio <= aim else "target met, aim missed" if ratio <= limit else "target MISSED"
-    return f"{where}: submit takes {ratio:.2f} times what bare futures take; {met} (at most {limit:g}, aim {aim:g})."
+    verdict = "aim met" if ratio <= aim else "target met, aim missed" if ratio <= limit else "target MISSED"
+    return (
+        f"{where}: submit takes {ratio:.2f} times what bare futures take; {verdict} (at most {limit:g}, aim {aim:g})."
+    )
 
 
 def _standing(where: str, runs: Runs, rivals: Sequence[str]) -> Iterator[str]:
@@ -100,11 +103,10 @@ def of_quiet(loop: str, quiet: Mapping[str, Quiet], pending: int) -> Iterator[st
     if OURS not in quiet:
         return
     ours = quiet[OURS]
-    met = "target met" if ours.peak_bytes <= PEAK_BYTES else "target MISSED"
     beside = f", of which bare futures take {quiet[FLOOR].peak_bytes:,.0f}" if FLOOR in quiet else ""
-    yield f"{loop}: {ours.peak_bytes:,.0f} bytes for each of {pending:,} pending requests{beside}; {met} (at most {PEAK_BYTES:,})."
+    yield f"{loop}: {ours.peak_bytes:,.0f} bytes for each of {pending:,} pending requests{beside}; target {met(ours.peak_bytes <= PEAK_BYTES)} (at most {PEAK_BYTES:,})."
     if ours.wakeups is not None:
-        yield f"{loop}: {ours.wakeups:.0f} wake-ups in an idle second; target {'met' if ours.wakeups <= 0 else 'MISSED'} (0)."
+        yield f"{loop}: {ours.wakeups:.0f} wake-ups in an idle second; target {met(ours.wakeups <= 0)} (0)."
     yield (
         f"{loop}: a lone request is answered after {ours.latency_ms:.1f} ms under a window of 50 ms; 20 batches over a function of 50 ms "
         f"take {ours.batches_ms:.0f} ms."

@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from bench.apart import measured, simulated_endpoint
-from bench.report import Column, Table
+from bench.report import Column, Table, met
 from bench.scale.service import OWN_LANE_EVERY, RATE, REMEMBERED_LANES, STAYING_LANES, endure
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def findings(found: Report) -> list[str]:
 
 
 def _judged(what: str, first: float, last: float, ratio: float, *, seconds: float) -> str:
-    verdict = "met" if ratio <= 1 + FLAT else "MISSED"
+    verdict = met(ratio <= 1 + FLAT)
     if seconds < LEAST_JUDGED_S:
         verdict = f"not judged, as the run took less than {LEAST_JUDGED_S:.0f} s"
     name = what[0].upper() + what[1:]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import microbatch as mb
 from bench.apart import measured
-from bench.report import Column, Table
+from bench.report import Column, Table, met
 from bench.scale.echo import Echo, ask, check
 from bench.scale.resident import MIB, peak_mib, resident_mib
 from bench.timing import Stopwatch, alternate, ratios
@@ -192,12 +192,12 @@ def findings(found: Report) -> list[str]:
     span, grown = f"{least.count:,} to {most.count:,} items", most.peak - least.peak
     said = [
         (
-            f"map, time of an item, {span}: CPU time at most {cpu:.2f} times that of the fewest, within {FLAT:.0%} {_met(cpu)}; wall time, "
-            f"with all else that the machine does in it, at most {wall:.2f} times, within {FLAT:.0%} {_met(wall)}."
+            f"map, time of an item, {span}: CPU time at most {cpu:.2f} times that of the fewest, within {FLAT:.0%} {_flat(cpu)}; wall time, "
+            f"with all else that the machine does in it, at most {wall:.2f} times, within {FLAT:.0%} {_flat(wall)}."
         ),
         (
             f"map, peak memory of the process (the whole of it, not by item), {span}: at most {peak:.3f} times that of the fewest; within "
-            f"{FLAT:.0%} {_met(peak)}. From the fewest to the most it grew by {grown:+.2f} MiB, which is "
+            f"{FLAT:.0%} {_flat(peak)}. From the fewest to the most it grew by {grown:+.2f} MiB, which is "
             f"{grown * MIB / (most.count - least.count):+.1f} bytes for each further item."
         ),
     ]
@@ -218,5 +218,5 @@ def findings(found: Report) -> list[str]:
     return said
 
 
-def _met(ratio: float) -> str:
-    return "met" if ratio <= 1 + FLAT else "MISSED"
+def _flat(ratio: float) -> str:
+    return met(ratio <= 1 + FLAT)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import microbatch as mb
 from bench.apart import measured
-from bench.report import Column, Table
+from bench.report import Column, Table, met
 from bench.scale.echo import Echo, ask, check
 from bench.scale.resident import MIB, peak_mib, resident_mib
 
@@ -87,6 +87,6 @@ def findings(found: Report) -> list[str]:
     return [
         (
             f"{count:,} lanes, one after the other, {OWN_BYTES} characters of their own each: memory grew by {grown:+.2f} MiB "
-            f"over the last {1 - WARM_SHARE:.0%} of them; flat (noise of {NOISE_MIB:g} MiB) {'met' if grown <= NOISE_MIB else 'MISSED'}."
+            f"over the last {1 - WARM_SHARE:.0%} of them; flat (noise of {NOISE_MIB:g} MiB) {met(grown <= NOISE_MIB)}."
         )
     ]

@@ -42,7 +42,7 @@ def _rate(axes: Axes, found: Report) -> None:
     axes.set(xscale="log", yscale="log")
     axes.set_xticks([1, *SIZES], [str(size) for size in (1, *SIZES)])
     axes.minorticks_off()
-    axes.legend(fontsize=8, title="limited to", loc="upper left", frameon=False)
+    axes.legend(fontsize=8, title="limited to", loc="upper left")
     axes.set_ylim(top=10 * axes.get_ylim()[1])  # room for the legend
 
 
@@ -58,7 +58,7 @@ def _processor(axes: Axes, found: Report) -> None:
     axes.invert_yaxis()
     axes.set(title="Client CPU (real sockets)", xlabel="processor ms an item (log)", xscale="log")
     axes.margins(x=0.12)  # room for the numbers
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8)
 
 
 def _saved(axes: Axes, found: Report) -> None:
@@ -75,4 +75,4 @@ def _saved(axes: Axes, found: Report) -> None:
         title="Dollars saved (line: foretold, point: measured)", xlabel="shared instructions, tokens", ylabel="saved, %"
     )
     axes.set_xticks(formula.LENGTHS, [f"{length:,}" for length in formula.LENGTHS])
-    axes.legend(fontsize=8, loc="lower right", frameon=False)
+    axes.legend(fontsize=8, loc="lower right")

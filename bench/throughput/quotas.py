@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import microbatch as mb
 from bench.apart import measured
 from bench.questions import Label
-from bench.report import Column, Table
+from bench.report import Column, Table, met
 from bench.throughput.scene import (
     AT_ONCE,
     CACHED,
@@ -258,7 +258,3 @@ def findings(found: Report) -> list[str]:
         f"{BY_CALLS.name}, no quota: {free['x one call each']:.1f} times the items/min; a call takes {free['call p50 s']:.2f} s at the median "
         f"against {alone[BY_CALLS]['call p50 s']:.2f} s, since its answers are written one after the other.",
     ]
-
-
-def met(so: bool) -> str:
-    return "met" if so else "MISSED"

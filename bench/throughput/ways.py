@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import aiohttp
@@ -14,8 +15,6 @@ from bench.questions import Label
 from bench.throughput.scene import AIOHTTP, BATCHER, MODEL, NEVER_BINDS, SDK, messages, response_format
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from bench.throughput.scene import Way
 
 KEY = "sk-bench"
@@ -47,9 +46,7 @@ class Client(Protocol):
 
     async def __aenter__(self) -> Self: ...
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    async def __aexit__(self, *raised: object) -> None: ...
 
     async def ask(self, question: str) -> str:
         """Return the label of *question*."""
@@ -67,26 +64,31 @@ class Classified(msgspec.Struct):
 read_answer = msgspec.json.Decoder(Classified).decode
 
 
-class BySdk:
+class OneCallEach(AbstractAsyncContextManager):
+    """What keeps count of calls that carry one question each."""
+
+    def __init__(self) -> None:
+        self.told = Told()
+
+    async def ask_alone(self, question: str) -> None:
+        await self.ask(question)
+
+    def _count(self, usage: Any, pieces: int = 0) -> None:
+        self.told = Told(*map(add, self.told, (1, usage.prompt_tokens, usage.completion_tokens, pieces)))
+
+
+class BySdk(OneCallEach):
     """One call each by the SDK as it comes: its own retries, its own pool of connections."""
 
     def __init__(self, url: str, way: Way, *, stream: bool) -> None:
         del way
+        super().__init__()
         self._client = AsyncOpenAI(base_url=url, api_key=KEY)
         self._format: Any = response_format()
         self.ask = self._streamed if stream else self._whole
-        self.told = Told()
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         await self._client.close()
-
-    async def ask_alone(self, question: str) -> None:
-        await self.ask(question)
 
     async def _whole(self, question: str) -> str:
         completion = await self._client.chat.completions.create(
@@ -110,10 +112,6 @@ class BySdk:
             elif content := chunk.choices[0].delta.content:
                 text.append(content)
         return read_answer("".join(text)).answer
-
-    def _count(self, usage: Any) -> None:
-        calls, prompt, completion, events = self.told
-        self.told = Told(calls + 1, prompt + usage.prompt_tokens, completion + usage.completion_tokens, events)
 
 
 class Text(msgspec.Struct):
@@ -140,27 +138,25 @@ class Body(msgspec.Struct):
 read_body = msgspec.json.Decoder(Body).decode
 
 
-class ByAiohttp:
+class ByAiohttp(OneCallEach):
     """One call each with nothing but a session and decoders: the least that asking one by one costs on this stack."""
 
     def __init__(self, url: str, way: Way, *, stream: bool) -> None:
         del way
+        super().__init__()
         self._url = f"{url}/chat/completions"
         self._body: dict[str, Any] = {"model": MODEL, "response_format": response_format()}
         if stream:
             self._body |= {"stream": True, "stream_options": {"include_usage": True}}
         self._read = self._streamed if stream else self._whole
         self._session: aiohttp.ClientSession
-        self.told = Told()
 
     async def __aenter__(self) -> Self:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
         self._session = aiohttp.ClientSession(headers=headers, raise_for_status=True)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         await self._session.close()
 
     async def ask(self, question: str) -> str:
@@ -168,12 +164,9 @@ class ByAiohttp:
         async with self._session.post(self._url, data=body) as response:
             return read_answer(await self._read(response)).answer
 
-    async def ask_alone(self, question: str) -> None:
-        await self.ask(question)
-
     async def _whole(self, response: aiohttp.ClientResponse) -> str:
         body = read_body(await response.read())
-        self._count(body.usage, 0)
+        self._count(body.usage)
         return body.choices[0].message.content
 
     async def _streamed(self, response: aiohttp.ClientResponse) -> str:
@@ -187,23 +180,17 @@ class ByAiohttp:
                     text.append(content)
         return "".join(text)
 
-    def _count(self, usage: Usage, pieces: int) -> None:
-        calls, prompt, completion, events = self.told
-        self.told = Told(calls + 1, prompt + usage.prompt_tokens, completion + usage.completion_tokens, events + pieces)
 
-
-class ByBatcher:
+class ByBatcher(AbstractAsyncContextManager):
     """`submit`, each answer as soon as it is there (*stream*) or with the whole reply."""
 
     def __init__(self, url: str, way: Way, *, stream: bool) -> None:
-        self._size = way.size
         self._batcher = mb.Microbatcher(
             mb.OpenAIChat(MODEL, base_url=url, api_key=KEY),
             policy=mb.FlushPolicy(max_batch_size=way.size, max_wait=FILL_S, idle="wait", max_output_tokens=NEVER_BINDS),
             fallback=mb.FallbackPolicy(resolve="stream" if stream else "verified"),
             cache=mb.MemoryCache() if way.cached else None,
         )
-        self._stack = AsyncExitStack()
 
     @property
     def told(self) -> Told:
@@ -211,13 +198,11 @@ class ByBatcher:
         return Told(stats.upstream_calls, stats.prompt_tokens, stats.completion_tokens)
 
     async def __aenter__(self) -> Self:
-        await self._stack.enter_async_context(self._batcher)
+        await self._batcher.__aenter__()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
+    async def __aexit__(self, *raised: object) -> None:
+        await self._batcher.__aexit__(*raised)
 
     async def ask(self, question: str) -> str:
         return (await self._batcher.submit(messages(question), output_type=Label)).output

@@ -38,7 +38,6 @@ class Books:
         count: Counts a text's tokens.
         exact: Whether *count* is that of a model's own encoding; asked with None for the transport's model.
         price: What prices a model's usage.
-        kept: Whether answers are kept, with what they would have cost alone.
     """
 
     def __init__(
@@ -48,23 +47,24 @@ class Books:
         count: Callable[[str], int],
         exact: Callable[[str | None], bool],
         price: Pricing,
-        *,
-        kept: bool,
     ) -> None:
         self._ledger = ledger
         self._costs = costs
         self._count = count
         self._exact = exact
         self._price = price
-        self._kept = kept
         self._paid_batches = 0
 
-    def divide(self, batch: Batch, completion: Completion | None) -> list[Usage]:
+    def divide(self, batch: Batch, completion: Completion | None, *, each: bool = False) -> list[Usage]:
         """Divide what the combined call cost among its tickets; it is over.
 
+        Args:
+            batch: The call.
+            completion: How it ended; None if that is not known.
+            each: Whether it is asked what each ticket would have cost alone.
+
         Returns:
-            For each ticket what it would have cost alone, none for those that were not answered; [] if that is not known, or
-            nobody asks.
+            That of each ticket, none for those that were not answered; [] if it is not known, or nobody asks.
         """
         tickets, exchange = batch.tickets, batch.exchange
         flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
@@ -80,7 +80,7 @@ class Books:
             lines = [len(ticket.line) for ticket in tickets]
             price = self._price_of(completion, exchange)
             self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
-            alone = self._pay(batch, usage, lines, price, each=bool(flights) or self._kept)
+            alone = self._pay(batch, usage, lines, price, each=each or bool(flights))
             self._costs.learn_together(tickets, batch.learned, usage.prompt_tokens)
         for flight in flights:
             flight.spread(final=True)

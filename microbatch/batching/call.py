@@ -177,7 +177,7 @@ class Calls:
                 self._ledger.canaries_failed += not trusted and how == "complete"
             if answers:
                 self._deliver(batch, answers)
-            alone = self._books.divide(batch, completion)
+            alone = self._books.divide(batch, completion, each=self._keep is not None)
         finally:
             exchange.end()
         if self._listeners.call is not None:

@@ -176,10 +176,7 @@ class Intake:
                 if on_taken is not None:
                     who.on_taken = on_taken
                     who.bulk = True
-                if lane.careful or bypass or tokens > lane.budget.tokens - ID_TOKENS or len(line) > MAX_LINE_BYTES:
-                    self._place(who, lane, bypass=bypass)
-                elif lane.add(who) and not lane.queued:
-                    self._lanes.joined(lane)
+                self._place(who, lane, bypass=bypass)
                 if same is not None:
                     self._filed[same] = who
         if self._capture is not None:
@@ -212,10 +209,8 @@ class Intake:
         if alone is not None:
             self.queue_alone(ticket, alone, lane.account)
             self._lanes.drop_if_abandoned(lane)
-        else:
-            changed = lane.add(ticket)
-            if changed and not lane.queued:
-                self._lanes.joined(lane)
+        elif lane.add(ticket) and not lane.queued:
+            self._lanes.joined(lane)
 
     def _take_alone(
         self,

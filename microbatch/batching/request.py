@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ParamSpec, get_args
 
 import msgspec
 
@@ -46,10 +46,11 @@ ALONE = frozenset({
 """Request fields whose meaning is one answer's, so that a request with one of them goes alone. An answer's schema is taken out of
 `response_format` before; what is left there (json_object) counts."""
 
-_TEXT = answer_type(str)
+P = ParamSpec("P")
 
 _PLAIN_FIELDS = 2
 """Those of the usual message: a role and a content."""
+
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -293,40 +294,25 @@ def copy_of(messages: Messages) -> list[dict[str, Any]]:
     return copies
 
 
-class OptionsReader:
-    """Reads options, and knows those of the submit before when they come again, as most of a service's do.
+def remembering(read: Callable[P, Options]) -> Callable[P, Options]:
+    """Return *read* that knows the arguments of the call before when they come again, as most of a service's do.
 
-    They are told by identity, which costs a tenth of reading them and takes nothing on trust: none of these can change. Mappings
-    can, so options with one are always read.
+    They are told by identity, which costs a tenth of reading them and takes nothing on trust: none of them can change. A mapping
+    can, so arguments with one are always read.
     """
+    latest: tuple[object, ...] = ()
+    known = PLAIN
 
-    def __init__(self) -> None:
-        self._given: tuple[object, ...] = ()
-        self._read = PLAIN
+    def read_or_know(*given: P.args, **named: P.kwargs) -> Options:
+        nonlocal latest, known
+        if latest and not named and all(map(is_, given, latest)):
+            return known
+        options = read(*given, **named)
+        if not named and not any(isinstance(each, Mapping) for each in given):
+            latest, known = given, options
+        return options
 
-    def read(
-        self,
-        output_type: Any,
-        model: str | None,
-        max_tokens: int | None,
-        temperature: float | None,
-        params: Mapping[str, Any] | None,
-        headers: Mapping[str, str] | None,
-        tenant: str | None,
-        priority: Priority,
-    ) -> Options:
-        """Check `submit`'s options.
-
-        Raises:
-            ConfigError: One is wrong; the message names it.
-        """
-        if params is not None or headers is not None:
-            return read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
-        given = (output_type, model, max_tokens, temperature, tenant, priority)
-        if not self._given or not all(map(is_, given, self._given)):
-            self._read = read_options(output_type, model, max_tokens, temperature, None, None, tenant, priority)
-            self._given = given
-        return self._read
+    return read_or_know
 
 
 PLAIN = read_options(str, None, None, None, None, None, None, "normal")

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import microbatch as mb
-from microbatch.batching.request import PLAIN, OptionsReader, own_text, read_messages, read_options, spec_of
+from microbatch.batching.request import PLAIN, own_text, read_messages, read_options, remembering, spec_of
 from microbatch.testing import ScriptedTransport
 
 # Few words, so that messages are often equal, and values that are equal in Python but not in JSON.
@@ -115,19 +115,19 @@ def given_limit(max_tokens):
 @given(st.lists(settings_given, max_size=6))
 @example([given_limit(1), given_limit(True)])
 def test_options_that_come_again_are_read_as_at_first(several):
-    reader = OptionsReader()
+    reader = remembering(read_options)
     for given_now in several:
         for _ in range(2):
-            assert outcome(reader.read, given_now) == outcome(read_options, given_now)
+            assert outcome(reader, given_now) == outcome(read_options, given_now)
 
 
 def test_options_of_the_submit_before_are_known_and_a_mapping_that_changed_is_not():
-    reader, params = OptionsReader(), {"top_p": 0.1}
-    read = [reader.read(int, "m", None, None, None, None, None, "normal") for _ in range(2)]
+    reader, params = remembering(read_options), {"top_p": 0.1}
+    read = [reader(int, "m", None, None, None, None, None, "normal") for _ in range(2)]
     assert read[0] is read[1]
-    before = reader.read(int, "m", None, None, params, None, None, "normal")
+    before = reader(int, "m", None, None, params, None, None, "normal")
     params["top_p"] = 0.2
-    assert reader.read(int, "m", None, None, params, None, None, "normal").content != before.content
+    assert reader(int, "m", None, None, params, None, None, "normal").content != before.content
 
 
 def test_a_lanes_own_copy_cannot_be_changed_from_outside():
