@@ -23,7 +23,7 @@ from microbatch.batching.bulk import Prepared, bulk
 from microbatch.batching.call import Calls
 from microbatch.batching.collector import Collector
 from microbatch.batching.fallback import Fallback
-from microbatch.batching.intake import IN_FLIGHT, Sharing
+from microbatch.batching.flight import IN_FLIGHT, Sharing
 from microbatch.batching.prompt import draw_endings
 from microbatch.batching.request import PLAIN, check_messages, read_options, remembering
 from microbatch.batching.worth import UNKNOWN_RATIO
@@ -164,7 +164,6 @@ class Microbatcher:
             send=self._sender.send,
             ledger=self._ledger,
             books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
-            flights=self._collector.flights,
             keep=None if self._cache is None else self._cache.keep,
             listeners=listeners,
             count=self._tokens.count,

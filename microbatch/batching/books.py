@@ -118,10 +118,10 @@ class Books:
             self._ledger.unclaimed += ticket.usage
             ticket.usage = None
 
-    def _price_of(self, completion: Completion | None, exchange: Exchange) -> Callable[[Usage], float] | None:
+    def _price_of(self, completion: Completion | None, exchange: Exchange | None) -> Callable[[Usage], float] | None:
         """Return the price of the model that answered, else of the one that was asked for."""
         answered = None if completion is None or completion.model is None else self._price(completion.model)
-        return answered or exchange.price
+        return answered or (None if exchange is None else exchange.price)
 
     def _book(self, tickets: Sequence[Ticket], shares: Iterable[Usage], price: Callable[[Usage], float] | None) -> None:
         """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""

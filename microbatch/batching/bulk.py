@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.collector import Collector
-    from microbatch.batching.flight import Seat
-    from microbatch.batching.intake import Sharing
+    from microbatch.batching.flight import Seat, Sharing
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages, Reply

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from microbatch.batching.account import Permit
     from microbatch.batching.books import Books, Pricing
     from microbatch.batching.demultiplexer import Answer
-    from microbatch.batching.flight import Flights
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route
@@ -62,7 +61,6 @@ class Calls:
         send: Makes the attempts of a call.
         ledger: Where everything is counted.
         books: Where ended calls are booked.
-        flights: The tickets that others may join.
         keep: Puts answers into the cache, after their callers have them; None if there is none.
         listeners: Who is told of calls and of answers.
         count: Counts a text's tokens.
@@ -81,7 +79,6 @@ class Calls:
         send: Send,
         ledger: Ledger,
         books: Books,
-        flights: Flights,
         keep: Keep | None,
         listeners: Listeners,
         count: Callable[[str], int],
@@ -96,7 +93,6 @@ class Calls:
         self._send = send
         self._ledger = ledger
         self._books = books
-        self._flights = flights
         self._keep = keep
         self._listeners = listeners
         self._count = count
@@ -132,8 +128,7 @@ class Calls:
             timeout=self._remaining(tickets),
         )
         exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model), permit)
-        for ticket in tickets:
-            ticket.call = exchange
+        exchange.carry(tickets)
         batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary)
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
@@ -166,7 +161,7 @@ class Calls:
             return True
 
         try:
-            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut, batch.tickets)
+            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut)
             how = ending(completion, error, heard=batch.heard)
             demultiplexer = batch.demultiplexer
             answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
@@ -203,7 +198,7 @@ class Calls:
         """Put into the cache what a call has answered, if it ended as it should."""
         if self._keep is None or completion is None or completion.finish_reason != "stop":
             return
-        kept = [pair for pair in answered if pair[0].key is not None and pair[0].reply is not None]
+        kept = [pair for pair in answered if pair[0].sharing is not None and pair[0].reply is not None]
         if kept:
             await self._keep(kept)
 
@@ -244,7 +239,7 @@ class Calls:
         """Return the call that carries *ticket* alone, with its own messages."""
         spec = ticket.spec
         return ChatCall(
-            messages=ticket.messages or [*spec.shared, {"role": "user", "content": ticket.text}],
+            messages=ticket.messages,
             model=spec.model,
             params=spec.params,
             headers=spec.headers,
@@ -263,7 +258,8 @@ class Calls:
         pieces: list[str] = []
         price = self._price(ticket.spec.model or self._default_model)
         route: Route = "single" if learned is None else "fallback"
-        exchange = ticket.call = Exchange(1, route, self._now(), price, permit)
+        exchange = Exchange(1, route, self._now(), price, permit)
+        exchange.carry([ticket])
 
         def on_text(text: str) -> None:
             pieces.append(text)
@@ -282,7 +278,7 @@ class Calls:
         error: RequestFailed | None = None
         call = self.compose_alone(ticket)
         try:
-            completion, error = await self._exchange(exchange, call, on_text, on_cut, [ticket])
+            completion, error = await self._exchange(exchange, call, on_text, on_cut)
             if completion is None:
                 return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
@@ -308,13 +304,10 @@ class Calls:
         call: ChatCall,
         on_text: Callable[[str], None],
         on_cut: Callable[[Completion | None], bool],
-        tickets: list[Ticket],
     ) -> tuple[Completion | None, RequestFailed | None]:
         def on_attempt() -> None:
             self._ledger.upstream_calls += 1
             exchange.attempts += 1
-            for ticket in tickets:
-                ticket.attempts += 1
 
         if exchange.waiting <= 0:
             return None, None  # everybody left before the task of this call got its turn
@@ -373,7 +366,7 @@ class Calls:
         wait = exchange.wait  # one bound method for all
         spec = tickets[0].spec  # the requests of a call are of one lane
         model, shared = spec.model or self._default_model, spec.shared_chars // size
-        drop, tell = self._flights.drop, self._listeners.settle
+        tell = self._listeners.settle
         for index, (output, text) in answers:
             ticket = tickets[index]
             sizes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
@@ -404,8 +397,8 @@ class Calls:
             future.set_result(reply)
             if ticket.timer is not None:
                 ticket.timer.cancel()
-            if ticket.key is not None:
-                drop(ticket)
+            if ticket.file is not None:
+                ticket.file.drop(ticket)
             if tell is not None and ticket.flight is None:
                 tell(settled(spec, created, ticket.origin, now, reply=reply))
             answered += 1

@@ -141,7 +141,16 @@ class Collector:
             freed=self._note_quiet,
         )
         accounts.listen(self.scheduler.ready)
-        self.lanes = Lanes(policy, budgets, self.costs, accounts, count=count, enqueue=self.scheduler.enqueue)
+        self.lanes = Lanes(
+            policy,
+            budgets,
+            self.costs,
+            accounts,
+            count=count,
+            by_bytes=upper is None,
+            file_of=self.flights.file_of,
+            enqueue=self.scheduler.enqueue,
+        )
         self._intake = Intake(
             policy,
             ledger,
@@ -423,7 +432,7 @@ class Collector:
 
     def _disown(self, ticket: Ticket) -> None:
         """Nobody has the answer to *ticket*: what it cost is nobody's."""
-        if not ticket.call.ended:
+        if ticket.call is None or not ticket.call.ended:
             ticket.unclaimed = True
         elif ticket.reply is not None and not ticket.reply.usage.estimated:
             self._ledger.unclaimed += ticket.reply.usage
@@ -435,8 +444,8 @@ class Collector:
 
     def _withdraw(self, ticket: Ticket) -> None:
         """*ticket* has ended without an answer: take it out of where it is."""
-        if ticket.key is not None:
-            self.flights.drop(ticket)
+        if ticket.file is not None:
+            ticket.file.drop(ticket)
         queue = ticket.queue
         if isinstance(queue, Lane):
             self.lanes.discard(queue, ticket)

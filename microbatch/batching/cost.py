@@ -8,7 +8,7 @@ everywhere, and not every model's encoding is known.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,7 +17,7 @@ from microbatch.batching.framing import message_tokens, shared_tokens
 from microbatch.batching.prompt import ID_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from microbatch.batching.budget import Budgets
     from microbatch.batching.learned import Learned
@@ -89,10 +89,10 @@ class Costs:
             answer = learned.answer_tokens if learned.single_tokens is None else learned.single_tokens
         return round(prompt + answer)
 
-    def of_any(self, messages: Sequence[Mapping[str, Any]], spec: Spec) -> int:
-        """Return the charge of a request that is not combinable."""
+    def of_any(self, spec: Spec) -> int:
+        """Return the charge of a request that is not combinable, whose messages are all in *spec*."""
         extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
-        prompt = message_tokens(messages, self._count) + (
+        prompt = message_tokens(spec.shared, self._count) + (
             estimate(msgspec.json.encode(extra).decode(), self._count) if extra else 0
         )
         answers = spec.params.get("n")

@@ -12,7 +12,7 @@ from microbatch.batching.canary import check_canary
 from microbatch.batching.demultiplexer import Demultiplexer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from microbatch.batching.account import Permit
     from microbatch.batching.learned import Learned
@@ -70,6 +70,13 @@ class Exchange:
         self.stopped = False
         self.ended = False
         self._ended: anyio.Event | None = None
+
+    def carry(self, tickets: Iterable[Ticket]) -> None:
+        """*tickets* travel in this call from now on."""
+        for ticket in tickets:
+            if ticket.call is not None:
+                ticket.earlier_attempts += ticket.call.attempts
+            ticket.call = self
 
     def linger(self) -> None:
         """Everyone has been answered: only the usage is still of interest, for a while."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextvars
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -36,6 +37,39 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply
 
 _NO_CONTEXT = contextvars.Context()  # callbacks and timers run in it, not in that of the caller who set them
+
+
+class Sharing(msgspec.Struct, frozen=True):
+    """How equal requests are found.
+
+    Attributes:
+        key: The request's digest, where there is a cache; None to compare it whole.
+        ttl: Seconds for which its answer is good, None for the cache's own.
+    """
+
+    key: bytes | None = None
+    ttl: float | None = None
+
+
+IN_FLIGHT = Sharing()
+"""Equal requests are found while they are under way, and not afterwards."""
+
+
+class File(dict[bytes, "Ticket"]):
+    """Tickets that may be joined, of requests that are told apart by one thing: the latest under each name."""
+
+    __slots__ = ("__weakref__",)
+
+    def add(self, ticket: Ticket, name: bytes) -> None:
+        """Let others join *ticket*, which they find by *name*."""
+        ticket.file, ticket.name = self, name
+        self[name] = ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """Let nobody join *ticket* any more."""
+        filed = self.pop(ticket.name, ticket)
+        if filed is not ticket:
+            self[ticket.name] = filed  # a later one that has taken its place
 
 
 class Seat(msgspec.Struct, eq=False):
@@ -74,7 +108,7 @@ class Seat(msgspec.Struct, eq=False):
 
 
 class Flights:
-    """The tickets that can be joined, by key.
+    """The tickets that can be joined.
 
     Args:
         ledger: Where everything is counted.
@@ -86,7 +120,7 @@ class Flights:
         now: The clock, in seconds.
 
     Attributes:
-        filed: The latest ticket under each key; whoever accepts one that may be joined puts it here.
+        digests: Those that are told apart by their digests.
     """
 
     def __init__(
@@ -107,7 +141,8 @@ class Flights:
         self.late = late
         self._listeners = listeners
         self._now = now
-        self.filed: dict[Hashable, Ticket] = {}
+        self.digests = File()
+        self._files: WeakValueDictionary[Hashable, File] = WeakValueDictionary()
 
     def tell(self, seat: Seat, error: Exception | None = None) -> None:
         """Tell who listens that *seat* was answered, ended with *error*, or was left."""
@@ -117,13 +152,14 @@ class Flights:
 
     def __len__(self) -> int:
         """Return how many can be joined."""
-        return len(self.filed)
+        return len(self.digests) + sum(map(len, self._files.values()))
 
-    def drop(self, ticket: Ticket) -> None:
-        """Let nobody join *ticket* any more."""
-        filed = self.filed.pop(ticket.key, ticket)
-        if filed is not ticket:
-            self.filed[ticket.key] = filed  # a later one that has taken its place
+    def file_of(self, content: Hashable) -> File:
+        """Return the file of all requests that have *content* in common; it lives as long as a lane or a ticket holds it."""
+        file = self._files.get(content)
+        if file is None:
+            file = self._files[content] = File()
+        return file
 
     def join(
         self,
@@ -150,9 +186,10 @@ class Flight:
     Attributes:
         ticket: The ticket that travels for all of them.
         seats: Those who have not left, in order of arrival; once it has landed, those who were answered.
+        bulk: Whether only bulk work has come aboard, and nobody waits for it alone.
     """
 
-    __slots__ = ("_desk", "_landed", "first", "seats", "ticket")
+    __slots__ = ("_desk", "_landed", "bulk", "first", "seats", "ticket")
 
     def __init__(self, ticket: Ticket, desk: Flights, loop: asyncio.AbstractEventLoop) -> None:
         self.ticket = ticket
@@ -162,6 +199,7 @@ class Flight:
             ticket.future, self, ticket.answer, ticket.created, ticket.deadline, ticket.on_taken, ticket, origin=ticket.origin
         )  # fmt: skip
         self.seats = [self.first]
+        self.bulk = ticket.on_taken is not None
         if ticket.timer is not None:
             ticket.timer.cancel()
             ticket.timer = None
@@ -185,7 +223,7 @@ class Flight:
         ticket = self.ticket
         ticket.deadline = None  # until `expire_at` tells of another
         if on_taken is None:
-            ticket.bulk = False
+            self.bulk = False
         else:
             ticket.on_taken = self._taken
         return seat
@@ -216,7 +254,8 @@ class Flight:
             # Answered in the very moment it was cancelled. Its share of the cost is nobody's now.
             ledger.answered -= 1
             ledger.cancelled += 1
-            if self.ticket.call.ended:
+            call = self.ticket.call
+            if call is not None and call.ended:
                 self._give_up(seat)
             else:
                 seat.unclaimed = True

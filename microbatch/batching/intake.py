@@ -9,14 +9,12 @@ import contextvars
 import logging
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from microbatch.batching.budget import MAX_COUNTED_CHARS
 from microbatch.batching.flight import Seat, awaited
 from microbatch.batching.lane import Lane
+from microbatch.batching.lanes import MAX_LINE_BYTES
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
 from microbatch.batching.queues import AloneQueue
-from microbatch.batching.request import canonical_messages, check_messages, copy_of, own_text, read_messages, spec_of
+from microbatch.batching.request import canonical_messages, check_messages, own_text, read_messages, spec_of
 from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket
 from microbatch.batching.worth import pays
 from microbatch.errors import ConfigError
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Account, Accounts
     from microbatch.batching.cost import Costs
-    from microbatch.batching.flight import Flights
+    from microbatch.batching.flight import Flights, Sharing
     from microbatch.batching.lanes import Lanes
     from microbatch.batching.request import Options
     from microbatch.batching.room import Room
@@ -38,27 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microbatch")
 
-MAX_LINE_BYTES = MAX_COUNTED_CHARS
-"""A longer item goes alone: it would have to be counted, and it gains least from company."""
-
 _ALONE_WARNING = 100
 """Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
-
-
-class Sharing(msgspec.Struct, frozen=True):
-    """How equal requests are found.
-
-    Attributes:
-        key: The request's digest, where there is a cache; None to compare it whole.
-        ttl: Seconds for which its answer is good, None for the cache's own.
-    """
-
-    key: bytes | None = None
-    ttl: float | None = None
-
-
-IN_FLIGHT = Sharing()
-"""Equal requests are found while they are under way, and not afterwards."""
 
 
 class Intake:
@@ -106,7 +85,6 @@ class Intake:
         self._room = room
         self._lanes = lanes
         self._flights = flights
-        self._filed = flights.filed
         self._scratch = bytearray()
         self._accounts = accounts
         self._costs = costs
@@ -151,34 +129,38 @@ class Intake:
         loop, lane = self._loop, self._lanes.latest
         now = loop.time()
         text: str | None = None
-        if options.combinable:
-            if lane is not None:
-                text = own_text(messages, options, lane.spec)
-            if text is None:
-                lane, text = self._read(messages, options)
+        if lane is not None and (options is lane.options or lane.serves(options)):
+            text = own_text(messages, lane.spec.plain)
+        if text is None and options.combinable:
+            lane, text = self._read(messages, options)
         if text is None or lane is None:
             who = self._take_alone(messages, options, now, on_taken, sharing)
         else:
             line = item_line(text, self._scratch)
             # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
             tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
-            wait = lane.max_wait if timeout is None else min(lane.max_wait, timeout / 2)
-            due_at = now + wait if on_taken is None else NEVER
-            seat = same = ttl = None
+            patience = lane.max_wait
+            if on_taken is not None:
+                patience = NEVER
+            elif timeout is not None:
+                patience = min(patience, timeout / 2)
+            seat = file = None
+            name = line
             if sharing is not None:
-                same, ttl = sharing.key or (lane.spec.content, line), sharing.ttl
-                if not bypass and (equal := self._filed.get(same)) is not None:
-                    seat = self._join(equal, options, now, on_taken, lane.spec, due_at, lane)
+                file = lane.file
+                if sharing.key is not None:
+                    file, name = self._flights.digests, sharing.key
+                if name in file and not bypass:
+                    seat = self._join(file[name], options, now, on_taken, lane.spec, patience, lane)
             if seat is not None:
                 who = seat
             else:
-                who = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, due_at, same, ttl)
+                who = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, patience, sharing)
                 if on_taken is not None:
                     who.on_taken = on_taken
-                    who.bulk = True
                 self._place(who, lane, bypass=bypass)
-                if same is not None:
-                    self._filed[same] = who
+                if file is not None:
+                    file.add(who, name)
         if self._capture is not None:
             who.origin = self._capture()
         self._room.taken += 1
@@ -201,15 +183,13 @@ class Intake:
 
     def _place(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
         """Queue *ticket* in *lane*, or alone if it is better off so."""
-        alone = self._look_closely(ticket, lane) if lane.careful else None
-        if bypass:
-            alone = AloneReason.BYPASS
-        elif ticket.tokens > lane.budget.tokens - ID_TOKENS or len(ticket.line) > MAX_LINE_BYTES:
-            alone = alone or self._too_long(ticket, lane)
-        if alone is not None:
-            self.queue_alone(ticket, alone, lane.account)
-            self._lanes.drop_if_abandoned(lane)
-        elif lane.add(ticket) and not lane.queued:
+        if bypass or ticket.tokens > lane.welcome:
+            alone = self._look_closely(ticket, lane, bypass=bypass)
+            if alone is not None:
+                self.queue_alone(ticket, alone, lane.account)
+                self._lanes.drop_if_abandoned(lane)
+                return
+        if lane.add(ticket) and not lane.queued:
             self._lanes.joined(lane)
 
     def _take_alone(
@@ -221,25 +201,24 @@ class Intake:
         sharing: Sharing | None,
     ) -> Ticket | Seat:
         check_messages(messages)
-        own = copy_of(messages)
-        spec = spec_of([], options, ())
-        same = ttl = None
+        spec = spec_of(messages, options)
+        file, name = self._flights.digests, b""
         if sharing is not None:
-            same, ttl = sharing.key or (options.content, canonical_messages(own)), sharing.ttl
-            equal = self._filed.get(same)
+            if sharing.key is not None:
+                name = sharing.key
+            else:
+                file, name = self._flights.file_of(options.content), canonical_messages(spec.shared)
+            equal = file.get(name)
             seat = None if equal is None else self._join(equal, options, now, on_taken, spec, NEVER)
             if seat is not None:
                 return seat
-        ticket = Ticket(self._loop.create_future(), spec, options.answer, now, key=same, ttl=ttl)
-        ticket.messages = own
-        ticket.on_taken = on_taken
-        ticket.bulk = on_taken is not None
+        ticket = Ticket(self._loop.create_future(), spec, options.answer, now, sharing=sharing, on_taken=on_taken)
         account = self._accounts.of(options.model, options.headers)
         if account.max_tokens is not None:
-            ticket.cost = _fitting(self._costs.of_any(own, spec), account.max_tokens)
+            ticket.cost = _fitting(self._costs.of_any(spec), account.max_tokens)
         self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
-        if same is not None:
-            self._filed[same] = ticket
+        if sharing is not None:
+            file.add(ticket, name)
         return ticket
 
     def _join(
@@ -249,7 +228,7 @@ class Intake:
         now: float,
         on_taken: Callable[[Any], None] | None,
         spec: Spec,
-        due_at: float,
+        patience: float,
         lane: Lane | None = None,
     ) -> Seat | None:
         """Return a seat with *ticket*, after seeing to it that it is as urgent; None if it is too late for that.
@@ -260,7 +239,7 @@ class Intake:
             now: Loop time.
             on_taken: See `accept`.
             spec: What the request would travel with by itself.
-            due_at: Loop time until which it would wait for company.
+            patience: Seconds that it would wait for company.
             lane: The lane of that; None if it goes alone.
         """
         if not awaited(ticket):
@@ -269,9 +248,9 @@ class Intake:
         if spec.rank < ticket.spec.rank:
             if queue is None:
                 return None  # it is under way at the pace of its own priority
-            self._promote(ticket, spec, due_at, lane)
+            self._promote(ticket, spec, now + patience, lane)
         elif isinstance(queue, Lane):
-            self._lanes.hasten(queue, ticket, due_at)
+            self._lanes.hasten(queue, ticket, now + patience)
         if lane is not None:
             self._lanes.drop_if_abandoned(lane)
         return self._flights.join(ticket, options.answer, now, on_taken, self._loop)
@@ -283,14 +262,23 @@ class Intake:
             self._lanes.discard(queue, ticket, moved=True)
         else:
             queue.discard(ticket, moved=True)
-        ticket.spec, ticket.due_at = spec, min(ticket.due_at, due_at)
+        ticket.spec, ticket.patience = spec, min(ticket.patience, due_at - ticket.created)
         if lane is None:
             self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, self._accounts.of(spec.model, spec.headers))
         else:
             self._place(ticket, lane)
 
-    def _look_closely(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
-        """Work out what *ticket* costs alone, and tell why it goes alone if it does.
+    def _look_closely(self, ticket: Ticket, lane: Lane, *, bypass: bool) -> AloneReason | None:
+        """Return why *ticket* goes alone, or None if it does not."""
+        alone = self._weigh(ticket, lane) if lane.careful else None
+        if bypass:
+            return AloneReason.BYPASS
+        if ticket.tokens > lane.budget.tokens - ID_TOKENS or len(ticket.line) > MAX_LINE_BYTES:
+            alone = alone or self._too_long(ticket, lane)
+        return alone
+
+    def _weigh(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
+        """Work out what *ticket* costs alone, and tell why it goes alone if that is why.
 
         Raises:
             ConfigError: It can never be sent, because it is larger than the whole quota.

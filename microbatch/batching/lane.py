@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from microbatch.batching.account import Account
     from microbatch.batching.budget import Budget
+    from microbatch.batching.flight import File
     from microbatch.batching.learned import Learned
+    from microbatch.batching.request import Options
     from microbatch.batching.ticket import Spec, Ticket
 
 
@@ -35,6 +37,7 @@ class Lane:
         spec: What the requests have in common.
         account: Whose permits they need.
         learned: What is known of earlier batches.
+        file: Where equal requests are found.
         in_flight: Batches under way.
         live: Requests waiting.
         due_at: Loop time at which the lane falls due, `NEVER` if nothing waits for company.
@@ -52,20 +55,29 @@ class Lane:
         "budget",
         "careful",
         "due_at",
+        "file",
         "in_flight",
         "learned",
         "live",
         "max_wait",
+        "options",
         "queued",
         "rank",
         "spec",
         "tenant",
         "timer",
         "timer_at",
+        "welcome",
     )
 
     def __init__(
-        self, spec: Spec, account: Account, learned: Learned, budget: Budget, count: Callable[[str], int]
+        self,
+        spec: Spec,
+        account: Account,
+        learned: Learned,
+        budget: Budget,
+        count: Callable[[str], int],
+        file: File,
     ) -> None:
         self.spec = spec
         self.account = account
@@ -73,7 +85,10 @@ class Lane:
         self.rank = spec.rank
         self.max_wait = 0.0  # seconds its requests wait for company at most; the collector's
         self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
+        self.welcome = -1  # tokens of a line up to which it joins without any other look; the collector's
+        self.options: Options | None = None  # known to be served here; most come again with the same
         self.learned = learned
+        self.file = file
         self.budget = budget
         self.in_flight = 0
         self.live = 0
@@ -88,6 +103,14 @@ class Lane:
         self._full: FlushReason | None = None
         self._owed: FlushReason | None = None
         self._owed_count = 0
+
+    def serves(self, options: Options) -> bool:
+        """Return whether requests with *options* belong here, as far as options tell."""
+        spec = self.spec
+        if options.content != spec.key[1] or options.priority != spec.key[0]:
+            return False
+        self.options = options
+        return True
 
     @property
     def due(self) -> FlushReason | None:
@@ -131,9 +154,9 @@ class Lane:
 
     def hasten(self, ticket: Ticket, due_at: float) -> None:
         """*ticket*, which waits here, is to leave by *due_at*, which is sooner than before."""
-        ticket.due_at = due_at
+        ticket.patience = due_at - ticket.created
         if self._full is None:  # else the lane is due, and looks at the times again when the next batch has left
-            self.due_at = min(self.due_at, due_at)
+            self.due_at = min(self.due_at, ticket.due_at)
 
     def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
         """*ticket*, which waits here, has settled (its caller left), or has *moved* to another queue: forget it."""
@@ -208,14 +231,15 @@ class Lane:
                 return True
             tokens = self._fill_tokens
         self._fill_tokens = tokens
-        self._fill += 1
-        if self._fill >= budget.size:
+        fill = self._fill = self._fill + 1
+        if fill >= budget.size:
             self._full = budget.size_reason
             return True
-        if ticket.due_at < self.due_at:
-            self.due_at = ticket.due_at
+        due_at = ticket.created + ticket.patience
+        if due_at < self.due_at:
+            self.due_at = due_at
             return True
-        return self._fill == 1
+        return fill == 1
 
     def _fits_exactly(self, ticket: Ticket) -> bool:
         """Count the largest bounds until *ticket* fits behind the fill, or nothing is left to count."""

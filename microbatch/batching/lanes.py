@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING
 
-from microbatch.batching.budget import FlushReason
+from microbatch.batching.budget import MAX_COUNTED_CHARS, FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.learned import Memory
+from microbatch.batching.prompt import ID_TOKENS
 from microbatch.batching.request import spec_of
 from microbatch.batching.ticket import HIGH, LOW, NEVER
 
@@ -26,10 +27,15 @@ if TYPE_CHECKING:
     from microbatch.batching.account import Accounts
     from microbatch.batching.budget import Budgets
     from microbatch.batching.cost import Costs
+    from microbatch.batching.flight import File
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
     from microbatch.policy import FlushPolicy
+
+
+MAX_LINE_BYTES = MAX_COUNTED_CHARS
+"""A longer item goes alone: it would have to be counted, and it gains least from company."""
 
 
 class Lanes:
@@ -41,6 +47,8 @@ class Lanes:
         costs: What a call of each is charged.
         accounts: Whose permits each needs.
         count: Counts a text's tokens.
+        by_bytes: Whether a line's bytes bound its tokens.
+        file_of: Where requests with equal content are found by others.
         enqueue: Lets a lane that is due take its turns.
 
     Attributes:
@@ -55,6 +63,8 @@ class Lanes:
         accounts: Accounts,
         *,
         count: Callable[[str], int],
+        by_bytes: bool,
+        file_of: Callable[[Hashable], File],
         enqueue: Callable[[Lane], None],
     ) -> None:
         self.latest: Lane | None = None
@@ -63,6 +73,8 @@ class Lanes:
         self._costs = costs
         self._accounts = accounts
         self._count = count
+        self._by_bytes = by_bytes
+        self._file_of = file_of
         self._enqueue = enqueue
         self._memory = Memory()
         self._by_key: dict[Hashable, Lane] = {}
@@ -88,13 +100,13 @@ class Lanes:
         return lane
 
     def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
-        spec = spec_of(messages, options, key)
+        spec = spec_of(messages[:-1], options, key)
         learned = self._memory.of(key)
         account = self._accounts.of(spec.model, spec.headers)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper":
             self._costs.measure(spec, learned)
         budget = self._budgets.of(spec, learned, account.max_tokens)
-        lane = self._by_key[key] = Lane(spec, account, learned, budget, self._count)
+        lane = self._by_key[key] = Lane(spec, account, learned, budget, self._count, self._file_of(spec.content))
         lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
         self._look_closely(lane)
         return lane
@@ -106,6 +118,9 @@ class Lanes:
             or lane.learned.apart > 0
             or self._policy.merge == "when-cheaper"
         )
+        # Every token is at least a byte of UTF-8, but by a caller's own count: there the bytes are looked at by themselves.
+        by_bytes = min(lane.budget.tokens - ID_TOKENS, MAX_LINE_BYTES)
+        lane.welcome = -1 if lane.careful or not self._by_bytes else by_bytes
 
     def drop_if_abandoned(self, lane: Lane) -> None:
         """Drop *lane* if nothing waits in it and nothing is under way, unless it is the latest."""

@@ -195,20 +195,13 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
     return tuple(key), text
 
 
-def own_text(messages: Messages, options: Options, spec: Spec) -> str | None:
-    """Return the text of *messages* of its own, if all else is plainly that of *spec*; None if that takes a closer look.
+def own_text(messages: Messages, plain: list[dict[str, Any]] | None) -> str | None:
+    """Return the text that *messages* end in, if those before it are *plain* ones; None if that takes a closer look.
 
     This answers most submits of a service, which ask the same kind of thing again: comparing costs a fraction of making a key.
     """
     last = messages[-1]
-    if (
-        type(last) is dict
-        and len(last) == _PLAIN_FIELDS
-        and last.get("role") == "user"
-        and options.content == spec.key[1]
-        and options.priority == spec.key[0]
-        and messages[:-1] == spec.plain
-    ):
+    if type(last) is dict and len(last) == _PLAIN_FIELDS and last.get("role") == "user" and messages[:-1] == plain:
         text = last.get("content")
         return text if type(text) is str else None
     return None
@@ -246,15 +239,15 @@ def _kind(value: object) -> str:
     return f"an empty {type(value).__name__}" if value in ([], ()) else type(value).__name__
 
 
-def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...]) -> Spec:
-    """Return what *messages* but the last share with others, as a copy that the caller cannot change any more.
+def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...] = ()) -> Spec:
+    """Return a spec with *messages*, as a copy that the caller cannot change any more.
 
     Args:
-        messages: The messages of one request.
+        messages: The messages of a request but the last; of one that goes alone, all of them.
         options: Its options.
         key: What `read_messages` returned for it, or () for a request that goes alone.
     """
-    shared = copy_of(messages[:-1])
+    shared = copy_of(messages)
     plain = all(len(message) == _PLAIN_FIELDS and set(map(type, message.values())) == {str} for message in shared)
     return Spec(
         key=key,
@@ -268,7 +261,7 @@ def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...]) -> 
         headers=options.headers,
         tenant=options.tenant,
         rank=options.rank,
-        shared_chars=sum(len(str(message.get("content"))) for message in shared),
+        shared_chars=sum(len(content) for each in shared if isinstance(content := each.get("content"), str)),
     )
 
 

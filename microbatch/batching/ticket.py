@@ -12,9 +12,10 @@ from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping
 
-    from microbatch.batching.flight import Flight
+    from microbatch.batching.exchange import Exchange
+    from microbatch.batching.flight import File, Flight, Sharing
     from microbatch.batching.schema import AnswerType
     from microbatch.messages import Reply, Usage
 
@@ -46,7 +47,7 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         key: The whole of it, hashable. Equal keys may share a prompt; anything that differs makes keys differ.
         content: The same without the priority: what two requests ask of the model, but for the last message.
         model: As given, None for the transport's own.
-        shared: The messages before the last one, as given.
+        shared: The messages before the last one, as given; of a request that goes alone, all of them.
         plain: The same, if each is a role and a text and nothing else; otherwise None.
         answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
         max_tokens: Most tokens of one answer, or None.
@@ -88,12 +89,12 @@ class Ticket(msgspec.Struct, eq=False):
         cost: Tokens that a single call for it is charged; 0 where tokens are not limited.
         prompt_tokens: The prompt's part of that, by our own count; 0 where it is not counted.
         created: Loop time of the submit, in seconds.
-        due_at: Loop time until which it waits for company; `NEVER` for bulk work, which waits for a full batch.
-        key: What equal requests find it by, to join it or its answer in the cache; None for one that is not shared.
-        ttl: Seconds for which its answer is good, None for the cache's own.
+        patience: Seconds that it waits for company; `NEVER` for bulk work, which waits for a full batch.
+        sharing: How equal requests find its answer; None for one that is not shared.
+        file: Where equal requests find it while it is under way, None if they do not.
+        name: What it is filed under there.
         deadline: Loop time at which its caller gives up, or None.
-        messages: All messages, for a request that is not combinable.
-        attempts: Upstream calls that carried it so far.
+        earlier_attempts: Upstream calls that carried it before `call`.
         usage: Its shares of the calls that have ended, None before the first.
         cost_usd: Their price, None once one of them had no known price.
         queue: Where it waits to be sent, or None once it was.
@@ -101,7 +102,6 @@ class Ticket(msgspec.Struct, eq=False):
         reply: What its caller got.
         unclaimed: Whether its caller left in the moment it was answered.
         on_taken: For bulk work: called when it leaves its queue.
-        bulk: Whether only bulk work waits for it, and nobody for it alone.
         timer: Ends it at its deadline; the collector's.
         origin: What hooks keep of its caller.
         flight: Its callers, once there are several; then `future` is nobody's.
@@ -113,31 +113,56 @@ class Ticket(msgspec.Struct, eq=False):
     created: float
     line: bytes = b""
     tokens: int = 0
-    due_at: float = NEVER
-    key: Hashable = None
-    ttl: float | None = None
+    patience: float = NEVER
+    sharing: Sharing | None = None
+    file: File | None = None
+    name: bytes = b""
     deadline: float | None = None
-    messages: Sequence[Mapping[str, Any]] | None = None
     exact: bool = False
     cost: int = 0
     prompt_tokens: int = 0
-    attempts: int = 0
+    earlier_attempts: int = 0
     usage: Usage | None = None
     cost_usd: float | None = 0.0
     queue: Any = None
-    call: Any = None
+    call: Exchange | None = None
     reply: Reply[Any] | None = None
     unclaimed: bool = False
     on_taken: Callable[[Ticket], None] | None = None
-    bulk: bool = False
     timer: asyncio.TimerHandle | None = None
     origin: Any = None
     flight: Flight | None = None
 
     @property
+    def combinable(self) -> bool:
+        """Whether it may share a prompt. If not, all of its messages are in its spec, which is its own."""
+        return bool(self.line)
+
+    @property
     def text(self) -> str:
-        """The last user message; "" when `messages` is set. Read from the line, because one copy is enough to keep."""
+        """The last user message; "" if it is not combinable. Read from the line, because one copy is enough to keep."""
         return _text_of(self.line) if self.line else ""
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """Its messages as its caller gave them."""
+        shared = self.spec.shared
+        return [*shared, {"role": "user", "content": self.text}] if self.combinable else shared
+
+    @property
+    def due_at(self) -> float:
+        """Loop time until which it waits for company."""
+        return self.created + self.patience
+
+    @property
+    def bulk(self) -> bool:
+        """Whether only bulk work waits for it, and nobody for it alone."""
+        return self.on_taken is not None if self.flight is None else self.flight.bulk
+
+    @property
+    def attempts(self) -> int:
+        """Upstream calls that carried it so far."""
+        return self.earlier_attempts + (self.call.attempts if self.call is not None else 0)
 
     def taken(self) -> None:
         """It is no longer in a queue."""

@@ -130,7 +130,7 @@ def left_open(
 
 def read_alone(ticket: Ticket, completion: Completion, content: str) -> tuple[Any, str, RequestFailed | None]:
     """Return output and text of a single reply, and the error if there is none to be had."""
-    if ticket.messages is not None and ticket.answer.is_text and completion.finish_reason is not None:
+    if not ticket.combinable and ticket.answer.is_text and completion.finish_reason is not None:
         return content, content, None  # tool calls and the like: what matters is in `body`
     error = complaint(completion)
     if error is None and completion.finish_reason == "length" and not ticket.answer.is_text:

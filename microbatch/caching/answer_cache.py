@@ -207,10 +207,10 @@ class AnswerCache:
         now = self._now()
         stored: list[tuple[bytes, bytes, float | None]] = []
         for ticket, alone in answered:
-            reply, key = ticket.reply, ticket.key
-            if reply is None or not isinstance(key, bytes):
-                continue  # asked while the secret could not be had
-            ttl = self._ttl if ticket.ttl is None else ticket.ttl
+            reply, sharing = ticket.reply, ticket.sharing
+            if reply is None or sharing is None or sharing.key is None:
+                continue  # for its caller only, or asked while the secret could not be had
+            key, ttl = sharing.key, self._ttl if sharing.ttl is None else sharing.ttl
             if ttl is not None:
                 ttl *= 1 - JITTER * random.random()  # noqa: S311 no secret
             value = entries.encode(
@@ -223,7 +223,7 @@ class AnswerCache:
                     alone.prompt_tokens,
                     alone.completion_tokens,
                     alone.cached_tokens,
-                    entries.body_of(reply.body) if ticket.messages is not None else None,
+                    entries.body_of(reply.body) if not ticket.combinable else None,
                 )
             )
             stored.append((key, value, ttl))

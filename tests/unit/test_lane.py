@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microbatch.batching.budget import Budget, FlushReason, output_reserve
+from microbatch.batching.flight import File
 from microbatch.batching.lane import Lane
 from microbatch.batching.learned import Learned, Memory
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
@@ -56,7 +57,7 @@ def sized(number, size):
 
 
 def lane_of(*, size=16, tokens=1_000, count=None, reason=FlushReason.SIZE):
-    return Lane(SPEC, ACCOUNT, Learned(), Budget(size, tokens, reason), count or Counted())
+    return Lane(SPEC, ACCOUNT, Learned(), Budget(size, tokens, reason), count or Counted(), File())
 
 
 def filled(tickets, **options):
