@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
+import sys
 import uuid
 from collections import Counter
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
@@ -30,6 +32,7 @@ from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, Overloaded, StorageError
+from microbatch.messages import Reply
 from microbatch.parts import Part, give_back, lease
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
 from microbatch.protocols import Cache, Transport
@@ -41,7 +44,7 @@ from microbatch.transports.relay import read_charge
 from microbatch.transports.retry import Sender
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import TypeForm
@@ -50,12 +53,24 @@ if TYPE_CHECKING:
     from microbatch.batching.flight import Seat
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
-    from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
+    from microbatch.messages import Messages, Priority, Request, Result, T, Usage
     from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
 
 logger = logging.getLogger("microbatch")
+
+F = TypeVar("F", bound="Callable[..., Coroutine[Any, Any, Any]]")
+
+
+def _coroutine_function(function: F) -> F:
+    """Mark *function*, which returns a coroutine but is none, as what it is for `inspect` and for mocks of it."""
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    # Before, asyncio had a mark of its own, which asgiref sets likewise.
+    function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined] # noqa: SLF001
+    return function
+
 
 _KNOWN: Final = ("cache", "shared")
 """Routes of answers that nothing was asked for."""
@@ -306,7 +321,8 @@ class Microbatcher:
         ttl: float | None = None,
     ) -> Reply[T]: ...
 
-    async def submit(
+    @_coroutine_function
+    def submit(
         self,
         messages: Messages,
         *,
@@ -321,7 +337,7 @@ class Microbatcher:
         timeout: float | None = None,
         use_cache: bool = True,
         ttl: float | None = None,
-    ) -> Reply[Any]:
+    ) -> Coroutine[Any, Any, Reply[Any]]:
         """Ask, together with whoever asks the same kind of thing at the same time.
 
         Args:
@@ -350,9 +366,7 @@ class Microbatcher:
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
         """
-        collector = self._collector
-        if asyncio.get_running_loop() is not collector.door:
-            self._check_open()
+        # The options are read here, and not in the coroutine, whose frame would keep a place for each as long as the request waits.
         if (
             output_type is str
             and model is None
@@ -368,24 +382,31 @@ class Microbatcher:
             options = self._read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
         if timeout is not None or ttl is not None:
             at_least(0, timeout=timeout, ttl=ttl)
-        sharing = self._sharing
         if not use_cache:
             sharing = None
         elif self._cache is not None:
-            start = asyncio.get_running_loop().time()
-            sharing, reply = await self._look_up(self._cache, messages, options, ttl, timeout)
-            if reply is not None:
-                return reply
-            if timeout is not None:
-                timeout = max(0.0, timeout - (asyncio.get_running_loop().time() - start))
-            if asyncio.get_running_loop() is not collector.door:
+            sharing = IN_FLIGHT if ttl is None else Sharing(None, ttl)
+        else:
+            sharing = IN_FLIGHT if options.cold else self._sharing
+        return self._submit(messages, options, timeout, sharing)
+
+    async def _submit(
+        self, messages: Messages, options: Options, timeout: float | None, sharing: Sharing | None
+    ) -> Reply[Any]:
+        if asyncio.get_running_loop() is not self._collector.door:
+            self._check_open()
+        if self._cache is not None and sharing is not None:
+            found = await self._look_up(self._cache, messages, options, sharing.ttl, timeout)
+            if isinstance(found, Reply):
+                return found
+            sharing, timeout = found
+            del found  # or it lives as long as the request
+            if asyncio.get_running_loop() is not self._collector.door:
                 self._check_open()
-        elif options.cold:
-            sharing = IN_FLIGHT
         bypass = False
-        room = collector.room
+        room = self._collector.room
         if room.taken >= room.size or room.waiting:  # spelled out: `room.free` is a call
-            place, timer = self._when_full(timeout)
+            place = self._when_full(timeout)
             if place is None:
                 bypass = True
             else:
@@ -395,31 +416,27 @@ class Microbatcher:
                 except BaseException:
                     room.give_up(place)
                     raise
-                finally:
-                    if timer is not None:
-                        timer.cancel()
                 room.enter()
                 if timeout is not None:
                     timeout = max(0.0, timeout - (asyncio.get_running_loop().time() - start))
-                del place, timer, start  # or they live as long as the request
+                del place, start  # or they live as long as the request
         try:
-            ticket = collector.accept(messages, options, timeout, bypass=bypass, sharing=sharing)
+            ticket = self._collector.accept(messages, options, timeout, bypass=bypass, sharing=sharing)
         except ConfigError:
-            collector.room.decline()  # which this request may have waited for
+            room.decline()  # which this request may have waited for
             raise
         # The caller's dicts and texts are of no more use, and many submits may wait.
         del messages, sharing
         try:
-            answer: Reply[Any] = await ticket.future
+            return await ticket.future
         except asyncio.CancelledError:
-            collector.leave(ticket)
+            self._collector.leave(ticket)
             raise
-        return answer
 
     async def _look_up(
         self, cache: AnswerCache, messages: Messages, options: Options, ttl: float | None, timeout: float | None
-    ) -> tuple[Sharing, Reply[Any] | None]:
-        """Return how equal requests find this one, and what the cache has for it, or None.
+    ) -> Reply[Any] | tuple[Sharing, float | None]:
+        """Return what the cache has for a request; else how equal ones find it, and what is left of *timeout*.
 
         Raises:
             DeadlineExceeded: *timeout* passed meanwhile.
@@ -427,8 +444,9 @@ class Microbatcher:
         check_messages(messages)
         key = cache.key(messages, options)
         if key is None:
-            return Sharing(None, ttl), None
-        created = asyncio.get_running_loop().time()
+            return Sharing(None, ttl), timeout
+        now = asyncio.get_running_loop().time
+        created = now()
         value = None
         try:
             async with asyncio.timeout(timeout):
@@ -437,10 +455,11 @@ class Microbatcher:
             raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
         except StorageError:
             pass  # the batcher is closing
-        return Sharing(key, ttl), cache.read(key, value, options, created)
+        left = None if timeout is None else max(0.0, timeout - (now() - created))
+        return cache.read(key, value, options, created) or (Sharing(key, ttl), left)
 
-    def _when_full(self, timeout: float | None) -> tuple[asyncio.Future[None] | None, asyncio.TimerHandle | None]:
-        """Return what the policy says when no request may be accepted: a place to wait for and its timer, or None to bypass.
+    def _when_full(self, timeout: float | None) -> asyncio.Future[None] | None:
+        """Return what the policy says when no request may be accepted: a place to wait for, or None to bypass.
 
         Raises:
             Overloaded: It says neither.
@@ -449,7 +468,7 @@ class Microbatcher:
         if when_full == "wait":
             return collector.room.place(timeout)
         if when_full == "bypass" and collector.scheduler.in_use < self._policy.max_concurrent_batches:
-            return None, None
+            return None
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
 
     def map(

@@ -89,7 +89,7 @@ class Seat(msgspec.Struct, eq=False):
         origin: What hooks keep of its caller.
     """
 
-    future: asyncio.Future[Any]
+    future: asyncio.Future[Reply[Any]]
     flight: Flight
     answer: AnswerType
     created: float

@@ -293,16 +293,16 @@ def remembering(read: Callable[P, Options]) -> Callable[P, Options]:
     They are told by identity, which costs a tenth of reading them and takes nothing on trust: none of them can change. A mapping
     can, so arguments with one are always read.
     """
-    latest: tuple[object, ...] = ()
-    known = PLAIN
+    latest: tuple[tuple[object, ...], Options] = (), PLAIN
 
     def read_or_know(*given: P.args, **named: P.kwargs) -> Options:
-        nonlocal latest, known
-        if latest and not named and all(map(is_, given, latest)):
+        nonlocal latest
+        arguments, known = latest
+        if arguments and not named and all(map(is_, given, arguments)):
             return known
         options = read(*given, **named)
         if not named and not any(isinstance(each, Mapping) for each in given):
-            latest, known = given, options
+            latest = given, options  # in one step: a caller in another thread, who is refused later, comes by here
         return options
 
     return read_or_know

@@ -43,11 +43,11 @@ class Room:
         """Whether another request may come in without waiting or jumping a queue."""
         return self.taken < self.size and not self.waiting
 
-    def place(self, timeout: float | None) -> tuple[asyncio.Future[None], asyncio.TimerHandle | None]:
-        """Return a place in the queue, done when its turn has come, and the timer that ends the waiting.
+    def place(self, timeout: float | None) -> asyncio.Future[None]:
+        """Return a place in the queue, done when its turn has come.
 
-        Whoever awaits it calls `enter` in the very step in which the wait ends well, else `give_up`, and cancels the timer. It is
-        awaited by the caller, and not here, because the frame of another coroutine would be most of what a waiter costs.
+        Whoever awaits it calls `enter` in the very step in which the wait ends well, else `give_up`. It is awaited by the caller,
+        and not here, because the frame of another coroutine would be most of what a waiter costs.
 
         Args:
             timeout: Seconds after which the place fails with `DeadlineExceeded`, or None. It fails with `BatcherClosed` if the
@@ -56,9 +56,10 @@ class Room:
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
         self.waiting.append(place)
-        if timeout is None:
-            return place, None
-        return place, loop.call_later(timeout, _expire, place, timeout, context=_NO_CONTEXT)
+        if timeout is not None:
+            timer = loop.call_later(timeout, _expire, place, timeout, context=_NO_CONTEXT)
+            place.add_done_callback(lambda _: timer.cancel(), context=_NO_CONTEXT)
+        return place
 
     def enter(self) -> None:
         """Take the place that was kept; a request has to be accepted in the same step."""
@@ -70,7 +71,7 @@ class Room:
         Raises:
             BatcherClosed: The batcher closed first.
         """
-        place, _ = self.place(None)
+        place = self.place(None)
         try:
             await place
         except BaseException:

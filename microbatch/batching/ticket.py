@@ -107,7 +107,7 @@ class Ticket(msgspec.Struct, eq=False):
         flight: Its callers, once there are several; then `future` is nobody's.
     """
 
-    future: asyncio.Future[Any]
+    future: asyncio.Future[Reply[Any]]
     spec: Spec
     answer: AnswerType
     created: float
