@@ -32,7 +32,6 @@ from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, Overloaded, StorageError
-from microbatch.messages import Reply
 from microbatch.parts import Part, give_back, lease
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
 from microbatch.protocols import Cache, Transport
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     from microbatch.batching.flight import Seat
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
-    from microbatch.messages import Messages, Priority, Request, Result, T, Usage
+    from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
     from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
@@ -175,6 +174,7 @@ class Microbatcher:
             listeners=listeners,
             canary=fallback.canary,
         )
+        self._room = self._collector.room
         calls = Calls(
             send=self._sender.send,
             ledger=self._ledger,
@@ -388,42 +388,63 @@ class Microbatcher:
             sharing = IN_FLIGHT if ttl is None else Sharing(None, ttl)
         else:
             sharing = IN_FLIGHT if options.cold else self._sharing
+        if self._cache is not None and sharing is not None:
+            return self._look_up_and_submit(self._cache, messages, options, timeout, sharing.ttl)
         return self._submit(messages, options, timeout, sharing)
+
+    async def _look_up_and_submit(
+        self, cache: AnswerCache, messages: Messages, options: Options, timeout: float | None, ttl: float | None
+    ) -> Reply[Any]:
+        """Return what the cache has for a request, else ask.
+
+        Raises:
+            DeadlineExceeded: *timeout* passed meanwhile.
+        """
+        self._check_open()
+        check_messages(messages)
+        key = cache.key(messages, options)
+        if key is not None:
+            now = asyncio.get_running_loop().time
+            created = now()
+            value = None
+            try:
+                async with asyncio.timeout(timeout):
+                    value = await cache.look_up(key)
+            except TimeoutError:
+                raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
+            except StorageError:
+                pass  # the batcher is closing
+            reply = cache.read(key, value, options, created)
+            if reply is not None:
+                return reply
+            if timeout is not None:
+                timeout = max(0.0, timeout - (now() - created))
+        return await self._submit(messages, options, timeout, Sharing(key, ttl))
 
     async def _submit(
         self, messages: Messages, options: Options, timeout: float | None, sharing: Sharing | None
     ) -> Reply[Any]:
+        # As long as the request waits, this frame takes memory for each of its variables: hence so few.
         if asyncio.get_running_loop() is not self._collector.door:
             self._check_open()
-        if self._cache is not None and sharing is not None:
-            found = await self._look_up(self._cache, messages, options, sharing.ttl, timeout)
-            if isinstance(found, Reply):
-                return found
-            sharing, timeout = found
-            del found  # or it lives as long as the request
-            if asyncio.get_running_loop() is not self._collector.door:
-                self._check_open()
-        bypass = False
-        room = self._collector.room
-        if room.taken >= room.size or room.waiting:  # spelled out: `room.free` is a call
+        if self._room.taken >= self._room.size or self._room.waiting:  # spelled out: `room.free` is a call
             place = self._when_full(timeout)
-            if place is None:
-                bypass = True
-            else:
-                start = asyncio.get_running_loop().time()
+            if place is not None:
+                if timeout is not None:
+                    timeout += asyncio.get_running_loop().time()  # a point in time, as long as this waits
                 try:
                     await place
                 except BaseException:
-                    room.give_up(place)
+                    self._room.give_up(place)
                     raise
-                room.enter()
+                self._room.enter()
                 if timeout is not None:
-                    timeout = max(0.0, timeout - (asyncio.get_running_loop().time() - start))
-                del place, start  # or they live as long as the request
+                    timeout = max(0.0, timeout - asyncio.get_running_loop().time())
+            del place  # or it lives as long as the request
         try:
-            ticket = self._collector.accept(messages, options, timeout, bypass=bypass, sharing=sharing)
+            ticket = self._collector.accept(messages, options, timeout, sharing)
         except ConfigError:
-            room.decline()  # which this request may have waited for
+            self._room.decline()  # which this request may have waited for
             raise
         # The caller's dicts and texts are of no more use, and many submits may wait.
         del messages, sharing
@@ -433,41 +454,16 @@ class Microbatcher:
             self._collector.leave(ticket)
             raise
 
-    async def _look_up(
-        self, cache: AnswerCache, messages: Messages, options: Options, ttl: float | None, timeout: float | None
-    ) -> Reply[Any] | tuple[Sharing, float | None]:
-        """Return what the cache has for a request; else how equal ones find it, and what is left of *timeout*.
-
-        Raises:
-            DeadlineExceeded: *timeout* passed meanwhile.
-        """
-        check_messages(messages)
-        key = cache.key(messages, options)
-        if key is None:
-            return Sharing(None, ttl), timeout
-        now = asyncio.get_running_loop().time
-        created = now()
-        value = None
-        try:
-            async with asyncio.timeout(timeout):
-                value = await cache.look_up(key)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
-        except StorageError:
-            pass  # the batcher is closing
-        left = None if timeout is None else max(0.0, timeout - (now() - created))
-        return cache.read(key, value, options, created) or (Sharing(key, ttl), left)
-
     def _when_full(self, timeout: float | None) -> asyncio.Future[None] | None:
         """Return what the policy says when no request may be accepted: a place to wait for, or None to bypass.
 
         Raises:
             Overloaded: It says neither.
         """
-        collector, when_full = self._collector, self._policy.when_full
+        when_full = self._policy.when_full
         if when_full == "wait":
-            return collector.room.place(timeout)
-        if when_full == "bypass" and collector.scheduler.in_use < self._policy.max_concurrent_batches:
+            return self._room.place(timeout)
+        if when_full == "bypass" and self._collector.scheduler.in_use < self._policy.max_concurrent_batches:
             return None
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
 
@@ -511,9 +507,7 @@ class Microbatcher:
         )
 
     def _accept_bulk(self, request: Request, prepared: Prepared, on_taken: Callable[[Any], None]) -> Ticket | Seat:
-        return self._collector.accept(
-            request.messages, prepared.options, request.timeout, on_taken, sharing=prepared.sharing
-        )
+        return self._collector.accept(request.messages, prepared.options, request.timeout, prepared.sharing, on_taken)
 
     def _prepare_bulk(self, request: Request) -> Prepared:
         """Check the options of *request*, and begin to look it up.
@@ -735,9 +729,9 @@ class Microbatcher:
             raise ConfigError(
                 f"{type(self._transport).__name__} has no forward(): it cannot relay requests as they are"
             )
-        if not self._collector.room.free:
+        if not self._room.free:
             if self._policy.when_full == "wait":
-                await self._collector.room.wait()
+                await self._room.wait()
             else:
                 self._when_full(None)
         model, cost = read_charge(body)
@@ -769,7 +763,7 @@ class Microbatcher:
             self._ledger.cache_evictions = self._cache.evictions
         spooled = None if self._spool is None else self._spool.look()
         return self._ledger.snapshot(
-            queued=self._collector.room.taken,
+            queued=self._room.taken,
             in_flight=self._collector.scheduler.in_use,
             spool_depth=None if spooled is None else spooled.depth,
             spool_dead=None if spooled is None else spooled.dead,
@@ -779,9 +773,7 @@ class Microbatcher:
     def __repr__(self) -> str:
         """Tell the state and the load."""
         state = "new" if self._host is None else "closed" if self._collector.closing else "open"
-        return (
-            f"Microbatcher({state}, queued={self._collector.room.taken}, in_flight={self._collector.scheduler.in_use})"
-        )
+        return f"Microbatcher({state}, queued={self._room.taken}, in_flight={self._collector.scheduler.in_use})"
 
 
 def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.enqueue`

@@ -116,7 +116,7 @@ class Books:
         """A call has reported nothing: if the caller left in the moment of its answer, the shares of earlier calls are nobody's."""
         if ticket.unclaimed and ticket.usage is not None:
             self._ledger.unclaimed += ticket.usage
-            ticket.usage = None
+            ticket.remember().usage = None
 
     def _price_of(self, completion: Completion | None, exchange: Exchange | None) -> Callable[[Usage], float] | None:
         """Return the price of the model that answered, else of the one that was asked for."""
@@ -127,18 +127,19 @@ class Books:
         """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
         for ticket, share in zip(tickets, shares, strict=True):
             cost_usd = None if price is None else price(share)
-            if ticket.usage is not None:
-                share = ticket.usage + share  # noqa: PLW2901 with its shares of earlier calls
-                cost_usd = None if cost_usd is None or ticket.cost_usd is None else ticket.cost_usd + cost_usd
-                ticket.usage = None
-            reply = ticket.reply
-            if reply is not None and not ticket.unclaimed:
+            reply, past = ticket.reply, ticket.past
+            if past is not None and past.usage is not None:
+                share = past.usage + share  # noqa: PLW2901 with its shares of earlier calls
+                cost_usd = None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
+                past.usage = None
+            if reply is not None and (past is None or not past.unclaimed):
                 reply.usage = share
                 reply.cost_usd = cost_usd
             elif ticket.future.done():
                 self._ledger.unclaimed += share
             else:
-                ticket.usage, ticket.cost_usd = share, cost_usd
+                past = ticket.remember()
+                past.usage, past.cost_usd = share, cost_usd
 
     def _pay(
         self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None, *, each: bool

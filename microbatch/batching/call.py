@@ -339,7 +339,7 @@ class Calls:
         for ticket in tickets:
             if ticket.deadline is None:
                 return None
-            latest = max(latest, ticket.deadline)
+            latest = max(latest, ticket.deadline.at)
         return max(0.0, latest - self._now())
 
     def _answer(
@@ -375,8 +375,8 @@ class Calls:
                 continue
             # A token is about 4 bytes of English; this stands only until the call has ended.
             usage = Usage((shared + len(ticket.line)) // 4, length // 4 + 1, 0, True)
-            if ticket.usage is not None:
-                usage = ticket.usage + usage
+            if ticket.past is not None and ticket.past.usage is not None:
+                usage = ticket.past.usage + usage
             created = ticket.created
             # By position, in the order of the fields: this is on every answer's path.
             ticket.reply = reply = Reply(
@@ -395,8 +395,8 @@ class Calls:
                 wait,
             )
             future.set_result(reply)
-            if ticket.timer is not None:
-                ticket.timer.cancel()
+            if ticket.deadline is not None:
+                ticket.deadline.cancel()
             if ticket.file is not None:
                 ticket.file.drop(ticket)
             if tell is not None and ticket.flight is None:

@@ -433,7 +433,7 @@ class Collector:
     def _disown(self, ticket: Ticket) -> None:
         """Nobody has the answer to *ticket*: what it cost is nobody's."""
         if ticket.call is None or not ticket.call.ended:
-            ticket.unclaimed = True
+            ticket.remember().unclaimed = True
         elif ticket.reply is not None and not ticket.reply.usage.estimated:
             self._ledger.unclaimed += ticket.reply.usage
         elif ticket.usage is not None:  # of the last call nothing was reported, but of those before it
@@ -455,9 +455,9 @@ class Collector:
             ticket.call.abandoned()
         if ticket.usage is not None:
             self._ledger.unclaimed += ticket.usage
-            ticket.usage = None
-        if ticket.timer is not None:
-            ticket.timer.cancel()
+            ticket.remember().usage = None
+        if ticket.deadline is not None:
+            ticket.deadline.cancel()
         self.room.leave(1)
 
 

@@ -15,6 +15,7 @@ import msgspec
 from microbatch.batching.budget import MAX_COUNTED_CHARS, estimate, output_reserve
 from microbatch.batching.framing import message_tokens, shared_tokens
 from microbatch.batching.prompt import ID_TOKENS
+from microbatch.batching.ticket import Charge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -76,20 +77,20 @@ class Costs:
         if learned.shared_tokens is None:
             learned.shared_tokens = shared_tokens(spec.shared, self._count)
 
-    def alone(self, ticket: Ticket, learned: Learned) -> int:
+    def alone(self, ticket: Ticket, learned: Learned) -> Charge:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
         text = (
             ticket.count(self._count) if len(ticket.line) <= MAX_COUNTED_CHARS else estimate(ticket.text, self._count)
         )
-        ticket.prompt_tokens = (learned.shared_tokens or 0) + text
+        ours = (learned.shared_tokens or 0) + text
         fit = self._fits.get(ticket.spec.model)
-        prompt = ticket.prompt_tokens if fit is None else fit.of(ticket.prompt_tokens)
+        prompt = ours if fit is None else fit.of(ours)
         answer: float | None = ticket.spec.max_tokens
         if answer is None:
             answer = learned.answer_tokens if learned.single_tokens is None else learned.single_tokens
-        return round(prompt + answer)
+        return Charge(round(prompt + answer), ours)
 
-    def of_any(self, spec: Spec) -> int:
+    def of_any(self, spec: Spec) -> Charge:
         """Return the charge of a request that is not combinable, whose messages are all in *spec*."""
         extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
         prompt = message_tokens(spec.shared, self._count) + (
@@ -97,7 +98,7 @@ class Costs:
         )
         answers = spec.params.get("n")
         each = spec.max_tokens if spec.max_tokens is not None else _UNKNOWN_ANSWER
-        return prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1)
+        return Charge(prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1))
 
     def together(self, spec: Spec, learned: Learned, items: int, tokens: int) -> int:
         """Return the charge of a combined call.
@@ -135,11 +136,12 @@ class Costs:
 
     def learn_alone(self, ticket: Ticket, prompt_tokens: int) -> None:
         """The endpoint counted *prompt_tokens* for a single call of *ticket*."""
-        if ticket.prompt_tokens:
+        ours = 0 if ticket.charge is None else ticket.charge.prompt
+        if ours:
             model = ticket.spec.model
             if len(self._fits) >= _MODELS and model not in self._fits:
                 self._fits.clear()
-            self._fits.setdefault(model, _Fit()).learn(ticket.prompt_tokens, prompt_tokens)
+            self._fits.setdefault(model, _Fit()).learn(ours, prompt_tokens)
 
     @staticmethod
     def _answers(spec: Spec, learned: Learned, items: int) -> int:

@@ -75,7 +75,7 @@ class Exchange:
         """*tickets* travel in this call from now on."""
         for ticket in tickets:
             if ticket.call is not None:
-                ticket.earlier_attempts += ticket.call.attempts
+                ticket.remember().attempts += ticket.call.attempts
             ticket.call = self
 
     def linger(self) -> None:

@@ -22,6 +22,7 @@ import msgspec
 
 from microbatch.accounting.stats import split
 from microbatch.batching.telling import settled
+from microbatch.batching.ticket import Deadline
 from microbatch.errors import MalformedAnswer, RequestFailed
 from microbatch.messages import Usage
 
@@ -55,21 +56,21 @@ IN_FLIGHT = Sharing()
 """Equal requests are found while they are under way, and not afterwards."""
 
 
-class File(dict[bytes, "Ticket"]):
-    """Tickets that may be joined, of requests that are told apart by one thing: the latest under each name."""
+class File(dict["Hashable", "Ticket"]):
+    """Tickets that may be joined, of requests that are told apart by one thing: the latest under each name.
+
+    The name is the request's digest, if it has one; else its line; else, for one that goes alone, its spec's key.
+    """
 
     __slots__ = ("__weakref__",)
 
-    def add(self, ticket: Ticket, name: bytes) -> None:
-        """Let others join *ticket*, which they find by *name*."""
-        ticket.file, ticket.name = self, name
-        self[name] = ticket
-
     def drop(self, ticket: Ticket) -> None:
         """Let nobody join *ticket* any more."""
-        filed = self.pop(ticket.name, ticket)
+        sharing = ticket.sharing
+        name = (None if sharing is None else sharing.key) or ticket.line or ticket.spec.key
+        filed = self.pop(name, ticket)
         if filed is not ticket:
-            self[ticket.name] = filed  # a later one that has taken its place
+            self[name] = filed  # a later one that has taken its place
 
 
 class Seat(msgspec.Struct, eq=False):
@@ -80,10 +81,9 @@ class Seat(msgspec.Struct, eq=False):
         flight: The flight.
         answer: How its answer is decoded.
         created: Loop time of its submit, in seconds.
-        deadline: Loop time at which it gives up, or None.
+        deadline: When it gives up, or None.
         on_taken: For bulk work: called when the ticket leaves its queue.
         ticket: The ticket, for who came first and knows it by that; None for those who joined.
-        timer: Ends it at its deadline.
         reply: What it was answered.
         unclaimed: Whether its caller was gone when the answer came to be fetched.
         origin: What hooks keep of its caller.
@@ -93,10 +93,9 @@ class Seat(msgspec.Struct, eq=False):
     flight: Flight
     answer: AnswerType
     created: float
-    deadline: float | None = None
+    deadline: Deadline | None = None
     on_taken: Callable[[Any], None] | None = None
     ticket: Ticket | None = None
-    timer: asyncio.TimerHandle | None = None
     reply: Reply[Any] | None = None
     unclaimed: bool = False
     origin: Any = None
@@ -196,15 +195,19 @@ class Flight:
         self._desk = desk
         self._landed = False
         self.first = Seat(
-            ticket.future, self, ticket.answer, ticket.created, ticket.deadline, ticket.on_taken, ticket, origin=ticket.origin
-        )  # fmt: skip
+            ticket.future,
+            self,
+            ticket.answer,
+            ticket.created,
+            on_taken=ticket.on_taken,
+            ticket=ticket,
+            origin=ticket.origin,
+        )
         self.seats = [self.first]
         self.bulk = ticket.on_taken is not None
-        if ticket.timer is not None:
-            ticket.timer.cancel()
-            ticket.timer = None
         if ticket.deadline is not None:
-            self.expire_at(self.first, ticket.deadline, loop)
+            ticket.deadline.cancel()
+            self.expire_at(self.first, ticket.deadline.at, loop)
         ticket.future = loop.create_future()
         ticket.future.add_done_callback(self._land, context=_NO_CONTEXT)
         ticket.on_taken = self._taken if ticket.on_taken is not None else None
@@ -230,15 +233,13 @@ class Flight:
 
     def expire_at(self, seat: Seat, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         """End *seat* at *deadline*, in loop time."""
-        seat.deadline = deadline
-        seat.timer = loop.call_at(deadline, self._expire, seat, context=_NO_CONTEXT)
+        seat.deadline = Deadline(deadline, loop.call_at(deadline, self._expire, seat, context=_NO_CONTEXT))
         self._note_deadlines()
 
     def _note_deadlines(self) -> None:
         """A call for the ticket may take as long as the most patient caller waits."""
-        deadlines = [seat.deadline for seat in self.seats]
-        known = [deadline for deadline in deadlines if deadline is not None]
-        self.ticket.deadline = max(known) if known and len(known) == len(deadlines) else None
+        known = [seat.deadline.at for seat in self.seats if seat.deadline is not None]
+        self.ticket.deadline = Deadline(max(known)) if known and len(known) == len(self.seats) else None
 
     def _taken(self, _: Ticket) -> None:
         for seat in self.seats:
@@ -269,7 +270,7 @@ class Flight:
 
     def _expire(self, seat: Seat) -> None:
         if not seat.future.done() and seat.deadline is not None:
-            error = self._desk.late(self.ticket, seat.deadline - seat.created)
+            error = self._desk.late(self.ticket, seat.deadline.at - seat.created)
             seat.future.set_exception(error)
             self._desk.tell(seat, error)
             if not self.ticket.future.done():
@@ -277,8 +278,8 @@ class Flight:
                 self._withdraw(seat)
 
     def _withdraw(self, seat: Seat) -> None:
-        if seat.timer is not None:
-            seat.timer.cancel()
+        if seat.deadline is not None:
+            seat.deadline.cancel()
         self.seats.remove(seat)
         if self.seats:
             self._note_deadlines()
@@ -297,8 +298,8 @@ class Flight:
         aboard, self.seats, self._landed = self.seats, [], True
         answered = failed = 0
         for seat in aboard:
-            if seat.timer is not None:
-                seat.timer.cancel()
+            if seat.deadline is not None:
+                seat.deadline.cancel()
             if seat.future.done():
                 failed += not seat.future.cancelled()
             elif isinstance(error, RequestFailed):

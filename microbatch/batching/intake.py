@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from microbatch.batching.flight import Seat, awaited
 from microbatch.batching.lane import Lane
 from microbatch.batching.lanes import MAX_LINE_BYTES
-from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
+from microbatch.batching.prompt import ID_TOKENS, item_line
 from microbatch.batching.queues import AloneQueue
 from microbatch.batching.request import canonical_messages, check_messages, own_text, read_messages, spec_of
-from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket
+from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Deadline, Ticket
 from microbatch.batching.worth import pays
 from microbatch.errors import ConfigError
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Account, Accounts
     from microbatch.batching.cost import Costs
-    from microbatch.batching.flight import Flights, Sharing
+    from microbatch.batching.flight import File, Flights, Sharing
     from microbatch.batching.lanes import Lanes
     from microbatch.batching.request import Options
     from microbatch.batching.room import Room
-    from microbatch.batching.ticket import Spec
-    from microbatch.messages import Messages
+    from microbatch.batching.ticket import Charge, Spec
+    from microbatch.messages import Messages, Reply
     from microbatch.policy import FlushPolicy
 
 logger = logging.getLogger("microbatch")
@@ -106,20 +106,19 @@ class Intake:
         messages: Messages,
         options: Options,
         timeout: float | None,
+        sharing: Sharing | None,
         on_taken: Callable[[Any], None] | None = None,
-        *,
-        bypass: bool = False,
-        sharing: Sharing | None = None,
     ) -> Ticket | Seat:
         """Queue a request; the future of what is returned is settled in the end, whatever happens.
+
+        If there is no room for it, it goes alone at once, past those who wait.
 
         Args:
             messages: The chat messages, checked here.
             options: The checked options.
             timeout: Seconds from now until its caller gives up, or None.
-            on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
-            bypass: Go alone at once.
             sharing: How equal requests are found; None if its answer is for this caller only.
+            on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
 
         Raises:
             ConfigError: The messages cannot be sent; nothing was queued.
@@ -137,15 +136,15 @@ class Intake:
             who = self._take_alone(messages, options, now, on_taken, sharing)
         else:
             line = item_line(text, self._scratch)
-            # Every token of a byte-level BPE is at least one byte, so the bytes bound the tokens.
-            tokens = len(line) + LINE_OVERHEAD_BYTES if self._upper is None else self._upper(f" {line.decode()}\n")
+            counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
+            bypass = self._room.taken >= self._room.size
             patience = lane.max_wait
             if on_taken is not None:
                 patience = NEVER
             elif timeout is not None:
                 patience = min(patience, timeout / 2)
             seat = file = None
-            name = line
+            name: Hashable = line
             if sharing is not None:
                 file = lane.file
                 if sharing.key is not None:
@@ -155,22 +154,21 @@ class Intake:
             if seat is not None:
                 who = seat
             else:
-                who = Ticket(loop.create_future(), lane.spec, options.answer, now, line, tokens, patience, sharing)
-                if on_taken is not None:
-                    who.on_taken = on_taken
+                future: asyncio.Future[Reply[Any]] = loop.create_future()
+                who = Ticket(future, lane.spec, options.answer, now, line, counted, patience, sharing, on_taken, file)
                 self._place(who, lane, bypass=bypass)
                 if file is not None:
-                    file.add(who, name)
+                    file[name] = who
         if self._capture is not None:
             who.origin = self._capture()
         self._room.taken += 1
         self._ledger.items += 1
         if timeout is not None:
-            who.deadline = now + timeout
             if isinstance(who, Seat):
-                who.flight.expire_at(who, who.deadline, loop)
+                who.flight.expire_at(who, now + timeout, loop)
             else:
-                who.timer = loop.call_at(who.deadline, self._expire, who, timeout, context=self._context)
+                timer = loop.call_at(now + timeout, self._expire, who, timeout, context=self._context)
+                who.deadline = Deadline(now + timeout, timer)
         return who
 
     def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:
@@ -183,7 +181,7 @@ class Intake:
 
     def _place(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
         """Queue *ticket* in *lane*, or alone if it is better off so."""
-        if bypass or ticket.tokens > lane.welcome:
+        if bypass or len(ticket.line) > lane.welcome:
             alone = self._look_closely(ticket, lane, bypass=bypass)
             if alone is not None:
                 self.queue_alone(ticket, alone, lane.account)
@@ -201,24 +199,30 @@ class Intake:
         sharing: Sharing | None,
     ) -> Ticket | Seat:
         check_messages(messages)
-        spec = spec_of(messages, options)
-        file, name = self._flights.digests, b""
-        if sharing is not None:
-            if sharing.key is not None:
-                name = sharing.key
-            else:
-                file, name = self._flights.file_of(options.content), canonical_messages(spec.shared)
+        file: File | None = None
+        name: Hashable = None
+        key: tuple[Hashable, ...] = ()
+        if sharing is not None and sharing.key is not None:
+            file = self._flights.digests
+            name = sharing.key
+        elif sharing is not None:
+            file = self._flights.file_of(options.content)
+            name = key = (canonical_messages(messages),)
+        spec = spec_of(messages, options, key)
+        if file is not None:
             equal = file.get(name)
             seat = None if equal is None else self._join(equal, options, now, on_taken, spec, NEVER)
             if seat is not None:
                 return seat
-        ticket = Ticket(self._loop.create_future(), spec, options.answer, now, sharing=sharing, on_taken=on_taken)
+        ticket = Ticket(
+            self._loop.create_future(), spec, options.answer, now, sharing=sharing, on_taken=on_taken, file=file
+        )
         account = self._accounts.of(options.model, options.headers)
         if account.max_tokens is not None:
-            ticket.cost = _fitting(self._costs.of_any(spec), account.max_tokens)
+            ticket.charge = _fitting(self._costs.of_any(spec), account.max_tokens)
         self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
-        if sharing is not None:
-            file.add(ticket, name)
+        if file is not None:
+            file[name] = ticket
         return ticket
 
     def _join(
@@ -286,7 +290,7 @@ class Intake:
         learned, quota = lane.learned, lane.account.max_tokens
         if quota is not None:
             try:
-                ticket.cost = _fitting(self._costs.alone(ticket, learned), quota)
+                ticket.charge = _fitting(self._costs.alone(ticket, learned), quota)
             except ConfigError:
                 self._lanes.drop_if_abandoned(lane)
                 raise
@@ -339,15 +343,15 @@ class Intake:
         self._enqueue(queue)
 
 
-def _fitting(cost: int, quota: int) -> int:
-    """Return *cost* if it can ever be granted.
+def _fitting(charge: Charge, quota: int) -> Charge:
+    """Return *charge* if it can ever be granted.
 
     Raises:
         ConfigError: It is larger than the whole quota.
     """
-    if cost > quota:
+    if charge.tokens > quota:
         raise ConfigError(
-            f"this request would be charged about {cost} tokens (its prompt and max_tokens), but the rate limit grants {quota} "
-            "a minute, so it could never be sent: shorten it, lower max_tokens or raise tpm="
+            f"this request would be charged about {charge.tokens} tokens (its prompt and max_tokens), but the rate limit grants "
+            f"{quota} a minute, so it could never be sent: shorten it, lower max_tokens or raise tpm="
         )
-    return cost
+    return charge

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from microbatch.batching.budget import FlushReason
-from microbatch.batching.prompt import ID_TOKENS
+from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES
 from microbatch.batching.ticket import NEVER
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from microbatch.batching.learned import Learned
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Spec, Ticket
+
+_OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
 
 class Lane:
@@ -85,7 +87,7 @@ class Lane:
         self.rank = spec.rank
         self.max_wait = 0.0  # seconds its requests wait for company at most; the collector's
         self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
-        self.welcome = -1  # tokens of a line up to which it joins without any other look; the collector's
+        self.welcome = -1  # bytes of a line up to which it joins without any other look; the collector's
         self.options: Options | None = None  # known to be served here; most come again with the same
         self.learned = learned
         self.file = file
@@ -224,7 +226,8 @@ class Lane:
         A lane that is full is due, and the times of those behind need not be known.
         """
         budget = self.budget
-        tokens = self._fill_tokens + ticket.tokens + ID_TOKENS
+        counted = ticket.counted  # spelled out: `ticket.tokens` is a call
+        tokens = self._fill_tokens + (len(ticket.line) + _OVERHEAD if counted is None else counted + ID_TOKENS)
         if tokens > budget.tokens and self._fill:
             if not self._fits_exactly(ticket):
                 self._full = FlushReason.TOKENS
@@ -247,7 +250,7 @@ class Lane:
         fill.append(ticket)
         total = self._fill_tokens + ticket.tokens + ID_TOKENS
         for bounded in sorted(fill, key=_bound, reverse=True):
-            if total <= self.budget.tokens or bounded.exact:
+            if total <= self.budget.tokens or bounded.counted is not None:
                 break
             bound = bounded.tokens
             total -= bound - bounded.count(self._count)
@@ -257,4 +260,4 @@ class Lane:
 
 
 def _bound(ticket: Ticket) -> int:
-    return -1 if ticket.exact else ticket.tokens
+    return ticket.tokens if ticket.counted is None else -1

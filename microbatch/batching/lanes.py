@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from microbatch.batching.budget import MAX_COUNTED_CHARS, FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.learned import Memory
-from microbatch.batching.prompt import ID_TOKENS
+from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES
 from microbatch.batching.request import spec_of
 from microbatch.batching.ticket import HIGH, LOW, NEVER
 
@@ -119,7 +119,7 @@ class Lanes:
             or self._policy.merge == "when-cheaper"
         )
         # Every token is at least a byte of UTF-8, but by a caller's own count: there the bytes are looked at by themselves.
-        by_bytes = min(lane.budget.tokens - ID_TOKENS, MAX_LINE_BYTES)
+        by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
         lane.welcome = -1 if lane.careful or not self._by_bytes else by_bytes
 
     def drop_if_abandoned(self, lane: Lane) -> None:

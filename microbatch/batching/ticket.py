@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microbatch.batching.prompt import LINE_OVERHEAD_BYTES
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,35 +76,75 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         return f"Spec(model={self.model!r}, shared=<{len(self.shared)}>, params={sorted(self.params)})"
 
 
+class Deadline(msgspec.Struct):
+    """When a caller gives up.
+
+    Attributes:
+        at: Loop time.
+        timer: Ends the wait then; None if somebody else sees to that.
+    """
+
+    at: float
+    timer: asyncio.TimerHandle | None = None
+
+    def cancel(self) -> None:
+        """The wait is over."""
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class Charge(msgspec.Struct, frozen=True):
+    """What a single call for a request is charged, where tokens are limited.
+
+    Attributes:
+        tokens: Tokens, those of the answer included.
+        prompt: The prompt's part of that, by our own count; 0 where it is not counted.
+    """
+
+    tokens: int
+    prompt: int = 0
+
+
+class Past(msgspec.Struct, gc=False):
+    """What has become of a request for which one call was not enough, or whose caller left in the moment it was answered.
+
+    Attributes:
+        attempts: Upstream calls that carried it before its present `call`.
+        usage: Its shares of the calls that have ended, None if none of them has reported any.
+        cost_usd: Their price, None once one of them had no known price.
+        unclaimed: Whether its caller left in the moment it was answered.
+    """
+
+    attempts: int = 0
+    usage: Usage | None = None
+    cost_usd: float | None = 0.0
+    unclaimed: bool = False
+
+
 class Ticket(msgspec.Struct, eq=False):
     """One accepted request, from its lane to its caller's future.
+
+    Many wait, so what few of them have stands apart, in `deadline`, `charge` and `past`.
 
     Attributes:
         future: The caller's; done means nobody waits any more.
         spec: What it shares with its lane; its own when it goes alone.
         answer: How its answer is decoded.
-        line: The last user message as its line will hold it, or b"" when it cannot be combined.
-        tokens: The line's tokens without its id: an upper bound until `exact`.
-        exact: Whether `tokens` was counted.
-        cost: Tokens that a single call for it is charged; 0 where tokens are not limited.
-        prompt_tokens: The prompt's part of that, by our own count; 0 where it is not counted.
         created: Loop time of the submit, in seconds.
+        line: The last user message as its line will hold it, or b"" when it cannot be combined.
+        counted: The line's tokens without its id; None while they are known by their bound only.
         patience: Seconds that it waits for company; `NEVER` for bulk work, which waits for a full batch.
         sharing: How equal requests find its answer; None for one that is not shared.
+        on_taken: For bulk work: called when it leaves its queue.
         file: Where equal requests find it while it is under way, None if they do not.
-        name: What it is filed under there.
-        deadline: Loop time at which its caller gives up, or None.
-        earlier_attempts: Upstream calls that carried it before `call`.
-        usage: Its shares of the calls that have ended, None before the first.
-        cost_usd: Their price, None once one of them had no known price.
         queue: Where it waits to be sent, or None once it was.
         call: The call it travels or travelled in, the latest one; None before the first.
         reply: What its caller got.
-        unclaimed: Whether its caller left in the moment it was answered.
-        on_taken: For bulk work: called when it leaves its queue.
-        timer: Ends it at its deadline; the collector's.
-        origin: What hooks keep of its caller.
         flight: Its callers, once there are several; then `future` is nobody's.
+        deadline: When its caller gives up, or None.
+        charge: What a single call for it is charged; None where tokens are not limited.
+        past: What became of it before, if anything did.
+        origin: What hooks keep of its caller.
     """
 
     future: asyncio.Future[Reply[Any]]
@@ -112,26 +152,19 @@ class Ticket(msgspec.Struct, eq=False):
     answer: AnswerType
     created: float
     line: bytes = b""
-    tokens: int = 0
+    counted: int | None = None
     patience: float = NEVER
     sharing: Sharing | None = None
+    on_taken: Callable[[Ticket], None] | None = None
     file: File | None = None
-    name: bytes = b""
-    deadline: float | None = None
-    exact: bool = False
-    cost: int = 0
-    prompt_tokens: int = 0
-    earlier_attempts: int = 0
-    usage: Usage | None = None
-    cost_usd: float | None = 0.0
     queue: Any = None
     call: Exchange | None = None
     reply: Reply[Any] | None = None
-    unclaimed: bool = False
-    on_taken: Callable[[Ticket], None] | None = None
-    timer: asyncio.TimerHandle | None = None
-    origin: Any = None
     flight: Flight | None = None
+    deadline: Deadline | None = None
+    charge: Charge | None = None
+    past: Past | None = None
+    origin: Any = None
 
     @property
     def combinable(self) -> bool:
@@ -150,6 +183,16 @@ class Ticket(msgspec.Struct, eq=False):
         return [*shared, {"role": "user", "content": self.text}] if self.combinable else shared
 
     @property
+    def tokens(self) -> int:
+        """The line's tokens without its id; until they are counted, its bytes: every token of a byte-level BPE is at least one."""
+        return len(self.line) + LINE_OVERHEAD_BYTES if self.counted is None else self.counted
+
+    @property
+    def cost(self) -> int:
+        """Tokens that a single call for it is charged; 0 where tokens are not limited."""
+        return 0 if self.charge is None else self.charge.tokens
+
+    @property
     def due_at(self) -> float:
         """Loop time until which it waits for company."""
         return self.created + self.patience
@@ -162,7 +205,23 @@ class Ticket(msgspec.Struct, eq=False):
     @property
     def attempts(self) -> int:
         """Upstream calls that carried it so far."""
-        return self.earlier_attempts + (self.call.attempts if self.call is not None else 0)
+        return (0 if self.past is None else self.past.attempts) + (0 if self.call is None else self.call.attempts)
+
+    @property
+    def usage(self) -> Usage | None:
+        """Its shares of the calls that have ended and are on no reply; None before the first."""
+        return None if self.past is None else self.past.usage
+
+    @property
+    def unclaimed(self) -> bool:
+        """Whether its caller left in the moment it was answered."""
+        return self.past is not None and self.past.unclaimed
+
+    def remember(self) -> Past:
+        """Return its past, which begins now if it had none."""
+        if self.past is None:
+            self.past = Past()
+        return self.past
 
     def taken(self) -> None:
         """It is no longer in a queue."""
@@ -172,10 +231,12 @@ class Ticket(msgspec.Struct, eq=False):
 
     def count(self, counter: Callable[[str], int]) -> int:
         """Replace the bound by the exact number of tokens, once; return it."""
-        if not self.exact:
-            self.exact = True
-            with contextlib.suppress(ConfigError):  # the counter failed; the bound still holds
-                self.tokens = counter(f" {self.line.decode()}\n")
+        if self.counted is None:
+            bound = self.tokens
+            try:
+                self.counted = counter(f" {self.line.decode()}\n")
+            except ConfigError:  # the counter failed; the bound still holds
+                self.counted = bound
         return self.tokens
 
     def __repr__(self) -> str:

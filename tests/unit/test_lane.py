@@ -12,7 +12,7 @@ from microbatch.batching.budget import Budget, FlushReason, output_reserve
 from microbatch.batching.flight import File
 from microbatch.batching.lane import Lane
 from microbatch.batching.learned import Learned, Memory
-from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
+from microbatch.batching.prompt import ID_TOKENS, item_line
 from microbatch.batching.schema import answer_type
 from microbatch.batching.ticket import NEVER, NORMAL, Spec, Ticket
 from microbatch.errors import ConfigError
@@ -48,7 +48,7 @@ class Counted:
 
 def ticket(text, due_at=NEVER):
     line = item_line(text)
-    return Ticket(Caller(), SPEC, TEXT, 0.0, line, len(line) + LINE_OVERHEAD_BYTES, due_at)
+    return Ticket(Caller(), SPEC, TEXT, 0.0, line, patience=due_at)
 
 
 def sized(number, size):
@@ -97,10 +97,10 @@ def test_only_the_largest_bounds_are_counted_and_only_until_the_batch_fits():
     lane = filled([small, large], tokens=500, count=count)
     assert not count.asked
     lane.add(larger)  # 50 + 300 + 500 + 3 ids are too many; with 10 for the largest they are not
-    assert (small.exact, large.exact, larger.exact) == (False, False, True)
+    assert [each.counted for each in (small, large, larger)] == [None, None, 10]
     assert lane.due is None
     lane.add(sized(4, 300))
-    assert [each.exact for each in (small, large, larger)] == [False, True, True]
+    assert [each.counted for each in (small, large, larger)] == [None, 10, 10]
     assert lane.due is None
 
 
