@@ -16,6 +16,8 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
+import msgspec
+
 from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
@@ -25,9 +27,9 @@ from microbatch.batching.bulk import Prepared, bulk
 from microbatch.batching.call import Calls
 from microbatch.batching.collector import Collector
 from microbatch.batching.fallback import Fallback
-from microbatch.batching.flight import IN_FLIGHT, Sharing
 from microbatch.batching.prompt import draw_endings
 from microbatch.batching.request import PLAIN, check_messages, read_options, remembering
+from microbatch.batching.ticket import SHARED, UNSHARED, Terms
 from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.caching.warming import Warmed, lasting
@@ -159,7 +161,7 @@ class Microbatcher:
                 normalize=normalize,
             )
         self._read_options = remembering(read_options)
-        self._sharing = IN_FLIGHT if self._policy.share else None
+        self._shares = self._policy.share or cache is not None
         if spool is not None and not isinstance(spool, Spool):
             raise ConfigError(f"spool must have the methods of Spool, got {type(spool).__name__}")
         self._spool = None if spool is None else SpoolFront(spool)
@@ -380,81 +382,72 @@ class Microbatcher:
             options = PLAIN
         else:
             options = self._read_options(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
+        shared = use_cache and (self._shares or options.cold)
+        terms = SHARED if shared else UNSHARED
         if timeout is not None or ttl is not None:
             at_least(0, timeout=timeout, ttl=ttl)
-        if not use_cache:
-            sharing = None
-        elif self._cache is not None:
-            sharing = IN_FLIGHT if ttl is None else Sharing(None, ttl)
-        else:
-            sharing = IN_FLIGHT if options.cold else self._sharing
-        if self._cache is not None and sharing is not None:
-            return self._look_up_and_submit(self._cache, messages, options, timeout, sharing.ttl)
-        return self._submit(messages, options, timeout, sharing)
+            terms = Terms(timeout, shared, None, ttl)
+        if use_cache and self._cache is not None:
+            return self._look_up_and_submit(self._cache, messages, options, terms)
+        return self._submit(messages, options, terms)
 
     async def _look_up_and_submit(
-        self, cache: AnswerCache, messages: Messages, options: Options, timeout: float | None, ttl: float | None
+        self, cache: AnswerCache, messages: Messages, options: Options, terms: Terms
     ) -> Reply[Any]:
         """Return what the cache has for a request, else ask.
 
         Raises:
-            DeadlineExceeded: *timeout* passed meanwhile.
+            DeadlineExceeded: The timeout passed meanwhile.
         """
         self._check_open()
         check_messages(messages)
         key = cache.key(messages, options)
         if key is not None:
-            now = asyncio.get_running_loop().time
-            created = now()
+            created = asyncio.get_running_loop().time()
             value = None
             try:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(terms.timeout):
                     value = await cache.look_up(key)
             except TimeoutError:
-                raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
+                raise DeadlineExceeded(f"no answer within the timeout of {terms.timeout} s") from None
             except StorageError:
                 pass  # the batcher is closing
             reply = cache.read(key, value, options, created)
             if reply is not None:
                 return reply
-            if timeout is not None:
-                timeout = max(0.0, timeout - (now() - created))
-        return await self._submit(messages, options, timeout, Sharing(key, ttl))
+            terms = Terms(terms.timeout, True, key, terms.ttl, created)
+        return await self._submit(messages, options, terms)
 
-    async def _submit(
-        self, messages: Messages, options: Options, timeout: float | None, sharing: Sharing | None
-    ) -> Reply[Any]:
+    async def _submit(self, messages: Messages, options: Options, terms: Terms) -> Reply[Any]:
         # As long as the request waits, this frame takes memory for each of its variables: hence so few.
         if asyncio.get_running_loop() is not self._collector.door:
             self._check_open()
         if self._room.taken >= self._room.size or self._room.waiting:  # spelled out: `room.free` is a call
-            place = self._when_full(timeout)
+            place = self._when_full(terms)
             if place is not None:
-                if timeout is not None:
-                    timeout += asyncio.get_running_loop().time()  # a point in time, as long as this waits
+                if terms.timeout is not None and terms.since is None:
+                    terms = msgspec.structs.replace(terms, since=asyncio.get_running_loop().time())
                 try:
                     await place
                 except BaseException:
                     self._room.give_up(place)
                     raise
                 self._room.enter()
-                if timeout is not None:
-                    timeout = max(0.0, timeout - asyncio.get_running_loop().time())
             del place  # or it lives as long as the request
         try:
-            ticket = self._collector.accept(messages, options, timeout, sharing)
+            ticket = self._collector.accept(messages, options, terms)
         except ConfigError:
             self._room.decline()  # which this request may have waited for
             raise
         # The caller's dicts and texts are of no more use, and many submits may wait.
-        del messages, sharing
+        del messages, terms
         try:
             return await ticket.future
         except asyncio.CancelledError:
             self._collector.leave(ticket)
             raise
 
-    def _when_full(self, timeout: float | None) -> asyncio.Future[None] | None:
+    def _when_full(self, terms: Terms) -> asyncio.Future[None] | None:
         """Return what the policy says when no request may be accepted: a place to wait for, or None to bypass.
 
         Raises:
@@ -462,7 +455,7 @@ class Microbatcher:
         """
         when_full = self._policy.when_full
         if when_full == "wait":
-            return self._room.place(timeout)
+            return self._room.place(terms)
         if when_full == "bypass" and self._collector.scheduler.in_use < self._policy.max_concurrent_batches:
             return None
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
@@ -507,7 +500,7 @@ class Microbatcher:
         )
 
     def _accept_bulk(self, request: Request, prepared: Prepared, on_taken: Callable[[Any], None]) -> Ticket | Seat:
-        return self._collector.accept(request.messages, prepared.options, request.timeout, prepared.sharing, on_taken)
+        return self._collector.accept(request.messages, prepared.options, prepared.terms, on_taken)
 
     def _prepare_bulk(self, request: Request) -> Prepared:
         """Check the options of *request*, and begin to look it up.
@@ -526,22 +519,21 @@ class Microbatcher:
             request.priority,
         )
         at_least(0, timeout=request.timeout, ttl=request.ttl)
-        if not request.use_cache:
-            return Prepared(options)
+        shared = request.use_cache and (self._shares or options.cold)
         cache = self._cache
-        if cache is None:
-            return Prepared(options, IN_FLIGHT if options.cold else self._sharing)
+        if cache is None or not request.use_cache:
+            return Prepared(options, Terms(request.timeout, shared))
         check_messages(request.messages)
         key = cache.key(request.messages, options)
-        sharing = Sharing(key, request.ttl)
+        terms = Terms(request.timeout, shared, key, request.ttl)
         if key is None:
-            return Prepared(options, sharing)
+            return Prepared(options, terms)
         created = asyncio.get_running_loop().time()
 
         def read(value: bytes | None) -> Reply[Any] | None:
             return cache.read(key, value, options, created)
 
-        return Prepared(options, sharing, cache.look_up(key, bulk=True), read)
+        return Prepared(options, terms, cache.look_up(key, bulk=True), read)
 
     async def warm(
         self,
@@ -733,7 +725,7 @@ class Microbatcher:
             if self._policy.when_full == "wait":
                 await self._room.wait()
             else:
-                self._when_full(None)
+                self._when_full(UNSHARED)
         model, cost = read_charge(body)
         async with self._collector.borrow_slot(model, headers, cost):
             self._ledger.upstream_calls += 1

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.collector import Collector
-    from microbatch.batching.flight import Seat, Sharing
+    from microbatch.batching.flight import Seat
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import Terms, Ticket
     from microbatch.messages import Messages, Reply
 
     Handle = Ticket | Seat
@@ -44,13 +44,13 @@ class Prepared(msgspec.Struct):
 
     Attributes:
         options: The options.
-        sharing: How equal requests find it; None if its answer is for this caller only.
+        terms: On what terms its caller asks.
         looking: Done with what the cache has for it; None if the cache is not asked.
         read: Returns the reply in that, or None. It is asked once.
     """
 
     options: Options
-    sharing: Sharing | None = None
+    terms: Terms
     looking: asyncio.Future[bytes | None] | None = None
     read: Callable[[bytes | None], Reply[Any] | None] | None = None
 

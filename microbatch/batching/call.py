@@ -198,7 +198,7 @@ class Calls:
         """Put into the cache what a call has answered, if it ended as it should."""
         if self._keep is None or completion is None or completion.finish_reason != "stop":
             return
-        kept = [pair for pair in answered if pair[0].sharing is not None and pair[0].reply is not None]
+        kept = [pair for pair in answered if pair[0].terms.key is not None and pair[0].reply is not None]
         if kept:
             await self._keep(kept)
 

@@ -439,8 +439,9 @@ class Collector:
         elif ticket.usage is not None:  # of the last call nothing was reported, but of those before it
             self._ledger.unclaimed += ticket.usage
 
-    def _expire(self, ticket: Ticket, timeout: float) -> None:
-        self.fail(ticket, _late(ticket, timeout))
+    def _expire(self, ticket: Ticket) -> None:
+        if ticket.deadline is not None:
+            self.fail(ticket, _late(ticket, ticket.deadline.timeout))
 
     def _withdraw(self, ticket: Ticket) -> None:
         """*ticket* has ended without an answer: take it out of where it is."""

@@ -40,22 +40,6 @@ if TYPE_CHECKING:
 _NO_CONTEXT = contextvars.Context()  # callbacks and timers run in it, not in that of the caller who set them
 
 
-class Sharing(msgspec.Struct, frozen=True):
-    """How equal requests are found.
-
-    Attributes:
-        key: The request's digest, where there is a cache; None to compare it whole.
-        ttl: Seconds for which its answer is good, None for the cache's own.
-    """
-
-    key: bytes | None = None
-    ttl: float | None = None
-
-
-IN_FLIGHT = Sharing()
-"""Equal requests are found while they are under way, and not afterwards."""
-
-
 class File(dict["Hashable", "Ticket"]):
     """Tickets that may be joined, of requests that are told apart by one thing: the latest under each name.
 
@@ -66,8 +50,7 @@ class File(dict["Hashable", "Ticket"]):
 
     def drop(self, ticket: Ticket) -> None:
         """Let nobody join *ticket* any more."""
-        sharing = ticket.sharing
-        name = (None if sharing is None else sharing.key) or ticket.line or ticket.spec.key
+        name = ticket.terms.key or ticket.line or ticket.spec.key
         filed = self.pop(name, ticket)
         if filed is not ticket:
             self[name] = filed  # a later one that has taken its place
@@ -207,7 +190,7 @@ class Flight:
         self.bulk = ticket.on_taken is not None
         if ticket.deadline is not None:
             ticket.deadline.cancel()
-            self.expire_at(self.first, ticket.deadline.at, loop)
+            self.expire_at(self.first, ticket.deadline, loop)
         ticket.future = loop.create_future()
         ticket.future.add_done_callback(self._land, context=_NO_CONTEXT)
         ticket.on_taken = self._taken if ticket.on_taken is not None else None
@@ -231,15 +214,19 @@ class Flight:
             ticket.on_taken = self._taken
         return seat
 
-    def expire_at(self, seat: Seat, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
-        """End *seat* at *deadline*, in loop time."""
-        seat.deadline = Deadline(deadline, loop.call_at(deadline, self._expire, seat, context=_NO_CONTEXT))
+    def expire_at(self, seat: Seat, deadline: Deadline, loop: asyncio.AbstractEventLoop) -> None:
+        """End *seat* at *deadline*."""
+        deadline.timer = loop.call_at(deadline.at, self._expire, seat, context=_NO_CONTEXT)
+        seat.deadline = deadline
         self._note_deadlines()
 
     def _note_deadlines(self) -> None:
         """A call for the ticket may take as long as the most patient caller waits."""
-        known = [seat.deadline.at for seat in self.seats if seat.deadline is not None]
-        self.ticket.deadline = Deadline(max(known)) if known and len(known) == len(self.seats) else None
+        known = [seat.deadline for seat in self.seats if seat.deadline is not None]
+        self.ticket.deadline = None
+        if known and len(known) == len(self.seats):
+            latest = max(known, key=lambda deadline: deadline.at)
+            self.ticket.deadline = Deadline(latest.at, latest.timeout)
 
     def _taken(self, _: Ticket) -> None:
         for seat in self.seats:
@@ -270,7 +257,7 @@ class Flight:
 
     def _expire(self, seat: Seat) -> None:
         if not seat.future.done() and seat.deadline is not None:
-            error = self._desk.late(self.ticket, seat.deadline.at - seat.created)
+            error = self._desk.late(self.ticket, seat.deadline.timeout)
             seat.future.set_exception(error)
             self._desk.tell(seat, error)
             if not self.ticket.future.done():

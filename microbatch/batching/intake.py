@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Account, Accounts
     from microbatch.batching.cost import Costs
-    from microbatch.batching.flight import File, Flights, Sharing
+    from microbatch.batching.flight import File, Flights
     from microbatch.batching.lanes import Lanes
     from microbatch.batching.request import Options
     from microbatch.batching.room import Room
-    from microbatch.batching.ticket import Charge, Spec
+    from microbatch.batching.ticket import Charge, Spec, Terms
     from microbatch.messages import Messages, Reply
     from microbatch.policy import FlushPolicy
 
@@ -56,7 +56,7 @@ class Intake:
         ratio: Tells what a generated token of a model costs, in prompt tokens.
         capture: Returns what hooks keep of a caller, in whose context it is called; None if they keep nothing.
         enqueue: Lets a queue that is due take its turns.
-        expire: Ends a ticket whose timeout, which it is told, has passed.
+        expire: Ends a ticket whose timeout has passed.
 
     Attributes:
         alone: The queues of requests that go alone, by account, tenant and priority.
@@ -77,7 +77,7 @@ class Intake:
         ratio: Callable[[str | None], float],
         capture: Callable[[], Any] | None,
         enqueue: Callable[[AloneQueue], None],
-        expire: Callable[[Ticket, float], None],
+        expire: Callable[[Ticket], None],
     ) -> None:
         self.alone: dict[Hashable, AloneQueue] = {}
         self._policy = policy
@@ -105,8 +105,7 @@ class Intake:
         self,
         messages: Messages,
         options: Options,
-        timeout: float | None,
-        sharing: Sharing | None,
+        terms: Terms,
         on_taken: Callable[[Any], None] | None = None,
     ) -> Ticket | Seat:
         """Queue a request; the future of what is returned is settled in the end, whatever happens.
@@ -116,8 +115,7 @@ class Intake:
         Args:
             messages: The chat messages, checked here.
             options: The checked options.
-            timeout: Seconds from now until its caller gives up, or None.
-            sharing: How equal requests are found; None if its answer is for this caller only.
+            terms: On what terms its caller asks; the timeout begins now.
             on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
 
         Raises:
@@ -127,13 +125,14 @@ class Intake:
             check_messages(messages)
         loop, lane = self._loop, self._lanes.latest
         now = loop.time()
+        deadline = None if terms.timeout is None else terms.deadline(now)
         text: str | None = None
         if lane is not None and (options is lane.options or lane.serves(options)):
             text = own_text(messages, lane.spec.plain)
         if text is None and options.combinable:
             lane, text = self._read(messages, options)
         if text is None or lane is None:
-            who = self._take_alone(messages, options, now, on_taken, sharing)
+            who = self._take_alone(messages, options, now, on_taken, terms)
         else:
             line = item_line(text, self._scratch)
             counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
@@ -141,21 +140,21 @@ class Intake:
             patience = lane.max_wait
             if on_taken is not None:
                 patience = NEVER
-            elif timeout is not None:
-                patience = min(patience, timeout / 2)
+            elif deadline is not None:
+                patience = min(patience, max(0.0, deadline - now) / 2)
             seat = file = None
             name: Hashable = line
-            if sharing is not None:
+            if terms.shared:
                 file = lane.file
-                if sharing.key is not None:
-                    file, name = self._flights.digests, sharing.key
+                if terms.key is not None:
+                    file, name = self._flights.digests, terms.key
                 if name in file and not bypass:
                     seat = self._join(file[name], options, now, on_taken, lane.spec, patience, lane)
             if seat is not None:
                 who = seat
             else:
                 future: asyncio.Future[Reply[Any]] = loop.create_future()
-                who = Ticket(future, lane.spec, options.answer, now, line, counted, patience, sharing, on_taken, file)
+                who = Ticket(future, lane.spec, options.answer, now, line, counted, patience, terms, on_taken, file)
                 self._place(who, lane, bypass=bypass)
                 if file is not None:
                     file[name] = who
@@ -163,12 +162,12 @@ class Intake:
             who.origin = self._capture()
         self._room.taken += 1
         self._ledger.items += 1
-        if timeout is not None:
+        if deadline is not None and terms.timeout is not None:
             if isinstance(who, Seat):
-                who.flight.expire_at(who, now + timeout, loop)
+                who.flight.expire_at(who, Deadline(deadline, terms.timeout), loop)
             else:
-                timer = loop.call_at(now + timeout, self._expire, who, timeout, context=self._context)
-                who.deadline = Deadline(now + timeout, timer)
+                timer = loop.call_at(deadline, self._expire, who, context=self._context)
+                who.deadline = Deadline(deadline, terms.timeout, timer)
         return who
 
     def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:
@@ -196,16 +195,16 @@ class Intake:
         options: Options,
         now: float,
         on_taken: Callable[[Any], None] | None,
-        sharing: Sharing | None,
+        terms: Terms,
     ) -> Ticket | Seat:
         check_messages(messages)
         file: File | None = None
         name: Hashable = None
         key: tuple[Hashable, ...] = ()
-        if sharing is not None and sharing.key is not None:
+        if terms.key is not None:
             file = self._flights.digests
-            name = sharing.key
-        elif sharing is not None:
+            name = terms.key
+        elif terms.shared:
             file = self._flights.file_of(options.content)
             name = key = (canonical_messages(messages),)
         spec = spec_of(messages, options, key)
@@ -215,7 +214,7 @@ class Intake:
             if seat is not None:
                 return seat
         ticket = Ticket(
-            self._loop.create_future(), spec, options.answer, now, sharing=sharing, on_taken=on_taken, file=file
+            self._loop.create_future(), spec, options.answer, now, terms=terms, on_taken=on_taken, file=file
         )
         account = self._accounts.of(options.model, options.headers)
         if account.max_tokens is not None:

@@ -7,10 +7,13 @@ import contextvars
 from collections import deque
 from typing import TYPE_CHECKING
 
+from microbatch.batching.ticket import UNSHARED
 from microbatch.errors import BatcherClosed, DeadlineExceeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from microbatch.batching.ticket import Terms
 
 
 _NO_CONTEXT = contextvars.Context()  # for timers: they are not to keep a caller's
@@ -43,21 +46,22 @@ class Room:
         """Whether another request may come in without waiting or jumping a queue."""
         return self.taken < self.size and not self.waiting
 
-    def place(self, timeout: float | None) -> asyncio.Future[None]:
+    def place(self, terms: Terms) -> asyncio.Future[None]:
         """Return a place in the queue, done when its turn has come.
 
         Whoever awaits it calls `enter` in the very step in which the wait ends well, else `give_up`. It is awaited by the caller,
         and not here, because the frame of another coroutine would be most of what a waiter costs.
 
         Args:
-            timeout: Seconds after which the place fails with `DeadlineExceeded`, or None. It fails with `BatcherClosed` if the
+            terms: Whose timeout ends the wait: then the place fails with `DeadlineExceeded`. It fails with `BatcherClosed` if the
                 batcher closes first.
         """
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
         self.waiting.append(place)
-        if timeout is not None:
-            timer = loop.call_later(timeout, _expire, place, timeout, context=_NO_CONTEXT)
+        deadline = terms.deadline(loop.time())
+        if deadline is not None:
+            timer = loop.call_at(deadline, _expire, place, terms, context=_NO_CONTEXT)
             place.add_done_callback(lambda _: timer.cancel(), context=_NO_CONTEXT)
         return place
 
@@ -71,7 +75,7 @@ class Room:
         Raises:
             BatcherClosed: The batcher closed first.
         """
-        place = self.place(None)
+        place = self.place(UNSHARED)
         try:
             await place
         except BaseException:
@@ -125,6 +129,6 @@ class Room:
                 place.set_exception(BatcherClosed("the batcher closed before there was room for this request"))
 
 
-def _expire(place: asyncio.Future[None], timeout: float) -> None:
+def _expire(place: asyncio.Future[None], terms: Terms) -> None:
     if not place.done():
-        place.set_exception(DeadlineExceeded(f"no room for this request within its timeout of {timeout} s"))
+        place.set_exception(DeadlineExceeded(f"no room for this request within its timeout of {terms.timeout} s"))

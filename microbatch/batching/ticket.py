@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
     from microbatch.batching.exchange import Exchange
-    from microbatch.batching.flight import File, Flight, Sharing
+    from microbatch.batching.flight import File, Flight
     from microbatch.batching.schema import AnswerType
     from microbatch.messages import Reply, Usage
 
@@ -76,15 +76,46 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         return f"Spec(model={self.model!r}, shared=<{len(self.shared)}>, params={sorted(self.params)})"
 
 
+class Terms(msgspec.Struct, frozen=True, gc=False):
+    """On what terms a caller asks.
+
+    Attributes:
+        timeout: Seconds until it gives up, or None.
+        shared: Whether the answer to an equal request will do, and its own may serve others.
+        key: The request's digest, by which others find it and its answer in the cache; None to compare it whole.
+        ttl: Seconds for which the cache may give its answer to others, None for the cache's own time.
+        since: Loop time from which `timeout` counts, None for that at which the request is accepted.
+    """
+
+    timeout: float | None = None
+    shared: bool = False
+    key: bytes | None = None
+    ttl: float | None = None
+    since: float | None = None
+
+    def deadline(self, now: float) -> float | None:
+        """Return the loop time at which the caller gives up, if it is accepted *now*; None for never."""
+        if self.timeout is None:
+            return None
+        return self.timeout + (now if self.since is None else self.since)
+
+
+UNSHARED = Terms()
+SHARED = Terms(shared=True)
+"""The terms of most."""
+
+
 class Deadline(msgspec.Struct):
     """When a caller gives up.
 
     Attributes:
         at: Loop time.
+        timeout: The seconds that it was given.
         timer: Ends the wait then; None if somebody else sees to that.
     """
 
     at: float
+    timeout: float
     timer: asyncio.TimerHandle | None = None
 
     def cancel(self) -> None:
@@ -134,7 +165,7 @@ class Ticket(msgspec.Struct, eq=False):
         line: The last user message as its line will hold it, or b"" when it cannot be combined.
         counted: The line's tokens without its id; None while they are known by their bound only.
         patience: Seconds that it waits for company; `NEVER` for bulk work, which waits for a full batch.
-        sharing: How equal requests find its answer; None for one that is not shared.
+        terms: On what terms its caller asks; of a flight's, the first.
         on_taken: For bulk work: called when it leaves its queue.
         file: Where equal requests find it while it is under way, None if they do not.
         queue: Where it waits to be sent, or None once it was.
@@ -154,7 +185,7 @@ class Ticket(msgspec.Struct, eq=False):
     line: bytes = b""
     counted: int | None = None
     patience: float = NEVER
-    sharing: Sharing | None = None
+    terms: Terms = UNSHARED
     on_taken: Callable[[Ticket], None] | None = None
     file: File | None = None
     queue: Any = None

@@ -207,10 +207,10 @@ class AnswerCache:
         now = self._now()
         stored: list[tuple[bytes, bytes, float | None]] = []
         for ticket, alone in answered:
-            reply, sharing = ticket.reply, ticket.sharing
-            if reply is None or sharing is None or sharing.key is None:
+            reply, key = ticket.reply, ticket.terms.key
+            if reply is None or key is None:
                 continue  # for its caller only, or asked while the secret could not be had
-            key, ttl = sharing.key, self._ttl if sharing.ttl is None else sharing.ttl
+            ttl = self._ttl if ticket.terms.ttl is None else ticket.terms.ttl
             if ttl is not None:
                 ttl *= 1 - JITTER * random.random()  # noqa: S311 no secret
             value = entries.encode(
