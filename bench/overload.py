@@ -60,19 +60,7 @@ def traced() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-async def submit_of_nothing(
-    messages,
-    *,
-    output_type=str,
-    model=None,
-    max_tokens=None,
-    temperature=None,
-    params=None,
-    headers=None,
-    tenant=None,
-    priority="normal",
-    timeout=None,
-):
+async def submit_of_nothing(messages):
     return await asyncio.get_running_loop().create_future()
 
 

@@ -6,13 +6,15 @@ import logging
 from itertools import compress
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from microbatch.accounting.stats import split
 from microbatch.batching.framing import measure
 from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.cost import Costs
@@ -27,6 +29,24 @@ logger = logging.getLogger("microbatch")
 
 # Batches after which it can be told whether combining pays.
 _ENOUGH_BATCHES = 20
+
+
+class Bill(msgspec.Struct, eq=False):
+    """What each request of a call that is over has to pay.
+
+    Attributes:
+        completion: How it ended.
+        usage: What it used.
+        shares: Each one's share of that.
+        price: What prices that, or None if it is unknown.
+        settled: How many have been answered with their share on the reply, and owe nothing for calls before it.
+    """
+
+    completion: Completion
+    usage: Usage
+    shares: list[Usage]
+    price: Callable[[Usage], float] | None
+    settled: int = 0
 
 
 class Books:
@@ -55,52 +75,68 @@ class Books:
         self._price = price
         self._paid_batches = 0
 
-    def divide(self, batch: Batch, completion: Completion | None, *, each: bool = False) -> list[Usage]:
-        """Divide what the combined call cost among its tickets; it is over.
+    def bill(self, batch: Batch, completion: Completion | None) -> Bill | None:
+        """Divide what a combined call cost by the bytes of each request's line and answer; None if that is not known."""
+        usage = None if completion is None else completion.usage
+        if completion is None or usage is None:
+            return None
+        shares = _shares(usage, batch.line_bytes, batch.answer_bytes)
+        return Bill(completion, usage, shares, self._price_of(completion, batch.exchange))
+
+    def bill_alone(self, completion: Completion, exchange: Exchange) -> Bill | None:
+        """Return what the request of a single call has to pay; None if that is not known."""
+        usage = completion.usage
+        return None if usage is None else Bill(completion, usage, [usage], self._price_of(completion, exchange))
+
+    def divide(
+        self, batch: Batch, completion: Completion | None, bill: Bill | None, *, each: bool = False
+    ) -> list[Usage]:
+        """Book what the combined call cost, and each ticket's share of it; it is over.
 
         Args:
             batch: The call.
             completion: How it ended; None if that is not known.
+            bill: Who pays what; None if that is not known.
             each: Whether it is asked what each ticket would have cost alone.
 
         Returns:
             That of each ticket, none for those that were not answered; [] if it is not known, or nobody asks.
         """
-        tickets, exchange = batch.tickets, batch.exchange
+        tickets = batch.tickets
         flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
-        usage = completion.usage if completion is not None else None
-        if completion is not None:
+        if completion is not None and (bill is None or bill.settled < len(tickets)):
             _finish(tickets, completion)
-        if usage is None:
+        if bill is None:
             self._ledger.unreported_calls += completion is not None or batch.heard
             for ticket in tickets:
                 self._give_up_share(ticket)
             alone = []
         else:
-            lines = [len(ticket.line) for ticket in tickets]
-            price = self._price_of(completion, exchange)
-            self._book(tickets, _shares(usage, lines, batch.answer_bytes), price)
-            alone = self._pay(batch, usage, lines, price, each=each or bool(flights))
-            self._costs.learn_together(tickets, batch.learned, usage.prompt_tokens)
+            if bill.settled < len(tickets):
+                self._book(tickets, bill)
+            alone = self._pay(batch, bill, each=each or bool(flights))
+            self._costs.learn_together(tickets, batch.learned, bill.usage.prompt_tokens)
         for flight in flights:
             flight.spread(final=True)
         return alone
 
-    def divide_alone(self, ticket: Ticket, completion: Completion, learned: Learned | None = None) -> None:
+    def divide_alone(
+        self, ticket: Ticket, completion: Completion, bill: Bill | None, learned: Learned | None = None
+    ) -> None:
         """Book what the single call of *ticket* cost; it is over.
 
         Args:
             ticket: The request.
             completion: How the call ended.
+            bill: What it has to pay; None if that is not known.
             learned: What is known of its lane, if a combined call had left it open; else None.
         """
-        usage = completion.usage
-        if usage is None:
+        if bill is None:
             self._ledger.unreported_calls += 1
             self._give_up_share(ticket)
         else:
-            price = self._price_of(completion, ticket.call)
-            self._book([ticket], [usage], price)
+            usage, price = bill.usage, bill.price
+            self._book([ticket], bill)
             alone = usage if ticket.reply is not None else Usage()
             self._ledger.pay(usage, alone, price)
             self._pay_joined(ticket, alone, price)
@@ -118,16 +154,19 @@ class Books:
             self._ledger.unclaimed += ticket.usage
             ticket.remember().usage = None
 
-    def _price_of(self, completion: Completion | None, exchange: Exchange | None) -> Callable[[Usage], float] | None:
+    def _price_of(self, completion: Completion, exchange: Exchange) -> Callable[[Usage], float] | None:
         """Return the price of the model that answered, else of the one that was asked for."""
-        answered = None if completion is None or completion.model is None else self._price(completion.model)
-        return answered or (None if exchange is None else exchange.price)
+        answered = None if completion.model is None else self._price(completion.model)
+        return answered or exchange.price
 
-    def _book(self, tickets: Sequence[Ticket], shares: Iterable[Usage], price: Callable[[Usage], float] | None) -> None:
+    def _book(self, tickets: Sequence[Ticket], bill: Bill) -> None:
         """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
-        for ticket, share in zip(tickets, shares, strict=True):
-            cost_usd = None if price is None else price(share)
+        price = bill.price
+        for ticket, share in zip(tickets, bill.shares, strict=True):
             reply, past = ticket.reply, ticket.past
+            if reply is not None and reply.usage is share:
+                continue  # handed out with it
+            cost_usd = None if price is None else price(share)
             if past is not None and past.usage is not None:
                 share = past.usage + share  # noqa: PLW2901 with its shares of earlier calls
                 cost_usd = None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
@@ -141,17 +180,18 @@ class Books:
                 past = ticket.remember()
                 past.usage, past.cost_usd = share, cost_usd
 
-    def _pay(
-        self, batch: Batch, usage: Usage, lines: list[int], price: Callable[[Usage], float] | None, *, each: bool
-    ) -> list[Usage]:
+    def _pay(self, batch: Batch, bill: Bill, *, each: bool) -> list[Usage]:
         """Book the call, and what its answered requests would have cost one by one; return that of *each* ticket if asked."""
-        learned, asked, sizes = batch.learned, len(batch.tickets), batch.answer_bytes
-        mine = [ticket.reply is not None for ticket in batch.tickets]
+        learned, asked, sizes, lines = batch.learned, len(batch.tickets), batch.answer_bytes, batch.line_bytes
+        usage, price = bill.usage, bill.price
+        mine = [True] * asked
+        if bill.settled < asked:
+            mine = [ticket.reply is not None for ticket in batch.tickets]
         answered = sum(mine)
         alone = Usage()
         if answered:
             tokens_a_byte = usage.completion_tokens / (sum(sizes) or 1)
-            learned.record_answers([round(size * tokens_a_byte) for size in compress(sizes, mine)])
+            learned.record_answers([*map(round, map(tokens_a_byte.__mul__, compress(sizes, mine)))])
             if learned.framing is None:
                 learned.framing = measure(
                     batch.call,
@@ -174,7 +214,7 @@ class Books:
         self._warn_if_dearer()
         if not (each and answered):
             return []
-        singles = [*_shares(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)]
+        singles = _shares(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)
         for ticket, single in zip(batch.tickets, singles, strict=True):
             self._pay_joined(ticket, single, price)
         return singles
@@ -213,9 +253,9 @@ def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
                 reply.model = model
 
 
-def _shares(usage: Usage, lines: list[int], answer_bytes: list[int]) -> Iterator[Usage]:
+def _shares(usage: Usage, lines: list[int], answer_bytes: list[int]) -> list[Usage]:
     """Divide *usage* by the bytes of each request's line and answer."""
     prompts = split(usage.prompt_tokens, lines)
     completions = split(usage.completion_tokens, answer_bytes)
     cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(lines)
-    return map(Usage, prompts, completions, cached)
+    return [*map(Usage, prompts, completions, cached)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Permit
-    from microbatch.batching.books import Books, Pricing
+    from microbatch.batching.books import Bill, Books, Pricing
     from microbatch.batching.demultiplexer import Answer
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Ticket
@@ -141,7 +141,7 @@ class Calls:
 
     async def batch(self, batch: Batch) -> Outcome:
         """Send *batch*, answer whom it answers, and tell what it left open."""
-        exchange = batch.exchange
+        exchange, loop = batch.exchange, asyncio.get_running_loop()
 
         def on_text(text: str) -> None:
             batch.heard = True
@@ -149,30 +149,39 @@ class Calls:
                 exchange.first_text = self._now()
             answers = batch.demultiplexer.feed(text)
             if answers:
-                self._deliver(batch, answers)
+                if not batch.answers:
+                    # When this turn is over: if it brings the end of the reply, all is known of it that there is to know.
+                    loop.call_soon(self._answer_early, batch)
+                batch.answers += answers
 
         def on_cut(completion: Completion | None) -> bool:
+            self._hand_out(batch)
             # Cut once more, it is the size that is to blame (a proxy's time limit): a smaller call has better chances.
             if batch.repeated or any(ticket.reply is not None for ticket in batch.tickets):
                 return False
-            self._books.divide(batch, completion)
+            self._books.divide(batch, completion, self._books.bill(batch, completion))
             batch.reset()
             batch.repeated = True
             return True
 
         try:
             completion, error = await self._exchange(exchange, batch.call, on_text, on_cut)
+            if batch.bug is not None:
+                raise batch.bug
             how = ending(completion, error, heard=batch.heard)
             demultiplexer = batch.demultiplexer
-            answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
+            batch.answers += demultiplexer.close(ended=how in ("complete", "length", "refused"))
             trusted = batch.canary is None
             if not trusted:
-                trusted = any(index == len(batch.tickets) for index, _ in answers)
-                answers = [answer for answer in answers if answer[0] < len(batch.tickets)] if trusted else []
+                trusted = any(index == len(batch.tickets) for index, _ in batch.answers)
+                batch.answers = (
+                    [answer for answer in batch.answers if answer[0] < len(batch.tickets)] if trusted else []
+                )
                 self._ledger.canaries_failed += not trusted and how == "complete"
-            if answers:
-                self._deliver(batch, answers)
-            alone = self._books.divide(batch, completion, each=self._keep is not None)
+            _measure(batch.answers, batch.answer_bytes)
+            bill = self._books.bill(batch, completion)
+            self._hand_out(batch, bill)
+            alone = self._books.divide(batch, completion, bill, each=self._keep is not None)
         finally:
             exchange.end()
         if self._listeners.call is not None:
@@ -202,13 +211,30 @@ class Calls:
         if kept:
             await self._keep(kept)
 
-    def _deliver(self, batch: Batch, answers: list[Answer]) -> None:
-        """Hand *answers*, pairs of position and decoded answer, to their callers."""
-        exchange = batch.exchange
-        limit = batch.tickets[0].spec.max_tokens  # equal in a lane
-        exchange.waiting -= self._answer(batch.tickets, answers, exchange, batch.answer_bytes, limit)
-        if not exchange.waiting and batch.call.stream:
-            exchange.linger()
+    def _answer_early(self, batch: Batch) -> None:
+        """Hand out what has been found while the rest of the reply is still on its way; called by the loop."""
+        if not batch.answers:
+            return  # the reply has ended since
+        try:
+            _measure(batch.answers, batch.answer_bytes)
+            self._hand_out(batch)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as bug:  # noqa: BLE001 it is the batch's; a Rust panic is no Exception
+            batch.bug = bug
+            batch.exchange.stop()
+        else:
+            if not batch.exchange.waiting and batch.call.stream:
+                batch.exchange.linger()
+
+    def _hand_out(self, batch: Batch, bill: Bill | None = None) -> None:
+        """Hand the answers found to their callers, with their shares of *bill* if the call is over."""
+        answers, batch.answers = batch.answers, []
+        if answers:
+            limit = batch.tickets[0].spec.max_tokens  # equal in a lane
+            batch.exchange.waiting -= self._answer(
+                batch.tickets, answers, batch.exchange, batch.answer_bytes, limit, bill=bill
+            )
 
     def _longer_than(self, text: str, limit: int) -> bool:
         try:
@@ -271,7 +297,8 @@ class Calls:
             if completion is None:
                 self._ledger.unreported_calls += 1
             else:
-                self._books.divide_alone(ticket, completion, learned)
+                bill = self._books.bill_alone(completion, exchange)
+                self._books.divide_alone(ticket, completion, bill, learned)
             return True
 
         completion: Completion | None = None
@@ -282,9 +309,12 @@ class Calls:
             if completion is None:
                 return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
+            bill = self._books.bill_alone(completion, exchange)
             if error is None:
-                self._answer([ticket], [(0, (output, text))], exchange, [0], None, completion.body)
-            self._books.divide_alone(ticket, completion, learned)
+                answers, sizes = [(0, (output, text))], [0]
+                _measure(answers, sizes)
+                self._answer([ticket], answers, exchange, sizes, None, completion.body, bill)
+            self._books.divide_alone(ticket, completion, bill, learned)
         finally:
             exchange.end()
             if self._listeners.call is not None:
@@ -350,33 +380,42 @@ class Calls:
         sizes: list[int],
         limit: int | None,
         body: dict[str, Any] | None = None,
+        bill: Bill | None = None,
     ) -> int:
-        """Hand callers their answers, with an estimate of what they cost; return how many have been answered.
+        """Hand callers their answers; return how many have been answered.
 
         Args:
             tickets: The requests of the call.
             answers: Position among them, and output and text, of each answer.
             exchange: The call.
-            sizes: Takes the bytes of each answer's text.
+            sizes: The bytes of the answers' texts, by position.
             limit: Tokens beyond which an answer is not handed out, or None.
             body: The endpoint's JSON of a single call, or None.
+            bill: What each of the tickets has to pay for the call, which is over; None to hand out an estimate.
         """
-        now, answered = self._now(), 0
+        now, answered, final_answers = self._now(), 0, 0
         route, price, size, sent = exchange.route, exchange.price, exchange.size, exchange.sent
         wait = exchange.wait  # one bound method for all
         spec = tickets[0].spec  # the requests of a call are of one lane
         model, shared = spec.model or self._default_model, spec.shared_chars // size
+        finish_reason = request_id = shares = None
+        if bill is not None:
+            shares, price, final = bill.shares, bill.price, bill.completion
+            model, finish_reason, request_id = final.model or model, final.finish_reason, final.request_id
         tell = self._listeners.settle
         for index, (output, text) in answers:
-            ticket = tickets[index]
-            sizes[index] = length = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+            ticket, length = tickets[index], sizes[index]
             future = ticket.future
             if future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
                 continue
-            # A token is about 4 bytes of English; this stands only until the call has ended.
-            usage = Usage((shared + len(ticket.line)) // 4, length // 4 + 1, 0, True)
-            if ticket.past is not None and ticket.past.usage is not None:
-                usage = ticket.past.usage + usage
+            if shares is not None and ticket.past is None:
+                usage = shares[index]
+                final_answers += 1
+            else:
+                # A token is about 4 bytes of English; this stands only until the call has ended and is booked.
+                usage = Usage((shared + len(ticket.line)) // 4, length // 4 + 1, 0, True)
+                if ticket.past is not None and ticket.past.usage is not None:
+                    usage = ticket.past.usage + usage
             created = ticket.created
             # By position, in the order of the fields: this is on every answer's path.
             ticket.reply = reply = Reply(
@@ -389,8 +428,8 @@ class Calls:
                 sent - created,
                 now - created,
                 model,
-                None,
-                None,
+                finish_reason,
+                request_id,
                 body,
                 wait,
             )
@@ -402,5 +441,13 @@ class Calls:
             if tell is not None and ticket.flight is None:
                 tell(settled(spec, created, ticket.origin, now, reply=reply))
             answered += 1
+        if bill is not None:
+            bill.settled = final_answers
         self._settled(answered)
         return answered
+
+
+def _measure(answers: Iterable[Answer], sizes: list[int]) -> None:
+    """Note in *sizes* how many bytes the text of each answer has."""
+    for index, (_, text) in answers:
+        sizes[index] = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))

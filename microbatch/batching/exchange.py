@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,9 +12,11 @@ from microbatch.batching.canary import check_canary
 from microbatch.batching.demultiplexer import Demultiplexer
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable
 
     from microbatch.batching.account import Permit
+    from microbatch.batching.demultiplexer import Answer
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route, Usage
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 USAGE_PATIENCE = 2.0
 """Seconds that the rest of a reply is read for its usage once every caller has been answered."""
+
+# Without a step of Python's own for each request of a batch; the same is done elsewhere on its way.
+_line_of = attrgetter("line")
+_decoder_of = attrgetter("answer.decode")
 
 
 class Exchange:
@@ -81,21 +87,16 @@ class Exchange:
     def linger(self) -> None:
         """Everyone has been answered: only the usage is still of interest, for a while."""
         if self.task is not None:
-            # In the next turn: a reply that comes in one piece mostly ends in this one, and the timer would be for nothing.
-            asyncio.get_running_loop().call_soon(self._linger)
-
-    def _linger(self) -> None:
-        if self.task is not None:
-            self.task.get_loop().call_later(USAGE_PATIENCE, self._stop)
+            self.task.get_loop().call_later(USAGE_PATIENCE, self.stop)
 
     def abandoned(self) -> None:
         """One caller left without an answer; the last one takes the call with it."""
         self.waiting -= 1
         if self.waiting <= 0 and self.task is not None:
-            self.task.get_loop().call_soon(self._stop)
+            self.task.get_loop().call_soon(self.stop)
 
-    def _stop(self) -> None:
-        # Called by the loop only, never from within the task: so the cancellation lands where the task waits, in `send`.
+    def stop(self) -> None:
+        """Send no more. Called by the loop only, never from within the task: so the task ends where it waits, in `send`."""
         if self.task is not None and not self.stopped:
             self.stopped = True
             self.task.cancel()
@@ -126,8 +127,11 @@ class Batch:
         learned: What is known of the lane.
         permit: What pays the call.
         exchange: The call under way.
+        line_bytes: The length of each request's line.
         demultiplexer: What takes its reply apart.
+        answers: What it has found and nobody has been handed yet: pairs of position and decoded answer.
         answer_bytes: The length of each answer so far.
+        bug: What went wrong with handing them out.
         heard: Whether any text has come.
         repeated: Whether it was sent again as it is, after a cut that left nothing.
     """
@@ -136,6 +140,8 @@ class Batch:
         "_asked",
         "_early",
         "answer_bytes",
+        "answers",
+        "bug",
         "call",
         "canary",
         "demultiplexer",
@@ -143,6 +149,7 @@ class Batch:
         "heard",
         "ids",
         "learned",
+        "line_bytes",
         "permit",
         "repeated",
         "tickets",
@@ -169,14 +176,17 @@ class Batch:
         self.exchange = exchange
         self._asked = ids
         self._early = early
+        self.line_bytes = [*map(len, map(_line_of, tickets))]
+        self.bug: BaseException | None = None
         self.repeated = False
         self.reset()
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""
-        decoders: list[Callable[[str], Any]] = [ticket.answer.decode for ticket in self.tickets]
+        decoders: list[Callable[[str], Any]] = [*map(_decoder_of, self.tickets)]
         if self.canary is not None:
             decoders.append(partial(check_canary, self.canary))
         self.demultiplexer = Demultiplexer(self._asked, decoders, early=self._early)
+        self.answers: list[Answer] = []
         self.answer_bytes = [0] * len(self.tickets)
         self.heard = False

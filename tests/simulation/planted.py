@@ -222,16 +222,16 @@ def ignored_tenant():
 
 def orphaned_call():
     """A call goes on when its last caller has gone."""
-    return _replaced(Exchange, "_stop", lambda _: lambda exchange: None)
+    return _replaced(Exchange, "stop", lambda _: lambda exchange: None)
 
 
 def lost_usage():
     """What a cancelled request's calls cost is forgotten."""
 
     def forget(book):
-        def wrapper(books, tickets, shares, price):
+        def wrapper(books, tickets, bill):
             unclaimed = books._ledger.unclaimed
-            book(books, tickets, shares, price)
+            book(books, tickets, bill)
             books._ledger.unclaimed = unclaimed
 
         return wrapper

@@ -124,10 +124,11 @@ class World:
         # The one look inside: who was accepted, and when. Nothing public tells it of requests that wait for room.
         accept = batcher._collector.accept
 
-        def watched(messages, options, timeout, *args, **kwargs):
-            ticket = accept(messages, options, timeout, *args, **kwargs)
+        def watched(messages, options, terms, *args, **kwargs):
+            ticket = accept(messages, options, terms, *args, **kwargs)
             item = self.items[messages[-1]["content"]]
-            item.accepted, item.place, item.timeout, item.ticket = self.now(), self.moment(), timeout, ticket
+            item.accepted, item.place, item.ticket = self.now(), self.moment(), ticket
+            item.timeout = None if terms.timeout is None else terms.deadline(item.accepted) - item.accepted
             self.note("accepted", item.text)
             ticket.future.add_done_callback(lambda _: self._settled(item))
             return ticket
