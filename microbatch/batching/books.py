@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import compress
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 
 logger = logging.getLogger("microbatch")
+
+_completion_of = attrgetter("completion_tokens")
 
 # Batches after which it can be told whether combining pays.
 _ENOUGH_BATCHES = 20
@@ -190,8 +193,7 @@ class Books:
         answered = sum(mine)
         alone = Usage()
         if answered:
-            tokens_a_byte = usage.completion_tokens / (sum(sizes) or 1)
-            learned.record_answers([*map(round, map(tokens_a_byte.__mul__, compress(sizes, mine)))])
+            learned.record_answers([*compress(map(_completion_of, bill.shares), mine)])
             if learned.framing is None:
                 learned.framing = measure(
                     batch.call,

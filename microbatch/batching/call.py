@@ -153,11 +153,12 @@ class Calls:
                     # When this turn is over: if it brings the end of the reply, all is known of it that there is to know.
                     loop.call_soon(self._answer_early, batch)
                 batch.answers += answers
+                exchange.found += len(answers)
 
         def on_cut(completion: Completion | None) -> bool:
             self._hand_out(batch)
             # Cut once more, it is the size that is to blame (a proxy's time limit): a smaller call has better chances.
-            if batch.repeated or any(ticket.reply is not None for ticket in batch.tickets):
+            if batch.repeated or exchange.waiting <= 0 or any(ticket.reply is not None for ticket in batch.tickets):
                 return False
             self._books.divide(batch, completion, self._books.bill(batch, completion))
             batch.reset()
@@ -393,7 +394,7 @@ class Calls:
             body: The endpoint's JSON of a single call, or None.
             bill: What each of the tickets has to pay for the call, which is over; None to hand out an estimate.
         """
-        now, answered, final_answers = self._now(), 0, 0
+        now, answered, estimated = self._now(), 0, 0
         route, price, size, sent = exchange.route, exchange.price, exchange.size, exchange.sent
         wait = exchange.wait  # one bound method for all
         spec = tickets[0].spec  # the requests of a call are of one lane
@@ -410,8 +411,8 @@ class Calls:
                 continue
             if shares is not None and ticket.past is None:
                 usage = shares[index]
-                final_answers += 1
             else:
+                estimated += 1
                 # A token is about 4 bytes of English; this stands only until the call has ended and is booked.
                 usage = Usage((shared + len(ticket.line)) // 4, length // 4 + 1, 0, True)
                 if ticket.past is not None and ticket.past.usage is not None:
@@ -442,7 +443,7 @@ class Calls:
                 tell(settled(spec, created, ticket.origin, now, reply=reply))
             answered += 1
         if bill is not None:
-            bill.settled = final_answers
+            bill.settled = answered - estimated
         self._settled(answered)
         return answered
 

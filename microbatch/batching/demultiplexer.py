@@ -227,21 +227,22 @@ class Demultiplexer:
 
     def _in_order(self, text: str, pos: int, delivered: list[Answer]) -> int:
         """Deliver the elements from *pos* on as long as each is the next one asked for; return the place behind them."""
-        index, decoders = self._next, self._decoders
+        index, decoders, position = self._next, self._decoders, self._index.get
         raw = ""
         try:
             while (found := _element(text, pos)) is not None:
                 _, name, raw = found.groups()
-                if self._index.get(name) != index:
+                if position(name) != index:
                     break
                 pos = found.end()
                 delivered.append((index, decoders[index](raw)))
-                self._next = index = index + 1
+                index += 1
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # noqa: BLE001 see _deliver
             self._unfit(index, raw)
             self._copies[index] = 1
+        self._next = index
         return pos
 
     def _scanned(self, element: str, delivered: list[Answer]) -> None:

@@ -36,6 +36,7 @@ class Exchange:
     Attributes:
         waiting: Callers that have neither been answered nor left.
         size: Requests it carries.
+        found: Answers found in its reply so far.
         route: What their replies name as their route.
         sent: Loop time at which it was sent.
         attempts: HTTP attempts so far.
@@ -49,9 +50,11 @@ class Exchange:
 
     __slots__ = (
         "_ended",
+        "_patience",
         "attempts",
         "ended",
         "first_text",
+        "found",
         "permit",
         "price",
         "route",
@@ -66,6 +69,7 @@ class Exchange:
         self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None, permit: Permit
     ) -> None:
         self.waiting = self.size = size
+        self.found = 0
         self.route: Route = route
         self.sent = sent
         self.attempts = 0
@@ -76,6 +80,7 @@ class Exchange:
         self.stopped = False
         self.ended = False
         self._ended: anyio.Event | None = None
+        self._patience: asyncio.TimerHandle | None = None
 
     def carry(self, tickets: Iterable[Ticket]) -> None:
         """*tickets* travel in this call from now on."""
@@ -86,13 +91,15 @@ class Exchange:
 
     def linger(self) -> None:
         """Everyone has been answered: only the usage is still of interest, for a while."""
-        if self.task is not None:
-            self.task.get_loop().call_later(USAGE_PATIENCE, self.stop)
+        if self.task is not None and self._patience is None:
+            self._patience = self.task.get_loop().call_later(USAGE_PATIENCE, self.stop)
 
     def abandoned(self) -> None:
-        """One caller left without an answer; the last one takes the call with it."""
+        """One caller left without an answer; the last one takes the call with it, unless all of the reply but its end is there."""
         self.waiting -= 1
-        if self.waiting <= 0 and self.task is not None:
+        if self.waiting <= 0 and self.found >= self.size:
+            self.linger()
+        elif self.waiting <= 0 and self.task is not None:
             self.task.get_loop().call_soon(self.stop)
 
     def stop(self) -> None:
@@ -105,6 +112,8 @@ class Exchange:
         """The call is over and its cost divided."""
         self.ended = True
         self.permit = None
+        if self._patience is not None:
+            self._patience.cancel()
         if self._ended is not None:
             self._ended.set()
 
@@ -188,5 +197,6 @@ class Batch:
             decoders.append(partial(check_canary, self.canary))
         self.demultiplexer = Demultiplexer(self._asked, decoders, early=self._early)
         self.answers: list[Answer] = []
+        self.exchange.found = 0
         self.answer_bytes = [0] * len(self.tickets)
         self.heard = False

@@ -123,7 +123,7 @@ class Intake:
         """
         if type(messages) is not list or not messages:
             check_messages(messages)
-        loop, lane = self._loop, self._lanes.latest
+        loop, room, lane = self._loop, self._room, self._lanes.latest
         now = loop.time()
         deadline = None if terms.timeout is None else terms.deadline(now)
         text: str | None = None
@@ -136,7 +136,7 @@ class Intake:
         else:
             line = item_line(text, self._scratch)
             counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
-            bypass = self._room.taken >= self._room.size
+            bypass = room.taken >= room.size
             patience = lane.max_wait
             if on_taken is not None:
                 patience = NEVER
@@ -160,7 +160,7 @@ class Intake:
                     file[name] = who
         if self._capture is not None:
             who.origin = self._capture()
-        self._room.taken += 1
+        room.taken += 1
         self._ledger.items += 1
         if deadline is not None and terms.timeout is not None:
             if isinstance(who, Seat):

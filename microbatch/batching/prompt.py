@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from itertools import chain, repeat
-from operator import add
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -96,8 +94,6 @@ def compose(
         lines: What `item_line` returned for each item.
         draw: Where the id endings come from; tests may fix them.
     """
-    count = len(lines)
-    ids = [*map(add, map(str, range(1, count + 1)), draw(count))]
-    # Without a step of Python's own for each piece.
-    parts = chain.from_iterable(zip(repeat("[", count), ids, repeat("] "), map(bytes.decode, lines), repeat("\n")))
+    ids = [f"{number}{ending}" for number, ending in enumerate(draw(len(lines)), 1)]
+    parts = [f"[{name}] {line.decode()}\n" for name, line in zip(ids, lines, strict=True)]
     return preamble + "".join(parts), ids

@@ -201,9 +201,10 @@ def own_text(messages: Messages, plain: list[dict[str, Any]] | None) -> str | No
     This answers most submits of a service, which ask the same kind of thing again: comparing costs a fraction of making a key.
     """
     last = messages[-1]
-    if type(last) is dict and len(last) == _PLAIN_FIELDS and last.get("role") == "user" and messages[:-1] == plain:
+    if type(last) is dict and len(last) == _PLAIN_FIELDS and messages[:-1] == plain:
         text = last.get("content")
-        return text if type(text) is str else None
+        if type(text) is str and last.get("role") == "user":
+            return text
     return None
 
 

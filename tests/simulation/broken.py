@@ -20,13 +20,23 @@ if TYPE_CHECKING:
 BODY = (
     (
         Calls,
-        ("compose", "batch", "_deliver", "single", "compose_alone", "_ask_alone", "_exchange", "_answer", "_remaining"),
+        (
+            "compose",
+            "batch",
+            "_hand_out",
+            "single",
+            "compose_alone",
+            "_ask_alone",
+            "_exchange",
+            "_answer",
+            "_remaining",
+        ),
     ),
-    (Books, ("divide", "divide_alone", "_book", "_pay")),
+    (Books, ("bill", "bill_alone", "divide", "divide_alone", "_book", "_pay")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
     (Fallback, ("recover",)),
     (_Recovery, ("after", "_halves", "_together", "_ask", "_alone")),
-    (call_module, ("compose", "ending", "complaint", "read_alone")),
+    (call_module, ("compose", "_measure", "ending", "complaint", "read_alone")),
 )
 """What a call's body is made of, between taking its requests and making sure that each of them has ended."""
 
