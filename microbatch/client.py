@@ -363,7 +363,7 @@ class Microbatcher:
             The caller's own answer, and its share of the cost.
 
         Raises:
-            ConfigError: An argument is wrong; nothing was sent.
+            ConfigError: An argument is wrong; nothing was sent. Of an option this is told at the call, not where it is awaited.
             BatcherClosed: The batcher is not open, or belongs to another event loop.
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.

@@ -246,6 +246,16 @@ async def test_a_caller_cancelled_in_the_moment_of_its_answer_leaves_its_share_u
 # --- estimates
 
 
+async def test_an_answer_that_comes_with_the_end_of_its_reply_is_exact_at_once():
+    async with mb.Microbatcher(ScriptedTransport(), tokens="bytes") as batcher:
+        callers = [asyncio.ensure_future(batcher.submit(ask(text))) for text in varied(10)]
+        await asyncio.wait(callers, return_when=asyncio.FIRST_COMPLETED)
+        replies = [(each.result(), each.result().usage) for each in callers]  # as their callers get them
+        assert not any(usage.estimated for _, usage in replies)
+        assert {(reply.finish_reason, reply.route) for reply, _ in replies} == {("stop", "batch")}
+        assert total(usage for _, usage in replies) == paid(batcher.stats())
+
+
 async def test_an_early_answer_is_estimated_until_its_call_has_ended():
     model = SimulatedModel(latency=Latency(first_token=1.0, element=0.1))
     loop = asyncio.get_running_loop()

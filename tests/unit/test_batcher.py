@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 from typing import Literal
+from unittest import mock
 
 import msgspec
 import pytest
@@ -591,6 +592,31 @@ async def test_waiting_for_room_counts_against_the_timeout():
         assert asyncio.get_running_loop().time() == 3.0
         await first
     assert len(transport.calls) == 1
+
+
+@pytest.mark.promise(of="timeout")
+async def test_what_is_left_of_a_timeout_after_waiting_for_room_ends_the_submit_on_time():
+    transport = ScriptedTransport(delay=2.0)
+    async with batcher_for(transport, max_queued=1) as batcher:
+        first = asyncio.ensure_future(batcher.submit(ask("first")))
+        await asyncio.sleep(0)
+        with pytest.raises(mb.DeadlineExceeded, match="within the timeout of 3 s"):
+            await batcher.submit(ask("second"), timeout=3)
+        assert asyncio.get_running_loop().time() == 3.0
+        await first
+    assert [call.call.timeout for call in transport.calls] == [None, 1.0]
+
+
+async def test_options_are_checked_when_submit_is_called():
+    async with batcher_for(ScriptedTransport()) as batcher:
+        with pytest.raises(mb.ConfigError, match="temperature"):
+            batcher.submit(ask("x"), temperature="hot")  # and never awaited
+
+
+async def test_a_mock_of_a_batcher_has_a_submit_to_await():
+    batcher = mock.create_autospec(mb.Microbatcher, instance=True)
+    batcher.submit.return_value = "answer"
+    assert await batcher.submit(ask("x")) == "answer"
 
 
 async def test_a_cancelled_waiter_for_room_passes_its_place_on():

@@ -1,6 +1,7 @@
 """Equal requests under way at the same time are answered by one, and each caller is none the worse for it."""
 
 import asyncio
+import gc
 from typing import Annotated
 
 import msgspec
@@ -36,6 +37,15 @@ async def test_a_thousand_equal_submits_make_one_upstream_item():
     assert [reply.route for reply in replies].count("shared") == 999
     assert (stats.items, stats.answered, stats.shared, stats.queued) == (1_000, 1_000, 999, 0)
     assert len(batcher._collector.flights) == 0
+
+
+async def test_nothing_is_kept_of_kinds_of_requests_that_nobody_asks_any_more():
+    async with batcher_for(ScriptedTransport()) as batcher:
+        for number in range(50):
+            asked = [{"role": "system", "content": f"Kind {number}."}, {"role": "user", "content": "same"}]
+            await asyncio.gather(*(batcher.submit(asked, temperature=0, priority=each) for each in ("normal", "low")))
+        gc.collect()
+        assert len(batcher._collector.flights._files) <= 1  # the latest lane is kept
 
 
 @pytest.mark.promise(of="single_flight")
