@@ -85,6 +85,7 @@ class Demultiplexer:
         "_decoders",
         "_early",
         "_held",
+        "_ids",
         "_index",
         "_kept",
         "_kept_chars",
@@ -97,7 +98,8 @@ class Demultiplexer:
     )
 
     def __init__(self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], *, early: bool = True) -> None:
-        self._index = dict(zip(ids, range(len(ids)), strict=True))
+        self._ids = ids
+        self._index: dict[str, int] = {}  # made when an element comes that is not the next one in the common shape
         self._decoders = decoders
         self._early = early
         self._next = 0  # the id expected next; all before it were delivered if early
@@ -149,7 +151,7 @@ class Demultiplexer:
     def faults(self) -> Iterator[tuple[int, Fault, str]]:
         """Yield each item that got no answer, with the reason and what the reply said to it. Valid after `close`."""
         delivered = self._next if self._early else 0
-        for index in range(delivered, len(self._index)):
+        for index in range(delivered, len(self._ids)):
             if self._copies.get(index, 0) > 1:
                 yield index, "repeated", ""
             elif index in self._malformed:
@@ -227,12 +229,12 @@ class Demultiplexer:
 
     def _in_order(self, text: str, pos: int, delivered: list[Answer]) -> int:
         """Deliver the elements from *pos* on as long as each is the next one asked for; return the place behind them."""
-        index, decoders, position = self._next, self._decoders, self._index.get
-        raw = ""
+        index, decoders, ids = self._next, self._decoders, self._ids
+        count, raw = len(ids), ""
         try:
-            while (found := _element(text, pos)) is not None:
+            while index < count and (found := _element(text, pos)) is not None:
                 _, name, raw = found.groups()
-                if position(name) != index:
+                if name != ids[index]:
                     break
                 pos = found.end()
                 delivered.append((index, decoders[index](raw)))
@@ -264,15 +266,15 @@ class Demultiplexer:
             self._note(index, None, text[start : start + _WINDOW])
 
     def _find(self, name: str) -> int | None:
+        if not self._index:
+            self._index = {each: index for index, each in enumerate(self._ids)}
         index = self._index.get(name)
         # Models copy the brackets or change the case; the letters still make the id unmistakable.
         return self._index.get(name.strip(" \t\r\n[]").lower()) if index is None else index
 
     def _place(self, name: str, raw: str, delivered: list[Answer]) -> None:
         """Decide an element with an id and an answer."""
-        index = self._index.get(name)
-        if index is None:
-            index = self._find(name)
+        index = self._find(name)
         if index == self._next and not self.damaged:
             if not self._early:
                 self._copies[index] = 1

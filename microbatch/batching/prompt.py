@@ -81,7 +81,7 @@ def draw_endings(count: int) -> list[str]:
     letters = ""
     while len(letters) < 5 * count:
         letters += secrets.token_bytes(6 * count).translate(_LETTERS, _SURPLUS).decode()
-    return _endings(letters)[:count]
+    return _endings(letters, 0, 5 * count)
 
 
 def compose(
