@@ -149,6 +149,7 @@ class Calls:
                 exchange.first_text = self._now()
             answers = batch.demultiplexer.feed(text)
             if answers:
+                _measure(answers, batch.answer_bytes)
                 if not batch.answers:
                     # When this turn is over: if it brings the end of the reply, all is known of it that there is to know.
                     loop.call_soon(self._answer_early, batch)
@@ -171,15 +172,14 @@ class Calls:
                 raise batch.bug
             how = ending(completion, error, heard=batch.heard)
             demultiplexer = batch.demultiplexer
-            batch.answers += demultiplexer.close(ended=how in ("complete", "length", "refused"))
+            answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
             trusted = batch.canary is None
             if not trusted:
-                trusted = any(index == len(batch.tickets) for index, _ in batch.answers)
-                batch.answers = (
-                    [answer for answer in batch.answers if answer[0] < len(batch.tickets)] if trusted else []
-                )
+                trusted = any(index == len(batch.tickets) for index, _ in answers)
+                answers = [answer for answer in answers if answer[0] < len(batch.tickets)] if trusted else []
                 self._ledger.canaries_failed += not trusted and how == "complete"
-            _measure(batch.answers, batch.answer_bytes)
+            _measure(answers, batch.answer_bytes)
+            batch.answers += answers
             bill = self._books.bill(batch, completion)
             self._hand_out(batch, bill)
             alone = self._books.divide(batch, completion, bill, each=self._keep is not None)
@@ -217,7 +217,6 @@ class Calls:
         if not batch.answers:
             return  # the reply has ended since
         try:
-            _measure(batch.answers, batch.answer_bytes)
             self._hand_out(batch)
         except (KeyboardInterrupt, SystemExit):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from importlib import resources
 from typing import Literal
 
@@ -254,6 +255,20 @@ async def test_an_answer_that_comes_with_the_end_of_its_reply_is_exact_at_once()
         assert not any(usage.estimated for _, usage in replies)
         assert {(reply.finish_reason, reply.route) for reply, _ in replies} == {("stop", "batch")}
         assert total(usage for _, usage in replies) == paid(batcher.stats())
+
+
+async def test_answers_that_come_with_a_cut_share_by_their_length_what_it_reported():
+    class Transport(ScriptedTransport):
+        async def send(self, call, on_text):
+            ids = re.findall(r"^\[(\w+)\] ", call.messages[-1]["content"], re.MULTILINE)
+            elements = [json.dumps({"id": name, "answer": "x" * 10**place}) for place, name in enumerate(ids)]
+            on_text('{"results":[' + ",".join(elements))
+            return mb.Completion(None, usage=mb.Usage(300, 111))
+
+    async with mb.Microbatcher(Transport(), tokens="bytes") as batcher:
+        replies = await asyncio.gather(*(batcher.submit(ask(text)) for text in varied(3)))
+        assert [reply.output for reply in replies] == ["x", "x" * 10, "x" * 100]
+        assert [reply.usage.completion_tokens for reply in replies] == [1, 10, 100]
 
 
 async def test_an_early_answer_is_estimated_until_its_call_has_ended():
