@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microbatch")
 
+_KNOWN: Final = ("cache", "shared")
+"""Routes of answers that nothing was asked for."""
+
 F = TypeVar("F", bound="Callable[..., Coroutine[Any, Any, Any]]")
 
 
@@ -71,10 +74,6 @@ def _coroutine_function(function: F) -> F:
     # Before, asyncio had a mark of its own, which asgiref sets likewise.
     function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined] # noqa: SLF001
     return function
-
-
-_KNOWN: Final = ("cache", "shared")
-"""Routes of answers that nothing was asked for."""
 
 
 class Microbatcher:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 USAGE_PATIENCE = 2.0
 """Seconds that the rest of a reply is read for its usage once every caller has been answered."""
 
-# Without a step of Python's own for each request of a batch; the same is done elsewhere on its way.
+# For `map`, which takes no step of Python's own for each request of a batch.
 _line_of = attrgetter("line")
 _decoder_of = attrgetter("answer.decode")
 

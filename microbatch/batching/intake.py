@@ -115,7 +115,7 @@ class Intake:
         Args:
             messages: The chat messages, checked here.
             options: The checked options.
-            terms: On what terms its caller asks; the timeout begins now.
+            terms: On what terms its caller asks.
             on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
 
         Raises:

@@ -246,7 +246,7 @@ def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...] = ()
     Args:
         messages: The messages of a request but the last; of one that goes alone, all of them.
         options: Its options.
-        key: What `read_messages` returned for it, or () for a request that goes alone.
+        key: What `read_messages` returned for it; of a request that goes alone, what equal ones find it by, () if they do not.
     """
     shared = copy_of(messages)
     plain = all(len(message) == _PLAIN_FIELDS and set(map(type, message.values())) == {str} for message in shared)
