@@ -15,7 +15,7 @@ from microbatch.batching.lanes import MAX_LINE_BYTES
 from microbatch.batching.prompt import ID_TOKENS, item_line
 from microbatch.batching.queues import AloneQueue
 from microbatch.batching.request import canonical_messages, check_messages, own_text, read_messages, spec_of
-from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Deadline, Ticket
+from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket
 from microbatch.batching.worth import pays
 from microbatch.errors import ConfigError
 
@@ -141,7 +141,7 @@ class Intake:
             if on_taken is not None:
                 patience = NEVER
             elif deadline is not None:
-                patience = min(patience, max(0.0, deadline - now) / 2)
+                patience = min(patience, max(0.0, deadline.at - now) / 2)
             seat = file = None
             name: Hashable = line
             if terms.shared:
@@ -162,12 +162,12 @@ class Intake:
             who.origin = self._capture()
         room.taken += 1
         self._ledger.items += 1
-        if deadline is not None and terms.timeout is not None:
+        if deadline is not None:
             if isinstance(who, Seat):
-                who.flight.expire_at(who, Deadline(deadline, terms.timeout), loop)
+                who.flight.expire_at(who, deadline, loop)
             else:
-                timer = loop.call_at(deadline, self._expire, who, context=self._context)
-                who.deadline = Deadline(deadline, terms.timeout, timer)
+                deadline.timer = loop.call_at(deadline.at, self._expire, who, context=self._context)
+                who.deadline = deadline
         return who
 
     def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:

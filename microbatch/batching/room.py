@@ -13,7 +13,7 @@ from microbatch.errors import BatcherClosed, DeadlineExceeded
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microbatch.batching.ticket import Terms
+    from microbatch.batching.ticket import Deadline, Terms
 
 
 _NO_CONTEXT = contextvars.Context()  # for timers: they are not to keep a caller's
@@ -61,8 +61,8 @@ class Room:
         self.waiting.append(place)
         deadline = terms.deadline(loop.time())
         if deadline is not None:
-            timer = loop.call_at(deadline, _expire, place, terms, context=_NO_CONTEXT)
-            place.add_done_callback(lambda _: timer.cancel(), context=_NO_CONTEXT)
+            deadline.timer = loop.call_at(deadline.at, _expire, place, deadline, context=_NO_CONTEXT)
+            place.add_done_callback(lambda _: deadline.cancel(), context=_NO_CONTEXT)
         return place
 
     def enter(self) -> None:
@@ -129,6 +129,6 @@ class Room:
                 place.set_exception(BatcherClosed("the batcher closed before there was room for this request"))
 
 
-def _expire(place: asyncio.Future[None], terms: Terms) -> None:
+def _expire(place: asyncio.Future[None], deadline: Deadline) -> None:
     if not place.done():
-        place.set_exception(DeadlineExceeded(f"no room for this request within its timeout of {terms.timeout} s"))
+        place.set_exception(DeadlineExceeded(f"no room for this request within its timeout of {deadline.timeout} s"))

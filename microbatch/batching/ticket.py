@@ -93,11 +93,11 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     ttl: float | None = None
     since: float | None = None
 
-    def deadline(self, now: float) -> float | None:
-        """Return the loop time at which the caller gives up, if it is accepted *now*; None for never."""
+    def deadline(self, now: float) -> Deadline | None:
+        """Return when the caller gives up, if it is accepted *now*; None for never."""
         if self.timeout is None:
             return None
-        return self.timeout + (now if self.since is None else self.since)
+        return Deadline(self.timeout + (now if self.since is None else self.since), self.timeout)
 
 
 UNSHARED = Terms()

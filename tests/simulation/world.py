@@ -128,7 +128,7 @@ class World:
             ticket = accept(messages, options, terms, *args, **kwargs)
             item = self.items[messages[-1]["content"]]
             item.accepted, item.place, item.ticket = self.now(), self.moment(), ticket
-            item.timeout = None if terms.timeout is None else terms.deadline(item.accepted) - item.accepted
+            item.timeout = None if terms.timeout is None else terms.deadline(item.accepted).at - item.accepted
             self.note("accepted", item.text)
             ticket.future.add_done_callback(lambda _: self._settled(item))
             return ticket
