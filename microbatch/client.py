@@ -421,23 +421,19 @@ class Microbatcher:
         # As long as the request waits, this frame takes memory for each of its variables: hence so few.
         if asyncio.get_running_loop() is not self._collector.door:
             self._check_open()
-        if self._room.taken >= self._room.size or self._room.waiting:  # spelled out: `room.free` is a call
-            place = self._when_full(terms)
+        if self._room.must_wait(options.rank):
+            place = self._when_full(options, terms)
             if place is not None:
                 if terms.timeout is not None and terms.since is None:
                     terms = msgspec.structs.replace(terms, since=asyncio.get_running_loop().time())
                 try:
                     await place
                 except BaseException:
-                    self._room.give_up(place)
+                    self._room.give_up(place, options.rank)
                     raise
                 self._room.enter()
             del place  # or it lives as long as the request
-        try:
-            ticket = self._collector.accept(messages, options, terms)
-        except ConfigError:
-            self._room.decline()  # which this request may have waited for
-            raise
+        ticket = self._collector.accept(messages, options, terms)
         # The caller's dicts and texts are of no more use, and many submits may wait.
         del messages, terms
         try:
@@ -446,7 +442,7 @@ class Microbatcher:
             self._collector.leave(ticket)
             raise
 
-    def _when_full(self, terms: Terms) -> asyncio.Future[None] | None:
+    def _when_full(self, options: Options, terms: Terms) -> asyncio.Future[None] | None:
         """Return what the policy says when no request may be accepted: a place to wait for, or None to bypass.
 
         Raises:
@@ -454,8 +450,8 @@ class Microbatcher:
         """
         when_full = self._policy.when_full
         if when_full == "wait":
-            return self._room.place(terms)
-        if when_full == "bypass" and self._collector.scheduler.in_use < self._policy.max_concurrent_batches:
+            return self._room.place(options.rank, options.tenant, terms)
+        if self._room.may_be_bypassed and not self._collector.scheduler.full:
             return None
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
 
@@ -720,12 +716,11 @@ class Microbatcher:
             raise ConfigError(
                 f"{type(self._transport).__name__} has no forward(): it cannot relay requests as they are"
             )
-        if not self._room.free:
-            if self._policy.when_full == "wait":
-                await self._room.wait()
-            else:
-                self._when_full(UNSHARED)
         model, cost = read_charge(body)
+        if self._room.must_wait(PLAIN.rank):
+            place = self._when_full(PLAIN, UNSHARED)
+            if place is not None:
+                await self._room.wait_for(place, PLAIN.rank)
         async with self._collector.borrow_slot(model, headers, cost):
             self._ledger.upstream_calls += 1
             self._ledger.forwarded += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from microbatch.errors import RequestFailed
 
@@ -19,15 +19,27 @@ class Budget(Protocol):
 
 
 class Permit(Protocol):
-    """Leave for one call to be sent.
+    """Leave for one call to be sent, attempt by attempt.
 
     Attributes:
-        account: Whose limits count.
-        tokens: What each attempt is charged.
-        error: What the latest attempt failed with, or None.
+        account: The account whose limits count.
+        tokens: Tokens that each attempt is charged.
+        rank: The priority of the requests that the call carries.
+        combined: Whether the call carries several requests.
+        begun: Whether the call has begun and not finished.
+        paid: Whether the next attempt may be made: it has its permit and its slot.
+        slot: Whether it holds a slot; the scheduler's mark.
+        overdrawn: Whether that slot is one of high priority beyond the limit; the scheduler's mark.
+        error: The error of the latest attempt, or None.
     """
 
     tokens: int
+    rank: int
+    combined: bool
+    begun: bool
+    paid: bool
+    slot: bool
+    overdrawn: bool
     error: RequestFailed | None
 
     @property
@@ -35,12 +47,20 @@ class Permit(Protocol):
         """See above."""
         ...
 
-    def cancel(self) -> None:
-        """Give back what was paid for an attempt that will not be made."""
+    def pay(self) -> bool:
+        """Pay the next attempt; return whether it need not wait.
+
+        An attempt that can only be refused need not wait and is not paid. If the account has no permit now, the scheduler is told
+        when it is worth trying again.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Give back what was paid for an attempt that will not be made; the call is over. Calling it again has no effect."""
         ...
 
     def used(self) -> None:
-        """The attempt was made by somebody who tells nothing of how it ended."""
+        """Note that the attempt was made by a borrower of the slot, and that its outcome is not known."""
         ...
 
 
@@ -48,30 +68,52 @@ class Account(Protocol):
     """One (endpoint, model, credentials).
 
     Attributes:
-        max_tokens: The most tokens a minute that one call can be granted; None if tokens are not counted.
+        max_tokens: The most tokens per minute that one call can be granted; None if tokens are not counted.
+        on_wire: Attempts under way, each of which holds a slot.
+        begun: Calls begun and not finished, back-off included.
+        backing_off: Those of them that wait after a failure that time may heal.
     """
 
     max_tokens: int | None
+    on_wire: int
+    begun: int
+    backing_off: int
 
     @property
     def budget(self) -> Budget:
         """Its retries."""
         ...
 
-    def pay(self, tokens: int) -> Permit | None:
-        """Return a permit whose first attempt is paid; None if there is none now, and then the scheduler is told when to ask."""
+    def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
+        """Return a permit of which nothing is paid yet; *again* if the retry budget has paid for its first attempt."""
         ...
 
-    def permit(self, tokens: int, *, again: bool = False) -> Permit:
-        """Return a permit whose attempts wait for their turn; *again* if the retry budget has paid for it."""
+
+class Slots(Protocol):
+    """The scheduler, as accounts know it."""
+
+    def ready(self, account: Account) -> None:
+        """Note that *account* refused a permit and may have one now."""
+        ...
+
+    def changed(self, account: Account) -> None:
+        """Note that calls of *account* have begun, finished, or started or ended a back-off."""
+        ...
+
+    def released(self, permit: Permit) -> None:
+        """Take back the slot of *permit*, whose attempt is over."""
+        ...
+
+    async def admit(self, permit: Permit) -> None:
+        """Wait until the next attempt of *permit* is paid and has a slot, or could only be refused."""
         ...
 
 
 class Accounts(Protocol):
     """The accounts."""
 
-    def listen(self, ready: Callable[[Account], None]) -> None:
-        """Call *ready* with an account that refused a permit and may have one now."""
+    def serve(self, slots: Slots) -> None:
+        """Let *slots* be the scheduler of all accounts."""
         ...
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:

@@ -19,7 +19,9 @@ import msgspec
 
 from microbatch.batching.budget import FlushReason
 from microbatch.batching.lane import Lane
-from microbatch.errors import BatcherClosed, ConfigError, ShutDown
+from microbatch.batching.request import rank_of
+from microbatch.batching.ticket import NORMAL, UNSHARED
+from microbatch.errors import BatcherClosed, ShutDown
 from microbatch.messages import Request, Result
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ class _Run:
 
     @property
     def _has_room(self) -> bool:
-        return self._pending < self._max_pending and self._collector.room.free
+        return self._pending < self._max_pending and not self._collector.room.must_wait(NORMAL)
 
     async def take_in(self) -> None:
         """Take from a plain iterator what there is room for; an async one feeds itself."""
@@ -167,30 +169,36 @@ class _Run:
             if self._pending < self._max_pending:
                 self._feeder_room.set()
             return
-        if not self._exhausted and not self._pending and not self._collector.room.free:
-            await self._collector.room.wait()
-            self._take_one()
-            self._collector.room.decline()  # to the next who waits, if the source had nothing more
+        if not self._pending and not self._has_room and (request := self._next_of(self._sync)) is not None:
+            await self._wait_for_place(request)
+            self._queue(request)
         while True:
             for _ in range(_SLICE):
-                if self._exhausted or not self._has_room:
+                if not self._has_room or (request := self._next_of(self._sync)) is None:
                     return
-                self._take_one()
+                self._queue(request)
             await asyncio.sleep(0)
             if self._results:
                 return
 
-    def _take_one(self) -> None:
-        if self._sync is None:
-            return
+    def _next_of(self, source: Iterator[Request | Messages]) -> Request | None:
+        """Return the next request of *source*; None if it has ended."""
+        if self._exhausted:
+            return None
         try:
-            item = next(self._sync)
+            return _request_of(next(source))
         except StopIteration:
             self._end_source(None)
         except Exception as error:  # noqa: BLE001 the user's own; raised once, after the results of what was taken
             self._end_source(error)
-        else:
-            self._queue(item)
+        return None
+
+    async def _wait_for_place(self, request: Request) -> None:
+        """Wait until *request* may come in; it has to be queued, or the place declined, in the step of the return."""
+        room, rank = self._collector.room, rank_of(request.priority)
+        if room.must_wait(rank):
+            tenant = request.tenant if isinstance(request.tenant, str) else None  # what else it is is refused later
+            await room.wait_for(room.place(rank, tenant, UNSHARED), rank)
 
     def _end_source(self, error: Exception | None) -> None:
         if not self._exhausted:
@@ -206,9 +214,8 @@ class _Run:
                     self._feeder_room.clear()
                     await self._feeder_room.wait()
                 self._note_activity()
-                item = await anext(iterator)
-                if not self._collector.room.free:
-                    await self._collector.room.wait()
+                request = _request_of(await anext(iterator))
+                await self._wait_for_place(request)
                 if self._collector.closing:
                     self._end_source(BatcherClosed(_CLOSED))
                     self._collector.room.decline()
@@ -216,7 +223,7 @@ class _Run:
                 if self._left:
                     self._collector.room.decline()  # to the next who waits, if a place was kept for this item
                 else:
-                    self._queue(item)
+                    self._queue(request)
                     self.check()  # nothing more may come, if that was the last there was room for
             if isinstance(iterator, AsyncGenerator):
                 await iterator.aclose()  # nobody will ask it again, so its `finally` is due
@@ -251,16 +258,17 @@ class _Run:
         self._silent = True
         self.check()
 
-    def _queue(self, item: Request | Messages) -> None:
+    def _queue(self, request: Request) -> None:
+        """Queue *request* in the place it has; the error of a bad one is its result, and its place goes to the next."""
         index, self._taken = self._taken, self._taken + 1
-        request = item if isinstance(item, Request) else Request(item)
         try:
             prepared = self._prepare(request)
-            if prepared.looking is None:
-                self._enter(index, request, prepared)
-                return
-        except ConfigError as error:
+        except Exception as error:  # noqa: BLE001 misuse raises whatever it makes go wrong, and is this item's alone
             self._add(Result(index, request.id, None, error), None)
+            self._collector.room.decline()
+            return
+        if prepared.looking is None:
+            self._enter(index, request, prepared)
             return
         # It holds its place while it is looked up: by then others may have taken what was free.
         self._collector.room.taken += 1
@@ -273,35 +281,38 @@ class _Run:
     ) -> None:
         """The cache has been asked: hand out what it has, or ask the model."""
         self._looking -= 1
+        room = self._collector.room
         failed = looking.exception() is not None
         if self._left or failed or prepared.read is None:
-            self._collector.room.leave(1)
+            room.leave(1)
             if not self._left:
                 self._add(Result(index, request.id, None, ShutDown(_CLOSED)), None)
             return
+        result: Result[Any] | None = None
         try:
             reply = prepared.read(looking.result())
+        except Exception as error:  # noqa: BLE001 see `_queue`
+            result = Result(index, request.id, None, error)
+        else:
             if reply is not None:
-                self._collector.room.leave(1)
-                self._add(Result(index, request.id, reply), None)
+                result = Result(index, request.id, reply)
             elif self._collector.closing:
-                self._collector.room.leave(1)
-                self._add(Result(index, request.id, None, ShutDown(_CLOSED)), None)
-            else:
-                self._collector.room.enter()
-                self._enter(index, request, prepared)
-        except ConfigError as error:
-            self._collector.room.decline()
-            self._add(Result(index, request.id, None, error), None)
+                result = Result(index, request.id, None, ShutDown(_CLOSED))
+        if result is None:
+            room.enter()
+            self._enter(index, request, prepared)
+        else:
+            room.leave(1)
+            self._add(result, None)
         self.check()
 
     def _enter(self, index: int, request: Request, prepared: Prepared) -> None:
-        """Queue *request*.
-
-        Raises:
-            ConfigError: It cannot be sent; nothing was queued.
-        """
-        handle = self._accept(request, prepared, self._note_taken)
+        """Queue *request*; if it cannot be sent, the error is its result."""
+        try:
+            handle = self._accept(request, prepared, self._note_taken)
+        except Exception as error:  # noqa: BLE001 see `_queue`
+            self._add(Result(index, request.id, None, error), None)
+            return
         if handle.queue is not None:
             self._unsent[handle] = None
         self._open[handle] = future = handle.future
@@ -380,3 +391,7 @@ class _Run:
         if self._feeder is not None and not self._feeder.done():
             self._feeder.cancel()
         self._feeder_room.set()
+
+
+def _request_of(item: Request | Messages) -> Request:
+    return item if isinstance(item, Request) else Request(item)

@@ -108,6 +108,7 @@ class Calls:
 
     def compose(self, tickets: list[Ticket], learned: Learned, permit: Permit, *, route: Route = "batch") -> Batch:
         """Compose a combined call for *tickets*, which are of one lane and all still wait; *permit* pays it."""
+        permit.combined = True
         spec = tickets[0].spec
         lines = [ticket.line for ticket in tickets]
         canary = draw_word(self._draw) if self._canary else None
@@ -258,7 +259,7 @@ class Calls:
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, learned)
         if isinstance(error, MalformedAnswer) and not ticket.future.done():
-            error = await self._ask_alone(ticket, permit.account.permit(permit.tokens), learned)
+            error = await self._ask_alone(ticket, permit.account.permit(permit.tokens, permit.rank), learned)
         return error
 
     def compose_alone(self, ticket: Ticket) -> ChatCall:

@@ -122,7 +122,8 @@ class Collector:
         budgets = Budgets(policy, count, canary=canary)
         self.costs = Costs(budgets, count)
         self._borrowers: dict[Account, BorrowerQueue] = {}
-        self.room = Room(policy.max_queued, self._note_quiet)
+        bypass = policy.max_concurrent_batches if policy.when_full == "bypass" else 0
+        self.room = Room(policy.max_queued, self._note_quiet, bypass=bypass)
         self.flights = Flights(
             ledger,
             self.room,
@@ -140,7 +141,7 @@ class Collector:
             rested=self._rested,
             freed=self._note_quiet,
         )
-        accounts.listen(self.scheduler.ready)
+        accounts.serve(self.scheduler)
         self.lanes = Lanes(
             policy,
             budgets,
@@ -203,7 +204,7 @@ class Collector:
             self._end_waiting()
             # A task that is cancelled before its first step never gets to settle its tickets.
             for work in self.scheduler.under_way.values():
-                work.permit.cancel()
+                work.permit.finish()
                 for ticket in work.tickets:
                     self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
 
@@ -226,7 +227,7 @@ class Collector:
             borrowers.refuse(ShutDown("the batcher closed before a slot was free"))
 
     def _note_quiet(self) -> None:
-        if not self.room.taken and not self.scheduler.in_use:
+        if not self.room.taken and not self.scheduler.under_way:
             self._quiet.set()
 
     def start_feeder(self, feeder: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -322,7 +323,7 @@ class Collector:
         except BaseException as bug:  # noqa: BLE001 it must not end the other slots; a Rust panic is no Exception
             error = _bug(bug)
         finally:
-            work.permit.cancel()
+            work.permit.finish()
             for ticket in work.tickets:
                 if not ticket.future.done():
                     self.fail(ticket, error or RequestFailed(_UNSETTLED))
@@ -371,15 +372,16 @@ class Collector:
         Raises:
             ShutDown: The batcher closed before a slot was free.
         """
-        account = self._accounts.of(model, headers)
-        queue = self._borrowers.get(account)
-        if queue is None:
-            queue = self._borrowers[account] = BorrowerQueue(account, NORMAL)
-        cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
-        loan = Loan(cost, self._loop.create_future(), asyncio.Event())
-        queue.add(loan)
-        self.room.taken += 1
-        self.scheduler.enqueue(queue)
+        with self.room.entering():
+            account = self._accounts.of(model, headers)
+            queue = self._borrowers.get(account)
+            if queue is None:
+                queue = self._borrowers[account] = BorrowerQueue(account, NORMAL)
+            cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
+            loan = Loan(cost, self._loop.create_future(), asyncio.Event())
+            queue.add(loan)
+            self.room.taken += 1
+            self.scheduler.enqueue(queue)
         try:
             await loan.granted
             loan.used = True

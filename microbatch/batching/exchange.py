@@ -109,9 +109,11 @@ class Exchange:
             self.task.cancel()
 
     def end(self) -> None:
-        """The call is over and its cost divided."""
+        """Note that the call is over and its cost divided."""
         self.ended = True
-        self.permit = None
+        if self.permit is not None:
+            self.permit.finish()
+            self.permit = None
         if self._patience is not None:
             self._patience.cancel()
         if self._ended is not None:

@@ -86,6 +86,7 @@ class _Recovery:
         self._costs = costs
         self._learned = batch.learned
         self._account = batch.permit.account
+        self._rank = batch.permit.rank
         self._fail = fail
         self._revised = revised
         self._at_once = anyio.Semaphore(max_concurrent)
@@ -138,12 +139,12 @@ class _Recovery:
             if len(group) == 1:
                 await self._alone(group[0], again=again)
                 return
-            permit = self._account.permit(self._costs.of_tickets(group, self._learned), again=again)
+            permit = self._account.permit(self._costs.of_tickets(group, self._learned), self._rank, again=again)
             outcome = await self._calls.batch(self._calls.compose(group, self._learned, permit, route="fallback"))
         await self.after(outcome, may_combine=False)
 
     async def _alone(self, ticket: Ticket, *, again: bool) -> None:
-        permit = self._account.permit(ticket.cost, again=again)
+        permit = self._account.permit(ticket.cost, self._rank, again=again)
         error = await self._calls.single(ticket, permit, learned=self._learned)
         if error is not None:
             self._fail(ticket, error)

@@ -110,7 +110,8 @@ class Intake:
     ) -> Ticket | Seat:
         """Queue a request; the future of what is returned is settled in the end, whatever happens.
 
-        If there is no room for it, it goes alone at once, past those who wait.
+        If there is no room for it, it goes alone at once, past those who wait. If it is not accepted, its place goes to the next caller
+        that waits for one.
 
         Args:
             messages: The chat messages, checked here.
@@ -121,53 +122,58 @@ class Intake:
         Raises:
             ConfigError: The messages cannot be sent; nothing was queued.
         """
-        if type(messages) is not list or not messages:
-            check_messages(messages)
-        loop, room, lane = self._loop, self._room, self._lanes.latest
-        now = loop.time()
-        deadline = None if terms.timeout is None else terms.deadline(now)
-        text: str | None = None
-        if lane is not None and (options is lane.options or lane.serves(options)):
-            text = own_text(messages, lane.spec.plain)
-        if text is None and options.combinable:
-            lane, text = self._read(messages, options)
-        if text is None or lane is None:
-            who = self._take_alone(messages, options, now, on_taken, terms)
-        else:
-            line = item_line(text, self._scratch)
-            counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
-            bypass = room.taken >= room.size
-            patience = lane.max_wait
-            if on_taken is not None:
-                patience = NEVER
-            elif deadline is not None:
-                patience = min(patience, max(0.0, deadline.at - now) / 2)
-            seat = file = None
-            name: Hashable = line
-            if terms.shared:
-                file = lane.file
-                if terms.key is not None:
-                    file, name = self._flights.digests, terms.key
-                if name in file and not bypass:
-                    seat = self._join(file[name], options, now, on_taken, lane.spec, patience, lane)
-            if seat is not None:
-                who = seat
+        try:
+            if type(messages) is not list or not messages:
+                check_messages(messages)
+            loop, room, lane = self._loop, self._room, self._lanes.latest
+            now = loop.time()
+            deadline = None if terms.timeout is None else terms.deadline(now)
+            text: str | None = None
+            if lane is not None and (options is lane.options or lane.serves(options)):
+                text = own_text(messages, lane.spec.plain)
+            if text is None and options.combinable:
+                lane, text = self._read(messages, options)
+            if text is None or lane is None:
+                who = self._take_alone(messages, options, now, on_taken, terms)
             else:
-                future: asyncio.Future[Reply[Any]] = loop.create_future()
-                who = Ticket(future, lane.spec, options.answer, now, line, counted, patience, terms, on_taken, file)
-                self._place(who, lane, bypass=bypass)
-                if file is not None:
-                    file[name] = who
-        if self._capture is not None:
-            who.origin = self._capture()
-        room.taken += 1
-        self._ledger.items += 1
-        if deadline is not None:
-            if isinstance(who, Seat):
-                who.flight.expire_at(who, deadline, loop)
-            else:
-                deadline.timer = loop.call_at(deadline.at, self._expire, who, context=self._context)
-                who.deadline = deadline
+                line = item_line(text, self._scratch)
+                counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
+                bypass = room.full(options.rank)
+                patience = lane.max_wait
+                if on_taken is not None:
+                    patience = NEVER
+                elif deadline is not None:
+                    patience = min(patience, max(0.0, deadline.at - now) / 2)
+                seat = file = None
+                name: Hashable = line
+                if terms.shared:
+                    file = lane.file
+                    if terms.key is not None:
+                        file, name = self._flights.digests, terms.key
+                    if name in file and not bypass:
+                        seat = self._join(file[name], options, now, on_taken, lane.spec, patience, lane)
+                if seat is not None:
+                    who = seat
+                else:
+                    future: asyncio.Future[Reply[Any]] = loop.create_future()
+                    who = Ticket(future, lane.spec, options.answer, now, line, counted, patience, terms, on_taken, file)
+                    self._place(who, lane, bypass=bypass)
+                    if file is not None:
+                        file[name] = who
+            if self._capture is not None:
+                who.origin = self._capture()
+            room.taken += 1
+            self._ledger.items += 1
+            if deadline is not None:
+                if isinstance(who, Seat):
+                    who.flight.expire_at(who, deadline, loop)
+                else:
+                    deadline.timer = loop.call_at(deadline.at, self._expire, who, context=self._context)
+                    who.deadline = deadline
+        except BaseException:
+            # Whatever it is: the place that this request would have taken, and may have waited for, goes to the next.
+            self._room.decline()
+            raise
         return who
 
     def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:

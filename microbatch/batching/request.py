@@ -51,6 +51,8 @@ P = ParamSpec("P")
 _PLAIN_FIELDS = 2
 """Those of the usual message: a role and a content."""
 
+_PRIORITIES: tuple[object, ...] = get_args(Priority)
+
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -135,9 +137,14 @@ def read_options(
         model=model,
         max_tokens=max_tokens,
         tenant=tenant,
-        rank=get_args(Priority).index(priority),
+        rank=rank_of(priority),
         cold=temperature == 0,
     )
+
+
+def rank_of(priority: object) -> int:
+    """Return *priority* as a number, 0 for the most urgent; that of "normal" if it is not one of them."""
+    return _PRIORITIES.index(priority) if priority in _PRIORITIES else NORMAL
 
 
 def _means_one_answer(name: str, value: Any) -> bool:

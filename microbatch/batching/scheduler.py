@@ -1,9 +1,12 @@
 """Grants slots and permits to what is due, in turn, and runs it.
 
-`_pump` is the whole of scheduling: while a slot is free it takes the queue whose turn it is, asks its account for a permit, takes
-work from it and starts a task for it, all in one plain step, so that nothing can happen between the decision and the taking. Until
-that step what waits can still leave, and a lane goes on filling. A task that has done its work goes on with the next, as long as
-something is due, before it gives its slot back.
+A slot is held by a call while it is on the wire: it is granted together with the permit of each attempt, in one plain step, and comes
+back when the attempt is over. Back-off, waiting for a permit and an open breaker hold none.
+
+`_pump` is the whole of scheduling: while a slot is free it takes what `Turns` says is next and asks its account for a permit. For a
+queue it then takes work from it and starts a task for it; for an attempt that waits it wakes the task of its call. All of that is one
+step, so that nothing can happen between the decision and the taking. Until that step what waits in a queue can still leave, and a
+lane goes on filling.
 
 Outsiders only ask for a pump; a task of the batcher's own runs it at the next turn of the event loop. So no caller's context
 variables reach another's call, and callers of one turn travel together: that costs no time, and a burst on an idle lane leaves as
@@ -17,7 +20,7 @@ import contextvars
 import logging
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from microbatch.batching.turns import Due, Turns
+from microbatch.batching.turns import Attempt, Due, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -52,18 +55,18 @@ W = TypeVar("W")
 
 
 class Scheduler(Generic[Q, W]):
-    """The slots, the turns of due queues, and the tasks.
+    """The slots, the turns of due queues and waiting attempts, and the tasks.
 
     Args:
-        slots: Most calls under way at once.
-        cost: Tells how many tokens the next work of a due queue is charged.
+        slots: Most calls on the wire at once, but for the overdraft; see `microbatch.batching.turns`.
+        cost: Returns the tokens that the next work of a due queue is charged.
         take: Takes the next work from a due queue, with its permit; None if there was none after all.
         settle: Does some work; never raises anything but cancellation.
-        rested: Told of a queue that has lost its turn because it is no longer due.
-        freed: Called when a slot has come back.
+        rested: Called with a queue that has lost its turn because it is no longer due.
+        freed: Called when some work is done.
 
     Attributes:
-        free: Slots that are free.
+        in_use: Slots in use.
         under_way: Work that was taken and is not done, by identity.
     """
 
@@ -77,7 +80,7 @@ class Scheduler(Generic[Q, W]):
         rested: Callable[[Q], None],
         freed: Callable[[], None],
     ) -> None:
-        self.free = slots
+        self.in_use = 0
         self.under_way: dict[int, W] = {}
         self._slots = slots
         self._cost = cost
@@ -85,16 +88,11 @@ class Scheduler(Generic[Q, W]):
         self._settle = settle
         self._rested = rested
         self._freed = freed
-        self._turns: Turns[Q] = Turns()
+        self._turns: Turns[Q] = Turns(slots)
         self._watchers: dict[Callable[[], None], None] = {}  # as a set that keeps their order
         self._pumping = False
         self._asked: asyncio.Event
         self._tasks: TaskGroup
-
-    @property
-    def in_use(self) -> int:
-        """Slots in use."""
-        return self._slots - self.free
 
     def start(self, tasks: TaskGroup) -> None:
         """Run in *tasks* from now on."""
@@ -102,33 +100,69 @@ class Scheduler(Generic[Q, W]):
         self._asked = asyncio.Event()
         tasks.start_soon(self._pump_when_asked)
 
-    async def _pump_when_asked(self) -> None:
-        while True:
-            await self._asked.wait()
-            self._asked.clear()
-            self._pump()
+    @property
+    def full(self) -> bool:
+        """Whether every slot is in use."""
+        return self.in_use >= self._slots
 
     def enqueue(self, queue: Q) -> None:
         """Let *queue*, which is due, take its turns, and see that a pump comes."""
         if not queue.queued:
             queue.queued = True
             self._turns.add(queue)
-        if self.free:
-            self._asked.set()
+        self._asked.set()
+
+    # --- slots
+
+    async def admit(self, permit: Permit) -> None:
+        """Wait until the next attempt of *permit* is paid and has a slot, or could only be refused."""
+        if permit.slot:
+            self.released(permit)
+        attempt = Attempt(permit, asyncio.get_running_loop().create_future())
+        self._turns.add_attempt(attempt)
+        self._asked.set()
+        try:
+            await attempt.granted
+        except asyncio.CancelledError:
+            if not attempt.granted.done() or attempt.granted.cancelled():
+                self._turns.discard(attempt)
+            raise
+
+    def released(self, permit: Permit) -> None:
+        """Take back the slot of *permit*, whose attempt is over."""
+        if permit.slot:
+            permit.slot = False
+            self.in_use -= 1
+            if permit.overdrawn:
+                permit.overdrawn = False
+                self._turns.repaid(permit.account)
+        self.changed(permit.account)
 
     def ready(self, account: Account) -> None:
-        """*account*, which had no permit to give, may have one now."""
-        if self._turns.unblock(account) and self.free:
+        """Note that *account* refused a permit and may have one now."""
+        if self._turns.unblock(account):
             self._asked.set()
 
+    def changed(self, account: Account) -> None:
+        """Note that calls of *account* have begun, finished, or started or ended a back-off."""
+        self._turns.changed(account)
+        self._asked.set()
+
+    # --- pumping
+
+    async def _pump_when_asked(self) -> None:
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            self._pump()
+
     def _pump(self) -> None:
-        """Start a task for what is due, as far as slots and permits go."""
+        """Start a task for what is due, and wake attempts that wait, as far as slots and permits go."""
         if self._pumping:
             return  # an eager task that ended while it was being started; the loop below goes on
         self._pumping = True
         try:
-            while self.free and (work := self._next()) is not None:
-                self.free -= 1
+            while (work := self._next()) is not None:
                 self._tasks.start_soon(self._run, work)
             self._notify()
         except Exception as bug:  # noqa: BLE001 it would take the task group with it, and so every call under way
@@ -137,48 +171,59 @@ class Scheduler(Generic[Q, W]):
             self._pumping = False
 
     def _next(self) -> W | None:
-        """Take the next work of whoever's turn it is; None if nothing is due that has a permit."""
+        """Grant attempts and take work in turn; return work as soon as there is some, None if nothing more can start now."""
         turns = self._turns
-        while (queue := turns.next()) is not None:
-            if not queue.due:
-                turns.remove(queue)
-                self._rest(queue)
+        while (item := turns.next(self.in_use)) is not None:
+            if isinstance(item, Attempt):
+                if self._grant(item.permit):
+                    turns.served(item)
+                    item.granted.set_result(None)
+                else:
+                    turns.block(item)
                 continue
-            permit = queue.account.pay(self._cost(queue))
-            if permit is None:
-                turns.block(queue)
+            if not item.due:
+                turns.remove(item)
+                self._rest(item)
                 continue
-            work = self._take(queue, permit)
-            stays = bool(queue.due)
-            turns.served(queue, stays=stays)
+            permit = item.account.permit(self._cost(item), item.rank)
+            if not self._grant(permit):
+                turns.block(item)
+                continue
+            try:
+                work = self._take(item, permit)
+            except BaseException:
+                permit.finish()
+                raise
+            stays = bool(item.due)
+            turns.served(item, stays=stays)
             if not stays:
-                self._rest(queue)
+                self._rest(item)
             if work is not None:
                 self.under_way[id(work)] = work
                 return work
-            permit.cancel()
+            permit.finish()
         return None
+
+    def _grant(self, permit: Permit) -> bool:
+        """Grant *permit* its next attempt and a slot; return False if its account has no permit now."""
+        if not permit.pay():
+            return False
+        permit.overdrawn = self._turns.overdraws(permit, self.in_use)
+        permit.slot = True
+        self.in_use += 1
+        return True
 
     def _rest(self, queue: Q) -> None:
         queue.queued = False
         self._rested(queue)
 
-    async def _run(self, work: W | None) -> None:
-        """Do the work of one slot, and more of it as long as something is due; then give the slot back."""
+    async def _run(self, work: W) -> None:
+        """Do *work*."""
         try:
-            while work is not None:
-                await self._settle(work)
-                del self.under_way[id(work)]
-                # Let the callers just answered go on before the next batch, even if the transport never waits for anything.
-                await asyncio.sleep(0)
-                work = self._next()
-                if work is not None:
-                    self._notify()
-        except Exception as bug:  # noqa: BLE001 see _pump
-            self._look_again(bug)
+            await self._settle(work)
         finally:
-            self.free += 1
-            self._pump()
+            del self.under_way[id(work)]
+            self._asked.set()
             self._freed()
 
     def _look_again(self, bug: Exception) -> None:
@@ -189,7 +234,7 @@ class Scheduler(Generic[Q, W]):
     # --- who wants to know
 
     def watch(self, watcher: Callable[[], None]) -> None:
-        """Call *watcher* whenever slots have been granted; it may enqueue."""
+        """Call *watcher* after each pump; it may enqueue."""
         self._watchers[watcher] = None
 
     def unwatch(self, watcher: Callable[[], None]) -> None:

@@ -1,41 +1,56 @@
-"""Whose turn it is: the queues that are due, in an order that is fair and starves nobody.
+"""The order in which due queues and waiting attempts are served: fair, and starving none of them.
 
-Priorities share by weight, 16 : 4 : 1, as long as all have something due (stride scheduling, Waldspurger 1995: each turn moves a
-priority on by 1/weight, and the one furthest behind is next; one that comes back after a rest starts level with the others).
-Within a priority accounts take turns, the one that was served longest ago first, within an account tenants, within a tenant queues.
+Priorities share by weight, as long as all have something due; see `microbatch.batching.stride`. Within a priority the account with
+the fewest calls on the wire is next, among equals the one that was served longest ago. Within an account retries come before fallback
+calls and these before new work, where tenants take turns, within a tenant queues.
+
+Beyond the slots there is an overdraft, a quarter as many again, so that one account's slow calls cannot keep others waiting: an
+account with nothing on the wire, or one high-priority request per account, may start within it. Half of it is for high priority.
+
+Two things hold an account back without holding up others:
+
+- It is *blocked* while it has no permit to give. What was refused is its *head* and goes first afterwards, so that a small request
+  never overtakes a large one.
+- It begins no new call while as many as there are slots have begun and not finished, or while most of them back off: during an
+  outage requests wait unsent, where they can still be cancelled, joined or promoted. Retries of calls that have begun go on.
+
 Pure bookkeeping.
-
-An account that has no permit to give is *blocked*: its queues are left out until it is ready again, so that it holds up nobody
-else. The queue that was refused is its *head* and goes first then, so that a small request never overtakes a large one.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+
+from microbatch.batching.stride import WEIGHTS, Stride
+from microbatch.batching.ticket import HIGH
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Hashable
 
-    from microbatch.batching.account import Account
+    from microbatch.batching.account import Account, Permit
 
-WEIGHTS: Final = (16, 4, 1)
-"""Turns of the priorities high, normal and low, while all have something due."""
+_OUTAGE_CALLS: Final = 8
+"""Calls of an account that must be backing off, and be more than half of those begun, for it to begin no new one."""
+
+_STALE_ENTRIES: Final = 64
+"""Outdated entries of a heap, beyond as many as are valid, after which it is rebuilt."""
 
 
 class Due(Protocol):
-    """What takes turns."""
+    """A queue that takes turns."""
 
     @property
     def account(self) -> Account:
-        """Whose permits it needs."""
+        """The account whose permits its requests need."""
         ...
 
     @property
     def tenant(self) -> Hashable:
-        """Whose requests it holds."""
+        """The tenant whose requests it holds."""
         ...
 
     @property
@@ -44,142 +59,300 @@ class Due(Protocol):
         ...
 
 
+class Attempt:
+    """A retry, or the first attempt of a fallback call, which waits for a slot and a permit.
+
+    Attributes:
+        permit: The call's permit.
+        account: The account of the permit.
+        rank: The priority of the requests that the call carries.
+        begun: Whether the call has begun: this is a retry.
+        granted: Done when the attempt may be made, or can only be refused.
+    """
+
+    __slots__ = ("account", "begun", "granted", "permit", "rank")
+
+    def __init__(self, permit: Permit, granted: asyncio.Future[None]) -> None:
+        self.permit = permit
+        self.account = permit.account
+        self.rank = permit.rank
+        self.begun = permit.begun
+        self.granted = granted
+
+
 Q = TypeVar("Q", bound=Due)
 
 
+class _Entry:
+    """A share's place in the heap of its priority; outdated once the share has another one or none."""
+
+    __slots__ = ("key", "share")
+
+    def __init__(self, key: tuple[bool, int, int], share: _Share[Q]) -> None:
+        self.key = key
+        self.share = share
+
+    def __lt__(self, other: _Entry) -> bool:
+        return self.key < other.key
+
+
 class _Share(Generic[Q]):
-    """The queues of one priority and account: by tenant, in order. The dict serves as a ring: the first is next."""
+    """What one account has due in one priority.
 
-    __slots__ = ("account", "listed", "tenants", "turn")
+    Attributes:
+        account: The account.
+        rank: The priority.
+        retries: Attempts of calls that have begun, oldest first.
+        fallbacks: First attempts of fallback calls, oldest first.
+        tenants: Queues by tenant. The dict serves as a ring: the first is next.
+        turn: When it was served last, or came.
+        entry: Its valid entry in the heap, None while it may not be served.
+    """
 
-    def __init__(self, account: Account, turn: int) -> None:
+    __slots__ = ("account", "entry", "fallbacks", "rank", "retries", "tenants", "turn")
+
+    def __init__(self, account: Account, rank: int, turn: int) -> None:
         self.account = account
+        self.rank = rank
+        self.retries: deque[Attempt] = deque()
+        self.fallbacks: deque[Attempt] = deque()
         self.tenants: dict[Hashable, deque[Q]] = {}
-        self.turn = turn  # when it was served last, or came
-        self.listed = False
-
-    def __lt__(self, other: _Share[Q]) -> bool:
-        return self.turn < other.turn
-
-
-class _Priority(Generic[Q]):
-    """The queues of one priority that are due and not blocked."""
-
-    __slots__ = ("accounts", "list", "moved", "step")
-
-    def __init__(self, weight: int) -> None:
-        self.accounts: dict[Account, _Share[Q]] = {}
-        # The same as a heap, so that an account that is blocked now and then does not lose its place. What is blocked or empty
-        # stays in it until it comes up.
-        self.list: list[_Share[Q]] = []
-        self.moved = 0.0
-        self.step = 1 / weight
-
-    def enter(self, share: _Share[Q], level: float) -> None:
-        """Let *share* take turns; after a rest this priority is level with the others."""
-        if not self.accounts:
-            self.moved = max(self.moved, level)
-        self.accounts[share.account] = share
-        if not share.listed:
-            share.listed = True
-            heappush(self.list, share)
+        self.turn = turn
+        self.entry: _Entry | None = None
 
     @property
-    def first(self) -> _Share[Q]:
-        """Whose turn it is. There must be somebody."""
-        waiting = self.list
-        while self.accounts.get(waiting[0].account) is not waiting[0]:
-            heappop(waiting).listed = False
-        return waiting[0]
+    def empty(self) -> bool:
+        """Whether nothing is due."""
+        return not (self.retries or self.fallbacks or self.tenants)
+
+    def line_of(self, attempt: Attempt) -> deque[Attempt]:
+        """Return the line in which *attempt* waits."""
+        return self.retries if attempt.begun else self.fallbacks
+
+
+class _Load(Generic[Q]):
+    """What one account has due.
+
+    Attributes:
+        shares: By priority.
+        head: What was refused a permit last, and is served first.
+        blocked: Whether the account has no permit to give.
+    """
+
+    __slots__ = ("blocked", "head", "shares")
+
+    def __init__(self) -> None:
+        self.shares: list[_Share[Q] | None] = [None] * len(WEIGHTS)
+        self.head: Q | Attempt | None = None
+        self.blocked = False
+
+
+class _Priority:
+    """The shares of one priority that may be served.
+
+    Attributes:
+        servable: How many.
+    """
+
+    __slots__ = ("_heap", "servable")
+
+    def __init__(self) -> None:
+        self.servable = 0
+        self._heap: list[_Entry] = []
+
+    def enter(self, entry: _Entry) -> None:
+        """Add a valid entry."""
+        heappush(self._heap, entry)
+        if len(self._heap) > 2 * self.servable + _STALE_ENTRIES:
+            self._heap = [each for each in self._heap if each.share.entry is each]
+            heapify(self._heap)
+
+    @property
+    def first(self) -> _Share[Any]:
+        """The share whose turn it is. One must be servable."""
+        heap = self._heap
+        while heap[0].share.entry is not heap[0]:
+            heappop(heap)
+        return heap[0].share
 
 
 class Turns(Generic[Q]):
-    """The queues that are due."""
+    """The queues and attempts that are due.
 
-    def __init__(self) -> None:
-        self._priorities: tuple[_Priority[Q], ...] = tuple(map(_Priority[Q], WEIGHTS))
-        self._blocked: dict[Account, list[_Share[Q] | None]] = {}
-        self._heads: dict[Account, Q] = {}
+    Args:
+        slots: Most calls on the wire, but for the overdraft; also the most calls that one account may have begun and not finished.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._overdraft = slots // 4
+        self._priorities = tuple(_Priority() for _ in WEIGHTS)
+        self._stride = Stride()
+        self._loads: dict[Account, _Load[Q]] = {}
+        self._overdrawn: set[Account] = set()
         self._turn = count().__next__
-        self._level = 0.0  # how far the priority of the latest turn had moved
+
+    # --- what is due
 
     def add(self, queue: Q) -> None:
         """Put *queue* last in its place."""
-        account, rank = queue.account, queue.rank
-        blocked = self._blocked.get(account)
-        share = self._priorities[rank].accounts.get(account) if blocked is None else blocked[rank]
-        if share is None:
-            share = _Share(account, self._turn())
-            if blocked is None:
-                self._priorities[rank].enter(share, self._level)
-            else:
-                blocked[rank] = share
+        load, share = self._share(queue.account, queue.rank)
         share.tenants.setdefault(queue.tenant, deque()).append(queue)
+        self._place(load, share)
 
-    def next(self) -> Q | None:
-        """Return the queue whose turn it is, which stays where it is; None if none is due, or all that are, are blocked."""
-        first: _Priority[Q] | None = None
-        for priority in self._priorities:
-            if priority.accounts and (first is None or priority.moved < first.moved):
-                first = priority
-        if first is None:
-            return None
-        share = first.first
-        head = self._heads.get(share.account)
-        if head is not None:
-            return head
-        return next(iter(share.tenants.values()))[0]
-
-    def served(self, queue: Q, *, stays: bool) -> None:
-        """*queue* has had its turn, and so have its tenant, its account and its priority; it *stays* for another or goes."""
-        priority = self._priorities[queue.rank]
-        self._level = priority.moved
-        priority.moved += priority.step
-        if stays and not self._heads:
-            share = priority.accounts[queue.account]
-            if len(priority.accounts) == len(share.tenants) == len(share.tenants[queue.tenant]) == 1:
-                return  # nobody else to let pass: the usual case of a busy service, and on every batch's path
-        self.remove(queue)
-        self._pass_on(priority, queue)
-        if stays:
-            self.add(queue)
-
-    def _pass_on(self, priority: _Priority[Q], queue: Q) -> None:
-        """Put the account and the tenant of *queue* last, if they have anything else due."""
-        share = priority.accounts.pop(queue.account, None)
-        if share is None:
-            return
-        rest = share.tenants.pop(queue.tenant, None)
-        if rest is not None:
-            share.tenants[queue.tenant] = rest
-        # A new one, because the old one may be anywhere in the heap.
-        later: _Share[Q] = _Share(queue.account, self._turn())
-        later.tenants = share.tenants
-        priority.enter(later, self._level)
+    def add_attempt(self, attempt: Attempt) -> None:
+        """Put *attempt* behind the others of its kind, account and priority."""
+        load, share = self._share(attempt.account, attempt.rank)
+        share.line_of(attempt).append(attempt)
+        self._place(load, share)
 
     def remove(self, queue: Q) -> None:
-        """*queue* is due no longer; nobody's turn is used up."""
-        if self._heads.get(queue.account) is queue:
-            del self._heads[queue.account]
-        accounts = self._priorities[queue.rank].accounts
-        tenants = accounts[queue.account].tenants
-        queues = tenants[queue.tenant]
+        """Remove *queue*, which is no longer due; no turn is used up."""
+        load, share = self._share(queue.account, queue.rank)
+        queues = share.tenants[queue.tenant]
         queues.remove(queue)  # mostly the first
         if not queues:
-            del tenants[queue.tenant]
-            if not tenants:
-                del accounts[queue.account]
+            del share.tenants[queue.tenant]
+        self._forget(load, queue)
+        self._place(load, share)
 
-    def block(self, queue: Q) -> None:
-        """The account of *queue* has no permit for it now."""
-        account = queue.account
-        self._heads[account] = queue
-        self._blocked[account] = [priority.accounts.pop(account, None) for priority in self._priorities]
+    def discard(self, attempt: Attempt) -> None:
+        """Remove *attempt*, which is no longer wanted."""
+        load, share = self._share(attempt.account, attempt.rank)
+        share.line_of(attempt).remove(attempt)
+        self._forget(load, attempt)
+        self._place(load, share)
+
+    # --- whose turn it is
+
+    def next(self, in_use: int = 0) -> Q | Attempt | None:
+        """Return what is served next, which stays where it is; None if nothing may be.
+
+        Args:
+            in_use: Slots in use.
+        """
+        rank = self._stride.first(
+            rank
+            for rank, priority in enumerate(self._priorities)
+            if priority.servable and (in_use < self._slots or self._may_overdraw(priority.first, in_use - self._slots))
+        )
+        return None if rank is None else self._first_of(self._priorities[rank].first)
+
+    def served(self, item: Q | Attempt, *, stays: bool = False) -> None:
+        """Use up the turn of *item*, its tenant, its account and its priority; a queue *stays* for another turn or goes."""
+        self._stride.served(item.rank)
+        load, share = self._share(item.account, item.rank)
+        share.turn = self._turn()
+        if isinstance(item, Attempt):
+            share.line_of(item).remove(item)  # mostly the first
+        else:
+            queues = share.tenants.pop(item.tenant)
+            queues.remove(item)
+            if stays:
+                queues.append(item)
+            if queues:
+                share.tenants[item.tenant] = queues
+        self._forget(load, item)
+        self._place_all(load)
+
+    # --- what holds accounts back
+
+    def block(self, item: Q | Attempt) -> None:
+        """Serve nothing of the account of *item*, which has no permit for it now; *item* goes first afterwards."""
+        load = self._loads[item.account]
+        load.head, load.blocked = item, True
+        self._place_all(load)
 
     def unblock(self, account: Account) -> bool:
-        """*account* may have a permit again. Return whether anything of it is due."""
-        blocked = self._blocked.pop(account, [])
-        for priority, share in zip(self._priorities, blocked, strict=False):
+        """Serve *account* again, which may have a permit. Return whether anything of it may be served."""
+        load = self._loads.get(account)
+        if load is None or not load.blocked:
+            return False
+        load.blocked = False
+        self._place_all(load)
+        return any(share is not None and share.entry is not None for share in load.shares)
+
+    def changed(self, account: Account) -> None:
+        """Take account of what *account* has on the wire, has begun and has backing off, any of which has changed."""
+        load = self._loads.get(account)
+        if load is not None:
+            self._place_all(load)
+
+    def overdraws(self, permit: Permit, in_use: int) -> bool:
+        """Return whether *permit*, just paid, uses the overdraft of high priority; `repaid` has to follow then."""
+        if permit.rank != HIGH or (in_use < self._slots and permit.account.begun <= self._slots):
+            return False
+        self._overdrawn.add(permit.account)
+        return True
+
+    def repaid(self, account: Account) -> None:
+        """Note that the high-priority call that *account* had beyond the slots is no longer on the wire."""
+        self._overdrawn.discard(account)
+
+    # --- inside
+
+    def _share(self, account: Account, rank: int) -> tuple[_Load[Q], _Share[Q]]:
+        load = self._loads.get(account)
+        if load is None:
+            load = self._loads[account] = _Load()
+        share = load.shares[rank]
+        if share is None:
+            share = load.shares[rank] = _Share(account, rank, self._turn())
+        return load, share
+
+    def _forget(self, load: _Load[Q], item: Q | Attempt) -> None:
+        if load.head is item:
+            load.head = None
+
+    def _may_begin(self, share: _Share[Q]) -> bool:
+        begun, resting = share.account.begun, share.account.backing_off
+        if resting >= _OUTAGE_CALLS and 2 * resting > begun:
+            return False
+        return begun < self._slots + (self._overdraft if self._is_urgent(share) else 0)
+
+    def _may_overdraw(self, share: _Share[Q], beyond: int) -> bool:
+        """Return whether *share* may be served with *beyond* slots in use beyond the limit."""
+        if self._is_urgent(share):
+            return beyond < self._overdraft
+        idle = share.account.on_wire <= (share.account in self._overdrawn)  # but for its high-priority call in the overdraft
+        return idle and beyond < self._overdraft - self._overdraft // 2
+
+    def _is_urgent(self, share: _Share[Q]) -> bool:
+        return share.rank == HIGH and share.account not in self._overdrawn
+
+    def _first_of(self, share: _Share[Q]) -> Q | Attempt:
+        """Return what is first of the account of *share*, which may be served."""
+        head = self._loads[share.account].head
+        if head is not None and (self._may_begin(share) or (isinstance(head, Attempt) and head.begun)):
+            return head
+        if share.retries or share.fallbacks:
+            return (share.retries or share.fallbacks)[0]
+        return next(iter(share.tenants.values()))[0]
+
+    def _place_all(self, load: _Load[Q]) -> None:
+        for share in load.shares:
             if share is not None:
-                priority.enter(share, self._level)
-        return any(blocked)
+                self._place(load, share)
+
+    def _place(self, load: _Load[Q], share: _Share[Q]) -> None:
+        """Give *share* the place in its priority that it is due now, or none; forget it if it is empty."""
+        account, rank = share.account, share.rank
+        priority = self._priorities[rank]
+        if share.empty:
+            load.shares[rank] = None
+            if not any(load.shares):
+                del self._loads[account]
+        if load.blocked or share.empty or not (share.retries or self._may_begin(share)):
+            if share.entry is not None:
+                share.entry = None
+                priority.servable -= 1
+            return
+        key = (rank == HIGH and account in self._overdrawn, account.on_wire, share.turn)
+        if share.entry is None:
+            if not priority.servable:
+                self._stride.enter(rank)
+            priority.servable += 1
+        elif share.entry.key == key:
+            return
+        share.entry = _Entry(key, share)
+        priority.enter(share.entry)

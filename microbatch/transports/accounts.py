@@ -1,7 +1,7 @@
-"""What is kept for each (endpoint, model, credentials): its limits, its retry budget, its breaker, and who waits for a permit.
+"""What is kept for each (endpoint, model, credentials): its limits, its retry budget, its breaker, and its calls under way.
 
-A *permit* allows one attempt. The first one of a call is granted by the scheduler together with a slot, those of retries and of
-asking again in order of arrival here; these go first, because they belong to requests that have waited longest and hold slots.
+A *permit* pays the attempts of one call, one by one. The scheduler grants each attempt its permit and its slot in one step; an
+account only answers whether it can be paid now, and says when it is worth asking again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import hashlib
 import secrets
-from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -26,8 +26,9 @@ from microbatch.transports.recent import Kept
 from microbatch.transports.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator, Mapping
 
+    from microbatch.batching.account import Slots
     from microbatch.errors import RequestFailed
     from microbatch.messages import Usage
     from microbatch.policy import RetryPolicy
@@ -38,38 +39,74 @@ CAPACITY: Final = 1_024
 
 
 class Permit:
-    """Leave for one call to be sent; its attempts are paid through it one by one.
+    """Leave for one call to be sent; its attempts are paid one by one.
 
     Attributes:
-        account: Whose limits count.
-        tokens: What each attempt is charged.
-        paid: Whether the next attempt has its permit already.
+        account: The account whose limits count.
+        tokens: Tokens that each attempt is charged.
+        rank: The priority of the requests that the call carries; 0 is the highest.
+        combined: Whether the call carries several requests.
+        begun: Whether the call has begun and not finished.
+        paid: Whether the next attempt may be made: it has its permit and its slot.
+        slot: Whether it holds a slot; the scheduler's mark.
+        overdrawn: Whether that slot is one of high priority beyond the limit; the scheduler's mark.
         again: Whether the call asks again for what a cut left open.
         drawn: Whether the retry budget has paid for the next attempt.
-        error: What the latest attempt failed with, or None.
+        error: The error of the latest attempt, or None.
+        grant: What the bucket has granted the latest attempt, or None.
+        sent: Loop time at which the latest attempt was granted.
     """
 
-    __slots__ = ("account", "again", "drawn", "error", "grant", "paid", "sent", "tokens")
+    __slots__ = (
+        "account",
+        "again",
+        "begun",
+        "combined",
+        "drawn",
+        "error",
+        "grant",
+        "overdrawn",
+        "paid",
+        "rank",
+        "sent",
+        "slot",
+        "tokens",
+    )
 
-    def __init__(self, account: Account, tokens: int, *, again: bool = False) -> None:
+    def __init__(self, account: Account, tokens: int, rank: int, *, again: bool = False) -> None:
         self.account = account
         self.tokens = tokens
+        self.rank = rank
+        self.combined = False
         self.again = self.drawn = again
-        self.paid = False
+        self.begun = self.paid = self.slot = self.overdrawn = False
         self.error: RequestFailed | None = None
         self.grant: Grant | None = None
         self.sent = 0.0
 
+    def pay(self) -> bool:
+        """Pay the next attempt; see `Account.pay`."""
+        return self.account.pay(self)
+
+    def finish(self) -> None:
+        """Give back what was paid for an attempt that will not be made; the call is over. Calling it again has no effect."""
+        self.cancel()
+        if self.begun:
+            self.begun = False
+            self.account.finished()
+
     def cancel(self) -> None:
-        """Give back what was paid for the next attempt: it will not be made."""
+        """Give back what was paid for the next attempt, which will not be made."""
         if self.drawn:
             self.drawn = False
             self.account.budget.give_back()
         if self.paid:
             self.account.cancel(self)
+        elif self.slot:
+            self.account.release(self)  # granted so that the attempt could be refused
 
     def used(self) -> None:
-        """The attempt was made by somebody who tells nothing of how it ended."""
+        """Note that the attempt was made by a borrower of the slot, and that its outcome is not known."""
         if self.paid:
             self.paid = False
             self.account.dropped(self)
@@ -87,9 +124,12 @@ class Account:
     Attributes:
         budget: Its retries.
         breaker: Whether calls are stopped.
-        max_tokens: As given, or what the endpoint tells of a lower limit.
-        on_ready: Called when a permit that was refused may be had; set by the scheduler.
-        used: When it was last used.
+        max_tokens: As given, or a lower limit that the endpoint reports.
+        slots: The scheduler, None before there is one.
+        on_wire: Attempts under way, each of which holds a slot.
+        begun: Calls begun and not finished, back-off included.
+        backing_off: Those of them that wait after a failure that time may heal.
+        used: Loop time at which it was last used.
     """
 
     def __init__(
@@ -98,84 +138,76 @@ class Account:
         self.budget = RetryBudget(retry)
         self.breaker = Breaker()
         self.max_tokens = max_tokens
-        self.on_ready: Callable[[Account], None] | None = None
+        self.slots: Slots | None = None
+        self.on_wire = self.begun = self.backing_off = 0
         self.used = 0.0
         self._bucket = bucket
         self._name = object()  # in the bucket's books, which are not to hold the account itself
         self._concurrency = Concurrency() if adaptive else None
         self._unlimited = bucket is None and not adaptive
-        self._in_flight = 0
         self._paused_until = 0.0
-        self._waiters: deque[tuple[Permit, asyncio.Future[None]]] = deque()
-        self._refused: int | None = None  # tokens of the scheduler's latest request, if it was refused
+        self._refused: int | None = None  # tokens of the latest attempt that was refused a permit
         self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        """Tell the load."""
-        return f"Account(in_flight={self._in_flight}, waiting={len(self._waiters)}, bucket={self._bucket!r})"
+        """Return a summary of the load."""
+        return f"Account(on_wire={self.on_wire}, begun={self.begun}, bucket={self._bucket!r})"
 
     # --- permits
 
-    def permit(self, tokens: int, *, again: bool = False) -> Permit:
-        """Return a permit whose attempts wait for their turn; see `admit`."""
-        return Permit(self, tokens, again=again)
+    def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
+        """Return a permit of which nothing is paid yet; *again* if the retry budget has paid for its first attempt."""
+        return Permit(self, tokens, rank, again=again)
 
-    def pay(self, tokens: int) -> Permit | None:
-        """Return a permit with the first attempt paid, or None: then `on_ready` is called when it is worth trying again."""
-        permit = Permit(self, tokens)
+    def pay(self, permit: Permit) -> bool:
+        """Pay the next attempt of *permit*; return whether it need not wait.
+
+        An attempt that can only be refused, because the breaker is open, need not wait and is not paid. If the account has no permit
+        now, the scheduler is told when it is worth trying again.
+        """
         now = asyncio.get_running_loop().time()
-        if self._unlimited and self.breaker.closed and not self._paused_until:
-            permit.paid = True  # the usual case of who sets no limit, and on every batch's path
-            permit.sent = self.used = now
-            self._in_flight += 1
-            return permit
-        if self.breaker.is_open(now):
-            return permit  # it will fail without being sent
-        if self._waiters or self._wait(tokens, now) > 0:
-            self._refused = tokens
-            self._arm(now)
-            return None
-        self._refused = None
-        self._grant(permit, now)
-        return permit
+        breaker = self.breaker
+        if not (self._unlimited and breaker.closed and not self._paused_until):  # mostly there is no limit
+            if breaker.is_open(now):
+                return True
+            if self._wait(permit.tokens, now) > 0:
+                self._refused = permit.tokens
+                self._arm(now)
+                return False
+            self._refused = None
+            if breaker.needs_probe(now):
+                breaker.probe = permit
+        permit.paid = True
+        permit.sent = self.used = now
+        self.on_wire += 1
+        if not permit.begun:
+            permit.begun = True
+            self.begun += 1
+        if self._bucket is not None:
+            permit.grant = self._bucket.grant(permit.tokens, now, self._name)
+        return True
 
     async def admit(self, permit: Permit) -> None:
-        """See that the next attempt of *permit* is paid, in order of arrival, unless it could only be refused.
+        """Wait until the next attempt of *permit* is paid and has a slot, or could only be refused."""
+        if self.slots is None:
+            raise AssertionError("an account is used before it has a scheduler")
+        await self.slots.admit(permit)
+
+    def check(self) -> None:
+        """Raise the error that calls fail with while the breaker is open, if it is.
 
         Raises:
             StatusError: The breaker is open.
         """
-        loop = asyncio.get_running_loop()
-        try:
-            while not permit.paid and not self.breaker.is_open(loop.time()):
-                await self._acquire(permit)
-            self.breaker.check(loop.time())
-        except BaseException:
-            permit.cancel()
-            raise
-
-    async def _acquire(self, permit: Permit) -> None:
-        """Wait for a permit; returns without it if the breaker opens."""
-        loop = asyncio.get_running_loop()
-        if not self._waiters and self._wait(permit.tokens, loop.time()) <= 0:
-            self._grant(permit, loop.time())
-            return
-        place: asyncio.Future[None] = loop.create_future()
-        self._waiters.append((permit, place))
-        self._arm(loop.time())
-        try:
-            await place
-        except asyncio.CancelledError:
-            self._serve()
-            raise
+        self.breaker.check(asyncio.get_running_loop().time())
 
     def cancel(self, permit: Permit) -> None:
         """Take back what *permit* was granted and has not used."""
         permit.paid = False
-        self._in_flight -= 1
+        self.breaker.forget(permit)
         if self._bucket is not None and permit.grant is not None:
             self._bucket.cancel(permit.grant)
-        self._serve()
+        self._attempt_ended(permit)
 
     def ended(
         self,
@@ -186,23 +218,22 @@ class Account:
         *,
         reserved: bool = True,
     ) -> None:
-        """An attempt of *permit* is over.
+        """Learn from an attempt of *permit*, which is over.
 
         Args:
             permit: Its permit.
-            error: What it failed with; None for an answer.
-            usage: What the endpoint says it used, or None.
+            error: The error it failed with; None for an answer.
+            usage: The usage that the endpoint reports, or None.
             limits: What the endpoint says of its limits, or its headers, or None.
             reserved: Whether `max_tokens` was sent, which endpoints charge whatever is used of it.
         """
         if error is None and self._unlimited and self.breaker.closed and not self._paused_until:
-            self._in_flight -= 1
+            self._attempt_ended(permit)
             return
         now = asyncio.get_running_loop().time()
-        self.breaker.note(error, sent=permit.sent, now=now)
+        self.breaker.note(error, sent=permit.sent, now=now, combined=permit.combined, permit=permit)
         if self._concurrency is not None:
-            self._concurrency.note(error, sent=permit.sent, in_flight=self._in_flight, now=now)
-        self._in_flight -= 1
+            self._concurrency.note(error, sent=permit.sent, in_flight=self.on_wire, now=now)
         if isinstance(error, StatusError):
             limits = error.limits
             if isinstance(error, RateLimited) and error.retry_after is not None and error.retry_after <= MAX_WAIT:
@@ -211,69 +242,81 @@ class Account:
             said = limits if limits is None or isinstance(limits, Limits) else read_limits(limits)
             self._bucket.ended(permit.grant, usage, said, now, reserved=reserved)
             self.max_tokens = self._bucket.max_tokens
-        self._serve()
+        self._attempt_ended(permit)
 
     def dropped(self, permit: Permit) -> None:
-        """An attempt of *permit* was cancelled: what it would have taught is not known."""
-        del permit
-        self._in_flight -= 1
-        self._serve()
+        """Note that an attempt of *permit* was cancelled: what it would have taught is not known."""
+        self.breaker.forget(permit)
+        self._attempt_ended(permit)
 
-    def _grant(self, permit: Permit, now: float) -> None:
-        permit.paid = True
-        permit.sent = now
-        self.used = now
-        self._in_flight += 1
-        if self._bucket is not None:
-            permit.grant = self._bucket.grant(permit.tokens, now, self._name)
+    def finished(self) -> None:
+        """Note that a call that had begun is over."""
+        self.begun -= 1
+        self._changed()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Count a call among those that back off, for as long as the block lasts."""
+        self.backing_off += 1
+        self._changed()
+        try:
+            yield
+        finally:
+            self.backing_off -= 1
+            self._changed()
+
+    def release(self, permit: Permit) -> None:
+        """Give back the slot of *permit*."""
+        if self.slots is not None:
+            self.slots.released(permit)
+
+    def _changed(self) -> None:
+        if self.slots is not None:
+            self.slots.changed(self)
+
+    def _attempt_ended(self, permit: Permit) -> None:
+        self.on_wire -= 1
+        self.release(permit)
+        self._ask_again()
 
     def _wait(self, tokens: int, now: float) -> float:
         """Return the seconds until a permit may be granted; infinite if only the end of a call can bring it."""
-        if self._concurrency is not None and not self._concurrency.allows(self._in_flight):
+        if self.breaker.probe is not None:
+            return float("inf")
+        if self._concurrency is not None and not self._concurrency.allows(self.on_wire):
             return float("inf")
         if now >= self._paused_until:
             self._paused_until = 0.0
         pause = max(0.0, self._paused_until - now)
         return pause if self._bucket is None else max(pause, self._bucket.wait(tokens, now, self._name))
 
-    def _serve(self) -> None:
-        """Grant what can be granted now, first come first served; see that the rest is looked at in time."""
-        if not self._waiters and self._refused is None:
+    def _ask_again(self) -> None:
+        """Have the scheduler ask again if what was refused may be granted now; see that it is looked at in time if not."""
+        if self._refused is None:
             return
         now = asyncio.get_running_loop().time()
-        failing = self.breaker.is_open(now)  # then nobody has anything to wait for
-        while self._waiters:
-            permit, place = self._waiters[0]
-            if not place.done():
-                if not failing:
-                    if self._wait(permit.tokens, now) > 0:
-                        break
-                    self._grant(permit, now)
-                place.set_result(None)
-            self._waiters.popleft()
-        if not self._waiters and self._refused is not None and (failing or self._wait(self._refused, now) <= 0):
+        if self.breaker.is_open(now) or self._wait(self._refused, now) <= 0:
             self._refused = None
-            if self.on_ready is not None:
-                self.on_ready(self)
+            if self.slots is not None:
+                self.slots.ready(self)
         self._arm(now)
 
     def _arm(self, now: float) -> None:
-        """Set the timer to when the next in line may be granted its permit."""
+        """Set the timer to when what was refused may be granted."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        tokens = self._waiters[0][0].tokens if self._waiters else self._refused
-        if tokens is None:
+        if self._refused is None:
             return
-        wait = self._wait(tokens, now)
+        wait = self._wait(self._refused, now)
         if wait < float("inf"):
-            # Not in the context of whoever happens to be refused.
+            # Not in the context of the caller that happens to be refused.
             self._timer = asyncio.get_running_loop().call_at(
                 now + max(0.0, wait), self._time_is_up, context=contextvars.Context()
             )
 
     def close(self) -> None:
-        """Wake nobody any more."""
+        """Stop the timer; the scheduler is told nothing more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -282,7 +325,7 @@ class Account:
 
     def _time_is_up(self) -> None:
         self._timer = None
-        self._serve()
+        self._ask_again()
 
 
 class Accounts:
@@ -305,7 +348,7 @@ class Accounts:
         self._retry = retry
         self._limit = limit
         self._kept: Kept[object, Account] = Kept(CAPACITY)
-        self._ready: Callable[[Account], None] | None = None
+        self._slots: Slots | None = None
 
     def __len__(self) -> int:
         """Return how many are remembered or in use."""
@@ -317,9 +360,9 @@ class Accounts:
         now = asyncio.get_running_loop().time()
         return self._kept.get(key, now) or self._kept.put(key, self._make(key, now), now)
 
-    def listen(self, ready: Callable[[Account], None]) -> None:
-        """Call *ready* with an account that refused a permit and may have one now."""
-        self._ready = ready
+    def serve(self, slots: Slots) -> None:
+        """Let *slots* be the scheduler of all accounts made from now on."""
+        self._slots = slots
 
     def close(self) -> None:
         """Look after nobody any more."""
@@ -337,7 +380,7 @@ class Accounts:
                 adaptive=limit.adaptive,
                 max_tokens=limit.max_tokens,
             )
-        account.on_ready = self._ready
+        account.slots = self._slots
         return account
 
 

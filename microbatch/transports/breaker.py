@@ -19,15 +19,21 @@ _ENOUGH_FORBIDDEN: Final = 3
 class Breaker:
     """Open after a refusal for authentication, quota or billing, which concerns every call with the same key alike.
 
-    While it is open, calls fail at once with the same kind of error. After `COOL_DOWN` one call is let through; its success closes
-    the breaker. A 403 may be about one prompt (firewalls answer so), so it takes several without an answer between them.
+    While it is open, calls fail at once with the same kind of error. After `COOL_DOWN` one call *probes* while the others wait for
+    the outcome: an answer closes the breaker, another such refusal opens it anew, and after anything else the next call probes.
+
+    A 403 may be about the content of one request. So 403s of combined calls do not count, and it takes several of single calls
+    without an answer between them.
+
+    Attributes:
+        probe: The permit of the call that probes, or None.
     """
 
     def __init__(self) -> None:
+        self.probe: object | None = None
         self._error: StatusError | None = None
         self._opened = self._until = 0.0
-        self._tried = float("inf")  # when a call was let through
-        self._forbidden = 0  # 403s since the latest answer
+        self._forbidden = 0  # 403s of single calls since the latest answer
 
     @property
     def closed(self) -> bool:
@@ -35,45 +41,52 @@ class Breaker:
         return self._error is None and not self._forbidden
 
     def is_open(self, now: float) -> bool:
-        """Whether calls would fail at once."""
+        """Return whether calls fail at once."""
         return self._error is not None and now < self._until
 
+    def needs_probe(self, now: float) -> bool:
+        """Return whether the cool-down has passed and the next call has to probe."""
+        return self._error is not None and now >= self._until and self.probe is None
+
     def check(self, now: float) -> None:
-        """Let a call pass.
+        """Raise the error that calls fail with while the breaker is open, if it is.
 
         Raises:
             StatusError: A copy of the refusal that opened the breaker, which says so.
         """
-        if self._error is None:
-            return
-        if now >= self._until:
-            # Counted from here and not from the outcome: so only one call tries, even if it never comes back.
-            self._until = now + COOL_DOWN
-            self._tried = now
+        if self._error is None or now >= self._until:
             return
         error = self._error.replica()
         error.args = (f"not sent, and no other call before {self._until - now:.0f} s have passed: {self._error}",)
         error.should_retry = False
         raise error
 
-    def note(self, error: RequestFailed | None, *, sent: float, now: float) -> None:
+    def note(self, error: RequestFailed | None, *, sent: float, now: float, combined: bool, permit: object) -> None:
         """Learn from how a call ended.
 
         Args:
             error: None for an answer.
             sent: When the call was sent.
             now: The time.
+            combined: Whether it carried several requests.
+            permit: Its permit.
         """
+        probed = self.forget(permit)
         if isinstance(error, AuthFailed) and error.status == _FORBIDDEN:
+            if combined:
+                return
             self._forbidden += 1
-            if self._forbidden < _ENOUGH_FORBIDDEN:
+            if self._forbidden < _ENOUGH_FORBIDDEN and not probed:
                 return
         if isinstance(error, AuthFailed | QuotaExhausted):
             self._error, self._opened, self._until = error, now, now + COOL_DOWN
-            self._tried = float("inf")
-        elif sent < self._opened:
-            return  # how a call that was let in earlier ended tells nothing of what has changed since
-        elif error is None:
+        elif sent >= self._opened and error is None:
+            # An answer to a call sent before the refusal tells nothing of what has changed since.
             self._error, self._forbidden = None, 0
-        elif sent >= self._tried:
-            self._until = now  # the call that tried has learned nothing; the next one may, its own retry among them
+
+    def forget(self, permit: object) -> bool:
+        """Return whether the call of *permit* was the probe; it is no longer."""
+        if self.probe is not permit:
+            return False
+        self.probe = None
+        return True
