@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import microbatch as mb
+from microbatch.batching.scheduler import Scheduler
 
 TRIES = 10
 
@@ -31,3 +33,22 @@ def ask(text, system="Shout."):
 def batcher_for(transport, **policy):
     """A batcher that counts bytes, so that no test waits for a token table."""
     return mb.Microbatcher(transport, policy=mb.FlushPolicy(**policy), tokens="bytes")
+
+
+class Tasks:
+    """As much of a task group as a scheduler needs."""
+
+    def start_soon(self, function, *args):
+        self.last = asyncio.ensure_future(function(*args))
+
+
+def scheduler_for(account, slots=64, *, cost=None, take=None):
+    """Return a running scheduler for *account*; what it takes from a queue is left to the test."""
+
+    async def settle(work):
+        pass
+
+    scheduler = Scheduler(slots, cost=cost, take=take, settle=settle, rested=lambda _: None, freed=lambda: None)
+    scheduler.start(Tasks())
+    account.slots = scheduler
+    return scheduler

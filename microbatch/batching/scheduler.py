@@ -124,8 +124,8 @@ class Scheduler(Generic[Q, W]):
         try:
             await attempt.granted
         except asyncio.CancelledError:
-            if not attempt.granted.done() or attempt.granted.cancelled():
-                self._turns.discard(attempt)
+            self._turns.discard(attempt)
+            self._asked.set()
             raise
 
     def released(self, permit: Permit) -> None:
@@ -175,11 +175,13 @@ class Scheduler(Generic[Q, W]):
         turns = self._turns
         while (item := turns.next(self.in_use)) is not None:
             if isinstance(item, Attempt):
-                if self._grant(item.permit):
+                if item.granted.done():
+                    turns.discard(item)  # its task was cancelled in this very turn
+                elif self._grant(item.permit):
                     turns.served(item)
                     item.granted.set_result(None)
                 else:
-                    turns.block(item)
+                    turns.block(item, self.in_use)
                 continue
             if not item.due:
                 turns.remove(item)
@@ -187,7 +189,7 @@ class Scheduler(Generic[Q, W]):
                 continue
             permit = item.account.permit(self._cost(item), item.rank)
             if not self._grant(permit):
-                turns.block(item)
+                turns.block(item, self.in_use)
                 continue
             try:
                 work = self._take(item, permit)

@@ -10,7 +10,7 @@ account with nothing on the wire, or one high-priority request per account, may 
 Two things hold an account back without holding up others:
 
 - It is *blocked* while it has no permit to give. What was refused is its *head* and goes first afterwards, so that a small request
-  never overtakes a large one.
+  never overtakes a large one; only attempts go before new work even then.
 - It begins no new call while as many as there are slots have begun and not finished, or while most of them back off: during an
   outage requests wait unsent, where they can still be cancelled, joined or promoted. Retries of calls that have begun go on.
 
@@ -205,6 +205,8 @@ class Turns(Generic[Q]):
         load, share = self._share(attempt.account, attempt.rank)
         share.line_of(attempt).append(attempt)
         self._place(load, share)
+        if not isinstance(load.head, Attempt):
+            self.unblock(attempt.account)  # what is blocked is new work, which attempts do not wait for
 
     def remove(self, queue: Q) -> None:
         """Remove *queue*, which is no longer due; no turn is used up."""
@@ -217,10 +219,15 @@ class Turns(Generic[Q]):
         self._place(load, share)
 
     def discard(self, attempt: Attempt) -> None:
-        """Remove *attempt*, which is no longer wanted."""
-        load, share = self._share(attempt.account, attempt.rank)
+        """Remove *attempt*, which is no longer wanted; no effect if it is not there any more."""
+        load = self._loads.get(attempt.account)
+        share = None if load is None else load.shares[attempt.rank]
+        if load is None or share is None or attempt not in share.line_of(attempt):
+            return
         share.line_of(attempt).remove(attempt)
-        self._forget(load, attempt)
+        if load.head is attempt:
+            load.head = None
+            self.unblock(attempt.account)  # what is next may need less
         self._place(load, share)
 
     # --- whose turn it is
@@ -257,10 +264,15 @@ class Turns(Generic[Q]):
 
     # --- what holds accounts back
 
-    def block(self, item: Q | Attempt) -> None:
-        """Serve nothing of the account of *item*, which has no permit for it now; *item* goes first afterwards."""
+    def block(self, item: Q | Attempt, in_use: int = 0) -> None:
+        """Serve nothing of the account of *item*, which has no permit for it now.
+
+        *item* goes first afterwards, unless only the overdraft let it ask: that gives it a slot sooner, but no permit.
+        """
         load = self._loads[item.account]
-        load.head, load.blocked = item, True
+        load.blocked = True
+        if in_use < self._slots:
+            load.head = item
         self._place_all(load)
 
     def unblock(self, account: Account) -> bool:
@@ -322,11 +334,13 @@ class Turns(Generic[Q]):
 
     def _first_of(self, share: _Share[Q]) -> Q | Attempt:
         """Return what is first of the account of *share*, which may be served."""
-        head = self._loads[share.account].head
-        if head is not None and (self._may_begin(share) or (isinstance(head, Attempt) and head.begun)):
+        head, may_begin = self._loads[share.account].head, self._may_begin(share)
+        if isinstance(head, Attempt) and (head.begun or may_begin):
             return head
-        if share.retries or share.fallbacks:
+        if share.retries or (share.fallbacks and may_begin):
             return (share.retries or share.fallbacks)[0]
+        if head is not None and not isinstance(head, Attempt):
+            return head
         return next(iter(share.tenants.values()))[0]
 
     def _place_all(self, load: _Load[Q]) -> None:

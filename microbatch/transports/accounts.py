@@ -188,18 +188,22 @@ class Account:
         return True
 
     async def admit(self, permit: Permit) -> None:
-        """Wait until the next attempt of *permit* is paid and has a slot, or could only be refused."""
-        if self.slots is None:
-            raise AssertionError("an account is used before it has a scheduler")
-        await self.slots.admit(permit)
-
-    def check(self) -> None:
-        """Raise the error that calls fail with while the breaker is open, if it is.
+        """Wait until the next attempt of *permit* is paid and has a slot, unless it could only be refused.
 
         Raises:
             StatusError: The breaker is open.
         """
-        self.breaker.check(asyncio.get_running_loop().time())
+        loop, slots = asyncio.get_running_loop(), self.slots
+        try:
+            self.breaker.check(loop.time())
+            while not permit.paid:
+                if slots is None:
+                    raise AssertionError("an account is used before it has a scheduler")
+                await slots.admit(permit)
+                self.breaker.check(loop.time())
+        except BaseException:
+            permit.cancel()
+            raise
 
     def cancel(self, permit: Permit) -> None:
         """Take back what *permit* was granted and has not used."""

@@ -91,7 +91,7 @@ class Sender:
         reserved = call.max_tokens is not None
         lessons = failures = 0
         while True:
-            await self._admit(permit)
+            await account.admit(permit)
             permit.paid = permit.drawn = False
             if permit.error is not None:
                 self.repeats += 1
@@ -151,21 +151,6 @@ class Sender:
             with permit.account.resting():
                 await asyncio.sleep((asked or 0.0) + policy.longest_delay(failures) * self._draw())
         except asyncio.CancelledError:
-            permit.cancel()
-            raise
-
-    async def _admit(self, permit: Permit) -> None:
-        """See that the next attempt is paid, unless it could only be refused.
-
-        Raises:
-            StatusError: The breaker is open.
-        """
-        try:
-            permit.account.check()
-            while not permit.paid:
-                await permit.account.admit(permit)
-                permit.account.check()
-        except BaseException:
             permit.cancel()
             raise
 

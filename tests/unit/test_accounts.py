@@ -6,7 +6,7 @@ import gc
 import weakref
 
 import pytest
-from helpers import ask
+from helpers import ask, scheduler_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,32 +24,33 @@ from microbatch.transports.recent import IDLE_EXPIRY
 
 
 class Desk:
-    """An account with a scheduler's double, which asks again when told to."""
+    """An account with a scheduler, and a queue of costs that is due while there are some."""
 
-    def __init__(self, limit=None, *, costs=()):
+    tenant, rank, queued = None, 1, False
+
+    def __init__(self, limit=None, *, costs=(), slots=1_000):
         bucket = None if limit is None or not (limit.rpm or limit.tpm) else limit.bucket("key", 0.0)
         adaptive = limit is not None and limit.adaptive
         self.account = Account(RetryPolicy(), bucket, adaptive=adaptive)
-        self.account.on_ready = self.on_ready
         self.due = list(costs)
         self.paid = []
         self.permits = []
+        self.scheduler = scheduler_for(
+            self.account, slots, cost=lambda desk: desk.due[0], take=lambda desk, permit: desk.take(permit)
+        )
 
-    def on_ready(self, account):
-        assert account is self.account
-        asyncio.get_running_loop().call_soon(self.pump)
+    def take(self, permit):
+        self.due.pop(0)
+        self.permits.append(permit)
+        self.paid.append(asyncio.get_running_loop().time())
+        return permit
 
     def pump(self):
-        while self.due:
-            permit = self.account.pay(self.due[0])
-            if permit is None:
-                return
-            self.due.pop(0)
-            self.permits.append(permit)
-            self.paid.append(asyncio.get_running_loop().time())
+        self.scheduler.enqueue(self)
+        self.scheduler._pump()
 
     def wait_for(self, tokens=0):
-        permit = self.account.permit(tokens)
+        permit = self.account.permit(tokens, self.rank)
         return permit, asyncio.ensure_future(self.account.admit(permit))
 
 
@@ -93,7 +94,7 @@ async def test_a_permit_that_is_not_used_is_worth_one_to_the_next():
     desk.permits[0].cancel()
     await asyncio.sleep(1)
     assert desk.paid == at([0, 5])
-    assert desk.account._in_flight == 1
+    assert desk.account.on_wire == 1
 
 
 async def test_what_a_reply_gives_back_is_granted_at_once():
@@ -121,9 +122,10 @@ async def test_timers_run_in_no_callers_context():
     variable = contextvars.ContextVar("variable", default="nobody's")
     seen = []
     desk = Desk(RateLimit(rpm=1), costs=[0, 0])
-    desk.account.on_ready = lambda _: seen.append(variable.get())
-    variable.set("a caller's")
     desk.pump()
+    desk.scheduler.ready = lambda _: seen.append(variable.get())
+    variable.set("a caller's")
+    desk.account._arm(0.0)  # as a caller's own task would
     await asyncio.sleep(WINDOW + 1)
     assert seen == ["nobody's"]
 
@@ -192,8 +194,7 @@ async def test_a_cancelled_waiter_leaves_its_place_to_the_next():
     assert not permit.paid
     await asyncio.sleep(0)
     assert small.done()
-    assert not desk.account._waiters
-    assert desk.account._in_flight == 2
+    assert desk.account.on_wire == 2
 
 
 @pytest.mark.parametrize("turns", range(4))
@@ -221,7 +222,7 @@ async def test_a_waiter_cancelled_in_the_turn_in_which_it_is_granted_gives_the_p
         assert permit.paid  # it had gone on before
         assert not second.done()
         second.cancel()
-    assert desk.account._in_flight == 2
+    assert desk.account.on_wire == 2
 
 
 async def test_an_attempt_that_was_cancelled_is_charged_all_the_same():
@@ -231,7 +232,7 @@ async def test_an_attempt_that_was_cancelled_is_charged_all_the_same():
     desk.account.dropped(desk.permits[0])
     await asyncio.sleep(1)
     assert desk.paid == [0.0]
-    assert desk.account._in_flight == 0
+    assert desk.account.on_wire == 0
 
 
 # --- the endpoint's own word
@@ -243,7 +244,6 @@ async def test_a_pause_asked_for_is_kept_by_everybody(limit):
     desk.pump()
     desk.permits[0].paid = False
     desk.account.ended(desk.permits[0], RateLimited("x", status=429, retry_after=7.5))
-    desk.account.permit(0)
     _, task = desk.wait_for()
     desk.due.append(0)
     desk.pump()
@@ -290,11 +290,11 @@ async def test_while_the_breaker_is_open_permits_cost_nothing():
     desk.pump()
     desk.permits[0].paid = False
     desk.account.ended(desk.permits[0], QuotaExhausted("x", status=429))
-    permit = desk.account.pay(0)
-    assert permit is not None
+    permit = desk.account.permit(0, 1)
+    assert permit.pay()
     assert not permit.paid
     permit.cancel()
-    assert desk.account._in_flight == 0
+    assert desk.account.on_wire == 0
 
 
 # --- adaptive
@@ -366,7 +366,7 @@ async def test_what_was_used_lately_is_not_forgotten_though_it_was_asked_for_lon
     accounts = await accounts_of()
     account = accounts.of("a", {})
     await asyncio.sleep(IDLE_EXPIRY + 1)
-    account.pay(0)
+    account.permit(0, 1).pay()
     account.budget.draw()
     del account
     accounts.of("b", {})
@@ -377,7 +377,8 @@ async def test_what_was_used_lately_is_not_forgotten_though_it_was_asked_for_lon
 async def test_as_many_as_there_may_be_are_kept_and_those_in_use_beyond():
     accounts = await accounts_of(limit=RateLimit(rpm=100))
     held = accounts.of("held", {})
-    permit = held.pay(0)
+    permit = held.permit(0, 1)
+    assert permit.pay()
     for number in range(3 * CAPACITY):
         accounts.of(f"{number}", {})
     gc.collect()
@@ -389,12 +390,12 @@ async def test_as_many_as_there_may_be_are_kept_and_those_in_use_beyond():
 async def test_the_limit_outlives_its_accounts():
     limit = RateLimit(rpm=1)
     first = await accounts_of(limit=limit)
-    assert first.of(None, {}).pay(0)
+    assert first.of(None, {}).permit(0, 1).pay()
     del first
     gc.collect()
     second = await accounts_of(limit=limit)
     account = second.of(None, {})
-    assert account.pay(0) is None
+    assert not account.permit(0, 1).pay()
     second.close()
     assert account._timer is None
 
@@ -403,8 +404,8 @@ async def test_a_limit_holds_on_to_no_batcher():
     limit = RateLimit(rpm=1)
     accounts = await accounts_of(limit=limit)
     account = accounts.of(None, {})
-    account.pay(0)
-    assert account.pay(0) is None
+    account.permit(0, 1).pay()
+    assert not account.permit(0, 1).pay()
     gone = weakref.ref(account)
     accounts.close()
     del accounts, account
@@ -544,7 +545,7 @@ async def test_relayed_requests_count_against_the_limit():
         assert loop.time() == pytest.approx(WINDOW)
         (account,) = batcher._accounts._kept.values()
         await asyncio.sleep(1)
-        assert account._in_flight == 0
+        assert account.on_wire == 0
 
 
 async def test_a_borrower_who_leaves_before_it_is_served_costs_nothing():
@@ -576,7 +577,7 @@ async def test_a_borrower_who_leaves_before_it_is_served_costs_nothing():
             await asyncio.wait([task])
         await asyncio.sleep(1)
         (account,) = batcher._accounts._kept.values()
-        assert account._in_flight == 0
+        assert account.on_wire == 0
         assert 0 < transport.forwarded < 8
         assert account._bucket._requests.total == transport.forwarded
 
@@ -589,14 +590,13 @@ async def test_closing_while_permits_are_waited_for_ends_everybody_and_leaves_no
     tasks = [asyncio.ensure_future(batcher.submit(ask(f"{i}"), priority="high")) for i in range(5)]
     await asyncio.sleep(10)
     (account,) = batcher._accounts._kept.values()
-    assert account._waiters
     assert account._refused is not None
     await batcher.aclose(grace=5)
     assert asyncio.get_running_loop().time() == 15
     await asyncio.wait(tasks)
     assert {type(task.exception()) for task in tasks} == {mb.ShutDown}
     assert account._timer is None
-    assert account._in_flight == 0
+    assert account.on_wire == 0
     assert not limit.bucket(("", None, b""), 15.0)._claims
 
 
@@ -618,7 +618,7 @@ EVENTS = st.lists(
         st.integers(0, 900),
         st.sampled_from(["answer", "answer", "fail", "pause", "leave", "never mind"]),
         st.floats(0, 30),
-        st.booleans(),
+        st.integers(0, 2),
     ),
     min_size=1,
     max_size=25,
@@ -626,11 +626,11 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(events=EVENTS, adaptive=st.booleans(), rpm=st.sampled_from([None, 2, 10]))
-def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, rpm):
+@given(events=EVENTS, adaptive=st.booleans(), rpm=st.sampled_from([None, 2, 10]), slots=st.sampled_from([1, 4, 64]))
+def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, rpm, slots):
     async def run():
         loop = asyncio.get_running_loop()
-        desk = Desk(RateLimit(rpm=rpm, tpm=1_000, adaptive=adaptive, charge="used"))
+        desk = Desk(RateLimit(rpm=rpm, tpm=1_000, adaptive=adaptive, charge="used"), slots=slots)
         account = desk.account
 
         async def attempt(permit, ending, lasts):
@@ -644,37 +644,27 @@ def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, 
                 kind = RateLimited if ending == "pause" else ServerError
                 account.ended(permit, kind("x", status=429, retry_after=lasts))
 
-        async def waiter(tokens, ending, lasts):
-            permit = account.permit(tokens)
+        async def ask(tokens, ending, lasts, rank):
+            permit = account.permit(tokens, rank)
             if ending == "never mind":
                 task = asyncio.ensure_future(account.admit(permit))
                 await asyncio.sleep(lasts)
                 task.cancel()
                 await asyncio.wait([task])
-                permit.cancel()
-                return
-            await account.admit(permit)
-            await attempt(permit, ending, lasts)
+            else:
+                await account.admit(permit)
+                await attempt(permit, ending, lasts)
+            permit.finish()
 
-        async def scheduled(tokens, ending, lasts):
-            async with turn:  # like the scheduler, which asks for one thing at a time
-                while (permit := account.pay(tokens)) is None:
-                    ready.clear()
-                    await ready.wait()
-            if ending == "never mind":
-                permit.cancel()
-                return
-            await attempt(permit, ending, lasts)
-
-        turn, ready = asyncio.Lock(), asyncio.Event()
-        account.on_ready = lambda _: ready.set()
         tasks = []
-        for pause, tokens, ending, lasts, through_scheduler in events:
+        for pause, tokens, ending, lasts, rank in events:
             await asyncio.sleep(pause)
-            tasks.append(asyncio.ensure_future((scheduled if through_scheduler else waiter)(tokens, ending, lasts)))
+            tasks.append(asyncio.ensure_future(ask(tokens, ending, lasts, rank)))
         await asyncio.wait_for(asyncio.gather(*tasks), 4 * WINDOW * len(events))
-        assert account._in_flight == 0
-        assert not account._waiters
+        assert account.on_wire == account.begun == account.backing_off == 0
+        assert desk.scheduler.in_use == 0
+        assert not desk.scheduler._turns._loads
+        assert not desk.scheduler._turns._overdrawn
         await asyncio.sleep(WINDOW)
         assert account._timer is None
         assert account._bucket.wait(1_000, loop.time()) == 0.0

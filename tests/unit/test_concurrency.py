@@ -120,7 +120,7 @@ async def test_it_settles_at_what_the_endpoint_bears():
     async with mb.Microbatcher(endpoint, **options) as batcher:
         await ask_many(batcher, 2_000)
         (account,) = batcher._accounts._kept.values()
-        assert account._in_flight == 0
+        assert account.on_wire == 0
         assert 6 <= account._concurrency.limit < 14
     assert asyncio.get_running_loop().time() < 2 * 2_000 / 12
     assert endpoint.refused < 200
@@ -147,4 +147,4 @@ async def test_callers_own_deadlines_do_not_lower_it():
             await asyncio.sleep(0)
         (account,) = batcher._accounts._kept.values()
         assert account._concurrency.limit == INITIAL
-        assert account._in_flight == 0
+        assert account.on_wire == 0

@@ -4,7 +4,7 @@ import asyncio
 from email.utils import formatdate
 
 import pytest
-from helpers import ask
+from helpers import ask, scheduler_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +50,10 @@ class Sent:
         self.attempts = 0
         self.usable = usable
 
+    def schedule(self):
+        if self.account.slots is None:
+            scheduler_for(self.account)
+
     def on_attempt(self):
         self.attempts += 1
 
@@ -60,7 +64,8 @@ class Sent:
         return self.usable
 
     async def send(self, *, timeout=None, stream=False, again=False, tokens=0):
-        self.permit = Permit(self.account, tokens, again=again)
+        self.schedule()
+        self.permit = Permit(self.account, tokens, 1, again=again)
         return await self.sender.send(
             ChatCall(**CALL, timeout=timeout, stream=stream),
             self.heard.append,
@@ -75,7 +80,7 @@ class Sent:
 
     @property
     def in_flight(self):
-        return self.account._in_flight
+        return self.account.on_wire
 
 
 # --- which
@@ -186,7 +191,7 @@ async def test_whoever_asks_for_more_than_two_minutes_is_not_waited_for():
     with pytest.raises(RateLimited):
         await sent.send()
     assert asyncio.get_running_loop().time() == 0.0
-    assert sent.account.pay(0) is not None  # nor by anybody else
+    assert sent.account.permit(0, 1).pay()  # nor by anybody else
     assert sent.sender.rate_limited == 1
 
 
@@ -427,7 +432,7 @@ async def test_a_retry_not_made_because_its_callers_left_while_it_waited_for_a_p
 @pytest.mark.parametrize("again", [False, True])
 async def test_a_call_cancelled_while_it_waits_for_its_first_permit_gives_back_what_it_drew(again):
     sent = Sent(limit=RateLimit(rpm=1))
-    sent.account.pay(0)
+    sent.account.permit(0, 1).pay()
     assert not again or sent.account.budget.draw()
     task = asyncio.ensure_future(sent.send(again=again))
     await asyncio.sleep(5.0)
@@ -465,8 +470,8 @@ async def submit_timed(transport, timeout, **options):
         for _ in range(5):  # turns of the loop, no time
             await asyncio.sleep(0)
         (account,) = batcher._accounts._kept.values()
-        assert account._in_flight == 0
-        assert batcher._collector.scheduler.free == 1
+        assert account.on_wire == 0
+        assert batcher._collector.scheduler.in_use == 0
         yield caught.value, account, batcher
 
 
@@ -503,7 +508,6 @@ async def test_a_deadline_while_a_retry_waits_for_its_permit_ends_the_submit_at_
         assert "ServerError" in str(error)
         assert error.attempts == 1
         assert account.budget._balance == pytest.approx(10.2)
-        assert not account._waiters
         assert (await batcher.submit(ask("y"))).output == "Y"
         assert asyncio.get_running_loop().time() == pytest.approx(61.0)
 

@@ -9,25 +9,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import microbatch as mb
-from microbatch.batching.turns import WEIGHTS, Turns
+from microbatch.batching.stride import WEIGHTS
+from microbatch.batching.turns import Attempt, Turns
 from microbatch.testing import ScriptedTransport
 from microbatch.transports.bucket import WINDOW
+
+
+class Load:
+    """What an account says of itself."""
+
+    def __init__(self, *, on_wire=0, begun=0, backing_off=0):
+        self.on_wire, self.begun, self.backing_off = on_wire, begun, backing_off
+
+
+A, B = Load(), Load()
 
 
 class Line:
     """A queue with some work."""
 
-    def __init__(self, name, rank=1, tenant=None, account="a", work=10**9):
+    def __init__(self, name, rank=1, tenant=None, account=A, work=10**9):
         self.name, self.rank, self.tenant, self.account, self.work = name, rank, tenant, account, work
 
     def __repr__(self):
         return self.name
 
 
-def serve(turns, count):
+def serve(turns, count, in_use=0):
     """Serve as the scheduler does; return who was served."""
     served = []
-    while len(served) < count and (queue := turns.next()) is not None:
+    while len(served) < count and (queue := turns.next(in_use)) is not None:
         if not queue.work:
             turns.remove(queue)
             continue
@@ -37,8 +48,8 @@ def serve(turns, count):
     return served
 
 
-def turns_of(*queues):
-    turns = Turns()
+def turns_of(*queues, slots=64):
+    turns = Turns(slots)
     for queue in queues:
         turns.add(queue)
     return turns
@@ -59,7 +70,7 @@ def test_tenants_take_turns_however_many_queues_they_have():
 
 def test_accounts_take_turns_however_many_tenants_they_have():
     busy = [Line(name, tenant=name) for name in "abc"]
-    assert names(serve(turns_of(*busy, Line("x", account="other")), 8)) == "axbxcxax"
+    assert names(serve(turns_of(*busy, Line("x", account=B)), 8)) == "axbxcxax"
 
 
 def test_priorities_share_by_weight_and_none_is_left_out():
@@ -94,16 +105,16 @@ def test_a_queue_that_ran_out_takes_no_turn_from_the_others():
 
 
 def test_a_blocked_account_holds_up_nobody_else_and_its_head_goes_first():
-    slow, fast = Line("s", account="slow"), Line("f", account="fast")
+    slow, fast = Line("s", account=A), Line("f", account=B)
     turns = turns_of(slow, fast)
     assert turns.next() is slow
     turns.block(slow)
-    turns.add(Line("t", account="slow"))
-    turns.add(Line("u", account="slow", rank=0))
+    turns.add(Line("t", account=A))
+    turns.add(Line("u", account=A, rank=0))
     assert names(serve(turns, 3)) == "fff"
-    assert turns.unblock("slow")
+    assert turns.unblock(A)
     assert "s" in names(serve(turns, 2))
-    assert not turns._heads
+    assert turns._loads[A].head is None
 
 
 def test_the_head_goes_first_even_before_higher_priorities_of_its_account():
@@ -111,7 +122,7 @@ def test_the_head_goes_first_even_before_higher_priorities_of_its_account():
     turns = turns_of(normal)
     turns.block(normal)
     turns.add(Line("h", rank=0))
-    turns.unblock("a")
+    turns.unblock(A)
     assert turns.next() is normal
 
 
@@ -120,20 +131,20 @@ def test_a_head_that_is_no_longer_due_is_no_head():
     turns = turns_of(head, other)
     turns.block(head)
     head.work = 0
-    turns.unblock("a")
+    turns.unblock(A)
     assert names(serve(turns, 2)) == "oo"
-    assert not turns._heads
+    assert turns._loads[A].head is None
 
 
 def test_unblocking_who_is_not_blocked_changes_nothing():
     turns = turns_of(Line("a"))
-    assert not turns.unblock("a")
-    assert not turns.unblock("stranger")
+    assert not turns.unblock(A)
+    assert not turns.unblock(B)
     assert names(serve(turns, 1)) == "a"
 
 
 def test_blocking_with_every_grant_changes_no_shares():
-    queues = [Line("h", rank=0), Line("n", rank=1), Line("l", rank=2), Line("o", rank=2, account="other")]
+    queues = [Line("h", rank=0), Line("n", rank=1), Line("l", rank=2), Line("o", rank=2, account=B)]
     turns = turns_of(*queues)
     count = Counter()
     for _ in range(21 * 40):
@@ -154,7 +165,7 @@ OPERATIONS = st.lists(
         st.sampled_from(["add", "add", "serve", "serve", "block", "unblock", "drain"]),
         st.integers(0, 2),
         st.sampled_from("xy"),
-        st.sampled_from(["a", "b"]),
+        st.sampled_from([A, B]),
         st.integers(0, 3),
     ),
     max_size=80,
@@ -164,7 +175,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=300)
 @given(operations=OPERATIONS)
 def test_every_queue_is_served_in_the_end_and_nothing_is_left_behind(operations):
-    turns, alive, blocked = Turns(), [], set()
+    turns, alive, blocked = Turns(64), [], set()
     for what, rank, tenant, account, work in operations:
         if what == "add":
             queue = Line(f"{len(alive)}", rank, tenant, account, work)
@@ -187,14 +198,146 @@ def test_every_queue_is_served_in_the_end_and_nothing_is_left_behind(operations)
     serve(turns, 10**6)
     assert not any(queue.work for queue in alive)
     assert turns.next() is None
-    assert not turns._heads
-    assert not turns._blocked
-    assert not any(priority.accounts for priority in turns._priorities)
+    assert not turns._loads
+    assert not any(priority.servable for priority in turns._priorities)
 
 
 def test_ten_thousand_queues_cost_no_more_a_turn_than_ten():
     turns = turns_of(*(Line(f"{i}", tenant=i % 100) for i in range(10_000)))
     assert len({id(queue) for queue in serve(turns, 10_000)}) == 10_000
+
+
+# --- attempts, and what an account may begin
+
+
+class Call:
+    """As much of a permit as an attempt needs."""
+
+    def __init__(self, account=A, rank=1, *, begun=True):
+        self.account, self.rank, self.begun = account, rank, begun
+
+
+def attempt(account=A, rank=1, *, begun=True):
+    return Attempt(Call(account, rank, begun=begun), None)
+
+
+def test_retries_come_before_fallback_calls_and_these_before_new_work_of_their_priority():
+    turns = turns_of(Line("n"))
+    fallback, retry = attempt(begun=False), attempt()
+    turns.add_attempt(fallback)
+    turns.add_attempt(retry)
+    for expected in (retry, fallback):
+        assert turns.next() is expected
+        turns.served(expected)
+    assert names(serve(turns, 2)) == "nn"
+
+
+def test_retries_of_low_priority_do_not_pass_new_work_of_high_priority_for_ever():
+    turns = turns_of(Line("h", rank=0))
+    for _ in range(10):
+        turns.add_attempt(attempt(rank=2))
+    served = []
+    for _ in range(34):
+        item = turns.next()
+        turns.served(item, stays=isinstance(item, Line))
+        served.append(isinstance(item, Attempt))
+    assert sum(served) == pytest.approx(2, abs=1)
+
+
+def test_an_attempt_does_not_wait_for_new_work_that_was_refused_a_permit():
+    large = Line("l")
+    turns = turns_of(large)
+    turns.block(large)
+    retry = attempt()
+    turns.add_attempt(retry)
+    assert turns.next() is retry
+    turns.block(retry)
+    turns.add_attempt(other := attempt(rank=0))
+    assert turns.next() is None
+    turns.discard(retry)
+    assert turns.next() is other
+    turns.served(other)
+    assert turns.next() is large
+
+
+@pytest.mark.parametrize(
+    ("load", "begins"),
+    [
+        (Load(begun=7), True),
+        (Load(begun=8), False),
+        (Load(begun=8, backing_off=7), False),  # as many as there are slots
+        (Load(begun=30, backing_off=7), True),
+        (Load(begun=16, backing_off=8), True),
+        (Load(begun=15, backing_off=8), False),
+    ],
+)
+def test_an_account_begins_no_more_than_it_may(load, begins):
+    slots = 8 if load.begun <= 8 else 64
+    turns = turns_of(Line("n", account=load), Line("l", account=load, rank=2), slots=slots)
+    assert (turns.next() is not None) == begins
+    turns.add_attempt(fallback := attempt(load, begun=False))
+    assert (turns.next() is fallback) == begins
+    turns.add_attempt(retry := attempt(load))
+    assert turns.next() is retry
+
+
+def test_an_account_that_may_begin_again_takes_its_turns():
+    load = Load(begun=8)
+    turns = turns_of(Line("n", account=load), slots=8)
+    assert turns.next() is None
+    load.begun = 7
+    turns.changed(load)
+    assert names(serve(turns, 1)) == "n"
+
+
+def test_an_account_with_fewer_calls_on_the_wire_comes_first():
+    busy, idle = Load(on_wire=3), Load(on_wire=1)
+    turns = turns_of(Line("b", account=busy), Line("i", account=idle))
+    assert names(serve(turns, 3)) == "iii"
+    idle.on_wire = 3
+    turns.changed(idle)
+    assert sorted(names(serve(turns, 2))) == ["b", "i"]
+    busy.on_wire = 0
+    turns.changed(busy)
+    assert names(serve(turns, 2)) == "bb"
+
+
+# --- the overdraft
+
+
+@pytest.mark.parametrize(("in_use", "served"), [(63, "b"), (64, "i"), (71, "i"), (72, "h"), (79, "h"), (80, None)])
+def test_beyond_the_slots_idle_accounts_and_high_priority_may_start(in_use, served):
+    busy, urgent, idle = Load(on_wire=5, begun=5), Load(on_wire=60, begun=60), Load()
+    queues = [Line("b", account=busy), Line("h", account=urgent, rank=0), Line("i", account=idle, rank=2)]
+    turns = turns_of(*queues)
+    startable = set()
+    while (item := turns.next(in_use)) is not None:
+        startable.add(item.name)
+        turns.remove(item)
+    assert startable == {"b": {"b", "h", "i"}, "i": {"h", "i"}, "h": {"h"}, None: set()}[served]
+
+
+def test_below_four_slots_there_is_no_overdraft():
+    turns = turns_of(Line("i"), Line("h", rank=0), slots=3)
+    assert turns.next(3) is None
+    assert turns.next(2) is not None
+
+
+def test_high_priority_overdraws_once_for_each_account():
+    load = Load(on_wire=64, begun=64)
+    turns = turns_of(high := Line("h", account=load, rank=0))
+    assert turns.next(64) is high
+    permit = Call(load, 0)
+    assert turns.overdraws(permit, 64)
+    turns.served(high, stays=True)
+    assert turns.next(65) is None
+    turns.add(other := Line("o", account=Load(on_wire=1), rank=0))
+    assert turns.next(65) is other
+    turns.repaid(load)
+    turns.served(other)
+    turns.changed(load)
+    assert turns.next(65) is high
+    assert not turns.overdraws(Call(load, 1), 65)
 
 
 # --- through the batcher
@@ -330,14 +473,14 @@ async def test_lanes_that_were_emptied_while_blocked_leave_nothing_behind():
         ]
         await asyncio.sleep(5)
         turns = batcher._collector.scheduler._turns
-        assert turns._blocked
-        assert len(turns._heads) == 1
+        (load,) = turns._loads.values()
+        assert load.blocked
+        assert load.head is not None
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         await asyncio.sleep(WINDOW)
-        assert not turns._blocked
-        assert not turns._heads
+        assert not turns._loads
         assert turns.next() is None
         assert not list(batcher._collector.lanes)
         assert not batcher._collector._intake.alone
