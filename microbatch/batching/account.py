@@ -55,6 +55,14 @@ class Permit(Protocol):
         """
         ...
 
+    async def admit(self) -> None:
+        """Wait until the next attempt is paid and has a slot, unless it could only be refused.
+
+        Raises:
+            StatusError: The breaker is open; nothing is held.
+        """
+        ...
+
     def finish(self) -> None:
         """Give back what was paid for an attempt that will not be made; the call is over. Calling it again has no effect."""
         ...

@@ -13,11 +13,11 @@ from microbatch.batching.telling import called, settled
 from microbatch.batching.ticket import AloneReason
 from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, read_alone
 from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed, TransportError
-from microbatch.messages import Reply, Usage
+from microbatch.messages import Reply, T, Usage
 from microbatch.protocols import ChatCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
@@ -103,6 +103,13 @@ class Calls:
         self._now = now
         self._early = early
         self._canary = canary
+
+    async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | None:
+        """Wait until *permit* has its slot, for as long as any caller of *tickets* waits; return why it will have none, or None."""
+        exchange = Exchange(len(tickets), "fallback", self._now(), None, permit)
+        exchange.carry(tickets)
+        _, refusal = await _while_awaited(exchange, permit.admit)
+        return refusal
 
     # --- combined calls
 
@@ -340,29 +347,11 @@ class Calls:
             self._ledger.upstream_calls += 1
             exchange.attempts += 1
 
-        if exchange.waiting <= 0:
-            return None, None  # everybody left before the task of this call got its turn
-        # A scope of our own: this is on every batch's path, and `asyncio.timeout` would be 1 % of a burst. The rules are the same.
-        task = exchange.task = asyncio.current_task()
-        asked_before = task.cancelling() if task is not None else 0
-        try:
-            return await self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=exchange.permit), None
-        except RequestFailed as error:
-            return None, error
-        except asyncio.CancelledError as error:
-            asked = task.cancelling() - asked_before if task is not None else 0
-            if not asked:
-                # Nobody wants this task to end: the transport was cancelled inside, by a scope or a task of its own.
-                failure = TransportError("the transport cancelled the call")
-                failure.__cause__ = error
-                return None, failure
-            if not exchange.stopped or asked > 1:
-                raise  # somebody else wants the task to end
-            return None, None  # nobody waits any more
-        finally:
-            exchange.task = None
-            if exchange.stopped and task is not None:
-                task.uncancel()
+        def send() -> Coroutine[Any, Any, Completion]:
+            return self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=permit)
+
+        permit = exchange.permit
+        return await _while_awaited(exchange, send)
 
     def _remaining(self, tickets: list[Ticket]) -> float | None:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
@@ -446,6 +435,35 @@ class Calls:
             bill.settled = answered - estimated
         self._settled(answered)
         return answered
+
+
+async def _while_awaited(
+    exchange: Exchange, step: Callable[[], Coroutine[Any, Any, T]]
+) -> tuple[T | None, RequestFailed | None]:
+    """Take a step of *exchange* for as long as any of its callers wait; return its outcome or its error, neither if all have left."""
+    if exchange.waiting <= 0:
+        return None, None
+    # A scope of our own: this is on every batch's path, and `asyncio.timeout` would be 1 % of a burst. The rules are the same.
+    task = exchange.task = asyncio.current_task()
+    asked_before = task.cancelling() if task is not None else 0
+    try:
+        return await step(), None
+    except RequestFailed as error:
+        return None, error
+    except asyncio.CancelledError as error:
+        asked = task.cancelling() - asked_before if task is not None else 0
+        if not asked:
+            # The task itself was not cancelled: the transport was, inside, by a scope or a task of its own.
+            failure = TransportError("the transport cancelled the call")
+            failure.__cause__ = error
+            return None, failure
+        if not exchange.stopped or asked > 1:
+            raise  # the task is to end for another reason
+        return None, None
+    finally:
+        exchange.task = None
+        if exchange.stopped and task is not None:
+            task.uncancel()
 
 
 def _measure(answers: Iterable[Answer], sizes: list[int]) -> None:

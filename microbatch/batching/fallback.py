@@ -21,6 +21,7 @@ from microbatch.errors import BadRequest, ContextTooLong
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from microbatch.batching.account import Permit
     from microbatch.batching.call import Calls
     from microbatch.batching.cost import Costs
     from microbatch.batching.exchange import Batch
@@ -135,19 +136,30 @@ class _Recovery:
                 for ticket in group:
                     self._fail(ticket, cut)
                 return
-            again = cut is not None
-            if len(group) == 1:
-                await self._alone(group[0], again=again)
-                return
-            permit = self._account.permit(self._costs.of_tickets(group, self._learned), self._rank, again=again)
-            outcome = await self._calls.batch(self._calls.compose(group, self._learned, permit, route="fallback"))
-        await self.after(outcome, may_combine=False)
+            cost = group[0].cost if len(group) == 1 else self._costs.of_tickets(group, self._learned)
+            permit = self._account.permit(cost, self._rank, again=cut is not None)
+            try:
+                # It is composed when it has its slot, as new work is: a caller that leaves before that is not in it.
+                refusal = await self._calls.admit(group, permit)
+                if refusal is not None:
+                    for ticket in group:
+                        self._fail(ticket, refusal)
+                    return
+                outcome = await self._send([ticket for ticket in group if not ticket.future.done()], permit)
+            finally:
+                permit.finish()
+        if outcome is not None:
+            await self.after(outcome, may_combine=False)
 
-    async def _alone(self, ticket: Ticket, *, again: bool) -> None:
-        permit = self._account.permit(ticket.cost, self._rank, again=again)
-        error = await self._calls.single(ticket, permit, learned=self._learned)
-        if error is not None:
-            self._fail(ticket, error)
+    async def _send(self, group: list[Ticket], permit: Permit) -> Outcome | None:
+        """Send *group*; return what the call left open, None if nothing."""
+        if len(group) > 1:
+            return await self._calls.batch(self._calls.compose(group, self._learned, permit, route="fallback"))
+        for ticket in group:
+            error = await self._calls.single(ticket, permit, learned=self._learned)
+            if error is not None:
+                self._fail(ticket, error)
+        return None
 
 
 def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:

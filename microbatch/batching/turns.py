@@ -227,8 +227,8 @@ class Turns(Generic[Q]):
         share.line_of(attempt).remove(attempt)
         if load.head is attempt:
             load.head = None
-            self.unblock(attempt.account)  # what is next may need less
-        self._place(load, share)
+            load.blocked = False  # what is next may need less
+        self._place_all(load)
 
     # --- whose turn it is
 
@@ -326,8 +326,10 @@ class Turns(Generic[Q]):
         """Return whether *share* may be served with *beyond* slots in use beyond the limit."""
         if self._is_urgent(share):
             return beyond < self._overdraft
-        idle = share.account.on_wire <= (share.account in self._overdrawn)  # but for its high-priority call in the overdraft
-        return idle and beyond < self._overdraft - self._overdraft // 2
+        # Its one high-priority call in the overdraft does not count, nor do those of all accounts, up to the half that is theirs.
+        idle = share.account.on_wire <= (share.account in self._overdrawn)
+        reserved = max(0, self._overdraft // 2 - len(self._overdrawn))
+        return idle and beyond < self._overdraft - reserved
 
     def _is_urgent(self, share: _Share[Q]) -> bool:
         return share.rank == HIGH and share.account not in self._overdrawn

@@ -88,6 +88,14 @@ class Permit:
         """Pay the next attempt; see `Account.pay`."""
         return self.account.pay(self)
 
+    async def admit(self) -> None:
+        """Wait until the next attempt is paid and has a slot, unless it could only be refused.
+
+        Raises:
+            StatusError: The breaker is open; nothing is held.
+        """
+        await self.account.admit(self)
+
     def finish(self) -> None:
         """Give back what was paid for an attempt that will not be made; the call is over. Calling it again has no effect."""
         self.cancel()
@@ -188,17 +196,13 @@ class Account:
         return True
 
     async def admit(self, permit: Permit) -> None:
-        """Wait until the next attempt of *permit* is paid and has a slot, unless it could only be refused.
-
-        Raises:
-            StatusError: The breaker is open.
-        """
+        """See `Permit.admit`."""
         loop, slots = asyncio.get_running_loop(), self.slots
+        if slots is None:
+            raise AssertionError("an account is used before it has a scheduler")
         try:
             self.breaker.check(loop.time())
             while not permit.paid:
-                if slots is None:
-                    raise AssertionError("an account is used before it has a scheduler")
                 await slots.admit(permit)
                 self.breaker.check(loop.time())
         except BaseException:

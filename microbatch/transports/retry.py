@@ -91,7 +91,7 @@ class Sender:
         reserved = call.max_tokens is not None
         lessons = failures = 0
         while True:
-            await account.admit(permit)
+            await permit.admit()
             permit.paid = permit.drawn = False
             if permit.error is not None:
                 self.repeats += 1

@@ -21,6 +21,7 @@ BODY = (
     (
         Calls,
         (
+            "admit",
             "compose",
             "batch",
             "_hand_out",
@@ -35,7 +36,7 @@ BODY = (
     (Books, ("bill", "bill_alone", "divide", "divide_alone", "_book", "_pay")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
     (Fallback, ("recover",)),
-    (_Recovery, ("after", "_halves", "_together", "_ask", "_alone")),
+    (_Recovery, ("after", "_halves", "_together", "_ask", "_send")),
     (call_module, ("compose", "_measure", "ending", "complaint", "read_alone")),
 )
 """What a call's body is made of, between taking its requests and making sure that each of them has ended."""

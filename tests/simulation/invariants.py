@@ -52,7 +52,9 @@ def every_request_ends_once(world: World) -> Iterator[str]:
         if item.outcome == "cancelled" and item.cancel is None:
             yield f"{item.text} was cancelled by nobody"
         error = item.error
-        if error is None:
+        if item.ask.misuse is not None and (item.accepted is not None or item.reply is not None):
+            yield f"{item.text} is misuse and was accepted"
+        if error is None or (item.ask.misuse is not None and isinstance(error, mb.ConfigError | ZeroDivisionError)):
             continue
         if item.accepted is not None and not isinstance(error, mb.RequestFailed):
             yield f"{item.text} was accepted and ended with {error!r}"
@@ -66,7 +68,7 @@ def errors_are_deserved(world: World) -> Iterator[str]:
     locked_out = {type(attempt.raised) for attempt in world.upstream.attempts}
     for item in world.items.values():
         error = item.error
-        if error is None:
+        if error is None or item.ask.misuse is not None:
             continue
         ended = item.settled if item.settled is not None else item.ended
         attempts = [attempt for attempt in carried[item.text] if attempt.turn <= item.turn_settled]
@@ -272,7 +274,7 @@ def _begun(item: Item) -> float | None:
 
 
 def lanes_keep_their_order(world: World) -> Iterator[str]:
-    """Within a lane, whoever came first is sent first; and for room, whoever came first is let in first."""
+    """Requests of a lane are sent, and those of one priority and tenant let in, in order of arrival."""
     lanes: dict[object, list[Item]] = defaultdict(list)
     carried = _carried(world)
     # Who bypasses a full room, is too long for company, or goes alone because combining does not pay, overtakes.
@@ -290,11 +292,12 @@ def lanes_keep_their_order(world: World) -> Iterator[str]:
                 yield f"{later.text} was sent before {earlier.text}"
     let_in = [item for item in world.items.values() if item.accepted is not None and item.bulk is None]
     let_in.sort(key=lambda item: item.arrived)
-    latest = 0.0
-    for _, items in _by(let_in, lambda item: item.arrived):
-        if any(item.accepted < latest for item in items):
-            yield f"{[item.text for item in items]} were let in before somebody who came earlier"
-        latest = max(latest, *(item.accepted for item in items))
+    for _, line in _by(let_in, lambda item: (item.ask.priority, item.ask.tenant)):
+        latest = 0.0
+        for _, items in _by(line, lambda item: item.arrived):
+            if any(item.accepted < latest for item in items):
+                yield f"{[item.text for item in items]} were let in before a caller of the same line who came earlier"
+            latest = max(latest, *(item.accepted for item in items))
 
 
 def _by(items: list[Item], key: Callable[[Item], object]) -> Iterator[tuple[object, list[Item]]]:
@@ -337,11 +340,18 @@ def lanes_wait_for_company(world: World) -> Iterator[str]:
 
 
 def _held_up(world: World) -> bool:
-    """Whether requests waited for a permit, or went alone because combining did not pay."""
+    """Whether requests waited for a permit or a probe, or unsent during an outage, or went alone because combining did not pay."""
+    if any(isinstance(attempt.raised, mb.AuthFailed | mb.QuotaExhausted) for attempt in world.upstream.attempts):
+        return True
+    if sum(attempt.how == "failed" for attempt in world.upstream.attempts) >= _OUTAGE_CALLS:
+        return True
     asked = any(attempt.fault.kind in ASKING and attempt.fault.retry_after for attempt in world.upstream.attempts)
     limited = bool(world.scenario.rate_limit)
     return asked or limited or world.stats.lanes_parted > 0 or "merge" in world.scenario.policy
 
+
+_OUTAGE_CALLS = 8
+"""Calls of an account that have to back off for its requests to wait unsent."""
 
 _SHRINKING = frozenset({*REPLY_TROUBLE, "too_large", "too_long"})
 
@@ -376,6 +386,37 @@ def nobody_waits_beside_free_slots(world: World) -> Iterator[str]:
             yield f"{item.text} was due at {due}, but was sent at {attempts[0].started if attempts else None}"
 
 
+def no_slot_idles(world: World) -> Iterator[str]:
+    """While a slot is free, and its account has not begun as many calls as it may, a request that is due is sent."""
+    slots = world.scenario.policy["max_concurrent_batches"]
+    if _held_up(world):
+        return
+    carried, attempts = _carried(world), world.upstream.attempts
+    calls: dict[object, list[Attempt]] = defaultdict(list)
+    for attempt in attempts:
+        calls[attempt.key].append(attempt)
+    begun: dict[object, list[tuple[float, float]]] = defaultdict(list)
+    for own in calls.values():
+        # A call is over when its last attempt is, or, if that was to be repeated, when its last caller has left.
+        ends = [world.items[text].settled or 0.0 for text in own[-1].texts] if own[-1].how == "failed" else []
+        begun[tuple(own[0].call.headers.items())].append((own[0].started, max([own[-1].ended, *ends])))
+    instants = sorted({instant for attempt in attempts for instant in (attempt.started, attempt.ended)})
+    for item in world.items.values():
+        if item.accepted is None or item.bulk is not None:
+            continue
+        due = _due(world, item)
+        sent = carried[item.text][0].started if carried[item.text] else item.settled
+        for begin, end in pairwise(
+            [due, *(instant for instant in instants if due < instant < (sent or due)), sent or due]
+        ):
+            moment = (begin + end) / 2
+            on_wire = sum(attempt.started <= moment < attempt.ended for attempt in attempts)
+            own = sum(start <= moment < over for start, over in begun[item.ask.headers])
+            if begin < end and on_wire < slots and own < slots:
+                yield f"{item.text} was due at {due} and sent at {sent}, but at {moment} only {on_wire} calls were on the wire"
+                break
+
+
 def _idle_from(world: World, item: Item, carried: dict[str, list[Attempt]]) -> float:
     """Return the first instant since its acceptance at which nothing else of the lane of *item* is under way."""
     spans: dict[object, tuple[float, float]] = {}
@@ -394,21 +435,61 @@ def _idle_from(world: World, item: Item, carried: dict[str, list[Attempt]]) -> f
 
 
 def slots_and_room_are_limits(world: World) -> Iterator[str]:
-    """Never are more calls under way, nor more requests pending, than the policy allows."""
+    """No more calls are on the wire, or begun by one account, nor more requests pending, than the policy allows."""
     policy = world.scenario.policy
-    sent: set[str] = set()
-    changes: list[tuple[float, int, int]] = []
+    slots = policy["max_concurrent_batches"]
+    on_wire = [
+        change for attempt in world.upstream.attempts for change in ((attempt.started, 1, 1), (attempt.ended, 0, -1))
+    ]
+    if _peak(on_wire) > slots + slots // 4:
+        yield f"{_peak(on_wire)} attempts at once"
+    calls: dict[object, list[Attempt]] = defaultdict(list)
     for attempt in world.upstream.attempts:
-        # What carries a request for the first time has a slot of its own.
-        if not sent.intersection(attempt.texts):
-            changes += [(attempt.started, 1, 1), (attempt.ended, 0, -1)]
-        sent.update(attempt.texts)
-    if _peak(changes) > policy["max_concurrent_batches"]:
-        yield f"{_peak(changes)} calls at once"
+        calls[attempt.key].append(attempt)
+    begun: dict[object, list[tuple[float, int, int]]] = defaultdict(list)
+    for attempts in calls.values():
+        account = tuple(attempts[0].call.headers.items())
+        begun[account] += [(attempts[0].started, 1, 1), (attempts[-1].ended, 0, -1)]
+    for account, changes in begun.items():
+        if _peak(changes) > slots + slots // 4:
+            yield f"{_peak(changes)} calls begun and not finished with {account}"
     pending = [item for item in world.items.values() if item.accepted is not None and item.settled is not None]
-    changes = [change for item in pending for change in ((item.accepted, 1, 1), (item.settled, 0, -1))]
-    if policy.get("when_full") != "bypass" and _peak(changes) > policy.get("max_queued", 10_000):
-        yield f"{_peak(changes)} requests pending"
+    for urgent, most in ((False, policy.get("max_queued", 10_000)), (True, _most_pending(world))):
+        changes = [
+            change
+            for item in pending
+            if urgent or item.ask.priority != "high"
+            for change in ((item.accepted, 1, 1), (item.settled, 0, -1))
+        ]
+        if (urgent or policy.get("when_full") != "bypass") and _peak(changes) > most:
+            yield f"{_peak(changes)} requests pending"
+
+
+def _most_pending(world: World) -> int:
+    """Return the most requests that may be pending, the reserve of high priority and those that bypass a full queue included."""
+    policy = world.scenario.policy
+    most = policy.get("max_queued", 10_000)
+    return most + max(1, most // 50) + (policy["max_concurrent_batches"] if policy.get("when_full") == "bypass" else 0)
+
+
+def the_overdraft_is_for_the_few(world: World) -> Iterator[str]:
+    """With all slots in use, only an account with nothing on the wire and one high-priority call per account may start."""
+    slots = world.scenario.policy["max_concurrent_batches"]
+    attempts = world.upstream.attempts
+    for attempt in attempts:
+        # What was on the wire before this instant and after it: at one instant, what ends may come before what begins.
+        others = [other for other in attempts if other.started < attempt.started < other.ended]
+        if len(others) < slots:
+            continue
+        account = tuple(attempt.call.headers.items())
+        own = [other for other in others if tuple(other.call.headers.items()) == account]
+        high = [other for other in own if _is_high(world, other)]
+        if not _is_high(world, attempt) and len(own) > min(1, len(high)):
+            yield f"attempt {attempt.number} started beside {len(others)} others, {len(own)} of its own account"
+
+
+def _is_high(world: World, attempt: Attempt) -> bool:
+    return any(world.items[text].ask.priority == "high" for text in attempt.texts)
 
 
 def _peak(changes: list[tuple[float, int, int]]) -> int:
@@ -560,7 +641,9 @@ CHECKS: tuple[Check, ...] = (
     lanes_keep_their_order,
     lanes_wait_for_company,
     nobody_waits_beside_free_slots,
+    no_slot_idles,
     slots_and_room_are_limits,
+    the_overdraft_is_for_the_few,
     usage_is_conserved,
     counters_balance,
     retries_keep_to_their_budget,

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from simulation.scenario import TICK
 
+import microbatch as mb
 import microbatch.batching.call as call_module
 import microbatch.batching.exchange as exchange_module
 import microbatch.batching.intake as intake_module
+import microbatch.batching.room as room_module
 from microbatch.batching.books import Books
 from microbatch.batching.call import Calls
 from microbatch.batching.collector import Collector
@@ -141,20 +143,21 @@ def no_bisection():
 def await_inside_flush():
     """Between looking for a free slot and taking it, the scheduler waits a turn for something."""
 
-    def divided(_):
-        def pump(scheduler):
-            async def slowly():
-                while scheduler.free and (work := scheduler._next()) is not None:
-                    await asyncio.sleep(0)  # a count of tokens in a thread, say
-                    scheduler.free -= 1
-                    scheduler._tasks.start_soon(scheduler._run, work)
-                scheduler._notify()
+    def divided(grant):
+        def wrapper(scheduler, permit):
+            in_use = scheduler.in_use
+            granted = grant(scheduler, permit)
+            if granted:
+                scheduler.in_use = in_use  # until the next turn: a count of tokens in a thread, say
+                asyncio.get_running_loop().call_soon(take, scheduler)
+            return granted
 
-            scheduler._tasks.start_soon(slowly)
+        return wrapper
 
-        return pump
+    def take(scheduler):
+        scheduler.in_use += 1
 
-    return _replaced(Scheduler, "_pump", divided)
+    return _replaced(Scheduler, "_grant", divided)
 
 
 def leaked_room():
@@ -178,11 +181,35 @@ def leaked_slot():
         async def wrapper(collector, work):
             await settle(collector, work)
             if all(ticket.future.cancelled() for ticket in work.tickets):
-                collector.scheduler.free -= 1
+                collector.scheduler.in_use += 1
 
         return wrapper
 
     return _replaced(Collector, "_settle", leak)
+
+
+def slot_kept_through_back_off():
+    """A call that backs off keeps its slot."""
+
+    def keep(released):
+        def wrapper(scheduler, permit):
+            if isinstance(permit.error, mb.RequestFailed) or not permit.begun or not permit.slot:
+                return released(scheduler, permit)
+            # Whether it failed is known a step later.
+            return asyncio.get_running_loop().call_soon(later, scheduler, permit)
+
+        def later(scheduler, permit):
+            if permit.error is None or not permit.begun:
+                released(scheduler, permit)
+
+        return wrapper
+
+    return _replaced(Scheduler, "released", keep)
+
+
+def place_not_passed_on():
+    """A caller that is let in and then misuses the library takes its place with it."""
+    return _replaced(Room, "decline", lambda _: lambda room: None)
 
 
 def first_caller_runs_the_batch():
@@ -255,17 +282,20 @@ def late_deadline():
 
 
 def newest_first():
-    """Room is given to whoever came last."""
+    """A place is given to the caller that came last."""
 
-    def reversed_(offer):
-        def wrapper(room):
-            room.waiting.reverse()
-            offer(room)
-            room.waiting.reverse()
+    def reversed_(take):
+        def wrapper(line):
+            for callers in line._tenants.values():
+                callers.reverse()
+            place = take(line)
+            for callers in line._tenants.values():
+                callers.reverse()
+            return place
 
         return wrapper
 
-    return _replaced(Room, "offer", reversed_)
+    return _replaced(room_module._Line, "take", reversed_)
 
 
 def lost_wakeup():
@@ -331,6 +361,8 @@ BUGS: tuple[Callable[[], Any], ...] = (
     await_inside_flush,
     leaked_room,
     leaked_slot,
+    slot_kept_through_back_off,
+    place_not_passed_on,
     first_caller_runs_the_batch,
     ignored_tenant,
     orphaned_call,

@@ -87,6 +87,7 @@ class Ask:
         cancel: None, ("after", seconds from its start), ("sent", seconds from the attempt that first carries it), or ("answer",
             "before" or "after"): in the very step in which its answer comes.
         poison: Whether the endpoint refuses every call that carries it.
+        misuse: None, "refused" for messages that are a ConfigError, or "raising" for messages that raise when they are read.
     """
 
     at: float = 0.0
@@ -102,6 +103,7 @@ class Ask:
     alone: bool = False
     cancel: tuple[str, float | str] | None = None
     poison: bool = False
+    misuse: str | None = None
 
 
 @dataclass
@@ -187,6 +189,8 @@ def draw(random: Random) -> Scenario:
     features = {name for name in _FEATURES if random.random() < _FEATURES[name] * (0.2 if calm else 1.0)}
     if calm:
         features |= {"trickle", "slow"}
+    if "misuse" in features and random.random() < 0.7:  # it does harm where others wait for room
+        features.add("crowd")
     trouble = random.sample(TROUBLE + REPLY_TROUBLE, random.randint(1, 4)) if "trouble" in features else []
     if random.random() < 0.2 and trouble:
         trouble = list(TROUBLE)
@@ -268,6 +272,7 @@ _FEATURES = {
     "canary": 0.15,
     "merge": 0.08,
     "quota": 0.12,
+    "misuse": 0.15,
 }
 """Kinds of trouble, and how many scenarios in a hundred have them."""
 
@@ -329,6 +334,8 @@ def _draw_ask(random: Random, features: set[str], bursts: list[float], systems: 
         )
     if some("poison", 0.25):
         ask.poison = True
+    if some("misuse", 0.5):
+        ask.misuse = random.choice(("refused", "raising"))
     return ask
 
 

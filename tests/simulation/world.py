@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from simulation.scenario import Ask, Bulk, Scenario
 
 
+class Hostile(dict[str, Any]):
+    """A message that raises when it is read."""
+
+    def _raise(self, *_: Any) -> Any:
+        raise ZeroDivisionError("hostile")
+
+    __getitem__ = __iter__ = __len__ = get = items = keys = values = _raise
+
+
 @dataclass
 class Item:
     """One request, and what became of it.
@@ -201,6 +210,10 @@ class World:
         return options if ask.kind == "text" else {**options, "output_type": OUTPUT_TYPES[ask.kind]}
 
     def _messages(self, item: Item) -> list[dict[str, str]]:
+        if item.ask.misuse == "raising":
+            return [Hostile(role="user", content=item.text)]
+        if item.ask.misuse == "refused":
+            return []
         return [{"role": "system", "content": item.ask.system}, {"role": "user", "content": item.text}]
 
     def _arrive(self, item: Item) -> None:
