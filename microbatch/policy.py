@@ -62,8 +62,10 @@ class FlushPolicy:
         max_prompt_tokens: Most tokens of the whole combined prompt, shared messages included. None sets no limit.
         max_output_tokens: Most tokens a combined reply is expected to hold: the sum over items of 1.2 x `max_tokens` + 16, or
             of the 95th percentile of the lane's answers so far when callers give no `max_tokens`.
-        max_concurrent_batches: Most calls under way at once, single ones included.
-        max_queued: Most requests accepted and not yet answered.
+        max_concurrent_batches: Most calls on the wire at once, single ones, retries and fallback calls included; also the most
+            calls that one account (endpoint, model, key) may have begun and not finished, back-off included. Beyond it a quarter as
+            many again, from 4 on, may start at once: for accounts with nothing on the wire, and one high-priority call per account.
+        max_queued: Most requests accepted and not yet answered. High priority may exceed it by 2 %, at least by one.
         when_full: What a submit does beyond `max_queued`: "wait" for room, "reject" with `Overloaded`, or "bypass": go
             alone at once if a call may start, else `Overloaded`.
         idle: "flush" sends a request at once when its lane has nothing under way, so batching adds no latency when it is quiet;

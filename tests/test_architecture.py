@@ -39,6 +39,7 @@ PURE = [
     "batching.scanner",
     "batching.schema",
     "batching.ticket",
+    "batching.stride",
     "batching.turns",
     "batching.verdict",
     "batching.strict",

@@ -202,26 +202,55 @@ async def test_fallback_calls_take_slots_of_their_own_and_do_not_deadlock():
 
 
 async def test_a_fallback_call_is_not_made_for_callers_that_left_while_it_waited_for_its_slot():
-    gates = {"combined": asyncio.Event(), "slow": asyncio.Event()}
+    gates = {"first": asyncio.Event(), "slow": asyncio.Event()}
 
-    async def script(call):
-        text = "combined" if call.combined else call.items[0][1]
-        await gates[text].wait()
-        return call.reply([]) if call.combined else text
+    async def first(call):
+        await gates["first"].wait()
+        return call.reply([(call.items[0][0], "A")])
 
-    transport = ScriptedTransport(*[script] * 100)
+    async def slow(call):
+        await gates["slow"].wait()
+        return "SLOW"
+
+    transport = ScriptedTransport(first, slow)
     async with batcher_for(transport, max_concurrent_batches=1, max_wait=0.01, idle="wait") as batcher:
-        pair = [asyncio.ensure_future(batcher.submit(ask(text), **A)) for text in ("a", "b")]
+        crowd = {text: asyncio.ensure_future(batcher.submit(ask(text), **A)) for text in "abcdef"}
         await asyncio.sleep(1)
-        slow = asyncio.ensure_future(batcher.submit(ask("slow"), **B))
+        other = asyncio.ensure_future(batcher.submit(ask("slow"), **B))
         await asyncio.sleep(1)
-        gates["combined"].set()
+        gates["first"].set()
         await asyncio.sleep(1)  # the slot has gone to the other account, and the fallback waits for it
         assert [call.combined for call in transport.calls] == [True, False]
-        pair[0].cancel()
-        await asyncio.sleep(1)
-        pair[1].cancel()
-        await asyncio.wait(pair)
+        gone = [crowd.pop(text) for text in "bc"]
+        await drop(gone)
         gates["slow"].set()
-        await slow
+        await asyncio.gather(other, *crowd.values())
+        assert {text for call in transport.calls[2:] for _, text in call.items} == set("def")
+        assert any(call.combined for call in transport.calls[2:])
+
+
+async def test_a_fallback_call_for_nobody_waits_for_no_slot():
+    gates = [asyncio.Event(), asyncio.Event()]
+
+    async def nothing(call):
+        await gates[0].wait()
+        return call.reply([])
+
+    async def slow(call):
+        await gates[1].wait()
+        return "SLOW"
+
+    transport = ScriptedTransport(nothing, slow)
+    async with batcher_for(transport, max_concurrent_batches=1, max_wait=0.01, idle="wait") as batcher:
+        pair = [asyncio.ensure_future(batcher.submit(ask(text), **A)) for text in "ab"]
+        await asyncio.sleep(1)
+        other = asyncio.ensure_future(batcher.submit(ask("slow"), **B))
+        await asyncio.sleep(1)
+        gates[0].set()
+        await asyncio.sleep(1)
+        await drop(pair)
+        await asyncio.sleep(1)
+        assert len(batcher._collector.scheduler.under_way) == 1
+        gates[1].set()
+        await other
     assert len(transport.calls) == 2
