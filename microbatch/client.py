@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import logging
-import sys
 import uuid
 from collections import Counter
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 import msgspec
 
@@ -45,7 +43,7 @@ from microbatch.transports.relay import read_charge
 from microbatch.transports.retry import Sender
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import TypeForm
@@ -63,17 +61,6 @@ logger = logging.getLogger("microbatch")
 
 _KNOWN: Final = ("cache", "shared")
 """Routes of answers that nothing was asked for."""
-
-F = TypeVar("F", bound="Callable[..., Coroutine[Any, Any, Any]]")
-
-
-def _coroutine_function(function: F) -> F:
-    """Mark *function*, which returns a coroutine but is none, as what it is for `inspect` and for mocks of it."""
-    if sys.version_info >= (3, 12):
-        return inspect.markcoroutinefunction(function)
-    # Before, asyncio had a mark of its own, which asgiref sets likewise.
-    function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined] # noqa: SLF001
-    return function
 
 
 class Microbatcher:
@@ -322,8 +309,7 @@ class Microbatcher:
         ttl: float | None = None,
     ) -> Reply[T]: ...
 
-    @_coroutine_function
-    def submit(
+    async def submit(
         self,
         messages: Messages,
         *,
@@ -338,7 +324,7 @@ class Microbatcher:
         timeout: float | None = None,
         use_cache: bool = True,
         ttl: float | None = None,
-    ) -> Coroutine[Any, Any, Reply[Any]]:
+    ) -> Reply[Any]:
         """Ask, together with whoever asks the same kind of thing at the same time.
 
         Args:
@@ -362,12 +348,12 @@ class Microbatcher:
             The caller's own answer, and its share of the cost.
 
         Raises:
-            ConfigError: An argument is wrong; nothing was sent. Of an option this is told at the call, not where it is awaited.
+            ConfigError: An argument is wrong; nothing was sent.
             BatcherClosed: The batcher is not open, or belongs to another event loop.
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
         """
-        # The options are read here, and not in the coroutine, whose frame would keep a place for each as long as the request waits.
+        # One frame for all of it: a second one would take 300 bytes more for each request that waits.
         if (
             output_type is str
             and model is None
@@ -387,38 +373,10 @@ class Microbatcher:
             at_least(0, timeout=timeout, ttl=ttl)
             terms = Terms(timeout, shared, None, ttl)
         if use_cache and self._cache is not None:
-            return self._look_up_and_submit(self._cache, messages, options, terms)
-        return self._submit(messages, options, terms)
-
-    async def _look_up_and_submit(
-        self, cache: AnswerCache, messages: Messages, options: Options, terms: Terms
-    ) -> Reply[Any]:
-        """Return what the cache has for a request, else ask.
-
-        Raises:
-            DeadlineExceeded: The timeout passed meanwhile.
-        """
-        self._check_open()
-        check_messages(messages)
-        key = cache.key(messages, options)
-        if key is not None:
-            created = asyncio.get_running_loop().time()
-            value = None
-            try:
-                async with asyncio.timeout(terms.timeout):
-                    value = await cache.look_up(key)
-            except TimeoutError:
-                raise DeadlineExceeded(f"no answer within the timeout of {terms.timeout} s") from None
-            except StorageError:
-                pass  # the batcher is closing
-            reply = cache.read(key, value, options, created)
-            if reply is not None:
-                return reply
-            terms = Terms(terms.timeout, True, key, terms.ttl, created)
-        return await self._submit(messages, options, terms)
-
-    async def _submit(self, messages: Messages, options: Options, terms: Terms) -> Reply[Any]:
-        # As long as the request waits, this frame takes memory for each of its variables: hence so few.
+            found = await self._look_up(self._cache, messages, options, terms)
+            if not isinstance(found, Terms):
+                return found
+            terms = found
         if asyncio.get_running_loop() is not self._collector.door:
             self._check_open()
         if self._room.taken >= self._room.size or self._room.waiting:  # spelled out: `room.free` is a call
@@ -439,12 +397,39 @@ class Microbatcher:
             self._room.decline()  # which this request may have waited for
             raise
         # The caller's dicts and texts are of no more use, and many submits may wait.
-        del messages, terms
+        del messages, params, headers, options, terms
         try:
             return await ticket.future
         except asyncio.CancelledError:
             self._collector.leave(ticket)
             raise
+
+    async def _look_up(
+        self, cache: AnswerCache, messages: Messages, options: Options, terms: Terms
+    ) -> Reply[Any] | Terms:
+        """Return the answer that the cache has for a request, or the terms on which it is to be asked.
+
+        Raises:
+            DeadlineExceeded: The timeout passed meanwhile.
+        """
+        self._check_open()
+        check_messages(messages)
+        key = cache.key(messages, options)
+        if key is not None:
+            created = asyncio.get_running_loop().time()
+            value = None
+            try:
+                async with asyncio.timeout(terms.timeout):
+                    value = await cache.look_up(key)
+            except TimeoutError:
+                raise DeadlineExceeded(f"no answer within the timeout of {terms.timeout} s") from None
+            except StorageError:
+                pass  # the batcher is closing
+            reply = cache.read(key, value, options, created)
+            if reply is not None:
+                return reply
+            return Terms(terms.timeout, True, key, terms.ttl, created)
+        return terms
 
     def _when_full(self, terms: Terms) -> asyncio.Future[None] | None:
         """Return what the policy says when no request may be accepted: a place to wait for, or None to bypass.
