@@ -23,7 +23,7 @@ from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.books import Books
 from microbatch.batching.bulk import Prepared, bulk
 from microbatch.batching.call import Calls
-from microbatch.batching.collector import Collector
+from microbatch.batching.collector import CLOSED_EARLY, Collector
 from microbatch.batching.fallback import Fallback
 from microbatch.batching.prompt import draw_endings
 from microbatch.batching.request import PLAIN, check_messages, read_options, remembering
@@ -181,71 +181,92 @@ class Microbatcher:
         self._collector.wire(calls, Fallback(calls, self._collector.costs, fallback, self._collector.fail))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: asyncio.Task[None] | None = None
-        self._closed: asyncio.Future[None] | None = None
+        self._undone: asyncio.Task[None] | None = None  # the host of an opening that failed
 
     # --- life
 
     async def open(self) -> Self:
-        """Start; loads the token table in a thread. Returns this batcher, so that it can stand in an expression.
+        """Start; loads the token table in a thread. Return this batcher, so that it can stand in an expression.
+
+        If it fails or is cancelled, what was opened is closed again, and it may be called once more.
 
         Raises:
-            BatcherClosed: It was opened before; a batcher is used once.
+            BatcherClosed: It was opened before, or closed while it was opening; a batcher is used once.
+            ConfigError: The transport, the cache or the spool cannot be used, as its own `open` says.
         """
-        if self._loop is not None:
+        if self._undone is not None and not self._undone.done():
+            await asyncio.wait([self._undone])
+        if self._host is not None:
             raise BatcherClosed("a Microbatcher is opened once; make a new one")
         self._loop = asyncio.get_running_loop()
-        self._closed = self._loop.create_future()
-        await self._tokens.open()
-        if self._prices.load is not None:
-            await asyncio.to_thread(self._prices.load)
-        await lease(self._parts)
-        try:
-            if self._cache is not None:
-                await self._cache.open()
-        except BaseException:
-            await give_back(self._parts)
-            raise
         ready: asyncio.Future[None] = self._loop.create_future()
         # The group's scope has to be entered and left by one task, and opening and closing may be done by two: fixtures do that.
-        self._host = self._loop.create_task(self._serve(ready), name="microbatch", context=contextvars.Context())
-        await ready
+        # What is opened before is closed by that task as well, so it ends with it however the opening ends.
+        host = self._host = self._loop.create_task(self._serve(ready), name="microbatch", context=contextvars.Context())
+        host.add_done_callback(lambda _: _end(ready))
+        try:
+            await ready
+            self._collector.admit()
+        except BaseException:
+            if not self._collector.closing:
+                self._loop = self._host = None
+                self._undone = host
+            host.cancel()
+            await asyncio.wait([host])
+            _end(ready)
+            raise
         return self
 
     async def _serve(self, ready: asyncio.Future[None]) -> None:
+        try:
+            await self._tokens.open()
+            if self._prices.load is not None:
+                await asyncio.to_thread(self._prices.load)
+            await lease(self._parts)
+            try:
+                await self._serve_on_parts(ready)
+            finally:
+                self._accounts.close()
+                await give_back(self._parts)
+        except Exception as error:
+            if ready.done():
+                logger.exception("a transport, cache or spool could not be opened or closed")
+            else:
+                ready.set_exception(error)
+
+    async def _serve_on_parts(self, ready: asyncio.Future[None]) -> None:
         def begin() -> None:
             for part in (self._cache, self._spool):
                 for service in part.services if part is not None else ():
                     self._collector.start_feeder(service)
-            ready.set_result(None)
+            if not ready.done():
+                ready.set_result(None)
 
+        if self._cache is not None:
+            await self._cache.open()
         try:
             await self._collector.serve(begin)
         except Exception:
             # Nobody awaits this task; its requests have been told, and so must be whoever reads the log.
             logger.exception("the batcher has ended because of a bug in microbatch")
-        finally:
-            self._accounts.close()
-            try:
-                await give_back(self._parts)
-            finally:
-                if self._closed is not None and not self._closed.done():
-                    self._closed.set_result(None)
 
     async def aclose(self, grace: float | None = 30.0) -> None:
         """Shut the door, send what waits, wait for what is under way, and end the rest with `ShutDown`.
 
-        Goes on in the background if this call is cancelled. Calling it again waits for the same end; a batcher that was never
-        opened has nothing to close.
+        Goes on in the background if this call is cancelled. Calling it again waits for the same end. While the batcher opens, this
+        ends the opening; a batcher that was never opened has nothing to close.
 
         Args:
             grace: Seconds to wait for answers. None waits as long as deadlines and timeouts allow.
         """
         at_least(0, grace=grace)
-        if self._host is None or self._closed is None:
+        if self._host is None:
             return
         self._check_loop()
+        if self._collector.door is None and not self._collector.closing:
+            self._host.cancel()  # it is still opening
         self._collector.close(grace)
-        await asyncio.shield(self._closed)
+        await asyncio.wait([self._host])
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -267,10 +288,10 @@ class Microbatcher:
 
     def _check_open(self) -> None:
         self._check_loop()
-        if self._host is None:
-            raise BatcherClosed("the batcher is not open yet: await open() first")
         if self._collector.closing:
             raise BatcherClosed("the batcher is closed")
+        if self._collector.door is None:
+            raise BatcherClosed("the batcher is not open yet: await open() first")
 
     # --- asking
 
@@ -748,8 +769,16 @@ class Microbatcher:
 
     def __repr__(self) -> str:
         """Tell the state and the load."""
-        state = "new" if self._host is None else "closed" if self._collector.closing else "open"
+        state = "closed" if self._collector.closing else "new" if self._collector.door is None else "open"
         return f"Microbatcher({state}, queued={self._room.taken}, in_flight={self._collector.scheduler.in_use})"
+
+
+def _end(opening: asyncio.Future[None]) -> None:
+    """See that *opening* ends, and that asyncio does not complain if its caller is cancelled before it learns of an error."""
+    if not opening.done():
+        opening.set_exception(BatcherClosed(CLOSED_EARLY))
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.enqueue`

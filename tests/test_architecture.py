@@ -171,7 +171,7 @@ NEIGHBOURS = {
     "accounting": set(),
     "transports": set(),
     "storage": set(),
-    "caching": {"storage", *PURE},
+    "caching": {"parts", "storage", *PURE},
     "spool": {"storage", *PURE},
 }
 
