@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import logging
-import sys
 import uuid
 from collections import Counter
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 import msgspec
 
@@ -25,7 +23,7 @@ from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.books import Books
 from microbatch.batching.bulk import Prepared, bulk
 from microbatch.batching.call import Calls
-from microbatch.batching.collector import Collector
+from microbatch.batching.collector import CLOSED_EARLY, Collector
 from microbatch.batching.fallback import Fallback
 from microbatch.batching.prompt import draw_endings
 from microbatch.batching.request import PLAIN, check_messages, read_options, remembering
@@ -45,7 +43,7 @@ from microbatch.transports.relay import read_charge
 from microbatch.transports.retry import Sender
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import TypeForm
@@ -63,17 +61,6 @@ logger = logging.getLogger("microbatch")
 
 _KNOWN: Final = ("cache", "shared")
 """Routes of answers that nothing was asked for."""
-
-F = TypeVar("F", bound="Callable[..., Coroutine[Any, Any, Any]]")
-
-
-def _coroutine_function(function: F) -> F:
-    """Mark *function*, which returns a coroutine but is none, as what it is for `inspect` and for mocks of it."""
-    if sys.version_info >= (3, 12):
-        return inspect.markcoroutinefunction(function)
-    # Before, asyncio had a mark of its own, which asgiref sets likewise.
-    function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined] # noqa: SLF001
-    return function
 
 
 class Microbatcher:
@@ -194,71 +181,92 @@ class Microbatcher:
         self._collector.wire(calls, Fallback(calls, self._collector.costs, fallback, self._collector.fail))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: asyncio.Task[None] | None = None
-        self._closed: asyncio.Future[None] | None = None
+        self._undone: asyncio.Task[None] | None = None  # the host of an opening that failed
 
     # --- life
 
     async def open(self) -> Self:
-        """Start; loads the token table in a thread. Returns this batcher, so that it can stand in an expression.
+        """Start; loads the token table in a thread. Return this batcher, so that it can stand in an expression.
+
+        If it fails or is cancelled, what was opened is closed again, and it may be called once more.
 
         Raises:
-            BatcherClosed: It was opened before; a batcher is used once.
+            BatcherClosed: It was opened before, or closed while it was opening; a batcher is used once.
+            ConfigError: The transport, the cache or the spool cannot be used, as its own `open` says.
         """
-        if self._loop is not None:
+        if self._undone is not None and not self._undone.done():
+            await asyncio.wait([self._undone])
+        if self._host is not None:
             raise BatcherClosed("a Microbatcher is opened once; make a new one")
         self._loop = asyncio.get_running_loop()
-        self._closed = self._loop.create_future()
-        await self._tokens.open()
-        if self._prices.load is not None:
-            await asyncio.to_thread(self._prices.load)
-        await lease(self._parts)
-        try:
-            if self._cache is not None:
-                await self._cache.open()
-        except BaseException:
-            await give_back(self._parts)
-            raise
         ready: asyncio.Future[None] = self._loop.create_future()
         # The group's scope has to be entered and left by one task, and opening and closing may be done by two: fixtures do that.
-        self._host = self._loop.create_task(self._serve(ready), name="microbatch", context=contextvars.Context())
-        await ready
+        # What is opened before is closed by that task as well, so it ends with it however the opening ends.
+        host = self._host = self._loop.create_task(self._serve(ready), name="microbatch", context=contextvars.Context())
+        host.add_done_callback(lambda _: _end(ready))
+        try:
+            await ready
+            self._collector.admit()
+        except BaseException:
+            if not self._collector.closing:
+                self._loop = self._host = None
+                self._undone = host
+            host.cancel()
+            await asyncio.wait([host])
+            _end(ready)
+            raise
         return self
 
     async def _serve(self, ready: asyncio.Future[None]) -> None:
+        try:
+            await self._tokens.open()
+            if self._prices.load is not None:
+                await asyncio.to_thread(self._prices.load)
+            await lease(self._parts)
+            try:
+                await self._serve_on_parts(ready)
+            finally:
+                self._accounts.close()
+                await give_back(self._parts)
+        except Exception as error:
+            if ready.done():
+                logger.exception("a transport, cache or spool could not be opened or closed")
+            else:
+                ready.set_exception(error)
+
+    async def _serve_on_parts(self, ready: asyncio.Future[None]) -> None:
         def begin() -> None:
             for part in (self._cache, self._spool):
                 for service in part.services if part is not None else ():
                     self._collector.start_feeder(service)
-            ready.set_result(None)
+            if not ready.done():
+                ready.set_result(None)
 
+        if self._cache is not None:
+            await self._cache.open()
         try:
             await self._collector.serve(begin)
         except Exception:
             # Nobody awaits this task; its requests have been told, and so must be whoever reads the log.
             logger.exception("the batcher has ended because of a bug in microbatch")
-        finally:
-            self._accounts.close()
-            try:
-                await give_back(self._parts)
-            finally:
-                if self._closed is not None and not self._closed.done():
-                    self._closed.set_result(None)
 
     async def aclose(self, grace: float | None = 30.0) -> None:
         """Shut the door, send what waits, wait for what is under way, and end the rest with `ShutDown`.
 
-        Goes on in the background if this call is cancelled. Calling it again waits for the same end; a batcher that was never
-        opened has nothing to close.
+        Goes on in the background if this call is cancelled. Calling it again waits for the same end. While the batcher opens, this
+        ends the opening; a batcher that was never opened has nothing to close.
 
         Args:
             grace: Seconds to wait for answers. None waits as long as deadlines and timeouts allow.
         """
         at_least(0, grace=grace)
-        if self._host is None or self._closed is None:
+        if self._host is None:
             return
         self._check_loop()
+        if self._collector.door is None and not self._collector.closing:
+            self._host.cancel()  # it is still opening
         self._collector.close(grace)
-        await asyncio.shield(self._closed)
+        await asyncio.wait([self._host])
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -280,10 +288,10 @@ class Microbatcher:
 
     def _check_open(self) -> None:
         self._check_loop()
-        if self._host is None:
-            raise BatcherClosed("the batcher is not open yet: await open() first")
         if self._collector.closing:
             raise BatcherClosed("the batcher is closed")
+        if self._collector.door is None:
+            raise BatcherClosed("the batcher is not open yet: await open() first")
 
     # --- asking
 
@@ -322,8 +330,7 @@ class Microbatcher:
         ttl: float | None = None,
     ) -> Reply[T]: ...
 
-    @_coroutine_function
-    def submit(
+    async def submit(
         self,
         messages: Messages,
         *,
@@ -338,7 +345,7 @@ class Microbatcher:
         timeout: float | None = None,
         use_cache: bool = True,
         ttl: float | None = None,
-    ) -> Coroutine[Any, Any, Reply[Any]]:
+    ) -> Reply[Any]:
         """Ask, together with whoever asks the same kind of thing at the same time.
 
         Args:
@@ -362,12 +369,12 @@ class Microbatcher:
             The caller's own answer, and its share of the cost.
 
         Raises:
-            ConfigError: An argument is wrong; nothing was sent. Of an option this is told at the call, not where it is awaited.
+            ConfigError: An argument is wrong; nothing was sent.
             BatcherClosed: The batcher is not open, or belongs to another event loop.
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
         """
-        # The options are read here, and not in the coroutine, whose frame would keep a place for each as long as the request waits.
+        # One frame for all of it: a second one would take 300 bytes more for each request that waits.
         if (
             output_type is str
             and model is None
@@ -387,13 +394,37 @@ class Microbatcher:
             at_least(0, timeout=timeout, ttl=ttl)
             terms = Terms(timeout, shared, None, ttl)
         if use_cache and self._cache is not None:
-            return self._look_up_and_submit(self._cache, messages, options, terms)
-        return self._submit(messages, options, terms)
+            found = await self._look_up(self._cache, messages, options, terms)
+            if not isinstance(found, Terms):
+                return found
+            terms = found
+        if asyncio.get_running_loop() is not self._collector.door:
+            self._check_open()
+        if self._room.must_wait(options.rank):
+            place = self._when_full(options, terms)
+            if place is not None:
+                if terms.timeout is not None and terms.since is None:
+                    terms = msgspec.structs.replace(terms, since=asyncio.get_running_loop().time())
+                try:
+                    await place
+                except BaseException:
+                    self._room.give_up(place, options.rank)
+                    raise
+                self._room.enter()
+            del place  # or it lives as long as the request
+        ticket = self._collector.accept(messages, options, terms)
+        # The caller's dicts and texts are of no more use, and many submits may wait.
+        del messages, params, headers, options, terms
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            self._collector.leave(ticket)
+            raise
 
-    async def _look_up_and_submit(
+    async def _look_up(
         self, cache: AnswerCache, messages: Messages, options: Options, terms: Terms
-    ) -> Reply[Any]:
-        """Return what the cache has for a request, else ask.
+    ) -> Reply[Any] | Terms:
+        """Return the answer that the cache has for a request, or the terms on which it is to be asked.
 
         Raises:
             DeadlineExceeded: The timeout passed meanwhile.
@@ -414,33 +445,8 @@ class Microbatcher:
             reply = cache.read(key, value, options, created)
             if reply is not None:
                 return reply
-            terms = Terms(terms.timeout, True, key, terms.ttl, created)
-        return await self._submit(messages, options, terms)
-
-    async def _submit(self, messages: Messages, options: Options, terms: Terms) -> Reply[Any]:
-        # As long as the request waits, this frame takes memory for each of its variables: hence so few.
-        if asyncio.get_running_loop() is not self._collector.door:
-            self._check_open()
-        if self._room.must_wait(options.rank):
-            place = self._when_full(options, terms)
-            if place is not None:
-                if terms.timeout is not None and terms.since is None:
-                    terms = msgspec.structs.replace(terms, since=asyncio.get_running_loop().time())
-                try:
-                    await place
-                except BaseException:
-                    self._room.give_up(place, options.rank)
-                    raise
-                self._room.enter()
-            del place  # or it lives as long as the request
-        ticket = self._collector.accept(messages, options, terms)
-        # The caller's dicts and texts are of no more use, and many submits may wait.
-        del messages, terms
-        try:
-            return await ticket.future
-        except asyncio.CancelledError:
-            self._collector.leave(ticket)
-            raise
+            return Terms(terms.timeout, True, key, terms.ttl, created)
+        return terms
 
     def _when_full(self, options: Options, terms: Terms) -> asyncio.Future[None] | None:
         """Return what the policy says when no request may be accepted: a place to wait for, or None to bypass.
@@ -758,8 +764,16 @@ class Microbatcher:
 
     def __repr__(self) -> str:
         """Tell the state and the load."""
-        state = "new" if self._host is None else "closed" if self._collector.closing else "open"
+        state = "closed" if self._collector.closing else "new" if self._collector.door is None else "open"
         return f"Microbatcher({state}, queued={self._room.taken}, in_flight={self._collector.scheduler.in_use})"
+
+
+def _end(opening: asyncio.Future[None]) -> None:
+    """See that *opening* ends, and that asyncio does not complain if its caller is cancelled before it learns of an error."""
+    if not opening.done():
+        opening.set_exception(BatcherClosed(CLOSED_EARLY))
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.enqueue`

@@ -172,7 +172,7 @@ NEIGHBOURS = {
     "accounting": set(),
     "transports": set(),
     "storage": set(),
-    "caching": {"storage", *PURE},
+    "caching": {"parts", "storage", *PURE},
     "spool": {"storage", *PURE},
 }
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TARGETS = {"burst": (3.0, 2.0), "steady": (6.0, 4.0)}
 """By kind of load: at most so many times the floor, and what is aimed at."""
 
-PEAK_BYTES = 2_048
+PEAK_BYTES = 2_300
 NOISE = 0.15
 """Differences below this share are not told apart from noise."""
 

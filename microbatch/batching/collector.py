@@ -32,7 +32,7 @@ from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
 from microbatch.batching.telling import flushed, settled
 from microbatch.batching.ticket import NORMAL, AloneReason
-from microbatch.errors import DeadlineExceeded, RequestFailed, ShutDown
+from microbatch.errors import BatcherClosed, DeadlineExceeded, RequestFailed, ShutDown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microbatch")
 
+CLOSED_EARLY = "the batcher was closed while it was opening"
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 
@@ -182,7 +183,10 @@ class Collector:
         self._fallback = fallback
 
     async def serve(self, ready: Callable[[], None]) -> None:
-        """Run until `close` is asked for and done. One task runs this, and it alone enters and leaves the task group."""
+        """Run until `close` is asked for and done. One task runs this, and it alone enters and leaves the task group.
+
+        It may be run again if it ends before `admit` and `close` were called.
+        """
         self._loop = asyncio.get_running_loop()
         self.lanes.start(self._loop)
         self._intake.start(self._loop)
@@ -190,7 +194,6 @@ class Collector:
         try:
             async with anyio.create_task_group() as self._tasks:
                 self.scheduler.start(self._tasks)
-                self.door = None if self.closing else self._loop
                 ready()
                 await self._close_asked.wait()
                 self._quiet.clear()
@@ -200,7 +203,7 @@ class Collector:
                 self._end_waiting()
                 self._tasks.cancel_scope.cancel()
         finally:
-            self.closing, self.door = True, None
+            self.closing, self.door = self.closing or self.door is not None, None
             self._end_waiting()
             # A task that is cancelled before its first step never gets to settle its tickets.
             for work in self.scheduler.under_way.values():
@@ -208,15 +211,28 @@ class Collector:
                 for ticket in work.tickets:
                     self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
 
-    def close(self, grace: float | None) -> None:
-        """Shut the door, send what waits, and give what is under way *grace* seconds; None waits as long as it takes."""
+    def admit(self) -> None:
+        """Let requests in, once `serve` is ready.
+
+        Raises:
+            BatcherClosed: `close` was called before.
+        """
         if self.closing:
-            return
+            raise BatcherClosed(CLOSED_EARLY)
+        self.door = self._loop
+
+    def close(self, grace: float | None) -> None:
+        """Shut the door, send what waits, and give what is under way *grace* seconds; None waits as long as it takes.
+
+        Before `admit` there is nothing to send, and whoever runs `serve` has to cancel it.
+        """
+        admitted = self.door is not None
         self.closing, self.door = True, None
-        self._grace = grace
-        self.room.close()
-        self.flush(FlushReason.DRAIN)
-        self._close_asked.set()
+        if admitted:
+            self._grace = grace
+            self.room.close()
+            self.flush(FlushReason.DRAIN)
+            self._close_asked.set()
 
     def _end_waiting(self) -> None:
         """End every ticket that waits in a queue."""

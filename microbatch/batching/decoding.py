@@ -1,15 +1,17 @@
 """From the JSON of one answer to an output, or to words that say why not and quote nothing of the answer.
 
-Answers are no matter for logs, and the messages of errors end there.
+Answers are no matter for logs, and the messages of errors end there. So the words are our own: those of a library may quote the
+answer, and differ from one release to the next.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+
+from microbatch.batching.conform import misfit
 
 Reader = Callable[[str], Any]
 """Reads JSON as an output; what it raises may quote the JSON if it comes from msgspec."""
@@ -21,10 +23,10 @@ Raises:
     Exception: Whatever else a validator of the caller's type raises.
 """
 
-_QUOTING = ("Invalid value", "Invalid enum value", "Object contains unknown field")
-_PLACE = re.compile(r" - at `\$[^`]*`\Z")
 _UNFIT = (msgspec.MsgspecError, RecursionError, UnicodeError)
 _string = msgspec.json.Decoder(str).decode
+_any = msgspec.json.Decoder().decode
+_STEPS, _STEPS_A_CHARACTER = 10_000, 8  # of looking for the place where an answer does not fit
 
 
 def decode_text(raw: str) -> tuple[str, str]:
@@ -37,20 +39,20 @@ def decode_text(raw: str) -> tuple[str, str]:
     try:
         text = _string(raw)
     except _UNFIT as error:
-        raise ValueError(_reason(error)) from _cause(error)
+        raise ValueError(_reason(error, raw, {"type": "string"})) from _cause(error)
     if not text or text.isspace():
         raise ValueError("the answer is blank")
     return text, text
 
 
-def decoder(read: Reader) -> Decoder:
-    """Return what decodes JSON with *read*; the text of an output is its JSON."""
+def decoder(read: Reader, schema: dict[str, Any]) -> Decoder:
+    """Return what decodes JSON with *read*; the text of an output is its JSON. *schema* serves to say why an answer does not fit."""
 
     def decode(raw: str) -> tuple[Any, str]:
         try:
             return read(raw), raw
         except _UNFIT as error:
-            raise ValueError(_reason(error)) from _cause(error)
+            raise ValueError(_reason(error, raw, schema)) from _cause(error)
 
     return decode
 
@@ -60,18 +62,19 @@ def _cause(error: Exception) -> BaseException | None:
     return error.__cause__ if isinstance(error, msgspec.MsgspecError) else None
 
 
-def _reason(error: Exception) -> str:
-    """Return what *error* says without what it quotes."""
+def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
+    """Return why *raw* was refused with *error*: a place and a rule of *schema* if that tells, in any case without a word of *raw*."""
     if isinstance(error, RecursionError):
         return "the JSON is nested too deeply"
     if isinstance(error, UnicodeError):
         return "the answer is not valid Unicode"  # its repr holds the whole answer
-    said = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return "the answer is not JSON"
     if error.__cause__ is not None:
-        kind = "refused by a validator of the type"
-    elif said.startswith(_QUOTING):
-        kind = "a value or field that the type does not have"
-    else:
-        return said
-    place = _PLACE.search(said)
-    return kind + (place[0] if place is not None else "")
+        return "the answer is refused by a validator of the type"
+    try:
+        reason = misfit(_any(raw), schema, steps=_STEPS + _STEPS_A_CHARACTER * len(raw))
+    except (msgspec.MsgspecError, RecursionError, TypeError, ValueError):
+        # Types may add to their schema what `misfit` does not expect, and a type may be refused before the JSON is read to its end.
+        reason = None
+    return reason or "the answer does not fit the type"

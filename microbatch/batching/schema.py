@@ -151,7 +151,7 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
 def _from_type(output_type: Any) -> AnswerType:
     with blaming(output_type):
         schema, read = compile_type(output_type)
-        return AnswerType(schema, decoder(read), "typed")
+        return AnswerType(schema, decoder(read, schema), "typed")
 
 
 def _from_response_format(response_format: Any) -> AnswerType:
@@ -160,7 +160,7 @@ def _from_response_format(response_format: Any) -> AnswerType:
     if found is not None:
         return found
     schema, read = compile_given(encoded)
-    return _formats.put(key, None, AnswerType(schema, decoder(read), "given", strict=strict))
+    return _formats.put(key, None, AnswerType(schema, decoder(read, schema), "given", strict=strict))
 
 
 def _compact(schema: Schema) -> str:

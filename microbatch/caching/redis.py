@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from microbatch.caching.terms import SECRET_BYTES, WEEK
 from microbatch.errors import ConfigError, StorageError
 from microbatch.policy import at_least, whole
-from microbatch.storage.redis import connect, translated
+from microbatch.storage.redis import connect, results_of, translated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +115,7 @@ class RedisCache:
             elif ttl >= 0.001:  # noqa: PLR2004 a millisecond is the least that the server knows
                 pipeline.set(self._prefix + key, value, px=int(min(ttl, _LONGEST) * 1000))
         with translated():
-            await pipeline.execute()
+            await results_of(pipeline)
 
     def _opened(self) -> Any:
         if self._client is None:

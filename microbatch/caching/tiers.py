@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 from microbatch.caching.guard import BUDGET, Guard
 from microbatch.errors import ConfigError
+from microbatch.parts import give_back, lease
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from microbatch.protocols import Cache
 
@@ -41,7 +41,7 @@ class TieredCache:
         self.tiers = tiers
         self.ttl: float | None = getattr(tiers[-1], "ttl", None)
         self._guards = [Guard(tier) for tier in tiers]
-        self._opened = contextlib.AsyncExitStack()
+        self._leased: tuple[Cache, ...] = ()
 
     def __repr__(self) -> str:
         """Tell the tiers and which are in use."""
@@ -63,13 +63,8 @@ class TieredCache:
         Raises:
             ConfigError: One cannot be opened; none is open then.
         """
-        async with contextlib.AsyncExitStack() as opened:
-            for tier in self.tiers:
-                opening: Callable[[], Awaitable[None]] | None = getattr(tier, "open", None)
-                if opening is not None:
-                    await opening()
-                opened.push_async_callback(tier.aclose)
-            self._opened = opened.pop_all()
+        await lease(self.tiers)
+        self._leased = self.tiers
 
     async def secret(self) -> bytes | None:
         """Return the 32 bytes that key the digests, from the last tier that has any; None if they cannot be had now."""
@@ -126,8 +121,8 @@ class TieredCache:
 
     async def aclose(self) -> None:
         """Close the tiers, all of them even if one fails."""
-        opened, self._opened = self._opened, contextlib.AsyncExitStack()
-        await opened.aclose()
+        leased, self._leased = self._leased, ()
+        await give_back(leased)
 
 
 def _end(until: float | None) -> float:

@@ -152,14 +152,14 @@ class Input:
     def _line(self, number: int, raw: bytes) -> Line | BadLine:
         try:
             record = msgspec.json.decode(raw, type=dict[str, Any])
-        except UnicodeDecodeError:
-            return BadLine(number, None, "it is not UTF-8")
         except RecursionError:
             return BadLine(number, None, "the JSON is nested too deeply")
         except msgspec.ValidationError:
             return BadLine(number, None, "it is not a JSON object")
         except ValueError as error:
-            return BadLine(number, None, "it is not JSON", detail=str(error).removeprefix("JSON is malformed: "))
+            if not _is_utf8(raw):
+                return BadLine(number, None, "it is not UTF-8")
+            return BadLine(number, None, "it is not JSON", detail=str(error))
         try:
             return Line(number, self._name(record, number), record)
         except LineError as error:
@@ -175,6 +175,14 @@ class Input:
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise LineError(f'the field "{field}" must be a text or a whole number, to serve as an id', field)
         return str(name)
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def requests(

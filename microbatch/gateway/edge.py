@@ -8,6 +8,7 @@ import traceback
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
+from aiohttp.http import SERVER_SOFTWARE
 
 from microbatch.errors import MicrobatchError
 from microbatch.gateway.refusals import Refusal, busy, refusal_of
@@ -86,7 +87,7 @@ class Edge:
 
     async def _prepare(self, _request: web.Request, response: web.StreamResponse) -> None:
         # Nobody needs to know which versions run here; an upstream's own word is relayed.
-        if response.headers.get("Server", "").startswith("Python/"):
+        if response.headers.get("Server") == SERVER_SOFTWARE:
             del response.headers["Server"]
         if self.draining:
             response.force_close()

@@ -218,7 +218,11 @@ class Gateway:
 
     async def _open_batcher(self, _application: web.Application) -> None:
         await self.batcher.open()
-        self._access.secret = self._secret or await self._shared_secret() or secrets.token_bytes(32)
+        try:
+            self._access.secret = self._secret or await self._shared_secret() or secrets.token_bytes(32)
+        except BaseException:
+            await self.batcher.aclose(0)  # a server whose start has failed does not clean up
+            raise
 
     async def _close_batcher(self, _application: web.Application) -> None:
         self._edge.draining = True

@@ -25,7 +25,7 @@ from microbatch.spool.records import (
     Name,
     as_kept,
 )
-from microbatch.storage.redis import connect, translated
+from microbatch.storage.redis import connect, results_of, translated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -190,7 +190,7 @@ class RedisSpool:
         for key in keys:
             pipeline.hmget(self._item_key(key), fields)
         with translated():
-            rows: list[list[Any]] = await pipeline.execute() if keys else []
+            rows: list[list[Any]] = await results_of(pipeline) if keys else []
         return rows
 
     def _item_key(self, key: str | bytes) -> bytes:

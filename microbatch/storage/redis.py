@@ -11,7 +11,6 @@ from microbatch.errors import ConfigError, MicrobatchError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-_COMMAND: Final = re.compile(r"^Command # .* of pipeline caused error: \(?['\"]?", re.DOTALL)
 _QUOTE: Final = re.compile(r"b?['\"`]")
 
 
@@ -73,4 +72,16 @@ def translated() -> Generator[None]:
 
 def _unquoted(error: Exception) -> str:
     """Return the message of *error* without what it quotes: commands, with keys and texts of callers, and broken answers."""
-    return _QUOTE.split(_COMMAND.sub("", str(error)), maxsplit=1)[0].strip(" :")
+    return _QUOTE.split(str(error), maxsplit=1)[0].strip(" :")
+
+
+async def results_of(pipeline: Any) -> list[Any]:
+    """Send what is in *pipeline*; return the results, or raise the first error among them.
+
+    The client's own way puts the failed command before the server's words, and with it what callers said.
+    """
+    results: list[Any] = await pipeline.execute(raise_on_error=False)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results

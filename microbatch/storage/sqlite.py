@@ -14,6 +14,7 @@ from microbatch.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 
@@ -58,13 +59,15 @@ class Database:
         Raises:
             ConfigError: It cannot be opened, is no database, or was made by another version.
         """
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="microbatch-sqlite")
+        thread = ThreadPoolExecutor(1, thread_name_prefix="microbatch-sqlite")
+        opening = thread.submit(self._connect)
         try:
-            self._connection = await self._in_thread(self._connect)
+            self._connection = await asyncio.wrap_future(opening)
         except BaseException:
-            self._thread.shutdown(wait=False)
-            self._thread = None
+            opening.add_done_callback(_discard)  # if this was cancelled, the thread goes on
+            thread.shutdown(wait=False)
             raise
+        self._thread = thread
 
     def _connect(self) -> sqlite3.Connection:
         connection = None
@@ -182,6 +185,12 @@ class Database:
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.close()
+
+
+def _discard(opening: Future[sqlite3.Connection]) -> None:
+    """Close the connection that *opening* has made for nobody."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _keep_log(connection: sqlite3.Connection) -> None:

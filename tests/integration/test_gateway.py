@@ -353,3 +353,17 @@ async def test_stats_are_the_batchers():
         async with aiohttp.ClientSession() as session, session.get(served.base_url[:-3] + "/stats") as response:
             stats = await response.json()
     assert (stats["items"], stats["answered"], stats["upstream_calls"]) == (3, 3, 1)
+
+
+async def test_a_gateway_whose_opening_is_cancelled_leaves_no_batcher_open():
+    class Unreachable(mb.MemoryCache):
+        async def secret(self):
+            await asyncio.sleep(60)
+
+    served = gateway("http://127.0.0.1:9/v1", cache=Unreachable())
+    opening = asyncio.ensure_future(served.open())
+    await until(lambda: repr(served.batcher).startswith("Microbatcher(open"))
+    opening.cancel()
+    await asyncio.wait([opening])
+    assert opening.cancelled()
+    assert repr(served.batcher).startswith("Microbatcher(closed")

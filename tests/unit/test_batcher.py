@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import inspect
 from typing import Literal
 from unittest import mock
 
@@ -12,6 +13,7 @@ from helpers import ask, batcher_for
 import microbatch as mb
 from microbatch.batching.lanes import Lanes
 from microbatch.batching.scheduler import Scheduler
+from microbatch.openai import AsyncOpenAI
 from microbatch.testing import ScriptedTransport
 
 
@@ -607,10 +609,33 @@ async def test_what_is_left_of_a_timeout_after_waiting_for_room_ends_the_submit_
     assert [call.call.timeout for call in transport.calls] == [None, 1.0]
 
 
-async def test_options_are_checked_when_submit_is_called():
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda batcher: batcher.submit(ask("x"), temperature="hot"),
+        lambda batcher: batcher.submit(ask("x"), max_tokens=0),
+        lambda batcher: batcher.submit(ask("x"), timeout=-1),
+        lambda batcher: batcher.submit("x"),
+        lambda batcher: batcher.warm([], ttl=-1),
+        lambda batcher: batcher.enqueue(ask("x")),
+        lambda batcher: batcher.result("x"),
+        lambda batcher: AsyncOpenAI(batcher).chat.completions.create(messages=ask("x"), model=3),
+        lambda batcher: AsyncOpenAI(batcher).chat.completions.parse(
+            messages=ask("x"), response_format=int, temperature="hot"
+        ),
+    ],
+)
+async def test_wrong_arguments_are_reported_where_a_coroutine_is_awaited(wrong):
     async with batcher_for(ScriptedTransport()) as batcher:
-        with pytest.raises(mb.ConfigError, match="temperature"):
-            batcher.submit(ask("x"), temperature="hot")  # and never awaited
+        good, bad = await asyncio.gather(batcher.submit(ask("x")), wrong(batcher), return_exceptions=True)
+    assert good.output == "X"
+    assert type(bad) is mb.ConfigError
+
+
+async def test_a_coroutine_that_is_never_awaited_checks_nothing():
+    assert inspect.iscoroutinefunction(mb.Microbatcher.submit)
+    wrong = batcher_for(ScriptedTransport()).submit(ask("x"), temperature="hot")
+    wrong.close()
 
 
 async def test_a_mock_of_a_batcher_has_a_submit_to_await():

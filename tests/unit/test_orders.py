@@ -165,7 +165,7 @@ def test_wrong_type_is_wrong_for_whichever_item_it_hits(kind):
         if at == 4:
             assert not isinstance(bad, str)
         else:
-            with pytest.raises(ValueError, match=r"Expected|does not have"):
+            with pytest.raises(ValueError, match=r"wrong type|not in enum|fits none of anyOf"):
                 answers.decode(json.dumps(bad))
     assert hit == set(range(5))
 

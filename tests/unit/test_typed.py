@@ -33,18 +33,17 @@ OtherTwin = msgspec.defstruct("Twin", [("a", str)], module="m")
         (Plain, "Plain"),
         (object, "object"),
         (list[Plain], "list"),
-        (Doubtful, "Doubtful.*Plain.*not supported"),
+        (Doubtful, "Doubtful"),
         (Category("home"), "must be a type, not an instance of Category"),
         (len, "must be a type, not an instance of builtin_function"),
         (None, "must be a type, not an instance of NoneType"),
         ("Category", "must be a type, not an instance of str"),
         (5, "must be a type, not an instance of int"),
         (Callable[[int], str], "Callable"),
-        (Category | Cat, "tagged"),
+        (Category | Cat, "Category.*Cat"),
         (list["Nowhere"], "Nowhere"),  # noqa: F821
         (Literal[Colour.RED], "Literal"),
         (complex, "complex"),
-        (tuple[Twin, OtherTwin], "two types that are both named .*Twin"),
         (list[Literal[Colour.RED]], "Literal"),
     ],
 )
@@ -53,6 +52,21 @@ def test_a_type_without_a_json_form_is_a_config_error_that_names_it(output_type,
         answer_type(output_type)
     assert "\n" not in str(caught.value)
     assert "home" not in str(caught.value)
+
+
+def test_two_types_of_one_name_are_told_apart_or_refused() -> None:
+    """msgspec tells them apart from 0.23 on."""
+    try:
+        kind = answer_type(tuple[Twin, OtherTwin])
+    except ConfigError as error:
+        assert "Twin" in str(error)  # noqa: PT017 either outcome is right
+        return
+    one, other = kind.schema["prefixItems"]
+    assert one != other
+    output, _ = kind.decode('[{"a":1},{"a":"x"}]')
+    assert output == (Twin(1), OtherTwin("x"))
+    with pytest.raises(ValueError, match=r"^\$\[1\]\.a: wrong type$"):
+        kind.decode('[{"a":1},{"a":1}]')
 
 
 def test_a_field_whose_type_cannot_be_found_is_a_config_error() -> None:
