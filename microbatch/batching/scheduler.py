@@ -90,6 +90,7 @@ class Scheduler(Generic[Q, W]):
         self._freed = freed
         self._turns: Turns[Q] = Turns(slots)
         self._watchers: dict[Callable[[], None], None] = {}  # as a set that keeps their order
+        self._parked: list[asyncio.Future[W]] = []  # tasks that wait for work
         self._pumping = False
         self._asked: asyncio.Event
         self._tasks: TaskGroup
@@ -163,7 +164,10 @@ class Scheduler(Generic[Q, W]):
         self._pumping = True
         try:
             while (work := self._next()) is not None:
-                self._tasks.start_soon(self._run, work)
+                if self._parked:
+                    self._parked.pop().set_result(work)
+                else:
+                    self._tasks.start_soon(self._run, work)
             self._notify()
         except Exception as bug:  # noqa: BLE001 it would take the task group with it, and so every call under way
             self._look_again(bug)
@@ -220,13 +224,19 @@ class Scheduler(Generic[Q, W]):
         self._rested(queue)
 
     async def _run(self, work: W) -> None:
-        """Do *work*."""
-        try:
-            await self._settle(work)
-        finally:
-            del self.under_way[id(work)]
-            self._asked.set()
-            self._freed()
+        """Do *work*, then wait for more: starting a task costs several times as much as waking one."""
+        while True:
+            try:
+                await self._settle(work)
+            finally:
+                del self.under_way[id(work)]
+                self._asked.set()
+                self._freed()
+            if len(self._parked) >= self._slots:
+                return
+            parked: asyncio.Future[W] = asyncio.get_running_loop().create_future()
+            self._parked.append(parked)
+            work = await parked
 
     def _look_again(self, bug: Exception) -> None:
         """Log *bug*, and see that what is due is not forgotten over it."""

@@ -306,7 +306,10 @@ class Turns(Generic[Q]):
     def _share(self, account: Account, rank: int) -> tuple[_Load[Q], _Share[Q]]:
         load = self._loads.get(account)
         if load is None:
+            others = list(self._loads.values()) if len(self._loads) == 1 else ()
             load = self._loads[account] = _Load()
+            for other in others:
+                self._place_all(other)  # it was alone, and its entries were not kept up to date; see `_place`
         share = load.shares[rank]
         if share is None:
             share = load.shares[rank] = _Share(account, rank, self._turn())
@@ -363,6 +366,8 @@ class Turns(Generic[Q]):
                 share.entry = None
                 priority.servable -= 1
             return
+        if share.entry is not None and len(self._loads) == 1:
+            return  # with one account there is nothing to compare with, and this is on every batch's path
         key = (rank == HIGH and account in self._overdrawn, account.on_wire, share.turn)
         if share.entry is None:
             if not priority.servable:
