@@ -42,7 +42,7 @@ class SpoolFront:
         self.spool = spool
         self.counts = Counts()
         self._counted_at: float | None = None
-        self._puts: RoundTrips[Item, PutOutcome] = RoundTrips(self._put, in_turn=True)
+        self._puts: RoundTrips[Item, PutOutcome] = RoundTrips(self._put, at_once=1)
         self._looks: RoundTrips[Name, Found] = RoundTrips(self._find)
         self._recounts: RoundTrips[None, None] = RoundTrips(self._recount)
 
