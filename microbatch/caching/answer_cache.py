@@ -44,6 +44,9 @@ AGREED: Final = 1.0
 """Seconds after which a store asks once more for the secret. What it is read from may have been emptied, and others have agreed on
 another one since: entries under the old one would be found by this process only."""
 
+AHEAD: Final = 60.0
+"""Seconds by which the clocks of processes that share a cache may differ."""
+
 FRESH: Final = 0.1
 """Seconds for which what was just stored is kept at hand: twice what a look-up may take, for those that were on their way before."""
 
@@ -173,7 +176,7 @@ class AnswerCache:
         """
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
-        if entry is None:
+        if entry is None or _is_ahead(entry, now):
             self._ledger.cache_misses += 1
             return None
         try:
@@ -273,3 +276,9 @@ class AnswerCache:
     def _forget(self, keys: list[bytes]) -> None:
         for key in keys:
             self._fresh.pop(key, None)
+
+
+def _is_ahead(entry: entries.Entry, now: float) -> bool:
+    """Return whether *entry* was stored at a time yet to come: the clock was set back since, and how old it is cannot be known."""
+    longest = AHEAD if entry.expires_at is None else min(AHEAD, entry.expires_at - entry.stored_at)
+    return entry.stored_at - now > longest
