@@ -35,10 +35,10 @@ JITTER: Final = 0.1
 PATIENCE: Final = 2.0
 """Seconds that a store or a look-up of bulk work may take: no caller waits for it, and what is missed has to be paid for."""
 
-PAGE: Final = 256
+PAGE: Final = 128
 """Most keys in one look-up: a burst is looked up page by page, and each page has the whole time of a look-up."""
 
-_AT_ONCE: Final = 4  # look-ups under way: enough for a server's round trips to overlap, and few enough not to wait for each other
+_AT_ONCE: Final = 2  # look-ups under way: more would only wait for each other where a cache does one after the other
 
 AGREED: Final = 1.0
 """Seconds after which a store asks once more for the secret. What it is read from may have been emptied, and others have agreed on
@@ -47,8 +47,8 @@ another one since: entries under the old one would be found by this process only
 AHEAD: Final = 60.0
 """Seconds by which the clocks of processes that share a cache may differ."""
 
-FRESH: Final = 0.1
-"""Seconds for which what was just stored is kept at hand: twice what a look-up may take, for those that were on their way before."""
+FRESH: Final = 0.075
+"""Seconds for which what was just stored is kept at hand: more than a look-up may take, for those that were on their way before."""
 
 
 Stored = list[tuple[bytes, bytes, float | None]]

@@ -18,6 +18,7 @@ import msgspec
 
 from microbatch.spool.records import (
     LOST,
+    OVERDUE,
     Counts,
     DeadLetter,
     Delivery,
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
 PAGE: Final = 100
 """Most rows with texts that are read at once."""
-
-OVERDUE: Final = 60.0
-"""Seconds, or the time of the longest lease if that is longer, after which a lease that ran out is given once more before it counts."""
 
 _MOST_DROPPED: Final = 64  # answers, beyond as many as are written, so that no transaction takes long
 
