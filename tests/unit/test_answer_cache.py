@@ -443,13 +443,19 @@ async def test_a_store_that_takes_long_holds_up_nobody_and_is_made():
 
 
 async def test_answers_of_bulk_work_come_no_faster_than_they_can_be_stored():
-    cache, transport = Watched(), ScriptedTransport()
+    turn = asyncio.Lock()
+
+    class InTurn(Watched):
+        async def set_many(self, kept):
+            async with turn:
+                await asyncio.sleep(PATIENCE / 5)
+            await super().set_many(kept)
+
+    cache, transport = InTurn(), ScriptedTransport(delay=0.05)
     async with batcher_for(transport, cache, max_batch_size=4, max_concurrent_batches=2) as batcher:
-        cache.get_many = super(Watched, cache).get_many
-        cache.delay = 1.0
-        async for _ in batcher.map([ask(str(number)) for number in range(80)]):
+        async for _ in batcher.map([ask(str(number)) for number in range(160)]):
             pass
-    assert batcher.stats().cache_stores == 80
+    assert batcher.stats().cache_stores == 160
 
 
 async def test_a_store_that_hangs_ends_with_its_time_even_when_the_batcher_closes():
