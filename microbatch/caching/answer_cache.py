@@ -15,6 +15,7 @@ from microbatch.accounting.events import Settled
 from microbatch.caching import entry as entries
 from microbatch.caching.guard import Guard
 from microbatch.caching.key import Keys
+from microbatch.caching.patience import Patience
 from microbatch.messages import Reply, Usage
 from microbatch.storage.round_trips import RoundTrips
 
@@ -32,10 +33,26 @@ JITTER: Final = 0.1
 """Answers are kept for up to this share less than they might be, so that what was stored together does not expire together."""
 
 PATIENCE: Final = 2.0
-"""Seconds that a look-up or a store of bulk work may take: nobody waits for it, and what is missed has to be paid for."""
+"""Seconds that a store or a look-up of bulk work may take: no caller waits for it, and what is missed has to be paid for."""
 
-FRESH: Final = 0.1
-"""Seconds for which what was just stored is kept at hand: twice what a look-up may take, for those that were on their way before."""
+PAGE: Final = 128
+"""Most keys in one look-up: a burst is looked up page by page, and each page has the whole time of a look-up."""
+
+_AT_ONCE: Final = 2  # look-ups under way: more would only wait for each other where a cache does one after the other
+
+AGREED: Final = 1.0
+"""Seconds after which a store asks once more for the secret. What it is read from may have been emptied, and others have agreed on
+another one since: entries under the old one would be found by this process only."""
+
+AHEAD: Final = 60.0
+"""Seconds by which the clocks of processes that share a cache may differ."""
+
+FRESH: Final = 0.075
+"""Seconds for which what was just stored is kept at hand: more than a look-up may take, for those that were on their way before."""
+
+
+Stored = list[tuple[bytes, bytes, float | None]]
+"""Entries to be stored: key, value, seconds to live."""
 
 
 class AnswerCache:
@@ -74,25 +91,31 @@ class AnswerCache:
         self._normalize = normalize
         self._now = now
         self._keys: Keys | None = None
+        self._agreed_at = 0.0  # loop time
         self._fresh: dict[bytes, bytes] = {}
-        self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many)
-        self._bulk_look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many_patiently)
+        self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(
+            self._get_many, most=PAGE, at_once=_AT_ONCE
+        )
+        self._bulk_look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(
+            self._get_many_patiently, most=PAGE, at_once=_AT_ONCE
+        )
+        self._stores: RoundTrips[Stored, None] = RoundTrips(self._store, lasting=True)
         self._unlockings: RoundTrips[None, None] = RoundTrips(self._unlock)
 
     @property
     def services(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
         """What has to run as long as the cache is used."""
-        return self._look_ups.serve, self._bulk_look_ups.serve, self._unlockings.serve
+        return self._look_ups.serve, self._bulk_look_ups.serve, self._stores.serve, self._unlockings.serve
 
     async def open(self) -> None:
         """Learn the secret that keys the digests, if it can be had now; else look-ups are misses until it can."""
         await self._unlock([None])
 
     async def _unlock(self, asked: list[None]) -> list[None]:
-        if self._keys is None:
-            secret = await self._guard.secret()
-            if secret is not None:
-                self._keys = Keys(secret, endpoint=self._endpoint, model=self._model, normalize=self._normalize)
+        secret = await self._guard.secret()
+        self._agreed_at = asyncio.get_running_loop().time()
+        if secret is not None and (self._keys is None or self._keys.secret != secret):
+            self._keys = Keys(secret, endpoint=self._endpoint, model=self._model, normalize=self._normalize)
         return asked
 
     @property
@@ -134,11 +157,11 @@ class AnswerCache:
         return found
 
     async def _get_many_patiently(self, keys: list[bytes]) -> list[bytes | None]:
-        return await self._get_many(keys, _patiently())
+        return await self._get_many(keys, Patience(PATIENCE))
 
-    async def _get_many(self, keys: list[bytes], until: float | None = None) -> list[bytes | None]:
+    async def _get_many(self, keys: list[bytes], patience: Patience | None = None) -> list[bytes | None]:
         asked = list(dict.fromkeys(keys))
-        found = dict(zip(asked, await self._guard.get_many(asked, until=until), strict=True))
+        found = dict(zip(asked, await self._guard.get_many(asked, patience=patience), strict=True))
         # What was stored while this look-up was on its way: whoever asked would otherwise find neither the answer nor its call.
         return [found[key] or self._fresh.get(key) for key in keys]
 
@@ -153,7 +176,7 @@ class AnswerCache:
         """
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
-        if entry is None:
+        if entry is None or _is_ahead(entry, now):
             self._ledger.cache_misses += 1
             return None
         try:
@@ -201,11 +224,15 @@ class AnswerCache:
     # --- keeping
 
     async def keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
-        """Keep the answers of one reply, each with what it would have cost alone; never raises."""
+        """Keep the answers of one reply, each with what it would have cost alone; never raises.
+
+        Returns at once, as a slot is held meanwhile and others wait for it; for bulk work when they are stored, or its answers would
+        come faster than they can be stored.
+        """
         if self._keys is None:
             return
         now = self._now()
-        stored: list[tuple[bytes, bytes, float | None]] = []
+        stored: Stored = []
         for ticket, alone in answered:
             reply, key = ticket.reply, ticket.terms.key
             if reply is None or key is None:
@@ -230,18 +257,28 @@ class AnswerCache:
         if not stored:
             return
         self._fresh.update((key, value) for key, value, _ in stored)
+        storing = self._stores.ask_for_nobody(stored)
+        if all(ticket.bulk for ticket, _ in answered):
+            await asyncio.wait([storing])
+
+    async def _store(self, replies: list[Stored]) -> list[None]:
+        stored = [entry for reply in replies for entry in reply]
         try:
-            bulk = all(ticket.bulk for ticket, _ in answered)
-            if await self._guard.set_many(stored, until=_patiently() if bulk else None):
+            if await self._guard.set_many(stored, patience=Patience(PATIENCE)):
                 self._ledger.cache_stores += len(stored)
+                if asyncio.get_running_loop().time() - self._agreed_at >= AGREED:
+                    self._unlockings.ask_for_nobody(None)
         finally:
             keys = [key for key, _, _ in stored]
             asyncio.get_running_loop().call_later(FRESH, self._forget, keys, context=contextvars.Context())
+        return [None] * len(replies)
 
     def _forget(self, keys: list[bytes]) -> None:
         for key in keys:
             self._fresh.pop(key, None)
 
 
-def _patiently() -> float:
-    return asyncio.get_running_loop().time() + PATIENCE
+def _is_ahead(entry: entries.Entry, now: float) -> bool:
+    """Return whether *entry* was stored at a time yet to come: the clock was set back since, and how old it is cannot be known."""
+    longest = AHEAD if entry.expires_at is None else min(AHEAD, entry.expires_at - entry.stored_at)
+    return entry.stored_at - now > longest

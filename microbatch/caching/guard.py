@@ -8,6 +8,7 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from microbatch.caching.patience import Patience
 from microbatch.caching.terms import SECRET_BYTES
 from microbatch.errors import MicrobatchError, StorageError
 
@@ -21,7 +22,7 @@ logger = logging.getLogger("microbatch")
 T = TypeVar("T")
 
 BUDGET: Final = 0.05
-"""Seconds that one call of a cache may take."""
+"""Seconds that one call of a cache may take while somebody waits for it."""
 
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 30.0
@@ -42,7 +43,7 @@ class Guard:
 
     Args:
         cache: What to guard. It may have `keeps_time`: true if it sees to it itself that no call takes longer than `BUDGET`, or
-            than until the loop time that its methods are told as `until`.
+            than the `Patience` that its methods are given as `patience`.
 
     Attributes:
         cache: As given.
@@ -75,49 +76,45 @@ class Guard:
             return int(getattr(self.cache, name, 0))
         return 0
 
-    async def get_many(self, keys: Sequence[bytes], *, until: float | None = None) -> list[bytes | None]:
+    async def get_many(self, keys: Sequence[bytes], *, patience: Patience | None = None) -> list[bytes | None]:
         """Return the value of each key, None where there is none, and None for all when the cache cannot be asked.
 
         Args:
             keys: What to look up.
-            until: Loop time after which nobody waits for an answer; None gives the cache its usual time.
+            patience: The time for it; None gives the cache `BUDGET`.
         """
         if not keys:
             return []
 
         async def look_up() -> list[bytes | None]:
-            return _checked(await self.cache.get_many(keys, **self._told(until)), len(keys))
+            return _checked(await self.cache.get_many(keys, **self._given(patience)), len(keys))
 
-        found = await self._ask(look_up, self._look_ups, until)
+        found = await self._ask(look_up, self._look_ups, patience)
         if found is None:
             self._missed += len(keys)
             return [None] * len(keys)
         return found
 
     async def set_many(
-        self, entries: Sequence[tuple[bytes, bytes, float | None]], *, until: float | None = None
+        self, entries: Sequence[tuple[bytes, bytes, float | None]], *, patience: Patience | None = None
     ) -> bool:
         """Keep *entries*, if the cache can; return whether it did.
 
         Args:
             entries: Key, value and seconds to live, as in `Cache.set_many`.
-            until: Loop time after which nobody waits for it; None gives the cache its usual time.
+            patience: The time for it; None gives the cache `BUDGET`.
         """
         if not entries:
             return True
 
         async def store() -> bool:
-            await self.cache.set_many(entries, **self._told(until))
+            await self.cache.set_many(entries, **self._given(patience))
             return True
 
-        return await self._ask(store, self._stores, until) is True
+        return await self._ask(store, self._stores, patience) is True
 
-    async def secret(self, *, until: float | None = None) -> bytes | None:
-        """Return the 32 bytes that key the digests; None if they cannot be had now.
-
-        Args:
-            until: Loop time after which nobody waits for them; None gives the cache its usual time.
-        """
+    async def secret(self) -> bytes | None:
+        """Return the 32 bytes that key the digests; None if they cannot be had now."""
         ask: Callable[[], Awaitable[Any]] | None = getattr(self.cache, "secret", None)
         if ask is None:
             return _SECRET
@@ -128,17 +125,17 @@ class Guard:
                 raise StorageError(f"its secret is not {SECRET_BYTES} bytes")
             return secret
 
-        return await self._ask(checked, self._look_ups, until)
+        return await self._ask(checked, self._look_ups, None)
 
-    async def _ask(self, call: Callable[[], Awaitable[T]], trust: _Trust, until: float | None) -> T | None:
+    async def _ask(self, call: Callable[[], Awaitable[T]], trust: _Trust, patience: Patience | None) -> T | None:
         """Return what *call* brings; None if it is not made, fails or is late."""
         now = asyncio.get_running_loop().time()
         era = trust.let_through(now)
         if era is None:
             return None
-        limit = asyncio.timeout_at(None if self._keeps_time else now + BUDGET if until is None else until)
+        limit = Patience(BUDGET) if patience is None else patience
         try:
-            async with limit:
+            async with contextlib.nullcontext() if self._keeps_time else limit:
                 result = await call()
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -148,14 +145,14 @@ class Guard:
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 the cache may be anybody's; panics of Rust derive from BaseException
-            self._failed(trust, era, "it took too long" if limit.expired() else _told(error))
+            self._failed(trust, era, "it took too long" if limit.expired else _told(error))
         else:
             self._succeeded(trust, era)
             return result
         return None
 
-    def _told(self, until: float | None) -> dict[str, Any]:
-        return {"until": until} if self._keeps_time and until is not None else {}
+    def _given(self, patience: Patience | None) -> dict[str, Any]:
+        return {"patience": patience} if self._keeps_time and patience is not None else {}
 
     @property
     def _distrusted(self) -> bool:

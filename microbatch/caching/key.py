@@ -36,12 +36,15 @@ class Keys:
         endpoint: Address of the endpoint.
         model: Its model when a request names none.
         normalize: Makes texts equal that are to share an answer, or None. It gets the text of the last message.
+
+    Attributes:
+        secret: As given.
     """
 
     def __init__(
         self, secret: bytes, *, endpoint: str, model: str | None, normalize: Callable[[str], str] | None = None
     ) -> None:
-        self._secret = secret
+        self.secret = secret
         self._endpoint = endpoint
         self._model = model
         self._normalize = normalize
@@ -58,7 +61,7 @@ class Keys:
             whole = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, told])
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"messages must be JSON values: {error}") from error
-        return hashlib.blake2b(whole, digest_size=_DIGEST_BYTES, key=self._secret).digest()
+        return hashlib.blake2b(whole, digest_size=_DIGEST_BYTES, key=self.secret).digest()
 
     def _normalized(self, messages: Messages) -> list[Any]:
         last: Any = messages[-1] if messages else None

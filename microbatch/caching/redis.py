@@ -27,7 +27,8 @@ class RedisCache:
         url: `redis://`, `rediss://` or `unix://`, with the number of the database and credentials if need be.
         ttl: Seconds for which answers are good unless the request says otherwise; None for ever.
         prefix: What the names of all keys begin with.
-        timeout: Seconds for each of: connecting, each write, and each read. A batcher waits 50 ms in all, whatever this says.
+        timeout: Seconds for each of: connecting, each write, and each read. Whatever this says, a batcher waits 50 ms in all for what
+            a caller waits for, and 2 s for stores and bulk work.
         max_connections: Most connections open at once. Who finds none free waits for one.
 
     Attributes:
@@ -44,7 +45,7 @@ class RedisCache:
         *,
         ttl: float | None = WEEK,
         prefix: str = "microbatch:",
-        timeout: float = 0.05,
+        timeout: float = 5.0,
         max_connections: int = 16,
     ) -> None:
         at_least(0, ttl=ttl)
@@ -59,6 +60,7 @@ class RedisCache:
         self._connect = functools.partial(connect, url, timeout=timeout, max_connections=max_connections)
         self._connect()  # nothing is sent; a malformed address is told now
         self._client: Any = None
+        self._secret: bytes | None = None  # as it was last read
 
     def __repr__(self) -> str:
         """Tell the names it uses, but not the address: it may hold a password."""
@@ -71,6 +73,8 @@ class RedisCache:
     async def secret(self) -> bytes:
         """Return the 32 random bytes that whoever came first has left on the server.
 
+        If the server has lost them, those that this cache has read before are put back.
+
         Raises:
             StorageError: The server cannot be reached or used.
         """
@@ -79,9 +83,10 @@ class RedisCache:
             secret = await client.get(self._secret_name)
             if secret is None:
                 # Another may be about to do the same: the server takes one, and all read that.
-                await client.set(self._secret_name, secrets.token_bytes(SECRET_BYTES), nx=True)
+                await client.set(self._secret_name, self._secret or secrets.token_bytes(SECRET_BYTES), nx=True)
                 secret = await client.get(self._secret_name)
-        return _bytes_each([secret], 1)[0] or b""
+        self._secret = _bytes_each([secret], 1)[0]
+        return self._secret or b""
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the value of each key, None where there is none.
@@ -105,10 +110,15 @@ class RedisCache:
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
         """Keep *entries*: key, value, and seconds after which the server drops it, None for as long as there is room.
 
+        The secret is put back with them if the server has lost it.
+
         Raises:
             StorageError: The server cannot be reached or used; some of the entries may be kept.
         """
         pipeline = self._opened().pipeline(transaction=False)
+        if self._secret is not None:
+            # The server may have been emptied, or have dropped it for want of room. Without it nobody else would find the entries.
+            pipeline.set(self._secret_name, self._secret, nx=True)
         for key, value, ttl in entries:
             if ttl is None:
                 pipeline.set(self._prefix + key, value)

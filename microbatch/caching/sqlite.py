@@ -26,7 +26,10 @@ LEAST_BYTES: Final = 256 * 1024
 TOUCH_AFTER: Final = 60.0
 """Seconds for which a use need not be noted again: what was used most recently is known to the minute."""
 
-_BUSY: Final = 0.05  # nobody waits longer for a cache
+AHEAD: Final = 60.0
+"""Seconds by which an entry may have been used later than now, as clocks differ; if it is more, the clock was set back since."""
+
+_BUSY: Final = 3.0  # seconds that a store may wait for other processes; no caller waits for it
 _MOST_DROPPED: Final = 512  # entries in one transaction, so that none takes long
 _STEP: Final = 4
 _MOST_TOUCHED: Final = 10_000
@@ -50,8 +53,8 @@ class SQLiteCache:
 
     Args:
         path: The file; it is made if it is missing, and readable by its owner only.
-        max_bytes: Size at which the file stops growing, within a few pages; it is given room back only within. Its log takes some
-            megabytes more. An entry that is larger is not kept.
+        max_bytes: Size at which the file stops growing, within a few pages; it is given room back only within. Its log takes about
+            10 MB more. An entry that is larger is not kept.
         ttl: Seconds for which answers are good unless the request says otherwise; None for ever.
 
     Attributes:
@@ -73,6 +76,7 @@ class SQLiteCache:
         self._database = Database(path, _SCHEMA, kind="cache", version=1, durable=False, busy=_BUSY)
         self._touched: dict[int, float] = {}  # rows used since the last write, and when
         self._now = time.time  # noqa: TID251 entries outlive the process
+        self._secret: bytes | None = None  # as it was last read
 
     async def open(self) -> None:
         """Open the file.
@@ -85,11 +89,16 @@ class SQLiteCache:
     async def secret(self) -> bytes:
         """Return the 32 random bytes that came into the file with its first use.
 
+        If the file has lost them, or another one has taken its place, those that this cache has read before are put back.
+
         Raises:
             StorageError: The file cannot be read, or not be written the first time.
         """
         secret = await self._database.read(_secret)
-        return await self._database.run(_make_secret) if secret is None else secret
+        if secret is None:
+            secret = await self._database.run(lambda db: _make_secret(db, self._secret))
+        self._secret = secret
+        return secret
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the value of each key, None where there is none, in one query.
@@ -114,6 +123,8 @@ class SQLiteCache:
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
         """Keep *entries*: key, value, and seconds after which it is dropped, None for as long as there is room.
+
+        The secret is put back with them if the file has lost it.
 
         Raises:
             StorageError: The file cannot be written; nothing of it is kept.
@@ -145,6 +156,8 @@ class SQLiteCache:
         now: float,
     ) -> int:
         """Write *rows*, drop what expired and what there is no room for, and return how many the latter are."""
+        if self._secret is not None:
+            _make_secret(db, self._secret)
         db.executemany(
             "INSERT INTO entries (id, key, value, expires, used) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE "
             "SET key = excluded.key, value = excluded.value, expires = excluded.expires, used = excluded.used",
@@ -152,6 +165,7 @@ class SQLiteCache:
         )
         _touch(db, touched)
         most = _MOST_DROPPED + len(rows)
+        _mend_times(db, now, most)
         expired = db.execute("SELECT id FROM entries WHERE expires <= ? ORDER BY expires LIMIT ?", (now, most))
         _delete(db, [number for (number,) in expired])
         return self._make_room(db, most)
@@ -189,13 +203,23 @@ def _touch(db: sqlite3.Connection, touched: dict[int, float]) -> None:
     )
 
 
+def _mend_times(db: sqlite3.Connection, now: float, most: int) -> None:
+    """The clock was set back: entries used later than now are good for as long as they were then, from now on; at most *most* rows."""
+    db.execute(
+        "UPDATE entries SET expires = expires - (used - ?), used = ? "
+        "WHERE id IN (SELECT id FROM entries WHERE used > ? ORDER BY used DESC LIMIT ?)",
+        (now, now, now + AHEAD, most),
+    )
+
+
 def _secret(db: sqlite3.Connection) -> bytes | None:
     row = db.execute("SELECT content FROM state WHERE name = 'secret'").fetchone()
     return None if row is None else bytes(row[0])
 
 
-def _make_secret(db: sqlite3.Connection) -> bytes:
-    db.execute("INSERT OR IGNORE INTO state VALUES ('secret', ?)", (secrets.token_bytes(SECRET_BYTES),))
+def _make_secret(db: sqlite3.Connection, secret: bytes | None = None) -> bytes:
+    """Put *secret* into the file, or a new one, unless it has one; return what it has."""
+    db.execute("INSERT OR IGNORE INTO state VALUES ('secret', ?)", (secret or secrets.token_bytes(SECRET_BYTES),))
     return _secret(db) or b""  # another process may have been first
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from microbatch.caching.guard import BUDGET, Guard
+from microbatch.caching.patience import Patience
 from microbatch.errors import ConfigError
 from microbatch.parts import give_back, lease
 
@@ -71,62 +71,59 @@ class TieredCache:
         holders = [guard for guard in self._guards if hasattr(guard.cache, "secret")]
         return await (holders or self._guards)[-1].secret()
 
-    async def get_many(self, keys: Sequence[bytes], *, until: float | None = None) -> list[bytes | None]:
+    async def get_many(self, keys: Sequence[bytes], *, patience: Patience | None = None) -> list[bytes | None]:
         """Return the value of each key, None where there is none that can be had now.
 
         Args:
             keys: What to look up.
-            until: Loop time after which nobody waits for an answer; None takes `BUDGET`.
+            patience: The time for all tiers together; None is `BUDGET`.
         """
-        until = _end(until)
+        patience = Patience(BUDGET) if patience is None else patience
         found: dict[bytes, bytes] = {}
         gains: list[dict[bytes, bytes]] = []
         for position, guard in enumerate(self._guards):
             missing = [key for key in keys if key not in found]
-            values = await guard.get_many(missing, until=self._turn(position, until))
+            values = await guard.get_many(missing, patience=self._turn(position, patience))
             gains.append({key: value for key, value in zip(missing, values, strict=True) if value is not None})
             found.update(gains[-1])
-        await self._fill(gains, until)
+        await self._fill(gains, patience)
         return [found.get(key) for key in keys]
 
-    async def _fill(self, gains: list[dict[bytes, bytes]], until: float) -> None:
+    async def _fill(self, gains: list[dict[bytes, bytes]], patience: Patience) -> None:
         """Put what each tier had into those above it, as far as there is time."""
         below: dict[bytes, bytes] = {}
         for position in reversed(range(len(gains) - 1)):
             below |= gains[position + 1]
-            if below and asyncio.get_running_loop().time() < until:
+            if below and patience.left:
                 ttl: float | None = getattr(self.tiers[position], "ttl", None)
-                await self._guards[position].set_many([(key, value, ttl) for key, value in below.items()], until=until)
+                entries = [(key, value, ttl) for key, value in below.items()]
+                await self._guards[position].set_many(entries, patience=patience.part(1))
 
     async def set_many(
-        self, entries: Sequence[tuple[bytes, bytes, float | None]], *, until: float | None = None
+        self, entries: Sequence[tuple[bytes, bytes, float | None]], *, patience: Patience | None = None
     ) -> None:
         """Keep *entries* in all tiers: key, value, and seconds to live, None for as long as there is room.
 
         Args:
             entries: What to keep.
-            until: Loop time after which nobody waits for it; None takes `BUDGET`.
+            patience: The time for all tiers together; None is `BUDGET`.
         """
-        until = _end(until)
+        patience = Patience(BUDGET) if patience is None else patience
         for position, guard in enumerate(self._guards):
             own: float | None = None if position == len(self._guards) - 1 else getattr(guard.cache, "ttl", None)
             await guard.set_many(
-                [(key, value, _shorter(ttl, own)) for key, value, ttl in entries], until=self._turn(position, until)
+                [(key, value, _shorter(ttl, own)) for key, value, ttl in entries],
+                patience=self._turn(position, patience),
             )
 
-    def _turn(self, position: int, until: float) -> float:
-        """Return when the turn of the tier at *position* is over, if all are to be heard before *until*."""
-        now = asyncio.get_running_loop().time()
-        return now + (until - now) / (len(self._guards) - position)
+    def _turn(self, position: int, patience: Patience) -> Patience:
+        """Return the time of the tier at *position*, if those after it are to be heard as well."""
+        return patience.part(len(self._guards) - position)
 
     async def aclose(self) -> None:
         """Close the tiers, all of them even if one fails."""
         leased, self._leased = self._leased, ()
         await give_back(leased)
-
-
-def _end(until: float | None) -> float:
-    return asyncio.get_running_loop().time() + BUDGET if until is None else until
 
 
 def _shorter(ttl: float | None, own: float | None) -> float | None:

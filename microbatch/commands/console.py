@@ -52,6 +52,14 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def lost(number: int) -> str:
+    """Return what is told of requests that the server of a spool has dropped."""
+    return (
+        f"{plural(number, 'request')} lost: the server has dropped their content, their places in the queue or their answers. "
+        "Put them again; --requeue puts back those whose content is there."
+    )
+
+
 def saving(now: float | None, before: float | None) -> str:
     """Return by how much *now* is below *before*, as "-77 %" or "+12 %"; "" where that says nothing."""
     if now is None or not before:

@@ -23,6 +23,7 @@ _NOT_DEAD: Final[dict[State, str]] = {
     "leased": "a worker has it",
     "in_job": "it is in a batch job at the provider",
     "done": "it is answered",
+    "lost": "the server has dropped it; put it again",
 }
 
 
@@ -70,7 +71,8 @@ async def requeue(spool: Spool, args: argparse.Namespace) -> int:
         names = [name for name in dead if args.tenant in (None, name.tenant)]
     found = set(names)
     others = [name for name in wanted if name not in found]
-    count = await spool.requeue(names)
+    everything = not args.requeue and args.tenant is None
+    count = await spool.requeue(None if everything else names)
     states = {name.id: known.state for name, known in zip(others, await spool.find(others), strict=True)}
     for name, state in states.items():
         note(f"{name} is no dead letter: {_NOT_DEAD.get(state, 'it died just now')}")

@@ -77,8 +77,8 @@ class PatientCache:
         """
         return await self._patiently(self._cache.secret, PATIENCE)
 
-    async def get_many(self, keys: Sequence[bytes], *, until: float | None = None) -> list[bytes | None]:  # noqa: ARG002
-        """Return the value of each key, None where there is none. *until*, a batcher's patience, is too short here.
+    async def get_many(self, keys: Sequence[bytes], *, patience: object = None) -> list[bytes | None]:  # noqa: ARG002
+        """Return the value of each key, None where there is none. *patience*, that of a batcher, is too short here.
 
         Raises:
             StorageError: The cache is given up.
@@ -89,7 +89,7 @@ class PatientCache:
         self,
         entries: Sequence[tuple[bytes, bytes, float | None]],
         *,
-        until: float | None = None,  # noqa: ARG002 see `get_many`
+        patience: object = None,  # noqa: ARG002 see `get_many`
     ) -> None:
         """Keep *entries*: key, value, and seconds after which it may be dropped, None for as long as there is room.
 

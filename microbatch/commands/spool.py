@@ -177,6 +177,7 @@ class Figures(msgspec.Struct, kw_only=True):
         done: Answers that are kept.
         dead: Dead letters.
         oldest_s: Seconds for which the oldest of `depth` has been there; None if there is none.
+        lost: Requests and answers that the server has dropped.
     """
 
     waiting_full: int
@@ -188,6 +189,7 @@ class Figures(msgspec.Struct, kw_only=True):
     done: int
     dead: int
     oldest_s: float | None
+    lost: int
 
 
 async def _show(spool: Spool, args: argparse.Namespace) -> int:
@@ -202,6 +204,9 @@ async def _show(spool: Spool, args: argparse.Namespace) -> int:
     if counts.dead:
         say()
         say("--dead tells why they died, --requeue puts them back.")
+    if counts.lost:
+        say()
+        say(console.lost(counts.lost))
     return console.OK
 
 
@@ -218,6 +223,7 @@ def figures(counts: Counts) -> Figures:
         done=counts.done,
         dead=counts.dead,
         oldest_s=None if counts.oldest is None else round(counts.oldest, 3),
+        lost=counts.lost,
     )
 
 
@@ -234,4 +240,6 @@ def told(counts: Counts) -> str:
         ("answered", counts.done),
         ("dead letters", counts.dead),
     ]
+    if counts.lost:
+        rows.append(("lost", counts.lost))
     return table(("", "requests"), [(name, f"{number:,}") for name, number in rows])

@@ -20,7 +20,7 @@ PATIENT_TIMEOUT: Final = 5.0
 """Seconds for each step towards a Redis server, in work that nobody waits for."""
 
 
-def cache_at(place: str, *, timeout: float = 0.05) -> SQLiteCache | RedisCache:
+def cache_at(place: str, *, timeout: float = PATIENT_TIMEOUT) -> SQLiteCache | RedisCache:
     """Return the cache at *place*.
 
     Args:

@@ -50,7 +50,8 @@ A worker runs until it is stopped: on Ctrl-C or SIGTERM it takes no more, ends
 what is under way, and tells what it did. A second signal stops it at once,
 and nothing is lost by that. The key is taken from OPENAI_API_KEY.
 
-Exit status: 0, 1 if requests became dead letters, 2 if something is wrong with the command.
+Exit status: 0, 1 if requests became dead letters or the server has lost some,
+2 if something is wrong with the command.
 """
 EXAMPLES = """
 examples:
@@ -123,6 +124,7 @@ class Report(msgspec.Struct, kw_only=True):
         dead: Dead letters in it.
         jobs: Batch jobs begun at the provider.
         wall_s: Seconds it worked.
+        lost: Requests in the spool whose content, place or answer the server has dropped.
     """
 
     answered: int
@@ -136,6 +138,7 @@ class Report(msgspec.Struct, kw_only=True):
     completion_tokens: int
     cost_usd: float | None
     wall_s: float
+    lost: int
 
 
 class Work:
@@ -164,7 +167,7 @@ class Work:
             counts = await self._spool.counts()
             stats = self._stats()
         self._tell(worker.done, stats, counts, asyncio.get_running_loop().time() - start)
-        return console.SOME_FAILED if counts.dead > before.dead else console.OK
+        return console.SOME_FAILED if counts.dead > before.dead or counts.lost else console.OK
 
     async def _worker(self, stack: AsyncExitStack, progress: Progress) -> Worker | ProviderBatches:
         shown = 0
@@ -259,6 +262,8 @@ class Work:
             write("The endpoint was simulated: the answers are made up, and nothing was paid.")
         if counts.dead:
             note(f"Dead letters: microbatch spool {self._args.spool} --dead")
+        if counts.lost:
+            note(console.lost(counts.lost))
         if self._args.json:
             report = Report(
                 answered=done.answered,
@@ -272,6 +277,7 @@ class Work:
                 completion_tokens=usage.completion_tokens,
                 cost_usd=None if cost_usd is None else round(cost_usd, 9),
                 wall_s=round(wall_s, 3),
+                lost=counts.lost,
             )
             say(msgspec.json.encode(report).decode())
 

@@ -21,6 +21,9 @@ FIRST_LOOK: Final = 0.02
 RAREST_LOOK: Final = 1.0
 """Seconds between two looks for an answer: they grow from the one to the other, as an answer may take hours."""
 
+MOST: Final = 500
+"""Most requests put or looked for in one step, so that none holds up the others' for long."""
+
 STALE: Final = 1.0
 """Seconds for which a count of the spool is shown before it is counted anew."""
 
@@ -42,8 +45,8 @@ class SpoolFront:
         self.spool = spool
         self.counts = Counts()
         self._counted_at: float | None = None
-        self._puts: RoundTrips[Item, PutOutcome] = RoundTrips(self._put, in_turn=True)
-        self._looks: RoundTrips[Name, Found] = RoundTrips(self._find)
+        self._puts: RoundTrips[Item, PutOutcome] = RoundTrips(self._put, most=MOST, at_once=1)
+        self._looks: RoundTrips[Name, Found] = RoundTrips(self._find, most=MOST)
         self._recounts: RoundTrips[None, None] = RoundTrips(self._recount)
 
     @property
@@ -76,7 +79,7 @@ class SpoolFront:
             ConfigError: The spool does not know the name, or the type cannot be used.
             DeadlineExceeded: There is no answer yet.
             MalformedAnswer: The answer does not fit the type.
-            RequestFailed: The request is a dead letter.
+            RequestFailed: The request is a dead letter, or the server has lost it.
             StorageError: The spool cannot be read.
         """
         found = await self._look(name)
@@ -86,6 +89,10 @@ class SpoolFront:
                     found = await self._wait_for(name)
         if found is None:
             raise DeadlineExceeded(f"no answer to the spooled request within the timeout of {timeout:g} s")
+        if found.state == "lost":
+            raise RequestFailed(
+                "the spooled request is lost: the server has dropped it, or its answer, for want of room. Put it again"
+            )
         if found.state == "dead" or found.result is None:
             raise RequestFailed(f"the spooled request was given up, a dead letter: {found.error}")
         return Answer.decode(found.result).reply(output_type)
@@ -97,7 +104,7 @@ class SpoolFront:
             raise ConfigError(
                 f"the spool knows no request with the id {name.id!r}: it was never queued, or its answer was dropped"
             )
-        return found if found.state in ("done", "dead") else None
+        return found if found.state in ("done", "dead", "lost") else None
 
     async def _wait_for(self, name: Name) -> Found:
         pause = FIRST_LOOK

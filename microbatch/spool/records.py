@@ -27,6 +27,10 @@ MAX_ALONE = 3
 LEASE = 60.0
 """Seconds for which a worker takes requests; it renews them as long as it lives."""
 
+OVERDUE = 60.0
+"""Seconds, or the time of the longest lease if that is longer, for which a lease may have run out unnoticed. If it was longer, the
+clock was set, or all machines were asleep or off: the lease is given once more, for its worker to renew if it lives."""
+
 LOST = "its worker died, or did not return it within its lease: the last of {} deliveries in vain"
 """What is told of a dead letter whose last lease ran out; to be filled in with the number of its deliveries."""
 
@@ -108,14 +112,15 @@ class Delivery(msgspec.Struct, frozen=True):
 PutOutcome = Literal["new", "known", "conflict"]
 """What came of putting a request: it is queued now; it was there already; another one has its name."""
 
-State = Literal["unknown", "waiting", "leased", "in_job", "done", "dead"]
+State = Literal["unknown", "waiting", "leased", "in_job", "done", "dead", "lost"]
 
 
 class Found(msgspec.Struct, frozen=True):
     """What is known of a name.
 
     Attributes:
-        state: Where the request is; "leased" may also mean that its worker has died since.
+        state: Where the request is; "leased" may also mean that its worker has died since, "lost" that the server has dropped the
+            request, its place in the queue, or its answer.
         result: What `finish` stored, if it is done.
         error: What it failed with, if it is dead.
     """
@@ -167,6 +172,8 @@ class Counts(msgspec.Struct, frozen=True):
         done: Answers that are kept.
         dead: Dead letters.
         oldest: Age in seconds of the one put longest ago that is neither done nor dead; None if there is none.
+        lost: Those that the server has dropped, or whose place in the queue or answer it has dropped. They are not answered unless
+            they are put again.
     """
 
     waiting: tuple[int, int, int] = (0, 0, 0)
@@ -175,6 +182,7 @@ class Counts(msgspec.Struct, frozen=True):
     done: int = 0
     dead: int = 0
     oldest: float | None = None
+    lost: int = 0
 
     @property
     def depth(self) -> int:
@@ -216,7 +224,10 @@ class Spool(Protocol):
         ...
 
     async def put(self, items: Sequence[Item]) -> list[PutOutcome]:
-        """Queue *items*; once this returns they are durable. The first of several with one name counts."""
+        """Queue *items*; once this returns they are durable. The first of several with one name counts.
+
+        One that is lost is queued again, and is new.
+        """
         ...
 
     async def take(self, stage: Stage, most: int, *, lease: float) -> list[Delivery]:
@@ -262,7 +273,10 @@ class Spool(Protocol):
         ...
 
     async def requeue(self, names: Sequence[Name] | None = None) -> int:
-        """Queue dead letters anew, as if they had never been delivered: those of *names*, or all; return how many."""
+        """Queue dead letters anew, as if they had never been delivered: those of *names*, or all; return how many.
+
+        Lost requests whose content is still there are queued as well.
+        """
         ...
 
     def export(self) -> AsyncIterator[Kept]:

@@ -9,6 +9,8 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from microbatch.errors import ConfigError, StorageError
 from microbatch.policy import at_least, whole
 from microbatch.spool import redis_scripts as scripts
@@ -40,6 +42,7 @@ PAGE: Final = 100
 _LONGEST: Final = 100 * 365 * 86_400.0  # the server refuses times that do not fit its integers
 _MAX_CONNECTIONS: Final = 16
 _DELIVERY_FIELDS: Final = 6
+_SAFE: Final = "noeviction"
 
 
 class RedisSpool:
@@ -51,7 +54,8 @@ class RedisSpool:
 
     It is as durable as the server: with `appendonly yes` and `appendfsync always` what was put survives a power cut; with
     `appendfsync everysec`, the server's default, all but the last second of it; without `appendonly`, only the death of workers
-    and whoever put it. Its `maxmemory-policy` has to be `noeviction`.
+    and whoever put it. Its `maxmemory-policy` has to be `noeviction`: a full server then refuses new requests, and goes on to
+    serve those that it has.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, with the number of the database and credentials if need be.
@@ -59,6 +63,8 @@ class RedisSpool:
         max_alone: Deliveries alone after which a request is dead.
         prefix: What the names of all keys begin with.
         timeout: Seconds for each of: connecting, each write, and each read.
+        allow_eviction: Whether a server may be used that drops keys for want of room. It may drop requests and answers that were
+            acknowledged; `counts` then looks at every request to tell how many are lost.
 
     Raises:
         ConfigError: The package redis is missing, the address is malformed, or a limit is below its minimum.
@@ -72,6 +78,7 @@ class RedisSpool:
         max_alone: int = MAX_ALONE,
         prefix: str = "microbatch:spool:",
         timeout: float = 5.0,
+        allow_eviction: bool = False,
     ) -> None:
         at_least(0, keep=keep)
         at_least(0.001, timeout=timeout)
@@ -81,6 +88,8 @@ class RedisSpool:
         self._keep = keep
         self._max_alone = max_alone
         self._prefix = prefix
+        self._allow_eviction = allow_eviction
+        self._evicts = False
         self._connect: Callable[[], Any] = functools.partial(
             connect, url, timeout=timeout, max_connections=_MAX_CONNECTIONS
         )
@@ -96,23 +105,55 @@ class RedisSpool:
         """Connect, and warn once if the server may lose what it is given.
 
         Raises:
-            ConfigError: The server cannot be reached or used.
+            ConfigError: The server cannot be reached or used, or drops keys for want of room.
         """
         client = self._connect()
         try:
             with translated():
                 await client.ping()
-            warning = await _check(client)
+            await self._check(client)
         except BaseException as error:
             with contextlib.suppress(StorageError), translated():
                 await client.aclose()
             if isinstance(error, StorageError):
                 raise ConfigError(f"the spool cannot be used: {error}") from error
             raise
-        if warning:
-            logger.warning("the spool in Redis may lose what it is given: %s", warning)
         self._client = client
         self._scripts = {}
+
+    async def _check(self, client: Any) -> None:
+        """Warn of what the server may lose.
+
+        INFO tells it; managed servers often refuse CONFIG.
+
+        Raises:
+            ConfigError: The server is too old, part of a cluster, or drops keys for want of room and that is not allowed.
+        """
+        try:
+            with translated():
+                await client.script_load(scripts.PUT)
+        except StorageError as error:
+            raise ConfigError(f"the spool cannot be used: it needs Redis 7.0 or later ({error})") from error
+        try:
+            with translated():
+                info = await client.info()
+        except StorageError as error:
+            info = {}
+            told = [f"whether it keeps what it is given could not be checked ({error})"]
+        else:
+            told = list(_dangers(info))
+        if info.get("redis_mode") == "cluster":
+            raise ConfigError("the spool cannot be used: it needs a Redis server that is not part of a cluster")
+        policy = info.get("maxmemory_policy", _SAFE)
+        self._evicts = bool(info.get("maxmemory")) and policy != _SAFE
+        if self._evicts and not self._allow_eviction:
+            raise ConfigError(
+                f"the spool cannot be used: under its maxmemory-policy {policy} the server drops requests and answers when it is full. "
+                f"Set maxmemory-policy to {_SAFE}, or use another server than that of a cache; "
+                "RedisSpool(allow_eviction=True) takes the risk"
+            )
+        if told:
+            logger.warning("the spool in Redis may lose what it is given: %s", "; ".join(told))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -167,14 +208,14 @@ class RedisSpool:
 
     async def find(self, names: Sequence[Name]) -> list[Found]:
         """Return what is known of each of *names*."""
-        rows = await self._read([name.key for name in names], "state", "result", "error")
+        rows = await self._run(scripts.FIND, *(name.key for name in names)) if names else []
         return [_found(*row) for row in rows]
 
     async def counts(self) -> Counts:
         """Return how many requests are where."""
-        full, half, alone, leased, in_job, done, dead, age = await self._run(scripts.COUNTS)
-        counts = Counts((full, half, alone), leased, in_job, done, dead)
-        return Counts((full, half, alone), leased, in_job, done, dead, max(0, age) / 1000) if counts.depth else counts
+        full, half, alone, leased, in_job, done, dead, age, lost = await self._run(scripts.COUNTS, int(self._evicts))
+        counts = Counts((full, half, alone), leased, in_job, done, dead, lost=lost)
+        return msgspec.structs.replace(counts, oldest=max(0, age) / 1000) if counts.depth else counts
 
     async def export(self) -> AsyncIterator[Kept]:
         """Yield everything that is kept, in the order in which it was put."""
@@ -260,34 +301,15 @@ class RedisSpool:
         await self._run(scripts.END_JOB, token, as_kept(error))
 
 
-async def _check(client: Any) -> str | None:
-    """Return why what the server is given may be lost, or None.
-
-    INFO tells it; managed servers often refuse CONFIG.
-
-    Raises:
-        ConfigError: The server is too old, or part of a cluster.
-    """
-    try:
-        with translated():
-            await client.script_load(scripts.PUT)
-    except StorageError as error:
-        raise ConfigError(f"the spool cannot be used: it needs Redis 7.0 or later ({error})") from error
-    try:
-        with translated():
-            info = await client.info()
-    except StorageError as error:
-        return f"whether it keeps what it is given on disk could not be checked ({error})"
-    if info.get("redis_mode") == "cluster":
-        raise ConfigError("the spool cannot be used: it needs a Redis server that is not part of a cluster")
-    told: list[str] = []
+def _dangers(info: dict[str, Any]) -> Iterator[str]:
+    """Yield why a server that tells *info* of itself may lose what it is given."""
     if not info.get("aof_enabled"):
-        told.append(
-            "without `appendonly yes` a request that was put survives the death of its worker, but not the server's"
-        )
-    if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
-        told.append(f"under its maxmemory-policy {info.get('maxmemory_policy')} it may drop requests or answers")
-    return "; ".join(told) or None
+        yield "without `appendonly yes` a request that was put survives the death of its worker, but not the server's"
+    policy = info.get("maxmemory_policy")
+    if policy is None:
+        yield "what it does when it is full could not be checked"
+    elif policy != _SAFE:
+        yield f"under its maxmemory-policy {policy} it may drop requests or answers"
 
 
 def _ms(seconds: float) -> int:

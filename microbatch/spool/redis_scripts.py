@@ -7,26 +7,37 @@ that were given back as if they had never been taken, which so keep their place.
 in the request's hash, so that an earlier holder moves nothing, and workers that are gone leave no consumers behind.
 
 Leases are kept as idle times: an entry counts as taken so long ago that it is idle for HORIZON just when its lease runs out. So
-XAUTOCLAIM finds those whose time is up whatever the lease of each, and the server keeps the time for all machines.
+XPENDING finds those whose time is up whatever the lease of each, and the server keeps the time for all machines. Its clock may be
+set. If it was set back, leases end later than any lease can: they are cut to the longest that was ever given. If it was set forward,
+or the server was asleep, they ran out long ago though their holders may live: they are given once more (`spared`), to be renewed by
+whoever lives.
+
+A server that drops keys for want of room, or is told to delete some, may lose a request or its place in a stream. Such a request is
+*lost*: it is still in `open`, but has no hash, or no entry where its hash says. Nothing is taken of it; putting it again, or
+requeueing it if its hash is there, gives it a place again.
 
 Keys, behind the prefix: `item:NAME` (hash), `stage:0..2` (streams), `names` (all, by their order), `open` (neither done nor dead, by
 the time they were put), `done` (by the time they are dropped), `dead` (by their order), `jobs` (by the end of their lease),
-`job:TOKEN` (hash), `tied:TOKEN` (what is tied to a job, by its order), `counter` (gives the order).
+`job:TOKEN` (hash), `tied:TOKEN` (what is tied to a job, by its order), `counter` (gives the order), `clock` (hash: the time when it was
+last looked at, the longest lease, the longest time that answers are kept; all in ms).
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from microbatch.spool.records import LOST
+from microbatch.spool.records import LOST, OVERDUE
 
-# With `#!lua` the server checks before a script runs whether it may write: it never stops half-way for want of memory.
+# With `#!lua` the server checks before a script runs whether it may write: it never stops half-way for want of memory. What takes a
+# request on its way out may write at any time (`allow-oom`), or a full server would stay full.
 _PRELUDE: Final = """
 local prefix, max_alone = ARGV[1], tonumber(ARGV[2])
 local GROUP, LEASED, RETURNED = 'workers', 'leased', 'returned'
 local HORIZON = 30 * 86400000
 local ALONE = 2
 local MOST = 1000  -- in one go, of what waits for nobody
+local OVERDUE = $OVERDUE
+local SET_BACK = 1000  -- ms by which the clock has to go back to be looked into
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -55,18 +66,31 @@ local function discard(stream, entry)
   redis.call('XDEL', stream, entry)
 end
 
+-- Numbers for what is to come after all there is; one that the server has dropped is made up for.
+local function next_orders(number)
+  local counter = prefix .. 'counter'
+  if redis.call('EXISTS', counter) == 0 then
+    local top = 0
+    for _, index in ipairs({'names', 'dead'}) do
+      top = math.max(top, tonumber(redis.call('ZRANGE', prefix .. index, 0, 0, 'REV', 'WITHSCORES')[2] or 0))
+    end
+    redis.call('SET', counter, string.format('%.0f', top))
+  end
+  return redis.call('INCRBY', counter, number)
+end
+
 local function enqueue(name, deliveries)
   local entry = redis.call('XADD', stream_of(stage_of(deliveries)), '*', 'name', name)
   local key = item_key(name)
   redis.call('HSET', key, 'state', 'waiting', 'deliveries', deliveries, 'entry', entry)
-  redis.call('HDEL', key, 'lease', 'job', 'error', 'died_at')
+  redis.call('HDEL', key, 'lease', 'job', 'error', 'died_at', 'spared')
 end
 
 local function bury(name, error)
   local key = item_key(name)
   redis.call('HSET', key, 'state', 'dead', 'error', error, 'died_at', now_s)
-  redis.call('HDEL', key, 'entry', 'lease', 'job')
-  redis.call('ZADD', prefix .. 'dead', redis.call('INCR', prefix .. 'counter'), name)
+  redis.call('HDEL', key, 'entry', 'lease', 'job', 'spared')
+  redis.call('ZADD', prefix .. 'dead', next_orders(1), name)
   redis.call('ZREM', prefix .. 'open', name)
 end
 
@@ -87,23 +111,77 @@ local function withdraw(name, state, deliveries, entry, job)
   end
 end
 
-local function pass_on_lost()
+-- Whether a request that is neither done nor dead is where its hash says.
+local function has_place(name, state, deliveries, entry, job)
+  if state == 'in_job' then return redis.call('ZSCORE', prefix .. 'tied:' .. job, name) end
+  local stage = stage_of(state == 'leased' and deliveries - 1 or deliveries)
+  return redis.call('XRANGE', prefix .. 'stage:' .. stage, entry, entry)[1]
+end
+
+-- Give a lost request whose hash is there a place again; return whether it was one. Its latest delivery, if any, is not counted.
+local function put_back(name)
+  local item = redis.call('HMGET', item_key(name), 'state', 'deliveries', 'entry', 'job')
+  local state, deliveries = item[1], tonumber(item[2] or '')
+  if not state or state == 'done' or state == 'dead' or has_place(name, state, deliveries, item[3], item[4]) then
+    return false
+  end
+  enqueue(name, state == 'waiting' and deliveries or deliveries - 1)
+  redis.call('ZADD', prefix .. 'open', 'NX', now, name)
+  return true
+end
+
+-- Note how long a lease lasts, or answers are kept, if none has lasted so long.
+local function note_longest(kind, ms)
+  local known = tonumber(redis.call('HGET', prefix .. 'clock', kind) or '')
+  if not known or known < tonumber(ms) then redis.call('HSET', prefix .. 'clock', kind, ms) end
+end
+
+-- Leases and answers cannot last longer than the longest of them: if they seem to, the clock was set back.
+local function cut(lease, keep)
   for stage = 0, ALONE do
-    local stream, left = stream_of(stage), MOST
-    -- XAUTOCLAIM looks up each entry before it looks at its time, so it is only sent where there is something for it.
-    local first = redis.call('XPENDING', stream, GROUP, 'IDLE', HORIZON, '-', '+', 1, LEASED)[1]
-    local cursor = first and first[1]
-    while cursor and cursor ~= '0-0' and left > 0 do
-      local page = redis.call('XAUTOCLAIM', stream, GROUP, LEASED, HORIZON, cursor, 'COUNT', MOST)
-      cursor = page[1]
-      left = left - #page[2]
-      for _, found in ipairs(page[2]) do
-        local entry, name = found[1], found[2][2]
-        local item = redis.call('HMGET', item_key(name), 'deliveries', 'entry')
+    local stream, most = stream_of(stage), redis.call('XLEN', prefix .. 'stage:' .. stage)
+    for _, pending in ipairs(most > 0 and redis.call('XPENDING', stream, GROUP, '-', '+', most, LEASED) or {}) do
+      if pending[3] < idle_for(lease) then
+        redis.call('XCLAIM', stream, GROUP, LEASED, 0, pending[1], 'IDLE', idle_for(lease), 'JUSTID')
+      end
+    end
+  end
+  for _, token in ipairs(redis.call('ZRANGE', prefix .. 'jobs', now + lease, '+inf', 'BYSCORE')) do
+    redis.call('ZADD', prefix .. 'jobs', now + lease, token)
+  end
+  for _, name in ipairs(keep and redis.call('ZRANGE', prefix .. 'done', now + keep, '+inf', 'BYSCORE') or {}) do
+    redis.call('ZADD', prefix .. 'done', now + keep, name)
+    redis.call('PEXPIREAT', item_key(name), now + keep)
+  end
+end
+
+-- Look at the clock; return after how many ms beyond its end a lease says nothing of its holder.
+local function look_at_clock()
+  local known = redis.call('HMGET', prefix .. 'clock', 'seen', 'lease', 'keep')
+  local seen, lease = tonumber(known[1] or ''), tonumber(known[2] or '')
+  if seen and lease and now < seen - SET_BACK then cut(lease, tonumber(known[3] or '')) end
+  if not seen or math.abs(now - seen) > SET_BACK then redis.call('HSET', prefix .. 'clock', 'seen', now_ms) end
+  return lease, math.max(OVERDUE, lease or 0)
+end
+
+local function pass_on_lost()
+  local longest, overdue = look_at_clock()
+  for stage = 0, ALONE do
+    local stream = stream_of(stage)
+    for _, pending in ipairs(redis.call('XPENDING', stream, GROUP, 'IDLE', HORIZON, '-', '+', MOST, LEASED)) do
+      local entry, late = pending[1], pending[3] - HORIZON
+      local found = redis.call('XRANGE', stream, entry, entry)[1]
+      local name = found and found[2][2]
+      local key = name and item_key(name)
+      local item = name and redis.call('HMGET', key, 'deliveries', 'entry', 'spared') or {}
+      if item[2] ~= entry then  -- somebody has deleted the request
         discard(stream, entry)
-        if item[2] == entry then  -- else somebody has deleted the request
-          fail(name, tonumber(item[1]), (string.gsub([[$LOST]], '{}', item[1])))
-        end
+      elseif longest and late > overdue and not item[3] then
+        redis.call('XCLAIM', stream, GROUP, LEASED, 0, entry, 'IDLE', idle_for(longest), 'JUSTID')
+        redis.call('HSET', key, 'spared', 1)
+      else
+        discard(stream, entry)
+        fail(name, tonumber(item[1]), (string.gsub([[$LOST]], '{}', item[1])))
       end
     end
   end
@@ -116,18 +194,19 @@ local function drop_old_answers(most)
     redis.call('ZREM', prefix .. 'names', name)
   end
 end
-""".replace("$LOST", LOST)
+""".replace("$LOST", LOST).replace("$OVERDUE", f"{1000 * OVERDUE:.0f}")
 
 
-def _script(body: str, *, flags: str = "") -> str:
+def _script(body: str, *, flags: str = "flags=allow-oom") -> str:
     return f"#!lua {flags}".rstrip() + _PRELUDE + body
 
 
-PUT: Final = _script("""
+PUT: Final = _script(
+    """
 -- name, digest, payload, ...
 local number = (#ARGV - 2) / 3
 drop_old_answers(64 + number)
-local order = redis.call('INCRBY', prefix .. 'counter', number) - number
+local order = next_orders(number) - number
 local outcomes = {}
 for at = 3, #ARGV, 3 do
   local name, digest, payload = ARGV[at], ARGV[at + 1], ARGV[at + 2]
@@ -141,16 +220,25 @@ for at = 3, #ARGV, 3 do
     redis.call('ZADD', prefix .. 'open', now, name)
     redis.call('ZREM', prefix .. 'done', name)
     outcomes[#outcomes + 1] = 'new'
+  elseif known ~= digest then
+    outcomes[#outcomes + 1] = 'conflict'
+  elseif put_back(name) then
+    order = order + 1
+    redis.call('ZADD', prefix .. 'names', 'NX', order, name)
+    outcomes[#outcomes + 1] = 'new'
   else
-    outcomes[#outcomes + 1] = known == digest and 'known' or 'conflict'
+    outcomes[#outcomes + 1] = 'known'
   end
 end
 return outcomes
-""")
+""",
+    flags="",
+)
 
 TAKE: Final = _script("""
 -- stage, most, lease in ms, what tells this delivery from others
 local stage, most, idle, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), idle_for(ARGV[5]), ARGV[6]
+note_longest('lease', ARGV[5])
 pass_on_lost()
 local stream = stream_of(stage)
 local taken, number = {}, 0
@@ -189,11 +277,13 @@ return taken
 RENEW: Final = _script("""
 -- lease in ms; name, lease, ...
 local idle = idle_for(ARGV[3])
+note_longest('lease', ARGV[3])
 for at = 4, #ARGV, 2 do
   local item = redis.call('HMGET', item_key(ARGV[at]), 'lease', 'state', 'deliveries', 'entry')
   if item[1] == ARGV[at + 1] and item[2] == 'leased' then
     local stream = stream_of(stage_of(item[3] - 1))
     redis.call('XCLAIM', stream, GROUP, LEASED, 0, item[4], 'IDLE', idle, 'JUSTID')
+    redis.call('HDEL', item_key(ARGV[at]), 'spared')
   end
 end
 """)
@@ -201,6 +291,7 @@ end
 FINISH: Final = _script("""
 -- ms to keep; name, digest, result, ...
 local till = now + ARGV[3]
+note_longest('keep', ARGV[3])
 drop_old_answers(64 + (#ARGV - 3) / 3)
 for at = 4, #ARGV, 3 do
   local name, digest, result = ARGV[at], ARGV[at + 1], ARGV[at + 2]
@@ -210,7 +301,7 @@ for at = 4, #ARGV, 3 do
   if item[1] == digest and item[2] ~= 'done' then
     withdraw(name, item[2], tonumber(item[3]), item[4], item[5])
     redis.call('HSET', key, 'state', 'done', 'result', result)
-    redis.call('HDEL', key, 'payload', 'entry', 'lease', 'job', 'error', 'died_at')
+    redis.call('HDEL', key, 'payload', 'entry', 'lease', 'job', 'error', 'died_at', 'spared')
     redis.call('PEXPIREAT', key, till)
     redis.call('ZADD', prefix .. 'done', till, name)
     redis.call('ZREM', prefix .. 'open', name)
@@ -233,45 +324,95 @@ for at = 5, #ARGV, 2 do
     else
       redis.call('XCLAIM', stream_of(stage_of(deliveries - 1)), GROUP, RETURNED, 0, entry, 'JUSTID')
       redis.call('HSET', key, 'state', 'waiting', 'deliveries', deliveries - 1)
-      redis.call('HDEL', key, 'lease')
+      redis.call('HDEL', key, 'lease', 'spared')
     end
   end
 end
 """)
 
+FIND: Final = _script(
+    """
+-- name, ...
+local found = {}
+for at = 3, #ARGV do
+  local name = ARGV[at]
+  local item = redis.call('HMGET', item_key(name), 'state', 'result', 'error', 'deliveries', 'entry', 'job')
+  local state = item[1]
+  if not state then
+    local dropped = tonumber(redis.call('ZSCORE', prefix .. 'done', name) or 0) > now
+    state = (dropped or redis.call('ZSCORE', prefix .. 'open', name)) and 'lost'
+  elseif state ~= 'done' and state ~= 'dead' and not has_place(name, state, tonumber(item[4]), item[5], item[6]) then
+    state = 'lost'
+  end
+  found[#found + 1] = {state, item[2], item[3]}
+end
+return found
+""",
+    flags="flags=no-writes",
+)
+
 COUNTS: Final = _script(
     """
+-- whether to look at every request
 local waiting, leased, in_job = {0, 0, 0}, 0, 0
-local dead = redis.call('ZCARD', prefix .. 'dead')
+local dead, lost, placed = redis.call('ZCARD', prefix .. 'dead'), 0, 0
+local done = redis.call('ZCOUNT', prefix .. 'done', now, '+inf')
+local closed = redis.call('ZCARD', prefix .. 'done') + dead
+local overdue = math.max(OVERDUE, tonumber(redis.call('HGET', prefix .. 'clock', 'lease') or 0))
 for stage = 0, ALONE do
   local stream = prefix .. 'stage:' .. stage
   if redis.call('EXISTS', stream) == 1 then
-    local held = 0
+    local held, length = 0, redis.call('XLEN', stream)
     for _, consumer in ipairs(redis.call('XPENDING', stream, GROUP)[4] or {}) do
       if consumer[1] == LEASED then held = tonumber(consumer[2]) end
     end
-    waiting[stage + 1] = waiting[stage + 1] + redis.call('XLEN', stream) - held
+    placed = placed + length
+    waiting[stage + 1] = waiting[stage + 1] + length - held
     leased = leased + held
     -- Those whose leases have run out are where the next taking will put them.
     for _, pending in ipairs(redis.call('XPENDING', stream, GROUP, 'IDLE', HORIZON, '-', '+', 10 * MOST, LEASED)) do
       local found = redis.call('XRANGE', stream, pending[1], pending[1])[1]
-      local deliveries = found and tonumber(redis.call('HGET', item_key(found[2][2]), 'deliveries'))
-      leased = leased - 1
-      if deliveries and is_dead(deliveries) then
-        dead = dead + 1
-      elseif deliveries then
-        waiting[stage_of(deliveries) + 1] = waiting[stage_of(deliveries) + 1] + 1
+      local item = found and redis.call('HMGET', item_key(found[2][2]), 'deliveries', 'spared') or {}
+      local deliveries = tonumber(item[1] or '')
+      if not deliveries or item[2] or pending[3] - HORIZON <= overdue then
+        leased = leased - 1
+        if deliveries and is_dead(deliveries) then
+          dead = dead + 1
+        elseif deliveries then
+          waiting[stage_of(deliveries) + 1] = waiting[stage_of(deliveries) + 1] + 1
+        end
       end
+    end
+    local from = ARGV[3] == '1' and '-'
+    while from do
+      local page = redis.call('XRANGE', stream, from, '+', 'COUNT', MOST)
+      for _, found in ipairs(page) do
+        if redis.call('EXISTS', item_key(found[2][2])) == 0 then
+          lost, waiting[stage + 1] = lost + 1, waiting[stage + 1] - 1
+        end
+      end
+      from = #page == MOST and '(' .. page[MOST][1]
     end
   end
 end
 for _, token in ipairs(redis.call('ZRANGE', prefix .. 'jobs', 0, -1)) do
   in_job = in_job + redis.call('ZCARD', prefix .. 'tied:' .. token)
 end
-local done = redis.call('ZCOUNT', prefix .. 'done', now, '+inf')
+if ARGV[3] == '1' then
+  for _, name in ipairs(redis.call('ZRANGE', prefix .. 'done', now, '+inf', 'BYSCORE')) do
+    if redis.call('EXISTS', item_key(name)) == 0 then lost, done = lost + 1, done - 1 end
+  end
+end
+-- Some may have been with workers.
+for stage = 1, ALONE + 1 do
+  leased, waiting[stage] = leased + math.min(0, waiting[stage]), math.max(0, waiting[stage])
+end
+-- All that is neither done nor dead has a place, or had one.
+local known = math.max(redis.call('ZCARD', prefix .. 'open'), redis.call('ZCARD', prefix .. 'names') - closed)
+lost = lost + math.max(0, known - placed - in_job)
 local first = redis.call('ZRANGE', prefix .. 'open', 0, 0, 'WITHSCORES')
 local age = first[2] and now - first[2] or 0
-return {waiting[1], waiting[2], waiting[3], leased, in_job, done, dead, age}
+return {waiting[1], waiting[2], waiting[3], math.max(0, leased), in_job, done, dead, age, lost}
 """,
     flags="flags=no-writes",
 )
@@ -286,6 +427,7 @@ pass_on_lost()
 local names = {}
 if ARGV[3] == '1' then
   names = redis.call('ZRANGE', prefix .. 'dead', 0, -1)
+  for _, name in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do names[#names + 1] = name end
 else
   for at = 4, #ARGV do names[#names + 1] = ARGV[at] end
 end
@@ -297,6 +439,8 @@ for _, name in ipairs(names) do
     enqueue(name, 0)
     redis.call('ZADD', prefix .. 'open', item[2] * 1000, name)
     number = number + 1
+  elseif put_back(name) then
+    number = number + 1
   end
 end
 return number
@@ -305,6 +449,7 @@ return number
 BEGIN_JOB: Final = _script("""
 -- lease in ms, token, content, whether it has a batch_id, batch_id; name, lease, ...
 local token = ARGV[4]
+note_longest('lease', ARGV[3])
 redis.call('ZADD', prefix .. 'jobs', now + ARGV[3], token)
 redis.call('DEL', prefix .. 'job:' .. token)
 redis.call('HSET', prefix .. 'job:' .. token, 'content', ARGV[5])
@@ -316,8 +461,8 @@ for at = 8, #ARGV, 2 do
   if item[1] == ARGV[at + 1] and item[2] == 'leased' then
     withdraw(name, 'leased', tonumber(item[3]), item[4])
     redis.call('HSET', key, 'state', 'in_job', 'job', token)
-    redis.call('HDEL', key, 'entry')
-    redis.call('ZADD', prefix .. 'tied:' .. token, redis.call('ZSCORE', prefix .. 'names', name), name)
+    redis.call('HDEL', key, 'entry', 'spared')
+    redis.call('ZADD', prefix .. 'tied:' .. token, redis.call('ZSCORE', prefix .. 'names', name) or next_orders(1), name)
   end
 end
 """)
@@ -333,17 +478,27 @@ end
 
 TAKE_JOBS: Final = _script("""
 -- most, lease in ms
+note_longest('lease', ARGV[4])
+look_at_clock()
 local jobs = {}
 for _, token in ipairs(redis.call('ZRANGE', prefix .. 'jobs', '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[3])) do
-  redis.call('ZADD', prefix .. 'jobs', now + ARGV[4], token)
   local job = redis.call('HMGET', prefix .. 'job:' .. token, 'content', 'batch_id')
-  jobs[#jobs + 1] = {token, job[1], job[2]}
+  if job[1] then
+    redis.call('ZADD', prefix .. 'jobs', now + ARGV[4], token)
+    jobs[#jobs + 1] = {token, job[1], job[2]}
+  else  -- the server has dropped it
+    redis.call('ZREM', prefix .. 'jobs', token)
+    local names = redis.call('ZRANGE', prefix .. 'tied:' .. token, 0, -1)
+    redis.call('DEL', prefix .. 'tied:' .. token)
+    for _, name in ipairs(names) do put_back(name) end
+  end
 end
 return jobs
 """)
 
 RENEW_JOBS: Final = _script("""
 -- lease in ms; token, ...
+note_longest('lease', ARGV[3])
 for at = 4, #ARGV do
   redis.call('ZADD', prefix .. 'jobs', 'XX', now + ARGV[3], ARGV[at])
 end
@@ -355,8 +510,10 @@ JOB_ITEMS: Final = _script(
 local items = {}
 for _, name in ipairs(redis.call('ZRANGE', prefix .. 'tied:' .. ARGV[3], 0, -1)) do
   local item = redis.call('HMGET', item_key(name), 'digest', 'payload', 'deliveries', 'queued_at', 'lease')
-  for _, value in ipairs({name, item[1], item[2], tonumber(item[3]), item[4], item[5]}) do
-    items[#items + 1] = value
+  if item[1] then
+    for _, value in ipairs({name, item[1], item[2], tonumber(item[3]), item[4], item[5]}) do
+      items[#items + 1] = value
+    end
   end
 end
 return items
@@ -368,7 +525,8 @@ END_JOB: Final = _script("""
 -- token, error
 local tied = prefix .. 'tied:' .. ARGV[3]
 for _, name in ipairs(redis.call('ZRANGE', tied, 0, -1)) do
-  fail(name, tonumber(redis.call('HGET', item_key(name), 'deliveries')), ARGV[4])
+  local deliveries = tonumber(redis.call('HGET', item_key(name), 'deliveries') or '')
+  if deliveries then fail(name, deliveries, ARGV[4]) end
 end
 redis.call('DEL', tied, prefix .. 'job:' .. ARGV[3])
 redis.call('ZREM', prefix .. 'jobs', ARGV[3])

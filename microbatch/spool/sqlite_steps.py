@@ -3,6 +3,10 @@
 A request has a row in `items`, small because it is rewritten with every step; its content is in `payloads` until it is done, its
 answer in `results` from then on. Ids follow the order in which requests were put. Whoever is in the hands of a worker has a `lease`,
 which names the delivery, so that an earlier holder moves nothing.
+
+Leases run by the wall clock, which may be set. If it was set back, they end later than any lease can: they are cut to the longest
+that was ever given (`longest`). If it was set forward, or all processes were asleep, they ran out long ago though their holders may
+live: they are given once more, to be renewed by whoever lives.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import msgspec
 
 from microbatch.spool.records import (
     LOST,
+    OVERDUE,
     Counts,
     DeadLetter,
     Delivery,
@@ -39,7 +44,7 @@ _MOST_DROPPED: Final = 64  # answers, beyond as many as are written, so that no 
 # Each index holds only the rows of one state: so a step touches two of them, and nothing is searched for among the done. The state
 # is in it as well, without which SQLite would look at the row for it.
 # `stage` is that of the next delivery, and right while a request waits (as a generated column it would make no index a covering
-# one); `until`: when the lease runs out, or when the answer may be dropped.
+# one); `until`: when the lease runs out, or when the answer may be dropped; `died_at`: of a lease, when it was given once more.
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS items (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest BLOB NOT NULL, queued_at REAL NOT NULL,
@@ -55,6 +60,7 @@ CREATE TABLE IF NOT EXISTS payloads (id INTEGER PRIMARY KEY, payload BLOB NOT NU
 CREATE TABLE IF NOT EXISTS results (id INTEGER PRIMARY KEY, result BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS jobs (token TEXT PRIMARY KEY, content BLOB NOT NULL, batch_id TEXT, until REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS jobs_by_lease ON jobs (until);
+CREATE TABLE IF NOT EXISTS longest (name TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
 """
 
 Held = list[tuple[str, str]]  # the keys of names, and the leases they are held by
@@ -84,6 +90,12 @@ def _put(db: sqlite3.Connection, now: float, item: Item) -> PutOutcome:
 
 
 def _drop_old_answers(db: sqlite3.Connection, now: float, most: int) -> None:
+    end = now + _longest(db, "keep")
+    db.execute(
+        "UPDATE items SET until = ? "
+        "WHERE id IN (SELECT id FROM items WHERE state = 'done' AND until > ? ORDER BY until DESC LIMIT ?)",
+        (end, end, most),
+    )
     _drop(
         db,
         db.execute(
@@ -96,6 +108,37 @@ def _drop(db: sqlite3.Connection, done: list[tuple[int]]) -> None:
     if done:
         db.executemany("DELETE FROM results WHERE id = ?", done)
         db.executemany("DELETE FROM items WHERE id = ?", done)
+
+
+# --- times
+
+
+def _end(db: sqlite3.Connection, now: float, name: str, seconds: float) -> float:
+    """Return when what begins *now* and lasts *seconds* ends, and note if none of its kind (lease, keep) has lasted so long."""
+    db.execute(
+        "INSERT INTO longest VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET seconds = excluded.seconds "
+        "WHERE seconds < excluded.seconds",
+        (name, seconds),
+    )
+    return now + seconds
+
+
+def _longest(db: sqlite3.Connection, name: str) -> float:
+    """Return how many seconds the longest of a kind lasts; endless if none was noted, as by earlier versions."""
+    row = db.execute("SELECT seconds FROM longest WHERE name = ?", (name,)).fetchone()
+    return float("inf") if row is None else row[0]
+
+
+def _mend_leases(db: sqlite3.Connection, now: float) -> None:
+    """Cut leases that end later than any can, and give those once more that ran out too long ago to be judged by."""
+    longest = _longest(db, "lease")
+    end = now + longest
+    db.execute("UPDATE items SET until = ? WHERE state = 'leased' AND until > ?", (end, end))
+    db.execute(
+        "UPDATE items SET until = ?, died_at = ? WHERE state = 'leased' AND until <= ? AND died_at IS NULL",
+        (end, now, now - max(longest, OVERDUE)),
+    )
+    db.execute("UPDATE jobs SET until = ? WHERE until > ?", (end, end))
 
 
 # --- deliveries
@@ -111,10 +154,10 @@ def take(
         "WHERE state = 'waiting' AND stage = ? ORDER BY id LIMIT ?",
         (stage, most),
     ).fetchall()
-    token = secrets.token_hex(8)
+    token, end = secrets.token_hex(8), _end(db, now, "lease", lease)
     db.executemany(
         "UPDATE items SET state = 'leased', deliveries = deliveries + 1, lease = ?, until = ? WHERE id = ?",
-        [(token, now + lease, number) for number, *_ in rows],
+        [(token, end, number) for number, *_ in rows],
     )
     return [
         _delivery(key, digest, payload, deliveries, queued_at, token)
@@ -128,6 +171,7 @@ def _delivery(key: str, digest: bytes, payload: bytes, deliveries: int, queued_a
 
 def pass_on_lost(db: sqlite3.Connection, now: float, max_alone: int) -> None:
     """Put requests whose leases have run out on their next stage, or among the dead."""
+    _mend_leases(db, now)
     lost = db.execute("SELECT id, deliveries FROM items WHERE state = 'leased' AND until <= ?", (now,)).fetchall()
     _fail(db, now, [(number, deliveries, LOST.format(deliveries)) for number, deliveries in lost], max_alone)
 
@@ -142,7 +186,8 @@ def _fail(db: sqlite3.Connection, now: float, failed: Iterable[tuple[int, int, s
         else:
             alive.append((Stage.after(deliveries), number))
     db.executemany(
-        "UPDATE items SET state = 'waiting', stage = ?, lease = NULL, until = NULL, job = NULL WHERE id = ?", alive
+        "UPDATE items SET state = 'waiting', stage = ?, lease = NULL, until = NULL, job = NULL, died_at = NULL WHERE id = ?",
+        alive,
     )
     db.executemany(
         "UPDATE items SET state = 'dead', lease = NULL, until = NULL, job = NULL, error = ?, died_at = ? WHERE id = ?",
@@ -152,14 +197,16 @@ def _fail(db: sqlite3.Connection, now: float, failed: Iterable[tuple[int, int, s
 
 def renew(db: sqlite3.Connection, now: float, held: Held, *, lease: float) -> None:
     """Extend the leases that are still in force."""
+    end = _end(db, now, "lease", lease)
     db.executemany(
-        "UPDATE items SET until = ? WHERE name = ? AND lease = ? AND state = 'leased'",
-        [(now + lease, key, token) for key, token in held],
+        "UPDATE items SET until = ?, died_at = NULL WHERE name = ? AND lease = ? AND state = 'leased'",
+        [(end, key, token) for key, token in held],
     )
 
 
 def finish(db: sqlite3.Connection, now: float, results: Sequence[tuple[str, bytes, bytes]], *, keep: float) -> None:
     """Store results: key, digest and result each."""
+    end = _end(db, now, "keep", keep)
     _drop_old_answers(db, now, _MOST_DROPPED + len(results))
     for key, digest, result in results:
         # The digest, because the answer to an earlier request of that name, dropped since, is none to this one.
@@ -170,7 +217,7 @@ def finish(db: sqlite3.Connection, now: float, results: Sequence[tuple[str, byte
             db.execute(
                 "UPDATE items SET state = 'done', until = ?, lease = NULL, job = NULL, error = NULL, died_at = NULL "
                 "WHERE id = ?",
-                (now + keep, *row),
+                (end, *row),
             )
             db.execute("DELETE FROM payloads WHERE id = ?", row)
             db.execute("INSERT INTO results VALUES (?, ?)", (*row, result))
@@ -186,7 +233,7 @@ def give_back(db: sqlite3.Connection, now: float, held: Held, *, error: str, cou
     else:
         db.executemany(
             "UPDATE items SET state = 'waiting', stage = ?, deliveries = deliveries - 1, "
-            "lease = NULL, until = NULL, job = NULL WHERE id = ?",
+            "lease = NULL, until = NULL, job = NULL, died_at = NULL WHERE id = ?",
             [(Stage.after(deliveries - 1), number) for number, deliveries in rows.items()],
         )
 
@@ -214,13 +261,16 @@ def counts(db: sqlite3.Connection, now: float, *, max_alone: int) -> Counts:
     in_job = _one(db, "SELECT count(*) FROM items WHERE state = 'in_job'")
     done = _one(db, "SELECT count(*) FROM items WHERE state = 'done' AND until > ?", now)
     dead = _one(db, "SELECT count(*) FROM items WHERE state = 'dead'")
-    for deliveries, number in db.execute(
-        "SELECT deliveries, count(*) FROM items WHERE state = 'leased' AND until <= ? GROUP BY deliveries", (now,)
+    overdue = now - max(_longest(db, "lease"), OVERDUE)
+    for until, deliveries, extended in db.execute(
+        "SELECT until, deliveries, died_at FROM items WHERE state = 'leased' AND until <= ?", (now,)
     ):
-        if is_dead(deliveries, max_alone):
-            dead += number
+        if until <= overdue and extended is None:
+            leased += 1
+        elif is_dead(deliveries, max_alone):
+            dead += 1
         else:
-            waiting[Stage.after(deliveries)] += number
+            waiting[Stage.after(deliveries)] += 1
     full, half, alone = waiting
     found = Counts((full, half, alone), leased, in_job, done, dead)
     return msgspec.structs.replace(found, oldest=max(0.0, now - _first_queued(db))) if found.depth else found
@@ -284,9 +334,10 @@ def requeue(db: sqlite3.Connection, now: float, keys: Sequence[str] | None, *, m
 
 def begin_job(db: sqlite3.Connection, now: float, job: Job, held: Held, *, lease: float) -> None:
     """Record a job, and tie what is held to it."""
-    db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)", (job.token, job.content, job.batch_id, now + lease))
+    end = _end(db, now, "lease", lease)
+    db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)", (job.token, job.content, job.batch_id, end))
     db.executemany(
-        "UPDATE items SET state = 'in_job', job = ?, until = NULL WHERE name = ? AND lease = ? AND state = 'leased'",
+        "UPDATE items SET state = 'in_job', job = ?, until = NULL, died_at = NULL WHERE name = ? AND lease = ? AND state = 'leased'",
         [(job.token, *holding) for holding in held],
     )
 
@@ -298,6 +349,7 @@ def update_job(db: sqlite3.Connection, _now: float, job: Job) -> None:
 
 def take_jobs(db: sqlite3.Connection, now: float, most: int, *, lease: float) -> list[Job]:
     """Hand out jobs that nobody holds, those left alone for longest first."""
+    _mend_leases(db, now)
     rows = db.execute(
         "SELECT token, content, batch_id FROM jobs WHERE until <= ? ORDER BY until LIMIT ?", (now, most)
     ).fetchall()
@@ -307,7 +359,8 @@ def take_jobs(db: sqlite3.Connection, now: float, most: int, *, lease: float) ->
 
 def renew_jobs(db: sqlite3.Connection, now: float, tokens: Sequence[str], *, lease: float) -> None:
     """Hold jobs for longer."""
-    db.executemany("UPDATE jobs SET until = ? WHERE token = ?", [(now + lease, token) for token in tokens])
+    end = _end(db, now, "lease", lease)
+    db.executemany("UPDATE jobs SET until = ? WHERE token = ?", [(end, token) for token in tokens])
 
 
 def job_items(db: sqlite3.Connection, _now: float, token: str) -> list[Delivery]:

@@ -120,7 +120,7 @@ class Worker:
         self._held: dict[str, Delivery] = {}
         self._stores: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
-        self._storing: RoundTrips[tuple[Delivery, bytes], None] = RoundTrips(self._store, in_turn=True)
+        self._storing: RoundTrips[tuple[Delivery, bytes], None] = RoundTrips(self._store, at_once=1)
         self._rest = Rest("the worker rests", first=FIRST_REST, longest=LONGEST_REST)
 
     def stop(self) -> None:

@@ -24,13 +24,24 @@ class RoundTrips(Generic[A, R]):
 
     Args:
         work: Asks several things at once; returns as many results, in the same order.
-        in_turn: Whether a trip waits for the one before, so that all that is asked meanwhile shares the next one. That is how many
-            share one commit to a disk.
+        most: Most things in one trip, or None for any number.
+        at_once: Most trips under way at the same time, or None for any number. What is asked meanwhile shares the next one: with 1,
+            many share one commit to a disk.
+        lasting: Whether trips go on when serving ends, and `serve` returns after them; else they are cancelled.
     """
 
-    def __init__(self, work: Callable[[list[A]], Awaitable[Sequence[R]]], *, in_turn: bool = False) -> None:
+    def __init__(
+        self,
+        work: Callable[[list[A]], Awaitable[Sequence[R]]],
+        *,
+        most: int | None = None,
+        at_once: int | None = None,
+        lasting: bool = False,
+    ) -> None:
         self._work = work
-        self._in_turn = in_turn
+        self._most = most
+        self._at_once = at_once
+        self._lasting = lasting
         self._waiting: list[tuple[A, asyncio.Future[R]]] = []
         self._asked: asyncio.Event | None = None
 
@@ -44,30 +55,35 @@ class RoundTrips(Generic[A, R]):
             self._asked.set()
         return future
 
-    def ask_for_nobody(self, what: A) -> None:
-        """Make a trip for its effects; nobody waits for the result or an error."""
-        self.ask(what).add_done_callback(_retrieve)
+    def ask_for_nobody(self, what: A) -> asyncio.Future[R]:
+        """Make a trip for its effects, and return a future of its end. Its error need not be retrieved."""
+        future = self.ask(what)
+        future.add_done_callback(_retrieve)
+        return future
 
     async def serve(self) -> None:
         """Make the trips, until cancelled."""
         self._asked = asyncio.Event()
+        places = None if self._at_once is None else asyncio.Semaphore(self._at_once)
         try:
             async with anyio.create_task_group() as tasks:
                 while True:
                     await self._asked.wait()
-                    self._asked.clear()
-                    trip, self._waiting = self._waiting, []
-                    if self._in_turn:
-                        await self._go(trip)
-                    else:
-                        tasks.start_soon(self._go, trip)
+                    if places is not None:
+                        await places.acquire()
+                    trip = self._waiting[: self._most]
+                    del self._waiting[: len(trip)]
+                    if not self._waiting:
+                        self._asked.clear()
+                    tasks.start_soon(self._go, trip, places)
         finally:
             self._asked = None
             _fail(self._waiting, StorageError("the batcher has closed"))
 
-    async def _go(self, trip: list[tuple[A, asyncio.Future[R]]]) -> None:
+    async def _go(self, trip: list[tuple[A, asyncio.Future[R]]], places: asyncio.Semaphore | None) -> None:
         try:
-            results = await self._work([what for what, _ in trip])
+            with anyio.CancelScope(shield=self._lasting):
+                results = await self._work([what for what, _ in trip])
         except asyncio.CancelledError:
             _fail(trip, StorageError("the batcher has closed"))
             raise
@@ -77,6 +93,9 @@ class RoundTrips(Generic[A, R]):
             for (_, future), result in zip(trip, results, strict=True):
                 if not future.done():
                     future.set_result(result)
+        finally:
+            if places is not None:
+                places.release()
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:

@@ -10,7 +10,7 @@ from helpers import ask
 
 import microbatch as mb
 from microbatch.caching import entry as entries
-from microbatch.caching.answer_cache import FRESH
+from microbatch.caching.answer_cache import AHEAD, FRESH, PAGE, PATIENCE
 from microbatch.caching.guard import BUDGET
 from microbatch.testing import ScriptedTransport
 
@@ -338,6 +338,167 @@ async def test_a_cache_that_hangs_costs_one_caller_its_time_and_is_left_alone():
         assert loop.time() == begun
         assert batcher.stats().cache_bypassed == 2
     assert len(cache.gets) == 1
+
+
+class Laborious(Watched):
+    """A cache that does one thing after the other, 0.1 ms for each key."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = asyncio.Lock()
+
+    async def get_many(self, keys):
+        async with self.turn:
+            self.delay = len(keys) / 10_000
+            return await super().get_many(keys)
+
+    async def set_many(self, kept):
+        self.delay = 0.0
+        await super().set_many(kept)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+@pytest.mark.parametrize("make", [Laborious, lambda: mb.TieredCache(mb.MemoryCache(max_entries=1), Laborious())])
+async def test_a_burst_is_looked_up_page_by_page_and_none_of_it_is_asked_again(make, spread):
+    """All of it takes 0.5 s, and the time of one look-up is 50 ms."""
+    cache, transport, count = make(), ScriptedTransport(), 5_000
+    async with batcher_for(transport, cache, max_queued=count) as batcher:
+        await batcher.warm([ask(str(number)) for number in range(count)])
+        warmed = len(transport.calls)
+
+        async def one(number):
+            await asyncio.sleep(spread * number / count)
+            return await batcher.submit(ask(str(number)))
+
+        replies = await asyncio.gather(*map(one, range(count)))
+        assert batcher.stats().cache_bypassed == 0
+    assert {reply.route for reply in replies} == {"cache"}
+    assert len(transport.calls) == warmed
+    last = cache if isinstance(cache, Laborious) else cache.tiers[-1]
+    assert max(len(keys) for keys in last.gets) <= PAGE
+
+
+@pytest.mark.promise(of="slow_cache")
+async def test_a_burst_on_a_cache_that_hangs_is_held_up_for_the_time_of_one_look_up():
+    loop = asyncio.get_running_loop()
+    cache, count = Hanging(), 5_000
+    async with batcher_for(ScriptedTransport(), cache, max_queued=count) as batcher:
+        begun = loop.time()
+        await submit_all(batcher, map(str, range(count)))
+        assert loop.time() - begun == pytest.approx(BUDGET)
+        assert batcher.stats().cache_bypassed == count
+
+
+class Forgetful(mb.MemoryCache):
+    """A cache that is shared, and whose secret may be lost or be another's."""
+
+    secret_bytes = b"a" * 32
+
+    async def secret(self):
+        return self.secret_bytes
+
+
+async def test_a_secret_that_others_have_agreed_on_meanwhile_is_adopted():
+    cache, transport = Forgetful(), ScriptedTransport()
+    async with batcher_for(transport, cache) as old:
+        await old.submit(ask("a"))
+        cache._entries.clear()
+        cache.secret_bytes = b"b" * 32  # it was emptied, and a newcomer came first
+        await asyncio.sleep(1)
+        await old.submit(ask("b"))  # stored, and with that found out
+        await asyncio.sleep(1)
+        await old.submit(ask("a"))
+        async with batcher_for(transport, cache) as new:
+            assert (await new.submit(ask("a"))).route == "cache"
+    assert len(transport.calls) == 3
+
+
+async def test_a_secret_that_cannot_be_had_again_is_used_on():
+    cache, transport = Forgetful(), ScriptedTransport()
+    async with batcher_for(transport, cache) as batcher:
+        await batcher.submit(ask("a"))
+        cache.secret_bytes = b"too short"
+        await asyncio.sleep(1)
+        await batcher.submit(ask("b"))
+        await asyncio.sleep(5)
+        assert (await batcher.submit(ask("a"))).route == "cache"
+
+
+# --- stores
+
+
+async def test_a_store_that_takes_long_holds_up_nobody_and_is_made():
+    loop = asyncio.get_running_loop()
+    cache, transport = Watched(), ScriptedTransport()
+    async with batcher_for(transport, cache, max_concurrent_batches=1) as batcher:
+        cache.delay = 0.0
+        await batcher.submit(ask("known"))
+        cache.delay = PATIENCE - 0.1
+        cache.get_many = super(Watched, cache).get_many
+        begun = loop.time()
+        assert [(await batcher.submit(ask(text))).output for text in "abc"] == list("ABC")
+        assert loop.time() == begun
+    assert loop.time() == pytest.approx(begun + PATIENCE - 0.1)  # closing waits for it
+    assert batcher.stats().cache_stores == 4
+
+
+async def test_answers_of_bulk_work_come_no_faster_than_they_can_be_stored():
+    turn = asyncio.Lock()
+
+    class InTurn(Watched):
+        async def set_many(self, kept):
+            async with turn:
+                await asyncio.sleep(PATIENCE / 5)
+            await super().set_many(kept)
+
+    cache, transport = InTurn(), ScriptedTransport(delay=0.05)
+    async with batcher_for(transport, cache, max_batch_size=4, max_concurrent_batches=2) as batcher:
+        async for _ in batcher.map([ask(str(number)) for number in range(160)]):
+            pass
+    assert batcher.stats().cache_stores == 160
+
+
+async def test_a_store_that_hangs_ends_with_its_time_even_when_the_batcher_closes():
+    loop = asyncio.get_running_loop()
+    cache = Watched()
+    cache.get_many = super(Watched, cache).get_many
+    cache.delay = 1e9
+    async with batcher_for(ScriptedTransport(), cache) as batcher:
+        await batcher.submit(ask("a"))
+    assert loop.time() == pytest.approx(PATIENCE)
+
+
+# --- a clock that is set
+
+
+@pytest.mark.parametrize("ttl", [None, 30.0, 1_000.0])
+async def test_an_answer_stored_at_a_time_yet_to_come_is_asked_for_again(ttl):
+    """The clock was an hour ahead; else the answer would be given for that hour and its own time."""
+    cache, transport = mb.MemoryCache(ttl=None), ScriptedTransport()
+    async with batcher_for(transport, cache) as batcher:
+        answers = batcher._cache
+        right = answers._now
+        answers._now = lambda: right() + 3_600
+        await batcher.submit(ask("a"), ttl=ttl)
+        await asyncio.sleep(1)
+        assert (await batcher.submit(ask("a"), ttl=ttl)).route == "cache"
+        answers._now = right
+        await asyncio.sleep(1)
+        assert (await batcher.submit(ask("a"), ttl=ttl)).route == "single"
+        await asyncio.sleep(1)
+        assert (await batcher.submit(ask("a"), ttl=ttl)).route == "cache"
+
+
+async def test_clocks_that_differ_a_little_do_no_harm():
+    cache, transport = mb.MemoryCache(), ScriptedTransport()
+    async with batcher_for(transport, cache) as batcher:
+        answers = batcher._cache
+        right = answers._now
+        answers._now = lambda: right() + AHEAD - 1
+        await batcher.submit(ask("a"))
+        answers._now = right
+        await asyncio.sleep(1)
+        assert (await batcher.submit(ask("a"))).route == "cache"
 
 
 @pytest.mark.promise(of="slow_cache")
