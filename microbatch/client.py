@@ -41,6 +41,7 @@ from microbatch.spool.front import SpoolFront
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
 from microbatch.transports.accounts import Accounts
+from microbatch.transports.credentials import credentials_in
 from microbatch.transports.relay import read_charge
 from microbatch.transports.retry import Sender
 
@@ -350,7 +351,7 @@ class Microbatcher:
             temperature: Sampling temperature; None for the endpoint's default.
             params: Any other request field. Those that mean one answer (tools, n, logprobs, stop, seed...) make the request go
                 alone, with the endpoint's JSON in `Reply.body`. `response_format` with a json_schema becomes the answer's schema.
-            headers: This caller's headers, Authorization for one, in place of the transport's own key.
+            headers: This caller's headers. With a credential among them, in any header, the transport's own key is not sent.
             tenant: Name of a trust domain; requests of different tenants never share a prompt.
             priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.
             timeout: Seconds from now until this submit gives up; None waits as long as the transport does.
@@ -702,7 +703,7 @@ class Microbatcher:
         Args:
             method: HTTP method.
             path: Path below the transport's base_url, with its query.
-            headers: The request's headers; Authorization stands in place of the transport's own key.
+            headers: The request's headers; a credential among them, in any header, stands in place of the transport's own key.
             body: The request's body, or None.
 
         Yields:
@@ -726,7 +727,7 @@ class Microbatcher:
             else:
                 self._when_full(UNSHARED)
         model, cost = read_charge(body)
-        async with self._collector.borrow_slot(model, headers, cost):
+        async with self._collector.borrow_slot(model, {**headers, **credentials_in(path)}, cost):
             self._ledger.upstream_calls += 1
             self._ledger.forwarded += 1
             async with relay(method, path, headers, body) as response:

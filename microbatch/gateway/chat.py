@@ -55,7 +55,7 @@ class Chat:
             raise not_json()
         wishes = read_wishes(request)
         body = await read_body(request, timeout=self._settings.client_timeout)
-        if not wishes.batch or "Content-Encoding" in request.headers:
+        if not wishes.batch or caller.in_address or "Content-Encoding" in request.headers:
             return await self._relay(request, body, caller)
         asked = read_asked(body, model=self._model)
         if asked.relayed:
