@@ -48,7 +48,17 @@ _OTHERS: Final = (
 """Endings of names that have nothing to do with who asks."""
 
 _ON_BEHALF: Final = (
-    *("account", "account-id", "client-id", "org", "org-id", "organization", "organization-id", "project", "project-id"),
+    *(
+        "account",
+        "account-id",
+        "client-id",
+        "org",
+        "org-id",
+        "organization",
+        "organization-id",
+        "project",
+        "project-id",
+    ),
     *("tenant", "tenant-id", "workspace", "workspace-id"),
 )
 """How names end that choose, beside a credential, for whom it is used: who pays, and whose limits count."""

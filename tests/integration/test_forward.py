@@ -123,7 +123,10 @@ async def relayed(*pieces, kind="text/event-stream", **limits):
         (),
         (b": OPENROUTER PROCESSING\n\n",),
         (b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n',),
-        (b'event: response.created\ndata: {"type":"response.created","response":{"text":{"format":{}}}}\n\n', b": ping\n\n"),
+        (
+            b'event: response.created\ndata: {"type":"response.created","response":{"text":{"format":{}}}}\n\n',
+            b": ping\n\n",
+        ),
         (b'event: message_start\ndata: {"type":"message_start","message":{"content":[]}}\n\n',),
     ],
     ids=["nothing", "keep-alive", "role", "responses", "messages"],
@@ -147,7 +150,9 @@ async def test_a_stream_may_be_silent_for_long_before_its_first_words(before):
     ],
 )
 async def test_a_stream_that_falls_silent_within_its_answer_is_cut(said):
-    paced = [step for piece in said for step in (piece, 0.1)]  # so that each comes by itself; no silence before the words counts
+    paced = [
+        step for piece in said for step in (piece, 0.1)
+    ]  # so that each comes by itself; no silence before the words counts
     async with relayed(*paced, PATIENCE, idle_timeout=0.2) as response:
         got = b""
         with pytest.raises(mb.TransportTimeout, match="idle_timeout"):

@@ -27,7 +27,11 @@ NAMES = [
     "X-Unheard-Of-Token",
     "Cookie",
 ]
-PAIRS = {"max_batch_size": 2, "max_wait": 30, "share": True}  # batches leave when they are full: nothing depends on time
+PAIRS = {
+    "max_batch_size": 2,
+    "max_wait": 30,
+    "share": True,
+}  # batches leave when they are full: nothing depends on time
 
 
 class Spy(Watched):
@@ -47,7 +51,9 @@ def body(text, **more):
 
 
 async def asked(session, served, text, headers, **more):
-    async with session.post(f"{served.base_url}/chat/completions", json=body(text, **more), headers=headers) as response:
+    async with session.post(
+        f"{served.base_url}/chat/completions", json=body(text, **more), headers=headers
+    ) as response:
         return response.status, await response.text()
 
 
@@ -80,11 +86,15 @@ async def test_callers_with_different_credentials_share_nothing_and_go_upstream_
 @pytest.mark.parametrize("relayed", [{"n": 2, "stream": True}, {"tools": [], "seed": 1}])
 @pytest.mark.parametrize("name", NAMES)
 async def test_so_do_those_whose_requests_cannot_be_combined(name, relayed):
-    async with recorder() as upstream, gateway(upstream.url, api_key=OWN, retry=ONE_ATTEMPT) as served:
-        async with aiohttp.ClientSession() as session:
-            await asked(session, served, "x", {name: "theirs"}, **relayed)
-            async with session.get(f"{served.base_url}/files", headers={name: "theirs"}) as response:
-                assert response.status == 203
+    options = {"api_key": OWN, "retry": ONE_ATTEMPT}
+    async with (
+        recorder() as upstream,
+        gateway(upstream.url, **options) as served,
+        aiohttp.ClientSession() as session,
+    ):
+        await asked(session, served, "x", {name: "theirs"}, **relayed)
+        async with session.get(f"{served.base_url}/files", headers={name: "theirs"}) as response:
+            assert response.status == 203
     assert len(upstream.requests) == 2
     for _, _, headers, _ in upstream.requests:
         assert headers[name] == "theirs"
@@ -108,7 +118,9 @@ async def test_a_cookie_beside_a_key_parts_those_who_ask_and_goes_no_further():
     async with Spy() as upstream, gateway(upstream, **options) as served, aiohttp.ClientSession() as session:
         for key in ("theirs", TOKEN):
             sent = [
-                asked(session, served, f"thing-{who}{n}", {"Authorization": f"Bearer {key}", "Cookie": f"session={who}"})
+                asked(
+                    session, served, f"thing-{who}{n}", {"Authorization": f"Bearer {key}", "Cookie": f"session={who}"}
+                )
                 for n in (1, 2)
                 for who in "ab"
             ]
