@@ -54,8 +54,8 @@ class Caller(msgspec.Struct, frozen=True):
 
     Attributes:
         headers: The headers that go upstream with a combined request, in lower case; the key in use included.
-        tenant: A digest of every credential they gave, requests with another one share nothing with theirs; None for all those
-            without one.
+        tenant: A digest of every credential they gave and of their tenant header: requests with another share nothing with theirs.
+            None for all callers who gave none.
         own_key: They use the gateway's key.
         credentials: They gave a credential that no browser sends unasked.
         in_address: A credential is in the query, so that only relaying carries it.

@@ -1,8 +1,8 @@
 """Headers and query parameters that say who asks.
 
 They are recognised by how their names end, not by a list of vendors: a key that is not recognised would be dropped, and its owner
-would share prompts with others and be served with a key that is not theirs. A name that only looks like a credential costs no more
-than a lane of its own.
+would share prompts with others and be served with a key that is not theirs. A name that only looks like a credential parts lanes
+without need, and keeps its caller from the gateway's own key; `_OTHERS` are the known ones.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ _CREDENTIALS: Final = (
     "passwd",
     "password",
     "secret",
-    "signature",
     "token",
 )
 """How names of credentials end: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`..."""
 
 _OTHERS: Final = (
+    "affinity-key",
     "cache-key",
     "continuation-token",
     "csrf-token",
     "csrftoken",
+    "hash-key",
     "idempotency-key",
     "page-token",
     "pagetoken",
@@ -47,21 +48,11 @@ _OTHERS: Final = (
 )
 """Endings of names that have nothing to do with who asks."""
 
-_ON_BEHALF: Final = (
-    *(
-        "account",
-        "account-id",
-        "client-id",
-        "org",
-        "org-id",
-        "organization",
-        "organization-id",
-        "project",
-        "project-id",
-    ),
-    *("tenant", "tenant-id", "workspace", "workspace-id"),
-)
-"""How names end that choose, beside a credential, for whom it is used: who pays, and whose limits count."""
+_ON_BEHALF: Final = ("account", "org", "organization", "project", "tenant", "workspace")
+"""How names end, with or without `-id`, that choose beside a credential for whom it is used: who pays, and whose limits count."""
+
+_ON_BEHALF_NAMES: Final = frozenset({"client-id", *_ON_BEHALF, *(f"{word}-id" for word in _ON_BEHALF)})
+_ON_BEHALF_ENDINGS: Final = tuple(f"-{name}" for name in _ON_BEHALF_NAMES)
 
 _OF_A_PROXY: Final = frozenset(
     {
@@ -70,7 +61,6 @@ _OF_A_PROXY: Final = frozenset(
         "cf-access-token",
         "cf-aig-authorization",
         "helicone-auth",
-        "ocp-apim-subscription-key",
         "x-portkey-api-key",
     }
 )
@@ -89,7 +79,7 @@ def is_credential(name: str) -> bool:
 def says_who(name: str) -> bool:
     """Return whether the header *name*, in any case, says whose limits count: it is a credential, or comes beside one."""
     words = name.lower().replace("_", "-")
-    return is_credential(words) or any(words == ending or words.endswith(f"-{ending}") for ending in _ON_BEHALF)
+    return is_credential(words) or words in _ON_BEHALF_NAMES or words.endswith(_ON_BEHALF_ENDINGS)
 
 
 def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str]:

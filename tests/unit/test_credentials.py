@@ -58,6 +58,9 @@ OTHERS = [
     "openai-beta",
     "anthropic-version",
     "x-stainless-retry-count",
+    "x-goog-api-client",
+    "x-session-affinity-key",
+    "x-signature",
     "http-referer",
     "x-title",
 ]
