@@ -129,14 +129,7 @@ def left_open(
 
 
 def read_alone(ticket: Ticket, completion: Completion, content: str) -> tuple[Any, str, RequestFailed | None]:
-    """Return output and text of a single reply, and the error if there is none to be had, which holds the reply."""
-    output, text, error = _read_alone(ticket, completion, content)
-    if error is not None:
-        error.completion = completion.body
-    return output, text, error
-
-
-def _read_alone(ticket: Ticket, completion: Completion, content: str) -> tuple[Any, str, RequestFailed | None]:
+    """Return output and text of a single reply, and the error if there is none to be had."""
     if not ticket.combinable and ticket.answer.is_text and completion.finish_reason is not None:
         return content, content, None  # tool calls and the like: what matters is in `body`
     error = complaint(completion)
