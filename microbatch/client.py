@@ -39,6 +39,7 @@ from microbatch.spool.front import SpoolFront
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
 from microbatch.transports.accounts import Accounts
+from microbatch.transports.credentials import credentials_in
 from microbatch.transports.relay import read_charge
 from microbatch.transports.retry import Sender
 
@@ -357,7 +358,7 @@ class Microbatcher:
             temperature: Sampling temperature; None for the endpoint's default.
             params: Any other request field. Those that mean one answer (tools, n, logprobs, stop, seed...) make the request go
                 alone, with the endpoint's JSON in `Reply.body`. `response_format` with a json_schema becomes the answer's schema.
-            headers: This caller's headers, Authorization for one, in place of the transport's own key.
+            headers: This caller's headers. With a credential among them, in any header, the transport's own key is not sent.
             tenant: Name of a trust domain; requests of different tenants never share a prompt.
             priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.
             timeout: Seconds from now until this submit gives up; None waits as long as the transport does.
@@ -704,7 +705,7 @@ class Microbatcher:
         Args:
             method: HTTP method.
             path: Path below the transport's base_url, with its query.
-            headers: The request's headers; Authorization stands in place of the transport's own key.
+            headers: The request's headers; a credential among them, in any header, stands in place of the transport's own key.
             body: The request's body, or None.
 
         Yields:
@@ -723,11 +724,12 @@ class Microbatcher:
                 f"{type(self._transport).__name__} has no forward(): it cannot relay requests as they are"
             )
         model, cost = read_charge(body)
+        account_headers = {**headers, **credentials_in(path)}
         if self._room.must_wait(PLAIN.rank):
             place = self._when_full(PLAIN, UNSHARED)
             if place is not None:
                 await self._room.wait_for(place, PLAIN.rank)
-        async with self._collector.borrow_slot(model, headers, cost):
+        async with self._collector.borrow_slot(model, account_headers, cost):
             self._ledger.upstream_calls += 1
             self._ledger.forwarded += 1
             async with relay(method, path, headers, body) as response:

@@ -21,7 +21,7 @@ MAX_BODY_CHARS = 2_048
 _KEYS = re.compile(r"(?i)\b(?:sk|pk|rk|gsk|xai|key)-[\w.*-]{4,}|\bBearer\s+[^\s\"',]+")
 
 # Attributes that may hold a customer's words, or an endpoint's headers; they stay in this process.
-_PRIVATE = frozenset({"body", "limits", "raw"})
+_PRIVATE = frozenset({"body", "completion", "limits", "raw"})
 
 
 def mask(text: str) -> str:
@@ -74,11 +74,14 @@ class RequestFailed(MicrobatchError):
 
     Attributes:
         attempts: Upstream calls that carried this request, 0 if none was made.
+        completion: The endpoint's own JSON, where the request went alone and its answer is no usable one; else None. Neither in `str`
+            nor in pickles.
     """
 
     def __init__(self, message: str = "", *, attempts: int = 0) -> None:
         super().__init__(message)
         self.attempts = attempts
+        self.completion: dict[str, Any] | None = None
 
 
 class DeadlineExceeded(RequestFailed, TimeoutError):

@@ -19,7 +19,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         messages: OpenAI chat messages, as they go on the wire.
         model: Model name, or None for the transport's own.
         params: Further request fields, sent as they are (temperature, top_p, tools...).
-        headers: The caller's headers, in place of the transport's own key.
+        headers: The caller's headers; with a credential among them, the transport's own key is not sent.
         schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
         strict: Whether the schema is to be enforced; False only where the caller's own schema said so.
         hint: System text to add before the last message when the schema cannot be enforced, or None.

@@ -332,6 +332,8 @@ class Calls:
                 self._listeners.call(told)
         if error is None:
             await self._keep_answers(completion, [(ticket, completion.usage or Usage())])
+        else:
+            error.completion = completion.body
         return error
 
     # --- both

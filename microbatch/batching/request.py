@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, get_args
 
 import msgspec
 
+from microbatch.batching.prompt import is_combined
 from microbatch.batching.schema import AnswerType, answer_type
 from microbatch.batching.ticket import NORMAL, Spec
 from microbatch.errors import ConfigError
@@ -175,7 +176,7 @@ def _canonical(value: Any, name: str) -> bytes:
 def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable, ...], str] | None:
     """Return all that *messages* must share with others to travel with them, and their own text; None if they go alone.
 
-    They can travel with others if every message is plain text and the last one is the user's.
+    They can travel with others if every message is plain text and the last one is the user's, and no combined prompt itself.
     """
     # The usual case first, and the texts are referred to, never copied.
     last = messages[-1]
@@ -186,6 +187,8 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
     elif isinstance(last, Message) and last.role == "user" and last.name is None and isinstance(last.content, str):
         text = last.content
     else:
+        return None
+    if is_combined(text):
         return None
     # Priority is a word of its own in the key: a lane of low-priority work must not delay others.
     key: list[Hashable] = [options.priority, options.content]
@@ -210,7 +213,7 @@ def own_text(messages: Messages, plain: list[dict[str, Any]] | None) -> str | No
     last = messages[-1]
     if type(last) is dict and len(last) == _PLAIN_FIELDS and messages[:-1] == plain:
         text = last.get("content")
-        if type(text) is str and last.get("role") == "user":
+        if type(text) is str and last.get("role") == "user" and not is_combined(text):
             return text
     return None
 

@@ -12,13 +12,15 @@ import hmac
 import ipaddress
 import re
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from microbatch.errors import ConfigError
 from microbatch.gateway.refusals import Refusal
-from microbatch.transports.http_edge import CREDENTIALS, FRAMING, checked
+from microbatch.gateway.wishes import PREFIX
+from microbatch.transports.credentials import AMBIENT, credentials_in, is_credential, says_who
+from microbatch.transports.http_edge import FRAMING, checked
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -26,14 +28,22 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 TENANT_HEADER: Final = "X-Microbatch-Tenant"
-_WHO: Final = ("authorization", "openai-organization", "openai-project", "openai-beta")
-"""Headers that become part of what requests must share; all others, trace ids for one, are the client's own business."""
+_LANE: Final = frozenset({"openai-beta"})
+"""Headers that become part of what requests must share, beside those that say who asks and those that the settings name; all others,
+trace ids for one, are the client's own business."""
 
-_OF_THE_KEY: Final = frozenset({"openai-organization", "openai-project"})
-"""Headers that choose who pays for a key; with the gateway's own key, that is not the caller's choice."""
-
-_NO_KEY: Final = frozenset({"bearer", "bearer microbatch"})
+_NO_KEY: Final = frozenset({"bearer", "bearer microbatch", "microbatch"})
 """What clients without a key send; many insist on some key, and "microbatch" stands for none."""
+
+_PRIVATE: Final = AMBIENT | {
+    "cf-connecting-ip",
+    "forwarded",
+    "true-client-ip",
+    "via",
+    "x-client-ip",
+    "x-real-ip",
+}
+"""Headers about the client and the way here, which are none of the upstream's business."""
 
 _MODELS: Final = re.compile(r"/models(/[\w.:@-]+)*", re.ASCII)
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -43,16 +53,19 @@ class Caller(msgspec.Struct, frozen=True):
     """Whoever sent a request.
 
     Attributes:
-        headers: What of their headers goes with a combined request, in lower case; the key in use included.
-        tenant: Whom their requests may share a prompt with: a digest, or None for all those without a key of their own.
-        own_key: Whether they use the gateway's key.
-        credentials: Whether they brought a key of their own.
+        headers: The headers that go upstream with a combined request, in lower case; the key in use included.
+        tenant: A digest of every credential they gave and of their tenant header: requests with another share nothing with theirs.
+            None for all callers who gave none.
+        own_key: They use the gateway's key.
+        credentials: They gave a credential that no browser sends unasked.
+        in_address: A credential is in the query, so that only relaying carries it.
     """
 
     headers: dict[str, str]
     tenant: str | None
     own_key: bool
     credentials: bool
+    in_address: bool = False
 
     def __repr__(self) -> str:
         """Tell the rights, never a header."""
@@ -99,8 +112,8 @@ class Access:
             raise ConfigError("the access token must be one line of printable ASCII")
         checked(dict.fromkeys(lane_headers, ""), reserved=FRAMING)
         self._own = f"Bearer {api_key}" if api_key else None
-        self._token = f"Bearer {access_token}".encode() if access_token else None
-        self._who = tuple(dict.fromkeys((*_WHO, *(name.lower() for name in lane_headers))))
+        self._token = access_token.strip().encode() if access_token else None
+        self._lane = _LANE | {name.lower() for name in lane_headers}
         self._names = {name.lower().strip("[]") for name in (*allowed_hosts, host)} | _LOOPBACK
         self._trusting = trust_tenant_header
         self.secret = b""
@@ -139,54 +152,67 @@ class Access:
     def caller(self, request: web.Request) -> Caller:
         """Return who sent *request*.
 
+        A credential of the caller's goes upstream, and the gateway's own key does so only where there is none.
+
         Raises:
             Refusal: A header is repeated or cannot be passed on, or the caller has no right to the gateway's key.
         """
-        headers = self._given(request)
-        authorization = headers.pop("authorization", None)
-        tokened = authorization is not None and self._is_token(authorization)
-        if authorization is None or tokened:
-            if self._own is not None:
-                return self._guest(request, headers, tokened=tokened)
-        else:
-            headers["authorization"] = authorization
-        keys = "\n".join(f"{name}: {value}" for name, value in sorted(headers.items()) if name in CREDENTIALS)
-        return Caller(headers, self._tenant(request, keys), own_key=False, credentials=bool(keys))
+        given = self._given(request)
+        in_query = credentials_in(f"?{request.rel_url.raw_query_string}")
+        if any(map(self._is_token, map(unquote, in_query.values()))):
+            raise self._no_key()  # it would be relayed with the rest of the address
+        tokens = [name for name, value in given.items() if is_credential(name) and self._is_token(value)]
+        for name in tokens:
+            del given[name]
+        found = {name: value for name, value in given.items() if is_credential(name)} | in_query
+        held = {name for name in given if is_private(name) and name not in self._lane}
+        keys = found.keys() - held
+        if not keys and not tokens:
+            # A cookie is for the host that the client talks to, so it goes further only where it is all that could be a key.
+            keys = found.keys() & AMBIENT
+        headers = {name: value for name, value in given.items() if name not in held - keys}
+        told = "\n".join(f"{name}: {value}" for name, value in sorted(found.items()))
+        tenant = self._tenant(request, told)
+        if self._own is None or keys:
+            own = bool(keys - AMBIENT - in_query.keys())
+            return Caller(headers, tenant, own_key=False, credentials=own, in_address=bool(in_query))
+        if self._token is not None and not tokens:
+            raise self._no_key()
+        # With the gateway's key, who pays for it is not the caller's choice.
+        kept = {name: value for name, value in headers.items() if name in self._lane or not says_who(name)}
+        return Caller({**kept, "authorization": self._own}, tenant, own_key=True, credentials=False)
 
-    def _guest(self, request: web.Request, headers: dict[str, str], *, tokened: bool) -> Caller:
-        """Return a caller who is to use the gateway's key."""
-        if self._token is not None and not tokened:
-            raise Refusal(
-                401, "Give your API key, or the gateway's access token, as the Authorization bearer.", code="no_key"
-            )
-        kept = {name: value for name, value in headers.items() if name not in CREDENTIALS | _OF_THE_KEY}
-        return Caller(
-            {**kept, "authorization": self._own or ""}, self._tenant(request, ""), own_key=True, credentials=False
+    def _no_key(self) -> Refusal:
+        return Refusal(
+            401, "Give your API key, or the gateway's access token, as the Authorization bearer.", code="no_key"
         )
 
     def _given(self, request: web.Request) -> dict[str, str]:
-        """Return the headers that say who asks, each of which may be there once."""
+        """Return the headers that say who asks or that the settings name, each of which may be there once."""
         found: dict[str, str] = {}
-        for name in self._who:
-            values = request.headers.getall(name, [])
+        for written in request.headers:
+            name = written.lower()
+            if name in FRAMING or name.startswith(PREFIX) or not (name in self._lane or says_who(name)):
+                continue
+            values = request.headers.getall(name)
             if len(values) > 1:
                 raise Refusal(400, f"The header {name} is there more than once.", code="repeated_header")
-            if values and values[0].strip():
-                found[name] = values[0].strip()
-        if found.get("authorization", "").lower() in _NO_KEY:
-            del found["authorization"]
+            value = values[0].strip()
+            if value and not (is_credential(name) and value.lower() in _NO_KEY):
+                found[name] = value
         try:
             return checked(found)
         except ConfigError as error:
             raise Refusal(400, str(error), code="invalid_header") from None
 
-    def _is_token(self, authorization: str) -> bool:
-        scheme, _, token = authorization.partition(" ")
-        given = f"{scheme.title()} {token.strip()}".encode("utf-8", "surrogateescape")
-        return self._token is not None and hmac.compare_digest(given, self._token)
+    def _is_token(self, value: str) -> bool:
+        """Return whether *value*, of a header that holds a credential, is the access token, bare or as a bearer."""
+        scheme, _, token = value.partition(" ")
+        told = token.strip() if scheme.lower() == "bearer" else value
+        return self._token is not None and hmac.compare_digest(told.encode("utf-8", "surrogateescape"), self._token)
 
     def _tenant(self, request: web.Request, keys: str) -> str | None:
-        """Return the name of the caller's trust domain: the key's, subdivided by the tenant header."""
+        """Return the name of the caller's trust domain: that of the credentials, subdivided by the tenant header."""
         part = request.headers.get(TENANT_HEADER, "") if keys or self._trusting else ""
         if not keys and not part:
             return None
@@ -246,6 +272,11 @@ def _as_bearer(authorization: str) -> str:
     except ValueError:
         return ""
     return f"Bearer {decoded.partition(':')[2]}"
+
+
+def is_private(name: str) -> bool:
+    """Return whether the header *name*, in lower case, is about the client and the way here, so that it goes no further."""
+    return name in _PRIVATE or name.startswith("x-forwarded-")
 
 
 def not_json() -> Refusal:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 from aiohttp import web
 
-from microbatch.errors import MicrobatchError
+from microbatch.errors import MicrobatchError, RequestFailed
 from microbatch.gateway.access import not_json
 from microbatch.gateway.asked import Asked, read_asked
 from microbatch.gateway.bodies import read_body, write_chunk
-from microbatch.gateway.completion import DONE, Answer, said_despite, said_in, usage_object
+from microbatch.gateway.completion import (
+    DONE,
+    Answer,
+    as_it_came,
+    first_message,
+    made,
+    said_despite,
+    said_in,
+    usage_object,
+)
 from microbatch.gateway.refusals import refusal_of
 from microbatch.gateway.relay import relay
 from microbatch.gateway.wishes import Wishes, read_wishes
@@ -55,7 +63,7 @@ class Chat:
             raise not_json()
         wishes = read_wishes(request)
         body = await read_body(request, timeout=self._settings.client_timeout)
-        if not wishes.batch or "Content-Encoding" in request.headers:
+        if not wishes.batch or caller.in_address or "Content-Encoding" in request.headers:
             return await self._relay(request, body, caller)
         asked = read_asked(body, model=self._model)
         if asked.relayed:
@@ -66,14 +74,22 @@ class Chat:
             said = said_despite(error)
             if said is None:
                 raise refusal_of(error) from error
-            return await self._send(request, asked, Answer(said, asked.model or self._model, None), None)
-        if not asked.combinable and reply.body is not None:
-            return _as_it_came(reply)
+            own = error.completion if isinstance(error, RequestFailed) else None
+            completion = made(said, asked.model or self._model, None) if own is None else as_it_came(own)
+            return await self._send(request, asked, Answer(completion), None)
         if self._settings.exact_usage and not asked.stream:
             await reply.settled()
-        return await self._send(
-            request, asked, Answer(said_in(reply), reply.model or asked.model or self._model, reply.usage), reply
-        )
+        return await self._send(request, asked, Answer(self._completion(asked, reply)), reply)
+
+    def _completion(self, asked: Asked, reply: Reply[str]) -> dict[str, Any]:
+        if reply.body is None:
+            return made(said_in(reply), reply.model or asked.model or self._model, reply.usage)
+        # A piece of a stream is a text, also where the whole comes in parts.
+        as_text = asked.typed or (asked.stream and not isinstance(first_message(reply.body).get("content"), str))
+        completion = as_it_came(reply.body, content=reply.text if as_text else None, usage=reply.usage)
+        if reply.route in _FREE:
+            completion["usage"] = usage_object(reply.usage)
+        return completion
 
     async def _relay(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
@@ -103,7 +119,7 @@ class Chat:
         headers["Cache-Control"] = "no-cache"
         if not (asked.include_usage and reply is not None and self._settings.exact_usage and reply.usage.estimated):
             if asked.include_usage:
-                events += answer.usage_event(None if reply is None else reply.usage)
+                events += answer.usage_event()
             return web.Response(body=events + DONE, content_type="text/event-stream", charset="utf-8", headers=headers)
         # The answer need not wait for the bill.
         response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream; charset=utf-8"})
@@ -113,14 +129,6 @@ class Chat:
         await write_chunk(response, answer.usage_event(reply.usage) + DONE, timeout=self._settings.client_timeout)
         await response.write_eof()
         return response
-
-
-def _as_it_came(reply: Reply[str]) -> web.Response:
-    """Return the endpoint's own JSON."""
-    body = dict(reply.body or {})
-    if reply.route in _FREE:
-        body["usage"] = usage_object(reply.usage)
-    return web.Response(body=msgspec.json.encode(body), content_type="application/json", headers=_told(reply))
 
 
 def _told(reply: Reply[str]) -> dict[str, str]:

@@ -54,6 +54,12 @@ class Edge:
 
     @web.middleware
     async def _pass(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await self._answer(request, handler)
+        if self.draining:
+            response.force_close()  # of a stream that began before, whose headers promise nothing
+        return response
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             self._access.check_host(request)
             if not request.path.startswith(API):
@@ -90,6 +96,8 @@ class Edge:
         if response.headers.get("Server") == SERVER_SOFTWARE:
             del response.headers["Server"]
         if self.draining:
+            # aiohttp has written the header by now, and would only close: a client that is not told may be sending its next request.
+            response.headers["Connection"] = "close"
             response.force_close()
 
 

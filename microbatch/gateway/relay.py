@@ -8,29 +8,17 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from microbatch.errors import MicrobatchError
+from microbatch.gateway.access import is_private
 from microbatch.gateway.bodies import write_chunk
 from microbatch.gateway.refusals import refusal_of
 from microbatch.gateway.wishes import PREFIX
-from microbatch.transports.http_edge import CREDENTIALS, FRAMING, without
+from microbatch.transports.credentials import is_credential, says_who
+from microbatch.transports.http_edge import FRAMING, without
 
 if TYPE_CHECKING:
     from microbatch.client import Microbatcher
     from microbatch.gateway.access import Caller
     from microbatch.transports.relay import Forwarded
-
-_PRIVATE: Final = frozenset(
-    {
-        "cf-connecting-ip",
-        "cookie",
-        "cookie2",
-        "forwarded",
-        "true-client-ip",
-        "via",
-        "x-client-ip",
-        "x-real-ip",
-    }
-)
-"""Headers about the client and the way here, which are none of the upstream's business."""
 
 _KEPT_BACK: Final = frozenset({"alt-svc", "set-cookie", "set-cookie2", "strict-transport-security"})
 """Headers of an answer that are about the upstream's host, which is not the one that the client talks to."""
@@ -84,11 +72,11 @@ def abort(request: web.Request) -> None:
 
 def _request_headers(request: web.Request, caller: Caller) -> dict[str, str]:
     relayed: dict[str, str] = {}
-    for name, value in without(request.headers.items(), FRAMING | _PRIVATE):
+    for name, value in without(request.headers.items(), FRAMING):
         low = name.lower()
-        if low in caller.headers or low.startswith((PREFIX, "x-forwarded-")):
+        if low in caller.headers or low.startswith(PREFIX) or is_private(low):
             continue
-        if low == "authorization" or (caller.own_key and (low in CREDENTIALS or low.startswith("openai-"))):
+        if is_credential(low) or (caller.own_key and (says_who(low) or low.startswith("openai-"))):
             continue  # what may go of these is among the caller's headers
         # RFC 9110, 5.2: headers of one name are one list.
         relayed[low] = f"{relayed[low]}, {value}" if low in relayed else value

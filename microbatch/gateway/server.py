@@ -108,7 +108,14 @@ class Gateway:
             trust_tenant_header=self._settings.trust_tenant_header,
         )
         # The transport has no key: which one a request goes with is decided here, for each.
-        transport = OpenAIChat(model, base_url=upstream, api_key="", max_connections=_connections(batcher))
+        transport = OpenAIChat(
+            model,
+            base_url=upstream,
+            api_key="",
+            timeout=self._settings.upstream_timeout,
+            idle_timeout=self._settings.idle_timeout,
+            max_connections=_connections(batcher),
+        )
         OpenAIChat(base_url=upstream, api_key=api_key or "")  # checks the key
         self._live = LiveFigures()
         self._metrics = _prometheus()

@@ -123,7 +123,7 @@ class Completions:
             max_completion_tokens: The same by its newer name.
             stream: Whether to return an `AsyncStream`: the request then goes out alone, as it is, at once, and once.
             timeout: Seconds for the whole of it, retries included; until the answer begins if it is streamed.
-            extra_headers: This caller's headers, Authorization for one, in place of the transport's own key.
+            extra_headers: This caller's headers. With a credential among them, in any header, the transport's own key is not sent.
             extra_body: Further fields of the request; they come before all others.
             tenant: See `Microbatcher.submit`; so for those that follow. A stream has no use for them.
             priority: As named.

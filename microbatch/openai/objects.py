@@ -272,7 +272,9 @@ def usage_members(reply: Reply[Any]) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
     reported = as_object(as_object(reply.body).get("usage"))
-    if share.items() <= reported.items():
+    if all(
+        reported.get(name) == share[name] for name in ("prompt_tokens", "completion_tokens")
+    ):  # endpoints differ in the total
         return dict(reported)
     share["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
     return {**share, "microbatch_estimated": True} if usage.estimated else share

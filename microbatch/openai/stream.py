@@ -11,6 +11,7 @@ import msgspec
 from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.policy import at_least
+from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_shapes import Fault, read_fault, to_error
 from microbatch.transports.sse import SSEDecoder
 
@@ -134,9 +135,7 @@ async def open_stream(
             if not limit.expired():
                 raise
             raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
-        secrets = [
-            value.removeprefix("Bearer ") for name, value in sent.items() if name in ("authorization", "api-key")
-        ]
+        secrets = [value.rpartition(" ")[2] for name, value in sent.items() if value and is_credential(name)]
         await _check(response, secrets)
         return AsyncStream(response, held.pop_all(), secrets)
 

@@ -20,7 +20,7 @@ from microbatch.messages import Limits
 from microbatch.policy import MAX_WAIT
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
-from microbatch.transports.http_edge import WHO
+from microbatch.transports.credentials import says_who
 from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.recent import Kept
 from microbatch.transports.retry_budget import RetryBudget
@@ -398,5 +398,5 @@ _SALT: Final = secrets.token_bytes(16)
 
 def _credentials(headers: Mapping[str, str]) -> bytes:
     """Return a digest of the headers that say who asks."""
-    who = sorted((name.lower(), value) for name, value in headers.items() if name.lower() in WHO)
+    who = sorted((name.lower(), value) for name, value in headers.items() if says_who(name))
     return hashlib.blake2b(msgspec.json.encode(who), digest_size=16, key=_SALT).digest() if who else b""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from microbatch.errors import BadRequest, ConnectFailed, ServerError, TransportError
 from microbatch.transports.chat_wire import ReplyReader
+from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_shapes import Fault, read_fault, to_error
-from microbatch.transports.http_edge import CREDENTIALS, guarded, read_all, read_some
+from microbatch.transports.http_edge import guarded, read_all, read_some
 from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.sse import SSEDecoder
 
@@ -155,7 +156,7 @@ class Attempt:
             headers=response.headers,
             raw=raw,
             secrets=_secrets(self._headers),
-            keyless=not any(name.lower() in CREDENTIALS for name in self._headers),
+            keyless=not any(map(is_credential, self._headers)),
         )
         if not self._gave_text:
             now = asyncio.get_running_loop().time()

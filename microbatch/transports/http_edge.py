@@ -34,12 +34,6 @@ HOP_BY_HOP: Final = frozenset(
 FRAMING: Final = HOP_BY_HOP | {"content-length", "expect", "host"}
 """Headers that say where a request begins, ends and goes. Set by hand they could make two requests of one."""
 
-CREDENTIALS: Final = frozenset({"authorization", "api-key", "x-api-key", "x-goog-api-key"})
-"""Where endpoints look for a key: OpenAI and most, Azure, Anthropic, Google."""
-
-WHO: Final = CREDENTIALS | {"openai-organization", "openai-project"}
-"""Headers that say who asks, and so whose limits and whose experience count."""
-
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\ud7ff\ue000-\U0010ffff]*")
 

@@ -18,12 +18,13 @@ from microbatch.errors import ConfigError
 from microbatch.policy import at_least, whole
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.chat_wire import can_stream, compose, encode
-from microbatch.transports.http_edge import FRAMING, WHO, Clock, checked, merged, timed, without
+from microbatch.transports.credentials import credentials_in, in_place_of, says_who
+from microbatch.transports.http_edge import FRAMING, Clock, checked, merged, timed, without
 from microbatch.transports.ladder import Ladder
 from microbatch.transports.relay import Forwarded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
     from types import SimpleNamespace
 
     from microbatch.protocols import ChatCall, Completion
@@ -50,7 +51,8 @@ class OpenAIChat:
         api_key: The key. None takes it from the environment variable OPENAI_API_KEY. Without either, and with a base_url,
             requests go without Authorization.
         base_url: Address of the API, up to and without `/chat/completions`. None takes OPENAI_BASE_URL, else OpenAI's.
-        headers: Headers of every request; a call's own headers of the same name come first.
+        headers: Headers of every request; a call's own headers of the same name come first. A call with a credential of its own, in
+            any header, goes without this transport's: no key, organization or project of another goes with it.
         query: Query parameters of every request, such as Azure's `api-version`.
         timeout: Longest one attempt may take, in seconds.
         idle_timeout: Longest a stream may be silent, in seconds; keep-alive comments count as silence.
@@ -159,13 +161,14 @@ class OpenAIChat:
             raise ConfigError("no model: name one in OpenAIChat(model=...) or in the call")
         session = self._pool()
         loop = asyncio.get_running_loop()
-        headers = self._request_headers(checked(call.headers))
+        own = checked(call.headers)
+        headers = self._request_headers(own, own)
         wants_stream = call.stream if self._stream is None else self._stream
         plan = self._ladder.plan(
             call,
             base_url=self.base_url,
             model=model,
-            credentials=[pair for pair in headers.items() if pair[0].lower() in WHO],
+            credentials=[pair for pair in headers.items() if says_who(pair[0])],
             stream=wants_stream and can_stream(call),
             now=loop.time(),
         )
@@ -174,7 +177,7 @@ class OpenAIChat:
         clock = self._clock(call, plan)
         attempt = Attempt(plan, self._ladder, clock, on_text, where=self._where, headers=request)
         return await attempt.run(
-            self._request(session, "POST", "/chat/completions", headers=request, body=body, clock=clock)
+            self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body, clock=clock)
         )
 
     @asynccontextmanager
@@ -184,7 +187,7 @@ class OpenAIChat:
         """Relay a request as it is and yield the answer, whatever its status.
 
         Bodies are not touched in either direction, nor decompressed. Headers that concern one connection only are left
-        out; the transport's key is added unless *headers* bring an Authorization of their own.
+        out; the transport's key is added unless *headers* bring a credential of their own.
 
         Args:
             method: The HTTP method.
@@ -202,7 +205,9 @@ class OpenAIChat:
         relayed = checked(dict(without(headers.items(), FRAMING)), reserved=frozenset())
         clock = Clock(self._timeout, None)
         end = asyncio.get_running_loop().time() + self._timeout
-        sending = self._request(session, method, path, headers=self._request_headers(relayed), body=body, relay=True)
+        who = {**relayed, **credentials_in(path)}
+        sent = self._request_headers(relayed, who)
+        sending = self._request(session, method, path, headers=sent, who=who, body=body, relay=True)
         response = await timed(clock, sending, self._where)
         try:
             idle = self._idle_timeout if response.content_type == "text/event-stream" else None
@@ -236,8 +241,9 @@ class OpenAIChat:
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         return Clock(max(0.0, total), self._idle_timeout if "stream" in plan.sent else None)
 
-    def _request_headers(self, own: Mapping[str, str]) -> dict[str, str]:
-        return merged(self._key_headers, self._headers, own)
+    def _request_headers(self, own: Mapping[str, str], who: Iterable[str]) -> dict[str, str]:
+        """Return all headers of a request whose caller gave *own*, and said *who* it is under these names, there or in the query."""
+        return merged(in_place_of(merged(self._key_headers, self._headers), who), own)
 
     async def _request(
         self,
@@ -246,6 +252,7 @@ class OpenAIChat:
         path: str,
         *,
         headers: Mapping[str, str],
+        who: Iterable[str],
         body: bytes | None,
         clock: Clock | None = None,
         relay: bool = False,
@@ -255,7 +262,7 @@ class OpenAIChat:
             self.base_url + path,
             data=io.BytesIO(body) if body is not None and len(body) > LARGE_BODY_BYTES else body,
             headers=headers,
-            params=self._query,
+            params=in_place_of(self._query, who),
             proxy=self._proxy,
             allow_redirects=False,
             trace_request_ctx=clock,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -24,6 +25,16 @@ class _Body(msgspec.Struct):
 _read_body = msgspec.json.Decoder(_Body).decode
 
 _BYTES_A_TOKEN = 4  # of English
+
+_EVENT_FIELDS: Final = (b":", b"data", b"event", b"id", b"retry", b"\n", b"\r", b"\xef\xbb\xbf")
+"""How an event stream begins, if it is not compressed."""
+
+_WORDS: Final = re.compile(rb'"(?:arguments|content|delta|reasoning\w*|refusal|text|thinking)"\s*:\s*"[^"]')
+"""A piece of an answer, or of a thought, in the event of any API. What comes before it (keep-alives, events that say that the answer
+was begun, or whose it will be) may come long before the model has read the prompt."""
+
+_WORDS_BYTES: Final = 64
+"""Bytes within which `_WORDS` is found where it was cut in two."""
 
 
 def read_charge(body: bytes | None) -> tuple[str | None, int]:
@@ -61,15 +72,22 @@ class Forwarded:
 
         Raises:
             ConnectFailed: The connection broke; what was yielded stands.
-            TransportTimeout: The transport's `timeout` is over, or an event stream was silent for `idle_timeout`.
+            TransportTimeout: The transport's `timeout` is over, or an event stream that had begun to answer was silent for
+                `idle_timeout`.
         """
+        latest: bytes | None = None
+        begun = False
         while True:
             loop = asyncio.get_running_loop()
-            clock = Clock(max(0.0, self._end - loop.time()), self._idle)
+            clock = Clock(max(0.0, self._end - loop.time()), self._idle if begun else None)
             # The time runs while waiting for the endpoint only, not while the caller is busy with a chunk.
             chunk = await timed(clock, self._response.content.readany(), self._where)
             if not chunk:
                 return
+            if not begun and self._idle is not None:
+                foreign = latest is None and not chunk.startswith(_EVENT_FIELDS)
+                latest = (latest or b"")[-_WORDS_BYTES:] + chunk
+                begun = foreign or _WORDS.search(latest) is not None
             yield chunk
 
     def __aiter__(self) -> AsyncIterator[bytes]:

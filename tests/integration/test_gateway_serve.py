@@ -18,6 +18,7 @@ from gateway_world import (
     error_in,
     gateway,
     post,
+    recorder,
     sdk,
     serve,
     status,
@@ -29,6 +30,7 @@ import microbatch as mb
 from microbatch.cli import main, make_parser
 from microbatch.commands.console import UsageError
 from microbatch.commands.environment import with_environment
+from microbatch.gateway import GatewaySettings
 from microbatch.testing import Latency, SimulatedEndpoint
 
 SLOW = Latency(first_token=4, tokens_per_second=0)  # a loaded machine must manage to look in meanwhile
@@ -212,6 +214,8 @@ def test_flags_come_before_variables_in_any_spelling():
         ((*UPSTREAM, "--access-token-file", "empty"), "--access-token-file empty: the file is empty"),
         ((*UPSTREAM, "--secret-file", "empty"), "--secret-file empty: a secret has at least 16 bytes"),
         ((*UPSTREAM, "--max-requests", "0"), "--max-requests must be a number of at least 1"),
+        ((*UPSTREAM, "--upstream-timeout", "0"), "--upstream-timeout must be a number of at least 0.001"),
+        ((*UPSTREAM, "--idle-timeout", "nan"), "--idle-timeout must be a number of at least 0.001"),
         ((*UPSTREAM, "--lane-header", "a b"), "no HTTP header name"),
         ((*UPSTREAM, "--lane-header", "Host"), "the header Host cannot be set"),
         ((*UPSTREAM, "--host", "192.0.2.1"), "cannot listen on 192.0.2.1:0"),
@@ -223,6 +227,35 @@ def test_wrong_settings_are_told_and_end_with_2(words, told, tmp_path, monkeypat
     (tmp_path / "empty").write_text("\n")
     assert main(["serve", "--port", "0", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["upstream_timeout", "idle_timeout"])
+def test_there_is_always_a_limit_to_what_the_upstream_may_take(name):
+    with pytest.raises(mb.ConfigError, match=f"{name} must be a number of seconds"):
+        GatewaySettings(**{name: None})
+
+
+@pytest.mark.parametrize("flag", ["--upstream-timeout", "--idle-timeout"])
+async def test_the_command_limits_what_the_upstream_may_take(flag):
+    before = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n' if flag == "--idle-timeout" else b""
+
+    async def answer(request):
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if before:
+            await response.prepare(request)
+            await response.write(before)
+        await asyncio.sleep(2 * PATIENCE)
+        return response
+
+    async with recorder() as upstream:
+        upstream.answer = answer
+        async with serve("--upstream", upstream.url, "--port", "0", flag, "0.5") as served:
+            answered = await talk(served.port, post(body(n=2, stream=True)))
+    if before:
+        assert before in answered  # and then it was broken off
+    else:
+        assert (status(answered), error_in(answered)["code"]) == (504, "upstream_timeout")
+        assert "did not finish within 0.5 s" in error_in(answered)["message"]
 
 
 async def test_a_taken_port_is_told():
