@@ -279,7 +279,7 @@ class Answers:
     def _put_back(self) -> None:
         """Give the file a name again if its own was taken away."""
         path, ours = Path(self.path), os.fstat(self._file)
-        if not ours.st_size or (path.exists() and os.path.samestat(path.stat(), ours)):
+        if not self.written or (path.exists() and os.path.samestat(path.stat(), ours)):
             return
         replaced = path.exists()
         name = next(free_names(self.path)) if replaced else path

@@ -43,7 +43,7 @@ class RestingTransport:
         endpoint = self._endpoint
         tries = await endpoint.allow()
         sent = asyncio.get_running_loop().time()
-        endpoint.begin()
+        begun = endpoint.begin()
         try:
             completion = await self._transport.send(call, on_text)
         except RequestFailed as error:
@@ -59,7 +59,7 @@ class RestingTransport:
                 endpoint.succeeded(sent)
             return completion
         finally:
-            endpoint.end()
+            endpoint.end(begun)
             if tries:
                 endpoint.tried()
 

@@ -135,11 +135,12 @@ class Run:
         self._tell()
         return self._work.status
 
-    def _take(self, name: str, reply: Reply[Any], digest: str | None) -> None:
-        self._answers.write(answer_line(name, self._job.questions.output(reply.output), reply, digest))
+    def _take(self, name: str, reply: Reply[Any]) -> None:
+        output = self._job.questions.output(reply.output)
+        self._answers.write(answer_line(name, output, reply, self._work.digest_of(name)))
 
-    def _fail(self, name: str, error: dict[str, Any], digest: str | None) -> None:
-        self._answers.write(failure_line(name, error, digest))
+    def _fail(self, name: str, error: dict[str, Any]) -> None:
+        self._answers.write(failure_line(name, error, self._work.digest_of(name)))
 
     def _tell(self) -> None:
         args, work, stats = self._args, self._work, self._work.stats

@@ -133,7 +133,7 @@ class Warming:
         self._tell()
         return work.status
 
-    def _take(self, _name: str, _reply: Reply[Any], _digest: str | None) -> None:
+    def _take(self, _name: str, _reply: Reply[Any]) -> None:
         """Go on only as long as answers are kept.
 
         Raises:
@@ -142,7 +142,7 @@ class Warming:
         if self._cache.failure is not None:
             raise self._cache.failure
 
-    def _fail(self, name: str, error: dict[str, Any], digest: str | None) -> None:
+    def _fail(self, name: str, error: dict[str, Any]) -> None:
         """Leave it to `Work.failures`."""
 
     def _tell(self) -> None:

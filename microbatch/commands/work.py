@@ -56,9 +56,8 @@ class Work:
 
     Args:
         job: What is asked, and of whom.
-        take: Takes an id, the reply, settled, and the digest of the question. If it raises `NotWritten`, `OSError` or `StorageError`,
-            the work ends there.
-        fail: Takes an id, what an output line says of the error, and the digest of the question or None; like `take`.
+        take: Takes an id and the reply, settled. If it raises `NotWritten`, `OSError` or `StorageError`, the work ends there.
+        fail: Takes an id and what an output line says of the error; like `take`.
         done: Digests of the ids that are not asked about any more.
         ttl: Seconds for which the answers are good; None for the cache's own time.
         progress: Whether progress is shown; None if stderr is a terminal.
@@ -79,8 +78,8 @@ class Work:
     def __init__(
         self,
         job: Job,
-        take: Callable[[str, Reply[Any], str | None], None],
-        fail: Callable[[str, dict[str, Any], str | None], None],
+        take: Callable[[str, Reply[Any]], None],
+        fail: Callable[[str, dict[str, Any]], None],
         *,
         done: Collection[int] = (),
         ttl: float | None = None,
@@ -95,8 +94,8 @@ class Work:
         self._shows = sys.stderr.isatty() if progress is None else progress
         self._progress = Progress(None, Stats)
         self._endpoint = Endpoint("the endpoint is left alone", give_up_after=give_up_after)
-        self._asked: dict[str, Request] = {}
-        self._open: dict[str, tuple[Request, Exception]] = {}  # what this pass has left open, and why
+        self._asked: dict[str, Request] = {}  # and not settled
+        self._open: dict[str, Exception] = {}  # what this pass has left open, and why
         self._chances: Counter[str] = Counter()
         self._control: Request | None = None
         self._passes = 0
@@ -199,54 +198,59 @@ class Work:
         if digest(name) in self._settled:
             return
         path = self._job.source.path
-        self._failed(name, line.error(path), None)
+        self._failed(name, line.error(path))
         self.failures.add(line.problem, str(line.number), f"{path}, line ")
 
     # --- what becomes of an item
 
+    def digest_of(self, name: str) -> str | None:
+        """Return the digest of a question that was asked and is not settled yet; None if there is none."""
+        request = self._asked.get(name)
+        return None if request is None else question_digest(request, self._job.transport.model)
+
     async def _settle(self, result: Result[Any]) -> None:
-        name = result.id or ""
-        request, error = self._asked.pop(name), result.error
+        name, error = result.id or "", result.error
         if result.reply is not None:
-            self._take(name, await result.reply.settled(), question_digest(request, self._job.transport.model))
+            self._take(name, await result.reply.settled())
             self._settled.add(digest(name))
-            self._control = request
+            self._control = self._asked.pop(name)
             self.answered += 1
             self._progress.advance()
         elif isinstance(error, ConfigError) or error is None or cause_of(error) is Cause.REQUEST:
-            self._lose(request, error or RuntimeError("no reply"))
+            self._lose(name, error or RuntimeError("no reply"))
         else:
-            self._leave_open(request, error)
+            self._leave_open(name, error)
 
-    def _leave_open(self, request: Request, error: Exception) -> None:
+    def _leave_open(self, name: str, error: Exception) -> None:
         """Note an item that is not settled, and end the work if that is for good."""
         endpoint = self._endpoint
         if endpoint.given_up:
             self._give_up(f"nothing was answered for {endpoint.failing_for:,.0f} s, at last {_told(endpoint.error)}")
         if isinstance(error, ShutDown):
             return
-        self._open[request.id or ""] = request, error
+        self._open[name] = error
         if not endpoint.answered:
             if is_refusal(error) or (endpoint.down and may_refuse_all(error)):
                 self._give_up(f"the endpoint refuses to answer: {_told(error)}")
         elif is_refusal(error):
             endpoint.lay_off(error)  # such calls fail without being sent, for a while
 
-    def _lose(self, request: Request, error: Exception) -> None:
+    def _lose(self, name: str, error: Exception) -> None:
         """Give up an item that failed for a reason of its own."""
-        name, told = request.id or "", error_object(error)
-        self._failed(name, told, question_digest(request, self._job.transport.model))
+        told = error_object(error)
+        self._failed(name, told)
         self.failures.add(f"{told['type']}: {told['message']}", name, "id ")
 
-    def _failed(self, name: str, error: dict[str, Any], question: str | None) -> None:
-        self._fail(name, error, question)
+    def _failed(self, name: str, error: dict[str, Any]) -> None:
+        self._fail(name, error)
         self._settled.add(digest(name))
+        self._asked.pop(name, None)
         self.failed += 1
         self._progress.advance()
 
     async def _judge(self, batcher: Microbatcher, *, progress: bool) -> None:
         """Decide what becomes of the items that a pass has left open."""
-        errors = [error for _, error in self._open.values()]
+        errors = [*self._open.values()]
         if self._control is None:
             if all(map(may_refuse_all, errors)):
                 self._give_up(f"the endpoint refuses to answer: {_told(errors[0])}")
@@ -254,12 +258,12 @@ class Work:
         if not await self._answers(batcher, self._control):
             self._endpoint.lay_off(errors[-1])
             return
-        for name, (request, error) in self._open.items():
+        for name, error in self._open.items():
             if progress and cause_of(error) is Cause.ENDPOINT:
                 continue
             self._chances[name] += 1
             if self._chances[name] >= CHANCES:
-                self._lose(request, error)
+                self._lose(name, error)
 
     async def _answers(self, batcher: Microbatcher, control: Request) -> bool:
         """Return whether the endpoint answers what it has answered before, at the first attempt."""

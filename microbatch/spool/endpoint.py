@@ -39,6 +39,9 @@ GIVE_UP_AFTER: Final = 600.0
 ENOUGH: Final = 3
 """Attempts that fail in a row, none answered that was sent later, before the endpoint counts as down."""
 
+UNPROVEN: Final = 32
+"""Most attempts under way that were sent since the latest answer came: more would be wasted when an outage begins."""
+
 # An endpoint that is overloaded or not there, whatever it is asked: bad gateway, unavailable, overloaded.
 _DOWN: Final = frozenset({502, 503, 529})
 # "No such model" or "no such address" if every request gets it; else this request names something that is not there.
@@ -89,7 +92,7 @@ def may_refuse_all(error: BaseException) -> bool:
 class Endpoint:
     """Whether an endpoint answers, told from the attempts made at it; keeps attempts back while it does not.
 
-    An attempt is `allow`ed, sent, and then either `succeeded` or `failed`. Attempts are compared by when they were sent: the answer
+    An attempt is `allow`ed, begun, and then either `succeeded` or `failed`. Attempts are compared by when they were sent: the answer
     to one that was sent before an outage began says nothing about what was sent later.
 
     Args:
@@ -116,6 +119,8 @@ class Endpoint:
         self._failures = 0  # in a row
         self._failing_since = float("inf")  # when the first of them was sent
         self._latest = float("-inf")  # when the latest attempt that succeeded was sent
+        self._answers = 0
+        self._unproven = 0  # attempts under way that were sent since the latest answer
         self._probing = False
         self._changed = asyncio.Event()
         self._on_idle: Callable[[], object] | None = None
@@ -160,13 +165,13 @@ class Endpoint:
                 raise ShutDown("not sent: stopped before its turn")
             if self.given_up:
                 raise ShutDown(f"not sent: nothing was answered for {self.failing_for:.0f} s")
-            if not self.down:
+            if not self.down and self._unproven < UNPROVEN:
                 return False
-            if not self._probing and not self._rest.on:
+            if self.down and not self._probing and not self._rest.on:
                 self._probing = True
                 return True
             left = self._give_up_after - self.failing_for
-            seconds = min(self._rest.left or left, left)
+            seconds = min(self._rest.left or left, left) if self.down else float("inf")
             await wait(self._changed, None if seconds == float("inf") else seconds)
 
     def tried(self) -> None:
@@ -174,23 +179,30 @@ class Endpoint:
         self._probing = False
         self._note_change()
 
-    def begin(self) -> None:
-        """An attempt is sent."""
+    def begin(self) -> int:
+        """Note that an attempt is sent; return what to `end` it with."""
         self.on_wire += 1
+        self._unproven += 1
+        return self._answers
 
-    def end(self) -> None:
-        """An attempt has ended."""
+    def end(self, begun: int) -> None:
+        """Note that the attempt has ended for which `begin` has returned *begun*."""
         self.on_wire -= 1
+        if begun == self._answers:
+            self._unproven -= 1
+            self._note_change()
         self._tell_if_idle()
 
     def succeeded(self, sent: float) -> None:
         """Note an answer to an attempt that was sent at the loop time *sent*."""
         self.answered = True
+        self._answers += 1
+        self._unproven = 0
         self._latest = max(self._latest, sent)
         if sent >= self._failing_since:
             self._failures, self._failing_since = 0, float("inf")
             self._rest.end()
-            self._note_change()
+        self._note_change()
 
     def failed(self, error: Exception, sent: float) -> None:
         """Note that an attempt sent at the loop time *sent* failed with *error*, for which the endpoint may be to blame."""
