@@ -22,6 +22,7 @@ from microbatch.commands.questions import (
     read_text,
 )
 from microbatch.commands.reading import Input, Survey
+from microbatch.commands.resting import RestingTransport
 from microbatch.commands.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.commands.stores import PATIENT_TIMEOUT, cache_at
 from microbatch.errors import ConfigError
@@ -31,6 +32,8 @@ from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
+
+    from microbatch.spool.endpoint import Endpoint
 
 
 class Job(msgspec.Struct):
@@ -50,10 +53,11 @@ class Job(msgspec.Struct):
         """The model whose prices stand in for those of the embedded endpoint; None if the endpoint is a real one."""
         return self.transport.model if isinstance(self.transport, SimulatedChat) else None
 
-    def batcher(self) -> Microbatcher:
-        """Return what asks, not yet open."""
+    def batcher(self, endpoint: Endpoint) -> Microbatcher:
+        """Return what asks as far as *endpoint* allows, not yet open."""
+        transport = RestingTransport(self.transport, endpoint)
         return Microbatcher(
-            self.transport, policy=self.policy, fallback=self.fallback, rate_limit=self.rate_limit, cache=self.cache
+            transport, policy=self.policy, fallback=self.fallback, rate_limit=self.rate_limit, cache=self.cache
         )
 
 
