@@ -132,10 +132,7 @@ class Calls:
         batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary)
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
-        if route == "fallback":
-            self._ledger.fallback_calls += 1
-            learned.balance.calls += 1
-        else:
+        if route != "fallback":
             learned.balance.begin(len(tickets))
         return batch
 
@@ -167,7 +164,7 @@ class Calls:
             return True
 
         try:
-            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut)
+            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut, batch.learned)
             if batch.bug is not None:
                 raise batch.bug
             how = ending(completion, error, heard=batch.heard)
@@ -244,7 +241,9 @@ class Calls:
 
     # --- single calls
 
-    async def single(self, ticket: Ticket, permit: Permit, *, learned: Learned | None = None) -> RequestFailed | None:
+    async def single(
+        self, ticket: Ticket, permit: Permit, *, learned: Learned | None = None
+    ) -> RequestFailed | ConfigError | None:
         """Send *ticket* alone and answer it; return the error instead if it cannot be answered.
 
         An answer that is empty or does not fit is asked for once more.
@@ -276,11 +275,11 @@ class Calls:
             timeout=self._remaining([ticket]),
         )
 
-    async def _ask_alone(self, ticket: Ticket, permit: Permit, learned: Learned | None) -> RequestFailed | None:
+    async def _ask_alone(
+        self, ticket: Ticket, permit: Permit, learned: Learned | None
+    ) -> RequestFailed | ConfigError | None:
         if learned is not None:
-            self._ledger.fallback_calls += 1
             self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
-            learned.balance.calls += 1
         pieces: list[str] = []
         price = self._price(ticket.spec.model or self._default_model)
         route: Route = "single" if learned is None else "fallback"
@@ -302,10 +301,10 @@ class Calls:
             return True
 
         completion: Completion | None = None
-        error: RequestFailed | None = None
+        error: RequestFailed | ConfigError | None = None
         call = self.compose_alone(ticket)
         try:
-            completion, error = await self._exchange(exchange, call, on_text, on_cut)
+            completion, error = await self._exchange(exchange, call, on_text, on_cut, learned)
             if completion is None:
                 return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
@@ -334,10 +333,10 @@ class Calls:
         call: ChatCall,
         on_text: Callable[[str], None],
         on_cut: Callable[[Completion | None], bool],
-    ) -> tuple[Completion | None, RequestFailed | None]:
+        learned: Learned | None,
+    ) -> tuple[Completion | None, RequestFailed | ConfigError | None]:
         def on_attempt() -> None:
-            self._ledger.upstream_calls += 1
-            exchange.attempts += 1
+            self._count_attempt(exchange, learned, 1)
 
         if exchange.waiting <= 0:
             return None, None  # everybody left before the task of this call got its turn
@@ -347,6 +346,9 @@ class Calls:
         try:
             return await self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=exchange.permit), None
         except RequestFailed as error:
+            return None, error
+        except ConfigError as error:
+            self._count_attempt(exchange, learned, -1)  # nothing was sent
             return None, error
         except asyncio.CancelledError as error:
             asked = task.cancelling() - asked_before if task is not None else 0
@@ -362,6 +364,15 @@ class Calls:
             exchange.task = None
             if exchange.stopped and task is not None:
                 task.uncancel()
+
+    def _count_attempt(self, exchange: Exchange, learned: Learned | None, count: int) -> None:
+        """Count an attempt of *exchange* (1), or that it was not made after all (-1)."""
+        first = exchange.attempts == (0 if count > 0 else 1)
+        self._ledger.upstream_calls += count
+        exchange.attempts += count
+        if first and exchange.route == "fallback" and learned is not None:
+            self._ledger.fallback_calls += count
+            learned.balance.calls += count
 
     def _remaining(self, tickets: list[Ticket]) -> float | None:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""

@@ -7,6 +7,7 @@ import random
 from typing import TYPE_CHECKING, Final
 
 from microbatch.errors import (
+    ConfigError,
     ConnectFailed,
     QuotaExhausted,
     RateLimited,
@@ -77,6 +78,7 @@ class Sender:
 
         Raises:
             RequestFailed: The last attempt's error. Anything else a transport raises comes as a `TransportError` from it.
+            ConfigError: The transport cannot send the call: the last attempt, though announced by *on_attempt*, was not made.
         """
         loop = asyncio.get_running_loop()
         end = None if call.timeout is None else loop.time() + call.timeout
@@ -93,11 +95,12 @@ class Sender:
         while True:
             if not (permit.paid and account.breaker.closed):
                 await account.admit(permit)
+            drawn, earned = permit.drawn, 0.0
             permit.paid = permit.drawn = False
             if permit.error is not None:
                 self.repeats += 1
             elif not permit.again:
-                account.budget.first()
+                earned = account.budget.first()
             if end is not None:
                 call.timeout = max(0.0, end - loop.time())
             on_attempt()
@@ -112,6 +115,9 @@ class Sender:
                 failure = error
                 account.ended(permit, failure)
             except Exception as error:
+                if isinstance(error, ConfigError) and not heard:
+                    self._undo(permit, drawn=drawn, earned=earned)
+                    raise
                 failure = TransportError(f"the transport raised {type(error).__name__}")
                 account.ended(permit, failure)
                 raise failure from error
@@ -131,6 +137,13 @@ class Sender:
             else:
                 failures += 1
                 await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
+
+    def _undo(self, permit: Permit, *, drawn: bool, earned: float) -> None:
+        """Give back what was paid for an attempt that was not made, and count it no more."""
+        self.repeats -= permit.error is not None
+        permit.account.budget.take_back(earned)
+        permit.paid, permit.drawn = True, drawn
+        permit.cancel()
 
     async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
         """Wait until another attempt may be *worth* it.
