@@ -11,7 +11,7 @@ import contextvars
 import logging
 import uuid
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 import msgspec
@@ -370,7 +370,7 @@ class Microbatcher:
             The caller's own answer, and its share of the cost.
 
         Raises:
-            ConfigError: An argument is wrong; nothing was sent.
+            ConfigError: An argument is wrong, or the transport cannot send such a request; nothing was sent.
             BatcherClosed: The batcher is not open, or belongs to another event loop.
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
@@ -712,7 +712,7 @@ class Microbatcher:
             The response: `status`, `headers`, and its bytes by `async for` or `chunks()`.
 
         Raises:
-            ConfigError: The transport cannot forward.
+            ConfigError: The transport cannot forward, or not this request; nothing was sent.
             BatcherClosed: The batcher is not open.
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             TransportError: The endpoint could not be reached, or the connection broke.
@@ -729,11 +729,17 @@ class Microbatcher:
             place = self._when_full(PLAIN, UNSHARED)
             if place is not None:
                 await self._room.wait_for(place, PLAIN.rank)
-        async with self._collector.borrow_slot(model, account_headers, cost):
+        async with self._collector.borrow_slot(model, account_headers, cost) as loan, AsyncExitStack() as relayed:
             self._ledger.upstream_calls += 1
             self._ledger.forwarded += 1
-            async with relay(method, path, headers, body) as response:
-                yield response
+            try:
+                response = await relayed.enter_async_context(relay(method, path, headers, body))
+            except ConfigError:
+                loan.used = False
+                self._ledger.upstream_calls -= 1
+                self._ledger.forwarded -= 1
+                raise
+            yield response
 
     # --- looking
 

@@ -50,7 +50,15 @@ class MicrobatchError(Exception):
 
 
 class ConfigError(MicrobatchError, ValueError):
-    """A setting or an argument is wrong; nothing was queued or sent."""
+    """A setting or an argument is wrong; nothing was queued or sent.
+
+    A transport raises it for a call that it cannot send; then it ends the requests of that call.
+
+    Attributes:
+        attempts: Upstream calls that carried the request before; mostly 0.
+    """
+
+    attempts: int = 0
 
 
 class BatcherClosed(MicrobatchError):

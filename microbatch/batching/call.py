@@ -104,7 +104,7 @@ class Calls:
         self._early = early
         self._canary = canary
 
-    async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | None:
+    async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | ConfigError | None:
         """Wait until *permit* has its slot, for as long as any caller of *tickets* waits; return why it will have none, or None."""
         exchange = Exchange(len(tickets), "fallback", self._now(), None, permit)
         exchange.carry(tickets)
@@ -140,10 +140,7 @@ class Calls:
         batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary)
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
-        if route == "fallback":
-            self._ledger.fallback_calls += 1
-            learned.balance.calls += 1
-        else:
+        if route != "fallback":
             learned.balance.begin(len(tickets))
         return batch
 
@@ -175,7 +172,7 @@ class Calls:
             return True
 
         try:
-            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut)
+            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut, batch.learned)
             if batch.bug is not None:
                 raise batch.bug
             how = ending(completion, error, heard=batch.heard)
@@ -252,7 +249,9 @@ class Calls:
 
     # --- single calls
 
-    async def single(self, ticket: Ticket, permit: Permit, *, learned: Learned | None = None) -> RequestFailed | None:
+    async def single(
+        self, ticket: Ticket, permit: Permit, *, learned: Learned | None = None
+    ) -> RequestFailed | ConfigError | None:
         """Send *ticket* alone and answer it; return the error instead if it cannot be answered.
 
         An answer that is empty or does not fit is asked for once more.
@@ -284,11 +283,11 @@ class Calls:
             timeout=self._remaining([ticket]),
         )
 
-    async def _ask_alone(self, ticket: Ticket, permit: Permit, learned: Learned | None) -> RequestFailed | None:
+    async def _ask_alone(
+        self, ticket: Ticket, permit: Permit, learned: Learned | None
+    ) -> RequestFailed | ConfigError | None:
         if learned is not None:
-            self._ledger.fallback_calls += 1
             self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
-            learned.balance.calls += 1
         pieces: list[str] = []
         price = self._price(ticket.spec.model or self._default_model)
         route: Route = "single" if learned is None else "fallback"
@@ -310,10 +309,10 @@ class Calls:
             return True
 
         completion: Completion | None = None
-        error: RequestFailed | None = None
+        error: RequestFailed | ConfigError | None = None
         call = self.compose_alone(ticket)
         try:
-            completion, error = await self._exchange(exchange, call, on_text, on_cut)
+            completion, error = await self._exchange(exchange, call, on_text, on_cut, learned)
             if completion is None:
                 return error
             output, text, error = read_alone(ticket, completion, "".join(pieces))
@@ -344,16 +343,28 @@ class Calls:
         call: ChatCall,
         on_text: Callable[[str], None],
         on_cut: Callable[[Completion | None], bool],
-    ) -> tuple[Completion | None, RequestFailed | None]:
+        learned: Learned | None,
+    ) -> tuple[Completion | None, RequestFailed | ConfigError | None]:
         def on_attempt() -> None:
-            self._ledger.upstream_calls += 1
-            exchange.attempts += 1
+            self._count_attempt(exchange, learned, 1)
 
         def send() -> Coroutine[Any, Any, Completion]:
             return self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=permit)
 
         permit = exchange.permit
-        return await _while_awaited(exchange, send)
+        completion, error = await _while_awaited(exchange, send)
+        if isinstance(error, ConfigError):
+            self._count_attempt(exchange, learned, -1)  # nothing was sent
+        return completion, error
+
+    def _count_attempt(self, exchange: Exchange, learned: Learned | None, count: int) -> None:
+        """Count an attempt of *exchange* (1), or that it was not made after all (-1)."""
+        first = exchange.attempts == (0 if count > 0 else 1)
+        self._ledger.upstream_calls += count
+        exchange.attempts += count
+        if first and exchange.route == "fallback" and learned is not None:
+            self._ledger.fallback_calls += count
+            learned.balance.calls += count
 
     def _remaining(self, tickets: list[Ticket]) -> float | None:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
@@ -441,7 +452,7 @@ class Calls:
 
 async def _while_awaited(
     exchange: Exchange, step: Callable[[], Coroutine[Any, Any, T]]
-) -> tuple[T | None, RequestFailed | None]:
+) -> tuple[T | None, RequestFailed | ConfigError | None]:
     """Take a step of *exchange* for as long as any of its callers wait; return its outcome or its error, neither if all have left."""
     if exchange.waiting <= 0:
         return None, None
@@ -450,7 +461,7 @@ async def _while_awaited(
     asked_before = task.cancelling() if task is not None else 0
     try:
         return await step(), None
-    except RequestFailed as error:
+    except (RequestFailed, ConfigError) as error:
         return None, error
     except asyncio.CancelledError as error:
         asked = task.cancelling() - asked_before if task is not None else 0

@@ -32,7 +32,7 @@ from microbatch.batching.room import Room
 from microbatch.batching.scheduler import Scheduler
 from microbatch.batching.telling import flushed, settled
 from microbatch.batching.ticket import NORMAL, AloneReason
-from microbatch.errors import BatcherClosed, DeadlineExceeded, RequestFailed, ShutDown
+from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, RequestFailed, ShutDown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
@@ -377,13 +377,16 @@ class Collector:
             work.lane.learned.record_single(ticket.reply.usage.completion_tokens)
 
     @asynccontextmanager
-    async def borrow_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[None]:
+    async def borrow_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[Loan]:
         """Hold a slot and a permit for work that is not a request: it is pending, waits its turn, and closing waits for it.
 
         Args:
             model: Whose limits count, together with *headers*; None for the transport's.
             headers: The headers that will be sent.
             cost: Tokens it will be charged, by estimate.
+
+        Yields:
+            The loan; if nothing was sent after all, it is to be marked as not used.
 
         Raises:
             ShutDown: The batcher closed before a slot was free.
@@ -401,7 +404,7 @@ class Collector:
         try:
             await loan.granted
             loan.used = True
-            yield
+            yield loan
         finally:
             loan.returned.set()
             self.room.leave(1)
@@ -413,7 +416,7 @@ class Collector:
         self._ledger.answered += count
         self.room.leave(count)
 
-    def fail(self, ticket: Ticket, error: RequestFailed) -> None:
+    def fail(self, ticket: Ticket, error: RequestFailed | ConfigError) -> None:
         """End *ticket* with an error object of its own, unless it has ended already."""
         if ticket.future.done():
             return
@@ -442,7 +445,7 @@ class Collector:
         elif who.future.done():
             who.future.exception()  # retrieved, so that asyncio does not complain of it
 
-    def _tell(self, ticket: Ticket, error: RequestFailed | None = None) -> None:
+    def _tell(self, ticket: Ticket, error: RequestFailed | ConfigError | None = None) -> None:
         """Tell who listens that *ticket* ended with *error*, or was left; a flight tells of each of its callers."""
         if self._listeners.settle is not None and ticket.flight is None:
             now = self._loop.time()

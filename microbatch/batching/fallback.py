@@ -3,8 +3,8 @@
 - A reply that ended (or hit the token limit, or was cut off): if more than a quarter is open, one smaller combined call asks
   again, shuffled and under new ids, because the same prompt would get the same gaps; then every request still open goes alone,
   with its caller's own messages.
-- A refusal that one request may be to blame for: the batch is halved until the culprits are alone. k culprits among n cost at
-  most 1 + 2k * ceil(log2 n) calls.
+- A refusal that one request may be to blame for, be it the transport's own: the batch is halved until the culprits are alone.
+  k culprits among n cost at most 1 + 2k * ceil(log2 n) calls.
 - Anything else is no request's fault and would fail them again: every request fails with the error.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from microbatch.batching.exchange import Batch
     from microbatch.batching.ticket import Ticket
     from microbatch.batching.verdict import Outcome
-    from microbatch.errors import RequestFailed
+    from microbatch.errors import ConfigError, RequestFailed
     from microbatch.policy import FallbackPolicy
 
 _WORTH_ASKING_TOGETHER = 1 / 4
@@ -52,7 +52,7 @@ class Fallback:
         calls: Calls,
         costs: Costs,
         policy: FallbackPolicy,
-        fail: Callable[[Ticket, RequestFailed], None],
+        fail: Callable[[Ticket, RequestFailed | ConfigError], None],
     ) -> None:
         self._calls = calls
         self._costs = costs
@@ -79,7 +79,7 @@ class _Recovery:
         calls: Calls,
         costs: Costs,
         batch: Batch,
-        fail: Callable[[Ticket, RequestFailed], None],
+        fail: Callable[[Ticket, RequestFailed | ConfigError], None],
         revised: Callable[[], None],
         max_concurrent: int,
     ) -> None:
@@ -121,13 +121,13 @@ class _Recovery:
         middle = (len(tickets) + 1) // 2
         await self._together([part for part in (tickets[:middle], tickets[middle:]) if part])
 
-    async def _together(self, groups: list[list[Ticket]], cut: RequestFailed | None = None) -> None:
+    async def _together(self, groups: list[list[Ticket]], cut: RequestFailed | ConfigError | None = None) -> None:
         """Ask each group, a few at a time; after a *cut*, as far as the retry budget goes."""
         async with anyio.create_task_group() as tasks:
             for group in groups:
                 tasks.start_soon(self._ask, group, cut)
 
-    async def _ask(self, group: list[Ticket], cut: RequestFailed | None) -> None:
+    async def _ask(self, group: list[Ticket], cut: RequestFailed | ConfigError | None) -> None:
         async with self._at_once:
             group = [ticket for ticket in group if not ticket.future.done()]
             if not group:
@@ -166,6 +166,6 @@ def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
     return [tickets[start : start + size] for start in range(0, len(tickets), size)]
 
 
-def _too_large(error: RequestFailed | None) -> bool:
+def _too_large(error: RequestFailed | ConfigError | None) -> bool:
     """Whether a prompt was refused for its size."""
     return isinstance(error, ContextTooLong) or (isinstance(error, BadRequest) and error.status == _CONTENT_TOO_LARGE)

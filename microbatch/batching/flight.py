@@ -23,7 +23,7 @@ import msgspec
 from microbatch.accounting.stats import split
 from microbatch.batching.telling import settled
 from microbatch.batching.ticket import Deadline
-from microbatch.errors import MalformedAnswer, RequestFailed
+from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class Flight:
                 seat.deadline.cancel()
             if seat.future.done():
                 failed += not seat.future.cancelled()
-            elif isinstance(error, RequestFailed):
+            elif isinstance(error, RequestFailed | ConfigError):
                 twin = error.replica()
                 twin.attempts = self.ticket.attempts
                 seat.future.set_exception(twin)

@@ -86,7 +86,7 @@ class Loan:
         cost: Tokens that the permit is charged.
         granted: Done when the loan is; fails if it never will be.
         returned: Set by the borrower in the end.
-        used: Whether the borrower came to have it.
+        used: Whether the borrower came to have it, and sent something.
     """
 
     __slots__ = ("cost", "granted", "returned", "used")

@@ -8,6 +8,7 @@ import msgspec
 
 from microbatch.errors import (
     BadRequest,
+    ConfigError,
     ContextTooLong,
     Filtered,
     MalformedAnswer,
@@ -55,11 +56,11 @@ class Outcome(msgspec.Struct):
     ending: Ending
     asked: int
     open: list[Open]
-    error: RequestFailed | None = None
+    error: RequestFailed | ConfigError | None = None
     damaged: bool = False
 
 
-def ending(completion: Completion | None, error: RequestFailed | None, *, heard: bool) -> Ending:
+def ending(completion: Completion | None, error: RequestFailed | ConfigError | None, *, heard: bool) -> Ending:
     """Return how a combined call ended.
 
     Args:
@@ -68,7 +69,8 @@ def ending(completion: Completion | None, error: RequestFailed | None, *, heard:
         heard: Whether any text had come.
     """
     if error is not None:
-        if isinstance(error, ContextTooLong | Filtered) or (
+        # A transport that cannot send a call may be unable to because of one item. Finding that out costs no attempts.
+        if isinstance(error, ConfigError | ContextTooLong | Filtered) or (
             isinstance(error, BadRequest) and error.status in _BLAMEABLE
         ):
             return "refused"

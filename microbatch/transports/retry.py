@@ -6,7 +6,7 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import RateLimited, RequestFailed, StatusError, TransportError, worth_retrying
+from microbatch.errors import ConfigError, RateLimited, RequestFailed, StatusError, TransportError, worth_retrying
 from microbatch.policy import MAX_WAIT
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Sender:
 
         Raises:
             RequestFailed: The last attempt's error. Anything else a transport raises comes as a `TransportError` from it.
+            ConfigError: The transport cannot send the call: the last attempt, though announced by *on_attempt*, was not made.
         """
         loop = asyncio.get_running_loop()
         end = None if call.timeout is None else loop.time() + call.timeout
@@ -83,11 +84,12 @@ class Sender:
         lessons = failures = 0
         while True:
             await permit.admit()
+            drawn, earned = permit.drawn, 0.0
             permit.paid = permit.drawn = False
             if permit.error is not None:
                 self.repeats += 1
             elif not permit.again:
-                account.budget.first()
+                earned = account.budget.first()
             if end is not None:
                 call.timeout = max(0.0, end - loop.time())
             on_attempt()
@@ -102,6 +104,9 @@ class Sender:
                 failure = error
                 account.ended(permit, failure)
             except Exception as error:
+                if isinstance(error, ConfigError) and not heard:
+                    self._undo(permit, drawn=drawn, earned=earned)
+                    raise
                 failure = TransportError(f"the transport raised {type(error).__name__}")
                 account.ended(permit, failure)
                 raise failure from error
@@ -121,6 +126,13 @@ class Sender:
             else:
                 failures += 1
                 await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
+
+    def _undo(self, permit: Permit, *, drawn: bool, earned: float) -> None:
+        """Give back what was paid for an attempt that was not made, and count it no more."""
+        self.repeats -= permit.error is not None
+        permit.account.budget.take_back(earned)
+        permit.paid, permit.drawn = True, drawn
+        permit.cancel()
 
     async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
         """Wait until another attempt may be *worth* it.

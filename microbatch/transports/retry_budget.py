@@ -28,9 +28,15 @@ class RetryBudget:
         self._balance = float(policy.reserve)
         self._most = policy.reserve + policy.budget * _SAVED_FIRSTS
 
-    def first(self) -> None:
-        """Note a first attempt, which earns part of a retry."""
-        self._balance = min(self._most, self._balance + self._share)
+    def first(self) -> float:
+        """Note a first attempt, which earns part of a retry; return that part."""
+        before = self._balance
+        self._balance = min(self._most, before + self._share)
+        return self._balance - before
+
+    def take_back(self, earned: float) -> None:
+        """Take back what an attempt has *earned* that was not made."""
+        self._balance -= earned
 
     def draw(self) -> bool:
         """Take a retry, if there is one left."""

@@ -276,3 +276,25 @@ def test_a_lone_submit_on_an_idle_lane_waits_for_no_company():
 
     assert on_virtual_time(scenario("flush")) == 0.5
     assert on_virtual_time(scenario("wait")) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "told"),
+    [
+        ({"model": None}, {}, "no model"),
+        ({}, {"headers": {"X-A": "b\r\nX: y"}}, "without line breaks"),
+        ({}, {"headers": {"A b": "c"}}, "no HTTP header name"),
+        ({}, {"headers": {"Content-Length": "3"}}, "cannot be set"),
+    ],
+)
+async def test_what_cannot_be_sent_is_the_callers_config_error_and_no_call(settings, asked, told):
+    async with SimulatedEndpoint() as endpoint:
+        chat = mb.OpenAIChat(base_url=endpoint.base_url, api_key="k", **{"model": "m", **settings})
+        async with mb.Microbatcher(chat, tokens="bytes") as batcher:
+            submits = (batcher.submit(ask(text), **asked) for text in TEXTS[:3])
+            errors = await asyncio.gather(*submits, return_exceptions=True)
+            mapped = [mb.Request(ask(text), headers=asked.get("headers")) for text in TEXTS[:3]]
+            errors += [result.error async for result in batcher.map(mapped)]
+        assert {type(error) for error in errors} == {mb.ConfigError}
+        assert all(told in str(error) and error.attempts == 0 for error in errors)
+        assert endpoint.calls == batcher.stats().upstream_calls == 0
