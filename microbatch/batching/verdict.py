@@ -130,6 +130,8 @@ def left_open(
 
 def read_alone(ticket: Ticket, completion: Completion, content: str) -> tuple[Any, str, RequestFailed | None]:
     """Return output and text of a single reply, and the error if there is none to be had."""
+    if completion.damaged:
+        return None, "", MalformedAnswer("a part of the reply could not be read", raw=content)
     if not ticket.combinable and ticket.answer.is_text and completion.finish_reason is not None:
         return content, content, None  # tool calls and the like: what matters is in `body`
     error = complaint(completion)

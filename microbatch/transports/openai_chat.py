@@ -9,7 +9,7 @@ import re
 import ssl as tls
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakSet
 
 import aiohttp
@@ -24,10 +24,8 @@ from microbatch.transports.relay import Forwarded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
-    from types import SimpleNamespace
 
     from microbatch.protocols import ChatCall, Completion
-    from microbatch.transports.ladder import Plan
 
 DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
 # Beyond 1 MB aiohttp warns of plain bytes, which it writes at one go; a BytesIO is written piece by piece.
@@ -35,6 +33,9 @@ LARGE_BODY_BYTES: Final = 1024 * 1024
 CONNECT_TIMEOUT: Final = 10.0
 # aiohttp's own, which a relayed request must not gain.
 _AUTOMATIC: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_KEY_IN_PATH: Final = 16
+_KEY_IN_QUERY: Final = 8
+_VERSION: Final = re.compile(r"\d{4}-\d{2}-\d{2}[\w-]*")  # Azure's `api-version`, which errors are about at times
 _PLAIN_PATH: Final = re.compile(r"[\x21-\x7e]*")
 
 
@@ -53,7 +54,8 @@ class OpenAIChat:
         headers: Headers of every request; a call's own headers of the same name come first.
         query: Query parameters of every request, such as Azure's `api-version`.
         timeout: Longest one attempt may take, in seconds.
-        idle_timeout: Longest a stream may be silent, in seconds; keep-alive comments count as silence.
+        idle_timeout: Longest a stream may be silent once it has begun to answer, in seconds; keep-alive comments count as
+            silence. Before the first words only `timeout` counts, since models that reason say nothing for minutes.
         max_connections: Most connections open at once; further calls wait for one, on their own `timeout`.
         proxy: Address of an HTTP proxy, or None for none; the environment is not consulted.
         ssl: An `ssl.SSLContext`, False to trust any certificate, None for the system's trust.
@@ -99,6 +101,7 @@ class OpenAIChat:
         self._key_headers = {"Authorization": f"Bearer {_checked_key(key)}"} if key else {}
         self._headers = checked(headers or {})
         self._query = dict(query or {})
+        self._address_secrets = _secrets_in(self.base_url, self._query)
         self._timeout = timeout
         self._idle_timeout = idle_timeout
         self._max_connections = max_connections
@@ -151,8 +154,9 @@ class OpenAIChat:
             ConfigError: No model is named anywhere, or the call cannot be put into an HTTP request.
             ConnectFailed: The endpoint could not be reached, or the connection broke.
             TransportTimeout: `timeout` or `idle_timeout` passed.
-            StatusError: The endpoint refused. With `again`, sending the same call object once more goes out differently.
-            TransportError: The answer is no chat completion.
+            StatusError: The endpoint refused. With `again`, sending the same call object once more goes out differently. A
+                `ServerError` of status 200 is an answer that is none.
+            TransportError: The answer is too long.
         """
         model = call.model or self.model
         if not model:
@@ -166,16 +170,18 @@ class OpenAIChat:
             base_url=self.base_url,
             model=model,
             credentials=[pair for pair in headers.items() if pair[0].lower() in WHO],
-            stream=wants_stream and can_stream(call),
+            stream=bool(wants_stream) and can_stream(call),
+            may_stream=self._stream is None and can_stream(call),
             now=loop.time(),
         )
         request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})
         body = _encoded(compose(call, model, plan))
-        clock = self._clock(call, plan)
-        attempt = Attempt(plan, self._ladder, clock, on_text, where=self._where, headers=request)
-        return await attempt.run(
-            self._request(session, "POST", "/chat/completions", headers=request, body=body, clock=clock)
+        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
+        clock = Clock(max(0.0, total), self._idle_timeout)
+        attempt = Attempt(
+            plan, self._ladder, clock, on_text, where=self._where, headers=request, secrets=self._address_secrets
         )
+        return await attempt.run(self._request(session, "POST", "/chat/completions", headers=request, body=body))
 
     @asynccontextmanager
     async def forward(
@@ -219,8 +225,6 @@ class OpenAIChat:
             if self._loop is not None and not self._loop.is_closed():
                 raise ConfigError("this OpenAIChat is open in another event loop; use one for each loop")
             self._session.detach()  # its loop is gone, and its connections with it
-        tracing = aiohttp.TraceConfig()
-        tracing.on_request_headers_sent.append(_headers_sent)
         self._loop = loop
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._max_connections, ssl=self._ssl),
@@ -228,13 +232,8 @@ class OpenAIChat:
             # No sock_read: it poisoned pooled connections (aio-libs/aiohttp#12953). `Clock` measures silence.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
             trust_env=False,
-            trace_configs=[tracing],
         )
         return self._session
-
-    def _clock(self, call: ChatCall, plan: Plan) -> Clock:
-        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
-        return Clock(max(0.0, total), self._idle_timeout if "stream" in plan.sent else None)
 
     def _request_headers(self, own: Mapping[str, str]) -> dict[str, str]:
         return merged(self._key_headers, self._headers, own)
@@ -247,7 +246,6 @@ class OpenAIChat:
         *,
         headers: Mapping[str, str],
         body: bytes | None,
-        clock: Clock | None = None,
         relay: bool = False,
     ) -> aiohttp.ClientResponse:
         response = await session.request(
@@ -258,18 +256,11 @@ class OpenAIChat:
             params=self._query,
             proxy=self._proxy,
             allow_redirects=False,
-            trace_request_ctx=clock,
             auto_decompress=not relay,
             skip_auto_headers=_AUTOMATIC if relay else (),
         )
         self._responses.add(response)
         return response
-
-
-async def _headers_sent(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
-    """Start to measure silence: before this, the call waited for a connection, which is not the endpoint's silence."""
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.feed()
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
@@ -317,6 +308,13 @@ def _checked_address(name: str, address: object, *, credentials: bool = False) -
     if parts.username is not None and not credentials:
         raise ConfigError(f"{name} must not hold a user name or a password; use headers= for credentials")
     return address
+
+
+def _secrets_in(base_url: str, query: Mapping[str, str]) -> list[str]:
+    """Return the parts of the address that may be keys, as they are and as they are quoted: people put them there."""
+    parts = [part for part in urlsplit(base_url).path.split("/") if len(part) >= _KEY_IN_PATH]
+    parts += [value for value in query.values() if len(value) >= _KEY_IN_QUERY and not _VERSION.fullmatch(value)]
+    return sorted({form for part in parts for form in (part, unquote(part), quote(part, safe=""))})
 
 
 def _host_of(address: str) -> str:

@@ -63,14 +63,16 @@ class Forwarded:
             ConnectFailed: The connection broke; what was yielded stands.
             TransportTimeout: The transport's `timeout` is over, or an event stream was silent for `idle_timeout`.
         """
+        idle = None  # until the first bytes, only the time of the whole attempt counts
         while True:
             loop = asyncio.get_running_loop()
-            clock = Clock(max(0.0, self._end - loop.time()), self._idle)
+            clock = Clock(max(0.0, self._end - loop.time()), idle)
             # The time runs while waiting for the endpoint only, not while the caller is busy with a chunk.
             chunk = await timed(clock, self._response.content.readany(), self._where)
             if not chunk:
                 return
             yield chunk
+            idle = self._idle
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Iterate over `chunks()`."""

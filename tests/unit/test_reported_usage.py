@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from microbatch import Usage
 from microbatch.accounting.stats import divided
-from microbatch.transports.chat_wire import ReplyReader
+from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.reported_usage import read_usage
 
 SPELLINGS: dict[str, tuple[dict[str, Any], Usage]] = {
