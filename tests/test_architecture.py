@@ -42,6 +42,7 @@ PURE = [
     "batching.turns",
     "batching.verdict",
     "batching.strict",
+    "batching.thoughts",
     "batching.subschemas",
     "batching.telling",
     "batching.typed",

@@ -49,9 +49,11 @@ class Account(Protocol):
 
     Attributes:
         max_tokens: The most tokens a minute that one call can be granted; None if tokens are not counted.
+        has_worked: Whether a call was answered under its key.
     """
 
     max_tokens: int | None
+    has_worked: bool
 
     @property
     def budget(self) -> Budget:

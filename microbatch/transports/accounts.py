@@ -88,6 +88,7 @@ class Account:
         budget: Its retries.
         breaker: Whether calls are stopped.
         max_tokens: As given, or what the endpoint tells of a lower limit.
+        has_worked: Whether a call was answered under its key.
         on_ready: Called when a permit that was refused may be had; set by the scheduler.
         used: When it was last used.
     """
@@ -98,6 +99,7 @@ class Account:
         self.budget = RetryBudget(retry)
         self.breaker = Breaker()
         self.max_tokens = max_tokens
+        self.has_worked = False
         self.on_ready: Callable[[Account], None] | None = None
         self.used = 0.0
         self._bucket = bucket
@@ -195,6 +197,8 @@ class Account:
             limits: What the endpoint says of its limits, or its headers, or None.
             reserved: Whether `max_tokens` was sent, which endpoints charge whatever is used of it.
         """
+        if error is None:
+            self.has_worked = True
         if error is None and self._unlimited and self.breaker.closed and not self._paused_until:
             self._in_flight -= 1
             return

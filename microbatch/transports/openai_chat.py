@@ -8,7 +8,7 @@ import os
 import re
 import ssl as tls
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, get_args
 from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakSet
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from microbatch.protocols import ChatCall, Completion
 
+Thoughts = Literal["strip", "keep"]
 DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
 # Beyond 1 MB aiohttp warns of plain bytes, which it writes at one go; a BytesIO is written piece by piece.
 LARGE_BODY_BYTES: Final = 1024 * 1024
@@ -61,10 +62,13 @@ class OpenAIChat:
         ssl: An `ssl.SSLContext`, False to trust any certificate, None for the system's trust.
         stream: True or False overrides what calls ask for. Calls whose reply is more than one text (tools, `n`, log
             probabilities, audio) are never streamed.
+        thoughts: "strip" takes the thought before a lone text away, "keep" leaves it there; `Reply.body` has it in any case.
+            Thoughts before JSON, in combined and in typed replies, are never answers.
 
     Attributes:
         model: As given.
         base_url: The address in use.
+        thoughts: As given.
 
     Raises:
         ConfigError: There is no key and no base_url, or a setting is out of range.
@@ -84,9 +88,12 @@ class OpenAIChat:
         proxy: str | None = None,
         ssl: tls.SSLContext | bool | None = None,
         stream: bool | None = None,
+        thoughts: Thoughts = "strip",
     ) -> None:
         at_least(0.001, timeout=timeout, idle_timeout=idle_timeout)
         whole(1, max_connections=max_connections)
+        if thoughts not in get_args(Thoughts):
+            raise ConfigError(f'thoughts must be "strip" or "keep", got {thoughts!r}')
         _check_given(timeout=timeout, idle_timeout=idle_timeout, max_connections=max_connections)
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         address = base_url or os.environ.get("OPENAI_BASE_URL")
@@ -107,6 +114,7 @@ class OpenAIChat:
         self._max_connections = max_connections
         self._proxy = None if proxy is None else _checked_address("proxy", proxy, credentials=True)
         self._ssl = _checked_ssl(ssl)
+        self.thoughts = thoughts
         self._stream = stream
         self._ladder = Ladder()
         self._session: aiohttp.ClientSession | None = None
