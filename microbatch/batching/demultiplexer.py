@@ -193,10 +193,10 @@ class Demultiplexer:
             # What is unfinished never ends now. Look inside it, as after any damage.
             unfinished = self._scanner is not None or _marker(self._peek_kept()) is not None
             if not unfinished:
-                self._take_kept()
+                text = self._take_kept()
+                self._outside(text, 0, len(text))
                 break
             delivered += self._resume(BROKEN)
-        self._outside(self._peek_kept(), 0, self._kept_chars)
         if self._thinking is not None and (self._thinking.found or not complete):
             self._restore(self._thinking)
         if not complete and (self._ended or self._prefaced):
@@ -241,6 +241,9 @@ class Demultiplexer:
 
     def _enter(self) -> None:
         """An element begins: judge what stands before it."""
+        if self._thinking is not None:
+            self._gap = ""
+            return
         if self._ended:
             # A thought has ended before it, so all that was found so far were drafts.
             self._restore(_Elements({}, {}, {}, len(self._given), 0, damaged=False, prefaced=False))
@@ -422,8 +425,9 @@ class Demultiplexer:
     def _note(self, index: int, raw: str | None, said: str) -> None:
         """Count a copy of an item's answer that cannot be delivered now; hold it if it is the only one."""
         if index < len(self._given):
-            self.late_duplicates += 1
-            self.drafts = self.drafts or not _same(said if raw is None else raw, self._given[index])
+            if self._thinking is None:
+                self.late_duplicates += 1
+                self.drafts = self.drafts or not _same(said if raw is None else raw, self._given[index])
             return
         copies = self._copies[index] = self._copies.get(index, 0) + 1
         if copies > 1:
