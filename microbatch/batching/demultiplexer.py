@@ -300,7 +300,7 @@ class Demultiplexer:
         delivered: list[Answer] = []
         if end == BROKEN:
             found = _marker(text)
-            start = found.start() if found else 0
+            start = self._outside(text, 0, found.start() if found else 0)
             self._broken(text, start)
             return self._search(text, start + 1, frozenset(scanner.opened if scanner is not None else ()))
         self._scanned(text[:end], delivered)

@@ -149,7 +149,7 @@ def to_error(
 
 def _is_final(kind: type[StatusError], status: int) -> bool:
     """Whether trying again is no use, whatever the endpoint's headers say; they come with every 429."""
-    return kind in (ContextTooLong, Filtered) or (kind is BadRequest and status == 429)  # noqa: PLR2004
+    return kind in (ContextTooLong, Filtered) or (kind is BadRequest and status in (413, 429))
 
 
 def _masked(raw: bytes, secrets: Iterable[str]) -> str:

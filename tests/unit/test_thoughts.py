@@ -279,7 +279,7 @@ def test_the_pieces_never_change_the_answers(parts: list[str], cuts: list[int], 
     )
     mine, theirs = read.demultiplexer, other.demultiplexer
     assert (read.in_time, read.answers) == (other.in_time, other.answers)
-    assert list(mine.faults()) == list(theirs.faults())
+    assert [fault[:2] for fault in mine.faults()] == [fault[:2] for fault in theirs.faults()]
     assert (mine.damaged, mine.drafts, mine.thought) == (theirs.damaged, theirs.drafts, theirs.thought)
 
 
