@@ -123,7 +123,10 @@ class OpenAIChat:
 
     def __repr__(self) -> str:
         """Tell the model and the address, never a key or a header."""
-        return f"{type(self).__name__}(model={self.model!r}, base_url={self.base_url!r})"
+        address = self.base_url
+        for secret in self._address_secrets:
+            address = address.replace(secret, "***")
+        return f"{type(self).__name__}(model={self.model!r}, base_url={address!r})"
 
     def __reduce__(self) -> NoReturn:
         """Refuse: a pickle would carry the key, and could not carry the connections."""
