@@ -178,6 +178,7 @@ class Microbatcher:
             now=lambda: self._loop.time() if self._loop is not None else 0.0,
             early=fallback.early,
             canary=fallback.canary,
+            keep_thoughts=getattr(transport, "thoughts", "strip") == "keep",
         )
         self._collector.wire(calls, Fallback(calls, self._collector.costs, fallback, self._collector.fail))
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -52,13 +52,16 @@ class Completion(msgspec.Struct):
     """How a call ended; its text went to `on_text`.
 
     Attributes:
-        finish_reason: "stop", "length", "content_filter"..., or None if the endpoint never said: the reply was cut off.
+        finish_reason: "stop", "length", "content_filter" or "tool_calls", whatever the endpoint's own word for it is; None if the
+            reply was broken off, and is to be asked for again.
         usage: What the endpoint counted, or None if it did not say.
         model: The model that answered, or None.
         refusal: The model's words for declining, or None.
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a call that was not streamed, or None.
         limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
+        thought: True if the reply carried a thought or text of reasoning beside its answer.
+        damaged: True if a part of the reply could not be read. A NUL stands in its place in the text.
     """
 
     finish_reason: str | None
@@ -68,6 +71,8 @@ class Completion(msgspec.Struct):
     request_id: str | None = None
     body: dict[str, Any] | None = None
     limits: Limits | Mapping[str, str] | None = None
+    thought: bool = False
+    damaged: bool = False
 
     def __repr__(self) -> str:
         """Tell how the call ended without the model's words."""

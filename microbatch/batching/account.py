@@ -77,12 +77,14 @@ class Account(Protocol):
 
     Attributes:
         max_tokens: The most tokens per minute that one call can be granted; None if tokens are not counted.
+        has_worked: Whether a call was answered under its key.
         on_wire: Attempts under way, each of which holds a slot.
         begun: Calls begun and not finished, back-off included.
         backing_off: Those of them that wait after a failure that time may heal.
     """
 
     max_tokens: int | None
+    has_worked: bool
     on_wire: int
     begun: int
     backing_off: int

@@ -11,8 +11,8 @@ from microbatch.batching.exchange import Batch, Exchange
 from microbatch.batching.prompt import compose, instruction
 from microbatch.batching.telling import called, settled
 from microbatch.batching.ticket import AloneReason
-from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, read_alone
-from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed, TransportError
+from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, may_differ, read_alone
+from microbatch.errors import ConfigError, RequestFailed, TransportError
 from microbatch.messages import Reply, T, Usage
 from microbatch.protocols import ChatCall
 
@@ -70,6 +70,7 @@ class Calls:
         draw: Where id endings come from.
         now: The clock, in seconds.
         early: Whether callers are answered while the reply still streams.
+        keep_thoughts: Whether a lone text keeps the thought before it.
         canary: Whether combined prompts end in a canary.
     """
 
@@ -89,6 +90,7 @@ class Calls:
         now: Callable[[], float],
         early: bool,
         canary: bool,
+        keep_thoughts: bool = False,
     ) -> None:
         self._send = send
         self._ledger = ledger
@@ -103,6 +105,7 @@ class Calls:
         self._now = now
         self._early = early
         self._canary = canary
+        self._keep_thoughts = keep_thoughts
 
     async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | ConfigError | None:
         """Wait until *permit* has its slot, for as long as any caller of *tickets* waits; return why it will have none, or None."""
@@ -137,7 +140,8 @@ class Calls:
         )
         exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model), permit)
         exchange.carry(tickets)
-        batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary)
+        early = call.stream and not learned.drafts
+        batch = Batch(tickets, ids, call, learned, permit, exchange, early=early, canary=canary)
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
         if route != "fallback":
@@ -175,9 +179,12 @@ class Calls:
             completion, error = await self._exchange(exchange, batch.call, on_text, on_cut, batch.learned)
             if batch.bug is not None:
                 raise batch.bug
-            how = ending(completion, error, heard=batch.heard)
+            how = ending(completion, error, heard=batch.heard, has_worked=batch.permit.account.has_worked)
             demultiplexer = batch.demultiplexer
-            answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
+            answers = demultiplexer.close(ended=how in ("complete", "length", "refused"), complete=how == "complete")
+            if completion is not None:
+                completion.thought = completion.thought or demultiplexer.thought
+            batch.learned.drafts = batch.learned.drafts or demultiplexer.drafts
             trusted = batch.canary is None
             if not trusted:
                 trusted = any(index == len(batch.tickets) for index, _ in answers)
@@ -207,7 +214,8 @@ class Calls:
         if exchange.waiting > 0:
             open_ += left_open(batch.tickets, demultiplexer, truncated=how == "length", trusted=trusted)
         damaged = bool(open_) and (demultiplexer.damaged or any(True for _ in demultiplexer.faults()))
-        return Outcome(how, len(batch.tickets), open_, error, damaged)
+        only_reasoning = how == "complete" and not batch.heard and completion is not None and completion.thought
+        return Outcome(how, len(batch.tickets), open_, error, damaged, only_reasoning)
 
     async def _keep_answers(self, completion: Completion | None, answered: Iterable[tuple[Ticket, Usage]]) -> None:
         """Put into the cache what a call has answered, if it ended as it should."""
@@ -254,7 +262,7 @@ class Calls:
     ) -> RequestFailed | ConfigError | None:
         """Send *ticket* alone and answer it; return the error instead if it cannot be answered.
 
-        An answer that is empty or does not fit is asked for once more.
+        An answer that is empty or does not fit is asked for once more; see `may_differ`.
 
         Args:
             ticket: The request.
@@ -264,7 +272,7 @@ class Calls:
         if ticket.future.done():
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, learned)
-        if isinstance(error, MalformedAnswer) and not ticket.future.done():
+        if may_differ(error, after_combined=learned is not None) and not ticket.future.done():
             error = await self._ask_alone(ticket, permit.account.permit(permit.tokens, permit.rank), learned)
         return error
 
@@ -315,7 +323,8 @@ class Calls:
             completion, error = await self._exchange(exchange, call, on_text, on_cut, learned)
             if completion is None:
                 return error
-            output, text, error = read_alone(ticket, completion, "".join(pieces))
+            said = "".join(pieces)
+            output, text, error = read_alone(ticket, completion, said, keep_thoughts=self._keep_thoughts)
             bill = self._books.bill_alone(completion, exchange)
             if error is None:
                 answers, sizes = [(0, (output, text))], [0]

@@ -18,6 +18,12 @@ another item, and even then the true element makes it an id seen twice.
 
 The number in front of an id is never accepted alone: a model that has lost count counts on.
 
+*Thoughts* hold drafts: objects under the right ids, in the right form. A mark that ends a thought, outside of the elements, makes
+drafts of all elements before it, as soon as an element follows; those between the two marks of a thought are drafts in any case. A
+thought need not have a first mark, and what was delivered cannot be taken back. So answers are delivered early only as long as
+nothing but the scaffolding of JSON and fences stands before and between them, or after the end of a thought: prose might be one.
+And a reply that ends at the token limit in such prose, or before an element has followed a thought, has given none of what it holds.
+
 Cost is linear in the reply. Elements of the common shape are matched by one regular expression; all others go through
 `ObjectScanner`, which accepts exactly the same grammar, so the pieces in which a reply arrives never change the outcome.
 """
@@ -30,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from microbatch.batching.scanner import BROKEN, MORE, SCALAR, SPACE, STRING, ObjectScanner
+from microbatch.batching.thoughts import MARK, MARK_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +49,6 @@ Answer = tuple[int, Any]
 _PAIR = f"{STRING}{SPACE}:{SPACE}(?:{STRING}|{SCALAR})"
 _FLAT_OBJECT = rf"\{{{SPACE}(?:{_PAIR}(?:{SPACE},{SPACE}{_PAIR})*+)?{SPACE}\}}"
 _OPENING = r'\{[ \t\n\r]{0,16}+"id"[ \t\n\r]{0,16}+:'
-_MARKER_CHARS = 1 + 16 + len('"id"') + 16 + 1
 
 _element = re.compile(
     rf"[ \t\n\r,]*+({_OPENING}{SPACE}"
@@ -52,6 +58,12 @@ _element = re.compile(
 _marker = re.compile(_OPENING).search
 _text_answer = re.compile(rf'{_OPENING}{SPACE}"[^"\\\x00-\x1f]*+"{SPACE},{SPACE}"answer"{SPACE}:{SPACE}"').match
 _readable_id = re.compile(rf'{_OPENING}{SPACE}"([^"\\\x00-\x1f]*+)"').match
+
+_marks = MARK.finditer
+_separators = re.compile(r"[ \t\n\r,]++").sub
+# What may stand around elements that are no draft: brackets, names of members, fences, a byte order mark.
+_is_scaffolding = re.compile(r'(?:[\[\]{}:\ufeff]|"[^"\\]{0,64}"|```\w{0,16})*+').fullmatch
+_MAX_SCAFFOLDING = 200
 
 # An unfinished element up to this length is kept as it is and matched whole when a brace arrives; a longer one is scanned
 # piece by piece, so that no character is looked at more than a few times.
@@ -66,6 +78,31 @@ class _Element(msgspec.Struct):
 _decode_element = msgspec.json.Decoder(_Element).decode
 
 
+class _Elements(msgspec.Struct):
+    """What has been found in one part of a reply."""
+
+    held: dict[int, str]
+    copies: dict[int, int]
+    malformed: dict[int, str]
+    next: int
+    unknown_ids: int
+    damaged: bool
+    prefaced: bool
+
+    @property
+    def found(self) -> bool:
+        """Whether there was any element."""
+        return bool(self.copies) or self.next > 0 or self.damaged
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two pieces of JSON mean the same."""
+    try:
+        return one == other or msgspec.json.decode(one) == msgspec.json.decode(other)
+    except (msgspec.DecodeError, RecursionError, UnicodeError):
+        return False
+
+
 class Demultiplexer:
     """Feeds on the text of one combined reply.
 
@@ -78,12 +115,18 @@ class Demultiplexer:
         damaged: Whether anything but the asked-for elements in order has been seen.
         late_duplicates: Copies of delivered answers that were dropped.
         unknown_ids: Elements whose id was not asked for.
+        thought: Whether a thought was in the reply.
+        drafts: Whether something was delivered that may have been a draft: a thought ended after it, or another answer followed.
     """
 
     __slots__ = (
         "_copies",
         "_decoders",
+        "_eager",
         "_early",
+        "_ended",
+        "_gap",
+        "_given",
         "_held",
         "_ids",
         "_index",
@@ -91,9 +134,13 @@ class Demultiplexer:
         "_kept_chars",
         "_malformed",
         "_next",
+        "_prefaced",
         "_scanner",
+        "_thinking",
         "damaged",
+        "drafts",
         "late_duplicates",
+        "thought",
         "unknown_ids",
     )
 
@@ -102,13 +149,20 @@ class Demultiplexer:
         self._index: dict[str, int] = {}  # made when an element comes that is not the next one in the common shape
         self._decoders = decoders
         self._early = early
-        self._next = 0  # the id expected next; all before it were delivered if early
+        self._eager = early  # answers in order are delivered at once as long as this is so and nothing is damaged
+        self._given: list[str] = []  # the JSON of the answers delivered so, which are the first ones
+        self._next = 0  # the id expected next
         self._kept: list[str] = []  # text that is not decided on, in pieces
         self._kept_chars = 0
         self._scanner: ObjectScanner | None = None  # at work on the element that `_kept` begins with
         self._copies: dict[int, int] = {}
         self._held: dict[int, str] = {}
         self._malformed: dict[int, str] = {}
+        self._gap = ""  # what stands between the last element or mark and the next, less separators
+        self._prefaced = False  # prose stands before the first element
+        self._thinking: _Elements | None = None  # what was found before the thought that has begun and not ended
+        self._ended = False  # a thought has ended, and no element has followed yet
+        self.thought = self.drafts = False
         self.damaged = False
         self.late_duplicates = 0
         self.unknown_ids = 0
@@ -126,21 +180,27 @@ class Demultiplexer:
             return []  # nothing can have ended
         return self._search(self._take_kept(), 0)
 
-    def close(self, *, ended: bool = True) -> list[Answer]:
+    def close(self, *, ended: bool = True, complete: bool = True) -> list[Answer]:
         """End the reply; return the held answers that can be trusted.
 
         Args:
             ended: Whether the reply came to its own end (the token limit counts). If it was cut off, held answers are
                 not trusted, because second copies may have been on their way.
+            complete: Whether it was not the token limit that ended it.
         """
         delivered: list[Answer] = []
         while self._kept:
             # What is unfinished never ends now. Look inside it, as after any damage.
             unfinished = self._scanner is not None or _marker(self._peek_kept()) is not None
             if not unfinished:
-                self._take_kept()
+                text = self._take_kept()
+                self._outside(text, 0, len(text))
                 break
             delivered += self._resume(BROKEN)
+        if self._thinking is not None and (self._thinking.found or not complete):
+            self._restore(self._thinking)
+        if not complete and (self._ended or self._prefaced):
+            ended = False  # the end of a thought, or what follows it, was still to come
         if ended:
             for index, raw in sorted(self._held.items()):
                 self._deliver(index, raw, delivered)
@@ -150,14 +210,74 @@ class Demultiplexer:
 
     def faults(self) -> Iterator[tuple[int, Fault, str]]:
         """Yield each item that got no answer, with the reason and what the reply said to it. Valid after `close`."""
-        delivered = self._next if self._early else 0
-        for index in range(delivered, len(self._ids)):
+        for index in range(len(self._given), len(self._ids)):
             if self._copies.get(index, 0) > 1:
                 yield index, "repeated", ""
             elif index in self._malformed:
                 yield index, "malformed", self._malformed[index]
             elif index not in self._held:
                 yield index, "missing", ""
+
+    def _outside(self, text: str, pos: int, end: int, *, rest: int = 0) -> int:
+        """Take note of *text* from *pos* to *end*, where no element begins; return the place up to which that was done.
+
+        The last *rest* characters are left for later, since a mark or an element may begin in them, unless a mark ends there.
+        """
+        for mark in _marks(text, pos, end):
+            self._note_gap(text[pos : mark.start()])
+            if mark[1]:
+                self._thought_begins()
+            else:
+                self._thought_ends()
+            pos = mark.end()
+        if end - rest > pos:
+            self._note_gap(text[pos : end - rest])
+            pos = end - rest
+        return pos
+
+    def _note_gap(self, text: str) -> None:
+        if len(self._gap) <= _MAX_SCAFFOLDING:
+            self._gap += _separators("", text)[: _MAX_SCAFFOLDING + 1]
+
+    def _enter(self) -> None:
+        """An element begins: judge what stands before it."""
+        if self._thinking is not None:
+            self._gap = ""
+            return
+        if self._ended:
+            # A thought has ended before it, so all that was found so far were drafts.
+            self._restore(_Elements({}, {}, {}, len(self._given), 0, damaged=False, prefaced=False))
+            self.drafts = self.drafts or bool(self._given)
+            self._eager = self._early
+            self._ended = False
+        if len(self._gap) > _MAX_SCAFFOLDING or not _is_scaffolding(self._gap):
+            self._eager = False
+            self._prefaced = self._prefaced or not (self._copies or self._given or self.damaged)
+        self._gap = ""
+
+    def _thought_begins(self) -> None:
+        self.thought = True
+        self._eager = False
+        self._gap = ""
+        if self._thinking is None:
+            self._thinking = _Elements(
+                *(self._held, self._copies, self._malformed, self._next, self.unknown_ids),
+                damaged=self.damaged,
+                prefaced=self._prefaced,
+            )
+            self._restore(_Elements({}, {}, {}, len(self._given), 0, damaged=False, prefaced=False))
+
+    def _thought_ends(self) -> None:
+        self.thought = self._ended = True
+        self._gap = ""
+        if self._thinking is not None:
+            self._restore(self._thinking)
+            self._thinking = None
+
+    def _restore(self, found: _Elements) -> None:
+        """Have found what *found* tells and no more; what was delivered stays delivered."""
+        self._held, self._copies, self._malformed, self._next = found.held, found.copies, found.malformed, found.next
+        self.unknown_ids, self.damaged, self._prefaced = found.unknown_ids, found.damaged, found.prefaced
 
     def _peek_kept(self) -> str:
         if len(self._kept) > 1:
@@ -180,7 +300,7 @@ class Demultiplexer:
         delivered: list[Answer] = []
         if end == BROKEN:
             found = _marker(text)
-            start = found.start() if found else 0
+            start = self._outside(text, 0, found.start() if found else 0)
             self._broken(text, start)
             return self._search(text, start + 1, frozenset(scanner.opened if scanner is not None else ()))
         self._scanned(text[:end], delivered)
@@ -190,7 +310,9 @@ class Demultiplexer:
         """Decide all elements in *text* from *pos* on, those at *broken* as such; keep what is unfinished."""
         delivered: list[Answer] = []
         while True:
-            if self._early and not self.damaged:
+            if (self._gap or self._ended) and _element(text, pos):
+                self._enter()
+            if self._eager and not self.damaged:
                 pos = self._in_order(text, pos, delivered)
             found = _element(text, pos)
             if found is not None and (not broken or found.start(1) not in broken):
@@ -200,15 +322,18 @@ class Demultiplexer:
                 continue
             marker = _marker(text, pos)
             if marker is None:
-                self._keep(text[max(pos, len(text) - _MARKER_CHARS + 1) :])
+                pos = self._outside(text, pos, len(text), rest=MARK_CHARS)
+                self._keep(text[pos:])
                 return delivered
             start = marker.start()
+            moved = start > pos
+            if moved:
+                pos = self._outside(text, pos, start)
             if start in broken:
                 self._broken(text, start)
                 pos = start + 1
                 continue
-            if start > pos and _element(text, start):
-                pos = start
+            if moved and _element(text, start):
                 continue
             if len(text) - start <= _WINDOW and text.find("}", start) < 0:
                 self._keep(text[start:])
@@ -229,7 +354,7 @@ class Demultiplexer:
 
     def _in_order(self, text: str, pos: int, delivered: list[Answer]) -> int:
         """Deliver the elements from *pos* on as long as each is the next one asked for; return the place behind them."""
-        index, decoders, ids = self._next, self._decoders, self._ids
+        index, decoders, ids, given = self._next, self._decoders, self._ids, self._given.append
         count, raw = len(ids), ""
         try:
             while index < count and (found := _element(text, pos)) is not None:
@@ -238,6 +363,7 @@ class Demultiplexer:
                     break
                 pos = found.end()
                 delivered.append((index, decoders[index](raw)))
+                given(raw)
                 index += 1
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -258,6 +384,8 @@ class Demultiplexer:
 
     def _broken(self, text: str, start: int) -> None:
         """Note an element without a usable answer, at *start* in *text*; its id, if it can be read, counts as seen."""
+        if self._gap or self._ended:
+            self._enter()
         self.damaged = True
         # Not beyond the window, where pieces and the whole reply could read different things.
         found = _readable_id(text, start, start + _WINDOW)
@@ -274,12 +402,16 @@ class Demultiplexer:
 
     def _place(self, name: str, raw: str, delivered: list[Answer]) -> None:
         """Decide an element with an id and an answer."""
+        if self._gap or self._ended:
+            self._enter()
         index = self._find(name)
         if index == self._next and not self.damaged:
-            if not self._early:
+            if not self._eager:
                 self._copies[index] = 1
                 self._held[index] = raw
-            elif not self._deliver(index, raw, delivered):
+            elif self._deliver(index, raw, delivered):
+                self._given.append(raw)
+            else:
                 self._copies[index] = 1
                 return
             self._next = index + 1
@@ -292,8 +424,10 @@ class Demultiplexer:
 
     def _note(self, index: int, raw: str | None, said: str) -> None:
         """Count a copy of an item's answer that cannot be delivered now; hold it if it is the only one."""
-        if self._early and index < self._next:
-            self.late_duplicates += 1
+        if index < len(self._given):
+            if self._thinking is None:
+                self.late_duplicates += 1
+                self.drafts = self.drafts or not _same(said if raw is None else raw, self._given[index])
             return
         copies = self._copies[index] = self._copies.get(index, 0) + 1
         if copies > 1:

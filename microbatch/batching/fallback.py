@@ -5,6 +5,8 @@
   with its caller's own messages.
 - A refusal that one request may be to blame for, be it the transport's own: the batch is halved until the culprits are alone.
   k culprits among n cost at most 1 + 2k * ceil(log2 n) calls.
+- A reply that is the model's reasoning and nothing else: one request is asked alone first. If that brings no more, neither will the
+  others.
 - Anything else is no request's fault and would fail them again: every request fails with the error.
 """
 
@@ -16,7 +18,8 @@ from typing import TYPE_CHECKING
 import anyio
 
 from microbatch.batching.cost import line_tokens
-from microbatch.errors import BadRequest, ContextTooLong
+from microbatch.batching.verdict import ONLY_REASONING
+from microbatch.errors import BadRequest, ContextTooLong, MissingAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 _WORTH_ASKING_TOGETHER = 1 / 4
 
-_CONTENT_TOO_LARGE = 413
+_TOO_LARGE = (413, 429)  # a 429 that is no RateLimited
 
 _shuffle = secrets.SystemRandom().shuffle
 
@@ -108,6 +111,9 @@ class _Recovery:
                 self._learned.shrink(line_tokens(tickets))
                 self._revised()
             await self._halves(tickets)
+        elif outcome.only_reasoning and not await self._answers(tickets[0]):
+            for ticket in tickets:
+                self._fail(ticket, MissingAnswer(ONLY_REASONING))
         else:
             # What a cut has lost is asked for again at the expense of the retry budget: it is a retry of that part.
             cut = outcome.error if outcome.ending == "cut" else None
@@ -161,6 +167,17 @@ class _Recovery:
                 self._fail(ticket, error)
         return None
 
+    async def _answers(self, ticket: Ticket) -> bool:
+        """Ask *ticket* alone; return whether there is more to the reply than reasoning. If so, or if it is answered, it has ended."""
+        async with self._at_once:
+            permit = self._account.permit(ticket.cost, self._rank)
+            error = await self._calls.single(ticket, permit, learned=self._learned)
+        if error is not None and str(error) == ONLY_REASONING:
+            return False
+        if error is not None:
+            self._fail(ticket, error)
+        return True
+
 
 def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
     return [tickets[start : start + size] for start in range(0, len(tickets), size)]
@@ -168,4 +185,4 @@ def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
 
 def _too_large(error: RequestFailed | ConfigError | None) -> bool:
     """Whether a prompt was refused for its size."""
-    return isinstance(error, ContextTooLong) or (isinstance(error, BadRequest) and error.status == _CONTENT_TOO_LARGE)
+    return isinstance(error, ContextTooLong) or (isinstance(error, BadRequest) and error.status in _TOO_LARGE)

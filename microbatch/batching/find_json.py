@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microbatch.batching.thoughts import after_thoughts
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,7 +20,6 @@ MAX_TRIES = 16
 
 # No `\s*` before the lazy part: the two would share the blanks in quadratically many ways.
 _FENCE = re.compile(r"```(?:json)?(.*?)```", re.DOTALL | re.IGNORECASE)
-_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 _BRACKET = re.compile(r"[{\[]")
 _QUOTE = re.compile('"')
 _scan = json.JSONDecoder().raw_decode
@@ -32,9 +33,8 @@ _wrapper = msgspec.json.Decoder(_Wrapper).decode
 
 
 def candidates(text: str) -> Iterator[str]:
-    """Yield what may be the JSON: the whole text, each fenced block, each value that starts with a bracket."""
-    text = _THOUGHT.sub("", text, count=1) if text.lstrip().startswith("<think>") else text
-    text = text.strip().removeprefix("\ufeff")
+    """Yield what may be the JSON behind any thoughts: the whole text, each fenced block, each value that starts with a bracket."""
+    text = after_thoughts(text).strip().removeprefix("\ufeff")
     yield text
     for block in islice(_FENCE.finditer(text), MAX_TRIES):
         yield block[1].strip()

@@ -47,6 +47,7 @@ class Learned(msgspec.Struct):
         parted: How often that was so.
         revised: Whether anything has changed since the lane's budget was worked out.
         alone: Requests in a row that were too long, or not cheaper, to travel with others.
+        drafts: Whether a reply has shown that its first answers may be drafts, so that none is handed out before its end.
     """
 
     batch_size: int | None = None
@@ -64,6 +65,7 @@ class Learned(msgspec.Struct):
     parted: int = 0
     revised: bool = False
     alone: int = 0
+    drafts: bool = False
 
     def record_answers(self, tokens: Sequence[int]) -> None:
         """Learn from the answers of one reply, in tokens each."""

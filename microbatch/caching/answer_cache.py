@@ -93,9 +93,7 @@ class AnswerCache:
         self._keys: Keys | None = None
         self._agreed_at = 0.0  # loop time
         self._fresh: dict[bytes, bytes] = {}
-        self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(
-            self._get_many, most=PAGE, at_once=_AT_ONCE
-        )
+        self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many, most=PAGE, at_once=_AT_ONCE)
         self._bulk_look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(
             self._get_many_patiently, most=PAGE, at_once=_AT_ONCE
         )

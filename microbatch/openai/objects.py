@@ -277,4 +277,6 @@ def usage_members(reply: Reply[Any]) -> dict[str, Any]:
     ):  # endpoints differ in the total
         return dict(reported)
     share["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    if usage.reasoning_tokens:
+        share["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
     return {**share, "microbatch_estimated": True} if usage.estimated else share

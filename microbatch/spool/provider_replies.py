@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from microbatch.accounting.stats import split
+from microbatch.accounting.stats import divided
 from microbatch.batching.budget import estimate
 from microbatch.batching.canary import check_canary
 from microbatch.batching.demultiplexer import Demultiplexer
+from microbatch.batching.thoughts import after_leading_thought
 from microbatch.batching.verdict import complaint, ending
 from microbatch.errors import (
     AuthFailed,
@@ -200,7 +201,8 @@ class Replies:
         demultiplexer = Demultiplexer(line.ids, decoders, early=False)
         demultiplexer.feed(text)
         how = ending(completion, None, heard=True)
-        answered = dict(demultiplexer.close(ended=how in ("complete", "length", "refused")))
+        ended = how in ("complete", "length", "refused")
+        answered = dict(demultiplexer.close(ended=ended, complete=how == "complete"))
         whole = complaint(completion)
         if line.canary is not None and answered.pop(len(asked), _UNANSWERED) is _UNANSWERED:
             results.leave(
@@ -226,6 +228,8 @@ class Replies:
     def _single(one: Asked, text: str, completion: Completion, results: Results) -> Iterator[_Share]:
         """Yield the answer of a single reply; note why there is none."""
         answer, error = one.options.answer, complaint(completion)
+        if answer.is_text:
+            text = after_leading_thought(text)
         if not one.line and answer.is_text and completion.finish_reason is not None:
             yield _Share(one, 0, text)  # tool calls and the like: what matters is in the body
             return
@@ -283,9 +287,8 @@ def _usages(usage: Usage | None, line: Line, shares: Sequence[_Share]) -> list[U
         ]
     if not line.ids:
         return [usage] * len(shares)
-    prompts, cached = split(usage.prompt_tokens, line.sizes), split(usage.cached_tokens, line.sizes)
-    completions = split(usage.completion_tokens, lengths)
-    return [Usage(prompts[at], completions[at], cached[at]) for at in (share.position for share in shares)]
+    parts = divided(usage, line.sizes, lengths)
+    return [parts[share.position] for share in shares]
 
 
 def _why(error: RequestFailed) -> Why:

@@ -133,6 +133,7 @@ class Account:
         budget: Its retries.
         breaker: Whether calls are stopped.
         max_tokens: As given, or a lower limit that the endpoint reports.
+        has_worked: Whether a call was answered under its key.
         slots: The scheduler, None before there is one.
         on_wire: Attempts under way, each of which holds a slot.
         begun: Calls begun and not finished, back-off included.
@@ -146,6 +147,7 @@ class Account:
         self.budget = RetryBudget(retry)
         self.breaker = Breaker()
         self.max_tokens = max_tokens
+        self.has_worked = False
         self.slots: Slots | None = None
         self.on_wire = self.begun = self.backing_off = 0
         self.used = 0.0
@@ -235,6 +237,8 @@ class Account:
             limits: What the endpoint says of its limits, or its headers, or None.
             reserved: Whether `max_tokens` was sent, which endpoints charge whatever is used of it.
         """
+        if error is None:
+            self.has_worked = True
         if error is None and self._unlimited and self.breaker.closed and not self._paused_until:
             self._attempt_ended(permit)
             return

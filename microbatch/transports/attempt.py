@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from microbatch.errors import BadRequest, ConnectFailed, ServerError, TransportError
-from microbatch.transports.chat_wire import ReplyReader
+from microbatch.errors import BadRequest, ConnectFailed, ServerError, StatusError
 from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_shapes import Fault, read_fault, to_error
+from microbatch.transports.error_shapes import Fault, read_fault, to_error, unanswered
 from microbatch.transports.http_edge import guarded, read_all, read_some
 from microbatch.transports.limit_headers import read_limits
+from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     import aiohttp
 
+    from microbatch.errors import TransportTimeout
+    from microbatch.messages import Limits
     from microbatch.protocols import Completion
     from microbatch.transports.http_edge import Clock
     from microbatch.transports.ladder import Ladder, Plan
@@ -29,6 +31,10 @@ MAX_ERROR_BYTES: Final = 1024 * 1024
 FINISH_GRACE: Final = 2.0
 DONE_GRACE: Final = 0.1
 ERROR_GRACE: Final = 5.0
+
+_BOM: Final = b"\xef\xbb\xbf"
+# How a line of an event stream may begin.
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
 class Attempt:
@@ -43,6 +49,7 @@ class Attempt:
         *,
         where: str,
         headers: Mapping[str, str],
+        secrets: Sequence[str] = (),
     ) -> None:
         self._plan = plan
         self._ladder = ladder
@@ -50,18 +57,21 @@ class Attempt:
         self._on_text = on_text
         self._where = where
         self._headers = headers
+        self._known_secrets = secrets
         self._reader = ReplyReader()
         self._accepted = False
         self._gave_text = False
+        self._finished_early = False
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* ends when the answer's head is there."""
-        request_id = limits = None
+        request_id: str | None = None
+        limits: Limits | None = None
+        timeout: TransportTimeout | None = None
         try:
             async with self._clock.scope:
                 response = await guarded(sending, self._where)
                 try:
-                    self._clock.feed()
                     request_id = response.headers.get("x-request-id")
                     limits = read_limits(response.headers)
                     await self._receive(response)
@@ -69,14 +79,16 @@ class Attempt:
                     # A half-read connection must not go back to the pool: the next call would read this answer's rest.
                     # Read to its end it is back there already, and this does nothing.
                     response.close()
-        except TimeoutError as error:
+        except TimeoutError:
             if not self._clock.scope.expired():
                 raise  # not of our making
             if not self._reader.complete:
-                raise self._clock.error(self._where) from error
+                timeout = self._clock.error(self._where)
         except ConnectFailed:
             if not self._reader.complete:
                 raise
+        if timeout is not None:
+            raise timeout  # out here, where nothing of aiohttp's is attached to it
         return self._reader.completion(request_id, limits)
 
     async def _receive(self, response: aiohttp.ClientResponse) -> None:
@@ -84,68 +96,90 @@ class Attempt:
         if not 200 <= response.status < 300:  # noqa: PLR2004 (the class of success)
             raw = await read_some(response, MAX_ERROR_BYTES, ERROR_GRACE)
             self._refuse(read_fault(raw, response.status), raw, response)
-        elif kind == "text/event-stream" or ("stream" in self._plan.sent and not kind.endswith("json")):
-            await self._receive_stream(response, kind)
+        head = bytearray()
+        form = "unclear"
+        while form == "unclear" and len(head) < MAX_REPLY_BYTES:
+            chunk = await guarded(response.content.readany(), self._where)
+            if not chunk:
+                break
+            head += chunk
+            form = _form(head)
+        # The content type is often wrong (openclaw#97454: JSON for a stream; one-api: an event stream for JSON), the text never.
+        if form == "events" or (form != "json" and (kind == "text/event-stream" or self._plan.stream)):
+            await self._receive_stream(bytes(head), response, kind)
         else:
-            self._clock.watch(None)
-            raw = await read_all(response, MAX_REPLY_BYTES, self._where)
+            raw = await read_all(response, MAX_REPLY_BYTES, self._where, begun=head)
             self._take_whole(raw, kind, response)
 
     def _take_whole(self, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> None:
         try:
             text = self._reader.whole(raw)
-        except TransportError as error:
-            described = f"{kind or 'no content type'}, {len(raw)} bytes"
-            raise TransportError(f"{self._where}: {error}; it sent {described}. base_url usually ends in /v1") from None
+        except ServerError as error:
+            self._no_answer(str(error), raw, kind, response)
         self._deliver(text, raw, response)
 
-    async def _receive_stream(self, response: aiohttp.ClientResponse, kind: str) -> None:
+    async def _receive_stream(self, head: bytes, response: aiohttp.ClientResponse, kind: str) -> None:
         decoder = SSEDecoder()
-        while chunk := await guarded(response.content.readany(), self._where):
+        received = bytearray()
+        chunk = head
+        while chunk:
+            if not self._reader.answering and len(received) < MAX_ERROR_BYTES:
+                received += chunk
             for data in decoder.feed(chunk):
                 self._take_event(data, response)
+            chunk = await guarded(response.content.readany(), self._where)
         for data in decoder.close():
-            try:
-                self._take_event(data, response)
-            except TransportError as error:
-                # The torso of an event says no more than that the stream was cut.
-                if type(error) is not TransportError:
-                    raise
-        if not self._reader.spoke and not self._reader.done and kind != "text/event-stream":
-            raise TransportError(
-                f"{self._where} answered a stream request with {kind or 'no content type'} and no events"
-            )
+            self._take_event(data, response, torso=True)
+        self._deliver(self._reader.rest(), b"", response)
+        if not self._reader.answering:
+            said = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
+            self._no_answer(said, bytes(received), kind, response)
 
-    def _take_event(self, data: bytes, response: aiohttp.ClientResponse) -> None:
+    def _take_event(self, data: bytes, response: aiohttp.ClientResponse, *, torso: bool = False) -> None:
+        """Take the data of an event; *torso* if it lacks its end, and may say no more than that the stream was cut."""
         if not data:
             return  # a keep-alive in the form of an empty event
-        was_complete, was_done = self._reader.complete, self._reader.done
-        try:
-            text = self._reader.event(data)
-        except TransportError as error:
-            if was_complete:
-                return
-            raise TransportError(f"{self._where} sent an event that cannot be read: {error}") from None
-        if self._reader.done:
+        reader = self._reader
+        was_complete, was_done = reader.complete, reader.done
+        text = reader.event(data, torso=torso)
+        if text and not isinstance(text, Fault):
+            # Some endpoints give a finish reason with every chunk; then it tells nothing of the end.
+            self._finished_early = self._finished_early or was_complete
+        if reader.done:
             if not was_done:
-                self._clock.shorten(DONE_GRACE)
-        elif self._reader.complete:
+                self._clock.grace(DONE_GRACE)
+        elif reader.complete and not self._finished_early and (text or self._gave_text):
             if not was_complete:
-                self._clock.shorten(FINISH_GRACE)
-        else:
+                self._clock.grace(FINISH_GRACE)
+        elif text or self._gave_text or reader.thought:
+            # Not before the first words: until then an endpoint may be as silent as the model that thinks behind it.
             self._clock.feed()
         self._deliver(text, data, response)
 
     def _deliver(self, text: str | Fault, raw: bytes, response: aiohttp.ClientResponse) -> None:
         if isinstance(text, Fault):
             self._refuse(text, raw, response)
-        if self._reader.spoke and not self._accepted:
+        if self._reader.answering and not self._accepted:
             # At the first sign and not at the end: a call whose callers have all been answered is cancelled before it.
             self._accepted = True
             self._ladder.accepted(self._plan, asyncio.get_running_loop().time())
         if text:
             self._gave_text = True
             self._on_text(text)
+
+    def _no_answer(self, said: str, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> NoReturn:
+        """Raise what a status 200 without an answer means.
+
+        It is trouble of the endpoint's, as a 502 is, or of a proxy before it. But Gemini answers a prompt that its filter has blocked
+        without choices and without a word on why, every time that it is asked (BerriAI/litellm#40252).
+        """
+        told = f"{said}; it sent {kind or 'no content type'}, {len(raw)} bytes"
+        if not self._ladder.answered:
+            told += ". base_url usually ends in /v1"
+        blocked = self._reader.spoke and self._ladder.unanswered(self._plan)
+        raise unanswered(
+            told, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
+        )
 
     def _refuse(self, fault: Fault | None, raw: bytes, response: aiohttp.ClientResponse) -> NoReturn:
         """Raise what *fault* means, after learning from it."""
@@ -155,22 +189,37 @@ class Attempt:
             where=self._where,
             headers=response.headers,
             raw=raw,
-            secrets=_secrets(self._headers),
+            secrets=self._secrets(),
             keyless=not any(map(is_credential, self._headers)),
         )
         if not self._gave_text:
-            now = asyncio.get_running_loop().time()
-            if type(error) is BadRequest and error.status in (400, 422):
-                error.again = self._ladder.refused(
-                    self._plan, code=fault.code, param=fault.param, message=fault.message, now=now
-                )
-            elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
-                self._ladder.failed(self._plan)
+            self._learn(fault, error)
         raise error
 
+    def _learn(self, fault: Fault, error: StatusError) -> None:
+        now = asyncio.get_running_loop().time()
+        if type(error) is BadRequest and error.status in (400, 422):
+            error.again = self._ladder.refused(
+                self._plan, code=fault.code, param=fault.param, message=fault.message, now=now
+            )
+        elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
+            self._ladder.failed(self._plan)
 
-def _secrets(headers: Mapping[str, str]) -> list[str]:
-    """Return what an answer must not echo: header values, and the key inside Authorization. The longest come first."""
-    values = {part for value in headers.values() for part in (value, value.rpartition(" ")[2])}
-    public = {"application/json", "microbatch"}
-    return sorted((value for value in values - public if len(value) >= 8), key=len, reverse=True)  # noqa: PLR2004
+    def _secrets(self) -> list[str]:
+        """Return what an answer must not echo: header values, the key inside Authorization, and what the address holds."""
+        values = {part for value in self._headers.values() for part in (value, value.rpartition(" ")[2])}
+        public = {"application/json", "microbatch"}
+        known = {*(value for value in values - public if len(value) >= 8), *self._known_secrets}  # noqa: PLR2004
+        return sorted(known, key=len, reverse=True)  # one may be a part of another
+
+
+def _form(head: bytearray) -> Literal["json", "events", "neither", "unclear"]:
+    """Return what a body is that begins with *head*; "unclear" as long as too little has come."""
+    text = bytes(head.removeprefix(_BOM).lstrip())
+    if text[:1] in (b"{", b"["):
+        return "json"
+    if text.startswith(_FIELDS):
+        return "events"
+    if _BOM.startswith(bytes(head)) or any(field.startswith(text) for field in _FIELDS):
+        return "unclear"
+    return "neither"

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import BadRequest, ConfigError
 from microbatch.protocols import ChatCall
-from microbatch.transports.chat_wire import ReplyReader, compose
+from microbatch.transports.chat_wire import compose
 from microbatch.transports.error_shapes import Fault, as_object, read_fault, to_error
 from microbatch.transports.ladder import Ladder, Plan, Rung
+from microbatch.transports.reply_reader import ReplyReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,7 +62,7 @@ class BatchWire:
 
         Raises:
             StatusError: It is a refusal. With `again`, what `body` returns for the same call has changed since.
-            TransportError: It is no chat completion.
+            ServerError: It is no chat completion, or one without an answer.
         """
         if not 200 <= status < 300:  # noqa: PLR2004 (the class of success)
             raise self._learned(read_fault(raw, status) or Fault(status), raw, sent)
@@ -69,7 +70,10 @@ class BatchWire:
         text = reader.whole(raw)
         if isinstance(text, Fault):
             raise self._learned(text, raw, sent)
-        return text, reader.completion(request_id)
+        completion = reader.completion(request_id)
+        if reader.finish is None:
+            completion.finish_reason = None  # a provider that writes files always says how a reply ended
+        return text, completion
 
     def refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> StatusError:
         """Return the error that the answer to any request of the API is."""
@@ -85,7 +89,7 @@ class BatchWire:
 
     def _plan(self, call: ChatCall, model: str) -> Plan:
         now = asyncio.get_running_loop().time()
-        return self._ladder.plan(call, base_url=self._where, model=model, credentials=(), stream=False, now=now)
+        return self._ladder.plan(call, base_url=self._where, model=model, credentials=(), stream=None, now=now)
 
     def _plan_of(self, body: Mapping[str, Any]) -> Plan:
         """Return how *body* was made, however long ago: the plan that a live call would still have at hand."""

@@ -1,8 +1,9 @@
 """The many shapes in which endpoints say no, read into the error tree.
 
 Known shapes: OpenAI's `{"error": {...}}`; the same in an array (Gemini's compatible endpoint), at top level (older vLLM), with
-the status as code, number or string (OpenRouter, llama-server, LiteLLM), inside an answer of status 200 (OpenRouter), and
-FastAPI's `{"detail": ...}`. Messages may quote prompts and keys, so they go to `StatusError.body` and nowhere else.
+the status as code, number or string (OpenRouter, llama-server, LiteLLM), inside an answer of status 200 (OpenRouter), FastAPI's
+`{"detail": ...}`, Cloudflare's `{"success": false, "errors": [...]}`, MiniMax's `base_resp`, Baidu's `error_msg`, and Gemini's
+`promptFeedback` of a prompt that was blocked. Messages may quote prompts and keys, so they go to `StatusError.body` and nowhere else.
 """
 
 from __future__ import annotations
@@ -25,48 +26,15 @@ from microbatch.errors import (
     StatusError,
     mask,
 )
+from microbatch.transports.lenient import decode_body
 from microbatch.transports.limit_headers import number, read_limits
+from microbatch.transports.refusals import classify
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_QUOTA: Final = frozenset(
-    {
-        "insufficient_quota",
-        "credit_balance_exhausted",
-        "organization_spend_limit_exceeded",
-        "project_spend_limit_exceeded",
-        "organization_usage_limit_exceeded",
-        "billing_hard_limit_reached",
-        "billing_not_active",
-    }
-)
-_CONTEXT: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
-_FILTER: Final = frozenset({"content_filter", "content_policy_violation", "responsibleaipolicyviolation"})
-_CONTEXT_TEXT: Final = re.compile(
-    r"(?i)context.{0,10}(?:length|window|size)|ContextWindowExceeded|exceed_context_size|context_length_exceeded"
-)
-_FILTER_TEXT: Final = re.compile(r"ContentPolicyViolation|ResponsibleAIPolicyViolation")
-_QUOTA_TEXT: Final = re.compile("|".join(sorted(_QUOTA)))
-# For errors inside a 200 that name no status: OpenAI's and Anthropic's types, Google's status words.
-_BY_WORD: Final[Mapping[str, type[StatusError]]] = {
-    "invalid_request_error": BadRequest,
-    "badrequesterror": BadRequest,
-    "invalid_argument": BadRequest,
-    "not_found_error": BadRequest,
-    "authentication_error": AuthFailed,
-    "invalid_api_key": AuthFailed,
-    "permission_error": AuthFailed,
-    "permission_denied": AuthFailed,
-    "unauthenticated": AuthFailed,
-    "rate_limit_exceeded": RateLimited,
-    "rate_limit_error": RateLimited,
-    "slow_down": RateLimited,
-    "resource_exhausted": RateLimited,
-}
-# The statuses under which a message about the context window, or a filter, means the request at hand. (A 429 may speak of a
-# "rate limit for long context" and a 404 quotes the model's name.)
-_ABOUT_THE_REQUEST: Final = frozenset({200, 400, 413, 422})
+_VERDICTS: Final = {"true": True, "false": False}
+
 _WORD: Final = re.compile(r"[A-Za-z_][\w.$\[\]/:-]{0,99}")
 
 
@@ -94,22 +62,46 @@ class Fault(msgspec.Struct, frozen=True):
         return f"Fault(status={self.status}, code={self.code!r}, param={self.param!r})"
 
 
-def read_fault(raw: bytes, status: int) -> Fault | None:
+def read_fault(raw: bytes, status: int, *, hollow: bool = False) -> Fault | None:
     """Return the error that a body or a stream event holds.
 
     Args:
         raw: The bytes, JSON or not.
         status: The HTTP status. From 400 on (and for redirects) there is always a fault; in a 200 only if the body says so.
+        hollow: Whether it is known to hold no answer, so that a message in it is one of an error.
     """
     try:
-        data = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        data = decode_body(raw)
+    except ValueError:
         data = None
     failed = not 200 <= status < 300  # noqa: PLR2004 (the class of success)
-    found = _find(data, failed=failed)
+    found = _find(data, failed=failed or hollow)
     if any(found.values()):
         return _fault(found, status, failed=failed)
     return Fault(status, message=raw[:4096].decode("utf-8", "replace")) if failed else None
+
+
+def unanswered(
+    said: str, *, blocked: bool, where: str, headers: Mapping[str, str], raw: bytes, secrets: Iterable[str] = ()
+) -> StatusError:
+    """Return the error to raise for a status 200 without an answer.
+
+    Args:
+        said: What came instead, for the message.
+        blocked: Whether a filter is the likely cause, and not trouble that passes.
+        where: Host and port, for the message.
+        headers: The answer's headers.
+        raw: The answer's body; it is masked and goes to `body`.
+        secrets: What must not appear anywhere.
+    """
+    cause = "; endpoints answer so whose content filter stopped the prompt" if blocked else ""
+    return (Filtered if blocked else ServerError)(
+        f"{where} answered with status 200, but {said}{cause}",
+        status=200,
+        request_id=headers.get("x-request-id"),
+        body=_masked(raw, secrets),
+        limits=read_limits(headers),
+    )
 
 
 def to_error(
@@ -132,10 +124,7 @@ def to_error(
         keyless: No credentials were sent, which is worth saying when they are asked for.
     """
     kind = classify(fault)
-    body = raw[:8192].decode("utf-8", "replace")
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)
-    for secret in secrets:
-        body = body.replace(secret, "***")
     wait = retry_after(headers)
     text = f"{where} answered with status {fault.status}"
     if code is not None:
@@ -150,33 +139,24 @@ def to_error(
         param=param,
         request_id=headers.get("x-request-id"),
         retry_after=wait,
-        should_retry={"true": True, "false": False}.get(headers.get("x-should-retry", "").lower()),
+        should_retry=None
+        if _is_final(kind, fault.status)
+        else _VERDICTS.get(headers.get("x-should-retry", "").lower()),
         limits=read_limits(headers),
-        body=body,
+        body=_masked(raw, secrets),
     )
 
 
-def classify(fault: Fault) -> type[StatusError]:
-    """Return the branch of the error tree that *fault* belongs to: what to do about it decides, not the number alone."""
-    status, words, message = fault.status, fault.words, fault.message
-    about_the_request = status in _ABOUT_THE_REQUEST
-    if words & _CONTEXT or (about_the_request and _CONTEXT_TEXT.search(message)):
-        return ContextTooLong
-    if words & _FILTER or fault.flagged or (about_the_request and _FILTER_TEXT.search(message)):
-        return Filtered
-    if status == 402 or words & _QUOTA or (status == 429 and _QUOTA_TEXT.search(message)):  # noqa: PLR2004
-        return QuotaExhausted
-    if status in (401, 403):
-        return AuthFailed
-    if status == 429:  # noqa: PLR2004
-        return RateLimited
-    if status in (408, 409) or status >= 500:  # noqa: PLR2004
-        return ServerError
-    if status >= 300:  # noqa: PLR2004
-        return BadRequest if status >= 400 else StatusError  # noqa: PLR2004
-    named = [kind for word, kind in _BY_WORD.items() if word in words]
-    # An error that arrives under a 200 without naming itself is the endpoint's own trouble ("server_error", "overloaded").
-    return named[0] if named else ServerError
+def _is_final(kind: type[StatusError], status: int) -> bool:
+    """Whether trying again is no use, whatever the endpoint's headers say; they come with every 429."""
+    return kind in (ContextTooLong, Filtered) or (kind is BadRequest and status in (413, 429))
+
+
+def _masked(raw: bytes, secrets: Iterable[str]) -> str:
+    body = raw[:8192].decode("utf-8", "replace")
+    for secret in secrets:
+        body = body.replace(secret, "***")
+    return body
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -233,14 +213,31 @@ def _find(data: Any, *, failed: bool) -> dict[str, Any]:
     """Return the error object inside *data*, put into OpenAI's shape; empty if there is none."""
     top = as_object(_first(data))
     # OpenRouter puts a provider's failure into the choice.
-    error = top.get("error") or as_object(_first(top.get("choices"))).get("error")
+    choice = as_object(_first(top.get("choices")))
+    error = top.get("error") or choice.get("error")
+    if not choice and not error:
+        error = as_object(_first(top.get("errors"))) or _from_verdict(top)
     if isinstance(error, str) and error:
         return {"message": error, **{name: top.get(name) for name in ("code", "type", "param", "status")}}
     if as_object(error):
         return as_object(error)
     if top.get("object") == "error" or (failed and isinstance(top.get("message"), str)):
         return top
+    if failed and isinstance(said := top.get("msg") or top.get("error_msg"), str):
+        return {"message": said, **top}
     return _from_detail(top.get("detail")) if failed else {}
+
+
+def _from_verdict(top: dict[str, Any]) -> dict[str, Any]:
+    """Put what stands where an answer should be into OpenAI's shape: Gemini's reason for a block, MiniMax's status."""
+    feedback = as_object(top.get("promptFeedback") or top.get("prompt_feedback"))
+    reason = feedback.get("blockReason") or feedback.get("block_reason")
+    if reason:
+        return {"message": str(reason), "code": "prompt_blocked"}
+    verdict = as_object(top.get("base_resp"))
+    if verdict.get("status_code"):
+        return {"message": verdict.get("status_msg"), "code": verdict["status_code"]}
+    return {}
 
 
 def _from_detail(detail: Any) -> dict[str, Any]:
@@ -258,19 +255,25 @@ def _from_detail(detail: Any) -> dict[str, Any]:
 
 
 def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
-    values: list[Any] = [error.get("code"), error.get("type"), error.get("status")]
+    values: list[Any] = [
+        error.get(name) for name in ("code", "type", "status", "statusCode", "status_code", "error_code")
+    ]
     values.append(as_object(error.get("innererror")).get("code"))
+    metadata = as_object(error.get("metadata"))
     named = next((number for number in map(_as_status, values) if number is not None), None)
     words = [value for value in values if isinstance(value, str) and _as_status(value) is None and value]
+    numbers = {str(value) for value in values if isinstance(value, int) and _as_status(value) is None}
     param, message = error.get("param"), error.get("message")
+    # OpenRouter has a sentence of its own, and that of the provider beside it.
+    said = [part for part in (message, metadata.get("raw")) if isinstance(part, str) and part]
     return Fault(
         status if failed or named is None else named,
         code=words[0] if words else None,
         param=param if isinstance(param, str) and param else None,
-        message=message if isinstance(message, str) else "",
-        words=frozenset(word.lower() for word in words),
+        message="\n".join(said),
+        words=frozenset(word.lower() for word in words) | numbers,
         # OpenRouter's 403 for flagged input; the key is fine, and this one item is the cause.
-        flagged="flagged_input" in as_object(error.get("metadata")),
+        flagged="flagged_input" in metadata,
     )
 
 
@@ -301,7 +304,7 @@ def _advice(kind: type[StatusError], status: int, wait: float | None, *, keyless
         return "redirects are not followed, they could carry the key elsewhere; set base_url to the final address"
     if kind is BadRequest and status == 404:  # noqa: PLR2004
         return "check model and base_url, which usually ends in /v1"
-    if kind is BadRequest and status == 413:  # noqa: PLR2004
+    if kind is BadRequest and status in (413, 429):
         return "the request is too large; lower max_batch_tokens or max_batch_size"
     return _ADVICE[kind]
 

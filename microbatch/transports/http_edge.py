@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
@@ -39,11 +40,11 @@ _VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\ud7ff\ue000-\U0010ffff]*")
 
 
 class Clock:
-    """The time one attempt may take: until a fixed end, and, where it is streamed, only so long in silence.
+    """The time one attempt may take: until a fixed end, and, from the first sign of life on, only so long in silence.
 
     Args:
         total: Seconds for all of it.
-        idle: Seconds between two signs of life once it has been sent, or None for no such limit.
+        idle: Seconds between two signs of life, or None for no such limit.
     """
 
     def __init__(self, total: float, idle: float | None) -> None:
@@ -61,17 +62,9 @@ class Clock:
             self._silent = silent < self._end
             self._set(min(silent, self._end))
 
-    def watch(self, idle: float | None) -> None:
-        """Change the silence that is allowed, from now on; None lifts the limit."""
-        self._idle = idle
-        self._silent = False
-        self._set(self._end)
-        self.feed()
-
-    def shorten(self, grace: float) -> None:
-        """Allow at most *grace* further seconds."""
-        self._end = min(self._end, self._loop.time() + grace)
-        self._set(self._end)
+    def grace(self, seconds: float) -> None:
+        """Allow at most *seconds* more, unless there is another sign of life."""
+        self._set(min(self._end, self._loop.time() + seconds))
 
     def error(self, where: str) -> TransportTimeout:
         """Return what to raise when the time is up."""
@@ -92,10 +85,11 @@ async def guarded(step: Awaitable[T], where: str) -> T:
     """
     try:
         return await step
-    except (aiohttp.ClientError, OSError) as error:
-        failure, cause = connect_failed(error, where), _presentable(error)
-    # Raised out here, or the original would stay attached as the context.
-    raise failure from cause
+    except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
+        failure = connect_failed(error, where)
+    # Raised out here, so that the original is not attached: aiohttp's errors hold the request's headers and its address, and with
+    # them the key, wherever it is.
+    raise failure
 
 
 def connect_failed(error: Exception, where: str) -> ConnectFailed:
@@ -104,13 +98,13 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
         case aiohttp.ClientHttpProxyError():
             return ConnectFailed(f"the proxy refused to connect to {where}: status {error.status}")
         case aiohttp.ClientProxyConnectionError():
-            return ConnectFailed(f"could not reach the proxy to {where}: {_reason(error.os_error)}")
+            return ConnectFailed(f"could not reach the proxy to {where}: {_said(error.os_error)}")
         case aiohttp.ClientConnectorCertificateError():
             return ConnectFailed(f"{where} has a certificate that is not trusted: {error.certificate_error}")
         case aiohttp.ClientConnectorDNSError():
-            return ConnectFailed(f"could not resolve the host name of {where}: {_reason(error.os_error)}")
+            return ConnectFailed(f"could not resolve the host name of {where}: {_said(error.os_error)}")
         case aiohttp.ClientConnectorError():
-            return ConnectFailed(f"could not connect to {where}: {_reason(error.os_error)}")
+            return ConnectFailed(f"could not connect to {where}: {_said(error.os_error)}")
         case aiohttp.ConnectionTimeoutError():
             return ConnectFailed(f"could not connect to {where}: no answer in time")
         case aiohttp.ServerDisconnectedError():
@@ -136,22 +130,23 @@ async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
         async with clock.scope:
             clock.feed()
             return await guarded(step, where)
-    except TimeoutError as error:  # the clock's: one of the system's is a ConnectFailed by now
-        raise clock.error(where) from error
+    except TimeoutError:  # the clock's: one of the system's is a ConnectFailed by now
+        failure = clock.error(where)
+    raise failure
 
 
-async def read_all(response: aiohttp.ClientResponse, limit: int, where: str) -> bytes:
-    """Return the whole body.
+async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, begun: bytearray) -> bytes:
+    """Return the whole body, of which *begun* has been read.
 
     Raises:
         TransportError: It is longer than *limit* bytes.
         ConnectFailed: The connection broke.
     """
-    body = bytearray()
-    while chunk := await guarded(response.content.readany(), where):
+    body, chunk = begun, b""
+    while len(body) <= limit and (chunk := await guarded(response.content.readany(), where)):
         body += chunk
-        if len(body) > limit:
-            raise TransportError(f"{where} sent an answer of more than {limit} bytes")
+    if len(body) > limit:
+        raise TransportError(f"{where} sent an answer of more than {limit} bytes")
     return bytes(body)
 
 
@@ -202,12 +197,13 @@ def without(headers: Iterable[tuple[str, str]], names: frozenset[str]) -> list[t
 
 
 def _reason(error: OSError) -> str:
+    """Return why the system says a connection broke. Only its number is read: aiohttp writes the address into the text."""
     number = error.errno or 0
-    if type(error).__module__ == "builtins" and number > 0:
-        return os.strerror(number)  # asyncio's own text for a refused connection is its address
+    return os.strerror(number) if number > 0 and not isinstance(error, ssl.SSLError) else type(error).__name__
+
+
+def _said(error: OSError) -> str:
+    """Return why no connection could be made, in words of the resolver, of TLS or of the system, which know host and port only."""
+    if type(error).__module__ == "builtins" and (error.errno or 0) > 0:
+        return _reason(error)  # asyncio's own text for a refused connection is its address
     return error.strerror or str(error) or type(error).__name__
-
-
-def _presentable(error: Exception) -> BaseException | None:
-    # These hold the request's headers, key included, and the address with its query.
-    return error.__cause__ if isinstance(error, aiohttp.ClientResponseError) else error

@@ -49,6 +49,14 @@ _SCHEMA: Final = re.compile(
     r"(?:supported|permitted|allowed)"
 )
 
+# DashScope: "This model only support stream mode, please enable the stream parameter", "parameter.enable_thinking must be set to
+# false for non-streaming calls"; ChatGPT's backend: "Stream must be set to true".
+_STREAMS_ONLY: Final = re.compile(
+    r"(?i)\bnon[- ]?stream|\bonly (?:supports? |available (?:in|with|as) )?(?:the )?stream|"
+    r"\bstream(?:ing)?[`'\"]?(?: mode| output| parameter)? (?:only|(?:is )?required|must be)|"
+    r"\bstream[`'\"]? ?(?:=|to|as) ?[`'\"]?true|\b(?:enable|requires?|use|set) (?:the )?[`'\"]?stream"
+)
+
 
 class Rung(enum.IntEnum):
     """How much of the reply's form the endpoint is asked to enforce; a greater value is a lower rung."""
@@ -80,6 +88,7 @@ class _Entry:
         self.schemas: Recent[bytes, _Foothold] = Recent(MAX_SCHEMAS)
         self.unsupported: set[str] = set()
         self.max_tokens_name = _MAX_TOKENS_NAMES[0]
+        self.streams_only = False
 
     def schema(self, digest: bytes) -> _Foothold:
         """Return what is known of one schema, to be written to."""
@@ -99,6 +108,7 @@ class _Notes:
     def __init__(self) -> None:
         self.floor = Rung.JSON_SCHEMA  # after a 500: try this rung at least
         self.tried_lower = False
+        self.unanswered = False
         self.refused: set[str] = set()  # fields; a call learns once from each, so sending again comes to an end
 
 
@@ -109,6 +119,7 @@ class Plan(msgspec.Struct, eq=False):
         rung: What to ask of the reply's form, or None when the call has no schema.
         sent: The optional fields that go out, under the names they have here: `stream`, `stream_options`, `temperature` and
             one of `max_tokens` and `max_completion_tokens`.
+        stream: Whether the reply is to be streamed.
     """
 
     call: ChatCall
@@ -116,6 +127,8 @@ class Plan(msgspec.Struct, eq=False):
     rung: Rung | None
     sent: frozenset[str]
     digest: bytes = b""
+    stream: bool = False
+    may_stream: bool = False
     lower: bool = False  # one rung lower than known to be needed, because of a 500
     probe: bool = False  # one rung higher than known to work, because an hour has passed
 
@@ -130,9 +143,13 @@ class Ladder:
     Args:
         capacity: Most (base_url, model, credentials) remembered.
         patience: Seconds at a lower rung after which one call tries the rung above.
+
+    Attributes:
+        answered: Whether any call was ever answered properly, so that the address is right.
     """
 
     def __init__(self, *, capacity: int = CAPACITY, patience: float = PATIENCE) -> None:
+        self.answered = False
         self._patience = patience
         self._entries: Recent[tuple[str, str, bytes], _Entry] = Recent(capacity)
         self._notes: WeakKeyDictionary[ChatCall, _Notes] = WeakKeyDictionary()
@@ -150,8 +167,9 @@ class Ladder:
         base_url: str,
         model: str,
         credentials: Iterable[tuple[str, str]],
-        stream: bool,
+        stream: bool | None,
         now: float,
+        may_stream: bool = False,
     ) -> Plan:
         """Return how to make the next attempt at *call*.
 
@@ -160,12 +178,16 @@ class Ladder:
             base_url: With *model* and *credentials*, whose experience counts. Credentials are not kept in clear.
             model: The model asked.
             credentials: The headers that say who asks.
-            stream: Whether a stream is wanted.
+            stream: Whether a stream is wanted; None where the request is to say nothing of it.
             now: The loop's time.
+            may_stream: Whether the reply may be streamed, though it is not wanted.
         """
         key = (base_url, model, self._digest_of(credentials))
         entry = self._entries.get(key) or self._entries.put(key, _Entry())
-        wanted = {name for name in ("stream", "stream_options") if stream}
+        if stream is False and may_stream and entry.streams_only:
+            stream = True
+        # Said in words where it is not wanted: some proxies stream unless they are told not to.
+        wanted = set() if stream is None else {"stream", "stream_options"} if stream else {"stream"}
         if "temperature" in call.params:
             wanted.add("temperature")
         wanted -= entry.unsupported
@@ -173,13 +195,15 @@ class Ladder:
             wanted.discard("stream_options")  # refused on its own
         if call.max_tokens is not None:
             wanted.add(entry.max_tokens_name)
-        plan = Plan(call, entry, None, frozenset(wanted))
+        streamed = bool(stream) and "stream" in wanted
+        plan = Plan(call, entry, None, frozenset(wanted), stream=streamed, may_stream=may_stream)
         if call.schema is not None:
             self._choose_rung(plan, now)
         return plan
 
     def accepted(self, plan: Plan, now: float) -> None:
         """Note that the endpoint answered *plan*; only now a lower rung tried after a 500, or a higher one, is remembered."""
+        self.answered = True
         rung = plan.rung
         if rung is None:
             return
@@ -209,7 +233,7 @@ class Ladder:
         """
         names = _unsupported(code, param, message)
         learned = [self._learn_field(plan, name) for name in names & plan.sent]
-        if any(learned):
+        if any(learned) or self._learn_to_stream(plan, message):
             return True
         if plan.rung is None or plan.rung is Rung.PLAIN:
             return False
@@ -238,6 +262,12 @@ class Ladder:
             return
         notes.tried_lower = True
         notes.floor = Rung(plan.rung + 1)
+
+    def unanswered(self, plan: Plan) -> bool:
+        """Note that *plan* brought a reply without an answer in it; return whether an earlier attempt at the same call did so."""
+        notes = self._notes.setdefault(plan.call, _Notes())
+        before, notes.unanswered = notes.unanswered, True
+        return before
 
     def _choose_rung(self, plan: Plan, now: float) -> None:
         plan.digest = hashlib.blake2b(msgspec.json.encode(plan.call.schema), digest_size=16).digest()
@@ -278,6 +308,14 @@ class Ladder:
             return False  # the endpoint takes neither name; going round in circles will not help
         plan.entry.max_tokens_name = other
         return True
+
+    @staticmethod
+    def _learn_to_stream(plan: Plan, message: str) -> bool:
+        """Learn from words that say that there are streams only, such as DashScope's for models that reason."""
+        if plan.stream or not plan.may_stream or _STREAMS_ONLY.search(message) is None:
+            return False
+        plan.entry.streams_only = True
+        return "stream" not in plan.entry.unsupported
 
     def _digest_of(self, credentials: Iterable[tuple[str, str]]) -> bytes:
         digest = hashlib.blake2b(key=self._salt, digest_size=16)

@@ -8,8 +8,8 @@ import os
 import re
 import ssl as tls
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, NoReturn
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, get_args
+from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakSet
 
 import aiohttp
@@ -25,17 +25,19 @@ from microbatch.transports.relay import Forwarded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-    from types import SimpleNamespace
 
     from microbatch.protocols import ChatCall, Completion
-    from microbatch.transports.ladder import Plan
 
+Thoughts = Literal["strip", "keep"]
 DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
 # Beyond 1 MB aiohttp warns of plain bytes, which it writes at one go; a BytesIO is written piece by piece.
 LARGE_BODY_BYTES: Final = 1024 * 1024
 CONNECT_TIMEOUT: Final = 10.0
 # aiohttp's own, which a relayed request must not gain.
 _AUTOMATIC: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_KEY_IN_PATH: Final = 16
+_KEY_IN_QUERY: Final = 8
+_VERSION: Final = re.compile(r"\d{4}-\d{2}-\d{2}[\w-]*")  # Azure's `api-version`, which errors are about at times
 _PLAIN_PATH: Final = re.compile(r"[\x21-\x7e]*")
 
 
@@ -55,16 +57,20 @@ class OpenAIChat:
             any header, goes without this transport's: no key, organization or project of another goes with it.
         query: Query parameters of every request, such as Azure's `api-version`.
         timeout: Longest one attempt may take, in seconds.
-        idle_timeout: Longest a stream may be silent, in seconds; keep-alive comments count as silence.
+        idle_timeout: Longest a stream may be silent once it has begun to answer, in seconds; keep-alive comments count as
+            silence. Before the first words only `timeout` counts, since models that reason say nothing for minutes.
         max_connections: Most connections open at once; further calls wait for one, on their own `timeout`.
         proxy: Address of an HTTP proxy, or None for none; the environment is not consulted.
         ssl: An `ssl.SSLContext`, False to trust any certificate, None for the system's trust.
         stream: True or False overrides what calls ask for. Calls whose reply is more than one text (tools, `n`, log
             probabilities, audio) are never streamed.
+        thoughts: "strip" takes the thought before a lone text away, "keep" leaves it there; `Reply.body` has it in any case.
+            Thoughts before JSON, in combined and in typed replies, are never answers.
 
     Attributes:
         model: As given.
         base_url: The address in use.
+        thoughts: As given.
 
     Raises:
         ConfigError: There is no key and no base_url, or a setting is out of range.
@@ -84,9 +90,12 @@ class OpenAIChat:
         proxy: str | None = None,
         ssl: tls.SSLContext | bool | None = None,
         stream: bool | None = None,
+        thoughts: Thoughts = "strip",
     ) -> None:
         at_least(0.001, timeout=timeout, idle_timeout=idle_timeout)
         whole(1, max_connections=max_connections)
+        if thoughts not in get_args(Thoughts):
+            raise ConfigError(f'thoughts must be "strip" or "keep", got {thoughts!r}')
         _check_given(timeout=timeout, idle_timeout=idle_timeout, max_connections=max_connections)
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         address = base_url or os.environ.get("OPENAI_BASE_URL")
@@ -101,11 +110,13 @@ class OpenAIChat:
         self._key_headers = {"Authorization": f"Bearer {_checked_key(key)}"} if key else {}
         self._headers = checked(headers or {})
         self._query = dict(query or {})
+        self._address_secrets = _secrets_in(self.base_url, self._query)
         self._timeout = timeout
         self._idle_timeout = idle_timeout
         self._max_connections = max_connections
         self._proxy = None if proxy is None else _checked_address("proxy", proxy, credentials=True)
         self._ssl = _checked_ssl(ssl)
+        self.thoughts = thoughts
         self._stream = stream
         self._ladder = Ladder()
         self._session: aiohttp.ClientSession | None = None
@@ -114,7 +125,10 @@ class OpenAIChat:
 
     def __repr__(self) -> str:
         """Tell the model and the address, never a key or a header."""
-        return f"{type(self).__name__}(model={self.model!r}, base_url={self.base_url!r})"
+        address = self.base_url
+        for secret in self._address_secrets:
+            address = address.replace(secret, "***")
+        return f"{type(self).__name__}(model={self.model!r}, base_url={address!r})"
 
     def __reduce__(self) -> NoReturn:
         """Refuse: a pickle would carry the key, and could not carry the connections."""
@@ -153,8 +167,9 @@ class OpenAIChat:
             ConfigError: No model is named anywhere, or the call cannot be put into an HTTP request.
             ConnectFailed: The endpoint could not be reached, or the connection broke.
             TransportTimeout: `timeout` or `idle_timeout` passed.
-            StatusError: The endpoint refused. With `again`, sending the same call object once more goes out differently.
-            TransportError: The answer is no chat completion.
+            StatusError: The endpoint refused. With `again`, sending the same call object once more goes out differently. A
+                `ServerError` of status 200 is an answer that is none.
+            TransportError: The answer is too long.
         """
         model = call.model or self.model
         if not model:
@@ -169,15 +184,19 @@ class OpenAIChat:
             base_url=self.base_url,
             model=model,
             credentials=[pair for pair in headers.items() if says_who(pair[0])],
-            stream=wants_stream and can_stream(call),
+            stream=bool(wants_stream) and can_stream(call),
+            may_stream=self._stream is None and can_stream(call),
             now=loop.time(),
         )
         request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})
         body = _encoded(compose(call, model, plan))
-        clock = self._clock(call, plan)
-        attempt = Attempt(plan, self._ladder, clock, on_text, where=self._where, headers=request)
+        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
+        clock = Clock(max(0.0, total), self._idle_timeout)
+        attempt = Attempt(
+            plan, self._ladder, clock, on_text, where=self._where, headers=request, secrets=self._address_secrets
+        )
         return await attempt.run(
-            self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body, clock=clock)
+            self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)
         )
 
     @asynccontextmanager
@@ -224,8 +243,6 @@ class OpenAIChat:
             if self._loop is not None and not self._loop.is_closed():
                 raise ConfigError("this OpenAIChat is open in another event loop; use one for each loop")
             self._session.detach()  # its loop is gone, and its connections with it
-        tracing = aiohttp.TraceConfig()
-        tracing.on_request_headers_sent.append(_headers_sent)
         self._loop = loop
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._max_connections, ssl=self._ssl),
@@ -233,13 +250,8 @@ class OpenAIChat:
             # No sock_read: it poisoned pooled connections (aio-libs/aiohttp#12953). `Clock` measures silence.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
             trust_env=False,
-            trace_configs=[tracing],
         )
         return self._session
-
-    def _clock(self, call: ChatCall, plan: Plan) -> Clock:
-        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
-        return Clock(max(0.0, total), self._idle_timeout if "stream" in plan.sent else None)
 
     def _request_headers(self, own: Mapping[str, str], who: Iterable[str]) -> dict[str, str]:
         """Return all headers of a request whose caller gave *own*, and said *who* it is under these names, there or in the query."""
@@ -254,7 +266,6 @@ class OpenAIChat:
         headers: Mapping[str, str],
         who: Iterable[str],
         body: bytes | None,
-        clock: Clock | None = None,
         relay: bool = False,
     ) -> aiohttp.ClientResponse:
         response = await session.request(
@@ -265,18 +276,11 @@ class OpenAIChat:
             params=in_place_of(self._query, who),
             proxy=self._proxy,
             allow_redirects=False,
-            trace_request_ctx=clock,
             auto_decompress=not relay,
             skip_auto_headers=_AUTOMATIC if relay else (),
         )
         self._responses.add(response)
         return response
-
-
-async def _headers_sent(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
-    """Start to measure silence: before this, the call waited for a connection, which is not the endpoint's silence."""
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.feed()
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
@@ -324,6 +328,13 @@ def _checked_address(name: str, address: object, *, credentials: bool = False) -
     if parts.username is not None and not credentials:
         raise ConfigError(f"{name} must not hold a user name or a password; use headers= for credentials")
     return address
+
+
+def _secrets_in(base_url: str, query: Mapping[str, str]) -> list[str]:
+    """Return the parts of the address that may be keys, as they are and as they are quoted: people put them there."""
+    parts = [part for part in urlsplit(base_url).path.split("/") if len(part) >= _KEY_IN_PATH]
+    parts += [value for value in query.values() if len(value) >= _KEY_IN_QUERY and not _VERSION.fullmatch(value)]
+    return sorted({form for part in parts for form in (part, unquote(part), quote(part, safe=""))})
 
 
 def _host_of(address: str) -> str:

@@ -192,7 +192,7 @@ async def test_a_plain_call_is_sent_as_it_is(endpoint: Endpoint, connect: Any) -
     endpoint.answers = [answer(whole(), x_request_id="r-1")]
     messages = [{"role": "system", "content": "Be brief", "name": "s"}, {"role": "user", "content": "Säy \U0001f600"}]
     await ask(connect(), messages=messages, params={"top_p": 0.5}, max_tokens=7)
-    assert endpoint.asked == [{"model": "m", "messages": messages, "top_p": 0.5, "max_tokens": 7}]
+    assert endpoint.asked == [{"model": "m", "messages": messages, "top_p": 0.5, "max_tokens": 7, "stream": False}]
     request = endpoint.requests[0]
     assert (request.method, request.path) == ("POST", "/v1/chat/completions")
     assert request.headers["Authorization"] == f"Bearer {KEY}"
@@ -341,6 +341,8 @@ async def test_odd_but_whole_replies_are_read(endpoint: Endpoint, connect: Any) 
         got, completion = await ask(chat)
         assert (got, (completion.refusal, completion.usage)) == (text, seen)
     endpoint.answers = [answer({"choices": [{"message": {"content": "x"}}]})]
+    assert (await ask(chat))[1].finish_reason == "stop"  # it is all there
+    endpoint.answers = [answer({"choices": [{"message": {"content": ""}}]})]
     assert (await ask(chat))[1].finish_reason is None
 
 
@@ -358,7 +360,7 @@ async def test_a_compressed_reply_is_read(endpoint: Endpoint, connect: Any) -> N
 async def test_a_200_that_is_no_chat_completion_is_an_error(endpoint: Endpoint, connect: Any, raw: bytes) -> None:
     endpoint.answers = [answer(raw=raw, content_type="text/html")]
     error = await fails(connect())
-    assert type(error) is errors.TransportError
+    assert (type(error), error.status) == (errors.ServerError, 200)
     assert "base_url" in str(error)
 
 
@@ -414,7 +416,7 @@ async def test_the_transports_stream_setting_comes_before_the_calls(endpoint: En
     await ask(connect(stream=False), stream=True)
     await ask(connect(stream=True), stream=False)
     await ask(connect(stream=True), params={"n": 2})  # only the JSON of a reply that is not streamed holds both
-    assert ["stream" in body for body in endpoint.asked] == [False, True, False]
+    assert [body["stream"] for body in endpoint.asked] == [False, True, False]
 
 
 async def test_an_endpoint_that_ignores_stream_is_read_all_the_same(endpoint: Endpoint, connect: Any) -> None:
@@ -430,7 +432,7 @@ async def test_a_stream_without_its_own_content_type_is_read_and_anything_else_i
     chat = connect()
     assert (await ask(chat, stream=True))[0] == "hi"
     error = await fails(chat, stream=True)
-    assert type(error) is errors.TransportError
+    assert type(error) is errors.ServerError
     assert "text/html" in str(error)
 
 
@@ -441,7 +443,7 @@ async def test_a_stream_nobody_asked_for_is_read(endpoint: Endpoint, connect: An
 
 async def test_a_stream_that_just_ends_has_no_finish_reason(endpoint: Endpoint, connect: Any) -> None:
     chat = connect()
-    for pieces in ([chunk("h")], [chunk("h"), DONE], [chunk("h"), b'data: {"choices":[{"del']):
+    for pieces in ([chunk("h")], [chunk("h"), b'data: {"choices":[{"del']):
         endpoint.answers = [stream(*pieces)]
         text, completion = await ask(chat, stream=True)
         assert (text, completion.finish_reason) == ("h", None)
@@ -450,14 +452,6 @@ async def test_a_stream_that_just_ends_has_no_finish_reason(endpoint: Endpoint, 
 async def test_a_last_event_without_its_blank_line_counts(endpoint: Endpoint, connect: Any) -> None:
     endpoint.answers = [stream(chunk("h"), chunk(finish="stop").rstrip())]
     assert (await ask(connect(), stream=True))[1].finish_reason == "stop"
-
-
-@pytest.mark.parametrize(
-    "garbage", [b"data: {oops\n\n", b"data: 7\n\n", b"data: \xff\n\n", b'data: {"choices":"x"}\n\n']
-)
-async def test_an_event_that_cannot_be_read_is_an_error(endpoint: Endpoint, connect: Any, garbage: bytes) -> None:
-    endpoint.answers = [stream(chunk("h"), garbage, *HI)]
-    assert type(await fails(connect(), stream=True)) is errors.TransportError
 
 
 async def test_garbage_after_the_finish_is_no_harm(endpoint: Endpoint, connect: Any) -> None:
@@ -519,15 +513,12 @@ async def test_events_feed_the_idle_timer(endpoint: Endpoint, connect: Any) -> N
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_silence_before_the_answer_counts_for_streams_only(streamed: bool) -> None:
+async def test_silence_before_the_answer_does_not_count(streamed: bool) -> None:
     body = json.dumps(whole()).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with raw_server(0.3, head + body) as url:
         chat = OpenAIChat("m", base_url=url, idle_timeout=0.15)
-        if streamed:
-            assert "idle_timeout" in str(await fails(chat, stream=True))
-        else:
-            assert (await ask(chat))[0] == "hi"
+        assert (await ask(chat, stream=streamed))[0] == "hi"
         await chat.aclose()
 
 
@@ -669,7 +660,7 @@ async def test_a_proxy_that_cannot_be_reached_or_refuses_is_named() -> None:
     ("failure", "text"),
     [
         (aiohttp.ClientError("Bearer k"), "the connection to h:1 broke: ClientError"),
-        (aiohttp.ClientOSError(104, "reset by peer"), "the connection to h:1 broke: reset by peer"),
+        (aiohttp.ClientOSError(104, "reset by peer"), "the connection to h:1 broke: Connection reset by peer"),
         (ConnectionResetError(), "the connection to h:1 broke: ConnectionResetError"),
         (aiohttp.ConnectionTimeoutError(), "could not connect to h:1: no answer in time"),
         (

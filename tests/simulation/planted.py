@@ -131,8 +131,8 @@ def no_bisection():
     """A refused batch fails as a whole."""
 
     def blame_all(ending):
-        def wrapper(completion, error, *, heard):
-            how = ending(completion, error, heard=heard)
+        def wrapper(completion, error, **known):
+            how = ending(completion, error, **known)
             return "failed" if how == "refused" and error is not None else how
 
         return wrapper

@@ -47,6 +47,7 @@ def test_a_line_has_the_six_fields_in_order(path):
     answered, failed = lines(path)
     assert list(answered) == list(failed) == ["custom_id", "output", "error", "route", "usage", "cost_usd"]
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0, "estimated": False}
+    usage |= {"cache_write_tokens": 0, "reasoning_tokens": 0}
     assert answered == {
         "custom_id": "a",
         "output": "yes",

@@ -172,21 +172,38 @@ def test_items_missing_at_the_end_are_no_damage_to_the_others():
     "around",
     [
         "```json\n%s\n```",
-        "Here are the [results] {each}:\n\n```\n%s\n```\nAnything {else}?",
-        'As [1] asked, the "results" {"id", "answer"} follow.\n%s',
         "\ufeff%s",
         '<think>{ {[["</think>%s',
+        "Okay. So </think>\n\n```\n%s\n```\nAnything {else}?",
     ],
 )
-def test_fences_and_prose_around_are_no_damage(around):
+def test_fences_and_thoughts_around_are_no_damage(around):
     read = Read(around % WHOLE)
     assert (read.in_time, read.demultiplexer.damaged) == (alive(0, 1, 2, 3, 4), False)
 
 
-@pytest.mark.parametrize("between", ["", ",", "\n", " ,\n", ", and then: "])
+@pytest.mark.parametrize(
+    "around",
+    [
+        "Here are the [results] {each}:\n\n```\n%s\n```\nAnything {else}?",
+        'As [1] asked, the "results" {"id", "answer"} follow.\n%s',
+        "<think>hm</think> Here they are: %s",
+    ],
+)
+def test_what_follows_prose_waits_for_the_end_since_it_may_be_a_draft(around):
+    read = Read(around % WHOLE)
+    assert (read.in_time, read.answers, read.demultiplexer.damaged) == ({}, alive(0, 1, 2, 3, 4), False)
+
+
+@pytest.mark.parametrize("between", ["", ",", "\n", " ,\n", "],\n["])
 def test_what_stands_between_the_elements_does_not_matter(between):
     read = Read(between.join(map(element, range(5))))
     assert (read.in_time, read.demultiplexer.damaged) == (alive(0, 1, 2, 3, 4), False)
+
+
+def test_after_prose_between_elements_the_rest_waits_for_the_end():
+    read = Read(", and then: ".join(map(element, range(5))))
+    assert (read.in_time, read.answers, read.demultiplexer.damaged) == (alive(0), alive(0, 1, 2, 3, 4), False)
 
 
 @pytest.mark.parametrize("name", ["[1kfqzt]", " 1kfqzt ", "1KFQZT", "[ 1Kfqzt]\\t", "\\u0031kfqzt", "[1kfqzt\\n]"])

@@ -23,7 +23,7 @@ def call(schema: Any = None, **options: Any) -> ChatCall:
 
 
 def plan(ladder: Ladder, each: ChatCall | None = None, now: float = 0.0, **changes: Any) -> Plan:
-    return ladder.plan(each or call(), **{**ENDPOINT, "stream": False, **changes}, now=now)
+    return ladder.plan(each or call(), **{**ENDPOINT, "stream": None, **changes}, now=now)
 
 
 def refuse(ladder: Ladder, attempt: Plan, message: str = NO_FORMAT, now: float = 0.0, **said: Any) -> bool:

@@ -185,7 +185,7 @@ async def test_nothing_of_a_reply_that_was_cut_off_is_trusted_since_second_copie
         (completion("", "content_filter"), "Filtered"),
         (completion(None, None), "TransportError"),
         (completion(" \n "), "MissingAnswer"),
-        ({"choices": []}, "TransportError"),
+        ({"choices": []}, "ServerError"),
         ({"error": {"message": "no", "code": 500}}, "ServerError"),
     ],
 )

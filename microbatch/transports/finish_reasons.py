@@ -1,0 +1,93 @@
+"""Every vendor's word for why a model stopped, in one of five meanings.
+
+Words are compared in lower case, with underscores between their parts, whatever they came with (`STOP`, `MAX_TOKENS`,
+`FinishReason.SAFETY`, `maxPredictedTokensReached`, `content-filter`). Sources: the API references of OpenAI (chat completions and
+Responses), Anthropic, Google, Amazon Bedrock, Azure, Mistral, Cohere, DeepSeek, Zhipu, Baidu, Tencent, IBM watsonx, Aleph Alpha, AI21
+and Together, and the code of vLLM, SGLang, TensorRT-LLM, TGI, llama.cpp, Ollama and LM Studio.
+
+A word that is in no list is read by its parts ("token_limit_reached" means the limit). If they say nothing either, the reply counts
+as broken off: to ask again costs a call, to hand out a text that was cut as if it were whole costs more.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, Literal
+
+Finish = Literal["stop", "length", "content_filter", "tool_calls", "broken"]
+"""The meanings. "broken": the reply was broken off for reasons that asking again may heal."""
+
+_WORDS: Final[dict[Finish, str]] = {
+    "stop": (
+        "stop stopped stop_sequence stop_word stop_words stop_token stop_str stop_string stop_string_found stop_criteria stop_limit "
+        "stop_sequence_reached eos eos_token eos_found eog eog_token eot eom end end_id end_turn end_of_turn end_of_text endoftext "
+        "end_of_sentence end_of_message complete completed completion finish finished done success succeeded normal word "
+        "natural_stop ok"
+    ),
+    "length": (
+        "length max_length max_len max_tokens maximum_tokens max_token max_new_tokens max_output_tokens max_completion_tokens "
+        "max_predicted_tokens_reached token_limit limit model_length context context_length context_window context_limit "
+        "context_length_reached context_length_exceeded context_window_exceeded model_context_window_exceeded error_limit length_limit "
+        "length_capped truncated incomplete"
+    ),
+    "content_filter": (
+        "content_filter content_filtered content_filtering contentfilter filter filtered safety image_safety sensitive refusal "
+        "refused recitation image_recitation language blocklist prohibited_content image_prohibited_content spii model_armor "
+        "guardrail guardrails guardrail_intervened guardrail_intervention moderation moderated blocked flagged error_toxic toxic "
+        "content_policy content_policy_violation policy_violation violation unsafe risk high_risk censored copyright"
+    ),
+    "tool_calls": "tool_calls tool_call tool_use tools tool function_call function_calls function action",
+    "broken": (
+        "error errored fail failed failure abort aborted cancel canceled cancelled user_cancel user_cancelled user_stopped interrupt "
+        "interrupted preempted preemption timeout timed_out time_limit deadline_exceeded network_error server_error internal_error "
+        "insufficient_system_resource overloaded unavailable disconnect disconnected connection_lost incomplete_stream unload load "
+        "model_unloaded not_finished pause_turn malformed_function_call malformed_model_output malformed_tool_use malformed_response "
+        "unexpected_tool_call too_many_tool_calls missing_thought_signature no_image image_other other unknown "
+        "repetition"
+    ),
+}
+_MEANING: Final = {word: finish for finish, words in _WORDS.items() for word in words.split()}
+
+# For words in no list, by the first pattern that fits: an error about a limit is an error, a filter that stopped something a filter.
+_PARTS: Final[tuple[tuple[Finish, re.Pattern[str]], ...]] = (
+    (
+        "content_filter",
+        re.compile(
+            r"filter|safe|sensitiv|polic|prohibit|blocklist|blocked|moderat|guardrail|refus|toxic|flagged|violat|censor"
+        ),
+    ),
+    (
+        "broken",
+        re.compile(
+            r"err|fail|abort|cancel|interrupt|preempt|time_?out|malform|unexpected|overload|unavail|disconn|resource|unload|not_"
+        ),
+    ),
+    ("length", re.compile(r"length|max|token_limit|limit|context|trunc|budget")),
+    ("tool_calls", re.compile(r"tool|function")),
+    ("stop", re.compile(r"stop|eos|eot|end_of|end_turn|complet|finish|done|success")),
+)
+_NOTHING: Final = frozenset({"null", "none", "unspecified"})
+_PREFIX: Final = re.compile(r"^(?:finish_?reason|stop_?reason)[._]+(?=.)")
+_CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_BETWEEN: Final = re.compile(r"[^a-z0-9]+")
+
+
+def read_finish(said: Any) -> Finish | None:
+    """Return what an endpoint means by *said*, or None if it has said nothing yet.
+
+    Args:
+        said: The JSON value of `finish_reason`. An object, as SGLang's own API has it, is read by its `type`.
+    """
+    if isinstance(said, dict):
+        said = said.get("type")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if said is None or (isinstance(said, str) and not said.strip()):
+        return None
+    if not isinstance(said, str):
+        return "broken"
+    word = _CAMEL.sub("_", said) if not said.isupper() else said
+    word = _BETWEEN.sub("_", word.lower().replace(".", "_")).strip("_")
+    if word not in _MEANING:
+        word = _PREFIX.sub("", word)
+    if word in _NOTHING:
+        return None
+    return _MEANING.get(word) or next((finish for finish, pattern in _PARTS if pattern.search(word)), "broken")
