@@ -41,7 +41,7 @@ PAGE: Final = 128
 _AT_ONCE: Final = 2  # look-ups under way: more would only wait for each other where a cache does one after the other
 
 AGREED: Final = 1.0
-"""Seconds after which a store asks once more for the secret. What it is read from may have been emptied, and others have agreed on
+"""Seconds after which the secret is asked for once more. What it is read from may have been emptied, and others may have agreed on
 another one since: entries under the old one would be found by this process only."""
 
 AHEAD: Final = 60.0
@@ -91,7 +91,7 @@ class AnswerCache:
         self._normalize = normalize
         self._now = now
         self._keys: Keys | None = None
-        self._agreed_at = 0.0  # loop time
+        self._agreed_at = float("-inf")  # loop time
         self._fresh: dict[bytes, bytes] = {}
         self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many, most=PAGE, at_once=_AT_ONCE)
         self._bulk_look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(
@@ -107,14 +107,17 @@ class AnswerCache:
 
     async def open(self) -> None:
         """Learn the secret that keys the digests, if it can be had now; else look-ups are misses until it can."""
-        await self._unlock([None])
+        self._agreed_at = asyncio.get_running_loop().time()
+        await self._agree(None)
 
     async def _unlock(self, asked: list[None]) -> list[None]:
-        secret = await self._guard.secret()
-        self._agreed_at = asyncio.get_running_loop().time()
+        await self._agree(Patience(PATIENCE))
+        return asked
+
+    async def _agree(self, patience: Patience | None) -> None:
+        secret = await self._guard.secret(patience=patience)
         if secret is not None and (self._keys is None or self._keys.secret != secret):
             self._keys = Keys(secret, endpoint=self._endpoint, model=self._model, normalize=self._normalize)
-        return asked
 
     @property
     def bypassed(self) -> int:
@@ -134,10 +137,13 @@ class AnswerCache:
         Raises:
             ConfigError: The messages are no JSON, or `normalize` failed.
         """
+        now = asyncio.get_running_loop().time()
+        if self._keys is None or now - self._agreed_at >= AGREED:
+            self._agreed_at = now
+            self._unlockings.ask_for_nobody(None)
         if self._keys is not None:
             return self._keys.of(messages, options)
         self._ledger.cache_misses += 1
-        self._unlockings.ask_for_nobody(None)
         return None
 
     def look_up(self, key: bytes, *, bulk: bool = False) -> asyncio.Future[bytes | None]:
@@ -264,8 +270,6 @@ class AnswerCache:
         try:
             if await self._guard.set_many(stored, patience=Patience(PATIENCE)):
                 self._ledger.cache_stores += len(stored)
-                if asyncio.get_running_loop().time() - self._agreed_at >= AGREED:
-                    self._unlockings.ask_for_nobody(None)
         finally:
             keys = [key for key, _, _ in stored]
             asyncio.get_running_loop().call_later(FRESH, self._forget, keys, context=contextvars.Context())

@@ -38,8 +38,8 @@ class Guard:
     second at first, twice as long each time it fails again, up to half a minute. Then one call tries whether it is well, and the others
     do without until that one has succeeded. All of an outage is told in one warning, and its end in one line more.
 
-    Look-ups and stores are judged apart. A server that is full, or a disk that is slow, still has the answers that are there; if its
-    stores spoke for all, each look-up that succeeds would end an outage and the next store begin another.
+    Look-ups, stores and asking for the secret are judged apart. A server that is full, or a disk that is slow, still has the answers
+    that are there; if its stores spoke for all, each look-up that succeeds would end an outage and the next store begin another.
 
     Args:
         cache: What to guard. It may have `keeps_time`: true if it sees to it itself that no call takes longer than `BUDGET`, or
@@ -56,6 +56,7 @@ class Guard:
         self._missed = 0
         self._look_ups = _Trust()
         self._stores = _Trust()
+        self._secrets = _Trust()
 
     def __repr__(self) -> str:
         """Tell whether the cache is in use."""
@@ -113,8 +114,12 @@ class Guard:
 
         return await self._ask(store, self._stores, patience) is True
 
-    async def secret(self) -> bytes | None:
-        """Return the 32 bytes that key the digests; None if they cannot be had now."""
+    async def secret(self, *, patience: Patience | None = None) -> bytes | None:
+        """Return the 32 bytes that key the digests; None if they cannot be had now.
+
+        Args:
+            patience: The time for it; None gives the cache `BUDGET`.
+        """
         ask: Callable[[], Awaitable[Any]] | None = getattr(self.cache, "secret", None)
         if ask is None:
             return _SECRET
@@ -125,7 +130,7 @@ class Guard:
                 raise StorageError(f"its secret is not {SECRET_BYTES} bytes")
             return secret
 
-        return await self._ask(checked, self._look_ups, None)
+        return await self._ask(checked, self._secrets, patience)
 
     async def _ask(self, call: Callable[[], Awaitable[T]], trust: _Trust, patience: Patience | None) -> T | None:
         """Return what *call* brings; None if it is not made, fails or is late."""
@@ -156,7 +161,7 @@ class Guard:
 
     @property
     def _distrusted(self) -> bool:
-        return bool(self._look_ups.pause or self._stores.pause)
+        return bool(self._look_ups.pause or self._stores.pause or self._secrets.pause)
 
     def _failed(self, trust: _Trust, era: int, reason: str) -> None:
         before = self._distrusted

@@ -75,13 +75,14 @@ class Patience:
     def _use(self, seconds: float) -> None:
         self.left = max(0.0, self.left - seconds)
         if self._of is not None:
-            self._of._use(seconds)
+            self._of._use(seconds)  # noqa: SLF001 of its own class
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         """Stop counting."""
         if self._timer is not None:
             self._timer.cancel()
         self._count(asyncio.get_running_loop().time())
-        return None if self._timeout is None else await self._timeout.__aexit__(kind, error, traceback)
+        if self._timeout is not None:
+            await self._timeout.__aexit__(kind, error, traceback)

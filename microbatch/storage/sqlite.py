@@ -234,16 +234,25 @@ class Database:
                 return result
 
     def _trim_log(self, connection: sqlite3.Connection) -> None:
-        """Bring the log into the file and cut it off, if it is large and the others give way."""
+        """Bring the log into the file and cut it off, if it is large and the others give way.
+
+        All processes that find it large do this and write nothing meanwhile, so that one of them succeeds soon.
+        """
         with contextlib.suppress(OSError, sqlite3.Error):  # the transaction stands, whatever becomes of this
-            size = os.stat(f"{self._path}-wal").st_size  # noqa: PTH116 with each transaction
-            if size < MOST_LOG:
-                self._trim_at = MOST_LOG
-            elif size >= self._trim_at:
-                self._trim_at = size + size // 4  # should another process be about it, or be reading for long
-                connection.execute(f"PRAGMA busy_timeout={round(1000 * _TRIMMING)}")
+            size = self._log_size()
+            if size < self._trim_at:
+                return
+            deadline = time.monotonic() + _TRIMMING
+            while size >= MOST_LOG and time.monotonic() < deadline:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                connection.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_STEP)}")
+                size = self._log_size()
+                if size >= MOST_LOG:
+                    time.sleep(_PAUSE)
+            # If another process reads for long, it is not waited for each time.
+            self._trim_at = max(MOST_LOG, size + size // 4)
+
+    def _log_size(self) -> int:
+        return os.stat(f"{self._path}-wal").st_size  # noqa: PTH116 with each transaction
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._thread is None:

@@ -40,6 +40,7 @@ EMPTY = {
     "done": 0,
     "dead": 0,
     "oldest_s": None,
+    "lost": 0,
 }
 
 

@@ -11,9 +11,13 @@ import types
 
 import pytest
 from fault_redis import FaultyRedis
+from helpers import ask
 
+import microbatch as mb
+from microbatch.caching.answer_cache import AGREED
 from microbatch.caching.redis import RedisCache
 from microbatch.errors import ConfigError, StorageError
+from microbatch.testing import ScriptedTransport
 
 
 @contextlib.asynccontextmanager
@@ -230,3 +234,63 @@ def test_limits_that_make_no_sense_are_refused(settings):
 def test_its_repr_tells_no_address():
     cache = RedisCache("redis://user:canary@127.0.0.1:1/0")
     assert repr(cache) == "<RedisCache: microbatch:cache:*, closed>"
+
+
+# --- a server that forgets
+
+
+async def test_a_secret_that_the_server_has_lost_is_put_back_with_the_next_store(redis_server):
+    async with opened(redis_server.url) as old:
+        secret = await old.secret()
+        with redis_server.client() as client:
+            client.flushall()
+        await old.set_many([(b"k", b"v", None)])
+        async with opened(redis_server.url) as new:
+            assert await new.secret() == secret
+            assert await new.get_many([b"k"]) == [b"v"]
+        with redis_server.client() as client:
+            client.delete("microbatch:cache-secret")  # dropped for want of room
+        assert await old.secret() == secret
+
+
+async def test_a_secret_that_a_newcomer_has_left_meanwhile_stays_and_is_adopted(redis_server):
+    async with opened(redis_server.url) as old:
+        before = await old.secret()
+        with redis_server.client() as client:
+            client.flushall()
+        async with opened(redis_server.url) as new:
+            secret = await new.secret()
+            assert secret != before
+            await old.set_many([(b"k", b"v", None)])
+            assert await new.secret() == secret == await old.secret()
+
+
+async def test_processes_share_answers_again_after_the_server_was_emptied(redis_server):
+    transport = ScriptedTransport()
+
+    def batcher():
+        return mb.Microbatcher(transport, cache=RedisCache(redis_server.url), tokens="bytes")
+
+    async def stored(batcher, count):
+        async with asyncio.timeout(20):
+            while batcher.stats().cache_stores < count:  # noqa: ASYNC110 nobody is told
+                await asyncio.sleep(0.01)
+
+    async with batcher() as one, batcher() as other:
+        for each in (one, other):
+            await each.warm([ask("a")])
+        await stored(one, 1)
+        with redis_server.client() as client:
+            client.flushall()
+        async with batcher() as new:  # with a secret of its own, before the others have noticed
+            await asyncio.sleep(AGREED)
+            await new.warm([ask("b")])
+            for each in (one, other):
+                await each.warm([ask("c")])
+            async with asyncio.timeout(20):
+                while len({each._cache._keys.secret for each in (one, other, new)}) > 1:  # noqa: ASYNC110 nobody is told
+                    await asyncio.sleep(0.01)
+            asked = len(transport.calls)
+            for each in (one, other):
+                assert [result.unwrap().route async for result in each.map([ask("b")])] == ["cache"]
+            assert len(transport.calls) == asked

@@ -75,7 +75,7 @@ class Walk:
         assert found == self.model.find(self.names), self.story
         assert counts.waiting == expected.waiting, self.story
         assert (counts.leased, counts.in_job) == (expected.leased, expected.in_job), self.story
-        assert (counts.done, counts.dead) == (expected.done, expected.dead), self.story
+        assert (counts.done, counts.dead, counts.lost) == (expected.done, expected.dead, 0), self.story
         assert (counts.oldest is None) == (counts.depth == 0), self.story
         self.seen.update(each.state for each in found)
 

@@ -641,37 +641,6 @@ async def test_a_server_that_does_not_tell_is_warned_of(redis_server, caplog):
             client.acl_deluser("worker")
 
 
-async def test_a_server_that_drops_what_it_has_no_room_for_is_warned_of(durable_redis, caplog):
-    with durable_redis.client() as client:
-        client.config_set("maxmemory", "100mb")
-        client.config_set("maxmemory-policy", "allkeys-lru")
-    async with open_spool(RedisSpool(durable_redis.url)):
-        pass
-    assert "appendonly" not in caplog.text
-    assert "allkeys-lru" in caplog.text
-
-
-async def test_a_server_without_room_refuses_steps_as_a_whole(own_redis):
-    async with open_spool(RedisSpool(own_redis.url)) as spool:
-        await spool.put(items(3))
-        (a, b, c) = await spool.take(FULL, 3, lease=LONG)
-        with own_redis.client() as client:
-            client.config_set("maxmemory", "1mb")
-        for step in (
-            spool.put([item("x")]),
-            spool.finish([(a, b"answer")]),
-            spool.give_back([b], error="x", counted=True),
-            spool.take(FULL, 1, lease=LONG),
-        ):
-            with pytest.raises(StorageError, match="OutOfMemory"):
-                await step
-        assert (await spool.counts()).leased == 3
-        with own_redis.client() as client:
-            client.config_set("maxmemory", "0")
-        await spool.finish([(a, b"answer"), (b, b"answer"), (c, b"answer")])
-        assert await spool.counts() == Counts(done=3)
-
-
 async def test_what_was_acknowledged_survives_the_servers_sudden_death(durable_redis, caplog):
     async with open_spool(RedisSpool(durable_redis.url)) as spool:
         await spool.put(items(6))

@@ -96,7 +96,9 @@ class Slow(MemoryCache):
         await super().set_many(entries)
 
 
-@pytest.mark.parametrize("make", [Slow, lambda: TieredCache(MemoryCache(), Slow()), lambda: TieredCache(Slow(), Slow())])
+@pytest.mark.parametrize(
+    "make", [Slow, lambda: TieredCache(MemoryCache(), Slow()), lambda: TieredCache(Slow(), Slow())]
+)
 async def test_a_stall_of_the_loop_is_no_failure_of_the_cache(make):
     guard = Guard(make())
     stall(0.005, 60.0)
