@@ -379,9 +379,10 @@ class Calls:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
         latest = 0.0
         for ticket in tickets:
-            if ticket.deadline is None:
+            deadline = ticket.deadline if ticket.flight is None else ticket.flight.deadline
+            if deadline is None:
                 return None
-            latest = max(latest, ticket.deadline.at)
+            latest = max(latest, deadline.at)
         return max(0.0, latest - self._now())
 
     def _answer(

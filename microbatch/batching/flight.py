@@ -22,7 +22,6 @@ import msgspec
 
 from microbatch.accounting.stats import divided
 from microbatch.batching.telling import settled
-from microbatch.batching.ticket import Deadline
 from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.room import Room
     from microbatch.batching.schema import AnswerType
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import Deadline, Ticket
     from microbatch.messages import Reply, Usage
 
 _NO_CONTEXT = contextvars.Context()  # callbacks and timers run in it, not in that of the caller who set them
@@ -67,6 +66,7 @@ class Seat(msgspec.Struct, eq=False):
         on_taken: For bulk work: called when the ticket leaves its queue.
         ticket: The ticket, for who came first and knows it by that; None for those who joined.
         reply: What it was answered.
+        place: Its position among those who were answered.
         unclaimed: Whether its caller was gone when the answer came to be fetched.
         origin: What hooks keep of its caller.
     """
@@ -79,6 +79,7 @@ class Seat(msgspec.Struct, eq=False):
     on_taken: Callable[[Any], None] | None = None
     ticket: Ticket | None = None
     reply: Reply[Any] | None = None
+    place: int = 0
     unclaimed: bool = False
     origin: Any = None
 
@@ -166,16 +167,20 @@ class Flight:
 
     Attributes:
         ticket: The ticket that travels for all of them.
-        seats: Those who have not left, in order of arrival; once it has landed, those who were answered.
+        seats: Those who have not left, in order of arrival; once it has landed, those who were answered. A dict that serves as a
+            set with an order: many may leave at once.
         bulk: Whether only bulk work has come aboard, and nobody waits for it alone.
     """
 
-    __slots__ = ("_desk", "_landed", "bulk", "first", "seats", "ticket")
+    __slots__ = ("_desk", "_known", "_landed", "bulk", "first", "seats", "ticket")
 
     def __init__(self, ticket: Ticket, desk: Flights, loop: asyncio.AbstractEventLoop) -> None:
         self.ticket = ticket
         self._desk = desk
         self._landed = False
+        self._known: list[Usage] | None = (
+            None  # shares of what is known to have been spent, once somebody's is nobody's
+        )
         self.first = Seat(
             ticket.future,
             self,
@@ -185,11 +190,12 @@ class Flight:
             ticket=ticket,
             origin=ticket.origin,
         )
-        self.seats = [self.first]
+        self.seats = {self.first: None}
         self.bulk = ticket.on_taken is not None
         if ticket.deadline is not None:
             ticket.deadline.cancel()
             self.expire_at(self.first, ticket.deadline, loop)
+            ticket.deadline = None
         ticket.future = loop.create_future()
         ticket.future.add_done_callback(self._land, context=_NO_CONTEXT)
         ticket.on_taken = self._taken if ticket.on_taken is not None else None
@@ -199,33 +205,33 @@ class Flight:
         """Whether every caller has gone, though it may not have been noticed yet."""
         return all(seat.future.done() for seat in self.seats)
 
+    @property
+    def deadline(self) -> Deadline | None:
+        """When the most patient caller gives up, as long as which a call for the ticket may take; None if one never does."""
+        latest: Deadline | None = None
+        for seat in self.seats:
+            if seat.deadline is None:
+                return None
+            if latest is None or seat.deadline.at > latest.at:
+                latest = seat.deadline
+        return latest
+
     def board(
         self, answer: AnswerType, now: float, on_taken: Callable[[Any], None] | None, loop: asyncio.AbstractEventLoop
     ) -> Seat:
         """Return a seat for another caller."""
         seat = Seat(loop.create_future(), self, answer, now, on_taken=on_taken)
-        self.seats.append(seat)
-        ticket = self.ticket
-        ticket.deadline = None  # until `expire_at` tells of another
+        self.seats[seat] = None
         if on_taken is None:
             self.bulk = False
         else:
-            ticket.on_taken = self._taken
+            self.ticket.on_taken = self._taken
         return seat
 
     def expire_at(self, seat: Seat, deadline: Deadline, loop: asyncio.AbstractEventLoop) -> None:
         """End *seat* at *deadline*."""
         deadline.timer = loop.call_at(deadline.at, self._expire, seat, context=_NO_CONTEXT)
         seat.deadline = deadline
-        self._note_deadlines()
-
-    def _note_deadlines(self) -> None:
-        """A call for the ticket may take as long as the most patient caller waits."""
-        known = [seat.deadline for seat in self.seats if seat.deadline is not None]
-        self.ticket.deadline = None
-        if known and len(known) == len(self.seats):
-            latest = max(known, key=lambda deadline: deadline.at)
-            self.ticket.deadline = Deadline(latest.at, latest.timeout)
 
     def _taken(self, _: Ticket) -> None:
         for seat in self.seats:
@@ -266,9 +272,8 @@ class Flight:
     def _withdraw(self, seat: Seat) -> None:
         if seat.deadline is not None:
             seat.deadline.cancel()
-        self.seats.remove(seat)
+        del self.seats[seat]
         if self.seats:
-            self._note_deadlines()
             self._desk.room.leave(1)
         else:
             self.ticket.future.cancel()
@@ -281,7 +286,7 @@ class Flight:
         if future.cancelled():
             return  # everybody had left
         error = future.exception()
-        aboard, self.seats, self._landed = self.seats, [], True
+        aboard, self.seats, self._landed = self.seats, {}, True
         answered = failed = 0
         for seat in aboard:
             if seat.deadline is not None:
@@ -338,7 +343,8 @@ class Flight:
         )
         seat.future.set_result(seat.reply)
         self._desk.tell(seat)
-        self.seats.append(seat)
+        seat.place = len(self.seats)
+        self.seats[seat] = None
         return True
 
     # --- what it cost
@@ -376,8 +382,9 @@ class Flight:
         # Where the last call has reported nothing, only what those before it have reported is known.
         known = self.ticket.usage if whole.usage.estimated else whole.usage
         if known is not None:
-            shares = _divided(known, len(self.seats))
-            self._desk.ledger.unclaimed += shares[self.seats.index(seat)]
+            if self._known is None:
+                self._known = _divided(known, len(self.seats))
+            self._desk.ledger.unclaimed += self._known[seat.place]
 
 
 def copy_of_body(body: dict[str, Any] | None) -> dict[str, Any] | None:

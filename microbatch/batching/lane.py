@@ -33,7 +33,7 @@ class Lane:
     The *fill* is the run of waiting requests, from the oldest, that the next batch will hold. It is extended as requests
     come, with upper bounds of their tokens as long as those suffice: only when one would overflow the budget are the
     largest bounds replaced by exact counts, until it fits or all are exact. So a short request is never tokenized, and none
-    twice.
+    twice. When requests leave unsent, it is worked out anew only once somebody asks for it: many may leave in one turn.
 
     Attributes:
         spec: What the requests have in common.
@@ -42,21 +42,21 @@ class Lane:
         file: Where equal requests are found.
         in_flight: Batches under way.
         live: Requests waiting.
-        due_at: Loop time at which the lane falls due, `NEVER` if nothing waits for company.
     """
 
     __slots__ = (
         "_count",
+        "_due_at",
         "_fill",
         "_fill_tokens",
         "_full",
         "_owed",
         "_owed_count",
         "_pending",
+        "_stale",
         "account",
         "budget",
         "careful",
-        "due_at",
         "file",
         "in_flight",
         "learned",
@@ -94,12 +94,13 @@ class Lane:
         self.budget = budget
         self.in_flight = 0
         self.live = 0
-        self.due_at = NEVER
+        self._due_at = NEVER
         self.queued = False  # whether the scheduler has this lane in its turn
         self.timer_at = NEVER
         self.timer: asyncio.TimerHandle | None = None  # the scheduler's
         self._count = count
         self._pending: deque[Ticket] = deque()  # discarded ones stay until they come up, or are too many
+        self._stale = False  # whether requests have left since the fill was worked out
         self._fill = 0
         self._fill_tokens = 0
         self._full: FlushReason | None = None
@@ -117,11 +118,22 @@ class Lane:
     @property
     def due(self) -> FlushReason | None:
         """Why the lane should leave now, or None to keep waiting."""
+        if self._stale:
+            self._refill()
         return (self._full or self._owed) if self._fill else None
+
+    @property
+    def due_at(self) -> float:
+        """Loop time at which the lane falls due, `NEVER` if nothing waits for company."""
+        if self._stale:
+            self._refill()
+        return self._due_at
 
     @property
     def next_batch(self) -> tuple[int, int]:
         """How many requests the next batch will hold as it stands, and the tokens of their lines."""
+        if self._stale:
+            self._refill()
         return self._fill, self._fill_tokens
 
     @property
@@ -136,6 +148,8 @@ class Lane:
 
     def add(self, ticket: Ticket) -> bool:
         """Queue *ticket*; return whether that may have changed when the lane is due."""
+        if self._stale:
+            self._refill()
         ticket.queue = self
         self._pending.append(ticket)
         self.live += 1
@@ -157,8 +171,10 @@ class Lane:
     def hasten(self, ticket: Ticket, due_at: float) -> None:
         """*ticket*, which waits here, is to leave by *due_at*, which is sooner than before."""
         ticket.patience = due_at - ticket.created
-        if self._full is None:  # else the lane is due, and looks at the times again when the next batch has left
-            self.due_at = min(self.due_at, ticket.due_at)
+        if (
+            not self._stale and self._full is None
+        ):  # else the lane is due, and looks at the times again when the next batch has left
+            self._due_at = min(self._due_at, ticket.due_at)
 
     def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
         """*ticket*, which waits here, has settled (its caller left), or has *moved* to another queue: forget it."""
@@ -170,7 +186,7 @@ class Lane:
         self._pay_debt(self._owed_count - self.live)
         if len(self._pending) > 2 * self.live + 64:
             self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
-        self._refill()
+        self._stale = True
 
     def take(self) -> tuple[list[Ticket], FlushReason]:
         """Remove the next batch and return it with the reason it leaves. The lane must be due.
@@ -209,16 +225,17 @@ class Lane:
 
     def _refill(self) -> None:
         """Work out the fill anew from the oldest waiting ticket."""
+        self._stale = False
         self._fill = self._fill_tokens = 0
         self._full = None
-        self.due_at = NEVER
-        while self._pending and self._pending[0].queue is not self:
-            self._pending.popleft()
-        for ticket in self._pending:
-            if ticket.queue is self:
-                self._admit(ticket)
-                if self._full is not None:
-                    break
+        self._due_at = NEVER
+        pending, place = self._pending, 0
+        while place < len(pending) and self._full is None:
+            if pending[place].queue is self:
+                self._admit(pending[place])
+                place += 1
+            else:
+                del pending[place]  # once and for all, or those who have left would be passed over again and again
 
     def _admit(self, ticket: Ticket) -> bool:
         """Take *ticket* into the fill, which is not full; return whether that may have changed when the lane is due.
@@ -239,8 +256,8 @@ class Lane:
             self._full = budget.size_reason
             return True
         due_at = ticket.created + ticket.patience
-        if due_at < self.due_at:
-            self.due_at = due_at
+        if due_at < self._due_at:
+            self._due_at = due_at
             return True
         return fill == 1
 

@@ -3,7 +3,8 @@
 Invariants:
 
 - A lane takes turns with the scheduler if it is due; one that no longer is, is passed over.
-- A lane that waits for a time has a timer; a lane that is empty or due has none.
+- A lane that waits for a time has a timer; a lane that is empty or due has none. After requests have left a lane, that holds at the
+  end of the turn.
 - A lane is open as long as tickets wait in it or are in flight from it. The lane of the latest request is kept beyond that, until
   a request of another kind comes: the next one is mostly of the same kind, and making a lane costs as much as several submits.
 """
@@ -78,6 +79,7 @@ class Lanes:
         self._enqueue = enqueue
         self._memory = Memory()
         self._by_key: dict[Hashable, Lane] = {}
+        self._left: dict[Lane, None] = {}  # lanes that requests have left in this turn; a set that keeps their order
         self._loop: asyncio.AbstractEventLoop
         self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
 
@@ -139,7 +141,18 @@ class Lanes:
     def discard(self, lane: Lane, ticket: Ticket, *, moved: bool = False) -> None:
         """*ticket*, which waited in *lane*, has settled, or has *moved* to another queue."""
         lane.discard(ticket, moved=moved)
-        self.rested(lane)
+        if not lane.live:
+            self.rested(lane)
+        else:
+            # Many may leave in one turn: it is looked at once, at its end.
+            if not self._left:
+                self._loop.call_soon(self._look_at_left, context=self._context)
+            self._left[lane] = None
+
+    def _look_at_left(self) -> None:
+        left, self._left = self._left, {}
+        for lane in left:
+            self.rested(lane)
 
     def hasten(self, lane: Lane, ticket: Ticket, due_at: float) -> None:
         """*ticket*, which waits in *lane*, waits no longer than until *due_at*, in loop time."""
@@ -207,5 +220,8 @@ class Lanes:
 
     def _time_is_up(self, lane: Lane) -> None:
         lane.timer = None
+        if lane.due is None and lane.due_at > lane.timer_at:
+            self._rearm(lane)  # those who were to leave now have left in this very turn
+            return
         lane.owe(FlushReason.TIMEOUT)
         self._make_due(lane)

@@ -172,7 +172,7 @@ class Ticket(msgspec.Struct, eq=False):
         call: The call it travels or travelled in, the latest one; None before the first.
         reply: What its caller got.
         flight: Its callers, once there are several; then `future` is nobody's.
-        deadline: When its caller gives up, or None.
+        deadline: When its caller gives up, or None; its flight knows its callers' deadlines.
         charge: What a single call for it is charged; None where tokens are not limited.
         past: What became of it before, if anything did.
         origin: What hooks keep of its caller.
