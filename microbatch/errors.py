@@ -109,7 +109,7 @@ class ConnectFailed(TransportError):
 
 
 class TransportTimeout(TransportError, TimeoutError):
-    """The endpoint took longer than the transport's `timeout` or was silent for `idle_timeout`."""
+    """The endpoint took longer than the transport's `timeout`, or was silent for `idle_timeout` within its answer."""
 
 
 class StatusError(TransportError):
@@ -156,7 +156,7 @@ class StatusError(TransportError):
 
 
 class BadRequest(StatusError):
-    """The endpoint refuses this request as it is (400, 404, 413, 422)."""
+    """The endpoint refuses this request as it is (400, 404, 413, 422, and 429 where it is larger than the limit itself)."""
 
 
 class ContextTooLong(StatusError):
@@ -164,7 +164,10 @@ class ContextTooLong(StatusError):
 
 
 class Filtered(StatusError):
-    """A content filter stopped the prompt or the answer."""
+    """A content filter stopped the prompt or the answer, whatever the status.
+
+    Among them are status 200 for a reply that the filter stopped, and for one without choices that came again without them.
+    """
 
 
 class AuthFailed(StatusError):
@@ -180,7 +183,7 @@ class RateLimited(StatusError):
 
 
 class ServerError(StatusError):
-    """The endpoint failed (408, 409, 5xx, 529)."""
+    """The endpoint failed (408, 409, 5xx, 529), or its answer of status 200 is none (200, or the status that it names)."""
 
 
 class ReplyError(RequestFailed):

@@ -132,7 +132,8 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
         waited: Seconds from submit until the call that answered was sent.
         latency: Seconds from submit until the answer was there.
         model: The model that answered, as the endpoint names it; the requested one until the call has ended. None if neither is known.
-        finish_reason: Why the model stopped; None while the rest of a combined reply is still on its way.
+        finish_reason: Why the model stopped: "stop", "length", "content_filter" or "tool_calls", whatever the endpoint's own word is;
+            None while the rest of a combined reply is still on its way.
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's own JSON of a single call, else None.
     """

@@ -223,6 +223,8 @@ class Demultiplexer:
 
         The last *rest* characters are left for later, since a mark or an element may begin in them, unless a mark ends there.
         """
+        if end - pos <= rest:
+            return pos
         for mark in _marks(text, pos, end):
             self._note_gap(text[pos : mark.start()])
             if mark[1]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # speaks of the request's size.
 _BLAMEABLE = frozenset({400, 413, 422, 429})
 
-_FORBIDDEN = 403
+_OK, _FORBIDDEN = 200, 403
 _STOPPED = "content_filter"
 
 ONLY_REASONING = (
@@ -168,7 +168,7 @@ def may_differ(error: RequestFailed | ConfigError | None, *, after_combined: boo
     It may if the answer does not fit, and after a combined call also if a filter stopped it midway: the next one is another.
     """
     if isinstance(error, Filtered):
-        return after_combined and error.code == _STOPPED and bool(error.body)
+        return after_combined and (error.status, error.code) == (_OK, _STOPPED) and bool(error.body)
     return isinstance(error, MalformedAnswer)
 
 

@@ -13,6 +13,7 @@ from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.policy import at_least
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_shapes import Fault, read_fault, to_error
+from microbatch.transports.lenient import decode_body
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
@@ -91,9 +92,11 @@ async def _chunks(response: Forwarded, held: AsyncExitStack, secrets: list[str])
 
 def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCompletionChunk:
     try:
-        members = msgspec.json.decode(data, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TransportError(f"the stream holds what is no chunk of a completion ({type(error).__name__})") from None
+        members: Any = decode_body(data)
+    except ValueError:
+        members = None
+    if not isinstance(members, dict):
+        raise TransportError("the stream holds what is no chunk of a completion")
     fault = read_fault(data, response.status) if members.get("error") or members.get("object") == "error" else None
     if fault is not None:
         raise to_error(fault, where=_WHERE, headers=response.headers, raw=data, secrets=secrets)

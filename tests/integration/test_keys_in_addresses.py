@@ -7,15 +7,19 @@ import contextlib
 import gc
 import logging
 import pickle
+import socket
 import ssl
+import threading
 import traceback
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import pytest
 from odd_endpoint import chunk, events, odd_endpoint, reply, whole
 
 import microbatch as mb
 from microbatch.protocols import ChatCall
+from microbatch.transports.http_edge import connect_failed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -122,6 +126,39 @@ async def test_a_server_that_hangs_up_while_the_request_is_written(kept_alive: b
             await chat.send(call(), lambda _: None)
         error = await check(chat, mb.ConnectFailed, lambda: chat.send(call(LARGE), lambda _: None))
         assert "127.0.0.1" in str(error)
+
+
+def answer_once(listening: socket.socket, closed: threading.Event) -> None:
+    """Answer one request and close the connection after it."""
+    connection, _ = listening.accept()
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65_536)
+    answer = reply(whole("hi"))[0]
+    assert isinstance(answer, bytes)
+    connection.sendall(answer)
+    connection.close()
+    closed.set()
+
+
+async def test_a_kept_connection_whose_end_the_loop_has_not_seen_yet() -> None:
+    """The request is written to a connection that the server has closed meanwhile."""
+    closed = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=answer_once, args=(listening, closed), daemon=True)
+        server.start()
+        chat = addressed(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        await chat.send(call(), lambda _: None)
+        assert closed.wait(30)  # without the event loop, which would see it
+        await check(chat, mb.ConnectFailed, lambda: chat.send(call(LARGE), lambda _: None))
+        server.join(30)
+
+
+def test_the_text_of_a_broken_connection_is_the_systems_and_not_aiohttps() -> None:
+    """Which holds the address."""
+    said = "Can not write request body for http://h:1/canary?key=canary"
+    for number in (None, 32, 104, 99_999):
+        assert CANARY not in str(connect_failed(aiohttp.ClientOSError(number, said), "h:1"))
 
 
 REFUSALS: dict[str, Any] = {

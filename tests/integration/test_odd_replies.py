@@ -401,12 +401,13 @@ async def test_a_typed_answer_cut_at_the_limit_is_said_to_be_so() -> None:
             await batched.submit(ask("x"), output_type=Literal["yes", "no"])
 
 
-async def test_a_finish_reason_with_every_chunk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [[chunk("", "stop"), 0.3], [chunk("", "stop")], []])
+async def test_a_finish_reason_with_every_chunk_ends_nothing(monkeypatch: pytest.MonkeyPatch, first: list[Any]) -> None:
     """Text after a finish reason shows that it was none; then only silence ends the stream."""
     monkeypatch.setattr("microbatch.transports.attempt.FINISH_GRACE", 0.15)
     quick = [part for letter in "quickly" for part in (chunk(letter, "stop"), 0.02)]
     slow = [part for letter in "slow" for part in (chunk(letter, "stop"), 0.3)]
-    text, completion = await send(lambda _: events(chunk("", "stop"), 0.3, *quick, *slow, chunk({}, "stop")))
+    text, completion = await send(lambda _: events(*first, *quick, *slow, chunk({}, "stop")))
     assert (text, completion.finish_reason) == ("quicklyslow", "stop")
 
 

@@ -122,7 +122,7 @@ def errors_are_ones_own(world: World) -> Iterator[str]:
 
 
 def finished_answers_stand(world: World) -> Iterator[str]:
-    """An answer that is sound is handed out: at once if it comes in order and early answers are wanted, else at the end."""
+    """A sound answer is handed out: at once if it comes in order, not after prose, and early answers are wanted, else at the end."""
     early = world.scenario.fallback.get("resolve") != "verified" and not world.scenario.fallback.get("canary")
     for attempt in world.upstream.attempts:
         in_order = early and attempt.combined and attempt.call.stream and attempt.fault.kind in _IN_ORDER
@@ -136,7 +136,7 @@ def finished_answers_stand(world: World) -> Iterator[str]:
                 yield f"{text} was answered by attempt {attempt.number}, due at {due}, but settled at {settled}"
 
 
-_IN_ORDER = frozenset({"ok", "prose", "truncated", "cut", "reset", "stream_error", "timeout", "hang"})
+_IN_ORDER = frozenset({"ok", "truncated", "cut", "reset", "stream_error", "timeout", "hang"})
 _SOUND = frozenset({"ok", "prose", "truncated", "short", "reordered", "wrong_type", "foreign"})
 """Kinds of replies whose right answers are all to be trusted, in order or at their end."""
 _SOUND_WITH_CANARY = frozenset({"ok", "prose", "reordered", "wrong_type"})

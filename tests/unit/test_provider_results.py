@@ -400,3 +400,34 @@ def test_a_request_that_cannot_be_combined_has_no_line():
     assert read(delivery("one", params={"n": 2})).line == b""
     parts = [{"role": "user", "content": [{"type": "text", "text": "one"}]}]
     assert read(delivery(parts)).line == b""
+
+
+@pytest.mark.parametrize("thought", ["<think>Perhaps {}?</think>\n", "Perhaps {}?\n</think>\n\n"])
+async def test_drafts_in_a_thought_are_no_answers(thought):
+    job = await Job.of(["one", "two"])
+    (line,) = job.lines
+    said = thought.format(combined(line, ["draft", "draft"])) + combined(line, ["a", "b"])
+    results = await job.results(row(line.custom_id, completion(said)))
+    assert [Answer.decode(raw).text for _, raw in results.answers] == ["a", "b"]
+    cut = await job.results(
+        row(line.custom_id, completion(thought.format(combined(line, ["draft", "draft"])), "length"))
+    )
+    assert (cut.answers, set(open_of(cut))) == ([], {"0", "1"})
+
+
+async def test_a_lone_text_loses_its_thought():
+    job = await Job.of(["one"])
+    (line,) = job.lines
+    results = await job.results(row(line.custom_id, completion("<think>hm</think>\n\nYes.")))
+    (answer,) = [Answer.decode(raw) for _, raw in results.answers]
+    assert answer.text == "Yes."
+    assert answer.body["choices"][0]["message"]["content"] == "<think>hm</think>\n\nYes."
+
+
+async def test_reasoning_tokens_are_divided_like_the_others():
+    job = await Job.of(["one", "two"])
+    (line,) = job.lines
+    usage = {"prompt_tokens": 101, "completion_tokens": 90, "completion_tokens_details": {"reasoning_tokens": 81}}
+    results = await job.results(row(line.custom_id, completion(combined(line, ["a", "b"]), usage=usage)))
+    shares = [Answer.decode(raw).usage for _, raw in results.answers]
+    assert sum(shares, Usage()) == results.usage == Usage(101, 90, reasoning_tokens=81)
