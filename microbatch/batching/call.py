@@ -273,7 +273,12 @@ class Calls:
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, learned)
         if may_differ(error, after_combined=learned is not None) and not ticket.future.done():
-            error = await self._ask_alone(ticket, permit.account.permit(permit.tokens, permit.rank), learned)
+            permit.finish()  # or the other call might wait for this one to make way
+            other = permit.account.permit(permit.tokens, permit.rank)
+            try:
+                error = await self._ask_alone(ticket, other, learned)
+            finally:
+                other.finish()
         return error
 
     def compose_alone(self, ticket: Ticket) -> ChatCall:

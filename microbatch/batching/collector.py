@@ -355,6 +355,7 @@ class Collector:
     async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
         learned = batch.learned
         outcome = await self._calls.batch(batch)
+        batch.permit.finish()  # the calls of its recovery have permits of their own
         if outcome.ending == "complete" and not outcome.open:
             learned.grow(outcome.asked, self._policy.max_batch_size)
         if outcome.open or outcome.ending == "length":

@@ -111,9 +111,7 @@ class Exchange:
     def end(self) -> None:
         """Note that the call is over and its cost divided."""
         self.ended = True
-        if self.permit is not None:
-            self.permit.finish()
-            self.permit = None
+        self.permit = None
         if self._patience is not None:
             self._patience.cancel()
         if self._ended is not None:

@@ -171,7 +171,10 @@ class _Recovery:
         """Ask *ticket* alone; return whether there is more to the reply than reasoning. If so, or if it is answered, it has ended."""
         async with self._at_once:
             permit = self._account.permit(ticket.cost, self._rank)
-            error = await self._calls.single(ticket, permit, learned=self._learned)
+            try:
+                error = await self._calls.single(ticket, permit, learned=self._learned)
+            finally:
+                permit.finish()
         if error is not None and str(error) == ONLY_REASONING:
             return False
         if error is not None:
