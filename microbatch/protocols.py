@@ -109,12 +109,14 @@ class Transport(Protocol):
 class Cache(Protocol):
     """Where answers are kept for those who ask the same again. Keys are digests, values opaque; both are bytes.
 
-    What is asked for in one turn of the event loop comes as one call, and so do the answers of one reply. A cache that fails or
-    takes longer than 50 ms (2 s for bulk work, `map` and `warm`) is left alone for a while; callers are not held up or failed.
+    What is asked for in one turn of the event loop comes as one call, or several of 128 keys each, and so do the answers of one
+    reply. A cache that fails or takes longer than 50 ms (2 s for stores and for bulk work, `map` and `warm`; the event loop's own
+    delays do not count) is left alone for a while; callers are not held up or failed.
 
     A cache may also have `open()` (awaited when the first batcher that uses it opens), `ttl` (seconds for which its answers are
     good unless the request says otherwise; None for ever), `evictions` (a count), and `secret()`, which returns the 32 random
     bytes that key the digests. They are made once by whatever is shared between processes; without it, each process has its own.
+    It is asked again now and then, so that processes agree once more when what they share was emptied.
     """
 
     async def get_many(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:

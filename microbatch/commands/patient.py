@@ -38,7 +38,8 @@ class PatientCache:
         ttl: That of the cache.
         keeps_time: True, so that the batcher sets it no time.
         stored: Entries put into the cache.
-        failure: Why the cache was given up; None as long as it is used. Nothing is asked of it from then on.
+        failure: Why stores, or all of the cache, were given up; None as long as it is used. Nothing that was given up is tried again. A
+            server without room has its answers still, so a store that fails ends no look-ups.
     """
 
     keeps_time: Final = True
@@ -48,6 +49,7 @@ class PatientCache:
         self.ttl = cache.ttl
         self.stored = 0
         self.failure: StorageError | None = None
+        self._end: StorageError | None = None  # of look-ups as well
 
     @property
     def evictions(self) -> int:
@@ -96,18 +98,18 @@ class PatientCache:
         Raises:
             StorageError: The cache is given up.
         """
-        await self._patiently(lambda: self._cache.set_many(entries), PATIENCE)
+        await self._patiently(lambda: self._cache.set_many(entries), PATIENCE, store=True)
         self.stored += len(entries)
 
     async def aclose(self) -> None:
         """Close the cache."""
         await self._cache.aclose()
 
-    async def _patiently(self, call: Callable[[], Awaitable[T]], patience: float) -> T:
+    async def _patiently(self, call: Callable[[], Awaitable[T]], patience: float, *, store: bool = False) -> T:
         loop = asyncio.get_running_loop()
         end = loop.time() + patience
         error = StorageError(f"no answer within {patience:g} s")
-        while self.failure is None:
+        while (given_up := self.failure if store else self._end) is None:
             try:
                 async with asyncio.timeout_at(end):
                     return await call()
@@ -115,8 +117,10 @@ class PatientCache:
                 error = reason
             except TimeoutError:
                 pass  # an earlier reason says more than that the last try was cut off
-            if loop.time() + _PAUSE >= end:
-                self.failure = error
-            else:
+            if loop.time() + _PAUSE < end:
                 await asyncio.sleep(_PAUSE)
-        raise self.failure.replica()
+                continue
+            self.failure = error
+            if not store:
+                self._end = error
+        raise given_up.replica()

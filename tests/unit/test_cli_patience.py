@@ -121,6 +121,31 @@ async def test_one_that_does_not_get_well_is_given_up_and_not_asked_again(ailmen
     assert isinstance(patient.failure, StorageError)
 
 
+async def test_one_that_takes_nothing_more_is_still_asked_for_what_it_has():
+    """As a server does that is full: what it has would be paid for again."""
+
+    class Full(Ailing):
+        full = False
+
+        async def set_many(self, entries):
+            if self.full:
+                self.asked += 1
+                raise StorageError("no room")
+            await super().set_many(entries)
+
+    patient = PatientCache(cache := Full())
+    await patient.set_many([ENTRY])
+    cache.full = True
+    with pytest.raises(StorageError, match="no room"):
+        await patient.set_many([ENTRY])
+    asked, begun = cache.asked, now()
+    with pytest.raises(StorageError, match="no room"):
+        await patient.set_many([ENTRY])
+    assert (now(), cache.asked) == (begun, asked)
+    assert await patient.get_many([b"k"]) == [b"v"]
+    assert str(patient.failure) == "no room"
+
+
 async def test_one_that_cannot_be_used_from_the_start_is_told_soon_and_closed():
     patient = PatientCache(cache := Ailing(until=1e9))
     begun = now()
