@@ -475,6 +475,7 @@ def test_everything_that_is_kept_is_exported(place, capsys):
         "p6": "waiting",
     }
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0, "estimated": False}
+    usage |= {"cache_write_tokens": 0, "reasoning_tokens": 0}
     assert list(lines["p4"].items()) == [
         ("custom_id", "p4"),
         ("tenant", None),
