@@ -180,7 +180,8 @@ class Microbatcher:
             canary=fallback.canary,
             keep_thoughts=getattr(transport, "thoughts", "strip") == "keep",
         )
-        self._collector.wire(calls, Fallback(calls, self._collector.costs, fallback, self._collector.fail))
+        self._fallback = Fallback(calls, self._collector.costs, fallback, self._collector.fail)
+        self._collector.wire(calls, self._fallback)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: asyncio.Task[None] | None = None
         self._undone: asyncio.Task[None] | None = None  # the host of an opening that failed
@@ -757,7 +758,7 @@ class Microbatcher:
     def stats(self) -> Stats:
         """Return the figures so far, as a snapshot that never changes."""
         self._ledger.retries = self._sender.repeats
-        self._ledger.retries_denied = self._sender.unpaid
+        self._ledger.retries_denied = self._sender.unpaid + self._fallback.unpaid
         self._ledger.rate_limited = self._sender.rate_limited
         if self._cache is not None:
             self._ledger.cache_bypassed = self._cache.bypassed

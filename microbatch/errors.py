@@ -7,7 +7,7 @@ Everything derives from `MicrobatchError`. All that can end an accepted submit d
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +22,10 @@ _KEYS = re.compile(r"(?i)\b(?:sk|pk|rk|gsk|xai|key)-[\w.*-]{4,}|\bBearer\s+[^\s\
 
 # Attributes that may hold a customer's words, or an endpoint's headers; they stay in this process.
 _PRIVATE = frozenset({"body", "completion", "limits", "raw"})
+
+
+UNPAID: Final = "microbatch: not retried, because the retry budget is used up (RetryPolicy.budget, reserve)"
+"""A note on errors that might have been avoided by asking again."""
 
 
 def mask(text: str) -> str:
@@ -45,6 +49,8 @@ class MicrobatchError(Exception):
         """
         twin = type(self)(*self.args)
         twin.__dict__.update(self.__dict__)
+        if notes := getattr(self, "__notes__", None):
+            twin.__notes__ = [*notes]
         twin.__cause__ = self
         return twin
 

@@ -45,7 +45,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         unbatched_cost_usd: Price of that in US dollars; None like `cost_usd`.
         late_duplicates: Copies of delivered answers that were dropped.
         unknown_ids: Answers under ids that nobody asked for.
-        retries_denied: Failed calls that were not retried because the retry budget was used up.
+        retries_denied: Failed calls, and parts of calls that were cut off, that were not asked again because the retry budget was
+            used up.
         rate_limited: Attempts that were answered with "too many requests" (429).
         canaries_failed: Complete replies that were distrusted because they got their canary wrong.
         lanes_parted: How often a lane stopped combining for a while, because asking again cost more than combining saved.

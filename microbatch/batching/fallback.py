@@ -19,7 +19,7 @@ import anyio
 
 from microbatch.batching.cost import line_tokens
 from microbatch.batching.verdict import ONLY_REASONING
-from microbatch.errors import BadRequest, ContextTooLong, MissingAnswer
+from microbatch.errors import UNPAID, BadRequest, ContextTooLong, MissingAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,9 @@ class Fallback:
         costs: What they are charged.
         policy: How many at once.
         fail: Ends a ticket with a copy of an error of its own.
+
+    Attributes:
+        unpaid: Calls for what a cut had lost that were not made, because the retry budget was used up.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Fallback:
         self._costs = costs
         self._policy = policy
         self._fail = fail
+        self.unpaid = 0
 
     async def recover(self, outcome: Outcome, batch: Batch, revised: Callable[[], None]) -> None:
         """See to it that every request that *outcome* left open ends, with an answer or an error.
@@ -71,7 +75,10 @@ class Fallback:
             revised: Called when the lane has learned something that its next batches should know at once.
         """
         recovery = _Recovery(self._calls, self._costs, batch, self._fail, revised, self._policy.max_concurrent)
-        await recovery.after(outcome, may_combine=True)
+        try:
+            await recovery.after(outcome, may_combine=True)
+        finally:
+            self.unpaid += recovery.unpaid
 
 
 class _Recovery:
@@ -94,6 +101,7 @@ class _Recovery:
         self._fail = fail
         self._revised = revised
         self._at_once = anyio.Semaphore(max_concurrent)
+        self.unpaid = 0
 
     async def after(self, outcome: Outcome, *, may_combine: bool) -> None:
         """Deal with what *outcome* left open; *may_combine* allows the one smaller combined call."""
@@ -139,8 +147,11 @@ class _Recovery:
             if not group:
                 return
             if cut is not None and not self._account.budget.draw():
+                self.unpaid += 1
+                error = cut.replica()
+                error.add_note(UNPAID)
                 for ticket in group:
-                    self._fail(ticket, cut)
+                    self._fail(ticket, error)
                 return
             cost = group[0].cost if len(group) == 1 else self._costs.of_tickets(group, self._learned)
             permit = self._account.permit(cost, self._rank, again=cut is not None)

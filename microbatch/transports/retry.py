@@ -6,7 +6,15 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import ConfigError, RateLimited, RequestFailed, StatusError, TransportError, worth_retrying
+from microbatch.errors import (
+    UNPAID,
+    ConfigError,
+    RateLimited,
+    RequestFailed,
+    StatusError,
+    TransportError,
+    worth_retrying,
+)
 from microbatch.policy import MAX_WAIT
 
 if TYPE_CHECKING:
@@ -146,7 +154,7 @@ class Sender:
             raise error
         if not budget.draw():
             self.unpaid += 1
-            error.add_note("microbatch: not retried, because the retry budget is used up (RetryPolicy.budget, reserve)")
+            error.add_note(UNPAID)
             raise error
         permit.drawn = True
         # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.

@@ -51,8 +51,10 @@ def right(text, output_type=str):
 
 
 def open_batcher(endpoint, *, fallback=None, **policy):
+    """A batcher with retries to spare: endpoints here cut off more than the usual budget pays for if batches are large."""
     transport = mb.OpenAIChat("gpt-4.1-mini", base_url=endpoint.base_url, api_key="any")
-    return mb.Microbatcher(transport, policy=mb.FlushPolicy(**policy), fallback=fallback, tokens="bytes")
+    retry = mb.RetryPolicy(reserve=1_000)
+    return mb.Microbatcher(transport, policy=mb.FlushPolicy(**policy), fallback=fallback, retry=retry, tokens="bytes")
 
 
 async def outcomes(batcher, texts, output_type=str):

@@ -314,6 +314,27 @@ async def test_after_a_cut_the_finished_answers_stand_and_the_others_are_asked_a
     assert [reply.route for reply in replies] == ["batch"] * 7 + ["fallback"]
 
 
+async def test_what_a_cut_has_lost_is_not_asked_again_without_retry_budget_and_its_callers_are_told():
+    def broken(call):
+        answers = [(name, text.upper()) for name, text in call.items]
+        return call.reply(answers[:6])[: -len("]}")], mb.Completion(None)
+
+    transport = scripted(broken)
+    retry = mb.RetryPolicy(reserve=0, budget=0)
+    async with mb.Microbatcher(transport, retry=retry, tokens="bytes") as batcher:
+        asked = (batcher.submit(ask(f"item {number}")) for number in range(8))
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        stats = batcher.stats()
+    assert [reply.output for reply in outcomes[:6]] == [f"ITEM {number}" for number in range(6)]
+    for error in outcomes[6:]:
+        assert type(error) is mb.TransportError
+        (note,) = error.__notes__
+        assert "retry budget is used up" in note
+        error.add_note("the caller's own")
+    assert [len(error.__notes__) for error in outcomes[6:]] == [2, 2]  # each has notes of its own
+    assert (stats.upstream_calls, stats.retries_denied) == (1, 2)
+
+
 async def test_a_cut_after_damage_keeps_only_what_was_delivered_before_it():
     def broken(call):
         answers = [(name, text.upper()) for name, text in call.items]
