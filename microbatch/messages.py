@@ -25,12 +25,16 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
         completion_tokens: All generated tokens, reasoning included.
         cached_tokens: The part of `prompt_tokens` that the provider read from its prefix cache.
         estimated: True until the endpoint has reported, and for ever if it never does.
+        cache_write_tokens: The part of `prompt_tokens` that the provider wrote into its prefix cache.
+        reasoning_tokens: The part of `completion_tokens` that the model spent on reasoning.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     estimated: bool = False
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         """Return the sum, which is an estimate if either part is."""
@@ -39,6 +43,8 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
             self.estimated or other.estimated,
+            self.cache_write_tokens + other.cache_write_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
         )
 
 

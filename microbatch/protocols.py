@@ -59,6 +59,7 @@ class Completion(msgspec.Struct):
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a call that was not streamed, or None.
         limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
+        thought: True if the reply carried a thought or text of reasoning beside its answer.
     """
 
     finish_reason: str | None
@@ -68,6 +69,7 @@ class Completion(msgspec.Struct):
     request_id: str | None = None
     body: dict[str, Any] | None = None
     limits: Limits | Mapping[str, str] | None = None
+    thought: bool = False
 
     def __repr__(self) -> str:
         """Tell how the call ended without the model's words."""

@@ -245,6 +245,28 @@ class Ledger:
         )
 
 
+def divided(usage: Usage, prompts: Sequence[int], completions: Sequence[int]) -> list[Usage]:
+    """Divide *usage* into parts that add up to it exactly.
+
+    Args:
+        usage: The whole.
+        prompts: The weight of each part for the prompt's tokens; at least one.
+        completions: As many weights for the generated tokens.
+    """
+    none = [0] * len(prompts)  # most calls have no tokens of the rarer kinds, and this is done for every call
+    return [
+        *map(
+            Usage,
+            split(usage.prompt_tokens, prompts),
+            split(usage.completion_tokens, completions),
+            split(usage.cached_tokens, prompts) if usage.cached_tokens else none,
+            repeat(usage.estimated),
+            split(usage.cache_write_tokens, prompts) if usage.cache_write_tokens else none,
+            split(usage.reasoning_tokens, completions) if usage.reasoning_tokens else none,
+        )
+    ]
+
+
 def split(total: int, weights: Sequence[int]) -> list[int]:
     """Divide *total* in proportion to *weights* into whole numbers that add up to it exactly (largest remainder).
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microbatch.accounting.stats import split
+from microbatch.accounting.stats import divided
 from microbatch.batching.framing import measure
 from microbatch.batching.worth import UNKNOWN_RATIO
 from microbatch.messages import Usage
@@ -83,7 +83,7 @@ class Books:
         usage = None if completion is None else completion.usage
         if completion is None or usage is None:
             return None
-        shares = _shares(usage, batch.line_bytes, batch.answer_bytes)
+        shares = divided(usage, batch.line_bytes, batch.answer_bytes)
         return Bill(completion, usage, shares, self._price_of(completion, batch.exchange))
 
     def bill_alone(self, completion: Completion, exchange: Exchange) -> Bill | None:
@@ -216,7 +216,7 @@ class Books:
         self._warn_if_dearer()
         if not (each and answered):
             return []
-        singles = _shares(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)
+        singles = divided(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)
         for ticket, single in zip(batch.tickets, singles, strict=True):
             self._pay_joined(ticket, single, price)
         return singles
@@ -253,11 +253,3 @@ def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
             reply.request_id = request_id
             if model is not None:
                 reply.model = model
-
-
-def _shares(usage: Usage, lines: list[int], answer_bytes: list[int]) -> list[Usage]:
-    """Divide *usage* by the bytes of each request's line and answer."""
-    prompts = split(usage.prompt_tokens, lines)
-    completions = split(usage.completion_tokens, answer_bytes)
-    cached = split(usage.cached_tokens, lines) if usage.cached_tokens else [0] * len(lines)
-    return [*map(Usage, prompts, completions, cached)]

@@ -20,22 +20,21 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from microbatch.accounting.stats import split
+from microbatch.accounting.stats import divided
 from microbatch.batching.telling import settled
 from microbatch.batching.ticket import Deadline
 from microbatch.errors import MalformedAnswer, RequestFailed
-from microbatch.messages import Usage
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable
 
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.room import Room
     from microbatch.batching.schema import AnswerType
     from microbatch.batching.ticket import Ticket
-    from microbatch.messages import Reply
+    from microbatch.messages import Reply, Usage
 
 _NO_CONTEXT = contextvars.Context()  # callbacks and timers run in it, not in that of the caller who set them
 
@@ -377,7 +376,7 @@ class Flight:
         # Where the last call has reported nothing, only what those before it have reported is known.
         known = self.ticket.usage if whole.usage.estimated else whole.usage
         if known is not None:
-            shares = list(_divided(known, len(self.seats)))
+            shares = _divided(known, len(self.seats))
             self._desk.ledger.unclaimed += shares[self.seats.index(seat)]
 
 
@@ -386,13 +385,7 @@ def copy_of_body(body: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if body is None else msgspec.json.decode(msgspec.json.encode(body))
 
 
-def _divided(usage: Usage, count: int) -> Iterator[Usage]:
+def _divided(usage: Usage, count: int) -> list[Usage]:
     """Divide *usage* into *count* parts that add up to it."""
-    if not count:
-        return
     alike = [1] * count
-    prompts = split(usage.prompt_tokens, alike)
-    completions = split(usage.completion_tokens, alike)
-    cached = split(usage.cached_tokens, alike)
-    for parts in zip(prompts, completions, cached, strict=True):
-        yield Usage(*parts, usage.estimated)
+    return divided(usage, alike, alike) if count else []

@@ -275,4 +275,6 @@ def usage_members(reply: Reply[Any]) -> dict[str, Any]:
     if share.items() <= reported.items():
         return dict(reported)
     share["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    if usage.reasoning_tokens:
+        share["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
     return {**share, "microbatch_estimated": True} if usage.estimated else share

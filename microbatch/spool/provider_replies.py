@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from microbatch.accounting.stats import split
+from microbatch.accounting.stats import divided
 from microbatch.batching.budget import estimate
 from microbatch.batching.canary import check_canary
 from microbatch.batching.demultiplexer import Demultiplexer
@@ -283,9 +283,8 @@ def _usages(usage: Usage | None, line: Line, shares: Sequence[_Share]) -> list[U
         ]
     if not line.ids:
         return [usage] * len(shares)
-    prompts, cached = split(usage.prompt_tokens, line.sizes), split(usage.cached_tokens, line.sizes)
-    completions = split(usage.completion_tokens, lengths)
-    return [Usage(prompts[at], completions[at], cached[at]) for at in (share.position for share in shares)]
+    parts = divided(usage, line.sizes, lengths)
+    return [parts[share.position] for share in shares]
 
 
 def _why(error: RequestFailed) -> Why:

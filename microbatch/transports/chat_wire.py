@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.errors import TransportError
-from microbatch.messages import Usage
 from microbatch.protocols import Completion
 from microbatch.transports.error_shapes import Fault, as_object, is_array, read_fault
 from microbatch.transports.ladder import Rung
+from microbatch.transports.reported_usage import read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from microbatch.messages import Limits
+    from microbatch.messages import Limits, Usage
     from microbatch.protocols import ChatCall
     from microbatch.transports.ladder import Plan
 
@@ -36,12 +36,15 @@ class _Choice(msgspec.Struct):
     delta: _Text | None = None
     finish_reason: str | None = None
     error: Any = None
+    usage: Any = None
 
 
 class _Reply(msgspec.Struct):
     # Counts and names are read leniently: a reply is not lost because its bookkeeping is odd.
     choices: list[_Choice] | None = None
     usage: Any = None
+    x_groq: Any = None
+    usage_metadata: Any = msgspec.field(default=None, name="usageMetadata")
     model: Any = None
     error: Any = None
     object: Any = None
@@ -167,7 +170,8 @@ class ReplyReader:
             if fault is not None:
                 return fault
         self.spoke = True
-        self._usage = _usage(reply.usage) or self._usage
+        places = (reply.usage, *(choice.usage for choice in choices[:1]), as_object(reply.x_groq).get("usage"))
+        self._usage = read_usage(*places, reply.usage_metadata) or self._usage
         if isinstance(reply.model, str) and reply.model:
             self._model = reply.model
         return "".join(map(self._text, choices))
@@ -189,17 +193,6 @@ def _joined(content: Any) -> str:
     parts = [as_object(part) for part in content]
     texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
     return "".join(text for text in texts if isinstance(text, str))
-
-
-def _usage(reported: Any) -> Usage | None:
-    usage = as_object(reported)
-    prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-    cached = as_object(usage.get("prompt_tokens_details")).get("cached_tokens")
-    return Usage(prompt, completion, _count(cached)) if prompt or completion else None
-
-
-def _count(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) and 0 < value < 2**53 else 0
 
 
 def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:

@@ -1,0 +1,121 @@
+"""Token counts are read under every name and from every place that endpoints use, and they stay whole when they are divided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microbatch import Usage
+from microbatch.accounting.stats import divided
+from microbatch.transports.chat_wire import ReplyReader
+from microbatch.transports.reported_usage import read_usage
+
+SPELLINGS: dict[str, tuple[dict[str, Any], Usage]] = {
+    "OpenAI": (
+        {
+            "prompt_tokens": 100,
+            "completion_tokens": 50,
+            "total_tokens": 150,
+            "prompt_tokens_details": {"cached_tokens": 64, "cache_write_tokens": 8},
+            "completion_tokens_details": {"reasoning_tokens": 40},
+        },
+        Usage(100, 50, 64, cache_write_tokens=8, reasoning_tokens=40),
+    ),
+    "the Responses API's names": (
+        {"input_tokens": 7, "output_tokens": 5, "output_tokens_details": {"reasoning_tokens": 3}},
+        Usage(7, 5, reasoning_tokens=3),
+    ),
+    "xAI: beside the completion": (
+        {
+            "prompt_tokens": 10,
+            "completion_tokens": 2,
+            "total_tokens": 312,
+            "completion_tokens_details": {"reasoning_tokens": 300},
+        },
+        Usage(10, 302, reasoning_tokens=300),
+    ),
+    "xAI, more than half": (
+        {
+            "prompt_tokens": 10,
+            "completion_tokens": 40,
+            "total_tokens": 80,
+            "completion_tokens_details": {"reasoning_tokens": 30},
+        },
+        Usage(10, 70, reasoning_tokens=30),
+    ),
+    "Perplexity: at top level": (
+        {"prompt_tokens": 10, "completion_tokens": 90, "reasoning_tokens": 80},
+        Usage(10, 90, reasoning_tokens=80),
+    ),
+    "Gemini": (
+        {"promptTokenCount": 5, "candidatesTokenCount": 9, "thoughtsTokenCount": 20, "totalTokenCount": 34},
+        Usage(5, 29, reasoning_tokens=20),
+    ),
+    "Gemini in snake case": (
+        {"prompt_token_count": 5, "candidates_token_count": 9, "thoughts_token_count": 4, "total_token_count": 18},
+        Usage(5, 13, reasoning_tokens=4),
+    ),
+    "Anthropic": (
+        {"input_tokens": 5, "output_tokens": 9, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 2},
+        Usage(5, 9, 2, cache_write_tokens=3),
+    ),
+    "DeepSeek": ({"prompt_tokens": 5, "completion_tokens": 9, "prompt_cache_hit_tokens": 4}, Usage(5, 9, 4)),
+    "Moonshot": ({"prompt_tokens": 5, "completion_tokens": 9, "cached_tokens": 4}, Usage(5, 9, 4)),
+    "counts as text": ({"prompt_tokens": "5", "completion_tokens": "9"}, Usage(5, 9)),
+    "nonsense beside sound counts": (
+        {
+            "prompt_tokens": 5,
+            "completion_tokens": None,
+            "prompt_tokens_details": [],
+            "completion_tokens_details": {"reasoning_tokens": -3},
+        },
+        Usage(5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_vendors_spelling_is_read(name: str) -> None:
+    """Wherever the vendor puts a count, it arrives under our name for it."""
+    reported, usage = SPELLINGS[name]
+    assert read_usage(reported) == usage
+
+
+@pytest.mark.parametrize("nothing", [None, {}, [], "usage", {"prompt_tokens": 0}, {"prompt_tokens": "many"}, 7])
+def test_what_counts_nothing_is_no_report(nothing: object) -> None:
+    """An object without a count above zero is passed over for the next place."""
+    assert read_usage(nothing) is None
+    assert read_usage(nothing, {"prompt_tokens": 3}) == Usage(3)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 9}},
+        {"choices": [{"delta": {}, "usage": {"prompt_tokens": 5, "completion_tokens": 9}}]},
+        {"choices": [], "x_groq": {"id": "r", "usage": {"prompt_tokens": 5, "completion_tokens": 9}}},
+        {"choices": [], "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9}},
+    ],
+)
+def test_every_place_of_a_usage_object_is_looked_at(event: dict[str, Any]) -> None:
+    """Groq and Moonshot put it elsewhere than OpenAI."""
+    reader = ReplyReader()
+    reader.event(msgspec.json.encode(event))
+    assert reader.completion(None).usage == Usage(5, 9)
+
+
+counts = st.integers(0, 10_000)
+
+
+@given(
+    usage=st.builds(Usage, counts, counts, counts, st.booleans(), counts, counts),
+    weights=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=20),
+)
+def test_shares_add_up_to_the_whole(usage: Usage, weights: list[tuple[int, int]]) -> None:
+    """No token of any kind is lost or made up when a call's usage is divided among its requests."""
+    prompts, completions = zip(*weights, strict=True)
+    assert sum(divided(usage, prompts, completions), Usage()) == usage
