@@ -78,6 +78,8 @@ class Demultiplexer:
         damaged: Whether anything but the asked-for elements in order has been seen.
         late_duplicates: Copies of delivered answers that were dropped.
         unknown_ids: Elements whose id was not asked for.
+        elements: Elements seen that are sound JSON, whatever their id.
+        disordered: Whether one of them was not asked for, or came after one that was asked for later, or came twice.
     """
 
     __slots__ = (
@@ -89,10 +91,13 @@ class Demultiplexer:
         "_index",
         "_kept",
         "_kept_chars",
+        "_latest",
         "_malformed",
         "_next",
         "_scanner",
         "damaged",
+        "disordered",
+        "elements",
         "late_duplicates",
         "unknown_ids",
     )
@@ -109,9 +114,14 @@ class Demultiplexer:
         self._copies: dict[int, int] = {}
         self._held: dict[int, str] = {}
         self._malformed: dict[int, str] = {}
+        self._latest = (
+            -1
+        )  # the furthest item that an element was for, once one has come that is not in the common shape
         self.damaged = False
         self.late_duplicates = 0
         self.unknown_ids = 0
+        self.elements = 0
+        self.disordered = False
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""
@@ -244,6 +254,8 @@ class Demultiplexer:
         except BaseException:  # noqa: BLE001 see _deliver
             self._unfit(index, raw)
             self._copies[index] = 1
+            self.elements += 1
+        self.elements += index - self._next
         self._next = index
         return pos
 
@@ -275,6 +287,11 @@ class Demultiplexer:
     def _place(self, name: str, raw: str, delivered: list[Answer]) -> None:
         """Decide an element with an id and an answer."""
         index = self._find(name)
+        self.elements += 1
+        if index is None or index <= max(self._latest, self._next - 1):
+            self.disordered = True
+        else:
+            self._latest = index
         if index == self._next and not self.damaged:
             if not self._early:
                 self._copies[index] = 1

@@ -3,6 +3,8 @@
 - A reply that ended (or hit the token limit, or was cut off): if more than a quarter is open, one smaller combined call asks
   again, shuffled and under new ids, because the same prompt would get the same gaps; then every request still open goes alone,
   with its caller's own messages.
+- A reply whose bound was too low: one combined call asks again for all that is open.
+- A reply without one sound element, or of a model that does not stop: every request goes alone at once.
 - A refusal that one request may be to blame for: the batch is halved until the culprits are alone. k culprits among n cost at
   most 1 + 2k * ceil(log2 n) calls.
 - Anything else is no request's fault and would fail them again: every request fails with the error.
@@ -93,10 +95,14 @@ class _Recovery:
     async def after(self, outcome: Outcome, *, may_combine: bool) -> None:
         """Deal with what *outcome* left open; *may_combine* allows the one smaller combined call."""
         tickets = [item.ticket for item in outcome.open]
-        if outcome.ending == "length" or (outcome.ending == "complete" and outcome.damaged):
+        too_many = outcome.ending == "length" and not (outcome.again or outcome.runaway)
+        if too_many or (outcome.ending == "complete" and outcome.damaged):
             self._learned.halve(outcome.asked)
             self._revised()
         if not tickets:
+            return
+        if outcome.again:
+            await self._together([tickets], may_combine=may_combine)
             return
         if outcome.ending == "failed" and outcome.error is not None:
             for ticket in tickets:
@@ -109,7 +115,8 @@ class _Recovery:
         else:
             # What a cut has lost is asked for again at the expense of the retry budget: it is a retry of that part.
             cut = outcome.error if outcome.ending == "cut" else None
-            if may_combine and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
+            of_use = outcome.sound and not outcome.runaway
+            if may_combine and of_use and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
                 _shuffle(tickets)
                 await self._together(_chunks(tickets, max(1, outcome.asked // 2)), cut)
             else:
@@ -119,13 +126,15 @@ class _Recovery:
         middle = (len(tickets) + 1) // 2
         await self._together([part for part in (tickets[:middle], tickets[middle:]) if part])
 
-    async def _together(self, groups: list[list[Ticket]], cut: RequestFailed | None = None) -> None:
+    async def _together(
+        self, groups: list[list[Ticket]], cut: RequestFailed | None = None, *, may_combine: bool = False
+    ) -> None:
         """Ask each group, a few at a time; after a *cut*, as far as the retry budget goes."""
         async with anyio.create_task_group() as tasks:
             for group in groups:
-                tasks.start_soon(self._ask, group, cut)
+                tasks.start_soon(self._ask, group, cut, may_combine)
 
-    async def _ask(self, group: list[Ticket], cut: RequestFailed | None) -> None:
+    async def _ask(self, group: list[Ticket], cut: RequestFailed | None, may_combine: bool) -> None:
         async with self._at_once:
             group = [ticket for ticket in group if not ticket.future.done()]
             if not group:
@@ -138,9 +147,11 @@ class _Recovery:
             if len(group) == 1:
                 await self._alone(group[0], again=again)
                 return
-            permit = self._account.permit(self._costs.of_tickets(group, self._learned), again=again)
+            cost = self._costs.of_tickets(group, self._learned, self._account.max_tokens)
+            permit = self._account.permit(cost, again=again)
             outcome = await self._calls.batch(self._calls.compose(group, self._learned, permit, route="fallback"))
-        await self.after(outcome, may_combine=False)
+        self._revised()
+        await self.after(outcome, may_combine=may_combine)
 
     async def _alone(self, ticket: Ticket, *, again: bool) -> None:
         permit = self._account.permit(ticket.cost, again=again)

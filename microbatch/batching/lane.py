@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from microbatch.batching.budget import FlushReason
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES
-from microbatch.batching.ticket import NEVER
+from microbatch.batching.ticket import LOW, NEVER
 
 if TYPE_CHECKING:
     import asyncio
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from microbatch.batching.learned import Learned
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Spec, Ticket
+
+_AT_FIRST = 2
+"""Combined calls of bulk work under way at once, until one reply has been of use: many could be wrong in the same way."""
 
 _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
@@ -41,6 +44,7 @@ class Lane:
         learned: What is known of earlier batches.
         file: Where equal requests are found.
         in_flight: Batches under way.
+        combined: Those of them that are combined calls, and asking again for what they left open.
         live: Requests waiting.
         due_at: Loop time at which the lane falls due, `NEVER` if nothing waits for company.
     """
@@ -56,6 +60,7 @@ class Lane:
         "account",
         "budget",
         "careful",
+        "combined",
         "due_at",
         "file",
         "in_flight",
@@ -93,6 +98,7 @@ class Lane:
         self.file = file
         self.budget = budget
         self.in_flight = 0
+        self.combined = 0
         self.live = 0
         self.due_at = NEVER
         self.queued = False  # whether the scheduler has this lane in its turn
@@ -117,7 +123,15 @@ class Lane:
     @property
     def due(self) -> FlushReason | None:
         """Why the lane should leave now, or None to keep waiting."""
-        return (self._full or self._owed) if self._fill else None
+        return (self._full or self._owed) if self._fill and not self.held else None
+
+    @property
+    def held(self) -> bool:
+        """Whether the next batch waits until one of those under way shows that combining is of use; only bulk work does."""
+        if self.combined < _AT_FIRST or self.learned.proven or self._fill == 1:
+            return False
+        fill = islice((ticket for ticket in self._pending if ticket.queue is self), self._fill)
+        return self.rank == LOW or all(ticket.bulk for ticket in fill)
 
     @property
     def next_batch(self) -> tuple[int, int]:

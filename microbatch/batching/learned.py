@@ -23,6 +23,9 @@ _UP, _DOWN = 0.5, 0.05
 _APART = 500
 """Requests that go alone once combining has cost more than it saved, before it is tried again."""
 
+_FRUITLESS = 2
+"""Fruitless combined replies in a row after which requests go alone."""
+
 _BATCHES_ON_TRIAL = 7
 """Batches that a lane gets credit for when it is tried again: three more bad ones are enough to give up."""
 
@@ -47,6 +50,12 @@ class Learned(msgspec.Struct):
         parted: How often that was so.
         revised: Whether anything has changed since the lane's budget was worked out.
         alone: Requests in a row that were too long, or not cheaper, to travel with others.
+        proven: Whether a combined reply was of use and ended where it should have.
+        fruitless: Combined replies in a row that were of no use: without one sound element, or of a model that did not stop.
+        doubled: Whether the bound on combined replies is twice what it would be, because it was too low.
+        reasons: Whether the model reasons although it was told not to.
+        affordable: The most tokens of a reply that the account's credit pays for; None until a call was refused for it.
+        per_minute: Tokens allowed a minute, as a refusal has told; None until then.
     """
 
     batch_size: int | None = None
@@ -64,6 +73,12 @@ class Learned(msgspec.Struct):
     parted: int = 0
     revised: bool = False
     alone: int = 0
+    proven: bool = False
+    fruitless: int = 0
+    doubled: bool = False
+    reasons: bool = False
+    affordable: int | None = None
+    per_minute: int | None = None
 
     def record_answers(self, tokens: Sequence[int]) -> None:
         """Learn from the answers of one reply, in tokens each."""
@@ -91,8 +106,16 @@ class Learned(msgspec.Struct):
         self.max_line_tokens = half if self.max_line_tokens is None else min(half, self.max_line_tokens)
         self.revised = True
 
+    def parts(self, *, mended: bool) -> bool:
+        """Return whether combining is of no use, or costs more than it saves, and requests do not go alone yet.
+
+        Args:
+            mended: Whether what the latest reply left open has been asked again, so that the costs are complete.
+        """
+        return not self.apart and (self.fruitless >= _FRUITLESS or (mended and self.balance.lost))
+
     def part(self) -> None:
-        """Combining costs more than it saves: send requests alone for a while."""
+        """Send requests alone for a while. A single fruitless reply after that is enough to do so again."""
         self.apart = _APART
         self.parted += 1
         self.revised = True
@@ -104,6 +127,7 @@ class Learned(msgspec.Struct):
         self.apart -= 1
         if not self.apart:
             self.balance = Balance(batches=_BATCHES_ON_TRIAL)
+            self.fruitless = min(self.fruitless, _FRUITLESS - 1)
             self.revised = True
         return True
 
