@@ -15,6 +15,7 @@ A reply that ends at the bound is judged:
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
@@ -54,6 +55,9 @@ PAST_THE_END: Final = 2
 """Elements more than were asked for, after which a reply is read no further."""
 
 _FACTOR: Final = 3
+_CLOSE_FACTOR: Final = 1.5
+"""Put on what replies took, where tokens a minute have run out."""
+
 _LONGER: Final = 1.25
 """By how much a bound must have grown for asking again to be worth it."""
 
@@ -132,6 +136,10 @@ class Bounds:
 
     def wanted(self, spec: Spec, learned: Learned, items: int) -> int:
         """Return the bound that a combined reply to *items* would have if nothing limited it."""
+        if learned.per_minute is not None and learned.answers:
+            # What a bound reserves and the reply does not use keeps other calls waiting. What replies took is known here.
+            seen = max(LEAST, math.ceil(_CLOSE_FACTOR * items * learned.answer_tokens) + self._canary_tokens)
+            return seen * (1 + learned.doubled)
         tokens = max(LEAST, _FACTOR * (items * self._each(spec, learned) + self._canary_tokens))
         return (tokens + self._thought(spec, learned)) * (1 + learned.doubled)
 

@@ -115,8 +115,18 @@ class Calls:
 
     # --- combined calls
 
-    def compose(self, tickets: list[Ticket], learned: Learned, permit: Permit, *, route: Route = "batch") -> Batch:
-        """Compose a combined call for *tickets*, which are of one lane and all still wait; *permit* pays it."""
+    def compose(
+        self, tickets: list[Ticket], learned: Learned, permit: Permit, *, route: Route = "batch", instead: bool = False
+    ) -> Batch:
+        """Compose a combined call.
+
+        Args:
+            tickets: What it carries. They are of one lane, and all still wait.
+            learned: What is known of the lane.
+            permit: What pays it.
+            route: What replies name as their route.
+            instead: Whether it is made instead of one whose bound was too low, which says nothing of what combining costs.
+        """
         spec = tickets[0].spec
         lines = [ticket.line for ticket in tickets]
         canary = draw_word(self._draw) if self._canary else None
@@ -143,12 +153,13 @@ class Calls:
         exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model), permit)
         exchange.carry(tickets)
         batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary, tries=tries)
+        batch.instead = instead
         self._bounds.of(spec.model).trying += tries
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
         if route == "fallback":
             self._ledger.fallback_calls += 1
-            learned.balance.calls += 1
+            learned.balance.calls += not instead
         else:
             learned.balance.begin(len(tickets))
         return batch
@@ -158,7 +169,7 @@ class Calls:
         exchange, loop = batch.exchange, asyncio.get_running_loop()
 
         def on_text(text: str) -> None:
-            batch.heard = True
+            batch.heard = batch.heard or bool(text)
             if exchange.first_text is None:
                 exchange.first_text = self._now()
             answers = batch.demultiplexer.feed(text)

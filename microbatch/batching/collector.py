@@ -362,8 +362,8 @@ class Collector:
             self._ledger.lanes_parted += 1
             if learned.parted == 1:  # once is enough
                 logger.warning(
-                    "combining requests of this kind costs more than it saves, because replies were of no use or too much had to "
-                    "be asked again: they go alone for a while"
+                    "asking again for missing and broken answers costs more than combining saves: requests of this kind "
+                    "go alone for a while"
                 )
         self.lanes.taught(lane)
 

@@ -170,7 +170,9 @@ class Costs:
         """The endpoint counted *prompt_tokens* for a combined call of *tickets*."""
         if learned.shared_tokens is not None:
             ours = self.prompt_of(tickets[0].spec, learned, line_tokens(tickets))
-            learned.prompt_scale = _nearer(learned.prompt_scale, prompt_tokens / ours)
+            learned.prompt_scale = _nearer(
+                learned.prompt_scale, prompt_tokens / ours, 1.0 if learned.prompt_scale == 1.0 else _STEP
+            )
 
     def learn_refused(self, tickets: Sequence[Ticket], learned: Learned, said: TokenLimits) -> None:
         """The endpoint refused the bound of a combined call of *tickets*, and said what of tokens."""
@@ -201,8 +203,8 @@ class Costs:
         return round(items * learned.answer_mean + stray)
 
 
-def _nearer(scale: float, measured: float) -> float:
-    return scale + (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - scale) * _STEP
+def _nearer(scale: float, measured: float, step: float = _STEP) -> float:
+    return scale + (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - scale) * step
 
 
 def line_tokens(tickets: Iterable[Ticket]) -> int:

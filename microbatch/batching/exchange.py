@@ -146,6 +146,7 @@ class Batch:
         repeated: Whether it was sent again as it is, after a cut that left nothing.
         bound: The bound it was composed with; that of the call may be lowered since. None if it has none.
         tries: Whether that is larger than any bound which the model is known to accept.
+        instead: Whether it is made instead of a call whose bound was too low.
     """
 
     __slots__ = (
@@ -161,6 +162,7 @@ class Batch:
         "exchange",
         "heard",
         "ids",
+        "instead",
         "learned",
         "line_bytes",
         "permit",
@@ -184,6 +186,7 @@ class Batch:
     ) -> None:
         self.bound = call.bound
         self.tries = tries
+        self.instead = False
         self.tickets = tickets
         self.ids = ids[: len(tickets)]
         self.canary = canary

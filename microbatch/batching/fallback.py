@@ -102,7 +102,7 @@ class _Recovery:
         if not tickets:
             return
         if outcome.again:
-            await self._together([tickets], may_combine=may_combine)
+            await self._together([tickets], instead=True)
             return
         if outcome.ending == "failed" and outcome.error is not None:
             for ticket in tickets:
@@ -127,14 +127,14 @@ class _Recovery:
         await self._together([part for part in (tickets[:middle], tickets[middle:]) if part])
 
     async def _together(
-        self, groups: list[list[Ticket]], cut: RequestFailed | None = None, *, may_combine: bool = False
+        self, groups: list[list[Ticket]], cut: RequestFailed | None = None, *, instead: bool = False
     ) -> None:
-        """Ask each group, a few at a time; after a *cut*, as far as the retry budget goes."""
+        """Ask each group, a few at a time; after a *cut*, as far as the retry budget goes; or one *instead* of a call before it."""
         async with anyio.create_task_group() as tasks:
             for group in groups:
-                tasks.start_soon(self._ask, group, cut, may_combine)
+                tasks.start_soon(self._ask, group, cut, instead)
 
-    async def _ask(self, group: list[Ticket], cut: RequestFailed | None, may_combine: bool) -> None:
+    async def _ask(self, group: list[Ticket], cut: RequestFailed | None, instead: bool) -> None:
         async with self._at_once:
             group = [ticket for ticket in group if not ticket.future.done()]
             if not group:
@@ -149,9 +149,11 @@ class _Recovery:
                 return
             cost = self._costs.of_tickets(group, self._learned, self._account.max_tokens)
             permit = self._account.permit(cost, again=again)
-            outcome = await self._calls.batch(self._calls.compose(group, self._learned, permit, route="fallback"))
+            outcome = await self._calls.batch(
+                self._calls.compose(group, self._learned, permit, route="fallback", instead=instead)
+            )
         self._revised()
-        await self.after(outcome, may_combine=may_combine)
+        await self.after(outcome, may_combine=instead)
 
     async def _alone(self, ticket: Ticket, *, again: bool) -> None:
         permit = self._account.permit(ticket.cost, again=again)

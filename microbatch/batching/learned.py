@@ -40,6 +40,7 @@ class Learned(msgspec.Struct):
         answers: Tokens of the latest answers.
         answer_tokens: Their 95th percentile, as of the latest ranking.
         answer_mean: Their mean, as of the latest ranking.
+        thinking: The part of a reply's tokens that went into thoughts lately, from 0 to 1. It does not grow with the batch.
         unranked: Answers recorded since.
         single_tokens: What all but the longest single replies took lately; None until the first.
         framing: What surrounds its requests, measured on the first batch, or None.
@@ -55,7 +56,7 @@ class Learned(msgspec.Struct):
         doubled: Whether the bound on combined replies is twice what it would be, because it was too low.
         reasons: Whether the model reasons although it was told not to.
         affordable: The most tokens of a reply that the account's credit pays for; None until a call was refused for it.
-        per_minute: Tokens allowed a minute, as a refusal has told; None until then.
+        per_minute: Tokens allowed a minute, as a refusal has told; None until then. The bound is no longer generous from then on.
     """
 
     batch_size: int | None = None
@@ -63,6 +64,7 @@ class Learned(msgspec.Struct):
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
     answer_mean: float = 32.0
+    thinking: float = 0.0
     unranked: int = _RANK_AFTER
     single_tokens: float | None = None
     framing: Framing | None = None
@@ -92,6 +94,12 @@ class Learned(msgspec.Struct):
         longest = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
         if longest != self.answer_tokens:  # the budget is worked out from it
             self.answer_tokens = longest
+            self.revised = True
+
+    def record_thinking(self, part: float) -> None:
+        """Learn that *part* of a combined reply's tokens, from 0 to 1, went into thoughts."""
+        if part != self.thinking:
+            self.thinking = part
             self.revised = True
 
     def record_single(self, tokens: int) -> None:

@@ -79,6 +79,7 @@ class SimulatedTransport:
                 async for first, end in paced(reply.times, start):
                     for text in [] if reply.refusal else reply.pieces.texts[first:end]:
                         on_text(text)
+                await sleep_until(start + reply.duration)
             else:
                 await self._whole(reply, on_text, start)
             if reply.ending in ("stall", "hang"):
@@ -102,7 +103,7 @@ class SimulatedTransport:
     async def _whole(reply: SimulatedReply, on_text: Callable[[str], None], start: float) -> None:
         await sleep_until(start + reply.duration)
         # Half a body that is not streamed is no JSON, so nothing of it can be read.
-        if reply.ending in ("done", "cut") and not reply.refusal:
+        if reply.ending in ("done", "cut") and not reply.refusal and reply.pieces.texts:
             on_text(reply.pieces.text)
 
     def _completion(self, call: ChatCall, reply: SimulatedReply, number: int, model: str) -> Completion:

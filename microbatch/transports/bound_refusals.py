@@ -99,10 +99,12 @@ def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
         return None
     if status == 429:  # noqa: PLR2004
         found = _PER_MINUTE.search(message)
-        if found is None or not _TOO_LARGE.search(message):
+        if found is None:
             return None
         limit, requested = map(_value, found.groups())
-        return TokenLimits(per_minute=limit, prompt=max(0, requested - bound))
+        # What is too large by itself never passes; what came too soon does, but a lower bound would have come sooner.
+        prompt = max(0, requested - bound) if _TOO_LARGE.search(message) else None
+        return TokenLimits(per_minute=limit, prompt=prompt)
     if not _ABOUT.search(message):
         return None
     found = _AFFORDABLE.search(message)
@@ -146,12 +148,16 @@ def _words(value: Any, depth: int) -> Iterator[str]:
 def lower(call: ChatCall, said: TokenLimits) -> bool | None:
     """Lower the bound of *call* to what the endpoint says it allows.
 
+    A refusal for the pace, which names no prompt, is left to be waited out.
+
     Returns:
         True if it was lowered, False if the endpoint says that the prompt alone is too large, None if it does not say how much it
         allows, or something that the bound kept to already.
     """
     if call.bound is None:
         return None
+    if said.per_minute is not None and said.prompt is None:
+        return False
     allowed = [limit for limit in (said.completion, said.affordable) if limit is not None]
     window = said.context if said.context is not None else said.per_minute
     if window is not None:
