@@ -194,7 +194,7 @@ class Books:
         alone = Usage()
         if answered:
             learned.record_answers([*compress(map(_completion_of, bill.shares), mine)])
-            learned.record_thinking(usage.reasoning_tokens / max(1, usage.completion_tokens))
+            learned.record_thinking(usage)
             if learned.framing is None:
                 learned.framing = measure(
                     batch.call,

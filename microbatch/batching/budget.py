@@ -87,8 +87,7 @@ class Budgets:
             quota: Tokens that one call can be charged at most, prompt and answers together; None for no limit.
         """
         policy, model = self._policy, self._bounds.of(spec.model)
-        answer = math.ceil(learned.answer_tokens * (1 - learned.thinking))
-        reserve = output_reserve(spec.max_tokens) if spec.max_tokens else max(1, answer)
+        reserve = output_reserve(spec.max_tokens) if spec.max_tokens else learned.written
         limits = [policy.max_output_tokens]
         if spec.max_tokens is None:
             limits += [limit for limit in (model.output, learned.affordable) if limit is not None]

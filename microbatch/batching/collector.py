@@ -254,7 +254,8 @@ class Collector:
             return queue.cost
         items, tokens = queue.next_batch
         if items == 1:
-            return min(quota, queue.oldest.cost)
+            # What was known when it was accepted may be long out of date.
+            return min(quota, self.costs.alone(queue.oldest, queue.learned).tokens)
         return min(quota, self.costs.together(queue.spec, queue.learned, items, tokens, quota))
 
     def _rested(self, queue: Lane | AloneQueue | BorrowerQueue) -> None:
@@ -349,13 +350,22 @@ class Collector:
         outcome = await self._calls.batch(batch)
         if outcome.ending == "complete" and not outcome.open:
             batch.learned.grow(outcome.asked, self._policy.max_batch_size)
-        self._heed(lane)
+        if not outcome.again:  # else what is asked now is the same call
+            self._heed(lane)
         if outcome.open or outcome.ending == "length":
             await self._fallback.recover(outcome, batch, lambda: self._heed(lane))
             self._heed(lane, mended=True)
 
-    def _heed(self, lane: Lane, *, mended: bool = False) -> None:
-        """A combined call of *lane* has ended: see whether its requests go alone from now on, and what else it has shown."""
+    def _heed(self, lane: Lane, *, mended: bool = False) -> int:
+        """A combined call of *lane* has ended: see whether its requests go alone from now on, and what else it has shown.
+
+        Args:
+            lane: The lane.
+            mended: Whether what the call left open has been asked again.
+
+        Returns:
+            How many requests its batches hold now.
+        """
         learned = lane.learned
         if learned.parts(mended=mended):
             learned.part()
@@ -366,6 +376,7 @@ class Collector:
                     "go alone for a while"
                 )
         self.lanes.taught(lane)
+        return lane.budget.size
 
     async def _answer_alone(self, work: _Work) -> None:
         (ticket,) = work.tickets

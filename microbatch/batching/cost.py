@@ -20,7 +20,7 @@ from microbatch.batching.ticket import Charge
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from microbatch.batching.bounds import Bounds
+    from microbatch.batching.bounds import Bounds, ModelLimits
     from microbatch.batching.budget import Budgets
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Spec, Ticket
@@ -84,9 +84,9 @@ class Costs:
         if learned.shared_tokens is None:
             learned.shared_tokens = shared_tokens(spec.shared, self._count)
 
-    def windowed(self, spec: Spec) -> bool:
-        """Return whether the context window of the model is known, so that it matters how long a prompt is."""
-        return self._bounds.of(spec.model).context is not None
+    def model(self, spec: Spec) -> ModelLimits:
+        """Return what is known of the model that requests with *spec* go to."""
+        return self._bounds.of(spec.model)
 
     def alone(self, ticket: Ticket, learned: Learned) -> Charge:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
@@ -98,7 +98,8 @@ class Costs:
         prompt = ours if fit is None else fit.of(ours)
         answer: float | None = ticket.spec.max_tokens
         if answer is None:
-            answer = learned.answer_tokens if learned.single_tokens is None else learned.single_tokens
+            usual = learned.written + learned.thought
+            answer = usual if learned.single_tokens is None else learned.single_tokens
         return Charge(round(prompt + answer), ours)
 
     def of_any(self, spec: Spec) -> Charge:

@@ -60,13 +60,14 @@ class Fallback:
         self._policy = policy
         self._fail = fail
 
-    async def recover(self, outcome: Outcome, batch: Batch, revised: Callable[[], None]) -> None:
+    async def recover(self, outcome: Outcome, batch: Batch, revised: Callable[[], int]) -> None:
         """See to it that every request that *outcome* left open ends, with an answer or an error.
 
         Args:
             outcome: How the call ended.
             batch: The call.
-            revised: Called when the lane has learned something that its next batches should know at once.
+            revised: Called when the lane has learned something that its next batches should know at once; returns how many requests
+                they hold.
         """
         recovery = _Recovery(self._calls, self._costs, batch, self._fail, revised, self._policy.max_concurrent)
         await recovery.after(outcome, may_combine=True)
@@ -81,7 +82,7 @@ class _Recovery:
         costs: Costs,
         batch: Batch,
         fail: Callable[[Ticket, RequestFailed], None],
-        revised: Callable[[], None],
+        revised: Callable[[], int],
         max_concurrent: int,
     ) -> None:
         self._calls = calls
@@ -118,7 +119,8 @@ class _Recovery:
             of_use = outcome.sound and not outcome.runaway
             if may_combine and of_use and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
                 _shuffle(tickets)
-                await self._together(_chunks(tickets, max(1, outcome.asked // 2)), cut)
+                size = min(outcome.asked // 2, self._revised() if outcome.ending == "length" else outcome.asked)
+                await self._together(_chunks(tickets, max(1, size)), cut)
             else:
                 await self._together([[ticket] for ticket in tickets], cut)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.account import Account
+    from microbatch.batching.bounds import ModelLimits
     from microbatch.batching.budget import Budget
     from microbatch.batching.flight import File
     from microbatch.batching.learned import Learned
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import Spec, Ticket
 
 _AT_FIRST = 2
-"""Combined calls of bulk work under way at once, until one reply has been of use: many could be wrong in the same way."""
+"""Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while
+it is being tried how long a reply the model allows, it is one."""
 
 _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
@@ -50,6 +52,7 @@ class Lane:
     """
 
     __slots__ = (
+        "_awaited",
         "_count",
         "_fill",
         "_fill_tokens",
@@ -67,6 +70,7 @@ class Lane:
         "learned",
         "live",
         "max_wait",
+        "model",
         "options",
         "queued",
         "rank",
@@ -91,6 +95,7 @@ class Lane:
         self.tenant = spec.tenant
         self.rank = spec.rank
         self.max_wait = 0.0  # seconds its requests wait for company at most; the collector's
+        self.model: ModelLimits | None = None  # what is known of it; the collector's
         self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
         self.welcome = -1  # bytes of a line up to which it joins without any other look; the collector's
         self.options: Options | None = None  # known to be served here; most come again with the same
@@ -104,6 +109,7 @@ class Lane:
         self.queued = False  # whether the scheduler has this lane in its turn
         self.timer_at = NEVER
         self.timer: asyncio.TimerHandle | None = None  # the scheduler's
+        self._awaited = 0  # waiting requests that are no bulk work, or more
         self._count = count
         self._pending: deque[Ticket] = deque()  # discarded ones stay until they come up, or are too many
         self._fill = 0
@@ -128,10 +134,11 @@ class Lane:
     @property
     def held(self) -> bool:
         """Whether the next batch waits until one of those under way shows that combining is of use; only bulk work does."""
-        if self.combined < _AT_FIRST or self.learned.proven or self._fill == 1:
+        if not self.combined or self.learned.proven or self._fill == 1:
             return False
-        fill = islice((ticket for ticket in self._pending if ticket.queue is self), self._fill)
-        return self.rank == LOW or all(ticket.bulk for ticket in fill)
+        if self.combined < _AT_FIRST and not (self.model is not None and self.model.trying):
+            return False
+        return self.rank == LOW or not self._awaited
 
     @property
     def next_batch(self) -> tuple[int, int]:
@@ -153,6 +160,10 @@ class Lane:
         ticket.queue = self
         self._pending.append(ticket)
         self.live += 1
+        if ticket.on_taken is None:
+            self._awaited += 1
+            if self._awaited == 1 and self._full is not None:
+                return self.combined > 0  # what was held for want of such a request is not held any more
         return self._full is None and self._admit(ticket)
 
     def rebudget(self, budget: Budget) -> None:
@@ -171,6 +182,9 @@ class Lane:
     def hasten(self, ticket: Ticket, due_at: float) -> None:
         """*ticket*, which waits here, is to leave by *due_at*, which is sooner than before."""
         ticket.patience = due_at - ticket.created
+        if ticket.on_taken is not None:
+            # Somebody else waits for what was bulk work. That this is not taken back when it leaves does no harm.
+            self._awaited += 1
         if self._full is None:  # else the lane is due, and looks at the times again when the next batch has left
             self.due_at = min(self.due_at, ticket.due_at)
 
@@ -181,6 +195,7 @@ class Lane:
         else:
             ticket.taken()
         self.live -= 1
+        self._awaited -= ticket.on_taken is None
         self._pay_debt(self._owed_count - self.live)
         if len(self._pending) > 2 * self.live + 64:
             self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
@@ -202,6 +217,7 @@ class Lane:
                 left -= 1
                 if not ticket.future.done():
                     ticket.queue = None
+                    self._awaited -= ticket.on_taken is None
                     if ticket.on_taken is not None:
                         ticket.on_taken(ticket)
                     tickets.append(ticket)

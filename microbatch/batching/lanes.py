@@ -103,10 +103,12 @@ class Lanes:
         spec = spec_of(messages[:-1], options, key)
         learned = self._memory.of(key)
         account = self._accounts.of(spec.model, spec.headers)
-        if account.max_tokens is not None or self._policy.merge == "when-cheaper" or self._costs.windowed(spec):
+        model = self._costs.model(spec)
+        if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._costs.measure(spec, learned)
         budget = self._budgets.of(spec, learned, account.max_tokens)
         lane = self._by_key[key] = Lane(spec, account, learned, budget, self._count, self._file_of(spec.content))
+        lane.model = model
         lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
         self._look_closely(lane)
         return lane

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from microbatch.batching.framing import Framing
+    from microbatch.messages import Usage
 
 _RANK_AFTER = 32
 """Answers after which their percentile is worked out anew, unless a longer one comes first."""
@@ -40,7 +42,8 @@ class Learned(msgspec.Struct):
         answers: Tokens of the latest answers.
         answer_tokens: Their 95th percentile, as of the latest ranking.
         answer_mean: Their mean, as of the latest ranking.
-        thinking: The part of a reply's tokens that went into thoughts lately, from 0 to 1. It does not grow with the batch.
+        thought: Tokens of the latest combined reply that went into thoughts. They do not grow with the batch.
+        thinking: The part of that reply that they were, from 0 to 1.
         unranked: Answers recorded since.
         single_tokens: What all but the longest single replies took lately; None until the first.
         framing: What surrounds its requests, measured on the first batch, or None.
@@ -64,6 +67,7 @@ class Learned(msgspec.Struct):
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
     answer_mean: float = 32.0
+    thought: int = 0
     thinking: float = 0.0
     unranked: int = _RANK_AFTER
     single_tokens: float | None = None
@@ -96,11 +100,17 @@ class Learned(msgspec.Struct):
             self.answer_tokens = longest
             self.revised = True
 
-    def record_thinking(self, part: float) -> None:
-        """Learn that *part* of a combined reply's tokens, from 0 to 1, went into thoughts."""
+    def record_thinking(self, usage: Usage) -> None:
+        """Learn how much of a combined reply went into thoughts."""
+        part = usage.reasoning_tokens / max(1, usage.completion_tokens)
         if part != self.thinking:
-            self.thinking = part
+            self.thought, self.thinking = usage.reasoning_tokens, part
             self.revised = True
+
+    @property
+    def written(self) -> int:
+        """The 95th percentile of answers without their shares of thoughts, in tokens."""
+        return max(1, math.ceil(self.answer_tokens * (1 - self.thinking)))
 
     def record_single(self, tokens: int) -> None:
         """Learn from a single reply, whose tokens are not those of an answer among others: think of reasoning."""
