@@ -254,8 +254,9 @@ class Collector:
             return queue.cost
         items, tokens = queue.next_batch
         if items == 1:
-            # What was known when it was accepted may be long out of date.
-            return min(quota, self.costs.alone(queue.oldest, queue.learned).tokens)
+            # One that was to travel with others was charged before anything was known of single answers.
+            apart, oldest = queue.learned.apart > 0, queue.oldest
+            return min(quota, self.costs.alone(oldest, queue.learned).tokens if apart else oldest.cost)
         return min(quota, self.costs.together(queue.spec, queue.learned, items, tokens, quota))
 
     def _rested(self, queue: Lane | AloneQueue | BorrowerQueue) -> None:

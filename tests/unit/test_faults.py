@@ -445,5 +445,5 @@ async def test_batched_answers_equal_single_answers_item_by_item(output):
 
 
 def test_every_kind_of_fault_is_tried_here_but_the_silent_ones():
-    tried = {*COMBINED_KINDS, *SHIFTS, "http_429", "http_500"}
+    tried = {*COMBINED_KINDS, *SHIFTS, "http_429", "http_500", "strange_ids", "rambling"}  # the last two in test_bounds
     assert set(get_args(Kind)) - tried == {"stall", "hang"}

@@ -195,12 +195,13 @@ async def test_a_batcher_of_large_calls_beside_one_of_small_calls():
 async def test_two_halves_make_a_whole(kind):
     model = simulated()
     watch = Watch(model)
-    size = 1 if kind is SINGLE else 16
+    # Two to a batch: larger ones, with their bounds, are granted as soon as a minute allows, and so many at once.
+    size = 1 if kind is SINGLE else 2
     batchers = [batcher_for(model, mb.RateLimit(rpm=RPM, tpm=TPM, share=0.5), size=size) for _ in range(2)]
     async with batchers[0], batchers[1]:
         await asyncio.gather(*(consume(batcher, Load(**kind, seed=i), watch) for i, batcher in enumerate(batchers)))
-    # What is left at the end of a window is too little for another batch with its bound: up to a tenth of half the quota.
-    assert_kept(model, watch, least=0.95 if kind is SINGLE else 0.9)
+    # What is left at the end of a window is too little for another batch.
+    assert_kept(model, watch, least=0.95 if kind is SINGLE else 0.94)
 
 
 async def test_half_a_share_alone_uses_half():
