@@ -193,7 +193,8 @@ class Books:
         answered = sum(mine)
         alone = Usage()
         if answered:
-            learned.record_answers([*compress(map(_completion_of, bill.shares), mine)])
+            if not batch.past_the_end:  # else what nobody asked for would count as theirs
+                learned.record_answers([*compress(map(_completion_of, bill.shares), mine)])
             learned.record_thinking(usage)
             if learned.framing is None:
                 learned.framing = measure(

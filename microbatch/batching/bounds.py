@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
@@ -31,10 +31,10 @@ from microbatch.batching.models import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from microbatch.batching.learned import Learned
-    from microbatch.batching.ticket import Spec
+    from microbatch.batching.schema import AnswerType
     from microbatch.batching.verdict import Outcome
     from microbatch.messages import TokenLimits
     from microbatch.protocols import Completion
@@ -62,6 +62,30 @@ _LONGER: Final = 1.25
 """By how much a bound must have grown for asking again to be worth it."""
 
 _MODELS: Final = 256
+
+
+class Asked(Protocol):
+    """What requests have in common, as far as it matters for the length of their answers; see `Spec` and `Options`."""
+
+    @property
+    def model(self) -> str | None:
+        """Whom they ask; None for the transport's model."""
+        ...
+
+    @property
+    def answer(self) -> AnswerType:
+        """The shape of an answer."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of an answer as callers have set it, or None."""
+        ...
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Further request fields."""
+        ...
 
 
 class ModelLimits(msgspec.Struct):
@@ -108,7 +132,7 @@ class Bounds:
         return found
 
     def bound(
-        self, spec: Spec, learned: Learned, items: int, *, prompt: Callable[[], int], quota: int | None
+        self, spec: Asked, learned: Learned, items: int, *, prompt: Callable[[], int], quota: int | None
     ) -> int | None:
         """Return the most tokens that a combined reply may take; None for no bound of ours.
 
@@ -127,14 +151,15 @@ class Bounds:
             tokens = tokens if limit is None else min(tokens, limit)
         quota = _lower(quota, learned.per_minute)
         if quota is not None:
-            # A prompt of nearly that size leaves too little for the answers. Then they are what counts.
-            share, answers = quota // QUOTA_SHARE - prompt(), items * self._each(spec, learned)
-            tokens = min(tokens, max(share, min(answers, quota - prompt())))
+            share = quota // QUOTA_SHARE - prompt()
+            if share < LEAST:  # the prompt alone takes nearly as much; then it is the answers that count
+                share = min(items * self._each(spec, learned), quota - prompt())
+            tokens = min(tokens, share)
         if model.context is not None:
             tokens = min(tokens, model.context - prompt())
         return tokens if tokens > 0 else None
 
-    def wanted(self, spec: Spec, learned: Learned, items: int) -> int:
+    def wanted(self, spec: Asked, learned: Learned, items: int) -> int:
         """Return the bound that a combined reply to *items* would have if nothing limited it."""
         if learned.per_minute is not None and learned.answers:
             # What a bound reserves and the reply does not use keeps other calls waiting. What replies took is known here.
@@ -143,7 +168,7 @@ class Bounds:
         tokens = max(LEAST, _FACTOR * (items * self._each(spec, learned) + self._canary_tokens))
         return (tokens + self._thought(spec, learned)) * (1 + learned.doubled)
 
-    def tried(self, spec: Spec, learned: Learned, items: int, bound: int | None) -> tuple[int | None, bool]:
+    def tried(self, spec: Asked, learned: Learned, items: int, bound: int | None) -> tuple[int | None, bool]:
         """Return the bound to send instead of *bound*, and whether it is larger than any that was accepted.
 
         Only one call at a time tries a larger bound, as long as that which was accepted is likely to do: an endpoint may have a
@@ -152,19 +177,21 @@ class Bounds:
         model = self.of(spec.model)
         if bound is None or bound <= model.accepted:
             return bound, False
-        least = self.wanted(spec, learned, items) * (2 if learned.doubled else 1) // _FACTOR
+        least = math.ceil(_LONGER * items * learned.answer_tokens)
+        if not learned.answers:
+            least = self.wanted(spec, learned, items) * (2 if learned.doubled else 1) // _FACTOR
         if model.trying and model.accepted >= least:
             return model.accepted, False
         return bound, True
 
-    def _each(self, spec: Spec, learned: Learned) -> int:
+    def _each(self, spec: Asked, learned: Learned) -> int:
         """Return the tokens expected of one element."""
         expected = spec.answer.expected_tokens
         if expected is None:
             expected = 2 * learned.answer_tokens if learned.answers else UNKNOWN_ANSWER
         return FRAME + expected
 
-    def _thought(self, spec: Spec, learned: Learned) -> int:
+    def _thought(self, spec: Asked, learned: Learned) -> int:
         """Return the tokens granted for what a reasoning model thinks."""
         asked = asked_reasoning(spec.params) if spec.params else None
         if not (learned.reasons or asked or (asked is None and self.of(spec.model).reasons)):
@@ -173,7 +200,7 @@ class Bounds:
 
     # --- what is learned
 
-    def refused(self, spec: Spec, learned: Learned, said: TokenLimits) -> None:
+    def refused(self, spec: Asked, learned: Learned, said: TokenLimits) -> None:
         """Learn from what an endpoint said of tokens when it refused a bound."""
         model = self.of(spec.model)
         model.output = _lower(model.output, said.completion)
@@ -184,7 +211,7 @@ class Bounds:
 
     def judge(
         self,
-        spec: Spec,
+        spec: Asked,
         learned: Learned,
         outcome: Outcome,
         completion: Completion | None,
@@ -213,7 +240,7 @@ class Bounds:
         if outcome.runaway or outcome.ending == "complete" or (outcome.ending == "length" and sent is not None):
             learned.fruitless = 0 if good else learned.fruitless + 1
 
-    def _note(self, spec: Spec, learned: Learned, outcome: Outcome, completion: Completion) -> None:
+    def _note(self, spec: Asked, learned: Learned, outcome: Outcome, completion: Completion) -> None:
         """Learn from a reply what it shows of its model."""
         model, sent = self.of(spec.model), completion.bound
         if sent is not None:
@@ -228,7 +255,7 @@ class Bounds:
                 model.reasons = True
 
     def _at_the_bound(
-        self, spec: Spec, learned: Learned, outcome: Outcome, sent: int, fresh: Callable[[], int | None]
+        self, spec: Asked, learned: Learned, outcome: Outcome, sent: int, fresh: Callable[[], int | None]
     ) -> None:
         """Judge a reply that has ended at our bound."""
 

@@ -99,6 +99,7 @@ class Budgets:
             tokens = min(tokens, policy.max_prompt_tokens - self._tokens_of(shared))
         tokens -= self.preamble_tokens(spec.answer.words)
         around = (learned.shared_tokens or 0) + self.preamble_tokens(spec.answer.words)
+        around += learned.thought if spec.max_tokens is None else 0
         for window in self._windows(spec, learned, quota, around + 4 * reserve):
             left = window - around
             size = max(1, min(size, left // (2 * reserve)))  # half of a small one for the answers
