@@ -97,7 +97,8 @@ class _Recovery:
         """Deal with what *outcome* left open; *may_combine* allows the one smaller combined call."""
         tickets = [item.ticket for item in outcome.open]
         too_many = outcome.ending == "length" and not (outcome.again or outcome.runaway)
-        if too_many or (outcome.ending == "complete" and outcome.damaged):
+        # A reply without one sound element says nothing of how many are too many.
+        if too_many or (outcome.ending == "complete" and outcome.damaged and outcome.sound):
             self._learned.halve(outcome.asked)
             self._revised()
         if not tickets:
@@ -151,9 +152,9 @@ class _Recovery:
                 return
             cost = self._costs.of_tickets(group, self._learned, self._account.max_tokens)
             permit = self._account.permit(cost, again=again)
-            outcome = await self._calls.batch(
-                self._calls.compose(group, self._learned, permit, route="fallback", instead=instead)
-            )
+            batch = self._calls.compose(group, self._learned, permit, route="fallback", instead=instead)
+            self._revised()  # only now, so that others of the lane do not try the same bound at the same time
+            outcome = await self._calls.batch(batch)
         self._revised()
         await self.after(outcome, may_combine=instead)
 
