@@ -163,8 +163,8 @@ class Bounds:
         """Return the bound that a combined reply to *items* would have if nothing limited it."""
         if learned.per_minute is not None and learned.answers:
             # What a bound reserves and the reply does not use keeps other calls waiting. What replies took is known here.
-            seen = max(LEAST, math.ceil(_CLOSE_FACTOR * items * learned.answer_tokens) + self._canary_tokens)
-            return seen * (1 + learned.doubled)
+            seen = math.ceil(_CLOSE_FACTOR * learned.reply_tokens(items)) + self._canary_tokens
+            return max(LEAST, seen) * (1 + learned.doubled)
         tokens = max(LEAST, _FACTOR * (items * self._each(spec, learned) + self._canary_tokens))
         return (tokens + self._thought(spec, learned)) * (1 + learned.doubled)
 
@@ -177,7 +177,7 @@ class Bounds:
         model = self.of(spec.model)
         if bound is None or bound <= model.accepted:
             return bound, False
-        least = math.ceil(_LONGER * items * learned.answer_tokens)
+        least = math.ceil(_LONGER * learned.reply_tokens(items))
         if not learned.answers:
             least = self.wanted(spec, learned, items) * (2 if learned.doubled else 1) // _FACTOR
         if model.trying and model.accepted >= least:
@@ -188,15 +188,15 @@ class Bounds:
         """Return the tokens expected of one element."""
         expected = spec.answer.expected_tokens
         if expected is None:
-            expected = 2 * learned.answer_tokens if learned.answers else UNKNOWN_ANSWER
+            expected = 2 * learned.written if learned.answers else UNKNOWN_ANSWER
         return FRAME + expected
 
     def _thought(self, spec: Asked, learned: Learned) -> int:
-        """Return the tokens granted for what a reasoning model thinks."""
+        """Return the tokens granted for what a reasoning model thinks, which are no more for a larger batch."""
         asked = asked_reasoning(spec.params) if spec.params else None
         if not (learned.reasons or asked or (asked is None and self.of(spec.model).reasons)):
             return 0
-        return max(REASONING_ALLOWANCE, reasoning_budget(spec.params))
+        return max(REASONING_ALLOWANCE, reasoning_budget(spec.params), 2 * learned.thought)
 
     # --- what is learned
 

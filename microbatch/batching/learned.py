@@ -112,6 +112,10 @@ class Learned(msgspec.Struct):
         """The 95th percentile of answers without their shares of thoughts, in tokens."""
         return max(1, math.ceil(self.answer_tokens * (1 - self.thinking)))
 
+    def reply_tokens(self, items: int) -> int:
+        """Return the tokens that a reply to *items* is likely to take at most, by those that were seen."""
+        return items * self.written + self.thought
+
     def record_single(self, tokens: int) -> None:
         """Learn from a single reply, whose tokens are not those of an answer among others: think of reasoning."""
         known = tokens if self.single_tokens is None else self.single_tokens

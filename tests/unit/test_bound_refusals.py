@@ -28,8 +28,8 @@ SAID = [
      "lower than 4096.")),
     (4_096, 400, "too many tokens: max tokens must be less than or equal to 4096, the maximum output for this model - received 20000."),
     (4_096, 422, "max_tokens cannot exceed 4,096 for model llama-3.1-8b-instruct v1.2"),
-    (6_692, 400, ("This model's maximum context length is 8192 tokens. However, you requested 21500 tokens (1500 in the messages, 20000 "
-     "in the completion). Please reduce the length of the messages or completion.")),
+    (6_692, 400, ("This model's maximum context length is 8192 tokens. However, you requested 21500 tokens (1500 in the messages, "
+     "20000 in the completion). Please reduce the length of the messages or completion.")),
     (6_692, 400, ("'max_tokens' or 'max_completion_tokens' is too large: 20000. This model's maximum context length is 8192 tokens and "
      "your request has 1500 input tokens (20000 > 8192 - 1500).")),
     (6_692, 400, ("This model's maximum context length is 8192 tokens. However, you requested 20000 output tokens and your prompt "
@@ -42,7 +42,7 @@ SAID = [
     (2_768, 400, "Prompt contains 30000 tokens and 20000 draft tokens, too large for model with 32768 maximum context length"),
     (2_596, 422, ("Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 1500 `inputs` tokens and 20000 "
      "`max_new_tokens`")),
-    (5_000, 402, "This request requires more credits, or fewer max_tokens. You requested up to 20000 tokens, but can only afford 5000."),
+    (5_000, 402, "This request requires more credits, or fewer max_tokens. You asked for 20000, but can only afford 5000."),
     (7_500, 429, ("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 30411. The input or output tokens must "
      "be reduced in order to run successfully.")),
 ]  # fmt: skip

@@ -36,10 +36,10 @@ FINITE = [
     (float, 3.141592653589793),
     (uuid.UUID, "123e4567-e89b-12d3-a456-426614174000"),
     (dt.date, "2026-11-30"),
-    (Annotated[str, msgspec.Meta(max_length=20)], "\u7535\u5b50\u4ea7\u54c1\u670d\u88c5\u5bb6\u5c45\u7f8e\u5bb9\u8fd0\u52a8\u5176\u4ed6\u7535\u5b50\u4ea7\u54c1"),
+    (Annotated[str, msgspec.Meta(max_length=20)], "\u7535\u5b50\u4ea7\u54c1" * 5),
     (tuple[int, bool], [123_456, True]),
     (Literal["a", "b"] | None, None),
-    (Item, {"category": "home and garden", "score": 0.123456789, "checked": True, "tags": ["new", "sale", "new"], "code": "a1b2c3d4e5f6"}),
+    (Item, {"category": "home and garden", "score": 0.123456789, "checked": True, "tags": ["new"] * 3, "code": "a1b2c3d4e5f6"}),
 ]  # fmt: skip
 
 
