@@ -25,7 +25,7 @@ from bounded import (
 import microbatch as mb
 from microbatch.batching.bounds import FRAME, LEAST
 from microbatch.batching.schema import answer_type
-from microbatch.testing import Faults, Quota, SimulatedTransport
+from microbatch.testing import Faults, Latency, Quota, SimulatedModel, SimulatedTransport
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -221,16 +221,28 @@ async def test_now_and_then_a_useless_reply_is_no_reason_to_go_alone():
     assert stats.lanes_parted == 0
 
 
-async def test_a_streamed_reply_is_read_no_further_than_two_elements_past_the_last():
-    model = simulated(faults=Faults("rambling", rate=1.0, on="combined"))
-    transport = Recorded(model)
-    async with batcher_for(transport) as batcher:
-        outputs = await in_waves(batcher, 16, str)
-        took = asyncio.get_running_loop().time()
-        stats = batcher.stats()
-    assert outputs == [model.answer(messages(number)[-1]["content"], None) for number in range(16)]
-    assert (stats.upstream_calls, stats.fallback_calls, model.disconnects) == (1, 0, 1), "what was answered stands"
-    assert took < 0.5 + model.completion_tokens / 200 / 4
+@pytest.mark.parametrize("items", [2, 5, 16])
+async def test_a_streamed_reply_is_read_no_further_than_two_elements_past_the_last(items):
+    left = []
+
+    class Watched(SimulatedTransport):
+        async def send(self, call, on_text):
+            try:
+                return await super().send(call, on_text)
+            except asyncio.CancelledError:
+                left.append(asyncio.get_running_loop().time())
+                raise
+
+    latency = Latency(first_token=0.5, element=0.25)
+    model = SimulatedModel(latency=latency, faults=Faults("rambling", rate=1.0, on="combined"))
+    async with batcher_for(Watched(model)) as batcher:
+        outputs = await in_waves(batcher, items, str, each=items)
+        assert asyncio.get_running_loop().time() == 0.5 + 0.25 * items
+        assert outputs == [model.answer(messages(number)[-1]["content"], None) for number in range(items)]
+    stats = batcher.stats()
+    assert left == [0.5 + 0.25 * (items + 2)]
+    assert (stats.upstream_calls, stats.fallback_calls) == (1, 0), "what was answered stands"
+    assert stats.unreported_calls == 1, "of a call that was cut nobody tells the usage"
 
 
 async def test_until_a_reply_was_of_use_bulk_work_has_few_combined_calls_under_way_and_others_as_many_as_ever():
