@@ -88,6 +88,9 @@ class _Elements(msgspec.Struct):
     unknown_ids: int
     damaged: bool
     prefaced: bool
+    elements: int
+    latest: int = -1
+    disordered: bool = False
 
     @property
     def found(self) -> bool:
@@ -117,6 +120,8 @@ class Demultiplexer:
         unknown_ids: Elements whose id was not asked for.
         thought: Whether a thought was in the reply.
         drafts: Whether something was delivered that may have been a draft: a thought ended after it, or another answer followed.
+        elements: Elements seen that are sound JSON, whatever their id, less those in thoughts.
+        disordered: Whether one of them was not asked for, or came after one that was asked for later, or came twice.
     """
 
     __slots__ = (
@@ -132,13 +137,16 @@ class Demultiplexer:
         "_index",
         "_kept",
         "_kept_chars",
+        "_latest",
         "_malformed",
         "_next",
         "_prefaced",
         "_scanner",
         "_thinking",
         "damaged",
+        "disordered",
         "drafts",
+        "elements",
         "late_duplicates",
         "thought",
         "unknown_ids",
@@ -162,10 +170,15 @@ class Demultiplexer:
         self._prefaced = False  # prose stands before the first element
         self._thinking: _Elements | None = None  # what was found before the thought that has begun and not ended
         self._ended = False  # a thought has ended, and no element has followed yet
+        self._latest = (
+            -1
+        )  # the furthest item that an element was for, once one has come that is not in the common shape
         self.thought = self.drafts = False
         self.damaged = False
         self.late_duplicates = 0
         self.unknown_ids = 0
+        self.elements = 0
+        self.disordered = False
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""
@@ -248,7 +261,7 @@ class Demultiplexer:
             return
         if self._ended:
             # A thought has ended before it, so all that was found so far were drafts.
-            self._restore(_Elements({}, {}, {}, len(self._given), 0, damaged=False, prefaced=False))
+            self._restore(self._nothing())
             self.drafts = self.drafts or bool(self._given)
             self._eager = self._early
             self._ended = False
@@ -266,8 +279,11 @@ class Demultiplexer:
                 *(self._held, self._copies, self._malformed, self._next, self.unknown_ids),
                 damaged=self.damaged,
                 prefaced=self._prefaced,
+                elements=self.elements,
+                latest=self._latest,
+                disordered=self.disordered,
             )
-            self._restore(_Elements({}, {}, {}, len(self._given), 0, damaged=False, prefaced=False))
+            self._restore(self._nothing())
 
     def _thought_ends(self) -> None:
         self.thought = self._ended = True
@@ -280,6 +296,12 @@ class Demultiplexer:
         """Have found what *found* tells and no more; what was delivered stays delivered."""
         self._held, self._copies, self._malformed, self._next = found.held, found.copies, found.malformed, found.next
         self.unknown_ids, self.damaged, self._prefaced = found.unknown_ids, found.damaged, found.prefaced
+        self.elements, self._latest, self.disordered = found.elements, found.latest, found.disordered
+
+    def _nothing(self) -> _Elements:
+        """Return what is found before the first element of a part: nothing but what was delivered."""
+        given = len(self._given)
+        return _Elements({}, {}, {}, given, 0, damaged=False, prefaced=False, elements=given)
 
     def _peek_kept(self) -> str:
         if len(self._kept) > 1:
@@ -372,6 +394,8 @@ class Demultiplexer:
         except BaseException:  # noqa: BLE001 see _deliver
             self._unfit(index, raw)
             self._copies[index] = 1
+            self.elements += 1
+        self.elements += index - self._next
         self._next = index
         return pos
 
@@ -407,6 +431,11 @@ class Demultiplexer:
         if self._gap or self._ended:
             self._enter()
         index = self._find(name)
+        self.elements += self._thinking is None  # a thought may hold any number of drafts
+        if index is None or index <= max(self._latest, self._next - 1):
+            self.disordered = True
+        else:
+            self._latest = index
         if index == self._next and not self.damaged:
             if not self._eager:
                 self._copies[index] = 1

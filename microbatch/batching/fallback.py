@@ -5,6 +5,8 @@
   with its caller's own messages.
 - A refusal that one request may be to blame for, be it the transport's own: the batch is halved until the culprits are alone.
   k culprits among n cost at most 1 + 2k * ceil(log2 n) calls.
+- A reply whose bound was too low: one combined call asks again for all that is open.
+- A reply without one sound element, or of a model that does not stop: every request goes alone at once.
 - A reply that is the model's reasoning and nothing else: one request is asked alone first. If that brings no more, neither will the
   others.
 - Anything else is no request's fault and would fail them again: every request fails with the error.
@@ -66,13 +68,14 @@ class Fallback:
         self._fail = fail
         self.unpaid = 0
 
-    async def recover(self, outcome: Outcome, batch: Batch, revised: Callable[[], None]) -> None:
+    async def recover(self, outcome: Outcome, batch: Batch, revised: Callable[[], int]) -> None:
         """See to it that every request that *outcome* left open ends, with an answer or an error.
 
         Args:
             outcome: How the call ended.
             batch: The call.
-            revised: Called when the lane has learned something that its next batches should know at once.
+            revised: Called when the lane has learned something that its next batches should know at once; returns how many requests
+                they hold.
         """
         recovery = _Recovery(self._calls, self._costs, batch, self._fail, revised, self._policy.max_concurrent)
         try:
@@ -90,7 +93,7 @@ class _Recovery:
         costs: Costs,
         batch: Batch,
         fail: Callable[[Ticket, RequestFailed | ConfigError], None],
-        revised: Callable[[], None],
+        revised: Callable[[], int],
         max_concurrent: int,
     ) -> None:
         self._calls = calls
@@ -106,10 +109,15 @@ class _Recovery:
     async def after(self, outcome: Outcome, *, may_combine: bool) -> None:
         """Deal with what *outcome* left open; *may_combine* allows the one smaller combined call."""
         tickets = [item.ticket for item in outcome.open]
-        if outcome.ending == "length" or (outcome.ending == "complete" and outcome.damaged):
+        too_many = outcome.ending == "length" and not (outcome.again or outcome.runaway)
+        # A reply without one sound element says nothing of how many are too many.
+        if too_many or (outcome.ending == "complete" and outcome.damaged and outcome.sound):
             self._learned.halve(outcome.asked)
             self._revised()
         if not tickets:
+            return
+        if outcome.again:
+            await self._together([tickets], instead=True)
             return
         if outcome.ending == "failed" and outcome.error is not None:
             for ticket in tickets:
@@ -125,9 +133,11 @@ class _Recovery:
         else:
             # What a cut has lost is asked for again at the expense of the retry budget: it is a retry of that part.
             cut = outcome.error if outcome.ending == "cut" else None
-            if may_combine and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
+            of_use = outcome.sound and not outcome.runaway
+            if may_combine and of_use and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
                 _shuffle(tickets)
-                await self._together(_chunks(tickets, max(1, outcome.asked // 2)), cut)
+                size = min(outcome.asked // 2, self._revised() if outcome.ending == "length" else outcome.asked)
+                await self._together(_chunks(tickets, max(1, size)), cut)
             else:
                 await self._together([[ticket] for ticket in tickets], cut)
 
@@ -135,13 +145,15 @@ class _Recovery:
         middle = (len(tickets) + 1) // 2
         await self._together([part for part in (tickets[:middle], tickets[middle:]) if part])
 
-    async def _together(self, groups: list[list[Ticket]], cut: RequestFailed | ConfigError | None = None) -> None:
-        """Ask each group, a few at a time; after a *cut*, as far as the retry budget goes."""
+    async def _together(
+        self, groups: list[list[Ticket]], cut: RequestFailed | ConfigError | None = None, *, instead: bool = False
+    ) -> None:
+        """Ask each group, a few at a time; after a *cut*, as far as the retry budget goes; or one *instead* of a call before it."""
         async with anyio.create_task_group() as tasks:
             for group in groups:
-                tasks.start_soon(self._ask, group, cut)
+                tasks.start_soon(self._ask, group, cut, instead)
 
-    async def _ask(self, group: list[Ticket], cut: RequestFailed | ConfigError | None) -> None:
+    async def _ask(self, group: list[Ticket], cut: RequestFailed | ConfigError | None, instead: bool) -> None:
         async with self._at_once:
             group = [ticket for ticket in group if not ticket.future.done()]
             if not group:
@@ -153,25 +165,31 @@ class _Recovery:
                 for ticket in group:
                     self._fail(ticket, error)
                 return
-            cost = group[0].cost if len(group) == 1 else self._costs.of_tickets(group, self._learned)
+            cost = group[0].cost
+            if len(group) > 1:
+                cost = self._costs.of_tickets(group, self._learned, self._account.max_tokens)
             permit = self._account.permit(cost, self._rank, again=cut is not None)
             try:
-                # It is composed when it has its slot, as new work is: a caller that leaves before that is not in it.
-                refusal = await self._calls.admit(group, permit)
-                if refusal is not None:
-                    for ticket in group:
-                        self._fail(ticket, refusal)
-                    return
-                outcome = await self._send([ticket for ticket in group if not ticket.future.done()], permit)
+                if not instead:
+                    # It is composed when it has its slot, as new work is: a caller that leaves before that is not in it.
+                    refusal = await self._calls.admit(group, permit)
+                    if refusal is not None:
+                        for ticket in group:
+                            self._fail(ticket, refusal)
+                        return
+                outcome = await self._send([ticket for ticket in group if not ticket.future.done()], permit, instead)
             finally:
                 permit.finish()
         if outcome is not None:
-            await self.after(outcome, may_combine=False)
+            self._revised()
+            await self.after(outcome, may_combine=instead)
 
-    async def _send(self, group: list[Ticket], permit: Permit) -> Outcome | None:
+    async def _send(self, group: list[Ticket], permit: Permit, instead: bool) -> Outcome | None:
         """Send *group*; return what the call left open, None if nothing."""
         if len(group) > 1:
-            return await self._calls.batch(self._calls.compose(group, self._learned, permit, route="fallback"))
+            batch = self._calls.compose(group, self._learned, permit, route="fallback", instead=instead)
+            self._revised()  # only now, so that others of the lane do not try the same bound at the same time
+            return await self._calls.batch(batch)
         for ticket in group:
             error = await self._calls.single(ticket, permit, learned=self._learned)
             if error is not None:

@@ -65,6 +65,13 @@ class Outcome(msgspec.Struct):
         error: What ended it, for endings other than "complete" and "length".
         damaged: Whether the reply itself is to blame for what is open.
         only_reasoning: Whether all that came is the model's reasoning, though it ended as it should.
+        heard: Whether the reply had any text.
+        sound: Whether it had an element that was asked for and fits.
+        in_order: Whether its elements came in the order in which they were asked for, none twice and none that was not.
+        past_the_end: Whether it went on after as many elements as were asked for.
+        bounded: Whether the call was made with a bound of ours.
+        again: Whether its bound was too low: what is open is asked again together, with a higher one.
+        runaway: Whether the model did not stop where it should have.
     """
 
     ending: Ending
@@ -73,6 +80,13 @@ class Outcome(msgspec.Struct):
     error: RequestFailed | ConfigError | None = None
     damaged: bool = False
     only_reasoning: bool = False
+    heard: bool = True
+    sound: bool = True
+    in_order: bool = True
+    past_the_end: bool = False
+    bounded: bool = False
+    again: bool = False
+    runaway: bool = False
 
 
 def ending(

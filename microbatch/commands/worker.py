@@ -54,18 +54,13 @@ A worker runs until it is stopped: on Ctrl-C or SIGTERM it takes no more, ends
 what is under way, and tells what it did. A second signal stops it at once,
 and nothing is lost by that. The key is taken from OPENAI_API_KEY.
 
-<<<<<<< HEAD
-Exit status: 0, 1 if requests became dead letters or the server has lost some,
-2 if something is wrong with the command.
-=======
 While the endpoint does not answer, no request is to blame: they are put back
 as they were, and the worker tries again now and then. A key or an account that
 is refused from the start ends it.
 
-Exit status: 0, 1 if requests became dead letters or the endpoint was given up,
-2 if something is wrong with the command, or requests name no model and the
-command does not either, 130 stopped by a second signal.
->>>>>>> h-cli
+Exit status: 0, 1 if requests became dead letters, the server has lost some or
+the endpoint was given up, 2 if something is wrong with the command, or requests
+name no model and the command does not either, 130 stopped by a second signal.
 """
 EXAMPLES = """
 examples:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from microbatch.errors import BadRequest, ConnectFailed, ServerError, StatusError
+from microbatch.transports.bound_refusals import read_refusal, words_of
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_shapes import Fault, read_fault, to_error, unanswered
 from microbatch.transports.http_edge import guarded, read_all, read_some
@@ -89,7 +90,9 @@ class Attempt:
                 raise
         if timeout is not None:
             raise timeout  # out here, where nothing of aiohttp's is attached to it
-        return self._reader.completion(request_id, limits)
+        completion = self._reader.completion(request_id, limits)
+        completion.bound = self._plan.bound
+        return completion
 
     async def _receive(self, response: aiohttp.ClientResponse) -> None:
         kind = response.content_type if "Content-Type" in response.headers else ""
@@ -194,6 +197,8 @@ class Attempt:
         )
         if not self._gave_text:
             self._learn(fault, error)
+            if not error.again:
+                error = self._about_bound(error, fault, raw)
         raise error
 
     def _learn(self, fault: Fault, error: StatusError) -> None:
@@ -204,6 +209,29 @@ class Attempt:
             )
         elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
             self._ladder.failed(self._plan)
+
+    def _about_bound(self, error: StatusError, fault: Fault, raw: bytes) -> StatusError:
+        """Return *error*, or what to raise instead because it is the call's bound that is refused."""
+        if self._plan.call.max_tokens is not None:
+            return error
+        said = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
+        if said is None:
+            return error
+        if not self._ladder.bound_refused(self._plan, said):
+            error.token_limits = said if self._plan.bound is not None else None
+            return error
+        # A refusal for credit is no reason to stop all calls, nor one for tokens a minute to slow down, if less may be asked for.
+        return BadRequest(
+            str(error),
+            status=error.status,
+            code=error.code,
+            param=error.param,
+            request_id=error.request_id,
+            limits=error.limits,
+            body=error.body,
+            again=True,
+            token_limits=said,
+        )
 
     def _secrets(self) -> list[str]:
         """Return what an answer must not echo: header values, the key inside Authorization, and what the address holds."""
