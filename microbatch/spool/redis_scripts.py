@@ -1,207 +1,15 @@
 """What a spool does, in Redis' Lua: each step is one script, which the server runs as a whole, with nobody in between.
 
-Every request that is neither done nor dead nor in a job has exactly one entry in the stream of its stage. Whoever takes it, that
-entry is pending in the stream's consumer group; whoever passes it on deletes the entry and, in the same script, adds one to the next
-stage. The consumers are no workers but what is being done with an entry: `leased` has those in the hands of workers, `returned` those
-that were given back as if they had never been taken, which so keep their place. Which worker holds a request is told by its `lease`,
-in the request's hash, so that an earlier holder moves nothing, and workers that are gone leave no consumers behind.
-
-Leases are kept as idle times: an entry counts as taken so long ago that it is idle for HORIZON just when its lease runs out. So
-XPENDING finds those whose time is up whatever the lease of each, and the server keeps the time for all machines. Its clock may be
-set. If it was set back, leases end later than any lease can: they are cut to the longest that was ever given. If it was set forward,
-or the server was asleep, they ran out long ago though their holders may live: they are given once more (`spared`), to be renewed by
-whoever lives.
-
-A server that drops keys for want of room, or is told to delete some, may lose a request or its place in a stream. Such a request is
-*lost*: it is still in `open`, but has no hash, or no entry where its hash says. Nothing is taken of it; putting it again, or
-requeueing it if its hash is there, gives it a place again.
-
-Keys, behind the prefix: `item:NAME` (hash), `stage:0..2` (streams), `names` (all, by their order), `open` (neither done nor dead, by
-the time they were put), `done` (by the time they are dropped), `dead` (by their order), `jobs` (by the end of their lease),
-`job:TOKEN` (hash), `tied:TOKEN` (what is tied to a job, by its order), `counter` (gives the order), `clock` (hash: the time when it was
-last looked at, the longest lease, the longest time that answers are kept; all in ms).
+`redis_prelude` tells where everything is.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from microbatch.spool.records import LOST, OVERDUE
+from microbatch.spool.redis_prelude import script
 
-# With `#!lua` the server checks before a script runs whether it may write: it never stops half-way for want of memory. What takes a
-# request on its way out may write at any time (`allow-oom`), or a full server would stay full.
-_PRELUDE: Final = """
-local prefix, max_alone = ARGV[1], tonumber(ARGV[2])
-local GROUP, LEASED, RETURNED = 'workers', 'leased', 'returned'
-local HORIZON = 30 * 86400000
-local ALONE = 2
-local MOST = 1000  -- in one go, of what waits for nobody
-local OVERDUE = $OVERDUE
-local SET_BACK = 1000  -- ms by which the clock has to go back to be looked into
-
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local now_ms = string.format('%.0f', now)
-local now_s = string.format('%.3f', now / 1000)
-
-local function item_key(name) return prefix .. 'item:' .. name end
-local function stage_of(deliveries) return math.min(deliveries, ALONE) end
-local function is_dead(deliveries) return deliveries >= ALONE + max_alone end
-local function idle_for(lease) return math.max(0, HORIZON - lease) end
-
-local streams = {}
-local function stream_of(stage)
-  if not streams[stage] then
-    local key = prefix .. 'stage:' .. stage
-    if redis.call('EXISTS', key) == 0 then
-      redis.call('XGROUP', 'CREATE', key, GROUP, '0', 'MKSTREAM')
-    end
-    streams[stage] = key
-  end
-  return streams[stage]
-end
-
-local function discard(stream, entry)
-  redis.call('XACK', stream, GROUP, entry)
-  redis.call('XDEL', stream, entry)
-end
-
--- Numbers for what is to come after all there is; one that the server has dropped is made up for.
-local function next_orders(number)
-  local counter = prefix .. 'counter'
-  if redis.call('EXISTS', counter) == 0 then
-    local top = 0
-    for _, index in ipairs({'names', 'dead'}) do
-      top = math.max(top, tonumber(redis.call('ZRANGE', prefix .. index, 0, 0, 'REV', 'WITHSCORES')[2] or 0))
-    end
-    redis.call('SET', counter, string.format('%.0f', top))
-  end
-  return redis.call('INCRBY', counter, number)
-end
-
-local function enqueue(name, deliveries)
-  local entry = redis.call('XADD', stream_of(stage_of(deliveries)), '*', 'name', name)
-  local key = item_key(name)
-  redis.call('HSET', key, 'state', 'waiting', 'deliveries', deliveries, 'entry', entry)
-  redis.call('HDEL', key, 'lease', 'job', 'error', 'died_at', 'spared')
-end
-
-local function bury(name, error)
-  local key = item_key(name)
-  redis.call('HSET', key, 'state', 'dead', 'error', error, 'died_at', now_s)
-  redis.call('HDEL', key, 'entry', 'lease', 'job', 'spared')
-  redis.call('ZADD', prefix .. 'dead', next_orders(1), name)
-  redis.call('ZREM', prefix .. 'open', name)
-end
-
-local function fail(name, deliveries, error)
-  if is_dead(deliveries) then bury(name, error) else enqueue(name, deliveries) end
-end
-
--- Take a request from where it is. It has to be put somewhere else in the same script.
-local function withdraw(name, state, deliveries, entry, job)
-  if state == 'waiting' then
-    discard(stream_of(stage_of(deliveries)), entry)
-  elseif state == 'leased' then
-    discard(stream_of(stage_of(deliveries - 1)), entry)
-  elseif state == 'in_job' then
-    redis.call('ZREM', prefix .. 'tied:' .. job, name)
-  elseif state == 'dead' then
-    redis.call('ZREM', prefix .. 'dead', name)
-  end
-end
-
--- Whether a request that is neither done nor dead is where its hash says.
-local function has_place(name, state, deliveries, entry, job)
-  if state == 'in_job' then return redis.call('ZSCORE', prefix .. 'tied:' .. job, name) end
-  local stage = stage_of(state == 'leased' and deliveries - 1 or deliveries)
-  return redis.call('XRANGE', prefix .. 'stage:' .. stage, entry, entry)[1]
-end
-
--- Give a lost request whose hash is there a place again; return whether it was one. Its latest delivery, if any, is not counted.
-local function put_back(name)
-  local item = redis.call('HMGET', item_key(name), 'state', 'deliveries', 'entry', 'job')
-  local state, deliveries = item[1], tonumber(item[2] or '')
-  if not state or state == 'done' or state == 'dead' or has_place(name, state, deliveries, item[3], item[4]) then
-    return false
-  end
-  enqueue(name, state == 'waiting' and deliveries or deliveries - 1)
-  redis.call('ZADD', prefix .. 'open', 'NX', now, name)
-  return true
-end
-
--- Note how long a lease lasts, or answers are kept, if none has lasted so long.
-local function note_longest(kind, ms)
-  local known = tonumber(redis.call('HGET', prefix .. 'clock', kind) or '')
-  if not known or known < tonumber(ms) then redis.call('HSET', prefix .. 'clock', kind, ms) end
-end
-
--- Leases and answers cannot last longer than the longest of them: if they seem to, the clock was set back.
-local function cut(lease, keep)
-  for stage = 0, ALONE do
-    local stream, most = stream_of(stage), redis.call('XLEN', prefix .. 'stage:' .. stage)
-    for _, pending in ipairs(most > 0 and redis.call('XPENDING', stream, GROUP, '-', '+', most, LEASED) or {}) do
-      if pending[3] < idle_for(lease) then
-        redis.call('XCLAIM', stream, GROUP, LEASED, 0, pending[1], 'IDLE', idle_for(lease), 'JUSTID')
-      end
-    end
-  end
-  for _, token in ipairs(redis.call('ZRANGE', prefix .. 'jobs', now + lease, '+inf', 'BYSCORE')) do
-    redis.call('ZADD', prefix .. 'jobs', now + lease, token)
-  end
-  for _, name in ipairs(keep and redis.call('ZRANGE', prefix .. 'done', now + keep, '+inf', 'BYSCORE') or {}) do
-    redis.call('ZADD', prefix .. 'done', now + keep, name)
-    redis.call('PEXPIREAT', item_key(name), now + keep)
-  end
-end
-
--- Look at the clock; return after how many ms beyond its end a lease says nothing of its holder.
-local function look_at_clock()
-  local known = redis.call('HMGET', prefix .. 'clock', 'seen', 'lease', 'keep')
-  local seen, lease = tonumber(known[1] or ''), tonumber(known[2] or '')
-  if seen and lease and now < seen - SET_BACK then cut(lease, tonumber(known[3] or '')) end
-  if not seen or math.abs(now - seen) > SET_BACK then redis.call('HSET', prefix .. 'clock', 'seen', now_ms) end
-  return lease, math.max(OVERDUE, lease or 0)
-end
-
-local function pass_on_lost()
-  local longest, overdue = look_at_clock()
-  for stage = 0, ALONE do
-    local stream = stream_of(stage)
-    for _, pending in ipairs(redis.call('XPENDING', stream, GROUP, 'IDLE', HORIZON, '-', '+', MOST, LEASED)) do
-      local entry, late = pending[1], pending[3] - HORIZON
-      local found = redis.call('XRANGE', stream, entry, entry)[1]
-      local name = found and found[2][2]
-      local key = name and item_key(name)
-      local item = name and redis.call('HMGET', key, 'deliveries', 'entry', 'spared') or {}
-      if item[2] ~= entry then  -- somebody has deleted the request
-        discard(stream, entry)
-      elseif longest and late > overdue and not item[3] then
-        redis.call('XCLAIM', stream, GROUP, LEASED, 0, entry, 'IDLE', idle_for(longest), 'JUSTID')
-        redis.call('HSET', key, 'spared', 1)
-      else
-        discard(stream, entry)
-        fail(name, tonumber(item[1]), (string.gsub([[$LOST]], '{}', item[1])))
-      end
-    end
-  end
-end
-
-local function drop_old_answers(most)
-  for _, name in ipairs(redis.call('ZRANGE', prefix .. 'done', '-inf', '(' .. now_ms, 'BYSCORE', 'LIMIT', 0, most)) do
-    redis.call('DEL', item_key(name))
-    redis.call('ZREM', prefix .. 'done', name)
-    redis.call('ZREM', prefix .. 'names', name)
-  end
-end
-""".replace("$LOST", LOST).replace("$OVERDUE", f"{1000 * OVERDUE:.0f}")
-
-
-def _script(body: str, *, flags: str = "flags=allow-oom") -> str:
-    return f"#!lua {flags}".rstrip() + _PRELUDE + body
-
-
-PUT: Final = _script(
+PUT: Final = script(
     """
 -- name, digest, payload, ...
 local number = (#ARGV - 2) / 3
@@ -235,7 +43,7 @@ return outcomes
     flags="",
 )
 
-TAKE: Final = _script("""
+TAKE: Final = script("""
 -- stage, most, lease in ms, what tells this delivery from others
 local stage, most, idle, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), idle_for(ARGV[5]), ARGV[6]
 note_longest('lease', ARGV[5])
@@ -274,7 +82,7 @@ end
 return taken
 """)
 
-RENEW: Final = _script("""
+RENEW: Final = script("""
 -- lease in ms; name, lease, ...
 local idle = idle_for(ARGV[3])
 note_longest('lease', ARGV[3])
@@ -288,7 +96,7 @@ for at = 4, #ARGV, 2 do
 end
 """)
 
-FINISH: Final = _script("""
+FINISH: Final = script("""
 -- ms to keep; name, digest, result, ...
 local till = now + ARGV[3]
 note_longest('keep', ARGV[3])
@@ -309,7 +117,7 @@ for at = 4, #ARGV, 3 do
 end
 """)
 
-GIVE_BACK: Final = _script("""
+GIVE_BACK: Final = script("""
 -- error, whether it counts; name, lease, ...
 local error, counted = ARGV[3], ARGV[4] == '1'
 for at = 5, #ARGV, 2 do
@@ -330,7 +138,7 @@ for at = 5, #ARGV, 2 do
 end
 """)
 
-FIND: Final = _script(
+FIND: Final = script(
     """
 -- name, ...
 local found = {}
@@ -351,7 +159,7 @@ return found
     flags="flags=no-writes",
 )
 
-COUNTS: Final = _script(
+COUNTS: Final = script(
     """
 -- whether to look at every request
 local waiting, leased, in_job = {0, 0, 0}, 0, 0
@@ -417,11 +225,11 @@ return {waiting[1], waiting[2], waiting[3], math.max(0, leased), in_job, done, d
     flags="flags=no-writes",
 )
 
-PASS_ON_LOST: Final = _script("""
+PASS_ON_LOST: Final = script("""
 pass_on_lost()
 """)
 
-REQUEUE: Final = _script("""
+REQUEUE: Final = script("""
 -- whether all; name, ...
 pass_on_lost()
 local names = {}
@@ -446,7 +254,7 @@ end
 return number
 """)
 
-BEGIN_JOB: Final = _script("""
+BEGIN_JOB: Final = script("""
 -- lease in ms, token, content, whether it has a batch_id, batch_id; name, lease, ...
 local token = ARGV[4]
 note_longest('lease', ARGV[3])
@@ -467,7 +275,7 @@ for at = 8, #ARGV, 2 do
 end
 """)
 
-UPDATE_JOB: Final = _script("""
+UPDATE_JOB: Final = script("""
 -- token, content, whether it has a batch_id, batch_id
 local key = prefix .. 'job:' .. ARGV[3]
 if redis.call('EXISTS', key) == 1 then
@@ -476,7 +284,7 @@ if redis.call('EXISTS', key) == 1 then
 end
 """)
 
-TAKE_JOBS: Final = _script("""
+TAKE_JOBS: Final = script("""
 -- most, lease in ms
 note_longest('lease', ARGV[4])
 look_at_clock()
@@ -496,7 +304,7 @@ end
 return jobs
 """)
 
-RENEW_JOBS: Final = _script("""
+RENEW_JOBS: Final = script("""
 -- lease in ms; token, ...
 note_longest('lease', ARGV[3])
 for at = 4, #ARGV do
@@ -504,7 +312,7 @@ for at = 4, #ARGV do
 end
 """)
 
-JOB_ITEMS: Final = _script(
+JOB_ITEMS: Final = script(
     """
 -- token
 local items = {}
@@ -521,7 +329,7 @@ return items
     flags="flags=no-writes",
 )
 
-END_JOB: Final = _script("""
+END_JOB: Final = script("""
 -- token, error
 local tied = prefix .. 'tied:' .. ARGV[3]
 for _, name in ipairs(redis.call('ZRANGE', tied, 0, -1)) do

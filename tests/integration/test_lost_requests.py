@@ -83,11 +83,13 @@ async def test_what_a_server_evicts_is_told_and_all_else_is_answered(own_redis):
         for begin in range(0, count, 500):
             await spool.put([Item(Name(None, f"{n}"), b"d", b"x" * 300) for n in range(begin, begin + 500)])
     with own_redis.client() as client:
-        client.config_set("maxmemory-policy", "allkeys-lru")
-        client.config_set("maxmemory-samples", 64)
-        client.touch(
-            *(PREFIX + index for index in ("stage:0", "open", "names", "counter"))
-        )  # so only contents are dropped
+        client.config_set("maxmemory-policy", "volatile-lru")
+        with client.pipeline(transaction=False) as pipeline:
+            for number in range(
+                count
+            ):  # so that the server may drop contents only, and which of them is all that chance decides
+                pipeline.expire(PREFIX + key_of(f"{number}"), 86_400)
+            pipeline.execute()
         client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 0.8))
         client.set("more", b"")
         client.config_set("maxmemory", "100mb")
