@@ -433,7 +433,7 @@ class Calls:
         return completion, error
 
     def _count_attempt(self, exchange: Exchange, learned: Learned | None, count: int) -> None:
-        """Count an attempt of *exchange* (1), or that it was not made after all (-1); in *learned* as well, if it is a cost of combining."""
+        """Count an attempt of *exchange* (1), or that it was not made after all (-1); in *learned* too, if combining caused it."""
         first = exchange.attempts == (0 if count > 0 else 1)
         self._ledger.upstream_calls += count
         exchange.attempts += count
