@@ -144,8 +144,8 @@ def test_a_caller_s_limit_goes_out_under_the_same_name_and_the_bound_stays_at_ho
     ladder = Ladder()
     assert plan(ladder, ChatCall(messages=(), max_tokens=5, bound=BOUND)).bound is None
     assert plan(ladder, ChatCall(messages=(), bound=BOUND)).bound == BOUND
-    assert plan(ladder, ChatCall(messages=(), bound=BOUND)).sent == {"max_tokens"}
-    assert plan(ladder, ChatCall(messages=())).sent == frozenset()
+    assert "max_tokens" in plan(ladder, ChatCall(messages=(), bound=BOUND)).sent
+    assert "max_tokens" not in plan(ladder, ChatCall(messages=())).sent
 
 
 def test_a_bound_that_is_refused_without_a_number_is_dropped_for_that_call():

@@ -173,7 +173,8 @@ async def test_several_batchers_that_share_one_limit(kind):
     await asyncio.gather(*(consume(batcher, Load(**kind, seed=i), watch) for i, batcher in enumerate(batchers)))
     for batcher in batchers:
         await batcher.aclose()
-    assert_kept(model, watch)
+    # What is left at the end of a window is too little for another batch, whose bound on its reply is charged too.
+    assert_kept(model, watch, least=0.95 if kind is SINGLE else 0.94)
     answered = [batcher.stats().answered for batcher in batchers]
     assert max(answered) <= 1.2 * min(answered)
 
