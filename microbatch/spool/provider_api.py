@@ -10,16 +10,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from microbatch.errors import (
-    ConnectFailed,
-    QuotaExhausted,
-    RateLimited,
-    RequestFailed,
-    ServerError,
-    StatusError,
-    TransportError,
-    TransportTimeout,
-)
+from microbatch.errors import RequestFailed, ServerError, StatusError, TransportError, worth_retrying
 from microbatch.policy import MAX_WAIT, RetryPolicy
 
 if TYPE_CHECKING:
@@ -246,7 +237,7 @@ class OpenAIBatchApi:
             except RequestFailed as error:
                 failures += 1
                 error.attempts = failures
-                hopeless = not _worth_retrying(error) or (once and is_ambiguous(error))
+                hopeless = not worth_retrying(error) or (once and is_ambiguous(error))
                 asked = (error.retry_after or 0.0) if isinstance(error, StatusError) else 0.0
                 if hopeless or failures >= self._retry.max_attempts or asked > MAX_WAIT:
                     raise
@@ -266,14 +257,6 @@ class OpenAIBatchApi:
 def is_ambiguous(error: RequestFailed) -> bool:
     """Return whether what was asked for may have been done, though *error* came of it."""
     return not isinstance(error, StatusError) or isinstance(error, ServerError)
-
-
-def _worth_retrying(error: RequestFailed) -> bool:
-    if isinstance(error, QuotaExhausted):
-        return False
-    if isinstance(error, StatusError) and error.should_retry is not None:
-        return error.should_retry
-    return isinstance(error, ConnectFailed | TransportTimeout | RateLimited | ServerError)
 
 
 def _part(boundary: str, disposition: str, content: bytes) -> bytes:

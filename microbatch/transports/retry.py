@@ -6,16 +6,7 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import (
-    ConnectFailed,
-    QuotaExhausted,
-    RateLimited,
-    RequestFailed,
-    ServerError,
-    StatusError,
-    TransportError,
-    TransportTimeout,
-)
+from microbatch.errors import RateLimited, RequestFailed, StatusError, TransportError, worth_retrying
 from microbatch.policy import MAX_WAIT
 
 if TYPE_CHECKING:
@@ -153,12 +144,3 @@ class Sender:
         except asyncio.CancelledError:
             permit.cancel()
             raise
-
-
-def worth_retrying(error: RequestFailed) -> bool:
-    """Whether time may heal *error*; the endpoint's own word counts more than its status."""
-    if isinstance(error, QuotaExhausted):
-        return False
-    if isinstance(error, StatusError) and error.should_retry is not None:
-        return error.should_retry
-    return isinstance(error, ConnectFailed | TransportTimeout | RateLimited | ServerError)
