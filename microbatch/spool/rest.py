@@ -35,7 +35,12 @@ class Rest:
     @property
     def on(self) -> bool:
         """Whether it lasts."""
-        return asyncio.get_running_loop().time() < self._until
+        return self.left > 0
+
+    @property
+    def left(self) -> float:
+        """Seconds until it is over."""
+        return max(0.0, self._until - asyncio.get_running_loop().time())
 
     def take(self, why: str) -> None:
         """Begin a rest, unless there is one: of many that were under way when the first failed, only that one counts."""
@@ -50,8 +55,8 @@ class Rest:
         self._seconds = 0.0
 
 
-async def wait(stopping: asyncio.Event, seconds: float) -> None:
-    """Wait *seconds*, or until *stopping* is set."""
+async def wait(stopping: asyncio.Event, seconds: float | None) -> None:
+    """Wait *seconds*, or until *stopping* is set; None waits only for that."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await stopping.wait()

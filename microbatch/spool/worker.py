@@ -12,6 +12,10 @@ the worker dies, the lease runs out and others take the request. Storing an answ
 
 An error that no request is to blame for (the endpoint cannot be reached, the key is refused, there are too many requests) puts
 requests back as if they had not been taken, and the worker rests before it takes more.
+
+Many errors may be the fault of either: an endpoint in trouble answers 500, and so does one that trips over a certain request. Such a
+request is *doubtful*: it is held until it is known whether the endpoint answers others. To find out, the worker asks again what was
+answered before (the *control*); if that is answered, the request is to blame. A worker that has never had an answer blames nobody.
 """
 
 from __future__ import annotations
@@ -24,16 +28,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import anyio
 import msgspec
 
-from microbatch.errors import (
-    AuthFailed,
-    BatcherClosed,
-    ConnectFailed,
-    QuotaExhausted,
-    RateLimited,
-    ShutDown,
-    StatusError,
-    StorageError,
-)
+from microbatch.errors import BatcherClosed, ConfigError, ShutDown, StorageError
+from microbatch.spool.endpoint import FIRST_REST, LONGEST_REST, Cause, cause_of, is_refusal
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.records import LEASE, Stage
 from microbatch.spool.rest import PARTING, RENEWALS, Rest, wait
@@ -57,13 +53,9 @@ RAREST_LOOK: Final = 1.0
 TURN: Final = 30.0
 """Seconds after which a stage that never runs dry gives way to the next."""
 
-FIRST_REST: Final = 1.0
-LONGEST_REST: Final = 60.0
-"""Seconds of the first and the longest rest after failures that are no request's fault."""
-
-# Statuses of an endpoint that is down or overloaded, whatever it is asked: bad gateway, unavailable, gateway timeout, overloaded; and
-# of a model or an address that is not there.
-_NOBODYS_FAULT: Final = frozenset({404, 502, 503, 504, 529})
+NO_MODEL: Final = (
+    "requests in the spool name no model: give the worker one with --model NAME; they are left as they were"
+)
 
 
 class Asks(Protocol):
@@ -99,7 +91,14 @@ class Worker:
             request by itself.
         lease: Seconds for which requests are taken.
         until_empty: End when nothing is left in the spool, not even in the hands of other workers; else go on for ever.
+        needs_model: Whether nothing but a request itself names a model.
+        prober: Has the control answered; None takes the batcher of `Stage.ALONE`.
         progress: Called with the figures so far after each request.
+
+    Attributes:
+        done: What it has done so far.
+        refused: The error with which the key or the account was refused before anything was answered, in words; then `run` returns.
+            None if that did not happen.
     """
 
     def __init__(
@@ -109,15 +108,22 @@ class Worker:
         *,
         lease: float = LEASE,
         until_empty: bool = False,
+        needs_model: bool = False,
+        prober: Asks | None = None,
         progress: Callable[[Done], None] | None = None,
     ) -> None:
         self.done = Done()
+        self.refused: str | None = None
         self._spool = spool
         self._batchers = batchers
         self._lease = lease
         self._until_empty = until_empty
+        self._needs_model = needs_model
+        self._prober = prober or batchers[Stage.ALONE][0]
         self._progress = progress
         self._held: dict[str, Delivery] = {}
+        self._doubtful: list[tuple[Delivery, str]] = []
+        self._control: Request | None = None
         self._stores: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
         self._storing: RoundTrips[tuple[Delivery, bytes], None] = RoundTrips(self._store, in_turn=True)
@@ -132,14 +138,23 @@ class Worker:
 
         When cancelled, what is held is given back as if it had not been taken. A spool that cannot be used is tried again after a
         rest, like an endpoint.
+
+        Raises:
+            ConfigError: A request names no model, and nothing else does.
         """
+        failure: ConfigError | None = None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._storing.serve)
                 tasks.start_soon(self._keep_leases)
                 await asyncio.sleep(0)  # so that both have begun
-                await self._work()
+                try:
+                    await self._work()
+                except ConfigError as error:
+                    failure = error  # out of the group it would come as one
                 tasks.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
         finally:
             with anyio.move_on_after(PARTING, shield=True):
                 await self._give_back(list(self._held.values()), "the worker has stopped", counted=False)
@@ -174,6 +189,9 @@ class Worker:
             delivery = self._held.get(result.id or "")
             if delivery is not None:
                 await self._take_result(delivery, result)
+                if self._control is not None or len(self._doubtful) == len(self._held):
+                    await self._decide()
+        await self._decide()
         if self._stores:
             await asyncio.wait(self._stores)
         return served
@@ -191,8 +209,10 @@ class Worker:
                     request = Payload.decode(delivery.item.payload).request(delivery.item.name)
                 except StorageError as error:
                     await self._give_back([delivery], str(error), counted=True)
-                else:
-                    yield request
+                    continue
+                if self._needs_model and request.model is None:
+                    raise ConfigError(NO_MODEL)
+                yield request
             if taken:
                 pause = FIRST_LOOK
             elif not self._held:
@@ -202,7 +222,7 @@ class Worker:
                 pause = min(2 * pause, RAREST_LOOK)
 
     async def _take(self, stage: Stage, most: int) -> list[Delivery]:
-        if self._rest.on:
+        if self._rest.on or self._doubtful:
             return []
         try:
             return await self._spool.take(stage, min(most, MOST_AT_ONCE), lease=self._lease)
@@ -214,7 +234,9 @@ class Worker:
         if result.reply is not None:
             reply = await result.reply.settled()
             self._rest.end()
-            is_json = Payload.decode(delivery.item.payload).is_typed
+            payload = Payload.decode(delivery.item.payload)
+            self._control = msgspec.structs.replace(payload.request(delivery.item.name), use_cache=False)
+            is_json = payload.is_typed
             answer = Answer.of(reply, time.time(), is_json=is_json).encode()  # noqa: TID251 answers outlive processes
             # Not awaited here: the next results come meanwhile, and share the next commit.
             store = self._storing.ask((delivery, answer))
@@ -222,11 +244,34 @@ class Worker:
             store.add_done_callback(self._stored)
             return
         error = result.error or BatcherClosed("no reply")
-        told = f"{type(error).__name__}: {error}"
-        counted = not _is_nobodys_fault(error)
-        if not counted and not isinstance(error, ShutDown | BatcherClosed):
+        told, cause = f"{type(error).__name__}: {error}", cause_of(error)
+        if cause is Cause.EITHER:
+            self._doubtful.append((delivery, told))
+            return
+        if cause is Cause.ENDPOINT and not isinstance(error, ShutDown | BatcherClosed):
             self._rest.take(told)
-        await self._give_back([delivery], told, counted=counted)
+            if is_refusal(error) and self._control is None and self.refused is None:
+                self.refused = told
+                self.stop()
+        await self._give_back([delivery], told, counted=cause is Cause.REQUEST)
+
+    async def _decide(self) -> None:
+        """Put doubtful requests back: as counted if the endpoint answers others, else as if they had not been taken."""
+        doubtful, self._doubtful = self._doubtful, []
+        if not doubtful:
+            return
+        counted = not self._rest.on and bool(await self.probe())
+        if not counted:
+            self._rest.take(doubtful[-1][1])
+        for delivery, told in doubtful:
+            await self._give_back([delivery], told, counted=counted)
+
+    async def probe(self) -> bool | None:
+        """Return whether the endpoint answers what it has answered before; None if that is nothing."""
+        if self._control is None:
+            return None
+        results = [result async for result in self._prober.map(_only(self._control))]
+        return all(result.error is None or cause_of(result.error) is Cause.REQUEST for result in results)
 
     # --- what is held
 
@@ -273,8 +318,5 @@ class Worker:
                 logger.warning("leases could not be renewed, others may take what is under way here: %s", error)
 
 
-def _is_nobodys_fault(error: BaseException) -> bool:
-    """Return whether *error* says nothing about the request that it ended."""
-    if isinstance(error, StatusError) and error.status in _NOBODYS_FAULT:
-        return True
-    return isinstance(error, ConnectFailed | AuthFailed | QuotaExhausted | RateLimited | ShutDown | BatcherClosed)
+async def _only(request: Request) -> AsyncIterator[Request]:
+    yield request
