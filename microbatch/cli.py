@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from microbatch.commands import console, demo, dotenv, run, serve, simulate, spool, warm, worker
-from microbatch.commands.console import UsageError, note
+from microbatch.commands.console import NotHeard, UsageError, note
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The words after `microbatch`; None takes those of the process.
     """
+    console.open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     args = parser.parse_args(words)
@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return console.USAGE
     except KeyboardInterrupt:
         return console.STOPPED
-    except BrokenPipeError:
-        # Whoever read our output has gone (`microbatch demo | head`). Python would complain again when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except NotHeard as error:
+        if not isinstance(error.__cause__, BrokenPipeError):  # as in `microbatch demo | head`
+            note(f"microbatch {args.name}: {error}: {error.__cause__}")
         return console.SOME_FAILED
     return status

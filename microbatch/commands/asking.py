@@ -7,6 +7,7 @@ import argparse
 from microbatch.commands.flags import add_settings, described, number, whole_number
 from microbatch.commands.simulated import SIMULATED_MODEL
 from microbatch.policy import FallbackPolicy, FlushPolicy
+from microbatch.spool.endpoint import GIVE_UP_AFTER
 
 POLICY = """\
 Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
@@ -59,6 +60,18 @@ def add_policy(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--canary", action="store_true", help=f"{described(FallbackPolicy)['canary']} (default: off)")
     add_settings(group, FlushPolicy)
+
+
+def add_patience(group: argparse._ArgumentGroup) -> None:
+    """Add how long an endpoint that does not answer is waited for."""
+    group.add_argument(
+        "--give-up-after",
+        metavar="SECONDS",
+        type=number(0),
+        default=GIVE_UP_AFTER,
+        help="while nothing is answered, try again now and then, but leave the rest unasked after so long without a single "
+        f"answer (default: {GIVE_UP_AFTER:g})",
+    )
 
 
 def add_telling(group: argparse._ArgumentGroup) -> None:

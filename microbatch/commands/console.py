@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
 OK = 0
 SOME_FAILED = 1
@@ -17,20 +19,73 @@ COLUMNS = 80
 """Width that fits every terminal."""
 
 
+class NotHeard(Exception):
+    """The result of a command cannot be written to stdout: its reader has gone, or the disk is full."""
+
+
 class UsageError(Exception):
     """What was asked for cannot be done as asked; nothing was sent. The command ends with exit status 2."""
 
 
 def say(text: str = "") -> None:
-    """Write a line to stdout."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """Write a line to stdout, for commands whose result it is.
+
+    Raises:
+        NotHeard: It cannot be written; stdout takes no more.
+    """
+    try:
+        _write(sys.stdout, text + "\n")
+    except (OSError, ValueError) as error:
+        mute(sys.stdout)
+        raise NotHeard("cannot write to stdout") from error
+
+
+def tell(text: str = "") -> None:
+    """Write a line to stdout, for commands whose result is elsewhere: if nobody can read it, they go on."""
+    with heard(sys.stdout):
+        _write(sys.stdout, text + "\n")
 
 
 def note(text: str = "") -> None:
-    """Write a line to stderr."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    """Write a line to stderr; if nobody can read it, the command goes on."""
+    with heard(sys.stderr):
+        _write(sys.stderr, text + "\n")
+
+
+@contextlib.contextmanager
+def heard(stream: TextIO) -> Generator[None]:
+    """Let a block that writes to *stream* end early, and mute the stream, when it is closed or full."""
+    try:
+        yield
+    except (OSError, ValueError):
+        mute(stream)
+
+
+def mute(stream: TextIO) -> None:
+    """Let *stream* lead nowhere: what is still in its buffer would fail again when Python flushes it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+            stream.flush()
+        finally:
+            os.close(nowhere)
+
+
+def open_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, leading nowhere: a file opened later would take its number, and its words."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
 
 
 def dollars(amount: float | None) -> str:

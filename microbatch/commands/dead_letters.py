@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from microbatch.commands import console
-from microbatch.commands.console import COLUMNS, note, plural, say
+from microbatch.commands.console import COLUMNS, note, plural, say, tell
 from microbatch.spool.records import Name
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ async def requeue(spool: Spool, args: argparse.Namespace) -> int:
     for name, state in states.items():
         note(f"{name} is no dead letter: {_NOT_DEAD.get(state, 'it died just now')}")
     if args.json:
-        say(msgspec.json.encode({"requeued": count, "not_dead": states}).decode())
+        tell(msgspec.json.encode({"requeued": count, "not_dead": states}).decode())
     else:
-        say(f"{plural(count, 'dead letter')} put back")
+        tell(f"{plural(count, 'dead letter')} put back")
     return console.SOME_FAILED if others else console.OK

@@ -43,14 +43,18 @@ def keep(output: str, settings: Settings) -> None:
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
-def differences(output: str, settings: Settings) -> list[str] | None:
-    """Return the settings in which the run into *output* differed from *settings*, in words; None if nothing is known of it."""
+def differences(output: str, settings: Settings) -> dict[str, str] | None:
+    """Return the settings in which the run into *output* differed from *settings*, each with words for it.
+
+    Returns:
+        None if nothing is known of that run.
+    """
     try:
         kept = msgspec.json.decode(path_beside(output).read_bytes(), type=Settings)
     except (OSError, ValueError):
         return None
     names = [name for name in {**settings, **kept} if settings.get(name) != kept.get(name)]
-    return [_told(name, kept.get(name), settings.get(name)) for name in names]
+    return {name: _told(name, kept.get(name), settings.get(name)) for name in names}
 
 
 def _told(name: str, before: object, now: object) -> str:

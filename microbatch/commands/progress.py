@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from microbatch.commands.console import dollars, seconds
+from microbatch.commands.console import dollars, heard, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ class Bar(Protocol):
 
 
 class Progress:
-    """Shows items a second, calls, tokens, dollars and the time that is left; nothing at all without a bar.
+    """Shows items a second, calls, tokens, dollars and the time that is left; nothing without a bar, or when stderr takes no more.
 
     Args:
         bar: What draws, or None.
@@ -53,7 +53,8 @@ class Progress:
     def _draw(self, bar: Bar) -> None:
         stats = self._stats()
         tokens = stats.prompt_tokens + stats.completion_tokens
-        bar.draw(self._done, f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}")
+        with heard(sys.stderr):
+            bar.draw(self._done, f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}")
 
     def __enter__(self) -> Self:
         return self
@@ -63,17 +64,20 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._draw(self._bar)
-            self._bar.close()
+            with heard(sys.stderr):
+                self._bar.close()
 
 
-def make_bar(total: int) -> Bar:
-    """Return a bar for *total* items."""
+def make_bar(total: int) -> Bar | None:
+    """Return a bar for *total* items; None if stderr is closed or full."""
     try:
         from tqdm import tqdm  # noqa: PLC0415 of the extra `cli`
     except ImportError:
         return PlainBar(total)
     tqdm.monitor_interval = 0  # no thread of its own: it would outlive the run
-    return _TqdmBar(tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0))
+    with heard(sys.stderr):
+        return _TqdmBar(tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0))
+    return None
 
 
 class _TqdmBar:

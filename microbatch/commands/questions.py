@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from hashlib import blake2b
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from microbatch.commands.console import UsageError
+from microbatch.errors import ConfigError
 from microbatch.messages import Request
+from microbatch.spool.payload import DIGEST_BYTES, Payload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -203,6 +206,38 @@ def _check_body(body: dict[str, Any], *, needs_model: bool) -> None:
 
 
 Questions = Templated | BatchLines
+
+
+def payload_of(request: Request, model: str | None) -> Payload:
+    """Return what is kept of *request*, which goes to *model* if it names none.
+
+    Raises:
+        ConfigError: It cannot be asked.
+    """
+    return Payload.of(
+        request.messages,
+        output_type=request.output_type,
+        model=request.model or model,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        params=request.params,
+    )
+
+
+def question_digest(request: Request, model: str | None) -> str | None:
+    """Return what is equal for equal questions: a digest of all that decides the answer, the id left out.
+
+    Args:
+        request: The question.
+        model: The model to ask if the request names none.
+
+    Returns:
+        32 hexadecimal digits; None if the question cannot be asked.
+    """
+    try:
+        return blake2b(payload_of(request, model).encode(), digest_size=DIGEST_BYTES).hexdigest()
+    except (ConfigError, ValueError):
+        return None
 
 
 # --- what the flags say

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.commands.console import UsageError
+from microbatch.commands.console import UsageError, plural
 from microbatch.commands.questions import LineError, has_field
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ _BOM = b"\xef\xbb\xbf"
 def digest(name: str) -> int:
     """Return what stands for an id in memory: 128 bits, so that two ids never share one in practice."""
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+
+
+class InputChanged(Exception):
+    """The input is not the file any more that was checked at the start: what is asked, and under which ids, is not known."""
 
 
 class BadLine(msgspec.Struct):
@@ -70,11 +74,19 @@ class Survey(msgspec.Struct):
         items: Lines that are not blank.
         last: Number of the last line; what is appended later has not been checked.
         names: Digests of the ids.
+        size: Bytes in the file.
+        content: Digest of them.
+        ended: Whether its last line ends in a line break.
+        version: What tells the file from another one under its name, and from itself before and after a change.
     """
 
     items: int
     last: int
     names: set[int]
+    size: int = 0
+    content: bytes = b""
+    ended: bool = True
+    version: tuple[int, ...] = ()
 
 
 class Input:
@@ -108,10 +120,17 @@ class Input:
         Raises:
             UsageError: An id comes twice, or no line has one of the fields.
         """
-        survey = Survey(0, 0, set())
+        survey = Survey(0, 0, set(), version=self._version())
         missing = set(fields)
         first: Line | None = None
-        for line in self:
+        content = blake2b(digest_size=16)
+
+        def see(raw: bytes) -> None:
+            content.update(raw)
+            survey.size += len(raw)
+            survey.ended = raw.endswith(b"\n")
+
+        for line in self._lines(see):
             survey.items += 1
             survey.last = line.number
             if isinstance(line, BadLine):
@@ -127,7 +146,44 @@ class Input:
             missing -= {field for field in missing if has_field(line.record, field)}
         if first is not None and missing:
             raise UsageError(self._nowhere(next(field for field in fields if field in missing), first))
+        survey.content = content.digest()
         return survey
+
+    def check(self, survey: Survey, *, appended: bool = False) -> None:
+        """Check that the file still is what *survey* was made of; one that was only touched is.
+
+        Args:
+            survey: The first pass.
+            appended: Whether lines after those that were checked are accepted.
+
+        Raises:
+            InputChanged: It is another one; the message says in what it differs.
+            OSError: It cannot be read.
+        """
+        content, items, read = blake2b(digest_size=16), 0, 0
+        try:
+            version = self._version()
+            if version == survey.version:
+                return
+            with Path(self.path).open("rb") as file:
+                for raw in file:
+                    content.update(raw[: max(0, survey.size - read)])
+                    items, read = items + (not raw.isspace()), read + len(raw)
+        except FileNotFoundError:
+            raise InputChanged(f"{self.path!r} was deleted while it was asked about") from None
+        if content.digest() != survey.content or (read > survey.size and not survey.ended):
+            was = "" if items == survey.items else f": it has {plural(items, 'line')} now, and had {survey.items:,}"
+            raise InputChanged(f"{self.path!r} was changed while it was asked about{was}")
+        if read == survey.size:
+            survey.version = version
+        elif not appended:
+            raise InputChanged(
+                f"{self.path!r} has grown while it was asked about: lines after {survey.last:,} were not asked"
+            )
+
+    def _version(self) -> tuple[int, ...]:
+        found = Path(self.path).stat()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _first(self, name: str) -> int:
         return next(line.number for line in self if isinstance(line, Line) and line.name == name)
@@ -143,8 +199,13 @@ class Input:
 
     def __iter__(self) -> Iterator[Line | BadLine]:
         """Yield every line that is not blank."""
+        return self._lines()
+
+    def _lines(self, see: Callable[[bytes], object] = lambda _: None) -> Iterator[Line | BadLine]:
+        """Yield every line that is not blank; *see* takes the bytes of all of them."""
         with Path(self.path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
+                see(raw)
                 text = raw.removeprefix(_BOM) if number == 1 else raw
                 if not text.isspace() and text:
                     yield self._line(number, text)
@@ -201,12 +262,17 @@ def numbered(
         source: The input.
         survey: Its first pass.
         questions: What is asked about each line.
-        done: Digests of the ids that have been answered.
+        done: Digests of the ids that are not to be asked about.
         reject: Takes each line that cannot be asked about, and the id to report it under.
+
+    Raises:
+        InputChanged: The file is another one than when it was checked, or becomes so while it is read.
+        OSError: It cannot be read.
     """
+    source.check(survey, appended=True)
     for line in source:
         if line.number > survey.last:
-            return
+            break
         if isinstance(line, BadLine):
             reject(line, _substitute(line.number, survey.names))
             continue
@@ -218,6 +284,7 @@ def numbered(
             reject(BadLine(line.number, line.name, str(error), error.field), line.name)
         else:
             yield line.number, request
+    source.check(survey)
 
 
 def _substitute(number: int, names: Container[int]) -> str:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 from microbatch.commands import console
 from microbatch.commands.asking import add_policy
-from microbatch.commands.console import UsageError, note, plural, say
+from microbatch.commands.console import UsageError, note, plural, tell
 from microbatch.commands.environment import with_environment
 from microbatch.commands.flags import add_settings, number, read_settings, whole_number
 from microbatch.commands.job import read_policy
-from microbatch.commands.stopping import at_first_signal
+from microbatch.commands.stopping import at_signals
 from microbatch.commands.stores import CACHE_HELP, cache_at
 from microbatch.errors import ConfigError
 from microbatch.gateway.server import Gateway
@@ -187,7 +187,7 @@ def _secret(path: str | None) -> bytes | None:
 
 async def _serve(args: argparse.Namespace) -> int:
     gateway, told = make_gateway(args), asyncio.Event()
-    with at_first_signal(told.set):
+    with at_signals(told.set):
         try:
             await gateway.open()
         except OSError as error:
@@ -195,7 +195,7 @@ async def _serve(args: argparse.Namespace) -> int:
                 f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port, 0 takes a free one"
             ) from None
         try:
-            say(gateway.base_url)
+            tell(gateway.base_url)
             note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
             if not args.no_own_key and os.environ.get("OPENAI_API_KEY"):
                 who = "with the access token" if args.access_token_file else "without a key"

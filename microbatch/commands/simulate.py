@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, get_args
 
 from microbatch.commands import console
-from microbatch.commands.console import UsageError, note, plural, say
+from microbatch.commands.console import UsageError, note, plural, tell
 from microbatch.commands.flags import number, whole_number
 from microbatch.commands.stopping import stoppable
 from microbatch.testing.endpoint import SimulatedEndpoint
@@ -213,7 +213,7 @@ async def _serve(endpoint: SimulatedEndpoint) -> int:
                 f"cannot listen on {where}: {error.strerror}; choose another --port, 0 takes a free one"
             ) from None
         try:
-            say(endpoint.base_url)
+            tell(endpoint.base_url)
             note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
             note(
                 f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ..."

@@ -14,20 +14,20 @@ import msgspec
 
 from microbatch.commands import console
 from microbatch.commands.answers import NotWritten
-from microbatch.commands.console import UsageError, note, plural, say
+from microbatch.commands.console import NotHeard, UsageError, note, plural, tell
 from microbatch.commands.failures import Failures
 from microbatch.commands.job import read_questions
-from microbatch.commands.reading import BadLine, Input, numbered
+from microbatch.commands.questions import payload_of
+from microbatch.commands.reading import BadLine, Input, InputChanged, numbered
 from microbatch.commands.stopping import stoppable
 from microbatch.errors import ConfigError, StorageError
-from microbatch.spool.payload import Answer, Payload
+from microbatch.spool.payload import Answer
 from microbatch.spool.records import Name
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from microbatch.messages import Request
     from microbatch.spool.records import Item, Kept, PutOutcome, Spool, State
 
 AT_ONCE: Final = 500
@@ -63,7 +63,7 @@ class Put:
                     outcomes = await spool.put([item for _, item in some])
                     for (line, _), outcome in zip(some, outcomes, strict=True):
                         self._note(line, outcome)
-            except (OSError, StorageError) as error:
+            except (InputChanged, OSError, StorageError) as error:
                 broken = error
             stopped = False
         return self._tell(stopped=stopped, broken=broken)
@@ -96,9 +96,9 @@ class Put:
         items = self._survey.items
         if self._args.json:
             figures = {"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": self._rejected}
-            say(msgspec.json.encode(figures).decode())
+            tell(msgspec.json.encode(figures).decode())
         else:
-            say(
+            tell(
                 f"{plural(items, 'item')}: {new:,} queued, {known:,} known already, {plural(conflicts, 'conflict')}, "
                 f"{self._rejected:,} cannot be asked"
             )
@@ -109,22 +109,6 @@ class Put:
         if stopped:
             return console.STOPPED
         return console.SOME_FAILED if conflicts or self._rejected or broken is not None else console.OK
-
-
-def payload_of(request: Request, model: str | None) -> Payload:
-    """Return what is kept of *request*, which goes to *model* if it names none.
-
-    Raises:
-        ConfigError: It cannot be asked.
-    """
-    return Payload.of(
-        request.messages,
-        output_type=request.output_type,
-        model=request.model or model,
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        params=request.params,
-    )
 
 
 class Export:
@@ -167,11 +151,11 @@ class Export:
 
     def _tell(self, states: Counter[State], damaged: int) -> None:
         if self._args.json:
-            say(msgspec.json.encode({"exported": states.total(), "damaged": damaged, "states": states}).decode())
+            tell(msgspec.json.encode({"exported": states.total(), "damaged": damaged, "states": states}).decode())
             return
         parts = "".join(f", {number:,} {_SHOWN.get(state, state)}" for state, number in states.most_common())
         where = "" if self._args.export == "-" else f" to {self._args.export}"
-        write = note if self._args.export == "-" else say
+        write = note if self._args.export == "-" else tell
         write(f"{plural(states.total(), 'request')} exported{where}{parts}")
         if damaged:
             note(f"{plural(damaged, 'answer')} cannot be read any more; the export has an error in place of each")
@@ -206,12 +190,17 @@ def _written(path: str) -> Iterator[BinaryIO]:
     """Open *path* for writing; it gets its name when all is on the disk. "-" is stdout.
 
     Raises:
+        NotHeard: It is stdout, which takes no more.
         NotWritten: It cannot be written to its end.
         UsageError: It cannot be made.
     """
     if path == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        try:
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            console.mute(sys.stdout)
+            raise NotHeard("cannot write to stdout") from error
         return
     draft = Path(path + ".new")
     try:

@@ -21,8 +21,11 @@ class Summary(msgspec.Struct, kw_only=True):
     Attributes:
         items: Lines this run had to ask about, those it could not read included.
         answered: Those that were answered.
-        failed: Those that were not; less than the rest if the run was stopped.
+        failed: Those that were not, for reasons of their own.
         wall_s: Seconds from the first question to the last answer.
+        changed: Ids that had the answer to another question in the output that was resumed.
+        reused: Ids that were given the answer to the same question under another id.
+        unasked: Those that were neither answered nor failed: the run ended before.
     """
 
     items: int
@@ -39,9 +42,22 @@ class Summary(msgspec.Struct, kw_only=True):
     cost_usd: float | None
     unbatched_cost_usd: float | None
     wall_s: float
+    changed: int = 0
+    reused: int = 0
+    unasked: int = 0
 
 
-def summarize(stats: Stats, *, items: int, answered: int, failed: int, wall_s: float) -> Summary:
+def summarize(
+    stats: Stats,
+    *,
+    items: int,
+    answered: int,
+    failed: int,
+    wall_s: float,
+    changed: int = 0,
+    reused: int = 0,
+    unasked: int = 0,
+) -> Summary:
     """Return the summary of a run that ended with *stats*."""
     return Summary(
         items=items,
@@ -58,6 +74,9 @@ def summarize(stats: Stats, *, items: int, answered: int, failed: int, wall_s: f
         cost_usd=None if stats.cost_usd is None else round(stats.cost_usd, 9),
         unbatched_cost_usd=None if stats.unbatched_cost_usd is None else round(stats.unbatched_cost_usd, 9),
         wall_s=round(wall_s, 3),
+        changed=changed,
+        reused=reused,
+        unasked=unasked,
     )
 
 
@@ -71,7 +90,8 @@ def told(summary: Summary, stats: Stats, *, simulated: str | None, single: bool)
         single: Whether coalescing was switched off.
     """
     ended = f"{summary.answered:,} of {plural(summary.items, 'item')} answered"
-    yield f"{ended}, {summary.failed:,} failed, in {seconds(summary.wall_s)}"
+    left = f", {summary.unasked:,} left unasked" if summary.unasked else ""
+    yield f"{ended}, {summary.failed:,} failed{left}, in {seconds(summary.wall_s)}"
     if stats.answered:
         yield ""
         yield comparison(stats)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from microbatch.commands.asking import POLICY, add_endpoint, add_policy, add_question, add_telling
-from microbatch.commands.console import COLUMNS, note, plural, say, seconds
+from microbatch.commands.asking import POLICY, add_endpoint, add_patience, add_policy, add_question, add_telling
+from microbatch.commands.console import COLUMNS, note, plural, seconds, tell
 from microbatch.commands.flags import number
 from microbatch.commands.job import Job, prepare
 from microbatch.commands.stores import CACHE_HELP
@@ -60,9 +60,10 @@ class Summary(msgspec.Struct, kw_only=True):
         items: Lines, those that could not be read included.
         known: Those whose answers were in the cache already, or that were the same as another line.
         asked: Those that were answered now.
-        failed: Those that were not; less than the rest if it was stopped.
+        failed: Those that were not, for reasons of their own.
         stored: Answers that the cache has taken. Less than asked if some were cut off or came with damaged ones.
         wall_s: Seconds from the first question to the last answer.
+        unasked: Those that were neither answered nor failed: it ended before.
     """
 
     items: int
@@ -78,6 +79,7 @@ class Summary(msgspec.Struct, kw_only=True):
     completion_tokens: int
     cost_usd: float | None
     wall_s: float
+    unasked: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_question(parser.add_argument_group("what is asked"))
     add_endpoint(parser.add_argument_group("whom"))
-    add_telling(parser.add_argument_group("what is shown"))
+    running = parser.add_argument_group("the warming")
+    add_patience(running)
+    add_telling(running)
     add_policy(parser.add_argument_group("batching", POLICY))
 
 
@@ -116,7 +120,9 @@ class Warming:
         self._args = args
         self._job = job
         self._cache = cache
-        self._work = Work(job, self._take, self._fail, ttl=args.ttl, progress=args.progress)
+        self._work = Work(
+            job, self._take, self._fail, ttl=args.ttl, progress=args.progress, give_up_after=args.give_up_after
+        )
 
     async def go(self) -> int:
         """Ask, tell how it went and return the exit status."""
@@ -144,19 +150,21 @@ class Warming:
         for line in work.failures.told():
             note(line)
         summary = summarize(work, self._cache.stored)
-        write = note if args.json else say
-        for line in told(summary, work.stats, ended=not work.stopped and work.broken is None):
+        write = note if args.json else tell
+        for line in told(summary, work.stats, ended=not work.unasked and work.broken is None):
             write(line)
         if summary.upstream_calls:
             single = self._job.policy.max_batch_size == 1
             for remark in remarks(work.stats, simulated=self._job.simulated, single=single):
                 write(textwrap.fill(remark, COLUMNS))
         if args.json:
-            say(msgspec.json.encode(summary).decode())
+            tell(msgspec.json.encode(summary).decode())
         if work.broken is not None:
             lost = isinstance(work.broken, StorageError)
             note(f"microbatch warm: {'cannot use the cache any more: ' if lost else ''}{work.broken}")
-        if work.stopped or work.broken is not None:
+        if work.unanswering is not None:
+            note(f"microbatch warm: {work.unanswering}")
+        if work.unasked or work.broken is not None:
             note("Answers so far are in the cache. For the rest, run the same command again.")
 
 
@@ -178,6 +186,7 @@ def summarize(work: Work, stored: int) -> Summary:
         completion_tokens=stats.completion_tokens,
         cost_usd=None if stats.cost_usd is None else round(stats.cost_usd, 9),
         wall_s=round(work.wall_s, 3),
+        unasked=work.unasked,
     )
 
 
@@ -189,8 +198,9 @@ def told(summary: Summary, stats: Stats, *, ended: bool) -> Iterator[str]:
         stats: Where most of them are from.
         ended: Whether the work came to its end; if not, that explains what is missing.
     """
+    left = f", {summary.unasked:,} left unasked" if summary.unasked else ""
     yield (
-        f"{plural(summary.items, 'item')}: {summary.known:,} known already, {summary.asked:,} asked, {summary.failed:,} failed, "
+        f"{plural(summary.items, 'item')}: {summary.known:,} known already, {summary.asked:,} asked, {summary.failed:,} failed{left}, "
         f"in {seconds(summary.wall_s)}"
     )
     if summary.asked:

@@ -16,21 +16,25 @@ from microbatch.accounting.stats import Stats, together
 from microbatch.client import Microbatcher
 from microbatch.commands import console
 from microbatch.commands.asking import add_endpoint, add_policy, add_telling
-from microbatch.commands.console import UsageError, note, plural, say, seconds
+from microbatch.commands.console import UsageError, note, plural, seconds, tell
 from microbatch.commands.flags import number, whole_number
-from microbatch.commands.job import read_policy, read_transport
+from microbatch.commands.job import prober, read_policy, read_transport
 from microbatch.commands.patient import PatientCache
 from microbatch.commands.progress import Progress, make_bar
+from microbatch.commands.resting import RestingTransport
 from microbatch.commands.simulated import SIMULATED_MODEL, SimulatedChat
-from microbatch.commands.stopping import at_first_signal
+from microbatch.commands.stopping import stoppable_in_order
 from microbatch.commands.stores import CACHE_HELP, PATIENT_TIMEOUT, cache_at, spool_at
 from microbatch.commands.summary import comparison, reuse
+from microbatch.errors import ConfigError, StorageError
 from microbatch.messages import Usage
 from microbatch.policy import FallbackPolicy
+from microbatch.spool.endpoint import GIVE_UP_AFTER, Endpoint
+from microbatch.spool.payload import Payload
 from microbatch.spool.provider_api import OpenAIBatchApi
 from microbatch.spool.provider_batch import POLL, ProviderBatches, Tally
 from microbatch.spool.records import LEASE, MAX_ALONE, Counts, Stage
-from microbatch.spool.worker import Done, Worker
+from microbatch.spool.worker import NO_MODEL, Done, Worker
 from microbatch.transports.batch_wire import BatchWire
 from microbatch.transports.rate_limit import RateLimit
 
@@ -50,7 +54,13 @@ A worker runs until it is stopped: on Ctrl-C or SIGTERM it takes no more, ends
 what is under way, and tells what it did. A second signal stops it at once,
 and nothing is lost by that. The key is taken from OPENAI_API_KEY.
 
-Exit status: 0, 1 if requests became dead letters, 2 if something is wrong with the command.
+While the endpoint does not answer, no request is to blame: they are put back
+as they were, and the worker tries again now and then. A key or an account that
+is refused from the start ends it.
+
+Exit status: 0, 1 if requests became dead letters or the endpoint was given up,
+2 if something is wrong with the command, or requests name no model and the
+command does not either, 130 stopped by a second signal.
 """
 EXAMPLES = """
 examples:
@@ -83,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         default=MAX_ALONE,
         help=f"a request that fails in full and half batches, and then N times alone, is dead (default: {MAX_ALONE})",
+    )
+    group.add_argument(
+        "--give-up-after",
+        metavar="SECONDS",
+        type=number(0),
+        help="end after so long without a single answer, while the endpoint fails "
+        f"(default: {GIVE_UP_AFTER:g} with --until-empty, else never; not with --provider-batch)",
     )
     group.add_argument("--cache", metavar="FILE|URL", help=CACHE_HELP)
     group.add_argument(
@@ -148,6 +165,12 @@ class Work:
             SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else read_transport(args, args.model)
         )
         self._spool = spool_at(args.spool, max_alone=args.max_alone)
+        patience = args.give_up_after
+        if patience is None and args.until_empty:
+            patience = GIVE_UP_AFTER
+        self._endpoint = Endpoint("the endpoint is left alone", give_up_after=patience)
+        self._prober = prober(self._transport)
+        self._worker: Worker | ProviderBatches | None = None
         self._batchers: list[Microbatcher] = []
 
     async def go(self) -> int:
@@ -156,29 +179,81 @@ class Work:
         async with AsyncExitStack() as stack:
             await self._spool.open()
             stack.push_async_callback(self._spool.aclose)
+            if self._transport.model is None:
+                await self._check_models()
             before = await self._spool.counts()
+            stopped = True
             with Progress(self._bar(before), self._stats) as progress:
-                worker = await self._worker(stack, progress)
-                with at_first_signal(worker.stop):
+                worker = self._worker = await self._make_worker(stack, progress)
+                with stoppable_in_order(self._stop):
                     await worker.run()
+                    stopped = False
             counts = await self._spool.counts()
             stats = self._stats()
+            given_up = self._why_given_up(worker)
         self._tell(worker.done, stats, counts, asyncio.get_running_loop().time() - start)
-        return console.SOME_FAILED if counts.dead > before.dead else console.OK
+        if given_up is not None:
+            note(f"microbatch worker: {given_up}; {plural(counts.depth, 'request')} left in the spool as they were")
+        if stopped:
+            return console.STOPPED
+        return console.SOME_FAILED if counts.dead > before.dead or given_up is not None else console.OK
 
-    async def _worker(self, stack: AsyncExitStack, progress: Progress) -> Worker | ProviderBatches:
+    async def _check_models(self) -> None:
+        """Check that all requests in the spool name a model, as the command does not.
+
+        Raises:
+            ConfigError: One does not; nothing was taken.
+        """
+        async for kept in self._spool.export():
+            if kept.payload is not None and kept.found.state != "dead" and _names_no_model(kept.payload):
+                raise ConfigError(NO_MODEL)
+
+    def _stop(self) -> None:
+        """Take no more, and send no more; what is under way ends."""
+        calls = plural(self._endpoint.on_wire, "call")
+        note(
+            f"Stopping: {calls} under way may end, and the answers are kept. Press Ctrl-C again to stop now, without them."
+        )
+        self._end()
+
+    def _end(self) -> None:
+        self._endpoint.stop()
+        if self._worker is not None:
+            self._worker.stop()
+
+    def _why_given_up(self, worker: Worker | ProviderBatches) -> str | None:
+        if isinstance(worker, Worker) and worker.refused is not None:
+            return f"the endpoint refuses to answer: {worker.refused}"
+        if self._endpoint.given_up:
+            return f"nothing was answered for {seconds(self._endpoint.failing_for)}"
+        return None
+
+    async def _make_worker(self, stack: AsyncExitStack, progress: Progress) -> Worker | ProviderBatches:
         shown = 0
 
         def advance(done: Done | Tally) -> None:
             nonlocal shown
             progress.advance(done.answered - shown)
             shown = done.answered
+            if self._endpoint.given_up:
+                self._end()
 
         if self._args.provider_batch:
             return await self._provider_batches(stack, advance)
         args = self._args
         batchers = await self._open_batchers(stack)
-        return Worker(self._spool, batchers, lease=args.lease, until_empty=args.until_empty, progress=advance)
+        await stack.enter_async_context(self._prober)
+        worker = Worker(
+            self._spool,
+            batchers,
+            lease=args.lease,
+            until_empty=args.until_empty,
+            needs_model=self._transport.model is None,
+            prober=self._prober,
+            progress=advance,
+        )
+        self._endpoint.probe = worker.probe
+        return worker
 
     async def _open_batchers(self, stack: AsyncExitStack) -> dict[Stage, tuple[Microbatcher, int]]:
         """Open a batcher for each stage; they share transport, limits and cache."""
@@ -190,10 +265,11 @@ class Work:
             Stage.HALF: dataclasses.replace(policy, max_batch_size=max(1, policy.max_batch_size // 2)),
             Stage.ALONE: dataclasses.replace(policy, max_batch_size=1, max_concurrent_batches=1),
         }
+        transport = RestingTransport(self._transport, self._endpoint)
         opened: dict[Stage, tuple[Microbatcher, int]] = {}
         for stage, own in policies.items():
             batcher = Microbatcher(
-                self._transport,
+                transport,
                 policy=own,
                 fallback=FallbackPolicy(canary=args.canary),
                 rate_limit=rate_limit,
@@ -232,13 +308,18 @@ class Work:
         return make_bar(before.depth) if wanted or (wanted is None and sys.stderr.isatty()) else None
 
     def _stats(self) -> Stats:
-        return together([batcher.stats() for batcher in self._batchers]) if self._batchers else Stats()
+        if not self._batchers:
+            return Stats()
+        # Calls that waited in vain for their turn were no calls.
+        stats = [*(batcher.stats() for batcher in self._batchers), self._prober.stats()]
+        calls = self._endpoint.sent + stats[-1].upstream_calls
+        return msgspec.structs.replace(together(stats), upstream_calls=calls)
 
     # --- afterwards
 
     def _tell(self, done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> None:
         usage, cost_usd, jobs, calls = _paid(done, stats)
-        write = note if self._args.json else say
+        write = note if self._args.json else tell
         write(
             f"{plural(done.answered, 'request')} answered, {done.failed:,} failed, {done.returned:,} put back as they were, "
             f"in {seconds(wall_s)}"
@@ -273,7 +354,14 @@ class Work:
                 cost_usd=None if cost_usd is None else round(cost_usd, 9),
                 wall_s=round(wall_s, 3),
             )
-            say(msgspec.json.encode(report).decode())
+            tell(msgspec.json.encode(report).decode())
+
+
+def _names_no_model(raw: bytes) -> bool:
+    try:
+        return Payload.decode(raw).model is None
+    except StorageError:
+        return False  # the worker puts it back with that error
 
 
 def _paid(done: Done | Tally, stats: Stats) -> tuple[Usage, float | None, int, int]:
