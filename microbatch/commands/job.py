@@ -22,17 +22,18 @@ from microbatch.commands.questions import (
     read_text,
 )
 from microbatch.commands.reading import Input, Survey
-from microbatch.commands.resting import RestingTransport
+from microbatch.commands.resting import DirectTransport, RestingTransport
 from microbatch.commands.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.commands.stores import PATIENT_TIMEOUT, cache_at
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy
+from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.transports.openai_chat import OpenAIChat
 from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
 
+    from microbatch.protocols import Transport
     from microbatch.spool.endpoint import Endpoint
 
 
@@ -55,9 +56,12 @@ class Job(msgspec.Struct):
 
     def batcher(self, endpoint: Endpoint) -> Microbatcher:
         """Return what asks as far as *endpoint* allows, not yet open."""
-        transport = RestingTransport(self.transport, endpoint)
         return Microbatcher(
-            transport, policy=self.policy, fallback=self.fallback, rate_limit=self.rate_limit, cache=self.cache
+            RestingTransport(self.transport, endpoint),
+            policy=self.policy,
+            fallback=self.fallback,
+            rate_limit=self.rate_limit,
+            cache=self.cache,
         )
 
 
@@ -77,6 +81,11 @@ def prepare(args: argparse.Namespace) -> Job:
     source = Input(args.input, id_field=args.id_field)
     survey = source.survey(questions.fields)
     return Job(source, survey, questions, policy, fallback, rate_limit, cache, transport)
+
+
+def prober(transport: Transport) -> Microbatcher:
+    """Return what asks once, without a cache, past any rest; not yet open. *transport* is opened and closed by others."""
+    return Microbatcher(DirectTransport(transport), retry=RetryPolicy(max_attempts=1))
 
 
 def read_policy(args: argparse.Namespace) -> FlushPolicy:

@@ -43,7 +43,7 @@ class RestingTransport:
         endpoint = self._endpoint
         tries = await endpoint.allow()
         sent = asyncio.get_running_loop().time()
-        begun = endpoint.begin()
+        endpoint.begin()
         try:
             completion = await self._transport.send(call, on_text)
         except RequestFailed as error:
@@ -59,10 +59,35 @@ class RestingTransport:
                 endpoint.succeeded(sent)
             return completion
         finally:
-            endpoint.end(begun)
+            endpoint.end()
             if tries:
                 endpoint.tried()
 
     async def aclose(self) -> None:
         """Close the transport within."""
         await self._transport.aclose()
+
+
+class DirectTransport:
+    """Sends through another transport, which its owner opens and closes: for what is to be sent during a rest.
+
+    Args:
+        transport: Sends; every attribute but these methods is its own.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the transport within."""
+        return getattr(self._transport, name)
+
+    async def open(self) -> None:
+        """Leave that to the owner."""
+
+    async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
+        """Make one attempt at *call*; see `Transport.send`."""
+        return await self._transport.send(call, on_text)
+
+    async def aclose(self) -> None:
+        """Leave that to the owner."""

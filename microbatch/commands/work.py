@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.accounting.stats import Stats
+from microbatch.accounting.stats import Stats, together
 from microbatch.caching.warming import lasting
 from microbatch.commands import console
 from microbatch.commands.answers import NotWritten, error_object
-from microbatch.commands.console import note, plural
+from microbatch.commands.console import note, plural, seconds
 from microbatch.commands.failures import Failures
+from microbatch.commands.job import prober
 from microbatch.commands.progress import Progress, make_bar
 from microbatch.commands.questions import question_digest
 from microbatch.commands.reading import BadLine, InputChanged, digest, requests
@@ -98,6 +99,7 @@ class Work:
         self._open: dict[str, Exception] = {}  # what this pass has left open, and why
         self._chances: Counter[str] = Counter()
         self._control: Request | None = None
+        self._prober: Microbatcher | None = None
         self._passes = 0
         self._leave: Callable[[], None] = lambda: None
         self.items = job.survey.items - len(done)
@@ -132,19 +134,16 @@ class Work:
             try:
                 await self._ask()
                 self._job.source.check(self._job.survey)
-            except (
-                InputChanged,
-                NotWritten,
-                OSError,
-                StorageError,
-            ) as error:  # the input is another one, the disk is full
+            except (InputChanged, NotWritten, OSError, StorageError) as error:
                 self.broken = error
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
         batcher = self._job.batcher(self._endpoint)
+        probing = self._prober = prober(self._job.transport)
+        self._endpoint.probe = self._probe
         try:
-            async with batcher:
+            async with batcher, probing:
                 start = loop.time()
                 bar = make_bar(self.items) if self._shows else None
                 try:
@@ -154,19 +153,22 @@ class Work:
                 finally:
                     self.wall_s = loop.time() - start
         finally:
-            self.stats = batcher.stats()  # the last answers were put into the cache meanwhile
+            # The last answers were put into the cache meanwhile. Calls that waited in vain for their turn were no calls.
+            stats = msgspec.structs.replace(batcher.stats(), upstream_calls=self._endpoint.sent)
+            self.stats = together([stats, probing.stats()])
 
     # --- a pass over the input
 
     async def _pass(self, batcher: Microbatcher) -> None:
         """Ask about what is not settled, and decide what becomes of what fails."""
+        await self._endpoint.rested()
         answered, self._open = self.answered, {}
         down, self._passes = self._endpoint.down, self._passes + 1
         questions = self._one() if down else self._questions()
         async for result in batcher.map(lasting(questions, self._ttl)):
             await self._settle(result)
         if self._open and not self._endpoint.stopped:
-            await self._judge(batcher, progress=self.answered > answered)
+            await self._judge(progress=self.answered > answered)
 
     def _questions(self) -> Iterator[Request]:
         """Yield the questions that are not settled, as long as the endpoint answers."""
@@ -194,7 +196,7 @@ class Work:
         return request
 
     def _reject(self, line: BadLine, name: str) -> None:
-        """Tell once that *line* cannot be asked about."""
+        """Count *line*, which cannot be asked about, as failed; a later pass comes upon it again."""
         if digest(name) in self._settled:
             return
         path = self._job.source.path
@@ -225,7 +227,7 @@ class Work:
         """Note an item that is not settled, and end the work if that is for good."""
         endpoint = self._endpoint
         if endpoint.given_up:
-            self._give_up(f"nothing was answered for {endpoint.failing_for:,.0f} s, at last {_told(endpoint.error)}")
+            self._give_up(f"nothing was answered for {seconds(endpoint.failing_for)}, at last {_told(endpoint.error)}")
         if isinstance(error, ShutDown):
             return
         self._open[name] = error
@@ -233,7 +235,7 @@ class Work:
             if is_refusal(error) or (endpoint.down and may_refuse_all(error)):
                 self._give_up(f"the endpoint refuses to answer: {_told(error)}")
         elif is_refusal(error):
-            endpoint.lay_off(error)  # such calls fail without being sent, for a while
+            endpoint.failed(error, asyncio.get_running_loop().time())  # such calls fail without being sent, for a while
 
     def _lose(self, name: str, error: Exception) -> None:
         """Give up an item that failed for a reason of its own."""
@@ -248,15 +250,14 @@ class Work:
         self.failed += 1
         self._progress.advance()
 
-    async def _judge(self, batcher: Microbatcher, *, progress: bool) -> None:
+    async def _judge(self, *, progress: bool) -> None:
         """Decide what becomes of the items that a pass has left open."""
         errors = [*self._open.values()]
         if self._control is None:
             if all(map(may_refuse_all, errors)):
                 self._give_up(f"the endpoint refuses to answer: {_told(errors[0])}")
             return
-        if not await self._answers(batcher, self._control):
-            self._endpoint.lay_off(errors[-1])
+        if not await self._endpoint.answers():
             return
         for name, error in self._open.items():
             if progress and cause_of(error) is Cause.ENDPOINT:
@@ -265,12 +266,13 @@ class Work:
             if self._chances[name] >= CHANCES:
                 self._lose(name, error)
 
-    async def _answers(self, batcher: Microbatcher, control: Request) -> bool:
-        """Return whether the endpoint answers what it has answered before, at the first attempt."""
-        before = self._endpoint.troubles
-        again = msgspec.structs.replace(control, use_cache=False, priority="high")
-        answers = [result.reply async for result in batcher.map([again])]
-        return answers != [None] and self._endpoint.troubles == before
+    async def _probe(self) -> bool | None:
+        """Return whether the control is answered; None if nothing was answered before."""
+        if self._control is None or self._prober is None:
+            return None
+        control = msgspec.structs.replace(self._control, use_cache=False, priority="high")
+        errors = [result.error async for result in self._prober.map([control])]
+        return all(error is None or cause_of(error) is Cause.REQUEST for error in errors)
 
     # --- the end
 

@@ -18,7 +18,7 @@ from microbatch.commands import console
 from microbatch.commands.asking import add_endpoint, add_policy, add_telling
 from microbatch.commands.console import UsageError, note, plural, seconds, tell
 from microbatch.commands.flags import number, whole_number
-from microbatch.commands.job import read_policy, read_transport
+from microbatch.commands.job import prober, read_policy, read_transport
 from microbatch.commands.patient import PatientCache
 from microbatch.commands.progress import Progress, make_bar
 from microbatch.commands.resting import RestingTransport
@@ -171,6 +171,7 @@ class Work:
         if patience is None and args.until_empty:
             patience = GIVE_UP_AFTER
         self._endpoint = Endpoint("the endpoint is left alone", give_up_after=patience)
+        self._prober = prober(self._transport)
         self._worker: Worker | ProviderBatches | None = None
         self._batchers: list[Microbatcher] = []
 
@@ -226,7 +227,7 @@ class Work:
         if isinstance(worker, Worker) and worker.refused is not None:
             return f"the endpoint refuses to answer: {worker.refused}"
         if self._endpoint.given_up:
-            return f"nothing was answered for {self._endpoint.failing_for:,.0f} s"
+            return f"nothing was answered for {seconds(self._endpoint.failing_for)}"
         return None
 
     async def _make_worker(self, stack: AsyncExitStack, progress: Progress) -> Worker | ProviderBatches:
@@ -242,14 +243,19 @@ class Work:
         if self._args.provider_batch:
             return await self._provider_batches(stack, advance)
         args = self._args
-        return Worker(
+        batchers = await self._open_batchers(stack)
+        await stack.enter_async_context(self._prober)
+        worker = Worker(
             self._spool,
-            await self._open_batchers(stack),
+            batchers,
             lease=args.lease,
             until_empty=args.until_empty,
             needs_model=self._transport.model is None,
+            prober=self._prober,
             progress=advance,
         )
+        self._endpoint.probe = worker.probe
+        return worker
 
     async def _open_batchers(self, stack: AsyncExitStack) -> dict[Stage, tuple[Microbatcher, int]]:
         """Open a batcher for each stage; they share transport, limits and cache."""
@@ -304,7 +310,12 @@ class Work:
         return make_bar(before.depth) if wanted or (wanted is None and sys.stderr.isatty()) else None
 
     def _stats(self) -> Stats:
-        return together([batcher.stats() for batcher in self._batchers]) if self._batchers else Stats()
+        if not self._batchers:
+            return Stats()
+        # Calls that waited in vain for their turn were no calls.
+        stats = [*(batcher.stats() for batcher in self._batchers), self._prober.stats()]
+        calls = self._endpoint.sent + stats[-1].upstream_calls
+        return msgspec.structs.replace(together(stats), upstream_calls=calls)
 
     # --- afterwards
 

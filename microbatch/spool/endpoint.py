@@ -27,7 +27,7 @@ from microbatch.errors import (
 from microbatch.spool.rest import Rest, wait
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 FIRST_REST: Final = 1.0
 LONGEST_REST: Final = 60.0
@@ -39,8 +39,13 @@ GIVE_UP_AFTER: Final = 600.0
 ENOUGH: Final = 3
 """Attempts that fail in a row, none answered that was sent later, before the endpoint counts as down."""
 
-UNPROVEN: Final = 32
-"""Most attempts under way that were sent since the latest answer came: more would be wasted when an outage begins."""
+UNTRIED: Final = 8
+"""Most attempts under way until the first one is answered."""
+
+BURST: Final = 32
+PACE: Final = 0.05
+"""At most `BURST` attempts are begun within `PACE` seconds: calls that end together are not followed by as many at once, all of
+which would be lost if an outage begins."""
 
 # An endpoint that is overloaded or not there, whatever it is asked: bad gateway, unavailable, overloaded.
 _DOWN: Final = frozenset({502, 503, 529})
@@ -104,23 +109,26 @@ class Endpoint:
         answered: Whether any attempt has succeeded.
         stopped: Whether attempts are refused because `stop` was called.
         error: What the latest attempt that counted failed with, or None.
-        on_wire: Attempts that are under way.
-        troubles: Attempts that failed and counted.
+        sent: Attempts that were begun.
+        on_wire: Those that are under way.
+        probe: Asks a question that was answered before, past this object, and returns whether it is answered now; None if there is
+            no such question yet. Without it, or then, the attempt whose turn it is tries whether the endpoint answers again.
     """
 
     def __init__(self, what: str, *, give_up_after: float | None = None) -> None:
         self.answered = False
         self.stopped = False
         self.error: Exception | None = None
+        self.sent = 0
         self.on_wire = 0
-        self.troubles = 0
+        self.probe: Callable[[], Awaitable[bool | None]] | None = None
         self._give_up_after = float("inf") if give_up_after is None else give_up_after
         self._rest = Rest(what, first=FIRST_REST, longest=LONGEST_REST)
         self._failures = 0  # in a row
         self._failing_since = float("inf")  # when the first of them was sent
         self._latest = float("-inf")  # when the latest attempt that succeeded was sent
-        self._answers = 0
-        self._unproven = 0  # attempts under way that were sent since the latest answer
+        self._burst = 0  # attempts begun since `PACE` seconds before the time that follows
+        self._burst_ends = 0.0
         self._probing = False
         self._changed = asyncio.Event()
         self._on_idle: Callable[[], object] | None = None
@@ -165,67 +173,95 @@ class Endpoint:
                 raise ShutDown("not sent: stopped before its turn")
             if self.given_up:
                 raise ShutDown(f"not sent: nothing was answered for {self.failing_for:.0f} s")
-            if not self.down and self._unproven < UNPROVEN:
-                return False
-            if self.down and not self._probing and not self._rest.on:
-                self._probing = True
-                return True
-            left = self._give_up_after - self.failing_for
-            seconds = min(self._rest.left or left, left) if self.down else float("inf")
-            await wait(self._changed, None if seconds == float("inf") else seconds)
+            if self.down:
+                if not self._probing and not self._rest.on:
+                    if await self._probed() is None:
+                        self._probing = True
+                        return True
+                    continue
+                left = self._give_up_after - self.failing_for
+                left = min(self._rest.left or left, left)
+            elif self.answered or self.on_wire < UNTRIED:
+                left = self._pause()
+                if not left:
+                    return False
+            else:
+                left = float("inf")
+            await wait(self._changed, None if left == float("inf") else left)
+
+    async def rested(self) -> None:
+        """Wait until no rest lasts, or attempts are refused."""
+        while self.down and self._rest.on and not self.stopped and not self.given_up:
+            await wait(self._changed, min(self._rest.left, self._give_up_after - self.failing_for))
+
+    def _pause(self) -> float:
+        """Return the seconds until another attempt may begin; 0 counts it as begun."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._burst_ends:
+            self._burst, self._burst_ends = 0, now + PACE
+        if self._burst >= BURST:
+            return self._burst_ends - now
+        self._burst += 1
+        return 0.0
+
+    async def answers(self) -> bool:
+        """Return whether a question that was answered before is answered now; if not, the endpoint is down."""
+        answered = await self._probed()
+        if answered is False:
+            self._failures = max(self._failures, ENOUGH)
+        return bool(answered)
+
+    async def _probed(self) -> bool | None:
+        """Ask what was answered before, and note how that ends; None if nothing was."""
+        sent = asyncio.get_running_loop().time()
+        self._probing = True
+        try:
+            answered = None if self.probe is None else await self.probe()
+        finally:
+            self.tried()
+        if answered:
+            self.succeeded(sent)
+        elif answered is False:
+            self._failing_since = min(self._failing_since, sent)
+            self._begin_rest()
+        return answered
 
     def tried(self) -> None:
         """The attempt that tries whether the endpoint answers again has ended."""
         self._probing = False
         self._note_change()
 
-    def begin(self) -> int:
-        """Note that an attempt is sent; return what to `end` it with."""
+    def begin(self) -> None:
+        """Note that an attempt is sent."""
+        self.sent += 1
         self.on_wire += 1
-        self._unproven += 1
-        return self._answers
 
-    def end(self, begun: int) -> None:
-        """Note that the attempt has ended for which `begin` has returned *begun*."""
+    def end(self) -> None:
+        """Note that an attempt has ended, after how it did."""
         self.on_wire -= 1
-        if begun == self._answers:
-            self._unproven -= 1
-            self._note_change()
+        self._note_change()
         self._tell_if_idle()
 
     def succeeded(self, sent: float) -> None:
         """Note an answer to an attempt that was sent at the loop time *sent*."""
         self.answered = True
-        self._answers += 1
-        self._unproven = 0
         self._latest = max(self._latest, sent)
         if sent >= self._failing_since:
             self._failures, self._failing_since = 0, float("inf")
             self._rest.end()
-        self._note_change()
 
     def failed(self, error: Exception, sent: float) -> None:
         """Note that an attempt sent at the loop time *sent* failed with *error*, for which the endpoint may be to blame."""
         if sent < self._latest:
             return
         self.error = error
-        self.troubles += 1
-        self._failures += 1
+        self._failures += ENOUGH if is_refusal(error) else 1
         self._failing_since = min(self._failing_since, sent)
-        if is_refusal(error):
-            self.lay_off(error)
-        elif self.down:
-            self._begin_rest(error)
+        if self.down and (self._probing or not self.answered or self.probe is None):
+            self._begin_rest()  # else the control is asked first, and at once
 
-    def lay_off(self, error: Exception) -> None:
-        """Take the endpoint for down because of *error*, however many attempts have failed."""
-        self._failures = max(self._failures, ENOUGH)
-        self._failing_since = min(self._failing_since, asyncio.get_running_loop().time())
-        self._begin_rest(error)
-
-    def _begin_rest(self, error: Exception) -> None:
-        self._rest.take(f"{type(error).__name__}: {error}")
-        self._note_change()
+    def _begin_rest(self) -> None:
+        self._rest.take(f"{type(self.error).__name__}: {self.error}")
 
     def _note_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

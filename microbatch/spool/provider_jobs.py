@@ -33,7 +33,8 @@ PATIENCE: Final = 3 * 86_400.0
 """Seconds after which a batch that the provider no longer knows is given up: batches take a day."""
 
 MAX_LESSONS: Final = 8
-"""Jobs in a row whose lines may be refused for what the endpoint turns out not to support, before the requests are to blame."""
+"""Jobs in a row whose lines may be refused for what the endpoint turns out not to support, or in which no line is answered for
+reasons that may be the endpoint's, before the requests are to blame."""
 
 AT_ONCE: Final = 1_000
 """Most requests in one transaction of the spool."""
@@ -115,6 +116,7 @@ class Jobs:
         self._reader = reader
         self._count = count
         self._lessons = 0
+        self._fruitless = 0  # jobs in a row without an answer
 
     async def begin(self, draft: Draft, *, lease: float) -> Held:
         """Record a job: from here on it is not forgotten, whatever happens."""
@@ -212,8 +214,10 @@ class Jobs:
             await self._spool.finish(answers)
             self._count(answered=len(answers))
         for why, left in results.open.items():
-            counted = why.counted or (why.again and self._lessons >= MAX_LESSONS)
+            fruitless = why.doubtful and self._fruitless >= MAX_LESSONS
+            counted = results.blames(why) or fruitless or (why.again and self._lessons >= MAX_LESSONS)
             await self._put_back(left, why.error, counted=counted)
+        self._fruitless = 0 if results.answers else self._fruitless + 1
         self._lessons = self._lessons + 1 if results.learned else 0 if results.answers else self._lessons
         await self._end(held, batch.input_file_id)
         return Ended(batch, len(deliveries), results)

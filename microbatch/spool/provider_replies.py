@@ -18,16 +18,9 @@ from microbatch.batching.canary import check_canary
 from microbatch.batching.demultiplexer import Demultiplexer
 from microbatch.batching.thoughts import after_leading_thought
 from microbatch.batching.verdict import complaint, ending
-from microbatch.errors import (
-    AuthFailed,
-    ConfigError,
-    QuotaExhausted,
-    RateLimited,
-    RequestFailed,
-    StatusError,
-    StorageError,
-)
+from microbatch.errors import ConfigError, RequestFailed, StatusError, StorageError
 from microbatch.messages import Usage
+from microbatch.spool.endpoint import ENOUGH, Cause, cause_of, may_refuse_all
 from microbatch.spool.payload import Answer
 from microbatch.spool.provider_lines import read
 
@@ -42,9 +35,6 @@ if TYPE_CHECKING:
 
 DISCOUNT: Final = 0.5
 """What a provider charges for batches, of its usual price."""
-
-# Statuses of an endpoint that is down or overloaded, whatever it is asked, and of a model that is not there.
-_NOBODYS_FAULT: Final = frozenset({404, 502, 503, 504, 529})
 
 _BYTES_A_TOKEN: Final = 4
 
@@ -73,13 +63,15 @@ class Why(msgspec.Struct, frozen=True):
 
     Attributes:
         error: In words.
-        counted: Whether the request may be to blame.
+        counted: Whether the request is to blame.
+        doubtful: Whether the endpoint may be to blame as well; then `counted` is True.
         again: Whether the next try will be another one, because something was learned.
     """
 
     error: str
     counted: bool = True
     again: bool = False
+    doubtful: bool = False
 
 
 class Results:
@@ -97,15 +89,21 @@ class Results:
         self.open: dict[Why, list[Delivery]] = {}
         self.usage = Usage()
         self.cost_usd: float | None = 0.0
+        self._doubtful = 0  # lines
 
     def leave(self, deliveries: Iterable[Delivery], why: Why) -> None:
         """Note that *deliveries* were not answered."""
         self.open.setdefault(why, []).extend(deliveries)
+        self._doubtful += why.doubtful
 
     @property
     def trouble(self) -> str | None:
         """The first reason that is nobody's fault, so that trying again at once is no use; None if there is none."""
-        return next((why.error for why in self.open if not why.counted and not why.again), None)
+        return next((why.error for why in self.open if not self.blames(why) and not why.again), None)
+
+    def blames(self, why: Why) -> bool:
+        """Return whether the requests left open for the reason *why* are to blame: not if several lines failed, and none did not."""
+        return why.counted and not (why.doubtful and not self.answers and self._doubtful >= ENOUGH)
 
     @property
     def learned(self) -> bool:
@@ -294,10 +292,9 @@ def _usages(usage: Usage | None, line: Line, shares: Sequence[_Share]) -> list[U
 def _why(error: RequestFailed) -> Why:
     if isinstance(error, StatusError) and error.again:
         return Why(_told(error), counted=False, again=True)
-    nobodys = isinstance(error, AuthFailed | QuotaExhausted | RateLimited) or (
-        isinstance(error, StatusError) and error.status in _NOBODYS_FAULT
-    )
-    return Why(_told(error), counted=not nobodys)
+    cause = cause_of(error)
+    counted = cause is not Cause.ENDPOINT and not may_refuse_all(error)
+    return Why(_told(error), counted=counted, doubtful=counted and cause is Cause.EITHER)
 
 
 def _told(error: Exception) -> str:

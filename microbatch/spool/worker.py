@@ -92,6 +92,7 @@ class Worker:
         lease: Seconds for which requests are taken.
         until_empty: End when nothing is left in the spool, not even in the hands of other workers; else go on for ever.
         needs_model: Whether nothing but a request itself names a model.
+        prober: Has the control answered; None takes the batcher of `Stage.ALONE`.
         progress: Called with the figures so far after each request.
 
     Attributes:
@@ -108,6 +109,7 @@ class Worker:
         lease: float = LEASE,
         until_empty: bool = False,
         needs_model: bool = False,
+        prober: Asks | None = None,
         progress: Callable[[Done], None] | None = None,
     ) -> None:
         self.done = Done()
@@ -117,6 +119,7 @@ class Worker:
         self._lease = lease
         self._until_empty = until_empty
         self._needs_model = needs_model
+        self._prober = prober or batchers[Stage.ALONE][0]
         self._progress = progress
         self._held: dict[str, Delivery] = {}
         self._doubtful: list[tuple[Delivery, str]] = []
@@ -247,7 +250,7 @@ class Worker:
             return
         if cause is Cause.ENDPOINT and not isinstance(error, ShutDown | BatcherClosed):
             self._rest.take(told)
-            if is_refusal(error) and self._control is None:
+            if is_refusal(error) and self._control is None and self.refused is None:
                 self.refused = told
                 self.stop()
         await self._give_back([delivery], told, counted=cause is Cause.REQUEST)
@@ -257,20 +260,18 @@ class Worker:
         doubtful, self._doubtful = self._doubtful, []
         if not doubtful:
             return
-        counted = not self._rest.on and await self._answers()
+        counted = not self._rest.on and bool(await self.probe())
         if not counted:
             self._rest.take(doubtful[-1][1])
         for delivery, told in doubtful:
             await self._give_back([delivery], told, counted=counted)
 
-    async def _answers(self) -> bool:
-        """Return whether the endpoint answers the control."""
+    async def probe(self) -> bool | None:
+        """Return whether the endpoint answers what it has answered before; None if that is nothing."""
         if self._control is None:
-            return False
-        batcher, _ = self._batchers[Stage.ALONE]
-        async for result in batcher.map(_only(self._control)):
-            answered = result.error is None or cause_of(result.error) is Cause.REQUEST
-        return answered
+            return None
+        results = [result async for result in self._prober.map(_only(self._control))]
+        return all(result.error is None or cause_of(result.error) is Cause.REQUEST for result in results)
 
     # --- what is held
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from microbatch.testing import SimulatedEndpoint
+from microbatch.testing.reading import EndpointError
 
 QUESTION = ("--template", "Product: {name}")
 
@@ -50,6 +52,26 @@ def summary_with_reuse(capsys):
 
     reused = {"cache_hits": figure(r"cache: ([\d,]+) of"), "shared": figure(r"shared: ([\d,]+) item")}
     return json.loads(shown.out.splitlines()[-1]) | reused
+
+
+def refuse(endpoint, when, code=500):
+    """Let *endpoint* answer with the status *code* whenever `when(text of the prompt)` holds; return the texts of all prompts."""
+    asked, real = [], endpoint.read
+
+    def read(body):
+        asked.append(body["messages"][-1]["content"])
+        if when(asked[-1]):
+            raise EndpointError(code, "no")
+        return real(body)
+
+    endpoint.read = read
+    return asked
+
+
+def outage(count, after=0):
+    """Return a condition for `refuse` that holds for *count* calls, after so many that it does not hold for."""
+    calls = itertools.count()
+    return lambda _: after <= next(calls) < after + count
 
 
 @contextmanager

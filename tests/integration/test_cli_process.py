@@ -186,18 +186,6 @@ def test_the_simulated_endpoint_keeps_the_quota_and_obeys_as_it_is_told(words, q
     assert ("served 0 calls, 1,234 refused for the quota: " in told) == (quota is not None)
 
 
-def test_a_reader_that_leaves_early_is_no_reason_to_complain(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"q": 1}\n')
-    words = ["run", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--template", "{q}", "--simulate"]
-    process = start(*words, stdout=subprocess.PIPE)
-    process.stdout.close()
-    error = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(PATIENCE) == 1
-    assert "Traceback" not in error
-    assert "Exception ignored" not in error
-
-
 @pytest.mark.parametrize(("command", "status"), [("simulate", 0), ("demo", 130)])
 def test_a_signal_ends_a_command_that_serves(command, status, monkeypatch, capsys):
     async def opened(self, real=SimulatedEndpoint.open):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -183,22 +185,6 @@ def test_a_run_with_a_canary_is_not_led_by_one_item(capsys):
         assert {line["output"] for line in output("led.jsonl")} == {"hijacked"}
 
 
-def test_an_endpoint_that_is_not_there_is_told_once_for_all_items(capsys):
-    products(200)
-    assert run(*QUESTION, "--model", "m", "--base-url", "http://127.0.0.1:9/v1") == 1
-    error = capsys.readouterr().err
-    assert len([line for line in error.splitlines() if "ConnectFailed" in line]) == 1
-    assert "and 195 more: ConnectFailed: could not connect to 127.0.0.1:9" in error
-    assert Counter(line["error"]["type"] for line in output()) == {"ConnectFailed": 200}
-
-
-def test_a_refused_key_is_told_with_its_status():
-    products(3)
-    with serving(api_keys=["right"]) as endpoint:
-        assert run(*QUESTION, "--model", "m", "--base-url", endpoint.base_url) == 1
-    assert {line["error"]["status"] for line in output()} == {401}
-
-
 def test_an_output_that_holds_answers_is_never_overwritten(capsys):
     products(3)
     assert run(*QUESTION, "--simulate") == 0
@@ -300,7 +286,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_written(monkeypatch, capsys)
     assert len(output()) == 40
 
 
-def test_ctrl_c_keeps_what_is_answered(monkeypatch, capsys):
+def test_ctrl_c_lets_the_calls_under_way_end_and_sends_nothing_more(monkeypatch, capsys):
     products(400)
 
     def write(self, line, real=answers.Answers.write):
@@ -308,13 +294,22 @@ def test_ctrl_c_keeps_what_is_answered(monkeypatch, capsys):
         if self.written == 20:
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(answers.Answers, "write", write)
-        assert run(*QUESTION, "--simulate", "--max-concurrent-batches", "1", "--max-batch-size", "4") == 130
-    assert "Stopped" in capsys.readouterr().err
-    assert 20 <= len(output()) < 400
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert run(*QUESTION, "--simulate", "--max-batch-size", "4", "--resume") == 0
+    words = (*QUESTION, "--max-concurrent-batches", "4", "--max-batch-size", "4", "--json")
+    with serving() as endpoint:
+        asked = ("--model", "m", "--base-url", endpoint.base_url)
+        with monkeypatch.context() as patch:
+            patch.setattr(answers.Answers, "write", write)
+            assert run(*words, *asked) == 130
+        shown = capsys.readouterr()
+        told = json.loads(shown.out.splitlines()[-1])
+        # Nothing that the endpoint has answered is lost, and it was asked nothing after the calls that were under way.
+        assert endpoint.items == told["answered"] == len(output()) <= 20 + 4 * 4 * 2
+        assert told["unasked"] == 400 - told["answered"]
+        assert re.search(r"Stopping: \d calls? under way may end.*Press Ctrl-C again", shown.err)
+        assert shown.err.splitlines()[-1].endswith("--resume")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert run(*words, *asked, "--resume") == 0
+        assert endpoint.items == 400
     assert len(output()) == 400
 
 
@@ -353,6 +348,54 @@ def test_an_input_that_cannot_be_read_to_its_end_is_told(monkeypatch, capsys):
     assert run(*QUESTION, "--simulate") == 1
     assert "Input/output error" in capsys.readouterr().err
     assert len(output()) == 20
+
+
+def append(path, text):
+    with path.open("a") as file:
+        file.write(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "asked"),
+    [
+        (lambda path: os.truncate(path, 100), "was changed while it was asked about: it has", None),
+        (lambda path: path.write_text(path.read_text().replace("thing 4999", "thing 9999")), "was changed", None),
+        (lambda path: path.rename("elsewhere"), "was deleted", None),
+        (lambda path: append(path, '{"id": "late", "name": "x"}\n'), "has grown", 5_000),
+    ],
+)
+def test_an_input_that_changes_while_it_is_asked_about_is_never_a_success(change, words, asked, monkeypatch, capsys):
+    products(5_000)  # more than is read ahead
+
+    def write(self, line, real=answers.Answers.write):
+        real(self, line)
+        if self.written == 20:
+            change(Path("in.jsonl"))
+
+    monkeypatch.setattr(answers.Answers, "write", write)
+    assert run(*QUESTION, "--simulate", "--json") == 1
+    shown = capsys.readouterr()
+    told = json.loads(shown.out.splitlines()[-1])
+    assert f"microbatch run: 'in.jsonl' {words}" in shown.err
+    assert told["answered"] + told["failed"] + told["unasked"] == told["items"] == 5_000
+    assert len(output()) == told["answered"] + told["failed"]
+    if asked is not None:
+        assert told["answered"] == asked
+    for line in output():
+        assert line["error"] is None or line["error"]["type"] == "InputError"  # a line that was cut in two
+
+
+def test_an_output_that_is_deleted_while_it_is_written_is_put_back(monkeypatch, capsys):
+    products(100)
+
+    def write(self, line, real=answers.Answers.write):
+        real(self, line)
+        if self.written == 20:
+            Path("out.jsonl").unlink()
+
+    monkeypatch.setattr(answers.Answers, "write", write)
+    assert run(*QUESTION, "--simulate") == 0
+    assert len(output()) == 100
 
 
 def test_a_disk_that_fails_at_the_last_moment_is_told(monkeypatch, capsys):

@@ -122,14 +122,6 @@ def test_bad_lines_are_told_with_file_line_and_field_and_the_others_are_asked(ca
         assert words in shown.err
 
 
-def test_an_endpoint_that_is_not_there_is_told_once_for_all_items(capsys):
-    products(200)
-    assert warm(*QUESTION, "--model", "m", "--base-url", "http://127.0.0.1:9/v1") == 1
-    shown = capsys.readouterr()
-    assert "and 195 more: ConnectFailed: could not connect to 127.0.0.1:9" in shown.err
-    assert "200 items: 0 known already, 0 asked, 200 failed, in " in shown.out
-
-
 def test_more_kinds_of_failures_than_anyone_reads_are_counted(capsys):
     fields = "".join(f"{{f{number}}}" for number in range(30))
     given(*({f"f{number}": "x" for number in range(30) if number != missing} for missing in range(30)))

@@ -21,6 +21,7 @@ from microbatch.policy import FlushPolicy, RetryPolicy
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.provider_api import OpenAIBatchApi
 from microbatch.spool.provider_batch import ProviderBatches
+from microbatch.spool.provider_jobs import MAX_LESSONS
 from microbatch.spool.records import Name, Spool
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
@@ -274,6 +275,24 @@ async def test_a_failed_line_goes_in_half_batches_next_and_then_alone(tmp_path):
         assert site.sizes == [16, 8, 8] + [1] * 16
         assert (worker.done.jobs, worker.done.failed) == (3, 32)
         assert set((await site.deliveries()).values()) == {3}
+
+
+async def test_jobs_in_which_every_line_fails_cost_no_request_its_chances(tmp_path):
+    """Six jobs of four lines that all fail, which is more than kills a request."""
+    async with opened(tmp_path, faults=Faults("http_500", rate=1, on="all", limit=24)) as site:
+        names = await site.put(TEXTS[:64])
+        worker = await drained(site.worker())
+        assert [answer.text for answer in await site.answers(names)] == [right(text) for text in TEXTS[:64]]
+        assert (worker.done.jobs, worker.done.failed, worker.done.returned) == (7, 0, 6 * 64)
+
+
+async def test_jobs_in_which_every_line_fails_for_ever_are_not_tried_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("microbatch.spool.provider_batch.LONGEST_REST", POLL)
+    async with opened(tmp_path, faults=Faults("http_500", rate=1, on="all")) as site:
+        await site.put(TEXTS[:64])
+        worker = await drained(site.worker())
+        assert (await site.spool.counts()).dead == 64
+        assert worker.done.jobs >= MAX_LESSONS
 
 
 async def test_who_fails_alone_time_and_again_is_dead_and_harms_no_other(site):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from typing import Literal
 
@@ -198,6 +199,108 @@ async def test_an_endpoint_that_is_down_costs_no_request_its_chances(place, monk
     assert done.returned >= 8
     assert {len(call.items) for call in transport.calls} == {4}
     assert any("rests for" in record.message for record in caplog.records)
+
+
+TROUBLE = {
+    "500": mb.ServerError("boom", status=500),
+    "501": mb.ServerError("boom", status=501),
+    "524": mb.ServerError("boom", status=524),
+    "408": mb.ServerError("boom", status=408),
+    "404": mb.BadRequest("no such model", status=404),
+    "silence": mb.TransportTimeout("no answer"),
+    "cut": mb.TransportError("cut off"),
+    "no model": mb.ConfigError("no model"),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+@pytest.mark.parametrize("before", [0, 2])
+async def test_while_nothing_is_answered_no_request_is_to_blame(place, trouble, before, monkeypatch):
+    monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.02)
+    monkeypatch.setattr("microbatch.spool.worker.LONGEST_REST", 0.1)
+    spool = await place.spool(max_alone=1)
+    calls = itertools.count()
+
+    def model(call):
+        if before <= next(calls) < before + 12:
+            return TROUBLE[trouble].replica()
+        answers = [(name, text.upper()) for name, text in call.items]
+        return call.reply(answers) if call.combined else answers[0][1]
+
+    async with place.sender() as batcher:
+        for number in range(40):
+            await batcher.enqueue(ask(f"q{number}"), id=str(number))
+        done = await drain(spool, ScriptedTransport(*[model] * 200))
+        assert done.answered == 40
+        assert done.failed <= 2 * 4  # at the edge: those that were the last to fail, when all was well again
+        assert (await spool.counts()).dead == 0
+        assert [(await batcher.result(str(number), timeout=0)).output for number in range(40)] == [
+            f"Q{number}" for number in range(40)
+        ]
+
+
+async def test_requests_that_fail_while_the_control_is_answered_are_to_blame_even_if_nothing_else_is_left(place):
+    spool = await place.spool(max_alone=2)
+
+    def model(call):
+        if any("poison" in text for _, text in call.items):
+            return mb.TransportTimeout("no answer")
+        answers = [(name, text.upper()) for name, text in call.items]
+        return call.reply(answers) if call.combined else answers[0][1]
+
+    transport = ScriptedTransport(*[model] * 100)
+    async with place.sender() as batcher:
+        for number in range(4):
+            await batcher.enqueue(ask(f"q{number}"), id=str(number))
+        for number in range(4):
+            await batcher.enqueue(ask(f"poison {number}"), id=f"bad{number}")
+        await drain(spool, transport)
+        assert {letter.item.name.id async for letter in spool.dead_letters()} == {f"bad{number}" for number in range(4)}
+        assert (await spool.counts()).done == 4
+
+
+async def test_a_worker_without_a_single_answer_blames_nobody_and_can_be_stopped(place, monkeypatch):
+    monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.02)
+    monkeypatch.setattr("microbatch.spool.worker.LONGEST_REST", 0.1)
+    spool = await place.spool(max_alone=1)
+    transport = ScriptedTransport(*[mb.ServerError("boom", status=500) for _ in range(1_000)])
+    async with place.sender() as batcher:
+        for number in range(20):
+            await batcher.enqueue(ask(f"q{number}"), id=str(number))
+        async with worker_for(spool, transport) as worker:
+            running = asyncio.ensure_future(worker.run())
+            await until(lambda: len(transport.calls) > 20)
+            worker.stop()
+            async with asyncio.timeout(PATIENCE):
+                await running
+    assert (worker.done.answered, worker.done.failed) == (0, 0)
+    assert (await spool.counts()).waiting == (20, 0, 0)
+
+
+async def test_a_worker_whose_key_is_refused_from_the_start_ends(place):
+    spool = await place.spool(max_alone=1)
+    transport = ScriptedTransport(*[mb.AuthFailed("bad key", status=401) for _ in range(100)])
+    async with place.sender() as batcher:
+        for number in range(20):
+            await batcher.enqueue(ask(f"q{number}"), id=str(number))
+        async with worker_for(spool, transport, until_empty=False) as worker, asyncio.timeout(PATIENCE):
+            await worker.run()
+    assert worker.refused == "AuthFailed: bad key"
+    assert (await spool.counts()).waiting == (20, 0, 0)
+
+
+async def test_a_worker_that_needs_a_model_and_finds_none_ends_and_puts_all_back(place):
+    spool, transport = await place.spool(max_alone=1), ScriptedTransport()
+    async with place.sender() as batcher:
+        for number in range(6):
+            await batcher.enqueue(ask(f"q{number}"), id=str(number), model="m" if number < 3 else None)
+        async with worker_for(spool, transport) as worker, asyncio.timeout(PATIENCE):
+            worker._needs_model = True
+            with pytest.raises(mb.ConfigError, match="--model"):
+                await worker.run()
+    counts = await spool.counts()
+    assert (counts.leased, counts.dead) == (0, 0)
+    assert counts.waiting[0] >= 3
 
 
 async def test_a_worker_that_is_stopped_ends_what_it_holds_and_takes_no_more(place):

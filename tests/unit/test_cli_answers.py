@@ -76,6 +76,48 @@ def test_the_endpoints_json_is_kept_when_the_text_is_not_all_of_it(choices, kept
     assert line.get("body") == (body if kept else None)
 
 
+def test_the_digest_of_the_question_follows_the_six_fields_and_a_line_of_another_release_is_read_without_it(path):
+    reply = Reply("yes", "yes", "batch", Usage())
+    write(path, good("a"), answer_line("b", "yes", reply, "d1"), failure_line("c", {"type": "X"}, "d2"), good("d"))
+    assert [list(line)[6:] for line in lines(path)] == [[], ["digest"], ["digest"], []]
+    with Answers(path) as answers:
+        found = answers.written_before()
+        assert {name: found.rows[digest(name)].digest for name in ("a", "b", "d")} == {"a": None, "b": "d1", "d": None}
+        assert answers.row_at(found.questions["d1"].start, "new") == lines(path)[1] | {"custom_id": "new"}
+
+
+def test_the_output_is_written_anew_with_nothing_but_the_rows_to_keep_and_stays_locked(path, tmp_path):
+    write(path, good("a"), good("b"), bad("c"))
+    before = Path(path).read_bytes()
+    with Answers(path) as answers:
+        rows = answers.written_before().rows
+        answers.replace([(rows[digest("b")].start, "b"), (rows[digest("a")].start, "z")], tmp_path / "aside")
+        with pytest.raises(UsageError, match="another run"):
+            Answers(path)
+        answers.write(good("n"))
+    assert [line["custom_id"] for line in lines(path)] == ["b", "z", "n"]
+    assert (tmp_path / "aside").read_bytes() == before
+    assert {each.name for each in tmp_path.iterdir()} == {"out.jsonl", "aside"}
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_answers_outlive_the_deletion_of_their_file(path, taken):
+    answers = Answers(path)
+    answers.write(good("a"))
+    Path(path).unlink()
+    answers.write(good("b"))
+    if not taken:
+        answers.close()
+        found = path
+    else:
+        Path(path).write_text("another's\n")
+        with pytest.raises(NotWritten, match=r"replaced by another file.*out\.jsonl\.old1"):
+            answers.close()
+        assert Path(path).read_text() == "another's\n"
+        found = path + ".old1"
+    assert [line["custom_id"] for line in lines(found)] == ["a", "b"]
+
+
 def test_an_error_is_told_without_what_the_endpoint_quoted():
     error = BadRequest("no such thing", status=400, code="odd", request_id="r1", body="the prompt", attempts=2)
     assert error_object(error) == {
@@ -97,7 +139,7 @@ def test_an_error_is_told_without_what_the_endpoint_quoted():
 def test_the_last_line_of_an_id_counts(path):
     write(path, bad("a"), good("a"), good("b"), bad("b"), bad("c"))
     with Answers(path) as answers:
-        assert answers.answered() == {digest("a")}
+        assert answers.written_before().rows.keys() == {digest("a")}
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"custom_id":"c","output":null', b"x" * 200_000])
@@ -118,7 +160,7 @@ def test_a_file_that_is_nothing_but_an_incomplete_line_is_emptied(path):
         file.write('{"custom_id"')
     with Answers(path) as answers:
         assert answers.cut() == 12
-        assert answers.answered() == set()
+        assert answers.written_before().rows == {}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +171,7 @@ def test_a_line_that_is_not_ours_is_named(path, line):
     with Path(path).open("a") as file:
         file.write(line + "\n")
     with Answers(path) as answers, pytest.raises(UsageError, match=r"out\.jsonl: line 2 was not written by"):
-        answers.answered()
+        answers.written_before()
 
 
 def test_two_runs_cannot_write_one_output(path):
@@ -198,20 +240,20 @@ def test_settings_that_differ_are_named_but_no_prompt_is_kept(path):
     }
     fingerprint.keep(path, settings)
     assert "secret" not in fingerprint.path_beside(path).read_text()
-    assert fingerprint.differences(path, settings) == []
+    assert fingerprint.differences(path, settings) == {}
     others = {
         "--system": fingerprint.hashed("others"),
         "--max-batch-size": 8,
         "--labels": fingerprint.hashed(["a"]),
         "--model": None,
     }
-    assert fingerprint.differences(path, others) == [
-        "--system (changed)",
-        "--max-batch-size (was 16, is 8)",
-        "--labels (added)",
-        "--model (was m, is not set)",
-    ]
-    assert "--system (left out)" in fingerprint.differences(path, {**settings, "--system": None})
+    assert fingerprint.differences(path, others) == {
+        "--system": "--system (changed)",
+        "--max-batch-size": "--max-batch-size (was 16, is 8)",
+        "--labels": "--labels (added)",
+        "--model": "--model (was m, is not set)",
+    }
+    assert fingerprint.differences(path, {**settings, "--system": None}) == {"--system": "--system (left out)"}
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{"])

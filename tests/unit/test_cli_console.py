@@ -184,6 +184,9 @@ def test_the_summary_has_exactly_the_promised_keys():
         "cost_usd",
         "unbatched_cost_usd",
         "wall_s",
+        "changed",
+        "reused",
+        "unasked",
     ]
     assert (summary.wall_s, summary.unbatched_calls) == (1.235, 20)
 

@@ -186,6 +186,7 @@ def test_the_summary_has_exactly_these_keys():
         "completion_tokens",
         "cost_usd",
         "wall_s",
+        "unasked",
     ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from microbatch.commands.console import UsageError
 from microbatch.commands.questions import Template, Templated
-from microbatch.commands.reading import BadLine, Input, Line, digest, requests
+from microbatch.commands.reading import BadLine, Input, InputChanged, Line, digest, requests
 
 QUESTIONS = Templated(Template("{q}"))
 
@@ -123,12 +123,86 @@ def test_what_has_been_answered_is_not_asked_again(given):
     assert [request.id for request in taken] == ["b"]
 
 
+def asking(source, survey, act, after):
+    """Return the ids that are asked about if *act* happens after so many of them, and what is told of the input."""
+    names = []
+    with pytest.raises(InputChanged) as told:
+        for request in requests(source, survey, QUESTIONS, set(), lambda *_: None):
+            names.append(request.id)
+            if len(names) == after:
+                act(Path(source.path))
+    return names, str(told.value)
+
+
+def replace(path, text):
+    (path.parent / "other").write_text(text)
+    (path.parent / "other").rename(path)
+
+
+LINES = [f'{{"id":"{number}","q":1}}' for number in range(5_000)]  # more than is read ahead
+TEXT = "".join(f"{line}\n" for line in LINES)
+CHANGES = {
+    "cut": (lambda path: os.truncate(path, len(LINES[0]) + 1), "it has 1 line now, and had 5,000"),
+    "emptied": (lambda path: path.write_text(""), "it has 0 lines now, and had 5,000"),
+    "shorter": (
+        lambda path: path.write_text(TEXT[: TEXT.index(LINES[3_000])]),
+        "it has 3,000 lines now, and had 5,000",
+    ),
+    "edited": (lambda path: path.write_text(TEXT.replace('"4999","q":1', '"4999","q":2')), "was changed while"),
+    "another": (lambda path: replace(path, '{"id":"x","q":1}\n'), "it has 1 line now, and had 5,000"),
+    "deleted": (lambda path: path.unlink(), "was deleted while"),
+    "grown": (lambda path: path.write_text(TEXT + '{"id":"new","q":1}\n'), "lines after 5,000 were not asked"),
+}
+
+
+@pytest.mark.parametrize("after", [1, 5_000])
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_input_that_changes_while_it_is_asked_about_is_told(given, change, after):
+    act, words = CHANGES[change]
+    source = given(*LINES, "")
+    names, told = asking(source, source.survey(("q",)), act, after)
+    assert "in.jsonl" in told
+    assert words in told
+    assert names[:after] == [str(number) for number in range(after)]
+    assert "new" not in names
+
+
+@pytest.mark.parametrize("change", ["cut", "edited", "another", "deleted"])
+def test_an_input_that_has_changed_before_the_first_question_is_not_asked_about(given, change):
+    source = given(*LINES, "")
+    survey = source.survey(("q",))
+    act, words = CHANGES[change]
+    act(Path(source.path))
+    with pytest.raises(InputChanged, match=re.escape(words)):
+        next(requests(source, survey, QUESTIONS, set(), lambda *_: None))
+
+
 def test_what_is_appended_after_the_check_of_the_ids_is_left_for_the_next_run(given):
     source = given('{"id":"a","q":1}\n')
     survey = source.survey(("q",))
     with Path(source.path).open("a") as file:
         file.write('{"id":"a","q":2}\n')
-    assert [request.id for request in requests(source, survey, QUESTIONS, set(), lambda *_: None)] == ["a"]
+    asked = requests(source, survey, QUESTIONS, set(), lambda *_: None)
+    assert next(asked).id == "a"
+    with pytest.raises(InputChanged, match="has grown"):
+        next(asked)
+
+
+def test_a_last_line_that_goes_on_is_no_line_that_was_checked(given):
+    source = given('{"id":"a","q":1}', '{"id":"b","q":2}')
+    survey = source.survey(("q",))
+    with Path(source.path).open("a") as file:
+        file.write("x\n")
+    with pytest.raises(InputChanged):
+        next(requests(source, survey, QUESTIONS, set(), lambda *_: None))
+
+
+def test_an_input_that_is_only_touched_or_replaced_by_a_copy_has_not_changed(given):
+    source = given(*LINES[:3], "")
+    survey = source.survey(("q",))
+    os.utime(source.path, (1, 1))
+    replace(Path(source.path), "".join(f"{line}\n" for line in LINES[:3]))
+    assert len(list(requests(source, survey, QUESTIONS, set(), lambda *_: None))) == 3
 
 
 def test_only_a_file_that_can_be_read_twice_will_do(tmp_path):

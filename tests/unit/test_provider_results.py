@@ -219,6 +219,18 @@ async def test_a_refused_line_counts_if_it_may_be_to_blame(status, error, counte
     assert all("secret" not in why.error for why in results.open)
 
 
+@pytest.mark.parametrize("status", [500, 504, 524, 408])
+@pytest.mark.parametrize("answered", [0, 1])
+async def test_lines_that_all_fail_in_a_way_that_may_be_the_endpoints_are_not_to_blame(status, answered):
+    job = await Job.of([f"text {number}" for number in range(8)], policy=FlushPolicy(max_batch_size=2))
+    rows = [row(line.custom_id, {"error": {}}, status=status) for line in job.lines[answered:]]
+    rows += [row(line.custom_id, completion(combined(line, ["a", "b"]))) for line in job.lines[:answered]]
+    results = await job.results(*rows)
+    assert len(open_of(results)) == 8 - 2 * answered
+    assert {results.blames(why) for why in open_of(results).values()} == {bool(answered)}
+    assert (results.trouble is None) == bool(answered)
+
+
 @pytest.mark.parametrize(
     ("status", "error", "counted"),
     [
