@@ -51,9 +51,6 @@ UNKNOWN_ANSWER: Final = 256
 QUOTA_SHARE: Final = 4
 """A call is charged at most this part of the tokens allowed a minute, so that one long reply does not keep all others waiting."""
 
-PAST_THE_END: Final = 2
-"""Elements more than were asked for, after which a reply is read no further."""
-
 _FACTOR: Final = 3
 _CLOSE_FACTOR: Final = 1.5
 """Put on what replies took, where tokens a minute have run out."""

@@ -70,6 +70,10 @@ _MAX_SCAFFOLDING = 200
 _WINDOW = 512
 
 
+_ASTRAY = 2
+"""Elements past those asked for after which a reply is taken to go on for nothing."""
+
+
 class _Element(msgspec.Struct):
     id: str
     answer: msgspec.Raw
@@ -89,6 +93,7 @@ class _Elements(msgspec.Struct):
     damaged: bool
     prefaced: bool
     elements: int
+    astray: int = 0
     latest: int = -1
     disordered: bool = False
 
@@ -120,15 +125,16 @@ class Demultiplexer:
         unknown_ids: Elements whose id was not asked for.
         thought: Whether a thought was in the reply.
         drafts: Whether something was delivered that may have been a draft: a thought ended after it, or another answer followed.
-        elements: Elements seen that are sound JSON, whatever their id, less those in thoughts.
         disordered: Whether one of them was not asked for, or came after one that was asked for later, or came twice.
     """
 
     __slots__ = (
+        "_astray",
         "_copies",
         "_decoders",
         "_eager",
         "_early",
+        "_elements",
         "_ended",
         "_gap",
         "_given",
@@ -146,7 +152,6 @@ class Demultiplexer:
         "damaged",
         "disordered",
         "drafts",
-        "elements",
         "late_duplicates",
         "thought",
         "unknown_ids",
@@ -177,8 +182,14 @@ class Demultiplexer:
         self.damaged = False
         self.late_duplicates = 0
         self.unknown_ids = 0
-        self.elements = 0
         self.disordered = False
+        self._elements = 0  # those that are sound JSON, whatever their id, less those in thoughts
+        self._astray = 0  # those of them that came last and were not asked for, or not once more
+
+    @property
+    def past_the_end(self) -> bool:
+        """Whether there were two elements more than were asked for, and the last two were of no use."""
+        return self._astray >= _ASTRAY and self._elements >= len(self._ids) + _ASTRAY
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""
@@ -279,7 +290,8 @@ class Demultiplexer:
                 *(self._held, self._copies, self._malformed, self._next, self.unknown_ids),
                 damaged=self.damaged,
                 prefaced=self._prefaced,
-                elements=self.elements,
+                elements=self._elements,
+                astray=self._astray,
                 latest=self._latest,
                 disordered=self.disordered,
             )
@@ -296,7 +308,8 @@ class Demultiplexer:
         """Have found what *found* tells and no more; what was delivered stays delivered."""
         self._held, self._copies, self._malformed, self._next = found.held, found.copies, found.malformed, found.next
         self.unknown_ids, self.damaged, self._prefaced = found.unknown_ids, found.damaged, found.prefaced
-        self.elements, self._latest, self.disordered = found.elements, found.latest, found.disordered
+        self._elements, self._astray = found.elements, found.astray
+        self._latest, self.disordered = found.latest, found.disordered
 
     def _nothing(self) -> _Elements:
         """Return what is found before the first element of a part: nothing but what was delivered."""
@@ -394,8 +407,8 @@ class Demultiplexer:
         except BaseException:  # noqa: BLE001 see _deliver
             self._unfit(index, raw)
             self._copies[index] = 1
-            self.elements += 1
-        self.elements += index - self._next
+            self._elements += 1
+        self._elements += index - self._next
         self._next = index
         return pos
 
@@ -431,7 +444,10 @@ class Demultiplexer:
         if self._gap or self._ended:
             self._enter()
         index = self._find(name)
-        self.elements += self._thinking is None  # a thought may hold any number of drafts
+        if self._thinking is None:  # a thought may hold any number of drafts
+            self._elements += 1
+            fresh = index is not None and index >= self._next and index not in self._copies
+            self._astray = 0 if fresh else self._astray + 1
         if index is None or index <= max(self._latest, self._next - 1):
             self.disordered = True
         else:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from microbatch.batching.bounds import PAST_THE_END
 from microbatch.batching.canary import check_canary
 from microbatch.batching.demultiplexer import Demultiplexer
 
@@ -203,8 +202,8 @@ class Batch:
 
     @property
     def past_the_end(self) -> bool:
-        """Whether the reply goes on after as many elements as were asked for."""
-        return self.demultiplexer.elements >= len(self._asked) + PAST_THE_END
+        """Whether the reply goes on although nothing more is to be expected of it."""
+        return self.demultiplexer.past_the_end
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""

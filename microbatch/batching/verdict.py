@@ -68,7 +68,7 @@ class Outcome(msgspec.Struct):
         heard: Whether the reply had any text.
         sound: Whether it had an element that was asked for and fits.
         in_order: Whether its elements came in the order in which they were asked for, none twice and none that was not.
-        past_the_end: Whether it went on after as many elements as were asked for.
+        past_the_end: Whether it went on after as many elements as were asked for, with nothing of use.
         bounded: Whether the call was made with a bound of ours.
         again: Whether its bound was too low: what is open is asked again together, with a higher one.
         runaway: Whether the model did not stop where it should have.
