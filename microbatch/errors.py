@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from microbatch.messages import Limits
+    from microbatch.messages import Limits, TokenLimits
 
 MAX_BODY_CHARS = 2_048
 """Provider bodies and raw replies are kept to this length, so that an error stays cheap to hold."""
@@ -115,6 +115,7 @@ class StatusError(TransportError):
             worthwhile and is not a retry.
         should_retry: What the endpoint itself says about trying again (`x-should-retry`), or None if nothing.
         limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
+        token_limits: What it said of tokens where it refused a call for `ChatCall.bound`; None if this is no such refusal.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class StatusError(TransportError):
         again: bool = False,
         should_retry: bool | None = None,
         limits: Limits | Mapping[str, str] | None = None,
+        token_limits: TokenLimits | None = None,
         attempts: int = 0,
     ) -> None:
         super().__init__(message, attempts=attempts)
@@ -142,6 +144,7 @@ class StatusError(TransportError):
         self.again = again
         self.should_retry = should_retry
         self.limits = limits
+        self.token_limits = token_limits
 
 
 class BadRequest(StatusError):

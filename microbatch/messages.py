@@ -68,6 +68,24 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     reset_tokens: float | None = None
 
 
+class TokenLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What an endpoint says of tokens where it refuses our own bound on a reply; None where it says nothing.
+
+    Attributes:
+        completion: The most tokens that the model generates.
+        affordable: The most tokens of a reply that the account's credit pays for.
+        context: The model's context window.
+        prompt: Tokens of the prompt that was refused.
+        per_minute: Tokens allowed a minute.
+    """
+
+    completion: int | None = None
+    affordable: int | None = None
+    context: int | None = None
+    prompt: int | None = None
+    per_minute: int | None = None
+
+
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One chat message. Plain dicts do as well, and may hold any further field an endpoint knows.
 

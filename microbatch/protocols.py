@@ -26,6 +26,10 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         max_tokens: Most tokens to generate, or None for the endpoint's own limit.
         stream: Whether pieces are wanted as they arrive.
         timeout: Seconds this call may take, or None for the transport's own limit.
+        bound: Most tokens to generate where no caller has set `max_tokens`: the batcher's own guard against replies that run on, or
+            None. A transport that sends it does so under the same name as `max_tokens`, and says so in `Completion.bound`; where the
+            endpoint refuses it, it lowers this field or sets it to None and raises a `StatusError` with `again`. A transport that
+            does not know the field sends no limit, as before.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -38,13 +42,14 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     max_tokens: int | None = None
     stream: bool = False
     timeout: float | None = None
+    bound: int | None = None
 
     def __repr__(self) -> str:
         """Tell the call's shape without its words or credentials."""
         return (
             f"ChatCall(model={self.model!r}, messages=<{len(self.messages)}>, params={sorted(self.params)}, "
             f"headers=<{len(self.headers)}>, schema={self.schema is not None}, max_tokens={self.max_tokens}, "
-            f"stream={self.stream}, timeout={self.timeout})"
+            f"stream={self.stream}, timeout={self.timeout}, bound={self.bound})"
         )
 
 
@@ -60,6 +65,7 @@ class Completion(msgspec.Struct):
         body: The endpoint's JSON of a call that was not streamed, or None.
         limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
         thought: True if the reply carried a thought or text of reasoning beside its answer.
+        bound: The tokens that were sent as the limit because of `ChatCall.bound`; None if none were.
     """
 
     finish_reason: str | None
@@ -70,6 +76,7 @@ class Completion(msgspec.Struct):
     body: dict[str, Any] | None = None
     limits: Limits | Mapping[str, str] | None = None
     thought: bool = False
+    bound: int | None = None
 
     def __repr__(self) -> str:
         """Tell how the call ended without the model's words."""

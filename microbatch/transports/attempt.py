@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from microbatch.errors import BadRequest, ConnectFailed, ServerError, TransportError
+from microbatch.transports.bound_refusals import read_refusal, words_of
 from microbatch.transports.chat_wire import ReplyReader
 from microbatch.transports.error_shapes import Fault, read_fault, to_error
 from microbatch.transports.http_edge import CREDENTIALS, guarded, read_all, read_some
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from microbatch.errors import StatusError
     from microbatch.protocols import Completion
     from microbatch.transports.http_edge import Clock
     from microbatch.transports.ladder import Ladder, Plan
@@ -76,7 +78,9 @@ class Attempt:
         except ConnectFailed:
             if not self._reader.complete:
                 raise
-        return self._reader.completion(request_id, limits)
+        completion = self._reader.completion(request_id, limits)
+        completion.bound = self._plan.bound
+        return completion
 
     async def _receive(self, response: aiohttp.ClientResponse) -> None:
         kind = response.content_type if "Content-Type" in response.headers else ""
@@ -165,7 +169,32 @@ class Attempt:
                 )
             elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
                 self._ladder.failed(self._plan)
+            if not error.again:
+                error = self._about_bound(error, fault, raw)
         raise error
+
+    def _about_bound(self, error: StatusError, fault: Fault, raw: bytes) -> StatusError:
+        """Return *error*, or what to raise instead because it is the call's bound that is refused."""
+        if self._plan.call.max_tokens is not None:
+            return error
+        said = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
+        if said is None:
+            return error
+        if not self._ladder.bound_refused(self._plan, said):
+            error.token_limits = said if self._plan.bound is not None else None
+            return error
+        # A refusal for credit is no reason to stop all calls, nor one for tokens a minute to slow down, if less may be asked for.
+        return BadRequest(
+            str(error),
+            status=error.status,
+            code=error.code,
+            param=error.param,
+            request_id=error.request_id,
+            limits=error.limits,
+            body=error.body,
+            again=True,
+            token_limits=said,
+        )
 
 
 def _secrets(headers: Mapping[str, str]) -> list[str]:

@@ -30,10 +30,13 @@ class BatchWire:
     Args:
         model: The model to ask when a call names none.
         where: What errors call the endpoint: its host and port.
+
+    Attributes:
+        model: As given.
     """
 
     def __init__(self, model: str | None, *, where: str) -> None:
-        self._model = model
+        self.model = model
         self._where = where
         self._ladder = Ladder()
 
@@ -43,7 +46,7 @@ class BatchWire:
         Raises:
             ConfigError: No model is named anywhere.
         """
-        model = call.model or self._model
+        model = call.model or self.model
         if not model:
             raise ConfigError("no model: name one for the worker, or in the requests")
         return compose(call, model, self._plan(call, model))
@@ -98,4 +101,4 @@ class BatchWire:
 
     def __repr__(self) -> str:
         """Tell the model and the endpoint."""
-        return f"BatchWire(model={self._model!r}, where={self._where!r})"
+        return f"BatchWire(model={self.model!r}, where={self._where!r})"

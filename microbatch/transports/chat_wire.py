@@ -67,7 +67,7 @@ def compose(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
         body.pop("temperature", None)
     for name in ("max_tokens", "max_completion_tokens"):
         if name in plan.sent:
-            body[name] = call.max_tokens
+            body[name] = call.max_tokens if plan.bound is None else plan.bound
     if plan.rung is Rung.JSON_SCHEMA:
         named = {"name": "answers", "strict": call.strict, "schema": call.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": named}

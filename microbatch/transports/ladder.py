@@ -19,16 +19,21 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
+from microbatch.transports.bound_refusals import lower
 from microbatch.transports.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from microbatch.messages import TokenLimits
     from microbatch.protocols import ChatCall
 
 CAPACITY: Final = 256
 PATIENCE: Final = 3600.0
 MAX_SCHEMAS: Final = 64
+
+_MAX_BOUNDS: Final = 3
+"""Refusals of a call's bound after which it goes without."""
 
 _MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens")
 _OPTIONAL: Final = frozenset({"stream", "stream_options", "temperature"})
@@ -80,6 +85,7 @@ class _Entry:
         self.schemas: Recent[bytes, _Foothold] = Recent(MAX_SCHEMAS)
         self.unsupported: set[str] = set()
         self.max_tokens_name = _MAX_TOKENS_NAMES[0]
+        self.blameless = False  # whether a call was refused in the same words without its bound as with it
 
     def schema(self, digest: bytes) -> _Foothold:
         """Return what is known of one schema, to be written to."""
@@ -99,6 +105,7 @@ class _Notes:
     def __init__(self) -> None:
         self.floor = Rung.JSON_SCHEMA  # after a 500: try this rung at least
         self.tried_lower = False
+        self.bounds = 0  # how often the bound was refused
         self.refused: set[str] = set()  # fields; a call learns once from each, so sending again comes to an end
 
 
@@ -109,6 +116,7 @@ class Plan(msgspec.Struct, eq=False):
         rung: What to ask of the reply's form, or None when the call has no schema.
         sent: The optional fields that go out, under the names they have here: `stream`, `stream_options`, `temperature` and
             one of `max_tokens` and `max_completion_tokens`.
+        bound: The call's bound, if it is sent because the call has no `max_tokens`; else None.
     """
 
     call: ChatCall
@@ -118,6 +126,7 @@ class Plan(msgspec.Struct, eq=False):
     digest: bytes = b""
     lower: bool = False  # one rung lower than known to be needed, because of a 500
     probe: bool = False  # one rung higher than known to work, because an hour has passed
+    bound: int | None = None
 
     def __repr__(self) -> str:
         """Tell what is sent, without the call's words."""
@@ -171,9 +180,10 @@ class Ladder:
         wanted -= entry.unsupported
         if "stream" not in wanted:
             wanted.discard("stream_options")  # refused on its own
-        if call.max_tokens is not None:
+        bound = call.bound if call.max_tokens is None else None
+        if call.max_tokens is not None or bound is not None:
             wanted.add(entry.max_tokens_name)
-        plan = Plan(call, entry, None, frozenset(wanted))
+        plan = Plan(call, entry, None, frozenset(wanted), bound=bound)
         if call.schema is not None:
             self._choose_rung(plan, now)
         return plan
@@ -220,6 +230,32 @@ class Ladder:
             self._step_down(plan, plan.entry.general, now)
             return True
         return False
+
+    def bound_refused(self, plan: Plan, said: TokenLimits) -> bool:
+        """Learn from a refusal that is about the length of the reply.
+
+        The bound of *plan*'s call is lowered to what the endpoint says it allows, or set to None: if it does not say how much,
+        or if lowering did not help. Where a call was refused without its bound as well, refusals without a number are no longer
+        taken to be about it.
+
+        Args:
+            plan: The attempt that was refused.
+            said: What the endpoint says of tokens.
+
+        Returns:
+            Whether the next attempt at the same call will be made differently.
+        """
+        notes = self._notes.setdefault(plan.call, _Notes())
+        if plan.bound is None:
+            plan.entry.blameless |= notes.bounds > 0
+            return False
+        notes.bounds += 1
+        lowered = lower(plan.call, said)
+        if lowered is False or (lowered is None and plan.entry.blameless):
+            return False
+        if lowered is None or notes.bounds >= _MAX_BOUNDS:
+            plan.call.bound = None
+        return True
 
     def failed(self, plan: Plan) -> None:
         """Learn from a plain 500, as which llama-cpp-python's server refuses a JSON schema.

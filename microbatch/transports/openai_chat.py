@@ -43,7 +43,7 @@ class OpenAIChat:
 
     One object keeps one pool of connections in the event loop that opened it; it may be shared by several batchers and
     opened again after it was closed. What an endpoint turns out not to support (enforced schemas, streams, `temperature`,
-    the name of `max_tokens`) is learned from its refusals.
+    the name of `max_tokens`, how high the bound of a combined call may be) is learned from its refusals.
 
     Args:
         model: The model to ask when a call names none.

@@ -21,14 +21,17 @@ class RateLimit:
     """How many requests and tokens a minute may be sent, for each endpoint, model and key.
 
     A request is charged when it is sent: 1 request, and its prompt's tokens + `max_tokens`, or the answer lengths learned so far
-    when no `max_tokens` is sent, because that is how providers charge. It may be shared by several batchers.
+    when no `max_tokens` is sent, because that is how providers charge. A combined call whose callers set none carries a bound of
+    its own, which is charged likewise; prompt and bound are at most a quarter of `tpm`, unless the prompt alone takes nearly as
+    much. It may be shared by several batchers.
 
     Args:
         rpm: Requests a minute. None sets no limit.
         tpm: Tokens a minute, prompt and answer together. None sets no limit.
         share: The part of both that this process may use: 1/n for n processes with one key.
-        charge: "reserved" keeps the charge of `max_tokens` as it was, unless the endpoint's `x-ratelimit-remaining-*` headers show
-            that it gave back what was not used; "used" gives it back in any case, once the endpoint has reported its usage.
+        charge: "reserved" keeps the charge of `max_tokens`, or of the bound, as it was, unless the endpoint's
+            `x-ratelimit-remaining-*` headers show that it gave back what was not used; "used" gives it back in any
+            case, once the endpoint has reported its usage.
         adaptive: Whether the number of calls under way adapts as well: it grows by one with each round of successes, and halves
             when the endpoint is overloaded (429, 503, 529, timeouts).
 

@@ -88,7 +88,6 @@ class Sender:
             on_text(text)
 
         account, send = permit.account, self._transport.send
-        reserved = call.max_tokens is not None
         lessons = failures = 0
         while True:
             if not (permit.paid and account.breaker.closed):
@@ -104,6 +103,7 @@ class Sender:
             completion: Completion | None = None
             try:
                 completion = await send(call, hear)
+                reserved = call.max_tokens is not None or completion.bound is not None
                 account.ended(permit, None, completion.usage, completion.limits, reserved=reserved)
                 if completion.finish_reason not in (None, "error"):
                     return completion

@@ -1,0 +1,195 @@
+"""Refusals of the batcher's own bound on a reply (`ChatCall.bound`), read and acted on.
+
+Endpoints check the limit on a reply before they generate: against what the model generates at most, against its context window
+less the prompt, against tokens a minute, against credit. Which of these it was, and how many tokens would have been allowed, is
+mostly in the message.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from microbatch.messages import TokenLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from microbatch.protocols import ChatCall
+
+STATUSES: Final = frozenset({200, 400, 402, 403, 413, 422, 429})
+
+_ABOUT: Final = re.compile(
+    r"(?i)max[_ ]?(?:completion_?|output_?|new_?)?tokens|length of .{0,30}\bcompletion\b|maximum (?:output |completion )?tokens|"
+    r"\b(?:completion|output|generated) tokens|\btokens?\b.{0,20}\bcompletion\b|"
+    r"context.{0,10}(?:length|window|size|limit)|context_length_exceeded|token limit|\bcredits?\b|\bafford"
+)
+# Of a 429, which is mostly about the pace: only that this one request is too large by itself.
+_TOO_LARGE: Final = re.compile(r"(?i)\b(?:request|prompt|input)\b.{0,20}\btoo (?:large|long)|must be reduced")
+
+_N: Final = r"[`'\"\[(]?(\d[\d,_]*)"
+_PER_MINUTE: Final = re.compile(rf"(?i)tokens? per min.{{0,40}}?limit:? {_N},? (?:used:? \d+,? )?requested:? {_N}")
+_AFFORDABLE: Final = re.compile(rf"(?i)afford (?:up to )?{_N}")
+_SUM: Final = re.compile(rf"{_N} \+ {_N} > {_N}")
+_CONTEXT: Final = tuple(
+    re.compile(rf"(?i){pattern}")
+    for pattern in (
+        rf"context[ _-]?(?:length|limit|window|size)\D{{0,40}}?{_N}",
+        rf"{_N}(?: tokens?)? (?:is the )?(?:maximum|max) context",
+        rf"max_new_tokens\S? must be <= {_N}",
+        rf"(?:model )?token limit:? {_N}",
+        rf"current length is \d+ while limit is {_N}",
+    )
+)
+_PROMPT: Final = tuple(
+    re.compile(rf"(?i){pattern}")
+    for pattern in (
+        rf"{_N}(?: tokens?)? (?:(?:in|from|of) (?:the )?(?:input )?(?:messages|prompt|input|text input)|[`'\"]?inputs?[`'\"]? tokens)",
+        rf"(?:messages resulted in|prompt contains)(?: at least)? {_N}",
+        rf"\brequest \({_N} tokens",
+    )
+)
+_COMPLETION: Final = tuple(
+    re.compile(rf"(?i){pattern}")
+    for pattern in (
+        rf"at most {_N} (?:completion|output)",
+        rf"tokens\S* (?:must|should|can|has to) (?:not exceed|(?:not )?be [a-z <=]{{1,30}}) {_N}",
+        r"\brange\b[^\[]{0,40}\[\s*\d+\s*,\s*(\d[\d,_]*)",
+        rf"max\w*tokens\S* \d+ > {_N}",
+        rf"(?:limit|maximum|max)(?: allowed)?(?: value| number)?(?: of| is|:)? {_N}",
+    )
+)
+_EXCLUSIVE: Final = re.compile(rf"(?i)to {_N} \(exclusive\)")
+_NUMBER: Final = re.compile(r"(?<![\w.])\d[\d,_]*(?![\w.]*\w)")
+
+_TELLING: Final = frozenset(
+    {
+        "error",
+        "errors",
+        "message",
+        "msg",
+        "code",
+        "type",
+        "param",
+        "loc",
+        "detail",
+        "details",
+        "metadata",
+        "raw",
+        "reason",
+    }
+)
+_MAX_NESTED: Final = 8
+
+_LEAST: Final = 16
+"""A smaller number in a message is a version, a position or a count of something else."""
+
+
+def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
+    """Return what the message of a refusal says of tokens; None if it is not about the length of the reply.
+
+    Args:
+        message: The endpoint's words.
+        status: The status of the refusal.
+        bound: The bound that was sent.
+    """
+    if status not in STATUSES:
+        return None
+    if status == 429:  # noqa: PLR2004
+        found = _PER_MINUTE.search(message)
+        if found is None:
+            return None
+        limit, requested = map(_value, found.groups())
+        # What is too large by itself never passes; what came too soon does, but a lower bound would have come sooner.
+        prompt = max(0, requested - bound) if _TOO_LARGE.search(message) else None
+        return TokenLimits(per_minute=limit, prompt=prompt)
+    if not _ABOUT.search(message):
+        return None
+    found = _AFFORDABLE.search(message)
+    if found is not None:
+        return TokenLimits(affordable=_value(found[1]))
+    found = _SUM.search(message)
+    if found is not None:
+        return TokenLimits(context=_value(found[3]), prompt=_value(found[1]))
+    context = _first(_CONTEXT, message)
+    if context is not None:
+        return TokenLimits(context=context, prompt=_first(_PROMPT, message))
+    return TokenLimits(completion=_completion(message, bound))
+
+
+def words_of(raw: bytes) -> str:
+    """Return the words of an error's body, those included that a gateway has nested in it, but nothing that echoes the request."""
+    return " ".join(_words(raw.decode("utf-8", "replace"), 0))
+
+
+def _words(value: Any, depth: int) -> Iterator[str]:
+    if depth > _MAX_NESTED:
+        return
+    if isinstance(value, str):
+        try:
+            inner = msgspec.json.decode(value) if value.lstrip()[:1] in ("{", "[") else None
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            inner = None
+        if inner is None:
+            yield value
+        else:
+            yield from _words(inner, depth + 1)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            if name in _TELLING:
+                yield from _words(each, depth + 1)
+    elif isinstance(value, list):
+        for each in value[:_MAX_NESTED]:
+            yield from _words(each, depth + 1)
+
+
+def lower(call: ChatCall, said: TokenLimits) -> bool | None:
+    """Lower the bound of *call* to what the endpoint says it allows.
+
+    A refusal for the pace, which names no prompt, is left to be waited out.
+
+    Returns:
+        True if it was lowered, False if the endpoint says that the prompt alone is too large, None if it does not say how much it
+        allows, or something that the bound kept to already.
+    """
+    if call.bound is None:
+        return None
+    if said.per_minute is not None and said.prompt is None:
+        return False
+    allowed = [limit for limit in (said.completion, said.affordable) if limit is not None]
+    window = said.context if said.context is not None else said.per_minute
+    if window is not None:
+        if said.prompt is None:
+            return None
+        if said.prompt >= window:
+            return False
+        allowed.append(window - said.prompt)
+        if said.per_minute is not None:
+            allowed.append(max(1, said.per_minute // 4))
+    if not allowed or not 0 < min(allowed) < call.bound:
+        return None
+    call.bound = min(allowed)
+    return True
+
+
+def _completion(message: str, bound: int) -> int | None:
+    """Return the most tokens of a reply that *message* allows, or None if it names no number below *bound*."""
+    exclusive = _EXCLUSIVE.search(message)
+    if exclusive is not None:
+        return _value(exclusive[1]) - 1
+    limit = _first(_COMPLETION, message)
+    if limit is not None and _LEAST <= limit < bound:
+        return limit
+    below = [number for number in map(_value, _NUMBER.findall(message)) if _LEAST <= number < bound]
+    return max(below, default=None)
+
+
+def _first(patterns: tuple[re.Pattern[str], ...], message: str) -> int | None:
+    found = next((found for pattern in patterns if (found := pattern.search(message))), None)
+    return None if found is None else _value(found[1])
+
+
+def _value(digits: str) -> int:
+    return int(digits.replace(",", "").replace("_", "") or 0)
