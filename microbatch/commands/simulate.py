@@ -111,6 +111,20 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
         "--context-tokens", metavar="N", type=whole_number(1), help="most tokens of prompt and reply together"
     )
     group.add_argument(
+        "--max-output-tokens",
+        metavar="N",
+        type=whole_number(1),
+        help="most tokens of a reply; a higher limit is refused",
+    )
+    group.add_argument(
+        "--reasoning-tokens",
+        metavar="N",
+        type=whole_number(0),
+        default=0,
+        help="tokens that the model thinks, unseen, before it answers (default: 0)",
+    )
+    group.add_argument("--indent", metavar="N", type=whole_number(0), help="write JSON on many lines, indented")
+    group.add_argument(
         "--json-schema",
         choices=get_args(Fails),
         default="ok",
@@ -192,6 +206,9 @@ def _endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
         batch_expires=args.batch_expires,
         batch_tokens=args.batch_tokens,
         context_tokens=args.context_tokens,
+        max_output_tokens=args.max_output_tokens,
+        reasoning_tokens=args.reasoning_tokens,
+        indent=args.indent,
         json_schema=args.json_schema,
         json_object=args.json_object,
         max_tokens_name=args.max_tokens_name,

@@ -21,12 +21,13 @@ PER_NAME_TOKENS = 1
 PRIMING_TOKENS = 3
 
 
-def compact(value: Any) -> str:
-    """Return *value* as JSON on one line, without spaces, in the characters themselves rather than in escapes.
+def compact(value: Any, indent: int | None = None) -> str:
+    """Return *value* as JSON, in the characters themselves rather than in escapes; without an *indent* on one line, without spaces.
 
     Structs, dataclasses, dates and the like become what msgspec makes of them.
     """
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=msgspec.to_builtins)
+    separators = (",", ":" if indent is None else ": ")
+    return json.dumps(value, ensure_ascii=False, separators=separators, indent=indent, default=msgspec.to_builtins)
 
 
 def encode(text: str) -> list[int]:

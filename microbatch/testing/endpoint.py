@@ -209,6 +209,7 @@ class SimulatedEndpoint(SimulatedModel):
                 await response.write(held)
                 held = b""
             if held:
+                await sleep_until(start + reply.duration)
                 await response.write(held + tail)
         except ConnectionError:
             self.disconnects += 1

@@ -25,6 +25,8 @@ ElementKind = Literal[
     "renamed",  # one element's id is replaced by one that nobody asked for, sometimes by its number alone
     "reordered",  # the elements are shuffled
     "empty_results",  # no element at all
+    "strange_ids",  # every id is replaced by one that nobody asked for: the model copies none
+    "rambling",  # the model goes on after the last element with elements that nobody asked for, until a limit stops it
     "wrong_type",  # one answer has a JSON type or a label that its schema does not allow
 ]
 TextKind = Literal[
@@ -48,6 +50,8 @@ Kind = Literal[ElementKind, TextKind, WireKind]
 On = Literal["combined", "single", "all"]
 
 Element: TypeAlias = "tuple[str, Any]"
+
+_LEAST_ELEMENT_TOKENS = 12
 
 _LETTERS = "bcdfghjkmnpqrstvwxz"
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -176,11 +180,22 @@ class Fault:
                 return self._shuffled(elements)
             case "empty_results":
                 return []
+            case "strange_ids":
+                return [(self.stranger(each, elements), said) for each, said in elements]
             case "wrong_type":
                 fitting = {"type": "string"} if schema is None or name in words else schema
                 return [*before, (name, self.wrong(answer, fitting)), *after]
             case _:
                 return elements
+
+    def rambling(self, elements: list[Element], tokens: int) -> list[Element]:
+        """Return *elements* and as many more as it takes to go beyond *tokens*."""
+        more = tokens // _LEAST_ELEMENT_TOKENS + 1
+        answers = [answer for _, answer in elements]
+        return elements + [
+            (self.stranger(f"{len(elements) + 1 + place}", elements), answers[place % len(answers)])
+            for place in range(more)
+        ]
 
     def _shuffled(self, elements: list[Element]) -> list[Element]:
         shuffled = self.random.sample(elements, len(elements))

@@ -18,6 +18,7 @@ from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
+from microbatch.testing.lengths import RAMBLING_TOKENS, asked_max_tokens, check_length, room, usage_of, within
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
@@ -57,6 +58,7 @@ class SimulatedReply(msgspec.Struct):
             more comes ("stall"), or nothing comes at all ("hang").
         refusal: Whether the text is a refusal.
         limits: What is left of the quota, or None if there is none.
+        thinking: Seconds from the request's arrival until the model has thought, if it writes nothing then.
     """
 
     pieces: Pieces
@@ -66,11 +68,12 @@ class SimulatedReply(msgspec.Struct):
     ending: Ending = "done"
     refusal: bool = False
     limits: Limits | None = None
+    thinking: float = 0.0
 
     @property
     def duration(self) -> float:
         """Seconds from the request's arrival until the reply is whole."""
-        return self.times[-1] if self.times else 0.0
+        return self.times[-1] if self.times else self.thinking
 
 
 class ModelOptions(TypedDict, total=False):
@@ -82,6 +85,9 @@ class ModelOptions(TypedDict, total=False):
     quota: Quota | None
     obey: bool
     context_tokens: int | None
+    max_output_tokens: int | None
+    reasoning_tokens: int
+    indent: int | None
     json_schema: Fails
     json_object: Accepts
     max_tokens_name: MaxTokensName | None
@@ -112,6 +118,9 @@ class SimulatedModel:
             labels that are not asked for included, and the strings inside objects and lists. The first such item wins. In a
             single call it is that call's answer alone.
         context_tokens: Most tokens of prompt and reply together; more is refused with "context_length_exceeded".
+        max_output_tokens: Most tokens of a reply, thoughts included; a limit above that is refused as OpenAI does.
+        reasoning_tokens: Tokens that the model thinks before it writes, unseen. They count as generated, and take their time.
+        indent: Write JSON on many lines, indented by so many spaces, as some models do; None writes it on one line.
         json_schema: "400" refuses response_format json_schema as OpenAI-like servers do, "500" as llama-cpp-python does.
         json_object: "400" refuses response_format json_object.
         max_tokens_name: The only name that the limit on the reply may have; None accepts both.
@@ -152,6 +161,9 @@ class SimulatedModel:
         quota: Quota | None = None,
         obey: bool = False,
         context_tokens: int | None = None,
+        max_output_tokens: int | None = None,
+        reasoning_tokens: int = 0,
+        indent: int | None = None,
         json_schema: Fails = "ok",
         json_object: Accepts = "ok",
         max_tokens_name: MaxTokensName | None = None,
@@ -167,13 +179,17 @@ class SimulatedModel:
         one_of(Accepts, json_object=json_object)
         one_of(MaxTokensName, max_tokens_name=max_tokens_name)
         one_of(StreamOptions, stream_options=stream_options)
-        whole(1, context_tokens=context_tokens)
+        whole(1, context_tokens=context_tokens, max_output_tokens=max_output_tokens)
+        whole(0, reasoning_tokens=reasoning_tokens, indent=indent)
         self.answer = answer
         self.latency = latency
         self.faults = faults
         self.quota = quota
         self.obey = obey
         self.context_tokens = context_tokens
+        self.max_output_tokens = max_output_tokens
+        self.reasoning_tokens = reasoning_tokens
+        self.indent = indent
         self.json_schema = json_schema
         self.json_object = json_object
         self.max_tokens_name = max_tokens_name
@@ -213,8 +229,8 @@ class SimulatedModel:
         tokens = prompt_tokens(body["messages"])
         if form.schema is not None and self.count_schema:
             tokens += text_tokens(compact(form.schema))
-        max_tokens = _max_tokens(body)
-        self._check_context(tokens, max_tokens)
+        max_tokens = asked_max_tokens(body)
+        check_length(tokens, max_tokens, context=self.context_tokens, output=self.max_output_tokens)
         return understand(body, tokens=tokens, max_tokens=max_tokens)
 
     def _check_parameters(self, body: Mapping[str, Any]) -> None:
@@ -260,20 +276,6 @@ class SimulatedModel:
             if not any("json" in content_text(message.get("content")).lower() for message in messages):
                 message = "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'."
                 raise EndpointError(400, message, param="messages")
-
-    def _check_context(self, tokens: int, max_tokens: int | None) -> None:
-        if self.context_tokens is None or tokens + (max_tokens or 0) <= self.context_tokens:
-            return
-        asked = (
-            f"your messages resulted in {tokens} tokens"
-            if max_tokens is None
-            else f"you requested {tokens + max_tokens} tokens ({tokens} in the messages, {max_tokens} in the completion)"
-        )
-        message = (
-            f"This model's maximum context length is {self.context_tokens} tokens. However, {asked}. "
-            "Please reduce the length of the messages or completion."
-        )
-        raise EndpointError(400, message, param="messages", code="context_length_exceeded")
 
     def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
         """Charge a request to the quota of its *key* and model, and return what is left; None without a quota.
@@ -364,7 +366,7 @@ class SimulatedModel:
         if fault is not None and fault.kind in ("whitespace", "refusal"):
             return (WHITESPACE if fault.kind == "whitespace" else REFUSAL), []
         if prompt.combined:
-            text, ends = _results(self._elements(prompt, fault), fault)
+            text, ends = _results(self._elements(prompt, fault), fault, self.indent)
         else:
             text = self._single(prompt, fault)
             ends = [len(text)]
@@ -378,8 +380,14 @@ class SimulatedModel:
         elements = [(name, self._value(text, prompt, order)) for name, text in prompt.items]
         if fault is None:
             return elements
+        if fault.kind == "rambling":
+            return fault.rambling(elements, self._room(prompt) or RAMBLING_TOKENS)
         words = {name for name, text in prompt.items if exact_word(text)}
         return fault.elements(elements, None if prompt.as_text else prompt.schema, words)
+
+    def _room(self, prompt: Prompt) -> int | None:
+        """Return the most tokens that the reply to *prompt* may have, or None for any number."""
+        return room(prompt, context=self.context_tokens, output=self.max_output_tokens)
 
     def _order(self, prompt: Prompt) -> str | None:
         return answer_for_all(text for _, text in prompt.items) if self.obey else None
@@ -393,7 +401,7 @@ class SimulatedModel:
             value = (
                 fault.wrong(value, prompt.schema) if inner is None else {"answer": fault.wrong(value["answer"], inner)}
             )
-        text = compact(value)
+        text = compact(value, self.indent)
         return fault.broken(text) if fault is not None and fault.kind == "broken_json" else text
 
     def _value(self, text: str, prompt: Prompt, order: str | None) -> Any:
@@ -415,11 +423,12 @@ class SimulatedModel:
     def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
         """Cut the reply where limits and faults want it, and say how it ends."""
         finish_reason: str | None = "stop"
-        limits = [] if prompt.max_tokens is None else [prompt.max_tokens]
-        if self.context_tokens is not None:
-            limits.append(self.context_tokens - prompt.tokens)
-        if limits and pieces.tokens > min(limits):
-            pieces, finish_reason = pieces.within(min(limits)), "length"
+        most = self._room(prompt)
+        if most is None and fault is not None and fault.kind == "rambling":
+            most = RAMBLING_TOKENS
+        pieces, hidden, cut = within(pieces, self.reasoning_tokens, most)
+        if cut:
+            finish_reason = "length"
         ending: Ending = "done"
         match fault.kind if fault is not None else None:
             case "truncated":
@@ -432,22 +441,13 @@ class SimulatedModel:
                 pieces, finish_reason = pieces.head(0), None
         return SimulatedReply(
             pieces=pieces,
-            times=self.latency.times(pieces, ends),
+            times=self.latency.times(pieces, ends, hidden),
             finish_reason=finish_reason,
-            usage=Usage(prompt.tokens, pieces.tokens),
+            usage=usage_of(prompt, pieces, hidden),
+            thinking=self.latency.thinking(hidden),
             ending=ending,
             refusal=fault is not None and fault.kind == "refusal",
         )
-
-
-def _max_tokens(body: Mapping[str, Any]) -> int | None:
-    limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
-    for limit in limits:
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise EndpointError(
-                400, f"Invalid max_tokens: expected an integer >= 1, but got {limit!r}.", param="max_tokens"
-            )
-    return min(limits, default=None)
 
 
 def _cut(pieces: Pieces, fault: Fault | None) -> Pieces:
@@ -478,9 +478,9 @@ def _error(fault: Fault, retry_after: float | None) -> EndpointError | None:
             return None
 
 
-def _results(elements: Iterable[Element], fault: Fault | None) -> tuple[str, list[int]]:
-    """Return a combined reply on one line, and where each element ends in it."""
-    texts = [compact({"id": name, "answer": answer}) for name, answer in elements]
+def _results(elements: Iterable[Element], fault: Fault | None, indent: int | None) -> tuple[str, list[int]]:
+    """Return a combined reply, and where each element ends in it."""
+    texts = [compact({"id": name, "answer": answer}, indent) for name, answer in elements]
     if fault is not None and fault.kind == "broken_json":
         at = fault.random.randrange(len(texts))
         texts[at] = fault.broken(texts[at])

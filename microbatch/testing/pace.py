@@ -36,14 +36,21 @@ class Latency:
     def __post_init__(self) -> None:
         at_least(0, first_token=self.first_token, tokens_per_second=self.tokens_per_second, element=self.element)
 
-    def times(self, pieces: Pieces, element_ends: Sequence[int]) -> list[float]:
+    def thinking(self, hidden: int) -> float:
+        """Return the seconds from a request's arrival until a model has thought *hidden* tokens; 0 if it does not think."""
+        if not hidden:
+            return 0.0
+        return (self.first_token or 0.0) + (hidden / self.tokens_per_second if self.tokens_per_second else 0.0)
+
+    def times(self, pieces: Pieces, element_ends: Sequence[int], hidden: int = 0) -> list[float]:
         """Return the instant each piece is due, in seconds after the request's arrival.
 
         Args:
             pieces: The reply.
             element_ends: Where in the text each element ends. What follows the last one comes with it.
+            hidden: Tokens that the model thinks before.
         """
-        first = self.first_token or 0.0
+        first = self.thinking(hidden) or self.first_token or 0.0
         if self.element:
             return self._by_element(pieces, element_ends, first, self.element)
         if not self.tokens_per_second:

@@ -21,6 +21,7 @@ from microbatch.testing.counting import compact
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.wire import completion_object, error_object, request_id
+from microbatch.transports.bound_refusals import lower, read_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -72,12 +73,13 @@ class SimulatedTransport:
         try:
             reply = self._reply_to(body, _key(call.headers))
         except EndpointError as error:
-            raise _status_error(error, number) from error
+            raise _status_error(error, number, call) from error
         try:
             if call.stream:
                 async for first, end in paced(reply.times, start):
                     for text in [] if reply.refusal else reply.pieces.texts[first:end]:
                         on_text(text)
+                await sleep_until(start + reply.duration)
             else:
                 await self._whole(reply, on_text, start)
             if reply.ending in ("stall", "hang"):
@@ -101,7 +103,7 @@ class SimulatedTransport:
     async def _whole(reply: SimulatedReply, on_text: Callable[[str], None], start: float) -> None:
         await sleep_until(start + reply.duration)
         # Half a body that is not streamed is no JSON, so nothing of it can be read.
-        if reply.ending in ("done", "cut") and not reply.refusal:
+        if reply.ending in ("done", "cut") and not reply.refusal and reply.pieces.texts:
             on_text(reply.pieces.text)
 
     def _completion(self, call: ChatCall, reply: SimulatedReply, number: int, model: str) -> Completion:
@@ -118,6 +120,7 @@ class SimulatedTransport:
             request_id=request_id(number),
             body=None if call.stream else completion_object(reply, number, model),
             limits=reply.limits,
+            bound=call.bound if call.max_tokens is None else None,
         )
 
     def _body(self, call: ChatCall) -> dict[str, Any]:
@@ -133,8 +136,9 @@ class SimulatedTransport:
                 body["response_format"] = {"type": "json_schema", "json_schema": schema}
             elif call.hint is not None:
                 body["messages"].insert(-1, {"role": "system", "content": call.hint})
-        if call.max_tokens is not None:
-            body[self.simulated.max_tokens_name or "max_tokens"] = call.max_tokens
+        most = call.bound if call.max_tokens is None else call.max_tokens
+        if most is not None:
+            body[self.simulated.max_tokens_name or "max_tokens"] = most
         if call.stream:
             body["stream"] = True
         return body
@@ -148,9 +152,16 @@ _BY_CODE: dict[str | None, type[StatusError]] = {"context_length_exceeded": Cont
 _BY_STATUS: dict[int, type[StatusError]] = {401: AuthFailed, 429: RateLimited, 500: ServerError}
 
 
-def _status_error(error: EndpointError, number: int) -> StatusError:
-    """Return what an HTTP transport would raise for an error response."""
-    kind = _BY_CODE.get(error.error["code"]) or _BY_STATUS.get(error.status, BadRequest)
+def _status_error(error: EndpointError, number: int, call: ChatCall) -> StatusError:
+    """Return what an HTTP transport would raise for an error response to *call*, whose bound is lowered if that is why."""
+    said = None
+    if call.bound is not None and call.max_tokens is None:
+        said = read_refusal(str(error), error.status, call.bound)
+    lowered = False if said is None else lower(call, said)
+    if lowered is None:
+        call.bound = None
+    again = said is not None and lowered is not False
+    kind = BadRequest if again else _BY_CODE.get(error.error["code"]) or _BY_STATUS.get(error.status, BadRequest)
     return kind(
         str(error),
         status=error.status,
@@ -160,4 +171,6 @@ def _status_error(error: EndpointError, number: int) -> StatusError:
         retry_after=error.retry_after,
         body=compact(error_object(error)),
         limits=error.limits,
+        again=again,
+        token_limits=said,
     )
