@@ -173,6 +173,7 @@ class Microbatcher:
             upper=self._tokens.upper if callable(tokens) else None,
             ratio=ratio,
             listeners=listeners,
+            model=model,
             canary=fallback.canary,
         )
         self._room = self._collector.room
@@ -180,6 +181,8 @@ class Microbatcher:
             send=self._sender.send,
             ledger=self._ledger,
             books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
+            costs=self._collector.costs,
+            bounds=self._collector.bounds,
             keep=None if self._cache is None else self._cache.keep,
             listeners=listeners,
             count=self._tokens.count,

@@ -193,7 +193,9 @@ class Books:
         answered = sum(mine)
         alone = Usage()
         if answered:
-            learned.record_answers([*compress(map(_completion_of, bill.shares), mine)])
+            if not batch.past_the_end:  # else what nobody asked for would count as theirs
+                learned.record_answers([*compress(map(_completion_of, bill.shares), mine)])
+            learned.record_thinking(usage)
             if learned.framing is None:
                 learned.framing = measure(
                     batch.call,
@@ -208,7 +210,7 @@ class Books:
             alone = learned.framing.alone(usage, asked=asked, answered=answered, answered_share=share)
         self._ledger.pay(usage, alone, price)
         balance = learned.balance
-        if batch.exchange.route == "fallback":
+        if batch.exchange.route == "fallback" and not batch.instead:
             balance.mending += _weight(usage, price)
         else:
             balance.combined += _weight(usage, price)

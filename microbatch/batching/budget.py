@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microbatch.batching.bounds import QUOTA_SHARE
 from microbatch.batching.canary import CANARY_TOKENS
 from microbatch.batching.prompt import instruction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from microbatch.batching.bounds import Bounds
     from microbatch.batching.learned import Learned
     from microbatch.batching.schema import AnswerType
     from microbatch.batching.ticket import Spec
@@ -62,11 +64,15 @@ class Budgets:
     Args:
         policy: The limits.
         count: Counts a text's tokens.
+        bounds: What is known of the limits of models.
         canary: Whether each batch has a canary as well.
     """
 
-    def __init__(self, policy: FlushPolicy, count: Callable[[str], int], *, canary: bool = False) -> None:
+    def __init__(
+        self, policy: FlushPolicy, count: Callable[[str], int], bounds: Bounds, *, canary: bool = False
+    ) -> None:
         self._policy = policy
+        self._bounds = bounds
         self._canary_tokens = CANARY_TOKENS if canary else 0
         self._count = count
         self._preambles: dict[str, int] = {}
@@ -80,24 +86,45 @@ class Budgets:
             learned: What is known of it.
             quota: Tokens that one call can be charged at most, prompt and answers together; None for no limit.
         """
-        policy = self._policy
-        reserve = output_reserve(spec.max_tokens) if spec.max_tokens else learned.answer_tokens
-        by_output = max(1, policy.max_output_tokens // reserve)
+        policy, model = self._policy, self._bounds.of(spec.model)
+        reserve = output_reserve(spec.max_tokens) if spec.max_tokens else learned.written
+        limits = [policy.max_output_tokens]
+        if spec.max_tokens is None:
+            limits += [limit for limit in (model.output, learned.affordable) if limit is not None]
+        by_output = max(1, min(limits) // reserve)
         size = min(policy.max_batch_size, learned.batch_size or policy.max_batch_size)
         tokens = policy.max_batch_tokens
         if policy.max_prompt_tokens is not None:
             shared = "".join(str(message["content"]) for message in spec.shared)
             tokens = min(tokens, policy.max_prompt_tokens - self._tokens_of(shared))
         tokens -= self.preamble_tokens(spec.answer.words)
-        if quota is not None:
-            left = quota - (learned.shared_tokens or 0) - self.preamble_tokens(spec.answer.words)
-            size = max(1, min(size, left // (2 * reserve)))  # half of a small quota for the answers
+        around = (learned.shared_tokens or 0) + self.preamble_tokens(spec.answer.words)
+        around += learned.thought if spec.max_tokens is None else 0
+        for window in self._windows(spec, learned, quota, around + 4 * reserve):
+            left = window - around
+            size = max(1, min(size, left // (2 * reserve)))  # half of a small one for the answers
             tokens = min(tokens, left - size * reserve)
         if learned.max_line_tokens is not None:
             tokens = min(tokens, learned.max_line_tokens)
+        if learned.apart:
+            return Budget(1, tokens)
         if by_output < size:
             return Budget(by_output, tokens, FlushReason.OUTPUT)
         return Budget(size, tokens)
+
+    def _windows(self, spec: Spec, learned: Learned, quota: int | None, least: int) -> list[int]:
+        """Return what prompt and reply of one call have to fit in together: the context window, and a part of the quota.
+
+        Of the quota it is the part that one call may be charged at most, unless that has not *least* tokens: then all of it, as
+        where callers have said how long their answers are.
+        """
+        context = self._bounds.of(spec.model).context
+        windows = [] if context is None or spec.max_tokens is not None else [context]
+        quotas = [limit for limit in (quota, learned.per_minute) if limit is not None]
+        if quotas:
+            share = min(quotas) // QUOTA_SHARE
+            windows.append(share if spec.max_tokens is None and share >= least else min(quotas))
+        return windows
 
     def preamble_tokens(self, words: str) -> int:
         """Return the tokens of our instruction and the canary, counted once for each shape of answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from microbatch.batching.budget import estimate, output_reserve
@@ -12,7 +13,7 @@ from microbatch.batching.prompt import compose, instruction
 from microbatch.batching.telling import called, settled
 from microbatch.batching.ticket import AloneReason
 from microbatch.batching.verdict import Open, Outcome, complaint, ending, left_open, read_alone
-from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed, TransportError
+from microbatch.errors import ConfigError, MalformedAnswer, RequestFailed, StatusError, TransportError
 from microbatch.messages import Reply, Usage
 from microbatch.protocols import ChatCall
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.account import Permit
     from microbatch.batching.books import Bill, Books, Pricing
+    from microbatch.batching.bounds import Bounds
+    from microbatch.batching.cost import Costs
     from microbatch.batching.demultiplexer import Answer
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Ticket
@@ -61,6 +64,8 @@ class Calls:
         send: Makes the attempts of a call.
         ledger: Where everything is counted.
         books: Where ended calls are booked.
+        costs: What calls are charged, and how long their replies may be.
+        bounds: Judges replies that are longer than expected.
         keep: Puts answers into the cache, after their callers have them; None if there is none.
         listeners: Who is told of calls and of answers.
         count: Counts a text's tokens.
@@ -79,6 +84,8 @@ class Calls:
         send: Send,
         ledger: Ledger,
         books: Books,
+        costs: Costs,
+        bounds: Bounds,
         keep: Keep | None,
         listeners: Listeners,
         count: Callable[[str], int],
@@ -93,6 +100,8 @@ class Calls:
         self._send = send
         self._ledger = ledger
         self._books = books
+        self._costs = costs
+        self._bounds = bounds
         self._keep = keep
         self._listeners = listeners
         self._count = count
@@ -106,8 +115,18 @@ class Calls:
 
     # --- combined calls
 
-    def compose(self, tickets: list[Ticket], learned: Learned, permit: Permit, *, route: Route = "batch") -> Batch:
-        """Compose a combined call for *tickets*, which are of one lane and all still wait; *permit* pays it."""
+    def compose(
+        self, tickets: list[Ticket], learned: Learned, permit: Permit, *, route: Route = "batch", instead: bool = False
+    ) -> Batch:
+        """Compose a combined call.
+
+        Args:
+            tickets: What it carries. They are of one lane, and all still wait.
+            learned: What is known of the lane.
+            permit: What pays it.
+            route: What replies name as their route.
+            instead: Whether it is made instead of one whose bound was too low, which says nothing of what combining costs.
+        """
         spec = tickets[0].spec
         lines = [ticket.line for ticket in tickets]
         canary = draw_word(self._draw) if self._canary else None
@@ -115,6 +134,9 @@ class Calls:
             lines.append(canary_line(canary))
         prompt, ids = compose(instruction(spec.answer.words), lines, self._draw)
         max_tokens = len(tickets) * output_reserve(spec.max_tokens) if spec.max_tokens else None
+        bound, tries = self._bounds.tried(
+            spec, learned, len(tickets), self._costs.bound(tickets, learned, permit.account.max_tokens)
+        )
         somebody_awaits = not all(ticket.bulk for ticket in tickets)
         call = ChatCall(
             messages=[*spec.shared, {"role": "user", "content": prompt}],
@@ -126,15 +148,18 @@ class Calls:
             max_tokens=max_tokens if max_tokens is None or canary is None else max_tokens + CANARY_ANSWER_TOKENS,
             stream=self._early and somebody_awaits,
             timeout=self._remaining(tickets),
+            bound=bound,
         )
         exchange = Exchange(len(tickets), route, self._now(), self._price(spec.model or self._default_model), permit)
         exchange.carry(tickets)
-        batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary)
+        batch = Batch(tickets, ids, call, learned, permit, exchange, early=self._early, canary=canary, tries=tries)
+        batch.instead = instead
+        self._bounds.of(spec.model).trying += tries
         self._ledger.batches += 1
         self._ledger.batched_items += len(tickets)
         if route == "fallback":
             self._ledger.fallback_calls += 1
-            learned.balance.calls += 1
+            learned.balance.calls += not instead
         else:
             learned.balance.begin(len(tickets))
         return batch
@@ -144,7 +169,7 @@ class Calls:
         exchange, loop = batch.exchange, asyncio.get_running_loop()
 
         def on_text(text: str) -> None:
-            batch.heard = True
+            batch.heard = batch.heard or bool(text)
             if exchange.first_text is None:
                 exchange.first_text = self._now()
             answers = batch.demultiplexer.feed(text)
@@ -155,6 +180,8 @@ class Calls:
                     loop.call_soon(self._answer_early, batch)
                 batch.answers += answers
                 exchange.found += len(answers)
+            if batch.past_the_end and batch.call.stream:
+                loop.call_soon(exchange.stop)  # what was answered stands; what would follow is for nobody
 
         def on_cut(completion: Completion | None) -> bool:
             self._hand_out(batch)
@@ -167,12 +194,14 @@ class Calls:
             return True
 
         try:
-            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut)
+            completion, error = await self._exchange(exchange, batch.call, on_text, on_cut, partial(self._lower, batch))
+            self._lower(batch, error)
             if batch.bug is not None:
                 raise batch.bug
             how = ending(completion, error, heard=batch.heard)
             demultiplexer = batch.demultiplexer
             answers = demultiplexer.close(ended=how in ("complete", "length", "refused"))
+            sound = exchange.found + len(answers) > 0
             trusted = batch.canary is None
             if not trusted:
                 trusted = any(index == len(batch.tickets) for index, _ in answers)
@@ -185,6 +214,7 @@ class Calls:
             alone = self._books.divide(batch, completion, bill, each=self._keep is not None)
         finally:
             exchange.end()
+            self._bounds.of(batch.call.model).trying -= batch.tries
         if self._listeners.call is not None:
             told = called(
                 *(exchange, batch.call, batch.tickets, completion, error, self._now()),
@@ -202,7 +232,32 @@ class Calls:
         if exchange.waiting > 0:
             open_ += left_open(batch.tickets, demultiplexer, truncated=how == "length", trusted=trusted)
         damaged = bool(open_) and (demultiplexer.damaged or any(True for _ in demultiplexer.faults()))
-        return Outcome(how, len(batch.tickets), open_, error, damaged)
+        outcome = Outcome(
+            *(how, len(batch.tickets), open_, error, damaged),
+            heard=batch.heard,
+            sound=sound,
+            in_order=not demultiplexer.disordered,
+            past_the_end=batch.past_the_end,
+            bounded=batch.bound is not None,
+        )
+        self._bounds.judge(batch.tickets[0].spec, batch.learned, outcome, completion, lambda: self._fresh(batch))
+        return outcome
+
+    def _fresh(self, batch: Batch) -> int | None:
+        """Return the bound that *batch* would have by what is known now."""
+        return self._costs.bound(batch.tickets, batch.learned, batch.permit.account.max_tokens)
+
+    def _lower(self, batch: Batch, failure: RequestFailed | None) -> None:
+        """Learn from a refusal of the bound of *batch*, so that neither its next attempt nor later calls exceed what is allowed."""
+        said = failure.token_limits if isinstance(failure, StatusError) else None
+        if said is None:
+            return
+        self._costs.learn_refused(batch.tickets, batch.learned, said)
+        bound, fresh = batch.call.bound, self._fresh(batch)
+        if bound is not None:
+            batch.call.bound = bound if fresh is None else min(bound, fresh)
+        elif said.context is not None and fresh is not None and batch.bound is not None and fresh < batch.bound:
+            batch.call.bound = fresh  # the endpoint has named its window only; what that leaves is known here
 
     async def _keep_answers(self, completion: Completion | None, answered: Iterable[tuple[Ticket, Usage]]) -> None:
         """Put into the cache what a call has answered, if it ended as it should."""
@@ -334,8 +389,11 @@ class Calls:
         call: ChatCall,
         on_text: Callable[[str], None],
         on_cut: Callable[[Completion | None], bool],
+        on_failure: Callable[[RequestFailed | None], None] | None = None,
     ) -> tuple[Completion | None, RequestFailed | None]:
         def on_attempt() -> None:
+            if on_failure is not None and exchange.permit is not None:
+                on_failure(exchange.permit.error)
             self._ledger.upstream_calls += 1
             exchange.attempts += 1
 

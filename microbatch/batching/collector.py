@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from microbatch.batching.bounds import Bounds
 from microbatch.batching.budget import Budgets, FlushReason
 from microbatch.batching.cost import Costs
 from microbatch.batching.flight import Flights, Seat
@@ -73,6 +74,7 @@ class _Work:
         self.loan = loan
         if lane is not None:
             lane.in_flight += 1
+            lane.combined += batch is not None
 
 
 class Collector:
@@ -86,6 +88,7 @@ class Collector:
         upper: Bounds a line's tokens from above, or None to use its bytes.
         ratio: Tells what a generated token of a model costs, in prompt tokens.
         listeners: Who is told what happens.
+        model: The transport's model.
         canary: Whether combined prompts end in a canary.
 
     Attributes:
@@ -93,6 +96,7 @@ class Collector:
         flights: The tickets that others may join.
         lanes: The open lanes.
         scheduler: The slots.
+        bounds: How long combined replies may be.
         costs: What calls are charged.
         accept: Queues a request; see `Intake.accept`.
         door: The event loop whose callers may come in; None before and after. One look at it answers every submit.
@@ -109,6 +113,7 @@ class Collector:
         upper: Callable[[str], int] | None,
         ratio: Callable[[str | None], float],
         listeners: Listeners,
+        model: str | None,
         canary: bool,
     ) -> None:
         self._policy = policy
@@ -119,8 +124,9 @@ class Collector:
         self._fallback: Fallback
         self._loop: asyncio.AbstractEventLoop
         self._tasks: TaskGroup
-        budgets = Budgets(policy, count, canary=canary)
-        self.costs = Costs(budgets, count)
+        self.bounds = Bounds(model, canary=canary)
+        budgets = Budgets(policy, count, self.bounds, canary=canary)
+        self.costs = Costs(budgets, count, self.bounds)
         self._borrowers: dict[Account, BorrowerQueue] = {}
         self.room = Room(policy.max_queued, self._note_quiet)
         self.flights = Flights(
@@ -248,8 +254,10 @@ class Collector:
             return queue.cost
         items, tokens = queue.next_batch
         if items == 1:
-            return min(quota, queue.oldest.cost)
-        return min(quota, self.costs.together(queue.spec, queue.learned, items, tokens))
+            # One that was to travel with others was charged before anything was known of single answers.
+            apart, oldest = queue.learned.apart > 0, queue.oldest
+            return min(quota, self.costs.alone(oldest, queue.learned).tokens if apart else oldest.cost)
+        return min(quota, self.costs.together(queue.spec, queue.learned, items, tokens, quota))
 
     def _rested(self, queue: Lane | AloneQueue | BorrowerQueue) -> None:
         """*queue* takes no turns any more."""
@@ -279,6 +287,9 @@ class Collector:
             return None
         if len(tickets) == 1:
             alone = AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
+            if lane.learned.go_alone():
+                alone = AloneReason.NOT_CHEAPER
+                self.lanes.revise(lane)
             self._note_single(tickets[0], alone)
             return _Work(permit, tickets, lane)
         if self._policy.merge == "when-cheaper" and not self._intake.pays(lane, len(tickets)):
@@ -327,6 +338,7 @@ class Collector:
                 if not ticket.future.done():
                     self.fail(ticket, error or RequestFailed(_UNSETTLED))
             if work.lane is not None:
+                work.lane.combined -= work.batch is not None
                 self._end_call(work.lane)
 
     def _end_call(self, lane: Lane) -> None:
@@ -336,20 +348,36 @@ class Collector:
             _bug(bug)
 
     async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
-        learned = batch.learned
         outcome = await self._calls.batch(batch)
         if outcome.ending == "complete" and not outcome.open:
-            learned.grow(outcome.asked, self._policy.max_batch_size)
+            batch.learned.grow(outcome.asked, self._policy.max_batch_size)
+        if not outcome.again:  # else what is asked now is the same call
+            self._heed(lane)
         if outcome.open or outcome.ending == "length":
-            await self._fallback.recover(outcome, batch, lambda: self.lanes.revise(lane))
-            if learned.balance.lost and not learned.apart:
-                learned.part()
-                self._ledger.lanes_parted += 1
-                if learned.parted == 1:  # once is enough
-                    logger.warning(
-                        "asking again for missing and broken answers costs more than combining saves: requests of this kind "
-                        "go alone for a while"
-                    )
+            await self._fallback.recover(outcome, batch, lambda: self._heed(lane))
+            self._heed(lane, mended=True)
+
+    def _heed(self, lane: Lane, *, mended: bool = False) -> int:
+        """A combined call of *lane* has ended: see whether its requests go alone from now on, and what else it has shown.
+
+        Args:
+            lane: The lane.
+            mended: Whether what the call left open has been asked again.
+
+        Returns:
+            How many requests its batches hold now.
+        """
+        learned = lane.learned
+        if learned.parts(mended=mended):
+            learned.part()
+            self._ledger.lanes_parted += 1
+            if learned.parted == 1:  # once is enough
+                logger.warning(
+                    "asking again for missing and broken answers costs more than combining saves: requests of this kind "
+                    "go alone for a while"
+                )
+        self.lanes.taught(lane)
+        return lane.budget.size
 
     async def _answer_alone(self, work: _Work) -> None:
         (ticket,) = work.tickets

@@ -20,13 +20,18 @@ from microbatch.batching.ticket import Charge
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from microbatch.batching.bounds import Bounds, ModelLimits
     from microbatch.batching.budget import Budgets
     from microbatch.batching.learned import Learned
     from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.messages import TokenLimits
 
 # How far one reply moves the ratio of the endpoint's count to ours, and the most that is believed of it.
 _STEP = 0.5
 _MAX_SCALE = 4.0
+
+_MARGIN = 1.05
+"""Put on our count of a prompt where it must not be too low."""
 
 _SHORT = 256
 """Prompts of fewer tokens tell what is added to each, longer ones by how much they are off in proportion."""
@@ -65,17 +70,23 @@ class Costs:
     Args:
         budgets: Knows what our own instruction takes.
         count: Counts a text's tokens.
+        bounds: Knows how long combined replies may be.
     """
 
-    def __init__(self, budgets: Budgets, count: Callable[[str], int]) -> None:
+    def __init__(self, budgets: Budgets, count: Callable[[str], int], bounds: Bounds) -> None:
         self._budgets = budgets
         self._count = count
+        self._bounds = bounds
         self._fits: dict[str | None, _Fit] = {}  # by model
 
     def measure(self, spec: Spec, learned: Learned) -> None:
         """Count what the requests of a lane share, once."""
         if learned.shared_tokens is None:
             learned.shared_tokens = shared_tokens(spec.shared, self._count)
+
+    def model(self, spec: Spec) -> ModelLimits:
+        """Return what is known of the model that requests with *spec* go to."""
+        return self._bounds.of(spec.model)
 
     def alone(self, ticket: Ticket, learned: Learned) -> Charge:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
@@ -87,7 +98,8 @@ class Costs:
         prompt = ours if fit is None else fit.of(ours)
         answer: float | None = ticket.spec.max_tokens
         if answer is None:
-            answer = learned.answer_tokens if learned.single_tokens is None else learned.single_tokens
+            usual = learned.written + learned.thought
+            answer = usual if learned.single_tokens is None else learned.single_tokens
         return Charge(round(prompt + answer), ours)
 
     def of_any(self, spec: Spec) -> Charge:
@@ -100,7 +112,7 @@ class Costs:
         each = spec.max_tokens if spec.max_tokens is not None else _UNKNOWN_ANSWER
         return Charge(prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1))
 
-    def together(self, spec: Spec, learned: Learned, items: int, tokens: int) -> int:
+    def together(self, spec: Spec, learned: Learned, items: int, tokens: int, quota: int | None) -> int:
         """Return the charge of a combined call.
 
         Args:
@@ -108,9 +120,36 @@ class Costs:
             learned: What is known of their lane.
             items: How many they are.
             tokens: The tokens of their lines, ids included.
+            quota: Tokens a minute that may be charged; None for no limit.
         """
         prompt = self.prompt_of(spec, learned, tokens) * learned.prompt_scale
-        return round(prompt) + self._answers(spec, learned, items)
+        bound = self._bounds.bound(
+            spec, learned, items, prompt=lambda: self._at_most(spec, learned, tokens), quota=quota
+        )
+        return round(prompt) + (self._answers(spec, learned, items) if bound is None else bound)
+
+    def bound(self, tickets: Sequence[Ticket], learned: Learned, quota: int | None) -> int | None:
+        """Return the most tokens that the combined reply to *tickets* may take; None for no bound of ours.
+
+        Args:
+            tickets: The requests, of one lane.
+            learned: What is known of it.
+            quota: Tokens a minute that may be charged; None for no limit.
+        """
+        spec = tickets[0].spec
+
+        def prompt() -> int:
+            self.measure(spec, learned)
+            for ticket in tickets:
+                ticket.count(self._count)
+            return self._at_most(spec, learned, line_tokens(tickets))
+
+        return self._bounds.bound(spec, learned, len(tickets), prompt=prompt, quota=quota)
+
+    def _at_most(self, spec: Spec, learned: Learned, tokens: int) -> int:
+        """Return the tokens of a combined prompt with a schema, whether or not the endpoint charges that, and with a margin."""
+        ours = self.prompt_of(spec, learned, tokens) * max(1.0, learned.prompt_scale)
+        return math.ceil(_MARGIN * ours) + self._budgets.schema_tokens(spec.answer)[1]
 
     def surroundings(self, spec: Spec, learned: Learned) -> tuple[int, int]:
         """Return the tokens of a single prompt without its text, and of a combined one without its lines.
@@ -120,9 +159,9 @@ class Costs:
         single, combined = self._budgets.schema_tokens(spec.answer)
         return (learned.shared_tokens or 0) + single, self.prompt_of(spec, learned, combined)
 
-    def of_tickets(self, tickets: Sequence[Ticket], learned: Learned) -> int:
-        """Return the charge of a combined call for *tickets*."""
-        return self.together(tickets[0].spec, learned, len(tickets), line_tokens(tickets))
+    def of_tickets(self, tickets: Sequence[Ticket], learned: Learned, quota: int | None) -> int:
+        """Return the charge of a combined call for *tickets*; see `together`."""
+        return self.together(tickets[0].spec, learned, len(tickets), line_tokens(tickets), quota)
 
     def prompt_of(self, spec: Spec, learned: Learned, tokens: int) -> int:
         """Return the prompt's tokens of a combined call whose lines have *tokens*, by our own count."""
@@ -132,7 +171,20 @@ class Costs:
         """The endpoint counted *prompt_tokens* for a combined call of *tickets*."""
         if learned.shared_tokens is not None:
             ours = self.prompt_of(tickets[0].spec, learned, line_tokens(tickets))
-            learned.prompt_scale = _nearer(learned.prompt_scale, prompt_tokens / ours)
+            learned.prompt_scale = _nearer(
+                learned.prompt_scale, prompt_tokens / ours, 1.0 if learned.prompt_scale == 1.0 else _STEP
+            )
+
+    def learn_refused(self, tickets: Sequence[Ticket], learned: Learned, said: TokenLimits) -> None:
+        """The endpoint refused the bound of a combined call of *tickets*, and said what of tokens."""
+        spec = tickets[0].spec
+        self._bounds.refused(spec, learned, said)
+        if said.prompt:
+            self.measure(spec, learned)
+            for ticket in tickets:
+                ticket.count(self._count)
+            counted = said.prompt / self.prompt_of(spec, learned, line_tokens(tickets))
+            learned.prompt_scale = min(_MAX_SCALE, max(learned.prompt_scale, counted))
 
     def learn_alone(self, ticket: Ticket, prompt_tokens: int) -> None:
         """The endpoint counted *prompt_tokens* for a single call of *ticket*."""
@@ -152,8 +204,8 @@ class Costs:
         return round(items * learned.answer_mean + stray)
 
 
-def _nearer(scale: float, measured: float) -> float:
-    return scale + (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - scale) * _STEP
+def _nearer(scale: float, measured: float, step: float = _STEP) -> float:
+    return scale + (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - scale) * step
 
 
 def line_tokens(tickets: Iterable[Ticket]) -> int:

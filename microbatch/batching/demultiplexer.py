@@ -58,6 +58,10 @@ _readable_id = re.compile(rf'{_OPENING}{SPACE}"([^"\\\x00-\x1f]*+)"').match
 _WINDOW = 512
 
 
+_ASTRAY = 2
+"""Elements past those asked for after which a reply is taken to go on for nothing."""
+
+
 class _Element(msgspec.Struct):
     id: str
     answer: msgspec.Raw
@@ -78,21 +82,26 @@ class Demultiplexer:
         damaged: Whether anything but the asked-for elements in order has been seen.
         late_duplicates: Copies of delivered answers that were dropped.
         unknown_ids: Elements whose id was not asked for.
+        disordered: Whether one of them was not asked for, or came after one that was asked for later, or came twice.
     """
 
     __slots__ = (
+        "_astray",
         "_copies",
         "_decoders",
         "_early",
+        "_elements",
         "_held",
         "_ids",
         "_index",
         "_kept",
         "_kept_chars",
+        "_latest",
         "_malformed",
         "_next",
         "_scanner",
         "damaged",
+        "disordered",
         "late_duplicates",
         "unknown_ids",
     )
@@ -109,9 +118,20 @@ class Demultiplexer:
         self._copies: dict[int, int] = {}
         self._held: dict[int, str] = {}
         self._malformed: dict[int, str] = {}
+        self._latest = (
+            -1
+        )  # the furthest item that an element was for, once one has come that is not in the common shape
         self.damaged = False
         self.late_duplicates = 0
         self.unknown_ids = 0
+        self.disordered = False
+        self._elements = 0  # those that are sound JSON, whatever their id
+        self._astray = 0  # those of them that came last and that nobody had asked for, or not once more
+
+    @property
+    def past_the_end(self) -> bool:
+        """Whether there were two elements more than were asked for, and the last two were of no use."""
+        return self._astray >= _ASTRAY and self._elements >= len(self._ids) + _ASTRAY
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""
@@ -244,6 +264,8 @@ class Demultiplexer:
         except BaseException:  # noqa: BLE001 see _deliver
             self._unfit(index, raw)
             self._copies[index] = 1
+            self._elements += 1
+        self._elements += index - self._next
         self._next = index
         return pos
 
@@ -275,6 +297,13 @@ class Demultiplexer:
     def _place(self, name: str, raw: str, delivered: list[Answer]) -> None:
         """Decide an element with an id and an answer."""
         index = self._find(name)
+        self._elements += 1
+        fresh = index is not None and index >= self._next and index not in self._copies
+        self._astray = 0 if fresh else self._astray + 1
+        if index is None or index <= max(self._latest, self._next - 1):
+            self.disordered = True
+        else:
+            self._latest = index
         if index == self._next and not self.damaged:
             if not self._early:
                 self._copies[index] = 1

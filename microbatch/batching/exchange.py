@@ -143,6 +143,9 @@ class Batch:
         bug: What went wrong with handing them out.
         heard: Whether any text has come.
         repeated: Whether it was sent again as it is, after a cut that left nothing.
+        bound: The bound it was composed with; that of the call may be lowered since. None if it has none.
+        tries: Whether that is larger than any bound which the model is known to accept.
+        instead: Whether it is made instead of a call whose bound was too low.
     """
 
     __slots__ = (
@@ -150,6 +153,7 @@ class Batch:
         "_early",
         "answer_bytes",
         "answers",
+        "bound",
         "bug",
         "call",
         "canary",
@@ -157,11 +161,13 @@ class Batch:
         "exchange",
         "heard",
         "ids",
+        "instead",
         "learned",
         "line_bytes",
         "permit",
         "repeated",
         "tickets",
+        "tries",
     )
 
     def __init__(
@@ -175,7 +181,11 @@ class Batch:
         *,
         early: bool,
         canary: str | None = None,
+        tries: bool = False,
     ) -> None:
+        self.bound = call.bound
+        self.tries = tries
+        self.instead = False
         self.tickets = tickets
         self.ids = ids[: len(tickets)]
         self.canary = canary
@@ -189,6 +199,11 @@ class Batch:
         self.bug: BaseException | None = None
         self.repeated = False
         self.reset()
+
+    @property
+    def past_the_end(self) -> bool:
+        """Whether the reply goes on although nothing more is to be expected of it."""
+        return self.demultiplexer.past_the_end
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""

@@ -295,9 +295,7 @@ class Intake:
                 raise
         if lane.rank == HIGH:
             return AloneReason.HIGH
-        if learned.go_alone():
-            self._lanes.revise(lane)
-        elif self._policy.merge == "always" or self.pays(lane, lane.budget.size):
+        if learned.apart or self._policy.merge == "always" or self.pays(lane, lane.budget.size):
             return None
         self._note_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER

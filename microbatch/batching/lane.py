@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 
 from microbatch.batching.budget import FlushReason
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES
-from microbatch.batching.ticket import NEVER
+from microbatch.batching.ticket import LOW, NEVER
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
     from microbatch.batching.account import Account
+    from microbatch.batching.bounds import ModelLimits
     from microbatch.batching.budget import Budget
     from microbatch.batching.flight import File
     from microbatch.batching.learned import Learned
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Spec, Ticket
+
+_AT_FIRST = 2
+"""Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while
+it is being tried how long a reply the model allows, it is one."""
 
 _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
@@ -41,11 +46,13 @@ class Lane:
         learned: What is known of earlier batches.
         file: Where equal requests are found.
         in_flight: Batches under way.
+        combined: Those of them that are combined calls, and asking again for what they left open.
         live: Requests waiting.
         due_at: Loop time at which the lane falls due, `NEVER` if nothing waits for company.
     """
 
     __slots__ = (
+        "_awaited",
         "_count",
         "_fill",
         "_fill_tokens",
@@ -56,12 +63,14 @@ class Lane:
         "account",
         "budget",
         "careful",
+        "combined",
         "due_at",
         "file",
         "in_flight",
         "learned",
         "live",
         "max_wait",
+        "model",
         "options",
         "queued",
         "rank",
@@ -86,6 +95,7 @@ class Lane:
         self.tenant = spec.tenant
         self.rank = spec.rank
         self.max_wait = 0.0  # seconds its requests wait for company at most; the collector's
+        self.model: ModelLimits | None = None  # what is known of it; the collector's
         self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
         self.welcome = -1  # bytes of a line up to which it joins without any other look; the collector's
         self.options: Options | None = None  # known to be served here; most come again with the same
@@ -93,11 +103,13 @@ class Lane:
         self.file = file
         self.budget = budget
         self.in_flight = 0
+        self.combined = 0
         self.live = 0
         self.due_at = NEVER
         self.queued = False  # whether the scheduler has this lane in its turn
         self.timer_at = NEVER
         self.timer: asyncio.TimerHandle | None = None  # the scheduler's
+        self._awaited = 0  # waiting requests that are no bulk work, or more
         self._count = count
         self._pending: deque[Ticket] = deque()  # discarded ones stay until they come up, or are too many
         self._fill = 0
@@ -117,7 +129,16 @@ class Lane:
     @property
     def due(self) -> FlushReason | None:
         """Why the lane should leave now, or None to keep waiting."""
-        return (self._full or self._owed) if self._fill else None
+        return (self._full or self._owed) if self._fill and not self.held else None
+
+    @property
+    def held(self) -> bool:
+        """Whether the next batch waits until one of those under way shows that combining is of use; only bulk work does."""
+        if not self.combined or self.learned.proven or self._fill == 1:
+            return False
+        if self.combined < _AT_FIRST and not (self.model is not None and self.model.trying):
+            return False
+        return self.rank == LOW or not self._awaited
 
     @property
     def next_batch(self) -> tuple[int, int]:
@@ -139,6 +160,10 @@ class Lane:
         ticket.queue = self
         self._pending.append(ticket)
         self.live += 1
+        if ticket.on_taken is None:
+            self._awaited += 1
+            if self._awaited == 1 and self._full is not None:
+                return self.combined > 0  # what was held for want of such a request is not held any more
         return self._full is None and self._admit(ticket)
 
     def rebudget(self, budget: Budget) -> None:
@@ -157,6 +182,9 @@ class Lane:
     def hasten(self, ticket: Ticket, due_at: float) -> None:
         """*ticket*, which waits here, is to leave by *due_at*, which is sooner than before."""
         ticket.patience = due_at - ticket.created
+        if ticket.on_taken is not None:
+            # Somebody else waits for what was bulk work. That this is not taken back when it leaves does no harm.
+            self._awaited += 1
         if self._full is None:  # else the lane is due, and looks at the times again when the next batch has left
             self.due_at = min(self.due_at, ticket.due_at)
 
@@ -167,6 +195,7 @@ class Lane:
         else:
             ticket.taken()
         self.live -= 1
+        self._awaited -= ticket.on_taken is None
         self._pay_debt(self._owed_count - self.live)
         if len(self._pending) > 2 * self.live + 64:
             self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
@@ -188,6 +217,7 @@ class Lane:
                 left -= 1
                 if not ticket.future.done():
                     ticket.queue = None
+                    self._awaited -= ticket.on_taken is None
                     if ticket.on_taken is not None:
                         ticket.on_taken(ticket)
                     tickets.append(ticket)

@@ -103,21 +103,18 @@ class Lanes:
         spec = spec_of(messages[:-1], options, key)
         learned = self._memory.of(key)
         account = self._accounts.of(spec.model, spec.headers)
-        if account.max_tokens is not None or self._policy.merge == "when-cheaper":
+        model = self._costs.model(spec)
+        if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._costs.measure(spec, learned)
         budget = self._budgets.of(spec, learned, account.max_tokens)
         lane = self._by_key[key] = Lane(spec, account, learned, budget, self._count, self._file_of(spec.content))
+        lane.model = model
         lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
         self._look_closely(lane)
         return lane
 
     def _look_closely(self, lane: Lane) -> None:
-        lane.careful = (
-            lane.rank == HIGH
-            or lane.account.max_tokens is not None
-            or lane.learned.apart > 0
-            or self._policy.merge == "when-cheaper"
-        )
+        lane.careful = lane.rank == HIGH or lane.account.max_tokens is not None or self._policy.merge == "when-cheaper"
         # Every token is at least a byte of UTF-8, but by a caller's own count: there the bytes are looked at by themselves.
         by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
         lane.welcome = -1 if lane.careful or not self._by_bytes else by_bytes
@@ -163,12 +160,18 @@ class Lanes:
             lane.rebudget(self._budgets.of(lane.spec, lane.learned, lane.account.max_tokens))
             self._look_closely(lane)
 
+    def taught(self, lane: Lane) -> None:
+        """A call of *lane* has ended, though not yet what asks again for what it left open: heed what it has shown."""
+        if lane.learned.revised:
+            self.revise(lane)
+            self._consider(lane)
+
     def flush(self, reason: FlushReason, only: Iterable[Lane] | None = None) -> None:
         """Make all lanes, or *only* these, due with everything that waits in them now."""
         for lane in self if only is None else only:
             if lane.live:
                 lane.owe(reason, everything=True)
-                self._make_due(lane)
+                self._consider(lane)
 
     def rested(self, lane: Lane) -> None:
         """*lane* has changed and may be due no longer."""
@@ -192,7 +195,7 @@ class Lanes:
 
     def _rearm(self, lane: Lane) -> None:
         """Set the lane's timer to the time it falls due, or to none."""
-        if lane.due is not None or lane.due_at == NEVER:
+        if lane.due is not None or lane.due_at == NEVER or lane.held:
             self._disarm(lane)
         elif lane.timer is None or lane.timer_at != lane.due_at:
             self._disarm(lane)
@@ -208,4 +211,4 @@ class Lanes:
     def _time_is_up(self, lane: Lane) -> None:
         lane.timer = None
         lane.owe(FlushReason.TIMEOUT)
-        self._make_due(lane)
+        self._consider(lane)

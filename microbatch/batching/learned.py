@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from microbatch.batching.framing import Framing
+    from microbatch.messages import Usage
 
 _RANK_AFTER = 32
 """Answers after which their percentile is worked out anew, unless a longer one comes first."""
@@ -22,6 +24,9 @@ _UP, _DOWN = 0.5, 0.05
 
 _APART = 500
 """Requests that go alone once combining has cost more than it saved, before it is tried again."""
+
+_FRUITLESS = 2
+"""Fruitless combined replies in a row after which requests go alone."""
 
 _BATCHES_ON_TRIAL = 7
 """Batches that a lane gets credit for when it is tried again: three more bad ones are enough to give up."""
@@ -37,6 +42,8 @@ class Learned(msgspec.Struct):
         answers: Tokens of the latest answers.
         answer_tokens: Their 95th percentile, as of the latest ranking.
         answer_mean: Their mean, as of the latest ranking.
+        thought: Tokens of the latest combined reply that went into thoughts. They do not grow with the batch.
+        thinking: The part of that reply that they were, from 0 to 1.
         unranked: Answers recorded since.
         single_tokens: What all but the longest single replies took lately; None until the first.
         framing: What surrounds its requests, measured on the first batch, or None.
@@ -47,6 +54,12 @@ class Learned(msgspec.Struct):
         parted: How often that was so.
         revised: Whether anything has changed since the lane's budget was worked out.
         alone: Requests in a row that were too long, or not cheaper, to travel with others.
+        proven: Whether a combined reply was of use and ended where it should have.
+        fruitless: Combined replies in a row that were of no use: without one sound element, or of a model that did not stop.
+        doubled: Whether the bound on combined replies is twice what it would be, because it was too low.
+        reasons: Whether the model reasons although it was told not to.
+        affordable: The most tokens of a reply that the account's credit pays for; None until a call was refused for it.
+        per_minute: Tokens allowed a minute, as a refusal has told; None until then. The bound is no longer generous from then on.
     """
 
     batch_size: int | None = None
@@ -54,6 +67,8 @@ class Learned(msgspec.Struct):
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
     answer_mean: float = 32.0
+    thought: int = 0
+    thinking: float = 0.0
     unranked: int = _RANK_AFTER
     single_tokens: float | None = None
     framing: Framing | None = None
@@ -64,6 +79,12 @@ class Learned(msgspec.Struct):
     parted: int = 0
     revised: bool = False
     alone: int = 0
+    proven: bool = False
+    fruitless: int = 0
+    doubled: bool = False
+    reasons: bool = False
+    affordable: int | None = None
+    per_minute: int | None = None
 
     def record_answers(self, tokens: Sequence[int]) -> None:
         """Learn from the answers of one reply, in tokens each."""
@@ -79,6 +100,22 @@ class Learned(msgspec.Struct):
             self.answer_tokens = longest
             self.revised = True
 
+    def record_thinking(self, usage: Usage) -> None:
+        """Learn how much of a combined reply went into thoughts."""
+        part = usage.reasoning_tokens / max(1, usage.completion_tokens)
+        if part != self.thinking:
+            self.thought, self.thinking = usage.reasoning_tokens, part
+            self.revised = True
+
+    @property
+    def written(self) -> int:
+        """The 95th percentile of answers without their shares of thoughts, in tokens."""
+        return max(1, math.ceil(self.answer_tokens * (1 - self.thinking)))
+
+    def reply_tokens(self, items: int) -> int:
+        """Return the tokens that a reply to *items* is likely to take at most, by those that were seen."""
+        return items * self.written + self.thought
+
     def record_single(self, tokens: int) -> None:
         """Learn from a single reply, whose tokens are not those of an answer among others: think of reasoning."""
         known = tokens if self.single_tokens is None else self.single_tokens
@@ -91,8 +128,16 @@ class Learned(msgspec.Struct):
         self.max_line_tokens = half if self.max_line_tokens is None else min(half, self.max_line_tokens)
         self.revised = True
 
+    def parts(self, *, mended: bool) -> bool:
+        """Return whether combining is of no use, or costs more than it saves, and requests do not go alone yet.
+
+        Args:
+            mended: Whether what the latest reply left open has been asked again, so that the costs are complete.
+        """
+        return not self.apart and (self.fruitless >= _FRUITLESS or (mended and self.balance.lost))
+
     def part(self) -> None:
-        """Combining costs more than it saves: send requests alone for a while."""
+        """Send requests alone for a while. A single fruitless reply after that is enough to do so again."""
         self.apart = _APART
         self.parted += 1
         self.revised = True
@@ -104,6 +149,7 @@ class Learned(msgspec.Struct):
         self.apart -= 1
         if not self.apart:
             self.balance = Balance(batches=_BATCHES_ON_TRIAL)
+            self.fruitless = min(self.fruitless, _FRUITLESS - 1)
             self.revised = True
         return True
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from microbatch.batching.decoding import decode_text, decoder
+from microbatch.batching.expected import expected_tokens
 from microbatch.batching.find_json import candidates, unwrapped
 from microbatch.batching.given import compile_given, given_schema
 from microbatch.batching.reply_schema import batch_schema, single_schema
@@ -43,6 +44,7 @@ class AnswerType:
         single_schema: JSON Schema of a single reply, an object at its root; None for plain text.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         is_text: Whether the answer is plain text.
+        expected_tokens: Tokens that the longest answer is expected to take by its schema; None if that does not tell.
         decode: Decodes the JSON of one answer of a combined reply: the output, and its text, which is the string itself for
             plain text, else the JSON as it came. Raises ValueError, without a word of the answer, if that does not fit; a
             validator of the caller's type may raise anything else. No method, since it is called for every answer.
@@ -51,6 +53,7 @@ class AnswerType:
     __slots__ = (
         "batch_schema",
         "decode",
+        "expected_tokens",
         "hint",
         "is_text",
         "key",
@@ -67,6 +70,7 @@ class AnswerType:
         self.strict = strict
         self.decode = decode
         self.is_text = kind == "text"
+        self.expected_tokens = expected_tokens(schema)
         self.batch_schema = batch_schema(schema)
         self.watched_schema = batch_schema(schema, canary=True)
         if kind == "text":

@@ -53,7 +53,7 @@ def called(
         first_text=None if exchange.first_text is None else exchange.first_text - exchange.sent,
         attempts=exchange.attempts,
         streamed=call.stream,
-        max_tokens=call.max_tokens,
+        max_tokens=call.bound if call.max_tokens is None else call.max_tokens,
         temperature=temperature if isinstance(temperature, int | float) else None,
         usage=usage,
         cost_usd=None if usage is None or exchange.price is None else exchange.price(usage),

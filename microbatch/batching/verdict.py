@@ -50,6 +50,13 @@ class Outcome(msgspec.Struct):
         open: Those that still wait for an answer.
         error: What ended it, for endings other than "complete" and "length".
         damaged: Whether the reply itself is to blame for what is open.
+        heard: Whether the reply had any text.
+        sound: Whether it had an element that was asked for and fits.
+        in_order: Whether its elements came in the order in which they were asked for, none twice and none that was not.
+        past_the_end: Whether it went on after as many elements as were asked for, with nothing of use.
+        bounded: Whether the call was made with a bound of ours.
+        again: Whether its bound was too low: what is open is asked again together, with a higher one.
+        runaway: Whether the model did not stop where it should have.
     """
 
     ending: Ending
@@ -57,6 +64,13 @@ class Outcome(msgspec.Struct):
     open: list[Open]
     error: RequestFailed | None = None
     damaged: bool = False
+    heard: bool = True
+    sound: bool = True
+    in_order: bool = True
+    past_the_end: bool = False
+    bounded: bool = False
+    again: bool = False
+    runaway: bool = False
 
 
 def ending(completion: Completion | None, error: RequestFailed | None, *, heard: bool) -> Ending:

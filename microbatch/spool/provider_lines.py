@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import msgspec
 
+from microbatch.batching.bounds import Bounds
 from microbatch.batching.budget import MAX_COUNTED_CHARS, output_reserve
 from microbatch.batching.canary import CANARY_ANSWER_TOKENS, CANARY_TOKENS, canary_line, draw_word
+from microbatch.batching.learned import Learned
 from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES, compose, draw_endings, instruction, item_line
 from microbatch.batching.request import check_messages, read_messages
 from microbatch.errors import ConfigError, StorageError
@@ -46,7 +48,13 @@ _SLICE: Final = 64
 
 
 class Writes(Protocol):
-    """What writes the body of a line: see `BatchWire.body`."""
+    """What writes the body of a line: see `BatchWire.body`.
+
+    Attributes:
+        model: The model that is asked where a request names none, or None.
+    """
+
+    model: str | None
 
     def body(self, call: ChatCall) -> dict[str, Any]:
         """Return the body of the line for *call*."""
@@ -234,6 +242,7 @@ class Composer:
         self._count = count
         self._canary = canary
         self._draw = draw
+        self._bounds = Bounds(wire.model, canary=canary)
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
         """Return the jobs that *deliveries* make, and what no job can be made of.
@@ -332,8 +341,18 @@ class Composer:
             schema=options.answer.batch_schema if canary is None else options.answer.watched_schema,
             strict=options.answer.strict,
             max_tokens=limit if limit is None or canary is None else limit + CANARY_ANSWER_TOKENS,
+            bound=self._bound(options, len(batch)),
         )
         return self._wire.body(call), ids, canary
+
+    def _bound(self, options: Options, items: int) -> int | None:
+        """Return the most tokens that a combined reply may take; None for no bound of ours.
+
+        There is one only for models whose limit is known by name: to learn it from refusals would take a job each time.
+        """
+        if self._bounds.of(options.model).output is None:
+            return None
+        return self._bounds.bound(options, Learned(), items, prompt=lambda: 0, quota=None)
 
 
 def _alone(one: Asked) -> ChatCall:

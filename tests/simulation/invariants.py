@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -372,8 +373,20 @@ def nobody_waits_beside_free_slots(world: World) -> Iterator[str]:
         shared = any(other.bulk is not None and other.lane == item.lane for other in world.items.values())
         if world.scenario.policy["idle"] == "flush" and item.ask.priority != "low" and not shared:
             due = min(due, _idle_from(world, item, carried))
+        if item.ask.priority == "low":
+            due = max(due, _proven(world, item))
         if (attempts and attempts[0].started > due) or (not attempts and (item.settled is None or item.settled > due)):
             yield f"{item.text} was due at {due}, but was sent at {attempts[0].started if attempts else None}"
+
+
+def _proven(world: World, item: Item) -> float:
+    """Return when the lane of *item* had its first reply of use, until when few of its calls are made at once if it is bulk work."""
+    good = [
+        attempt.ended
+        for attempt in world.upstream.attempts
+        if len(attempt.texts) > 1 and world.items[attempt.texts[0]].lane == item.lane and attempt.how == "answered"
+    ]
+    return min(good, default=math.inf)
 
 
 def _idle_from(world: World, item: Item, carried: dict[str, list[Attempt]]) -> float:

@@ -492,3 +492,35 @@ def test_a_hostile_reply_costs_no_more_than_its_length(shape):
     read = Read(*pieces_of(text, range(0, len(text), 40)))
     assert time.process_time() - began < 2  # some 0.1 s; each of these has a way to take seconds
     assert set(read.answers) <= {0, 1}
+
+
+def elements_of(names):
+    return '{"results":[' + ",".join(f'{{"id":"{name}","answer":1}}' for name in names) + "]}"
+
+
+@pytest.mark.parametrize(
+    ("names", "past", "disordered"),
+    [
+        (IDS, False, False),
+        (IDS[:3], False, False),
+        (IDS[1:], False, False),
+        ([*IDS, "6zzzzz"], False, True),
+        ([*IDS, "6zzzzz", "7zzzzz"], True, True),
+        ([*IDS, IDS[0], IDS[1]], True, True),
+        ([f"{number}zzzzz" for number in range(len(IDS))], False, True),
+        ([f"{number}zzzzz" for number in range(len(IDS) + 2)], True, True),
+        (["8zzzzz", "9zzzzz", *IDS], False, True),
+        ([*IDS[:2], "8zzzzz", "9zzzzz", "7zzzzz", *IDS[2:]], False, True),
+        ([IDS[-1], *IDS[:-1]], False, True),
+        ([IDS[-1], "8zzzzz", "9zzzzz", *IDS[:-1]], False, True),
+    ],
+)
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_it_tells_when_a_reply_goes_on_for_nothing(names, past, disordered, early, size):
+    """Two elements past those asked for, and of no use; never while some that were asked for are still coming."""
+    demultiplexer, reply = Demultiplexer(IDS, [as_json] * len(IDS), early=early), elements_of(names)
+    for start in range(0, len(reply), size):
+        demultiplexer.feed(reply[start : start + size])
+    assert demultiplexer.past_the_end is past
+    assert demultiplexer.disordered is disordered

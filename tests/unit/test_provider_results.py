@@ -358,6 +358,24 @@ async def test_a_damaged_record_is_a_storage_error(raw):
         Content.decode(raw)
 
 
+@pytest.mark.parametrize(
+    ("model", "max_tokens", "sent"),
+    [
+        ("gpt-4o-mini", None, 3 * 4 * (16 + 256)),
+        ("gpt-4-turbo", None, 3 * 4 * (16 + 256)),
+        ("gpt-5-mini", None, 3 * 4 * (16 + 256) + 16_000),
+        ("gpt-4o-mini", 10, 4 * 28),
+        ("somebody's own", None, None),  # a refusal would cost a day
+    ],
+)
+async def test_a_combined_line_is_bounded_where_the_model_s_own_limit_is_known(model, max_tokens, sent):
+    payloads = [Payload.of(ask(f"text {number}"), model=model, max_tokens=max_tokens) for number in range(4)]
+    taken = [Delivery(each.item(Name(None, str(number))), 1, "lease", 0.0) for number, each in enumerate(payloads)]
+    (draft,), _ = await Composer(BatchWire(None, where="x"), FlushPolicy()).drafts(taken)
+    (line,) = map(json.loads, (await (await draft.content(0.0)).file()).splitlines())
+    assert line["body"].get("max_tokens") == sent
+
+
 async def test_a_line_s_name_is_no_other_job_s():
     one, other = await Job.of(["one"]), await Job.of(["one"])
     assert {line.custom_id for line in one.lines}.isdisjoint(line.custom_id for line in other.lines)

@@ -127,8 +127,8 @@ async def test_where_requests_bind(charge, max_tokens):
     assert requests >= 0.95
 
 
-# With max_tokens, "used" is for endpoints that give back what was not used; see below.
-@pytest.mark.parametrize(("charge", "max_tokens"), [("reserved", None), ("used", None), ("reserved", 200)])
+# "used" is for endpoints that give back what was reserved and not used, by max_tokens or by the bound of a combined call; see below.
+@pytest.mark.parametrize(("charge", "max_tokens"), [("reserved", None), ("reserved", 200)])
 @pytest.mark.promise(of="limits")
 async def test_where_tokens_bind(charge, max_tokens):
     model = simulated()
@@ -195,11 +195,12 @@ async def test_a_batcher_of_large_calls_beside_one_of_small_calls():
 async def test_two_halves_make_a_whole(kind):
     model = simulated()
     watch = Watch(model)
-    size = 1 if kind is SINGLE else 16
+    # Two to a batch: larger ones, with their bounds, are granted as soon as a minute allows, and so many at once.
+    size = 1 if kind is SINGLE else 2
     batchers = [batcher_for(model, mb.RateLimit(rpm=RPM, tpm=TPM, share=0.5), size=size) for _ in range(2)]
     async with batchers[0], batchers[1]:
         await asyncio.gather(*(consume(batcher, Load(**kind, seed=i), watch) for i, batcher in enumerate(batchers)))
-    # What is left at the end of a window is too little for another batch: about 1 % of half the quota.
+    # What is left at the end of a window is too little for another batch.
     assert_kept(model, watch, least=0.95 if kind is SINGLE else 0.94)
 
 
