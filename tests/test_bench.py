@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def bench(*words):
     return subprocess.run(
-        [sys.executable, "-m", "bench", *words], cwd=ROOT, check=False, capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "bench", *words], cwd=ROOT, check=False, capture_output=True, text=True, timeout=500
     )
 
 

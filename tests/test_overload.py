@@ -14,7 +14,7 @@ COUNT, QUEUED = 100_000, 10_000
 def measured(function, **settings):
     """Return what *function* finds in a process of its own, which has nothing to complain of."""
     done = subprocess.run(
-        command(function, **settings), cwd=ROOT, check=True, capture_output=True, text=True, timeout=50
+        command(function, **settings), cwd=ROOT, check=True, capture_output=True, text=True, timeout=500
     )
     assert not done.stderr
     return json.loads(done.stdout)

@@ -183,7 +183,7 @@ async def test_several_processes_use_the_file_at_once(path):
         )
         for name in names
     ]
-    secrets = {process.communicate(timeout=50)[0] for process in processes}
+    secrets = {process.communicate(timeout=500)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(secrets) == 1
     async with opened(path) as cache:
@@ -228,7 +228,7 @@ def test_workers_that_start_together_all_open_the_file(tmp_path):
     for process in processes:
         process.stdin.write(f"{start}\n")
         process.stdin.flush()
-    told = [process.communicate(timeout=50)[1] for process in processes]
+    told = [process.communicate(timeout=500)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, told
 
 
