@@ -553,7 +553,7 @@ def test_it_tells_when_a_reply_goes_on_for_nothing(names, past, disordered, earl
 )
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_drafts_in_a_thought_are_no_elements_past_the_end(text, past, size):
-    demultiplexer = Demultiplexer(IDS, [as_json] * len(IDS))
+    demultiplexer = Demultiplexer(IDS, [as_json] * len(IDS), early=False)
     ever = False
     for start in range(0, len(text), size):
         demultiplexer.feed(text[start : start + size])
