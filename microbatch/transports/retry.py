@@ -16,6 +16,7 @@ from microbatch.errors import (
     worth_retrying,
 )
 from microbatch.policy import MAX_WAIT
+from microbatch.transports.bucket import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +90,7 @@ class Sender:
 
         account, send = permit.account, self._transport.send
         lessons = failures = 0
+        excused_until: float | None = None
         while True:
             await permit.admit()
             drawn, earned = permit.drawn, 0.0
@@ -133,7 +135,12 @@ class Sender:
                 lessons += 1
             else:
                 failures += 1
-                await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure))
+                excused = isinstance(failure, RateLimited) and failure.token_limits is not None
+                if excused and excused_until is None:
+                    # Refused for the pace with a bound of ours: it waits for what our bounds have reserved of this minute's tokens.
+                    excused_until = loop.time() + WINDOW
+                excused = excused and loop.time() < (excused_until or 0.0)
+                await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure), excused=excused)
 
     def _undo(self, permit: Permit, *, drawn: bool, earned: float) -> None:
         """Give back what was paid for an attempt that was not made, and count it no more."""
@@ -142,21 +149,23 @@ class Sender:
         permit.paid, permit.drawn = True, drawn
         permit.cancel()
 
-    async def _back_off(self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool) -> None:
-        """Wait until another attempt may be *worth* it.
+    async def _back_off(
+        self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool, excused: bool = False
+    ) -> None:
+        """Wait until another attempt may be *worth* it; one that is *excused* neither counts nor draws on the budget.
 
         Raises:
             RequestFailed: *error* itself, if it is not, or the budget is used up.
         """
         policy, budget = self._policy, permit.account.budget
         asked = error.retry_after if isinstance(error, StatusError) else None
-        if not worth or failures >= policy.max_attempts or (asked or 0.0) > MAX_WAIT:
+        if not worth or (failures >= policy.max_attempts and not excused) or (asked or 0.0) > MAX_WAIT:
             raise error
-        if not budget.draw():
+        if not excused and not budget.draw():
             self.unpaid += 1
             error.add_note(UNPAID)
             raise error
-        permit.drawn = True
+        permit.drawn = not excused
         # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
         try:
             with permit.account.resting():

@@ -282,3 +282,12 @@ async def test_somebody_who_waits_is_not_held_up_by_bulk_work_that_is():
         await asyncio.sleep(0.2)
         assert transport.under_way == 10
         await asyncio.gather(bulk, one)
+
+
+@pytest.mark.parametrize(("items", "model"), [(3_000, {}), (600, {"reasoning_tokens": 1_000})])
+async def test_no_request_fails_for_what_bounds_reserve_of_a_quota_that_was_not_declared(items, model):
+    async with batcher_for(Recorded(simulated(quota=Quota(tpm=TPM), **model))) as batcher:
+        requests = (mb.Request(messages(number), output_type=Label) for number in range(items))
+        errors = [result.error async for result in batcher.map(requests)]
+        assert batcher.stats().rate_limited > 0
+    assert errors == [None] * items
