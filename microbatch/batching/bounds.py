@@ -226,7 +226,7 @@ class Bounds:
         sent = None if completion is None else completion.bound
         if completion is not None:
             self._note(spec, learned, outcome, completion)
-        if outcome.ending == "length" and sent is not None:
+        if outcome.ending == "length" and sent is not None and _reached(completion, sent):
             self._at_the_bound(spec, learned, outcome, sent, fresh)
         outcome.runaway |= outcome.past_the_end and outcome.ending != "complete"
         if outcome.again:
@@ -273,6 +273,12 @@ class Bounds:
             limited = fresh()
             # As long as it can be: the batch is too large. With room left, twice what was expected was not enough.
             outcome.runaway = limited is not None and limited >= self.wanted(spec, learned, outcome.asked)
+
+
+def _reached(completion: Completion | None, bound: int) -> bool:
+    """Return whether a reply that ended in "length" can have done so at *bound*: not if it reports far fewer tokens."""
+    usage = None if completion is None else completion.usage
+    return usage is None or usage.completion_tokens <= 0 or 2 * usage.completion_tokens >= bound
 
 
 def _lower(one: int | None, other: int | None) -> int | None:
