@@ -83,6 +83,9 @@ _TELLING: Final = frozenset(
 )
 _MAX_NESTED: Final = 8
 
+_CONTENT_TOO_LARGE: Final = 413
+_TOO_MANY: Final = 429
+
 _LEAST: Final = 16
 """A smaller number in a message is a version, a position or a count of something else."""
 
@@ -97,13 +100,14 @@ def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
     """
     if status not in STATUSES:
         return None
-    if status == 429:  # noqa: PLR2004
-        found = _PER_MINUTE.search(message)
-        if found is None:
-            return None
+    found = _PER_MINUTE.search(message)
+    if status == _TOO_MANY and found is None:
+        return None
+    if found is not None and status in (_CONTENT_TOO_LARGE, _TOO_MANY):
         limit, requested = map(_value, found.groups())
         # What is too large by itself never passes; what came too soon does, but a lower bound would have come sooner.
-        prompt = max(0, requested - bound) if _TOO_LARGE.search(message) else None
+        counted = bound if requested >= bound else 0  # else the endpoint does not count it
+        prompt = requested - counted if _TOO_LARGE.search(message) else None
         return TokenLimits(per_minute=limit, prompt=prompt)
     if not _ABOUT.search(message):
         return None

@@ -101,7 +101,7 @@ async def test_a_401_of_a_batch_concerns_everybody() -> None:
 @pytest.mark.parametrize("status", [429, 413])
 async def test_a_request_that_is_too_large_is_split(status: int) -> None:
     """Waiting does not make it smaller; its lane sends smaller ones from then on."""
-    said = "Request too large for m on tokens per min (TPM): Limit 300, Requested 454. The input or output tokens must be reduced."
+    said = "Request too large for m on tokens per min (TPM): Limit 30000, Requested 45400. The input or output tokens must be reduced."
 
     def respond(asked: Asked) -> Any:
         if len(asked.items) > 2:
