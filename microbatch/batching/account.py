@@ -123,7 +123,7 @@ class Accounts(Protocol):
     """The accounts."""
 
     def serve(self, slots: Slots) -> None:
-        """Let *slots* be the scheduler of all accounts."""
+        """Make *slots* the scheduler of all accounts."""
         ...
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:

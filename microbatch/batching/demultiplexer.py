@@ -83,7 +83,7 @@ _decode_element = msgspec.json.Decoder(_Element).decode
 
 
 class _Elements(msgspec.Struct):
-    """What has been found in one part of a reply."""
+    """Elements found in one part of a reply, before, within or after a thought."""
 
     held: dict[int, str]
     copies: dict[int, int]
@@ -188,7 +188,7 @@ class Demultiplexer:
 
     @property
     def past_the_end(self) -> bool:
-        """Whether there were two elements more than were asked for, and the last two were of no use."""
+        """True if there were two elements more than were asked for, and the last two were of no use."""
         return self._astray >= _ASTRAY and self._elements >= len(self._ids) + _ASTRAY
 
     def feed(self, text: str) -> list[Answer]:

@@ -109,7 +109,7 @@ class Room:
 
     @property
     def may_be_bypassed(self) -> bool:
-        """Whether another request may go past a full queue."""
+        """True if another request may go past a full queue."""
         return self.taken < self.size + self._bypass
 
     def must_wait(self, rank: int) -> bool:

@@ -103,7 +103,7 @@ class Scheduler(Generic[Q, W]):
 
     @property
     def full(self) -> bool:
-        """Whether every slot is in use."""
+        """True if every slot is in use."""
         return self.in_use >= self._slots
 
     def enqueue(self, queue: Q) -> None:

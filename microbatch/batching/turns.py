@@ -97,7 +97,7 @@ class _Entry:
 
 
 class _Share(Generic[Q]):
-    """What one account has due in one priority.
+    """The due queues and waiting attempts of one account and priority.
 
     Attributes:
         account: The account.
@@ -122,7 +122,7 @@ class _Share(Generic[Q]):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is due."""
+        """True if nothing is due."""
         return not (self.retries or self.fallbacks or self.tenants)
 
     def line_of(self, attempt: Attempt) -> deque[Attempt]:
@@ -131,12 +131,12 @@ class _Share(Generic[Q]):
 
 
 class _Load(Generic[Q]):
-    """What one account has due.
+    """The shares of one account.
 
     Attributes:
         shares: By priority.
         head: What was refused a permit last, and is served first.
-        blocked: Whether the account has no permit to give.
+        blocked: True while the account has no permit to give.
     """
 
     __slots__ = ("blocked", "head", "shares")

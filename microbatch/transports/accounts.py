@@ -1,4 +1,4 @@
-"""What is kept for each (endpoint, model, credentials): its limits, its retry budget, its breaker, and its calls under way.
+"""The state of each (endpoint, model, credentials): its limits, its retry budget, its breaker, and its calls under way.
 
 A *permit* pays the attempts of one call, one by one. The scheduler grants each attempt its permit and its slot in one step; an
 account only answers whether it can be paid now, and says when it is worth asking again.
@@ -373,7 +373,7 @@ class Accounts:
         return self._kept.get(key, now) or self._kept.put(key, self._make(key, now), now)
 
     def serve(self, slots: Slots) -> None:
-        """Let *slots* be the scheduler of all accounts made from now on."""
+        """Make *slots* the scheduler of all accounts made from now on."""
         self._slots = slots
 
     def close(self) -> None:
