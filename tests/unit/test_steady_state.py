@@ -104,6 +104,11 @@ async def consume(batcher, load, watch):
         watch.look()
 
 
+LEAST = {"requests": 0.95, "tokens": 0.92}
+"""What is used of a limit at least. What is left at the end of a window is too little for another combined call, which is charged with
+the bound on its reply."""
+
+
 def assert_kept(model, watch, *, learning=0, least=0.95):
     # At first nothing is known yet of the lengths of answers, and a whole minute's tokens may go on that.
     assert watch.refused_first <= learning
@@ -136,7 +141,7 @@ async def test_where_tokens_bind(charge, max_tokens):
     async with batcher_for(model, mb.RateLimit(rpm=RPM, tpm=TPM, charge=charge)) as batcher:
         await consume(batcher, Load(**BATCH, max_tokens=max_tokens), watch)
         assert batcher.stats().retries == 0
-    requests, _ = assert_kept(model, watch)
+    requests, _ = assert_kept(model, watch, least=LEAST["tokens"])
     assert requests < 0.5
 
 
@@ -157,7 +162,7 @@ async def test_a_stream_of_submits(kind):
     size, callers = (1, 64) if kind is SINGLE else (16, 640)
     async with batcher_for(model, mb.RateLimit(rpm=RPM, tpm=TPM), size=size, slots=64) as batcher:
         await asyncio.gather(*(caller(batcher) for _ in range(callers)))
-    assert_kept(model, watch)
+    assert_kept(model, watch, least=LEAST["requests" if kind is SINGLE else "tokens"])
 
 
 @pytest.mark.parametrize("kind", [SINGLE, BATCH], ids=["requests", "tokens"])
@@ -173,8 +178,7 @@ async def test_several_batchers_that_share_one_limit(kind):
     await asyncio.gather(*(consume(batcher, Load(**kind, seed=i), watch) for i, batcher in enumerate(batchers)))
     for batcher in batchers:
         await batcher.aclose()
-    # What is left at the end of a window is too little for another batch, whose bound on its reply is charged too.
-    assert_kept(model, watch, least=0.95 if kind is SINGLE else 0.94)
+    assert_kept(model, watch, least=LEAST["requests" if kind is SINGLE else "tokens"])
     answered = [batcher.stats().answered for batcher in batchers]
     assert max(answered) <= 1.2 * min(answered)
 
@@ -202,7 +206,7 @@ async def test_two_halves_make_a_whole(kind):
     async with batchers[0], batchers[1]:
         await asyncio.gather(*(consume(batcher, Load(**kind, seed=i), watch) for i, batcher in enumerate(batchers)))
     # What is left at the end of a window is too little for another batch.
-    assert_kept(model, watch, least=0.95 if kind is SINGLE else 0.94)
+    assert_kept(model, watch, least=LEAST["requests" if kind is SINGLE else "tokens"])
 
 
 async def test_half_a_share_alone_uses_half():
