@@ -81,6 +81,7 @@ class Intake:
     ) -> None:
         self.alone: dict[Hashable, AloneQueue] = {}
         self._policy = policy
+        self._bypasses = policy.when_full == "bypass"
         self._ledger = ledger
         self._room = room
         self._lanes = lanes
@@ -138,7 +139,7 @@ class Intake:
             else:
                 line = item_line(text, self._scratch)
                 counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
-                bypass = room.full(options.rank)
+                bypass = self._bypasses and room.full(options.rank)
                 patience = lane.max_wait
                 if on_taken is not None:
                     patience = NEVER

@@ -401,13 +401,17 @@ def no_slot_idles(world: World) -> Iterator[str]:
     begun: dict[object, list[tuple[float, float]]] = defaultdict(list)
     for own in calls.values():
         # A call is over when its last attempt is, or, if that was to be repeated, when its last caller has left.
-        ends = [world.items[text].settled or 0.0 for text in own[-1].texts] if own[-1].how == "failed" else []
+        ends = [world.items[text].settled or 0.0 for text in own[-1].texts if carried[text][-1] is own[-1]]
         begun[tuple(own[0].call.headers.items())].append((own[0].started, max([own[-1].ended, *ends])))
     instants = sorted({instant for attempt in attempts for instant in (attempt.started, attempt.ended)})
     for item in world.items.values():
         if item.accepted is None or item.bulk is not None:
             continue
         due = _due(world, item)
+        if item.ask.priority == "low" or any(
+            other.bulk is not None and other.lane == item.lane for other in world.items.values()
+        ):
+            due = max(due, _proven(world, item))
         sent = carried[item.text][0].started if carried[item.text] else item.settled
         for begin, end in pairwise(
             [due, *(instant for instant in instants if due < instant < (sent or due)), sent or due]

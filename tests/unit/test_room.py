@@ -200,3 +200,23 @@ async def test_high_priority_has_a_small_reserve(when_full, size):
         rest = await asyncio.gather(high[-1], *low, return_exceptions=True)
         refused = [outcome for outcome in rest if isinstance(outcome, mb.Overloaded)]
         assert bool(refused) == (when_full != "wait")
+
+
+async def test_a_caller_that_was_let_in_waits_for_company_though_high_priority_has_come_in_meanwhile():
+    urgent = []
+
+    async def answer(call):
+        await asyncio.sleep(1.0)
+        # Its first step comes between the step in which a place is granted and that in which it is taken.
+        urgent.append(asyncio.ensure_future(batcher.submit(ask("urgent"), priority="high")))
+        return call.items[0][1]
+
+    transport = ScriptedTransport(answer, delay=0.0)
+    async with batcher_for(transport, max_queued=1, idle="wait", max_wait=0.5) as batcher:
+        first = asyncio.ensure_future(batcher.submit(ask("first"), priority="high"))
+        await asyncio.sleep(0)
+        second = asyncio.ensure_future(batcher.submit(ask("second")))
+        await first
+        await asyncio.gather(second, *urgent)
+        assert batcher.stats().singles_by_reason == {"high": 2, "no_company": 1}
+    assert transport.calls[-1].started == 1.5
