@@ -127,6 +127,7 @@ def finished_answers_stand(world: World) -> Iterator[str]:
     early = world.scenario.fallback.get("resolve") != "verified" and not world.scenario.fallback.get("canary")
     for attempt in world.upstream.attempts:
         in_order = early and attempt.combined and attempt.call.stream and attempt.fault.kind in _IN_ORDER
+        in_order = in_order and not _drafted(world, attempt)
         sound = _SOUND if attempt.canary is None else _SOUND_WITH_CANARY
         at_the_end = attempt.how == "answered" and attempt.fault.kind in sound
         if attempt.call.max_tokens is not None or not (in_order or at_the_end):
@@ -135,6 +136,15 @@ def finished_answers_stand(world: World) -> Iterator[str]:
             settled, due = world.items[text].settled, said if in_order else attempt.ended
             if settled is None or settled > due:
                 yield f"{text} was answered by attempt {attempt.number}, due at {due}, but settled at {settled}"
+
+
+def _drafted(world: World, attempt: Attempt) -> bool:
+    """Return whether an earlier reply of the lane of *attempt* answered twice, after which none of its answers is given early."""
+    lane = world.items[attempt.texts[0]].lane
+    return any(
+        other.fault.kind == "duplicate" and other.number < attempt.number and world.items[other.texts[0]].lane == lane
+        for other in world.upstream.attempts
+    )
 
 
 _IN_ORDER = frozenset({"ok", "truncated", "cut", "reset", "stream_error", "timeout", "hang"})
@@ -429,7 +439,10 @@ def _proven(world: World, item: Item) -> float:
     good = [
         attempt.ended
         for attempt in world.upstream.attempts
-        if len(attempt.texts) > 1 and world.items[attempt.texts[0]].lane == item.lane and attempt.how == "answered"
+        if len(attempt.texts) > 1
+        and world.items[attempt.texts[0]].lane == item.lane
+        and attempt.how == "answered"
+        and attempt.fault.kind in _SOUND
     ]
     return min(good, default=math.inf)
 
