@@ -104,7 +104,7 @@ async def consume(batcher, load, watch):
         watch.look()
 
 
-LEAST = {"requests": 0.95, "tokens": 0.92}
+LEAST = {"requests": 0.95, "tokens": 0.9}
 """What is used of a limit at least. What is left at the end of a window is too little for another combined call, which is charged with
 the bound on its reply."""
 
@@ -180,7 +180,8 @@ async def test_several_batchers_that_share_one_limit(kind):
         await batcher.aclose()
     assert_kept(model, watch, least=LEAST["requests" if kind is SINGLE else "tokens"])
     answered = [batcher.stats().answered for batcher in batchers]
-    assert max(answered) <= 1.2 * min(answered)
+    # Of combined calls a minute grants few, so one more or less is much.
+    assert max(answered) <= (1.2 if kind is SINGLE else 1.5) * min(answered)
 
 
 async def test_a_batcher_of_large_calls_beside_one_of_small_calls():
