@@ -62,7 +62,7 @@ _MODELS: Final = 256
 
 
 class Asked(Protocol):
-    """What requests have in common, as far as it matters for the length of their answers; see `Spec` and `Options`."""
+    """The common part of requests that decides the length of their answers; see `Spec` and `Options`."""
 
     @property
     def model(self) -> str | None:
@@ -86,7 +86,7 @@ class Asked(Protocol):
 
 
 class ModelLimits(msgspec.Struct):
-    """What is known of one model.
+    """The limits and habits of one model, as far as they are known.
 
     Attributes:
         output: The most tokens it generates, None if that is not known.
@@ -159,7 +159,7 @@ class Bounds:
     def wanted(self, spec: Asked, learned: Learned, items: int) -> int:
         """Return the bound that a combined reply to *items* would have if nothing limited it."""
         if learned.per_minute is not None and learned.answers:
-            # What a bound reserves and the reply does not use keeps other calls waiting. What replies took is known here.
+            # What a bound reserves and the reply does not use keeps other calls waiting; the length of earlier replies is known here.
             seen = math.ceil(_CLOSE_FACTOR * learned.reply_tokens(items)) + self._canary_tokens
             return max(LEAST, seen) * (1 + learned.doubled)
         tokens = max(LEAST, _FACTOR * (items * self._each(spec, learned) + self._canary_tokens))

@@ -218,7 +218,7 @@ class Collector:
                     self.fail(ticket, ShutDown("the batcher closed before this request was sent"))
 
     def admit(self) -> None:
-        """Let requests in, once `serve` is ready.
+        """Accept requests from now on; `serve` has to be ready.
 
         Raises:
             BatcherClosed: `close` was called before.

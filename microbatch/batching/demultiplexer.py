@@ -61,7 +61,7 @@ _readable_id = re.compile(rf'{_OPENING}{SPACE}"([^"\\\x00-\x1f]*+)"').match
 
 _marks = MARK.finditer
 _separators = re.compile(r"[ \t\n\r,]++").sub
-# What may stand around elements that are no draft: brackets, names of members, fences, a byte order mark.
+# Text that may stand around elements that are no draft: brackets, names of members, fences, a byte order mark.
 _is_scaffolding = re.compile(r'(?:[\[\]{}:\ufeff]|"[^"\\]{0,64}"|```\w{0,16})*+').fullmatch
 _MAX_SCAFFOLDING = 200
 
@@ -99,12 +99,12 @@ class _Elements(msgspec.Struct):
 
     @property
     def found(self) -> bool:
-        """Whether there was any element."""
+        """True if there was any element."""
         return bool(self.copies) or self.next > 0 or self.damaged
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two pieces of JSON mean the same."""
+    """Return whether two pieces of JSON have the same value."""
     try:
         return one == other or msgspec.json.decode(one) == msgspec.json.decode(other)
     except (msgspec.DecodeError, RecursionError, UnicodeError):

@@ -202,7 +202,7 @@ class Batch:
 
     @property
     def past_the_end(self) -> bool:
-        """Whether the reply goes on although nothing more is to be expected of it."""
+        """True if the reply goes on although nothing more is expected of it."""
         return self.demultiplexer.past_the_end
 
     def reset(self) -> None:

@@ -136,7 +136,7 @@ class Lane:
 
     @property
     def held(self) -> bool:
-        """Whether the next batch waits until one of those under way shows that combining is of use; only bulk work does."""
+        """True while the next batch, of bulk work, waits for one under way to show that combining is of use."""
         if not self.combined or self.learned.proven or self._fill == 1:
             return False
         if self.combined < _AT_FIRST and not (self.model is not None and self.model.trying):

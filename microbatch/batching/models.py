@@ -1,4 +1,4 @@
-"""What is known of models by their names and parameters: which of them reason, and how many tokens they generate at most.
+"""Facts about models by their names and parameters: which of them reason, and how many tokens they generate at most.
 
 Names are compared in lower case and without what stands before the last slash ("openai/gpt-5-mini" is "gpt-5-mini"). What these
 tables do not know, or have wrong, is learned from the endpoint's replies and refusals.
