@@ -1,7 +1,7 @@
 """`Microbatcher`: the one place that stacks the concrete parts.
 
 From the outside in: cache (`caching.answer_cache`) -> single flight (`batching.flight`) -> lanes and scheduler
-(`batching.collector`) -> calls, fallback (`batching.call`, `batching.fallback`) -> attempts (`transports.retry`) -> the transport.
+(`batching.engine`) -> calls, fallback (`batching.call`, `batching.fallback`) -> attempts (`transports.retry`) -> the transport.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
-from microbatch.batching.books import Books
+from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.bulk import Prepared, bulk
-from microbatch.batching.call import Calls
-from microbatch.batching.collector import CLOSED_EARLY, Collector
+from microbatch.batching.dispatch import Dispatcher
+from microbatch.batching.economics import UNKNOWN_RATIO
+from microbatch.batching.engine import CLOSED_EARLY, Engine
 from microbatch.batching.fallback import Fallback
-from microbatch.batching.prompt import draw_endings
 from microbatch.batching.request import PLAIN, check_messages, read_options, remembering
-from microbatch.batching.ticket import SHARED, UNSHARED, Terms
-from microbatch.batching.worth import UNKNOWN_RATIO
+from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, Overloaded, StorageError
-from microbatch.parts import Part, give_back, lease
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
+from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
-from microbatch.spool.front import SpoolFront
+from microbatch.resources import Resource, give_back, lease
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
+from microbatch.spool.spool_client import SpoolFront
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.credentials import credentials_in
 from microbatch.transports.relay import read_charge
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
     from microbatch.accounting.prices import Price
-    from microbatch.batching.flight import Seat
     from microbatch.batching.request import Options
+    from microbatch.batching.single_flight import Seat
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T, Usage
     from microbatch.transports.rate_limit import RateLimit
@@ -152,8 +152,8 @@ class Microbatcher:
         if spool is not None and not isinstance(spool, Spool):
             raise ConfigError(f"spool must have the methods of Spool, got {type(spool).__name__}")
         self._spool = None if spool is None else SpoolFront(spool)
-        self._parts: list[Part] = [part for part in (transport, cache, spool) if part is not None]
-        self._collector = Collector(
+        self._parts: list[Resource] = [part for part in (transport, cache, spool) if part is not None]
+        self._engine = Engine(
             self._policy,
             self._ledger,
             self._accounts,
@@ -164,27 +164,29 @@ class Microbatcher:
             model=model,
             canary=fallback.canary,
         )
-        self._room = self._collector.room
-        calls = Calls(
+        self._admission = self._engine.admission
+        calls = Dispatcher(
             send=self._sender.send,
             ledger=self._ledger,
-            books=Books(self._ledger, self._collector.costs, self._tokens.count, self._tokens.exact_for, price),
-            costs=self._collector.costs,
-            bounds=self._collector.bounds,
+            attribution=UsageAttribution(
+                self._ledger, self._engine.estimates, self._tokens.count, self._tokens.exact_for, price
+            ),
+            estimates=self._engine.estimates,
+            bounds=self._engine.bounds,
             keep=None if self._cache is None else self._cache.keep,
             listeners=listeners,
             count=self._tokens.count,
             price=price,
             default_model=model,
-            settled=self._collector.settled,
+            settled=self._engine.settled,
             draw=draw_ids,
             now=lambda: self._loop.time() if self._loop is not None else 0.0,
             early=fallback.early,
             canary=fallback.canary,
             keep_thoughts=getattr(transport, "thoughts", "strip") == "keep",
         )
-        self._fallback = Fallback(calls, self._collector.costs, fallback, self._collector.fail)
-        self._collector.wire(calls, self._fallback)
+        self._fallback = Fallback(calls, self._engine.estimates, fallback, self._engine.fail)
+        self._engine.wire(calls, self._fallback)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._host: asyncio.Task[None] | None = None
         self._undone: asyncio.Task[None] | None = None  # the host of an opening that failed
@@ -212,9 +214,9 @@ class Microbatcher:
         host.add_done_callback(lambda _: _end(ready))
         try:
             await ready
-            self._collector.admit()
+            self._engine.admit()
         except BaseException:
-            if not self._collector.closing:
+            if not self._engine.closing:
                 self._loop = self._host = None
                 self._undone = host
             host.cancel()
@@ -244,14 +246,14 @@ class Microbatcher:
         def begin() -> None:
             for part in (self._cache, self._spool):
                 for service in part.services if part is not None else ():
-                    self._collector.start_feeder(service)
+                    self._engine.start_feeder(service)
             if not ready.done():
                 ready.set_result(None)
 
         if self._cache is not None:
             await self._cache.open()
         try:
-            await self._collector.serve(begin)
+            await self._engine.serve(begin)
         except Exception:
             # Nobody awaits this task; its requests have been told, and so must be whoever reads the log.
             logger.exception("the batcher has ended because of a bug in microbatch")
@@ -269,9 +271,9 @@ class Microbatcher:
         if self._host is None:
             return
         self._check_loop()
-        if self._collector.door is None and not self._collector.closing:
+        if self._engine.door is None and not self._engine.closing:
             self._host.cancel()  # it is still opening
-        self._collector.close(grace)
+        self._engine.close(grace)
         await asyncio.wait([self._host])
 
     async def __aenter__(self) -> Self:
@@ -294,9 +296,9 @@ class Microbatcher:
 
     def _check_open(self) -> None:
         self._check_loop()
-        if self._collector.closing:
+        if self._engine.closing:
             raise BatcherClosed("the batcher is closed")
-        if self._collector.door is None:
+        if self._engine.door is None:
             raise BatcherClosed("the batcher is not open yet: await open() first")
 
     # --- asking
@@ -398,15 +400,15 @@ class Microbatcher:
         terms = SHARED if shared else UNSHARED
         if timeout is not None or ttl is not None:
             at_least(0, timeout=timeout, ttl=ttl)
-            terms = Terms(timeout, shared, None, ttl)
+            terms = CallerOptions(timeout, shared, None, ttl)
         if use_cache and self._cache is not None:
             found = await self._look_up(self._cache, messages, options, terms)
-            if not isinstance(found, Terms):
+            if not isinstance(found, CallerOptions):
                 return found
             terms = found
-        if asyncio.get_running_loop() is not self._collector.door:
+        if asyncio.get_running_loop() is not self._engine.door:
             self._check_open()
-        if self._room.must_wait(options.rank):
+        if self._admission.must_wait(options.rank):
             place = self._when_full(options, terms)
             if place is not None:
                 if terms.timeout is not None and terms.since is None:
@@ -414,22 +416,22 @@ class Microbatcher:
                 try:
                     await place
                 except BaseException:
-                    self._room.give_up(place, options.rank)
+                    self._admission.give_up(place, options.rank)
                     raise
-                self._room.enter()
+                self._admission.enter()
             del place  # or it lives as long as the request
-        ticket = self._collector.accept(messages, options, terms)
+        ticket = self._engine.accept(messages, options, terms)
         # The caller's dicts and texts are of no more use, and many submits may wait.
         del messages, params, headers, options, terms
         try:
             return await ticket.future
         except asyncio.CancelledError:
-            self._collector.leave(ticket)
+            self._engine.leave(ticket)
             raise
 
     async def _look_up(
-        self, cache: AnswerCache, messages: Messages, options: Options, terms: Terms
-    ) -> Reply[Any] | Terms:
+        self, cache: AnswerCache, messages: Messages, options: Options, terms: CallerOptions
+    ) -> Reply[Any] | CallerOptions:
         """Return the answer that the cache has for a request, or the terms on which it is to be asked.
 
         Raises:
@@ -451,10 +453,10 @@ class Microbatcher:
             reply = cache.read(key, value, options, created)
             if reply is not None:
                 return reply
-            return Terms(terms.timeout, True, key, terms.ttl, created)
+            return CallerOptions(terms.timeout, True, key, terms.ttl, created)
         return terms
 
-    def _when_full(self, options: Options, terms: Terms) -> asyncio.Future[None] | None:
+    def _when_full(self, options: Options, terms: CallerOptions) -> asyncio.Future[None] | None:
         """Return what the policy says when no request may be accepted: a place to wait for, or None to bypass.
 
         Raises:
@@ -462,8 +464,8 @@ class Microbatcher:
         """
         when_full = self._policy.when_full
         if when_full == "wait":
-            return self._room.place(options.rank, options.tenant, terms)
-        if self._room.may_be_bypassed and not self._collector.scheduler.full:
+            return self._admission.place(options.rank, options.tenant, terms)
+        if self._admission.may_be_bypassed and not self._engine.scheduler.full:
             return None
         raise Overloaded(f"max_queued={self._policy.max_queued} requests are pending")
 
@@ -497,7 +499,7 @@ class Microbatcher:
         self._check_open()
         policy = self._policy
         return bulk(
-            self._collector,
+            self._engine,
             self._prepare_bulk,
             self._accept_bulk,
             requests,
@@ -507,7 +509,7 @@ class Microbatcher:
         )
 
     def _accept_bulk(self, request: Request, prepared: Prepared, on_taken: Callable[[Any], None]) -> Ticket | Seat:
-        return self._collector.accept(request.messages, prepared.options, prepared.terms, on_taken)
+        return self._engine.accept(request.messages, prepared.options, prepared.terms, on_taken)
 
     def _prepare_bulk(self, request: Request) -> Prepared:
         """Check the options of *request*, and begin to look it up.
@@ -529,10 +531,10 @@ class Microbatcher:
         shared = request.use_cache and (self._shares or options.cold)
         cache = self._cache
         if cache is None or not request.use_cache:
-            return Prepared(options, Terms(request.timeout, shared))
+            return Prepared(options, CallerOptions(request.timeout, shared))
         check_messages(request.messages)
         key = cache.key(request.messages, options)
-        terms = Terms(request.timeout, shared, key, request.ttl)
+        terms = CallerOptions(request.timeout, shared, key, request.ttl)
         if key is None:
             return Prepared(options, terms)
         created = asyncio.get_running_loop().time()
@@ -623,12 +625,12 @@ class Microbatcher:
             temperature=temperature,
             params=params,
         )
-        room = self._collector.room
-        room.taken += 1  # so that closing waits for it
+        admission = self._engine.admission
+        admission.taken += 1  # so that closing waits for it
         try:
             await spool.put(payload.item(name))
         finally:
-            room.leave(1)
+            admission.leave(1)
         return name.id
 
     @overload
@@ -694,7 +696,7 @@ class Microbatcher:
             BatcherClosed: The batcher is not open, or this is another event loop.
         """
         self._check_open()
-        self._collector.flush()
+        self._engine.flush()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
@@ -730,11 +732,11 @@ class Microbatcher:
             )
         model, cost = read_charge(body)
         account_headers = {**headers, **credentials_in(path)}
-        if self._room.must_wait(PLAIN.rank):
+        if self._admission.must_wait(PLAIN.rank):
             place = self._when_full(PLAIN, UNSHARED)
             if place is not None:
-                await self._room.wait_for(place, PLAIN.rank)
-        async with self._collector.borrow_slot(model, account_headers, cost) as loan, AsyncExitStack() as relayed:
+                await self._admission.wait_for(place, PLAIN.rank)
+        async with self._engine.borrow_slot(model, account_headers, cost) as loan, AsyncExitStack() as relayed:
             self._ledger.upstream_calls += 1
             self._ledger.forwarded += 1
             try:
@@ -768,8 +770,8 @@ class Microbatcher:
             self._ledger.cache_evictions = self._cache.evictions
         spooled = None if self._spool is None else self._spool.look()
         return self._ledger.snapshot(
-            queued=self._room.taken,
-            in_flight=self._collector.scheduler.in_use,
+            queued=self._admission.taken,
+            in_flight=self._engine.scheduler.in_use,
             spool_depth=None if spooled is None else spooled.depth,
             spool_dead=None if spooled is None else spooled.dead,
             spool_oldest=None if spooled is None else spooled.oldest,
@@ -777,8 +779,8 @@ class Microbatcher:
 
     def __repr__(self) -> str:
         """Tell the state and the load."""
-        state = "closed" if self._collector.closing else "new" if self._collector.door is None else "open"
-        return f"Microbatcher({state}, queued={self._room.taken}, in_flight={self._collector.scheduler.in_use})"
+        state = "closed" if self._engine.closing else "new" if self._engine.door is None else "open"
+        return f"Microbatcher({state}, queued={self._admission.taken}, in_flight={self._engine.scheduler.in_use})"
 
 
 def _end(opening: asyncio.Future[None]) -> None:

@@ -14,8 +14,8 @@ import jiter
 import msgspec
 import partial_json_parser
 
-from microbatch.batching.demultiplexer import Demultiplexer
-from microbatch.batching.schema import answer_type
+from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ class Reader(Protocol):
 
 
 class Microbatch:
-    """The demultiplexer, driven as `microbatch.batching.call` drives it: ids in order, answers decoded to their type."""
+    """The demultiplexer, driven as `microbatch.batching.dispatch` drives it: ids in order, answers decoded to their type."""
 
     def __init__(self, reply: Reply, settle: Settle) -> None:
         decode = answer_type(reply.output_type).decode

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from bench.questions import LABELS, Label
-from microbatch.batching.prompt import ALPHABET
+from microbatch.prompt.compose import ALPHABET
 
 if TYPE_CHECKING:
     from collections.abc import Callable

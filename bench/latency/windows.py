@@ -10,8 +10,8 @@ from bench import timing
 from bench.latency.world import ALONE, MODEL, STREAMED, messages, model, play, poisson
 from bench.questions import Label, products
 from bench.report import Column, Table
-from microbatch.batching.schema import answer_type
 from microbatch.protocols import ChatCall
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing import SimulatedTransport, VirtualClockLoop
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ async def lanes(count: int, marks: int = 10) -> list[float]:
             await asyncio.gather(*(call(part) for _ in range(CALLERS)))
             memory.append(resident_mib())
         assert batcher.stats().answered == count // marks * marks
-        assert not list(batcher._collector.lanes)
+        assert not list(batcher._engine.lanes)
     return memory
 
 

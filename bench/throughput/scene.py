@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bench.questions import Label, products, shared_instructions, zipf
 from microbatch.accounting.prices import PRICES
-from microbatch.batching.schema import answer_type
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing import Latency
 
 MODEL = "gpt-4.1-mini"

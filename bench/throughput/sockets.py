@@ -33,8 +33,8 @@ from bench.throughput.scene import (
 )
 from bench.throughput.ways import client
 from bench.timing import Stopwatch, quantile, ratios
-from microbatch.batching.schema import answer_type
 from microbatch.messages import Usage
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing.answers import simulated_answer
 
 if TYPE_CHECKING:

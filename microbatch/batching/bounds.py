@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from microbatch.batching.canary import CANARY_ANSWER_TOKENS
 from microbatch.batching.models import (
     REASONING_ALLOWANCE,
     asked_reasoning,
@@ -29,15 +28,16 @@ from microbatch.batching.models import (
     reasoning_budget,
     reasons_by_name,
 )
+from microbatch.prompt.canary import CANARY_ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from microbatch.batching.learned import Learned
-    from microbatch.batching.schema import AnswerType
-    from microbatch.batching.verdict import Outcome
+    from microbatch.batching.lane_history import LaneHistory
     from microbatch.messages import TokenLimits
+    from microbatch.prompt.outcome import CallOutcome
     from microbatch.protocols import Completion
+    from microbatch.schema.answer_type import AnswerType
 
 LEAST: Final = 256
 """Tokens that every combined reply may take."""
@@ -129,13 +129,13 @@ class Bounds:
         return found
 
     def bound(
-        self, spec: Asked, learned: Learned, items: int, *, prompt: Callable[[], int], quota: int | None
+        self, spec: Asked, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None
     ) -> int | None:
         """Return the most tokens that a combined reply may take; None for no bound of ours.
 
         Args:
             spec: What its *items* have in common.
-            learned: What is known of their lane.
+            history: What is known of their lane.
             items: How many they are.
             prompt: Returns the tokens of the prompt, no fewer than there are. It is asked only if they matter.
             quota: Tokens a minute that the account may use, or None for no limit.
@@ -143,29 +143,29 @@ class Bounds:
         model = self.of(spec.model)
         if spec.max_tokens is not None or model.unbounded:
             return None
-        tokens = self.wanted(spec, learned, items)
-        for limit in (model.output, learned.affordable):
+        tokens = self.wanted(spec, history, items)
+        for limit in (model.output, history.affordable):
             tokens = tokens if limit is None else min(tokens, limit)
-        quota = _lower(quota, learned.per_minute)
+        quota = _lower(quota, history.per_minute)
         if quota is not None:
             share = quota // QUOTA_SHARE - prompt()
             if share < LEAST:  # the prompt alone takes nearly as much; then it is the answers that count
-                share = min(items * self._each(spec, learned), quota - prompt())
+                share = min(items * self._each(spec, history), quota - prompt())
             tokens = min(tokens, share)
         if model.context is not None:
             tokens = min(tokens, model.context - prompt())
         return tokens if tokens > 0 else None
 
-    def wanted(self, spec: Asked, learned: Learned, items: int) -> int:
+    def wanted(self, spec: Asked, history: LaneHistory, items: int) -> int:
         """Return the bound that a combined reply to *items* would have if nothing limited it."""
-        if learned.per_minute is not None and learned.answers:
+        if history.per_minute is not None and history.answers:
             # What a bound reserves and the reply does not use keeps other calls waiting; the length of earlier replies is known here.
-            seen = math.ceil(_CLOSE_FACTOR * learned.reply_tokens(items)) + self._canary_tokens
-            return max(LEAST, seen) * (1 + learned.doubled)
-        tokens = max(LEAST, _FACTOR * (items * self._each(spec, learned) + self._canary_tokens))
-        return (tokens + self._thought(spec, learned)) * (1 + learned.doubled)
+            seen = math.ceil(_CLOSE_FACTOR * history.reply_tokens(items)) + self._canary_tokens
+            return max(LEAST, seen) * (1 + history.doubled)
+        tokens = max(LEAST, _FACTOR * (items * self._each(spec, history) + self._canary_tokens))
+        return (tokens + self._thought(spec, history)) * (1 + history.doubled)
 
-    def tried(self, spec: Asked, learned: Learned, items: int, bound: int | None) -> tuple[int | None, bool]:
+    def tried(self, spec: Asked, history: LaneHistory, items: int, bound: int | None) -> tuple[int | None, bool]:
         """Return the bound to send instead of *bound*, and whether it is larger than any that was accepted.
 
         Only one call at a time tries a larger bound, as long as that which was accepted is likely to do: an endpoint may have a
@@ -174,43 +174,43 @@ class Bounds:
         model = self.of(spec.model)
         if bound is None or bound <= model.accepted:
             return bound, False
-        least = math.ceil(_LONGER * learned.reply_tokens(items))
-        if not learned.answers:
-            least = self.wanted(spec, learned, items) * (2 if learned.doubled else 1) // _FACTOR
+        least = math.ceil(_LONGER * history.reply_tokens(items))
+        if not history.answers:
+            least = self.wanted(spec, history, items) * (2 if history.doubled else 1) // _FACTOR
         if model.trying and model.accepted >= least:
             return model.accepted, False
         return bound, True
 
-    def _each(self, spec: Asked, learned: Learned) -> int:
+    def _each(self, spec: Asked, history: LaneHistory) -> int:
         """Return the tokens expected of one element."""
         expected = spec.answer.expected_tokens
         if expected is None:
-            expected = 2 * learned.written if learned.answers else UNKNOWN_ANSWER
+            expected = 2 * history.written if history.answers else UNKNOWN_ANSWER
         return FRAME + expected
 
-    def _thought(self, spec: Asked, learned: Learned) -> int:
+    def _thought(self, spec: Asked, history: LaneHistory) -> int:
         """Return the tokens granted for what a reasoning model thinks, which are no more for a larger batch."""
         asked = asked_reasoning(spec.params) if spec.params else None
-        if not (learned.reasons or asked or (asked is None and self.of(spec.model).reasons)):
+        if not (history.reasons or asked or (asked is None and self.of(spec.model).reasons)):
             return 0
-        return max(REASONING_ALLOWANCE, reasoning_budget(spec.params), 2 * learned.thought)
+        return max(REASONING_ALLOWANCE, reasoning_budget(spec.params), 2 * history.thought)
 
     # --- what is learned
 
-    def refused(self, spec: Asked, learned: Learned, said: TokenLimits) -> None:
+    def refused(self, spec: Asked, history: LaneHistory, said: TokenLimits) -> None:
         """Learn from what an endpoint said of tokens when it refused a bound."""
         model = self.of(spec.model)
         model.output = _lower(model.output, said.completion)
         model.context = model.context if said.context is None else said.context
-        learned.affordable = said.affordable if said.affordable is not None else learned.affordable
-        learned.per_minute = said.per_minute if said.per_minute is not None else learned.per_minute
-        learned.revised = True
+        history.affordable = said.affordable if said.affordable is not None else history.affordable
+        history.per_minute = said.per_minute if said.per_minute is not None else history.per_minute
+        history.revised = True
 
     def judge(
         self,
         spec: Asked,
-        learned: Learned,
-        outcome: Outcome,
+        history: LaneHistory,
+        outcome: CallOutcome,
         completion: Completion | None,
         fresh: Callable[[], int | None],
     ) -> None:
@@ -218,26 +218,26 @@ class Bounds:
 
         Args:
             spec: What its requests had in common.
-            learned: What is known of their lane.
+            history: What is known of their lane.
             outcome: How it ended.
             completion: How the endpoint ended it; None if it did not.
             fresh: Returns the bound that the call would have by what is known now.
         """
         sent = None if completion is None else completion.bound
         if completion is not None:
-            self._note(spec, learned, outcome, completion)
+            self._note(spec, history, outcome, completion)
         if outcome.ending == "length" and sent is not None and _reached(completion, sent):
-            self._at_the_bound(spec, learned, outcome, sent, fresh)
+            self._at_the_bound(spec, history, outcome, sent, fresh)
         outcome.runaway |= outcome.past_the_end and outcome.ending != "complete"
         if outcome.again:
             return
         good = outcome.sound and not outcome.runaway
-        if good and not learned.proven:
-            learned.proven = learned.revised = True
+        if good and not history.proven:
+            history.proven = history.revised = True
         if outcome.runaway or outcome.ending == "complete" or (outcome.ending == "length" and sent is not None):
-            learned.fruitless = 0 if good else learned.fruitless + 1
+            history.fruitless = 0 if good else history.fruitless + 1
 
-    def _note(self, spec: Asked, learned: Learned, outcome: Outcome, completion: Completion) -> None:
+    def _note(self, spec: Asked, history: LaneHistory, outcome: CallOutcome, completion: Completion) -> None:
         """Learn from a reply what it shows of its model."""
         model, sent = self.of(spec.model), completion.bound
         if sent is not None:
@@ -247,12 +247,12 @@ class Bounds:
         thought = completion.thought or (completion.usage is not None and completion.usage.reasoning_tokens > 0)
         if thought or (outcome.ending == "length" and sent is not None and not outcome.heard):
             if asked_reasoning(spec.params) is False:
-                learned.reasons = True  # what it was told not to do; with other parameters it may be another matter
+                history.reasons = True  # what it was told not to do; with other parameters it may be another matter
             else:
                 model.reasons = True
 
     def _at_the_bound(
-        self, spec: Asked, learned: Learned, outcome: Outcome, sent: int, fresh: Callable[[], int | None]
+        self, spec: Asked, history: LaneHistory, outcome: CallOutcome, sent: int, fresh: Callable[[], int | None]
     ) -> None:
         """Judge a reply that has ended at our bound."""
 
@@ -265,14 +265,14 @@ class Bounds:
             return
         if longer():
             outcome.again = True  # the bound has been lifted since, by this reply or by another
-        elif not learned.doubled:
-            learned.doubled = True
+        elif not history.doubled:
+            history.doubled = True
             outcome.again = longer()
-            learned.doubled = outcome.again
+            history.doubled = outcome.again
         if not outcome.again:
             limited = fresh()
             # As long as it can be: the batch is too large. With room left, twice what was expected was not enough.
-            outcome.runaway = limited is not None and limited >= self.wanted(spec, learned, outcome.asked)
+            outcome.runaway = limited is not None and limited >= self.wanted(spec, history, outcome.asked)
 
 
 def _reached(completion: Completion | None, bound: int) -> bool:

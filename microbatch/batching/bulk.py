@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.budget import FlushReason
+from microbatch.batching.batch_limits import FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.request import rank_of
 from microbatch.batching.ticket import NORMAL, UNSHARED
@@ -27,10 +27,10 @@ from microbatch.messages import Request, Result
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microbatch.batching.collector import Collector
-    from microbatch.batching.flight import Seat
+    from microbatch.batching.engine import Engine
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Terms, Ticket
+    from microbatch.batching.single_flight import Seat
+    from microbatch.batching.ticket import CallerOptions, Ticket
     from microbatch.messages import Messages, Reply
 
     Handle = Ticket | Seat
@@ -52,7 +52,7 @@ class Prepared(msgspec.Struct):
     """
 
     options: Options
-    terms: Terms
+    terms: CallerOptions
     looking: asyncio.Future[bytes | None] | None = None
     read: Callable[[bytes | None], Reply[Any] | None] | None = None
 
@@ -61,7 +61,7 @@ _CLOSED = "the batcher closed while map() was reading its source"
 
 
 async def bulk(
-    collector: Collector,
+    engine: Engine,
     prepare: Prepare,
     accept: Accept,
     source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
@@ -73,7 +73,7 @@ async def bulk(
     """Yield a `Result` for each request of *source*.
 
     Args:
-        collector: Where the lanes are.
+        engine: Where the lanes are.
         prepare: Checks one request, and begins to look it up.
         accept: Queues one request; told what to call when it leaves its queue.
         source: The requests.
@@ -81,7 +81,7 @@ async def bulk(
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.
     """
-    run = _Run(collector, prepare, accept, source, max_pending, ordered=ordered, patience=patience)
+    run = _Run(engine, prepare, accept, source, max_pending, ordered=ordered, patience=patience)
     try:
         while True:
             await run.take_in()
@@ -103,7 +103,7 @@ class _Run:
 
     def __init__(
         self,
-        collector: Collector,
+        engine: Engine,
         prepare: Prepare,
         accept: Accept,
         source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
@@ -112,7 +112,7 @@ class _Run:
         ordered: bool,
         patience: float,
     ) -> None:
-        self._collector = collector
+        self._engine = engine
         self._prepare = prepare
         self._accept = accept
         self._max_pending = max_pending
@@ -140,11 +140,11 @@ class _Run:
         self._sync: Iterator[Request | Messages] | None = None
         if isinstance(source, AsyncIterable):
             iterator = aiter(source)
-            collector.start_feeder(functools.partial(self._feed, iterator))
+            engine.start_feeder(functools.partial(self._feed, iterator))
         else:
             self._sync = iter(source)
-        collector.scheduler.watch(self.check)
-        collector.room.watchers[self._note_room] = None
+        engine.scheduler.watch(self.check)
+        engine.admission.watchers[self._note_room] = None
 
     # --- intake
 
@@ -159,11 +159,11 @@ class _Run:
 
     @property
     def _has_room(self) -> bool:
-        return self._pending < self._max_pending and not self._collector.room.must_wait(NORMAL)
+        return self._pending < self._max_pending and not self._engine.admission.must_wait(NORMAL)
 
     async def take_in(self) -> None:
         """Take from a plain iterator what there is room for; an async one feeds itself."""
-        if self._collector.closing:
+        if self._engine.closing:
             self._end_source(BatcherClosed(_CLOSED))
         if self._sync is None:
             if self._pending < self._max_pending:
@@ -195,10 +195,10 @@ class _Run:
 
     async def _wait_for_place(self, request: Request) -> None:
         """Wait until *request* may come in; it has to be queued, or the place declined, in the step of the return."""
-        room, rank = self._collector.room, rank_of(request.priority)
-        if room.must_wait(rank):
+        admission, rank = self._engine.admission, rank_of(request.priority)
+        if admission.must_wait(rank):
             tenant = request.tenant if isinstance(request.tenant, str) else None  # what else it is is refused later
-            await room.wait_for(room.place(rank, tenant, UNSHARED), rank)
+            await admission.wait_for(admission.place(rank, tenant, UNSHARED), rank)
 
     def _end_source(self, error: Exception | None) -> None:
         if not self._exhausted:
@@ -216,12 +216,12 @@ class _Run:
                 self._note_activity()
                 request = _request_of(await anext(iterator))
                 await self._wait_for_place(request)
-                if self._collector.closing:
+                if self._engine.closing:
                     self._end_source(BatcherClosed(_CLOSED))
-                    self._collector.room.decline()
+                    self._engine.admission.decline()
                     break
                 if self._left:
-                    self._collector.room.decline()  # to the next who waits, if a place was kept for this item
+                    self._engine.admission.decline()  # to the next who waits, if a place was kept for this item
                 else:
                     self._queue(request)
                     self.check()  # nothing more may come, if that was the last there was room for
@@ -265,13 +265,13 @@ class _Run:
             prepared = self._prepare(request)
         except Exception as error:  # noqa: BLE001 misuse raises whatever it makes go wrong, and is this item's alone
             self._add(Result(index, request.id, None, error), None)
-            self._collector.room.decline()
+            self._engine.admission.decline()
             return
         if prepared.looking is None:
             self._enter(index, request, prepared)
             return
         # It holds its place while it is looked up: by then others may have taken what was free.
-        self._collector.room.taken += 1
+        self._engine.admission.taken += 1
         self._looking += 1
         found = functools.partial(self._looked_up, index, request, prepared)
         prepared.looking.add_done_callback(found, context=self._context)
@@ -281,10 +281,10 @@ class _Run:
     ) -> None:
         """The cache has been asked: hand out what it has, or ask the model."""
         self._looking -= 1
-        room = self._collector.room
+        admission = self._engine.admission
         failed = looking.exception() is not None
         if self._left or failed or prepared.read is None:
-            room.leave(1)
+            admission.leave(1)
             if not self._left:
                 self._add(Result(index, request.id, None, ShutDown(_CLOSED)), None)
             return
@@ -296,13 +296,13 @@ class _Run:
         else:
             if reply is not None:
                 result = Result(index, request.id, reply)
-            elif self._collector.closing:
+            elif self._engine.closing:
                 result = Result(index, request.id, None, ShutDown(_CLOSED))
         if result is None:
-            room.enter()
+            admission.enter()
             self._enter(index, request, prepared)
         else:
-            room.leave(1)
+            admission.leave(1)
             self._add(result, None)
         self.check()
 
@@ -373,21 +373,21 @@ class _Run:
             return
         lanes = dict.fromkeys(handle.queue for handle in self._unsent)
         if not any(lane.due for lane in lanes):
-            self._collector.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
+            self._engine.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
 
     def leave(self) -> None:
         """The consumer is gone: cancel what is pending."""
         self._left = True
-        self._collector.scheduler.unwatch(self.check)
-        self._collector.room.watchers.pop(self._note_room, None)
+        self._engine.scheduler.unwatch(self.check)
+        self._engine.admission.watchers.pop(self._note_room, None)
         if self._silence is not None:
             self._silence.cancel()
         for handle, future in list(self._open.items()):
             future.cancel()  # in vain if it has just been answered
-            self._collector.leave(handle)
+            self._engine.leave(handle)
         for _, answered in [*self._results, *self._early.values()]:
             if answered is not None:  # nobody will ever have this answer
-                self._collector.leave(answered)
+                self._engine.leave(answered)
         if self._feeder is not None and not self._feeder.done():
             self._feeder.cancel()
         self._feeder_room.set()

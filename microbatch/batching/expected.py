@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.batching.conform import resolve
+from microbatch.schema.validate import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from microbatch.batching.subschemas import Schema
+    from microbatch.schema.traverse import Schema
 
 _NUMBER: Final = 8
 _WORD: Final = 2

@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from microbatch.batching.cost import line_tokens
-from microbatch.batching.verdict import ONLY_REASONING
+from microbatch.batching.estimates import line_tokens
 from microbatch.errors import UNPAID, BadRequest, ContextTooLong, MissingAnswer
+from microbatch.prompt.outcome import ONLY_REASONING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microbatch.batching.account import Permit
-    from microbatch.batching.call import Calls
-    from microbatch.batching.cost import Costs
-    from microbatch.batching.exchange import Batch
+    from microbatch.batching.call_state import Batch
+    from microbatch.batching.dispatch import Dispatcher
+    from microbatch.batching.estimates import Estimates
+    from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
-    from microbatch.batching.verdict import Outcome
     from microbatch.errors import ConfigError, RequestFailed
     from microbatch.policy import FallbackPolicy
+    from microbatch.prompt.outcome import CallOutcome
 
 _WORTH_ASKING_TOGETHER = 1 / 4
 
@@ -47,7 +47,7 @@ class Fallback:
 
     Args:
         calls: Makes the calls.
-        costs: What they are charged.
+        estimates: What they are charged.
         policy: How many at once.
         fail: Ends a ticket with a copy of an error of its own.
 
@@ -57,18 +57,18 @@ class Fallback:
 
     def __init__(
         self,
-        calls: Calls,
-        costs: Costs,
+        calls: Dispatcher,
+        estimates: Estimates,
         policy: FallbackPolicy,
         fail: Callable[[Ticket, RequestFailed | ConfigError], None],
     ) -> None:
         self._calls = calls
-        self._costs = costs
+        self._estimates = estimates
         self._policy = policy
         self._fail = fail
         self.unpaid = 0
 
-    async def recover(self, outcome: Outcome, batch: Batch, revised: Callable[[], int]) -> None:
+    async def recover(self, outcome: CallOutcome, batch: Batch, revised: Callable[[], int]) -> None:
         """See to it that every request that *outcome* left open ends, with an answer or an error.
 
         Args:
@@ -77,7 +77,7 @@ class Fallback:
             revised: Called when the lane has learned something that its next batches should know at once; returns how many requests
                 they hold.
         """
-        recovery = _Recovery(self._calls, self._costs, batch, self._fail, revised, self._policy.max_concurrent)
+        recovery = _Recovery(self._calls, self._estimates, batch, self._fail, revised, self._policy.max_concurrent)
         try:
             await recovery.after(outcome, may_combine=True)
         finally:
@@ -89,16 +89,16 @@ class _Recovery:
 
     def __init__(
         self,
-        calls: Calls,
-        costs: Costs,
+        calls: Dispatcher,
+        estimates: Estimates,
         batch: Batch,
         fail: Callable[[Ticket, RequestFailed | ConfigError], None],
         revised: Callable[[], int],
         max_concurrent: int,
     ) -> None:
         self._calls = calls
-        self._costs = costs
-        self._learned = batch.learned
+        self._estimates = estimates
+        self._history = batch.history
         self._account = batch.permit.account
         self._rank = batch.permit.rank
         self._fail = fail
@@ -106,13 +106,13 @@ class _Recovery:
         self._at_once = anyio.Semaphore(max_concurrent)
         self.unpaid = 0
 
-    async def after(self, outcome: Outcome, *, may_combine: bool) -> None:
+    async def after(self, outcome: CallOutcome, *, may_combine: bool) -> None:
         """Deal with what *outcome* left open; *may_combine* allows the one smaller combined call."""
         tickets = [item.ticket for item in outcome.open]
         too_many = outcome.ending == "length" and not (outcome.again or outcome.runaway)
         # A reply without one sound element says nothing of how many are too many.
         if too_many or (outcome.ending == "complete" and outcome.damaged and outcome.sound):
-            self._learned.halve(outcome.asked)
+            self._history.halve(outcome.asked)
             self._revised()
         if not tickets:
             return
@@ -124,7 +124,7 @@ class _Recovery:
                 self._fail(ticket, outcome.error)
         elif outcome.ending == "refused":
             if _too_large(outcome.error):
-                self._learned.shrink(line_tokens(tickets))
+                self._history.shrink(line_tokens(tickets))
                 self._revised()
             await self._halves(tickets)
         elif outcome.only_reasoning and not await self._answers(tickets[0]):
@@ -167,7 +167,7 @@ class _Recovery:
                 return
             cost = group[0].cost
             if len(group) > 1:
-                cost = self._costs.of_tickets(group, self._learned, self._account.max_tokens)
+                cost = self._estimates.of_tickets(group, self._history, self._account.max_tokens)
             permit = self._account.permit(cost, self._rank, again=cut is not None)
             try:
                 if not instead:
@@ -184,14 +184,14 @@ class _Recovery:
             self._revised()
             await self.after(outcome, may_combine=instead)
 
-    async def _send(self, group: list[Ticket], permit: Permit, instead: bool) -> Outcome | None:
+    async def _send(self, group: list[Ticket], permit: Permit, instead: bool) -> CallOutcome | None:
         """Send *group*; return what the call left open, None if nothing."""
         if len(group) > 1:
-            batch = self._calls.compose(group, self._learned, permit, route="fallback", instead=instead)
+            batch = self._calls.compose(group, self._history, permit, route="fallback", instead=instead)
             self._revised()  # only now, so that others of the lane do not try the same bound at the same time
             return await self._calls.batch(batch)
         for ticket in group:
-            error = await self._calls.single(ticket, permit, learned=self._learned)
+            error = await self._calls.single(ticket, permit, history=self._history)
             if error is not None:
                 self._fail(ticket, error)
         return None
@@ -201,7 +201,7 @@ class _Recovery:
         async with self._at_once:
             permit = self._account.permit(ticket.cost, self._rank)
             try:
-                error = await self._calls.single(ticket, permit, learned=self._learned)
+                error = await self._calls.single(ticket, permit, history=self._history)
             finally:
                 permit.finish()
         if error is not None and str(error) == ONLY_REASONING:

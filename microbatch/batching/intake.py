@@ -9,28 +9,28 @@ import contextvars
 import logging
 from typing import TYPE_CHECKING, Any
 
-from microbatch.batching.flight import Seat, awaited
+from microbatch.batching.economics import pays
 from microbatch.batching.lane import Lane
-from microbatch.batching.lanes import MAX_LINE_BYTES
-from microbatch.batching.prompt import ID_TOKENS, item_line
-from microbatch.batching.queues import AloneQueue
+from microbatch.batching.lane_table import MAX_LINE_BYTES
 from microbatch.batching.request import canonical_messages, check_messages, own_text, read_messages, spec_of
+from microbatch.batching.single_flight import Seat, awaited
+from microbatch.batching.single_queue import SingleQueue
 from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket
-from microbatch.batching.worth import pays
 from microbatch.errors import ConfigError
+from microbatch.prompt.compose import ID_TOKENS, item_line
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Hashable
 
     from microbatch.accounting.stats import Ledger
-    from microbatch.batching.account import Account, Accounts
-    from microbatch.batching.cost import Costs
-    from microbatch.batching.flight import File, Flights
-    from microbatch.batching.lanes import Lanes
+    from microbatch.batching.admission import AdmissionQueue
+    from microbatch.batching.estimates import Estimates
+    from microbatch.batching.lane_table import Lanes
+    from microbatch.batching.permits import Account, Accounts
     from microbatch.batching.request import Options
-    from microbatch.batching.room import Room
-    from microbatch.batching.ticket import Charge, Spec, Terms
+    from microbatch.batching.single_flight import InFlightIndex, SingleFlight
+    from microbatch.batching.ticket import CallerOptions, Charge, Spec
     from microbatch.messages import Messages, Reply
     from microbatch.policy import FlushPolicy
 
@@ -46,11 +46,11 @@ class Intake:
     Args:
         policy: What may travel together.
         ledger: Where everything is counted.
-        room: The places for accepted requests.
+        admission: The places for accepted requests.
         lanes: Where requests wait that may share a prompt.
         flights: Those that others may join.
         accounts: Whose permits each needs.
-        costs: What each is charged.
+        estimates: What each is charged.
         count: Counts a text's tokens.
         upper: Bounds a line's tokens from above, or None to use its bytes.
         ratio: Tells what a generated token of a model costs, in prompt tokens.
@@ -67,28 +67,28 @@ class Intake:
         policy: FlushPolicy,
         ledger: Ledger,
         *,
-        room: Room,
+        admission: AdmissionQueue,
         lanes: Lanes,
-        flights: Flights,
+        flights: SingleFlight,
         accounts: Accounts,
-        costs: Costs,
+        estimates: Estimates,
         count: Callable[[str], int],
         upper: Callable[[str], int] | None,
         ratio: Callable[[str | None], float],
         capture: Callable[[], Any] | None,
-        enqueue: Callable[[AloneQueue], None],
+        enqueue: Callable[[SingleQueue], None],
         expire: Callable[[Ticket], None],
     ) -> None:
-        self.alone: dict[Hashable, AloneQueue] = {}
+        self.alone: dict[Hashable, SingleQueue] = {}
         self._policy = policy
         self._bypasses = policy.when_full == "bypass"
         self._ledger = ledger
-        self._room = room
+        self._admission = admission
         self._lanes = lanes
         self._flights = flights
         self._scratch = bytearray()
         self._accounts = accounts
-        self._costs = costs
+        self._estimates = estimates
         self._count = count
         self._upper = upper
         self._ratio = ratio
@@ -106,7 +106,7 @@ class Intake:
         self,
         messages: Messages,
         options: Options,
-        terms: Terms,
+        terms: CallerOptions,
         on_taken: Callable[[Any], None] | None = None,
     ) -> Ticket | Seat:
         """Queue a request; the future of what is returned is settled in the end, whatever happens.
@@ -126,7 +126,7 @@ class Intake:
         try:
             if type(messages) is not list or not messages:
                 check_messages(messages)
-            loop, room, lane = self._loop, self._room, self._lanes.latest
+            loop, admission, lane = self._loop, self._admission, self._lanes.latest
             now = loop.time()
             deadline = None if terms.timeout is None else terms.deadline(now)
             text: str | None = None
@@ -139,7 +139,7 @@ class Intake:
             else:
                 line = item_line(text, self._scratch)
                 counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
-                bypass = self._bypasses and room.full(options.rank)
+                bypass = self._bypasses and admission.full(options.rank)
                 patience = lane.max_wait
                 if on_taken is not None:
                     patience = NEVER
@@ -163,7 +163,7 @@ class Intake:
                         file[name] = who
             if self._capture is not None:
                 who.origin = self._capture()
-            room.taken += 1
+            admission.taken += 1
             self._ledger.items += 1
             if deadline is not None:
                 if isinstance(who, Seat):
@@ -173,7 +173,7 @@ class Intake:
                     who.deadline = deadline
         except BaseException:
             # Whatever it is: the place that this request would have taken, and may have waited for, goes to the next.
-            self._room.decline()
+            self._admission.decline()
             raise
         return who
 
@@ -202,10 +202,10 @@ class Intake:
         options: Options,
         now: float,
         on_taken: Callable[[Any], None] | None,
-        terms: Terms,
+        terms: CallerOptions,
     ) -> Ticket | Seat:
         check_messages(messages)
-        file: File | None = None
+        file: InFlightIndex | None = None
         name: Hashable = None
         key: tuple[Hashable, ...] = ()
         if terms.key is not None:
@@ -225,7 +225,7 @@ class Intake:
         )
         account = self._accounts.of(options.model, options.headers)
         if account.max_tokens is not None:
-            ticket.charge = _fitting(self._costs.of_any(spec), account.max_tokens)
+            ticket.charge = _fitting(self._estimates.of_any(spec), account.max_tokens)
         self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
         if file is not None:
             file[name] = ticket
@@ -293,30 +293,30 @@ class Intake:
         Raises:
             ConfigError: It can never be sent, because it is larger than the whole quota.
         """
-        learned, quota = lane.learned, lane.account.max_tokens
+        history, quota = lane.history, lane.account.max_tokens
         if quota is not None:
             try:
-                ticket.charge = _fitting(self._costs.alone(ticket, learned), quota)
+                ticket.charge = _fitting(self._estimates.alone(ticket, history), quota)
             except ConfigError:
                 self._lanes.drop_if_abandoned(lane)
                 raise
         if lane.rank == HIGH:
             return AloneReason.HIGH
-        if learned.apart or self._policy.merge == "always" or self.pays(lane, lane.budget.size):
+        if history.apart or self._policy.merge == "always" or self.pays(lane, lane.budget.size):
             return None
         self._note_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER
 
     def pays(self, lane: Lane, items: int) -> bool:
         """Return whether *items* of *lane* cost less together than alone, by all that is known of it."""
-        spec, learned = lane.spec, lane.learned
-        apart, together = self._costs.surroundings(spec, learned)
+        spec, history = lane.spec, lane.history
+        apart, together = self._estimates.surroundings(spec, history)
         return pays(
             items,
             apart=apart,
             together=together,
             wrapped=spec.answer.wrapped,
-            framing=learned.framing,
+            overhead=history.overhead,
             ratio=self._ratio(spec.model),
         )
 
@@ -332,8 +332,8 @@ class Intake:
         return AloneReason.TOO_LONG
 
     def _note_alone(self, lane: Lane, why: str) -> None:
-        lane.learned.alone += 1
-        if lane.learned.alone == _ALONE_WARNING:
+        lane.history.alone += 1
+        if lane.history.alone == _ALONE_WARNING:
             logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
 
     def queue_alone(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:
@@ -342,7 +342,7 @@ class Intake:
         key = (account, spec.tenant, spec.rank)
         queue = self.alone.get(key)
         if queue is None:
-            queue = self.alone[key] = AloneQueue(account, spec.tenant, spec.rank)
+            queue = self.alone[key] = SingleQueue(account, spec.tenant, spec.rank)
         queue.add(ticket, reason)
         self._enqueue(queue)
 

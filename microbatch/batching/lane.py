@@ -9,20 +9,20 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from microbatch.batching.budget import FlushReason
-from microbatch.batching.prompt import ID_TOKENS, LINE_OVERHEAD_BYTES
+from microbatch.batching.batch_limits import FlushReason
 from microbatch.batching.ticket import LOW, NEVER
+from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from microbatch.batching.account import Account
+    from microbatch.batching.batch_limits import Budget
     from microbatch.batching.bounds import ModelLimits
-    from microbatch.batching.budget import Budget
-    from microbatch.batching.flight import File
-    from microbatch.batching.learned import Learned
+    from microbatch.batching.lane_history import LaneHistory
+    from microbatch.batching.permits import Account
     from microbatch.batching.request import Options
+    from microbatch.batching.single_flight import InFlightIndex
     from microbatch.batching.ticket import Spec, Ticket
 
 _AT_FIRST = 2
@@ -43,7 +43,7 @@ class Lane:
     Attributes:
         spec: What the requests have in common.
         account: Whose permits they need.
-        learned: What is known of earlier batches.
+        history: What is known of earlier batches.
         file: Where equal requests are found.
         in_flight: Batches under way.
         combined: Those of them that are combined calls, and asking again for what they left open.
@@ -66,8 +66,8 @@ class Lane:
         "careful",
         "combined",
         "file",
+        "history",
         "in_flight",
-        "learned",
         "live",
         "max_wait",
         "model",
@@ -85,10 +85,10 @@ class Lane:
         self,
         spec: Spec,
         account: Account,
-        learned: Learned,
+        history: LaneHistory,
         budget: Budget,
         count: Callable[[str], int],
-        file: File,
+        file: InFlightIndex,
     ) -> None:
         self.spec = spec
         self.account = account
@@ -99,7 +99,7 @@ class Lane:
         self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
         self.welcome = -1  # bytes of a line up to which it joins without any other look; the collector's
         self.options: Options | None = None  # known to be served here; most come again with the same
-        self.learned = learned
+        self.history = history
         self.file = file
         self.budget = budget
         self.in_flight = 0
@@ -137,7 +137,7 @@ class Lane:
     @property
     def held(self) -> bool:
         """True while the next batch, of bulk work, waits for one under way to show that combining is of use."""
-        if not self.combined or self.learned.proven or self._fill == 1:
+        if not self.combined or self.history.proven or self._fill == 1:
             return False
         if self.combined < _AT_FIRST and not (self.model is not None and self.model.trying):
             return False

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, get_args
 
 import msgspec
 
-from microbatch.batching.prompt import is_combined
-from microbatch.batching.schema import AnswerType, answer_type
 from microbatch.batching.ticket import NORMAL, Spec
 from microbatch.errors import ConfigError
 from microbatch.messages import Message, Priority
 from microbatch.policy import one_of, whole
+from microbatch.prompt.compose import is_combined
+from microbatch.schema.answer_type import AnswerType, answer_type
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

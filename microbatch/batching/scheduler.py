@@ -3,7 +3,7 @@
 A slot is held by a call while it is on the wire: it is granted together with the permit of each attempt, in one plain step, and comes
 back when the attempt is over. Back-off, waiting for a permit and an open breaker hold none.
 
-`_pump` is the whole of scheduling: while a slot is free it takes what `Turns` says is next and asks its account for a permit. For a
+`_pump` is the whole of scheduling: while a slot is free it takes what `FairQueue` says is next and asks its account for a permit. For a
 queue it then takes work from it and starts a task for it; for an attempt that waits it wakes the task of its call. All of that is one
 step, so that nothing can happen between the decision and the taking. Until that step what waits in a queue can still leave, and a
 lane goes on filling.
@@ -20,14 +20,14 @@ import contextvars
 import logging
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from microbatch.batching.turns import Attempt, Due, Turns
+from microbatch.batching.fair_queue import Attempt, Due, FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from anyio.abc import TaskGroup
 
-    from microbatch.batching.account import Account, Permit
+    from microbatch.batching.permits import Account, Permit
 
 logger = logging.getLogger("microbatch")
 
@@ -58,7 +58,7 @@ class Scheduler(Generic[Q, W]):
     """The slots, the turns of due queues and waiting attempts, and the tasks.
 
     Args:
-        slots: Most calls on the wire at once, but for the overdraft; see `microbatch.batching.turns`.
+        slots: Most calls on the wire at once, but for the overdraft; see `microbatch.batching.fair_queue`.
         cost: Returns the tokens that the next work of a due queue is charged.
         take: Takes the next work from a due queue, with its permit; None if there was none after all.
         settle: Does some work; never raises anything but cancellation.
@@ -88,7 +88,7 @@ class Scheduler(Generic[Q, W]):
         self._settle = settle
         self._rested = rested
         self._freed = freed
-        self._turns: Turns[Q] = Turns(slots)
+        self._turns: FairQueue[Q] = FairQueue(slots)
         self._watchers: dict[Callable[[], None], None] = {}  # as a set that keeps their order
         self._parked: list[asyncio.Future[W]] = []  # tasks that wait for work
         self._pumping = False

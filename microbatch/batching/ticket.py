@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.prompt import LINE_OVERHEAD_BYTES
 from microbatch.errors import ConfigError
+from microbatch.prompt.compose import LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Hashable, Mapping
 
-    from microbatch.batching.exchange import Exchange
-    from microbatch.batching.flight import File, Flight
-    from microbatch.batching.schema import AnswerType
+    from microbatch.batching.call_state import CallState
+    from microbatch.batching.single_flight import Flight, InFlightIndex
     from microbatch.messages import Reply, Usage
+    from microbatch.schema.answer_type import AnswerType
 
 NEVER = float("inf")
 
@@ -76,7 +76,7 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         return f"Spec(model={self.model!r}, shared=<{len(self.shared)}>, params={sorted(self.params)})"
 
 
-class Terms(msgspec.Struct, frozen=True, gc=False):
+class CallerOptions(msgspec.Struct, frozen=True, gc=False):
     """On what terms a caller asks.
 
     Attributes:
@@ -100,8 +100,8 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
         return Deadline(self.timeout + (now if self.since is None else self.since), self.timeout)
 
 
-UNSHARED = Terms()
-SHARED = Terms(shared=True)
+UNSHARED = CallerOptions()
+SHARED = CallerOptions(shared=True)
 """The terms of most."""
 
 
@@ -185,11 +185,11 @@ class Ticket(msgspec.Struct, eq=False):
     line: bytes = b""
     counted: int | None = None
     patience: float = NEVER
-    terms: Terms = UNSHARED
+    terms: CallerOptions = UNSHARED
     on_taken: Callable[[Ticket], None] | None = None
-    file: File | None = None
+    file: InFlightIndex | None = None
     queue: Any = None
-    call: Exchange | None = None
+    call: CallState | None = None
     reply: Reply[Any] | None = None
     flight: Flight | None = None
     deadline: Deadline | None = None

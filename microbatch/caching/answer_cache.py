@@ -17,7 +17,7 @@ from microbatch.caching.guard import Guard
 from microbatch.caching.key import Keys
 from microbatch.caching.patience import Patience
 from microbatch.messages import Reply, Usage
-from microbatch.storage.round_trips import RoundTrips
+from microbatch.storage.coalescer import Coalescer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -93,12 +93,12 @@ class AnswerCache:
         self._keys: Keys | None = None
         self._agreed_at = float("-inf")  # loop time
         self._fresh: dict[bytes, bytes] = {}
-        self._look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(self._get_many, most=PAGE, at_once=_AT_ONCE)
-        self._bulk_look_ups: RoundTrips[bytes, bytes | None] = RoundTrips(
+        self._look_ups: Coalescer[bytes, bytes | None] = Coalescer(self._get_many, most=PAGE, at_once=_AT_ONCE)
+        self._bulk_look_ups: Coalescer[bytes, bytes | None] = Coalescer(
             self._get_many_patiently, most=PAGE, at_once=_AT_ONCE
         )
-        self._stores: RoundTrips[Stored, None] = RoundTrips(self._store, lasting=True)
-        self._unlockings: RoundTrips[None, None] = RoundTrips(self._unlock)
+        self._stores: Coalescer[Stored, None] = Coalescer(self._store, lasting=True)
+        self._unlockings: Coalescer[None, None] = Coalescer(self._unlock)
 
     @property
     def services(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:

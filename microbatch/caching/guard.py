@@ -54,9 +54,9 @@ class Guard:
         self._name = type(cache).__name__
         self._keeps_time = bool(getattr(cache, "keeps_time", False))
         self._missed = 0
-        self._look_ups = _Trust()
-        self._stores = _Trust()
-        self._secrets = _Trust()
+        self._look_ups = _BreakerState()
+        self._stores = _BreakerState()
+        self._secrets = _BreakerState()
 
     def __repr__(self) -> str:
         """Tell whether the cache is in use."""
@@ -132,7 +132,7 @@ class Guard:
 
         return await self._ask(checked, self._secrets, patience)
 
-    async def _ask(self, call: Callable[[], Awaitable[T]], trust: _Trust, patience: Patience | None) -> T | None:
+    async def _ask(self, call: Callable[[], Awaitable[T]], trust: _BreakerState, patience: Patience | None) -> T | None:
         """Return what *call* brings; None if it is not made, fails or is late."""
         now = asyncio.get_running_loop().time()
         era = trust.let_through(now)
@@ -163,20 +163,20 @@ class Guard:
     def _distrusted(self) -> bool:
         return bool(self._look_ups.pause or self._stores.pause or self._secrets.pause)
 
-    def _failed(self, trust: _Trust, era: int, reason: str) -> None:
+    def _failed(self, trust: _BreakerState, era: int, reason: str) -> None:
         before = self._distrusted
         trust.lose(era, asyncio.get_running_loop().time())
         if self._distrusted and not before:
             logger.warning("%s is left alone for a while, and callers do without: %s", self._name, reason)
 
-    def _succeeded(self, trust: _Trust, era: int) -> None:
+    def _succeeded(self, trust: _BreakerState, era: int) -> None:
         if trust.pause:
             trust.regain(era)
             if not self._distrusted:
                 logger.info("%s is in use again", self._name)
 
 
-class _Trust:
+class _BreakerState:
     """Whether something is asked, by how it has answered.
 
     Attributes:

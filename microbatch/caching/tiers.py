@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from microbatch.caching.guard import BUDGET, Guard
 from microbatch.caching.patience import Patience
 from microbatch.errors import ConfigError
-from microbatch.parts import give_back, lease
+from microbatch.resources import give_back, lease
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,10 +17,10 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from microbatch.errors import ConfigError
-from microbatch.gateway.refusals import Refusal
-from microbatch.gateway.wishes import PREFIX
+from microbatch.gateway.control_headers import PREFIX
+from microbatch.gateway.errors import Refusal
 from microbatch.transports.credentials import AMBIENT, credentials_in, is_credential, says_who
-from microbatch.transports.http_edge import FRAMING, checked
+from microbatch.transports.http import FRAMING, checked
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

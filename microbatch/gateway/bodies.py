@@ -6,7 +6,7 @@ import asyncio
 
 from aiohttp import web
 
-from microbatch.gateway.refusals import Refusal
+from microbatch.gateway.errors import Refusal
 
 
 async def read_body(request: web.Request, *, timeout: float) -> bytes:

@@ -8,8 +8,8 @@ from aiohttp import web
 
 from microbatch.errors import MicrobatchError, RequestFailed
 from microbatch.gateway.access import not_json
-from microbatch.gateway.asked import Asked, read_asked
 from microbatch.gateway.bodies import read_body, write_chunk
+from microbatch.gateway.chat_request import Asked, read_asked
 from microbatch.gateway.completion import (
     DONE,
     Answer,
@@ -20,9 +20,9 @@ from microbatch.gateway.completion import (
     said_in,
     usage_object,
 )
-from microbatch.gateway.refusals import refusal_of
+from microbatch.gateway.control_headers import Wishes, read_wishes
+from microbatch.gateway.errors import refusal_of
 from microbatch.gateway.relay import relay
-from microbatch.gateway.wishes import Wishes, read_wishes
 
 if TYPE_CHECKING:
     from microbatch.client import Microbatcher

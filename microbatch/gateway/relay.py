@@ -10,10 +10,10 @@ from aiohttp import web
 from microbatch.errors import MicrobatchError
 from microbatch.gateway.access import is_private
 from microbatch.gateway.bodies import write_chunk
-from microbatch.gateway.refusals import refusal_of
-from microbatch.gateway.wishes import PREFIX
+from microbatch.gateway.control_headers import PREFIX
+from microbatch.gateway.errors import refusal_of
 from microbatch.transports.credentials import is_credential, says_who
-from microbatch.transports.http_edge import FRAMING, without
+from microbatch.transports.http import FRAMING, without
 
 if TYPE_CHECKING:
     from microbatch.client import Microbatcher

@@ -18,8 +18,8 @@ from microbatch.gateway.access import Access
 from microbatch.gateway.bodies import read_body
 from microbatch.gateway.chat import PATH, Chat
 from microbatch.gateway.dashboard import figures, show_dashboard
-from microbatch.gateway.edge import API, Edge, silent
-from microbatch.gateway.refusals import Refusal
+from microbatch.gateway.errors import Refusal
+from microbatch.gateway.middleware import API, Edge, silent
 from microbatch.gateway.relay import relay
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.transports.openai_chat import OpenAIChat

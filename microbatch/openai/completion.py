@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.schema import answer_type
 from microbatch.errors import Filtered, MalformedAnswer, TruncatedReply
 from microbatch.openai.objects import ChatCompletion, CompletionUsage, usage_members
+from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -12,7 +12,7 @@ from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.policy import at_least
 from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_shapes import Fault, read_fault, to_error
+from microbatch.transports.error_parsing import Fault, read_fault, to_error
 from microbatch.transports.lenient import decode_body
 from microbatch.transports.sse import SSEDecoder
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import msgspec
 
 from microbatch.batching.request import check_messages, copy_of, read_options
-from microbatch.batching.schema import answer_type
 from microbatch.errors import ConfigError, MalformedAnswer, StorageError
 from microbatch.messages import Reply, Request, Route, Usage
+from microbatch.schema.answer_type import answer_type
 from microbatch.spool.records import Item
 
 if TYPE_CHECKING:

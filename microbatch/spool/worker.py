@@ -33,7 +33,7 @@ from microbatch.spool.endpoint import FIRST_REST, LONGEST_REST, Cause, cause_of,
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.records import LEASE, Stage
 from microbatch.spool.rest import PARTING, RENEWALS, Rest, wait
-from microbatch.storage.round_trips import RoundTrips
+from microbatch.storage.coalescer import Coalescer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -126,7 +126,7 @@ class Worker:
         self._control: Request | None = None
         self._stores: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
-        self._storing: RoundTrips[tuple[Delivery, bytes], None] = RoundTrips(self._store, at_once=1)
+        self._storing: Coalescer[tuple[Delivery, bytes], None] = Coalescer(self._store, at_once=1)
         self._rest = Rest("the worker rests", first=FIRST_REST, longest=LONGEST_REST)
 
     def stop(self) -> None:

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from microbatch.errors import RateLimited, StatusError
+from microbatch.lru import Kept
 from microbatch.messages import Limits
 from microbatch.policy import MAX_WAIT
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.credentials import says_who
 from microbatch.transports.limit_headers import read_limits
-from microbatch.transports.recent import Kept
 from microbatch.transports.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from microbatch.batching.account import Slots
+    from microbatch.batching.permits import Slots
     from microbatch.errors import RequestFailed
     from microbatch.messages import Usage
     from microbatch.policy import RetryPolicy

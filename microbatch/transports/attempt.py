@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 from microbatch.errors import BadRequest, ConnectFailed, ServerError, StatusError
 from microbatch.transports.bound_refusals import read_refusal, words_of
 from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_shapes import Fault, read_fault, to_error, unanswered
-from microbatch.transports.http_edge import guarded, read_all, read_some
+from microbatch.transports.error_parsing import Fault, read_fault, to_error, unanswered
+from microbatch.transports.http import guarded, read_all, read_some
 from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.sse import SSEDecoder
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from microbatch.errors import TransportTimeout
     from microbatch.messages import Limits
     from microbatch.protocols import Completion
-    from microbatch.transports.http_edge import Clock
-    from microbatch.transports.ladder import Ladder, Plan
+    from microbatch.transports.capabilities import Ladder, Plan
+    from microbatch.transports.http import Clock
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 1024 * 1024

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import BadRequest, ConfigError
 from microbatch.protocols import ChatCall
+from microbatch.transports.capabilities import Ladder, Plan, Rung
 from microbatch.transports.chat_wire import compose
-from microbatch.transports.error_shapes import Fault, as_object, read_fault, to_error
-from microbatch.transports.ladder import Ladder, Plan, Rung
+from microbatch.transports.error_parsing import Fault, as_object, read_fault, to_error
 from microbatch.transports.reply_reader import ReplyReader
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ class BatchWire:
             ServerError: It is no chat completion, or one without an answer.
         """
         if not 200 <= status < 300:  # noqa: PLR2004 (the class of success)
-            raise self._learned(read_fault(raw, status) or Fault(status), raw, sent)
+            raise self._history(read_fault(raw, status) or Fault(status), raw, sent)
         reader = ReplyReader()
         text = reader.whole(raw)
         if isinstance(text, Fault):
-            raise self._learned(text, raw, sent)
+            raise self._history(text, raw, sent)
         completion = reader.completion(request_id)
         if reader.finish is None:
             completion.finish_reason = None  # a provider that writes files always says how a reply ended
@@ -82,7 +82,7 @@ class BatchWire:
         """Return the error that the answer to any request of the API is."""
         return to_error(read_fault(raw, status) or Fault(status), where=self._where, headers=headers, raw=raw)
 
-    def _learned(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
+    def _history(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
         error = to_error(fault, where=self._where, headers={}, raw=raw)
         if type(error) is BadRequest and error.status in (400, 422):
             plan = self._plan_of(sent())

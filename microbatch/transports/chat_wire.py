@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.transports.error_shapes import as_object, is_array
-from microbatch.transports.ladder import Rung
+from microbatch.transports.capabilities import Rung
+from microbatch.transports.error_parsing import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from microbatch.protocols import ChatCall
-    from microbatch.transports.ladder import Plan
+    from microbatch.transports.capabilities import Plan
 
 # Fields whose replies hold more than one text; only the JSON of a reply that is not streamed carries it all.
 _MORE_THAN_TEXT: Final = ("tools", "functions", "logprobs", "top_logprobs", "modalities", "audio")

@@ -17,10 +17,10 @@ import aiohttp
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, whole
 from microbatch.transports.attempt import Attempt
+from microbatch.transports.capabilities import Ladder
 from microbatch.transports.chat_wire import can_stream, compose, encode
 from microbatch.transports.credentials import credentials_in, in_place_of, says_who
-from microbatch.transports.http_edge import FRAMING, Clock, checked, merged, timed, without
-from microbatch.transports.ladder import Ladder
+from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
 from microbatch.transports.relay import Forwarded
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Literal
 
 from microbatch.errors import ConfigError
+from microbatch.lru import Kept
 from microbatch.policy import at_least, one_of, whole
 from microbatch.transports.bucket import Bucket
-from microbatch.transports.recent import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

@@ -25,7 +25,7 @@ from microbatch.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from microbatch.transports.error_shapes import Fault
+    from microbatch.transports.error_parsing import Fault
 
 _QUOTA: Final = frozenset(
     {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from microbatch.transports.http_edge import HOP_BY_HOP, Clock, timed, without
+from microbatch.transports.http import HOP_BY_HOP, Clock, timed, without
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping

@@ -13,7 +13,7 @@ import msgspec
 
 from microbatch.errors import ServerError
 from microbatch.protocols import Completion
-from microbatch.transports.error_shapes import Fault, as_object, is_array, read_fault
+from microbatch.transports.error_parsing import Fault, as_object, is_array, read_fault
 from microbatch.transports.finish_reasons import read_finish
 from microbatch.transports.lenient import Joiner, decode, decode_body
 from microbatch.transports.reported_usage import read_usage

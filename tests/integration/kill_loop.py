@@ -34,7 +34,7 @@ SYSTEM = {"role": "system", "content": "You sort the products of an online shop.
 
 
 @dataclass
-class Outcome:
+class CallOutcome:
     """What a kill loop came to.
 
     Attributes:
@@ -87,7 +87,7 @@ async def start_worker(place: str, base_url: str, *more: str) -> asyncio.subproc
     )
 
 
-async def kill_loop(place: str, *, items: int, rounds: int, workers: int = 2, seed: int = 1) -> Outcome:
+async def kill_loop(place: str, *, items: int, rounds: int, workers: int = 2, seed: int = 1) -> CallOutcome:
     """Spool *items*, kill *workers* in each of *rounds*, let the rest be answered, and look."""
     draw = random.Random(seed)
     killed = in_work = 0
@@ -115,7 +115,7 @@ async def kill_loop(place: str, *, items: int, rounds: int, workers: int = 2, se
     return await look(place, items, killed, in_work, asked)
 
 
-async def look(place: str, items: int, killed: int, in_work: int, asked: int) -> Outcome:
+async def look(place: str, items: int, killed: int, in_work: int, asked: int) -> CallOutcome:
     spool = spool_at(place)
     await spool.open()
     try:
@@ -129,7 +129,7 @@ async def look(place: str, items: int, killed: int, in_work: int, asked: int) ->
                         wrong.append(name.id)
                 except mb.MicrobatchError as error:
                     wrong.append(f"{name.id}: {error}")
-        return Outcome(killed, in_work, wrong, await spool.counts(), asked)
+        return CallOutcome(killed, in_work, wrong, await spool.counts(), asked)
     finally:
         await spool.aclose()
 

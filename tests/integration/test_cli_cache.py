@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
 
-from microbatch.cli import main
-from microbatch.commands import answers, patient
+from microbatch.cli import answers, patient
+from microbatch.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -118,10 +118,10 @@ def test_failures_are_not_kept_and_asked_again(capsys):
 
 def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, capsys):
     products(100)
-    room = 30
+    admission = 30
 
     def write(self, line, real=answers.Answers.write):
-        if self.written == room:
+        if self.written == admission:
             raise answers.NotWritten("cannot write 'out.jsonl': No space left on device")
         real(self, line)
 

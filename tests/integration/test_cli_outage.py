@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, outage, output, products, refuse, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli import main
-from microbatch.commands.work import Work
+from microbatch.cli.bulk_run import Work
+from microbatch.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from microbatch.cli import main
-from microbatch.commands import demo
+from microbatch.cli import demo
+from microbatch.cli.main import main
 from microbatch.testing import Latency, Quota, SimulatedEndpoint
 
 MICROBATCH = [sys.executable, "-m", "microbatch"]

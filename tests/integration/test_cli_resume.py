@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli import main
+from microbatch.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("here")
 

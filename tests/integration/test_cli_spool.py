@@ -19,9 +19,9 @@ import pytest
 from command_line import QUESTION, given, here, output, products, summary  # noqa: F401 a fixture
 
 import microbatch as mb
-from microbatch.cli import main
-from microbatch.commands import spool_files
-from microbatch.commands.stores import spool_at
+from microbatch.cli import spool_files
+from microbatch.cli.main import main
+from microbatch.cli.stores import spool_at
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.records import Name, Stage
 from microbatch.spool.sqlite import SQLiteSpool

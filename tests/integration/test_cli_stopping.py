@@ -12,9 +12,9 @@ import time
 import pytest
 from command_line import QUESTION, here, output, products, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli import main
-from microbatch.commands.work import Work
-from microbatch.commands.worker import Work as Working
+from microbatch.cli.bulk_run import Work
+from microbatch.cli.main import main
+from microbatch.cli.worker import Work as Working
 from microbatch.testing import Latency
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -15,7 +15,7 @@ import pytest
 from command_line import QUESTION, here, output, products  # noqa: F401 a fixture
 from ports import free_port
 
-from microbatch.cli import main
+from microbatch.cli.main import main
 
 pytestmark = [
     pytest.mark.usefixtures("here"),

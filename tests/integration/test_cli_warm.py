@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
 
-from microbatch.cli import main
-from microbatch.commands import patient
-from microbatch.commands.simulated import SimulatedChat
-from microbatch.commands.warm import Warming
+from microbatch.cli import patient
+from microbatch.cli.main import main
+from microbatch.cli.simulated import SimulatedChat
+from microbatch.cli.warm import Warming
 from microbatch.testing import Faults
 
 pytestmark = pytest.mark.usefixtures("here")

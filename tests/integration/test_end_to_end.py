@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import microbatch as mb
-from microbatch.batching.schema import answer_type
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing import (
     Faults,
     Latency,

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from helpers import TRIES
 
-from microbatch.cli import main
+from microbatch.cli.main import main
 from microbatch.errors import ConfigError
 from microbatch.testing import batch_input, batch_routes
 from microbatch.testing.endpoint import SimulatedEndpoint

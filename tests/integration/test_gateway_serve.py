@@ -27,9 +27,9 @@ from gateway_world import (
 )
 
 import microbatch as mb
-from microbatch.cli import main, make_parser
-from microbatch.commands.console import UsageError
-from microbatch.commands.environment import with_environment
+from microbatch.cli.console import UsageError
+from microbatch.cli.environment import with_environment
+from microbatch.cli.main import main, make_parser
 from microbatch.gateway import GatewaySettings
 from microbatch.testing import Latency, SimulatedEndpoint
 

@@ -19,7 +19,7 @@ from odd_endpoint import chunk, events, odd_endpoint, reply, whole
 
 import microbatch as mb
 from microbatch.protocols import ChatCall
-from microbatch.transports.http_edge import connect_failed
+from microbatch.transports.http import connect_failed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

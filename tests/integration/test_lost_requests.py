@@ -10,7 +10,7 @@ from helpers import ask
 from spools import FULL, HALF, LONG, found, ids, item, items, open_spool
 
 import microbatch as mb
-from microbatch.cli import main
+from microbatch.cli.main import main
 from microbatch.errors import ConfigError, DeadlineExceeded, RequestFailed
 from microbatch.spool.records import Counts, Found, Item, Job, Name
 from microbatch.spool.redis import RedisSpool

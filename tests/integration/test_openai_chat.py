@@ -20,8 +20,8 @@ from aiohttp import web
 from microbatch import errors
 from microbatch.messages import Usage
 from microbatch.protocols import ChatCall, Completion, Transport
-from microbatch.transports.error_shapes import read_fault, retry_after
-from microbatch.transports.http_edge import Clock, connect_failed
+from microbatch.transports.error_parsing import read_fault, retry_after
+from microbatch.transports.http import Clock, connect_failed
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:

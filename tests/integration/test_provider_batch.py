@@ -14,14 +14,14 @@ import pytest
 import pytest_asyncio
 
 from microbatch.accounting.prices import Price
-from microbatch.batching.schema import answer_type
 from microbatch.errors import ConfigError, ConnectFailed, StorageError
 from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy, RetryPolicy
+from microbatch.schema.answer_type import answer_type
 from microbatch.spool.payload import Answer, Payload
-from microbatch.spool.provider_api import OpenAIBatchApi
-from microbatch.spool.provider_batch import ProviderBatches
-from microbatch.spool.provider_jobs import MAX_LESSONS
+from microbatch.spool.provider.api import OpenAIBatchApi
+from microbatch.spool.provider.jobs import MAX_LESSONS
+from microbatch.spool.provider.worker import ProviderBatches
 from microbatch.spool.records import Name, Spool
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
@@ -287,7 +287,7 @@ async def test_jobs_in_which_every_line_fails_cost_no_request_its_chances(tmp_pa
 
 
 async def test_jobs_in_which_every_line_fails_for_ever_are_not_tried_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr("microbatch.spool.provider_batch.LONGEST_REST", POLL)
+    monkeypatch.setattr("microbatch.spool.provider.worker.LONGEST_REST", POLL)
     async with opened(tmp_path, faults=Faults("http_500", rate=1, on="all")) as site:
         await site.put(TEXTS[:64])
         worker = await drained(site.worker())
@@ -584,7 +584,7 @@ async def test_a_batch_that_was_not_made_after_all_is_made_from_the_same_file(si
 
 
 async def test_a_batch_is_found_behind_many_others(site, monkeypatch):
-    monkeypatch.setattr("microbatch.spool.provider_api.PAGE", 7)
+    monkeypatch.setattr("microbatch.spool.provider.api.PAGE", 7)
     names = await site.put(TEXTS[:5])
     dying = site.worker(Dying(site.api(), "create", after=True, error=Crash()), lease=0.1)
     with pytest.raises(Crash):
@@ -709,7 +709,7 @@ async def test_a_batch_that_the_provider_has_forgotten_is_given_up_only_after_da
     batch.owner = "another"
     assert not await worker.poll()
     assert (await site.spool.counts()).in_job == 5
-    monkeypatch.setattr("microbatch.spool.provider_jobs.PATIENCE", -1.0)
+    monkeypatch.setattr("microbatch.spool.provider.jobs.PATIENCE", -1.0)
     await worker.poll()
     assert (await site.spool.counts()).waiting == (5, 0, 0)
     await drained(worker)

@@ -7,19 +7,19 @@ import inspect
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import microbatch.batching.call as call_module
-from microbatch.batching.books import Books
-from microbatch.batching.call import Calls
-from microbatch.batching.collector import Collector
-from microbatch.batching.demultiplexer import Demultiplexer
+import microbatch.batching.dispatch as call_module
+from microbatch.batching.attribution import UsageAttribution
+from microbatch.batching.dispatch import Dispatcher
+from microbatch.batching.engine import Engine
 from microbatch.batching.fallback import Fallback, _Recovery
+from microbatch.prompt.demultiplexer import Demultiplexer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BODY = (
     (
-        Calls,
+        Dispatcher,
         (
             "admit",
             "compose",
@@ -33,7 +33,7 @@ BODY = (
             "_remaining",
         ),
     ),
-    (Books, ("bill", "bill_alone", "divide", "divide_alone", "_book", "_pay")),
+    (UsageAttribution, ("bill", "bill_alone", "divide", "divide_alone", "_book", "_pay")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
     (Fallback, ("recover",)),
     (_Recovery, ("after", "_halves", "_together", "_ask", "_send")),
@@ -102,7 +102,7 @@ def broken_awaits(breaker: Breaker) -> Iterator[None]:
 
         return wrapper
 
-    with _wrapped(((Collector, ("_answer_batch", "_answer_alone")), (_Recovery, ("_ask",))), driven):
+    with _wrapped(((Engine, ("_answer_batch", "_answer_alone")), (_Recovery, ("_ask",))), driven):
         yield
 
 

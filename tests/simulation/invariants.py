@@ -11,7 +11,7 @@ from simulation.scenario import REFUSALS, REPLY_TROUBLE
 from simulation.upstream import ASKING, SLOWEST_SOUND_REPLY, right_output
 
 import microbatch as mb
-from microbatch.batching.exchange import USAGE_PATIENCE
+from microbatch.batching.call_state import USAGE_PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from simulation.scenario import TICK
 
 import microbatch as mb
-import microbatch.batching.call as call_module
-import microbatch.batching.exchange as exchange_module
+import microbatch.batching.admission as room_module
+import microbatch.batching.call_state as exchange_module
+import microbatch.batching.dispatch as call_module
 import microbatch.batching.intake as intake_module
-import microbatch.batching.room as room_module
-from microbatch.batching.books import Books
-from microbatch.batching.call import Calls
-from microbatch.batching.collector import Collector
-from microbatch.batching.exchange import Exchange
-from microbatch.batching.lanes import Lanes
-from microbatch.batching.room import Room
+from microbatch.batching.admission import AdmissionQueue
+from microbatch.batching.attribution import UsageAttribution
+from microbatch.batching.call_state import CallState
+from microbatch.batching.dispatch import Dispatcher
+from microbatch.batching.engine import Engine
+from microbatch.batching.lane_table import Lanes
 from microbatch.batching.scheduler import Scheduler
 from microbatch.errors import StatusError
 from microbatch.transports.accounts import Account
@@ -58,7 +58,7 @@ def missing_done_check():
 
         return wrapper
 
-    return _replaced(Calls, "_answer", careless)
+    return _replaced(Dispatcher, "_answer", careless)
 
 
 class Positional:
@@ -117,14 +117,14 @@ def dropping_on_close():
     """What waits when the batcher closes is dropped without a word."""
 
     def drop(end):
-        def wrapper(collector):
-            for lane in collector.lanes:
+        def wrapper(engine):
+            for lane in engine.lanes:
                 lane._pending.clear()
-            end(collector)
+            end(engine)
 
         return wrapper
 
-    return _replaced(Collector, "_end_waiting", drop)
+    return _replaced(Engine, "_end_waiting", drop)
 
 
 def no_bisection():
@@ -164,28 +164,28 @@ def leaked_room():
     """A request that leaves unsent keeps its place."""
 
     def leak(withdraw):
-        def wrapper(collector, ticket):
+        def wrapper(engine, ticket):
             unsent = ticket.queue is not None
-            withdraw(collector, ticket)
-            collector.room.taken += unsent
+            withdraw(engine, ticket)
+            engine.admission.taken += unsent
 
         return wrapper
 
-    return _replaced(Collector, "_withdraw", leak)
+    return _replaced(Engine, "_withdraw", leak)
 
 
 def leaked_slot():
     """A call that nobody waits for any more keeps its slot."""
 
     def leak(settle):
-        async def wrapper(collector, work):
-            await settle(collector, work)
+        async def wrapper(engine, work):
+            await settle(engine, work)
             if all(ticket.future.cancelled() for ticket in work.tickets):
-                collector.scheduler.in_use += 1
+                engine.scheduler.in_use += 1
 
         return wrapper
 
-    return _replaced(Collector, "_settle", leak)
+    return _replaced(Engine, "_settle", leak)
 
 
 def slot_kept_through_back_off():
@@ -209,14 +209,14 @@ def slot_kept_through_back_off():
 
 def place_not_passed_on():
     """A caller that is let in and then misuses the library takes its place with it."""
-    return _replaced(Room, "decline", lambda _: lambda room: None)
+    return _replaced(AdmissionQueue, "decline", lambda _: lambda admission: None)
 
 
 def first_caller_runs_the_batch():
     """The batch runs in its first caller's task, whose cancel it dies of."""
 
     def run_in_first(settle):
-        async def wrapper(collector, work):
+        async def wrapper(engine, work):
             task = asyncio.current_task()
 
             def die(future):
@@ -225,13 +225,13 @@ def first_caller_runs_the_batch():
 
             work.tickets[0].future.add_done_callback(die)
             try:
-                await settle(collector, work)
+                await settle(engine, work)
             finally:
                 work.tickets[0].future.remove_done_callback(die)
 
         return wrapper
 
-    return _replaced(Collector, "_settle", run_in_first)
+    return _replaced(Engine, "_settle", run_in_first)
 
 
 def ignored_tenant():
@@ -249,36 +249,36 @@ def ignored_tenant():
 
 def orphaned_call():
     """A call goes on when its last caller has gone."""
-    return _replaced(Exchange, "stop", lambda _: lambda exchange: None)
+    return _replaced(CallState, "stop", lambda _: lambda call_state: None)
 
 
 def lost_usage():
     """What a cancelled request's calls cost is forgotten."""
 
     def forget(book):
-        def wrapper(books, tickets, bill):
-            unclaimed = books._ledger.unclaimed
-            book(books, tickets, bill)
-            books._ledger.unclaimed = unclaimed
+        def wrapper(attribution, tickets, call_cost):
+            unclaimed = attribution._ledger.unclaimed
+            book(attribution, tickets, call_cost)
+            attribution._ledger.unclaimed = unclaimed
 
         return wrapper
 
-    return _replaced(Books, "_book", forget)
+    return _replaced(UsageAttribution, "_book", forget)
 
 
 def late_deadline():
     """A deadline is looked at once the call is over, not when it passes."""
 
     def later(expire):
-        def wrapper(collector, ticket, timeout):
+        def wrapper(engine, ticket, timeout):
             if ticket.queue is not None:
-                expire(collector, ticket, timeout)
+                expire(engine, ticket, timeout)
             else:
-                collector._loop.call_later(TICK, expire, collector, ticket, timeout)
+                engine._loop.call_later(TICK, expire, engine, ticket, timeout)
 
         return wrapper
 
-    return _replaced(Collector, "_expire", later)
+    return _replaced(Engine, "_expire", later)
 
 
 def newest_first():
@@ -315,12 +315,12 @@ def unfinished_close():
     """Closing does not wait for the calls under way."""
 
     def hasty(close):
-        def wrapper(collector, grace):
-            close(collector, 0.0 if grace is not None else None)
+        def wrapper(engine, grace):
+            close(engine, 0.0 if grace is not None else None)
 
         return wrapper
 
-    return _replaced(Collector, "close", hasty)
+    return _replaced(Engine, "close", hasty)
 
 
 def ignored_limit():

@@ -14,7 +14,7 @@ from simulation.loop import ShuffledLoop, Steady, Stuck
 from simulation.upstream import OUTPUT_TYPES, WHOSE, Attempt, Upstream
 
 import microbatch as mb
-from microbatch.batching.prompt import ALPHABET
+from microbatch.prompt.compose import ALPHABET
 
 if TYPE_CHECKING:
     from simulation.scenario import Ask, Bulk, Scenario
@@ -131,7 +131,7 @@ class World:
         # Jitter comes in eighths, so that back-offs end together with other things.
         batcher._sender._draw = lambda: self._letters.randrange(9) / 8
         # The one look inside: who was accepted, and when. Nothing public tells it of requests that wait for room.
-        accept = batcher._collector.accept
+        accept = batcher._engine.accept
 
         def watched(messages, options, terms, *args, **kwargs):
             ticket = accept(messages, options, terms, *args, **kwargs)
@@ -142,7 +142,7 @@ class World:
             ticket.future.add_done_callback(lambda _: self._settled(item))
             return ticket
 
-        batcher._collector.accept = watched
+        batcher._engine.accept = watched
         return batcher
 
     def _settled(self, item: Item) -> None:

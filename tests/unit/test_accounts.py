@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import microbatch as mb
 from microbatch.errors import QuotaExhausted, RateLimited, ServerError
+from microbatch.lru import IDLE_EXPIRY
 from microbatch.messages import Limits, Usage
 from microbatch.policy import RetryPolicy
 from microbatch.protocols import Completion
@@ -20,7 +21,6 @@ from microbatch.testing.clock import VirtualClockLoop
 from microbatch.transports.accounts import CAPACITY, Account, Accounts
 from microbatch.transports.bucket import WINDOW
 from microbatch.transports.rate_limit import RateLimit
-from microbatch.transports.recent import IDLE_EXPIRY
 
 
 class Desk:
@@ -28,11 +28,11 @@ class Desk:
 
     tenant, rank, queued = None, 1, False
 
-    def __init__(self, limit=None, *, costs=(), slots=1_000):
+    def __init__(self, limit=None, *, estimates=(), slots=1_000):
         bucket = None if limit is None or not (limit.rpm or limit.tpm) else limit.bucket("key", 0.0)
         adaptive = limit is not None and limit.adaptive
         self.account = Account(RetryPolicy(), bucket, adaptive=adaptive)
-        self.due = list(costs)
+        self.due = list(estimates)
         self.paid = []
         self.permits = []
         self.scheduler = scheduler_for(
@@ -63,14 +63,14 @@ def at(seconds):
 
 
 async def test_without_limits_every_permit_is_paid_at_once():
-    desk = Desk(costs=[1_000_000] * 100)
+    desk = Desk(estimates=[1_000_000] * 100)
     desk.pump()
     assert desk.paid == [0.0] * 100
     assert desk.account._timer is None
 
 
 async def test_who_was_refused_is_told_when_a_permit_may_be_had():
-    desk = Desk(RateLimit(rpm=2), costs=[0] * 5)
+    desk = Desk(RateLimit(rpm=2), estimates=[0] * 5)
     desk.pump()
     await asyncio.sleep(200)
     assert desk.paid == at([0, 0, WINDOW, WINDOW, 2 * WINDOW])
@@ -78,7 +78,7 @@ async def test_who_was_refused_is_told_when_a_permit_may_be_had():
 
 
 async def test_nobody_is_woken_while_nobody_waits():
-    desk = Desk(RateLimit(rpm=2), costs=[0, 0])
+    desk = Desk(RateLimit(rpm=2), estimates=[0, 0])
     desk.pump()
     for permit in desk.permits:
         permit.paid = False
@@ -87,7 +87,7 @@ async def test_nobody_is_woken_while_nobody_waits():
 
 
 async def test_a_permit_that_is_not_used_is_worth_one_to_the_next():
-    desk = Desk(RateLimit(rpm=1), costs=[0, 0])
+    desk = Desk(RateLimit(rpm=1), estimates=[0, 0])
     desk.pump()
     await asyncio.sleep(5)
     desk.permits[0].cancel()
@@ -98,7 +98,7 @@ async def test_a_permit_that_is_not_used_is_worth_one_to_the_next():
 
 
 async def test_what_a_reply_gives_back_is_granted_at_once():
-    desk = Desk(RateLimit(tpm=1_000, charge="used"), costs=[900, 900])
+    desk = Desk(RateLimit(tpm=1_000, charge="used"), estimates=[900, 900])
     desk.pump()
     await asyncio.sleep(5)
     desk.permits[0].paid = False
@@ -108,7 +108,7 @@ async def test_what_a_reply_gives_back_is_granted_at_once():
 
 
 async def test_a_request_that_was_refused_and_then_given_up_blocks_nobody_for_long():
-    desk = Desk(RateLimit(tpm=1_000), costs=[900, 900])
+    desk = Desk(RateLimit(tpm=1_000), estimates=[900, 900])
     desk.pump()
     desk.due.clear()
     await asyncio.sleep(WINDOW + 1)
@@ -121,7 +121,7 @@ async def test_a_request_that_was_refused_and_then_given_up_blocks_nobody_for_lo
 async def test_timers_run_in_no_callers_context():
     variable = contextvars.ContextVar("variable", default="nobody's")
     seen = []
-    desk = Desk(RateLimit(rpm=1), costs=[0, 0])
+    desk = Desk(RateLimit(rpm=1), estimates=[0, 0])
     desk.pump()
     desk.scheduler.ready = lambda _: seen.append(variable.get())
     variable.set("a caller's")
@@ -135,7 +135,7 @@ async def test_timers_run_in_no_callers_context():
 
 async def test_waiters_are_served_in_order_of_arrival_and_before_the_scheduler():
     loop = asyncio.get_running_loop()
-    desk = Desk(RateLimit(rpm=1), costs=[0, 0, 0])
+    desk = Desk(RateLimit(rpm=1), estimates=[0, 0, 0])
     desk.pump()
     order = []
     for name in "abc":
@@ -148,7 +148,7 @@ async def test_waiters_are_served_in_order_of_arrival_and_before_the_scheduler()
 
 
 async def test_a_small_one_does_not_overtake_a_large_one():
-    desk = Desk(RateLimit(tpm=1_000), costs=[600])
+    desk = Desk(RateLimit(tpm=1_000), estimates=[600])
     desk.pump()
     _, large = desk.wait_for(600)
     await asyncio.sleep(0)
@@ -167,7 +167,7 @@ async def test_a_small_one_does_not_overtake_a_large_one():
 
 
 async def test_the_scheduler_does_not_overtake_those_who_wait():
-    desk = Desk(RateLimit(tpm=1_000), costs=[600])
+    desk = Desk(RateLimit(tpm=1_000), estimates=[600])
     desk.pump()
     await asyncio.sleep(50)  # the debt is paid, but two large ones do not fit into one window
     _, large = desk.wait_for(600)
@@ -182,7 +182,7 @@ async def test_the_scheduler_does_not_overtake_those_who_wait():
 
 
 async def test_a_cancelled_waiter_leaves_its_place_to_the_next():
-    desk = Desk(RateLimit(tpm=1_000), costs=[600])
+    desk = Desk(RateLimit(tpm=1_000), estimates=[600])
     desk.pump()
     permit, large = desk.wait_for(600)
     await asyncio.sleep(0)
@@ -199,7 +199,7 @@ async def test_a_cancelled_waiter_leaves_its_place_to_the_next():
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_a_waiter_cancelled_in_the_turn_in_which_it_is_granted_gives_the_permit_back(turns):
-    desk = Desk(RateLimit(rpm=1), costs=[0])
+    desk = Desk(RateLimit(rpm=1), estimates=[0])
     desk.pump()
     permit, first = desk.wait_for()
     other, second = desk.wait_for()
@@ -226,7 +226,7 @@ async def test_a_waiter_cancelled_in_the_turn_in_which_it_is_granted_gives_the_p
 
 
 async def test_an_attempt_that_was_cancelled_is_charged_all_the_same():
-    desk = Desk(RateLimit(rpm=1), costs=[0, 0])
+    desk = Desk(RateLimit(rpm=1), estimates=[0, 0])
     desk.pump()
     desk.permits[0].paid = False
     desk.account.dropped(desk.permits[0])
@@ -240,7 +240,7 @@ async def test_an_attempt_that_was_cancelled_is_charged_all_the_same():
 
 @pytest.mark.parametrize("limit", [None, RateLimit(rpm=1_000)])
 async def test_a_pause_asked_for_is_kept_by_everybody(limit):
-    desk = Desk(limit, costs=[0])
+    desk = Desk(limit, estimates=[0])
     desk.pump()
     desk.permits[0].paid = False
     desk.account.ended(desk.permits[0], RateLimited("x", status=429, retry_after=7.5))
@@ -255,7 +255,7 @@ async def test_a_pause_asked_for_is_kept_by_everybody(limit):
 
 
 async def test_a_shorter_pause_does_not_end_a_longer_one():
-    desk = Desk(costs=[0, 0])
+    desk = Desk(estimates=[0, 0])
     desk.pump()
     for permit, seconds in zip(desk.permits, (20.0, 1.0), strict=True):
         permit.paid = False
@@ -267,7 +267,7 @@ async def test_a_shorter_pause_does_not_end_a_longer_one():
 
 
 async def test_only_a_429_holds_up_the_others():
-    desk = Desk(costs=[0])
+    desk = Desk(estimates=[0])
     desk.pump()
     desk.permits[0].paid = False
     desk.account.ended(desk.permits[0], ServerError("x", status=503, retry_after=20.0))
@@ -277,7 +277,7 @@ async def test_only_a_429_holds_up_the_others():
 
 
 async def test_a_lower_limit_told_by_the_endpoint_bounds_what_is_accepted():
-    desk = Desk(RateLimit(tpm=100_000), costs=[10])
+    desk = Desk(RateLimit(tpm=100_000), estimates=[10])
     desk.pump()
     desk.permits[0].paid = False
     limits = Limits(limit_tokens=5_000, remaining_tokens=4_990, reset_tokens=0.1)
@@ -286,7 +286,7 @@ async def test_a_lower_limit_told_by_the_endpoint_bounds_what_is_accepted():
 
 
 async def test_while_the_breaker_is_open_permits_cost_nothing():
-    desk = Desk(RateLimit(rpm=1), costs=[0])
+    desk = Desk(RateLimit(rpm=1), estimates=[0])
     desk.pump()
     desk.permits[0].paid = False
     desk.account.ended(desk.permits[0], QuotaExhausted("x", status=429))
@@ -315,7 +315,7 @@ async def test_with_nothing_under_way_one_call_is_allowed_always():
 
 @pytest.mark.parametrize("how", ["ended", "dropped", "cancel"])
 async def test_the_end_of_a_call_however_it_ends_lets_in_the_next(how):
-    desk = Desk(RateLimit(adaptive=True), costs=[0] * 21)
+    desk = Desk(RateLimit(adaptive=True), estimates=[0] * 21)
     desk.pump()
     assert len(desk.paid) == 20
     permit = desk.permits[0]
@@ -425,7 +425,7 @@ async def test_a_request_larger_than_the_quota_is_refused_and_nothing_is_queued(
                     await batcher.submit(ask(text), **options, **more)
         stats = batcher.stats()
         assert (stats.items, stats.queued) == (0, 0)
-        assert not list(batcher._collector.lanes)
+        assert not list(batcher._engine.lanes)
         results = [each async for each in batcher.map([ask("x" * 2_000), ask("y")])]
         assert {result.index: type(result.error) for result in results} == {0: mb.ConfigError, 1: type(None)}
     assert len(transport.calls) == 1

@@ -11,7 +11,7 @@ import pytest
 from helpers import ask, batcher_for
 
 import microbatch as mb
-from microbatch.batching.lanes import Lanes
+from microbatch.batching.lane_table import Lanes
 from microbatch.batching.scheduler import Scheduler
 from microbatch.openai import AsyncOpenAI
 from microbatch.testing import ScriptedTransport
@@ -320,10 +320,10 @@ async def test_a_lane_without_requests_is_forgotten():
     async with batcher_for(transport, idle="wait", max_wait=1) as batcher:
         task = asyncio.ensure_future(batcher.submit(ask("x")))
         await asyncio.sleep(0)
-        assert len(list(batcher._collector.lanes)) == 1
+        assert len(list(batcher._engine.lanes)) == 1
         task.cancel()
         await asyncio.wait([task])
-        assert not list(batcher._collector.lanes)
+        assert not list(batcher._engine.lanes)
     assert transport.calls == []
 
 

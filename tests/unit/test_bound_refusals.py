@@ -9,7 +9,7 @@ import pytest
 from microbatch.messages import TokenLimits
 from microbatch.protocols import ChatCall
 from microbatch.transports.bound_refusals import lower, read_refusal, words_of
-from microbatch.transports.ladder import Ladder
+from microbatch.transports.capabilities import Ladder
 
 BOUND = 20_000
 

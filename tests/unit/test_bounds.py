@@ -24,7 +24,7 @@ from bounded import (
 
 import microbatch as mb
 from microbatch.batching.bounds import FRAME, LEAST
-from microbatch.batching.schema import answer_type
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing import Faults, Latency, Quota, SimulatedModel, SimulatedTransport
 
 pytestmark = pytest.mark.timeout(120)

@@ -10,9 +10,9 @@ import pytest
 from helpers import ask
 
 import microbatch as mb
-from microbatch.batching.demultiplexer import Demultiplexer
-from microbatch.batching.prompt import compose, draw_endings, instruction, item_line
-from microbatch.batching.schema import answer_type
+from microbatch.prompt.compose import compose, draw_endings, instruction, item_line
+from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing import Faults, ScriptedTransport, SimulatedModel, SimulatedTransport, simulated_answer
 
 Label = Literal["electronics", "clothing", "home", "beauty", "sports", "other"]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from microbatch.commands import fingerprint
-from microbatch.commands.answers import Answers, NotWritten, answer_line, error_object, failure_line
-from microbatch.commands.console import UsageError
-from microbatch.commands.reading import digest
+from microbatch.cli import fingerprint
+from microbatch.cli.answers import Answers, NotWritten, answer_line, error_object, failure_line
+from microbatch.cli.console import UsageError
+from microbatch.cli.reading import digest
 from microbatch.errors import BadRequest, ConfigError, MissingAnswer
 from microbatch.messages import Reply, Usage
 

@@ -12,12 +12,12 @@ import pytest
 
 from microbatch import cli
 from microbatch.accounting.stats import Stats
-from microbatch.cli import main, make_parser
-from microbatch.commands import progress
-from microbatch.commands.console import UsageError, dollars, plural, saving, seconds, table
-from microbatch.commands.failures import MAX_KINDS, Failures
-from microbatch.commands.flags import add_settings, described, flag, read_settings
-from microbatch.commands.summary import summarize, told
+from microbatch.cli import progress
+from microbatch.cli.console import UsageError, dollars, plural, saving, seconds, table
+from microbatch.cli.failures import MAX_KINDS, Failures
+from microbatch.cli.flags import add_settings, described, flag, read_settings
+from microbatch.cli.main import main, make_parser
+from microbatch.cli.summary import summarize, told
 from microbatch.policy import FlushPolicy
 
 CHEAP = Stats(

@@ -9,9 +9,9 @@ import pytest
 
 from microbatch.accounting.stats import Stats
 from microbatch.caching.guard import Guard
-from microbatch.cli import main, make_parser
-from microbatch.commands.patient import OPENING, PATIENCE, PatientCache
-from microbatch.commands.warm import Summary, told
+from microbatch.cli.main import main, make_parser
+from microbatch.cli.patient import OPENING, PATIENCE, PatientCache
+from microbatch.cli.warm import Summary, told
 from microbatch.errors import ConfigError, StorageError
 
 ENTRY = (b"k", b"v", None)

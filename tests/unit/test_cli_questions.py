@@ -8,8 +8,8 @@ from typing import Literal
 import msgspec
 import pytest
 
-from microbatch.commands.console import UsageError
-from microbatch.commands.questions import (
+from microbatch.cli.console import UsageError
+from microbatch.cli.questions import (
     BatchLines,
     LineError,
     Template,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from microbatch.commands.console import UsageError
-from microbatch.commands.questions import Template, Templated
-from microbatch.commands.reading import BadLine, Input, InputChanged, Line, digest, requests
+from microbatch.cli.console import UsageError
+from microbatch.cli.questions import Template, Templated
+from microbatch.cli.reading import BadLine, Input, InputChanged, Line, digest, requests
 
 QUESTIONS = Templated(Template("{q}"))
 

@@ -19,7 +19,7 @@ async def test_no_repr_tells_a_word_of_anybody():
         options = {"headers": {"Authorization": "Bearer sk-canary"}}
         task = asyncio.ensure_future(batcher.submit(ask(SECRET, system=SECRET), **options))
         await asyncio.sleep(0.5)
-        (work,) = batcher._collector.scheduler.under_way.values()
+        (work,) = batcher._engine.scheduler.under_way.values()
         ticket = work.tickets[0]
         call = transport.calls[0].call
         shown = [ticket, ticket.spec, call, batcher, mb.Request(ask(SECRET)), mb.Message("user", SECRET)]
@@ -100,10 +100,10 @@ async def test_alone_requests_that_leave_are_forgotten():
         for task in tasks[1:-1]:
             task.cancel()
         await asyncio.sleep(0.1)
-        (queue,) = batcher._collector._intake.alone.values()
+        (queue,) = batcher._engine._intake.alone.values()
         assert len(queue._waiting) <= 70
         await asyncio.wait(tasks)
-        assert not batcher._collector._intake.alone
+        assert not batcher._engine._intake.alone
     assert [call.items[0][1] for call in transport.calls] == ["0", "199"]
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microbatch.batching.demultiplexer import Demultiplexer
-from microbatch.batching.schema import answer_type
+from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing.faults import Fault, Faults
 
 IDS = ["1kfqzt", "2bcdfg", "3hjkmn", "4pqrst", "5vwxzb"]

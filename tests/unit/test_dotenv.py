@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbatch.commands.dotenv import load, read
+from microbatch.cli.dotenv import load, read
 
 BASE, KEY, MAX = "OPENAI_BASE_URL", "OPENAI_API_KEY", "MICROBATCH_MAX_WAIT"
 

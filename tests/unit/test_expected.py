@@ -11,7 +11,7 @@ import pytest
 
 from microbatch.batching.expected import expected_tokens
 from microbatch.batching.models import asked_reasoning, output_limit, reasoning_budget, reasons_by_name
-from microbatch.batching.schema import answer_type
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing.counting import compact, text_tokens
 
 

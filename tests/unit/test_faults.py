@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 import microbatch as mb
-from microbatch.batching.schema import answer_type
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing import Faults, Latency, ScriptedTransport, SimulatedModel, SimulatedTransport, simulated_answer
 from microbatch.testing.faults import Kind
 from microbatch.testing.reading import EndpointError, understand

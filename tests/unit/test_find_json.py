@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from msgspec import Meta, Struct
 from output_types import Cat, Category, Dog, Inner
 
-from microbatch.batching.find_json import MAX_TRIES, candidates
-from microbatch.batching.schema import answer_type
+from microbatch.schema.answer_type import answer_type
+from microbatch.schema.find_json import MAX_TRIES, candidates
 
 
 @pytest.mark.parametrize(

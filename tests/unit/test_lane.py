@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microbatch.batching.budget import Budget, FlushReason, output_reserve
-from microbatch.batching.flight import File
+from microbatch.batching.batch_limits import Budget, FlushReason, output_reserve
 from microbatch.batching.lane import Lane
-from microbatch.batching.learned import Learned, Memory
-from microbatch.batching.prompt import ID_TOKENS, item_line
-from microbatch.batching.schema import answer_type
+from microbatch.batching.lane_history import LaneHistories, LaneHistory
+from microbatch.batching.single_flight import InFlightIndex
 from microbatch.batching.ticket import NEVER, NORMAL, Spec, Ticket
 from microbatch.errors import ConfigError
 from microbatch.policy import RetryPolicy
+from microbatch.prompt.compose import ID_TOKENS, item_line
+from microbatch.schema.answer_type import answer_type
 from microbatch.transports.accounts import Account
 
 TEXT = answer_type(str)
@@ -57,7 +57,7 @@ def sized(number, size):
 
 
 def lane_of(*, size=16, tokens=1_000, count=None, reason=FlushReason.SIZE):
-    return Lane(SPEC, ACCOUNT, Learned(), Budget(size, tokens, reason), count or Counted(), File())
+    return Lane(SPEC, ACCOUNT, LaneHistory(), Budget(size, tokens, reason), count or Counted(), InFlightIndex())
 
 
 def filled(tickets, **options):
@@ -355,40 +355,40 @@ def test_a_flush_that_lost_its_last_caller_is_not_owed_to_the_next():
 
 
 def test_replies_cut_by_the_token_limit_halve_the_batch_and_complete_ones_grow_it_back():
-    learned = Learned()
-    learned.grow(16, 16)
-    assert learned.batch_size is None
-    learned.halve(16)
-    assert learned.batch_size == 8
-    learned.halve(16)  # another call of the same size, sent before
-    assert learned.batch_size == 4
-    learned.grow(3, 16)
-    assert learned.batch_size == 4
+    history = LaneHistory()
+    history.grow(16, 16)
+    assert history.batch_size is None
+    history.halve(16)
+    assert history.batch_size == 8
+    history.halve(16)  # another call of the same size, sent before
+    assert history.batch_size == 4
+    history.grow(3, 16)
+    assert history.batch_size == 4
     for expected in (5, 6, 7):
-        learned.grow(learned.batch_size, 16)
-        assert learned.batch_size == expected
-    learned.batch_size = 15
-    learned.grow(15, 16)
-    assert learned.batch_size is None
-    learned.batch_size = 3
-    learned.halve(3)
-    learned.halve(2)
-    assert learned.batch_size == 2  # requests that go alone would teach nothing, and the lane would never grow again
+        history.grow(history.batch_size, 16)
+        assert history.batch_size == expected
+    history.batch_size = 15
+    history.grow(15, 16)
+    assert history.batch_size is None
+    history.batch_size = 3
+    history.halve(3)
+    history.halve(2)
+    assert history.batch_size == 2  # requests that go alone would teach nothing, and the lane would never grow again
 
 
 def test_the_answer_length_is_the_95th_percentile_of_the_latest():
-    learned = Learned()
-    assert learned.answer_tokens == 32
-    learned.record_answers(list(range(1, 21)))
-    assert learned.answer_tokens == 20
-    learned.record_answers([4] * 64)
-    assert learned.answer_tokens == 4
-    learned.record_answers([0] * 64)
-    assert learned.answer_tokens == 1
+    history = LaneHistory()
+    assert history.answer_tokens == 32
+    history.record_answers(list(range(1, 21)))
+    assert history.answer_tokens == 20
+    history.record_answers([4] * 64)
+    assert history.answer_tokens == 4
+    history.record_answers([0] * 64)
+    assert history.answer_tokens == 1
 
 
 def test_what_was_learned_is_kept_for_the_lanes_used_last():
-    memory = Memory(size=3)
+    memory = LaneHistories(size=3)
     first = memory.of(("a", 1))
     for key in ("b", "c"):
         memory.of(key)

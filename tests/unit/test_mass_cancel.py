@@ -142,7 +142,7 @@ async def followers_in_the_moment_of_their_answer(count, order):
     async with batcher_for(transport) as batcher:
         tasks = [asyncio.ensure_future(batcher.submit(ask("x"), temperature=0)) for _ in range(count)]
         await settle()
-        (ticket,) = next(iter(batcher._collector.scheduler.under_way.values())).tickets
+        (ticket,) = next(iter(batcher._engine.scheduler.under_way.values())).tickets
         # They are cancelled in the turn in which their answers are there and not fetched yet.
         cancelled = asyncio.get_running_loop().create_future()
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import microbatch as mb
-from microbatch.batching.prompt import compose, instruction, is_combined, item_line
 from microbatch.batching.request import PLAIN, own_text, read_messages
-from microbatch.batching.schema import answer_type
 from microbatch.messages import Message
 from microbatch.openai import AsyncOpenAI
+from microbatch.prompt.compose import compose, instruction, is_combined, item_line
+from microbatch.schema.answer_type import answer_type
 from microbatch.spool.payload import Payload
-from microbatch.spool.provider_lines import read
+from microbatch.spool.provider.input_file import read
 from microbatch.spool.records import Delivery, Name
 from microbatch.testing import ScriptedTransport
 

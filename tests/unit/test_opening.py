@@ -7,7 +7,7 @@ import pytest
 from helpers import ask
 
 import microbatch as mb
-from microbatch import parts
+from microbatch import resources
 from microbatch.testing import ScriptedTransport
 
 
@@ -52,7 +52,7 @@ async def nothing_is_logged(caplog):
 
 
 def nothing_stays():
-    return asyncio.all_tasks() == {asyncio.current_task()} and parts._users == {}
+    return asyncio.all_tasks() == {asyncio.current_task()} and resources._users == {}
 
 
 async def works(batcher):

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from microbatch.batching.prompt import compose, instruction, item_line
-from microbatch.batching.schema import AnswerType, answer_type
+from microbatch.prompt.compose import compose, instruction, item_line
+from microbatch.schema.answer_type import AnswerType, answer_type
 from microbatch.testing import Faults, SimulatedModel, simulated_answer
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 

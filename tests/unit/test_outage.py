@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import microbatch as mb
-from microbatch.commands.resting import DirectTransport, RestingTransport
+from microbatch.cli.resting import DirectTransport, RestingTransport
 from microbatch.protocols import ChatCall, Completion
 from microbatch.spool.endpoint import (
     BURST,

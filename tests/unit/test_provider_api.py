@@ -19,7 +19,7 @@ from microbatch.errors import (
     TransportTimeout,
 )
 from microbatch.policy import RetryPolicy
-from microbatch.spool.provider_api import OpenAIBatchApi, is_ambiguous
+from microbatch.spool.provider.api import OpenAIBatchApi, is_ambiguous
 from microbatch.transports.batch_wire import BatchWire
 
 BATCH = {"id": "batch_1", "status": "validating", "created_at": 5, "metadata": {"a": "b"}}

@@ -11,16 +11,16 @@ import pytest
 from helpers import ask
 
 from microbatch.accounting.prices import Price
-from microbatch.batching.prompt import instruction, item_line
-from microbatch.batching.schema import answer_type
 from microbatch.errors import StorageError
 from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy
+from microbatch.prompt.compose import instruction, item_line
+from microbatch.schema.answer_type import answer_type
 from microbatch.spool.payload import Answer, Payload
-from microbatch.spool.provider_api import RemoteBatch
-from microbatch.spool.provider_lines import Composer, Content, read
-from microbatch.spool.provider_replies import Replies
-from microbatch.spool.provider_results import Reader
+from microbatch.spool.provider.api import RemoteBatch
+from microbatch.spool.provider.input_file import Composer, Content, read
+from microbatch.spool.provider.output_file import Reader
+from microbatch.spool.provider.replies import Replies
 from microbatch.spool.records import Delivery, Name
 from microbatch.transports.batch_wire import BatchWire
 
@@ -394,12 +394,12 @@ async def test_a_line_s_name_is_no_other_job_s():
 
 
 async def test_files_keep_to_the_provider_s_limits(monkeypatch):
-    monkeypatch.setattr("microbatch.spool.provider_lines.MAX_LINES", 3)
+    monkeypatch.setattr("microbatch.spool.provider.input_file.MAX_LINES", 3)
     taken = [delivery(f"text {number}", number, deliveries=3) for number in range(10)]
     drafts, _ = await Composer(BatchWire(None, where="x"), FlushPolicy()).drafts(taken)
     assert [len(draft.lines) for draft in drafts] == [3, 3, 3, 1]
     assert list(chain.from_iterable(draft.deliveries for draft in drafts)) == taken
-    monkeypatch.setattr("microbatch.spool.provider_lines.MAX_FILE_BYTES", 1_200)
+    monkeypatch.setattr("microbatch.spool.provider.input_file.MAX_FILE_BYTES", 1_200)
     taken.append(delivery("x" * 2_000, 10, deliveries=3))
     drafts, rejected = await Composer(BatchWire(None, where="x"), FlushPolicy()).drafts(taken)
     assert [one.delivery for one in rejected] == taken[10:]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from microbatch import errors
-from microbatch.transports.error_shapes import read_fault, to_error
+from microbatch.transports.error_parsing import read_fault, to_error
 from microbatch.transports.refusals import classify
 
 FILTERED: dict[str, tuple[int, Any]] = {

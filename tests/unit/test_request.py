@@ -12,11 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import microbatch as mb
-from microbatch.batching.budget import Budget, FlushReason
-from microbatch.batching.flight import File
+from microbatch.batching.batch_limits import Budget, FlushReason
 from microbatch.batching.lane import Lane
-from microbatch.batching.learned import Learned
+from microbatch.batching.lane_history import LaneHistory
 from microbatch.batching.request import PLAIN, own_text, read_messages, read_options, remembering, spec_of
+from microbatch.batching.single_flight import InFlightIndex
 from microbatch.testing import ScriptedTransport
 
 # Few words, so that messages are often equal, and values that are equal in Python but not in JSON.
@@ -39,7 +39,7 @@ options = st.builds(
 
 def short_look(spec, messages, options):
     """Do what `Intake.accept` does with the lane of the latest request."""
-    lane = Lane(spec, None, Learned(), Budget(16, 1_000, FlushReason.SIZE), len, File())
+    lane = Lane(spec, None, LaneHistory(), Budget(16, 1_000, FlushReason.SIZE), len, InFlightIndex())
     return own_text(messages, spec.plain) if lane.serves(options) else None
 
 
@@ -87,7 +87,7 @@ async def test_whatever_differs_before_the_last_message_makes_another_lane(chang
 
 async def test_of_the_lanes_that_rest_only_the_latest_is_kept():
     async with batcher_for(ScriptedTransport()) as batcher:
-        lanes = batcher._collector.lanes
+        lanes = batcher._engine.lanes
         for number in range(10):
             await batcher.submit(ask("x", f"Lane {number}."))
             assert [lane.spec.shared[0]["content"] for lane in lanes._by_key.values()] == [f"Lane {number}."]

@@ -28,7 +28,7 @@ from microbatch.policy import MAX_WAIT, RetryPolicy
 from microbatch.protocols import ChatCall, Completion
 from microbatch.testing import ScriptedTransport
 from microbatch.transports.accounts import Account, Permit
-from microbatch.transports.error_shapes import retry_after
+from microbatch.transports.error_parsing import retry_after
 from microbatch.transports.rate_limit import RateLimit
 from microbatch.transports.retry import Sender, worth_retrying
 from microbatch.transports.retry_budget import RetryBudget
@@ -471,7 +471,7 @@ async def submit_timed(transport, timeout, **options):
             await asyncio.sleep(0)
         (account,) = batcher._accounts._kept.values()
         assert account.on_wire == 0
-        assert batcher._collector.scheduler.in_use == 0
+        assert batcher._engine.scheduler.in_use == 0
         yield caught.value, account, batcher
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microbatch.batching import demultiplexer
-from microbatch.batching.scanner import BROKEN, MAX_DEPTH, MORE, SCALAR, STRING, ObjectScanner
+from microbatch.prompt.scanner import BROKEN, MAX_DEPTH, MORE, SCALAR, STRING, ObjectScanner
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=12),

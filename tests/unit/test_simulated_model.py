@@ -17,8 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microbatch.accounting.tokens import load_encoding
-from microbatch.batching.prompt import compose, instruction, item_line
-from microbatch.batching.schema import answer_type
 from microbatch.errors import (
     BadRequest,
     ConfigError,
@@ -30,7 +28,9 @@ from microbatch.errors import (
     TransportTimeout,
 )
 from microbatch.messages import Usage
+from microbatch.prompt.compose import compose, instruction, item_line
 from microbatch.protocols import ChatCall, Transport
+from microbatch.schema.answer_type import answer_type
 from microbatch.testing.answers import json_type, simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, prompt_tokens, split
 from microbatch.testing.faults import Fault, Faults, Kind

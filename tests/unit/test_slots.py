@@ -250,7 +250,7 @@ async def test_a_fallback_call_for_nobody_waits_for_no_slot():
         await asyncio.sleep(1)
         await drop(pair)
         await asyncio.sleep(1)
-        assert len(batcher._collector.scheduler.under_way) == 1
+        assert len(batcher._engine.scheduler.under_way) == 1
         gates[1].set()
         await other
     assert len(transport.calls) == 2

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from output_types import ALL_TYPES, Category, Colour, Node, Plain, Product, given_schema
 
 from microbatch.batching.request import read_messages, read_options
-from microbatch.batching.schema import answer_type
 from microbatch.errors import ConfigError, MalformedAnswer, StorageError
 from microbatch.messages import Message, Reply, Usage
+from microbatch.schema.answer_type import answer_type
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.records import Name
 

@@ -11,10 +11,10 @@ import pytest
 from msgspec import UNSET, Meta, Struct, UnsetType
 from output_types import ALL_TYPES, Colour, Level, Product, nodes
 
-from microbatch.batching.conform import WELL_FORMED, misfit
-from microbatch.batching.schema import answer_type
-from microbatch.batching.strict import to_strict
 from microbatch.errors import ConfigError
+from microbatch.schema.answer_type import answer_type
+from microbatch.schema.strict import to_strict
+from microbatch.schema.validate import WELL_FORMED, misfit
 
 
 @pytest.mark.parametrize("output_type", ALL_TYPES, ids=str)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbatch.batching.demultiplexer import Demultiplexer
-from microbatch.batching.schema import answer_type
-from microbatch.batching.thoughts import MARK, MARK_CHARS, after_leading_thought, after_thoughts, is_unfinished_thought
+from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.prompt.thoughts import MARK, MARK_CHARS, after_leading_thought, after_thoughts, is_unfinished_thought
+from microbatch.schema.answer_type import answer_type
 
 PAIRS = [
     ("<think>", "</think>"),

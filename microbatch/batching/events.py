@@ -1,0 +1,101 @@
+"""Makes what hooks are told of requests and calls. Nothing here runs unless somebody listens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, get_args
+
+from microbatch.accounting.events import Called, Flushed, Settled
+from microbatch.messages import Priority, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from microbatch.batching.call_state import CallState
+    from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.messages import Reply
+    from microbatch.protocols import ChatCall, Completion
+
+_PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+
+def flushed(tickets: Sequence[Ticket], reason: str, now: float) -> Flushed:
+    """Tell that *tickets*, of one lane or one alone, have left their queue."""
+    spec = tickets[0].spec
+    return Flushed(
+        reason=str(reason),
+        size=len(tickets),
+        model=spec.model,
+        priority=_PRIORITIES[spec.rank],
+        waited=now - min(ticket.created for ticket in tickets),
+    )
+
+
+def called(
+    call_state: CallState,
+    call: ChatCall,
+    tickets: Sequence[Ticket],
+    completion: Completion | None,
+    error: Exception | None,
+    now: float,
+    *,
+    default_model: str | None,
+) -> Called:
+    """Tell that *call*, which carried *tickets* and may have left the model to the transport's default, has ended."""
+    requested = call.model if call.model is not None else default_model
+    usage = None if completion is None else completion.usage
+    temperature = call.params.get("temperature")
+    return Called(
+        route=call_state.route,
+        size=len(tickets),
+        model=requested if completion is None or completion.model is None else completion.model,
+        requested_model=requested,
+        duration=now - call_state.sent,
+        first_text=None if call_state.first_text is None else call_state.first_text - call_state.sent,
+        attempts=call_state.attempts,
+        streamed=call.stream,
+        max_tokens=call.bound if call.max_tokens is None else call.max_tokens,
+        temperature=temperature if isinstance(temperature, int | float) else None,
+        usage=usage,
+        cost_usd=None if usage is None or call_state.price is None else call_state.price(usage),
+        finish_reason=None if completion is None else completion.finish_reason,
+        request_id=None if completion is None else completion.request_id,
+        error=error,
+        origins=tuple(origin for ticket in tickets for origin in _origins(ticket)),
+    )
+
+
+def settled(
+    spec: Spec,
+    created: float,
+    origin: Any,
+    now: float,
+    *,
+    reply: Reply[Any] | None = None,
+    error: Exception | None = None,
+) -> Settled:
+    """Tell that a request has ended: with *reply*, with *error*, or because its caller has left.
+
+    Args:
+        spec: What it shares with others.
+        created: Loop time of its submit.
+        origin: What its caller's hooks keep of it.
+        now: Loop time.
+        reply: Its answer.
+        error: Its error.
+    """
+    return Settled(
+        route=None if reply is None else reply.route,
+        error=error,
+        model=spec.model if reply is None else reply.model,
+        priority=_PRIORITIES[spec.rank],
+        waited=0.0 if reply is None else reply.waited,
+        latency=now - created,
+        batch_size=0 if reply is None else reply.batch_size,
+        usage=Usage() if reply is None else reply.usage,
+        cost_usd=None if reply is None else reply.cost_usd,
+        origin=origin,
+    )
+
+
+def _origins(ticket: Ticket) -> list[Any]:
+    return [ticket.origin] if ticket.flight is None else [seat.origin for seat in ticket.flight.seats]

@@ -1,0 +1,379 @@
+"""The order in which due queues and waiting attempts are served: fair, and starving none of them.
+
+Priorities share by weight, as long as all have something due; see `microbatch.batching.stride`. Within a priority the account with
+the fewest calls on the wire is next, among equals the one that was served longest ago. Within an account retries come before fallback
+calls and these before new work, where tenants take turns, within a tenant queues.
+
+Beyond the slots there is an overdraft, a quarter as many again, so that one account's slow calls cannot keep others waiting: an
+account with nothing on the wire, or one high-priority request per account, may start within it. Half of it is for high priority.
+
+Two things hold an account back without holding up others:
+
+- It is *blocked* while it has no permit to give. What was refused is its *head* and goes first afterwards, so that a small request
+  never overtakes a large one; only attempts go before new work even then.
+- It begins no new call while as many as there are slots have begun and not finished, or while most of them back off: during an
+  outage requests wait unsent, where they can still be cancelled, joined or promoted. Retries of calls that have begun go on.
+
+Pure bookkeeping.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+
+from microbatch.batching.stride import WEIGHTS, Stride
+from microbatch.batching.ticket import HIGH
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Hashable
+
+    from microbatch.batching.permits import Account, Permit
+
+_OUTAGE_CALLS: Final = 8
+"""Calls of an account that must be backing off, and be more than half of those begun, for it to begin no new one."""
+
+_STALE_ENTRIES: Final = 64
+"""Outdated entries of a heap, beyond as many as are valid, after which it is rebuilt."""
+
+
+class Due(Protocol):
+    """A queue that takes turns."""
+
+    @property
+    def account(self) -> Account:
+        """The account whose permits its requests need."""
+        ...
+
+    @property
+    def tenant(self) -> Hashable:
+        """The tenant whose requests it holds."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Its priority, an index into `WEIGHTS`."""
+        ...
+
+
+class Attempt:
+    """A retry, or the first attempt of a fallback call, which waits for a slot and a permit.
+
+    Attributes:
+        permit: The call's permit.
+        account: The account of the permit.
+        rank: The priority of the requests that the call carries.
+        begun: Whether the call has begun: this is a retry.
+        granted: Done when the attempt may be made, or can only be refused.
+    """
+
+    __slots__ = ("account", "begun", "granted", "permit", "rank")
+
+    def __init__(self, permit: Permit, granted: asyncio.Future[None]) -> None:
+        self.permit = permit
+        self.account = permit.account
+        self.rank = permit.rank
+        self.begun = permit.begun
+        self.granted = granted
+
+
+Q = TypeVar("Q", bound=Due)
+
+
+class _Entry:
+    """A share's place in the heap of its priority; outdated once the share has another one or none."""
+
+    __slots__ = ("key", "share")
+
+    def __init__(self, key: tuple[bool, int, int], share: _AccountTurn[Q]) -> None:
+        self.key = key
+        self.share = share
+
+    def __lt__(self, other: _Entry) -> bool:
+        return self.key < other.key
+
+
+class _AccountTurn(Generic[Q]):
+    """The due queues and waiting attempts of one account and priority.
+
+    Attributes:
+        account: The account.
+        rank: The priority.
+        retries: Attempts of calls that have begun, oldest first.
+        fallbacks: First attempts of fallback calls, oldest first.
+        tenants: Queues by tenant. The dict serves as a ring: the first is next.
+        turn: When it was served last, or came.
+        entry: Its valid entry in the heap, None while it may not be served.
+    """
+
+    __slots__ = ("account", "entry", "fallbacks", "rank", "retries", "tenants", "turn")
+
+    def __init__(self, account: Account, rank: int, turn: int) -> None:
+        self.account = account
+        self.rank = rank
+        self.retries: deque[Attempt] = deque()
+        self.fallbacks: deque[Attempt] = deque()
+        self.tenants: dict[Hashable, deque[Q]] = {}
+        self.turn = turn
+        self.entry: _Entry | None = None
+
+    @property
+    def empty(self) -> bool:
+        """True if nothing is due."""
+        return not (self.retries or self.fallbacks or self.tenants)
+
+    def line_of(self, attempt: Attempt) -> deque[Attempt]:
+        """Return the line in which *attempt* waits."""
+        return self.retries if attempt.begun else self.fallbacks
+
+
+class _Load(Generic[Q]):
+    """The shares of one account.
+
+    Attributes:
+        shares: By priority.
+        head: What was refused a permit last, and is served first.
+        blocked: True while the account has no permit to give.
+    """
+
+    __slots__ = ("blocked", "head", "shares")
+
+    def __init__(self) -> None:
+        self.shares: list[_AccountTurn[Q] | None] = [None] * len(WEIGHTS)
+        self.head: Q | Attempt | None = None
+        self.blocked = False
+
+
+class _Priority:
+    """The shares of one priority that may be served.
+
+    Attributes:
+        servable: How many.
+    """
+
+    __slots__ = ("_heap", "servable")
+
+    def __init__(self) -> None:
+        self.servable = 0
+        self._heap: list[_Entry] = []
+
+    def enter(self, entry: _Entry) -> None:
+        """Add a valid entry."""
+        heappush(self._heap, entry)
+        if len(self._heap) > 2 * self.servable + _STALE_ENTRIES:
+            self._heap = [each for each in self._heap if each.share.entry is each]
+            heapify(self._heap)
+
+    @property
+    def first(self) -> _AccountTurn[Any]:
+        """The share whose turn it is. One must be servable."""
+        heap = self._heap
+        while heap[0].share.entry is not heap[0]:
+            heappop(heap)
+        return heap[0].share
+
+
+class FairQueue(Generic[Q]):
+    """The queues and attempts that are due.
+
+    Args:
+        slots: Most calls on the wire, but for the overdraft; also the most calls that one account may have begun and not finished.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._overdraft = slots // 4
+        self._priorities = tuple(_Priority() for _ in WEIGHTS)
+        self._stride = Stride()
+        self._loads: dict[Account, _Load[Q]] = {}
+        self._overdrawn: set[Account] = set()
+        self._turn = count().__next__
+
+    # --- what is due
+
+    def add(self, queue: Q) -> None:
+        """Put *queue* last in its place."""
+        load, share = self._share(queue.account, queue.rank)
+        share.tenants.setdefault(queue.tenant, deque()).append(queue)
+        self._place(load, share)
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        """Put *attempt* behind the others of its kind, account and priority."""
+        load, share = self._share(attempt.account, attempt.rank)
+        share.line_of(attempt).append(attempt)
+        self._place(load, share)
+        if not isinstance(load.head, Attempt):
+            self.unblock(attempt.account)  # what is blocked is new work, which attempts do not wait for
+
+    def remove(self, queue: Q) -> None:
+        """Remove *queue*, which is no longer due; no turn is used up."""
+        load, share = self._share(queue.account, queue.rank)
+        queues = share.tenants[queue.tenant]
+        queues.remove(queue)  # mostly the first
+        if not queues:
+            del share.tenants[queue.tenant]
+        self._forget(load, queue)
+        self._place(load, share)
+
+    def discard(self, attempt: Attempt) -> None:
+        """Remove *attempt*, which is no longer wanted; no effect if it is not there any more."""
+        load = self._loads.get(attempt.account)
+        share = None if load is None else load.shares[attempt.rank]
+        if load is None or share is None or attempt not in share.line_of(attempt):
+            return
+        share.line_of(attempt).remove(attempt)
+        if load.head is attempt:
+            load.head = None
+            load.blocked = False  # what is next may need less
+        self._place_all(load)
+
+    # --- whose turn it is
+
+    def next(self, in_use: int = 0) -> Q | Attempt | None:
+        """Return what is served next, which stays where it is; None if nothing may be.
+
+        Args:
+            in_use: Slots in use.
+        """
+        rank = self._stride.first(
+            rank
+            for rank, priority in enumerate(self._priorities)
+            if priority.servable and (in_use < self._slots or self._may_overdraw(priority.first, in_use - self._slots))
+        )
+        return None if rank is None else self._first_of(self._priorities[rank].first)
+
+    def served(self, item: Q | Attempt, *, stays: bool = False) -> None:
+        """Use up the turn of *item*, its tenant, its account and its priority; a queue *stays* for another turn or goes."""
+        self._stride.served(item.rank)
+        load, share = self._share(item.account, item.rank)
+        share.turn = self._turn()
+        if isinstance(item, Attempt):
+            share.line_of(item).remove(item)  # mostly the first
+        else:
+            queues = share.tenants.pop(item.tenant)
+            queues.remove(item)
+            if stays:
+                queues.append(item)
+            if queues:
+                share.tenants[item.tenant] = queues
+        self._forget(load, item)
+        self._place_all(load)
+
+    # --- what holds accounts back
+
+    def block(self, item: Q | Attempt, in_use: int = 0) -> None:
+        """Serve nothing of the account of *item*, which has no permit for it now.
+
+        *item* goes first afterwards, unless only the overdraft let it ask: that gives it a slot sooner, but no permit.
+        """
+        load = self._loads[item.account]
+        load.blocked = True
+        if in_use < self._slots:
+            load.head = item
+        self._place_all(load)
+
+    def unblock(self, account: Account) -> bool:
+        """Serve *account* again, which may have a permit. Return whether anything of it may be served."""
+        load = self._loads.get(account)
+        if load is None or not load.blocked:
+            return False
+        load.blocked = False
+        self._place_all(load)
+        return any(share is not None and share.entry is not None for share in load.shares)
+
+    def changed(self, account: Account) -> None:
+        """Take account of what *account* has on the wire, has begun and has backing off, any of which has changed."""
+        load = self._loads.get(account)
+        if load is not None:
+            self._place_all(load)
+
+    def overdraws(self, permit: Permit, in_use: int) -> bool:
+        """Return whether *permit*, just paid, uses the overdraft of high priority; `repaid` has to follow then."""
+        if permit.rank != HIGH or (in_use < self._slots and permit.account.begun <= self._slots):
+            return False
+        self._overdrawn.add(permit.account)
+        return True
+
+    def repaid(self, account: Account) -> None:
+        """Note that the high-priority call that *account* had beyond the slots is no longer on the wire."""
+        self._overdrawn.discard(account)
+
+    # --- inside
+
+    def _share(self, account: Account, rank: int) -> tuple[_Load[Q], _AccountTurn[Q]]:
+        load = self._loads.get(account)
+        if load is None:
+            others = list(self._loads.values()) if len(self._loads) == 1 else ()
+            load = self._loads[account] = _Load()
+            for other in others:
+                self._place_all(other)  # it was alone, and its entries were not kept up to date; see `_place`
+        share = load.shares[rank]
+        if share is None:
+            share = load.shares[rank] = _AccountTurn(account, rank, self._turn())
+        return load, share
+
+    def _forget(self, load: _Load[Q], item: Q | Attempt) -> None:
+        if load.head is item:
+            load.head = None
+
+    def _may_begin(self, share: _AccountTurn[Q]) -> bool:
+        begun, resting = share.account.begun, share.account.backing_off
+        if resting >= _OUTAGE_CALLS and 2 * resting > begun:
+            return False
+        return begun < self._slots + (self._overdraft if self._is_urgent(share) else 0)
+
+    def _may_overdraw(self, share: _AccountTurn[Q], beyond: int) -> bool:
+        """Return whether *share* may be served with *beyond* slots in use beyond the limit."""
+        if self._is_urgent(share):
+            return beyond < self._overdraft
+        # Its one high-priority call in the overdraft does not count, nor do those of all accounts, up to the half that is theirs.
+        idle = share.account.on_wire <= (share.account in self._overdrawn)
+        reserved = max(0, self._overdraft // 2 - len(self._overdrawn))
+        return idle and beyond < self._overdraft - reserved
+
+    def _is_urgent(self, share: _AccountTurn[Q]) -> bool:
+        return share.rank == HIGH and share.account not in self._overdrawn
+
+    def _first_of(self, share: _AccountTurn[Q]) -> Q | Attempt:
+        """Return what is first of the account of *share*, which may be served."""
+        head, may_begin = self._loads[share.account].head, self._may_begin(share)
+        if isinstance(head, Attempt) and (head.begun or may_begin):
+            return head
+        if share.retries or (share.fallbacks and may_begin):
+            return (share.retries or share.fallbacks)[0]
+        if head is not None and not isinstance(head, Attempt):
+            return head
+        return next(iter(share.tenants.values()))[0]
+
+    def _place_all(self, load: _Load[Q]) -> None:
+        for share in load.shares:
+            if share is not None:
+                self._place(load, share)
+
+    def _place(self, load: _Load[Q], share: _AccountTurn[Q]) -> None:
+        """Give *share* the place in its priority that it is due now, or none; forget it if it is empty."""
+        account, rank = share.account, share.rank
+        priority = self._priorities[rank]
+        if share.empty:
+            load.shares[rank] = None
+            if not any(load.shares):
+                del self._loads[account]
+        if load.blocked or share.empty or not (share.retries or self._may_begin(share)):
+            if share.entry is not None:
+                share.entry = None
+                priority.servable -= 1
+            return
+        if share.entry is not None and len(self._loads) == 1:
+            return  # with one account there is nothing to compare with, and this is on every batch's path
+        key = (rank == HIGH and account in self._overdrawn, account.on_wire, share.turn)
+        if share.entry is None:
+            if not priority.servable:
+                self._stride.enter(rank)
+            priority.servable += 1
+        elif share.entry.key == key:
+            return
+        share.entry = _Entry(key, share)
+        priority.enter(share.entry)

@@ -1,0 +1,150 @@
+"""From an output type to its strict schema and to what reads its JSON: msgspec's, or pydantic's where pydantic is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib
+import sys
+import typing
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import msgspec
+
+from microbatch.errors import ConfigError
+from microbatch.schema.strict import to_strict
+from microbatch.schema.traverse import Schema, nodes
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from microbatch.schema.decode import Reader
+
+
+def type_name(output_type: Any) -> str:
+    """Name the type without the `repr` of an instance, which may hold anything."""
+    if isinstance(output_type, type):
+        return output_type.__qualname__
+    return repr(output_type) if _is_type_like(output_type) else f"an instance of {type(output_type).__qualname__}"
+
+
+@contextlib.contextmanager
+def blaming(output_type: Any) -> Generator[None]:
+    """Name *output_type* as that which cannot be used when compiling it fails.
+
+    Raises:
+        ConfigError: It is no type, or anything but an interrupt was raised inside.
+    """
+    if not _is_type_like(output_type):
+        raise ConfigError(f"output_type must be a type, not {type_name(output_type)}")
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except ConfigError as error:
+        raise ConfigError(f"output_type {type_name(output_type)} {error}") from None
+    except BaseException as error:  # pydantic is Rust: its panics are no Exception
+        # msgspec tells what is wrong in the last line; the ones before are about options that only it has.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[-1] if isinstance(error, TypeError) else lines[0]
+        raise ConfigError(f"output_type {type_name(output_type)} cannot be used: {reason}") from error
+
+
+def compile_type(output_type: Any) -> tuple[Schema, Reader]:
+    """Return the strict schema of *output_type*, and what reads JSON as it.
+
+    Raises:
+        ConfigError: The type cannot be told in the strict subset.
+        BaseException: Whatever the type's library raises for a type that has no JSON form.
+    """
+    parts = list(_reached(output_type))
+    # Who uses pydantic has imported it, so it is never imported here.
+    if "pydantic" in sys.modules and any(map(_is_pydantic, parts)):
+        schema, read = _with_pydantic(output_type)
+        return to_strict(schema), read
+    schema, read = _with_msgspec(output_type)
+    return to_strict(schema, _choices(parts)), read
+
+
+def _is_type_like(output_type: Any) -> bool:
+    return (
+        isinstance(output_type, type)
+        or get_origin(output_type) is not None
+        or type(output_type).__module__ in {"typing", "typing_extensions"}
+    )
+
+
+def _with_msgspec(output_type: Any) -> tuple[Schema, Reader]:
+    try:
+        (schema,), shared = msgspec.json.schema_components((output_type,), ref_template="#/$defs/{name}")
+    except KeyError as error:
+        raise ConfigError(f"cannot be used: it holds two types that are both named {error}") from error
+    return {**schema, "$defs": shared}, msgspec.json.Decoder(output_type).decode
+
+
+def _with_pydantic(output_type: Any) -> tuple[Schema, Reader]:
+    pydantic = sys.modules["pydantic"]
+    adapter = pydantic.TypeAdapter(output_type)
+    # Defaults are dropped, so one that is not JSON is nothing to warn of.
+    ignored = {"ignored_warning_kinds": {"skipped-choice", "non-serializable-default"}}
+    quiet = type("Quiet", (importlib.import_module("pydantic.json_schema").GenerateJsonSchema,), ignored)
+    schema = adapter.json_schema(mode="validation", schema_generator=quiet)
+    names: set[str] = {name for node in nodes(schema) for name in node.get("properties", ())}
+
+    def read(raw: str) -> Any:
+        try:
+            return adapter.validate_json(raw)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            # Places may be keys that the model made up, and messages may quote it; names from the schema and codes do not.
+            path = "".join(
+                f"[{at}]" if isinstance(at, int) else f".{at}" if at in names else "[...]" for at in first["loc"]
+            )
+            cause = first.get("ctx", {}).get("error")
+            raise ValueError(f"${path}: {first['type']}") from cause if isinstance(cause, Exception) else None
+
+    return schema, read
+
+
+def _reached(output_type: Any) -> Iterator[Any]:
+    """Yield the type and all that its arguments, metadata and fields are made of, each once."""
+    seen: dict[int, Any] = {}  # holds the objects, so that no id is given out twice
+    stack = [output_type]
+    while stack:
+        part = stack.pop()
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        yield part
+        origin = get_origin(part)
+        if origin is None:
+            stack += [] if _is_pydantic(part) else _fields(part)
+        elif origin is not Literal:
+            stack += (origin, *get_args(part))
+
+
+def _fields(part: Any) -> list[Any]:
+    if isinstance(part, type):
+        try:
+            return list(typing.get_type_hints(part, include_extras=True).values())
+        except Exception:  # noqa: BLE001 - an unresolvable name is reported by the library that needs it
+            return []
+    # NewType and the aliases of `type X = ...`
+    return [getattr(part, name) for name in ("__supertype__", "__value__") if hasattr(part, name)]
+
+
+def _is_pydantic(part: Any) -> bool:
+    kind = part if isinstance(part, type) else type(part)
+    home = str(kind.__module__).partition(".")[0]
+    return home == "pydantic" or (
+        kind is part and (hasattr(part, "__get_pydantic_core_schema__") or hasattr(part, "__pydantic_validator__"))
+    )
+
+
+def _choices(parts: list[Any]) -> Iterator[list[Any]]:
+    """Yield the choices in *parts* in the order in which they were written; msgspec sorts them."""
+    for part in parts:
+        if get_origin(part) is Literal:
+            yield list(get_args(part))
+        elif isinstance(part, enum.EnumMeta):
+            yield list(part._value2member_map_)
