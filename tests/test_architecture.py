@@ -102,6 +102,10 @@ def modules():
         yield name.removesuffix(".__init__") if name != "__init__" else "", path
 
 
+MODULES = dict(modules())
+NAMES = MODULES.keys()
+
+
 def imports(path, *, at_run_time):
     """The modules that *path* imports, those for type checkers left out if *at_run_time*."""
     found = set()
@@ -114,9 +118,9 @@ def imports(path, *, at_run_time):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-            if node.module == "microbatch" or (HOUSE / Path(*node.module.split(".")[1:])).is_dir():
-                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in inner if name.removeprefix("microbatch.") in NAMES}
+            found.update(submodules if submodules == inner else {node.module, *submodules})
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -124,7 +128,6 @@ def imports(path, *, at_run_time):
     return found
 
 
-MODULES = dict(modules())
 OURS = {
     name: {m.removeprefix("microbatch.") for m in imports(path, at_run_time=True) if m.startswith("microbatch.")}
     & MODULES.keys()

@@ -215,9 +215,9 @@ def calls_for_nobody_are_cancelled(world: World) -> Iterator[str]:
 
 
 def neighbours_are_unharmed(world: World) -> Iterator[str]:
-    """A call with a live caller is cancelled by nothing but a close."""
+    """A call with a live caller is cancelled by nothing but a close, or by a reply that goes on past its end."""
     for attempt in world.upstream.attempts:
-        if attempt.how != "cancelled":
+        if attempt.how != "cancelled" or attempt.past_the_end:
             continue
         alive = [
             text

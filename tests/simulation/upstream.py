@@ -73,6 +73,8 @@ class Attempt:
         ended: When it was over, None while it is not; `turn_ended` the loop's turn.
         how: "answered", "failed", "cancelled"; None while it is under way.
         said: Texts whose right answers have gone out, and when.
+        past: Length from which on the reply goes on for nothing: two elements more than were asked for, the last two of no use.
+        past_the_end: Whether so much has gone out.
         reported: Usage it reported.
         timeout: What the call may take, as it was told then.
         excuses: Errors that this attempt may mean for an item it carried alone, and for one of several.
@@ -97,6 +99,8 @@ class Attempt:
     turn_ended: int = 0
     how: str | None = None
     said: dict[str, float] = field(default_factory=dict)
+    past: int | None = None
+    past_the_end: bool = False
     reported: mb.Usage | None = None
     excuses: tuple[tuple[type, ...], tuple[type, ...]] = ((), ())
     raised: BaseException | None = None
@@ -285,6 +289,7 @@ class _Sending:
                 await self._pause(fault.gap)
             said = [name for place, name in marks if start < place <= end]
             attempt.said.update((name, self._world.now()) for name in said)
+            attempt.past_the_end = attempt.past is not None and end >= attempt.past
             self._world.answers_come(said, "before")
             self._on_text(text[start:end])
             self._world.answers_come(said, "after")
@@ -306,12 +311,21 @@ class _Sending:
         reply, marks = '{"results":[', []
         if kind == "prose":
             reply = f"Here you are:\n```json\n{reply}"
+        open_, astray = {*attempt.ids, attempt.canary}, 0
         for index, (name, answer, text) in enumerate(elements):
             reply += ("," if index else "") + (
                 answer if name is None else json.dumps({"id": name, "answer": answer}, separators=(",", ":"))
             )
             if text is not None:
                 marks.append((len(reply), text))
+            astray = 0 if name in open_ else astray + 1
+            open_.discard(name)
+            if (
+                astray >= 2
+                and index + 1 >= len(attempt.texts) + (attempt.canary is not None) + 2
+                and attempt.past is None
+            ):
+                attempt.past = len(reply)
         reply += "]}"
         return (f"{reply}\n```\nAnything else?" if kind == "prose" else reply), marks
 
