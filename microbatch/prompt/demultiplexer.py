@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from microbatch.prompt.scanner import BROKEN, MORE, SCALAR, SPACE, STRING, ObjectScanner
-from microbatch.prompt.thoughts import MARK, MARK_CHARS
+from microbatch.thoughts import MARK, MARK_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -21,7 +21,7 @@ from microbatch.errors import (
     TruncatedReply,
     mask,
 )
-from microbatch.prompt.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
+from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -19,10 +19,10 @@ from microbatch.messages import Usage
 from microbatch.prompt.canary import check_canary
 from microbatch.prompt.demultiplexer import Demultiplexer
 from microbatch.prompt.outcome import complaint, ending
-from microbatch.prompt.thoughts import after_leading_thought
 from microbatch.spool.endpoint import ENOUGH, Cause, cause_of, may_refuse_all
 from microbatch.spool.payload import Answer
 from microbatch.spool.provider.input_file import read
+from microbatch.thoughts import after_leading_thought
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
