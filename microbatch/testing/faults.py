@@ -153,8 +153,8 @@ class Fault:
             words: Ids of those whose answers are strings all the same.
         """
         # These need an element after the one they begin at, or they would only be the last one missing.
-        admission = len(elements) - (self.kind in _NEIGHBOURLY and len(elements) > 1)
-        at = self.random.randrange(admission)
+        places = len(elements) - (self.kind in _NEIGHBOURLY and len(elements) > 1)
+        at = self.random.randrange(places)
         before, (name, answer), after = elements[:at], elements[at], elements[at + 1 :]
         match self.kind:
             case "missing":

@@ -64,7 +64,7 @@ def check_length(tokens: int, max_tokens: int | None, *, context: int | None, ou
     raise EndpointError(400, message, param="messages", code="context_length_exceeded")
 
 
-def admission(prompt: Prompt, *, context: int | None, output: int | None) -> int | None:
+def reply_limit(prompt: Prompt, *, context: int | None, output: int | None) -> int | None:
     """Return the most tokens that the reply to *prompt* may have, or None for any number."""
     window = None if context is None else context - prompt.tokens
     return min((limit for limit in (prompt.max_tokens, window, output) if limit is not None), default=None)

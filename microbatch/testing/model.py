@@ -18,7 +18,7 @@ from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
-from microbatch.testing.lengths import RAMBLING_TOKENS, admission, asked_max_tokens, check_length, usage_of, within
+from microbatch.testing.lengths import RAMBLING_TOKENS, reply_limit, asked_max_tokens, check_length, usage_of, within
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
@@ -381,13 +381,13 @@ class SimulatedModel:
         if fault is None:
             return elements
         if fault.kind == "rambling":
-            return fault.rambling(elements, self._admission(prompt) or RAMBLING_TOKENS)
+            return fault.rambling(elements, self._reply_limit(prompt) or RAMBLING_TOKENS)
         words = {name for name, text in prompt.items if exact_word(text)}
         return fault.elements(elements, None if prompt.as_text else prompt.schema, words)
 
-    def _admission(self, prompt: Prompt) -> int | None:
+    def _reply_limit(self, prompt: Prompt) -> int | None:
         """Return the most tokens that the reply to *prompt* may have, or None for any number."""
-        return admission(prompt, context=self.context_tokens, output=self.max_output_tokens)
+        return reply_limit(prompt, context=self.context_tokens, output=self.max_output_tokens)
 
     def _order(self, prompt: Prompt) -> str | None:
         return answer_for_all(text for _, text in prompt.items) if self.obey else None
@@ -423,7 +423,7 @@ class SimulatedModel:
     def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
         """Cut the reply where limits and faults want it, and say how it ends."""
         finish_reason: str | None = "stop"
-        most = self._admission(prompt)
+        most = self._reply_limit(prompt)
         if most is None and fault is not None and fault.kind == "rambling":
             most = RAMBLING_TOKENS
         pieces, hidden, cut = within(pieces, self.reasoning_tokens, most)

@@ -476,12 +476,12 @@ def test_no_window_ever_holds_more_than_the_limit_and_nobody_is_overtaken_or_stu
 
 
 @settings(max_examples=100)
-@given(estimates=st.lists(COSTS.filter(bool), min_size=1, max_size=80), rpm=st.sampled_from([None, 30]))
-def test_a_queue_is_served_at_nearly_the_limit_whatever_it_holds(estimates, rpm):
+@given(costs=st.lists(COSTS.filter(bool), min_size=1, max_size=80), rpm=st.sampled_from([None, 30]))
+def test_a_queue_is_served_at_nearly_the_limit_whatever_it_holds(costs, rpm):
     line = Line(bucket_for(rpm=rpm, tpm=1_000))
-    for tokens in estimates:
+    for tokens in costs:
         line.arrive(tokens)
     line.run_dry()
     # What does not fit beside its elders wastes at most as much as it is large; the debt of large ones is paid once more.
-    windows = 2 * sum(estimates) / 1_000 + (len(estimates) / rpm if rpm else 0) + 2
+    windows = 2 * sum(costs) / 1_000 + (len(costs) / rpm if rpm else 0) + 2
     assert line.now <= windows * WINDOW
