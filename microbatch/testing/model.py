@@ -18,7 +18,7 @@ from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
-from microbatch.testing.lengths import RAMBLING_TOKENS, reply_limit, asked_max_tokens, check_length, usage_of, within
+from microbatch.testing.lengths import RAMBLING_TOKENS, asked_max_tokens, check_length, reply_limit, usage_of, within
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
