@@ -1,4 +1,4 @@
-"""How long a simulated reply may be, and what is hidden in it."""
+"""Limits on the length of a simulated reply, reasoning tokens included."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from microbatch.testing.reading import Prompt
 
 RAMBLING_TOKENS: Final = 8_192
-"""Where a model that does not stop is stopped if nothing else does."""
+"""The length of a reply that does not end by itself where no other limit applies."""
 
 
 def asked_max_tokens(body: Mapping[str, Any]) -> int | None:
