@@ -68,6 +68,7 @@ PURE = [
     "transports.limit_headers",
     "transports.rate_limit",
     "lru",
+    "transience",
     "transports.refusals",
     "transports.reply_reader",
     "transports.reported_usage",
@@ -183,7 +184,7 @@ def test_a_folder_knows_its_own_vendors_only(folder):
 # What a folder may import beside itself and the words.
 NEIGHBOURS = {
     "accounting": set(),
-    "transports": {"lru"},
+    "transports": {"lru", "transience"},
     "storage": set(),
     "caching": {"resources", "storage", *PURE},
     "spool": {"storage", *PURE},

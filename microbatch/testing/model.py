@@ -7,12 +7,12 @@ no I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import msgspec
 
+from microbatch.lru import LRU
 from microbatch.messages import Usage
 from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
@@ -500,7 +500,7 @@ class _Prefixes:
     MOST = 10_000
 
     def __init__(self) -> None:
-        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._known: LRU[bytes, None] = LRU(self.MOST)
 
     def seen(self, messages: Iterable[Mapping[str, Any]]) -> int:
         """Return how many tokens of the prompt's start were seen before, and remember it."""
@@ -514,8 +514,5 @@ class _Prefixes:
             key = digest.digest()
             if key in self._known and end >= self.LEAST:
                 cached = end
-            self._known[key] = None
-            self._known.move_to_end(key)
-        while len(self._known) > self.MOST:
-            self._known.popitem(last=False)
+            self._known.put(key, None)
         return cached

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from microbatch.errors import RateLimited, StatusError
-from microbatch.lru import Kept
+from microbatch.lru import SharedLRU
 from microbatch.messages import Limits
 from microbatch.policy import MAX_WAIT
 from microbatch.transports.breaker import Breaker
@@ -359,7 +359,7 @@ class Accounts:
         self._model = getattr(transport, "model", None)
         self._retry = retry
         self._limit = limit
-        self._kept: Kept[object, Account] = Kept(CAPACITY)
+        self._kept: SharedLRU[object, Account] = SharedLRU(CAPACITY)
         self._slots: Slots | None = None
 
     def __len__(self) -> int:
@@ -370,7 +370,7 @@ class Accounts:
         """Return the account of calls to *model* with *headers*."""
         key = (self._base_url, model or self._model, _credentials(headers) if headers else b"")
         now = asyncio.get_running_loop().time()
-        return self._kept.get(key, now) or self._kept.put(key, self._make(key, now), now)
+        return self._kept.get_or_make(key, lambda: self._make(key, now), now)
 
     def serve(self, slots: Slots) -> None:
         """Make *slots* the scheduler of all accounts made from now on."""

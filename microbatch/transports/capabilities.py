@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from microbatch.lru import Recent
+from microbatch.lru import LRU
 from microbatch.transports.bound_refusals import lower
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class _Entry:
 
     def __init__(self) -> None:
         self.general = _RungState()
-        self.schemas: Recent[bytes, _RungState] = Recent(MAX_SCHEMAS)
+        self.schemas: LRU[bytes, _RungState] = LRU(MAX_SCHEMAS)
         self.unsupported: set[str] = set()
         self.max_tokens_name = _MAX_TOKENS_NAMES[0]
         self.streams_only = False
@@ -98,7 +98,7 @@ class _Entry:
 
     def schema(self, digest: bytes) -> _RungState:
         """Return what is known of one schema, to be written to."""
-        return self.schemas.get(digest) or self.schemas.put(digest, _RungState())
+        return self.schemas.get_or_make(digest, _RungState)
 
     def stand(self, digest: bytes) -> list[_RungState]:
         """Return the footholds that decide the rung of a schema: those furthest down."""
@@ -160,7 +160,7 @@ class Ladder:
     def __init__(self, *, capacity: int = CAPACITY, patience: float = PATIENCE) -> None:
         self.answered = False
         self._patience = patience
-        self._entries: Recent[tuple[str, str, bytes], _Entry] = Recent(capacity)
+        self._entries: LRU[tuple[str, str, bytes], _Entry] = LRU(capacity)
         self._notes: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()
         # Credentials are kept as digests only; the key makes them useless to whoever reads a dump and guesses.
         self._salt = secrets.token_bytes(16)
@@ -192,7 +192,7 @@ class Ladder:
             may_stream: Whether the reply may be streamed, though it is not wanted.
         """
         key = (base_url, model, self._digest_of(credentials))
-        entry = self._entries.get(key) or self._entries.put(key, _Entry())
+        entry = self._entries.get_or_make(key, _Entry)
         if stream is False and may_stream and entry.streams_only:
             stream = True
         # Said in words where it is not wanted: some proxies stream unless they are told not to.

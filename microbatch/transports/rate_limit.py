@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Literal
 
 from microbatch.errors import ConfigError
-from microbatch.lru import Kept
+from microbatch.lru import SharedLRU
 from microbatch.policy import at_least, one_of, whole
 from microbatch.transports.bucket import Bucket
 
@@ -64,7 +64,7 @@ class RateLimit:
         self.share = share
         self.charge: Charge = charge
         self.adaptive = adaptive
-        self._buckets: Kept[Hashable, Bucket] = Kept(_CAPACITY)
+        self._buckets: SharedLRU[Hashable, Bucket] = SharedLRU(_CAPACITY)
 
     def __repr__(self) -> str:
         """Tell the settings."""
@@ -80,4 +80,4 @@ class RateLimit:
 
     def bucket(self, key: Hashable, now: float) -> Bucket:
         """Return the bucket of one (endpoint, model, credentials)."""
-        return self._buckets.get(key, now) or self._buckets.put(key, Bucket(self), now)
+        return self._buckets.get_or_make(key, lambda: Bucket(self), now)

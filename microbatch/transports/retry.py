@@ -13,9 +13,9 @@ from microbatch.errors import (
     RequestFailed,
     StatusError,
     TransportError,
-    worth_retrying,
 )
 from microbatch.policy import MAX_WAIT
+from microbatch.transience import Backoff, is_transient
 from microbatch.transports.bucket import WINDOW
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Sender:
 
         account, send = permit.account, self._transport.send
         lessons = failures = 0
+        backoff = Backoff(self._policy.base, self._policy.cap, draw=self._draw)
         excused_until: float | None = None
         while True:
             await permit.admit()
@@ -125,7 +126,7 @@ class Sender:
                 raise
             permit.error = failure
             self.rate_limited += isinstance(failure, RateLimited)
-            cut = completion is not None or (heard and (type(failure) is TransportError or worth_retrying(failure)))
+            cut = completion is not None or (heard and (type(failure) is TransportError or is_transient(failure)))
             if (heard and not cut) or (cut and not on_cut(completion)):
                 if completion is None:
                     raise failure
@@ -140,7 +141,9 @@ class Sender:
                     # Refused for the pace with a bound of ours: it waits for what our bounds have reserved of this minute's tokens.
                     excused_until = loop.time() + WINDOW
                 excused = excused and loop.time() < (excused_until or 0.0)
-                await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure), excused=excused)
+                await self._back_off(
+                    failure, failures, backoff, permit, worth=cut or is_transient(failure), excused=excused
+                )
 
     def _undo(self, permit: Permit, *, drawn: bool, earned: float) -> None:
         """Give back what was paid for an attempt that was not made, and count it no more."""
@@ -150,7 +153,14 @@ class Sender:
         permit.cancel()
 
     async def _back_off(
-        self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool, excused: bool = False
+        self,
+        error: RequestFailed,
+        failures: int,
+        backoff: Backoff,
+        permit: Permit,
+        *,
+        worth: bool,
+        excused: bool = False,
     ) -> None:
         """Wait until another attempt may be *worth* it; one that is *excused* neither counts nor draws on the budget.
 
@@ -169,7 +179,7 @@ class Sender:
         # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
         try:
             with permit.account.resting():
-                await asyncio.sleep((asked or 0.0) + policy.longest_delay(failures) * self._draw())
+                await asyncio.sleep((asked or 0.0) + backoff.next())
         except asyncio.CancelledError:
             permit.cancel()
             raise
