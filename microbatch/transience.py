@@ -1,13 +1,19 @@
-"""Transient failures: which errors they are, and how long to wait before the next attempt."""
+"""Transient failures: which errors they are, how long to wait before the next attempt, and how many retries are allowed in total."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from microbatch.errors import ConnectFailed, QuotaExhausted, RateLimited, ServerError, StatusError, TransportTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from microbatch.policy import RetryPolicy
+
+# First attempts whose share of retries is saved: enough for all slots of a default policy to use all their attempts once, so that the
+# savings of a quiet day do not become a storm of retries.
+_SAVED_FIRSTS: Final = 1_000
 
 
 def is_transient(error: BaseException) -> bool:
@@ -48,3 +54,39 @@ class Backoff:
     def reset(self) -> None:
         """Start again at the first delay, after a success."""
         self.limit = 0.0
+
+
+class RetryBudget:
+    """Retries that all calls of an account share, so that an outage is not answered with a multiple of the load.
+
+    As in Finagle and gRPC (proposal A6) each first attempt earns part of a retry, and there is a small reserve for low traffic.
+
+    Args:
+        policy: The rules.
+    """
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._share = policy.budget
+        self._balance = float(policy.reserve)
+        self._most = policy.reserve + policy.budget * _SAVED_FIRSTS
+
+    def first(self) -> float:
+        """Note a first attempt; return the part of a retry that it earned."""
+        before = self._balance
+        self._balance = min(self._most, before + self._share)
+        return self._balance - before
+
+    def take_back(self, earned: float) -> None:
+        """Take back what an attempt *earned* that was not made."""
+        self._balance -= earned
+
+    def draw(self) -> bool:
+        """Take a retry; return whether there was one."""
+        if self._balance < 1 - 1e-9:  # five times 0.2 is not quite 1
+            return False
+        self._balance -= 1
+        return True
+
+    def give_back(self) -> None:
+        """Return a retry that was not made."""
+        self._balance = min(self._most, self._balance + 1)

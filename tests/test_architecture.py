@@ -65,14 +65,13 @@ PURE = [
     "transports.capabilities",
     "transports.finish_reasons",
     "transports.lenient",
-    "transports.limit_headers",
+    "transports.response_headers",
     "transports.rate_limit",
     "lru",
     "transience",
     "transports.refusals",
     "transports.reply_reader",
     "transports.reported_usage",
-    "transports.retry_budget",
     "transports.sse",
 ]
 WAITING = [

@@ -10,8 +10,8 @@ from microbatch.transports.bound_refusals import read_refusal, words_of
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, read_fault, to_error, unanswered
 from microbatch.transports.http import guarded, read_all, read_some
-from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.reply_reader import ReplyReader
+from microbatch.transports.response_headers import read_limits
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:

@@ -9,8 +9,6 @@ the status as code, number or string (OpenRouter, llama-server, LiteLLM), inside
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import msgspec
@@ -27,8 +25,8 @@ from microbatch.errors import (
     mask,
 )
 from microbatch.transports.lenient import decode_body
-from microbatch.transports.limit_headers import number, read_limits
 from microbatch.transports.refusals import classify
+from microbatch.transports.response_headers import read_limits, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -157,39 +155,6 @@ def _masked(raw: bytes, secrets: Iterable[str]) -> str:
     for secret in secrets:
         body = body.replace(secret, "***")
     return body
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that an endpoint asks to wait, or None if it does not say, or says nonsense.
-
-    `retry-after-ms` is OpenAI's, `llm_provider-retry-after` what LiteLLM makes of the provider's header.
-    """
-    milliseconds = number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    for name in ("retry-after", "llm_provider-retry-after"):
-        value = headers.get(name)
-        wait = number(value)
-        if wait is None:
-            wait = _until(value, headers.get("date"))
-        if wait is not None:
-            return wait
-    return None
-
-
-def _until(value: str | None, date: str | None) -> float | None:
-    """Return the seconds until an HTTP date; counted from the answer's own Date, so that a skewed clock does no harm."""
-    try:
-        moment = parsedate_to_datetime(value or "")
-    except (ValueError, OverflowError):
-        return None
-    try:
-        now = parsedate_to_datetime(date or "")
-    except (ValueError, OverflowError):
-        now = datetime.now(UTC)
-    # A date without a zone ("-0000") is UTC.
-    moment, now = (each if each.tzinfo else each.replace(tzinfo=UTC) for each in (moment, now))
-    return max(0.0, (moment - now).total_seconds())
 
 
 def as_object(value: Any) -> dict[str, Any]:

@@ -27,12 +27,11 @@ from microbatch.errors import (
 from microbatch.policy import MAX_WAIT, RetryPolicy
 from microbatch.protocols import ChatCall, Completion
 from microbatch.testing import ScriptedTransport
-from microbatch.transience import is_transient
+from microbatch.transience import RetryBudget, is_transient
 from microbatch.transports.accounts import Account, Permit
-from microbatch.transports.error_parsing import retry_after
 from microbatch.transports.rate_limit import RateLimit
+from microbatch.transports.response_headers import retry_after
 from microbatch.transports.retry import Sender
-from microbatch.transports.retry_budget import RetryBudget
 
 CALL = {"messages": [{"role": "user", "content": "x"}]}
 
