@@ -69,7 +69,6 @@ PURE = [
     "transports.rate_limit",
     "lru",
     "transience",
-    "transports.refusals",
     "transports.reply_reader",
     "transports.reported_usage",
     "transports.sse",

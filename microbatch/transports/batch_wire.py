@@ -9,7 +9,8 @@ from microbatch.errors import BadRequest, ConfigError
 from microbatch.protocols import ChatCall
 from microbatch.transports.capabilities import Ladder, Plan, Rung
 from microbatch.transports.chat_wire import compose
-from microbatch.transports.error_parsing import Fault, as_object, read_fault, to_error
+from microbatch.transports.error_parsing import Fault, read_fault, to_error
+from microbatch.transports.lenient import as_object
 from microbatch.transports.reply_reader import ReplyReader
 
 if TYPE_CHECKING:

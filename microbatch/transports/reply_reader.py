@@ -13,9 +13,9 @@ import msgspec
 
 from microbatch.errors import ServerError
 from microbatch.protocols import Completion
-from microbatch.transports.error_parsing import Fault, as_object, is_array, read_fault
+from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.finish_reasons import read_finish
-from microbatch.transports.lenient import Joiner, decode, decode_body
+from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
 from microbatch.transports.reported_usage import read_usage
 
 if TYPE_CHECKING:

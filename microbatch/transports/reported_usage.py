@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.messages import Usage
-from microbatch.transports.error_parsing import as_object
+from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
