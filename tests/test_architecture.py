@@ -61,6 +61,7 @@ PURE = [
     "transports.breaker",
     "transports.bucket",
     "transports.concurrency",
+    "transports.credentials",
     "transports.error_parsing",
     "transports.capabilities",
     "transports.finish_reasons",

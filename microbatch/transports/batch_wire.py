@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import BadRequest, ConfigError
 from microbatch.protocols import ChatCall
-from microbatch.transports.capabilities import Ladder, Plan, Rung
+from microbatch.transports.capabilities import Capabilities, Plan, Rung
 from microbatch.transports.chat_wire import compose
 from microbatch.transports.error_parsing import Fault, read_fault, to_error
 from microbatch.transports.lenient import as_object
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from microbatch.errors import StatusError
     from microbatch.protocols import Completion
 
-# Fields that the ladder may leave out or rename.
+# Fields that the capabilities may leave out or rename.
 _OPTIONAL: Final = ("temperature", "max_tokens", "max_completion_tokens")
 _RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJECT}
 
@@ -40,7 +40,7 @@ class BatchWire:
     def __init__(self, model: str | None, *, where: str) -> None:
         self.model = model
         self._where = where
-        self._ladder = Ladder()
+        self._capabilities = Capabilities()
 
     def body(self, call: ChatCall) -> dict[str, Any]:
         """Return the body of the line for *call*.
@@ -69,11 +69,11 @@ class BatchWire:
             ServerError: It is no chat completion, or one without an answer.
         """
         if not 200 <= status < 300:  # noqa: PLR2004 (the class of success)
-            raise self._history(read_fault(raw, status) or Fault(status), raw, sent)
+            raise self._refusal(read_fault(raw, status) or Fault(status), raw, sent)
         reader = ReplyReader()
         text = reader.whole(raw)
         if isinstance(text, Fault):
-            raise self._history(text, raw, sent)
+            raise self._refusal(text, raw, sent)
         completion = reader.completion(request_id)
         if reader.finish is None:
             completion.finish_reason = None  # a provider that writes files always says how a reply ended
@@ -83,17 +83,19 @@ class BatchWire:
         """Return the error that the answer to any request of the API is."""
         return to_error(read_fault(raw, status) or Fault(status), where=self._where, headers=headers, raw=raw)
 
-    def _history(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
+    def _refusal(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
         error = to_error(fault, where=self._where, headers={}, raw=raw)
         if type(error) is BadRequest and error.status in (400, 422):
             plan = self._plan_of(sent())
             now = asyncio.get_running_loop().time()
-            error.again = self._ladder.refused(plan, code=fault.code, param=fault.param, message=fault.message, now=now)
+            error.again = self._capabilities.refused(
+                plan, code=fault.code, param=fault.param, message=fault.message, now=now
+            )
         return error
 
     def _plan(self, call: ChatCall, model: str) -> Plan:
         now = asyncio.get_running_loop().time()
-        return self._ladder.plan(call, base_url=self._where, model=model, credentials=(), stream=None, now=now)
+        return self._capabilities.plan(call, base_url=self._where, model=model, credentials=(), stream=None, now=now)
 
     def _plan_of(self, body: Mapping[str, Any]) -> Plan:
         """Return how *body* was made, however long ago: the plan that a live call would still have at hand."""
