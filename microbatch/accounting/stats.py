@@ -131,7 +131,7 @@ def together(parts: Sequence[Stats]) -> Stats:
             weighted = sum(value * weight for value, weight in zip(values, weights, strict=True))
             totals[name] = weighted / (sum(weights) or 1)
         elif isinstance(values[0], dict):
-            totals[name] = dict(sum(map(Counter, values), Counter()))
+            totals[name] = dict(sum(map(Counter[str], values), Counter[str]()))
         elif isinstance(values[0], Usage):
             totals[name] = sum(values, Usage())
         elif not name.startswith("spool_"):  # the batchers may share one spool
@@ -149,8 +149,10 @@ class Ledger(_Figures, kw_only=True):
 
     batched_items: int = 0
     cache_ages: float = 0.0
-    batches_by_reason: Counter[str] = msgspec.field(default_factory=Counter[str])
-    singles_by_reason: Counter[str] = msgspec.field(default_factory=Counter[str])
+
+    def __post_init__(self) -> None:
+        self.batches_by_reason = Counter()
+        self.singles_by_reason = Counter()
 
     def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add a call that reported *usage*; one by one, its answered requests would have used *alone*."""
@@ -176,7 +178,7 @@ class Ledger(_Figures, kw_only=True):
 
     def snapshot(self, **others: Any) -> Stats:
         """Return the figures; *others* are those that are kept elsewhere."""
-        figures = {name: getattr(self, name) for name in Stats.__struct_fields__} | {
+        figures: dict[str, Any] = {name: getattr(self, name) for name in Stats.__struct_fields__} | {
             "batch_size_mean": self.batched_items / (self.batches or 1),
             "batches_by_reason": dict(self.batches_by_reason),
             "singles_by_reason": dict(self.singles_by_reason),

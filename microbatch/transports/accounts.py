@@ -23,7 +23,7 @@ from microbatch.transports.credentials import credentials_digest
 from microbatch.transports.response_headers import read_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
 
     from microbatch.batching.permits import Slots
     from microbatch.errors import RequestFailed
@@ -243,7 +243,7 @@ class Account:
         self._changed()
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def resting(self) -> Generator[None]:
         """Count a call as backing off while the block runs."""
         self.backing_off += 1
         self._changed()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.messages import TokenLimits
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,13 +112,11 @@ def _words(value: Any, depth: int) -> Iterator[str]:
             yield value
         else:
             yield from _words(inner, depth + 1)
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            if _WORDS.fullmatch(name):
-                yield from _words(each, depth + 1)
-    elif isinstance(value, list):
-        for each in value[:_MAX_NESTED]:
+    for name, each in as_object(value).items():
+        if _WORDS.fullmatch(name):
             yield from _words(each, depth + 1)
+    for each in value[:_MAX_NESTED] if is_array(value) else ():
+        yield from _words(each, depth + 1)
 
 
 def lower(call: ChatCall, said: TokenLimits) -> bool | None:

@@ -196,7 +196,7 @@ class Capabilities:
         if stream is False and may_stream and entry.streams_only:
             stream = True
         # False is sent as well: some proxies stream by default.
-        wanted = set() if stream is None else {"stream", "stream_options"} if stream else {"stream"}
+        wanted = set[str]() if stream is None else {"stream", "stream_options"} if stream else {"stream"}
         if "temperature" in call.params:
             wanted.add("temperature")
         wanted -= entry.unsupported
