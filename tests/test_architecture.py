@@ -60,17 +60,17 @@ PURE = [
     "transports.breaker",
     "transports.bucket",
     "transports.concurrency",
+    "transports.credentials",
     "transports.error_parsing",
     "transports.capabilities",
     "transports.finish_reasons",
     "transports.lenient",
-    "transports.limit_headers",
+    "transports.response_headers",
     "transports.rate_limit",
     "lru",
-    "transports.refusals",
+    "transience",
     "transports.reply_reader",
     "transports.reported_usage",
-    "transports.retry_budget",
     "transports.sse",
 ]
 WAITING = [
@@ -182,7 +182,7 @@ def test_a_folder_knows_its_own_vendors_only(folder):
 # What a folder may import beside itself and the words.
 NEIGHBOURS = {
     "accounting": set(),
-    "transports": {"lru"},
+    "transports": {"lru", "transience"},
     "storage": set(),
     "caching": {"resources", "storage", *PURE},
     "spool": {"storage", *PURE},

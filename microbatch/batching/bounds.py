@@ -16,7 +16,6 @@ A reply that ends at the bound is judged:
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
@@ -28,6 +27,7 @@ from microbatch.batching.models import (
     reasoning_budget,
     reasons_by_name,
 )
+from microbatch.lru import LRU
 from microbatch.prompt.canary import CANARY_ANSWER_TOKENS
 
 if TYPE_CHECKING:
@@ -116,17 +116,14 @@ class Bounds:
     def __init__(self, default_model: str | None = None, *, canary: bool = False) -> None:
         self._default_model = default_model
         self._canary_tokens = CANARY_ANSWER_TOKENS if canary else 0
-        self._models: OrderedDict[str | None, ModelLimits] = OrderedDict()
+        self._models: LRU[str | None, ModelLimits] = LRU(_MODELS)
 
     def of(self, model: str | None) -> ModelLimits:
         """Return what is known of *model*, None for the transport's; the same object as long as it is remembered."""
-        found = self._models.get(model)
-        if found is None:
-            name = model or self._default_model
-            found = self._models[model] = ModelLimits(output=output_limit(name), reasons=reasons_by_name(name))
-            if len(self._models) > _MODELS:
-                self._models.popitem(last=False)
-        return found
+        name = model or self._default_model
+        return self._models.get_or_make(
+            model, lambda: ModelLimits(output=output_limit(name), reasons=reasons_by_name(name))
+        )
 
     def bound(
         self, spec: Asked, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from microbatch.batching.economics import LaneEconomics
+from microbatch.lru import LRU
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -175,17 +176,9 @@ class LaneHistories:
     """What lanes have learned, under a digest of their key, for the 1,024 used last."""
 
     def __init__(self, size: int = 1_024) -> None:
-        self._size = size
-        self._history: OrderedDict[bytes, LaneHistory] = OrderedDict()
+        self._histories: LRU[bytes, LaneHistory] = LRU(size)
 
     def of(self, key: Hashable) -> LaneHistory:
         """Return what is known of the lane with *key*; the same object as long as it is remembered."""
         digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        history = self._history.get(digest)
-        if history is None:
-            history = self._history[digest] = LaneHistory()
-            if len(self._history) > self._size:
-                self._history.popitem(last=False)
-        else:
-            self._history.move_to_end(digest)
-        return history
+        return self._histories.get_or_make(digest, LaneHistory)

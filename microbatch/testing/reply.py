@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from microbatch.lru import LRU
 from microbatch.testing.counting import Pieces, compact, content_text, encode
 from microbatch.testing.reading import EndpointError
 
@@ -103,7 +103,7 @@ class Prefixes:
     MOST = 10_000
 
     def __init__(self) -> None:
-        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._known: LRU[bytes, bool] = LRU(self.MOST)
 
     def seen(self, messages: Iterable[Mapping[str, Any]]) -> int:
         """Return how many tokens of the prompt's start were seen before, and remember it."""
@@ -117,8 +117,5 @@ class Prefixes:
             key = digest.digest()
             if key in self._known and end >= self.LEAST:
                 cached = end
-            self._known[key] = None
-            self._known.move_to_end(key)
-        while len(self._known) > self.MOST:
-            self._known.popitem(last=False)
+            self._known.put(key, True)
         return cached
