@@ -11,6 +11,7 @@ from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, read_fault, to_error, unanswered
 from microbatch.transports.http import guarded, read_all, read_some
 from microbatch.transports.limit_headers import read_limits
+from microbatch.transports.pacing import Pacer
 from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.sse import SSEDecoder
 
@@ -51,6 +52,7 @@ class Attempt:
         where: str,
         headers: Mapping[str, str],
         secrets: Sequence[str] = (),
+        interval: float = 0.0,
     ) -> None:
         self._plan = plan
         self._ladder = ladder
@@ -59,6 +61,7 @@ class Attempt:
         self._where = where
         self._headers = headers
         self._known_secrets = secrets
+        self._interval = interval
         self._reader = ReplyReader()
         self._accepted = False
         self._gave_text = False
@@ -119,49 +122,55 @@ class Attempt:
             text = self._reader.whole(raw)
         except ServerError as error:
             self._no_answer(str(error), raw, kind, response)
-        self._deliver(text, raw, response)
+        if isinstance(text, Fault):
+            self._refuse(text, raw, response)
+        self._deliver(text)
 
     async def _receive_stream(self, head: bytes, response: aiohttp.ClientResponse, kind: str) -> None:
         decoder = SSEDecoder()
+        pacer = Pacer(response, self._interval, self._clock.end)
         received = bytearray()
         chunk = head
         while chunk:
             if not self._reader.answering and len(received) < MAX_ERROR_BYTES:
                 received += chunk
-            for data in decoder.feed(chunk):
-                self._take_event(data, response)
+            self._take_events(decoder.feed(chunk), response)
+            if self._gave_text and not self._reader.complete:
+                pacer.pause()
             chunk = await guarded(response.content.readany(), self._where)
-        for data in decoder.close():
-            self._take_event(data, response, torso=True)
-        self._deliver(self._reader.rest(), b"", response)
+        self._take_events(decoder.close(), response, torso=True)
+        self._deliver(self._reader.rest())
         if not self._reader.answering:
             said = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
             self._no_answer(said, bytes(received), kind, response)
 
-    def _take_event(self, data: bytes, response: aiohttp.ClientResponse, *, torso: bool = False) -> None:
-        """Take the data of an event; *torso* if it lacks its end, and may say no more than that the stream was cut."""
-        if not data:
-            return  # a keep-alive in the form of an empty event
+    def _take_events(self, events: Sequence[bytes], response: aiohttp.ClientResponse, *, torso: bool = False) -> None:
+        """Take the data of events; *torso* if the last one lacks its end, and may say no more than that the stream was cut."""
         reader = self._reader
         was_complete, was_done = reader.complete, reader.done
-        text = reader.event(data, torso=torso)
-        if text and not isinstance(text, Fault):
-            # Some endpoints give a finish reason with every chunk; then it tells nothing of the end.
-            self._finished_early = self._finished_early or was_complete
+        texts: list[str] = []
+        for data in filter(None, events):  # an empty event only keeps the connection alive
+            complete = reader.complete
+            text = reader.event(data, torso=torso)
+            if isinstance(text, Fault):
+                self._deliver("".join(texts))
+                self._refuse(text, data, response)
+            if text:
+                texts.append(text)
+                # Some endpoints give a finish reason with every chunk; then it tells nothing of the end.
+                self._finished_early = self._finished_early or complete
+        self._deliver("".join(texts))
         if reader.done:
             if not was_done:
                 self._clock.grace(DONE_GRACE)
-        elif reader.complete and not self._finished_early and (text or self._gave_text):
+        elif reader.complete and not self._finished_early and self._gave_text:
             if not was_complete:
                 self._clock.grace(FINISH_GRACE)
-        elif text or self._gave_text or reader.thought:
+        elif any(events) and (self._gave_text or reader.thought):
             # Not before the first words: until then an endpoint may be as silent as the model that thinks behind it.
             self._clock.feed()
-        self._deliver(text, data, response)
 
-    def _deliver(self, text: str | Fault, raw: bytes, response: aiohttp.ClientResponse) -> None:
-        if isinstance(text, Fault):
-            self._refuse(text, raw, response)
+    def _deliver(self, text: str) -> None:
         if self._reader.answering and not self._accepted:
             # At the first sign and not at the end: a call whose callers have all been answered is cancelled before it.
             self._accepted = True

@@ -45,26 +45,28 @@ class Clock:
     Args:
         total: Seconds for all of it.
         idle: Seconds between two signs of life, or None for no such limit.
+        slack: Seconds by which a sign of life may be noticed late, because reading was paused.
     """
 
-    def __init__(self, total: float, idle: float | None) -> None:
+    def __init__(self, total: float, idle: float | None, slack: float = 0.0) -> None:
         self._loop = asyncio.get_running_loop()
         self._total = total
         self._idle = idle
-        self._end = self._loop.time() + total
+        self._slack = slack
+        self.end = self._loop.time() + total
         self._silent = False
-        self.scope = asyncio.timeout_at(self._end)
+        self.scope = asyncio.timeout_at(self.end)
 
     def feed(self) -> None:
         """Note a sign of life."""
         if self._idle is not None:
-            silent = self._loop.time() + self._idle
-            self._silent = silent < self._end
-            self._set(min(silent, self._end))
+            silent = self._loop.time() + self._idle + self._slack
+            self._silent = silent < self.end
+            self._set(min(silent, self.end))
 
     def grace(self, seconds: float) -> None:
         """Allow at most *seconds* more, unless there is another sign of life."""
-        self._set(min(self._end, self._loop.time() + seconds))
+        self._set(min(self.end, self._loop.time() + seconds))
 
     def error(self, where: str) -> TransportTimeout:
         """Return what to raise when the time is up."""

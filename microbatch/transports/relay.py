@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from microbatch.transports.http import HOP_BY_HOP, Clock, timed, without
+from microbatch.transports.pacing import Pacer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -56,7 +57,9 @@ class Forwarded:
         headers: The endpoint's headers, in any case, repeated ones included, without those that concern one connection only.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse, where: str, end: float, idle: float | None) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, where: str, end: float, idle: float | None, interval: float
+    ) -> None:
         self.status = response.status
         headers = response.headers.copy()
         headers.clear()
@@ -66,6 +69,7 @@ class Forwarded:
         self._where = where
         self._end = end
         self._idle = idle
+        self._interval = interval
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body's bytes as they arrive, compressed if the endpoint compressed them.
@@ -77,9 +81,10 @@ class Forwarded:
         """
         latest: bytes | None = None
         begun = False
+        pacer = Pacer(self._response, self._interval, self._end)
         while True:
             loop = asyncio.get_running_loop()
-            clock = Clock(max(0.0, self._end - loop.time()), self._idle if begun else None)
+            clock = Clock(max(0.0, self._end - loop.time()), self._idle if begun else None, self._interval)
             # The time runs while waiting for the endpoint only, not while the caller is busy with a chunk.
             chunk = await timed(clock, self._response.content.readany(), self._where)
             if not chunk:
@@ -88,6 +93,8 @@ class Forwarded:
                 foreign = latest is None and not chunk.startswith(_EVENT_FIELDS)
                 latest = (latest or b"")[-_WORDS_BYTES:] + chunk
                 begun = foreign or _WORDS.search(latest) is not None
+            if begun:
+                pacer.pause()
             yield chunk
 
     def __aiter__(self) -> AsyncIterator[bytes]:
