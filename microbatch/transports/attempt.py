@@ -1,4 +1,4 @@
-"""One attempt at one call: what the endpoint answers is read, timed, handed on and learned from."""
+"""`Attempt`: sends one call and reads the answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from microbatch.errors import BadRequest, ConnectFailed, ServerError, StatusErro
 from microbatch.transports.bound_refusals import read_refusal, words_of
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, read_fault, to_error, unanswered
-from microbatch.transports.http import guarded, read_all, read_some
+from microbatch.transports.http import Pacer, guarded, read_all, read_some
 from microbatch.transports.limit_headers import read_limits
-from microbatch.transports.pacing import Pacer
 from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.sse import SSEDecoder
 
@@ -23,19 +22,19 @@ if TYPE_CHECKING:
     from microbatch.errors import TransportTimeout
     from microbatch.messages import Limits
     from microbatch.protocols import Completion
-    from microbatch.transports.capabilities import Ladder, Plan
+    from microbatch.transports.capabilities import Ladder as Capabilities
+    from microbatch.transports.capabilities import Plan
     from microbatch.transports.http import Clock
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 1024 * 1024
-# What still comes after the answer is complete (usage, the end mark, the end of the body that lets the connection be used
-# again) is worth only so long a wait.
+# Seconds to wait, once the answer is complete, for the usage, the end mark, and the end of the body (which frees the connection).
 FINISH_GRACE: Final = 2.0
 DONE_GRACE: Final = 0.1
 ERROR_GRACE: Final = 5.0
 
 _BOM: Final = b"\xef\xbb\xbf"
-# How a line of an event stream may begin.
+# Beginnings of the lines of an event stream.
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
@@ -45,30 +44,28 @@ class Attempt:
     def __init__(
         self,
         plan: Plan,
-        ladder: Ladder,
+        capabilities: Capabilities,
         clock: Clock,
         on_text: Callable[[str], None],
         *,
         where: str,
         headers: Mapping[str, str],
         secrets: Sequence[str] = (),
-        interval: float = 0.0,
     ) -> None:
         self._plan = plan
-        self._ladder = ladder
+        self._capabilities = capabilities
         self._clock = clock
         self._on_text = on_text
         self._where = where
         self._headers = headers
         self._known_secrets = secrets
-        self._interval = interval
         self._reader = ReplyReader()
         self._accepted = False
         self._gave_text = False
         self._finished_early = False
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
-        """Make the attempt; *sending* ends when the answer's head is there."""
+        """Make the attempt; *sending* returns the response when its headers have arrived."""
         request_id: str | None = None
         limits: Limits | None = None
         timeout: TransportTimeout | None = None
@@ -80,19 +77,19 @@ class Attempt:
                     limits = read_limits(response.headers)
                     await self._receive(response)
                 finally:
-                    # A half-read connection must not go back to the pool: the next call would read this answer's rest.
-                    # Read to its end it is back there already, and this does nothing.
+                    # A half-read connection must not return to the pool: the next call would read the rest of this answer. Read to its
+                    # end it has returned already, and this has no effect.
                     response.close()
         except TimeoutError:
             if not self._clock.scope.expired():
-                raise  # not of our making
+                raise  # not the clock's
             if not self._reader.complete:
                 timeout = self._clock.error(self._where)
         except ConnectFailed:
             if not self._reader.complete:
                 raise
         if timeout is not None:
-            raise timeout  # out here, where nothing of aiohttp's is attached to it
+            raise timeout  # outside the except block, so that no error of aiohttp is attached
         completion = self._reader.completion(request_id, limits)
         completion.bound = self._plan.bound
         return completion
@@ -128,7 +125,7 @@ class Attempt:
 
     async def _receive_stream(self, head: bytes, response: aiohttp.ClientResponse, kind: str) -> None:
         decoder = SSEDecoder()
-        pacer = Pacer(response, self._interval, self._clock.end)
+        pacer = Pacer(response, self._clock.interval, self._clock.end)
         received = bytearray()
         chunk = head
         while chunk:
@@ -141,11 +138,11 @@ class Attempt:
         self._take_events(decoder.close(), response, torso=True)
         self._deliver(self._reader.rest())
         if not self._reader.answering:
-            said = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
-            self._no_answer(said, bytes(received), kind, response)
+            message = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
+            self._no_answer(message, bytes(received), kind, response)
 
     def _take_events(self, events: Sequence[bytes], response: aiohttp.ClientResponse, *, torso: bool = False) -> None:
-        """Take the data of events; *torso* if the last one lacks its end, and may say no more than that the stream was cut."""
+        """Take the data of events; with *torso* they may be incomplete, because the stream was cut."""
         reader = self._reader
         was_complete, was_done = reader.complete, reader.done
         texts: list[str] = []
@@ -157,7 +154,7 @@ class Attempt:
                 self._refuse(text, data, response)
             if text:
                 texts.append(text)
-                # Some endpoints give a finish reason with every chunk; then it tells nothing of the end.
+                # Some endpoints send a finish reason with every chunk, which does not mark the end then.
                 self._finished_early = self._finished_early or complete
         self._deliver("".join(texts))
         if reader.done:
@@ -167,34 +164,34 @@ class Attempt:
             if not was_complete:
                 self._clock.grace(FINISH_GRACE)
         elif any(events) and (self._gave_text or reader.thought):
-            # Not before the first words: until then an endpoint may be as silent as the model that thinks behind it.
+            # Not before the first words: until then an endpoint may be silent while the model reasons.
             self._clock.feed()
 
     def _deliver(self, text: str) -> None:
         if self._reader.answering and not self._accepted:
             # At the first sign and not at the end: a call whose callers have all been answered is cancelled before it.
             self._accepted = True
-            self._ladder.accepted(self._plan, asyncio.get_running_loop().time())
+            self._capabilities.accepted(self._plan, asyncio.get_running_loop().time())
         if text:
             self._gave_text = True
             self._on_text(text)
 
-    def _no_answer(self, said: str, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> NoReturn:
-        """Raise what a status 200 without an answer means.
+    def _no_answer(self, message: str, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> NoReturn:
+        """Raise the error for a status 200 without an answer.
 
-        It is trouble of the endpoint's, as a 502 is, or of a proxy before it. But Gemini answers a prompt that its filter has blocked
-        without choices and without a word on why, every time that it is asked (BerriAI/litellm#40252).
+        It is a failure of the endpoint or of a proxy, as a 502 is. But Gemini sends no choices, and no reason, for a prompt that its
+        filter has blocked, each time that it is asked (BerriAI/litellm#40252).
         """
-        told = f"{said}; it sent {kind or 'no content type'}, {len(raw)} bytes"
-        if not self._ladder.answered:
-            told += ". base_url usually ends in /v1"
-        blocked = self._reader.spoke and self._ladder.unanswered(self._plan)
+        message += f"; it sent {kind or 'no content type'}, {len(raw)} bytes"
+        if not self._capabilities.answered:
+            message += ". base_url usually ends in /v1"
+        blocked = self._reader.spoke and self._capabilities.unanswered(self._plan)
         raise unanswered(
-            told, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
+            message, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
         )
 
     def _refuse(self, fault: Fault | None, raw: bytes, response: aiohttp.ClientResponse) -> NoReturn:
-        """Raise what *fault* means, after learning from it."""
+        """Raise the error for *fault*, and learn from it what the endpoint does not support."""
         fault = fault or Fault(response.status)
         error = to_error(
             fault,
@@ -213,23 +210,23 @@ class Attempt:
     def _learn(self, fault: Fault, error: StatusError) -> None:
         now = asyncio.get_running_loop().time()
         if type(error) is BadRequest and error.status in (400, 422):
-            error.again = self._ladder.refused(
+            error.again = self._capabilities.refused(
                 self._plan, code=fault.code, param=fault.param, message=fault.message, now=now
             )
         elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
-            self._ladder.failed(self._plan)
+            self._capabilities.failed(self._plan)
 
     def _about_bound(self, error: StatusError, fault: Fault, raw: bytes) -> StatusError:
-        """Return *error*, or what to raise instead because it is the call's bound that is refused."""
+        """Return *error*, or the error to raise instead because the call's bound is refused."""
         if self._plan.call.max_tokens is not None:
             return error
         said = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
         if said is None:
             return error
-        if not self._ladder.bound_refused(self._plan, said):
+        if not self._capabilities.bound_refused(self._plan, said):
             error.token_limits = said if self._plan.bound is not None else None
             return error
-        # A refusal for credit is no reason to stop all calls, nor one for tokens a minute to slow down, if less may be asked for.
+        # With a lower bound, a refusal for credit need not stop all calls, nor one for tokens per minute slow them down.
         return BadRequest(
             str(error),
             status=error.status,
@@ -243,7 +240,7 @@ class Attempt:
         )
 
     def _secrets(self) -> list[str]:
-        """Return what an answer must not echo: header values, the key inside Authorization, and what the address holds."""
+        """Return what errors must not quote: header values, the key inside Authorization, and secrets in the address."""
         values = {part for value in self._headers.values() for part in (value, value.rpartition(" ")[2])}
         public = {"application/json", "microbatch"}
         known = {*(value for value in values - public if len(value) >= 8), *self._known_secrets}  # noqa: PLR2004
@@ -251,7 +248,7 @@ class Attempt:
 
 
 def _form(head: bytearray) -> Literal["json", "events", "neither", "unclear"]:
-    """Return what a body is that begins with *head*; "unclear" as long as too little has come."""
+    """Return the form of a body that begins with *head*; "unclear" if that is too short to tell."""
     text = bytes(head.removeprefix(_BOM).lstrip())
     if text[:1] in (b"{", b"["):
         return "json"
