@@ -109,15 +109,11 @@ class Access:
         self.secret = b""
 
     def __repr__(self) -> str:
-        """Return the rules, without keys."""
+        """Return the rules without keys."""
         return f"Access(own_key={self._own_key is not None}, token={self._token is not None}, loopback={self.loopback})"
 
     def check_host(self, request: web.Request) -> None:
-        """Check that the Host header names this gateway.
-
-        Raises:
-            GatewayError: It names another host, or is missing.
-        """
+        """Raise unless the Host header names this gateway."""
         given = request.headers.getall("Host", [])
         if len(given) == 1 and ("*" in self._hosts or self._is_ours(given[0])):
             return
@@ -136,9 +132,7 @@ class Access:
         return name in self._hosts or (not self.loopback and _address(name) is not None)
 
     def caller(self, request: web.Request) -> Caller:
-        """Return the sender of *request*.
-
-        The caller's credentials are sent upstream; the gateway's own key is used only if there are none.
+        """Return the sender of *request*, whose credentials are sent upstream; without any, the gateway's own key is.
 
         Raises:
             GatewayError: A header is repeated or cannot be sent, or the caller may not use the gateway's key.
@@ -200,20 +194,12 @@ class Access:
         return hmac.digest(self.secret, text, "sha256").hex()
 
     def check_content(self, request: web.Request, caller: Caller) -> None:
-        """Check that a web page could not have sent the body without a preflight.
-
-        Raises:
-            GatewayError: It could, and the caller gave no credentials.
-        """
+        """Raise if a web page could have sent the body without a preflight, and there are no credentials."""
         if request.method == "POST" and not caller.credentials and request.content_type != "application/json":
             raise not_json()
 
     def check_path(self, method: str, path: str, caller: Caller) -> None:
-        """Check that *path*, below /v1, may be relayed for *caller*.
-
-        Raises:
-            GatewayError: It is not served with the gateway's key.
-        """
+        """Raise if *path*, below /v1, is not relayed with the gateway's key, and *caller* uses it."""
         if caller.own_key and not (method == "GET" and _MODELS.fullmatch(path)):
             raise GatewayError(
                 403,
@@ -222,11 +208,7 @@ class Access:
             )
 
     def check_page(self, request: web.Request) -> None:
-        """Check that the sender of *request* may see the gateway's own pages.
-
-        Raises:
-            GatewayError: The gateway is open to other machines, and the access token is missing.
-        """
+        """Raise if the gateway is open to other machines, and the request for one of its own pages has no access token."""
         if self.loopback:
             return
         if self._token is None:

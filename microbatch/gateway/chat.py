@@ -32,14 +32,7 @@ PATH: Final = "/chat/completions"
 
 
 class ChatRoute:
-    """Serves chat completions.
-
-    Args:
-        batcher: Answers the requests.
-        access: Identifies the callers.
-        settings: The gateway's.
-        model: The model for requests that name none, or None.
-    """
+    """Serves chat completions; *model* is the one for requests that name none."""
 
     def __init__(self, batcher: Microbatcher, access: Access, settings: GatewaySettings, model: str | None) -> None:
         self._batcher = batcher
@@ -48,12 +41,7 @@ class ChatRoute:
         self._model = model
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Answer *request*.
-
-        Raises:
-            GatewayError: It cannot be answered.
-            ConfigError: A field of its body is wrong.
-        """
+        """Answer *request*."""
         caller = self._access.caller(request)
         if request.content_type != "application/json":
             raise not_json()

@@ -46,14 +46,10 @@ class ChatRequest(msgspec.Struct, frozen=True):
 
 
 def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
-    """Return the request in the body *raw*.
-
-    Args:
-        raw: The body.
-        model: The model for requests that name none, or None.
+    """Return the request in the body *raw*; *model* is the one for requests that name none.
 
     Raises:
-        GatewayError: The body is no JSON object, or names no model.
+        GatewayError: The body is no JSON object, or there is no model.
         ConfigError: A field is wrong.
     """
     body = _json_object(raw)

@@ -34,14 +34,9 @@ class ControlHeaders(msgspec.Struct, frozen=True):
 
 
 def read_control_headers(request: web.Request) -> ControlHeaders:
-    """Return the control headers of *request*.
-
-    Raises:
-        GatewayError: A value is unknown.
-    """
-    priority = _word(request, "X-Microbatch-Priority", get_args(Priority), "normal")
+    """Return the control headers of *request*; raise for unknown values."""
     return ControlHeaders(
-        cast("Priority", priority),
+        cast("Priority", _word(request, "X-Microbatch-Priority", get_args(Priority), "normal")),
         _word(request, "X-Microbatch-Cache", _YES_OR_NO, "yes") == "yes",
         _word(request, "X-Microbatch-Batch", _YES_OR_NO, "yes") == "yes",
     )

@@ -87,12 +87,7 @@ def shutting_down() -> GatewayError:
 
 
 def translate(error: MicrobatchError, *, relayed: bool = False) -> GatewayError:
-    """Return the error response for *error*.
-
-    Args:
-        error: The error that ended the request.
-        relayed: Whether the request was relayed, hence tried only once, so that a client may well retry.
-    """
+    """Return the error response for *error*, of a request that was *relayed*, hence tried only once, or submitted."""
     translated = _translate(error)
     if isinstance(error, RequestFailed) and not relayed and not isinstance(error, ShutDown):
         # Retries have been made; further ones by the client would multiply the calls.

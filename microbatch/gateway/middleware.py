@@ -30,11 +30,7 @@ silent.addHandler(logging.NullHandler())
 
 
 class Middleware:
-    """The middleware of the gateway.
-
-    Args:
-        access: Checks the Host header.
-        max_requests: Most API requests served at once.
+    """The middleware of the gateway, which serves at most *max_requests* API requests at once.
 
     Attributes:
         serving: API requests being served.

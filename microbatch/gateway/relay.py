@@ -27,15 +27,7 @@ _NO_BODY: Final = frozenset({204, 304})
 
 
 async def read_body(request: web.Request, *, timeout: float) -> bytes:
-    """Return the whole body of *request*, of at most its application's `client_max_size` bytes.
-
-    Args:
-        request: The request.
-        timeout: Seconds in which the client has to send it.
-
-    Raises:
-        GatewayError: It is too long, too slow or broken.
-    """
+    """Return the body of *request*; raise if it is too long, broken, or takes more than *timeout* seconds."""
     try:
         async with asyncio.timeout(timeout):
             return await request.read()
@@ -50,11 +42,7 @@ async def read_body(request: web.Request, *, timeout: float) -> bytes:
 
 
 async def write_chunk(response: web.StreamResponse, chunk: bytes, *, timeout: float) -> None:
-    """Write *chunk* to a prepared response, once the client has read most of what was sent before.
-
-    Raises:
-        ConnectionError: The client is gone, or takes longer than *timeout* seconds.
-    """
+    """Write *chunk*; raise `ConnectionError` if the client is gone, or has not read most of the earlier ones in *timeout* seconds."""
     try:
         async with asyncio.timeout(timeout):
             await response.write(chunk)
@@ -65,15 +53,7 @@ async def write_chunk(response: web.StreamResponse, chunk: bytes, *, timeout: fl
 async def relay(
     batcher: Microbatcher, request: web.Request, path: str, body: bytes | None, caller: Caller, *, timeout: float
 ) -> web.StreamResponse:
-    """Relay *request* and its answer.
-
-    Args:
-        batcher: Forwards the request.
-        request: The request, read to its end.
-        path: Path below the upstream's address, with the query.
-        body: Its body, or None.
-        caller: Its sender.
-        timeout: Seconds in which the client has to read a piece of the answer.
+    """Relay *request* to *path*, below the upstream's address, and its answer.
 
     Raises:
         GatewayError: The upstream cannot be reached.
@@ -101,7 +81,7 @@ async def relay(
 
 
 def _abort(request: web.Request) -> None:
-    """Cut the connection, so that the client does not take a part of the answer for the whole."""
+    # The client must not take a part of the answer for the whole.
     if request.transport is not None:
         request.transport.abort()
 

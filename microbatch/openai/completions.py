@@ -77,6 +77,12 @@ class RequestOptions(TypedDict, total=False):
     web_search_options: Any
 
 
+class CreateOptions(RequestOptions, total=False):
+    """Arguments of `create`."""
+
+    response_format: Mapping[str, Any] | None
+
+
 _OF_SUBMIT: Final = ("timeout", "tenant", "priority", "use_cache", "ttl")
 _OF_SDK: Final = ("extra_headers", "extra_body", "extra_query")
 
@@ -93,49 +99,29 @@ class Completions:
 
     @overload
     async def create(
-        self,
-        *,
-        messages: Messages,
-        response_format: Mapping[str, Any] | None = None,
-        stream: Literal[False] | None = None,
-        **options: Unpack[RequestOptions],
+        self, *, messages: Messages, stream: Literal[False] | None = None, **options: Unpack[CreateOptions]
     ) -> ChatCompletion[None]: ...
 
     @overload
     async def create(
-        self,
-        *,
-        messages: Messages,
-        response_format: Mapping[str, Any] | None = None,
-        stream: Literal[True],
-        **options: Unpack[RequestOptions],
+        self, *, messages: Messages, stream: Literal[True], **options: Unpack[CreateOptions]
     ) -> AsyncStream: ...
 
     @overload
     async def create(
-        self,
-        *,
-        messages: Messages,
-        response_format: Mapping[str, Any] | None = None,
-        stream: bool,
-        **options: Unpack[RequestOptions],
+        self, *, messages: Messages, stream: bool, **options: Unpack[CreateOptions]
     ) -> ChatCompletion[None] | AsyncStream: ...
 
     async def create(
-        self,
-        *,
-        messages: Messages,
-        response_format: Mapping[str, Any] | None = None,
-        stream: bool | None = None,
-        **options: Unpack[RequestOptions],
+        self, *, messages: Messages, stream: bool | None = None, **options: Unpack[CreateOptions]
     ) -> ChatCompletion[None] | AsyncStream:
         """Ask for a completion. None means "not given" for every field of the API.
 
         Args:
             messages: The chat messages.
-            response_format: As JSON. Requests with the same json_schema may be combined, and answers are validated against it.
             stream: Return an `AsyncStream`: the request is then sent alone, unchanged, at once, and is not retried.
-            **options: See `RequestOptions`. The model defaults to the transport's, and either name of the token limit will do.
+            **options: See `RequestOptions`. `response_format` is JSON; requests with the same json_schema may be combined, and answers
+                are validated against it. The model defaults to the transport's, and either name of the token limit will do.
                 `timeout` covers retries too; for a stream it ends when the answer begins. With a credential in `extra_headers` the
                 transport's own key is not sent. `extra_body` takes precedence over other fields. `tenant`, `priority`,
                 `use_cache` and `ttl` are those of `Microbatcher.submit`, and have no effect on a stream. With some fields
@@ -150,12 +136,10 @@ class Completions:
             Overloaded: Too many requests are pending.
             RequestFailed: The request failed, as in `submit`. A refusal is an error (`Refused`) unless the request was sent alone.
         """
-        if isinstance(response_format, type):
-            raise ConfigError(
-                f"create() takes a response_format as JSON; parse() takes the type {response_format.__name__}"
-            )
         given = cast("dict[str, Any]", options)
-        body = _body(given, messages=messages, response_format=response_format, stream=stream)
+        if isinstance(kind := given.get("response_format"), type):
+            raise ConfigError(f"create() takes a response_format as JSON; parse() takes the type {kind.__name__}")
+        body = _body(given, messages=messages, stream=stream)
         if body.get("stream"):
             return await open_stream(self._batcher, body, given.get("extra_headers"), given.get("timeout"))
         body.pop("stream", None)

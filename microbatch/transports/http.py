@@ -38,17 +38,12 @@ SHORTEST_PAUSE: Final = 0.001
 
 
 class Clock:
-    """The time limits of one attempt: a fixed end, and the longest silence after the first sign of life.
+    """The time limits of one attempt, which runs in `scope`.
 
     Args:
-        total: Seconds until the end.
-        idle: Longest silence in seconds, or None for no such limit.
+        total: Seconds until its end.
+        idle: Longest silence in seconds after the first sign of life, or None.
         interval: Longest pause of a `Pacer`, in seconds, by which a sign of life may be noticed late.
-
-    Attributes:
-        end: Loop time of the end.
-        interval: As given.
-        scope: The timeout to run the attempt in.
     """
 
     def __init__(self, total: float, idle: float | None, interval: float = 0.0) -> None:
@@ -132,11 +127,7 @@ def _resume(transport: asyncio.Transport) -> None:
 
 
 async def guarded(step: Awaitable[T], where: str) -> T:
-    """Await *step*, a call of aiohttp.
-
-    Raises:
-        ConnectFailed: The connection could not be made, or broke.
-    """
+    """Await *step*, a call of aiohttp; raise `ConnectFailed` for its errors."""
     try:
         return await step
     except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
@@ -174,12 +165,7 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
 
 
 async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
-    """Await *step*, a call of aiohttp, within the limits of *clock*.
-
-    Raises:
-        ConnectFailed: The connection could not be made, or broke.
-        TransportTimeout: The time is up.
-    """
+    """Await *step*, a call of aiohttp, within the limits of *clock*; raise `ConnectFailed` or `TransportTimeout`."""
     try:
         async with clock.scope:
             clock.feed()
@@ -190,12 +176,7 @@ async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, begun: bytearray) -> bytes:
-    """Return the whole body, of which *begun* was read before.
-
-    Raises:
-        TransportError: It is longer than *limit* bytes.
-        ConnectFailed: The connection broke.
-    """
+    """Return the whole body, of which *begun* was read before; raise `TransportError` if it exceeds *limit* bytes."""
     body, chunk = begun, b""
     while len(body) <= limit and (chunk := await guarded(response.content.readany(), where)):
         body += chunk
