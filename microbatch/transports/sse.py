@@ -46,12 +46,10 @@ class SSEDecoder:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         events: list[bytes] = []
         *ended, rest = chunk.split(b"\n")
-        for piece in ended:
-            self._line += piece
-            self._check()
-            self._end_line(events)
+        for line in ended:
+            self._end_line(self._whole(line) if self._line else line, events)
         self._line += rest
-        self._check()
+        self._check(self._line)
         return events
 
     def close(self) -> list[bytes]:
@@ -62,18 +60,22 @@ class SSEDecoder:
         """
         events: list[bytes] = []
         if self._line:
-            self._end_line(events)
+            self._end_line(self._whole(b""), events)
         self._end_event(events)
         self._after_cr = False
         return events
 
-    def _check(self) -> None:
-        if self._held + len(self._line) > self._max_event_bytes:
+    def _whole(self, rest: bytes) -> bytes:
+        line = bytes(self._line + rest)
+        self._line.clear()
+        return line
+
+    def _check(self, line: bytes | bytearray) -> None:
+        if self._held + len(line) > self._max_event_bytes:
             raise TransportError(f"the stream holds an event of more than {self._max_event_bytes} bytes")
 
-    def _end_line(self, events: list[bytes]) -> None:
-        line = bytes(self._line)
-        self._line.clear()
+    def _end_line(self, line: bytes, events: list[bytes]) -> None:
+        self._check(line)
         if self._at_start:
             self._at_start = False
             line = line.removeprefix(_BOM)
@@ -84,7 +86,7 @@ class SSEDecoder:
         if name == b"data":  # a comment has an empty name
             value = value.removeprefix(b" ")
             self._data.append(value)
-            self._held += len(value) + 1  # the newline too, or empty data lines would cost nothing
+            self._held += len(value) + 1  # with the newline, or empty data lines would not count
 
     def _end_event(self, events: list[bytes]) -> None:
         if self._data:
