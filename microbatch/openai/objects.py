@@ -26,16 +26,16 @@ class Object(dict[str, Any]):
         members: The object; copied, and so are the objects and arrays in it.
     """
 
+    # Classes of the objects in members; members that the SDK declares; attributes of ours, which are no members and are never sent.
     _shapes: ClassVar[Mapping[str, type[Object]]] = {}
-    """Classes of the objects in members."""
     _names: ClassVar[frozenset[str]] = frozenset()
-    """Members that the SDK declares: the annotations of subclasses."""
     _beside: ClassVar[frozenset[str]] = frozenset()
-    """Attributes of ours that are not members and are never sent."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, beside: str | None = None, **shapes: type[Object]) -> None:
         super().__init_subclass__()
-        cls._names = cls._names | {name for name in cls.__annotations__ if not name.startswith("_")}
+        cls._shapes = shapes
+        cls._names = frozenset(name for name in cls.__annotations__ if not name.startswith("_"))
+        cls._beside = frozenset() if beside is None else frozenset({beside})
 
     def __init__(self, members: Mapping[str, Any]) -> None:
         super().__init__({name: _shaped(value, self._shapes.get(name, Object)) for name, value in members.items()})
@@ -73,7 +73,7 @@ class Object(dict[str, Any]):
             if value is not None or not exclude_none
         }
 
-    def _dumped(self, mode: Literal["python", "json"]) -> dict[str, Any]:  # noqa: ARG002 one that parses needs it
+    def _dumped(self, mode: Literal["python", "json"]) -> dict[str, Any]:  # noqa: ARG002 (for the override)
         return dict(self)
 
     def model_dump_json(
@@ -119,10 +119,8 @@ class FunctionCall(Object):
     parsed_arguments: Any
 
 
-class ToolCall(Object):
+class ToolCall(Object, function=FunctionCall):
     """A tool that the model wants called; in a stream, a piece of one."""
-
-    _shapes = {"function": FunctionCall}  # noqa: RUF012 declared as a ClassVar once
 
     id: str
     type: str
@@ -131,15 +129,12 @@ class ToolCall(Object):
     custom: Object | None
 
 
-class ChatCompletionMessage(Object, Generic[T]):
+class ChatCompletionMessage(Object, Generic[T], beside="parsed", tool_calls=ToolCall, function_call=FunctionCall):
     """A message of the model.
 
     Attributes:
         parsed: With `parse`, the content decoded to the requested type; else None. Not a member of the JSON.
     """
-
-    _shapes = {"tool_calls": ToolCall, "function_call": FunctionCall}  # noqa: RUF012 see above
-    _beside = frozenset({"parsed"})
 
     role: Literal["assistant"]
     content: str | None
@@ -158,10 +153,8 @@ class ChatCompletionMessage(Object, Generic[T]):
         return {**self, "parsed": parsed}
 
 
-class Choice(Object, Generic[T]):
+class Choice(Object, Generic[T], message=ChatCompletionMessage):
     """One answer to a request."""
-
-    _shapes = {"message": ChatCompletionMessage}  # noqa: RUF012 see above
 
     index: int
     finish_reason: Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
@@ -184,16 +177,13 @@ class CompletionUsage(Object):
         return bool(self.get("microbatch_estimated"))
 
 
-class ChatCompletion(Object, Generic[T]):
+class ChatCompletion(Object, Generic[T], beside="microbatch", choices=Choice, usage=CompletionUsage):
     """The answer to a request.
 
     Attributes:
         usage: This caller's share of the tokens as of the arrival of the answer; `settled` updates it.
         microbatch: The `Reply`: route, price, batch size, times. Not a member of the JSON.
     """
-
-    _shapes = {"choices": Choice, "usage": CompletionUsage}  # noqa: RUF012 see above
-    _beside = frozenset({"microbatch"})
 
     id: str
     object: Literal["chat.completion"]
@@ -219,10 +209,8 @@ class ChatCompletion(Object, Generic[T]):
         return self
 
 
-class ChoiceDelta(Object):
+class ChoiceDelta(Object, tool_calls=ToolCall, function_call=FunctionCall):
     """The part of an answer in a chunk."""
-
-    _shapes = {"tool_calls": ToolCall, "function_call": FunctionCall}  # noqa: RUF012 see above
 
     role: str | None
     content: str | None
@@ -232,10 +220,8 @@ class ChoiceDelta(Object):
     audio: Object | None
 
 
-class ChunkChoice(Object):
+class ChunkChoice(Object, delta=ChoiceDelta):
     """One answer's part of a chunk."""
-
-    _shapes = {"delta": ChoiceDelta}  # noqa: RUF012 see above
 
     index: int
     delta: ChoiceDelta
@@ -243,10 +229,8 @@ class ChunkChoice(Object):
     logprobs: Object | None
 
 
-class ChatCompletionChunk(Object):
+class ChatCompletionChunk(Object, choices=ChunkChoice, usage=CompletionUsage):
     """One event of a streamed completion."""
-
-    _shapes = {"choices": ChunkChoice, "usage": CompletionUsage}  # noqa: RUF012 see above
 
     id: str
     object: Literal["chat.completion.chunk"]

@@ -227,17 +227,9 @@ class Attempt:
             error.token_limits = said if self._plan.bound is not None else None
             return error
         # With a lower bound, a refusal for credit need not stop all calls, nor one for tokens per minute slow them down.
-        return BadRequest(
-            str(error),
-            status=error.status,
-            code=error.code,
-            param=error.param,
-            request_id=error.request_id,
-            limits=error.limits,
-            body=error.body,
-            again=True,
-            token_limits=said,
-        )
+        lowered = BadRequest(str(error))
+        vars(lowered).update(vars(error), again=True, token_limits=said, retry_after=None, should_retry=None)
+        return lowered
 
     def _secrets(self) -> list[str]:
         """Return what errors must not quote: header values, the key inside Authorization, and secrets in the address."""
