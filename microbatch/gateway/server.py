@@ -294,8 +294,7 @@ class Gateway:
 
 
 def _prometheus() -> PrometheusHooks | None:
-    """Return the Prometheus metrics; None if the package is missing, which /metrics reports."""
     try:
         return PrometheusHooks()
-    except ConfigError:
+    except ConfigError:  # the package is missing, which /metrics reports
         return None

@@ -12,7 +12,7 @@ from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.policy import at_least
 from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_parsing import Fault, read_fault, to_error
+from microbatch.transports.error_parsing import read_fault, to_error
 from microbatch.transports.lenient import decode_body
 from microbatch.transports.sse import SSEDecoder
 
@@ -106,13 +106,7 @@ def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCom
 async def open_stream(
     batcher: Microbatcher, body: Mapping[str, Any], headers: Mapping[str, str] | None, timeout: float | None
 ) -> AsyncStream:
-    """Send *body* unchanged and return the stream, once the endpoint has begun to answer.
-
-    Args:
-        batcher: Forwards the request.
-        body: The request body.
-        headers: The caller's headers, or None.
-        timeout: Seconds until the answer must begin; None for the transport's limit.
+    """Send *body* unchanged and return the stream, once the endpoint has begun to answer, within *timeout* seconds.
 
     Raises:
         ConfigError: The body names no model, or is not JSON.
@@ -145,18 +139,15 @@ async def open_stream(
 
 async def _check(response: Forwarded, secrets: list[str]) -> None:
     """Raise unless *response* is a stream."""
-    if 200 <= response.status < 300 and not _is_json(response):  # noqa: PLR2004 the class of success
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if 200 <= response.status < 300 and not kind.endswith("json"):  # noqa: PLR2004 the class of success
         return
     raw = b""
     async for piece in response:
         raw += piece
         if len(raw) > MAX_ERROR_BYTES:
             break
-    fault: Fault | None = read_fault(raw, response.status)
+    fault = read_fault(raw, response.status)
     if fault is None:
         raise TransportError(f"{_WHERE} answered with one JSON object where a stream was asked for")
     raise to_error(fault, where=_WHERE, headers=response.headers, raw=raw, secrets=secrets)
-
-
-def _is_json(response: Forwarded) -> bool:
-    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower().endswith("json")
