@@ -63,15 +63,7 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 class Access:
-    """Identifies callers and checks their rights.
-
-    Args:
-        host: Address that the gateway listens on.
-        api_key: Key for callers without one, or None.
-        access_token: Token that callers need for *api_key*, or None.
-        lane_headers: Further headers that are sent with combined requests.
-        allowed_hosts: Further names of the gateway; "*" allows any.
-        trust_tenant_header: See `GatewaySettings`.
+    """Identifies callers and checks their rights. The arguments are those of `Gateway` and `GatewaySettings`.
 
     Attributes:
         secret: Key of the tenants' digests; set before the first request.

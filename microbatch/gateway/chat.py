@@ -71,8 +71,7 @@ class ChatRoute:
         return await self._send(request, chat, completion_for(chat, reply, self._model), reply)
 
     async def _relay(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
-        query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
-        return await relay(self._batcher, request, PATH + query, body, caller, timeout=self._settings.client_timeout)
+        return await relay(self._batcher, request, PATH, body, caller, timeout=self._settings.client_timeout)
 
     async def _send(
         self, request: web.Request, chat: ChatRequest, completion: dict[str, Any], reply: Reply[str] | None

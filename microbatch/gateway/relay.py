@@ -53,13 +53,15 @@ async def write_chunk(response: web.StreamResponse, chunk: bytes, *, timeout: fl
 async def relay(
     batcher: Microbatcher, request: web.Request, path: str, body: bytes | None, caller: Caller, *, timeout: float
 ) -> web.StreamResponse:
-    """Relay *request* to *path*, below the upstream's address, and its answer.
+    """Relay *request*, query included, to *path* below the upstream's address, and the answer to the client.
 
     Raises:
         GatewayError: The upstream cannot be reached.
         ConnectionError: The client is gone, or the answer broke off; the client's connection has been cut.
     """
     response: web.StreamResponse | None = None
+    if query := request.rel_url.raw_query_string:
+        path += f"?{query}"
     try:
         async with batcher.forward(request.method, path, _request_headers(request, caller), body) as answer:
             response = _response(answer)

@@ -281,16 +281,15 @@ class Gateway:
 
     async def _relay(self, request: web.Request) -> web.StreamResponse:
         caller = self._access.caller(request)
-        address = request.rel_url
-        if not address.raw_path.startswith(API):  # the path that is checked must be the path that is sent
+        path = request.rel_url.raw_path
+        if not path.startswith(API):  # the path that is checked must be the path that is sent
             raise GatewayError(404, "Spell /v1/ without percent signs.", code="not_found")
-        path = address.raw_path.removeprefix(API.rstrip("/"))
+        path = path.removeprefix(API.rstrip("/"))
         self._access.check_path(request.method, path, caller)
         self._access.check_content(request, caller)
         timeout = self._settings.client_timeout
         body = await read_body(request, timeout=timeout) if request.body_exists else None
-        query = f"?{address.raw_query_string}" if address.raw_query_string else ""
-        return await relay(self.batcher, request, path + query, body, caller, timeout=timeout)
+        return await relay(self.batcher, request, path, body, caller, timeout=timeout)
 
 
 def _prometheus() -> PrometheusHooks | None:

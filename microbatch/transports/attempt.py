@@ -132,7 +132,7 @@ class Attempt:
             if not self._reader.answering and len(received) < MAX_ERROR_BYTES:
                 received += chunk
             self._take_events(decoder.feed(chunk), response)
-            if self._gave_text and not self._reader.complete:
+            if (self._gave_text or self._reader.thought) and not self._reader.complete:
                 pacer.pause()
             chunk = await guarded(response.content.readany(), self._where)
         self._take_events(decoder.close(), response, torso=True)

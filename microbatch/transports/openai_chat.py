@@ -58,10 +58,10 @@ class OpenAIChat:
         ssl: An `ssl.SSLContext`, False to trust any certificate, or None for the system's trust store.
         stream: True or False overrides the calls' own setting. Calls whose reply is more than one text (tools, `n`, log probabilities,
             audio) are never streamed.
-        stream_interval: Longest time between two reads of a stream that has begun to answer, relayed streams included, in seconds.
-            Events that arrive in between are read together, which saves most of a stream's processor time. Words are seen later by at
-            most this time, and by at most a quarter of the time since the first ones; the first words and, once the endpoint has
-            given a finish reason, the end are not delayed. 0 reads each event when it arrives.
+        stream_interval: Longest time between two reads of a stream that has begun to answer or to reason, relayed streams included,
+            in seconds. Events that arrive in between are read together, which saves most of a stream's processor time. Words are seen
+            later by at most this time, and by at most a quarter of the time since the first ones; the first words, and the end after
+            a finish reason, are not delayed. 0 reads each event when it arrives.
         thoughts: "strip" removes the thought before a single text, "keep" leaves it; `Reply.body` has it in any case. Thoughts before
             JSON, in combined and typed replies, are always removed.
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import ssl
 import subprocess
+import zlib
 
 import pytest
 import uvloop
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 import microbatch as mb
 from microbatch.protocols import ChatCall
+from microbatch.transports.sse import SSEDecoder
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+GZIP = HEAD.replace(b"Transfer", b"Content-Encoding: gzip\r\nTransfer")
 PATIENCE = 30.0
 INTERVAL = 0.2
 PACE = 0.02
@@ -38,8 +41,9 @@ END = event(finish="stop") + b"data: [DONE]\n\n"
 class Server:
     """Answers each request of a connection with the next of *answers*: bytes as chunks, seconds of silence, "cut" or "reset"."""
 
-    def __init__(self, *answers, context=None):
+    def __init__(self, *answers, head=HEAD, context=None):
         self.answers = [*answers]
+        self.head = head
         self.context = context
         self.connections = 0
 
@@ -64,7 +68,7 @@ class Server:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
                 await reader.readexactly(length)
-                writer.write(HEAD)
+                writer.write(self.head)
                 for piece in self.answers.pop(0):
                     if isinstance(piece, bytes):
                         writer.write(http_chunk(piece))
@@ -147,6 +151,32 @@ async def test_events_are_read_several_at_a_time_and_the_connection_is_used_agai
 
 async def test_over_tls_too(tls):
     await check_two_calls(tls)
+
+
+async def test_compressed_too():
+    packer = zlib.compressobj(wbits=31)
+    pieces = [
+        piece if isinstance(piece, float) else packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH)
+        for piece in paced(WORDS, event("." * 3_000_000), 0.3, END)
+    ]
+    pieces.append(packer.flush())
+    async with Server(pieces, pieces, head=GZIP) as server, transport(server) as chat:
+        for _ in range(2):
+            asked = await ask(chat)
+            assert (asked.text, asked.completion.finish_reason) == ("".join(WORDS) + "." * 3_000_000, "stop")
+        assert server.connections == 1
+
+
+async def test_thoughts_are_read_several_at_a_time():
+    thoughts = [b'data: {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]}\n\n', PACE] * 40
+    reads = []
+    async with Server([*thoughts, event("x"), END]) as server, transport(server) as chat:
+        with pytest.MonkeyPatch.context() as patch:
+            feed = SSEDecoder.feed
+            patch.setattr(SSEDecoder, "feed", lambda decoder, chunk: reads.append(chunk) or feed(decoder, chunk))
+            asked = await ask(chat)
+    assert (asked.text, asked.completion.thought) == ("x", True)
+    assert len(reads) < len(thoughts) / 2
 
 
 def test_on_uvloop_too(tls):
