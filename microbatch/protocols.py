@@ -63,7 +63,7 @@ class Completion(msgspec.Struct):
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a call that was not streamed, or None.
         limits: The endpoint's rate limits: `Limits`, or the headers to read them from; None if it sent none.
-        thought: Whether the reply had a thought or reasoning beside its answer.
+        thought: Whether the reply had a thought or reasoning in addition to its answer.
         damaged: Whether a part of the reply could not be read; a NUL replaces it in the text.
         bound: The limit that was sent because of `ChatCall.bound`, or None.
     """

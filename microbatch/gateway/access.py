@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 _LANE_HEADERS: Final = frozenset({"openai-beta"})
-"""Headers that are sent with combined requests, beside those that identify the caller and those in the settings. All others, such as
-trace ids, are not."""
+"""Headers that are sent with combined requests, like those that identify the caller and those in the settings. Others, such as trace
+ids, are not."""
 
 _NO_KEY: Final = frozenset({"bearer", "bearer microbatch", "microbatch"})
 """Credentials that stand for none: many clients insist on a key."""
@@ -85,7 +85,7 @@ class Access:
         self.loopback = _is_loopback(host)
         if api_key and not access_token and not self.loopback:
             raise ConfigError(
-                f"with a key of its own and on {host}, the gateway would let everybody use that key: give it an access token "
+                f"with a key of its own and on {host}, the gateway would let other machines use that key: give it an access token "
                 "(--access-token-file), or listen on 127.0.0.1"
             )
         if access_token is not None and (

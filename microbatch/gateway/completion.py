@@ -92,8 +92,8 @@ def _chunks(completion: dict[str, Any], *, include_usage: bool) -> Iterator[dict
         ({"role": "assistant", "content": "" if refusal is None else None, "refusal": None}, None)
     ]
     # Further members that endpoints send: reasoning, citations.
-    beside = {name: value for name, value in message.items() if name not in _OF_A_DELTA and value}
-    deltas += [(part, None) for part in (beside, {"content": content}, {"refusal": refusal}) if any(part.values())]
+    further = {name: value for name, value in message.items() if name not in _OF_A_DELTA and value}
+    deltas += [(part, None) for part in (further, {"content": content}, {"refusal": refusal}) if any(part.values())]
     deltas.append(({}, first_choice(completion).get("finish_reason")))
     for delta, reason in deltas:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}

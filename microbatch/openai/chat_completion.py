@@ -77,12 +77,7 @@ def completion_object(
 
 
 def completion_of(reply: Reply[Any], model: str | None) -> dict[str, Any]:
-    """Return *reply* as a chat completion, without what the endpoint said beside its text.
-
-    Args:
-        reply: The reply.
-        model: The requested model, for replies that name none.
-    """
+    """Return the text of *reply* as a chat completion; *model* is the requested one, for replies that name none."""
     # An answer in a combined reply is complete, however the rest of that reply ends.
     finish_reason = reply.finish_reason if reply.batch_size == 1 else None
     return completion_object(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class RequestOptions(TypedDict, total=False):
     """Arguments that `create` and `parse` share, all optional: fields of the API, and options of the SDK and of `submit`.
 
-    Any other field is sent as it is, too; type checkers want those in `extra_body`.
+    Other fields are sent, too; for type checkers they belong in `extra_body`.
     """
 
     model: str | None

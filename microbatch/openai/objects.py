@@ -26,16 +26,16 @@ class Object(dict[str, Any]):
         members: The object; copied, and so are the objects and arrays in it.
     """
 
-    # Classes of the objects in members; members that the SDK declares; attributes of ours, which are no members and are never sent.
+    # Classes of the objects in members; members that the SDK declares; attributes that are no members and are never sent.
     _shapes: ClassVar[Mapping[str, type[Object]]] = {}
     _names: ClassVar[frozenset[str]] = frozenset()
-    _beside: ClassVar[frozenset[str]] = frozenset()
+    _attributes: ClassVar[frozenset[str]] = frozenset()
 
-    def __init_subclass__(cls, *, beside: str | None = None, **shapes: type[Object]) -> None:
+    def __init_subclass__(cls, *, attribute: str | None = None, **shapes: type[Object]) -> None:
         super().__init_subclass__()
         cls._shapes = shapes
         cls._names = frozenset(name for name in cls.__annotations__ if not name.startswith("_"))
-        cls._beside = frozenset() if beside is None else frozenset({beside})
+        cls._attributes = frozenset() if attribute is None else frozenset({attribute})
 
     def __init__(self, members: Mapping[str, Any]) -> None:
         super().__init__({name: _shaped(value, self._shapes.get(name, Object)) for name, value in members.items()})
@@ -49,7 +49,7 @@ class Object(dict[str, Any]):
             raise AttributeError(f"{type(self).__name__} has no {name!r}: the endpoint did not send it") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._beside:
+        if name in self._attributes:
             super().__setattr__(name, value)
         else:
             self[name] = value
@@ -66,7 +66,7 @@ class Object(dict[str, Any]):
         """
         members = self._dumped(mode)
         if not exclude_unset:
-            members |= dict.fromkeys(sorted(self._names - self._beside - members.keys()))
+            members |= dict.fromkeys(sorted(self._names - self._attributes - members.keys()))
         return {
             name: _plain(value, mode=mode, exclude_unset=exclude_unset, exclude_none=exclude_none)
             for name, value in members.items()
@@ -129,7 +129,7 @@ class ToolCall(Object, function=FunctionCall):
     custom: Object | None
 
 
-class ChatCompletionMessage(Object, Generic[T], beside="parsed", tool_calls=ToolCall, function_call=FunctionCall):
+class ChatCompletionMessage(Object, Generic[T], attribute="parsed", tool_calls=ToolCall, function_call=FunctionCall):
     """A message of the model.
 
     Attributes:
@@ -177,7 +177,7 @@ class CompletionUsage(Object):
         return bool(self.get("microbatch_estimated"))
 
 
-class ChatCompletion(Object, Generic[T], beside="microbatch", choices=Choice, usage=CompletionUsage):
+class ChatCompletion(Object, Generic[T], attribute="microbatch", choices=Choice, usage=CompletionUsage):
     """The answer to a request.
 
     Attributes:

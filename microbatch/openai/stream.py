@@ -116,7 +116,7 @@ async def open_stream(
     """
     at_least(0, timeout=timeout)
     if not body.get("model"):
-        raise ConfigError("a streamed completion is sent as it is: name its model")
+        raise ConfigError("a streamed completion is sent unchanged: name its model")
     try:
         encoded = msgspec.json.encode(body)
     except (TypeError, ValueError, RecursionError) as error:

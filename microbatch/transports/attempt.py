@@ -220,15 +220,15 @@ class Attempt:
         """Return *error*, or the error to raise instead because the call's bound is refused."""
         if self._plan.call.max_tokens is not None:
             return error
-        said = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
-        if said is None:
+        limits = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
+        if limits is None:
             return error
-        if not self._capabilities.bound_refused(self._plan, said):
-            error.token_limits = said if self._plan.bound is not None else None
+        if not self._capabilities.bound_refused(self._plan, limits):
+            error.token_limits = limits if self._plan.bound is not None else None
             return error
         # With a lower bound, a refusal for credit need not stop all calls, nor one for tokens per minute slow them down.
         lowered = BadRequest(str(error))
-        vars(lowered).update(vars(error), again=True, token_limits=said, retry_after=None, should_retry=None)
+        vars(lowered).update(vars(error), again=True, token_limits=limits, retry_after=None, should_retry=None)
         return lowered
 
     def _secrets(self) -> list[str]:

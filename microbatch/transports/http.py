@@ -1,4 +1,4 @@
-"""What surrounds calls of aiohttp: translated errors, time limits, pauses of streams, validated headers."""
+"""Support for calls of aiohttp: translation of errors, time limits, pauses of streams, validation of headers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Clock:
 
     Args:
         total: Seconds until its end.
-        idle: Longest silence in seconds after the first sign of life, or None.
-        interval: Longest pause of a `Pacer`, in seconds, by which a sign of life may be noticed late.
+        idle: Longest silence in seconds after the first activity, or None.
+        interval: Longest pause of a `Pacer`, in seconds, by which activity may be noticed late.
     """
 
     def __init__(self, total: float, idle: float | None, interval: float = 0.0) -> None:
@@ -56,14 +56,14 @@ class Clock:
         self.scope = asyncio.timeout_at(self.end)
 
     def feed(self) -> None:
-        """Record a sign of life."""
+        """Record activity of the endpoint."""
         if self._idle is not None:
             silent = self._loop.time() + self._idle + self.interval
             self._silent = silent < self.end
             self._set(min(silent, self.end))
 
     def grace(self, seconds: float) -> None:
-        """Allow at most *seconds* more, unless there is another sign of life."""
+        """Allow at most *seconds* more, unless there is further activity."""
         self._set(min(self.end, self._loop.time() + seconds))
 
     def error(self, where: str) -> TransportTimeout:
