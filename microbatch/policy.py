@@ -14,21 +14,21 @@ Resolve = Literal["stream", "verified"]
 Merge = Literal["always", "when-cheaper"]
 
 
-def at_least(minimum: float, **settings: float | None) -> None:
-    """Check that numbers, given by name, are at least *minimum*; None is allowed.
+def at_least(minimum: float, *, optional: bool = True, **settings: float | None) -> None:
+    """Check that numbers, given by name, are at least *minimum*, or None if *optional*.
 
     Raises:
         ConfigError: One is no number, is NaN or is below the minimum.
     """
     for name, value in settings.items():
-        if value is None:
+        if value is None and optional:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < minimum:
             raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
 
 
-def whole(minimum: int, **settings: int | None) -> None:
-    """Check that whole numbers, given by name, are at least *minimum*; None is allowed.
+def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> None:
+    """Check that whole numbers, given by name, are at least *minimum*, or None if *optional*.
 
     Raises:
         ConfigError: One is no int or is below the minimum.
@@ -36,7 +36,7 @@ def whole(minimum: int, **settings: int | None) -> None:
     for name, value in settings.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ConfigError(f"{name} must be a whole number, got {value!r}")
-    at_least(minimum, **settings)
+    at_least(minimum, optional=optional, **settings)
 
 
 def one_of(kind: object, **settings: str | None) -> None:

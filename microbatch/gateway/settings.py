@@ -42,11 +42,7 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         whole(1, max_body_bytes=self.max_body_bytes, max_requests=self.max_requests)
         at_least(0.001, client_timeout=self.client_timeout, request_timeout=self.request_timeout)
-        for name in ("upstream_timeout", "idle_timeout"):
-            limit = getattr(self, name)
-            if limit is None:
-                raise ConfigError(f"{name} must be a number of seconds; there is always a limit")
-            at_least(0.001, **{name: limit})
+        at_least(0.001, optional=False, upstream_timeout=self.upstream_timeout, idle_timeout=self.idle_timeout)
         for name in ("exact_usage", "trust_tenant_header"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")

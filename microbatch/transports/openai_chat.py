@@ -91,7 +91,9 @@ class OpenAIChat:
         stream_interval: float = 0.05,
         thoughts: Thoughts = "strip",
     ) -> None:
-        _check_limits(timeout, idle_timeout, max_connections, stream_interval)
+        at_least(0.001, optional=False, timeout=timeout, idle_timeout=idle_timeout)
+        at_least(0, optional=False, stream_interval=stream_interval)
+        whole(1, optional=False, max_connections=max_connections)
         one_of(Thoughts, thoughts=str(thoughts))
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         address = base_url or os.environ.get("OPENAI_BASE_URL")
@@ -284,16 +286,6 @@ def _encoded(body: dict[str, Any]) -> bytes:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         # The original is not attached: some of these errors quote the text.
         raise ConfigError(f"a message or a parameter cannot be written as JSON ({type(error).__name__})") from None
-
-
-def _check_limits(timeout: float, idle_timeout: float, max_connections: int, stream_interval: float) -> None:
-    limits = {"timeout": timeout, "idle_timeout": idle_timeout, "max_connections": max_connections}
-    for name, value in {**limits, "stream_interval": stream_interval}.items():
-        if value is None:
-            raise ConfigError(f"{name} must be a number; there is always a limit")
-    at_least(0.001, timeout=timeout, idle_timeout=idle_timeout)
-    at_least(0, stream_interval=stream_interval)
-    whole(1, max_connections=max_connections)
 
 
 def _checked_ssl(ssl: object) -> tls.SSLContext | bool:
