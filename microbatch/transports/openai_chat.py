@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 from weakref import WeakSet
 
 import aiohttp
+import msgspec
 
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, one_of, whole
 from microbatch.transports.addresses import DEFAULT_BASE_URL, checked_address, checked_path, host_and_port, secrets_in
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Ladder as Capabilities
-from microbatch.transports.chat_wire import can_stream, compose, encode
+from microbatch.transports.chat_wire import can_stream, compose
 from microbatch.transports.credentials import credentials_in, in_place_of, says_who
 from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
 from microbatch.transports.relay import Forwarded
@@ -282,7 +283,7 @@ class OpenAIChat:
 
 def _encoded(body: dict[str, Any]) -> bytes:
     try:
-        return encode(body)
+        return msgspec.json.encode(body)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         # The original is not attached: some of these errors quote the text.
         raise ConfigError(f"a message or a parameter cannot be written as JSON ({type(error).__name__})") from None
