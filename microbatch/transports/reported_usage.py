@@ -33,6 +33,8 @@ def read_usage(*reported: Any) -> Usage | None:
     """Return the first of *reported* (JSON values from the places of usage objects) that counts any tokens, or None."""
     for each in reported:
         fields = as_object(each)
+        if not fields:
+            continue  # as in every event of a stream but its last
         prompt, completion = _first(_PROMPT, fields), _first(_COMPLETION, fields)
         reasoning = _first(_REASONING, fields, *(as_object(fields.get(name)) for name in _COMPLETION_DETAILS))
         if not (prompt or completion or reasoning):

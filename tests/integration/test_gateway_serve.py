@@ -230,7 +230,7 @@ def test_wrong_settings_are_told_and_end_with_2(words, told, tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["upstream_timeout", "idle_timeout"])
 def test_there_is_always_a_limit_to_what_the_upstream_may_take(name):
-    with pytest.raises(mb.ConfigError, match=f"{name} must be a number of seconds"):
+    with pytest.raises(mb.ConfigError, match=f"{name} must be a number of at least"):
         GatewaySettings(**{name: None})
 
 
