@@ -1,8 +1,8 @@
-"""Headers and query parameters that say who asks.
+"""Headers and query parameters that identify the caller.
 
-They are recognised by how their names end, not by a list of vendors: a key that is not recognised would be dropped, and its owner
-would share prompts with others and be served with a key that is not theirs. A name that only looks like a credential parts lanes
-without need, and keeps its caller from the gateway's own key; `_OTHERS` are the known ones.
+Credentials are recognised by how their names end, not by a list of vendors: an unrecognised key would be dropped, and its owner would
+share prompts with others and be served with another's key. A name that only looks like a credential separates lanes without need, and
+keeps its caller from the gateway's own key; `_OTHERS` lists the known ones.
 """
 
 from __future__ import annotations
@@ -18,60 +18,33 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _CREDENTIALS: Final = (
-    "auth",
-    "authentication",
-    "authorization",
-    "bearer",
-    "cookie",
-    "cookie2",
-    "credential",
-    "credentials",
-    "jwt",
-    "key",
-    "passwd",
-    "password",
-    "secret",
-    "token",
+    *("auth", "authentication", "authorization", "bearer", "cookie", "cookie2", "credential", "credentials"),
+    *("jwt", "key", "passwd", "password", "secret", "token"),
 )
-"""How names of credentials end: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`..."""
+"""Endings of names of credentials: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`..."""
 
 _OTHERS: Final = (
-    "affinity-key",
-    "cache-key",
-    "continuation-token",
-    "csrf-token",
-    "csrftoken",
-    "hash-key",
-    "idempotency-key",
-    "page-token",
-    "pagetoken",
-    "partition-key",
-    "routing-key",
-    "websocket-key",
-    "xsrf-token",
+    *("affinity-key", "cache-key", "continuation-token", "csrf-token", "csrftoken", "hash-key", "idempotency-key"),
+    *("page-token", "pagetoken", "partition-key", "routing-key", "websocket-key", "xsrf-token"),
 )
-"""Endings of names that have nothing to do with who asks."""
+"""Endings of names that have nothing to do with credentials."""
 
 _ON_BEHALF: Final = ("account", "org", "organization", "project", "tenant", "workspace")
-"""How names end, with or without `-id`, that choose beside a credential for whom it is used: who pays, and whose limits count."""
+"""Endings, with or without `-id`, of names that choose beside a credential who pays and whose limits apply."""
 
 _ON_BEHALF_NAMES: Final = frozenset({"client-id", *_ON_BEHALF, *(f"{word}-id" for word in _ON_BEHALF)})
 _ON_BEHALF_ENDINGS: Final = tuple(f"-{name}" for name in _ON_BEHALF_NAMES)
 
 _OF_A_PROXY: Final = frozenset(
     {
-        "cf-access-client-id",
-        "cf-access-client-secret",
-        "cf-access-token",
-        "cf-aig-authorization",
-        "helicone-auth",
-        "x-portkey-api-key",
+        *("cf-access-client-id", "cf-access-client-secret", "cf-access-token", "cf-aig-authorization"),
+        *("helicone-auth", "x-portkey-api-key"),
     }
 )
-"""Credentials for something in front of the endpoint, which come beside the endpoint's own key and not in place of one."""
+"""Credentials for a proxy in front of the endpoint, which come beside the endpoint's own key."""
 
 AMBIENT: Final = frozenset({"cookie", "cookie2"})
-"""Credentials that browsers send unasked, to the host that they are for."""
+"""Credentials that browsers send by themselves, to the host that they belong to."""
 
 
 def is_credential(name: str) -> bool:
@@ -81,16 +54,16 @@ def is_credential(name: str) -> bool:
 
 
 def says_who(name: str) -> bool:
-    """Return whether the header *name*, in any case, says whose limits count: it is a credential, or comes beside one."""
+    """Return whether the header *name*, in any case, is a credential, or chooses beside one whose limits apply."""
     words = name.lower().replace("_", "-")
     return is_credential(words) or words in _ON_BEHALF_NAMES or words.endswith(_ON_BEHALF_ENDINGS)
 
 
 def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str]:
-    """Return which of a transport's *own* headers, or query parameters, go along with those that a request's caller named *callers*.
+    """Return those of a transport's *own* headers, or query parameters, that are sent when the caller's have the names *callers*.
 
-    With a credential of the caller's, the transport's key stays behind, and so does what comes beside it: a request never goes out with
-    two keys. Credentials for a proxy in front of the endpoint do go along.
+    If the caller brings a credential, the transport's key and what comes beside it are left out: a request never has two keys.
+    Credentials for a proxy in front of the endpoint are kept.
     """
     if not any(map(is_credential, callers)):
         return dict(own)
@@ -110,7 +83,7 @@ def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def credentials_in(path: str) -> dict[str, str]:
-    """Return the credentials in the query of *path*, by name in lower case with the question mark: `?key`. Values are not unquoted."""
+    """Return the quoted credentials in the query of *path*, by name in lower case with the question mark: `?key`."""
     found: dict[str, str] = {}
     for pair in path.partition("?")[2].partition("#")[0].split("&"):
         quoted, _, value = pair.partition("=")
