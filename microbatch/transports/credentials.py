@@ -8,6 +8,7 @@ keeps its caller from the gateway's own key; `_OTHERS` lists the known ones.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
@@ -17,17 +18,15 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_CREDENTIALS: Final = (
-    *("auth", "authentication", "authorization", "bearer", "cookie", "cookie2", "credential", "credentials"),
-    *("jwt", "key", "passwd", "password", "secret", "token"),
+# Endings of names of credentials: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`...
+_CREDENTIALS: Final = re.compile(
+    "(?:auth|authentication|authorization|bearer|cookie|cookie2|credentials?|jwt|key|passwd|password|secret|token)$"
 )
-"""Endings of names of credentials: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`..."""
-
-_OTHERS: Final = (
-    *("affinity-key", "cache-key", "continuation-token", "csrf-token", "csrftoken", "hash-key", "idempotency-key"),
-    *("page-token", "pagetoken", "partition-key", "routing-key", "websocket-key", "xsrf-token"),
+# Endings of names that have nothing to do with credentials.
+_OTHERS: Final = re.compile(
+    "(?:affinity-key|cache-key|continuation-token|csrf-token|csrftoken|hash-key|idempotency-key|page-token|pagetoken|partition-key"
+    "|routing-key|websocket-key|xsrf-token)$"
 )
-"""Endings of names that have nothing to do with credentials."""
 
 _ON_BEHALF: Final = ("account", "org", "organization", "project", "tenant", "workspace")
 """Endings, with or without `-id`, of names that choose beside a credential who pays and whose limits apply."""
@@ -37,8 +36,12 @@ _ON_BEHALF_ENDINGS: Final = tuple(f"-{name}" for name in _ON_BEHALF_NAMES)
 
 _OF_A_PROXY: Final = frozenset(
     {
-        *("cf-access-client-id", "cf-access-client-secret", "cf-access-token", "cf-aig-authorization"),
-        *("helicone-auth", "x-portkey-api-key"),
+        "cf-access-client-id",
+        "cf-access-client-secret",
+        "cf-access-token",
+        "cf-aig-authorization",
+        "helicone-auth",
+        "x-portkey-api-key",
     }
 )
 """Credentials for a proxy in front of the endpoint, which come beside the endpoint's own key."""
@@ -50,7 +53,7 @@ AMBIENT: Final = frozenset({"cookie", "cookie2"})
 def is_credential(name: str) -> bool:
     """Return whether the header or query parameter *name*, in any case, holds a credential."""
     words = name.lower().replace("_", "-")
-    return words.endswith(_CREDENTIALS) and not words.endswith(_OTHERS)
+    return _CREDENTIALS.search(words) is not None and _OTHERS.search(words) is None
 
 
 def says_who(name: str) -> bool:

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 _PROMPT: Final = ("prompt_tokens", "input_tokens", "prompt_token_count", "promptTokenCount")
 _COMPLETION: Final = ("completion_tokens", "output_tokens", "candidates_token_count", "candidatesTokenCount")
 _CACHED: Final = (
-    *("cached_tokens", "cache_read_input_tokens", "prompt_cache_hit_tokens"),
-    *("cached_content_token_count", "cachedContentTokenCount"),
+    "cached_tokens",
+    "cache_read_input_tokens",
+    "prompt_cache_hit_tokens",
+    "cached_content_token_count",
+    "cachedContentTokenCount",
 )
 _CACHE_WRITE: Final = ("cache_write_tokens", "cache_creation_input_tokens", "cache_creation_tokens")
 _REASONING: Final = ("reasoning_tokens", "thinking_tokens", "thoughts_token_count", "thoughtsTokenCount")
