@@ -41,7 +41,6 @@ class Permit:
     """Permission to send one call.
 
     Attributes:
-        account: The account whose limits apply.
         tokens: Tokens charged for each attempt.
         rank: Priority of the requests in the call; 0 is the highest.
         again: Whether the retry budget has paid for the first attempt, because it repeats a call that was cut off.
@@ -51,8 +50,7 @@ class Permit:
         slot: Whether it holds a slot; set by the scheduler.
         overdrawn: Whether that slot belongs to the overdraft of high priority; set by the scheduler.
         drawn: Whether the retry budget has paid for the next attempt.
-        error: Error of the latest attempt, or None.
-        grant: What the bucket granted for the latest attempt, or None.
+        error: Error of the latest attempt.
         sent: Loop time of the latest grant.
     """
 
@@ -106,23 +104,14 @@ class Permit:
 
 
 class Account:
-    """One (endpoint, model, credentials).
-
-    Args:
-        retry: Rules of the retry budget.
-        bucket: Its rate limits, or None.
-        adaptive: Whether to limit the calls under way by what the endpoint can handle.
+    """One (endpoint, model, credentials); *adaptive* limits the calls under way to what the endpoint can handle.
 
     Attributes:
-        budget: Its retry budget.
-        breaker: Its circuit breaker.
         max_tokens: Maximum tokens of one grant, None for no limit; follows the limit that the endpoint reports.
         has_worked: Whether any call was answered.
-        slots: The scheduler; None until there is one.
         on_wire: Attempts under way, each of which holds a slot.
         begun: Calls begun and not finished, back-off included.
         backing_off: Begun calls that wait after a transient failure.
-        used: Loop time of the latest use.
     """
 
     def __init__(self, retry: RetryPolicy, bucket: Bucket | None, *, adaptive: bool = False) -> None:
@@ -208,14 +197,9 @@ class Account:
         *,
         reserved: bool = True,
     ) -> None:
-        """Learn from an attempt that is over.
+        """Learn from an attempt that is over, with *error* None for an answer, and *usage* and *limits* as the endpoint reports them.
 
-        Args:
-            permit: Its permit.
-            error: The error it failed with; None for an answer.
-            usage: The usage that the endpoint reports, or None.
-            limits: The limits that the endpoint reports, its headers, or None.
-            reserved: Whether `max_tokens` was sent, which endpoints charge even if less is generated.
+        With *reserved*, `max_tokens` was sent, which endpoints charge even if less is generated.
         """
         now = asyncio.get_running_loop().time()
         self.has_worked |= error is None
@@ -314,13 +298,7 @@ class Account:
 
 
 class Accounts:
-    """The accounts in use, and those used recently.
-
-    Args:
-        transport: The transport, whose `base_url` and `model` are the defaults of calls.
-        retry: Rules of the retry budgets.
-        limit: The rate limit, or None.
-    """
+    """The accounts in use, and those used recently; `base_url` and `model` of *transport* identify them."""
 
     def __init__(self, transport: object, retry: RetryPolicy, limit: RateLimit | None) -> None:
         self._base_url = getattr(transport, "base_url", "")

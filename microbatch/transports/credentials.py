@@ -20,19 +20,16 @@ if TYPE_CHECKING:
 
 # Endings of names of credentials: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`...
 _CREDENTIALS: Final = re.compile(
-    "(?:auth|authentication|authorization|bearer|cookie|cookie2|credentials?|jwt|key|passwd|password|secret|token)$"
+    r"(?:auth|authentication|authorization|bearer|cookie|cookie2|credentials?|jwt|key|passwd|password|secret|token)\Z"
 )
 # Endings of names that have nothing to do with credentials.
 _OTHERS: Final = re.compile(
     "(?:affinity-key|cache-key|continuation-token|csrf-token|csrftoken|hash-key|idempotency-key|page-token|pagetoken|partition-key"
-    "|routing-key|websocket-key|xsrf-token)$"
+    r"|routing-key|websocket-key|xsrf-token)\Z"
 )
 
-_ON_BEHALF: Final = ("account", "org", "organization", "project", "tenant", "workspace")
-"""Endings, with or without `-id`, of names that choose beside a credential who pays and whose limits apply."""
-
-_ON_BEHALF_NAMES: Final = frozenset({"client-id", *_ON_BEHALF, *(f"{word}-id" for word in _ON_BEHALF)})
-_ON_BEHALF_ENDINGS: Final = tuple(f"-{name}" for name in _ON_BEHALF_NAMES)
+# Names that choose beside a credential who pays and whose limits apply.
+_ON_BEHALF: Final = re.compile(r"(?:^|-)(?:client-id|(?:account|org|organization|project|tenant|workspace)(?:-id)?)\Z")
 
 _OF_A_PROXY: Final = frozenset(
     {
@@ -59,7 +56,7 @@ def is_credential(name: str) -> bool:
 def says_who(name: str) -> bool:
     """Return whether the header *name*, in any case, is a credential, or chooses beside one whose limits apply."""
     words = name.lower().replace("_", "-")
-    return is_credential(words) or words in _ON_BEHALF_NAMES or words.endswith(_ON_BEHALF_ENDINGS)
+    return is_credential(words) or _ON_BEHALF.search(words) is not None
 
 
 def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str]:

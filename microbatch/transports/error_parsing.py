@@ -134,10 +134,10 @@ class Fault(msgspec.Struct, frozen=True):
     Attributes:
         status: The HTTP status, or the one named inside an answer of status 200, or 200 if it names none.
         code: Its most specific word: `code`, else `type`, else `status`; None if it has only numbers.
-        param: The request field at fault, or None.
-        message: Its words. They may quote the prompt.
+        param: The request field at fault.
+        message: Its message, which may quote the prompt.
         words: All its codes and types, in lower case.
-        flagged: Whether it says that a moderation flagged the input.
+        flagged: Whether a moderation flagged the input.
     """
 
     status: int
@@ -153,12 +153,9 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 def read_fault(raw: bytes, status: int, *, hollow: bool = False) -> Fault | None:
-    """Return the error in a body or a stream event; None if it is none.
+    """Return the error in a body or a stream event, JSON or not; None for a 200 that does not contain one.
 
-    Args:
-        raw: The bytes, JSON or not.
-        status: The HTTP status. From 400 on (and for redirects) there is always a fault; in a 200 only if the body says so.
-        hollow: Whether it is known to hold no answer, so that a message in it is one of an error.
+    With *hollow*, it is known to hold no answer, so that a message in it is one of an error.
     """
     try:
         data = decode_body(raw)
@@ -295,9 +292,9 @@ def to_error(
         fault: The endpoint's error.
         where: Host and port, for the message.
         headers: The response headers, looked up in any case.
-        raw: The response body; it is masked and goes to `body`.
+        raw: The response body; it goes to `body`, masked.
         secrets: Texts that must not appear anywhere, such as the key that was sent.
-        keyless: Whether no credentials were sent, which the message of an `AuthFailed` then says.
+        keyless: Whether no credentials were sent.
     """
     kind = classify(fault)
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)
@@ -325,16 +322,7 @@ def to_error(
 def unanswered(
     problem: str, *, blocked: bool, where: str, headers: Mapping[str, str], raw: bytes, secrets: Iterable[str] = ()
 ) -> StatusError:
-    """Return the error to raise for a status 200 without an answer; see `to_error`.
-
-    Args:
-        problem: What came instead, for the message.
-        blocked: Whether a filter is the likely cause, and not a transient failure.
-        where: Host and port, for the message.
-        headers: The response headers.
-        raw: The response body.
-        secrets: Texts that must not appear anywhere.
-    """
+    """Return the error to raise for a status 200 without an answer; *blocked* if a filter is the likely cause. See `to_error`."""
     cause = "; endpoints answer so whose content filter stopped the prompt" if blocked else ""
     return (Filtered if blocked else ServerError)(
         f"{where} answered with status 200, but {problem}{cause}",
