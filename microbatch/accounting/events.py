@@ -159,5 +159,5 @@ def _call(hook: Callable[..., Any], *event: Any) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a Rust panic is no Exception
-        logger.warning("a hook raised %s; what it was told is lost to it", type(error).__name__, exc_info=error)
+        logger.warning("a hook raised %s; it has missed an event", type(error).__name__, exc_info=error)
         return None

@@ -71,9 +71,7 @@ class Breaker:
                 return
         if isinstance(error, AuthFailed | QuotaExhausted):
             self._error, self._opened, self._until = error, now, now + COOL_DOWN
-        elif (
-            sent >= self._opened and error is None
-        ):  # the answer to an earlier call says nothing of what has changed since
+        elif error is None and sent >= self._opened:  # an earlier call was answered before the refusal
             self._error, self._forbidden = None, 0
 
     def forget(self, permit: object) -> bool:

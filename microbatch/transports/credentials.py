@@ -74,7 +74,7 @@ _SALT: Final = secrets.token_bytes(16)
 
 
 def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return a digest of those *headers* that say who asks, b"" if none does.
+    """Return a digest of those *headers* that identify the caller, b"" if none does.
 
     It is keyed with random bytes of this process, so that credentials cannot be guessed from a memory dump.
     """

@@ -33,7 +33,7 @@ HOP_BY_HOP: Final = frozenset(
 """Headers that belong to one connection (RFC 9110, 7.6.1); they are never passed on."""
 
 FRAMING: Final = HOP_BY_HOP | {"content-length", "expect", "host"}
-"""Headers that say where a request begins, ends and goes. Set by hand they could make two requests of one."""
+"""Headers that delimit or route a request. Set by a caller they could turn one request into two."""
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\ud7ff\ue000-\U0010ffff]*")
