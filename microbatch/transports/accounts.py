@@ -76,8 +76,22 @@ class Permit:
         return self.account.pay(self)
 
     async def admit(self) -> None:
-        """Wait until the next attempt is paid and has a slot; see `Account.admit`."""
-        await self.account.admit(self)
+        """Wait until the next attempt is paid and has a slot.
+
+        Raises:
+            StatusError: The breaker is open; nothing is held.
+        """
+        loop, breaker, slots = asyncio.get_running_loop(), self.account.breaker, self.account.slots
+        if slots is None:
+            raise AssertionError("an account is used before it has a scheduler")
+        try:
+            breaker.check(loop.time())
+            while not self.paid:
+                await slots.admit(self)
+                breaker.check(loop.time())
+        except BaseException:
+            self.cancel()
+            raise
 
     def finish(self) -> None:
         """Refund what was paid for an attempt that will not be made, and end the call. Idempotent."""
@@ -162,24 +176,6 @@ class Account:
         if self._bucket is not None:
             permit.grant = self._bucket.grant(permit.tokens, now, self._claimant)
         return True
-
-    async def admit(self, permit: Permit) -> None:
-        """Wait until the next attempt of *permit* is paid and has a slot.
-
-        Raises:
-            StatusError: The breaker is open; nothing is held.
-        """
-        loop, slots = asyncio.get_running_loop(), self.slots
-        if slots is None:
-            raise AssertionError("an account is used before it has a scheduler")
-        try:
-            self.breaker.check(loop.time())
-            while not permit.paid:
-                await slots.admit(permit)
-                self.breaker.check(loop.time())
-        except BaseException:
-            permit.cancel()
-            raise
 
     def cancel(self, permit: Permit) -> None:
         """Take back what was granted to *permit* and not used."""
