@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from microbatch.errors import RateLimited, StatusError
 from microbatch.lru import SharedLRU
@@ -25,7 +25,6 @@ from microbatch.transports.response_headers import read_limits
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-    from microbatch.batching.permits import Slots
     from microbatch.errors import RequestFailed
     from microbatch.messages import Usage
     from microbatch.policy import RetryPolicy
@@ -115,6 +114,26 @@ class Permit:
         if self.paid:
             self.paid = False
             self.account.dropped(self)
+
+
+class Slots(Protocol):
+    """The scheduler, as accounts use it."""
+
+    def ready(self, account: Account) -> None:
+        """Note that *account* refused a permit and may have one now."""
+        ...
+
+    def changed(self, account: Account) -> None:
+        """Note that calls of *account* have begun, finished, or started or ended a back-off."""
+        ...
+
+    def released(self, permit: Permit) -> None:
+        """Take back the slot of *permit*, whose attempt is over."""
+        ...
+
+    async def admit(self, permit: Permit) -> None:
+        """Wait until the next attempt of *permit* is paid and has a slot, or could only be refused."""
+        ...
 
 
 class Account:
