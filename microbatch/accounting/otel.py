@@ -159,8 +159,7 @@ class _Metrics:
     """The instruments of a meter."""
 
     def __init__(self, meter: Meter) -> None:
-        def counter(name: str, unit: str, description: str) -> Any:
-            return meter.create_counter(name, unit, description)
+        counter = meter.create_counter
 
         def histogram(name: str, unit: str, description: str, buckets: list[Any]) -> Any:
             return meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)

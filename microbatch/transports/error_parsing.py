@@ -137,7 +137,6 @@ class Fault(msgspec.Struct, frozen=True):
         param: The request field at fault.
         message: Its message, which may quote the prompt.
         words: All its codes and types, in lower case.
-        flagged: Whether a moderation flagged the input.
     """
 
     status: int
@@ -145,7 +144,6 @@ class Fault(msgspec.Struct, frozen=True):
     param: str | None = None
     message: str = ""
     words: frozenset[str] = frozenset()
-    flagged: bool = False
 
     def __repr__(self) -> str:
         """Return the status and code, without the endpoint's words."""
@@ -225,9 +223,8 @@ def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
         code=words[0] if words else None,
         param=param if isinstance(param, str) and param else None,
         message="\n".join(messages),
-        words=frozenset(word.lower() for word in words) | numbers,
-        # OpenRouter's 403 for flagged input; the key is valid, and this one item is the cause.
-        flagged="flagged_input" in metadata,
+        # OpenRouter's 403 for flagged input names it only in the metadata; the key is valid, and this one item is the cause.
+        words=frozenset({*(word.lower() for word in words), *numbers, *({"flagged_input"} & metadata.keys())}),
     )
 
 
@@ -260,7 +257,7 @@ def classify(fault: Fault) -> type[StatusError]:
 
 def _is_about_content(fault: Fault) -> bool:
     """Return whether a filter has stopped the prompt or the answer."""
-    if fault.flagged or any(_FILTER_CODE.search(re.sub(r"[\W_]", "", word)) for word in fault.words):
+    if any(_FILTER_CODE.search(re.sub(r"[\W_]", "", word)) for word in fault.words):
         return True
     pattern = _FILTER_VERDICT if fault.status >= 500 else _FILTER_TEXT  # noqa: PLR2004
     if fault.status in _NOT_ABOUT_CONTENT or pattern.search(fault.message) is None:
@@ -300,10 +297,8 @@ def to_error(
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)
     wait = retry_after(headers)
     text = f"{where} answered with status {fault.status}"
-    if code is not None:
-        text += f" ({code})"
-    if param is not None:
-        text += f", about the field {param}"
+    text += f" ({code})" if code else ""
+    text += f", about the field {param}" if param else ""
     # The header comes with every 429, also where trying again is of no use.
     final = kind in (ContextTooLong, Filtered) or (kind is BadRequest and fault.status in (413, 429))
     return kind(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GAP: Final = "\0"
 """Takes the place of an event that could not be read."""
 
-# Event data that some proxies send to keep the connection open.
+# Event data of proxies that keep the connection open.
 _KEEP_ALIVES: Final = frozenset({b"", b"ping", b"keepalive", b"heartbeat"})
 _AROUND_WORDS: Final = b" \t-_:[]()"
 _THINKING: Final = ("think", "thought", "reason")
