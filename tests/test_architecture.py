@@ -64,14 +64,13 @@ PURE = [
     "transports.credentials",
     "transports.error_parsing",
     "transports.capabilities",
-    "transports.finish_reasons",
     "transports.lenient",
     "transports.response_headers",
     "transports.rate_limit",
     "lru",
     "transience",
     "transports.reply_reader",
-    "transports.reported_usage",
+    "transports.reply_fields",
     "transports.sse",
 ]
 WAITING = [

@@ -14,13 +14,12 @@ import msgspec
 from microbatch.errors import ServerError
 from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
-from microbatch.transports.finish_reasons import read_finish
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
-from microbatch.transports.reported_usage import read_usage
+from microbatch.transports.reply_fields import read_finish, read_usage
 
 if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
-    from microbatch.transports.finish_reasons import Finish
+    from microbatch.transports.reply_fields import Finish
 
 GAP: Final = "\0"
 """Takes the place of an event that could not be read."""
