@@ -141,27 +141,28 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
     """Return the error for one of aiohttp's; its message has no headers, and of the address only host and port."""
     match error:
         case aiohttp.ClientHttpProxyError():
-            return ConnectFailed(f"the proxy refused to connect to {where}: status {error.status}")
+            message = f"the proxy refused to connect to {where}: status {error.status}"
         case aiohttp.ClientProxyConnectionError():
-            return ConnectFailed(f"could not reach the proxy to {where}: {_said(error.os_error)}")
+            message = f"could not reach the proxy to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ClientConnectorCertificateError():
-            return ConnectFailed(f"{where} has a certificate that is not trusted: {error.certificate_error}")
+            message = f"{where} has a certificate that is not trusted: {error.certificate_error}"
         case aiohttp.ClientConnectorDNSError():
-            return ConnectFailed(f"could not resolve the host name of {where}: {_said(error.os_error)}")
+            message = f"could not resolve the host name of {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ClientConnectorError():
-            return ConnectFailed(f"could not connect to {where}: {_said(error.os_error)}")
+            message = f"could not connect to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ConnectionTimeoutError():
-            return ConnectFailed(f"could not connect to {where}: no answer in time")
+            message = f"could not connect to {where}: no answer in time"
         case aiohttp.ServerDisconnectedError():
-            return ConnectFailed(f"{where} closed the connection without an answer")
+            message = f"{where} closed the connection without an answer"
         case aiohttp.ClientPayloadError():
-            return ConnectFailed(f"{where} closed the connection in the middle of the answer")
+            message = f"{where} closed the connection in the middle of the answer"
         case aiohttp.ClientResponseError():
-            return ConnectFailed(f"{where} did not answer in HTTP")
+            message = f"{where} did not answer in HTTP"
         case OSError():
-            return ConnectFailed(f"the connection to {where} broke: {_reason(error)}")
+            message = f"the connection to {where} broke: {_reason(error)}"
         case _:
-            return ConnectFailed(f"the connection to {where} broke: {type(error).__name__}")
+            message = f"the connection to {where} broke: {type(error).__name__}"
+    return ConnectFailed(message)
 
 
 async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
@@ -224,10 +225,9 @@ def merged(*layers: Mapping[str, str]) -> dict[str, str]:
 def without(headers: Iterable[tuple[str, str]], names: frozenset[str]) -> list[tuple[str, str]]:
     """Return *headers* without those in *names* and those that a Connection header lists."""
     pairs = list(headers)
-    listed = {
-        word.strip().lower() for name, value in pairs if name.lower() == "connection" for word in value.split(",")
-    }
-    return [(name, value) for name, value in pairs if name.lower() not in names | listed]
+    connection = [value for name, value in pairs if name.lower() == "connection"]
+    dropped = names.union(word.strip().lower() for value in connection for word in value.split(","))
+    return [(name, value) for name, value in pairs if name.lower() not in dropped]
 
 
 def _reason(error: OSError) -> str:
@@ -236,7 +236,7 @@ def _reason(error: OSError) -> str:
     return os.strerror(number) if number > 0 and not isinstance(error, ssl.SSLError) else type(error).__name__
 
 
-def _said(error: OSError) -> str:
+def _connect_reason(error: OSError) -> str:
     """Return why a connection failed, in the text of the resolver, of TLS or of the system, which has host and port at most."""
     if type(error).__module__ == "builtins" and (error.errno or 0) > 0:
         return _reason(error)  # asyncio's text for a refused connection is the address

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbatch.transports.finish_reasons import read_finish
+from microbatch.transports.reply_fields import read_finish
 
 WORDS = {
     "stop": [
