@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from microbatch.cli.console import OK, SOME_FAILED, STOPPED, dollars, plural, saving, say, seconds, table
+from microbatch.cli.console import OK, SOME_FAILED, STOPPED, change, dollars, plural, print_result, seconds, table
 from microbatch.cli.stopping import stoppable
 from microbatch.client import Microbatcher
 from microbatch.demo import LABELS, catalogue, instructions
@@ -73,21 +73,21 @@ async def _demo() -> int:
 async def _compare() -> int:
     products = catalogue()
     for line in _opening(len(products)):
-        say(line)
+        print_result(line)
     labels = {product.question: product.label for product in products}
 
     def look_up(text: str, _schema: dict[str, Any] | None) -> str:
         return labels[text]
 
     async with SimulatedEndpoint(answer=look_up, latency=LATENCY) as endpoint:
-        say("one call each ...")
+        print_result("one call each ...")
         single = await _ask(endpoint, products, 1)
-        say(f"  {plural(single.stats.upstream_calls, 'call')}, {seconds(single.wall_s)}")
-        say("in batches ...")
+        print_result(f"  {plural(single.stats.upstream_calls, 'call')}, {seconds(single.wall_s)}")
+        print_result("in batches ...")
         batched = await _ask(endpoint, products, BATCH_SIZE)
-        say(f"  {plural(batched.stats.upstream_calls, 'call')}, {seconds(batched.wall_s)}")
+        print_result(f"  {plural(batched.stats.upstream_calls, 'call')}, {seconds(batched.wall_s)}")
     for line in (*_sample(products, batched), "", *_comparison(products, single, batched)):
-        say(line)
+        print_result(line)
     return OK if len(single.labels) == len(batched.labels) == len(products) else SOME_FAILED
 
 
@@ -135,33 +135,16 @@ def _sample(products: Sequence[Product], trial: Trial) -> Iterator[str]:
 
 def _comparison(products: Sequence[Product], single: Trial, batched: Trial) -> Iterator[str]:
     alone, shared = single.stats, batched.stats
-    rows = [
-        (
-            "calls",
-            f"{alone.upstream_calls:,}",
-            f"{shared.upstream_calls:,}",
-            saving(shared.upstream_calls, alone.upstream_calls),
-        ),
-        (
-            "prompt tokens",
-            f"{alone.prompt_tokens:,}",
-            f"{shared.prompt_tokens:,}",
-            saving(shared.prompt_tokens, alone.prompt_tokens),
-        ),
-        (
-            "completion tokens",
-            f"{alone.completion_tokens:,}",
-            f"{shared.completion_tokens:,}",
-            saving(shared.completion_tokens, alone.completion_tokens),
-        ),
-        (
-            f"cost at {MODEL}",
-            dollars(alone.cost_usd),
-            dollars(shared.cost_usd),
-            saving(shared.cost_usd, alone.cost_usd),
-        ),
-        ("wall time", f"{single.wall_s:.1f} s", f"{batched.wall_s:.1f} s", saving(batched.wall_s, single.wall_s)),
-    ]
+    counts = {
+        "calls": (alone.upstream_calls, shared.upstream_calls),
+        "prompt tokens": (alone.prompt_tokens, shared.prompt_tokens),
+        "completion tokens": (alone.completion_tokens, shared.completion_tokens),
+    }
+    rows = [(name, f"{before:,}", f"{now:,}", change(now, before)) for name, (before, now) in counts.items()]
+    before, now = alone.cost_usd, shared.cost_usd
+    rows.append((f"cost at {MODEL}", dollars(before), dollars(now), change(now, before)))
+    before, now = single.wall_s, batched.wall_s
+    rows.append(("wall time", f"{before:.1f} s", f"{now:.1f} s", change(now, before)))
     yield table(("", "one call each", "batched", "change"), rows)
     yield ""
     agreeing = sum(single.labels.get(product.id) == batched.labels.get(product.id) != None for product in products)  # noqa: E711

@@ -1,4 +1,4 @@
-"""`microbatch serve`: the gateway, an OpenAI-compatible server that lets its clients' requests leave together."""
+"""`microbatch serve`: the gateway, an OpenAI-compatible server that combines the requests of its clients."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_policy
-from microbatch.cli.console import UsageError, note, plural, tell
+from microbatch.cli.arguments import (
+    add_cache,
+    add_policy,
+    add_rate_limits,
+    add_seconds,
+    add_settings,
+    read_settings,
+    whole_number,
+)
+from microbatch.cli.console import UsageError, note, plural, report
 from microbatch.cli.environment import with_environment
-from microbatch.cli.flags import add_settings, number, read_settings, whole_number
-from microbatch.cli.plan import read_policy
-from microbatch.cli.stopping import at_signals
-from microbatch.cli.stores import CACHE_HELP, cache_at
+from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
+from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
 from microbatch.gateway.server import Gateway
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.policy import FallbackPolicy
-from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
@@ -44,7 +49,7 @@ X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
 Beside the API there are /healthz, /readyz and /stats. On Ctrl-C or SIGTERM no
 more requests are taken, and those under way are answered; a second signal stops
 at once. Every flag can be given as an environment variable too, --max-wait as
-MICROBATCH_MAX_WAIT; a flag comes first.
+MICROBATCH_MAX_WAIT; a flag takes precedence.
 """
 EXAMPLES = """
 examples:
@@ -57,6 +62,7 @@ examples:
 PORT: Final = 8080
 GRACE: Final = 30.0
 _LEAST_SECRET: Final = 16
+"""Bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,25 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
-    parser.add_argument(
-        "--port",
-        metavar="N",
-        type=whole_number(0, 65_535),
-        default=PORT,
-        help=f"port, 0 for a free one (default: {PORT})",
-    )
+    port = f"port, 0 for a free one (default: {PORT})"
+    parser.add_argument("--port", metavar="N", type=whole_number(0, 65_535), default=PORT, help=port)
     parser.add_argument("--model", metavar="NAME", help="the model for requests that name none (default: refuse these)")
-    parser.add_argument(
-        "--grace",
-        metavar="SECONDS",
-        type=number(0),
-        default=GRACE,
-        help=f"time to answer what is under way when told to stop (default: {GRACE:g})",
-    )
-    parser.add_argument("--rpm", metavar="N", type=whole_number(1), help="send at most N requests in any minute")
-    parser.add_argument("--tpm", metavar="N", type=whole_number(1), help="send at most N tokens in any minute")
-    parser.add_argument("--cache", metavar="FILE|URL", help=CACHE_HELP)
-    _add_access(parser.add_argument_group("who may do what"))
+    add_seconds(parser, "--grace", "time to answer what is under way after a signal", default=GRACE)
+    add_rate_limits(parser)
+    add_cache(parser)
+    _add_access(parser.add_argument_group("access"))
     add_settings(parser.add_argument_group("limits"), GatewaySettings)
     add_policy(parser.add_argument_group("batching"))
 
@@ -96,12 +90,12 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--access-token-file",
         metavar="FILE",
-        help="what clients have to give in place of a key to use the gateway's, and off loopback to see /stats",
+        help="holds the token that clients give in place of a key to use the gateway's, and off loopback to see /stats",
     )
     group.add_argument(
         "--secret-file",
         metavar="FILE",
-        help="keys the digests that tell tenants apart (default: the cache's own secret, else a random one)",
+        help="holds the key of the digests that tell tenants apart (default: the cache's own secret, else a random one)",
     )
     group.add_argument(
         "--lane-header",
@@ -120,17 +114,17 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal comes.
+    """Serve until a signal comes, and return the exit status.
 
     Raises:
-        UsageError: A setting is wrong, or the address is not to be had.
+        UsageError: A setting is wrong, or the gateway cannot listen on the address.
     """
     words = list(args.argv[args.argv.index(args.name) + 1 :])
     return asyncio.run(_serve(with_environment(args.parser, words, os.environ)))
 
 
 def make_gateway(args: argparse.Namespace) -> Gateway:
-    """Return the gateway that the flags ask for, not yet open.
+    """Return the gateway of the flags, not open.
 
     Raises:
         UsageError: A setting is wrong.
@@ -145,7 +139,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             host=args.host,
             port=args.port,
             model=args.model,
-            api_key=None if args.no_own_key else os.environ.get("OPENAI_API_KEY") or None,
+            api_key=_own_key(args),
             access_token=_token(args.access_token_file),
             secret=_secret(args.secret_file),
             lane_headers=args.lane_header,
@@ -153,11 +147,15 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             settings=settings,
             policy=policy,
             fallback=FallbackPolicy(canary=args.canary),
-            rate_limit=RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None,
+            rate_limit=read_rate_limit(args),
             cache=None if args.cache is None else cache_at(args.cache),
         )
     except ConfigError as error:
         raise UsageError(str(error).replace("base_url", "--upstream").replace("api_key", "OPENAI_API_KEY")) from error
+
+
+def _own_key(args: argparse.Namespace) -> str | None:
+    return None if args.no_own_key else os.environ.get("OPENAI_API_KEY") or None
 
 
 def _read(path: str, name: str) -> bytes:
@@ -186,29 +184,20 @@ def _secret(path: str | None) -> bytes | None:
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    gateway, told = make_gateway(args), asyncio.Event()
-    with at_signals(told.set):
-        try:
-            await gateway.open()
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port, 0 takes a free one"
-            ) from None
-        try:
-            tell(gateway.base_url)
-            note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
-            if not args.no_own_key and os.environ.get("OPENAI_API_KEY"):
-                who = "with the access token" if args.access_token_file else "without a key"
-                note(f"Clients {who} use OPENAI_API_KEY, for chat completions and the list of models.")
-            await told.wait()
-            note(f"Told to stop: answering what is under way, for up to {args.grace:g} s.")
-        finally:
-            await gateway.aclose(args.grace)
-    note(_told(gateway))
+    gateway = make_gateway(args)
+    async with listening(gateway, args, lambda: gateway.aclose(args.grace)) as stopped:
+        report(gateway.base_url)
+        note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
+        if _own_key(args):
+            clients = "with the access token" if args.access_token_file else "without a key"
+            note(f"Clients {clients} use OPENAI_API_KEY, for chat completions and the list of models.")
+        await stopped.wait()
+        note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
+    note(_summary(gateway))
     return console.OK
 
 
-def _told(gateway: Gateway) -> str:
+def _summary(gateway: Gateway) -> str:
     stats = gateway.stats()
     combined = f"{plural(stats.items, 'chat completion')} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
     failed = f", {stats.failed:,} failed" if stats.failed else ""

@@ -1,14 +1,14 @@
-"""`microbatch simulate`: the simulated endpoint as a server, to develop and test against."""
+"""`microbatch simulate`: serves the simulated endpoint, to develop and test against."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 from microbatch.cli import console
-from microbatch.cli.console import UsageError, note, plural, tell
-from microbatch.cli.flags import number, whole_number
-from microbatch.cli.stopping import stoppable
+from microbatch.cli.arguments import add_count, add_seconds, number, whole_number
+from microbatch.cli.console import note, plural, report
+from microbatch.cli.stopping import listening
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import ElementKind, Faults, On, TextKind, WireKind
 from microbatch.testing.model import Accepts, Fails, MaxTokensName, StreamOptions
@@ -37,7 +37,15 @@ examples:
   microbatch simulate --batch-seconds 60 --batch-expires 20%   (/v1/batches)
 """
 
-_KINDS = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in get_args(kinds)]
+_KINDS: Final = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in get_args(kinds)]
+
+
+_SAME_NAMES: Final = (
+    *("host", "port", "batch_seconds", "batch_expires", "batch_tokens", "context_tokens", "max_output_tokens"),
+    *("reasoning_tokens", "indent", "json_schema", "json_object", "max_tokens_name", "temperature_fixed"),
+    *("stream_options", "cached_prefixes", "obey"),
+)
+"""Flags that are arguments of `SimulatedEndpoint`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,42 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", metavar="N", type=whole_number(0, 65_535), default=0, help="port to listen on (default: a free one)"
     )
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        action="append",
-        help="a key that is let in; may be repeated (default: everybody is)",
-    )
+    key = "a key that is accepted; may be repeated (default: any key is)"
+    parser.add_argument("--api-key", metavar="KEY", action="append", help=key)
     latency = parser.add_argument_group("latency")
-    latency.add_argument(
-        "--first-token", metavar="SECONDS", type=number(0), default=0.5, help="time to the first token (default: 0.5)"
-    )
-    latency.add_argument(
-        "--tokens-per-second",
-        metavar="N",
-        type=number(0),
-        default=80.0,
-        help="rate after that, 0 for no delay (default: 80)",
-    )
+    add_seconds(latency, "--first-token", "time to the first token", default=0.5)
+    rate = "rate after that, 0 for no delay (default: 80)"
+    latency.add_argument("--tokens-per-second", metavar="N", type=number(0), default=80.0, help=rate)
     quota = parser.add_argument_group("quota, for each key and model")
-    quota.add_argument(
-        "--rpm", metavar="N", type=whole_number(1), help="most requests within any 60 seconds (default: no limit)"
-    )
-    quota.add_argument(
-        "--tpm",
-        metavar="N",
-        type=whole_number(1),
-        help="most tokens within any 60 seconds, a prompt's and its max_tokens (default: no limit)",
-    )
+    add_count(quota, "--rpm", "most requests within any 60 seconds (default: no limit)")
+    add_count(quota, "--tpm", "most tokens within any 60 seconds, a prompt's and its max_tokens (default: no limit)")
     _add_batches(parser.add_argument_group("batches"))
     _add_capabilities(parser.add_argument_group("what the model can do"))
     _add_faults(parser.add_argument_group("what goes wrong"))
 
 
 def _add_batches(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--batch-seconds", metavar="N", type=number(0), default=10.0, help="how long a batch takes (default: 10)"
-    )
+    add_seconds(group, "--batch-seconds", "how long a batch takes", default=10.0)
     group.add_argument(
         "--batch-expires",
         metavar="N|P%",
@@ -89,12 +77,8 @@ def _add_batches(group: argparse._ArgumentGroup) -> None:
         default=0,
         help="lines of a batch that are not answered before its time is over, as a number or a percentage (default: 0)",
     )
-    group.add_argument(
-        "--batch-tokens",
-        metavar="N",
-        type=whole_number(1),
-        help="most tokens that the batches of one key may hold while they are worked on (default: no limit)",
-    )
+    tokens = "most tokens that the batches of one key may hold while they are worked on (default: no limit)"
+    add_count(group, "--batch-tokens", tokens)
 
 
 def _lines_or_share(text: str) -> float:
@@ -107,35 +91,17 @@ def _lines_or_share(text: str) -> float:
 
 
 def _add_capabilities(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--context-tokens", metavar="N", type=whole_number(1), help="most tokens of prompt and reply together"
-    )
-    group.add_argument(
-        "--max-output-tokens",
-        metavar="N",
-        type=whole_number(1),
-        help="most tokens of a reply; a higher limit is refused",
-    )
-    group.add_argument(
-        "--reasoning-tokens",
-        metavar="N",
-        type=whole_number(0),
-        default=0,
-        help="tokens that the model thinks, unseen, before it answers (default: 0)",
-    )
-    group.add_argument("--indent", metavar="N", type=whole_number(0), help="write JSON on many lines, indented")
-    group.add_argument(
-        "--json-schema",
-        choices=get_args(Fails),
-        default="ok",
-        help="how response_format json_schema is taken (default: ok)",
-    )
-    group.add_argument(
-        "--json-object",
-        choices=get_args(Accepts),
-        default="ok",
-        help="how response_format json_object is taken (default: ok)",
-    )
+    add_count(group, "--context-tokens", "most tokens of prompt and reply together")
+    add_count(group, "--max-output-tokens", "most tokens of a reply; a higher limit is refused")
+    reasoning = "tokens that the model thinks, unseen, before it answers"
+    add_count(group, "--reasoning-tokens", reasoning, least=0, default=0)
+    add_count(group, "--indent", "write JSON on many lines, indented by N", least=0)
+    for name, choices, what in (
+        ("--json-schema", Fails, "response_format json_schema"),
+        ("--json-object", Accepts, "response_format json_object"),
+        ("--stream-options", StreamOptions, "stream_options"),
+    ):
+        group.add_argument(name, choices=get_args(choices), default="ok", help=f"how {what} is treated (default: ok)")
     group.add_argument(
         "--max-tokens-name",
         metavar="NAME",
@@ -146,12 +112,6 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
         "--temperature-fixed", action="store_true", help="refuse any temperature but 1, as reasoning models do"
     )
     group.add_argument("--no-streaming", action="store_true", help="refuse streaming")
-    group.add_argument(
-        "--stream-options",
-        choices=get_args(StreamOptions),
-        default="ok",
-        help="how stream_options are taken (default: ok)",
-    )
     group.add_argument("--cached-prefixes", action="store_true", help="report cached_tokens as OpenAI does")
     group.add_argument(
         "--obey",
@@ -161,21 +121,10 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_faults(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--fault",
-        metavar="KIND",
-        action="append",
-        choices=_KINDS,
-        default=[],
-        help=f"what may go wrong, may be repeated: {', '.join(_KINDS)}",
-    )
-    group.add_argument(
-        "--fault-rate",
-        metavar="R",
-        type=number(0, 1),
-        default=0.2,
-        help="share of the replies that go wrong (default: 0.2)",
-    )
+    kinds = f"what may go wrong, may be repeated: {', '.join(_KINDS)}"
+    group.add_argument("--fault", metavar="KIND", action="append", choices=_KINDS, default=[], help=kinds)
+    rate = "share of the replies that go wrong (default: 0.2)"
+    group.add_argument("--fault-rate", metavar="R", type=number(0, 1), default=0.2, help=rate)
     group.add_argument(
         "--fault-on", choices=get_args(On), default="all", help="which calls may go wrong (default: all)"
     )
@@ -183,73 +132,47 @@ def _add_faults(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal comes.
+    """Serve until a signal comes, and return the exit status.
 
     Raises:
-        UsageError: The address is not to be had.
+        UsageError: The endpoint cannot listen on the address.
     """
-    return asyncio.run(_serve(_endpoint(args)))
+    return asyncio.run(_serve(args))
 
 
-def _endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
+def _make_endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
     faults = None
     if args.fault:
         faults = Faults(args.fault, rate=args.fault_rate, on=args.fault_on, seed=args.seed)
     return SimulatedEndpoint(
-        host=args.host,
-        port=args.port,
         api_keys=args.api_key,
         latency=Latency(first_token=args.first_token, tokens_per_second=args.tokens_per_second),
         faults=faults,
         quota=Quota(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None,
-        batch_seconds=args.batch_seconds,
-        batch_expires=args.batch_expires,
-        batch_tokens=args.batch_tokens,
-        context_tokens=args.context_tokens,
-        max_output_tokens=args.max_output_tokens,
-        reasoning_tokens=args.reasoning_tokens,
-        indent=args.indent,
-        json_schema=args.json_schema,
-        json_object=args.json_object,
-        max_tokens_name=args.max_tokens_name,
-        temperature_fixed=args.temperature_fixed,
         stream_supported=not args.no_streaming,
-        stream_options=args.stream_options,
-        cached_prefixes=args.cached_prefixes,
-        obey=args.obey,
+        **{name: getattr(args, name) for name in _SAME_NAMES},
     )
 
 
-async def _serve(endpoint: SimulatedEndpoint) -> int:
-    with stoppable():
-        try:
-            await endpoint.open()
-        except OSError as error:
-            where = f"{endpoint.host}:{endpoint.port}"
-            raise UsageError(
-                f"cannot listen on {where}: {error.strerror}; choose another --port, 0 takes a free one"
-            ) from None
-        try:
-            tell(endpoint.base_url)
-            note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
-            note(
-                f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ..."
-            )
-            await asyncio.Event().wait()
-        finally:
-            await endpoint.aclose()
-    note(_told(endpoint))
+async def _serve(args: argparse.Namespace) -> int:
+    endpoint = _make_endpoint(args)
+    async with listening(endpoint, args, endpoint.aclose) as stopped:
+        report(endpoint.base_url)
+        note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
+        note(f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ...")
+        await stopped.wait()
+    note(_summary(endpoint))
     return console.OK
 
 
-def _told(endpoint: SimulatedEndpoint) -> str:
+def _summary(endpoint: SimulatedEndpoint) -> str:
     tokens = f"{endpoint.prompt_tokens:,} prompt and {endpoint.completion_tokens:,} completion tokens"
-    went_wrong = f", {endpoint.faulted:,} spoiled on purpose" if endpoint.faults else ""
+    faulted = f", {endpoint.faulted:,} spoiled on purpose" if endpoint.faults else ""
     refused = f", {endpoint.quota_refusals:,} refused for the quota" if endpoint.quota else ""
     jobs = plural(endpoint.batches_created, "batch job")
     batched = f", {plural(endpoint.batch_lines, 'line')} of {jobs}" if endpoint.batches_created else ""
     return (
-        f"served {plural(endpoint.calls, 'call')}{batched}{went_wrong}{refused}: "
+        f"served {plural(endpoint.calls, 'call')}{batched}{faulted}{refused}: "
         f"{plural(endpoint.combined_calls, 'combined prompt')} and {plural(endpoint.single_calls, 'single call')} "
         f"with {plural(endpoint.items, 'item')}, {tokens}"
     )

@@ -1,11 +1,10 @@
-"""The way into a spool and out of it for files: JSON Lines."""
+"""Files that go into a spool, and come out of it: JSON Lines."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -13,13 +12,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.answers import NotWritten
-from microbatch.cli.console import NotHeard, UsageError, note, plural, tell
-from microbatch.cli.failures import Failures
+from microbatch.cli.console import StdoutError, UsageError, note, plural, report, report_json
+from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
+from microbatch.cli.output import NotWritten, replacing
 from microbatch.cli.plan import read_questions
-from microbatch.cli.questions import payload_of
-from microbatch.cli.reading import BadLine, Input, InputChanged, numbered
 from microbatch.cli.stopping import stoppable
+from microbatch.cli.summary import Failures
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.payload import Answer
 from microbatch.spool.records import Name
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
 AT_ONCE: Final = 500
 """Requests put in one transaction."""
 
+_STATES: Final[dict[State, str]] = {"leased": "with a worker", "in_job": "in a batch job", "done": "answered"}
+
 
 class Put:
     """Queues a request for every line of a file.
@@ -41,66 +41,66 @@ class Put:
         args: The flags of `spool`.
 
     Raises:
-        UsageError: Something is wrong with the flags or the file.
+        UsageError: A flag or the file is wrong.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._questions = read_questions(args, needs_model=False)
-        self._source = Input(args.put, id_field=args.id_field)
-        self._survey = self._source.survey(self._questions.fields)
-        self._came_of_it: Counter[PutOutcome] = Counter()
+        self._source = Input(args.put, read_questions(args, needs_model=False), id_field=args.id_field)
+        self._outcomes: Counter[PutOutcome] = Counter()
         self._rejected = 0
         self._failures = Failures()
 
     async def go(self, spool: Spool) -> int:
-        """Queue them, tell how it went and return the exit status."""
+        """Queue them, report and return the exit status."""
         stopped, broken = True, None
         with stoppable():
             try:
                 items = self._items()
                 while some := list(islice(items, AT_ONCE)):
                     outcomes = await spool.put([item for _, item in some])
-                    for (line, _), outcome in zip(some, outcomes, strict=True):
-                        self._note(line, outcome)
+                    for (number, _), outcome in zip(some, outcomes, strict=True):
+                        self._count(number, outcome)
             except (InputChanged, OSError, StorageError) as error:
                 broken = error
             stopped = False
-        return self._tell(stopped=stopped, broken=broken)
+        return self._report(stopped=stopped, broken=broken)
 
     def _items(self) -> Iterator[tuple[int, Item]]:
-        """Yield what is to be put, each with the number of its line."""
-        for line, request in numbered(self._source, self._survey, self._questions, (), self._reject):
-            name = Name(self._args.tenant, request.id or "")
+        """Yield the number of each line and the request that is put for it."""
+        for row in self._source.requests():
+            if isinstance(row, BadLine):
+                self._reject(row.number, row.problem)
+                continue
+            line, request = row
             try:
                 payload = payload_of(request, self._args.model)
             except ConfigError as error:
-                self._reject(BadLine(line, name.id, str(error)), name.id)
+                self._reject(line.number, str(error))
             else:
-                yield line, payload.item(name)
+                yield line.number, payload.item(Name(self._args.tenant, line.name))
 
-    def _reject(self, line: BadLine, _name: str) -> None:
-        self._failures.add(line.problem, str(line.number), f"{self._source.path}, line ")
+    def _reject(self, number: int, problem: str) -> None:
+        self._failures.add(problem, str(number), f"{self._source.path}, line ")
         self._rejected += 1
 
-    def _note(self, line: int, outcome: PutOutcome) -> None:
-        self._came_of_it[outcome] += 1
+    def _count(self, number: int, outcome: PutOutcome) -> None:
+        self._outcomes[outcome] += 1
         if outcome == "conflict":
             problem = "the spool holds another request under this id; it stays, and this one was not queued"
-            self._failures.add(problem, str(line), f"{self._source.path}, line ")
+            self._failures.add(problem, str(number), f"{self._source.path}, line ")
 
-    def _tell(self, *, stopped: bool, broken: Exception | None) -> int:
-        for line in self._failures.told():
+    def _report(self, *, stopped: bool, broken: Exception | None) -> int:
+        for line in self._failures.lines():
             note(line)
-        new, known, conflicts = (self._came_of_it[outcome] for outcome in ("new", "known", "conflict"))
-        items = self._survey.items
+        new, known, conflicts = (self._outcomes[outcome] for outcome in ("new", "known", "conflict"))
+        items, rejected = self._source.items, self._rejected
         if self._args.json:
-            figures = {"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": self._rejected}
-            tell(msgspec.json.encode(figures).decode())
+            report_json({"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": rejected})
         else:
-            tell(
+            report(
                 f"{plural(items, 'item')}: {new:,} queued, {known:,} known already, {plural(conflicts, 'conflict')}, "
-                f"{self._rejected:,} cannot be asked"
+                f"{rejected:,} cannot be asked"
             )
         if broken is not None:
             note(f"microbatch spool: {broken}")
@@ -108,64 +108,56 @@ class Put:
             note("Stopped. For the rest, run the same command again; what is queued is not queued twice.")
         if stopped:
             return console.STOPPED
-        return console.SOME_FAILED if conflicts or self._rejected or broken is not None else console.OK
+        return console.SOME_FAILED if conflicts or rejected or broken is not None else console.OK
 
 
-class Export:
-    """Writes a line for every request that is kept.
-
-    Args:
-        args: The flags of `spool`.
+async def export(spool: Spool, args: argparse.Namespace) -> int:
+    """Write a line for every request that is kept, and return the exit status. After an error nothing is left of a file.
 
     Raises:
-        UsageError: The file exists already.
+        NotWritten: The file cannot be written to its end.
+        StdoutError: Stdout cannot be written.
+        StorageError: The spool cannot be read to its end.
+        UsageError: The file cannot be made.
     """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        if args.export == "-":
-            if args.json:
-                raise UsageError("--export - fills stdout with the export; --json has no place there")
-        elif Path(args.export).exists():
-            raise UsageError(f"{args.export!r} exists already; choose another name, or - for stdout")
-
-    async def go(self, spool: Spool) -> int:
-        """Write them, tell how many and return the exit status.
-
-        Raises:
-            NotWritten: The disk is full, or the like; nothing is left of the file.
-            StorageError: The spool cannot be read to its end; nothing is left of the file.
-            UsageError: The file cannot be written.
-        """
-        states: Counter[State] = Counter()
-        damaged = 0
-        with _written(self._args.export) as file:
-            async for kept in spool.export():
-                if self._args.tenant in (None, kept.name.tenant):
-                    line = export_line(kept)
-                    file.write(msgspec.json.encode(line) + b"\n")
-                    states[kept.found.state] += 1
-                    damaged += kept.found.state == "done" and line["error"] is not None
-        self._tell(states, damaged)
-        return console.SOME_FAILED if damaged else console.OK
-
-    def _tell(self, states: Counter[State], damaged: int) -> None:
-        if self._args.json:
-            tell(msgspec.json.encode({"exported": states.total(), "damaged": damaged, "states": states}).decode())
-            return
-        parts = "".join(f", {number:,} {_SHOWN.get(state, state)}" for state, number in states.most_common())
-        where = "" if self._args.export == "-" else f" to {self._args.export}"
-        write = note if self._args.export == "-" else tell
-        write(f"{plural(states.total(), 'request')} exported{where}{parts}")
+    to_stdout = args.export == "-"
+    opened = False
+    try:
+        with nullcontext(sys.stdout.buffer) if to_stdout else replacing(Path(args.export)) as file:
+            opened = True
+            states, damaged = await _write_lines(spool, file, args.tenant)
+            file.flush()
+    except OSError as error:
+        if to_stdout:
+            console.mute(sys.stdout)
+            raise StdoutError("cannot write to stdout") from error
+        kind = NotWritten if opened else UsageError
+        raise kind(f"cannot write {args.export!r}: {error.strerror}") from error
+    if args.json:
+        report_json({"exported": states.total(), "damaged": damaged, "states": states})
+    else:
+        parts = "".join(f", {number:,} {_STATES.get(state, state)}" for state, number in states.most_common())
+        exported = f"{plural(states.total(), 'request')} exported"
+        (note if to_stdout else report)(f"{exported}{'' if to_stdout else f' to {args.export}'}{parts}")
         if damaged:
             note(f"{plural(damaged, 'answer')} cannot be read any more; the export has an error in place of each")
+    return console.SOME_FAILED if damaged else console.OK
 
 
-_SHOWN: Final[dict[State, str]] = {"leased": "with a worker", "in_job": "in a batch job", "done": "answered"}
+async def _write_lines(spool: Spool, file: BinaryIO, tenant: str | None) -> tuple[Counter[State], int]:
+    """Write the requests of *tenant*, or of all; return how many there are of each state, and how many answers are damaged."""
+    states: Counter[State] = Counter()
+    damaged = 0
+    async for kept in spool.export():
+        if tenant in (None, kept.name.tenant):
+            line = _export_line(kept)
+            file.write(msgspec.json.encode(line) + b"\n")
+            states[kept.found.state] += 1
+            damaged += kept.found.state == "done" and line["error"] is not None
+    return states, damaged
 
 
-def export_line(kept: Kept) -> dict[str, Any]:
-    """Return what an export says of a request."""
+def _export_line(kept: Kept) -> dict[str, Any]:
     answer, error = None, kept.found.error
     if kept.found.result is not None:
         try:
@@ -183,37 +175,3 @@ def export_line(kept: Kept) -> dict[str, Any]:
         "cost_usd": None if answer is None else answer.cost_usd,
         "answered_at": None if answer is None else answer.answered_at,
     }
-
-
-@contextmanager
-def _written(path: str) -> Iterator[BinaryIO]:
-    """Open *path* for writing; it gets its name when all is on the disk. "-" is stdout.
-
-    Raises:
-        NotHeard: It is stdout, which takes no more.
-        NotWritten: It cannot be written to its end.
-        UsageError: It cannot be made.
-    """
-    if path == "-":
-        try:
-            yield sys.stdout.buffer
-            sys.stdout.buffer.flush()
-        except OSError as error:
-            console.mute(sys.stdout)
-            raise NotHeard("cannot write to stdout") from error
-        return
-    draft = Path(path + ".new")
-    try:
-        file = draft.open("wb")
-    except OSError as error:
-        raise UsageError(f"cannot write {path!r}: {error.strerror}") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise NotWritten(f"cannot write {path!r}: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The output of `run`: one line an answer, on disk within half a second, and good enough to resume from after a crash."""
+"""The output of `run`: one line per item, on disk within half a second, from which a run can be resumed after a crash."""
 
 from __future__ import annotations
 
@@ -6,25 +6,32 @@ import os
 import shutil
 import stat
 import threading
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 import msgspec
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.reading import digest
+from microbatch.cli.input import id_digest
 from microbatch.errors import RequestFailed, StatusError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
     from types import TracebackType
 
     from microbatch.messages import Reply
 
-SYNC_SECONDS = 0.5
+SYNC_SECONDS: Final = 0.5
+_BLOCK: Final = 65_536
 
-_BLOCK = 65_536
+
+class NotWritten(Exception):
+    """The output cannot be written any further. Lines written before it stand."""
+
+
+# --- lines
 
 
 def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = None) -> dict[str, Any]:
@@ -35,8 +42,8 @@ def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = 
     Args:
         name: The item's id.
         output: The answer.
-        reply: What it came with.
-        digest: That of the question, see `question_digest`; None leaves it out.
+        reply: The reply that held it.
+        digest: `question_digest` of the question; None leaves it out.
     """
     line = {
         "custom_id": name,
@@ -48,17 +55,9 @@ def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = 
     }
     if digest is not None:
         line["digest"] = digest
-    if reply.body is not None and _says_more(reply.body):
+    if reply.body is not None and _holds_more_than_text(reply.body):
         line["body"] = reply.body
     return line
-
-
-def _says_more(body: dict[str, Any]) -> bool:
-    try:
-        choices = msgspec.convert(body, _Body).choices
-    except msgspec.ValidationError:
-        return True  # nothing we know, so nothing to leave out
-    return len(choices) > 1 or any(choice.logprobs or choice.message != _Message() for choice in choices)
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -76,61 +75,71 @@ class _Body(msgspec.Struct):
     choices: list[_Choice] = []
 
 
+def _holds_more_than_text(body: dict[str, Any]) -> bool:
+    try:
+        choices = msgspec.convert(body, _Body).choices
+    except msgspec.ValidationError:
+        return True
+    return len(choices) > 1 or any(choice.logprobs or choice.message != _Message() for choice in choices)
+
+
 def failure_line(name: str, error: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
-    """Return the output line of an item that got no answer; *digest* is that of its question."""
+    """Return the output line of an item without an answer; see `answer_line`."""
     line = {"custom_id": name, "output": None, "error": error, "route": None, "usage": None, "cost_usd": None}
     return line if digest is None else line | {"digest": digest}
 
 
 def error_object(error: Exception) -> dict[str, Any]:
-    """Return what an output line says of *error*: no prompt, no body, no key."""
-    told: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    """Return *error* as an object for an output line, without a prompt, a body or a key."""
+    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, RequestFailed):
-        told["attempts"] = error.attempts
+        described["attempts"] = error.attempts
     if isinstance(error, StatusError):
-        told |= {"status": error.status, "code": error.code, "request_id": error.request_id}
-    return told
+        described |= {"status": error.status, "code": error.code, "request_id": error.request_id}
+    return described
+
+
+# --- the file
 
 
 class Row(msgspec.Struct, frozen=True):
     """An answer in the output.
 
     Attributes:
-        start: Where its line begins, in bytes.
-        digest: That of its question; None if it was written by a release that did not keep it.
+        start: Offset of its line, in bytes.
+        digest: Digest of its question; None if an older release wrote the line.
     """
 
     start: int
     digest: str | None
 
 
-class Written(msgspec.Struct):
-    """The answers in an output; lines of errors are left out.
+class Rows(msgspec.Struct):
+    """The answers in an output. Lines of errors are left out.
 
     Attributes:
-        rows: By the digest of the id: its last line, if that is an answer.
-        questions: By the digest of the question: the last answer to it, under whatever id.
+        by_id: By the digest of the id: its last line, if that is an answer.
+        by_question: By the digest of the question: its last answer, under any id.
     """
 
-    rows: dict[int, Row] = {}
-    questions: dict[str, Row] = {}
+    by_id: dict[int, Row] = {}
+    by_question: dict[str, Row] = {}
 
 
-class NotWritten(Exception):
-    """The output cannot be written any further: the disk is full, or the like. What was written before stands."""
+class OutputFile:
+    """The output file, locked while it is open.
 
-
-class Answers:
-    """The output file, held by one run at a time.
-
-    Each line is written whole and at once; a thread of its own brings the file to the disk every half second, because that
-    may take long and the event loop must not wait for it.
+    Each line is written whole and at once. A thread calls fsync every half second, because the event loop must not wait for that.
 
     Args:
-        path: The output file; it is made if it is missing, and appended to.
+        path: The file; it is created if it is missing, and appended to.
+
+    Attributes:
+        path: As given.
+        written: Lines written.
 
     Raises:
-        UsageError: It cannot be written, or another run writes to it.
+        UsageError: It cannot be written, or another run is writing to it.
     """
 
     def __init__(self, path: str) -> None:
@@ -169,42 +178,40 @@ class Answers:
             os.ftruncate(self._file, end)
         return size - end
 
-    def written_before(self) -> Written:
-        """Return what the file holds.
+    def rows(self) -> Rows:
+        """Return the answers in the file.
 
         Raises:
-            UsageError: A line was not written by this command.
+            UsageError: A line was not written by `microbatch run`.
         """
-        found, start = Written(), 0
+        found, start = Rows(), 0
         with Path(self.path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
-                name, line = _read_back(raw, f"{self.path}: line {number}")
+                name, line = _parse(raw, f"{self.path}: line {number}")
                 if line["error"] is not None:
-                    found.rows.pop(digest(name), None)
+                    found.by_id.pop(id_digest(name), None)
                 else:
                     question = line.get("digest")
                     row = Row(start, question if isinstance(question, str) else None)
-                    found.rows[digest(name)] = row
+                    found.by_id[id_digest(name)] = row
                     if row.digest is not None:
-                        found.questions[row.digest] = row
+                        found.by_question[row.digest] = row
                 start += len(raw)
         return found
 
     def row_at(self, start: int, name: str) -> dict[str, Any]:
-        """Return the line that begins at the byte *start*, as one of the id *name*."""
+        """Return the line at the offset *start*, with the id *name*."""
         with Path(self.path).open("rb") as file:
             file.seek(start)
             line: dict[str, Any] = msgspec.json.decode(file.readline())
         return line | {"custom_id": name}
 
     def replace(self, rows: Iterable[tuple[int, str]], aside: Path) -> None:
-        """Keep nothing but *rows* in the output; the file as it was stays under the name *aside*.
-
-        The new file takes the place of the old one when it is complete and on the disk.
+        """Replace the file by one that holds only *rows*, once that is on the disk, and keep a copy of the old one.
 
         Args:
-            rows: Where each line to keep begins, and the id under which it is kept.
-            aside: A name that is free.
+            rows: The offset of each line that is kept, and its id in the new file.
+            aside: The name of the copy; it must be free.
 
         Raises:
             UsageError: One of the files cannot be written.
@@ -225,7 +232,7 @@ class Answers:
                 draft.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            raise UsageError(f"cannot write {self.path!r} anew: {error.strerror}") from None
+            raise UsageError(f"cannot rewrite {self.path!r}: {error.strerror}") from None
         old, self._file = self._file, new
         os.close(old)
 
@@ -233,7 +240,7 @@ class Answers:
         """Append *line*.
 
         Raises:
-            NotWritten: The disk is full, or the like; also if an earlier line did not get to it.
+            NotWritten: This line or an earlier one cannot be written.
         """
         self._check()
         try:
@@ -260,10 +267,10 @@ class Answers:
             self._failure = error
 
     def close(self) -> None:
-        """Bring the rest to the disk, and let go of the file. One that was deleted meanwhile is put back.
+        """Sync and close the file. If it was deleted meanwhile, it is written again.
 
         Raises:
-            NotWritten: Not all of it may be on the disk, or another file has taken its name; the message says where it is then.
+            NotWritten: Not all of it may be on the disk, or another file has taken its name; the message says where the answers are.
         """
         self._closing.set()
         self._unsynced.set()
@@ -271,13 +278,13 @@ class Answers:
             self._syncing.join()
             self._sync()
         try:
-            self._put_back()
+            self._restore()
         finally:
             os.close(self._file)
         self._check()
 
-    def _put_back(self) -> None:
-        """Give the file a name again if its own was taken away."""
+    def _restore(self) -> None:
+        """Write the file again if it was deleted or replaced."""
         path, ours = Path(self.path), os.fstat(self._file)
         if not self.written or (path.exists() and os.path.samestat(path.stat(), ours)):
             return
@@ -291,7 +298,7 @@ class Answers:
                 os.fsync(file.fileno())
         except OSError as error:
             raise NotWritten(
-                f"{self.path!r} was deleted while it was written, and cannot be put back: {error.strerror}"
+                f"{self.path!r} was deleted while it was written, and cannot be restored: {error.strerror}"
             ) from error
         if replaced:
             raise NotWritten(
@@ -311,8 +318,22 @@ class Answers:
         self.close()
 
 
+@contextmanager
+def replacing(path: Path) -> Generator[BinaryIO]:
+    """Open a draft of *path* for writing, which takes its name once the block has ended and it is on the disk."""
+    draft = path.with_name(path.name + ".new")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def free_names(path: str) -> Iterator[Path]:
-    """Yield names beside *path* that no file has."""
+    """Yield names beside *path* that are free."""
     numbered = (Path(f"{path}.old{number}") for number in count(1))
     return (name for name in numbered if not name.exists())
 
@@ -323,7 +344,7 @@ def _write_all(file: int, data: bytes) -> None:
         rest = rest[os.write(file, rest) :]
 
 
-def _read_back(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
+def _parse(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
     """Return the id of an output line, and the line."""
     try:
         line = msgspec.json.decode(raw, type=dict[str, Any])
@@ -332,11 +353,11 @@ def _read_back(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
             return name, line
     except (ValueError, LookupError, RecursionError):
         pass
-    raise UsageError(f"{where} was not written by `microbatch run`; is this the right file?")
+    raise UsageError(f"{where} was not written by `microbatch run`; is -o the right file?")
 
 
 def _claim(file: int, path: str) -> None:
-    """Check that *file* is one to resume from, and keep other runs out of it."""
+    """Check that *file* is a regular file, and lock it."""
     if not stat.S_ISREG(os.fstat(file).st_mode):
         raise UsageError(f"-o {path!r} must be a file, so that a run can be resumed from it")
     try:
