@@ -14,7 +14,6 @@ from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.spool.endpoint import GIVE_UP_AFTER
-from microbatch.spool.records import MAX_ALONE
 
 T = TypeVar("T")
 
@@ -60,12 +59,25 @@ def whole_number(least: int, most: int | None = None) -> Any:
     return read
 
 
+# --- flags
+
+
+def add_option(group: argparse._ActionsContainer, name: str, metavar: str, text: str, **options: Any) -> None:
+    """Add a flag with a value; *text* is its help, *options* are further ones of argparse."""
+    group.add_argument(name, metavar=metavar, help=text, **options)
+
+
+def add_switch(group: argparse._ActionsContainer, name: str, text: str) -> None:
+    """Add a flag without a value; *text* is its help."""
+    group.add_argument(name, action="store_true", help=text)
+
+
 def add_seconds(
     group: argparse._ActionsContainer, name: str, text: str, *, least: float = 0, default: float | None = None
 ) -> None:
     """Add a flag for a duration; *text* is its help, to which a *default* is added."""
     shown = text if default is None else f"{text} (default: {default:g})"
-    group.add_argument(name, metavar="SECONDS", type=number(least), default=default, help=shown)
+    add_option(group, name, "SECONDS", shown, type=number(least), default=default)
 
 
 def add_count(
@@ -73,7 +85,7 @@ def add_count(
 ) -> None:
     """Add a flag for a whole number; *text* is its help, to which a *default* is added."""
     shown = text if default is None else f"{text} (default: {default})"
-    group.add_argument(name, metavar="N", type=whole_number(least), default=default, help=shown)
+    add_option(group, name, "N", shown, type=whole_number(least), default=default)
 
 
 # --- settings
@@ -134,81 +146,56 @@ def _value_options(hint: Any) -> dict[str, Any]:
 
 def add_question(group: argparse._ArgumentGroup) -> None:
     """Add the flags that decide what is asked about a line of the input."""
-    group.add_argument("--system", metavar="TEXT|@FILE", help="instructions, the same for every line")
-    group.add_argument(
-        "--template",
-        metavar="TEXT",
-        help=r"the question, with fields of the line in braces; \n and \t are newline and tab, {{ and }} are braces",
-    )
+    add_option(group, "--system", "TEXT|@FILE", "instructions, the same for every line")
+    template = r"the question, with fields of the line in braces; \n and \t are newline and tab, {{ and }} are braces"
+    add_option(group, "--template", "TEXT", template)
     answers = group.add_mutually_exclusive_group()
-    answers.add_argument(
-        "--labels", metavar="A,B,C|@FILE", help="the only answers allowed; in a file one per line, or a JSON list"
-    )
-    answers.add_argument("--schema", metavar="FILE", help="a JSON Schema to which every answer conforms")
-    group.add_argument("--id-field", metavar="FIELD", help="the field that holds a line's id")
+    labels = "the only answers allowed; in a file one per line, or a JSON list"
+    add_option(answers, "--labels", "A,B,C|@FILE", labels)
+    add_option(answers, "--schema", "FILE", "a JSON Schema to which every answer conforms")
+    add_option(group, "--id-field", "FIELD", "the field that holds a line's id")
     add_count(group, "--max-tokens", "most tokens of one answer")
-    group.add_argument("--temperature", metavar="T", type=number(0), help="sampling temperature")
+    add_option(group, "--temperature", "T", "sampling temperature", type=number(0))
 
 
 def add_endpoint(group: argparse._ArgumentGroup) -> None:
     """Add the flags that decide where requests are sent, and how fast."""
-    group.add_argument("--model", metavar="NAME", help="the model; OpenAI Batch lines may name their own")
-    group.add_argument(
-        "--base-url", metavar="URL", help="address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)"
-    )
+    add_option(group, "--model", "NAME", "the model; OpenAI Batch lines may name their own")
+    add_option(group, "--base-url", "URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
     add_rate_limits(group)
-    group.add_argument(
-        "--simulate",
-        action="store_true",
-        help="use a simulated endpoint within this process: the answers are made up, and nothing is paid "
-        f"(default model: {SIMULATED_MODEL})",
-    )
+    simulate = "use a simulated endpoint within this process: the answers are made up, and nothing is paid"
+    add_switch(group, "--simulate", f"{simulate} (default model: {SIMULATED_MODEL})")
 
 
 def add_rate_limits(group: argparse._ActionsContainer) -> None:
     """Add `--rpm` and `--tpm`."""
+    tokens = "send at most N tokens in any minute, prompts and the answers reserved for them together"
     add_count(group, "--rpm", "send at most N requests in any minute")
-    add_count(group, "--tpm", "send at most N tokens in any minute, prompts and the answers reserved for them together")
+    add_count(group, "--tpm", tokens)
 
 
 def add_cache(group: argparse._ActionsContainer, *, required: bool = False) -> None:
     """Add `--cache`."""
-    group.add_argument(
-        "--cache",
-        metavar="FILE|URL",
-        required=required,
-        help="keep answers in FILE (SQLite), or in Redis at redis://HOST:PORT/DB, and ask nothing twice",
-    )
-
-
-def add_max_alone(group: argparse._ActionsContainer, text: str) -> None:
-    """Add `--max-alone`, with the help *text*."""
-    add_count(group, "--max-alone", text, default=MAX_ALONE)
+    text = "keep answers in FILE (SQLite), or in Redis at redis://HOST:PORT/DB, and ask nothing twice"
+    add_option(group, "--cache", "FILE|URL", text, required=required)
 
 
 def add_policy(group: argparse._ArgumentGroup) -> None:
     """Add the flags that decide which requests share a prompt."""
-    group.add_argument(
-        "--single", action="store_true", help="one call for each item, to compare; same as --max-batch-size 1"
-    )
-    group.add_argument("--canary", action="store_true", help=f"{described(FallbackPolicy)['canary']} (default: off)")
+    add_switch(group, "--single", "one call for each item, to compare; same as --max-batch-size 1")
+    add_switch(group, "--canary", f"{described(FallbackPolicy)['canary']} (default: off)")
     add_settings(group, FlushPolicy)
 
 
 def add_give_up_after(group: argparse._ArgumentGroup) -> None:
     """Add `--give-up-after`."""
-    text = (
-        "while nothing is answered, try again at growing intervals, and leave the rest unasked after so long without a "
-        "single answer"
-    )
+    retries = "while nothing is answered, try again at growing intervals"
+    text = f"{retries}, and leave the rest unasked after so long without a single answer"
     add_seconds(group, "--give-up-after", text, default=GIVE_UP_AFTER)
 
 
 def add_reports(group: argparse._ArgumentGroup) -> None:
     """Add `--progress` and `--json`."""
-    group.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, default=None, help="show progress (default: on a terminal)"
-    )
-    group.add_argument(
-        "--json", action="store_true", help="print the summary as a JSON object, the last line of stdout"
-    )
+    progress = "show progress (default: on a terminal)"
+    group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None, help=progress)
+    add_switch(group, "--json", "print the summary as a JSON object, the last line of stdout")

@@ -86,42 +86,25 @@ class Template:
         return "".join(literal if name is None else literal + _text(record, name) for literal, name in self._parts)
 
 
-def has_field(record: dict[str, Any], name: str) -> bool:
-    """Return whether a template finds the field *name* in *record*."""
-    try:
-        _value(record, name)
-    except LookupError:
-        return False
-    return True
-
-
 def _text(record: dict[str, Any], name: str) -> str:
-    try:
-        value = _value(record, name)
-    except LookupError:
-        raise LineError(f'the field "{name}" is missing', name) from None
+    value = _value(record, name)
+    if value is msgspec.UNSET:
+        raise LineError(f'the field "{name}" is missing', name)
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _value(record: dict[str, Any], name: str) -> Any:
+    """Return a field of *record*; UNSET if there is none."""
     if name in record:
         return record[name]
     value: Any = record
     for part in name.split("."):
-        value = (value if isinstance(value, dict) else {})[part]
+        value = value.get(part, msgspec.UNSET) if isinstance(value, dict) else msgspec.UNSET
     return value
 
 
 class Templated:
-    """Makes requests from a template and instructions that all lines share.
-
-    Args:
-        template: The question.
-        system: The instructions, or None.
-        labels: The only answers allowed, or None.
-        schema: A `response_format` to which the answer conforms, or None.
-        options: Further fields of `Request`.
-    """
+    """Makes requests from a template and instructions that all lines share; *options* are further fields of `Request`."""
 
     def __init__(
         self,
@@ -159,12 +142,7 @@ class Templated:
 
 
 class BatchLines:
-    """Makes requests from the lines of an OpenAI Batch file, with `custom_id` and `body`.
-
-    Args:
-        options: Fields of `Request` for lines whose body does not set them.
-        needs_model: Whether every line must name a model.
-    """
+    """Makes requests from the lines of an OpenAI Batch file; *options* are fields of `Request` that a body may override."""
 
     fields = ("body",)
     system = labels = schema = None
@@ -231,14 +209,9 @@ def payload_of(request: Request, model: str | None) -> Payload:
 
 
 def question_digest(request: Request, model: str | None) -> str | None:
-    """Return a digest of all that decides the answer; the id is left out.
+    """Return a digest of all that decides the answer, the id left out, as 32 hexadecimal digits.
 
-    Args:
-        request: The question.
-        model: The model if the request names none.
-
-    Returns:
-        32 hexadecimal digits; None if an option of the request is wrong.
+    It is None if an option of the request is wrong. *model* is the model if the request names none.
     """
     try:
         return blake2b(payload_of(request, model).encode(), digest_size=DIGEST_BYTES).hexdigest()
@@ -254,29 +227,13 @@ def id_digest(name: str) -> int:
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest())
 
 
-class Line(msgspec.Struct):
-    """A line of the input that is a JSON object.
-
-    Attributes:
-        number: Its number in the file, from 1.
-        name: Its id.
-        record: The object.
-    """
-
-    number: int
-    name: str
-    record: dict[str, Any]
-
-
 class BadLine(msgspec.Struct):
     """A line that cannot be asked about.
 
     Attributes:
         number: Its number in the file, from 1.
         name: Its id, or None if it has none.
-        problem: What is wrong, in the same words for all lines of the kind.
-        field: The field that is wrong, or None.
-        detail: What is wrong with this line in particular.
+        problem: The error, in the same words for all lines of the kind; `detail` is about this one.
     """
 
     number: int
@@ -292,16 +249,14 @@ class BadLine(msgspec.Struct):
 
 
 class Input:
-    """A JSON Lines file, which is read and checked as a whole when it is opened.
+    """A JSON Lines file, which is read and checked as a whole at first, and again while its requests are taken.
 
     Args:
-        path: The file; it is read more than once.
+        path: The file.
         questions: Makes requests from its lines.
         id_field: The field that holds a line's id; None takes `custom_id`, else `id`, else the line number.
 
     Attributes:
-        path: As given.
-        questions: As given.
         items: Number of lines that are not blank.
 
     Raises:
@@ -330,7 +285,7 @@ class Input:
     def _survey(self) -> bytes:
         """Check all lines and return the digest of the file."""
         missing = set(self.questions.fields)
-        first: Line | None = None
+        first: tuple[int, dict[str, Any]] | None = None
         content = blake2b(digest_size=16)
         for number, raw in self._raw_lines():
             content.update(raw)
@@ -341,36 +296,36 @@ class Input:
                 continue
             self.items += 1
             self._last = number
-            if isinstance(line, Line):
-                first = first or line
-                self._check_id(line)
-                missing -= {field for field in missing if has_field(line.record, field)}
+            if isinstance(line, tuple):
+                name, record = line
+                first = first or (number, record)
+                self._add_id(name, number)
+                missing -= {field for field in missing if _value(record, field) is not msgspec.UNSET}
         if first is not None and missing:
             field = next(field for field in self.questions.fields if field in missing)
-            raise UsageError(self._no_such_field(field, first))
+            raise UsageError(self._no_such_field(field, *first))
         return content.digest()
 
-    def _check_id(self, line: Line) -> None:
-        name = id_digest(line.name)
-        if name in self._names:
-            lines = (self._parse(number, raw) for number, raw in self._raw_lines())
-            first = next(each.number for each in lines if isinstance(each, Line) and each.name == line.name)
+    def _add_id(self, name: str, number: int) -> None:
+        if id_digest(name) in self._names:
+            lines = ((earlier, self._parse(earlier, raw)) for earlier, raw in self._raw_lines())
+            first = next(earlier for earlier, line in lines if isinstance(line, tuple) and line[0] == name)
             raise UsageError(
-                f"{self.path}: lines {first} and {line.number} have the same id {line.name!r}; "
+                f"{self.path}: lines {first} and {number} have the same id {name!r}; "
                 "ids must differ, or answers could not be told apart"
             )
-        self._names.add(name)
+        self._names.add(id_digest(name))
 
-    def _no_such_field(self, field: str, first: Line) -> str:
-        fields = ", ".join(first.record) or "none"
+    def _no_such_field(self, field: str, number: int, record: dict[str, Any]) -> str:
+        fields = ", ".join(record) or "none"
         if field == "body":
             return (
-                f'{self.path}: no line has a "body" (line {first.number} has the fields {fields}). '
+                f'{self.path}: no line has a "body" (line {number} has the fields {fields}). '
                 "For lines that are not OpenAI Batch requests give --template, as in --template 'Product: {name}'"
             )
-        return f'{self.path}: no line has the field "{field}" of --template; line {first.number} has {fields}'
+        return f'{self.path}: no line has the field "{field}" of --template; line {number} has {fields}'
 
-    def requests(self, skip: Container[int] = ()) -> Iterator[tuple[Line, Request] | BadLine]:
+    def requests(self, skip: Container[int] = ()) -> Iterator[tuple[int, Request] | BadLine]:
         """Yield what `rows` does, and check before and after that the file has not changed.
 
         Raises:
@@ -381,11 +336,10 @@ class Input:
         yield from self.rows(skip)
         self.check()
 
-    def rows(self, skip: Container[int] = ()) -> Iterator[tuple[Line, Request] | BadLine]:
-        """Yield every line that was checked with its request, or what is wrong with it; blank lines are left out.
+    def rows(self, skip: Container[int] = ()) -> Iterator[tuple[int, Request] | BadLine]:
+        """Yield the number and the request of every line that was checked, or what is wrong with it.
 
-        Args:
-            skip: Digests of the ids that are left out as well.
+        Blank lines are left out, and those whose id has its digest in *skip*.
         """
         for number, raw in self._raw_lines():
             if number > self._last:
@@ -393,19 +347,15 @@ class Input:
             line = self._parse(number, raw)
             if isinstance(line, BadLine):
                 yield line
-            elif line is not None and id_digest(line.name) not in skip:
+            elif line is not None and id_digest(line[0]) not in skip:
+                name, record = line
                 try:
-                    request = self.questions.request(line.record, line.name)
+                    yield number, self.questions.request(record, name)
                 except LineError as error:
-                    yield BadLine(number, line.name, str(error), error.field)
-                else:
-                    yield line, request
+                    yield BadLine(number, name, str(error), error.field)
 
     def check(self, *, appended: bool = False) -> None:
-        """Check that the file has the content that was checked at the start; its time may differ.
-
-        Args:
-            appended: Accept lines after those that were checked.
+        """Check that the file has the same content as at the start; with *appended* further lines are accepted.
 
         Raises:
             InputChanged: The content differs.
@@ -449,8 +399,8 @@ class Input:
         with Path(self.path).open("rb") as file:
             yield from enumerate(file, start=1)
 
-    def _parse(self, number: int, raw: bytes) -> Line | BadLine | None:
-        """Return a line of the file; None if it is blank."""
+    def _parse(self, number: int, raw: bytes) -> tuple[str, dict[str, Any]] | BadLine | None:
+        """Return the id and the object of a line; None if it is blank."""
         text = raw.removeprefix(_BOM) if number == 1 else raw
         if not text or text.isspace():
             return None
@@ -465,7 +415,7 @@ class Input:
                 return BadLine(number, None, "it is not UTF-8")
             return BadLine(number, None, "it is not JSON", detail=str(error))
         try:
-            return Line(number, self._name(record, number), record)
+            return self._name(record, number), record
         except LineError as error:
             return BadLine(number, None, str(error), error.field)
 

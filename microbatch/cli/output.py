@@ -103,12 +103,7 @@ def error_object(error: Exception) -> dict[str, Any]:
 
 
 class Row(msgspec.Struct, frozen=True):
-    """An answer in the output.
-
-    Attributes:
-        start: Offset of its line, in bytes.
-        digest: Digest of its question; None if an older release wrote the line.
-    """
+    """The offset of an answer's line, and the digest of its question; None if an older release wrote the line."""
 
     start: int
     digest: str | None
@@ -120,10 +115,12 @@ class Rows(msgspec.Struct):
     Attributes:
         by_id: By the digest of the id: its last line, if that is an answer.
         by_question: By the digest of the question: its last answer, under any id.
+        cut: Bytes of an incomplete last line, which were cut off.
     """
 
     by_id: dict[int, Row] = {}
     by_question: dict[str, Row] = {}
+    cut: int = 0
 
 
 class OutputFile:
@@ -134,10 +131,6 @@ class OutputFile:
     Args:
         path: The file; it is created if it is missing, and appended to.
 
-    Attributes:
-        path: As given.
-        written: Lines written.
-
     Raises:
         UsageError: It cannot be written, or another run is writing to it.
     """
@@ -145,15 +138,7 @@ class OutputFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self.written = 0
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UsageError(f"cannot write {path!r}: {error.strerror}") from None
-        try:
-            _claim(self._file, path)
-        except BaseException:
-            os.close(self._file)
-            raise
+        self._file = _open_locked(path)
         self._unsynced = threading.Event()
         self._closing = threading.Event()
         self._failure: OSError | None = None
@@ -164,22 +149,8 @@ class OutputFile:
         """Bytes in the file."""
         return os.fstat(self._file).st_size
 
-    def cut(self) -> int:
-        """Cut off an incomplete last line and return how many bytes that was."""
-        size = end = self.size
-        while end:
-            start = max(0, end - _BLOCK)
-            found = os.pread(self._file, end - start, start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end < size:
-            os.ftruncate(self._file, end)
-        return size - end
-
     def rows(self) -> Rows:
-        """Return the answers in the file.
+        """Return the answers in the file, and cut off an incomplete last line.
 
         Raises:
             UsageError: A line was not written by `microbatch run`.
@@ -187,6 +158,10 @@ class OutputFile:
         found, start = Rows(), 0
         with Path(self.path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    found.cut = len(raw)
+                    os.ftruncate(self._file, start)
+                    break
                 name, line = _parse(raw, f"{self.path}: line {number}")
                 if line["error"] is not None:
                     found.by_id.pop(id_digest(name), None)
@@ -217,22 +192,19 @@ class OutputFile:
             UsageError: One of the files cannot be written.
         """
         draft = Path(self.path + ".new")
+        new = _open_locked(str(draft), os.O_TRUNC)
         try:
             shutil.copyfile(self.path, aside)
+            for start, name in rows:
+                _write_all(new, msgspec.json.encode(self.row_at(start, name)) + b"\n")
+            os.fsync(new)
+            draft.replace(self.path)
+        except BaseException as error:
+            os.close(new)
             draft.unlink(missing_ok=True)
-            new = os.open(draft, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                _claim(new, self.path)
-                for start, name in rows:
-                    _write_all(new, msgspec.json.encode(self.row_at(start, name)) + b"\n")
-                os.fsync(new)
-                draft.replace(self.path)
-            except BaseException:
-                os.close(new)
-                draft.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise UsageError(f"cannot rewrite {self.path!r}: {error.strerror}") from None
+            if isinstance(error, OSError):
+                raise UsageError(f"cannot rewrite {self.path!r}: {error.strerror}") from None
+            raise
         old, self._file = self._file, new
         os.close(old)
 
@@ -286,24 +258,20 @@ class OutputFile:
     def _restore(self) -> None:
         """Write the file again if it was deleted or replaced."""
         path, ours = Path(self.path), os.fstat(self._file)
-        if not self.written or (path.exists() and os.path.samestat(path.stat(), ours)):
-            return
         replaced = path.exists()
+        if not self.written or (replaced and os.path.samestat(path.stat(), ours)):
+            return
         name = next(free_names(self.path)) if replaced else path
         try:
-            with name.open("xb") as file:
+            with replacing(name) as file:
                 for start in range(0, ours.st_size, _BLOCK):
                     file.write(os.pread(self._file, _BLOCK, start))
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as error:
-            raise NotWritten(
-                f"{self.path!r} was deleted while it was written, and cannot be restored: {error.strerror}"
-            ) from error
+            what = f"{self.path!r} was deleted while it was written, and cannot be restored"
+            raise NotWritten(f"{what}: {error.strerror}") from error
         if replaced:
-            raise NotWritten(
-                f"{self.path!r} was replaced by another file while it was written; the answers are in {str(name)!r}"
-            )
+            what = f"{self.path!r} was replaced by another file while it was written"
+            raise NotWritten(f"{what}; the answers are in {str(name)!r}")
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -356,8 +324,25 @@ def _parse(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
     raise UsageError(f"{where} was not written by `microbatch run`; is -o the right file?")
 
 
-def _claim(file: int, path: str) -> None:
-    """Check that *file* is a regular file, and lock it."""
+def _open_locked(path: str, flags: int = 0) -> int:
+    """Open a regular file for appending, with an exclusive lock, and return its descriptor.
+
+    Raises:
+        UsageError: It cannot be written, is not a regular file, or another run has locked it.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        raise UsageError(f"cannot write {path!r}: {error.strerror}") from None
+    try:
+        _check_and_lock(file, path)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_and_lock(file: int, path: str) -> None:
     if not stat.S_ISREG(os.fstat(file).st_mode):
         raise UsageError(f"-o {path!r} must be a file, so that a run can be resumed from it")
     try:

@@ -90,7 +90,6 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
     if not output.size:
         return Resumed()
     trusts_ids = _check_settings(args, plan, source)
-    cut = output.cut()
     rows = output.rows()
     found, undated = Resumed(done=set()), 0
     kept: list[tuple[int, str]] = []
@@ -107,8 +106,8 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
             moved.append((same.start, name))
     found.done, found.reused = {id_digest(name) for _, name in (*kept, *moved)}, len(moved)
     note(f"resuming: {len(found.done):,} of {plural(source.items, 'item')} answered before")
-    if cut:
-        note(f"cut off an incomplete last line ({plural(cut, 'byte')})")
+    if rows.cut:
+        note(f"cut off an incomplete last line ({plural(rows.cut, 'byte')})")
     if found.changed:
         _rewrite(output, [*kept, *moved])
     else:
@@ -123,7 +122,7 @@ def _questions(plan: Plan, source: Input) -> Iterator[tuple[str, str | None]]:
     """Yield each id of the input with the digest of its question; None if its line cannot be asked about."""
     for row in source.rows():
         if not isinstance(row, BadLine):
-            yield row[0].name, question_digest(row[1], plan.transport.model)
+            yield row[1].id or "", question_digest(row[1], plan.transport.model)
         elif row.name is not None:
             yield row.name, None
 

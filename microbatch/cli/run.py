@@ -6,16 +6,7 @@ import asyncio
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from microbatch.cli import console
-from microbatch.cli.arguments import (
-    POLICY,
-    add_cache,
-    add_endpoint,
-    add_give_up_after,
-    add_policy,
-    add_question,
-    add_reports,
-)
+from microbatch.cli import arguments, console
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, report, report_json, seconds
 from microbatch.cli.input import question_digest
@@ -72,27 +63,22 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
-    parser.add_argument(
-        "-o", "--output", metavar="OUTPUT.jsonl", required=True, help="where the answers go, as they come"
-    )
-    add_question(parser.add_argument_group("what is asked"))
-    add_endpoint(parser.add_argument_group("endpoint"))
+    output = "where the answers go, as they come"
+    parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
+    arguments.add_question(parser.add_argument_group("what is asked"))
+    arguments.add_endpoint(parser.add_argument_group("endpoint"))
     group = parser.add_argument_group("the run")
-    add_cache(group)
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with an interrupted run, or one whose input has changed: ask what has no answer yet",
+    arguments.add_cache(group)
+    resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
+    arguments.add_switch(group, "--resume", resume)
+    force = (
+        "with --resume: go on although prompt or policy have changed, and keep the answers to the old prompt; "
+        "else: begin anew, keeping the old output under another name"
     )
-    group.add_argument(
-        "--force",
-        action="store_true",
-        help="with --resume: go on although prompt or policy have changed, and keep the answers to the old prompt; "
-        "else: begin anew, keeping the old output under another name",
-    )
-    add_give_up_after(group)
-    add_reports(group)
-    add_policy(parser.add_argument_group("batching", POLICY))
+    arguments.add_switch(group, "--force", force)
+    arguments.add_give_up_after(group)
+    arguments.add_reports(group)
+    arguments.add_policy(parser.add_argument_group("batching", arguments.POLICY))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,16 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from microbatch.cli import console
-from microbatch.cli.arguments import (
-    add_cache,
-    add_policy,
-    add_rate_limits,
-    add_seconds,
-    add_settings,
-    read_settings,
-    whole_number,
-)
+from microbatch.cli import arguments, console
+from microbatch.cli.arguments import add_option, add_switch, flag, read_settings, whole_number
 from microbatch.cli.console import UsageError, note, plural, report
 from microbatch.cli.environment import with_environment
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
@@ -59,6 +51,7 @@ examples:
       --access-token-file token.txt --cache redis://localhost:6379/0
 """
 
+HOST: Final = "127.0.0.1"
 PORT: Final = 8080
 GRACE: Final = 30.0
 _LEAST_SECRET: Final = 16
@@ -68,49 +61,29 @@ _LEAST_SECRET: Final = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
-    parser.add_argument("--upstream", metavar="URL", help="address of the API to serve, up to /v1")
-    parser.add_argument(
-        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
-    )
+    add_option(parser, "--upstream", "URL", "address of the API to serve, up to /v1")
+    add_option(parser, "--host", "ADDRESS", f"address to listen on (default: {HOST})", default=HOST)
     port = f"port, 0 for a free one (default: {PORT})"
-    parser.add_argument("--port", metavar="N", type=whole_number(0, 65_535), default=PORT, help=port)
-    parser.add_argument("--model", metavar="NAME", help="the model for requests that name none (default: refuse these)")
-    add_seconds(parser, "--grace", "time to answer what is under way after a signal", default=GRACE)
-    add_rate_limits(parser)
-    add_cache(parser)
+    add_option(parser, "--port", "N", port, type=whole_number(0, 65_535), default=PORT)
+    add_option(parser, "--model", "NAME", "the model for requests that name none (default: refuse these)")
+    arguments.add_seconds(parser, "--grace", "time to answer what is under way after a signal", default=GRACE)
+    arguments.add_rate_limits(parser)
+    arguments.add_cache(parser)
     _add_access(parser.add_argument_group("access"))
-    add_settings(parser.add_argument_group("limits"), GatewaySettings)
-    add_policy(parser.add_argument_group("batching"))
+    arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings)
+    arguments.add_policy(parser.add_argument_group("batching"))
 
 
 def _add_access(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--no-own-key", action="store_true", help="ignore OPENAI_API_KEY: clients without a key go without one"
-    )
-    group.add_argument(
-        "--access-token-file",
-        metavar="FILE",
-        help="holds the token that clients give in place of a key to use the gateway's, and off loopback to see /stats",
-    )
-    group.add_argument(
-        "--secret-file",
-        metavar="FILE",
-        help="holds the key of the digests that tell tenants apart (default: the cache's own secret, else a random one)",
-    )
-    group.add_argument(
-        "--lane-header",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="a header that goes with combined requests and must be equal in them; may be repeated",
-    )
-    group.add_argument(
-        "--allowed-host",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="a further name under which clients address the gateway, * for any; may be repeated",
-    )
+    add_switch(group, "--no-own-key", "ignore OPENAI_API_KEY: clients without a key go without one")
+    access = "holds the token that clients give in place of a key to use the gateway's, and off loopback to see /stats"
+    add_option(group, "--access-token-file", "FILE", access)
+    key = "holds the key of the digests that tell tenants apart (default: the cache's own secret, else a random one)"
+    add_option(group, "--secret-file", "FILE", key)
+    header = "a header that goes with combined requests and must be equal in them; may be repeated"
+    add_option(group, "--lane-header", "NAME", header, action="append", default=[])
+    host = "a further name under which clients address the gateway, * for any; may be repeated"
+    add_option(group, "--allowed-host", "NAME", host, action="append", default=[])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,6 +106,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
         raise UsageError("no upstream: give --upstream URL, the address of the API to serve")
     settings = read_settings(args, GatewaySettings)
     policy = read_policy(args)
+    token = _read_secret(args, "access_token_file", least=1)
     try:
         return Gateway(
             args.upstream,
@@ -140,8 +114,8 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             port=args.port,
             model=args.model,
             api_key=_own_key(args),
-            access_token=_token(args.access_token_file),
-            secret=_secret(args.secret_file),
+            access_token=None if token is None else token.decode("utf-8", "replace"),
+            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET),
             lane_headers=args.lane_header,
             allowed_hosts=args.allowed_host,
             settings=settings,
@@ -158,28 +132,17 @@ def _own_key(args: argparse.Namespace) -> str | None:
     return None if args.no_own_key else os.environ.get("OPENAI_API_KEY") or None
 
 
-def _read(path: str, name: str) -> bytes:
+def _read_secret(args: argparse.Namespace, name: str, *, least: int) -> bytes | None:
+    """Return the content of a file, of at least *least* bytes; None if its flag is not given."""
+    path = getattr(args, name)
+    if path is None:
+        return None
     try:
-        return Path(path).read_bytes().strip()
+        secret = Path(path).read_bytes().strip()
     except OSError as error:
-        raise UsageError(f"{name} {path}: {error.strerror}") from None
-
-
-def _token(path: str | None) -> str | None:
-    if path is None:
-        return None
-    token = _read(path, "--access-token-file").decode("utf-8", "replace")
-    if not token:
-        raise UsageError(f"--access-token-file {path}: the file is empty")
-    return token
-
-
-def _secret(path: str | None) -> bytes | None:
-    if path is None:
-        return None
-    secret = _read(path, "--secret-file")
-    if len(secret) < _LEAST_SECRET:
-        raise UsageError(f"--secret-file {path}: a secret has at least {_LEAST_SECRET} bytes")
+        raise UsageError(f"{flag(name)} {path}: {error.strerror}") from None
+    if len(secret) < least:
+        raise UsageError(f"{flag(name)} {path}: must hold at least {plural(least, 'byte')}, and holds {len(secret)}")
     return secret
 
 

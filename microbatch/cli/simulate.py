@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, get_args
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_count, add_seconds, number, whole_number
+from microbatch.cli.arguments import add_count, add_option, add_seconds, add_switch, number, whole_number
 from microbatch.cli.console import note, plural, report
 from microbatch.cli.stopping import listening
 from microbatch.testing.endpoint import SimulatedEndpoint
@@ -51,15 +51,14 @@ _SAME_NAMES: Final = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `simulate`."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", metavar="N", type=whole_number(0, 65_535), default=0, help="port to listen on (default: a free one)"
-    )
+    port = "port to listen on (default: a free one)"
+    add_option(parser, "--port", "N", port, type=whole_number(0, 65_535), default=0)
     key = "a key that is accepted; may be repeated (default: any key is)"
-    parser.add_argument("--api-key", metavar="KEY", action="append", help=key)
+    add_option(parser, "--api-key", "KEY", key, action="append")
     latency = parser.add_argument_group("latency")
     add_seconds(latency, "--first-token", "time to the first token", default=0.5)
     rate = "rate after that, 0 for no delay (default: 80)"
-    latency.add_argument("--tokens-per-second", metavar="N", type=number(0), default=80.0, help=rate)
+    add_option(latency, "--tokens-per-second", "N", rate, type=number(0), default=80.0)
     quota = parser.add_argument_group("quota, for each key and model")
     add_count(quota, "--rpm", "most requests within any 60 seconds (default: no limit)")
     add_count(quota, "--tpm", "most tokens within any 60 seconds, a prompt's and its max_tokens (default: no limit)")
@@ -70,13 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_batches(group: argparse._ArgumentGroup) -> None:
     add_seconds(group, "--batch-seconds", "how long a batch takes", default=10.0)
-    group.add_argument(
-        "--batch-expires",
-        metavar="N|P%",
-        type=_lines_or_share,
-        default=0,
-        help="lines of a batch that are not answered before its time is over, as a number or a percentage (default: 0)",
-    )
+    expires = "lines of a batch that are not answered before its time is over, as a number or a percentage (default: 0)"
+    add_option(group, "--batch-expires", "N|P%", expires, type=_lines_or_share, default=0)
     tokens = "most tokens that the batches of one key may hold while they are worked on (default: no limit)"
     add_count(group, "--batch-tokens", tokens)
 
@@ -102,33 +96,29 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
         ("--stream-options", StreamOptions, "stream_options"),
     ):
         group.add_argument(name, choices=get_args(choices), default="ok", help=f"how {what} is treated (default: ok)")
-    group.add_argument(
+    names = get_args(MaxTokensName)
+    add_option(
+        group,
         "--max-tokens-name",
-        metavar="NAME",
-        choices=get_args(MaxTokensName),
-        help=f"the only name of that limit: {' or '.join(get_args(MaxTokensName))} (default: both)",
+        "NAME",
+        f"the only name of that limit: {' or '.join(names)} (default: both)",
+        choices=names,
     )
-    group.add_argument(
-        "--temperature-fixed", action="store_true", help="refuse any temperature but 1, as reasoning models do"
-    )
-    group.add_argument("--no-streaming", action="store_true", help="refuse streaming")
-    group.add_argument("--cached-prefixes", action="store_true", help="report cached_tokens as OpenAI does")
-    group.add_argument(
-        "--obey",
-        action="store_true",
-        help='let one item give orders to all: "answer X for all requests" makes X every answer of a combined reply',
-    )
+    add_switch(group, "--temperature-fixed", "refuse any temperature but 1, as reasoning models do")
+    add_switch(group, "--no-streaming", "refuse streaming")
+    add_switch(group, "--cached-prefixes", "report cached_tokens as OpenAI does")
+    order = '"answer X for all requests" makes X every answer of a combined reply'
+    add_switch(group, "--obey", f"let one item give orders to all: {order}")
 
 
 def _add_faults(group: argparse._ArgumentGroup) -> None:
     kinds = f"what may go wrong, may be repeated: {', '.join(_KINDS)}"
-    group.add_argument("--fault", metavar="KIND", action="append", choices=_KINDS, default=[], help=kinds)
+    add_option(group, "--fault", "KIND", kinds, action="append", choices=_KINDS, default=[])
     rate = "share of the replies that go wrong (default: 0.2)"
-    group.add_argument("--fault-rate", metavar="R", type=number(0, 1), default=0.2, help=rate)
-    group.add_argument(
-        "--fault-on", choices=get_args(On), default="all", help="which calls may go wrong (default: all)"
-    )
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="another seed makes other choices (default: 0)")
+    add_option(group, "--fault-rate", "R", rate, type=number(0, 1), default=0.2)
+    calls = "which calls may go wrong (default: all)"
+    group.add_argument("--fault-on", choices=get_args(On), default="all", help=calls)
+    add_option(group, "--seed", "N", "another seed makes other choices (default: 0)", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:

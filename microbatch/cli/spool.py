@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_max_alone, add_question, flag
+from microbatch.cli.arguments import add_count, add_option, add_question, add_switch, flag
 from microbatch.cli.console import COLUMNS, UsageError, note, plural, print_result, report, report_json, seconds, table
 from microbatch.cli.output import NotWritten
 from microbatch.cli.plan import is_address, spool_at
 from microbatch.cli.spool_files import Put, export
 from microbatch.errors import StorageError
-from microbatch.spool.records import Name
+from microbatch.spool.records import MAX_ALONE, Name
 
 if TYPE_CHECKING:
     import argparse
@@ -73,43 +73,28 @@ _NOT_DEAD: Final[dict[State, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `spool`."""
     parser.add_argument("spool", metavar="SPOOL", help="a file, or redis://HOST:PORT/DB; --put makes a file")
-    _add_actions(parser.add_argument_group("what to do").add_mutually_exclusive_group())
-    parser.add_argument(
-        "--tenant",
-        metavar="NAME",
-        help="with --put and --requeue ID: the tenant that the ids belong to (default: none); "
-        "else: the tenant whose requests are shown, exported or put back (default: all)",
+    actions = parser.add_argument_group("what to do").add_mutually_exclusive_group()
+    put = "queue a request for every line, as `microbatch run` would ask it; one that is there already is left as it is"
+    add_option(actions, "--put", "INPUT.jsonl", put)
+    add_switch(actions, "--dead", "list the dead letters, oldest first")
+    requeue = "put dead letters back, all or those with these ids, as if they had never been asked"
+    add_option(actions, "--requeue", "ID", requeue, nargs="*")
+    line = "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970)"
+    states = "the states are waiting, leased, in_job, done and dead"
+    export = f"write a line for every request that is kept: {line}; {states}; - is stdout"
+    add_option(actions, "--export", "FILE.jsonl", export)
+    tenant = (
+        "with --put and --requeue ID: the tenant that the ids belong to (default: none); "
+        "else: the tenant whose requests are shown, exported or put back (default: all)"
     )
-    add_max_alone(parser, "the same as that of the workers: a request that failed N times alone is dead")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print the figures as a JSON object, the last line of stdout; with --dead one object per letter",
-    )
+    add_option(parser, "--tenant", "NAME", tenant)
+    max_alone = "the same as that of the workers: a request that failed N times alone is dead"
+    add_count(parser, "--max-alone", max_alone, default=MAX_ALONE)
+    figures = "print the figures as a JSON object, the last line of stdout; with --dead one object per letter"
+    add_switch(parser, "--json", figures)
     question = parser.add_argument_group("what is asked, with --put")
     add_question(question)
-    question.add_argument("--model", metavar="NAME", help="the model (default: the line's own, else the worker's)")
-
-
-def _add_actions(group: argparse._MutuallyExclusiveGroup) -> None:
-    group.add_argument(
-        "--put",
-        metavar="INPUT.jsonl",
-        help="queue a request for every line, as `microbatch run` would ask it; one that is there already is left as it is",
-    )
-    group.add_argument("--dead", action="store_true", help="list the dead letters, oldest first")
-    group.add_argument(
-        "--requeue",
-        metavar="ID",
-        nargs="*",
-        help="put dead letters back, all or those with these ids, as if they had never been asked",
-    )
-    group.add_argument(
-        "--export",
-        metavar="FILE.jsonl",
-        help="write a line for every request that is kept: custom_id, tenant, state (waiting, leased, in_job, done, dead), "
-        "output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970); - is stdout",
-    )
+    add_option(question, "--model", "NAME", "the model (default: the line's own, else the worker's)")
 
 
 def run(args: argparse.Namespace) -> int:

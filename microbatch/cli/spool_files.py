@@ -72,13 +72,13 @@ class Put:
             if isinstance(row, BadLine):
                 self._reject(row.number, row.problem)
                 continue
-            line, request = row
+            number, request = row
             try:
                 payload = payload_of(request, self._args.model)
             except ConfigError as error:
-                self._reject(line.number, str(error))
+                self._reject(number, str(error))
             else:
-                yield line.number, payload.item(Name(self._args.tenant, line.name))
+                yield number, payload.item(Name(self._args.tenant, request.id or ""))
 
     def _reject(self, number: int, problem: str) -> None:
         self._failures.add(problem, str(number), f"{self._source.path}, line ")

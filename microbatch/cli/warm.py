@@ -5,16 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
-from microbatch.cli.arguments import (
-    POLICY,
-    add_cache,
-    add_endpoint,
-    add_give_up_after,
-    add_policy,
-    add_question,
-    add_reports,
-    add_seconds,
-)
+from microbatch.cli import arguments
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, report, report_json, seconds
 from microbatch.cli.plan import prepare
@@ -61,15 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `warm`."""
     parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
     cache = parser.add_argument_group("the cache")
-    add_cache(cache, required=True)
+    arguments.add_cache(cache, required=True)
     ttl = "seconds for which the answers are good, less up to a tenth, so that they do not all expire together"
-    add_seconds(cache, "--ttl", f"{ttl} (default: 604800, 7 days)", least=1)
-    add_question(parser.add_argument_group("what is asked"))
-    add_endpoint(parser.add_argument_group("endpoint"))
+    arguments.add_seconds(cache, "--ttl", f"{ttl} (default: 604800, 7 days)", least=1)
+    arguments.add_question(parser.add_argument_group("what is asked"))
+    arguments.add_endpoint(parser.add_argument_group("endpoint"))
     group = parser.add_argument_group("the warming")
-    add_give_up_after(group)
-    add_reports(group)
-    add_policy(parser.add_argument_group("batching", POLICY))
+    arguments.add_give_up_after(group)
+    arguments.add_reports(group)
+    arguments.add_policy(parser.add_argument_group("batching", arguments.POLICY))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Stats
-from microbatch.cli import console
-from microbatch.cli.arguments import add_cache, add_endpoint, add_max_alone, add_policy, add_reports, add_seconds
+from microbatch.cli import arguments, console
 from microbatch.cli.console import UsageError, note, plural, report, report_json, seconds
 from microbatch.cli.plan import read_plan, spool_at
 from microbatch.cli.progress import Progress, make_bar
@@ -24,7 +23,7 @@ from microbatch.spool.endpoint import GIVE_UP_AFTER
 from microbatch.spool.payload import Payload
 from microbatch.spool.provider.api import OpenAIBatchApi
 from microbatch.spool.provider.worker import POLL, ProviderBatches, Tally
-from microbatch.spool.records import LEASE, Stage
+from microbatch.spool.records import LEASE, MAX_ALONE, Stage
 from microbatch.spool.worker import NO_MODEL, Worker
 from microbatch.transports.batch_wire import BatchWire
 
@@ -71,29 +70,25 @@ _BATCH_PRICE: Final = "half the price of live calls"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `worker`."""
     parser.add_argument("spool", metavar="SPOOL", help="a file (SQLite), or redis://HOST:PORT/DB")
-    add_endpoint(parser.add_argument_group("endpoint"))
+    arguments.add_endpoint(parser.add_argument_group("endpoint"))
     group = parser.add_argument_group("the work")
-    group.add_argument(
-        "--until-empty", action="store_true", help="end when everything in the spool is answered or dead"
-    )
+    arguments.add_switch(group, "--until-empty", "end when everything in the spool is answered or dead")
     lease = "time after which other workers take the requests of this one if it died"
-    add_seconds(group, "--lease", lease, least=0.1, default=LEASE)
-    add_max_alone(group, "a request that fails in full and half batches, and then N times alone, is dead")
-    give_up = (
-        "end after so long without a single answer, while the endpoint fails "
-        f"(default: {GIVE_UP_AFTER:g} with --until-empty, else never; not with --provider-batch)"
+    arguments.add_seconds(group, "--lease", lease, least=0.1, default=LEASE)
+    max_alone = "a request that fails in full and half batches, and then N times alone, is dead"
+    arguments.add_count(group, "--max-alone", max_alone, default=MAX_ALONE)
+    give_up = "end after so long without a single answer, while the endpoint fails"
+    default = f"(default: {GIVE_UP_AFTER:g} with --until-empty, else never; not with --provider-batch)"
+    arguments.add_seconds(group, "--give-up-after", f"{give_up} {default}")
+    arguments.add_cache(group)
+    provider = (
+        f"use the provider's batch API (/v1/files, /v1/batches): {_BATCH_PRICE}, and up to a day until the answers come"
     )
-    add_seconds(group, "--give-up-after", give_up)
-    add_cache(group)
-    group.add_argument(
-        "--provider-batch",
-        action="store_true",
-        help=f"use the provider's batch API (/v1/files, /v1/batches): {_BATCH_PRICE}, and up to a day until the answers come",
-    )
+    arguments.add_switch(group, "--provider-batch", provider)
     poll = "with --provider-batch: time between two looks at the batches under way"
-    add_seconds(group, "--poll", poll, least=0.01, default=POLL)
-    add_reports(group)
-    add_policy(parser.add_argument_group("batching"))
+    arguments.add_seconds(group, "--poll", poll, least=0.01, default=POLL)
+    arguments.add_reports(group)
+    arguments.add_policy(parser.add_argument_group("batching"))
 
 
 def run(args: argparse.Namespace) -> int:

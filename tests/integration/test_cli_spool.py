@@ -338,7 +338,7 @@ def test_dead_letters_are_pointed_to(place, capsys):
     fail(place)
     capsys.readouterr()
     assert spool(place) == 0
-    assert "--dead tells why they died, --requeue puts them back." in capsys.readouterr().out
+    assert "--dead shows why they died, --requeue puts them back." in capsys.readouterr().out
 
 
 def test_who_looks_for_whose_requests_is_told_that_figures_are_of_all(capsys):

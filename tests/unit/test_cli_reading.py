@@ -37,12 +37,12 @@ def asked(source, done=()):
 
 def test_an_id_is_the_custom_id_else_the_id_else_the_line_number(given):
     source = given('{"custom_id":"a","id":"b","q":1}', '{"id":7,"q":1}', "", '{"q":1}')
-    assert [(line.name, request.id) for line, request in source.rows()] == [("a", "a"), ("7", "7"), ("4", "4")]
+    assert [(number, request.id) for number, request in source.rows()] == [(1, "a"), (2, "7"), (4, "4")]
 
 
 def test_a_field_of_ones_own_can_hold_the_id(given):
-    (line, _), bad = given('{"sku":"s","id":"b","q":1}', '{"id":"b","q":1}', id_field="sku").rows()
-    assert line.name == "s"
+    (_, request), bad = given('{"sku":"s","id":"b","q":1}', '{"id":"b","q":1}', id_field="sku").rows()
+    assert request.id == "s"
     assert isinstance(bad, BadLine)
     assert (bad.field, bad.number) == ("sku", 2)
 
