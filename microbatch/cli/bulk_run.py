@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 The input is read in passes. A pass sends a request for every item that is not settled. An item is settled by an answer, or by a failure
 that it caused itself. A failure that the endpoint may have caused leaves the item open for the next pass. While the endpoint is down
-nothing more is read, calls wait unsent (`RestingTransport`), and each pass sends one item, a different one each time.
+nothing more is read, calls wait unsent (`PausingTransport`), and each pass sends one item, a different one each time.
 
 An item that fails again and again while the endpoint answers others is given up: first it is sent once more in a combined prompt,
 because the failure may have come from an outage, and then alone, so that it cannot make others fail. To find out whether the endpoint
@@ -24,10 +24,10 @@ import msgspec
 from microbatch.accounting.stats import Stats
 from microbatch.caching.warming import lasting
 from microbatch.cli import console
-from microbatch.cli.console import seconds
+from microbatch.cli.console import note, report_summary, seconds
 from microbatch.cli.input import BadLine, InputChanged, id_digest
 from microbatch.cli.output import NotWritten, error_object
-from microbatch.cli.progress import Progress, make_bar
+from microbatch.cli.progress import Progress
 from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
@@ -35,7 +35,8 @@ from microbatch.errors import ConfigError, ShutDown, StorageError
 from microbatch.spool.endpoint import Cause, cause_of, is_refusal, may_refuse_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    import argparse
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from microbatch.cli.input import Input
     from microbatch.cli.plan import Plan
@@ -57,47 +58,40 @@ class Sink(Protocol):
 
     def take(self, request: Request, reply: Reply[Any]) -> None:
         """Take an answer; *reply* is settled."""
-        ...
 
     def fail(self, name: str, error: dict[str, Any], request: Request | None) -> None:
         """Take the error object of the item *name*; *request* is None if its line made none."""
-        ...
 
 
 class BulkRun:
     """One run over an input.
 
     Args:
+        args: The flags of `add_give_up_after` and `add_reports`.
         plan: Where requests are sent, and how.
         source: The input.
         sink: Takes the outcomes.
         done: Digests of the ids that are left out.
         ttl: Seconds for which the answers are good; None for the cache's own time.
-        progress: Show progress; None if stderr is a terminal.
-        give_up_after: Seconds without an answer after which the rest is left unasked.
 
     Attributes:
         items: Lines to ask about, those that cannot be read included.
-        answered: Items that were answered so far.
         failed: Items that failed for reasons of their own.
-        failures: The failures by kind.
-        stats: The figures at the end.
         wall_s: Seconds from the first question to the last answer.
-        stopped: Whether a signal ended it.
+        stopped: Whether a signal ended the run.
         broken: The error that ended it early, or None.
-        unanswering: Why the endpoint was given up, in words; None if it was not.
+        unanswering: Why the endpoint was given up; None if it was not.
     """
 
     def __init__(
         self,
+        args: argparse.Namespace,
         plan: Plan,
         source: Input,
         sink: Sink,
         *,
         done: Collection[int] = (),
         ttl: float | None = None,
-        progress: bool | None = None,
-        give_up_after: float | None = None,
     ) -> None:
         self.items = source.items - len(done)
         self.answered = 0
@@ -112,10 +106,10 @@ class BulkRun:
         self._source = source
         self._sink = sink
         self._ttl = ttl
-        self._shown = progress
-        self._session = Session(plan, give_up_after=give_up_after)
+        self._shown = args.progress
+        self._session = Session(plan, give_up_after=args.give_up_after)
         self._endpoint = self._session.endpoint
-        self._progress = Progress(None, Stats)
+        self._progress = Progress(0, Stats, shown=False)
         self._settled = set(done)
         self._asked: dict[str, Request] = {}  # and not settled
         self._open: dict[str, Exception] = {}  # left open by this pass, with the error
@@ -135,6 +129,16 @@ class BulkRun:
         if self.stopped:
             return console.STOPPED
         return console.SOME_FAILED if self.failed or self.unasked or self.broken is not None else console.OK
+
+    def report(self, args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], others: str = "") -> None:
+        """Print the failures, the summary, and why the run ended early; *others* is that of `Failures.lines`."""
+        for line in self.failures.lines(others):
+            note(line)
+        report_summary(args, lines, figures)
+        for why in (self.unanswering, self.broken):
+            if why is not None:
+                lost = "cannot use the cache any more: " if isinstance(why, StorageError) else ""
+                note(f"microbatch {args.name}: {lost}{why}")
 
     async def go(self) -> None:
         """Run to the end, or until it is stopped or broken.
@@ -158,7 +162,7 @@ class BulkRun:
             async with batcher, session.prober:
                 start = loop.time()
                 try:
-                    with Progress(make_bar(self.items, shown=self._shown), session.stats) as self._progress:
+                    with Progress(self.items, session.stats, shown=self._shown) as self._progress:
                         while self.unasked and not self._endpoint.stopped:
                             await self._pass(batcher)
                 finally:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    import argparse
+    from collections.abc import Generator, Iterable, Sequence
 
 OK: Final = 0
 SOME_FAILED: Final = 1
@@ -31,11 +32,7 @@ class UsageError(Exception):
 
 
 def print_result(text: str = "") -> None:
-    """Write a line to stdout, for commands whose result is on stdout.
-
-    Raises:
-        StdoutError: It cannot be written.
-    """
+    """Write a line to stdout, for commands whose result is on stdout. Raise `StdoutError` if it cannot be written."""
     try:
         _write(sys.stdout, text + "\n")
     except (OSError, ValueError) as error:
@@ -47,6 +44,14 @@ def report(text: str = "") -> None:
     """Write a line to stdout, for commands whose result is elsewhere; an error of stdout is ignored."""
     with muted_on_error(sys.stdout):
         _write(sys.stdout, text + "\n")
+
+
+def report_summary(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any]) -> None:
+    """Write *lines*, or with --json the *figures*, to stdout; then the lines go to stderr."""
+    for line in lines:
+        (note if args.json else report)(line)
+    if args.json:
+        report_json(figures)
 
 
 def report_json(figures: object) -> None:

@@ -128,11 +128,7 @@ class Templated:
             self._options["params"] = {"response_format": schema}
 
     def request(self, record: dict[str, Any], name: str) -> Request:
-        """Return the request about *record*, whose id is *name*.
-
-        Raises:
-            LineError: A field is missing.
-        """
+        """Return the request about *record*, whose id is *name*. Raise `LineError` if a field is missing."""
         question = {"role": "user", "content": self._template.render(record)}
         return Request([*self._shared, question], id=name, **self._options)
 
@@ -152,11 +148,7 @@ class BatchLines:
         self._needs_model = needs_model
 
     def request(self, record: dict[str, Any], name: str) -> Request:
-        """Return the request of *record*, whose id is *name*.
-
-        Raises:
-            LineError: A field is missing or wrong.
-        """
+        """Return the request of *record*, whose id is *name*. Raise `LineError` if a field is missing or wrong."""
         if str(record.get("method", "POST")).upper() != "POST":
             raise LineError('the field "method" must be "POST"', "method")
         if record.get("url", _CHAT_URL) != _CHAT_URL:

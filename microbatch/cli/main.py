@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status.
+    """Run a command and return its exit status; `UsageError` and `ConfigError` mean that nothing was sent.
 
     Args:
         argv: The words after `microbatch`; None takes those of the process.

@@ -209,11 +209,7 @@ class OutputFile:
         os.close(old)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append *line*.
-
-        Raises:
-            NotWritten: This line or an earlier one cannot be written.
-        """
+        """Append *line*. Raise `NotWritten` if this line or an earlier one cannot be written."""
         self._check()
         try:
             _write_all(self._file, msgspec.json.encode(line) + b"\n")

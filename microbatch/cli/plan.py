@@ -1,4 +1,7 @@
-"""The settings of a command that sends requests, read from its flags and checked before anything is sent."""
+"""The settings of a command that sends requests, read from its flags and checked before anything is sent.
+
+The functions raise `UsageError` if a flag, or a file that it names, is wrong, and `ConfigError` if a cache or spool cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +57,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def read_plan(args: argparse.Namespace) -> Plan:
-    """Return the settings of the flags.
-
-    Raises:
-        ConfigError: The cache cannot be used.
-        UsageError: A flag is wrong.
-    """
+    """Return the settings of the flags."""
     model = _model(args)
     return Plan(
         policy=read_policy(args),
@@ -71,12 +69,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Plan, Input]:
-    """Return the settings and the checked input of `run` and `warm`.
-
-    Raises:
-        ConfigError: The cache cannot be used.
-        UsageError: A flag or the input is wrong.
-    """
+    """Return the settings and the checked input of `run` and `warm`."""
     questions = read_questions(args, needs_model=_model(args) is None)
     plan = read_plan(args)
     return plan, Input(args.input, questions, id_field=args.id_field)
@@ -88,11 +81,7 @@ def _model(args: argparse.Namespace) -> str | None:
 
 
 def read_policy(args: argparse.Namespace) -> FlushPolicy:
-    """Return the policy of the flags.
-
-    Raises:
-        UsageError: A value is out of range, or two flags contradict each other.
-    """
+    """Return the policy of the flags."""
     if not args.single:
         return read_settings(args, FlushPolicy)
     if args.max_batch_size not in (None, 1):
@@ -127,24 +116,12 @@ def is_address(place: str) -> bool:
 
 
 def cache_at(place: str) -> SQLiteCache | RedisCache:
-    """Return the cache at *place*, a path or an address.
-
-    Raises:
-        ConfigError: The package redis is missing, or the address is malformed.
-    """
+    """Return the cache at *place*, a path or an address."""
     return RedisCache(place, timeout=_STEP_TIMEOUT) if is_address(place) else SQLiteCache(place)
 
 
 def spool_at(place: str, *, max_alone: int) -> Spool:
-    """Return the spool at *place*, a path or an address.
-
-    Args:
-        place: A path or an address.
-        max_alone: Failed single deliveries after which a request is a dead letter.
-
-    Raises:
-        ConfigError: The package redis is missing, or the address is malformed.
-    """
+    """Return the spool at *place*, a path or an address; see `Spool` for *max_alone*."""
     return RedisSpool(place, max_alone=max_alone) if is_address(place) else SQLiteSpool(place, max_alone=max_alone)
 
 
@@ -152,15 +129,7 @@ def spool_at(place: str, *, max_alone: int) -> Spool:
 
 
 def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
-    """Return what makes requests from the lines of the input.
-
-    Args:
-        args: Has the flags of `add_question`.
-        needs_model: Whether every line must name a model.
-
-    Raises:
-        UsageError: A flag, or the file it names, is wrong.
-    """
+    """Return what makes requests from the lines of the input; *needs_model* refuses lines that name no model."""
     options: dict[str, Any] = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     if args.template is None:
         for name in ("system", "labels", "schema"):
@@ -181,11 +150,7 @@ def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
 
 
 def read_text(value: str, name: str) -> str:
-    """Return the text of the flag *name*: *value*, or the content of the file that `@FILE` names; `@@` stands for an @.
-
-    Raises:
-        UsageError: The file cannot be read.
-    """
+    """Return the text of the flag *name*: *value*, or the content of the file that `@FILE` names; `@@` stands for an @."""
     if not value.startswith("@"):
         return value
     if value.startswith("@@"):
@@ -199,11 +164,7 @@ def read_text(value: str, name: str) -> str:
 
 
 def read_labels(value: str) -> list[str]:
-    """Return the labels of `--labels a,b,c` or `--labels @FILE` (one per line, or a JSON list).
-
-    Raises:
-        UsageError: One is empty or occurs twice, or the file cannot be read.
-    """
+    """Return the labels of `--labels a,b,c` or `--labels @FILE` (one per line, or a JSON list)."""
     text = read_text(value, "--labels")
     if not value.startswith("@"):
         labels = [label.strip() for label in text.split(",")]
@@ -222,11 +183,7 @@ def read_labels(value: str) -> list[str]:
 
 
 def read_schema(path: str) -> dict[str, Any]:
-    """Return the `response_format` of the file of `--schema`, which holds a JSON Schema or a whole response_format.
-
-    Raises:
-        UsageError: The file cannot be read, or holds neither.
-    """
+    """Return the `response_format` of the file of `--schema`, which holds a JSON Schema or a whole response_format."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:

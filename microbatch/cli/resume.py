@@ -179,11 +179,7 @@ def settings_path(output: str) -> Path:
 
 
 def keep_settings(output: str, settings: Settings) -> None:
-    """Write *settings* beside *output*, whole or not at all.
-
-    Raises:
-        UsageError: They cannot be written.
-    """
+    """Write *settings* beside *output*, whole or not at all. Raise `UsageError` if they cannot be written."""
     path = settings_path(output)
     try:
         with replacing(path) as file:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from microbatch.cli import arguments, console
 from microbatch.cli.bulk_run import BulkRun
-from microbatch.cli.console import note, plural, report, report_json, seconds
+from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, OutputFile, answer_line, failure_line
-from microbatch.cli.plan import Plan, prepare
+from microbatch.cli.plan import prepare
 from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
 from microbatch.cli.summary import comparison, fields, remarks, reuse
 
@@ -82,26 +82,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask about every line, and return the exit status.
-
-    Raises:
-        UsageError: The command or its files are wrong; nothing was sent.
-    """
+    """Ask about every line, and return the exit status."""
     plan, source = prepare(args)
     try:
         with open_output(args) as output:
             resumed = resume(args, plan, source, output)
             keep_settings(args.output, settings(args, plan, source))
             sink = OutputSink(output, source.questions, plan.transport.model)
-            bulk = BulkRun(
-                plan, source, sink, done=resumed.done, progress=args.progress, give_up_after=args.give_up_after
-            )
+            bulk = BulkRun(args, plan, source, sink, done=resumed.done)
             asyncio.run(bulk.go())
-            _report(args, plan, bulk, resumed)
+            lines = summary_lines(bulk, simulated=plan.simulated, single=plan.single)
+            bulk.report(args, lines, summarize(bulk, resumed), others="; the output holds them all")
+            _note_rest(args, bulk)
             return bulk.status
     except NotWritten as error:  # at the last fsync
         note(f"microbatch run: {error}")
         return console.SOME_FAILED
+
+
+def _note_rest(args: argparse.Namespace, bulk: BulkRun) -> None:
+    """Tell on stderr what is left, and how to go on."""
+    if bulk.unanswering is not None:
+        note(f"{plural(bulk.unasked, 'item')} left unasked.")
+    if bulk.status != console.OK:
+        words = [word for word in args.argv if word not in ("--force", "--resume")]
+        note(f"{'Stopped; all' if bulk.stopped else 'All'} answers so far are in {args.output}. To ask for the rest:")
+        note(f"  {shlex.join(['microbatch', *words, '--resume'])}")
 
 
 class OutputSink:
@@ -121,25 +127,6 @@ class OutputSink:
         """Write an error."""
         digest = None if request is None else question_digest(request, self._model)
         self._output.write(failure_line(name, error, digest))
-
-
-def _report(args: argparse.Namespace, plan: Plan, bulk: BulkRun, resumed: Resumed) -> None:
-    for line in bulk.failures.lines(others="; the output holds them all"):
-        note(line)
-    write = note if args.json else report
-    for line in summary_lines(bulk, simulated=plan.simulated, single=plan.single):
-        write(line)
-    if args.json:
-        report_json(summarize(bulk, resumed))
-    for why in (bulk.unanswering, bulk.broken):
-        if why is not None:
-            note(f"microbatch run: {why}")
-    if bulk.unanswering is not None:
-        note(f"{plural(bulk.unasked, 'item')} left unasked.")
-    if bulk.status != console.OK:
-        words = [word for word in args.argv if word not in ("--force", "--resume")]
-        note(f"{'Stopped; all' if bulk.stopped else 'All'} answers so far are in {args.output}. To ask for the rest:")
-        note(f"  {shlex.join(['microbatch', *words, '--resume'])}")
 
 
 def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:

@@ -87,21 +87,13 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal comes, and return the exit status.
-
-    Raises:
-        UsageError: A setting is wrong, or the gateway cannot listen on the address.
-    """
+    """Serve until a signal comes, and return the exit status."""
     words = list(args.argv[args.argv.index(args.name) + 1 :])
     return asyncio.run(_serve(with_environment(args.parser, words, os.environ)))
 
 
 def make_gateway(args: argparse.Namespace) -> Gateway:
-    """Return the gateway of the flags, not open.
-
-    Raises:
-        UsageError: A setting is wrong.
-    """
+    """Return the gateway of the flags, not open. Raise `UsageError` if a setting is wrong."""
     if not args.upstream:
         raise UsageError("no upstream: give --upstream URL, the address of the API to serve")
     settings = read_settings(args, GatewaySettings)
@@ -148,7 +140,7 @@ def _read_secret(args: argparse.Namespace, name: str, *, least: int) -> bytes | 
 
 async def _serve(args: argparse.Namespace) -> int:
     gateway = make_gateway(args)
-    async with listening(gateway, args, lambda: gateway.aclose(args.grace)) as stopped:
+    async with listening(args, gateway.open, lambda: gateway.aclose(args.grace)) as stopped:
         report(gateway.base_url)
         note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
         if _own_key(args):

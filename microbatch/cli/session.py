@@ -23,14 +23,11 @@ if TYPE_CHECKING:
     from microbatch.protocols import ChatCall, Completion, Transport
 
 
-class RestingTransport:
+class PausingTransport:
     """Sends through another transport when *endpoint* allows it, and notes there how each attempt ends.
 
-    During an outage calls wait here, unsent, instead of using up their attempts.
-
-    Args:
-        transport: Sends. Attributes other than the methods here are looked up in it; others may use it at the same time.
-        endpoint: The state of the endpoint.
+    During an outage calls wait here, unsent, instead of using up their attempts. Other attributes are those of the inner transport,
+    which may be used without this one at the same time.
     """
 
     def __init__(self, transport: Transport, endpoint: Endpoint) -> None:
@@ -88,15 +85,14 @@ class Session:
         give_up_after: Seconds without an answer after which nothing is sent any more; None never gives up.
 
     Attributes:
-        endpoint: The state of the endpoint.
-        prober: Sends one attempt per request, without a cache, also while the endpoint does not answer; not open.
+        prober: A batcher, not open, that makes one attempt per request, without a cache, also while the endpoint does not answer.
     """
 
     def __init__(self, plan: Plan, *, give_up_after: float | None) -> None:
         self.endpoint = Endpoint("the endpoint is left alone", give_up_after=give_up_after)
         self.prober = Microbatcher(plan.transport, retry=RetryPolicy(max_attempts=1))
         self._plan = plan
-        self._transport = RestingTransport(plan.transport, self.endpoint)
+        self._transport = PausingTransport(plan.transport, self.endpoint)
         self._batchers: list[Microbatcher] = []
 
     def batcher(self, policy: FlushPolicy) -> Microbatcher:

@@ -122,11 +122,7 @@ def _add_faults(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal comes, and return the exit status.
-
-    Raises:
-        UsageError: The endpoint cannot listen on the address.
-    """
+    """Serve until a signal comes, and return the exit status."""
     return asyncio.run(_serve(args))
 
 
@@ -146,7 +142,7 @@ def _make_endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
 
 async def _serve(args: argparse.Namespace) -> int:
     endpoint = _make_endpoint(args)
-    async with listening(endpoint, args, endpoint.aclose) as stopped:
+    async with listening(args, endpoint.open, endpoint.aclose) as stopped:
         report(endpoint.base_url)
         note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
         note(f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ...")

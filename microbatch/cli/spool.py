@@ -98,12 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do one thing with a spool.
-
-    Raises:
-        ConfigError: It cannot be opened.
-        UsageError: The command or its files are wrong; nothing was done.
-    """
+    """Do one thing with a spool."""
     _check(args)
     action = _action(args)
     try:

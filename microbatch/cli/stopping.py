@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from microbatch.cli.console import UsageError
 
@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Server(Protocol):
-    """A server that can be opened."""
-
-    async def open(self) -> object:
-        """Start to listen."""
-        ...
 
 
 @contextlib.contextmanager
@@ -83,14 +75,9 @@ def _remove_handlers(loop: asyncio.AbstractEventLoop) -> None:
 
 @contextlib.asynccontextmanager
 async def listening(
-    server: Server, args: argparse.Namespace, aclose: Callable[[], Awaitable[None]]
+    args: argparse.Namespace, start: Callable[[], Awaitable[object]], aclose: Callable[[], Awaitable[None]]
 ) -> AsyncGenerator[asyncio.Event]:
-    """Open *server*, and close it with *aclose* at the end of the block.
-
-    Args:
-        server: Listens on `args.host` and `args.port`.
-        args: The flags of the command.
-        aclose: Closes the server.
+    """Open a server on `args.host` and `args.port` with *start*, and close it with *aclose* at the end of the block.
 
     Yields:
         An event that the first signal sets.
@@ -101,7 +88,7 @@ async def listening(
     stopped = asyncio.Event()
     with at_signals(stopped.set):
         try:
-            await server.open()
+            await start()
         except OSError as error:
             raise UsageError(
                 f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port, or 0 for a free one"

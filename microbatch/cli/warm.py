@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from microbatch.cli import arguments
 from microbatch.cli.bulk_run import BulkRun
-from microbatch.cli.console import note, plural, report, report_json, seconds
+from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.plan import prepare
 from microbatch.cli.summary import comparison, fields, remarks
-from microbatch.errors import StorageError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
     from microbatch.cli.patient import PatientCache
-    from microbatch.cli.plan import Plan
     from microbatch.messages import Reply, Request
 
 USAGE = "microbatch warm INPUT.jsonl --cache FILE|URL [options]"
@@ -64,21 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fill the cache, and return the exit status.
-
-    Raises:
-        ConfigError: The cache cannot be used; nothing was sent.
-        UsageError: The command or its files are wrong; nothing was sent.
-    """
+    """Fill the cache, and return the exit status."""
     plan, source = prepare(args)
     cache = cast("PatientCache", plan.cache)
-    bulk = BulkRun(
-        plan, source, CacheSink(cache), ttl=args.ttl, progress=args.progress, give_up_after=args.give_up_after
-    )
+    bulk = BulkRun(args, plan, source, CacheSink(cache), ttl=args.ttl)
     asyncio.run(bulk.go())
     if bulk.broken is None:
         bulk.broken = cache.failure  # storing the last answers may have failed
-    _report(args, plan, bulk, cache.stored)
+    lines = [*summary_lines(bulk)]
+    if bulk.stats.upstream_calls:
+        lines += remarks(bulk.stats, simulated=plan.simulated, single=plan.single)
+    bulk.report(args, lines, summarize(bulk))
+    if bulk.unasked or bulk.broken is not None:
+        note("Answers so far are in the cache. For the rest, run the same command again.")
     return bulk.status
 
 
@@ -89,11 +85,7 @@ class CacheSink:
         self._cache = cache
 
     def take(self, request: Request, reply: Reply[Any]) -> None:  # noqa: ARG002 see `Sink`
-        """Check that the cache still takes answers.
-
-        Raises:
-            StorageError: It does not.
-        """
+        """Check that the cache still takes answers. Raise `StorageError` if it does not."""
         if self._cache.failure is not None:
             raise self._cache.failure
 
@@ -101,31 +93,8 @@ class CacheSink:
         """Do nothing: `BulkRun.failures` has the failure."""
 
 
-def _report(args: argparse.Namespace, plan: Plan, bulk: BulkRun, stored: int) -> None:
-    for line in bulk.failures.lines():
-        note(line)
-    write = note if args.json else report
-    for line in summary_lines(bulk, stored):
-        write(line)
-    if bulk.stats.upstream_calls:
-        for remark in remarks(bulk.stats, simulated=plan.simulated, single=plan.single):
-            write(remark)
-    if args.json:
-        report_json(summarize(bulk, stored))
-    if bulk.broken is not None:
-        what = "cannot use the cache any more: " if isinstance(bulk.broken, StorageError) else ""
-        note(f"microbatch warm: {what}{bulk.broken}")
-    if bulk.unanswering is not None:
-        note(f"microbatch warm: {bulk.unanswering}")
-    if bulk.unasked or bulk.broken is not None:
-        note("Answers so far are in the cache. For the rest, run the same command again.")
-
-
-def summarize(bulk: BulkRun, stored: int) -> dict[str, Any]:
-    """Return the figures of a warming that has *stored* answers, as `--json` prints them.
-
-    Items that are `known` were in the cache already, or equal to another line.
-    """
+def summarize(bulk: BulkRun) -> dict[str, Any]:
+    """Return the figures of a warming, as `--json` prints them. The `known` items were in the cache, or equal to another."""
     stats = bulk.stats
     known = stats.cache_hits + stats.shared
     return {
@@ -133,7 +102,7 @@ def summarize(bulk: BulkRun, stored: int) -> dict[str, Any]:
         "known": known,
         "asked": bulk.answered - known,
         "failed": bulk.failed,
-        "stored": stored,
+        "stored": stats.cache_stores,
         **fields(stats, "upstream_calls", "batches", "fallback_calls", "retries"),
         **fields(stats, "prompt_tokens", "completion_tokens", "cost_usd"),
         "wall_s": round(bulk.wall_s, 3),
@@ -141,17 +110,17 @@ def summarize(bulk: BulkRun, stored: int) -> dict[str, Any]:
     }
 
 
-def summary_lines(bulk: BulkRun, stored: int) -> Iterator[str]:
+def summary_lines(bulk: BulkRun) -> Iterator[str]:
     """Yield the figures of a warming for people."""
-    figures = summarize(bulk, stored)
-    asked, missing = figures["asked"], figures["asked"] - stored
+    figures = summarize(bulk)
+    asked, stored = figures["asked"], figures["stored"]
     unasked = f", {bulk.unasked:,} left unasked" if bulk.unasked else ""
     answered = f"{plural(bulk.items, 'item')}: {figures['known']:,} known already, {asked:,} asked"
     yield f"{answered}, {bulk.failed:,} failed{unasked}, in {seconds(bulk.wall_s)}"
     if asked:
         yield f"{plural(stored, 'answer')} stored in the cache"
-    if missing > 0 and not bulk.unasked and bulk.broken is None:  # else that is why
-        yield f"{plural(missing, 'answer')} not stored: they were cut off, or came with others that were damaged"
+    if stored < asked and not bulk.unasked and bulk.broken is None:  # else that is why
+        yield f"{plural(asked - stored, 'answer')} not stored: they were cut off, or came with others that were damaged"
     if bulk.stats.cache_evictions:
         yield f"{plural(bulk.stats.cache_evictions, 'answer')} evicted because the cache is full"
     if asked:

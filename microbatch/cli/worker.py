@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Stats
 from microbatch.cli import arguments, console
-from microbatch.cli.console import UsageError, note, plural, report, report_json, seconds
+from microbatch.cli.console import UsageError, note, plural, report_summary, seconds
 from microbatch.cli.plan import read_plan, spool_at
-from microbatch.cli.progress import Progress, make_bar
+from microbatch.cli.progress import Progress
 from microbatch.cli.session import Session
 from microbatch.cli.spool import lost_requests
 from microbatch.cli.stopping import stoppable
@@ -92,11 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer requests until stopped, and return the exit status.
-
-    Raises:
-        UsageError: Something is wrong with the command.
-    """
+    """Answer requests until stopped, and return the exit status."""
     if args.provider_batch and (args.cache or args.rpm or args.tpm or args.single):
         raise UsageError("--cache, --rpm, --tpm and --single are for live calls: leave them out with --provider-batch")
     return asyncio.run(WorkerRun(args).go())
@@ -126,7 +122,7 @@ class WorkerRun:
                 await self._check_models()
             before = await self._spool.counts()
             stopped = True
-            with Progress(make_bar(before.depth, shown=self._args.progress), self._session.stats) as progress:
+            with Progress(before.depth, self._session.stats, shown=self._args.progress) as progress:
                 worker = self._worker = await self._make_worker(stack, progress)
                 with stoppable(self._stop):
                     await worker.run()
@@ -235,29 +231,29 @@ class WorkerRun:
         )
 
     def _report(self, done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> None:
-        write = note if self._args.json else report
-        write(
-            f"{plural(done.answered, 'request')} answered, {done.failed:,} failed, {done.returned:,} put back as they were, "
-            f"in {seconds(wall_s)}"
-        )
-        write(
-            f"in the spool: {counts.depth:,} to be answered, {counts.done:,} answers, {plural(counts.dead, 'dead letter')}"
-        )
-        if isinstance(done, Tally):
-            jobs, prompts = plural(done.jobs, "batch job"), plural(done.lines, "prompt")
-            write(f"{jobs} with {prompts}: {console.dollars(done.cost_usd)}, {_BATCH_PRICE}")
-        elif stats.answered:
-            write(f"\n{comparison(stats)}\n")
-            for line in reuse(stats):
-                write(line)
+        lines = _summary_lines(done, stats, counts, wall_s)
         if self._plan.simulated is not None:
-            write("The endpoint was simulated: the answers are made up, and nothing was paid.")
+            lines.append("The endpoint was simulated: the answers are made up, and nothing was paid.")
+        report_summary(self._args, lines, _summarize(done, stats, counts, wall_s))
         if counts.dead:
             note(f"Dead letters: microbatch spool {self._args.spool} --dead")
         if counts.lost:
             note(lost_requests(counts.lost))
-        if self._args.json:
-            report_json(_summarize(done, stats, counts, wall_s))
+
+
+def _summary_lines(done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> list[str]:
+    answered = f"{plural(done.answered, 'request')} answered, {done.failed:,} failed"
+    dead = plural(counts.dead, "dead letter")
+    lines = [
+        f"{answered}, {done.returned:,} put back as they were, in {seconds(wall_s)}",
+        f"in the spool: {counts.depth:,} to be answered, {counts.done:,} answers, {dead}",
+    ]
+    if isinstance(done, Tally):
+        jobs, prompts = plural(done.jobs, "batch job"), plural(done.lines, "prompt")
+        lines.append(f"{jobs} with {prompts}: {console.dollars(done.cost_usd)}, {_BATCH_PRICE}")
+    elif stats.answered:
+        lines += [f"\n{comparison(stats)}\n", *reuse(stats)]
+    return lines
 
 
 def _summarize(done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> dict[str, Any]:

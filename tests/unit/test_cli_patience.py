@@ -19,6 +19,7 @@ ENTRY = (b"k", b"v", None)
 STATS = Stats(
     answered=19,
     cache_hits=5,
+    cache_stores=14,
     upstream_calls=2,
     batches=1,
     prompt_tokens=100,
@@ -174,7 +175,7 @@ async def test_opening_that_is_cancelled_closes_it():
 
 
 def test_the_summary_has_exactly_these_keys():
-    assert list(summarize(bulk(), 14)) == [
+    assert list(summarize(bulk())) == [
         "items",
         "known",
         "asked",
@@ -193,7 +194,7 @@ def test_the_summary_has_exactly_these_keys():
 
 
 def test_a_warming_is_told_with_what_it_cost():
-    shown = "\n".join(summary_lines(bulk(), 14)).splitlines()
+    shown = "\n".join(summary_lines(bulk())).splitlines()
     assert shown[:3] == [
         "20 items: 5 known already, 14 asked, 1 failed, in 1.5 s",
         "14 answers stored in the cache",
@@ -203,16 +204,16 @@ def test_a_warming_is_told_with_what_it_cost():
 
 
 def test_answers_that_are_not_kept_are_told():
-    stats = msgspec.structs.replace(STATS, cache_evictions=1)
-    shown = "\n".join(summary_lines(bulk(stats), 11))
+    stats = msgspec.structs.replace(STATS, cache_evictions=1, cache_stores=11)
+    shown = "\n".join(summary_lines(bulk(stats)))
     assert "3 answers not stored: they were cut off, or came with others that were damaged" in shown
     assert "1 answer evicted because the cache is full" in shown
-    assert "not stored" not in "\n".join(summary_lines(bulk(stats, broken=StorageError("x")), 11))
+    assert "not stored" not in "\n".join(summary_lines(bulk(stats, broken=StorageError("x"))))
 
 
 def test_a_warming_that_asked_nothing_is_told_in_one_line():
-    stats = msgspec.structs.replace(STATS, cache_hits=20, upstream_calls=0)
-    shown = list(summary_lines(bulk(stats, answered=20, failed=0), 0))
+    stats = msgspec.structs.replace(STATS, cache_hits=20, cache_stores=0, upstream_calls=0)
+    shown = list(summary_lines(bulk(stats, answered=20, failed=0)))
     assert shown == ["20 items: 20 known already, 0 asked, 0 failed, in 1.5 s"]
 
 

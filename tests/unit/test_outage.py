@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import microbatch as mb
-from microbatch.cli.session import RestingTransport
+from microbatch.cli.session import PausingTransport
 from microbatch.protocols import ChatCall, Completion
 from microbatch.spool.endpoint import (
     BURST,
@@ -119,7 +119,7 @@ def now():
 def resting(way, **options):
     way.begun = now()
     endpoint = Endpoint("nothing is sent", **options)
-    return endpoint, RestingTransport(way, endpoint)
+    return endpoint, PausingTransport(way, endpoint)
 
 
 def call(text="q"):
