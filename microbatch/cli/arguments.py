@@ -26,18 +26,18 @@ _ARGUMENT: Final = re.compile(r"^ {4}(\w+): ((?:.+\n?)(?: {8}.+\n?)*)", re.MULTI
 # --- numbers
 
 
-def number(least: float, most: float | None = None) -> Any:
+def number(least: float, most: float | None = None, *, kind: type[float] = float) -> Any:
     """Return a function that reads a number between *least* and *most* from the command line."""
+    noun = "whole number" if kind is int else "number"
+    bounds = f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
 
     def read(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not value >= least or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"must be a number of at least {least:g}, got {text}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most:g}, got {text}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
+        if not least <= value < float("inf") or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be a {noun} of {bounds}, got {text}")
         return value
 
     return read
@@ -45,18 +45,7 @@ def number(least: float, most: float | None = None) -> Any:
 
 def whole_number(least: int, most: int | None = None) -> Any:
     """Return a function that reads a whole number between *least* and *most* from the command line."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < least or (most is not None and value > most):
-            bounds = f"at least {least}" if most is None else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be a whole number of {bounds}, got {text}")
-        return value
-
-    return read
+    return number(least, most, kind=int)
 
 
 # --- flags

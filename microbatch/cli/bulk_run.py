@@ -130,9 +130,9 @@ class BulkRun:
             return console.STOPPED
         return console.SOME_FAILED if self.failed or self.unasked or self.broken is not None else console.OK
 
-    def report(self, args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], others: str = "") -> None:
-        """Print the failures, the summary, and why the run ended early; *others* is that of `Failures.lines`."""
-        for line in self.failures.lines(others):
+    def report(self, args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any]) -> None:
+        """Print the failures, the summary, and why the run ended early."""
+        for line in self.failures.lines():
             note(line)
         report_summary(args, lines, figures)
         for why in (self.unanswering, self.broken):

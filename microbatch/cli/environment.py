@@ -9,7 +9,7 @@ from microbatch.cli.arguments import flag
 from microbatch.cli.console import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 PREFIX: Final = "MICROBATCH_"
 _NO_FLAGS: Final = frozenset({"command", "name", "parser"})
@@ -44,28 +44,24 @@ def with_environment(
 
 def _read(parser: argparse.ArgumentParser, name: str, value: str, default: object) -> Any:
     """Return the setting *name* as its flag reads *value*."""
+    words = [f"{flag(name)}={value}"]
     try:
-        for words in _spellings(parser, name, value, default):
-            return getattr(_parse(parser, words), name)
+        if isinstance(default, list):
+            words = [f"{flag(name)}={part.strip()}" for part in value.split(",") if part.strip()]
+        elif _is_switch(parser, name):
+            if value.lower() in _NO and default is False:
+                return default
+            words = [flag(name if _truth(value) else f"no_{name}")]
+        return getattr(_parse(parser, words), name)
     except (argparse.ArgumentError, ValueError) as error:
         reason = error.message if isinstance(error, argparse.ArgumentError) else str(error)
         raise UsageError(f"{PREFIX}{name.upper()}: {reason}") from None
-    return default
 
 
-def _spellings(parser: argparse.ArgumentParser, name: str, value: str, default: object) -> Iterator[list[str]]:
-    """Yield the words that set the flag to *value*, or nothing if *value* is its default."""
-    if isinstance(default, list):
-        yield [f"{flag(name)}={part.strip()}" for part in value.split(",") if part.strip()]
-    elif _is_switch(parser, name):
-        if value.lower() not in _YES | _NO:
-            raise ValueError(f"must be yes or no, got {value!r}")
-        if value.lower() in _YES:
-            yield [flag(name)]
-        elif default is not False:
-            yield [flag(f"no_{name}")]
-    else:
-        yield [f"{flag(name)}={value}"]
+def _truth(value: str) -> bool:
+    if value.lower() not in _YES | _NO:
+        raise ValueError(f"must be yes or no, got {value!r}")
+    return value.lower() in _YES
 
 
 def _is_switch(parser: argparse.ArgumentParser, name: str) -> bool:

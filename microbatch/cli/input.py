@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from microbatch.cli.console import UsageError, plural
+from microbatch.cli.console import UsageError, note, plural
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
 from microbatch.spool.payload import DIGEST_BYTES, Payload
@@ -30,11 +30,7 @@ _NOT_PARAMS: Final = frozenset(
 
 
 class LineError(Exception):
-    """A line of the input cannot be asked about.
-
-    Attributes:
-        field: The field that is wrong, or None if the line as a whole is.
-    """
+    """A line of the input cannot be asked about, because of *field* or, if that is None, as a whole."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -78,11 +74,7 @@ class Template:
             )
 
     def render(self, record: dict[str, Any]) -> str:
-        """Return the question about *record*. Values that are not strings are written as JSON.
-
-        Raises:
-            LineError: A field is missing.
-        """
+        """Return the question about *record*, with values that are not strings as JSON. Raise `LineError` if a field is missing."""
         return "".join(literal if name is None else literal + _text(record, name) for literal, name in self._parts)
 
 
@@ -185,11 +177,7 @@ Questions = Templated | BatchLines
 
 
 def payload_of(request: Request, model: str | None) -> Payload:
-    """Return the spool payload of *request*, which goes to *model* if it names none.
-
-    Raises:
-        ConfigError: An option of the request is wrong.
-    """
+    """Return the spool payload of *request*, for *model* if it names none. Raise `ConfigError` if an option is wrong."""
     return Payload.of(
         request.messages,
         output_type=request.output_type,
@@ -201,10 +189,7 @@ def payload_of(request: Request, model: str | None) -> Payload:
 
 
 def question_digest(request: Request, model: str | None) -> str | None:
-    """Return a digest of all that decides the answer, the id left out, as 32 hexadecimal digits.
-
-    It is None if an option of the request is wrong. *model* is the model if the request names none.
-    """
+    """Return 32 hexadecimal digits that stand for all that decides the answer; None if an option of *request* is wrong."""
     try:
         return blake2b(payload_of(request, model).encode(), digest_size=DIGEST_BYTES).hexdigest()
     except (ConfigError, ValueError):
@@ -293,6 +278,8 @@ class Input:
                 first = first or (number, record)
                 self._add_id(name, number)
                 missing -= {field for field in missing if _value(record, field) is not msgspec.UNSET}
+        if first is None and self.items:
+            note(f"{self.path}: no line is a JSON object with an id; the input must be JSON Lines, one object per line")
         if first is not None and missing:
             field = next(field for field in self.questions.fields if field in missing)
             raise UsageError(self._no_such_field(field, *first))
@@ -318,12 +305,7 @@ class Input:
         return f'{self.path}: no line has the field "{field}" of --template; line {number} has {fields}'
 
     def requests(self, skip: Container[int] = ()) -> Iterator[tuple[int, Request] | BadLine]:
-        """Yield what `rows` does, and check before and after that the file has not changed.
-
-        Raises:
-            InputChanged: It has.
-            OSError: It cannot be read.
-        """
+        """Yield what `rows` does, and `check` before and after that the file has not changed."""
         self.check(appended=True)
         yield from self.rows(skip)
         self.check()

@@ -35,15 +35,9 @@ class NotWritten(Exception):
 
 
 def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = None) -> dict[str, Any]:
-    """Return the output line of an answer.
+    """Return the output line of the item *name*; *digest* is that of its question, None leaves it out.
 
     A reply that holds more than its text (tool calls, several choices, log probabilities, audio) is added as `body`.
-
-    Args:
-        name: The item's id.
-        output: The answer.
-        reply: The reply that held it.
-        digest: `question_digest` of the question; None leaves it out.
     """
     line = {
         "custom_id": name,
@@ -58,6 +52,12 @@ def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = 
     if reply.body is not None and _holds_more_than_text(reply.body):
         line["body"] = reply.body
     return line
+
+
+def failure_line(name: str, error: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
+    """Return the output line of an item without an answer; see `answer_line`."""
+    line = {"custom_id": name, "output": None, "error": error, "route": None, "usage": None, "cost_usd": None}
+    return line if digest is None else line | {"digest": digest}
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -83,12 +83,6 @@ def _holds_more_than_text(body: dict[str, Any]) -> bool:
     return len(choices) > 1 or any(choice.logprobs or choice.message != _Message() for choice in choices)
 
 
-def failure_line(name: str, error: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
-    """Return the output line of an item without an answer; see `answer_line`."""
-    line = {"custom_id": name, "output": None, "error": error, "route": None, "usage": None, "cost_usd": None}
-    return line if digest is None else line | {"digest": digest}
-
-
 def error_object(error: Exception) -> dict[str, Any]:
     """Return *error* as an object for an output line, without a prompt, a body or a key."""
     described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
@@ -110,7 +104,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Rows(msgspec.Struct):
-    """The answers in an output. Lines of errors are left out.
+    """The answers in an output, without lines of errors.
 
     Attributes:
         by_id: By the digest of the id: its last line, if that is an answer.
@@ -124,15 +118,12 @@ class Rows(msgspec.Struct):
 
 
 class OutputFile:
-    """The output file, locked while it is open.
+    """The output file, created if it is missing, and locked while it is open.
 
     Each line is written whole and at once. A thread calls fsync every half second, because the event loop must not wait for that.
 
-    Args:
-        path: The file; it is created if it is missing, and appended to.
-
     Raises:
-        UsageError: It cannot be written, or another run is writing to it.
+        UsageError: The file cannot be written, or another run is writing to it.
     """
 
     def __init__(self, path: str) -> None:
@@ -150,11 +141,7 @@ class OutputFile:
         return os.fstat(self._file).st_size
 
     def rows(self) -> Rows:
-        """Return the answers in the file, and cut off an incomplete last line.
-
-        Raises:
-            UsageError: A line was not written by `microbatch run`.
-        """
+        """Return the answers in the file, and cut off an incomplete last line. Raise `UsageError` if a line is not from a run."""
         found, start = Rows(), 0
         with Path(self.path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -182,14 +169,9 @@ class OutputFile:
         return line | {"custom_id": name}
 
     def replace(self, rows: Iterable[tuple[int, str]], aside: Path) -> None:
-        """Replace the file by one that holds only *rows*, once that is on the disk, and keep a copy of the old one.
+        """Replace the file by one that holds only *rows*, once that is on the disk, and keep the old one under the name *aside*.
 
-        Args:
-            rows: The offset of each line that is kept, and its id in the new file.
-            aside: The name of the copy; it must be free.
-
-        Raises:
-            UsageError: One of the files cannot be written.
+        A row is the offset of a line and its id in the new file. Raise `UsageError` if one of the files cannot be written.
         """
         draft = Path(self.path + ".new")
         new = _open_locked(str(draft), os.O_TRUNC)
@@ -235,10 +217,9 @@ class OutputFile:
             self._failure = error
 
     def close(self) -> None:
-        """Sync and close the file. If it was deleted meanwhile, it is written again.
+        """Sync and close the file, and write it again if it was deleted meanwhile.
 
-        Raises:
-            NotWritten: Not all of it may be on the disk, or another file has taken its name; the message says where the answers are.
+        Raise `NotWritten` if not all of it may be on the disk, or another file has its name; the message says where the answers are.
         """
         self._closing.set()
         self._unsynced.set()
@@ -321,11 +302,7 @@ def _parse(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _open_locked(path: str, flags: int = 0) -> int:
-    """Open a regular file for appending, with an exclusive lock, and return its descriptor.
-
-    Raises:
-        UsageError: It cannot be written, is not a regular file, or another run has locked it.
-    """
+    """Open a regular file for appending, with an exclusive lock, and return its descriptor. Raise `UsageError` if that fails."""
     try:
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, 0o666)
     except OSError as error:

@@ -1,6 +1,7 @@
 """What becomes of an output that exists: no question is sent twice, and no answer that was paid for is lost.
 
 The settings of a run are kept beside its output, in OUTPUT.digest, so that a resumed run asks the same questions in the same way.
+The functions raise `UsageError` if they differ, or if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Resumed(msgspec.Struct):
 
     Attributes:
         done: Digests of the ids that are not asked about.
-        changed: Ids whose answer belongs to another question than theirs.
-        reused: Ids that were given the answer to the same question under another id.
+        changed: Number of ids whose answer belongs to another question than theirs.
+        reused: Number of ids that were given the answer to the same question under another id.
     """
 
     done: set[int] = set()
@@ -51,11 +52,7 @@ class Resumed(msgspec.Struct):
 
 
 def open_output(args: argparse.Namespace) -> OutputFile:
-    """Open the output. An existing one is resumed, or moved aside with --force.
-
-    Raises:
-        UsageError: It cannot be written, or holds answers and neither flag is given.
-    """
+    """Open the output; one that holds answers needs --resume, or --force, which moves it aside."""
     if Path(args.output).exists() and Path(args.output).samefile(args.input):
         raise UsageError(f"-o {args.output!r} is the input itself")
     output = OutputFile(args.output)
@@ -82,10 +79,7 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
 
     An answer counts if its id and the digest of its question are those of a line of the input. If the question of a line was
     answered under another id, the answer is written under its own id too. If an answer belongs to another question, the output is
-    rewritten without it, and a copy of the old file is kept.
-
-    Raises:
-        UsageError: The settings differ from those of the output, or it cannot be read or written.
+    rewritten without it, and a copy of the old file is kept. Settings that differ from those of the output need --force.
     """
     if not output.size:
         return Resumed()
@@ -189,11 +183,7 @@ def keep_settings(output: str, settings: Settings) -> None:
 
 
 def differences(output: str, settings: Settings) -> dict[str, str] | None:
-    """Return the settings in which the run into *output* differed from *settings*, each with a description.
-
-    Returns:
-        None if the settings of that run are missing or damaged.
-    """
+    """Return the settings in which the run into *output* differed, each with a description; None if they are unknown."""
     try:
         kept = msgspec.json.decode(settings_path(output).read_bytes(), type=Settings)
     except (OSError, ValueError):
@@ -210,11 +200,7 @@ def _difference(before: object, now: object) -> str:
 
 
 def _check_settings(args: argparse.Namespace, plan: Plan, source: Input) -> bool:
-    """Return whether ids alone decide which answers count: --force is given, and every question differs.
-
-    Raises:
-        UsageError: The settings differ from those of the output, or those are unknown, and --force is not given.
-    """
+    """Return whether ids alone decide which answers count, because --force is given and every question differs."""
     changes = differences(args.output, settings(args, plan, source))
     if not args.force and changes is None:
         raise UsageError(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from microbatch.cli.input import Questions
+    from microbatch.cli.plan import Plan
     from microbatch.messages import Reply, Request
 
 USAGE = "microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]"
@@ -91,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
             sink = OutputSink(output, source.questions, plan.transport.model)
             bulk = BulkRun(args, plan, source, sink, done=resumed.done)
             asyncio.run(bulk.go())
-            lines = summary_lines(bulk, simulated=plan.simulated, single=plan.single)
-            bulk.report(args, lines, summarize(bulk, resumed), others="; the output holds them all")
+            bulk.report(args, summary_lines(bulk, plan), summarize(bulk, resumed))
             _note_rest(args, bulk)
             return bulk.status
     except NotWritten as error:  # at the last fsync
@@ -145,8 +145,8 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
     }
 
 
-def summary_lines(bulk: BulkRun, *, simulated: str | None, single: bool) -> Iterator[str]:
-    """Yield the figures of a run for people; the other arguments are those of `remarks`."""
+def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
+    """Yield the figures of a run for people."""
     unasked = f", {bulk.unasked:,} left unasked" if bulk.unasked else ""
     answered = f"{bulk.answered:,} of {plural(bulk.items, 'item')} answered, {bulk.failed:,} failed"
     yield f"{answered}{unasked}, in {seconds(bulk.wall_s)}"
@@ -155,4 +155,4 @@ def summary_lines(bulk: BulkRun, *, simulated: str | None, single: bool) -> Iter
     reused = [*reuse(bulk.stats)]
     if reused:
         yield from (*reused, "")
-    yield from remarks(bulk.stats, simulated=simulated, single=single)
+    yield from remarks(bulk.stats, plan)

@@ -108,9 +108,12 @@ class Session:
         """Return the figures of all batchers. Calls that were never sent are not counted."""
         if not self._batchers:
             return Stats()
-        probing = self.prober.stats()
-        stats = together([*(batcher.stats() for batcher in self._batchers), probing])
-        return msgspec.structs.replace(stats, upstream_calls=self.endpoint.sent + probing.upstream_calls)
+        stats = [batcher.stats() for batcher in (*self._batchers, self.prober)]
+        return msgspec.structs.replace(
+            together(stats),
+            upstream_calls=self.endpoint.sent + stats[-1].upstream_calls,
+            cache_evictions=stats[0].cache_evictions,  # each batcher reports those of the shared cache
+        )
 
     def note_stop(self) -> None:
         """Tell on stderr what the first signal does."""

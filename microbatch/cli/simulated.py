@@ -21,13 +21,7 @@ SIMULATED_MODEL: Final = "gpt-4.1-mini"
 class SimulatedChat:
     """A transport to a simulated endpoint, which it serves while it is open.
 
-    Args:
-        model: The model of calls that name none.
-
-    Attributes:
-        model: As given.
-        base_url: "simulated". The real address has a free port and differs from run to run; caches and outputs are kept under
-            this one.
+    The real address has a free port and differs from run to run; caches and outputs are kept under `base_url`.
     """
 
     base_url: Final = "simulated"

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import textwrap
+from collections import Counter
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import msgspec
 
 from microbatch.cli import console
 from microbatch.cli.arguments import add_count, add_option, add_question, add_switch, flag
-from microbatch.cli.console import COLUMNS, UsageError, note, plural, print_result, report, report_json, seconds, table
-from microbatch.cli.output import NotWritten
-from microbatch.cli.plan import is_address, spool_at
-from microbatch.cli.spool_files import Put, export
-from microbatch.errors import StorageError
+from microbatch.cli.console import (
+    COLUMNS,
+    StdoutError,
+    UsageError,
+    note,
+    plural,
+    print_result,
+    report,
+    report_json,
+    seconds,
+    table,
+)
+from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
+from microbatch.cli.output import NotWritten, replacing
+from microbatch.cli.plan import is_address, read_questions, spool_at
+from microbatch.cli.stopping import stoppable
+from microbatch.cli.summary import Failures
+from microbatch.errors import ConfigError, StorageError
+from microbatch.spool.payload import Answer
 from microbatch.spool.records import MAX_ALONE, Name
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
-    from microbatch.spool.records import Counts, DeadLetter, Spool, State
+    from microbatch.spool.records import Counts, DeadLetter, Item, Kept, PutOutcome, Spool, State
 
 USAGE = """\
 microbatch spool SPOOL [options]
@@ -60,6 +78,10 @@ examples:
 
 _QUESTION: Final = ("system", "template", "labels", "schema", "id_field", "max_tokens", "temperature", "model")
 
+_AT_ONCE: Final = 500
+"""Requests put in one transaction."""
+
+_STATES: Final[dict[State, str]] = {"leased": "with a worker", "in_job": "in a batch job", "done": "answered"}
 _NOT_DEAD: Final[dict[State, str]] = {
     "unknown": "the spool knows no such id",
     "waiting": "it is waiting to be asked already",
@@ -81,8 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(actions, "--requeue", "ID", requeue, nargs="*")
     line = "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970)"
     states = "the states are waiting, leased, in_job, done and dead"
-    export = f"write a line for every request that is kept: {line}; {states}; - is stdout"
-    add_option(actions, "--export", "FILE.jsonl", export)
+    exported = f"write a line for every request that is kept: {line}; {states}; - is stdout"
+    add_option(actions, "--export", "FILE.jsonl", exported)
     tenant = (
         "with --put and --requeue ID: the tenant that the ids belong to (default: none); "
         "else: the tenant whose requests are shown, exported or put back (default: all)"
@@ -187,7 +209,7 @@ def _figures(counts: Counts) -> dict[str, Any]:
     }
 
 
-_STATES: Final = {
+_FIGURES: Final = {
     "waiting_full": "waiting for a full batch",
     "waiting_half": "waiting for half a batch, after a failure",
     "waiting_alone": "waiting to go alone, after two",
@@ -200,7 +222,7 @@ _STATES: Final = {
 
 
 def _figures_table(figures: dict[str, Any]) -> str:
-    names = _STATES | ({"lost": "lost"} if figures["lost"] else {})
+    names = _FIGURES | ({"lost": "lost"} if figures["lost"] else {})
     return table(("", "requests"), [(text, f"{figures[name]:,}") for name, text in names.items()])
 
 
@@ -256,3 +278,135 @@ async def _requeue(spool: Spool, args: argparse.Namespace) -> int:
     else:
         report(f"{plural(count, 'dead letter')} put back")
     return console.SOME_FAILED if others else console.OK
+
+
+# --- files
+
+
+class Put:
+    """Queues a request for every line of the file of `--put`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._source = Input(args.put, read_questions(args, needs_model=False), id_field=args.id_field)
+        self._outcomes: Counter[PutOutcome] = Counter()
+        self._rejected = 0
+        self._failures = Failures()
+
+    async def go(self, spool: Spool) -> int:
+        """Queue them, report and return the exit status."""
+        stopped, broken = True, None
+        with stoppable():
+            try:
+                items = self._items()
+                while some := list(islice(items, _AT_ONCE)):
+                    outcomes = await spool.put([item for _, item in some])
+                    for (number, _), outcome in zip(some, outcomes, strict=True):
+                        self._count(number, outcome)
+            except (InputChanged, OSError, StorageError) as error:
+                broken = error
+            stopped = False
+        return self._report(stopped=stopped, broken=broken)
+
+    def _items(self) -> Iterator[tuple[int, Item]]:
+        """Yield the number of each line and the request that is put for it."""
+        for row in self._source.requests():
+            if isinstance(row, BadLine):
+                self._reject(row.number, row.problem)
+                continue
+            number, request = row
+            try:
+                payload = payload_of(request, self._args.model)
+            except ConfigError as error:
+                self._reject(number, str(error))
+            else:
+                yield number, payload.item(Name(self._args.tenant, request.id or ""))
+
+    def _reject(self, number: int, problem: str) -> None:
+        self._failures.add(problem, str(number), f"{self._source.path}, line ")
+        self._rejected += 1
+
+    def _count(self, number: int, outcome: PutOutcome) -> None:
+        self._outcomes[outcome] += 1
+        if outcome == "conflict":
+            problem = "the spool holds another request under this id; it stays, and this one was not queued"
+            self._failures.add(problem, str(number), f"{self._source.path}, line ")
+
+    def _report(self, *, stopped: bool, broken: Exception | None) -> int:
+        for line in self._failures.lines():
+            note(line)
+        new, known, conflicts = (self._outcomes[outcome] for outcome in ("new", "known", "conflict"))
+        items, rejected = self._source.items, self._rejected
+        if self._args.json:
+            report_json({"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": rejected})
+        else:
+            report(
+                f"{plural(items, 'item')}: {new:,} queued, {known:,} known already, {plural(conflicts, 'conflict')}, "
+                f"{rejected:,} cannot be asked"
+            )
+        if broken is not None:
+            note(f"microbatch spool: {broken}")
+        if stopped or broken is not None:
+            note("Stopped. For the rest, run the same command again; what is queued is not queued twice.")
+        if stopped:
+            return console.STOPPED
+        return console.SOME_FAILED if conflicts or rejected or broken is not None else console.OK
+
+
+async def export(spool: Spool, args: argparse.Namespace) -> int:
+    """Write a line for every request that is kept, and return the exit status. After an error nothing is left of a file."""
+    to_stdout = args.export == "-"
+    opened = False
+    try:
+        with nullcontext(sys.stdout.buffer) if to_stdout else replacing(Path(args.export)) as file:
+            opened = True
+            states, damaged = await _write_lines(spool, file, args.tenant)
+            file.flush()
+    except OSError as error:
+        if to_stdout:
+            console.mute(sys.stdout)
+            raise StdoutError("cannot write to stdout") from error
+        kind = NotWritten if opened else UsageError
+        raise kind(f"cannot write {args.export!r}: {error.strerror}") from error
+    if args.json:
+        report_json({"exported": states.total(), "damaged": damaged, "states": states})
+    else:
+        parts = "".join(f", {number:,} {_STATES.get(state, state)}" for state, number in states.most_common())
+        exported = f"{plural(states.total(), 'request')} exported"
+        (note if to_stdout else report)(f"{exported}{'' if to_stdout else f' to {args.export}'}{parts}")
+        if damaged:
+            note(f"{plural(damaged, 'answer')} cannot be read any more; the export has an error in place of each")
+    return console.SOME_FAILED if damaged else console.OK
+
+
+async def _write_lines(spool: Spool, file: BinaryIO, tenant: str | None) -> tuple[Counter[State], int]:
+    """Write the requests of *tenant*, or of all; return how many there are of each state, and how many answers are damaged."""
+    states: Counter[State] = Counter()
+    damaged = 0
+    async for kept in spool.export():
+        if tenant in (None, kept.name.tenant):
+            line = _export_line(kept)
+            file.write(msgspec.json.encode(line) + b"\n")
+            states[kept.found.state] += 1
+            damaged += kept.found.state == "done" and line["error"] is not None
+    return states, damaged
+
+
+def _export_line(kept: Kept) -> dict[str, Any]:
+    answer, error = None, kept.found.error
+    if kept.found.result is not None:
+        try:
+            answer = Answer.decode(kept.found.result)
+        except StorageError as reason:
+            error = str(reason)
+    return {
+        "custom_id": kept.name.id,
+        "tenant": kept.name.tenant,
+        "state": kept.found.state,
+        "output": None if answer is None else answer.value,
+        "error": error,
+        "deliveries": kept.deliveries,
+        "usage": None if answer is None else msgspec.to_builtins(answer.usage),
+        "cost_usd": None if answer is None else answer.cost_usd,
+        "answered_at": None if answer is None else answer.answered_at,
+    }

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
-
-import msgspec
 
 from microbatch.cli.console import COLUMNS, change, dollars, plural, seconds, table
 
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from microbatch.accounting.stats import Stats
+    from microbatch.cli.plan import Plan
 
 MAX_KINDS: Final = 20
 MAX_EXAMPLES: Final = 5
@@ -54,18 +54,12 @@ def reuse(stats: Stats) -> Iterator[str]:
         yield f"shared: {plural(stats.shared, 'item')} answered by an equal one under way"
 
 
-def remarks(stats: Stats, *, simulated: str | None, single: bool) -> Iterator[str]:
-    """Yield wrapped remarks on the figures.
-
-    Args:
-        stats: The figures.
-        simulated: The model whose prices are shown for the simulated endpoint; None if the endpoint is a real one.
-        single: Whether every request was sent alone.
-    """
+def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
+    """Yield wrapped remarks on the figures of a run with *plan*."""
     found = []
-    if stats.answered and not single:
+    if stats.answered and not plan.single:
         found.append('"One call each" is calculated for the same answers, not measured; --single measures it.')
-    if stats.costs_more and not single:
+    if stats.costs_more and not plan.single:
         found.append(
             "Batching cost more than it saved here: the instructions that items share are shorter than what "
             "a combined prompt adds. Use --single for questions like these."
@@ -74,53 +68,45 @@ def remarks(stats: Stats, *, simulated: str | None, single: bool) -> Iterator[st
         found.append(
             f"{plural(stats.unreported_calls, 'call')} ended without reporting tokens; these are missing above."
         )
-    if simulated is not None:
+    if plan.simulated is not None:
         found.append(
             "The endpoint was simulated: the answers are made up, the tokens are counted by it, and dollars are "
-            f"the list price of {simulated} for them. Nothing was paid."
+            f"the list price of {plan.simulated} for them. Nothing was paid."
         )
     elif stats.answered and stats.cost_usd is None:
         found.append("The cost is unknown: there is no price for this model.")
     yield from (textwrap.fill(remark, COLUMNS) for remark in found)
 
 
-class _Kind(msgspec.Struct):
-    count: int
-    examples: list[str]
-
-
 class Failures:
     """Failures by kind, with the first few examples of each."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[str, str], _Kind] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._examples: dict[tuple[str, str], list[str]] = {}
         self._others = 0
 
     def add(self, problem: str, example: str, place: str = "") -> None:
         """Add a failure.
 
         Args:
-            problem: What is wrong, in the same words for all failures of a kind.
+            problem: The error, in the same words for all failures of a kind.
             example: The line or id that failed.
             place: A text before the examples.
         """
-        if (place, problem) not in self._kinds and len(self._kinds) >= MAX_KINDS:
+        kind = place, problem
+        if kind not in self._counts and len(self._counts) >= MAX_KINDS:
             self._others += 1
             return
-        kind = self._kinds.setdefault((place, problem), _Kind(0, []))
-        kind.count += 1
-        if len(kind.examples) < MAX_EXAMPLES:
-            kind.examples.append(example)
+        self._counts[kind] += 1
+        if self._counts[kind] <= MAX_EXAMPLES:
+            self._examples.setdefault(kind, []).append(example)
 
-    def lines(self, others: str = "") -> Iterator[str]:
-        """Yield a line for each kind.
-
-        Args:
-            others: A text after the number of failures beyond the first `MAX_KINDS` kinds.
-        """
-        for (place, problem), kind in self._kinds.items():
-            rest = kind.count - len(kind.examples)
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each of the first `MAX_KINDS` kinds, and the number of the other failures."""
+        for (place, problem), examples in self._examples.items():
+            rest = self._counts[place, problem] - len(examples)
             more = f" and {rest:,} more" if rest else ""
-            yield f"{place}{', '.join(kind.examples)}{more}: {problem}"
+            yield f"{place}{', '.join(examples)}{more}: {problem}"
         if self._others:
-            yield f"and {plural(self._others, 'failure')} of other kinds{others}"
+            yield f"and {plural(self._others, 'failure')} of other kinds"

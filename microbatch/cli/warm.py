@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         bulk.broken = cache.failure  # storing the last answers may have failed
     lines = [*summary_lines(bulk)]
     if bulk.stats.upstream_calls:
-        lines += remarks(bulk.stats, simulated=plan.simulated, single=plan.single)
+        lines += remarks(bulk.stats, plan)
     bulk.report(args, lines, summarize(bulk))
     if bulk.unasked or bulk.broken is not None:
         note("Answers so far are in the cache. For the rest, run the same command again.")

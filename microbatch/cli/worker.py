@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from microbatch.client import Microbatcher
     from microbatch.messages import Usage
     from microbatch.spool.records import Counts
     from microbatch.spool.worker import Done
@@ -138,11 +137,7 @@ class WorkerRun:
         return console.SOME_FAILED if counts.dead > before.dead or counts.lost or given_up is not None else console.OK
 
     async def _check_models(self) -> None:
-        """Check that every request in the spool names a model.
-
-        Raises:
-            ConfigError: One does not; nothing was taken.
-        """
+        """Raise `ConfigError` if a request in the spool names no model."""
         async for kept in self._spool.export():
             if kept.payload is not None and kept.found.state != "dead" and _names_no_model(kept.payload):
                 raise ConfigError(NO_MODEL)
@@ -174,39 +169,33 @@ class WorkerRun:
             if self._endpoint.given_up:
                 self._end()
 
-        if self._args.provider_batch:
-            return await self._provider_worker(stack, advance)
-        batchers = {
-            stage: (await stack.enter_async_context(batcher), pending) for stage, (batcher, pending) in self._stages()
-        }
-        prober = self._session.prober
-        await stack.enter_async_context(prober)
-        worker = Worker(
-            self._spool,
-            batchers,
-            lease=self._args.lease,
-            until_empty=self._args.until_empty,
-            needs_model=self._plan.transport.model is None,
-            prober=prober,
-            progress=advance,
-        )
-        self._endpoint.probe = worker.probe
-        return worker
+        make = self._provider_worker if self._args.provider_batch else self._live_worker
+        return await make(stack, advance)
 
-    def _stages(self) -> list[tuple[Stage, tuple[Microbatcher, int]]]:
-        """Return the batcher of each stage, not open, and how many requests it may have pending."""
+    async def _live_worker(self, stack: AsyncExitStack, advance: Callable[[Done | Tally], None]) -> Worker:
         full = self._plan.policy
         policies = {
             Stage.FULL: full,
             Stage.HALF: dataclasses.replace(full, max_batch_size=max(1, full.max_batch_size // 2)),
             Stage.ALONE: dataclasses.replace(full, max_batch_size=1, max_concurrent_batches=1),
         }
-        return [
-            (stage, (self._session.batcher(policy), policy.max_batch_size * policy.max_concurrent_batches))
-            for stage, policy in policies.items()
-        ]
+        batchers = {}
+        for stage, policy in policies.items():
+            batcher = await stack.enter_async_context(self._session.batcher(policy))
+            batchers[stage] = batcher, policy.max_batch_size * policy.max_concurrent_batches
+        worker = Worker(
+            self._spool,
+            batchers,
+            lease=self._args.lease,
+            until_empty=self._args.until_empty,
+            needs_model=self._plan.transport.model is None,
+            prober=await stack.enter_async_context(self._session.prober),
+            progress=advance,
+        )
+        self._endpoint.probe = worker.probe
+        return worker
 
-    async def _provider_worker(self, stack: AsyncExitStack, advance: Callable[[Tally], None]) -> ProviderBatches:
+    async def _provider_worker(self, stack: AsyncExitStack, advance: Callable[[Done | Tally], None]) -> ProviderBatches:
         args, transport = self._args, self._plan.transport
         await transport.open()
         stack.push_async_callback(transport.aclose)

@@ -50,7 +50,8 @@ def bulk(stats, wall_s=1.5):
 
 
 def words_of(stats, **options):
-    return "\n".join(summary_lines(bulk(stats), **{"simulated": None, "single": False, **options}))
+    plan = SimpleNamespace(**{"simulated": None, "single": False, **options})
+    return "\n".join(summary_lines(bulk(stats), plan))
 
 
 def test_every_setting_of_the_policy_has_a_flag_with_its_own_words():
