@@ -84,6 +84,14 @@ def test_an_empty_file_asks_nothing(given):
     assert asked(given()) == ([], [])
 
 
+def test_it_is_told_when_the_input_is_no_json_lines_at_all(given, capsys):
+    taken, rejected = asked(given("id,name", "1,Lamp"))
+    assert (taken, len(rejected)) == ([], 2)
+    assert "in.jsonl: no line is a JSON object with an id; the input must be JSON Lines" in capsys.readouterr().err
+    asked(given("1,Lamp", '{"id":"a","q":1}'))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_missing_field_keeps_the_lines_id(given):
     _, rejected = asked(given('{"id":"a","q":1}', '{"id":"b"}'))
     ((bad, name),) = rejected
