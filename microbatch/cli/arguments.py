@@ -143,7 +143,7 @@ def add_question(group: argparse._ArgumentGroup) -> None:
     add_option(answers, "--labels", "A,B,C|@FILE", labels)
     add_option(answers, "--schema", "FILE", "a JSON Schema to which every answer conforms")
     add_option(group, "--id-field", "FIELD", "the field that holds a line's id")
-    add_count(group, "--max-tokens", "most tokens of one answer")
+    add_count(group, "--max-tokens", "at most N tokens per answer")
     add_option(group, "--temperature", "T", "sampling temperature", type=number(0))
 
 

@@ -1,4 +1,4 @@
-"""A run over all lines of an input: the part that `run` and `warm` have in common.
+"""A run over all lines of an input, as `run` and `warm` make it.
 
 Theory of operation
 -------------------
@@ -78,7 +78,7 @@ class BulkRun:
         items: Lines to ask about, those that cannot be read included.
         failed: Items that failed for reasons of their own.
         wall_s: Seconds from the first question to the last answer.
-        stopped: Whether a signal ended the run.
+        stopped: True if a signal ended the run.
         broken: The error that ended it early, or None.
         unanswering: Why the endpoint was given up; None if it was not.
     """

@@ -47,7 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def single(self) -> bool:
-        """Whether every request is sent alone."""
+        """True if every request is sent alone."""
         return self.policy.max_batch_size == 1
 
     @property

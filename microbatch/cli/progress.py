@@ -23,7 +23,7 @@ class Progress:
     Args:
         total: Items in all.
         stats: Returns the figures so far.
-        shown: Whether anything is shown; None shows it if stderr is a terminal.
+        shown: True to show it, False not to; None shows it if stderr is a terminal.
     """
 
     def __init__(self, total: int, stats: Callable[[], Stats], *, shown: bool | None = None) -> None:

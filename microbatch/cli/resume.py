@@ -1,4 +1,4 @@
-"""What becomes of an output that exists: no question is sent twice, and no answer that was paid for is lost.
+"""Resuming a run from its output: no question is sent twice, and no answer that was paid for is lost.
 
 The settings of a run are kept beside its output, in OUTPUT.digest, so that a resumed run asks the same questions in the same way.
 The functions raise `UsageError` if they differ, or if a file cannot be read or written.

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _note_rest(args: argparse.Namespace, bulk: BulkRun) -> None:
-    """Tell on stderr what is left, and how to go on."""
+    """Note the number of items that are left, and the command that asks about them."""
     if bulk.unanswering is not None:
         note(f"{plural(bulk.unasked, 'item')} left unasked.")
     if bulk.status != console.OK:

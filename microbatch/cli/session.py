@@ -116,7 +116,7 @@ class Session:
         )
 
     def note_stop(self) -> None:
-        """Tell on stderr what the first signal does."""
+        """Note the effect of the first signal."""
         calls = plural(self.endpoint.on_wire, "call")
         note(
             f"Stopping: {calls} under way may end, and the answers are kept. Press Ctrl-C again to stop now, without them."

@@ -60,8 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rate = "rate after that, 0 for no delay (default: 80)"
     add_option(latency, "--tokens-per-second", "N", rate, type=number(0), default=80.0)
     quota = parser.add_argument_group("quota, for each key and model")
-    add_count(quota, "--rpm", "most requests within any 60 seconds (default: no limit)")
-    add_count(quota, "--tpm", "most tokens within any 60 seconds, a prompt's and its max_tokens (default: no limit)")
+    add_count(quota, "--rpm", "at most N requests within any 60 seconds (default: no limit)")
+    add_count(
+        quota,
+        "--tpm",
+        "at most N tokens within any 60 seconds, those of a prompt and its max_tokens (default: no limit)",
+    )
     _add_batches(parser.add_argument_group("batches"))
     _add_capabilities(parser.add_argument_group("what the model can do"))
     _add_faults(parser.add_argument_group("what goes wrong"))
@@ -71,7 +75,7 @@ def _add_batches(group: argparse._ArgumentGroup) -> None:
     add_seconds(group, "--batch-seconds", "how long a batch takes", default=10.0)
     expires = "lines of a batch that are not answered before its time is over, as a number or a percentage (default: 0)"
     add_option(group, "--batch-expires", "N|P%", expires, type=_lines_or_share, default=0)
-    tokens = "most tokens that the batches of one key may hold while they are worked on (default: no limit)"
+    tokens = "at most N tokens in the batches of one key that are worked on (default: no limit)"
     add_count(group, "--batch-tokens", tokens)
 
 
@@ -85,8 +89,8 @@ def _lines_or_share(text: str) -> float:
 
 
 def _add_capabilities(group: argparse._ArgumentGroup) -> None:
-    add_count(group, "--context-tokens", "most tokens of prompt and reply together")
-    add_count(group, "--max-output-tokens", "most tokens of a reply; a higher limit is refused")
+    add_count(group, "--context-tokens", "at most N tokens of prompt and reply together")
+    add_count(group, "--max-output-tokens", "at most N tokens of a reply; a higher max_tokens is refused")
     reasoning = "tokens that the model thinks, unseen, before it answers"
     add_count(group, "--reasoning-tokens", reasoning, least=0, default=0)
     add_count(group, "--indent", "write JSON on many lines, indented by N", least=0)

@@ -1,4 +1,4 @@
-"""What the summaries of the commands have in common, for people and as JSON."""
+"""Parts of the summaries of the commands, for people and as JSON."""
 
 from __future__ import annotations
 
