@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
 
-from microbatch.cli import answers, patient
+from microbatch.cli import patient
 from microbatch.cli.main import main
+from microbatch.cli.output import NotWritten, OutputFile
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -120,13 +121,13 @@ def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, caps
     products(100)
     space = 30
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         if self.written == space:
-            raise answers.NotWritten("cannot write 'out.jsonl': No space left on device")
+            raise NotWritten("cannot write 'out.jsonl': No space left on device")
         real(self, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers.Answers, "write", write)
+        patch.setattr(OutputFile, "write", write)
         assert run(*QUESTION, "--simulate", "--max-concurrent-batches", "1", "--json") == 1
     capsys.readouterr()
     assert run(*QUESTION, "--simulate", "--resume", "--json") == 0
@@ -161,12 +162,12 @@ def test_a_cache_that_dies_in_mid_run_costs_no_answer(own_redis, monkeypatch, ca
     monkeypatch.setattr(patient, "PATIENCE", 3.0)
     products(400)
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         real(self, line)
         if self.written == 20:
             own_redis.kill()
 
-    monkeypatch.setattr(answers.Answers, "write", write)
+    monkeypatch.setattr(OutputFile, "write", write)
     words = ("--max-batch-size", "4", "--max-concurrent-batches", "2", "--json")
     assert run(*QUESTION, "--simulate", *words, cache=own_redis.url) == 0
     told = summary(capsys)
@@ -185,13 +186,13 @@ def test_a_cache_that_another_process_holds_for_a_while_loses_no_answer(monkeypa
         timers.append(threading.Timer(0.5, other.close))
         timers[0].start()
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         real(self, line)
         if self.written == 20:
             hold()
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers.Answers, "write", write)
+        patch.setattr(OutputFile, "write", write)
         assert run(*words) == 0
     timers[0].join()
     assert summary(capsys)["wall_s"] > 0.5

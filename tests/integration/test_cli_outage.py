@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, outage, output, products, refuse, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli.bulk_run import Work
+from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -140,7 +140,7 @@ def test_an_endpoint_that_is_not_there_is_told_once_and_writes_no_failures(capsy
     run(Nowhere, "--give-up-after", "0.2", status=1)
     shown = capsys.readouterr()
     assert shown.err.count("microbatch run: nothing was answered for") == 1
-    assert "at last ConnectFailed: could not connect to 127.0.0.1:9" in shown.err
+    assert "the last error was ConnectFailed: could not connect to 127.0.0.1:9" in shown.err
     assert "200 items left unasked." in shown.err
     assert output() == []
 
@@ -166,7 +166,7 @@ def test_a_key_that_is_refused_in_mid_run_costs_no_item_its_answer(capsys):
     with serving() as endpoint:
         refuse(endpoint, outage(10**9, after=10), 401)
         with pytest.MonkeyPatch.context() as patch:
-            probes = counted(patch, Work, "_probe")
+            probes = counted(patch, BulkRun, "_probe")
             run(endpoint, "--give-up-after", "0.5", status=1)
         assert 2 <= len(probes) <= 12  # after rests that grow to 0.1 s, though calls fail at once, unsent
         told = summary(capsys)

@@ -12,9 +12,9 @@ import time
 import pytest
 from command_line import QUESTION, here, output, products, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli.bulk_run import Work
+from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.main import main
-from microbatch.cli.worker import Work as Working
+from microbatch.cli.worker import WorkerRun
 from microbatch.testing import Latency
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -75,7 +75,7 @@ def test_the_first_signal_keeps_every_answer_and_sends_nothing_more(command, num
 @pytest.mark.parametrize("command", ["run", "warm", "worker"])
 def test_the_second_signal_ends_at_once(command, number, monkeypatch, capsys):
     prepared(command, capsys)
-    kind = Working if command == "worker" else Work
+    kind = WorkerRun if command == "worker" else BulkRun
 
     def stop(self, real=kind._stop):
         real(self)

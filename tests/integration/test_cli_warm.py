@@ -15,7 +15,7 @@ from command_line import QUESTION, given, here, output, products, serving, summa
 from microbatch.cli import patient
 from microbatch.cli.main import main
 from microbatch.cli.simulated import SimulatedChat
-from microbatch.cli.warm import Warming
+from microbatch.cli.warm import CacheSink
 from microbatch.testing import Faults
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -42,14 +42,14 @@ def once_taken(count, act, monkeypatch):
     """Let *act* happen when *count* answers have come."""
     taken = 0
 
-    def take(self, name, reply, real=Warming._take):
+    def take(self, request, reply, real=CacheSink.take):
         nonlocal taken
         taken += 1
         if taken == count:
             act()
-        real(self, name, reply)
+        real(self, request, reply)
 
-    monkeypatch.setattr(Warming, "_take", take)
+    monkeypatch.setattr(CacheSink, "take", take)
 
 
 def test_after_a_warming_a_run_asks_nothing(cache, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,26 +13,28 @@ from microbatch.accounting.stats import Stats
 from microbatch.caching.guard import Guard
 from microbatch.cli.main import main, make_parser
 from microbatch.cli.patient import OPENING, PATIENCE, PatientCache
-from microbatch.cli.warm import Summary, told
+from microbatch.cli.warm import summarize, summary_lines
 from microbatch.errors import ConfigError, StorageError
 
 ENTRY = (b"k", b"v", None)
-WELL = Summary(
-    items=20,
-    known=5,
-    asked=14,
-    failed=1,
-    stored=14,
+STATS = Stats(
+    answered=19,
+    cache_hits=5,
+    cache_stores=14,
     upstream_calls=2,
     batches=1,
-    fallback_calls=0,
-    retries=0,
     prompt_tokens=100,
     completion_tokens=50,
+    unbatched_calls=19,
     cost_usd=0.001,
-    wall_s=1.5,
+    unbatched_cost_usd=0.004,
 )
-STATS = Stats(answered=19, upstream_calls=2, unbatched_calls=19, cost_usd=0.001, unbatched_cost_usd=0.004)
+
+
+def bulk(stats=STATS, **changes):
+    """Return what a warming of 20 lines has come to."""
+    figures = {"items": 20, "answered": 19, "failed": 1, "unasked": 0, "wall_s": 1.5, "broken": None}
+    return SimpleNamespace(stats=stats, **(figures | changes))
 
 
 class Ailing:
@@ -169,7 +172,7 @@ async def test_opening_that_is_cancelled_closes_it():
 
 
 def test_the_summary_has_exactly_these_keys():
-    assert list(msgspec.to_builtins(WELL)) == [
+    assert list(summarize(bulk())) == [
         "items",
         "known",
         "asked",
@@ -188,7 +191,7 @@ def test_the_summary_has_exactly_these_keys():
 
 
 def test_a_warming_is_told_with_what_it_cost():
-    shown = list(told(WELL, STATS, ended=True))
+    shown = "\n".join(summary_lines(bulk())).splitlines()
     assert shown[:3] == [
         "20 items: 5 known already, 14 asked, 1 failed, in 1.5 s",
         "14 answers stored in the cache",
@@ -198,16 +201,17 @@ def test_a_warming_is_told_with_what_it_cost():
 
 
 def test_answers_that_are_not_kept_are_told():
-    summary, stats = msgspec.structs.replace(WELL, stored=11), msgspec.structs.replace(STATS, cache_evictions=1)
-    shown = "\n".join(told(summary, stats, ended=True))
+    stats = msgspec.structs.replace(STATS, cache_evictions=1, cache_stores=11)
+    shown = "\n".join(summary_lines(bulk(stats)))
     assert "3 answers not stored: they were cut off, or came with others that were damaged" in shown
-    assert "1 answer dropped for want of room" in shown
-    assert "not stored" not in "\n".join(told(summary, stats, ended=False))
+    assert "1 answer evicted because the cache is full" in shown
+    assert "not stored" not in "\n".join(summary_lines(bulk(stats, broken=StorageError("x"))))
 
 
 def test_a_warming_that_asked_nothing_is_told_in_one_line():
-    summary = msgspec.structs.replace(WELL, known=20, asked=0, failed=0, stored=0, upstream_calls=0)
-    assert list(told(summary, STATS, ended=True)) == ["20 items: 20 known already, 0 asked, 0 failed, in 1.5 s"]
+    stats = msgspec.structs.replace(STATS, cache_hits=20, cache_stores=0, upstream_calls=0)
+    shown = list(summary_lines(bulk(stats, answered=20, failed=0)))
+    assert shown == ["20 items: 20 known already, 0 asked, 0 failed, in 1.5 s"]
 
 
 @pytest.mark.parametrize(
