@@ -34,7 +34,7 @@ from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, Over
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
 from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
-from microbatch.resources import Resource, give_back, lease
+from microbatch.resources import Resource, acquire, release
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
 from microbatch.spool.spool_client import SpoolFront
@@ -230,12 +230,12 @@ class Microbatcher:
             await self._tokens.open()
             if self._prices.load is not None:
                 await asyncio.to_thread(self._prices.load)
-            await lease(self._parts)
+            await acquire(self._parts)
             try:
                 await self._serve_on_parts(ready)
             finally:
                 self._accounts.close()
-                await give_back(self._parts)
+                await release(self._parts)
         except Exception as error:
             if ready.done():
                 logger.exception("a transport, cache or spool could not be opened or closed")

@@ -53,7 +53,6 @@ PURE = [
     "batching.economics",
     "caching.entry",
     "caching.key",
-    "caching.terms",
     "caching.warming",
     "spool.payload",
     "spool.records",

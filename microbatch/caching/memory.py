@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from microbatch.caching.terms import WEEK
+from microbatch.caching.entry import DEFAULT_TTL
 from microbatch.policy import at_least, whole
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class MemoryCache:
     """
 
     def __init__(
-        self, *, max_bytes: int = 64 * 1024 * 1024, max_entries: int | None = None, ttl: float | None = WEEK
+        self, *, max_bytes: int = 64 * 1024 * 1024, max_entries: int | None = None, ttl: float | None = DEFAULT_TTL
     ) -> None:
         whole(1, max_bytes=max_bytes, max_entries=max_entries)
         at_least(0, ttl=ttl)

@@ -7,7 +7,8 @@ import functools
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
-from microbatch.caching.terms import SECRET_BYTES, WEEK
+from microbatch.caching.entry import DEFAULT_TTL
+from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import ConfigError, StorageError
 from microbatch.policy import at_least, whole
 from microbatch.storage.redis import connect, results_of, translated
@@ -43,7 +44,7 @@ class RedisCache:
         self,
         url: str,
         *,
-        ttl: float | None = WEEK,
+        ttl: float | None = DEFAULT_TTL,
         prefix: str = "microbatch:",
         timeout: float = 5.0,
         max_connections: int = 16,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from microbatch.caching.terms import SECRET_BYTES, WEEK
+from microbatch.caching.entry import DEFAULT_TTL
+from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import StorageError
 from microbatch.policy import at_least, whole
 from microbatch.storage.sqlite import Database
@@ -66,7 +67,7 @@ class SQLiteCache:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, max_bytes: int = 1024 * 1024 * 1024, ttl: float | None = WEEK
+        self, path: str | os.PathLike[str], *, max_bytes: int = 1024 * 1024 * 1024, ttl: float | None = DEFAULT_TTL
     ) -> None:
         whole(LEAST_BYTES, max_bytes=max_bytes)
         at_least(0, ttl=ttl)

@@ -10,7 +10,6 @@ import msgspec
 from microbatch.batching.request import read_options
 from microbatch.cli.console import UsageError
 from microbatch.cli.flags import read_settings
-from microbatch.cli.patient import PatientCache
 from microbatch.cli.questions import (
     BatchLines,
     Questions,
@@ -23,7 +22,7 @@ from microbatch.cli.questions import (
 from microbatch.cli.reading import Input, Survey
 from microbatch.cli.resting import DirectTransport, RestingTransport
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
-from microbatch.cli.stores import PATIENT_TIMEOUT, cache_at
+from microbatch.cli.stores import bulk_cache_at
 from microbatch.client import Microbatcher
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
@@ -33,6 +32,7 @@ from microbatch.transports.rate_limit import RateLimit
 if TYPE_CHECKING:
     import argparse
 
+    from microbatch.caching.guard import Guard
     from microbatch.protocols import Transport
     from microbatch.spool.endpoint import Endpoint
 
@@ -46,7 +46,7 @@ class Job(msgspec.Struct):
     policy: FlushPolicy
     fallback: FallbackPolicy
     rate_limit: RateLimit | None
-    cache: PatientCache | None
+    cache: Guard | None
     transport: OpenAIChat | SimulatedChat
 
     @property
@@ -74,7 +74,7 @@ def prepare(args: argparse.Namespace) -> Job:
     policy = read_policy(args)
     fallback = FallbackPolicy(canary=args.canary)
     rate_limit = RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
-    cache = None if args.cache is None else PatientCache(cache_at(args.cache, timeout=PATIENT_TIMEOUT))
+    cache = None if args.cache is None else bulk_cache_at(args.cache)
     model = args.model or (SIMULATED_MODEL if args.simulate else None)
     questions = read_questions(args, needs_model=model is None)
     transport = SimulatedChat(model) if args.simulate else read_transport(args, model)

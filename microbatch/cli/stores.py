@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from microbatch.caching.guard import Guard
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
 from microbatch.spool.redis import RedisSpool
@@ -16,11 +17,20 @@ _REDIS: Final = ("redis://", "rediss://", "unix://")
 
 CACHE_HELP: Final = "keep answers in FILE (SQLite), or in Redis at redis://HOST:PORT/DB, and ask nothing twice"
 
-PATIENT_TIMEOUT: Final = 5.0
-"""Seconds for each step towards a Redis server, in work that nobody waits for."""
+PATIENCE: Final = 10.0
+"""Seconds for which a failing call of the cache is repeated in bulk work: a server may be about to come back."""
 
 
-def cache_at(place: str, *, timeout: float = PATIENT_TIMEOUT) -> SQLiteCache | RedisCache:
+def bulk_cache_at(place: str) -> Guard:
+    """Return the cache at *place* for bulk work: each failing call is repeated, and `open` checks that the cache can be used.
+
+    Raises:
+        ConfigError: As `cache_at`.
+    """
+    return Guard(cache_at(place), patience=PATIENCE)
+
+
+def cache_at(place: str, *, timeout: float = 5.0) -> SQLiteCache | RedisCache:
     """Return the cache at *place*.
 
     Args:

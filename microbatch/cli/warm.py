@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from microbatch.accounting.stats import Stats
-    from microbatch.cli.patient import PatientCache
+    from microbatch.caching.guard import Guard
     from microbatch.messages import Reply
 
 USAGE = "microbatch warm INPUT.jsonl --cache FILE|URL [options]"
@@ -110,13 +110,13 @@ def run(args: argparse.Namespace) -> int:
         UsageError: Something is wrong with the command or its files; nothing was sent.
     """
     job = prepare(args)
-    return asyncio.run(Warming(args, job, cast("PatientCache", job.cache)).go())
+    return asyncio.run(Warming(args, job, cast("Guard", job.cache)).go())
 
 
 class Warming:
     """Asks, and leaves the answers to the cache."""
 
-    def __init__(self, args: argparse.Namespace, job: Job, cache: PatientCache) -> None:
+    def __init__(self, args: argparse.Namespace, job: Job, cache: Guard) -> None:
         self._args = args
         self._job = job
         self._cache = cache
@@ -149,7 +149,7 @@ class Warming:
         args, work = self._args, self._work
         for line in work.failures.told():
             note(line)
-        summary = summarize(work, self._cache.stored)
+        summary = summarize(work)
         write = note if args.json else tell
         for line in told(summary, work.stats, ended=not work.unasked and work.broken is None):
             write(line)
@@ -168,8 +168,8 @@ class Warming:
             note("Answers so far are in the cache. For the rest, run the same command again.")
 
 
-def summarize(work: Work, stored: int) -> Summary:
-    """Return the summary of *work* that has ended, and left *stored* answers in the cache."""
+def summarize(work: Work) -> Summary:
+    """Return the summary of *work* that has ended."""
     stats = work.stats
     known = stats.cache_hits + stats.shared
     return Summary(
@@ -177,7 +177,7 @@ def summarize(work: Work, stored: int) -> Summary:
         known=known,
         asked=work.answered - known,
         failed=work.failed,
-        stored=stored,
+        stored=stats.cache_stores,
         upstream_calls=stats.upstream_calls,
         batches=stats.batches,
         fallback_calls=stats.fallback_calls,

@@ -17,13 +17,12 @@ from microbatch.cli import console
 from microbatch.cli.arguments import add_endpoint, add_policy, add_telling
 from microbatch.cli.console import UsageError, note, plural, seconds, tell
 from microbatch.cli.flags import number, whole_number
-from microbatch.cli.patient import PatientCache
 from microbatch.cli.plan import prober, read_policy, read_transport
 from microbatch.cli.progress import Progress, make_bar
 from microbatch.cli.resting import RestingTransport
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.cli.stopping import stoppable_in_order
-from microbatch.cli.stores import CACHE_HELP, PATIENT_TIMEOUT, cache_at, spool_at
+from microbatch.cli.stores import CACHE_HELP, bulk_cache_at, spool_at
 from microbatch.cli.summary import comparison, reuse
 from microbatch.client import Microbatcher
 from microbatch.errors import ConfigError, StorageError
@@ -261,7 +260,7 @@ class Work:
         """Open a batcher for each stage; they share transport, limits and cache."""
         args, policy = self._args, self._policy
         rate_limit = RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
-        cache = None if args.cache is None else PatientCache(cache_at(args.cache, timeout=PATIENT_TIMEOUT))
+        cache = None if args.cache is None else bulk_cache_at(args.cache)
         policies = {
             Stage.FULL: policy,
             Stage.HALF: dataclasses.replace(policy, max_batch_size=max(1, policy.max_batch_size // 2)),
@@ -315,7 +314,13 @@ class Work:
         # Calls that waited in vain for their turn were no calls.
         stats = [*(batcher.stats() for batcher in self._batchers), self._prober.stats()]
         calls = self._endpoint.sent + stats[-1].upstream_calls
-        return msgspec.structs.replace(together(stats), upstream_calls=calls)
+        # The batchers share one cache, and each reports all of its counts.
+        return msgspec.structs.replace(
+            together(stats),
+            upstream_calls=calls,
+            cache_bypassed=stats[0].cache_bypassed,
+            cache_evictions=stats[0].cache_evictions,
+        )
 
     # --- afterwards
 

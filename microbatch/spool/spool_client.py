@@ -45,8 +45,8 @@ class SpoolFront:
         self.spool = spool
         self.counts = Counts()
         self._counted_at: float | None = None
-        self._puts: Coalescer[Item, PutOutcome] = Coalescer(self._put, most=MOST, at_once=1)
-        self._looks: Coalescer[Name, Found] = Coalescer(self._find, most=MOST)
+        self._puts: Coalescer[Item, PutOutcome] = Coalescer(self._put, max_items=MOST, max_trips=1)
+        self._looks: Coalescer[Name, Found] = Coalescer(self._find, max_items=MOST)
         self._recounts: Coalescer[None, None] = Coalescer(self._recount)
 
     @property
@@ -61,7 +61,7 @@ class SpoolFront:
             IdConflict: Another request has its name.
             StorageError: It may not be durable; putting it again does no harm.
         """
-        if await self._puts.ask(item) == "conflict":
+        if await self._puts.submit(item) == "conflict":
             raise IdConflict(f"the spool holds another request under the id {item.name.id!r}")
 
     async def _put(self, items: list[Item]) -> list[PutOutcome]:
@@ -99,7 +99,7 @@ class SpoolFront:
 
     async def _look(self, name: Name) -> Found | None:
         """Return how the request ended; None if it has not."""
-        found = await self._looks.ask(name)
+        found = await self._looks.submit(name)
         if found.state == "unknown":
             raise ConfigError(
                 f"the spool knows no request with the id {name.id!r}: it was never queued, or its answer was dropped"
@@ -125,7 +125,7 @@ class SpoolFront:
         now = asyncio.get_running_loop().time()
         if self._counted_at is None or now - self._counted_at >= STALE:
             self._counted_at = now
-            self._recounts.ask_for_nobody(None)
+            self._recounts.submit_detached(None)
         return self.counts
 
     async def _recount(self, asked: list[None]) -> list[None]:

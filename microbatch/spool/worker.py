@@ -126,7 +126,7 @@ class Worker:
         self._control: Request | None = None
         self._stores: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
-        self._storing: Coalescer[tuple[Delivery, bytes], None] = Coalescer(self._store, at_once=1)
+        self._storing: Coalescer[tuple[Delivery, bytes], None] = Coalescer(self._store, max_trips=1)
         self._rest = Rest("the worker rests", first=FIRST_REST, longest=LONGEST_REST)
 
     def stop(self) -> None:
@@ -239,7 +239,7 @@ class Worker:
             is_json = payload.is_typed
             answer = Answer.of(reply, time.time(), is_json=is_json).encode()  # noqa: TID251 answers outlive processes
             # Not awaited here: the next results come meanwhile, and share the next commit.
-            store = self._storing.ask((delivery, answer))
+            store = self._storing.submit((delivery, answer))
             self._stores.add(store)
             store.add_done_callback(self._stored)
             return
