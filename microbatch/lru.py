@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class _Used(Protocol):
@@ -95,3 +98,51 @@ class Kept(Generic[K, U]):
     def values(self) -> list[U]:
         """Return all that are kept or held."""
         return list(self._held.values())
+
+
+class LRU(Generic[K, V]):
+    """The most recently used keys and their values.
+
+    Args:
+        capacity: Maximum number of keys; None for no maximum.
+    """
+
+    def __init__(self, capacity: int | None) -> None:
+        self._capacity = capacity
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of keys."""
+        return len(self._values)
+
+    def __contains__(self, key: K) -> bool:
+        """Return whether *key* is there; this is no use of it."""
+        return key in self._values
+
+    def get(self, key: K) -> V | None:
+        """Return the value of *key*, which becomes the most recently used one, or None."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def put(self, key: K, value: V) -> V:
+        """Set *value* as the most recently used one, drop the least recently used beyond the capacity, and return *value*."""
+        self._values[key] = value
+        self._values.move_to_end(key)
+        while self._capacity is not None and len(self._values) > self._capacity:
+            self._values.popitem(last=False)
+        return value
+
+    def get_or_make(self, key: K, make: Callable[[], V]) -> V:
+        """Return the value of *key*; that of *make* if there is none."""
+        value = self.get(key)
+        return self.put(key, make()) if value is None else value
+
+    def oldest(self) -> tuple[K, V] | None:
+        """Return the least recently used key and its value, or None."""
+        return next(iter(self._values.items()), None)
+
+    def pop(self, key: K) -> V | None:
+        """Remove *key*; return its value, or None."""
+        return self._values.pop(key, None)

@@ -67,6 +67,7 @@ PURE = [
     "transports.limit_headers",
     "transports.rate_limit",
     "lru",
+    "transience",
     "transports.refusals",
     "transports.reply_reader",
     "transports.reported_usage",
@@ -184,7 +185,7 @@ NEIGHBOURS = {
     "accounting": set(),
     "transports": {"lru"},
     "storage": set(),
-    "caching": {"resources", "storage", *PURE},
+    "caching": {"lru", "resources", "storage", *PURE},
     "spool": {"storage", *PURE},
 }
 

@@ -12,6 +12,7 @@ import microbatch as mb
 from microbatch.caching import entry as entries
 from microbatch.caching.answer_cache import BULK_TIMEOUT, FRESH, MAX_CLOCK_SKEW, PAGE
 from microbatch.caching.guard import LIVE_TIMEOUT
+from microbatch.lru import LRU
 from microbatch.testing import ScriptedTransport
 
 
@@ -218,7 +219,7 @@ class Forged(mb.MemoryCache):
 
     async def get_many(self, keys):
         found = await super().get_many(keys)
-        return self.forge(keys, found, self._entries)
+        return self.forge(keys, found, self._entries._values)
 
 
 def others(keys, found, kept):
@@ -402,7 +403,7 @@ async def test_a_secret_that_others_have_agreed_on_meanwhile_is_adopted():
     cache, transport = Forgetful(), ScriptedTransport()
     async with batcher_for(transport, cache) as old:
         await old.submit(ask("a"))
-        cache._entries.clear()
+        cache._entries = LRU(None)
         cache.secret_bytes = b"b" * 32  # it was emptied, and a newcomer came first
         await asyncio.sleep(1)
         await old.submit(ask("b"))  # stored, and with that found out

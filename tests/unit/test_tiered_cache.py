@@ -10,6 +10,7 @@ from microbatch.caching.guard import LIVE_TIMEOUT, Guard
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.tiers import TieredCache
 from microbatch.errors import ConfigError, StorageError
+from microbatch.lru import LRU
 
 
 class Tier(MemoryCache):
@@ -110,7 +111,7 @@ async def test_a_tier_that_is_down_costs_its_own_answers_only(down, how):
         tiers[down].error = how
     else:
         tiers[down].takes = how
-    tiers[0 if down else 1]._entries.clear()  # so that the one that is down is asked
+    tiers[0 if down else 1]._entries = LRU(None)  # so that the one that is down is asked
     found, took = await time_of(cache.get_many([b"k", b"none"]))
     assert found == [b"v", None]
     assert took <= LIVE_TIMEOUT
