@@ -37,7 +37,7 @@ from microbatch.protocols import Cache, Transport
 from microbatch.resources import Resource, acquire, release
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
-from microbatch.spool.spool_client import SpoolFront
+from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.credentials import credentials_in
 from microbatch.transports.relay import read_charge
@@ -151,7 +151,7 @@ class Microbatcher:
         self._shares = self._policy.share or cache is not None
         if spool is not None and not isinstance(spool, Spool):
             raise ConfigError(f"spool must have the methods of Spool, got {type(spool).__name__}")
-        self._spool = None if spool is None else SpoolFront(spool)
+        self._spool = None if spool is None else SpoolClient(spool)
         self._parts: list[Resource] = [part for part in (transport, cache, spool) if part is not None]
         self._engine = Engine(
             self._policy,
@@ -680,7 +680,7 @@ class Microbatcher:
         at_least(0, timeout=timeout)
         return await spool.result(_name(tenant, id), output_type, timeout)
 
-    def _spooling(self) -> SpoolFront:
+    def _spooling(self) -> SpoolClient:
         if self._spool is None:
             raise ConfigError("requests are spooled where there is a spool: make the batcher with spool=")
         self._check_open()

@@ -27,6 +27,12 @@ MAX_ALONE = 3
 LEASE = 60.0
 """Default duration of a lease in seconds; workers renew their leases."""
 
+RENEWALS = 3
+"""Renewals in the duration of a lease, so that one may fail."""
+
+PARTING = 5.0
+"""Seconds in which a cancelled worker gives back what it holds."""
+
 OVERDUE = 60.0
 """Seconds, or the duration of the longest lease if that is longer, after which an expired lease proves nothing: the clock was set, or
 all machines were asleep or off. It is granted once more, so that its worker can renew it."""
