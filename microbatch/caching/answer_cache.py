@@ -11,6 +11,8 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from microbatch.accounting.events import Settled
 from microbatch.caching import entry as entries
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
@@ -142,11 +144,9 @@ class AnswerCache:
         return None
 
     def look_up(self, key: bytes, *, bulk: bool = False) -> asyncio.Future[bytes | None]:
-        """Return a future of the value of *key*, to be passed to `read`. It fails only when the batcher closes.
+        """Return a future of the value of *key*, for `read`. It fails only when the batcher closes.
 
-        Args:
-            key: The key.
-            bulk: Whether to allow the time of bulk work.
+        With *bulk* the look-up may take `BULK_TIMEOUT`.
         """
         value = self._fresh.get(key)
         if value is None:
@@ -261,7 +261,7 @@ class AnswerCache:
             alone.prompt_tokens,
             alone.completion_tokens,
             alone.cached_tokens,
-            entries.body_of(reply.body) if not ticket.combinable else None,
+            None if reply.body is None or ticket.combinable else msgspec.json.encode(reply.body),
         )
         return [(key, entries.encode(entry), ttl)]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 import msgspec
 
+from microbatch.errors import StorageError
 from microbatch.messages import Usage
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 DEFAULT_TTL: Final = 7 * 24 * 3600.0
 """Seconds for which answers are valid by default."""
@@ -54,11 +53,6 @@ encode = msgspec.msgpack.Encoder().encode
 """Return an `Entry` as bytes."""
 
 
-def body_of(body: Mapping[str, Any] | None) -> bytes | None:
-    """Return an endpoint's JSON as an entry stores it."""
-    return None if body is None else msgspec.json.encode(body)
-
-
 def read(value: bytes, key: bytes, now: float) -> Entry | None:
     """Return the entry encoded in *value*; None if it is damaged, another key's, or expired.
 
@@ -74,3 +68,15 @@ def read(value: bytes, key: bytes, now: float) -> Entry | None:
     if entry.key != key or (entry.expires_at is not None and entry.expires_at <= now):
         return None
     return entry
+
+
+def checked_values(found: object, count: int) -> list[bytes | None]:
+    """Return the values that a store has returned, as a list.
+
+    Raises:
+        StorageError: They are not *count* values, each bytes or None.
+    """
+    values: list[Any] = list(found) if isinstance(found, Iterable) else []
+    if len(values) != count or not all(value is None or isinstance(value, bytes) for value in values):
+        raise StorageError(f"it did not answer with {count} values, each bytes or None")
+    return values

@@ -8,6 +8,7 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+from microbatch.caching.entry import checked_values
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import ConfigError, MicrobatchError, StorageError
 
@@ -179,15 +180,13 @@ class Guard:
     async def get_many(self, keys: Sequence[bytes], *, deadline: Deadline | None = None) -> list[bytes | None]:
         """Return the value of each key; None where there is none, and for all keys if the cache is bypassed or fails.
 
-        Args:
-            keys: The keys.
-            deadline: Time limit of the call; None for `LIVE_TIMEOUT`.
+        Without a *deadline* the time limit is `LIVE_TIMEOUT`.
         """
         if not keys:
             return []
 
         async def look_up(options: dict[str, Any]) -> list[bytes | None]:
-            return _checked(await self.cache.get_many(keys, **options), len(keys))
+            return checked_values(await self.cache.get_many(keys, **options), len(keys))
 
         found = await self._guarded(look_up, self._look_ups, deadline)
         if found is None:
@@ -200,9 +199,7 @@ class Guard:
     ) -> bool:
         """Store *entries* (key, value, seconds to live) and return whether that succeeded.
 
-        Args:
-            entries: The entries.
-            deadline: Time limit of the call; None for `LIVE_TIMEOUT`.
+        Without a *deadline* the time limit is `LIVE_TIMEOUT`.
         """
         if not entries:
             return True
@@ -218,11 +215,7 @@ class Guard:
         await self.store(entries)
 
     async def secret(self, *, deadline: Deadline | None = None) -> bytes | None:
-        """Return the 32 bytes that key the digests; None if they are not available now.
-
-        Args:
-            deadline: Time limit of the call; None for `LIVE_TIMEOUT`.
-        """
+        """Return the 32 bytes that key the digests; None if they are not available now."""
         return await self._guarded(self._read_secret, self._secrets, deadline)
 
     async def _read_secret(self, _options: dict[str, Any]) -> bytes | None:
@@ -342,18 +335,6 @@ class BreakerState:
         """End the pause, unless the call belongs to an earlier era."""
         if era == self._era:
             self.pause = 0.0
-
-
-def _checked(found: Sequence[Any], count: int) -> list[bytes | None]:
-    """Return *found* as a list.
-
-    Raises:
-        StorageError: It is not *count* values, each bytes or None.
-    """
-    values = list(found)
-    if len(values) != count or not all(value is None or isinstance(value, bytes) for value in values):
-        raise StorageError(f"it did not answer with {count} values, each bytes or None")
-    return values
 
 
 def _loggable(error: BaseException) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from microbatch.caching.entry import DEFAULT_TTL
+from microbatch.caching.entry import DEFAULT_TTL, checked_values
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import StorageError
 from microbatch.policy import at_least
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class RedisCache(RedisStore):
     """Keeps answers on a Redis server, with one round trip for all entries read or stored together.
 
-    What to drop when the server is full is the server's decision: set its `maxmemory`, and the policy `allkeys-lru`.
+    What to drop when the server is full is the server's decision: set its `maxmemory`, and the policy `allkeys-lru`. Calls raise
+    `StorageError` if the server cannot be reached or used.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, with the database number and credentials where needed.
@@ -61,9 +62,6 @@ class RedisCache(RedisStore):
         """Return the 32 random bytes that the first process has left on the server.
 
         If the server has lost them, those read before are put back.
-
-        Raises:
-            StorageError: The server cannot be reached or used.
         """
         client = self._opened()
         with translated():
@@ -72,22 +70,18 @@ class RedisCache(RedisStore):
                 # Others may do the same now: the server takes one value, and all read that.
                 await client.set(self._secret_key, self._secret or secrets.token_bytes(SECRET_BYTES), nx=True)
                 secret = await client.get(self._secret_key)
-        self._secret = _checked([secret], 1)[0]
+        self._secret = checked_values([secret], 1)[0]
         return self._secret or b""
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none.
-
-        Raises:
-            StorageError: The server cannot be reached or used.
-        """
+        """Return the value of each key, None where there is none."""
         client = self._opened()
         if not keys:
             return []
         with translated():
             found = await client.mget([self._key(key) for key in keys])
         try:
-            return _checked(found, len(keys))
+            return checked_values(found, len(keys))
         except StorageError:
             # The connection, which is back in the pool, may be out of step.
             with translated():
@@ -95,11 +89,7 @@ class RedisCache(RedisStore):
             raise
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
-        """Store *entries*: key, value and seconds to live each, None for no limit.
-
-        Raises:
-            StorageError: The server cannot be reached or used; some of the entries may be stored.
-        """
+        """Store *entries*: key, value and seconds to live each, None for no limit. An error may leave some of them stored."""
         pipeline = self._opened().pipeline(transaction=False)
         if self._secret is not None:
             # The server may have lost the secret, without which other processes would not find the entries.
@@ -114,18 +104,3 @@ class RedisCache(RedisStore):
 
     def _key(self, key: bytes) -> bytes:
         return self._prefix.encode() + key
-
-
-def _checked(found: Any, count: int) -> list[bytes | None]:
-    """Return *found*.
-
-    Raises:
-        StorageError: It is not a list of *count* values, each bytes or None.
-    """
-    if not (
-        isinstance(found, list)
-        and len(found) == count
-        and all(value is None or isinstance(value, bytes) for value in found)
-    ):
-        raise StorageError("Redis: the answer does not belong to the question")
-    return found

@@ -48,7 +48,7 @@ class SQLiteCache:
     """Keeps the most recently used entries in a file, up to a number of bytes.
 
     Reads have a thread and a connection of their own and do not wait for writers. Uses are recorded with the next write and when the
-    cache is closed. Expired entries are dropped by later writes.
+    cache is closed. Expired entries are dropped by later writes. Calls raise `StorageError` if the file cannot be read or written.
 
     Args:
         path: The file; created if missing, and readable by its owner only.
@@ -89,9 +89,6 @@ class SQLiteCache:
         """Return the 32 random bytes that were written to the file at its first use.
 
         If the file has lost them or was replaced, those read before are put back.
-
-        Raises:
-            StorageError: The file cannot be read, or cannot be written the first time.
         """
         secret = await self._database.read(_secret)
         if secret is None:
@@ -100,11 +97,7 @@ class SQLiteCache:
         return secret
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none.
-
-        Raises:
-            StorageError: The file cannot be read.
-        """
+        """Return the value of each key, None where there is none."""
         now = self._now()
         ids = json_array({_id(key) for key in keys})
         rows = await self._database.read(
@@ -121,11 +114,7 @@ class SQLiteCache:
         return [found.get(key) for key in keys]
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
-        """Store *entries*: key, value and seconds to live each, None for no limit.
-
-        Raises:
-            StorageError: The file cannot be written; none of the entries is stored.
-        """
+        """Store *entries*: key, value and seconds to live each, None for no limit. An error leaves none of them stored."""
         now = self._now()
         rows = {
             _id(key): (key, value, None if ttl is None else now + ttl, now)

@@ -33,6 +33,9 @@ _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 _HOLD_SCHEMAS: Final = ("functions", "response_format", "tools")
 
+# Fields of a reply that are stored.
+_OF_REPLY: Final = ("text", "route", "batch_size", "model", "finish_reason", "request_id", "usage", "cost_usd", "body")
+
 
 def _decoded(raw: bytes, kind: type[T], what: str) -> T:
     try:
@@ -162,19 +165,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @classmethod
     def of(cls, reply: Reply[Any], answered_at: float, *, is_json: bool) -> Self:
         """Return the answer in *reply*, which should be settled."""
-        return cls(
-            text=reply.text,
-            answered_at=answered_at,
-            is_json=is_json,
-            route=reply.route,
-            batch_size=reply.batch_size,
-            model=reply.model,
-            finish_reason=reply.finish_reason,
-            request_id=reply.request_id,
-            usage=reply.usage,
-            cost_usd=reply.cost_usd,
-            body=reply.body,
-        )
+        return cls(answered_at=answered_at, is_json=is_json, **{name: getattr(reply, name) for name in _OF_REPLY})
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
@@ -212,18 +203,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 raise
             except BaseException as reason:  # a user's validator may raise anything; a Rust panic is a BaseException
                 raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from reason
-        return Reply(
-            output,
-            self.text,
-            self.route,
-            self.usage,
-            cost_usd=self.cost_usd,
-            batch_size=self.batch_size,
-            model=self.model,
-            finish_reason=self.finish_reason,
-            request_id=self.request_id,
-            body=self.body,
-        )
+        return Reply(output, **{name: getattr(self, name) for name in _OF_REPLY})
 
     def __repr__(self) -> str:
         # Without content.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 PAGE: Final = 100
@@ -73,9 +72,6 @@ CREATE TABLE IF NOT EXISTS jobs (token TEXT PRIMARY KEY, content BLOB NOT NULL, 
 CREATE INDEX IF NOT EXISTS jobs_by_lease ON jobs (until);
 CREATE TABLE IF NOT EXISTS longest (name TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
 """
-
-
-Held = list[tuple[str, str]]  # keys of names, and lease tokens
 
 
 class SQLiteSpool:
@@ -114,109 +110,258 @@ class SQLiteSpool:
         """Finish the transactions under way and close the file."""
         await self._database.aclose()
 
-    async def _write(
-        self, step: Callable[Concatenate[sqlite3.Connection, float, P], T], *args: P.args, **options: P.kwargs
-    ) -> T:
-        # The time is that of the transaction: a lease does not run while its transaction waits for others.
-        return await self._database.run(lambda db: step(db, self._now(), *args, **options))
+    # The time is that of the transaction: a lease does not run while its transaction waits for others.
 
-    async def _read(
-        self, step: Callable[Concatenate[sqlite3.Connection, float, P], T], *args: P.args, **options: P.kwargs
-    ) -> T:
-        return await self._database.read(lambda db: step(db, self._now(), *args, **options))
+    async def _write(self, step: Callable[[sqlite3.Connection, float], T]) -> T:
+        return await self._database.run(lambda db: step(db, self._now()))
+
+    async def _read(self, step: Callable[[sqlite3.Connection, float], T]) -> T:
+        return await self._database.read(lambda db: step(db, self._now()))
+
+    # --- requests
 
     async def put(self, items: Sequence[Item]) -> list[PutOutcome]:
         """Queue *items*; once this returns they are on the disk. The first of several with one name counts."""
-        return await self._write(_put, items) if items else []
+
+        def put(db: sqlite3.Connection, now: float) -> list[PutOutcome]:
+            _drop_old_answers(db, now, _MOST_DROPPED + len(items))
+            return [_put(db, now, item) for item in items]
+
+        return await self._write(put) if items else []
 
     async def take(self, stage: Stage, most: int, *, lease: float) -> list[Delivery]:
         """Lease up to *most* requests of *stage* for *lease* seconds, in the order in which they were put."""
-        return await self._write(_take, stage, most, lease=lease, max_alone=self._max_alone)
+
+        def take(db: sqlite3.Connection, now: float) -> list[Delivery]:
+            self._pass_on_lost(db, now)
+            rows = db.execute(
+                "SELECT id, name, digest, payload, deliveries + 1, queued_at FROM items JOIN payloads USING (id) "
+                "WHERE state = 'waiting' AND stage = ? ORDER BY id LIMIT ?",
+                (stage, most),
+            ).fetchall()
+            token, end = secrets.token_hex(8), _end(db, now, "lease", lease)
+            db.executemany(
+                "UPDATE items SET state = 'leased', deliveries = deliveries + 1, lease = ?, until = ? WHERE id = ?",
+                [(token, end, number) for number, *_ in rows],
+            )
+            return [_delivery(token, *row) for _, *row in rows]
+
+        return await self._write(take)
 
     async def renew(self, deliveries: Sequence[Delivery], *, lease: float) -> None:
         """Extend the leases of *deliveries* to *lease* seconds from now, except those no longer held."""
+
+        def renew(db: sqlite3.Connection, now: float) -> None:
+            end = _end(db, now, "lease", lease)
+            db.executemany(
+                "UPDATE items SET until = ?, died_at = NULL WHERE name = ? AND lease = ? AND state = 'leased'",
+                [(end, each.item.name.key, each.lease) for each in deliveries],
+            )
+
         if deliveries:
-            await self._write(_renew, _held(deliveries), lease=lease)
+            await self._write(renew)
 
     async def finish(self, results: Sequence[tuple[Delivery, bytes]]) -> None:
         """Store the results and acknowledge the requests, in one transaction; the first result of a request stays."""
+
+        def finish(db: sqlite3.Connection, now: float) -> None:
+            end = _end(db, now, "keep", self._keep)
+            _drop_old_answers(db, now, _MOST_DROPPED + len(results))
+            for delivery, result in results:
+                _finish(db, delivery.item, result, end)
+
         if results:
-            await self._write(_finish, results, keep=self._keep)
+            await self._write(finish)
 
     async def give_back(self, deliveries: Sequence[Delivery], *, error: str, counted: bool) -> None:
         """Return unanswered requests: to their next stage if *counted*, otherwise to where they were."""
+
+        def give_back(db: sqlite3.Connection, now: float) -> None:
+            query = "SELECT id, deliveries FROM items WHERE name = ? AND lease = ?"
+            rows: dict[int, int] = {}  # number of deliveries by row; each row once
+            for each in deliveries:
+                rows.update(db.execute(query, (each.item.name.key, each.lease)).fetchall())
+            if counted:
+                self._fail(db, now, [(number, times, as_kept(error)) for number, times in rows.items()])
+                return
+            db.executemany(
+                "UPDATE items SET state = 'waiting', stage = ?, deliveries = deliveries - 1, "
+                "lease = NULL, until = NULL, job = NULL, died_at = NULL WHERE id = ?",
+                [(Stage.after(times - 1), number) for number, times in rows.items()],
+            )
+
         if deliveries:
-            held, error = _held(deliveries), as_kept(error)
-            await self._write(_give_back, held, error=error, counted=counted, max_alone=self._max_alone)
+            await self._write(give_back)
+
+    def _pass_on_lost(self, db: sqlite3.Connection, now: float) -> None:
+        """Move requests whose leases have expired to their next stage, or to the dead letters."""
+        _mend_leases(db, now)
+        lost = db.execute("SELECT id, deliveries FROM items WHERE state = 'leased' AND until <= ?", (now,)).fetchall()
+        self._fail(db, now, [(number, deliveries, LOST.format(deliveries)) for number, deliveries in lost])
+
+    def _fail(self, db: sqlite3.Connection, now: float, failed: Iterable[tuple[int, int, str]]) -> None:
+        """Move requests (row id, number of deliveries, error) to their next stage, or to the dead letters."""
+        alive: list[tuple[Stage, int]] = []
+        dead: list[tuple[str, float, int]] = []
+        for number, deliveries, error in failed:
+            if is_dead(deliveries, self._max_alone):
+                dead.append((error, now, number))
+            else:
+                alive.append((Stage.after(deliveries), number))
+        freed = "lease = NULL, until = NULL, job = NULL"
+        db.executemany(f"UPDATE items SET state = 'waiting', stage = ?, {freed}, died_at = NULL WHERE id = ?", alive)  # noqa: S608
+        db.executemany(f"UPDATE items SET state = 'dead', {freed}, error = ?, died_at = ? WHERE id = ?", dead)  # noqa: S608
+
+    # --- reading
 
     async def find(self, names: Sequence[Name]) -> list[Found]:
         """Return the state of each of *names*."""
-        return await self._read(_find, [name.key for name in names]) if names else []
+        keys = [name.key for name in names]
+
+        def find(db: sqlite3.Connection, now: float) -> list[Found]:
+            rows = db.execute(
+                "SELECT name, state, result, error FROM items LEFT JOIN results USING (id) "
+                "WHERE name IN (SELECT value FROM json_each(?)) AND (state != 'done' OR until > ?)",
+                (json_array(keys), now),
+            )
+            found = {key: Found(*rest) for key, *rest in rows}
+            return [found.get(key, Found("unknown")) for key in keys]
+
+        return await self._read(find) if names else []
 
     async def counts(self) -> Counts:
         """Return the number of requests by state."""
-        return await self._read(_counts, max_alone=self._max_alone)
+        return await self._read(self._counts)
+
+    def _counts(self, db: sqlite3.Connection, now: float) -> Counts:
+        waiting = [0] * len(Stage)
+        for stage, number in db.execute("SELECT stage, count(*) FROM items WHERE state = 'waiting' GROUP BY stage"):
+            waiting[stage] = number
+        leased = _one(db, "SELECT count(*) FROM items WHERE state = 'leased' AND until > ?", now)
+        in_job = _one(db, "SELECT count(*) FROM items WHERE state = 'in_job'")
+        done = _one(db, "SELECT count(*) FROM items WHERE state = 'done' AND until > ?", now)
+        dead = _one(db, "SELECT count(*) FROM items WHERE state = 'dead'")
+        # Requests with expired leases are counted where the next `take` will put them.
+        overdue = now - max(_longest(db, "lease"), OVERDUE)
+        for until, deliveries, extended in db.execute(
+            "SELECT until, deliveries, died_at FROM items WHERE state = 'leased' AND until <= ?", (now,)
+        ):
+            if until <= overdue and extended is None:
+                leased += 1
+            elif is_dead(deliveries, self._max_alone):
+                dead += 1
+            else:
+                waiting[Stage.after(deliveries)] += 1
+        full, half, alone = waiting
+        found = Counts((full, half, alone), leased, in_job, done, dead)
+        return msgspec.structs.replace(found, oldest=max(0.0, now - _first_queued(db))) if found.depth else found
 
     async def export(self) -> AsyncIterator[Kept]:
         """Yield everything stored, in the order in which it was put."""
         last = 0
-        while page := await self._read(_export, last):
-            for last, kept in page:  # noqa: B007 the next page begins there
-                yield kept
+
+        def page(db: sqlite3.Connection, now: float) -> list[Any]:
+            return db.execute(
+                "SELECT id, name, state, result, error, deliveries, payload FROM items "
+                "LEFT JOIN payloads USING (id) LEFT JOIN results USING (id) "
+                "WHERE id > ? AND (state != 'done' OR until > ?) ORDER BY id LIMIT ?",
+                (last, now, PAGE),
+            ).fetchall()
+
+        while rows := await self._read(page):
+            for last, key, state, result, error, deliveries, payload in rows:  # noqa: B007 the next page begins there
+                yield Kept(Name.of(key), Found(state, result, error), deliveries, payload)
 
     async def dead_letters(self) -> AsyncIterator[DeadLetter]:
         """Yield the dead letters, oldest first; those whose last lease has expired by now are included."""
-        await self._write(_pass_on_lost, self._max_alone)
+        await self._write(self._pass_on_lost)
         after = 0.0, 0
-        while page := await self._read(_dead_letters, after):
-            for number, letter in page:
-                after = letter.died_at, number
-                yield letter
+
+        def page(db: sqlite3.Connection, _now: float) -> list[Any]:
+            return db.execute(
+                "SELECT id, name, digest, payload, deliveries, error, died_at FROM items JOIN payloads USING (id) "
+                "WHERE state = 'dead' AND (died_at, id) > (?, ?) ORDER BY died_at, id LIMIT ?",
+                (*after, PAGE),
+            ).fetchall()
+
+        while rows := await self._read(page):
+            for number, key, digest, payload, deliveries, error, died_at in rows:
+                after = died_at, number
+                yield DeadLetter(Item(Name.of(key), digest, payload), deliveries, error, died_at)
 
     async def requeue(self, names: Sequence[Name] | None = None) -> int:
         """Queue the dead letters of *names*, or all, as if they had never been delivered; return their number."""
-        keys = None if names is None else [name.key for name in names]
-        return await self._write(_requeue, keys, max_alone=self._max_alone)
+
+        def requeue(db: sqlite3.Connection, now: float) -> int:
+            self._pass_on_lost(db, now)
+            change = (
+                "UPDATE items SET state = 'waiting', stage = 0, deliveries = 0, error = NULL, died_at = NULL "
+                "WHERE state = 'dead'"
+            )
+            if names is None:
+                return db.execute(change).rowcount
+            return sum(db.execute(f"{change} AND name = ?", (name.key,)).rowcount for name in names)
+
+        return await self._write(requeue)
+
+    # --- batch jobs at the provider
 
     async def begin_job(self, job: Job, deliveries: Sequence[Delivery], *, lease: float) -> None:
         """Record *job*, held for *lease* seconds, and tie *deliveries* to it, except those no longer held."""
-        await self._write(_begin_job, job, _held(deliveries), lease=lease)
+
+        def begin(db: sqlite3.Connection, now: float) -> None:
+            end = _end(db, now, "lease", lease)
+            db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)", (job.token, job.content, job.batch_id, end))
+            db.executemany(
+                "UPDATE items SET state = 'in_job', job = ?, until = NULL, died_at = NULL "
+                "WHERE name = ? AND lease = ? AND state = 'leased'",
+                [(job.token, each.item.name.key, each.lease) for each in deliveries],
+            )
+
+        await self._write(begin)
 
     async def update_job(self, job: Job) -> None:
         """Record the present state of *job*, unless it has ended."""
-        await self._write(_update_job, job)
+        values = job.content, job.batch_id, job.token
+        await self._write(lambda db, _: db.execute("UPDATE jobs SET content = ?, batch_id = ? WHERE token = ?", values))
 
     async def take_jobs(self, most: int, *, lease: float) -> list[Job]:
         """Lease up to *most* jobs that no worker holds for *lease* seconds, the longest unattended first."""
-        return await self._write(_take_jobs, most, lease=lease)
+
+        def take(db: sqlite3.Connection, now: float) -> list[Job]:
+            _mend_leases(db, now)
+            query = "SELECT token, content, batch_id FROM jobs WHERE until <= ? ORDER BY until LIMIT ?"
+            jobs = [Job(*row) for row in db.execute(query, (now, most)).fetchall()]
+            _renew_jobs(db, now, [job.token for job in jobs], lease)
+            return jobs
+
+        return await self._write(take)
 
     async def renew_jobs(self, tokens: Sequence[str], *, lease: float) -> None:
         """Extend the leases of jobs to *lease* seconds from now."""
         if tokens:
-            await self._write(_renew_jobs, tokens, lease=lease)
+            await self._write(lambda db, now: _renew_jobs(db, now, tokens, lease))
 
     async def job_items(self, token: str) -> list[Delivery]:
         """Return the requests still tied to a job, in the order in which they were put."""
-        return await self._read(_job_items, token)
+        query = (
+            "SELECT lease, name, digest, payload, deliveries, queued_at FROM items JOIN payloads USING (id) "
+            "WHERE state = 'in_job' AND job = ? ORDER BY id"
+        )
+        return await self._read(lambda db, _: [_delivery(*row) for row in db.execute(query, (token,))])
 
     async def end_job(self, token: str, *, error: str) -> None:
         """Delete a job. Requests still tied to it are given back as counted, with *error*."""
-        await self._write(_end_job, token, error=as_kept(error), max_alone=self._max_alone)
+
+        def end(db: sqlite3.Connection, now: float) -> None:
+            query = "SELECT id, deliveries FROM items WHERE state = 'in_job' AND job = ?"
+            self._fail(db, now, [(*row, as_kept(error)) for row in db.execute(query, (token,)).fetchall()])
+            db.execute("DELETE FROM jobs WHERE token = ?", (token,))
+
+        await self._write(end)
 
 
-def _held(deliveries: Sequence[Delivery]) -> Held:
-    return [(delivery.item.name.key, delivery.lease) for delivery in deliveries]
-
-
-# --- steps: each runs within one transaction, at a time `now`
-
-
-def _put(db: sqlite3.Connection, now: float, items: Sequence[Item]) -> list[PutOutcome]:
-    _drop_old_answers(db, now, _MOST_DROPPED + len(items))
-    return [_put_one(db, now, item) for item in items]
-
-
-def _put_one(db: sqlite3.Connection, now: float, item: Item) -> PutOutcome:
+def _put(db: sqlite3.Connection, now: float, item: Item) -> PutOutcome:
     key = item.name.key
     row = db.execute(
         "SELECT id, digest, state = 'done' AND until <= ? FROM items WHERE name = ?", (now, key)
@@ -233,6 +378,20 @@ def _put_one(db: sqlite3.Connection, now: float, item: Item) -> PutOutcome:
     return "new"
 
 
+def _finish(db: sqlite3.Connection, item: Item, result: bytes, end: float) -> None:
+    # The digest, because the answer to an earlier request of that name, dropped since, is no answer to this one.
+    row = db.execute(
+        "SELECT id FROM items WHERE name = ? AND digest = ? AND state != 'done'", (item.name.key, item.digest)
+    ).fetchone()
+    if row is not None:
+        db.execute(
+            "UPDATE items SET state = 'done', until = ?, lease = NULL, job = NULL, error = NULL, died_at = NULL WHERE id = ?",
+            (end, *row),
+        )
+        db.execute("DELETE FROM payloads WHERE id = ?", row)
+        db.execute("INSERT INTO results VALUES (?, ?)", (*row, result))
+
+
 def _drop_old_answers(db: sqlite3.Connection, now: float, most: int) -> None:
     end = now + _longest(db, "keep")
     db.execute(
@@ -247,6 +406,11 @@ def _drop_old_answers(db: sqlite3.Connection, now: float, most: int) -> None:
 def _drop(db: sqlite3.Connection, done: list[tuple[int]]) -> None:
     db.executemany("DELETE FROM results WHERE id = ?", done)
     db.executemany("DELETE FROM items WHERE id = ?", done)
+
+
+def _renew_jobs(db: sqlite3.Connection, now: float, tokens: Sequence[str], lease: float) -> None:
+    end = _end(db, now, "lease", lease)
+    db.executemany("UPDATE jobs SET until = ? WHERE token = ?", [(end, token) for token in tokens])
 
 
 def _end(db: sqlite3.Connection, now: float, name: str, seconds: float) -> float:
@@ -276,126 +440,8 @@ def _mend_leases(db: sqlite3.Connection, now: float) -> None:
     db.execute("UPDATE jobs SET until = ? WHERE until > ?", (end, end))
 
 
-def _take(
-    db: sqlite3.Connection, now: float, stage: Stage, most: int, *, lease: float, max_alone: int
-) -> list[Delivery]:
-    _pass_on_lost(db, now, max_alone)
-    rows = db.execute(
-        "SELECT id, name, digest, payload, deliveries + 1, queued_at FROM items JOIN payloads USING (id) "
-        "WHERE state = 'waiting' AND stage = ? ORDER BY id LIMIT ?",
-        (stage, most),
-    ).fetchall()
-    token, end = secrets.token_hex(8), _end(db, now, "lease", lease)
-    db.executemany(
-        "UPDATE items SET state = 'leased', deliveries = deliveries + 1, lease = ?, until = ? WHERE id = ?",
-        [(token, end, number) for number, *_ in rows],
-    )
-    return [_delivery(token, *row) for _, *row in rows]
-
-
 def _delivery(lease: str, key: str, digest: bytes, payload: bytes, deliveries: int, queued_at: float) -> Delivery:
     return Delivery(Item(Name.of(key), digest, payload), deliveries, lease, queued_at)
-
-
-def _pass_on_lost(db: sqlite3.Connection, now: float, max_alone: int) -> None:
-    """Move requests whose leases have expired to their next stage, or to the dead letters."""
-    _mend_leases(db, now)
-    lost = db.execute("SELECT id, deliveries FROM items WHERE state = 'leased' AND until <= ?", (now,)).fetchall()
-    _fail(db, now, [(number, deliveries, LOST.format(deliveries)) for number, deliveries in lost], max_alone)
-
-
-def _fail(db: sqlite3.Connection, now: float, failed: Iterable[tuple[int, int, str]], max_alone: int) -> None:
-    """Move requests (row id, number of deliveries, error) to their next stage, or to the dead letters."""
-    alive: list[tuple[Stage, int]] = []
-    dead: list[tuple[str, float, int]] = []
-    for number, deliveries, error in failed:
-        if is_dead(deliveries, max_alone):
-            dead.append((error, now, number))
-        else:
-            alive.append((Stage.after(deliveries), number))
-    db.executemany(
-        "UPDATE items SET state = 'waiting', stage = ?, lease = NULL, until = NULL, job = NULL, died_at = NULL WHERE id = ?",
-        alive,
-    )
-    db.executemany(
-        "UPDATE items SET state = 'dead', lease = NULL, until = NULL, job = NULL, error = ?, died_at = ? WHERE id = ?",
-        dead,
-    )
-
-
-def _renew(db: sqlite3.Connection, now: float, held: Held, *, lease: float) -> None:
-    end = _end(db, now, "lease", lease)
-    db.executemany(
-        "UPDATE items SET until = ?, died_at = NULL WHERE name = ? AND lease = ? AND state = 'leased'",
-        [(end, key, token) for key, token in held],
-    )
-
-
-def _finish(db: sqlite3.Connection, now: float, results: Sequence[tuple[Delivery, bytes]], *, keep: float) -> None:
-    end = _end(db, now, "keep", keep)
-    _drop_old_answers(db, now, _MOST_DROPPED + len(results))
-    for delivery, result in results:
-        # The digest, because the answer to an earlier request of that name, dropped since, is no answer to this one.
-        row = db.execute(
-            "SELECT id FROM items WHERE name = ? AND digest = ? AND state != 'done'",
-            (delivery.item.name.key, delivery.item.digest),
-        ).fetchone()
-        if row is not None:
-            db.execute(
-                "UPDATE items SET state = 'done', until = ?, lease = NULL, job = NULL, error = NULL, died_at = NULL "
-                "WHERE id = ?",
-                (end, *row),
-            )
-            db.execute("DELETE FROM payloads WHERE id = ?", row)
-            db.execute("INSERT INTO results VALUES (?, ?)", (*row, result))
-
-
-def _give_back(db: sqlite3.Connection, now: float, held: Held, *, error: str, counted: bool, max_alone: int) -> None:
-    rows: dict[int, int] = {}  # number of deliveries by row; each row once
-    for holding in held:
-        rows.update(db.execute("SELECT id, deliveries FROM items WHERE name = ? AND lease = ?", holding).fetchall())
-    if counted:
-        _fail(db, now, [(number, deliveries, error) for number, deliveries in rows.items()], max_alone)
-    else:
-        db.executemany(
-            "UPDATE items SET state = 'waiting', stage = ?, deliveries = deliveries - 1, "
-            "lease = NULL, until = NULL, job = NULL, died_at = NULL WHERE id = ?",
-            [(Stage.after(deliveries - 1), number) for number, deliveries in rows.items()],
-        )
-
-
-def _find(db: sqlite3.Connection, now: float, keys: Sequence[str]) -> list[Found]:
-    rows = db.execute(
-        "SELECT name, state, result, error FROM items LEFT JOIN results USING (id) "
-        "WHERE name IN (SELECT value FROM json_each(?)) AND (state != 'done' OR until > ?)",
-        (json_array(keys), now),
-    )
-    found = {key: Found(*rest) for key, *rest in rows}
-    return [found.get(key, Found("unknown")) for key in keys]
-
-
-def _counts(db: sqlite3.Connection, now: float, *, max_alone: int) -> Counts:
-    """Count requests by state; those whose leases have expired as the next `_take` will leave them."""
-    waiting = [0] * len(Stage)
-    for stage, number in db.execute("SELECT stage, count(*) FROM items WHERE state = 'waiting' GROUP BY stage"):
-        waiting[stage] = number
-    leased = _one(db, "SELECT count(*) FROM items WHERE state = 'leased' AND until > ?", now)
-    in_job = _one(db, "SELECT count(*) FROM items WHERE state = 'in_job'")
-    done = _one(db, "SELECT count(*) FROM items WHERE state = 'done' AND until > ?", now)
-    dead = _one(db, "SELECT count(*) FROM items WHERE state = 'dead'")
-    overdue = now - max(_longest(db, "lease"), OVERDUE)
-    for until, deliveries, extended in db.execute(
-        "SELECT until, deliveries, died_at FROM items WHERE state = 'leased' AND until <= ?", (now,)
-    ):
-        if until <= overdue and extended is None:
-            leased += 1
-        elif is_dead(deliveries, max_alone):
-            dead += 1
-        else:
-            waiting[Stage.after(deliveries)] += 1
-    full, half, alone = waiting
-    found = Counts((full, half, alone), leased, in_job, done, dead)
-    return msgspec.structs.replace(found, oldest=max(0.0, now - _first_queued(db))) if found.depth else found
 
 
 def _first_queued(db: sqlite3.Connection) -> float:
@@ -410,80 +456,3 @@ def _first_queued(db: sqlite3.Connection) -> float:
 
 def _one(db: sqlite3.Connection, query: str, *values: Any) -> Any:
     return db.execute(query, values).fetchone()[0]
-
-
-def _export(db: sqlite3.Connection, now: float, after: int) -> list[tuple[int, Kept]]:
-    """Return a page of everything stored: rows with ids above *after*."""
-    rows = db.execute(
-        "SELECT id, name, state, result, error, deliveries, payload FROM items "
-        "LEFT JOIN payloads USING (id) LEFT JOIN results USING (id) "
-        "WHERE id > ? AND (state != 'done' OR until > ?) ORDER BY id LIMIT ?",
-        (after, now, PAGE),
-    )
-    return [
-        (number, Kept(Name.of(key), Found(state, result, error), deliveries, payload))
-        for number, key, state, result, error, deliveries, payload in rows
-    ]
-
-
-def _dead_letters(db: sqlite3.Connection, _now: float, after: tuple[float, int]) -> list[tuple[int, DeadLetter]]:
-    """Return a page of the dead letters: those that died later than *after*, a time and a row id."""
-    rows = db.execute(
-        "SELECT id, name, digest, payload, deliveries, error, died_at FROM items JOIN payloads USING (id) "
-        "WHERE state = 'dead' AND (died_at, id) > (?, ?) ORDER BY died_at, id LIMIT ?",
-        (*after, PAGE),
-    )
-    return [
-        (number, DeadLetter(Item(Name.of(key), digest, payload), deliveries, error, died_at))
-        for number, key, digest, payload, deliveries, error, died_at in rows
-    ]
-
-
-def _requeue(db: sqlite3.Connection, now: float, keys: Sequence[str] | None, *, max_alone: int) -> int:
-    _pass_on_lost(db, now, max_alone)
-    change = "UPDATE items SET state = 'waiting', stage = 0, deliveries = 0, error = NULL, died_at = NULL WHERE state = 'dead'"
-    if keys is None:
-        return db.execute(change).rowcount
-    return sum(db.execute(f"{change} AND name = ?", (key,)).rowcount for key in keys)
-
-
-def _begin_job(db: sqlite3.Connection, now: float, job: Job, held: Held, *, lease: float) -> None:
-    end = _end(db, now, "lease", lease)
-    db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)", (job.token, job.content, job.batch_id, end))
-    db.executemany(
-        "UPDATE items SET state = 'in_job', job = ?, until = NULL, died_at = NULL WHERE name = ? AND lease = ? AND state = 'leased'",
-        [(job.token, *holding) for holding in held],
-    )
-
-
-def _update_job(db: sqlite3.Connection, _now: float, job: Job) -> None:
-    db.execute("UPDATE jobs SET content = ?, batch_id = ? WHERE token = ?", (job.content, job.batch_id, job.token))
-
-
-def _take_jobs(db: sqlite3.Connection, now: float, most: int, *, lease: float) -> list[Job]:
-    _mend_leases(db, now)
-    rows = db.execute(
-        "SELECT token, content, batch_id FROM jobs WHERE until <= ? ORDER BY until LIMIT ?", (now, most)
-    ).fetchall()
-    _renew_jobs(db, now, [token for token, *_ in rows], lease=lease)
-    return [Job(*row) for row in rows]
-
-
-def _renew_jobs(db: sqlite3.Connection, now: float, tokens: Sequence[str], *, lease: float) -> None:
-    end = _end(db, now, "lease", lease)
-    db.executemany("UPDATE jobs SET until = ? WHERE token = ?", [(end, token) for token in tokens])
-
-
-def _job_items(db: sqlite3.Connection, _now: float, token: str) -> list[Delivery]:
-    rows = db.execute(
-        "SELECT lease, name, digest, payload, deliveries, queued_at FROM items JOIN payloads USING (id) "
-        "WHERE state = 'in_job' AND job = ? ORDER BY id",
-        (token,),
-    )
-    return [_delivery(*row) for row in rows]
-
-
-def _end_job(db: sqlite3.Connection, now: float, token: str, *, error: str, max_alone: int) -> None:
-    rows = db.execute("SELECT id, deliveries FROM items WHERE state = 'in_job' AND job = ?", (token,)).fetchall()
-    _fail(db, now, [(*row, error) for row in rows], max_alone)
-    db.execute("DELETE FROM jobs WHERE token = ?", (token,))

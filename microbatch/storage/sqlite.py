@@ -100,13 +100,12 @@ class Database:
             db.execute("PRAGMA wal_autocheckpoint=0")  # see `_trim_log`
             self._prepare(db)
             db.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_STEP)}")
-        except (OSError, sqlite3.Error) as error:
+        except BaseException as error:
             writer.close()
+            if not isinstance(error, OSError | sqlite3.Error):
+                raise
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(f"cannot open {self._path!r}: {reason}") from error
-        except BaseException:
-            writer.close()
-            raise
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Create the tables, under a lock, as several processes may do so at once."""

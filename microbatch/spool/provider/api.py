@@ -73,38 +73,6 @@ class _Id(msgspec.Struct):
     id: str
 
 
-class BatchApi(Protocol):
-    """A provider's files and batches. Every method raises `RequestFailed` if it fails."""
-
-    async def upload(self, name: str, content: bytes) -> str:
-        """Store *content* as the input of a batch, under any *name*; return the file's id."""
-        ...
-
-    async def create(self, file_id: str, metadata: Mapping[str, str]) -> RemoteBatch:
-        """Create a batch.
-
-        Raises:
-            RequestFailed: It was not created, or may have been; see `is_ambiguous`.
-        """
-        ...
-
-    async def get(self, batch_id: str) -> RemoteBatch:
-        """Return the present state of a batch."""
-        ...
-
-    async def page(self, after: str | None = None) -> BatchPage:
-        """Return a page of the batches created before *after*, or of the newest."""
-        ...
-
-    async def content(self, file_id: str) -> bytes:
-        """Return the content of a file."""
-        ...
-
-    async def delete(self, file_id: str) -> None:
-        """Delete a file."""
-        ...
-
-
 class Response(Protocol):
     """An HTTP response, as a transport's `forward` yields it."""
 
@@ -127,7 +95,7 @@ class Forward(Protocol):
 
 
 class OpenAIBatchApi:
-    """OpenAI's files and batches, and compatible ones.
+    """OpenAI's files and batches, and compatible ones. Every method raises `RequestFailed` if it fails.
 
     Transient failures are retried as the policy says, except where the creation of a batch may have succeeded: a second one might be
     billed.
@@ -153,7 +121,10 @@ class OpenAIBatchApi:
         self._draw = draw
 
     async def upload(self, name: str, content: bytes) -> str:
-        """See `BatchApi.upload`; a file whose upload failed may exist all the same, under another id."""
+        """Upload *content* as the input of a batch, under any *name*; return the file's id.
+
+        A file whose upload failed may exist all the same, under another id.
+        """
         boundary = secrets.token_hex(16)
         parts = [
             _part(boundary, 'name="purpose"', b"batch"),
@@ -164,27 +135,31 @@ class OpenAIBatchApi:
         return _decoded(await self._ask("POST", "/files", b"".join(parts), headers), _Id).id
 
     async def create(self, file_id: str, metadata: Mapping[str, str]) -> RemoteBatch:
-        """See `BatchApi.create`."""
+        """Create a batch.
+
+        Raises:
+            RequestFailed: It was not created, or may have been; see `is_ambiguous`.
+        """
         asked = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h", "metadata": metadata}
         headers = {"Content-Type": "application/json"}
         raw = await self._ask("POST", "/batches", msgspec.json.encode(asked), headers, once=True)
         return _decoded(raw, RemoteBatch)
 
     async def get(self, batch_id: str) -> RemoteBatch:
-        """See `BatchApi.get`."""
+        """Return the present state of a batch."""
         return _decoded(await self._ask("GET", f"/batches/{quote(batch_id, safe='')}"), RemoteBatch)
 
     async def page(self, after: str | None = None) -> BatchPage:
-        """See `BatchApi.page`."""
+        """Return a page of the batches created before *after*, or of the newest."""
         query = urlencode({"limit": PAGE, **({} if after is None else {"after": after})})
         return _decoded(await self._ask("GET", f"/batches?{query}"), BatchPage)
 
     async def content(self, file_id: str) -> bytes:
-        """See `BatchApi.content`."""
+        """Return the content of a file."""
         return await self._ask("GET", f"/files/{quote(file_id, safe='')}/content")
 
     async def delete(self, file_id: str) -> None:
-        """See `BatchApi.delete`."""
+        """Delete a file."""
         await self._ask("DELETE", f"/files/{quote(file_id, safe='')}")
 
     async def _ask(
@@ -198,12 +173,7 @@ class OpenAIBatchApi:
     ) -> bytes:
         """Return the body of a successful response.
 
-        Args:
-            method: The HTTP method.
-            path: The path below the base address.
-            body: The body, or None.
-            headers: Further headers.
-            once: Whether an attempt that may have succeeded must not be followed by another.
+        With *once*, an attempt that may have succeeded is not followed by another.
 
         Raises:
             RequestFailed: The last attempt's error.

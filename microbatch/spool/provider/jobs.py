@@ -17,7 +17,7 @@ from microbatch.spool.records import Job
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from microbatch.spool.provider.api import BatchApi, RemoteBatch
+    from microbatch.spool.provider.api import OpenAIBatchApi, RemoteBatch
     from microbatch.spool.provider.input_file import Draft
     from microbatch.spool.provider.replies import Replies, Results
     from microbatch.spool.records import Delivery, Spool
@@ -93,7 +93,7 @@ class Jobs:
         held: The jobs held here, by token.
     """
 
-    def __init__(self, spool: Spool, api: BatchApi, replies: Replies, count: Callable[..., None]) -> None:
+    def __init__(self, spool: Spool, api: OpenAIBatchApi, replies: Replies, count: Callable[..., None]) -> None:
         self.held: dict[str, Held] = {}
         self._spool = spool
         self._api = api
@@ -164,7 +164,8 @@ class Jobs:
 
     async def _withdraw(self, held: Held, why: str) -> None:
         """Give up a job that has no batch at the provider, and give its requests back uncounted."""
-        await self._put_back(await self._spool.job_items(held.token), why, counted=False)
+        items = await self._spool.job_items(held.token)
+        await give_back(self._spool, items, why, counted=False, count=self._count)
         await self._end(held, held.file_id)
 
     async def look_after(self, held: Held) -> Ended | None:
@@ -199,7 +200,7 @@ class Jobs:
         for why, left in results.open.items():
             fruitless = why.doubtful and self._fruitless >= MAX_LESSONS
             counted = results.blames(why) or fruitless or (why.again and self._lessons >= MAX_LESSONS)
-            await self._put_back(left, why.error, counted=counted)
+            await give_back(self._spool, left, why.error, counted=counted, count=self._count)
         self._fruitless = 0 if results.answers else self._fruitless + 1
         self._lessons = self._lessons + 1 if results.history else 0 if results.answers else self._lessons
         await self._end(held, batch.input_file_id)
@@ -223,10 +224,14 @@ class Jobs:
             except RequestFailed as error:
                 logger.warning("the input of batch job %s could not be deleted: %s", held.token, error)
 
-    async def _put_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
-        for piece in pieces(deliveries):
-            await self._spool.give_back(piece, error=error, counted=counted)
-            self._count(**{"failed" if counted else "returned": len(piece)})
+
+async def give_back(
+    spool: Spool, deliveries: Sequence[Delivery], error: str, *, counted: bool, count: Callable[..., None]
+) -> None:
+    """Give *deliveries* back to *spool* in pieces, and pass the number of each piece to *count*."""
+    for piece in pieces(deliveries):
+        await spool.give_back(piece, error=error, counted=counted)
+        count(**{"failed" if counted else "returned": len(piece)})
 
 
 def pieces(all_: Sequence[T]) -> Iterator[Sequence[T]]:

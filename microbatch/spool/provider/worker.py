@@ -33,7 +33,7 @@ from microbatch.policy import FlushPolicy, at_least, whole
 from microbatch.prompt.compose import draw_endings
 from microbatch.spool.endpoint import Pause, wait
 from microbatch.spool.provider.input_file import Composer, Writes
-from microbatch.spool.provider.jobs import AT_ONCE, Jobs, pieces
+from microbatch.spool.provider.jobs import AT_ONCE, Jobs, give_back, pieces
 from microbatch.spool.provider.replies import Reads, Replies
 from microbatch.spool.records import LEASE, PARTING, Stage
 from microbatch.spool.worker import Done, renew_leases, run_with
@@ -41,7 +41,7 @@ from microbatch.spool.worker import Done, renew_leases, run_with
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from microbatch.spool.provider.api import BatchApi
+    from microbatch.spool.provider.api import OpenAIBatchApi
     from microbatch.spool.provider.jobs import Ended, Held
     from microbatch.spool.provider.replies import Pricing
     from microbatch.spool.records import Delivery, Spool
@@ -113,7 +113,7 @@ class ProviderBatches:
     def __init__(
         self,
         spool: Spool,
-        api: BatchApi,
+        api: OpenAIBatchApi,
         wire: Wire,
         *,
         policy: FlushPolicy | None = None,
@@ -276,10 +276,9 @@ class ProviderBatches:
 
     async def _give_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
         for piece in pieces(deliveries):
-            await self._spool.give_back(piece, error=error, counted=counted)
+            await give_back(self._spool, piece, error, counted=counted, count=self._count)
             for delivery in piece:
                 self._taken.pop(delivery.item.name.key, None)
-            self._count(**{"failed" if counted else "returned": len(piece)})
 
     def _count(self, **more: int) -> None:
         self.done.add(**more)
