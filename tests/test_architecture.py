@@ -185,7 +185,7 @@ NEIGHBOURS = {
     "accounting": set(),
     "transports": {"lru"},
     "storage": set(),
-    "caching": {"lru", "resources", "storage", *PURE},
+    "caching": {"lru", "resources", "transience", "storage", *PURE},
     "spool": {"storage", *PURE},
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from microbatch.caching.entry import checked_values
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import ConfigError, MicrobatchError, StorageError
+from microbatch.transience import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -28,7 +29,7 @@ LIVE_TIMEOUT: Final = 0.05
 _CHECK_PATIENCE: Final = 2.0  # seconds for which the first contact is repeated by `Guard.open`
 _RETRY_PAUSE: Final = 0.1
 
-_FIRST_PAUSE: Final = 1.0
+_FIRST_PAUSE: Final = 1.0  # seconds for which the cache is bypassed after a failure
 _LONGEST_PAUSE: Final = 30.0
 
 _STEPS: Final = 25
@@ -135,8 +136,8 @@ class Guard:
         self._name = type(cache).__name__
         self._keeps_deadline = bool(getattr(cache, "keeps_deadline", False))
         self._missed = 0
-        first_pause = _FIRST_PAUSE if patience is None else float("inf")
-        self._look_ups, self._stores, self._secrets = (BreakerState(first_pause) for _ in range(3))
+        pauses = (_FIRST_PAUSE, _LONGEST_PAUSE) if patience is None else (float("inf"), float("inf"))
+        self._look_ups, self._stores, self._secrets = (BreakerState(Backoff(*pauses)) for _ in range(3))
 
     def __repr__(self) -> str:
         return f"<Guard of {self._name}: {'bypassed' if self._bypasses else 'in use'}>"
@@ -298,17 +299,18 @@ class BreakerState:
     Calls belong to eras: the outcome of a call says nothing about a later era, so of many calls that fail together one counts.
 
     Args:
-        first_pause: Seconds of the pause after the first failure.
-
-    Attributes:
-        pause: Seconds of the present pause; 0 if the last call succeeded.
+        backoff: Durations of the pauses after failures.
     """
 
-    def __init__(self, first_pause: float) -> None:
-        self.pause = 0.0
-        self._first_pause = first_pause
+    def __init__(self, backoff: Backoff) -> None:
+        self._backoff = backoff
         self._until = 0.0
         self._era = 0
+
+    @property
+    def pause(self) -> float:
+        """Seconds of the present pause; 0 if the last call succeeded."""
+        return self._backoff.limit
 
     def admit(self, now: float) -> int | None:
         """Return the era of a call that may be made now; None if none may be made."""
@@ -326,15 +328,14 @@ class BreakerState:
             self.trip(now)
 
     def trip(self, now: float) -> None:
-        """Begin a pause, twice as long as the last one."""
-        self.pause = max(self._first_pause, min(2 * self.pause, _LONGEST_PAUSE))
-        self._until = now + self.pause
+        """Begin a pause."""
+        self._until = now + self._backoff.next()
         self._era += 1
 
     def record_success(self, era: int) -> None:
         """End the pause, unless the call belongs to an earlier era."""
         if era == self._era:
-            self.pause = 0.0
+            self._backoff.reset()
 
 
 def _loggable(error: BaseException) -> str:
