@@ -34,10 +34,10 @@ from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, Over
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
 from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
-from microbatch.resources import Resource, give_back, lease
+from microbatch.resources import Resource, acquire, release
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
-from microbatch.spool.spool_client import SpoolFront
+from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.credentials import credentials_in
 from microbatch.transports.relay import read_charge
@@ -151,7 +151,7 @@ class Microbatcher:
         self._shares = self._policy.share or cache is not None
         if spool is not None and not isinstance(spool, Spool):
             raise ConfigError(f"spool must have the methods of Spool, got {type(spool).__name__}")
-        self._spool = None if spool is None else SpoolFront(spool)
+        self._spool = None if spool is None else SpoolClient(spool)
         self._parts: list[Resource] = [part for part in (transport, cache, spool) if part is not None]
         self._engine = Engine(
             self._policy,
@@ -230,12 +230,12 @@ class Microbatcher:
             await self._tokens.open()
             if self._prices.load is not None:
                 await asyncio.to_thread(self._prices.load)
-            await lease(self._parts)
+            await acquire(self._parts)
             try:
                 await self._serve_on_parts(ready)
             finally:
                 self._accounts.close()
-                await give_back(self._parts)
+                await release(self._parts)
         except Exception as error:
             if ready.done():
                 logger.exception("a transport, cache or spool could not be opened or closed")
@@ -680,7 +680,7 @@ class Microbatcher:
         at_least(0, timeout=timeout)
         return await spool.result(_name(tenant, id), output_type, timeout)
 
-    def _spooling(self) -> SpoolFront:
+    def _spooling(self) -> SpoolClient:
         if self._spool is None:
             raise ConfigError("requests are spooled where there is a spool: make the batcher with spool=")
         self._check_open()

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.caching.guard import Guard
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
 from microbatch.cli.arguments import read_settings
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BatchLines, Input, Questions, Template, Templated, payload_of
-from microbatch.cli.patient import PatientCache
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _REDIS: Final = ("redis://", "rediss://", "unix://")
 _STEP_TIMEOUT: Final = 5.0
 """Seconds for each exchange with a Redis server that holds a cache."""
+CACHE_PATIENCE: Final = 10.0
+"""Seconds for which a failing call of a cache is repeated: a server may be about to come back, and each miss has to be paid for."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -43,7 +45,7 @@ class Plan(msgspec.Struct, frozen=True):
     policy: FlushPolicy
     fallback: FallbackPolicy
     rate_limit: RateLimit | None
-    cache: PatientCache | None
+    cache: Guard | None
 
     @property
     def single(self) -> bool:
@@ -63,7 +65,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         policy=read_policy(args),
         fallback=FallbackPolicy(canary=args.canary),
         rate_limit=read_rate_limit(args),
-        cache=None if args.cache is None else PatientCache(cache_at(args.cache)),
+        cache=None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE),
         transport=SimulatedChat(model) if args.simulate else _read_transport(args, model),
     )
 

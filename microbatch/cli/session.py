@@ -12,7 +12,7 @@ from microbatch.cli.console import note, plural
 from microbatch.client import Microbatcher
 from microbatch.errors import RequestFailed, TransportError
 from microbatch.policy import RetryPolicy
-from microbatch.resources import give_back, lease
+from microbatch.resources import acquire, release
 from microbatch.spool.endpoint import Cause, Endpoint, cause_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PausingTransport:
 
     async def open(self) -> None:
         """Open the inner transport, unless it is in use already."""
-        await lease([self._transport])
+        await acquire([self._transport])
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
         """Make one attempt at *call* when it is allowed; see `Transport.send`.
@@ -74,7 +74,7 @@ class PausingTransport:
 
     async def aclose(self) -> None:
         """Close the inner transport after its last user."""
-        await give_back([self._transport])
+        await release([self._transport])
 
 
 class Session:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from microbatch.cli.patient import PatientCache
+    from microbatch.caching.guard import Guard
     from microbatch.messages import Reply, Request
 
 USAGE = "microbatch warm INPUT.jsonl --cache FILE|URL [options]"
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fill the cache, and return the exit status."""
     plan, source = prepare(args)
-    cache = cast("PatientCache", plan.cache)
+    cache = cast("Guard", plan.cache)
     bulk = BulkRun(args, plan, source, CacheSink(cache), ttl=args.ttl)
     asyncio.run(bulk.go())
     if bulk.broken is None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 class CacheSink:
     """Leaves the answers to the batcher, which puts them into the cache."""
 
-    def __init__(self, cache: PatientCache) -> None:
+    def __init__(self, cache: Guard) -> None:
         self._cache = cache
 
     def take(self, request: Request, reply: Reply[Any]) -> None:  # noqa: ARG002 see `Sink`

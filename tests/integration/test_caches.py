@@ -30,7 +30,7 @@ def made(kind, tmp_path, redis_url):
 def patience(monkeypatch):
     """The tests here are about answers, not about how soon they come: this machine may be busy."""
     for module in ("guard", "tiers"):
-        monkeypatch.setattr(f"microbatch.caching.{module}.BUDGET", 5.0)
+        monkeypatch.setattr(f"microbatch.caching.{module}.LIVE_TIMEOUT", 5.0)
 
 
 @pytest.fixture(params=KINDS)

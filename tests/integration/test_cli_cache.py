@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
 
-from microbatch.cli import patient
+from microbatch.caching import guard
 from microbatch.cli.main import main
 from microbatch.cli.output import NotWritten, OutputFile
 
@@ -142,13 +142,13 @@ def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, caps
     [
         ("nowhere/c.sqlite", "cannot open 'nowhere/c.sqlite'"),
         ("in.jsonl", "cannot open 'in.jsonl'"),
-        ("redis://127.0.0.1:1/0", "--cache cannot be used: Redis"),
+        ("redis://127.0.0.1:1/0", "the cache cannot be used: Redis"),
         ("redis://127.0.0.1:none/0", "malformed"),
     ],
 )
 def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, message, monkeypatch, capsys):
     # So the first failure counts, and not how the last one ended.
-    monkeypatch.setattr(patient, "_PAUSE", patient.OPENING)
+    monkeypatch.setattr(guard, "_RETRY_PAUSE", guard._CHECK_PATIENCE)
     products(3)
     with serving() as endpoint:
         assert run(*QUESTION, "--model", "m", "--base-url", endpoint.base_url, cache=place) == 2
@@ -159,7 +159,7 @@ def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, 
 
 
 def test_a_cache_that_dies_in_mid_run_costs_no_answer(own_redis, monkeypatch, capsys):
-    monkeypatch.setattr(patient, "PATIENCE", 3.0)
+    monkeypatch.setattr("microbatch.cli.plan.CACHE_PATIENCE", 3.0)
     products(400)
 
     def write(self, line, real=OutputFile.write):

@@ -20,10 +20,10 @@ PATIENCE = ("--give-up-after", "60")
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch):
-    monkeypatch.setattr("microbatch.spool.endpoint.FIRST_REST", 0.02)
-    monkeypatch.setattr("microbatch.spool.endpoint.LONGEST_REST", 0.1)
-    monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.02)
-    monkeypatch.setattr("microbatch.spool.worker.LONGEST_REST", 0.1)
+    monkeypatch.setattr("microbatch.spool.endpoint.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("microbatch.spool.endpoint.LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("microbatch.spool.worker.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("microbatch.spool.worker.LONGEST_PAUSE", 0.1)
 
 
 def run(endpoint, *words, status=0):
@@ -104,7 +104,7 @@ def test_an_endpoint_that_comes_up_late_is_waited_for(capsys):
             opened[0].__enter__()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.spool.rest.logger.warning", come_up)
+        patch.setattr("microbatch.spool.endpoint.logger.warning", come_up)
         try:
             run(Late, *PATIENCE)
         finally:

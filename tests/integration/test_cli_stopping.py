@@ -117,7 +117,7 @@ def test_a_signal_during_an_outage_does_not_wait_for_its_end(capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.spool.rest.logger.warning", stop_soon)
+        patch.setattr("microbatch.spool.endpoint.logger.warning", stop_soon)
         begun = time.monotonic()
         assert ask("run", Nowhere) == 130
         assert time.monotonic() - begun < 30

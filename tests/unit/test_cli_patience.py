@@ -7,14 +7,17 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from helpers import now
+from helpers import ask, now
 
+import microbatch as mb
 from microbatch.accounting.stats import Stats
+from microbatch.caching import guard
 from microbatch.caching.guard import Guard
 from microbatch.cli.main import main, make_parser
-from microbatch.cli.patient import OPENING, PATIENCE, PatientCache
+from microbatch.cli.plan import CACHE_PATIENCE
 from microbatch.cli.warm import summarize, summary_lines
 from microbatch.errors import ConfigError, StorageError
+from microbatch.testing import ScriptedTransport
 
 ENTRY = (b"k", b"v", None)
 STATS = Stats(
@@ -83,42 +86,48 @@ class Ailing:
         self.values.update((key, value) for key, value, _ in entries)
 
 
-async def test_a_store_that_fails_is_made_again_until_it_succeeds():
-    cache = Ailing(until=now() + 3)
-    patient = PatientCache(cache)
+def patient_guard(cache):
+    return Guard(cache, patience=CACHE_PATIENCE)
+
+
+async def test_a_store_that_fails_is_repeated_until_it_succeeds():
+    patient = patient_guard(Ailing(until=now() + 3))
     begun = now()
-    await patient.set_many([ENTRY])
+    assert await patient.store([ENTRY])
     assert 3 <= now() - begun < 3.2
     assert await patient.get_many([b"k", b"l"]) == [b"v", None]
-    assert (patient.failure, patient.stored) == (None, 1)
+    assert patient.failure is None
 
 
-async def test_the_batcher_lets_it_take_its_time():
-    guard = Guard(PatientCache(Ailing(takes=1.0)))
-    await guard.set_many([ENTRY])
-    assert await guard.get_many([b"k"]) == [b"v"]
-    assert (guard.bypassed, guard.evictions) == (0, 7)
+async def test_a_slow_call_is_in_time():
+    patient = patient_guard(Ailing(takes=1.0))
+    await patient.set_many([ENTRY])
+    assert await patient.get_many([b"k"]) == [b"v"]
+    assert (patient.bypassed, patient.evictions) == (0, 7)
 
 
 @pytest.mark.parametrize(
     ("ailment", "why"),
     [
         ({"until": 1e9}, "database is locked"),
-        ({"takes": 1e9}, "no answer within 10 s"),
+        ({"takes": 1e9}, "it took too long"),
         ({"until": 1e9, "takes": 3.0}, "database is locked"),  # the last try is cut off and has no reason of its own
     ],
 )
 async def test_one_that_does_not_get_well_is_given_up_and_not_asked_again(ailment, why):
-    patient = PatientCache(cache := Ailing(**ailment))
+    patient = patient_guard(cache := Ailing(**ailment))
     begun = now()
-    with pytest.raises(StorageError, match=why):
-        await patient.get_many([b"k"])
-    assert PATIENCE - 0.2 <= now() - begun <= PATIENCE
+    assert await patient.get_many([b"k"]) == [None]
+    assert CACHE_PATIENCE - 0.2 <= now() - begun <= CACHE_PATIENCE
     begun, asked = now(), cache.asked
-    with pytest.raises(StorageError):
-        await patient.set_many([ENTRY])
-    assert (now(), cache.asked) == (begun, asked)
+    for _ in range(3):
+        assert not await patient.store([ENTRY])
+        assert (now(), cache.asked) == (begun, asked)
+        await asyncio.sleep(100)
+        begun = now()
     assert isinstance(patient.failure, StorageError)
+    assert str(patient.failure) == why
+    assert patient.bypassed == 1
 
 
 async def test_one_that_takes_nothing_more_is_still_asked_for_what_it_has():
@@ -133,30 +142,28 @@ async def test_one_that_takes_nothing_more_is_still_asked_for_what_it_has():
                 raise StorageError("no room")
             await super().set_many(entries)
 
-    patient = PatientCache(cache := Full())
-    await patient.set_many([ENTRY])
+    patient = patient_guard(cache := Full())
+    assert await patient.store([ENTRY])
     cache.full = True
-    with pytest.raises(StorageError, match="no room"):
-        await patient.set_many([ENTRY])
+    assert not await patient.store([ENTRY])
     asked, begun = cache.asked, now()
-    with pytest.raises(StorageError, match="no room"):
-        await patient.set_many([ENTRY])
+    assert not await patient.store([ENTRY])
     assert (now(), cache.asked) == (begun, asked)
     assert await patient.get_many([b"k"]) == [b"v"]
     assert str(patient.failure) == "no room"
 
 
 async def test_one_that_cannot_be_used_from_the_start_is_told_soon_and_closed():
-    patient = PatientCache(cache := Ailing(until=1e9))
+    patient = patient_guard(cache := Ailing(until=1e9))
     begun = now()
-    with pytest.raises(ConfigError, match=r"^--cache cannot be used: database is locked"):
+    with pytest.raises(ConfigError, match=r"^the cache cannot be used: database is locked"):
         await patient.open()
-    assert now() - begun <= OPENING
+    assert now() - begun <= guard._CHECK_PATIENCE
     assert cache.closed
 
 
 async def test_one_that_is_busy_at_the_start_is_waited_for():
-    patient = PatientCache(cache := Ailing(until=now() + 1))
+    patient = patient_guard(cache := Ailing(until=now() + 1))
     await patient.open()
     assert await patient.secret() == b"s" * 32
     assert (patient.ttl, cache.closed) == (60.0, False)
@@ -165,9 +172,28 @@ async def test_one_that_is_busy_at_the_start_is_waited_for():
 
 
 async def test_opening_that_is_cancelled_closes_it():
-    patient = PatientCache(cache := Ailing(takes=1.5))
+    patient = patient_guard(cache := Ailing(takes=1.5))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(patient.open(), 1)
+    assert cache.closed
+
+
+async def test_batchers_that_share_a_guard_open_it_once_and_give_it_up_together():
+    class Counted(Ailing):
+        opened = 0
+
+        async def open(self):
+            self.opened += 1
+
+    patient = patient_guard(cache := Counted())
+    batchers = [mb.Microbatcher(ScriptedTransport(), cache=patient, tokens="bytes") for _ in range(2)]
+    async with batchers[0], batchers[1]:
+        assert cache.opened == 1
+        cache.until = 1e9
+        for batcher in batchers:
+            assert [result.unwrap().output async for result in batcher.map([ask("a")])] == ["A"]
+        assert now() == pytest.approx(CACHE_PATIENCE, abs=0.2)
+    assert str(patient.failure) == "database is locked"
     assert cache.closed
 
 
