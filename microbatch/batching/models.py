@@ -1,7 +1,7 @@
 """Facts about models by their names and parameters: which of them reason, and how many tokens they generate at most.
 
-Names are compared in lower case and without what stands before the last slash ("openai/gpt-5-mini" is "gpt-5-mini"). What these
-tables do not know, or have wrong, is learned from the endpoint's replies and refusals.
+Names are compared in lower case and without the part before the last slash ("openai/gpt-5-mini" is "gpt-5-mini"). What is missing
+or wrong in these tables is learned from the endpoint's replies and refusals.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ OUTPUT_LIMITS: Final = (
 """Regular expressions that match the beginnings of models' names, and the most tokens that those generate; the first match counts."""
 
 REASONING_ALLOWANCE: Final = 16_000
-"""Tokens that a reasoning model is granted for its thoughts, unless a parameter names more."""
+"""Tokens granted to a reasoning model for its thoughts, unless a parameter names more."""
 
 _reasons = re.compile("|".join(REASONING_MODELS)).match
 _limits = [(re.compile(pattern).match, limit) for pattern, limit in OUTPUT_LIMITS]
@@ -82,7 +82,7 @@ def output_limit(model: str | None) -> int | None:
 
 
 def asked_reasoning(params: Mapping[str, Any]) -> bool | None:
-    """Return whether request parameters ask for reasoning; None if they say nothing of it."""
+    """Return whether request parameters ask for reasoning; None if none is about reasoning."""
     said = [_switched(value) for name, value in _settings(params) if name in (*_SWITCHES, "reasoning")]
     if any(said):
         return True
@@ -102,7 +102,7 @@ def _bare(model: str) -> str:
 
 
 def _settings(params: Mapping[str, Any], *, nested: bool = False) -> list[tuple[str, Any]]:
-    """Return the parameters that may be about reasoning, those inside chat_template_kwargs included."""
+    """Return the parameters that may be about reasoning, including those inside chat_template_kwargs."""
     template = params.get("chat_template_kwargs")
     found = [*params.items(), *(template.items() if isinstance(template, dict) else ())]
     if not nested:
