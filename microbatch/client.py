@@ -181,7 +181,6 @@ class Microbatcher:
             bounds=self._engine.bounds,
             keep=None if self._cache is None else self._cache.keep,
             listeners=listeners,
-            count=self._tokens.count,
             price=price,
             default_model=model,
             settled=self._engine.settled,

@@ -191,7 +191,9 @@ class UsageAttribution:
         answered = [ticket.reply is not None for ticket in batch.tickets]
         alone = Usage()
         if any(answered):
-            if not batch.reply.past_the_end:  # its tokens would include those of elements that were not asked for
+            if (
+                not batch.reply.elements.past_the_end
+            ):  # its tokens would include those of elements that were not asked for
                 shares = zip(call_cost.shares, answered, strict=True)
                 history.record_answers([share.completion_tokens for share, got in shares if got])
             history.record_thinking(usage)

@@ -201,7 +201,7 @@ class Bounds:
         sent = None if completion is None else completion.bound
         if completion is not None:
             self._learn(spec, history, outcome, completion)
-        again, runaway = False, outcome.reply.past_the_end and outcome.ending != "complete"
+        again, runaway = False, outcome.reply.elements.past_the_end and outcome.ending != "complete"
         if outcome.ending == "length" and completion is not None and sent is not None and _reached(completion, sent):
             again, at_bound = self._at_the_bound(spec, history, outcome, sent, fresh)
             runaway = runaway or at_bound
@@ -242,7 +242,7 @@ class Bounds:
             return bound is None or bound >= sent * _LONGER
 
         reply = outcome.reply
-        if reply.past_the_end or reply.disordered or (reply.heard and not reply.sound):
+        if reply.elements.past_the_end or reply.elements.disordered or (reply.heard and not reply.sound):
             return False, True
         if longer():
             return True, False  # the bound has been lifted since, by this reply or by another

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from microbatch.batching.batch import Batch
 from microbatch.batching.call_state import CallState
 from microbatch.batching.events import called, settled
-from microbatch.batching.overhead import estimate
 from microbatch.batching.ticket import AloneReason
 from microbatch.errors import ConfigError, RequestFailed, StatusError
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
@@ -32,29 +31,8 @@ if TYPE_CHECKING:
     from microbatch.prompt.outcome import Ending
     from microbatch.protocols import ChatCall, Completion
 
-
-class Send(Protocol):
-    """See `microbatch.transports.retry.Sender.send`."""
-
-    async def __call__(
-        self,
-        call: ChatCall,
-        on_text: Callable[[str], None],
-        *,
-        on_attempt: Callable[[], None],
-        on_cut: Callable[[Completion | None], bool],
-        permit: Any,
-    ) -> Completion:
-        """Send *call* until it succeeds or fails for good."""
-        ...
-
-
-class Keep(Protocol):
-    """See `microbatch.caching.answer_cache.AnswerCache.keep`."""
-
-    async def __call__(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
-        """Store the answers of tickets, each with the usage it would have had alone; never raises."""
-        ...
+    Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
+    Keep = Callable[[Sequence[tuple[Ticket, Usage]]], Awaitable[None]]  # `AnswerCache.keep`
 
 
 class Dispatcher:
@@ -69,7 +47,6 @@ class Dispatcher:
         bounds: Judges replies that are longer than expected.
         keep: Stores answers in the cache, after their callers have them; None without a cache.
         listeners: The hooks for calls and answers.
-        count: Counts a text's tokens.
         price: Returns what prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
         settled: Called with the number of tickets that were just answered.
@@ -88,7 +65,6 @@ class Dispatcher:
         bounds: Bounds,
         keep: Keep | None,
         listeners: Listeners,
-        count: Callable[[str], int],
         price: Pricing,
         default_model: str | None,
         settled: Callable[[int], None],
@@ -103,7 +79,6 @@ class Dispatcher:
         self._bounds = bounds
         self._keep = keep
         self._listeners = listeners
-        self._count = count
         self._price = price
         self._default_model = default_model
         self._settled = settled
@@ -147,26 +122,14 @@ class Dispatcher:
         """
         permit.combined = True
         spec, size = tickets[0].spec, len(tickets)
-        bound, tries = self._bounds.tried(spec, history, size, self._fresh_bound(tickets, history, permit))
-        combined = self._codec.compose(
-            spec,
-            spec.shared,
-            [ticket.line for ticket in tickets],
-            bound=bound,
-            stream=self._early and not all(ticket.bulk for ticket in tickets),
-            timeout=self._remaining(tickets),
-        )
-        batch = Batch(
-            tickets,
-            self._codec,
-            combined,
-            history,
-            permit,
-            self._begin(tickets, route, permit),
-            early=combined.call.stream and not history.drafts,
-            tries=tries,
-            instead=instead,
-        )
+        bound, tries = self._bounds.tried(spec, history, size, self._bound(tickets, history, permit))
+        combined = self._codec.compose(spec, spec.shared, [ticket.line for ticket in tickets], bound)
+        call, call_state = combined.call, self._begin(tickets, route, permit)
+        call.stream = self._early and not all(ticket.bulk for ticket in tickets)
+        call.timeout = self._remaining(tickets)
+        batch = Batch(tickets, self._codec, combined, history, permit, call_state)
+        batch.early, batch.tries, batch.instead = call.stream and not history.drafts, tries, instead
+        batch.reset()
         self._bounds.begin(spec.model, tried=tries)
         self._ledger.batches += 1
         self._ledger.batched_items += size
@@ -176,17 +139,13 @@ class Dispatcher:
 
     async def batch(self, batch: Batch) -> CallOutcome:
         """Send *batch* and hand out its answers; return how it ended and what is unanswered."""
-        call_state = batch.call_state
+        call, call_state, tickets, history = batch.call, batch.call_state, batch.tickets, batch.history
+        take_text, on_cut = partial(self._take_text, batch), partial(self._repeats, batch)
+        lower = partial(self._lower_bound, batch)
         try:
-            completion, error = await self._exchange(
-                call_state,
-                batch.call,
-                partial(self._take_text, batch),
-                partial(self._repeats, batch),
-                None if batch.instead else batch.history,
-                partial(self._lower_bound, batch),
-            )
-            self._lower_bound(batch, error)
+            caused_by = None if batch.instead else history
+            completion, error = await self._exchange(call_state, call, take_text, on_cut, caused_by, lower)
+            lower(error)
             if batch.bug is not None:
                 raise batch.bug
             reply = batch.reply
@@ -194,25 +153,17 @@ class Dispatcher:
             alone = self._take_end(batch, how, completion)
         finally:
             call_state.end()
-            self._bounds.end(batch.call.model, tried=batch.tries)
-        self._note_called(call_state, batch.call, batch.tickets, completion, error)
+            self._bounds.end(call.model, tried=batch.tries)
+        self._note_called(call_state, call, tickets, completion, error)
         # A reply with any fault answers the callers that wait, but is not cached.
-        if how == "complete" and reply.trusted and not reply.damaged:
-            await self._keep_answers(completion, zip(batch.tickets, alone, strict=False))
-        unanswered: list[int] = []
-        if call_state.waiting > 0:
-            unanswered = [position for position, ticket in enumerate(batch.tickets) if not ticket.future.done()]
-        outcome = CallOutcome(
-            how,
-            len(batch.tickets),
-            unanswered,
-            reply,
-            completion,
-            error or complaint(completion),
-            bounded=batch.bound is not None,
+        if how == "complete" and reply.trusted and not reply.elements.damaged:
+            await self._keep_answers(completion, zip(tickets, alone, strict=False))
+        unanswered = [position for position, ticket in enumerate(tickets) if not ticket.future.done()]
+        error, bounded = error or complaint(completion), batch.bound is not None
+        outcome = CallOutcome(how, len(tickets), unanswered, reply, completion, error, bounded)
+        return self._bounds.judge(
+            tickets[0].spec, history, outcome, lambda: self._bound(tickets, history, batch.permit)
         )
-        fresh = partial(self._fresh_bound, batch.tickets, batch.history, batch.permit)
-        return self._bounds.judge(batch.tickets[0].spec, batch.history, outcome, fresh)
 
     def _take_text(self, batch: Batch, text: str) -> None:
         """Take a piece of the reply to *batch*."""
@@ -226,7 +177,7 @@ class Dispatcher:
                 asyncio.get_running_loop().call_soon(self._answer_early, batch)
             batch.answers += answers
             call_state.found += len(answers)
-        if batch.call.stream and batch.reply.past_the_end:
+        if batch.call.stream and batch.reply.elements.past_the_end:
             call_state.stop()  # the answers are valid, and nothing useful follows
 
     def _note_text(self, call_state: CallState) -> None:
@@ -248,22 +199,22 @@ class Dispatcher:
 
     def _take_end(self, batch: Batch, how: Ending, completion: Completion | None) -> list[Usage]:
         """Hand out the last answers of *batch* and attribute its cost; return the usage that each request would have had alone."""
-        reply, ledger = batch.reply, self._ledger
+        reply, elements, ledger = batch.reply, batch.reply.elements, self._ledger
         answers = reply.close(how)
         if completion is not None:
-            completion.thought = completion.thought or reply.thought
-        if reply.drafts:
+            completion.thought = completion.thought or elements.thought
+        if elements.drafts:
             batch.history.note_drafts()
         ledger.canaries_failed += not reply.trusted and how == "complete"
-        ledger.late_duplicates += reply.late_duplicates
-        ledger.unknown_ids += reply.unknown_ids
+        ledger.late_duplicates += elements.late_duplicates
+        ledger.unknown_ids += elements.unknown_ids
         _measure(answers, batch.answer_bytes)
         batch.answers += answers
         call_cost = self._attribution.cost(batch, completion)
         self._hand_out(batch, call_cost)
         return self._attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
 
-    def _fresh_bound(self, tickets: Sequence[Ticket], history: LaneHistory, permit: Permit) -> int | None:
+    def _bound(self, tickets: Sequence[Ticket], history: LaneHistory, permit: Permit) -> int | None:
         """Return the bound of a combined call for *tickets* by what is known now."""
         return self._estimates.bound(tickets, history, permit.account.max_tokens)
 
@@ -273,7 +224,7 @@ class Dispatcher:
         if limits is None:
             return
         self._estimates.learn_refused(batch.tickets, batch.history, limits)
-        bound, fresh = batch.call.bound, self._fresh_bound(batch.tickets, batch.history, batch.permit)
+        bound, fresh = batch.call.bound, self._bound(batch.tickets, batch.history, batch.permit)
         if bound is not None:
             batch.call.bound = bound if fresh is None else min(bound, fresh)
         elif limits.context is not None and fresh is not None and batch.bound is not None and fresh < batch.bound:
@@ -329,7 +280,9 @@ class Dispatcher:
 
     def compose_alone(self, ticket: Ticket) -> ChatCall:
         """Return the call that carries *ticket* alone, with its own messages."""
-        return self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages, timeout=self._remaining([ticket]))
+        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
+        call.timeout = self._remaining([ticket])
+        return call
 
     async def _ask_alone(
         self, ticket: Ticket, permit: Permit, history: LaneHistory | None
@@ -392,13 +345,7 @@ class Dispatcher:
     ) -> tuple[Completion | None, RequestFailed | ConfigError | None]:
         """Send *call* as long as any caller waits; return the completion or the error, neither if all callers have left.
 
-        Args:
-            call_state: The call under way.
-            call: What to send.
-            on_text: See `Sender.send`.
-            on_cut: See `Sender.send`.
-            history: Counts a fallback call among those that combining has caused; None if it has not.
-            on_failure: Called before each attempt with the error of the one before, or None.
+        *history* counts it, if it asks again because of combining. *on_failure* gets the error of the attempt before each attempt.
         """
         permit = call_state.permit
 
@@ -485,7 +432,7 @@ class Dispatcher:
             model, finish_reason, request_id = end.model or model, end.finish_reason, end.request_id
         for position, (output, text) in answers:
             ticket, length = tickets[position], sizes[position]
-            if ticket.future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
+            if ticket.future.done() or (limit is not None and length > limit and self._estimates.exceeds(text, limit)):
                 continue
             if call_cost is not None and ticket.past is None:
                 usage = call_cost.shares[position]
@@ -522,12 +469,6 @@ class Dispatcher:
             ticket.file.drop(ticket)
         if self._listeners.settle is not None and ticket.flight is None:
             self._listeners.settle(settled(ticket.spec, ticket.created, ticket.origin, now, reply=reply))
-
-    def _longer_than(self, text: str, limit: int) -> bool:
-        try:
-            return estimate(text, self._count) > limit
-        except ConfigError:  # the counter failed; that is no reason to drop an answer
-            return False
 
 
 def _estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Usage:

@@ -22,6 +22,7 @@ from microbatch.batching.overhead import (
     shared_tokens,
 )
 from microbatch.batching.ticket import Charge
+from microbatch.errors import ConfigError
 from microbatch.prompt.canary import CANARY_TOKENS
 from microbatch.prompt.compose import ID_TOKENS, instruction, output_reserve
 
@@ -66,6 +67,13 @@ class Estimates:
     def tokens_of(self, text: str) -> int:
         """Return the tokens of *text*, of a long one its bytes: they are an upper bound that does not block the event loop."""
         return self._count(text) if len(text) <= MAX_COUNTED_CHARS else len(text.encode())
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Return whether *text* has more than *limit* tokens; False if the counter fails."""
+        try:
+            return estimate(text, self._count) > limit
+        except ConfigError:
+            return False
 
     def preamble_tokens(self, answer: AnswerType) -> int:
         """Return the tokens of the instruction and the canary, counted once for each shape of answer."""

@@ -29,27 +29,22 @@ class Settings(Protocol):
     @property
     def model(self) -> str | None:
         """The model asked, None for the transport's."""
-        ...
 
     @property
     def answer(self) -> AnswerType:
         """The shape of an answer."""
-        ...
 
     @property
     def max_tokens(self) -> int | None:
         """Most tokens of an answer as callers have set it, or None."""
-        ...
 
     @property
     def params(self) -> Mapping[str, Any]:
         """Further request fields."""
-        ...
 
     @property
     def headers(self) -> Mapping[str, str]:
         """The caller's headers."""
-        ...
 
 
 class CombinedCall(msgspec.Struct, eq=False):
@@ -76,11 +71,7 @@ class ChatCodec:
     """
 
     def __init__(
-        self,
-        draw: Callable[[int], Sequence[str]] = draw_endings,
-        *,
-        canary: bool = False,
-        keep_thoughts: bool = False,
+        self, draw: Callable[[int], Sequence[str]] = draw_endings, *, canary: bool = False, keep_thoughts: bool = False
     ) -> None:
         self._draw = draw
         self._canary = canary
@@ -91,10 +82,7 @@ class ChatCodec:
         settings: Settings,
         shared: Sequence[Mapping[str, Any]],
         lines: Sequence[bytes],
-        *,
         bound: int | None = None,
-        stream: bool = False,
-        timeout: float | None = None,
     ) -> CombinedCall:
         """Return a combined call.
 
@@ -103,8 +91,6 @@ class ChatCodec:
             shared: The messages before their own.
             lines: The line of each request, from `item_line`.
             bound: See `ChatCall.bound`.
-            stream: Whether pieces of the reply are wanted as they arrive.
-            timeout: Seconds that the call may take, or None.
         """
         answer, max_tokens, schema = settings.answer, None, settings.answer.batch_schema
         if settings.max_tokens:
@@ -123,32 +109,18 @@ class ChatCodec:
             schema=schema,
             strict=answer.strict,
             max_tokens=max_tokens,
-            stream=stream,
-            timeout=timeout,
             bound=bound,
         )
         return CombinedCall(call, ids, canary)
 
     def demultiplex(
-        self,
-        ids: Sequence[str],
-        decoders: Sequence[Callable[[str], Any]],
-        *,
-        canary: str | None = None,
-        early: bool = False,
+        self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], canary: str | None, *, early: bool
     ) -> CombinedReply:
         """Return what takes the reply to a combined call apart; see `CombinedReply`."""
-        return CombinedReply(ids, decoders, canary=canary, early=early)
+        return CombinedReply(ids, decoders, canary, early=early)
 
-    def compose_alone(
-        self,
-        settings: Settings,
-        answer: AnswerType,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        timeout: float | None = None,
-    ) -> ChatCall:
-        """Return the call that carries one request, of *settings* but for its own *answer*, with its own messages."""
+    def compose_alone(self, settings: Settings, answer: AnswerType, messages: Sequence[Mapping[str, Any]]) -> ChatCall:
+        """Return the call that carries one request, with *settings* but for its own *answer*, and its own messages."""
         return ChatCall(
             messages=messages,
             model=settings.model,
@@ -158,7 +130,6 @@ class ChatCodec:
             strict=answer.strict,
             hint=answer.hint,
             max_tokens=settings.max_tokens,
-            timeout=timeout,
         )
 
     def read_alone(self, answer: AnswerType, completion: Completion, content: str, *, combinable: bool) -> SingleReply:

@@ -63,58 +63,34 @@ class CombinedReply:
         early: Whether answers are delivered before the end of the reply; not with a canary.
 
     Attributes:
+        elements: The demultiplexer.
         heard: Whether any text has come.
         sound: Whether any element was asked for and fits.
-        trusted: Whether the canary was answered right, if there is one.
-        damaged: Whether anything but the elements asked for, in order, was seen.
-        disordered: Whether an element was not asked for, out of order or repeated.
-        incomplete: Whether an item has no answer in it.
-        thought: Whether a thought was in the reply.
-        drafts: Whether an answer was delivered that may have been a draft.
-        late_duplicates: Copies of delivered answers that were dropped.
-        unknown_ids: Elements whose id was not asked for.
-
-    All but `heard` and `sound` are known after `close` only.
+        trusted: After `close`: whether the canary was answered right, if there is one.
     """
 
     def __init__(
-        self,
-        ids: Sequence[str],
-        decoders: Sequence[Callable[[str], Any]],
-        *,
-        canary: str | None = None,
-        early: bool = False,
+        self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], canary: str | None = None, *, early: bool
     ) -> None:
         self._size = len(decoders)
         if canary is not None:
             decoders = [*decoders, partial(check_canary, canary)]
-        self._elements = Demultiplexer(ids, decoders, early=early)
+        self.elements = Demultiplexer(ids, decoders, early=early)
         self.heard = self.sound = False
         self.trusted = canary is None
-        self.damaged = self.disordered = self.incomplete = self.thought = self.drafts = False
-        self.late_duplicates = self.unknown_ids = 0
-
-    @property
-    def past_the_end(self) -> bool:
-        """True if the reply goes on although nothing more is expected of it."""
-        return self._elements.past_the_end
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""
         self.heard = self.heard or bool(text)
-        answers = self._elements.feed(text)
+        answers = self.elements.feed(text)
         self.sound = self.sound or bool(answers)
         return answers
 
     def close(self, ending: Ending) -> list[Answer]:
         """End the reply; return the remaining answers, none if the canary was answered wrong."""
-        elements = self._elements
-        answers = elements.close(ended=ending in ("complete", "length", "refused"), complete=ending == "complete")
+        complete = ending == "complete"
+        answers = self.elements.close(ended=complete or ending in ("length", "refused"), complete=complete)
         self.sound = self.sound or bool(answers)
-        self.damaged, self.disordered = elements.damaged, elements.disordered
-        self.incomplete = any(True for _ in elements.faults())
-        self.thought, self.drafts = elements.thought, elements.drafts
-        self.late_duplicates, self.unknown_ids = elements.late_duplicates, elements.unknown_ids
         if not self.trusted:
             self.trusted = any(position == self._size for position, _ in answers)
             answers = [answer for answer in answers if answer[0] < self._size] if self.trusted else []
@@ -126,7 +102,7 @@ class CombinedReply:
             for position in range(self._size):
                 yield position, MalformedAnswer(_DISTRUSTED)
             return
-        for position, fault, raw in self._elements.faults():
+        for position, fault, raw in self.elements.faults():
             if fault == "missing" and ending == "length":
                 yield position, TruncatedReply("the combined reply hit the token limit before this answer")
             elif fault == "missing":
@@ -165,25 +141,18 @@ class CallOutcome(msgspec.Struct, frozen=True):
     @property
     def damaged(self) -> bool:
         """True if the reply itself is the reason for what is unanswered."""
-        return bool(self.unanswered) and (self.reply.damaged or self.reply.incomplete)
+        elements = self.reply.elements
+        return bool(self.unanswered) and (elements.damaged or any(True for _ in elements.faults()))
 
     @property
     def only_reasoning(self) -> bool:
         """True if the reply ended properly and was the model's reasoning only."""
-        return (
-            self.ending == "complete"
-            and not self.reply.heard
-            and self.completion is not None
-            and self.completion.thought
-        )
+        completion = self.completion
+        return self.ending == "complete" and not self.reply.heard and completion is not None and completion.thought
 
 
 def ending(
-    completion: Completion | None,
-    error: RequestFailed | ConfigError | None,
-    *,
-    heard: bool,
-    has_worked: bool = False,
+    completion: Completion | None, error: RequestFailed | ConfigError | None, *, heard: bool, has_worked: bool = False
 ) -> Ending:
     """Return how a combined call ended.
 
@@ -222,12 +191,8 @@ def complaint(completion: Completion | None) -> RequestFailed | None:
     if completion.refusal is not None:
         return Refused("the model declined to answer", raw=completion.refusal)
     if completion.finish_reason == _STOPPED:
-        return Filtered(
-            "the endpoint's content filter stopped the answer",
-            status=200,
-            code=_STOPPED,
-            request_id=completion.request_id,
-        )
+        message, request_id = "the endpoint's content filter stopped the answer", completion.request_id
+        return Filtered(message, status=_OK, code=_STOPPED, request_id=request_id)
     if completion.finish_reason in (None, "error"):
         return TransportError("the reply was cut off: it ended without a finish_reason")
     return None
@@ -284,7 +249,7 @@ def read_alone(
     if isinstance(error, Filtered):
         error.body = mask(content)
     elif error is None and completion.finish_reason == "length":
-        error = _cut_short(answer, completion, content, said, unfinished=not keep_thoughts)
+        error = _cut_short(answer, completion, content, said, keep_thoughts=keep_thoughts)
     if error is not None:
         return SingleReply(error=error)
     try:
@@ -301,18 +266,10 @@ def read_alone(
 
 
 def _cut_short(
-    answer: AnswerType, completion: Completion, content: str, said: str, *, unfinished: bool
+    answer: AnswerType, completion: Completion, content: str, said: str, *, keep_thoughts: bool
 ) -> TruncatedReply | None:
-    """Return the error of a single reply that the token limit ended; None for a text that has begun.
-
-    Args:
-        answer: The shape of the answer.
-        completion: How the call ended.
-        content: The text of the reply.
-        said: The same without the thought before it.
-        unfinished: Whether to look for a thought that has not ended.
-    """
-    unfinished = unfinished and is_unfinished_thought(said)
+    """Return the error of a single reply that the token limit ended; None for a text that has begun."""
+    unfinished = not keep_thoughts and is_unfinished_thought(said)
     if unfinished or not said.strip():
         completion.thought = completion.thought or unfinished
         where = "before the answer began; raise max_tokens"

@@ -335,7 +335,7 @@ class Composer:
             call = self._codec.compose_alone(options, options.answer, messages)
             return self._wire.body(call), [], None
         lines = [each.line for each in batch]
-        combined = self._codec.compose(options, messages[:-1], lines, bound=self._bound(options, len(batch)))
+        combined = self._codec.compose(options, messages[:-1], lines, self._bound(options, len(batch)))
         return self._wire.body(combined.call), combined.ids, combined.canary
 
     def _bound(self, options: Options, items: int) -> int | None:

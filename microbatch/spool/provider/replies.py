@@ -182,7 +182,7 @@ class Replies:
         """Yield the answers of a combined reply; note the requests that it leaves unanswered."""
         # The requests of a line are alike, so that all answers are decoded in the same way.
         alike = next(each for each in asked if each is not None).options
-        reply = self._codec.demultiplex(line.ids, [alike.answer.decode] * len(asked), canary=line.canary)
+        reply = self._codec.demultiplex(line.ids, [alike.answer.decode] * len(asked), line.canary, early=False)
         found = reply.feed(text)
         how = ending(completion, None, heard=True)
         for position, (_, said) in found + reply.close(how):
