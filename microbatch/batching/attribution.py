@@ -31,13 +31,10 @@ _ENOUGH_BATCHES = 20
 
 
 class CallCost(msgspec.Struct, eq=False):
-    """The cost of an ended call.
+    """The cost of an ended call, and each request's share of it.
 
     Attributes:
-        completion: How the call ended.
-        usage: What it used.
-        shares: Each request's share of that.
-        price: What prices a usage, or None if the price is unknown.
+        price: Prices a usage; None if the price is unknown.
         settled: Requests that were answered with their share on the reply and have no part in earlier calls.
     """
 
@@ -94,16 +91,11 @@ class UsageAttribution:
     def attribute(
         self, batch: Batch, completion: Completion | None, call_cost: CallCost | None, *, each: bool = False
     ) -> list[Usage]:
-        """Record the cost of an ended combined call, and each ticket's share of it.
-
-        Args:
-            batch: The call.
-            completion: How it ended; None if that is unknown.
-            call_cost: Its cost; None if that is unknown.
-            each: Whether the caller needs the result.
+        """Record the cost of an ended combined call, and each ticket's share of it; None if it is unknown.
 
         Returns:
-            The usage that each ticket would have had alone, zero for those without an answer; [] if it is unknown or not needed.
+            The usage that each ticket would have had alone, zero for those without an answer; [] if it is unknown, or not *each*
+            is asked for.
         """
         tickets, alone = batch.tickets, []
         flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
@@ -125,14 +117,7 @@ class UsageAttribution:
     def attribute_alone(
         self, ticket: Ticket, completion: Completion, call_cost: CallCost | None, history: LaneHistory | None
     ) -> None:
-        """Record the cost of an ended single call.
-
-        Args:
-            ticket: The request.
-            completion: How the call ended.
-            call_cost: Its cost; None if that is unknown.
-            history: What is known of its lane, if a combined call had left it unanswered; else None.
-        """
+        """Record the cost of an ended single call; in *history* too, if a combined call had left *ticket* unanswered."""
         if call_cost is None:
             self._ledger.unreported_calls += 1
             self._drop_share(ticket)
@@ -225,11 +210,8 @@ class UsageAttribution:
         """Log once, after enough batches, if combining costs more than it saves."""
         self._batches += 1
         if self._batches == _ENOUGH_BATCHES and self._ledger.costs_more:
-            logger.warning(
-                "combining requests costs more than it saves here (%s): the messages they share are too short, "
-                "or the answers too long",
-                self._ledger.comparison,
-            )
+            advice = "the messages they share are too short, or the answers too long"
+            logger.warning("combining requests costs more than it saves here (%s): %s", self._ledger.comparison, advice)
 
 
 def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:

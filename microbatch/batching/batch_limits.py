@@ -44,12 +44,7 @@ class Budget(msgspec.Struct, frozen=True, gc=False):
 
 
 class BatchLimits:
-    """Works out the budget of a lane from the policy and the lane's history.
-
-    Args:
-        policy: The limits set.
-        estimates: Counts prompts, and knows the limits of models.
-    """
+    """Works out the budget of a lane from the policy and the lane's history."""
 
     def __init__(self, policy: FlushPolicy, estimates: Estimates) -> None:
         self._policy = policy
@@ -58,10 +53,7 @@ class BatchLimits:
     def of(self, spec: Spec, history: LaneHistory, quota: int | None = None) -> Budget:
         """Return the budget of the lane with *spec*.
 
-        Args:
-            spec: What its requests have in common.
-            history: What is known of it.
-            quota: Tokens that one call can be charged at most, prompt and answers together; None for no limit.
+        *quota* is the most tokens that one call can be charged, prompt and answers together; None for no limit.
         """
         policy, model = self._policy, self._estimates.model(spec)
         reserve = output_reserve(spec.max_tokens) if spec.max_tokens else history.written

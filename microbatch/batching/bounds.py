@@ -65,8 +65,8 @@ class ModelLimits(msgspec.Struct):
     """What is known of one model.
 
     Attributes:
-        output: The most tokens it generates, None if that is not known.
-        context: Its context window in tokens, None if that is not known.
+        output: The most tokens it generates, or None.
+        context: Its context window in tokens, or None.
         reasons: Whether it reasons unless it is told not to.
         unbounded: Whether its calls go without a bound: the transport does not send it, or the endpoint refuses any.
         accepted: The largest bound that a call was answered with.
@@ -105,14 +105,10 @@ class Bounds:
     def bound(
         self, spec: Settings, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None
     ) -> int | None:
-        """Return the most tokens that a combined reply may take; None for no bound.
+        """Return the most tokens that a combined reply to *items* may take; None for no bound.
 
-        Args:
-            spec: What its *items* have in common.
-            history: What is known of their lane.
-            items: How many they are.
-            prompt: Returns an upper bound of the prompt's tokens; called only if they matter.
-            quota: Tokens a minute that the account may use, or None for no limit.
+        *prompt* returns an upper bound of the prompt's tokens, and is called only if they matter; *quota* is the number of tokens a
+        minute that the account may use, None for no limit.
         """
         model = self.of(spec.model)
         if spec.max_tokens is not None or model.unbounded:
@@ -189,13 +185,9 @@ class Bounds:
     def judge(
         self, spec: Settings, history: LaneHistory, outcome: CallOutcome, fresh: Callable[[], int | None]
     ) -> CallOutcome:
-        """Return *outcome* with `again` and `runaway` judged; learn from it what it shows of its lane and model.
+        """Return *outcome* with `again` and `runaway` judged, and learn from it.
 
-        Args:
-            spec: What its requests had in common.
-            history: What is known of their lane.
-            outcome: How the call ended.
-            fresh: Returns the bound that the call would have by what is known now.
+        *fresh* returns the bound that the call would have by what is known now.
         """
         completion = outcome.completion
         sent = None if completion is None else completion.bound
@@ -250,7 +242,7 @@ class Bounds:
             history.double_bound()
             if longer():
                 return True, False
-            history.restore_bound()
+            history.double_bound(doubled=False)
         limit = fresh()
         # A reply as long as possible: the batch is too large. With room left, twice the expected length was not enough.
         return False, limit is not None and limit >= self.wanted(spec, history, outcome.asked)

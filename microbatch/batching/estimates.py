@@ -112,14 +112,7 @@ class Estimates:
         return math.ceil(_MARGIN * prompt) + self._schema_tokens(spec.answer)[1]
 
     def is_cheaper_combined(self, spec: Spec, history: LaneHistory, items: int, ratio: float) -> bool:
-        """Return whether *items* of a lane cost less together than one by one, by all that is known of it.
-
-        Args:
-            spec: What they have in common.
-            history: What is known of their lane, which has been measured.
-            items: How many they are.
-            ratio: Price of a generated token in prompt tokens.
-        """
+        """Return whether *items* of a measured lane cost less together than one by one; see `PromptOverhead`."""
         overhead = history.overhead
         if overhead is None:
             # Schemas are counted, as OpenAI charges them; the first reply shows whether the endpoint does not.
@@ -160,14 +153,9 @@ class Estimates:
         return Charge(prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1))
 
     def together(self, spec: Spec, history: LaneHistory, items: int, tokens: int, quota: int | None) -> int:
-        """Return the charge of a combined call.
+        """Return the charge of a combined call of *items* with *tokens* in their lines, ids included.
 
-        Args:
-            spec: What its *items* have in common.
-            history: What is known of their lane.
-            items: How many they are.
-            tokens: The tokens of their lines, ids included.
-            quota: Tokens a minute that may be charged; None for no limit.
+        *quota* is the number of tokens a minute that may be charged; None for no limit.
         """
         ours = self.prompt_of(spec, history, tokens)
         bound = self._bounds.bound(spec, history, items, prompt=lambda: self._at_most(spec, history, ours), quota=quota)
@@ -184,13 +172,7 @@ class Estimates:
         return self.together(tickets[0].spec, history, len(tickets), line_tokens(tickets), quota)
 
     def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:
-        """Return the most tokens that the combined reply to *tickets* may take; None for no bound.
-
-        Args:
-            tickets: The requests, of one lane.
-            history: What is known of it.
-            quota: Tokens a minute that may be charged; None for no limit.
-        """
+        """Return the most tokens that the combined reply to *tickets*, of one lane, may take; None for no bound."""
         spec = tickets[0].spec
 
         def prompt() -> int:

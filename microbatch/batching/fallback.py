@@ -44,13 +44,7 @@ _shuffle = secrets.SystemRandom().shuffle
 
 
 class Fallback:
-    """Asks again for what combined calls left unanswered.
-
-    Args:
-        dispatcher: Makes the calls.
-        estimates: Estimates their charges.
-        policy: How many at once.
-        fail: Ends a ticket with a copy of an error of its own.
+    """Asks again for what combined calls left unanswered; *fail* ends a ticket with a copy of an error.
 
     Attributes:
         unpaid: Calls for what a cut had lost that were not made, because the retry budget was used up.
@@ -64,13 +58,9 @@ class Fallback:
         self.unpaid = 0
 
     async def recover(self, outcome: CallOutcome, batch: Batch, revised: Callable[[], int]) -> None:
-        """End every request that *outcome* left unanswered, with an answer or an error.
+        """End every request of *batch* that *outcome* left unanswered, with an answer or an error.
 
-        Args:
-            outcome: How the call ended.
-            batch: The call.
-            revised: Called when the lane has learned something that its next batches should use at once; returns how many requests
-                they hold.
+        *revised* is called when the lane's history has changed, for its next batches; it returns how many requests they hold.
         """
         recovery = _Recovery(self._dispatcher, self._estimates, batch, self._fail, revised, self._policy.max_concurrent)
         try:
@@ -102,13 +92,7 @@ class _Recovery:
         self.unpaid = 0
 
     async def after(self, outcome: CallOutcome, asked: list[Ticket], *, may_combine: bool) -> None:
-        """Deal with what a call left unanswered.
-
-        Args:
-            outcome: How it ended.
-            asked: Its requests.
-            may_combine: Whether the one smaller combined call is allowed.
-        """
+        """Deal with the *asked* requests that a call left unanswered; *may_combine* allows one smaller combined call."""
         tickets = [asked[position] for position in outcome.unanswered]
         sound = outcome.reply.sound
         too_many = outcome.ending == "length" and not (outcome.again or outcome.runaway)
@@ -148,13 +132,7 @@ class _Recovery:
     async def _together(
         self, groups: list[list[Ticket]], cut: RequestFailed | ConfigError | None = None, *, instead: bool = False
     ) -> None:
-        """Ask each group, a few at a time.
-
-        Args:
-            groups: The requests of each call.
-            cut: The error that cut off the call before, so that the retry budget pays; else None.
-            instead: Whether they are asked instead of a call whose bound was too low.
-        """
+        """Ask each group, a few at a time; after a *cut* the retry budget pays; *instead* of a call whose bound was too low."""
         async with anyio.create_task_group() as tasks:
             for group in groups:
                 tasks.start_soon(self._ask, group, cut, instead)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict, deque
+from collections import deque
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -42,8 +43,8 @@ _MAX_SCALE = 4.0
 class TokenScale(msgspec.Struct):
     """How an endpoint counts prompts: `scale` times our count, plus `more`.
 
-    Schemas and chat templates are charged differently everywhere, and not every model's encoding is known. What surrounds a message
-    is the same for short and long ones: learned as a ratio from short prompts, it would be wrong for long ones.
+    Endpoints differ in encodings, and in what they charge for schemas and chat templates. What surrounds a message does not depend
+    on its length: learned as a ratio from short prompts, it would be wrong for long ones.
     """
 
     scale: float = 1.0
@@ -55,7 +56,7 @@ class TokenScale(msgspec.Struct):
         return max(1.0, ours * self.scale + self.more)
 
     def learn(self, ours: int, theirs: int) -> None:
-        """Learn that the endpoint counted *theirs* for a prompt that has *ours* by our own; the first report counts fully."""
+        """Learn that the endpoint counted *theirs* for a prompt that has *ours* by our own."""
         step, self.known = (_STEP if self.known else 1.0), True
         if ours < _SHORT:
             most = (_MAX_SCALE - 1) * _SHORT
@@ -74,31 +75,27 @@ class LaneHistory(msgspec.Struct):
     """What is known of a lane. Changed by its methods only.
 
     Attributes:
-        batch_size: Most requests of a batch, halved when replies are damaged or cut off by the token limit; None until then.
-        max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then. It never
-            grows back, because a context window does not either.
+        batch_size: Most requests of a batch, lowered when replies are damaged or hit the token limit; None until then.
+        max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then.
         answers: Tokens of the latest answers.
         answer_tokens: Their 95th percentile, as of the latest ranking.
         answer_mean: Their mean, as of the latest ranking.
+        unranked: Answers recorded since.
         thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
         thinking: Their part of that reply, from 0 to 1.
-        unranked: Answers recorded since the latest ranking.
         single_tokens: An upper estimate of the tokens of single replies; None until the first.
-        overhead: What surrounds its requests, measured on the first batch, or None.
-        shared_tokens: Tokens of the messages its requests share; None until they are counted.
-        prompt_scale: How the endpoint counts its combined prompts.
-        economics: What combining has cost and saved lately.
+        overhead: What surrounds its requests; None until its first batch has ended.
+        shared_tokens: Tokens of the messages that its requests share; None until they are counted.
         suspended_for: Requests that still go alone before combining is tried again; 0 while it is not suspended.
-        suspensions: How often combining was suspended.
-        revised: Whether anything has changed since the lane's budget was computed.
+        revised: Whether the lane's budget is outdated.
         alone: Requests in a row that were too long, or not cheaper, to be combined.
-        drafts: Whether a reply has shown that its first answers may be drafts, so that none is handed out before its end.
+        drafts: Whether the first answers of replies may be drafts, so that none is handed out before the end.
         proven: Whether a combined reply was useful and ended where it should have.
         fruitless: Combined replies in a row without one sound element, or of a model that did not stop.
         doubled: Whether the bound on combined replies is doubled, because it was too low.
         reasons: Whether the model reasons although it was told not to.
-        affordable: The most tokens of a reply that the account's credit pays for; None until a call was refused for it.
-        per_minute: Tokens allowed a minute according to a refusal; None until then. The bound is no longer generous from then on.
+        affordable: The most tokens of a reply that the account's credit pays for; None if unknown.
+        per_minute: Tokens allowed a minute according to a refusal; None until then. From then on the bound is close.
     """
 
     batch_size: int | None = None
@@ -106,9 +103,9 @@ class LaneHistory(msgspec.Struct):
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
     answer_mean: float = 32.0
+    unranked: int = _RANK_AFTER
     thought: int = 0
     thinking: float = 0.0
-    unranked: int = _RANK_AFTER
     single_tokens: float | None = None
     overhead: PromptOverhead | None = None
     shared_tokens: int | None = None
@@ -164,7 +161,7 @@ class LaneHistory(msgspec.Struct):
         return items * self.written + self.thought
 
     def record_single(self, tokens: int) -> None:
-        """Record a single reply. Its tokens differ from an answer's in a combined reply, by reasoning for instance."""
+        """Record a single reply, whose tokens differ from those of an answer in a combined reply, for instance by reasoning."""
         known = tokens if self.single_tokens is None else self.single_tokens
         # Up fast and down slowly, so that it stays above most of them.
         self.single_tokens = known + (tokens - known) * (_UP if tokens > known else _DOWN)
@@ -179,13 +176,9 @@ class LaneHistory(msgspec.Struct):
         self.per_minute = self.per_minute if limits.per_minute is None else limits.per_minute
         self.revised = True
 
-    def double_bound(self) -> None:
-        """Double the bound on combined replies."""
-        self.doubled = True
-
-    def restore_bound(self) -> None:
-        """Take back `double_bound`: it did not help."""
-        self.doubled = False
+    def double_bound(self, *, doubled: bool = True) -> None:
+        """Double the bound on combined replies, or no longer."""
+        self.doubled = doubled
 
     def note_reasoning(self) -> None:
         """Note that the model reasons although it was told not to."""
@@ -194,22 +187,24 @@ class LaneHistory(msgspec.Struct):
     # --- sizes
 
     def shrink(self, tokens: int) -> None:
-        """Allow half of *tokens* in the lines of a batch from now on: a prompt with as many was refused for its size."""
+        """Halve the limit on the lines of a batch: a prompt with *tokens* in them was refused for its size.
+
+        The limit never grows back, because a context window does not either.
+        """
         half = tokens // 2
         self.max_line_tokens = half if self.max_line_tokens is None else min(half, self.max_line_tokens)
         self.revised = True
 
     def halve(self, asked: int) -> None:
-        """Allow half of *asked* requests in a batch from now on: a reply to as many was damaged or hit the token limit.
+        """Halve the size of batches: a reply to *asked* requests was damaged or hit the token limit.
 
-        The least is two: nothing is learned from requests that go alone, and the lane would never grow again. Where two are too many,
-        `economics` shows that.
+        The least is two: nothing is learned from requests that go alone, and the lane would never grow again.
         """
         self.batch_size = max(2, min(asked, self.batch_size or asked) // 2)
         self.revised = True
 
     def grow(self, asked: int, limit: int) -> None:
-        """Allow one more request in a batch if a reply to a full batch of *asked*, of a halved lane, was complete."""
+        """Allow one more request in a batch, up to *limit*: a reply to *asked* requests was complete."""
         if self.batch_size is not None and asked >= self.batch_size:
             self.batch_size = self.batch_size + 1 if self.batch_size + 1 < limit else None
             self.revised = True
@@ -243,12 +238,7 @@ class LaneHistory(msgspec.Struct):
         self.drafts = True
 
     def record_outcome(self, *, good: bool, judged: bool) -> None:
-        """Record whether a combined reply was *good*: it had a sound element, and the model stopped.
-
-        Args:
-            good: Whether it was.
-            judged: Whether it counts if it was not: only a reply that ended, or that the model did not end.
-        """
+        """Record whether a combined reply was *good*: it had a sound element, and the model stopped. Cut replies are not *judged*."""
         if good and not self.proven:
             self.proven = self.revised = True
         if judged:
@@ -257,13 +247,12 @@ class LaneHistory(msgspec.Struct):
     def is_useless(self, *, complete: bool) -> bool:
         """Return whether combining is of no use, or costs more than it saves, and is not suspended yet.
 
-        Args:
-            complete: Whether what the latest reply left unanswered has been asked again, so that the costs are complete.
+        Costs are *complete* once what the latest reply left unanswered has been asked again.
         """
         return not self.suspended_for and (self.fruitless >= _FRUITLESS or (complete and self.economics.lost))
 
     def suspend(self) -> None:
-        """Suspend combining for a while. After that a single fruitless reply is enough to suspend it again."""
+        """Suspend combining for a while. After that one fruitless reply suspends it again."""
         self.suspended_for = _SUSPENSION
         self.suspensions += 1
         self.revised = True
@@ -281,20 +270,15 @@ class LaneHistory(msgspec.Struct):
 
 
 class LaneHistories:
-    """The histories of the 1,024 lanes used last, under a digest of their key."""
+    """The histories of the lanes used last, under a digest of their key."""
 
     def __init__(self, size: int = 1_024) -> None:
-        self._size = size
-        self._history: OrderedDict[bytes, LaneHistory] = OrderedDict()
+        self._of = lru_cache(size)(_new_history)
 
     def of(self, key: Hashable) -> LaneHistory:
         """Return the history of the lane with *key*; the same object as long as it is kept."""
-        digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        history = self._history.get(digest)
-        if history is None:
-            history = self._history[digest] = LaneHistory()
-            if len(self._history) > self._size:
-                self._history.popitem(last=False)
-        else:
-            self._history.move_to_end(digest)
-        return history
+        return self._of(hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest())
+
+
+def _new_history(_digest: bytes) -> LaneHistory:
+    return LaneHistory()

@@ -91,11 +91,7 @@ class PromptOverhead(msgspec.Struct, gc=False):
     def alone(self, usage: Usage, *, asked: int, answered: int, answered_share: float) -> Usage:
         """Return the usage that the *answered* of *asked* requests would have had one by one.
 
-        Args:
-            usage: The usage that the endpoint reported for the combined call.
-            asked: Requests in the call.
-            answered: Those that got their answer from it.
-            answered_share: Their part of the items' text, 0 to 1.
+        *usage* is that of the combined call; *answered_share* is their part of the items' text, 0 to 1.
         """
         texts = max(0.0, usage.prompt_tokens - self.batch_prompt - asked * self.line)
         # An item without an answer mostly has no element in the reply either.
@@ -115,14 +111,9 @@ def assumed_overhead(alone_prompt: float, batch_prompt: float, *, wrapped: bool)
 def measure_overhead(
     combined: CombinedCall, tickets: Sequence[Ticket], usage: Usage, count: Callable[[str], int], *, exact: bool
 ) -> PromptOverhead:
-    """Count what surrounds the requests of a combined call that has ended, at least one of them answered.
+    """Count what surrounds the requests of a combined call that has ended with *usage*, at least one of them answered.
 
-    Args:
-        combined: The call.
-        tickets: Its requests.
-        usage: The usage that the endpoint reported for it.
-        count: Counts a text's tokens.
-        exact: Whether *count* is the model's own encoding.
+    *count* is *exact* if it is the model's own encoding.
     """
     call, answer, ids = combined.call, tickets[0].answer, combined.ids[: len(tickets)]
     content = count(call.messages[-1]["content"])
@@ -173,14 +164,12 @@ def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
 
 
 class LaneEconomics(msgspec.Struct):
-    """What a lane's combined calls have cost lately, asking again included, against single calls.
+    """The recent cost of a lane's combined calls and of asking again, against that of single calls, in any unit.
 
     Attributes:
-        batches: How many there were.
-        combined: Cost of the combined calls, in any unit.
-        again: Cost of the calls that asked again for what they left unanswered.
+        again: Cost of the calls that asked again for what combined calls left unanswered.
         alone: What single calls would have cost for what was answered.
-        items: Requests they carried.
+        items: Requests that combined calls carried.
         calls: Calls made for them.
     """
 

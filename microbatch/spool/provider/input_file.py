@@ -14,21 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import msgspec
 
+from microbatch.batching.batch_limits import BatchLimits
 from microbatch.batching.bounds import Bounds
+from microbatch.batching.estimates import Estimates
 from microbatch.batching.lane_history import LaneHistory
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
-from microbatch.batching.request import check_messages, read_messages
+from microbatch.batching.request import check_messages, read_messages, spec_of
 from microbatch.errors import ConfigError, StorageError
-from microbatch.prompt.canary import CANARY_TOKENS
 from microbatch.prompt.codec import ChatCodec
-from microbatch.prompt.compose import (
-    ID_TOKENS,
-    LINE_OVERHEAD_BYTES,
-    draw_endings,
-    instruction,
-    item_line,
-    output_reserve,
-)
+from microbatch.prompt.compose import ID_TOKENS, draw_endings, item_line
 from microbatch.spool.payload import Payload
 from microbatch.spool.provider.api import ENDPOINT
 from microbatch.spool.records import Name, Stage
@@ -47,9 +41,6 @@ MAX_FILE_BYTES: Final = 200_000_000
 
 # Most bytes of a line without its body.
 _AROUND_BYTES: Final = 256
-
-# Expected of an answer without max_tokens, as of a lane's answers before its first reply.
-_USUAL_ANSWER_TOKENS: Final = 32
 
 # Requests read, or lines written, between turns of the event loop.
 _SLICE: Final = 64
@@ -92,7 +83,6 @@ class Content(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         begun_at: The time of that, in seconds since 1970.
-        lines: Its lines, in the order of the file.
         packed: The file's bytes, compressed.
     """
 
@@ -148,13 +138,7 @@ class Asked(msgspec.Struct):
 
 
 class Draft:
-    """A job that is being composed.
-
-    Attributes:
-        token: Its unique name.
-        lines: Its lines.
-        deliveries: Their requests.
-    """
+    """A job that is being composed; `token` is its unique name."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)
@@ -168,14 +152,7 @@ class Draft:
         return len(self.lines) < MAX_LINES and self._size + len(body) + _AROUND_BYTES <= MAX_FILE_BYTES
 
     def add(self, batch: Sequence[Asked], ids: list[str], canary: str | None, body: bytes) -> None:
-        """Add a line.
-
-        Args:
-            batch: Its requests.
-            ids: The ids in its prompt; none for a single call.
-            canary: The word of its canary, or None.
-            body: Its body.
-        """
+        """Add the line of *batch*; *ids* and *canary* as in `Line`."""
         custom_id = f"{self.token}-{len(self.lines) + 1}"
         names = [each.delivery.item.name for each in batch]
         sizes = [len(each.line) for each in batch] if ids else []
@@ -197,12 +174,13 @@ class Rejected(msgspec.Struct, frozen=True):
     error: str
 
 
-def read(delivery: Delivery, count: Callable[[str], int] | None = None) -> Asked:
-    """Read a spooled request.
+def byte_count(text: str) -> int:
+    """Return the bytes of *text*, an upper bound of its tokens."""
+    return len(text.encode())
 
-    Args:
-        delivery: The request.
-        count: Counts a text's tokens; None takes its bytes, which are an upper bound.
+
+def read(delivery: Delivery, count: Callable[[str], int] = byte_count) -> Asked:
+    """Read a spooled request; *count* counts the tokens of its line.
 
     Raises:
         StorageError: It is damaged.
@@ -218,8 +196,7 @@ def read(delivery: Delivery, count: Callable[[str], int] | None = None) -> Asked
     line = item_line(text)
     if len(line) > MAX_COUNTED_CHARS:
         return Asked(delivery, payload.messages, options, line=line)
-    tokens = len(line) + LINE_OVERHEAD_BYTES if count is None else count(f" {line.decode()}\n")
-    return Asked(delivery, payload.messages, options, key, line, tokens)
+    return Asked(delivery, payload.messages, options, key, line, count(f" {line.decode()}\n"))
 
 
 class Composer:
@@ -243,11 +220,11 @@ class Composer:
         draw: Callable[[int], Sequence[str]] = draw_endings,
     ) -> None:
         self._wire = wire
-        self._policy = policy
-        self._count = count
-        self._canary_tokens = CANARY_TOKENS if canary else 0
+        self._count = count or byte_count
         self._codec = ChatCodec(draw, canary=canary)
         self._bounds = Bounds(wire.model, canary=canary)
+        estimates = Estimates(self._count, self._bounds, canary=canary)
+        self._limits = BatchLimits(policy, estimates)
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
         """Return the jobs for *deliveries*, and the requests that cannot be sent.
@@ -296,37 +273,22 @@ class Composer:
 
     def _filled(self, lane: list[Asked]) -> Iterator[list[Asked]]:
         """Yield batches of *lane* within its limits; a request that exceeds them by itself is yielded alone."""
-        size, tokens = self._budget(lane[0])
-        if lane[0].stage is Stage.HALF:
-            size = max(1, size // 2)
+        if len(lane) == 1:
+            yield lane
+            return
+        spec = spec_of(lane[0].messages[:-1], lane[0].options)
+        budget = self._limits.of(spec, LaneHistory())
+        size = max(1, budget.size // 2) if lane[0].stage is Stage.HALF else budget.size
         batch: list[Asked] = []
         total = 0
         for each in lane:
             needed = each.tokens + ID_TOKENS
-            if batch and (len(batch) >= size or total + needed > tokens):
+            if batch and (len(batch) >= size or total + needed > budget.tokens):
                 yield batch
                 batch, total = [], 0
             batch.append(each)
             total += needed
         yield batch
-
-    def _budget(self, one: Asked) -> tuple[int, int]:
-        """Return how many requests, and tokens of their lines, a batch of requests like *one* may hold."""
-        policy, options = self._policy, one.options
-        reserve = output_reserve(options.max_tokens) if options.max_tokens else _USUAL_ANSWER_TOKENS
-        size = min(policy.max_batch_size, max(1, policy.max_output_tokens // reserve))
-        tokens = policy.max_batch_tokens
-        if policy.max_prompt_tokens is not None:
-            shared = "".join(str(message.get("content")) for message in one.messages[:-1])
-            tokens = min(tokens, policy.max_prompt_tokens - self._tokens_of(shared))
-        tokens -= self._tokens_of(instruction(options.answer.words)) + self._canary_tokens
-        return size, tokens
-
-    def _tokens_of(self, text: str) -> int:
-        # Counting a huge text would block the event loop; its bytes are an upper bound.
-        if self._count is None or len(text) > MAX_COUNTED_CHARS:
-            return len(text.encode())
-        return self._count(text)
 
     def _written(self, batch: list[Asked]) -> tuple[dict[str, Any], list[str], str | None]:
         """Return the body of a line, the ids in it, and the word of its canary; a single call has neither."""

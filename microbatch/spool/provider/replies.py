@@ -50,7 +50,6 @@ class Why(msgspec.Struct, frozen=True):
     """Why a request was not answered.
 
     Attributes:
-        error: The reason in words.
         counted: Whether the request is the cause.
         again: Whether the next attempt will differ, because something was learned.
         doubtful: Whether the endpoint may be the cause as well; then `counted` is True.
@@ -100,13 +99,7 @@ class Results:
 
 
 class Response(msgspec.Struct):
-    """The reply to a line.
-
-    Attributes:
-        status_code: Its HTTP status.
-        request_id: The provider's id of the call, or None.
-        body: Its JSON.
-    """
+    """The reply to a line, as the provider's output file has it."""
 
     status_code: int = 200
     request_id: str | None = None
@@ -144,14 +137,14 @@ class Replies:
         sent: Callable[[], Mapping[str, Any]],
         results: Results,
     ) -> None:
-        """Take the reply to a line.
+        """Take the reply to a line, and add to *results* its answers and the requests without one.
 
         Args:
             response: The reply.
             line: The line.
             deliveries: Its requests; None for those that no longer wait.
             sent: Returns the body that was sent; called for refusals only.
-            results: Takes the answers, and the requests without one.
+            results: Takes the result.
         """
         asked: list[Asked | None] = []
         for delivery in deliveries:
