@@ -51,7 +51,6 @@ PURE = [
     "schema.traverse",
     "batching.events",
     "schema.python_types",
-    "batching.batch",
     "caching.entry",
     "caching.key",
     "caching.terms",

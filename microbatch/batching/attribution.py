@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from microbatch.accounting.stats import Ledger
-    from microbatch.batching.batch import Batch
-    from microbatch.batching.call_state import CallState
+    from microbatch.batching.call_state import Batch, CallState
     from microbatch.batching.estimates import Estimates
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Ticket

@@ -6,8 +6,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from microbatch.batching.batch import Batch
-from microbatch.batching.call_state import CallState
+from microbatch.batching.call_state import Batch, CallState
 from microbatch.batching.events import called, settled
 from microbatch.batching.ticket import AloneReason
 from microbatch.errors import ConfigError, RequestFailed, StatusError

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
-    from microbatch.batching.batch import Batch
+    from microbatch.batching.call_state import Batch
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.fallback import Fallback
     from microbatch.batching.permits import Account, Accounts, Permit

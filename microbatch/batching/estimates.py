@@ -162,9 +162,7 @@ class Estimates:
         if bound is None and spec.max_tokens is not None:
             bound = items * output_reserve(spec.max_tokens)
         elif bound is None:
-            # Only a few of many answers are long: the sum of independent draws deviates by the root of their number.
-            deviation = max(0.0, history.answer_tokens - history.answer_mean) * math.sqrt(items)
-            bound = round(items * history.answer_mean + deviation)
+            bound = history.reply_tokens(items)
         return round(history.prompt_scale.of(ours)) + bound
 
     def of_tickets(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int:

@@ -25,7 +25,7 @@ from microbatch.prompt.outcome import ONLY_REASONING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microbatch.batching.batch import Batch
+    from microbatch.batching.call_state import Batch
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.estimates import Estimates
     from microbatch.batching.permits import Permit

@@ -79,7 +79,6 @@ class LaneHistory(msgspec.Struct):
         max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then.
         answers: Tokens of the latest answers.
         answer_tokens: Their 95th percentile, as of the latest ranking.
-        answer_mean: Their mean, as of the latest ranking.
         unranked: Answers recorded since.
         thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
         thinking: Their part of that reply, from 0 to 1.
@@ -102,7 +101,6 @@ class LaneHistory(msgspec.Struct):
     max_line_tokens: int | None = None
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
-    answer_mean: float = 32.0
     unranked: int = _RANK_AFTER
     thought: int = 0
     thinking: float = 0.0
@@ -138,7 +136,6 @@ class LaneHistory(msgspec.Struct):
             return
         self.unranked = 0
         ranked = sorted(self.answers)
-        self.answer_mean = sum(ranked) / len(ranked)
         longest = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
         if longest != self.answer_tokens:  # the budget depends on it
             self.answer_tokens = longest

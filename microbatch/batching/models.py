@@ -64,8 +64,8 @@ _reasons = re.compile("|".join(REASONING_MODELS)).match
 _limits = [(re.compile(pattern).match, limit) for pattern, limit in OUTPUT_LIMITS]
 
 _OFF: Final = frozenset({None, False, "none", "off", "disabled"})
-_SWITCHES: Final = ("reasoning_effort", "enable_thinking", "thinking", "think", "enable_reasoning")
-_BUDGETS: Final = ("budget_tokens", "thinking_budget", "max_tokens")
+_SWITCHES: Final = ("reasoning", "reasoning_effort", "enable_thinking", "thinking", "think", "enable_reasoning")
+_BUDGETS: Final = ("budget_tokens", "thinking_budget")
 
 
 def reasons_by_name(model: str | None) -> bool:
@@ -75,25 +75,23 @@ def reasons_by_name(model: str | None) -> bool:
 
 def output_limit(model: str | None) -> int | None:
     """Return the most tokens that *model* is known to generate, or None."""
-    if model is None:
-        return None
-    name = _bare(model)
-    return next((limit for match, limit in _limits if match(name)), None)
+    return None if model is None else next((limit for match, limit in _limits if match(_bare(model))), None)
 
 
 def asked_reasoning(params: Mapping[str, Any]) -> bool | None:
     """Return whether request parameters ask for reasoning; None if none is about reasoning."""
-    said = [_switched(value) for name, value in _settings(params) if name in (*_SWITCHES, "reasoning")]
-    if any(said):
+    switches = [_is_on(value) for name, value in _with_template(params) if name in _SWITCHES]
+    if any(switches) or reasoning_budget(params):
         return True
-    if reasoning_budget(params):
-        return True
-    return False if said else None
+    return False if switches else None
 
 
 def reasoning_budget(params: Mapping[str, Any]) -> int:
     """Return the tokens of thought that request parameters ask for by number; 0 if they name none."""
-    budgets = [value for name, value in _settings(params, nested=True) if name in _BUDGETS]
+    budgets = [value for name, value in _with_template(params) if name in _BUDGETS]
+    for name, value in _with_template(params):
+        if name in ("reasoning", "thinking") and isinstance(value, dict):
+            budgets += [value.get(name) for name in (*_BUDGETS, "max_tokens")]
     return max((value for value in budgets if type(value) is int), default=0)
 
 
@@ -101,19 +99,13 @@ def _bare(model: str) -> str:
     return model.rpartition("/")[2].lower()
 
 
-def _settings(params: Mapping[str, Any], *, nested: bool = False) -> list[tuple[str, Any]]:
-    """Return the parameters that may be about reasoning, including those inside chat_template_kwargs."""
+def _with_template(params: Mapping[str, Any]) -> list[tuple[str, Any]]:
     template = params.get("chat_template_kwargs")
-    found = [*params.items(), *(template.items() if isinstance(template, dict) else ())]
-    if not nested:
-        return found
-    inner = [value for name, value in found if name in ("reasoning", "thinking") and isinstance(value, dict)]
-    return [pair for pair in found if pair[0] != "max_tokens"] + [pair for each in inner for pair in each.items()]
+    return [*params.items(), *(template.items() if isinstance(template, dict) else ())]
 
 
-def _switched(value: Any) -> bool:
+def _is_on(value: Any) -> bool:
     """Return whether the value of a parameter about reasoning turns it on."""
     if isinstance(value, dict):
-        states = [value[name] for name in ("type", "enabled", "effort") if name in value]
-        return all(_switched(state) for state in states)
+        return all(_is_on(value[name]) for name in ("type", "enabled", "effort") if name in value)
     return not isinstance(value, str | bool | int | None) or value not in _OFF
