@@ -30,18 +30,12 @@ _ENOUGH_BATCHES = 20
 
 
 class CallCost(msgspec.Struct, eq=False):
-    """The cost of an ended call, and each request's share of it.
-
-    Attributes:
-        price: Prices a usage; None if the price is unknown.
-        settled: Requests that were answered with their share on the reply and have no part in earlier calls.
-    """
+    """The cost of an ended call, and each request's share of it; `price` prices a usage, None if the price is unknown."""
 
     completion: Completion
     usage: Usage
     shares: list[Usage]
     price: Callable[[Usage], float] | None
-    settled: int = 0
 
 
 class UsageAttribution:
@@ -77,10 +71,12 @@ class UsageAttribution:
         shares = divided(completion.usage, batch.line_bytes, batch.answer_bytes)
         return CallCost(completion, completion.usage, shares, self._price_of(completion, batch.call_state))
 
-    def cost_alone(self, completion: Completion, call_state: CallState) -> CallCost | None:
+    def cost_alone(self, completion: Completion | None, call_state: CallState) -> CallCost | None:
         """Return the cost of a single call; None if it is unknown."""
+        if completion is None or completion.usage is None:
+            return None
         usage = completion.usage
-        return None if usage is None else CallCost(completion, usage, [usage], self._price_of(completion, call_state))
+        return CallCost(completion, usage, [usage], self._price_of(completion, call_state))
 
     def _price_of(self, completion: Completion, call_state: CallState) -> Callable[[Usage], float] | None:
         """Return the price of the model that answered, else of the one that was asked."""
@@ -98,15 +94,14 @@ class UsageAttribution:
         """
         tickets, alone = batch.tickets, []
         flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
-        if completion is not None and (call_cost is None or call_cost.settled < len(tickets)):
+        if completion is not None:
             _finish(tickets, completion)
         if call_cost is None:
             self._ledger.unreported_calls += completion is not None or batch.reply.heard
             for ticket in tickets:
                 self._drop_share(ticket)
         else:
-            if call_cost.settled < len(tickets):
-                self._book(tickets, call_cost)
+            self._book(tickets, call_cost)
             alone = self._record(batch, call_cost, each=each or bool(flights))
             self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
         for flight in flights:
@@ -114,7 +109,7 @@ class UsageAttribution:
         return alone
 
     def attribute_alone(
-        self, ticket: Ticket, completion: Completion, call_cost: CallCost | None, history: LaneHistory | None
+        self, ticket: Ticket, completion: Completion | None, call_cost: CallCost | None, history: LaneHistory | None
     ) -> None:
         """Record the cost of an ended single call; in *history* too, if a combined call had left *ticket* unanswered."""
         if call_cost is None:
@@ -129,18 +124,10 @@ class UsageAttribution:
             self._estimates.learn_alone(ticket, usage.prompt_tokens)
             if history is not None:
                 history.record_cost(usage, alone, price, again=True)
-        _finish([ticket], completion)
+        if completion is not None:
+            _finish([ticket], completion)
         if ticket.flight is not None:
             ticket.flight.spread(final=True)
-
-    def attribute_cut(
-        self, ticket: Ticket, completion: Completion | None, call_state: CallState, history: LaneHistory | None
-    ) -> None:
-        """Record the cost of an attempt of a single call that was cut off; see `attribute_alone`."""
-        if completion is None:
-            self._ledger.unreported_calls += 1
-        else:
-            self.attribute_alone(ticket, completion, self.cost_alone(completion, call_state), history)
 
     def _drop_share(self, ticket: Ticket) -> None:
         """Count the shares of earlier calls as unclaimed if the caller left at the moment of its answer."""

@@ -297,7 +297,8 @@ class Dispatcher:
 
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
-            self._attribution.attribute_cut(ticket, completion, call_state, history)
+            call_cost = self._attribution.cost_alone(completion, call_state)
+            self._attribution.attribute_alone(ticket, completion, call_cost, history)
             return True
 
         completion: Completion | None = None
@@ -421,7 +422,7 @@ class Dispatcher:
             body: The endpoint's JSON of a single call, or None.
             call_cost: The cost of the call, if it is over; None to hand out estimates.
         """
-        now, answered, settled_count = self._now(), 0, 0
+        now, answered = self._now(), 0
         spec, size = tickets[0].spec, call_state.size  # the requests of a call are of one lane
         limit = spec.max_tokens if size > 1 else None  # the endpoint enforces that of a single call
         price, shared_chars = call_state.price, spec.shared_chars // size
@@ -435,7 +436,6 @@ class Dispatcher:
                 continue
             if call_cost is not None and ticket.past is None:
                 usage = call_cost.shares[position]
-                settled_count += 1
             else:
                 usage = _estimated_usage(ticket, shared_chars, length)
             ticket.reply = reply = Reply(
@@ -455,8 +455,6 @@ class Dispatcher:
             )
             self._settle(ticket, reply, now)
             answered += 1
-        if call_cost is not None:
-            call_cost.settled = settled_count
         self._settled(answered)
         return answered
 

@@ -93,7 +93,7 @@ class Results:
         return why.counted and not (why.doubtful and not self.answers and self._doubtful >= ENOUGH)
 
     @property
-    def history(self) -> bool:
+    def learned(self) -> bool:
         """True if lines will be written differently from now on."""
         return any(why.again for why in self.open)
 
@@ -199,7 +199,9 @@ class Replies:
         if reply.error is None:
             yield _Share(one, 0, reply.text)
         else:
-            results.leave([one.delivery], Why(_told(reply.error)))
+            cause = reply.error.__cause__  # without a word of the answer
+            detail = f": {cause}" if isinstance(cause, ValueError) else ""
+            results.leave([one.delivery], Why(_told(reply.error) + detail))
 
     def _store(
         self, line: Line, shares: Sequence[_Share], completion: Completion, model: str | None, results: Results
