@@ -35,7 +35,6 @@ PURE = [
     "schema.response_format",
     "batching.lane",
     "batching.lane_history",
-    "batching.models",
     "prompt.compose",
     "batching.single_queue",
     "schema.envelope",
