@@ -23,15 +23,16 @@ from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.bulk import Prepared, bulk
 from microbatch.batching.dispatch import Dispatcher
-from microbatch.batching.economics import UNKNOWN_RATIO
 from microbatch.batching.engine import CLOSED_EARLY, Engine
 from microbatch.batching.fallback import Fallback
+from microbatch.batching.overhead import UNKNOWN_RATIO
 from microbatch.batching.request import PLAIN, check_messages, read_options, remembering
 from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import BatcherClosed, ConfigError, DeadlineExceeded, Overloaded, StorageError
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
+from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
 from microbatch.resources import Resource, acquire, release
@@ -167,6 +168,11 @@ class Microbatcher:
         self._admission = self._engine.admission
         calls = Dispatcher(
             send=self._sender.send,
+            codec=ChatCodec(
+                draw_ids,
+                canary=fallback.canary,
+                keep_thoughts=getattr(transport, "thoughts", "strip") == "keep",
+            ),
             ledger=self._ledger,
             attribution=UsageAttribution(
                 self._ledger, self._engine.estimates, self._tokens.count, self._tokens.exact_for, price
@@ -175,15 +181,11 @@ class Microbatcher:
             bounds=self._engine.bounds,
             keep=None if self._cache is None else self._cache.keep,
             listeners=listeners,
-            count=self._tokens.count,
             price=price,
             default_model=model,
             settled=self._engine.settled,
-            draw=draw_ids,
             now=lambda: self._loop.time() if self._loop is not None else 0.0,
             early=fallback.early,
-            canary=fallback.canary,
-            keep_thoughts=getattr(transport, "thoughts", "strip") == "keep",
         )
         self._fallback = Fallback(calls, self._engine.estimates, fallback, self._engine.fail)
         self._engine.wire(calls, self._fallback)

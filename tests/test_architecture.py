@@ -33,11 +33,11 @@ LAYERS = (
 UPWARDS = {
     ("caching", "batching.request"),
     ("caching", "batching.ticket"),
-    ("prompt", "batching.ticket"),
-    ("schema", "batching.expected"),
     ("schema", "prompt.thoughts"),
     ("spool", "batching.batch_limits"),
     ("spool", "batching.bounds"),
+    ("spool", "batching.estimates"),
+    ("spool", "batching.overhead"),
     ("spool", "batching.lane_history"),
     ("spool", "batching.request"),
     ("transports", "batching.permits"),

@@ -1,17 +1,14 @@
-"""Divides what a call cost among its requests, and books it."""
+"""Attributes the cost of a call to its requests, and records it."""
 
 from __future__ import annotations
 
 import logging
-from itertools import compress
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from microbatch.accounting.stats import divided
-from microbatch.batching.economics import UNKNOWN_RATIO
-from microbatch.batching.overhead import measure
+from microbatch.batching.overhead import measure_overhead
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
@@ -28,39 +25,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microbatch")
 
-_completion_of = attrgetter("completion_tokens")
-
-# Batches after which it can be told whether combining pays.
 _ENOUGH_BATCHES = 20
+"""Batches after which combining is judged for the log."""
 
 
 class CallCost(msgspec.Struct, eq=False):
-    """What each request of a call that is over has to pay.
-
-    Attributes:
-        completion: How it ended.
-        usage: What it used.
-        shares: Each one's share of that.
-        price: What prices that, or None if it is unknown.
-        settled: How many have been answered with their share on the reply, and owe nothing for calls before it.
-    """
+    """The cost of an ended call, and each request's share of it; `price` prices a usage, None if the price is unknown."""
 
     completion: Completion
     usage: Usage
     shares: list[Usage]
     price: Callable[[Usage], float] | None
-    settled: int = 0
 
 
 class UsageAttribution:
-    """Keeps the accounts of calls that have ended.
+    """Attributes the cost of ended calls.
 
     Args:
-        ledger: Where everything is counted.
-        estimates: Told how the endpoint counts.
+        ledger: The counts of the batcher.
+        estimates: Learns how the endpoint counts.
         count: Counts a text's tokens.
-        exact: Whether *count* is that of a model's own encoding; asked with None for the transport's model.
-        price: What prices a model's usage.
+        exact: Returns whether *count* is the encoding of a model; None stands for the transport's.
+        price: Returns what prices a model's usage.
     """
 
     def __init__(
@@ -76,94 +62,81 @@ class UsageAttribution:
         self._count = count
         self._exact = exact
         self._price = price
-        self._paid_batches = 0
+        self._batches = 0
 
-    def call_cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
-        """Divide what a combined call cost by the bytes of each request's line and answer; None if that is not known."""
-        usage = None if completion is None else completion.usage
-        if completion is None or usage is None:
+    def cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
+        """Return the cost of a combined call, divided by the bytes of each request's line and answer; None if it is unknown."""
+        if completion is None or completion.usage is None:
             return None
-        shares = divided(usage, batch.line_bytes, batch.answer_bytes)
-        return CallCost(completion, usage, shares, self._price_of(completion, batch.call_state))
+        shares = divided(completion.usage, batch.line_bytes, batch.answer_bytes)
+        return CallCost(completion, completion.usage, shares, self._price_of(completion, batch.call_state))
 
-    def bill_alone(self, completion: Completion, call_state: CallState) -> CallCost | None:
-        """Return what the request of a single call has to pay; None if that is not known."""
+    def cost_alone(self, completion: Completion | None, call_state: CallState) -> CallCost | None:
+        """Return the cost of a single call; None if it is unknown."""
+        if completion is None or completion.usage is None:
+            return None
         usage = completion.usage
-        return None if usage is None else CallCost(completion, usage, [usage], self._price_of(completion, call_state))
+        return CallCost(completion, usage, [usage], self._price_of(completion, call_state))
 
-    def divide(
+    def _price_of(self, completion: Completion, call_state: CallState) -> Callable[[Usage], float] | None:
+        """Return the price of the model that answered, else of the one that was asked."""
+        answered = None if completion.model is None else self._price(completion.model)
+        return answered or call_state.price
+
+    def attribute(
         self, batch: Batch, completion: Completion | None, call_cost: CallCost | None, *, each: bool = False
     ) -> list[Usage]:
-        """Book what the combined call cost, and each ticket's share of it; it is over.
-
-        Args:
-            batch: The call.
-            completion: How it ended; None if that is not known.
-            call_cost: Who pays what; None if that is not known.
-            each: Whether it is asked what each ticket would have cost alone.
+        """Record the cost of an ended combined call, and each ticket's share of it; None if it is unknown.
 
         Returns:
-            That of each ticket, none for those that were not answered; [] if it is not known, or nobody asks.
+            The usage that each ticket would have had alone, zero for those without an answer; [] if it is unknown, or not *each*
+            is asked for.
         """
-        tickets = batch.tickets
+        tickets, alone = batch.tickets, []
         flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
-        if completion is not None and (call_cost is None or call_cost.settled < len(tickets)):
+        if completion is not None:
             _finish(tickets, completion)
         if call_cost is None:
-            self._ledger.unreported_calls += completion is not None or batch.heard
+            self._ledger.unreported_calls += completion is not None or batch.reply.heard
             for ticket in tickets:
-                self._give_up_share(ticket)
-            alone = []
+                self._drop_share(ticket)
         else:
-            if call_cost.settled < len(tickets):
-                self._book(tickets, call_cost)
-            alone = self._pay(batch, call_cost, each=each or bool(flights))
+            self._book(tickets, call_cost)
+            alone = self._record(batch, call_cost, each=each or bool(flights))
             self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
         for flight in flights:
             flight.spread(final=True)
         return alone
 
-    def divide_alone(
-        self, ticket: Ticket, completion: Completion, call_cost: CallCost | None, history: LaneHistory | None = None
+    def attribute_alone(
+        self, ticket: Ticket, completion: Completion | None, call_cost: CallCost | None, history: LaneHistory | None
     ) -> None:
-        """Book what the single call of *ticket* cost; it is over.
-
-        Args:
-            ticket: The request.
-            completion: How the call ended.
-            call_cost: What it has to pay; None if that is not known.
-            history: What is known of its lane, if a combined call had left it open; else None.
-        """
+        """Record the cost of an ended single call; in *history* too, if a combined call had left *ticket* unanswered."""
         if call_cost is None:
             self._ledger.unreported_calls += 1
-            self._give_up_share(ticket)
+            self._drop_share(ticket)
         else:
             usage, price = call_cost.usage, call_cost.price
             self._book([ticket], call_cost)
             alone = usage if ticket.reply is not None else Usage()
             self._ledger.pay(usage, alone, price)
-            self._pay_joined(ticket, alone, price)
+            self._record_joined(ticket, alone, price)
             self._estimates.learn_alone(ticket, usage.prompt_tokens)
             if history is not None:
-                history.economics.mending += _weight(usage, price)
-                history.economics.alone += _weight(alone, price)
-        _finish([ticket], completion)
+                history.record_cost(usage, alone, price, again=True)
+        if completion is not None:
+            _finish([ticket], completion)
         if ticket.flight is not None:
             ticket.flight.spread(final=True)
 
-    def _give_up_share(self, ticket: Ticket) -> None:
-        """A call has reported nothing: if the caller left in the moment of its answer, the shares of earlier calls are nobody's."""
+    def _drop_share(self, ticket: Ticket) -> None:
+        """Count the shares of earlier calls as unclaimed if the caller left at the moment of its answer."""
         if ticket.unclaimed and ticket.usage is not None:
             self._ledger.unclaimed += ticket.usage
             ticket.remember().usage = None
 
-    def _price_of(self, completion: Completion, call_state: CallState) -> Callable[[Usage], float] | None:
-        """Return the price of the model that answered, else of the one that was asked for."""
-        answered = None if completion.model is None else self._price(completion.model)
-        return answered or call_state.price
-
     def _book(self, tickets: Sequence[Ticket], call_cost: CallCost) -> None:
-        """Book each ticket's share of a call that has ended: on its reply, on the ticket for later, or as unclaimed."""
+        """Book each ticket's share of an ended call: on its reply, on the ticket for later, or as unclaimed."""
         price = call_cost.price
         for ticket, share in zip(tickets, call_cost.shares, strict=True):
             reply, past = ticket.reply, ticket.past
@@ -183,75 +156,56 @@ class UsageAttribution:
                 past = ticket.remember()
                 past.usage, past.cost_usd = share, cost_usd
 
-    def _pay(self, batch: Batch, call_cost: CallCost, *, each: bool) -> list[Usage]:
-        """Book the call, and what its answered requests would have cost one by one; return that of *each* ticket if asked."""
-        history, asked, sizes, lines = batch.history, len(batch.tickets), batch.answer_bytes, batch.line_bytes
-        usage, price = call_cost.usage, call_cost.price
-        mine = [True] * asked
-        if call_cost.settled < asked:
-            mine = [ticket.reply is not None for ticket in batch.tickets]
-        answered = sum(mine)
+    def _record(self, batch: Batch, call_cost: CallCost, *, each: bool) -> list[Usage]:
+        """Record the cost of a combined call, and what its answered requests would have cost one by one; see `attribute`."""
+        history, lines, usage, price = batch.history, batch.line_bytes, call_cost.usage, call_cost.price
+        answered = [ticket.reply is not None for ticket in batch.tickets]
         alone = Usage()
-        if answered:
-            if not batch.past_the_end:  # else what nobody asked for would count as theirs
-                history.record_answers([*compress(map(_completion_of, call_cost.shares), mine)])
+        if any(answered):
+            if (
+                not batch.reply.elements.past_the_end
+            ):  # its tokens would include those of elements that were not asked for
+                shares = zip(call_cost.shares, answered, strict=True)
+                history.record_answers([share.completion_tokens for share, got in shares if got])
             history.record_thinking(usage)
-            if history.overhead is None:
-                history.overhead = measure(
-                    batch.call,
-                    batch.ids,
-                    batch.tickets,
-                    usage,
-                    self._count,
-                    exact=self._exact(batch.call.model),
-                    canary=batch.canary is not None,
-                )
-            share = 1.0 if answered == asked else sum(compress(lines, mine)) / sum(lines)
-            alone = history.overhead.alone(usage, asked=asked, answered=answered, answered_share=share)
+            overhead = history.overhead
+            if overhead is None:
+                exact = self._exact(batch.call.model)
+                overhead = measure_overhead(batch.combined, batch.tickets, usage, self._count, exact=exact)
+                history.record_overhead(overhead)
+            text_share = sum(line for line, got in zip(lines, answered, strict=True) if got) / sum(lines)
+            alone = overhead.alone(usage, asked=len(answered), answered=sum(answered), answered_share=text_share)
         self._ledger.pay(usage, alone, price)
-        economics = history.economics
-        if batch.call_state.route == "fallback" and not batch.instead:
-            economics.mending += _weight(usage, price)
-        else:
-            economics.combined += _weight(usage, price)
-        economics.alone += _weight(alone, price)
+        history.record_cost(usage, alone, price, again=batch.call_state.route == "fallback" and not batch.instead)
         self._warn_if_dearer()
-        if not (each and answered):
+        if not (each and any(answered)):
             return []
-        singles = divided(alone, [line * got for line, got in zip(lines, mine, strict=True)], sizes)
+        weights = [line * got for line, got in zip(lines, answered, strict=True)]
+        singles = divided(alone, weights, batch.answer_bytes)
         for ticket, single in zip(batch.tickets, singles, strict=True):
-            self._pay_joined(ticket, single, price)
+            self._record_joined(ticket, single, price)
         return singles
 
-    def _pay_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
-        """Book what those who have joined *ticket* would have cost, each as much as *alone*."""
+    def _record_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Record what the requests that have joined *ticket* would have cost, each as much as *alone*."""
         if ticket.flight is not None:
             for _ in range(ticket.flight.size - 1):
                 self._ledger.pay(Usage(), alone, price)
 
     def _warn_if_dearer(self) -> None:
-        """Say once, when there is enough to judge by, that combining costs more than it saves."""
-        self._paid_batches += 1
-        if self._paid_batches != _ENOUGH_BATCHES or not self._ledger.costs_more:
-            return
-        logger.warning(
-            "combining requests costs more than it saves here (%s): the messages they share are too short, or the answers too long",
-            self._ledger.comparison,
-        )
-
-
-def _weight(usage: Usage, price: Callable[[Usage], float] | None) -> float:
-    """Return what *usage* costs, in whatever unit: it is compared within one lane only."""
-    return usage.prompt_tokens + UNKNOWN_RATIO * usage.completion_tokens if price is None else price(usage)
+        """Log once, after enough batches, if combining costs more than it saves."""
+        self._batches += 1
+        if self._batches == _ENOUGH_BATCHES and self._ledger.costs_more:
+            advice = "the messages they share are too short, or the answers too long"
+            logger.warning("combining requests costs more than it saves here (%s): %s", self._ledger.comparison, advice)
 
 
 def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
-    """Tell the replies how the call that answered them ended."""
-    finish_reason, request_id, model = completion.finish_reason, completion.request_id, completion.model
+    """Set on the replies how the call that answered them ended."""
     for ticket in tickets:
         reply = ticket.reply
         if reply is not None:
-            reply.finish_reason = finish_reason
-            reply.request_id = request_id
-            if model is not None:
-                reply.model = model
+            reply.finish_reason = completion.finish_reason
+            reply.request_id = completion.request_id
+            if completion.model is not None:
+                reply.model = completion.model

@@ -1,32 +1,26 @@
 """The bound on a combined reply: how many tokens it may take at most where no caller has set `max_tokens`.
 
-Without one, a model that does not stop writes up to its context window, and every token is paid. The bound is three times what is
-expected, so that a reply in order does not meet it. Endpoints check it before they generate, against limits that differ by model
-and account; those are learned here from what they say when they refuse.
+Without a bound, a model that does not stop writes up to its context window, and every token is paid for. The bound is three times
+the expected length, so that a proper reply does not reach it. Endpoints check it before they generate, against limits that differ by
+model and account; those are learned here from refusals.
 
 A reply that ends at the bound is judged:
 
-- The model reasons (it reported reasoning, or carried a thought, or ended without any content): the bound is lifted for the model,
-  and the same requests are asked again at once.
-- It was in order and not past the requests asked for: answers are longer than expected. The lane's bound is doubled, once.
-- It is as long as the model, its context window or the account allow: batches are too large, and get smaller as they always have.
-- Otherwise the model has run away. The bound stays, and the reply speaks against combining.
+- The model reasons (it reported reasoning, or the reply carried a thought, or ended without any content): the bound is lifted for
+  the model, and the same requests are asked again at once.
+- The reply was in order and not past the requests asked for: answers are longer than expected. The lane's bound is doubled, once.
+- The reply is as long as the model, its context window or the account allow: batches are too large, and get smaller.
+- Otherwise the model has run away. The bound stays, and the reply counts against combining.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final, Protocol
+import re
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.batching.models import (
-    REASONING_ALLOWANCE,
-    asked_reasoning,
-    output_limit,
-    reasoning_budget,
-    reasons_by_name,
-)
 from microbatch.lru import LRU
 from microbatch.prompt.canary import CANARY_ANSWER_TOKENS
 
@@ -35,9 +29,9 @@ if TYPE_CHECKING:
 
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.messages import TokenLimits
+    from microbatch.prompt.codec import Settings
     from microbatch.prompt.outcome import CallOutcome
     from microbatch.protocols import Completion
-    from microbatch.schema.answer_type import AnswerType
 
 LEAST: Final = 256
 """Tokens that every combined reply may take."""
@@ -46,51 +40,85 @@ FRAME: Final = 16
 """Tokens around an answer: the id, the names of members, the braces."""
 
 UNKNOWN_ANSWER: Final = 256
-"""Expected of an answer that its schema does not bound, until the endpoint has reported some."""
+"""Tokens expected of an answer that its schema does not bound, until the endpoint has reported some."""
 
 QUOTA_SHARE: Final = 4
-"""A call is charged at most this part of the tokens allowed a minute, so that one long reply does not keep all others waiting."""
+"""A call is charged at most this part of the tokens allowed a minute, so that one long reply does not delay all others."""
 
 _FACTOR: Final = 3
 _CLOSE_FACTOR: Final = 1.5
-"""Put on what replies took, where tokens a minute have run out."""
+"""Put on the length of earlier replies, where tokens a minute have run out."""
 
 _LONGER: Final = 1.25
-"""By how much a bound must have grown for asking again to be worth it."""
+"""The least growth of a bound for which asking again is worth it."""
 
 _MODELS: Final = 256
 
+# Of models, by their names and parameters. Names are compared in lower case and without the part before the last slash
+# ("openai/gpt-5-mini" is "gpt-5-mini"). What is missing or wrong here is learned from the endpoint's replies and refusals.
 
-class Asked(Protocol):
-    """The common part of requests that decides the length of their answers; see `Spec` and `Options`."""
+REASONING_MODELS: Final = (
+    r"o[134](?:-|$)",  # OpenAI
+    r"gpt-5(?!.*chat)",
+    r"gpt-oss",
+    r"codex-mini",
+    r"deepseek-(?:reasoner|r\d)",
+    r".*\br1\b",  # DeepSeek's distilled models and others trained like them
+    r"qwq",
+    r"qwen3(?!.*(?:instruct|coder|embedding))",
+    r"gemini-(?:2\.5|[3-9])",
+    r"grok-(?:3-mini|[4-9])(?!.*non-reasoning)",
+    r"kimi-k2-thinking",
+    r"glm-(?:4\.[5-9]|z1|[5-9])",
+    r"minimax-m\d",
+    r"magistral",
+    r"seed-oss",
+    r"ernie-x\d",
+    r"hunyuan-(?:t1|a13b)",
+    r"exaone-deep",
+    r"nemotron.*(?:ultra|super|nano)",
+    r"sonar-(?:reasoning|deep)",
+    r".*(?<!non-)(?<!no-)(?:reasoning|reasoner|thinking)",
+)
+"""Regular expressions that match the beginnings of the names of models that reason unless they are told not to."""
 
-    @property
-    def model(self) -> str | None:
-        """Whom they ask; None for the transport's model."""
-        ...
+OUTPUT_LIMITS: Final = (
+    (r"gpt-3\.5|gpt-4-turbo|gpt-4-\d{4}-(?:preview|vision)|gpt-4-vision|gpt-4o-2024-05-13", 4_096),
+    (r"gpt-4(?:-\d{4}|-32k|$)", 8_192),
+    (r"gpt-4o|gpt-5.*chat", 16_384),
+    (r"gpt-4\.1", 32_768),
+    (r"gpt-5", 128_000),
+    (r"o1-preview", 32_768),
+    (r"o1-mini", 65_536),
+    (r"o[134](?:-|$)", 100_000),
+    (r"claude-3-(?:opus|sonnet|haiku)", 4_096),
+    (r"claude-3[-.]5", 8_192),
+    (r"claude-(?:3[-.]7|sonnet|haiku)", 64_000),
+    (r"claude-opus", 32_000),
+    (r"gemini-(?:1\.5|2\.0)", 8_192),
+    (r"gemini-(?:2\.5|[3-9])", 65_536),
+    (r"deepseek-chat", 8_192),
+    (r"deepseek-reasoner", 64_000),
+)
+"""Regular expressions that match the beginnings of models' names, and the most tokens that those generate; the first match counts."""
 
-    @property
-    def answer(self) -> AnswerType:
-        """The shape of an answer."""
-        ...
+REASONING_ALLOWANCE: Final = 16_000
+"""Tokens granted to a reasoning model for its thoughts, unless a parameter names more."""
 
-    @property
-    def max_tokens(self) -> int | None:
-        """Most tokens of an answer as callers have set it, or None."""
-        ...
+_reasons = re.compile("|".join(REASONING_MODELS)).match
+_limits = [(re.compile(pattern).match, limit) for pattern, limit in OUTPUT_LIMITS]
 
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """Further request fields."""
-        ...
+_OFF: Final = frozenset({None, False, "none", "off", "disabled"})
+_SWITCHES: Final = ("reasoning", "reasoning_effort", "enable_thinking", "thinking", "think", "enable_reasoning")
+_BUDGETS: Final = ("budget_tokens", "thinking_budget")
 
 
 class ModelLimits(msgspec.Struct):
-    """The limits and habits of one model, as far as they are known.
+    """What is known of one model.
 
     Attributes:
-        output: The most tokens it generates, None if that is not known.
-        context: Its context window in tokens, None if that is not known.
+        output: The most tokens it generates, or None.
+        context: Its context window in tokens, or None.
         reasons: Whether it reasons unless it is told not to.
         unbounded: Whether its calls go without a bound: the transport does not send it, or the endpoint refuses any.
         accepted: The largest bound that a call was answered with.
@@ -110,7 +138,7 @@ class Bounds:
 
     Args:
         default_model: The transport's model, for calls that name none.
-        canary: Whether each batch has a canary as well.
+        canary: Whether each combined prompt ends in a canary.
     """
 
     def __init__(self, default_model: str | None = None, *, canary: bool = False) -> None:
@@ -126,16 +154,12 @@ class Bounds:
         )
 
     def bound(
-        self, spec: Asked, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None
+        self, spec: Settings, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None
     ) -> int | None:
-        """Return the most tokens that a combined reply may take; None for no bound of ours.
+        """Return the most tokens that a combined reply to *items* may take; None for no bound.
 
-        Args:
-            spec: What its *items* have in common.
-            history: What is known of their lane.
-            items: How many they are.
-            prompt: Returns the tokens of the prompt, no fewer than there are. It is asked only if they matter.
-            quota: Tokens a minute that the account may use, or None for no limit.
+        *prompt* returns an upper bound of the prompt's tokens, and is called only if they matter; *quota* is the number of tokens a
+        minute that the account may use, None for no limit.
         """
         model = self.of(spec.model)
         if spec.max_tokens is not None or model.unbounded:
@@ -146,27 +170,27 @@ class Bounds:
         quota = _lower(quota, history.per_minute)
         if quota is not None:
             share = quota // QUOTA_SHARE - prompt()
-            if share < LEAST:  # the prompt alone takes nearly as much; then it is the answers that count
+            if share < LEAST:  # the prompt alone takes nearly as much; then the answers take what they need
                 share = min(items * self._each(spec, history), quota - prompt())
             tokens = min(tokens, share)
         if model.context is not None:
             tokens = min(tokens, model.context - prompt())
         return tokens if tokens > 0 else None
 
-    def wanted(self, spec: Asked, history: LaneHistory, items: int) -> int:
+    def wanted(self, spec: Settings, history: LaneHistory, items: int) -> int:
         """Return the bound that a combined reply to *items* would have if nothing limited it."""
         if history.per_minute is not None and history.answers:
-            # What a bound reserves and the reply does not use keeps other calls waiting; the length of earlier replies is known here.
+            # Reserved tokens that the reply does not use delay other calls, and the length of earlier replies is known here.
             seen = math.ceil(_CLOSE_FACTOR * history.reply_tokens(items)) + self._canary_tokens
             return max(LEAST, seen) * (1 + history.doubled)
         tokens = max(LEAST, _FACTOR * (items * self._each(spec, history) + self._canary_tokens))
         return (tokens + self._thought(spec, history)) * (1 + history.doubled)
 
-    def tried(self, spec: Asked, history: LaneHistory, items: int, bound: int | None) -> tuple[int | None, bool]:
+    def tried(self, spec: Settings, history: LaneHistory, items: int, bound: int | None) -> tuple[int | None, bool]:
         """Return the bound to send instead of *bound*, and whether it is larger than any that was accepted.
 
-        Only one call at a time tries a larger bound, as long as that which was accepted is likely to do: an endpoint may have a
-        limit that nobody knows of, and refuses all calls that are under way when it is found.
+        Only one call at a time tries a larger bound, as long as the accepted one is likely to suffice: an endpoint may have an
+        unknown limit, and refuses all calls that are under way when it is reached.
         """
         model = self.of(spec.model)
         if bound is None or bound <= model.accepted:
@@ -178,15 +202,15 @@ class Bounds:
             return model.accepted, False
         return bound, True
 
-    def _each(self, spec: Asked, history: LaneHistory) -> int:
+    def _each(self, spec: Settings, history: LaneHistory) -> int:
         """Return the tokens expected of one element."""
         expected = spec.answer.expected_tokens
         if expected is None:
             expected = 2 * history.written if history.answers else UNKNOWN_ANSWER
         return FRAME + expected
 
-    def _thought(self, spec: Asked, history: LaneHistory) -> int:
-        """Return the tokens granted for what a reasoning model thinks, which are no more for a larger batch."""
+    def _thought(self, spec: Settings, history: LaneHistory) -> int:
+        """Return the tokens granted for the thoughts of a reasoning model; they do not grow with the batch."""
         asked = asked_reasoning(spec.params) if spec.params else None
         if not (history.reasons or asked or (asked is None and self.of(spec.model).reasons)):
             return 0
@@ -194,89 +218,135 @@ class Bounds:
 
     # --- what is learned
 
-    def refused(self, spec: Asked, history: LaneHistory, said: TokenLimits) -> None:
-        """Learn from what an endpoint said of tokens when it refused a bound."""
+    def begin(self, model: str | None, *, tried: bool) -> None:
+        """Note that a call to *model* begins, and whether its bound is larger than any that was accepted."""
+        self.of(model).trying += tried
+
+    def end(self, model: str | None, *, tried: bool) -> None:
+        """Note that a call which `begin` was told of is over."""
+        self.of(model).trying -= tried
+
+    def refused(self, spec: Settings, history: LaneHistory, limits: TokenLimits) -> None:
+        """Learn the limits that an endpoint named when it refused a bound."""
         model = self.of(spec.model)
-        model.output = _lower(model.output, said.completion)
-        model.context = model.context if said.context is None else said.context
-        history.affordable = said.affordable if said.affordable is not None else history.affordable
-        history.per_minute = said.per_minute if said.per_minute is not None else history.per_minute
-        history.revised = True
+        model.output = _lower(model.output, limits.completion)
+        model.context = model.context if limits.context is None else limits.context
+        history.record_limits(limits)
 
     def judge(
-        self,
-        spec: Asked,
-        history: LaneHistory,
-        outcome: CallOutcome,
-        completion: Completion | None,
-        fresh: Callable[[], int | None],
-    ) -> None:
-        """Judge how a combined call has ended, in *outcome* and in what is known of its lane and model.
+        self, spec: Settings, history: LaneHistory, outcome: CallOutcome, fresh: Callable[[], int | None]
+    ) -> CallOutcome:
+        """Return *outcome* with `again` and `runaway` judged, and learn from it.
 
-        Args:
-            spec: What its requests had in common.
-            history: What is known of their lane.
-            outcome: How it ended.
-            completion: How the endpoint ended it; None if it did not.
-            fresh: Returns the bound that the call would have by what is known now.
+        *fresh* returns the bound that the call would have by what is known now.
         """
+        completion = outcome.completion
         sent = None if completion is None else completion.bound
         if completion is not None:
-            self._note(spec, history, outcome, completion)
-        if outcome.ending == "length" and sent is not None and _reached(completion, sent):
-            self._at_the_bound(spec, history, outcome, sent, fresh)
-        outcome.runaway |= outcome.past_the_end and outcome.ending != "complete"
-        if outcome.again:
-            return
-        good = outcome.sound and not outcome.runaway
-        if good and not history.proven:
-            history.proven = history.revised = True
-        if outcome.runaway or outcome.ending == "complete" or (outcome.ending == "length" and sent is not None):
-            history.fruitless = 0 if good else history.fruitless + 1
+            self._learn(spec, history, outcome, completion)
+        again, runaway = False, outcome.reply.elements.past_the_end and outcome.ending != "complete"
+        if outcome.ending == "length" and completion is not None and sent is not None and _reached(completion, sent):
+            again, at_bound = self._at_the_bound(spec, history, outcome, sent, fresh)
+            runaway = runaway or at_bound
+        if not again:
+            bounded_length = outcome.ending == "length" and sent is not None
+            history.record_outcome(
+                good=outcome.reply.sound and not runaway,
+                judged=runaway or outcome.ending == "complete" or bounded_length,
+            )
+        return msgspec.structs.replace(outcome, again=again, runaway=runaway)
 
-    def _note(self, spec: Asked, history: LaneHistory, outcome: CallOutcome, completion: Completion) -> None:
-        """Learn from a reply what it shows of its model."""
+    def _learn(self, spec: Settings, history: LaneHistory, outcome: CallOutcome, completion: Completion) -> None:
+        """Learn from a reply whether its model accepts bounds, and whether it reasons."""
         model, sent = self.of(spec.model), completion.bound
         if sent is not None:
             model.accepted = max(model.accepted, sent)
         elif outcome.bounded:
             model.unbounded = True
         thought = completion.thought or (completion.usage is not None and completion.usage.reasoning_tokens > 0)
-        if thought or (outcome.ending == "length" and sent is not None and not outcome.heard):
+        if thought or (outcome.ending == "length" and sent is not None and not outcome.reply.heard):
             if asked_reasoning(spec.params) is False:
-                history.reasons = True  # what it was told not to do; with other parameters it may be another matter
+                history.note_reasoning()  # it was told not to; with other parameters it may not
             else:
                 model.reasons = True
 
     def _at_the_bound(
-        self, spec: Asked, history: LaneHistory, outcome: CallOutcome, sent: int, fresh: Callable[[], int | None]
-    ) -> None:
-        """Judge a reply that has ended at our bound."""
+        self,
+        spec: Settings,
+        history: LaneHistory,
+        outcome: CallOutcome,
+        sent: int,
+        fresh: Callable[[], int | None],
+    ) -> tuple[bool, bool]:
+        """Return whether a reply that ended at the bound *sent* is asked for again, and whether the model has run away."""
 
         def longer() -> bool:
             bound = fresh()
             return bound is None or bound >= sent * _LONGER
 
-        if outcome.past_the_end or not outcome.in_order or (outcome.heard and not outcome.sound):
-            outcome.runaway = True
-            return
+        reply = outcome.reply
+        if reply.elements.past_the_end or reply.elements.disordered or (reply.heard and not reply.sound):
+            return False, True
         if longer():
-            outcome.again = True  # the bound has been lifted since, by this reply or by another
-        elif not history.doubled:
-            history.doubled = True
-            outcome.again = longer()
-            history.doubled = outcome.again
-        if not outcome.again:
-            limited = fresh()
-            # As long as it can be: the batch is too large. With room left, twice what was expected was not enough.
-            outcome.runaway = limited is not None and limited >= self.wanted(spec, history, outcome.asked)
+            return True, False  # the bound has been lifted since, by this reply or by another
+        if not history.doubled:
+            history.double_bound()
+            if longer():
+                return True, False
+            history.double_bound(doubled=False)
+        limit = fresh()
+        # A reply as long as possible: the batch is too large. With room left, twice the expected length was not enough.
+        return False, limit is not None and limit >= self.wanted(spec, history, outcome.asked)
 
 
-def _reached(completion: Completion | None, bound: int) -> bool:
-    """Return whether a reply that ended in "length" can have done so at *bound*: not if it reports far fewer tokens."""
-    usage = None if completion is None else completion.usage
+def _reached(completion: Completion, bound: int) -> bool:
+    """Return whether a reply that ended in "length" can have reached *bound*: not if it reports far fewer tokens."""
+    usage = completion.usage
     return usage is None or usage.completion_tokens <= 0 or 2 * usage.completion_tokens >= bound
 
 
 def _lower(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
+
+
+def reasons_by_name(model: str | None) -> bool:
+    """Return whether *model* is known to reason."""
+    return model is not None and _reasons(_bare(model)) is not None
+
+
+def output_limit(model: str | None) -> int | None:
+    """Return the most tokens that *model* is known to generate, or None."""
+    return None if model is None else next((limit for match, limit in _limits if match(_bare(model))), None)
+
+
+def asked_reasoning(params: Mapping[str, Any]) -> bool | None:
+    """Return whether request parameters ask for reasoning; None if none is about reasoning."""
+    switches = [_is_on(value) for name, value in _with_template(params) if name in _SWITCHES]
+    if any(switches) or reasoning_budget(params):
+        return True
+    return False if switches else None
+
+
+def reasoning_budget(params: Mapping[str, Any]) -> int:
+    """Return the tokens of thought that request parameters ask for by number; 0 if they name none."""
+    budgets = [value for name, value in _with_template(params) if name in _BUDGETS]
+    for name, value in _with_template(params):
+        if name in ("reasoning", "thinking") and isinstance(value, dict):
+            budgets += [value.get(name) for name in (*_BUDGETS, "max_tokens")]
+    return max((value for value in budgets if type(value) is int), default=0)
+
+
+def _bare(model: str) -> str:
+    return model.rpartition("/")[2].lower()
+
+
+def _with_template(params: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    template = params.get("chat_template_kwargs")
+    return [*params.items(), *(template.items() if isinstance(template, dict) else ())]
+
+
+def _is_on(value: Any) -> bool:
+    """Return whether the value of a parameter about reasoning turns it on."""
+    if isinstance(value, dict):
+        return all(_is_on(value[name]) for name in ("type", "enabled", "effort") if name in value)
+    return not isinstance(value, str | bool | int | None) or value not in _OFF

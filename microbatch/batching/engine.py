@@ -126,8 +126,8 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop
         self._tasks: TaskGroup
         self.bounds = Bounds(model, canary=canary)
-        budgets = BatchLimits(policy, count, self.bounds, canary=canary)
-        self.estimates = Estimates(budgets, count, self.bounds)
+        self.estimates = Estimates(count, self.bounds, canary=canary)
+        budgets = BatchLimits(policy, self.estimates)
         self._borrowers: dict[Account, SlotQueue] = {}
         bypass = policy.max_concurrent_batches if policy.when_full == "bypass" else 0
         self.admission = AdmissionQueue(policy.max_queued, self._note_quiet, bypass=bypass)
@@ -272,7 +272,7 @@ class Engine:
         items, tokens = queue.next_batch
         if items == 1:
             # One that was to travel with others was charged before anything was known of single answers.
-            apart, oldest = queue.history.apart > 0, queue.oldest
+            apart, oldest = queue.history.suspended_for > 0, queue.oldest
             return min(quota, self.estimates.alone(oldest, queue.history).tokens if apart else oldest.cost)
         return min(quota, self.estimates.together(queue.spec, queue.history, items, tokens, quota))
 
@@ -304,7 +304,7 @@ class Engine:
             return None
         if len(tickets) == 1:
             alone = AloneReason.IDLE if reason is FlushReason.IDLE else AloneReason.NO_COMPANY
-            if lane.history.go_alone():
+            if lane.history.consume_suspension():
                 alone = AloneReason.NOT_CHEAPER
                 self.lanes.revise(lane)
             self._note_single(tickets[0], alone)
@@ -313,7 +313,6 @@ class Engine:
             for ticket in tickets:
                 self._intake.queue_alone(ticket, AloneReason.NOT_CHEAPER, lane.account)
             return None
-        lane.history.alone = 0
         self._ledger.batches_by_reason[reason] += 1
         if self._listeners.flush is not None:
             self._listeners.flush(flushed(tickets, reason, self._loop.time()))
@@ -367,11 +366,11 @@ class Engine:
     async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
         outcome = await self._calls.batch(batch)
         batch.permit.finish()  # the calls of its recovery have permits of their own
-        if outcome.ending == "complete" and not outcome.open:
+        if outcome.ending == "complete" and not outcome.unanswered:
             batch.history.grow(outcome.asked, self._policy.max_batch_size)
         if not outcome.again:  # else what is asked now is the same call
             self._heed(lane)
-        if outcome.open or outcome.ending == "length":
+        if outcome.unanswered or outcome.ending == "length":
             await self._fallback.recover(outcome, batch, lambda: self._heed(lane))
             self._heed(lane, mended=True)
 
@@ -386,10 +385,10 @@ class Engine:
             How many requests its batches hold now.
         """
         history = lane.history
-        if history.parts(mended=mended):
-            history.part()
+        if history.is_useless(complete=mended):
+            history.suspend()
             self._ledger.lanes_parted += 1
-            if history.parted == 1:  # once is enough
+            if history.suspensions == 1:  # once is enough
                 logger.warning(
                     "asking again for missing and broken answers costs more than combining saves: requests of this kind "
                     "go alone for a while"

@@ -1,211 +1,205 @@
-"""What a call is charged by an endpoint that limits tokens a minute: its prompt, and the answer reserved for it.
+"""Estimates of what a call will be charged, and of the tokens that its prompt takes.
 
-Counted only where such a limit is set. An item is counted once, when it is queued; what surrounds it once a lane. What the
-endpoint then reports corrects the estimate for the lane's next calls: schemas and chat templates are charged differently
-everywhere, and not every model's encoding is known.
+An endpoint that limits tokens a minute charges a call's prompt and the answer reserved for it. Tokens are counted only where that or a
+context window matters: an item once, when it is queued, and what surrounds it once per lane. The endpoint's reports then correct the
+estimates for later calls.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from microbatch.batching.batch_limits import MAX_COUNTED_CHARS, estimate, output_reserve
-from microbatch.batching.overhead import message_tokens, shared_tokens
+from microbatch.batching.lane_history import TokenScale
+from microbatch.batching.overhead import (
+    MAX_COUNTED_CHARS,
+    assumed_overhead,
+    estimate,
+    message_tokens,
+    shared_tokens,
+)
 from microbatch.batching.ticket import Charge
-from microbatch.prompt.compose import ID_TOKENS
+from microbatch.errors import ConfigError
+from microbatch.prompt.canary import CANARY_TOKENS
+from microbatch.prompt.compose import ID_TOKENS, instruction, output_reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from microbatch.batching.batch_limits import BatchLimits
     from microbatch.batching.bounds import Bounds, ModelLimits
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Spec, Ticket
     from microbatch.messages import TokenLimits
-
-# How far one reply moves the ratio of the endpoint's count to ours, and the most that is believed of it.
-_STEP = 0.5
-_MAX_SCALE = 4.0
+    from microbatch.schema.answer_type import AnswerType
 
 _MARGIN = 1.05
 """Put on our count of a prompt where it must not be too low."""
 
-_SHORT = 256
-"""Prompts of fewer tokens tell what is added to each, longer ones by how much they are off in proportion."""
+_REMEMBERED = 256
+"""Models and shapes of answers that are remembered."""
 
-_MODELS = 256
-
-# For requests that never had company, nothing is learned of their answers.
+# For requests that are never combined, nothing is learned of their answers.
 _UNKNOWN_ANSWER = 256
 
 
-class _Fit(msgspec.Struct):
-    """How an endpoint counts a model's single prompts: so many times our count, and so many more.
-
-    What frames a message is the same for short and long ones: learned as a ratio from short ones, it would be far off for long.
-    """
-
-    scale: float = 1.0
-    more: float = 0.0
-
-    def of(self, ours: int) -> float:
-        """Return the endpoint's count of a prompt that has *ours* by our own."""
-        return max(1.0, ours * self.scale + self.more)
-
-    def learn(self, ours: int, theirs: int) -> None:
-        """The endpoint counted *theirs* for a prompt that has *ours* by our own."""
-        if ours < _SHORT:
-            most = (_MAX_SCALE - 1) * _SHORT
-            self.more += (min(most, max(-most, theirs - ours * self.scale)) - self.more) * _STEP
-        else:
-            self.scale = _nearer(self.scale, (theirs - self.more) / ours)
-
-
 class Estimates:
-    """Estimates charges, in tokens.
+    """Estimates charges and prompts, in tokens.
 
     Args:
-        budgets: Knows what our own instruction takes.
         count: Counts a text's tokens.
-        bounds: Knows how long combined replies may be.
+        bounds: Works out how long combined replies may be.
+        canary: Whether each combined prompt ends in a canary.
     """
 
-    def __init__(self, budgets: BatchLimits, count: Callable[[str], int], bounds: Bounds) -> None:
-        self._budgets = budgets
+    def __init__(self, count: Callable[[str], int], bounds: Bounds, *, canary: bool = False) -> None:
         self._count = count
         self._bounds = bounds
-        self._fits: dict[str | None, _Fit] = {}  # by model
+        self._canary_tokens = CANARY_TOKENS if canary else 0
+        self._scale_of = lru_cache(_REMEMBERED)(_new_scale)  # of a model's single prompts
+        self._preamble_tokens = lru_cache(_REMEMBERED)(self._count_preamble)
+        self._schema_tokens = lru_cache(_REMEMBERED)(self._count_schemas)
+
+    # --- prompts
+
+    def tokens_of(self, text: str) -> int:
+        """Return the tokens of *text*, of a long one its bytes: they are an upper bound that does not block the event loop."""
+        return self._count(text) if len(text) <= MAX_COUNTED_CHARS else len(text.encode())
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Return whether *text* has more than *limit* tokens; False if the counter fails."""
+        try:
+            return estimate(text, self._count) > limit
+        except ConfigError:
+            return False
+
+    def preamble_tokens(self, answer: AnswerType) -> int:
+        """Return the tokens of the instruction and the canary, counted once for each shape of answer."""
+        return self._preamble_tokens(answer.words)
+
+    def _count_preamble(self, words: str) -> int:
+        return self.tokens_of(instruction(words)) + self._canary_tokens
+
+    def _count_schemas(self, answer: AnswerType) -> tuple[int, int]:
+        """Return the tokens of the schemas of a single and of a combined reply."""
+        single, combined = (
+            0 if schema is None else self.tokens_of(msgspec.json.encode(schema).decode())
+            for schema in (answer.single_schema, answer.batch_schema)
+        )
+        return single, combined
 
     def measure(self, spec: Spec, history: LaneHistory) -> None:
-        """Count what the requests of a lane share, once."""
+        """Count the messages that the requests of a lane share, once."""
         if history.shared_tokens is None:
-            history.shared_tokens = shared_tokens(spec.shared, self._count)
+            history.record_shared(shared_tokens(spec.shared, self._count))
+
+    def prompt_of(self, spec: Spec, history: LaneHistory, tokens: int) -> int:
+        """Return the prompt's tokens of a combined call whose lines have *tokens*, by our own count."""
+        return (history.shared_tokens or 0) + self.preamble_tokens(spec.answer) + tokens
+
+    def _prompt_of_tickets(self, tickets: Sequence[Ticket], history: LaneHistory) -> int:
+        """Return the same for a call with *tickets*, counted exactly."""
+        self.measure(tickets[0].spec, history)
+        for ticket in tickets:
+            ticket.count(self._count)
+        return self.prompt_of(tickets[0].spec, history, line_tokens(tickets))
+
+    def _at_most(self, spec: Spec, history: LaneHistory, ours: int) -> int:
+        """Return an upper bound of the endpoint's count of a combined prompt, its schema and a margin included."""
+        prompt = max(float(ours), history.prompt_scale.of(ours))
+        return math.ceil(_MARGIN * prompt) + self._schema_tokens(spec.answer)[1]
+
+    def is_cheaper_combined(self, spec: Spec, history: LaneHistory, items: int, ratio: float) -> bool:
+        """Return whether *items* of a measured lane cost less together than one by one; see `PromptOverhead`."""
+        overhead = history.overhead
+        if overhead is None:
+            # Schemas are counted, as OpenAI charges them; the first reply shows whether the endpoint does not.
+            single, combined = self._schema_tokens(spec.answer)
+            alone_prompt = (history.shared_tokens or 0) + single
+            overhead = assumed_overhead(
+                alone_prompt, self.prompt_of(spec, history, combined), wrapped=spec.answer.wrapped
+            )
+        return overhead.is_cheaper_combined(items, ratio)
+
+    # --- charges
 
     def model(self, spec: Spec) -> ModelLimits:
-        """Return what is known of the model that requests with *spec* go to."""
+        """Return what is known of the model that requests with *spec* ask."""
         return self._bounds.of(spec.model)
 
     def alone(self, ticket: Ticket, history: LaneHistory) -> Charge:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
-        text = (
-            ticket.count(self._count) if len(ticket.line) <= MAX_COUNTED_CHARS else estimate(ticket.text, self._count)
+        spec = ticket.spec
+        short = len(ticket.line) <= MAX_COUNTED_CHARS
+        ours = (history.shared_tokens or 0) + (
+            ticket.count(self._count) if short else estimate(ticket.text, self._count)
         )
-        ours = (history.shared_tokens or 0) + text
-        fit = self._fits.get(ticket.spec.model)
-        prompt = ours if fit is None else fit.of(ours)
-        answer: float | None = ticket.spec.max_tokens
+        answer: float | None = spec.max_tokens
         if answer is None:
             usual = history.written + history.thought
             answer = usual if history.single_tokens is None else history.single_tokens
-        return Charge(round(prompt + answer), ours)
+        return Charge(round(self._scale_of(spec.model).of(ours) + answer), ours)
 
     def of_any(self, spec: Spec) -> Charge:
         """Return the charge of a request that is not combinable, whose messages are all in *spec*."""
         extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
-        prompt = message_tokens(spec.shared, self._count) + (
-            estimate(msgspec.json.encode(extra).decode(), self._count) if extra else 0
-        )
+        prompt = message_tokens(spec.shared, self._count)
+        if extra:
+            prompt += estimate(msgspec.json.encode(extra).decode(), self._count)
         answers = spec.params.get("n")
         each = spec.max_tokens if spec.max_tokens is not None else _UNKNOWN_ANSWER
         return Charge(prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1))
 
     def together(self, spec: Spec, history: LaneHistory, items: int, tokens: int, quota: int | None) -> int:
-        """Return the charge of a combined call.
+        """Return the charge of a combined call of *items* with *tokens* in their lines, ids included.
 
-        Args:
-            spec: What its *items* have in common.
-            history: What is known of their lane.
-            items: How many they are.
-            tokens: The tokens of their lines, ids included.
-            quota: Tokens a minute that may be charged; None for no limit.
+        *quota* is the number of tokens a minute that may be charged; None for no limit.
         """
-        prompt = self.prompt_of(spec, history, tokens) * history.prompt_scale
-        bound = self._bounds.bound(
-            spec, history, items, prompt=lambda: self._at_most(spec, history, tokens), quota=quota
-        )
-        return round(prompt) + (self._answers(spec, history, items) if bound is None else bound)
-
-    def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:
-        """Return the most tokens that the combined reply to *tickets* may take; None for no bound of ours.
-
-        Args:
-            tickets: The requests, of one lane.
-            history: What is known of it.
-            quota: Tokens a minute that may be charged; None for no limit.
-        """
-        spec = tickets[0].spec
-
-        def prompt() -> int:
-            self.measure(spec, history)
-            for ticket in tickets:
-                ticket.count(self._count)
-            return self._at_most(spec, history, line_tokens(tickets))
-
-        return self._bounds.bound(spec, history, len(tickets), prompt=prompt, quota=quota)
-
-    def _at_most(self, spec: Spec, history: LaneHistory, tokens: int) -> int:
-        """Return the tokens of a combined prompt with a schema, whether or not the endpoint charges that, and with a margin."""
-        ours = self.prompt_of(spec, history, tokens) * max(1.0, history.prompt_scale)
-        return math.ceil(_MARGIN * ours) + self._budgets.schema_tokens(spec.answer)[1]
-
-    def surroundings(self, spec: Spec, history: LaneHistory) -> tuple[int, int]:
-        """Return the tokens of a single prompt without its text, and of a combined one without its lines.
-
-        Schemas are counted in, as OpenAI charges them: who does not shows that with the first reply.
-        """
-        single, combined = self._budgets.schema_tokens(spec.answer)
-        return (history.shared_tokens or 0) + single, self.prompt_of(spec, history, combined)
+        ours = self.prompt_of(spec, history, tokens)
+        bound = self._bounds.bound(spec, history, items, prompt=lambda: self._at_most(spec, history, ours), quota=quota)
+        if bound is None and spec.max_tokens is not None:
+            bound = items * output_reserve(spec.max_tokens)
+        elif bound is None:
+            bound = history.reply_tokens(items)
+        return round(history.prompt_scale.of(ours)) + bound
 
     def of_tickets(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int:
         """Return the charge of a combined call for *tickets*; see `together`."""
         return self.together(tickets[0].spec, history, len(tickets), line_tokens(tickets), quota)
 
-    def prompt_of(self, spec: Spec, history: LaneHistory, tokens: int) -> int:
-        """Return the prompt's tokens of a combined call whose lines have *tokens*, by our own count."""
-        return (history.shared_tokens or 0) + self._budgets.preamble_tokens(spec.answer.words) + tokens
+    def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:
+        """Return the most tokens that the combined reply to *tickets*, of one lane, may take; None for no bound."""
+        spec = tickets[0].spec
+
+        def prompt() -> int:
+            return self._at_most(spec, history, self._prompt_of_tickets(tickets, history))
+
+        return self._bounds.bound(spec, history, len(tickets), prompt=prompt, quota=quota)
+
+    # --- what is learned
 
     def learn_together(self, tickets: Sequence[Ticket], history: LaneHistory, prompt_tokens: int) -> None:
-        """The endpoint counted *prompt_tokens* for a combined call of *tickets*."""
+        """Learn that the endpoint counted *prompt_tokens* for a combined call of *tickets*."""
         if history.shared_tokens is not None:
             ours = self.prompt_of(tickets[0].spec, history, line_tokens(tickets))
-            history.prompt_scale = _nearer(
-                history.prompt_scale, prompt_tokens / ours, 1.0 if history.prompt_scale == 1.0 else _STEP
-            )
-
-    def learn_refused(self, tickets: Sequence[Ticket], history: LaneHistory, said: TokenLimits) -> None:
-        """The endpoint refused the bound of a combined call of *tickets*, and said what of tokens."""
-        spec = tickets[0].spec
-        self._bounds.refused(spec, history, said)
-        if said.prompt:
-            self.measure(spec, history)
-            for ticket in tickets:
-                ticket.count(self._count)
-            counted = said.prompt / self.prompt_of(spec, history, line_tokens(tickets))
-            history.prompt_scale = min(_MAX_SCALE, max(history.prompt_scale, counted))
+            history.prompt_scale.learn(ours, prompt_tokens)
 
     def learn_alone(self, ticket: Ticket, prompt_tokens: int) -> None:
-        """The endpoint counted *prompt_tokens* for a single call of *ticket*."""
-        ours = 0 if ticket.charge is None else ticket.charge.prompt
-        if ours:
-            model = ticket.spec.model
-            if len(self._fits) >= _MODELS and model not in self._fits:
-                self._fits.clear()
-            self._fits.setdefault(model, _Fit()).learn(ours, prompt_tokens)
+        """Learn that the endpoint counted *prompt_tokens* for a single call of *ticket*."""
+        if ticket.charge is not None and ticket.charge.prompt:
+            self._scale_of(ticket.spec.model).learn(ticket.charge.prompt, prompt_tokens)
 
-    @staticmethod
-    def _answers(spec: Spec, history: LaneHistory, items: int) -> int:
-        if spec.max_tokens is not None:
-            return items * output_reserve(spec.max_tokens)
-        # Of many answers only a few are long: what is drawn independently strays from its mean by the root of the number.
-        stray = max(0.0, history.answer_tokens - history.answer_mean) * math.sqrt(items)
-        return round(items * history.answer_mean + stray)
+    def learn_refused(self, tickets: Sequence[Ticket], history: LaneHistory, limits: TokenLimits) -> None:
+        """Learn that the endpoint refused the bound of a combined call of *tickets*, and which limits it named."""
+        self._bounds.refused(tickets[0].spec, history, limits)
+        if limits.prompt:
+            history.prompt_scale.raise_to(self._prompt_of_tickets(tickets, history), limits.prompt)
 
 
-def _nearer(scale: float, measured: float, step: float = _STEP) -> float:
-    return scale + (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - scale) * step
+def _new_scale(_model: str | None) -> TokenScale:
+    return TokenScale()
 
 
 def line_tokens(tickets: Iterable[Ticket]) -> int:

@@ -9,7 +9,6 @@ import contextvars
 import logging
 from typing import TYPE_CHECKING, Any
 
-from microbatch.batching.economics import pays
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_table import MAX_LINE_BYTES
 from microbatch.batching.request import canonical_messages, check_messages, own_text, read_messages, spec_of
@@ -302,23 +301,15 @@ class Intake:
                 raise
         if lane.rank == HIGH:
             return AloneReason.HIGH
-        if history.apart or self._policy.merge == "always" or self.pays(lane, lane.budget.size):
+        if history.suspended_for or self._policy.merge == "always" or self.pays(lane, lane.budget.size):
             return None
         self._note_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER
 
     def pays(self, lane: Lane, items: int) -> bool:
         """Return whether *items* of *lane* cost less together than alone, by all that is known of it."""
-        spec, history = lane.spec, lane.history
-        apart, together = self._estimates.surroundings(spec, history)
-        return pays(
-            items,
-            apart=apart,
-            together=together,
-            wrapped=spec.answer.wrapped,
-            overhead=history.overhead,
-            ratio=self._ratio(spec.model),
-        )
+        spec = lane.spec
+        return self._estimates.is_cheaper_combined(spec, lane.history, items, self._ratio(spec.model))
 
     def _too_long(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
         """Tell whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
@@ -332,8 +323,7 @@ class Intake:
         return AloneReason.TOO_LONG
 
     def _note_alone(self, lane: Lane, why: str) -> None:
-        lane.history.alone += 1
-        if lane.history.alone == _ALONE_WARNING:
+        if lane.history.note_alone() == _ALONE_WARNING:
             logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
 
     def queue_alone(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:

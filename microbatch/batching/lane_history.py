@@ -1,4 +1,4 @@
-"""What lanes learn, kept beyond their life and without any text."""
+"""What is known of lanes from their earlier calls, kept longer than the lanes and without any text."""
 
 from __future__ import annotations
 
@@ -9,76 +9,108 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microbatch.batching.economics import LaneEconomics
+from microbatch.batching.overhead import LaneEconomics
 from microbatch.lru import LRU
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from microbatch.batching.overhead import PromptOverhead
-    from microbatch.messages import Usage
+    from microbatch.messages import TokenLimits, Usage
 
 _RANK_AFTER = 32
-"""Answers after which their percentile is worked out anew, unless a longer one comes first."""
+"""Answers after which their percentile is computed anew, unless a longer one comes first."""
 
 _UP, _DOWN = 0.5, 0.05
 
-_APART = 500
+_SUSPENSION = 500
 """Requests that go alone once combining has cost more than it saved, before it is tried again."""
 
 _FRUITLESS = 2
-"""Fruitless combined replies in a row after which requests go alone."""
+"""Fruitless combined replies in a row after which combining is suspended."""
 
 _BATCHES_ON_TRIAL = 7
-"""Batches that a lane gets credit for when it is tried again: three more bad ones are enough to give up."""
+"""Batches credited to a lane after a suspension: three more bad ones suspend combining again."""
+
+_SHORT = 256
+"""Prompts of fewer tokens show what is added to each, longer ones the ratio of the counts."""
+
+# How far one report moves a scale, and the largest scale that is believed.
+_STEP = 0.5
+_MAX_SCALE = 4.0
+
+
+class TokenScale(msgspec.Struct):
+    """How an endpoint counts prompts: `scale` times our count, plus `more`.
+
+    Endpoints differ in encodings, and in what they charge for schemas and chat templates. What surrounds a message does not depend
+    on its length: learned as a ratio from short prompts, it would be wrong for long ones.
+    """
+
+    scale: float = 1.0
+    more: float = 0.0
+    known: bool = False
+
+    def of(self, ours: float) -> float:
+        """Return the endpoint's count of a prompt that has *ours* by our own."""
+        return max(1.0, ours * self.scale + self.more)
+
+    def learn(self, ours: int, theirs: int) -> None:
+        """Learn that the endpoint counted *theirs* for a prompt that has *ours* by our own."""
+        step, self.known = (_STEP if self.known else 1.0), True
+        if ours < _SHORT:
+            most = (_MAX_SCALE - 1) * _SHORT
+            self.more += (min(most, max(-most, theirs - ours * self.scale)) - self.more) * step
+        else:
+            measured = (theirs - self.more) / ours
+            self.scale += (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - self.scale) * step
+
+    def raise_to(self, ours: int, theirs: int) -> None:
+        """Count at least *theirs* for a prompt that has *ours* by our own, as far as that is believed."""
+        if theirs > self.of(ours):
+            self.scale = min(_MAX_SCALE, (theirs - self.more) / ours)
 
 
 class LaneHistory(msgspec.Struct):
-    """What a lane has learned, kept beyond its life without any text.
+    """What is known of a lane. Changed by its methods only.
 
     Attributes:
-        batch_size: Most requests of a batch, halved when replies are damaged or cut off by the token limit; None until then.
-        max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then. It does
-            not grow back: a context window does not either.
+        batch_size: Most requests of a batch, lowered when replies are damaged or hit the token limit; None until then.
+        max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then.
         answers: Tokens of the latest answers.
         answer_tokens: Their 95th percentile, as of the latest ranking.
-        answer_mean: Their mean, as of the latest ranking.
-        thought: Tokens of the latest combined reply that went into thoughts. They do not grow with the batch.
-        thinking: The part of that reply that they were, from 0 to 1.
         unranked: Answers recorded since.
-        single_tokens: What all but the longest single replies took lately; None until the first.
-        overhead: What surrounds its requests, measured on the first batch, or None.
-        shared_tokens: Tokens of the messages its requests share, or None where nobody counts them.
-        prompt_scale: The endpoint's count of combined prompts over ours.
-        economics: What combining has cost and saved lately.
-        apart: Requests that still go alone before combining is tried again, because it cost more than it saved.
-        parted: How often that was so.
-        revised: Whether anything has changed since the lane's budget was worked out.
-        alone: Requests in a row that were too long, or not cheaper, to travel with others.
-        drafts: Whether a reply has shown that its first answers may be drafts, so that none is handed out before its end.
-        proven: Whether a combined reply was of use and ended where it should have.
-        fruitless: Combined replies in a row that were of no use: without one sound element, or of a model that did not stop.
-        doubled: Whether the bound on combined replies is twice what it would be, because it was too low.
+        thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
+        thinking: Their part of that reply, from 0 to 1.
+        single_tokens: An upper estimate of the tokens of single replies; None until the first.
+        overhead: What surrounds its requests; None until its first batch has ended.
+        shared_tokens: Tokens of the messages that its requests share; None until they are counted.
+        suspended_for: Requests that still go alone before combining is tried again; 0 while it is not suspended.
+        revised: Whether the lane's budget is outdated.
+        alone: Requests in a row that were too long, or not cheaper, to be combined.
+        drafts: Whether the first answers of replies may be drafts, so that none is handed out before the end.
+        proven: Whether a combined reply was useful and ended where it should have.
+        fruitless: Combined replies in a row without one sound element, or of a model that did not stop.
+        doubled: Whether the bound on combined replies is doubled, because it was too low.
         reasons: Whether the model reasons although it was told not to.
-        affordable: The most tokens of a reply that the account's credit pays for; None until a call was refused for it.
-        per_minute: Tokens allowed a minute, as a refusal has told; None until then. The bound is no longer generous from then on.
+        affordable: The most tokens of a reply that the account's credit pays for; None if unknown.
+        per_minute: Tokens allowed a minute according to a refusal; None until then. From then on the bound is close.
     """
 
     batch_size: int | None = None
     max_line_tokens: int | None = None
     answers: deque[int] = msgspec.field(default_factory=lambda: deque(maxlen=64))
     answer_tokens: int = 32
-    answer_mean: float = 32.0
+    unranked: int = _RANK_AFTER
     thought: int = 0
     thinking: float = 0.0
-    unranked: int = _RANK_AFTER
     single_tokens: float | None = None
     overhead: PromptOverhead | None = None
     shared_tokens: int | None = None
-    prompt_scale: float = 1.0
+    prompt_scale: TokenScale = msgspec.field(default_factory=TokenScale)
     economics: LaneEconomics = msgspec.field(default_factory=LaneEconomics)
-    apart: int = 0
-    parted: int = 0
+    suspended_for: int = 0
+    suspensions: int = 0
     revised: bool = False
     alone: int = 0
     drafts: bool = False
@@ -89,22 +121,28 @@ class LaneHistory(msgspec.Struct):
     affordable: int | None = None
     per_minute: int | None = None
 
+    def take_revision(self) -> bool:
+        """Return whether anything has changed since the last call of this method, so that the lane's budget is outdated."""
+        revised, self.revised = self.revised, False
+        return revised
+
+    # --- lengths
+
     def record_answers(self, tokens: Sequence[int]) -> None:
-        """Learn from the answers of one reply, in tokens each."""
+        """Record the answers of one reply, in tokens each."""
         self.answers.extend(tokens)
         self.unranked += len(tokens)
         if self.unranked < _RANK_AFTER and max(tokens) <= self.answer_tokens:
             return
         self.unranked = 0
         ranked = sorted(self.answers)
-        self.answer_mean = sum(ranked) / len(ranked)
         longest = max(1, ranked[min(len(ranked) - 1, len(ranked) * 95 // 100)])
-        if longest != self.answer_tokens:  # the budget is worked out from it
+        if longest != self.answer_tokens:  # the budget depends on it
             self.answer_tokens = longest
             self.revised = True
 
     def record_thinking(self, usage: Usage) -> None:
-        """Learn how much of a combined reply went into thoughts."""
+        """Record how much of a combined reply was thoughts."""
         part = usage.reasoning_tokens / max(1, usage.completion_tokens)
         if part != self.thinking:
             self.thought, self.thinking = usage.reasoning_tokens, part
@@ -116,69 +154,125 @@ class LaneHistory(msgspec.Struct):
         return max(1, math.ceil(self.answer_tokens * (1 - self.thinking)))
 
     def reply_tokens(self, items: int) -> int:
-        """Return the tokens that a reply to *items* is likely to take at most, by those that were seen."""
+        """Return the tokens that a reply to *items* is likely to take at most, by earlier replies."""
         return items * self.written + self.thought
 
     def record_single(self, tokens: int) -> None:
-        """Learn from a single reply, whose tokens are not those of an answer among others: think of reasoning."""
+        """Record a single reply, whose tokens differ from those of an answer in a combined reply, for instance by reasoning."""
         known = tokens if self.single_tokens is None else self.single_tokens
-        # Up fast and down slowly: so it stays above most of them.
+        # Up fast and down slowly, so that it stays above most of them.
         self.single_tokens = known + (tokens - known) * (_UP if tokens > known else _DOWN)
 
+    def record_shared(self, tokens: int) -> None:
+        """Record the tokens of the messages that the requests share."""
+        self.shared_tokens = tokens
+
+    def record_limits(self, limits: TokenLimits) -> None:
+        """Record what a refusal said of the account's limits."""
+        self.affordable = self.affordable if limits.affordable is None else limits.affordable
+        self.per_minute = self.per_minute if limits.per_minute is None else limits.per_minute
+        self.revised = True
+
+    def double_bound(self, *, doubled: bool = True) -> None:
+        """Double the bound on combined replies, or no longer."""
+        self.doubled = doubled
+
+    def note_reasoning(self) -> None:
+        """Note that the model reasons although it was told not to."""
+        self.reasons = True
+
+    # --- sizes
+
     def shrink(self, tokens: int) -> None:
-        """A prompt with *tokens* in its lines was refused for its size: send half as much from now on."""
+        """Halve the limit on the lines of a batch: a prompt with *tokens* in them was refused for its size.
+
+        The limit never grows back, because a context window does not either.
+        """
         half = tokens // 2
         self.max_line_tokens = half if self.max_line_tokens is None else min(half, self.max_line_tokens)
         self.revised = True
 
-    def parts(self, *, mended: bool) -> bool:
-        """Return whether combining is of no use, or costs more than it saves, and requests do not go alone yet.
-
-        Args:
-            mended: Whether what the latest reply left open has been asked again, so that the costs are complete.
-        """
-        return not self.apart and (self.fruitless >= _FRUITLESS or (mended and self.economics.lost))
-
-    def part(self) -> None:
-        """Send requests alone for a while. A single fruitless reply after that is enough to do so again."""
-        self.apart = _APART
-        self.parted += 1
-        self.revised = True
-
-    def go_alone(self) -> bool:
-        """Return whether a request goes alone for that reason; the last one ends the while, and combining is on trial."""
-        if not self.apart:
-            return False
-        self.apart -= 1
-        if not self.apart:
-            self.economics = LaneEconomics(batches=_BATCHES_ON_TRIAL)
-            self.fruitless = min(self.fruitless, _FRUITLESS - 1)
-            self.revised = True
-        return True
-
     def halve(self, asked: int) -> None:
-        """A reply to *asked* requests was damaged or cut off by the token limit: ask for half as many from now on.
+        """Halve the size of batches: a reply to *asked* requests was damaged or hit the token limit.
 
-        At least for two: from requests that go alone nothing is learned, and the lane would never grow again. Where two are too
-        many, `economics` tells.
+        The least is two: nothing is learned from requests that go alone, and the lane would never grow again.
         """
         self.batch_size = max(2, min(asked, self.batch_size or asked) // 2)
         self.revised = True
 
     def grow(self, asked: int, limit: int) -> None:
-        """A reply to *asked* requests was complete: if that was a full batch of a halved lane, allow one more."""
+        """Allow one more request in a batch, up to *limit*: a reply to *asked* requests was complete."""
         if self.batch_size is not None and asked >= self.batch_size:
             self.batch_size = self.batch_size + 1 if self.batch_size + 1 < limit else None
             self.revised = True
 
+    # --- whether combining is of use
+
+    def begin_batch(self, items: int) -> None:
+        """Note that a combined call of *items* is being made."""
+        self.alone = 0
+        self.economics.begin(items)
+
+    def count_calls(self, count: int) -> None:
+        """Add *count* calls that asked again."""
+        self.economics.calls += count
+
+    def record_overhead(self, overhead: PromptOverhead) -> None:
+        """Record what surrounds the requests."""
+        self.overhead = overhead
+
+    def record_cost(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
+        """Record what a call has cost; see `LaneEconomics.record`."""
+        self.economics.record(usage, alone, price, again=again)
+
+    def note_alone(self) -> int:
+        """Note that a request was too long, or not cheaper, to be combined; return how many in a row were."""
+        self.alone += 1
+        return self.alone
+
+    def note_drafts(self) -> None:
+        """Note that the first answers of a reply may be drafts."""
+        self.drafts = True
+
+    def record_outcome(self, *, good: bool, judged: bool) -> None:
+        """Record whether a combined reply was *good*: it had a sound element, and the model stopped. Cut replies are not *judged*."""
+        if good and not self.proven:
+            self.proven = self.revised = True
+        if judged:
+            self.fruitless = 0 if good else self.fruitless + 1
+
+    def is_useless(self, *, complete: bool) -> bool:
+        """Return whether combining is of no use, or costs more than it saves, and is not suspended yet.
+
+        Costs are *complete* once what the latest reply left unanswered has been asked again.
+        """
+        return not self.suspended_for and (self.fruitless >= _FRUITLESS or (complete and self.economics.lost))
+
+    def suspend(self) -> None:
+        """Suspend combining for a while. After that one fruitless reply suspends it again."""
+        self.suspended_for = _SUSPENSION
+        self.suspensions += 1
+        self.revised = True
+
+    def consume_suspension(self) -> bool:
+        """Return whether a request goes alone because combining is suspended; the last such one ends the suspension."""
+        if not self.suspended_for:
+            return False
+        self.suspended_for -= 1
+        if not self.suspended_for:
+            self.economics = LaneEconomics(batches=_BATCHES_ON_TRIAL)
+            self.fruitless = min(self.fruitless, _FRUITLESS - 1)
+            self.revised = True
+        return True
+
 
 class LaneHistories:
-    """What lanes have learned, under a digest of their key, for the 1,024 used last."""
+    """The histories of the lanes used last, under a digest of their key."""
 
     def __init__(self, size: int = 1_024) -> None:
         self._histories: LRU[bytes, LaneHistory] = LRU(size)
 
     def of(self, key: Hashable) -> LaneHistory:
-        """Return what is known of the lane with *key*; the same object as long as it is remembered."""
+        """Return the history of the lane with *key*; the same object as long as it is kept."""
         digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         return self._histories.get_or_make(digest, LaneHistory)

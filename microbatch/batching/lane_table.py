@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING
 
-from microbatch.batching.batch_limits import MAX_COUNTED_CHARS, FlushReason
+from microbatch.batching.batch_limits import FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
+from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import spec_of
 from microbatch.batching.ticket import HIGH, LOW, NEVER
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
@@ -168,8 +169,7 @@ class Lanes:
 
     def revise(self, lane: Lane) -> None:
         """Let *lane* work with what has been learned since its budget was worked out."""
-        if lane.history.revised:
-            lane.history.revised = False
+        if lane.history.take_revision():
             lane.rebudget(self._budgets.of(lane.spec, lane.history, lane.account.max_tokens))
             self._look_closely(lane)
 

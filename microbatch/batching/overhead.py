@@ -1,39 +1,67 @@
-"""What surrounds the requests of a combined call, and so what they would have cost one by one.
+"""The cost of combining: what surrounds the requests of a combined call, and what a lane's calls have cost so far.
 
-Nothing is tokenized per item: the surroundings are counted once, on a lane's first batch, and the rest is what the endpoint
-reports for each call.
+Nothing is tokenized per item. What surrounds the items is counted once, on a lane's first batch; the rest is what the endpoint
+reports for each call. Of n requests sent one by one each pays for the shared messages; together they pay once for those and for the
+instruction, and for a frame around each item in prompt and reply.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import random
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.batch_limits import MAX_COUNTED_CHARS, estimate
 from microbatch.messages import Usage
 from microbatch.prompt.canary import USUAL_TOKENS
-from microbatch.prompt.compose import draw_endings, instruction
+from microbatch.prompt.compose import ALPHABET, instruction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from microbatch.batching.ticket import Ticket
-    from microbatch.protocols import ChatCall
+    from microbatch.prompt.codec import CombinedCall
+
+UNKNOWN_RATIO = 4.0
+"""Price of a generated token in prompt tokens where no price is known; 4 to 5 is usual in 2026."""
+
+MAX_COUNTED_CHARS = 16_384
+"""A longer text is not tokenized on the event loop, which that would block."""
+
+# The parts of a longer text that are counted: its beginning, its middle and its end.
+_SLICES = 3
+_SLICE_CHARS = 4_096
 
 # What a chat template adds, in tokens, per message and per call: the rule of OpenAI's cookbook, with one token for the role.
 _MESSAGE_TOKENS = 4
 _PRIMING_TOKENS = 3
 
-# Items of a first batch that are counted to learn what surrounds an item.
+# Items of a first batch that are counted to measure what surrounds an item.
 _SAMPLE = 4
 
-# Random ids that are counted, because those of one batch may be longer or shorter than most: a label is not much longer.
-_IDS = 1_024
+# A fixed sample of ids, as long on average as random ones in the packaged encodings: those of one batch are longer or shorter, which
+# is much compared with a label.
+_drawn = random.Random(42)  # noqa: S311 not secret
+_IDS = [f"{1 + number % 16}{''.join(_drawn.choices(ALPHABET, k=5))}" for number in range(64)]
 
 # A report this close to our count plus the schema shows that the endpoint charges the schema as prompt.
 _SCHEMA_CHARGED = 0.7
+
+# Until a lane's first batch has been measured: an item's line without its text, an element without its answer, the array around the
+# elements, and the object around a single answer that is none. Measured on the bundled catalogue.
+_LINE = 9.0
+_ELEMENT = 11.0
+_REPLY = 7.0
+_WRAPPER = 5.0
+
+_FORGET = 0.95
+"""The weight that each batch leaves to those before it: about the last twenty count."""
+
+_ENOUGH = 10
+"""Batches after which the cost of asking again can be judged."""
+
+_SMALL_SAVING = 0.1
+"""Where combining saves less than this part, or costs more, asking again may cost this part before combining is suspended."""
 
 
 class PromptOverhead(msgspec.Struct, gc=False):
@@ -45,75 +73,63 @@ class PromptOverhead(msgspec.Struct, gc=False):
         line: What an item's line adds to its text, on average.
         reply: Tokens of a combined reply without its elements.
         element: What an element adds to the answer as a single call would give it, on average.
-        carried: What rounding has left out so far, for the next call: half a token a call is a hundredth of sixteen labels.
+        carried: The rounding error so far, added to the next call: half a token a call is a hundredth of sixteen labels.
     """
 
     alone_prompt: float
     batch_prompt: float
-    line: float
-    reply: float
-    element: float
+    line: float = _LINE
+    reply: float = _REPLY
+    element: float = _ELEMENT
     carried: float = 0.0
 
-    def alone(self, usage: Usage, *, asked: int, answered: int, answered_share: float) -> Usage:
-        """Return what the *answered* of *asked* requests would have used one by one.
+    def is_cheaper_combined(self, items: int, ratio: float) -> bool:
+        """Return whether *items* cost less together than one by one; a generated token costs *ratio* prompt tokens."""
+        framing = items * self.line + ratio * (self.reply + items * self.element)
+        return items * self.alone_prompt > self.batch_prompt + framing
 
-        Args:
-            usage: What the endpoint reported for the combined call.
-            asked: Requests in the call.
-            answered: Those that got their answer from it.
-            answered_share: Their part of the items' text, 0 to 1.
+    def alone(self, usage: Usage, *, asked: int, answered: int, answered_share: float) -> Usage:
+        """Return the usage that the *answered* of *asked* requests would have had one by one.
+
+        *usage* is that of the combined call; *answered_share* is their part of the items' text, 0 to 1.
         """
         texts = max(0.0, usage.prompt_tokens - self.batch_prompt - asked * self.line)
-        # What got no answer is mostly not in the reply either.
+        # An item without an answer mostly has no element in the reply either.
         answers = max(0.0, usage.completion_tokens - self.reply - answered * self.element + self.carried)
         completion = round(answers)
         self.carried = answers - completion
         prompt = round(texts * answered_share + answered * self.alone_prompt)
-        return Usage(
-            prompt,
-            completion,
-            # What a provider caches of a combined prompt is its beginning, which the single calls would begin with too.
-            min(prompt, answered * usage.cached_tokens),
-        )
+        # A provider caches the beginning of a combined prompt, with which the single prompts would begin too.
+        return Usage(prompt, completion, min(prompt, answered * usage.cached_tokens))
 
 
-def measure(
-    call: ChatCall,
-    ids: Sequence[str],
-    tickets: Sequence[Ticket],
-    usage: Usage,
-    count: Callable[[str], int],
-    *,
-    exact: bool,
-    canary: bool = False,
+def assumed_overhead(alone_prompt: float, batch_prompt: float, *, wrapped: bool) -> PromptOverhead:
+    """Return the overhead of a lane without a measured batch; *wrapped* if a single reply wraps the answer in an object."""
+    return PromptOverhead(alone_prompt, batch_prompt, element=_ELEMENT - wrapped * _WRAPPER)
+
+
+def measure_overhead(
+    combined: CombinedCall, tickets: Sequence[Ticket], usage: Usage, count: Callable[[str], int], *, exact: bool
 ) -> PromptOverhead:
-    """Count what surrounds the requests of a combined *call* that has ended, at least one of them answered.
+    """Count what surrounds the requests of a combined call that has ended with *usage*, at least one of them answered.
 
-    Args:
-        call: The call.
-        ids: The ids its items had.
-        tickets: Its requests.
-        usage: What the endpoint reported for it.
-        count: Counts a text's tokens.
-        exact: Whether *count* is the model's own encoding.
-        canary: Whether there was one more item, which was nobody's.
+    *count* is *exact* if it is the model's own encoding.
     """
-    answer = tickets[0].answer
+    call, answer, ids = combined.call, tickets[0].answer, combined.ids[: len(tickets)]
     content = count(call.messages[-1]["content"])
-    reply, element = _elements(ids, tickets, count)
-    canary_prompt, canary_reply = USUAL_TOKENS if canary else (0.0, 0.0)
+    reply, element = _element_tokens(ids, tickets, count)
+    canary_prompt, canary_reply = (0.0, 0.0) if combined.canary is None else USUAL_TOKENS
     sample = tickets[:_SAMPLE]
     line = sum(count(f"[{name}]") for name in ids) / len(ids)
     line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
     counted = content + shared_tokens(call.messages[:-1], count)
     scale = 1.0 if exact else usage.prompt_tokens / max(1, counted)
-    # What the endpoint reports beyond the items and our instruction is what every call pays, combined or not...
+    # What the endpoint reports beyond the items and the instruction is paid by every call, combined or not...
     shared = usage.prompt_tokens - content * scale
     schemas = [
         count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (call.schema, answer.single_schema)
     ]
-    # ... but for the schema, which is another one for a single call, and which only some endpoints charge.
+    # ... except the schema, which differs for a single call, and which only some endpoints charge.
     charged = exact and usage.prompt_tokens - counted >= schemas[0] * _SCHEMA_CHARGED
     return PromptOverhead(
         alone_prompt=shared + (schemas[1] - schemas[0] if charged else 0),
@@ -124,8 +140,89 @@ def measure(
     )
 
 
+def _element_tokens(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]) -> tuple[float, float]:
+    """Return the tokens of a combined reply without its elements, and what each adds to a single reply, on average."""
+    names: list[str] = []
+    elements: list[str] = []
+    alone = length = 0
+    for name, ticket in zip(ids, tickets, strict=True):
+        if ticket.reply is not None and length < MAX_COUNTED_CHARS:
+            text = ticket.reply.text
+            answer = msgspec.json.encode(text).decode() if ticket.answer.is_text else text
+            names.append(name)
+            elements.append(f'{{"id":"{name}","answer":{answer}}}')
+            alone += count(f'{{"answer":{text}}}' if ticket.answer.wrapped else text)
+            length += len(text)
+    # The end of an element and the start of the next share a token, so they are counted in a row.
+    once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
+    longer_ids = _id_tokens(names, count) - _id_tokens(_IDS, count)
+    return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids
+
+
+def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
+    return count("".join(f'{{"id":"{name}"\n' for name in names)) / len(names)
+
+
+class LaneEconomics(msgspec.Struct):
+    """The recent cost of a lane's combined calls and of asking again, against that of single calls, in any unit.
+
+    Attributes:
+        again: Cost of the calls that asked again for what combined calls left unanswered.
+        alone: What single calls would have cost for what was answered.
+        items: Requests that combined calls carried.
+        calls: Calls made for them.
+    """
+
+    batches: int = 0
+    combined: float = 0.0
+    again: float = 0.0
+    alone: float = 0.0
+    items: float = 0.0
+    calls: float = 0.0
+
+    def begin(self, items: int) -> None:
+        """Note that a combined call of *items* is being made."""
+        self.batches += 1
+        self.combined *= _FORGET
+        self.again *= _FORGET
+        self.alone *= _FORGET
+        self.items = self.items * _FORGET + items
+        self.calls = self.calls * _FORGET + 1
+
+    def record(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
+        """Record the *usage* of a call, and that of single calls for its answers; *again* if it asked again."""
+        cost, cost_alone = (
+            each.prompt_tokens + UNKNOWN_RATIO * each.completion_tokens if price is None else price(each)
+            for each in (usage, alone)
+        )
+        self.alone += cost_alone
+        if again:
+            self.again += cost
+        else:
+            self.combined += cost
+
+    @property
+    def lost(self) -> bool:
+        """True if asking again has cost as much as combining saves, in money or in calls."""
+        if self.batches < _ENOUGH:
+            return False
+        # Where combining costs more by itself, that is the caller's choice; judged is what damage adds.
+        saving = max(self.alone - self.combined, self.alone * _SMALL_SAVING)
+        return self.calls >= self.items or self.again > saving > 0
+
+
+def estimate(text: str, count: Callable[[str], int]) -> int:
+    """Return the tokens of *text*; of a long one an estimate by slices, because counting all of it would block the event loop."""
+    length = len(text)
+    if length <= MAX_COUNTED_CHARS:
+        return count(text)
+    step = (length - _SLICE_CHARS) // (_SLICES - 1)
+    counted = sum(count(text[start : start + _SLICE_CHARS]) for start in range(0, length, step)[:_SLICES])
+    return round(counted * length / (_SLICES * _SLICE_CHARS))
+
+
 def message_tokens(messages: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> int:
-    """Return the tokens of the texts of *messages* and of the chat template around them; of long texts, an estimate."""
+    """Return the tokens of the texts of *messages* and of the chat template around them; of long texts an estimate."""
     total = _PRIMING_TOKENS
     for message in messages:
         content = message.get("content")
@@ -138,32 +235,3 @@ def message_tokens(messages: Iterable[Mapping[str, Any]], count: Callable[[str],
 def shared_tokens(shared: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> int:
     """Return the tokens of a prompt that begins with *shared*, without the text of its last message."""
     return message_tokens(shared, count) + _MESSAGE_TOKENS
-
-
-def _elements(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]) -> tuple[float, float]:
-    """Return the tokens of a combined reply without its elements, and what each has more than a single reply, on average."""
-    names: list[str] = []
-    elements: list[str] = []
-    alone = length = 0
-    for name, ticket in zip(ids, tickets, strict=True):
-        if ticket.reply is not None and length < MAX_COUNTED_CHARS:
-            text = ticket.reply.text
-            answer = msgspec.json.encode(text).decode() if ticket.answer.is_text else text
-            names.append(name)
-            elements.append(f'{{"id":"{name}","answer":{answer}}}')
-            alone += count(f'{{"answer":{text}}}' if ticket.answer.wrapped else text)
-            length += len(text)
-    # The end of an element and the start of the next share a token, so it matters that they stand in a row.
-    once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
-    longer_ids = _id_tokens(names, count) - _usual_id_tokens(count)
-    return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids
-
-
-@lru_cache(maxsize=4)
-def _usual_id_tokens(count: Callable[[str], int]) -> float:
-    return _id_tokens([f"{1 + number % 99}{ending}" for number, ending in enumerate(draw_endings(_IDS))], count)
-
-
-def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
-    # In one text, of lines that add up: one long text costs a tokenizer less than many short ones.
-    return count("".join(f'{{"id":"{name}"\n' for name in names)) / len(names)

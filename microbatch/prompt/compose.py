@@ -1,12 +1,13 @@
 """The combined prompt, wire format 1: the shared messages, then one user message with an instruction and one line per item.
 
 The instruction is constant and comes before anything that varies, so that a provider's prefix cache can hit it. An item is a
-JSON string on a line of its own, so its text cannot break out of the line; its id ends in letters nobody can guess, so its
-text cannot name another item either. Lines begin with `[` and end with a newline, which makes token counts add up exactly.
+JSON string on a line of its own, so its text cannot break out of the line. Its id ends in unguessable letters, so its text cannot
+name another item. Lines begin with `[` and end with a newline, so that the token counts of lines add up exactly.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from typing import TYPE_CHECKING
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 ALPHABET = "bcdfghjkmnpqrstvwxz"
-"""Letters of an id's ending: lower case and no look-alikes, because models change case; no vowels, so no words arise."""
+"""Letters of an id's ending: lower case and no look-alikes, because models change case; no vowels, so that no words arise."""
 
 ID_TOKENS = 8
-"""Charged for an item's id. `[123kfqzt]` takes at most 8 tokens in the encodings we ship, a number from 1,000 on one more, but 7 on
-average, so a batch's ids never take more. What follows an id is counted."""
+"""Tokens charged for an item's id. `[123kfqzt]` takes at most 8 tokens in the packaged encodings, a number from 1,000 on one more,
+but 7 on average, so the ids of a batch never take more. What follows an id is counted."""
 
 LINE_OVERHEAD_BYTES = len(b" \n")
 
 _SHAPE = '{"results":[{"id":"...","answer":...}]}'
-"""How a reply looks. Nothing but an instruction has these very words."""
+"""The form of a reply. Only an instruction contains this text."""
 
 _INSTRUCTION = (
     "Below are separate requests, one a line: an id in brackets, then the text of the request as a JSON string. "
@@ -38,10 +39,10 @@ _INSTRUCTION = (
     "with one element for each request, in the same order, its id copied without the brackets. %s\n"
 )
 
-# These end a line for some readers, and JSON lets them stand unescaped.
+# Line ends for some readers, which JSON does not require to be escaped.
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
-# What a random byte stands for. The surplus is thrown away, or some letters would come more often than others.
+# The letter for each random byte. Surplus bytes are dropped, or some letters would be more frequent than others.
 _LETTERS = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256))
 _SURPLUS = bytes(range(256 - 256 % len(ALPHABET), 256))
 
@@ -56,24 +57,23 @@ def instruction(words: str) -> str:
 
 
 def is_combined(text: str) -> bool:
-    """Return whether *text* holds a combined prompt, of this process or of another, or quotes the instruction of one.
+    """Return whether *text* contains a combined prompt, of any process, or quotes its instruction.
 
-    Such a text goes alone: composed once more, its own requests would stand in the lines of a request, with two instructions that
-    contradict each other.
+    Such a text is sent alone: combined once more, the prompt would contain two instructions that contradict each other.
     """
     return _SHAPE in text
 
 
 def item_line(text: str, scratch: bytearray | None = None) -> bytes:
-    """Return *text* as it will stand in its line: a JSON string in UTF-8.
+    """Return *text* as it appears in its line: a JSON string in UTF-8.
 
     Args:
         text: The text.
-        scratch: Where to write it first, for whoever makes many; of one thread. What an encoder returns by itself takes half as much
-            memory again as it needs, for as long as the line waits.
+        scratch: A buffer to encode into, reused between calls of one thread. Without it the result occupies half as much memory
+            again as it needs.
 
     Raises:
-        ConfigError: The text holds half a surrogate pair, which no JSON request can carry.
+        ConfigError: The text contains a lone surrogate, which no JSON request can carry.
     """
     if scratch is None:
         scratch = bytearray()
@@ -86,6 +86,11 @@ def item_line(text: str, scratch: bytearray | None = None) -> bytes:
         escaped = _LINE_BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", line.decode())
         return escaped.encode()
     return line
+
+
+def output_reserve(max_tokens: int) -> int:
+    """Return the tokens to reserve in a combined reply for an answer of at most *max_tokens*, JSON escapes and framing included."""
+    return math.ceil(1.2 * max_tokens) + 16
 
 
 def draw_endings(count: int) -> list[str]:
@@ -104,7 +109,7 @@ def compose(
     Args:
         preamble: What `instruction` returned.
         lines: What `item_line` returned for each item.
-        draw: Where the id endings come from; tests may fix them.
+        draw: Returns as many id endings as it is asked for.
     """
     ids = [f"{number}{ending}" for number, ending in enumerate(draw(len(lines)), 1)]
     parts = [f"[{name}] {line.decode()}\n" for name, line in zip(ids, lines, strict=True)]

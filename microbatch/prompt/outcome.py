@@ -1,7 +1,8 @@
-"""What the end of a call means for the requests it carried. Judges; acts on nothing."""
+"""What a reply says: the parts of a combined one, how its call ended, and whether a single one can be used. Judges only."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -15,23 +16,25 @@ from microbatch.errors import (
     MalformedAnswer,
     MissingAnswer,
     Refused,
-    ReplyError,
     RequestFailed,
     TransportError,
     TruncatedReply,
     mask,
 )
+from microbatch.prompt.canary import check_canary
+from microbatch.prompt.demultiplexer import Demultiplexer
 from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from microbatch.batching.ticket import Ticket
-    from microbatch.prompt.demultiplexer import Demultiplexer
+    from microbatch.errors import ReplyError
+    from microbatch.prompt.demultiplexer import Answer
     from microbatch.protocols import Completion
+    from microbatch.schema.answer_type import AnswerType
 
-# Statuses of a refusal that one of the items may be to blame for. 404 names the model, not the request; a 429 that is no RateLimited
-# speaks of the request's size.
+# Statuses of a refusal that one item may cause. 404 names the model, not the request; a 429 that is no RateLimited refuses the
+# request's size.
 _BLAMEABLE = frozenset({400, 413, 422, 429})
 
 _OK, _FORBIDDEN = 200, 403
@@ -43,71 +46,126 @@ ONLY_REASONING = (
 )
 """The message of an error."""
 
+_DISTRUSTED = "the combined reply got its canary wrong, so none of its answers is trusted"
+
 Ending = Literal["complete", "length", "cut", "refused", "failed"]
-"""How a combined call ended: with a reply, at the token limit, cut off, refused for something an item may be to blame for,
-or failed for reasons that no item has to do with."""
+"""How a combined call ended: with a whole reply, at the token limit, broken off, refused for something that one item may have caused,
+or failed for a reason that no item has caused."""
 
 
-class Unanswered(msgspec.Struct):
-    """A request that a combined call left open, and the error its caller would get if it were not asked again."""
+class CombinedReply:
+    """The reply to a combined call, taken apart as it arrives.
 
-    ticket: Ticket
-    error: ReplyError
+    Args:
+        ids: The ids of the items, that of the canary last.
+        decoders: For each request, what decodes the JSON of its answer; raises if it does not fit.
+        canary: The canary's word, or None.
+        early: Whether answers are delivered before the end of the reply; not with a canary.
+
+    Attributes:
+        elements: The demultiplexer.
+        heard: Whether any text has come.
+        sound: Whether any element was asked for and fits.
+        trusted: After `close`: whether the canary was answered right, if there is one.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], canary: str | None = None, *, early: bool
+    ) -> None:
+        self._size = len(decoders)
+        if canary is not None:
+            decoders = [*decoders, partial(check_canary, canary)]
+        self.elements = Demultiplexer(ids, decoders, early=early)
+        self.heard = self.sound = False
+        self.trusted = canary is None
+
+    def feed(self, text: str) -> list[Answer]:
+        """Take the next piece of the reply; return the answers that can be delivered now."""
+        self.heard = self.heard or bool(text)
+        answers = self.elements.feed(text)
+        self.sound = self.sound or bool(answers)
+        return answers
+
+    def close(self, ending: Ending) -> list[Answer]:
+        """End the reply; return the remaining answers, none if the canary was answered wrong."""
+        complete = ending == "complete"
+        answers = self.elements.close(ended=complete or ending in ("length", "refused"), complete=complete)
+        self.sound = self.sound or bool(answers)
+        if not self.trusted:
+            self.trusted = any(position == self._size for position, _ in answers)
+            answers = [answer for answer in answers if answer[0] < self._size] if self.trusted else []
+        return answers
+
+    def unanswered(self, ending: Ending) -> Iterator[tuple[int, ReplyError]]:
+        """Yield the position of each request that the reply does not answer, with the error that says why."""
+        if not self.trusted:
+            for position in range(self._size):
+                yield position, MalformedAnswer(_DISTRUSTED)
+            return
+        for position, fault, raw in self.elements.faults():
+            if fault == "missing" and ending == "length":
+                yield position, TruncatedReply("the combined reply hit the token limit before this answer")
+            elif fault == "missing":
+                yield position, MissingAnswer("the combined reply held no answer to this request")
+            elif fault == "repeated":
+                yield position, MalformedAnswer("the combined reply held several answers to this request")
+            else:
+                yield position, MalformedAnswer("the answer in the combined reply does not fit its schema", raw=raw)
 
 
-class CallOutcome(msgspec.Struct):
+class CallOutcome(msgspec.Struct, frozen=True):
     """How a combined call ended.
 
     Attributes:
         ending: See `Ending`.
         asked: Requests it carried.
-        open: Those that still wait for an answer.
-        error: What ended it, for endings other than "complete" and "length".
-        damaged: Whether the reply itself is to blame for what is open.
-        only_reasoning: Whether all that came is the model's reasoning, though it ended as it should.
-        heard: Whether the reply had any text.
-        sound: Whether it had an element that was asked for and fits.
-        in_order: Whether its elements came in the order in which they were asked for, none twice and none that was not.
-        past_the_end: Whether it went on after as many elements as were asked for, with nothing of use.
-        bounded: Whether the call was made with a bound of ours.
-        again: Whether its bound was too low: what is open is asked again together, with a higher one.
+        unanswered: The positions of those that still wait.
+        reply: Its reply.
+        completion: The end of the reply as the endpoint reported it; None if it did not.
+        error: The error that ended the call, or what is wrong with the reply as a whole; None for neither.
+        bounded: Whether the call was composed with a bound.
+        again: Whether the bound was too low: what is unanswered is asked again together, with a higher one.
         runaway: Whether the model did not stop where it should have.
     """
 
     ending: Ending
     asked: int
-    open: list[Unanswered]
+    unanswered: list[int]
+    reply: CombinedReply
+    completion: Completion | None = None
     error: RequestFailed | ConfigError | None = None
-    damaged: bool = False
-    only_reasoning: bool = False
-    heard: bool = True
-    sound: bool = True
-    in_order: bool = True
-    past_the_end: bool = False
     bounded: bool = False
     again: bool = False
     runaway: bool = False
 
+    @property
+    def damaged(self) -> bool:
+        """True if the reply itself is the reason for what is unanswered."""
+        elements = self.reply.elements
+        return bool(self.unanswered) and (elements.damaged or any(True for _ in elements.faults()))
+
+    @property
+    def only_reasoning(self) -> bool:
+        """True if the reply ended properly and was the model's reasoning only."""
+        completion = self.completion
+        return self.ending == "complete" and not self.reply.heard and completion is not None and completion.thought
+
 
 def ending(
-    completion: Completion | None,
-    error: RequestFailed | ConfigError | None,
-    *,
-    heard: bool,
-    has_worked: bool = False,
+    completion: Completion | None, error: RequestFailed | ConfigError | None, *, heard: bool, has_worked: bool = False
 ) -> Ending:
     """Return how a combined call ended.
 
     Args:
-        completion: How the endpoint ended it, None if it did not.
-        error: What the transport raised, or None.
+        completion: The end of the reply as the endpoint reported it; None if it did not.
+        error: The transport's error, or None.
         heard: Whether any text had come.
-        has_worked: Whether calls under the same key were answered before, so that a 403 is about what was asked.
+        has_worked: Whether calls under the same key were answered before, so that a 403 refuses what was asked.
     """
     if error is not None:
         if _may_be_an_items(error, has_worked=has_worked):
             return "refused"
-        # An error after the first words is a cut: what was finished before it stands.
+        # After an error in the middle of a reply, the answers that were complete before it are valid.
         return "cut" if heard and isinstance(error, TransportError) else "failed"
     if completion is None or completion.finish_reason in (None, "error"):
         return "cut"
@@ -120,7 +178,7 @@ def _may_be_an_items(error: RequestFailed | ConfigError, *, has_worked: bool) ->
     """Return whether one item of a combined call may be the cause of *error*."""
     if isinstance(error, AuthFailed):
         return has_worked and error.status == _FORBIDDEN
-    # A transport that cannot send a call may be unable to because of one item. Finding that out costs no attempts.
+    # One item may be the reason why a transport cannot send a call. Finding out which costs no attempts.
     return isinstance(error, ConfigError | ContextTooLong | Filtered) or (
         isinstance(error, BadRequest) and error.status in _BLAMEABLE
     )
@@ -133,111 +191,93 @@ def complaint(completion: Completion | None) -> RequestFailed | None:
     if completion.refusal is not None:
         return Refused("the model declined to answer", raw=completion.refusal)
     if completion.finish_reason == _STOPPED:
-        return Filtered(
-            "the endpoint's content filter stopped the answer",
-            status=200,
-            code=_STOPPED,
-            request_id=completion.request_id,
-        )
+        message, request_id = "the endpoint's content filter stopped the answer", completion.request_id
+        return Filtered(message, status=_OK, code=_STOPPED, request_id=request_id)
     if completion.finish_reason in (None, "error"):
         return TransportError("the reply was cut off: it ended without a finish_reason")
     return None
 
 
-def unanswered_of(
-    tickets: Sequence[Ticket], demultiplexer: Demultiplexer, *, truncated: bool, trusted: bool = True
-) -> Iterator[Unanswered]:
-    """Yield the requests of an ended call that still wait, with what their callers would be told.
-
-    Args:
-        tickets: The requests.
-        demultiplexer: What took the reply apart.
-        truncated: Whether it hit the token limit.
-        trusted: Whether its canary was answered right, if it had one.
-    """
-    faults = {index: (fault, raw) for index, fault, raw in demultiplexer.faults()}
-    for index, ticket in enumerate(tickets):
-        if ticket.future.done():
-            continue
-        fault, raw = faults.get(index, ("overlong" if trusted else "distrusted", ""))
-        error: ReplyError
-        if fault == "missing" and truncated:
-            error = TruncatedReply("the combined reply hit the token limit before this answer")
-        elif fault == "missing":
-            error = MissingAnswer("the combined reply held no answer to this request")
-        elif fault == "repeated":
-            error = MalformedAnswer("the combined reply held several answers to this request")
-        elif fault == "distrusted":
-            error = MalformedAnswer("the combined reply got its canary wrong, so none of its answers is trusted")
-        elif fault == "overlong":
-            error = MalformedAnswer("the answer is longer than max_tokens allows")
-        else:
-            error = MalformedAnswer("the answer in the combined reply does not fit output_type", raw=raw)
-        yield Unanswered(ticket, error)
-
-
 def may_differ(error: RequestFailed | ConfigError | None, *, after_combined: bool) -> bool:
     """Return whether a single request that ended in *error* may be answered when it is asked once more.
 
-    It may if the answer does not fit, and after a combined call also if a filter stopped it midway: the next one is another.
+    True if the answer does not fit. After a combined call also if a filter stopped the answer midway, because the next answer is
+    another one.
     """
     if isinstance(error, Filtered):
         return after_combined and (error.status, error.code) == (_OK, _STOPPED) and bool(error.body)
     return isinstance(error, MalformedAnswer)
 
 
+class SingleReply(msgspec.Struct, frozen=True):
+    """A single reply, read: output and text of the answer, or the error.
+
+    Attributes:
+        only_reasoning: Whether it was the model's reasoning and nothing else.
+    """
+
+    output: Any = None
+    text: str = ""
+    error: RequestFailed | None = None
+    only_reasoning: bool = False
+
+
 def read_alone(
-    ticket: Ticket, completion: Completion, content: str, *, keep_thoughts: bool = False
-) -> tuple[Any, str, RequestFailed | None]:
-    """Return output and text of a single reply, and the error if there is none to be had.
+    answer: AnswerType, completion: Completion, content: str, *, combinable: bool, keep_thoughts: bool = False
+) -> SingleReply:
+    """Return what a single reply holds; set `completion.thought` if there was a thought in it.
 
     Args:
-        ticket: The request.
+        answer: The shape of the answer.
         completion: How the call ended.
         content: The text of the reply.
-        keep_thoughts: Whether a plain text keeps the thought before it.
+        combinable: Whether the request could have been combined. If not, a text need not be an answer: tool calls and the like
+            are in `completion.body`.
+        keep_thoughts: Whether a text keeps the thought before it.
     """
     if completion.damaged:
-        return None, "", MalformedAnswer("a part of the reply could not be read", raw=content)
+        return SingleReply(error=MalformedAnswer("a part of the reply could not be read", raw=content))
     said = content
-    if not ticket.answer.is_text:
+    if not answer.is_text:
         completion.thought = completion.thought or after_thoughts(content) is not content
     elif not keep_thoughts:
         said = after_leading_thought(content)
         completion.thought = completion.thought or said is not content
-    if not ticket.combinable and ticket.answer.is_text and completion.finish_reason is not None:
-        return said, said, None  # tool calls and the like: what matters is in `body`
+    if not combinable and answer.is_text and completion.finish_reason is not None:
+        return SingleReply(said, said)
     error = complaint(completion)
     if isinstance(error, Filtered):
         error.body = mask(content)
     elif error is None and completion.finish_reason == "length":
-        unfinished = not keep_thoughts and is_unfinished_thought(said)
-        if unfinished or not said.strip():
-            completion.thought = completion.thought or unfinished
-            error = TruncatedReply(f"the token limit was reached {_before_the_answer(completion)}", raw=content)
-        elif not ticket.answer.is_text:
-            error = TruncatedReply("the answer was cut off by the token limit", raw=content)
+        error = _cut_short(answer, completion, content, said, keep_thoughts=keep_thoughts)
     if error is not None:
-        return None, "", error
+        return SingleReply(error=error)
     try:
-        return *ticket.answer.decode_single(said), None
+        return SingleReply(*answer.decode_single(said))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as reason:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
-        wrong = "the answer is empty" if not said.strip() else "the answer does not fit output_type"
-        if not said.strip() and _reasoned(completion):
-            wrong = ONLY_REASONING
-        malformed = MalformedAnswer(wrong, raw=content)
+        empty = not said.strip()
+        reasoning = empty and _reasoned(completion)
+        wrong = "the answer is empty" if empty else "the answer does not fit output_type"
+        malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
         malformed.__cause__ = reason
-        return None, "", malformed
+        return SingleReply(error=malformed, only_reasoning=reasoning)
+
+
+def _cut_short(
+    answer: AnswerType, completion: Completion, content: str, said: str, *, keep_thoughts: bool
+) -> TruncatedReply | None:
+    """Return the error of a single reply that the token limit ended; None for a text that has begun."""
+    unfinished = not keep_thoughts and is_unfinished_thought(said)
+    if unfinished or not said.strip():
+        completion.thought = completion.thought or unfinished
+        where = "before the answer began; raise max_tokens"
+        if _reasoned(completion):
+            where = f"by reasoning, {where}, or ask for less reasoning (reasoning_effort)"
+        return TruncatedReply(f"the token limit was reached {where}", raw=content)
+    return None if answer.is_text else TruncatedReply("the answer was cut off by the token limit", raw=content)
 
 
 def _reasoned(completion: Completion) -> bool:
-    """Whether a reply shows that the model has reasoned."""
     return completion.thought or (completion.usage is not None and completion.usage.reasoning_tokens > 0)
-
-
-def _before_the_answer(completion: Completion) -> str:
-    if not _reasoned(completion):
-        return "before the answer began; raise max_tokens"
-    return "by reasoning, before the answer began; raise max_tokens, or ask for less reasoning (reasoning_effort)"

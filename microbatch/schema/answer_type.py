@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
-from microbatch.batching.expected import expected_tokens
 from microbatch.errors import ConfigError
 from microbatch.schema.decode import candidates, decode_text, decoder, unwrapped
 from microbatch.schema.envelope import batch_schema, single_schema
+from microbatch.schema.expected import expected_tokens
 from microbatch.schema.python_types import blaming, compile_type, type_name
 from microbatch.schema.response_format import compile_given, given_schema
 from microbatch.schema.traverse import Schema, canonical

@@ -12,6 +12,7 @@ from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.dispatch import Dispatcher
 from microbatch.batching.engine import Engine
 from microbatch.batching.fallback import Fallback, _Recovery
+from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.demultiplexer import Demultiplexer
 
 if TYPE_CHECKING:
@@ -24,20 +25,24 @@ BODY = (
             "admit",
             "compose",
             "batch",
+            "_take_text",
+            "_take_end",
             "_hand_out",
             "single",
             "compose_alone",
             "_ask_alone",
+            "_answer_alone",
             "_exchange",
             "_answer",
             "_remaining",
         ),
     ),
-    (UsageAttribution, ("bill", "bill_alone", "divide", "divide_alone", "_book", "_pay")),
+    (UsageAttribution, ("cost", "cost_alone", "attribute", "attribute_alone", "_book", "_record")),
+    (ChatCodec, ("compose", "demultiplex", "compose_alone", "read_alone")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
     (Fallback, ("recover",)),
-    (_Recovery, ("after", "_halves", "_together", "_ask", "_send")),
-    (call_module, ("compose", "_measure", "ending", "complaint", "read_alone")),
+    (_Recovery, ("after", "_together", "_ask", "_send")),
+    (call_module, ("_measure", "ending", "complaint")),
 )
 """What a call's body is made of, between taking its requests and making sure that each of them has ended."""
 

@@ -15,9 +15,9 @@ from simulation.scenario import TICK
 
 import microbatch as mb
 import microbatch.batching.admission as room_module
-import microbatch.batching.call_state as exchange_module
 import microbatch.batching.dispatch as call_module
 import microbatch.batching.intake as intake_module
+import microbatch.prompt.outcome as outcome_module
 from microbatch.batching.admission import AdmissionQueue
 from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.call_state import CallState
@@ -98,7 +98,7 @@ class Positional:
 
 def positional_matching():
     """Answers are matched by position, not by id."""
-    return _replaced(exchange_module, "Demultiplexer", lambda _: Positional)
+    return _replaced(outcome_module, "Demultiplexer", lambda _: Positional)
 
 
 def stale_timer():
@@ -349,7 +349,7 @@ def hasty_retries():
 
 def trusted_hijack():
     """The canary's answer is not looked at."""
-    return _replaced(exchange_module, "check_canary", lambda _: lambda word, raw: None)
+    return _replaced(outcome_module, "check_canary", lambda _: lambda word, raw: None)
 
 
 BUGS: tuple[Callable[[], Any], ...] = (

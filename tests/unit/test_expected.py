@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 import pytest
 
-from microbatch.batching.expected import expected_tokens
-from microbatch.batching.models import asked_reasoning, output_limit, reasoning_budget, reasons_by_name
+from microbatch.batching.bounds import asked_reasoning, output_limit, reasoning_budget, reasons_by_name
 from microbatch.schema.answer_type import answer_type
+from microbatch.schema.expected import expected_tokens
 from microbatch.testing.counting import compact, text_tokens
 
 

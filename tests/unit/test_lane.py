@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microbatch.batching.batch_limits import Budget, FlushReason, output_reserve
+from microbatch.batching.batch_limits import Budget, FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories, LaneHistory
 from microbatch.batching.single_flight import InFlightIndex
 from microbatch.batching.ticket import NEVER, NORMAL, Spec, Ticket
 from microbatch.errors import ConfigError
 from microbatch.policy import RetryPolicy
-from microbatch.prompt.compose import ID_TOKENS, item_line
+from microbatch.prompt.compose import ID_TOKENS, item_line, output_reserve
 from microbatch.schema.answer_type import answer_type
 from microbatch.transports.accounts import Account
 

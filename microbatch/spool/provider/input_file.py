@@ -1,7 +1,7 @@
-"""From spooled requests to the file of a batch: who travels with whom, in which line, and under which id.
+"""Composes the input file of a provider batch from spooled requests.
 
 Requests share a prompt exactly where live ones would: all but the text of the last user message is equal, and so is the tenant.
-Nothing is learned here as a lane learns, and nothing waits, so the budgets are kept to by upper bounds.
+Nothing is learned here from earlier calls, so upper bounds keep prompts within their limits.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import msgspec
 
-from microbatch.batching.batch_limits import MAX_COUNTED_CHARS, output_reserve
+from microbatch.batching.batch_limits import BatchLimits
 from microbatch.batching.bounds import Bounds
+from microbatch.batching.estimates import Estimates
 from microbatch.batching.lane_history import LaneHistory
-from microbatch.batching.request import check_messages, read_messages
+from microbatch.batching.overhead import MAX_COUNTED_CHARS
+from microbatch.batching.request import check_messages, read_messages, spec_of
 from microbatch.errors import ConfigError, StorageError
-from microbatch.prompt.canary import CANARY_ANSWER_TOKENS, CANARY_TOKENS, canary_line, draw_word
-from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES, compose, draw_endings, instruction, item_line
-from microbatch.protocols import ChatCall
+from microbatch.prompt.codec import ChatCodec
+from microbatch.prompt.compose import ID_TOKENS, draw_endings, item_line
 from microbatch.spool.payload import Payload
 from microbatch.spool.provider.api import ENDPOINT
 from microbatch.spool.records import Name, Stage
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from microbatch.batching.request import Options
     from microbatch.policy import FlushPolicy
+    from microbatch.protocols import ChatCall
     from microbatch.spool.records import Delivery
 
 MAX_LINES: Final = 50_000
@@ -40,18 +42,15 @@ MAX_FILE_BYTES: Final = 200_000_000
 # Most bytes of a line without its body.
 _AROUND_BYTES: Final = 256
 
-# Expected of an answer when its caller sets no limit, as a lane expects it before it has seen one.
-_USUAL_ANSWER_TOKENS: Final = 32
-
-# Requests that are read, and lines that are written, before the event loop has its turn.
+# Requests read, or lines written, between turns of the event loop.
 _SLICE: Final = 64
 
 
 class Writes(Protocol):
-    """What writes the body of a line: see `BatchWire.body`.
+    """Writes the body of a line: see `BatchWire.body`.
 
     Attributes:
-        model: The model that is asked where a request names none, or None.
+        model: The model asked where a request names none, or None.
     """
 
     model: str | None
@@ -62,14 +61,14 @@ class Writes(Protocol):
 
 
 class Line(msgspec.Struct, frozen=True, array_like=True):
-    """A line of a batch's file, and whom its reply answers.
+    """A line of a batch's file.
 
     Attributes:
-        custom_id: Its name, which no other batch has a line of.
+        custom_id: Its name, unique among all batches.
         names: Its requests, in order.
-        ids: The ids that they have in the prompt, the canary's at the end; none if it is a single call.
+        ids: Their ids in the prompt, that of the canary last; empty for a single call.
         sizes: The bytes of each request's text there, by which the cost is divided.
-        canary: The word that the last item, which is nobody's request, has to be answered with; None if there is none.
+        canary: The word that the canary has to be answered with; None without a canary.
     """
 
     custom_id: str
@@ -80,11 +79,10 @@ class Line(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Content(msgspec.Struct, frozen=True, array_like=True):
-    """What a job is recorded with, before anything of it exists at the provider.
+    """The record of a job, made before anything of it exists at the provider.
 
     Attributes:
-        begun_at: When that was, in seconds since 1970.
-        lines: Its lines, in the order of the file.
+        begun_at: The time of that, in seconds since 1970.
         packed: The file's bytes, compressed.
     """
 
@@ -94,7 +92,7 @@ class Content(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Return what `encode` was told.
+        """Return the content that was encoded as *raw*.
 
         Raises:
             StorageError: The bytes are damaged.
@@ -113,20 +111,17 @@ class Content(msgspec.Struct, frozen=True, array_like=True):
         return await asyncio.to_thread(zlib.decompress, self.packed)
 
     def __repr__(self) -> str:
-        """Tell the size, never the words."""
+        """Return the size without any text."""
         return f"Content(lines=<{len(self.lines)}>)"
 
 
 class Asked(msgspec.Struct):
-    """A request in the hands of a worker, read.
+    """A spooled request that was read.
 
     Attributes:
-        delivery: The request.
-        messages: Its messages.
-        options: Its options.
-        key: What it must share with others to travel with them; None if it goes alone.
-        line: Its text as a line of a prompt would hold it; b"" if none can.
-        tokens: An upper bound of the tokens of that line, its id left out.
+        key: Equal keys may share a prompt; None if the request is sent alone.
+        line: Its text as a line of a prompt; b"" if it cannot be combined.
+        tokens: An upper bound of the tokens of that line without its id.
     """
 
     delivery: Delivery
@@ -138,18 +133,12 @@ class Asked(msgspec.Struct):
 
     @property
     def stage(self) -> Stage:
-        """In what company it travels."""
+        """How it is combined, by the number of its deliveries."""
         return Stage.after(self.delivery.deliveries - 1)
 
 
 class Draft:
-    """A job that is about to be recorded.
-
-    Attributes:
-        token: Its own name.
-        lines: Its lines.
-        deliveries: Their requests.
-    """
+    """A job that is being composed; `token` is its unique name."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)
@@ -159,18 +148,11 @@ class Draft:
         self._size = 0
 
     def has_room(self, body: bytes) -> bool:
-        """Return whether a line with *body* goes in."""
+        """Return whether the file can take a line with *body*."""
         return len(self.lines) < MAX_LINES and self._size + len(body) + _AROUND_BYTES <= MAX_FILE_BYTES
 
     def add(self, batch: Sequence[Asked], ids: list[str], canary: str | None, body: bytes) -> None:
-        """Add a line.
-
-        Args:
-            batch: Its requests.
-            ids: The ids in its prompt; none for a single call.
-            canary: The word of its canary, or None.
-            body: Its body.
-        """
+        """Add the line of *batch*; *ids* and *canary* as in `Line`."""
         custom_id = f"{self.token}-{len(self.lines) + 1}"
         names = [each.delivery.item.name for each in batch]
         sizes = [len(each.line) for each in batch] if ids else []
@@ -186,18 +168,19 @@ class Draft:
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """A request that no line can be made of, and why."""
+    """A request that cannot be sent, and why."""
 
     delivery: Delivery
     error: str
 
 
-def read(delivery: Delivery, count: Callable[[str], int] | None = None) -> Asked:
-    """Read a spooled request.
+def byte_count(text: str) -> int:
+    """Return the bytes of *text*, an upper bound of its tokens."""
+    return len(text.encode())
 
-    Args:
-        delivery: The request.
-        count: Counts a text's tokens; None takes its bytes, which bound them.
+
+def read(delivery: Delivery, count: Callable[[str], int] = byte_count) -> Asked:
+    """Read a spooled request; *count* counts the tokens of its line.
 
     Raises:
         StorageError: It is damaged.
@@ -213,19 +196,18 @@ def read(delivery: Delivery, count: Callable[[str], int] | None = None) -> Asked
     line = item_line(text)
     if len(line) > MAX_COUNTED_CHARS:
         return Asked(delivery, payload.messages, options, line=line)
-    tokens = len(line) + LINE_OVERHEAD_BYTES if count is None else count(f" {line.decode()}\n")
-    return Asked(delivery, payload.messages, options, key, line, tokens)
+    return Asked(delivery, payload.messages, options, key, line, count(f" {line.decode()}\n"))
 
 
 class Composer:
-    """Makes jobs of requests.
+    """Composes jobs.
 
     Args:
         wire: Writes the bodies of lines.
         policy: How much one prompt may hold.
-        count: Counts a text's tokens; None takes its bytes, which bound them.
+        count: Counts a text's tokens; None takes its bytes, which are an upper bound.
         canary: Whether each combined prompt ends in a canary.
-        draw: Where id endings come from.
+        draw: Returns as many id endings as it is asked for.
     """
 
     def __init__(
@@ -238,19 +220,19 @@ class Composer:
         draw: Callable[[int], Sequence[str]] = draw_endings,
     ) -> None:
         self._wire = wire
-        self._policy = policy
-        self._count = count
-        self._canary = canary
-        self._draw = draw
+        self._count = count or byte_count
+        self._codec = ChatCodec(draw, canary=canary)
         self._bounds = Bounds(wire.model, canary=canary)
+        estimates = Estimates(self._count, self._bounds, canary=canary)
+        self._limits = BatchLimits(policy, estimates)
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
-        """Return the jobs that *deliveries* make, and what no job can be made of.
+        """Return the jobs for *deliveries*, and the requests that cannot be sent.
 
-        A file holds requests to one model, so that there is at least one job for each.
+        All requests of a file ask the same model, so there is at least one job per model.
 
         Raises:
-            ConfigError: A request names no model, and nobody else does.
+            ConfigError: A request names no model, and the transport has none.
         """
         groups, rejected = await self._read(deliveries)
         drafts: list[Draft] = []
@@ -271,7 +253,7 @@ class Composer:
         return [draft for draft in drafts if draft.lines], rejected
 
     async def _read(self, deliveries: Iterable[Delivery]) -> tuple[list[list[Asked]], list[Rejected]]:
-        """Return who may travel together, group by group, and what cannot be read."""
+        """Return the groups of requests that may share a prompt, and the requests that cannot be read."""
         alone: list[list[Asked]] = []
         lanes: dict[tuple[Stage, Hashable], list[Asked]] = {}
         rejected: list[Rejected] = []
@@ -290,80 +272,39 @@ class Composer:
         return alone + list(lanes.values()), rejected
 
     def _filled(self, lane: list[Asked]) -> Iterator[list[Asked]]:
-        """Yield batches of *lane* that keep to the budgets; who is over it all alone goes alone."""
-        size, tokens = self._budget(lane[0])
-        if lane[0].stage is Stage.HALF:
-            size = max(1, size // 2)
+        """Yield batches of *lane* within its limits; a request that exceeds them by itself is yielded alone."""
+        if len(lane) == 1:
+            yield lane
+            return
+        spec = spec_of(lane[0].messages[:-1], lane[0].options)
+        budget = self._limits.of(spec, LaneHistory())
+        size = max(1, budget.size // 2) if lane[0].stage is Stage.HALF else budget.size
         batch: list[Asked] = []
         total = 0
         for each in lane:
             needed = each.tokens + ID_TOKENS
-            if batch and (len(batch) >= size or total + needed > tokens):
+            if batch and (len(batch) >= size or total + needed > budget.tokens):
                 yield batch
                 batch, total = [], 0
             batch.append(each)
             total += needed
         yield batch
 
-    def _budget(self, one: Asked) -> tuple[int, int]:
-        """Return how many requests, and tokens of their lines, a batch of requests like *one* may hold."""
-        policy, options = self._policy, one.options
-        reserve = output_reserve(options.max_tokens) if options.max_tokens else _USUAL_ANSWER_TOKENS
-        size = min(policy.max_batch_size, max(1, policy.max_output_tokens // reserve))
-        tokens = policy.max_batch_tokens
-        if policy.max_prompt_tokens is not None:
-            shared = "".join(str(message.get("content")) for message in one.messages[:-1])
-            tokens = min(tokens, policy.max_prompt_tokens - self._tokens_of(shared))
-        tokens -= self._tokens_of(instruction(options.answer.words)) + (CANARY_TOKENS if self._canary else 0)
-        return size, tokens
-
-    def _tokens_of(self, text: str) -> int:
-        # Counting a huge text would hold up the event loop; its bytes are a bound as good as any.
-        if self._count is None or len(text) > MAX_COUNTED_CHARS:
-            return len(text.encode())
-        return self._count(text)
-
     def _written(self, batch: list[Asked]) -> tuple[dict[str, Any], list[str], str | None]:
         """Return the body of a line, the ids in it, and the word of its canary; a single call has neither."""
+        options, messages = batch[0].options, batch[0].messages
         if len(batch) == 1:
-            return self._wire.body(_alone(batch[0])), [], None
-        options = batch[0].options
+            call = self._codec.compose_alone(options, options.answer, messages)
+            return self._wire.body(call), [], None
         lines = [each.line for each in batch]
-        canary = draw_word(self._draw) if self._canary else None
-        if canary is not None:
-            lines.append(canary_line(canary))
-        prompt, ids = compose(instruction(options.answer.words), lines, self._draw)
-        limit = len(batch) * output_reserve(options.max_tokens) if options.max_tokens else None
-        call = ChatCall(
-            messages=[*batch[0].messages[:-1], {"role": "user", "content": prompt}],
-            model=options.model,
-            params=options.params,
-            schema=options.answer.batch_schema if canary is None else options.answer.watched_schema,
-            strict=options.answer.strict,
-            max_tokens=limit if limit is None or canary is None else limit + CANARY_ANSWER_TOKENS,
-            bound=self._bound(options, len(batch)),
-        )
-        return self._wire.body(call), ids, canary
+        combined = self._codec.compose(options, messages[:-1], lines, self._bound(options, len(batch)))
+        return self._wire.body(combined.call), combined.ids, combined.canary
 
     def _bound(self, options: Options, items: int) -> int | None:
-        """Return the most tokens that a combined reply may take; None for no bound of ours.
+        """Return the most tokens that a combined reply may take; None for no bound.
 
         There is one only for models whose limit is known by name: to learn it from refusals would take a job each time.
         """
         if self._bounds.of(options.model).output is None:
             return None
         return self._bounds.bound(options, LaneHistory(), items, prompt=lambda: 0, quota=None)
-
-
-def _alone(one: Asked) -> ChatCall:
-    """Return the call that carries *one* alone, with its own messages."""
-    options = one.options
-    return ChatCall(
-        messages=one.messages,
-        model=options.model,
-        params=options.params,
-        schema=options.answer.single_schema,
-        strict=options.answer.strict,
-        hint=options.answer.hint,
-        max_tokens=options.max_tokens,
-    )

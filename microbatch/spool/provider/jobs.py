@@ -202,7 +202,7 @@ class Jobs:
             counted = results.blames(why) or fruitless or (why.again and self._lessons >= MAX_LESSONS)
             await give_back(self._spool, left, why.error, counted=counted, count=self._count)
         self._fruitless = 0 if results.answers else self._fruitless + 1
-        self._lessons = self._lessons + 1 if results.history else 0 if results.answers else self._lessons
+        self._lessons = self._lessons + 1 if results.learned else 0 if results.answers else self._lessons
         await self._end(held, batch.input_file_id)
         return Ended(batch, len(deliveries), results)
 

@@ -1,28 +1,25 @@
-"""From the reply to one line of a batch to the answers of its requests, and to the reasons why some have none.
+"""Reads the replies to the lines of a provider batch: the answers of their requests, and the reasons why some have none.
 
-A combined reply is taken apart by the same demultiplexer as a live one, at its end: what is damaged costs only itself, and what is
-there before the token limit stands.
+A combined reply is taken apart as a live one is, but at its end: damage costs only the damaged answer, and answers before the token
+limit are valid.
 """
 
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
 from microbatch.accounting.stats import divided
-from microbatch.batching.batch_limits import estimate
+from microbatch.batching.overhead import estimate
 from microbatch.errors import ConfigError, RequestFailed, StatusError, StorageError
 from microbatch.messages import Usage
-from microbatch.prompt.canary import check_canary
-from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.outcome import complaint, ending
 from microbatch.spool.endpoint import ENOUGH, Cause, cause_of, may_refuse_all
 from microbatch.spool.payload import Answer
 from microbatch.spool.provider.input_file import read
-from microbatch.thoughts import after_leading_thought
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,22 +31,13 @@ if TYPE_CHECKING:
     Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 
 DISCOUNT: Final = 0.5
-"""What a provider charges for batches, of its usual price."""
+"""The price of a batch, as a part of the usual price."""
 
 _BYTES_A_TOKEN: Final = 4
 
-_TRUNCATED: Final = "TruncatedReply: the combined reply hit the token limit before this answer"
-_DISTRUSTED: Final = "MalformedAnswer: the combined reply got its canary wrong, so none of its answers is trusted"
-_UNANSWERED: Final = object()
-_FAULTS: Final = {
-    "missing": "MissingAnswer: the combined reply held no answer to this request",
-    "repeated": "MalformedAnswer: the combined reply held several answers to this request",
-    "malformed": "MalformedAnswer: the answer in the combined reply does not fit its schema",
-}
-
 
 class Reads(Protocol):
-    """What reads the replies: see `BatchWire.read`."""
+    """Reads the reply to a line: see `BatchWire.read`."""
 
     def read(
         self, status: int, raw: bytes, *, request_id: str | None, sent: Callable[[], Mapping[str, Any]]
@@ -62,10 +50,9 @@ class Why(msgspec.Struct, frozen=True):
     """Why a request was not answered.
 
     Attributes:
-        error: In words.
-        counted: Whether the request is to blame.
-        doubtful: Whether the endpoint may be to blame as well; then `counted` is True.
-        again: Whether the next try will be another one, because something was learned.
+        counted: Whether the request is the cause.
+        again: Whether the next attempt will differ, because something was learned.
+        doubtful: Whether the endpoint may be the cause as well; then `counted` is True.
     """
 
     error: str
@@ -75,11 +62,11 @@ class Why(msgspec.Struct, frozen=True):
 
 
 class Results:
-    """What a batch has come to.
+    """The results of a batch.
 
     Attributes:
         answers: The answers, encoded as they are stored.
-        open: The requests that were not answered, by the reason.
+        open: The unanswered requests, by the reason.
         usage: The tokens that the provider reported.
         cost_usd: What they cost, in US dollars; None if a price is unknown.
     """
@@ -98,27 +85,21 @@ class Results:
 
     @property
     def trouble(self) -> str | None:
-        """The first reason that is nobody's fault, so that trying again at once is no use; None if there is none."""
+        """The first reason that no request has caused, so that trying again at once is of no use; None if there is none."""
         return next((why.error for why in self.open if not self.blames(why) and not why.again), None)
 
     def blames(self, why: Why) -> bool:
-        """Return whether the requests left open for the reason *why* are to blame: not if several lines failed, and none did not."""
+        """Return whether the requests left open for *why* are the cause; not if in doubt, several lines failed and none succeeded."""
         return why.counted and not (why.doubtful and not self.answers and self._doubtful >= ENOUGH)
 
     @property
-    def history(self) -> bool:
-        """Whether lines will be written differently from now on."""
+    def learned(self) -> bool:
+        """True if lines will be written differently from now on."""
         return any(why.again for why in self.open)
 
 
 class Response(msgspec.Struct):
-    """The reply to a line.
-
-    Attributes:
-        status_code: Its HTTP status.
-        request_id: The provider's id of the call, or None.
-        body: Its JSON.
-    """
+    """The reply to a line, as the provider's output file has it."""
 
     status_code: int = 200
     request_id: str | None = None
@@ -137,15 +118,16 @@ class Replies:
     """Reads the replies to lines.
 
     Args:
-        wire: Tells what a reply says.
-        price: What prices a model's usage, at the usual price.
-        count: Counts a text's tokens, so that answers longer than their caller's limit are found; None lets them pass.
+        wire: Reads a reply's text and how it ended.
+        price: Returns what prices a model's usage, at the usual price.
+        count: Counts a text's tokens, so that answers longer than their caller's limit are found; None accepts them.
     """
 
     def __init__(self, wire: Reads, price: Pricing, count: Callable[[str], int] | None) -> None:
         self._wire = wire
         self._price = price
         self._count = count
+        self._codec = ChatCodec()
 
     def take(
         self,
@@ -155,14 +137,14 @@ class Replies:
         sent: Callable[[], Mapping[str, Any]],
         results: Results,
     ) -> None:
-        """Take the reply to a line.
+        """Take the reply to a line, and add to *results* its answers and the requests without one.
 
         Args:
             response: The reply.
             line: The line.
             deliveries: Its requests; None for those that no longer wait.
             sent: Returns the body that was sent; called for refusals only.
-            results: Takes what comes of it.
+            results: Takes the result.
         """
         asked: list[Asked | None] = []
         for delivery in deliveries:
@@ -190,64 +172,41 @@ class Replies:
     def _combined(
         self, line: Line, asked: Sequence[Asked | None], text: str, completion: Completion, results: Results
     ) -> Iterator[_Share]:
-        """Yield the answers of a combined reply; note what it leaves open."""
-        # The requests of a line are alike, so each of them knows how all answers are to be read.
+        """Yield the answers of a combined reply; note the requests that it leaves unanswered."""
+        # The requests of a line are alike, so that all answers are decoded in the same way.
         alike = next(each for each in asked if each is not None).options
-        decoders: list[Callable[[str], Any]] = [alike.answer.decode] * len(asked)
-        if line.canary is not None:
-            decoders.append(partial(check_canary, line.canary))
-        demultiplexer = Demultiplexer(line.ids, decoders, early=False)
-        demultiplexer.feed(text)
+        reply = self._codec.demultiplex(line.ids, [alike.answer.decode] * len(asked), line.canary, early=False)
+        found = reply.feed(text)
         how = ending(completion, None, heard=True)
-        ended = how in ("complete", "length", "refused")
-        answered = dict(demultiplexer.close(ended=ended, complete=how == "complete"))
-        whole = complaint(completion)
-        if line.canary is not None and answered.pop(len(asked), _UNANSWERED) is _UNANSWERED:
-            results.leave(
-                [one.delivery for one in asked if one is not None], Why(_DISTRUSTED if whole is None else _told(whole))
-            )
-            return
-        for position, (_, said) in answered.items():
+        for position, (_, said) in found + reply.close(how):
             one = asked[position]
             if one is not None and alike.max_tokens is not None and self._longer_than(said, alike.max_tokens):
                 results.leave([one.delivery], Why("the answer is longer than max_tokens allows"))
             elif one is not None:
                 yield _Share(one, position, said)
-        for position, fault, _ in demultiplexer.faults():
+        whole = complaint(completion)
+        for position, error in reply.unanswered(how):
             one = asked[position]
             if one is not None:
-                words = _TRUNCATED if fault == "missing" and how == "length" else _FAULTS[fault]
-                results.leave([one.delivery], Why(words if whole is None else _told(whole)))
+                results.leave([one.delivery], Why(_told(whole or error)))
 
     def _longer_than(self, text: str, limit: int) -> bool:
         return self._count is not None and len(text) > limit and estimate(text, self._count) > limit
 
-    @staticmethod
-    def _single(one: Asked, text: str, completion: Completion, results: Results) -> Iterator[_Share]:
-        """Yield the answer of a single reply; note why there is none."""
-        answer, error = one.options.answer, complaint(completion)
-        if answer.is_text:
-            text = after_leading_thought(text)
-        if not one.line and answer.is_text and completion.finish_reason is not None:
-            yield _Share(one, 0, text)  # tool calls and the like: what matters is in the body
-            return
-        why = None if error is None else _told(error)
-        if why is None and completion.finish_reason == "length" and not answer.is_text:
-            why = "TruncatedReply: the answer was cut off by the token limit"
-        if why is None:
-            try:
-                _, said = answer.decode_single(text)
-            except ValueError as reason:
-                why = f"MalformedAnswer: {reason}"
-            else:
-                yield _Share(one, 0, said)
-        if why is not None:
-            results.leave([one.delivery], Why(why))
+    def _single(self, one: Asked, text: str, completion: Completion, results: Results) -> Iterator[_Share]:
+        """Yield the answer of a single reply, or note why there is none."""
+        reply = self._codec.read_alone(one.options.answer, completion, text, combinable=bool(one.line))
+        if reply.error is None:
+            yield _Share(one, 0, reply.text)
+        else:
+            cause = reply.error.__cause__  # without a word of the answer
+            detail = f": {cause}" if isinstance(cause, ValueError) else ""
+            results.leave([one.delivery], Why(_told(reply.error) + detail))
 
     def _store(
         self, line: Line, shares: Sequence[_Share], completion: Completion, model: str | None, results: Results
     ) -> None:
-        """Encode the answers, each with its share of what the call cost."""
+        """Encode the answers, each with its share of the call's cost."""
         price = self._price(completion.model) or self._price(model)
         if completion.usage is not None:
             results.usage += completion.usage
@@ -273,7 +232,7 @@ class Replies:
 
 
 def _usages(usage: Usage | None, line: Line, shares: Sequence[_Share]) -> list[Usage]:
-    """Divide *usage* as that of a live call is: the prompt by the bytes of the requests' texts, the rest by those of the answers."""
+    """Divide *usage* as for a live call: the prompt by the bytes of the requests' texts, the rest by those of the answers."""
     lengths = [0] * len(line.names)
     for share in shares:
         lengths[share.position] = len(share.text.encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""How many tokens an answer takes, where its schema says so."""
+"""How many tokens an answer takes, where its schema bounds it."""
 
 from __future__ import annotations
 
@@ -14,60 +14,53 @@ if TYPE_CHECKING:
     from microbatch.schema.traverse import Schema
 
 _NUMBER: Final = 8
-_WORD: Final = 2
-"""Of `true`, `false` and `null`, and of what surrounds a member or an element."""
-
-_FORMATTED: Final = 32
-"""Of a string whose format bounds it; a UUID takes 26."""
-
+_WORD: Final = 2  # `true`, `false`, `null`, and what surrounds a member or an element
+_FORMATTED: Final = 32  # a string whose format bounds it; a UUID takes 26
 _FORMATS: Final = frozenset({"date", "date-time", "time", "duration", "uuid", "ipv4", "ipv6", "decimal"})
 
-# JSON takes about a token for two bytes: words fewer, hexadecimal digits about as many. What an endpoint's tokenizer needs beyond
-# that (two tokens for a Chinese character, line breaks and indents) is within the factor that is put on the result.
+# JSON takes about a token for two bytes: words fewer, hexadecimal digits about as many. What tokenizers need beyond that (two tokens
+# for a Chinese character, line breaks and indents) is within the factor put on the result.
 _BYTES_A_TOKEN: Final = 2
 
 _MOST: Final = 4_096
-"""An answer that may be longer by its schema is mostly much shorter, so the schema does not tell how long it is."""
+"""Answers that may be longer by their schema are mostly much shorter, so that the schema says nothing of their length."""
 
 _STEPS: Final = 2_000
-"""Schemas looked at. References can make few lines stand for any number of them, without end as well."""
+"""Schemas visited at most. By references a short schema can stand for any number of them, without end as well."""
+
+
+class _Unbounded(Exception):
+    """A part of the schema does not bound its length."""
 
 
 def expected_tokens(schema: Schema) -> int | None:
-    """Return about how many tokens the longest answer takes that fits *schema*; None if the schema does not tell.
+    """Return about how many tokens the longest answer takes that fits *schema*; None if the schema does not bound it.
 
     It does for choices, numbers, booleans, strings with a `maxLength` or a format of limited length, arrays with a `maxItems`, and
     objects with fixed properties, as far as their parts are of these kinds.
     """
     try:
-        tokens = _Reading(schema).longest(schema)
+        tokens = _Walk(schema).longest(schema)
     except (_Unbounded, RecursionError):
         return None
     return tokens if tokens <= _MOST else None
 
 
-class _Unbounded(Exception):
-    """A part of the schema does not say how long it may be."""
-
-
-class _Reading:
-    """One walk through a schema."""
-
+class _Walk:
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._left = _STEPS
 
     def longest(self, node: Any) -> int:
-        """Return the tokens of the longest value of *node*.
-
-        Raises:
-            _Unbounded: There is no longest one, or it is not to be told.
-        """
+        """Return the tokens of the longest value of *node*; raise `_Unbounded` if there is none."""
         self._left -= 1
         if not isinstance(node, dict) or self._left < 0:
             raise _Unbounded
         if "$ref" in node:
-            return self.longest(self._named(node["$ref"]))
+            try:
+                return self.longest(resolve(node["$ref"], self._root))
+            except (LookupError, TypeError) as error:
+                raise _Unbounded from error
         if "const" in node:
             return _written(node["const"])
         for choices in (node.get("anyOf"), node.get("oneOf")):
@@ -76,15 +69,7 @@ class _Reading:
         if isinstance(node.get("enum"), list) and node["enum"]:
             return max(map(_written, node["enum"]))
         kinds = node.get("type")
-        if isinstance(kinds, list) and kinds:
-            return max(self._of_kind(kind, node) for kind in kinds)
-        return self._of_kind(kinds, node)
-
-    def _named(self, ref: Any) -> Any:
-        try:
-            return resolve(ref, self._root)
-        except (LookupError, TypeError) as error:
-            raise _Unbounded from error
+        return max(self._of_kind(kind, node) for kind in (kinds if isinstance(kinds, list) and kinds else [kinds]))
 
     def _of_kind(self, kind: Any, node: Schema) -> int:
         match kind:
@@ -121,10 +106,8 @@ class _Reading:
 
 
 def _framed(sizes: Iterable[int]) -> int:
-    """Return the tokens of an array or an object whose parts take *sizes*."""
     return _WORD + sum(size + _WORD for size in sizes)
 
 
 def _written(value: Any) -> int:
-    """Return the tokens of a value that is known."""
     return len(msgspec.json.encode(value)) // _BYTES_A_TOKEN + 1

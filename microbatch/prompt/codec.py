@@ -1,0 +1,137 @@
+"""The codec of combined chat calls: several requests become one call, and its reply becomes their answers.
+
+A codec has three operations: compose a combined call, demultiplex its reply, and compose and read a request alone. Live calls and
+provider batches use this one. It depends on neither queues nor files, so that a codec for another endpoint can replace it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from microbatch.prompt.canary import CANARY_ANSWER_TOKENS, canary_line, draw_word
+from microbatch.prompt.compose import compose, draw_endings, instruction, output_reserve
+from microbatch.prompt.outcome import CombinedReply, read_alone
+from microbatch.protocols import ChatCall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from microbatch.prompt.outcome import SingleReply
+    from microbatch.protocols import Completion
+    from microbatch.schema.answer_type import AnswerType
+
+
+class Settings(Protocol):
+    """The settings that the requests of a combined call have in common."""
+
+    @property
+    def model(self) -> str | None:
+        """The model asked, None for the transport's."""
+
+    @property
+    def answer(self) -> AnswerType:
+        """The shape of an answer."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of an answer as callers have set it, or None."""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Further request fields."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The caller's headers."""
+
+
+class CombinedCall(msgspec.Struct, eq=False):
+    """A combined call, and what is needed to take its reply apart.
+
+    Attributes:
+        call: The call.
+        ids: The ids of its items, in order; that of the canary is the last.
+        canary: The word that the canary has to be answered with; None without a canary.
+    """
+
+    call: ChatCall
+    ids: list[str]
+    canary: str | None = None
+
+
+class ChatCodec:
+    """Wire format 1: several requests in one chat prompt, their answers in one JSON reply.
+
+    Args:
+        draw: Returns as many id endings as it is asked for.
+        canary: Whether each combined prompt ends in a canary.
+        keep_thoughts: Whether a single text answer keeps the thought before it.
+    """
+
+    def __init__(
+        self, draw: Callable[[int], Sequence[str]] = draw_endings, *, canary: bool = False, keep_thoughts: bool = False
+    ) -> None:
+        self._draw = draw
+        self._canary = canary
+        self._keep_thoughts = keep_thoughts
+
+    def compose(
+        self,
+        settings: Settings,
+        shared: Sequence[Mapping[str, Any]],
+        lines: Sequence[bytes],
+        bound: int | None = None,
+    ) -> CombinedCall:
+        """Return a combined call.
+
+        Args:
+            settings: The settings of its requests.
+            shared: The messages before their own.
+            lines: The line of each request, from `item_line`.
+            bound: See `ChatCall.bound`.
+        """
+        answer, max_tokens, schema = settings.answer, None, settings.answer.batch_schema
+        if settings.max_tokens:
+            max_tokens = len(lines) * output_reserve(settings.max_tokens)
+        canary = draw_word(self._draw) if self._canary else None
+        if canary is not None:
+            lines = [*lines, canary_line(canary)]
+            schema = answer.watched_schema
+            max_tokens = None if max_tokens is None else max_tokens + CANARY_ANSWER_TOKENS
+        prompt, ids = compose(instruction(answer.words), lines, self._draw)
+        call = ChatCall(
+            messages=[*shared, {"role": "user", "content": prompt}],
+            model=settings.model,
+            params=settings.params,
+            headers=settings.headers,
+            schema=schema,
+            strict=answer.strict,
+            max_tokens=max_tokens,
+            bound=bound,
+        )
+        return CombinedCall(call, ids, canary)
+
+    def demultiplex(
+        self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], canary: str | None, *, early: bool
+    ) -> CombinedReply:
+        """Return what takes the reply to a combined call apart; see `CombinedReply`."""
+        return CombinedReply(ids, decoders, canary, early=early)
+
+    def compose_alone(self, settings: Settings, answer: AnswerType, messages: Sequence[Mapping[str, Any]]) -> ChatCall:
+        """Return the call that carries one request, with *settings* but for its own *answer*, and its own messages."""
+        return ChatCall(
+            messages=messages,
+            model=settings.model,
+            params=settings.params,
+            headers=settings.headers,
+            schema=answer.single_schema,
+            strict=answer.strict,
+            hint=answer.hint,
+            max_tokens=settings.max_tokens,
+        )
+
+    def read_alone(self, answer: AnswerType, completion: Completion, content: str, *, combinable: bool) -> SingleReply:
+        """Return what a single reply holds; see `outcome.read_alone`."""
+        return read_alone(answer, completion, content, combinable=combinable, keep_thoughts=self._keep_thoughts)
