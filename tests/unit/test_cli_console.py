@@ -9,8 +9,8 @@ import importlib.metadata
 
 import msgspec
 import pytest
+from helpers import each
 
-from microbatch import cli
 from microbatch.accounting.stats import Stats
 from microbatch.cli import progress
 from microbatch.cli.console import UsageError, dollars, plural, saving, seconds, table
@@ -85,7 +85,7 @@ def test_a_setting_out_of_range_is_named_by_its_flag(words, message):
         policy_of(*words)
 
 
-@pytest.mark.parametrize(
+@each(
     "words",
     [
         ["run", "in", "-o", "out", "--idle", "never"],
@@ -118,7 +118,7 @@ def test_a_source_tree_has_no_version(monkeypatch, capsys):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(cli, "version", missing)
+    monkeypatch.setattr("microbatch.cli.main.version", missing)
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == "microbatch unknown\n"
