@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import dataclasses
+import importlib
 import importlib.metadata
 
 import msgspec
@@ -118,7 +119,7 @@ def test_a_source_tree_has_no_version(monkeypatch, capsys):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("microbatch.cli.main.version", missing)
+    monkeypatch.setattr(importlib.import_module("microbatch.cli.main"), "version", missing)
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == "microbatch unknown\n"
