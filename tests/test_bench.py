@@ -275,12 +275,12 @@ def test_every_benchmark_offers_what_the_frame_asks_for(name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gateway", ["--requests", "300", "--low", "5", "--rounds", "1"]),
+        ("gateway", ["--requests", "100", "--low", "2", "--rounds", "1"]),
         ("hybrid", ["--count", "400"]),
-        ("overload", ["--count", "4000", "--queued", "1000"]),
+        ("overload", ["--count", "2000", "--queued", "500"]),
         ("quota", ["--minutes", "3"]),
         ("stalls", []),
-        ("throughput", ["--count", "400", "--seconds", "0.2", "--rounds", "1"]),
+        ("throughput", ["--count", "160", "--seconds", "0.05", "--rounds", "1"]),
     ],
 )
 def test_a_quick_run_leaves_a_report_and_a_figure_that_is_drawn_from_it(name, words, tmp_path):

@@ -16,7 +16,7 @@ from simulation.invariants import breaches
 from simulation.scenario import TROUBLE, draw
 from simulation.world import play
 
-SCENARIOS = 2_400
+SCENARIOS = 1_600
 SLICE = 200
 
 

@@ -45,7 +45,8 @@ class Cache:
 
 
 @pytest.fixture(autouse=True)
-async def nothing_is_logged(caplog):
+async def nothing_is_logged(caplog, monkeypatch):
+    monkeypatch.setattr(resources, "_users", {})  # other tests abandon batchers
     yield
     gc.collect()  # or asyncio complains of lost errors in the next test
     assert caplog.records == []
@@ -65,7 +66,7 @@ async def works(batcher):
 TURNS = range(30)  # of the loop; opening takes fewer
 
 
-@pytest.mark.parametrize("turns", TURNS)
+@each("turns", TURNS)
 async def test_an_opening_that_is_cancelled_at_any_moment_leaves_nothing_and_can_be_repeated(turns):
     cache = Cache()
     batcher = batcher_for(ScriptedTransport(), cache)

@@ -119,8 +119,7 @@ def assert_kept(model, watch, *, learning=0, least=0.95):
     return watch.used
 
 
-@pytest.mark.parametrize("charge", ["reserved", "used"])
-@pytest.mark.parametrize("max_tokens", [None, 16])
+@pytest.mark.parametrize(("charge", "max_tokens"), [("reserved", None), ("used", 16)])
 @pytest.mark.promise(of="limits")
 async def test_where_requests_bind(charge, max_tokens):
     model = simulated()
