@@ -245,6 +245,7 @@ def test_a_stopwatch_counts_its_own_block_alone():
 # The benchmarks
 
 
+@pytest.mark.slow
 def test_without_a_name_all_are_listed():
     done = bench()
     assert done.returncode == 0, done.stderr
@@ -272,6 +273,7 @@ def test_every_benchmark_offers_what_the_frame_asks_for(name):
     assert list(inspect.signature(module.draw).parameters) == ["found"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

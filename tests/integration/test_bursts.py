@@ -12,6 +12,9 @@ from helpers import ask
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 BURST = 20_000
 
 MAKERS = {

@@ -17,7 +17,7 @@ from microbatch.cli.main import main
 from microbatch.cli.worker import Work as Working
 from microbatch.testing import Latency
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 FEW = ("--max-concurrent-batches", "4", "--max-batch-size", "4", "--json")
 UNDER_WAY = 4 * 4

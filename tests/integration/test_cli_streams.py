@@ -18,6 +18,7 @@ from ports import free_port
 from microbatch.cli.main import main
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("here"),
     pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here"),
 ]

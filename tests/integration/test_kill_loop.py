@@ -3,6 +3,8 @@
 import pytest
 from kill_loop import kill_loop
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.promise(of="spool")
 @pytest.mark.timeout(150)

@@ -16,6 +16,9 @@ from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.testing import SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
+
 ROUNDS = 3
 PORTION = 30
 PATIENCE = 60

@@ -14,6 +14,9 @@ from ports import free_port
 
 from microbatch.testing import SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.timeout(120)
 # --- nothing fails because of the bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize(("ask", "kind"), [*((by_map, kind) for kind in TYPES), (in_waves, "short texts")])
 async def test_at_most_two_calls_are_cut_or_refused_until_the_bound_is_learned(kind, endpoint, ask):
@@ -180,6 +181,7 @@ async def test_twice_the_bound_is_the_most_and_a_model_that_needs_more_goes_alon
 # --- models that do not stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", USELESS)
 @pytest.mark.parametrize("ask", [by_map, in_waves])
 @pytest.mark.parametrize("context", [None, 8_192])

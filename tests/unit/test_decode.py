@@ -33,6 +33,7 @@ from microbatch.schema.answer_type import answer_type
 from microbatch.schema.validate import misfit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", MSGSPEC_TYPES, ids=str)
 @given(data=st.data())
 def test_whatever_the_schema_allows_decodes_and_encodes_back_into_it(output_type, data) -> None:
@@ -52,6 +53,7 @@ def test_whatever_the_schema_allows_decodes_and_encodes_back_into_it(output_type
     assert misfit(reply, kind.batch_schema) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", PYDANTIC_TYPES, ids=str)
 @settings(max_examples=25)
 @given(data=st.data())

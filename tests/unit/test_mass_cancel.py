@@ -13,6 +13,9 @@ from helpers import ask, batcher_for
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 OURS = str(Path(mb.__file__).parent)
 
 

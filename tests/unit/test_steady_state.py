@@ -15,7 +15,10 @@ from microbatch.protocols import Completion
 from microbatch.testing import Latency, ScriptedTransport, SimulatedModel, SimulatedTransport
 from microbatch.testing.quota import Quota
 
-pytestmark = pytest.mark.timeout(300)  # minutes on end are seconds of work, and many on a loaded machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+]  # minutes on end are seconds of work, and many on a loaded machine
 
 RPM, TPM = 1_000, 200_000
 MINUTES = 4
