@@ -14,9 +14,6 @@ from ports import free_port
 
 from microbatch.testing import SimulatedEndpoint
 
-pytestmark = pytest.mark.slow
-
-
 README = (Path(__file__).parents[2] / "README.md").read_text()
 PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
@@ -77,6 +74,9 @@ async def test_services_answer_concurrent_requests_in_few_calls(code, tmp_path):
             process.terminate()
             _, complaints = await process.communicate()
         assert "Error" not in complaints.decode()
+
+
+pytestmark = pytest.mark.slow
 
 
 async def asked(session, url):

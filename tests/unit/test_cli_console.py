@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import builtins
 import dataclasses
-import importlib
 import importlib.metadata
 
 import msgspec
 import pytest
-from helpers import each
 
+from microbatch import cli
 from microbatch.accounting.stats import Stats
 from microbatch.cli import progress
 from microbatch.cli.console import UsageError, dollars, plural, saving, seconds, table
@@ -86,7 +85,7 @@ def test_a_setting_out_of_range_is_named_by_its_flag(words, message):
         policy_of(*words)
 
 
-@each(
+@pytest.mark.parametrize(
     "words",
     [
         ["run", "in", "-o", "out", "--idle", "never"],
@@ -119,7 +118,7 @@ def test_a_source_tree_has_no_version(monkeypatch, capsys):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.import_module("microbatch.cli.main"), "version", missing)
+    monkeypatch.setattr(cli, "version", missing)
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == "microbatch unknown\n"
