@@ -245,6 +245,7 @@ def test_a_stopwatch_counts_its_own_block_alone():
 # The benchmarks
 
 
+@pytest.mark.slow
 def test_without_a_name_all_are_listed():
     done = bench()
     assert done.returncode == 0, done.stderr
@@ -272,15 +273,16 @@ def test_every_benchmark_offers_what_the_frame_asks_for(name):
     assert list(inspect.signature(module.draw).parameters) == ["found"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gateway", ["--requests", "300", "--low", "5", "--rounds", "1"]),
+        ("gateway", ["--requests", "100", "--low", "2", "--rounds", "1"]),
         ("hybrid", ["--count", "400"]),
-        ("overload", ["--count", "4000", "--queued", "1000"]),
+        ("overload", ["--count", "2000", "--queued", "500"]),
         ("quota", ["--minutes", "3"]),
         ("stalls", []),
-        ("throughput", ["--count", "400", "--seconds", "0.2", "--rounds", "1"]),
+        ("throughput", ["--count", "160", "--seconds", "0.05", "--rounds", "1"]),
     ],
 )
 def test_a_quick_run_leaves_a_report_and_a_figure_that_is_drawn_from_it(name, words, tmp_path):

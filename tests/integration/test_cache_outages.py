@@ -17,6 +17,9 @@ from microbatch.caching.redis import RedisCache
 from microbatch.caching.tiers import TieredCache
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 PATIENCE = 40.0  # after several failures in a row a cache is left alone for many seconds
 AT_MOST = 60 * LIVE_TIMEOUT  # a busy machine may take its time to run us; the guard's own tests show it to the instant
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from command_line import given, here, output, serving  # noqa: F401 a fixture
 
+pytestmark = pytest.mark.slow
+
+
 COMMAND = ("-m", "microbatch", "run", "in.jsonl", "-o", "out.jsonl", "--template", "{name}", "--model", "m", "--force")
 
 

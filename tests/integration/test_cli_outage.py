@@ -12,7 +12,7 @@ from command_line import QUESTION, given, here, outage, output, products, refuse
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 STATUSES = (500, 503, 524, 408, 429)  # `test_outage.py` says which others are alike
 PATIENCE = ("--give-up-after", "60")

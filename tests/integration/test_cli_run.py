@@ -349,6 +349,7 @@ def append(path, text):
         file.write(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words", "asked"),
     [

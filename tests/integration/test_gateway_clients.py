@@ -31,6 +31,9 @@ from hypothesis import strategies as st
 from microbatch.gateway import GatewaySettings
 from microbatch.testing import Latency
 
+pytestmark = pytest.mark.slow
+
+
 CHAT = json.dumps({"model": MODEL, "messages": ask("x")}).encode()
 SEED = 20261125
 

@@ -32,6 +32,9 @@ from microbatch.cli.main import main, make_parser
 from microbatch.gateway import GatewaySettings
 from microbatch.testing import Latency, SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
+
 SLOW = Latency(first_token=4, tokens_per_second=0)  # a loaded machine must manage to look in meanwhile
 UPSTREAM = ("--upstream", "http://127.0.0.1:9/v1")
 

@@ -34,6 +34,8 @@ from microbatch.transports.openai_chat import OpenAIChat
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 MODEL = "gpt-4.1-mini"
 PRICE = Price(0.40, 1.60, 0.10)

@@ -19,6 +19,8 @@ from microbatch.caching.redis import RedisCache
 from microbatch.errors import ConfigError, StorageError
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.asynccontextmanager
 async def opened(url, **settings):

@@ -19,6 +19,9 @@ from microbatch.spool.records import LOST, Counts, Found, Item, Job, Name, Spool
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
 
+pytestmark = pytest.mark.slow
+
+
 SHORT = 0.1
 IN_TIME = 3.0  # long enough for a loaded machine to take the next step before it is over
 PATIENCE = 20.0

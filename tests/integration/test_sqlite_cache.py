@@ -19,6 +19,8 @@ from microbatch.caching.guard import Guard
 from microbatch.caching.sqlite import LEAST_BYTES, TOUCH_AFTER, SQLiteCache, _make_secret, _secret
 from microbatch.errors import ConfigError, StorageError
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.asynccontextmanager
 async def opened(path, **settings):

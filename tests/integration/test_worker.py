@@ -14,6 +14,9 @@ from microbatch.spool.records import Stage
 from microbatch.spool.worker import Worker
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 PATIENCE = 20.0
 
 

@@ -341,6 +341,7 @@ class Laborious(Watched):
         await super().set_many(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 0.1])
 @pytest.mark.parametrize("make", [Laborious, lambda: mb.TieredCache(mb.MemoryCache(max_entries=1), Laborious())])
 async def test_a_burst_is_looked_up_page_by_page_and_none_of_it_is_asked_again(make, spread):

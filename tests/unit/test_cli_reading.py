@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from helpers import each
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BadLine, BatchLines, Input, InputChanged, Template, Templated, id_digest
@@ -161,8 +162,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("after", [1, 5_000])
-@pytest.mark.parametrize("change", CHANGES)
+@each("after", [1, 5_000])
+@each("change", CHANGES)
 def test_an_input_that_changes_while_it_is_asked_about_is_told(given, change, after):
     act, words = CHANGES[change]
     source = given(*LINES, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,7 +115,7 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize(("meaning", "word"), [(meaning, word) for meaning, words in WORDS.items() for word in words])
+@each(("meaning", "word"), [(meaning, word) for meaning, words in WORDS.items() for word in words])
 def test_a_word_is_read_in_any_spelling(meaning: str, word: str) -> None:
     """Case, separators and prefixes make no difference."""
     assert read_finish(word) == meaning

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from helpers import chat_call, now
+from helpers import chat_call, each, now
 
 import microbatch as mb
 from microbatch.cli.session import PausingTransport
@@ -29,7 +29,7 @@ def status(kind, number, **data):
     return kind("x", status=number, **data)
 
 
-@pytest.mark.parametrize(
+@each(
     ("error", "cause"),
     [
         *((status(mb.ServerError, number), E) for number in (500, 501, 504, 505, 520, 522, 524, 408, 409)),

@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from helpers import now
+from helpers import each, now
 
 import microbatch as mb
 from microbatch import resources
@@ -50,7 +50,8 @@ class Slow:
 
 
 @pytest.fixture(autouse=True)
-async def nothing_stays():
+async def nothing_stays(monkeypatch):
+    monkeypatch.setattr(resources, "_users", {})  # other tests abandon batchers
     yield
     await asyncio.sleep(10)  # of virtual time: for what goes on in the background
     assert resources._in_use == {}
@@ -190,7 +191,7 @@ async def test_all_parts_are_closed_even_if_one_cannot_be():
     assert before.state == after.state == "closed"
 
 
-@pytest.mark.parametrize("seed", range(200))
+@each("seed", range(200))
 async def test_any_order_of_opening_failing_cancelling_and_closing(seed):
     """`Slow` asserts that it is never opened twice nor closed while it opens; a user never has it in another state than open."""
     rng = random.Random(seed)
