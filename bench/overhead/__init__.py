@@ -91,7 +91,7 @@ def times(loop: str, measured: dict[str, Entry], *, quick: bool) -> Pairs:
             continue
         names = [name for name in measured if name != WAITING]
         if quick and load.name in ("burst 16", "burst 256"):
-            names = [name for name in names if name in QUICK_OTHERS]
+            names = [name for name in names if name.removesuffix(", same work") in QUICK_OTHERS]
         if load is BARE:
             names = [name for name in names if name == OURS]
         cases = {name: partial(load.pair, measured[name], measured[FLOOR], loops_of(loop)) for name in names}
@@ -101,7 +101,7 @@ def times(loop: str, measured: dict[str, Entry], *, quick: bool) -> Pairs:
 
 def stillness(loop: str, measured: dict[str, Entry], found: Report) -> None:
     """Measure what each costs when little happens."""
-    names = [name for name in measured if name != LARGE]
+    names = [name for name, entry in measured.items() if name != LARGE and not entry.same_work]
     pending = QUICK_PENDING if found.quick else PENDING
     quiet, failed = all_quiet(
         names,

@@ -6,11 +6,15 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+import msgspec
+
 import microbatch as mb
 from bench import peers
 from bench.overhead.backend import Echo, Function
 from bench.peers import floors
 from microbatch.demo import instructions
+from microbatch.prompt.compose import compose, instruction, item_line
+from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -63,6 +67,7 @@ class Entry(NamedTuple):
         windowed: Whether it waits for company, as opposed to one turn of the loop or not at all.
         make: Sets it up for a batch size, a longest wait in seconds and the backend's pause.
         exact: Whether a burst has to come in full batches, however its items are.
+        same_work: Whether a peer composes prompts and reads replies, as submit does, instead of handing an integer on.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Entry(NamedTuple):
     windowed: bool
     make: Callable[[int, float, Pause], Running]
     exact: bool = False
+    same_work: bool = False
 
 
 class Futures:
@@ -129,6 +135,38 @@ class Peer:
         return -number
 
 
+class SameWork:
+    """A library whose batch function does what `submit` does: compose the numbered prompt, and take the same reply apart.
+
+    Answers are matched by position, since peers have no ids: the cheapest way there is.
+    """
+
+    def __init__(self, peer: Callable[..., Any], size: int, wait: float, pause: Pause) -> None:
+        self.backend = Echo(size, pause)
+        self._peer = peer(self._answer, size=size, wait=wait)
+        self._preamble = instruction(answer_type(str).words)
+        self._scratch = bytearray()
+        self._rest = _PROSE[:SMALL_BYTES]
+        self.start = self._peer.start
+
+    async def submit(self, number: int) -> str:
+        return await self._peer.submit(f"{number} {self._rest}")
+
+    async def _answer(self, texts: list[str]) -> list[str]:
+        prompt, _ = compose(self._preamble, [item_line(text, self._scratch) for text in texts])
+        messages = [{"role": "system", "content": f"{SYSTEM}."}, {"role": "user", "content": prompt}]
+        pieces: list[str] = []
+        await self.backend.send(mb.ChatCall(messages=messages), pieces.append)
+        return [element["answer"] for element in msgspec.json.decode("".join(pieces))["results"]]
+
+    async def stop(self) -> None:
+        """Do nothing, as `Peer`."""
+
+    @staticmethod
+    def wanted(number: int) -> str:
+        return str(number)
+
+
 class Ours:
     """The whole `submit(messages)`, with single flight."""
 
@@ -176,12 +214,18 @@ def entries(only: list[str] | None = None) -> dict[str, Entry]:
     found = [Entry(FLOOR, "floor", False, Futures)]
     found += [_peer(name, "floor", floor) for name, floor in floors.FLOORS.items()]
     found += [_peer(name, "peer", peer) for name, peer in peers.installed().items()]
+    found += [_same_work(name, "floor", floor) for name, floor in floors.FLOORS.items()]
+    found += [_same_work(name, "peer", peer) for name, peer in peers.installed().items()]
     found += _ours()
     return {entry.name: entry for entry in found if not only or entry.name in only or entry.name == FLOOR}
 
 
 def _peer(name: str, kind: Literal["floor", "peer"], peer: type[peers.Peer]) -> Entry:
     return Entry(name, kind, peer.windowed, partial(Peer, peer))
+
+
+def _same_work(name: str, kind: Literal["floor", "peer"], peer: type[peers.Peer]) -> Entry:
+    return Entry(f"{name}, same work", kind, peer.windowed, partial(SameWork, peer), same_work=True)
 
 
 def _ours() -> list[Entry]:

@@ -57,6 +57,6 @@ def _bars(axis: Axes, table: Table, load: str) -> None:
 def _kind(row: list[Cell]) -> str:
     if str(row[0]).startswith(OURS):
         return OURS
-    if row[0] in (FLOOR, *FLOORS):
+    if str(row[0]).removesuffix(", same work") in (FLOOR, *FLOORS):
         return BARE
     return WAITS if row[1] else DOES_NOT

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 TARGETS = {"burst": (3.0, 2.0), "steady": (6.0, 4.0)}
 """By kind of load: at most so many times the floor, and what is aimed at."""
 
-PEAK_BYTES = 2_300
+AHEAD = 1.3
+"""On the same work, at least so many times ahead of every peer that waits for company."""
+
+PEAK_BYTES = 2_355
+"""2.3 KB."""
+
+AT_ONCE = "aiodataloader, same work"
 NOISE = 0.15
 """Differences below this share are not told apart from noise."""
 
@@ -34,8 +40,12 @@ def of_times(loop: str, entries: Mapping[str, Entry], pairs: Pairs) -> Iterator[
         runs = pairs.get(load.name, {})
         if OURS in runs:
             yield _verdict(f"{loop}, {load.name}", TARGETS[load.name.split()[0]], runs[OURS])
-            rivals = [name for name, entry in entries.items() if entry.kind == "peer" and entry.windowed]
-            yield from _standing(f"{loop}, {load.name}", runs, [name for name in rivals if name in runs])
+            peers = [
+                name for name, entry in entries.items() if entry.kind == "peer" and entry.windowed and name in runs
+            ]
+            equal = [name for name in peers if entries[name].same_work]
+            yield from _standing(f"{loop}, {load.name}", runs, [name for name in peers if name not in equal])
+            yield from _on_the_same_work(f"{loop}, {load.name}", runs, equal)
     yield from _asides(loop, entries, pairs)
 
 
@@ -60,6 +70,21 @@ def _standing(where: str, runs: Runs, rivals: Sequence[str]) -> Iterator[str]:
     yield f"{where}: {said}."
 
 
+def _on_the_same_work(where: str, runs: Runs, rivals: Sequence[str]) -> Iterator[str]:
+    """Say how far ahead ours is of peers whose batch function composes the same prompt and reads the same reply."""
+    ours = wall_ratio(runs[OURS])
+    if rivals:
+        nearest = min(rivals, key=lambda name: wall_ratio(runs[name]))
+        ahead = wall_ratio(runs[nearest]) / ours
+        yield (
+            f"{where}, on the same work: submit is at least {ahead:.2f} times as fast as each of {len(rivals)} peers that wait for "
+            f"company; target {met(ahead >= AHEAD)} (at least {AHEAD:g}). The nearest is {_named(runs, nearest, wall_ratio)}."
+        )
+    if AT_ONCE in runs:
+        times = ours / wall_ratio(runs[AT_ONCE])
+        yield f"{where}, on the same work: submit takes {times:.2f} times what {AT_ONCE} takes, which never waits for company."
+
+
 def _not_behind(runs: Runs, rivals: Sequence[str], ratio: Ratio) -> str:
     """Return of whom ours is not clearly ahead, "" if it is of all."""
     ours = ratio(runs[OURS])
@@ -81,7 +106,9 @@ def _named(runs: Runs, name: str, ratio: Ratio) -> str:
 def _asides(loop: str, entries: Mapping[str, Entry], pairs: Pairs) -> Iterator[str]:
     """Say what a reader should know before believing the rest."""
     steady = pairs.get(LOADS[-1].name, {})
-    loaders = [name for name, entry in entries.items() if entry.kind == "peer" and not entry.windowed]
+    loaders = [
+        name for name, entry in entries.items() if entry.kind == "peer" and not (entry.windowed or entry.same_work)
+    ]
     if told := [f"{name} at {wall_ratio(steady[name]):.2f}" for name in loaders if name in steady]:
         yield f"{loop}, steady: what does not wait for company costs least: {', '.join(told)}."
     if LARGE in steady:

@@ -107,7 +107,8 @@ _SETUP = (
 )
 _CARRIED = (
     f"Floors and peers carry an integer. microbatch carries two chat messages built anew for each call (300 tokens shared, {SMALL_BYTES} "
-    f"bytes of its own, {LARGE_BYTES:,} in the row that says so), finds equal ones under way, composes prompts and takes replies apart."
+    f"bytes of its own, {LARGE_BYTES:,} in the row that says so), finds equal ones under way, composes prompts and takes replies apart. "
+    "Same work: the batch function composes the same numbered prompt, decodes the same reply with msgspec and matches answers by position."
 )
 _BACKEND = (
     "Backend: what the stand-in for an endpoint takes of each item's time in the first burst: it finds the ids and fills in a template. It is "
