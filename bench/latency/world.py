@@ -1,12 +1,11 @@
-"""Callers who come at given instants, a batcher, and a simulated endpoint, all on virtual time."""
+"""Callers that come at given instants, a batcher, and a simulated endpoint, all on virtual time."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING
-
-import msgspec
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import microbatch as mb
 from bench.questions import Label, products
@@ -18,23 +17,23 @@ if TYPE_CHECKING:
 
 MODEL = "gpt-4.1-mini"
 LATENCY = Latency(first_token=0.5, tokens_per_second=80.0)
-NEVER_BINDS = 10**6
-"""For limits that are not the subject."""
+NO_LIMIT = 10**6
 
 STREAMED, WHOLE, ALONE = "streamed", "whole reply", "one call each"
 MODES = (STREAMED, WHOLE, ALONE)
-"""Callers are answered as their element closes, when the reply has ended, or each has a call to itself."""
+"""Callers are answered as their element closes, when the reply has ended, or each by a call of its own."""
+
+labels = cache(products)
 
 
-class Served(msgspec.Struct):
-    """What became of a run.
+class Served(NamedTuple):
+    """Outcome of a run.
 
     Attributes:
         latencies: Seconds from submit to the answer, in order of arrival.
         waits: Seconds from submit until the call left.
-        calls: What went upstream.
-        batch_size: Mean items a call.
-        tokens: Prompt and reply, of all calls.
+        calls: Upstream calls.
+        tokens: Prompt and reply tokens of all calls.
     """
 
     latencies: list[float]
@@ -42,62 +41,36 @@ class Served(msgspec.Struct):
     calls: int
     tokens: int
 
-    @property
-    def batch_size(self) -> float:
-        return len(self.latencies) / self.calls
 
-    def after(self, share: float) -> Served:
-        """Leave out the first *share* of the callers, who met an empty batcher. Calls and tokens stay those of all."""
-        first = round(len(self.latencies) * share)
-        return Served(self.latencies[first:], self.waits[first:], self.calls, self.tokens)
-
-
-def messages(question: str):
-    return [{"role": "system", "content": instructions()}, {"role": "user", "content": question}]
-
-
-def model(labels: dict[str, str]) -> SimulatedModel:
-    return SimulatedModel(answer=lambda text, _: labels[text], latency=LATENCY)
-
-
-def play(arrivals: Sequence[float], seed: int, mode: str, *, only: str | None = None, **policy) -> Served:
-    """Let a caller come at each of the instants, and return what became of them.
-
-    Args:
-        arrivals: The instants, ascending, in seconds.
-        seed: Of what they ask.
-        mode: One of `MODES`.
-        only: What all of them ask; None draws a product for each.
-        policy: Settings of `FlushPolicy`.
+def play(arrivals: Sequence[float], seed: int, mode: str, *, max_batch_size: int, **policy) -> Served:
+    """Let a caller come at each instant of *arrivals* (seconds, ascending) and ask about a random product.
 
     Raises:
-        AssertionError: Somebody got a wrong answer, or an answer took a second call.
+        AssertionError: An answer was wrong, or took a second call.
     """
-    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
-        return runner.run(_play(arrivals, seed, mode, only, **policy))
-
-
-async def _play(arrivals, seed, mode, only, *, max_batch_size, **policy) -> Served:
-    loop = asyncio.get_running_loop()
-    labels = dict(products())
-    asked = random.Random(seed).choices(list(labels) if only is None else [only], k=len(arrivals))
-    simulated = model(labels)
-    batcher = mb.Microbatcher(
-        SimulatedTransport(simulated),
-        policy=mb.FlushPolicy(
-            max_batch_size=1 if mode == ALONE else max_batch_size,
-            max_batch_tokens=NEVER_BINDS,
-            max_output_tokens=NEVER_BINDS,
-            max_queued=NEVER_BINDS,
-            **policy,
-        ),
-        fallback=mb.FallbackPolicy(resolve="verified" if mode == WHOLE else "stream"),
-        tokens="bytes",
+    settings = mb.FlushPolicy(
+        max_batch_size=1 if mode == ALONE else max_batch_size,
+        max_batch_tokens=NO_LIMIT,
+        max_output_tokens=NO_LIMIT,
+        max_queued=NO_LIMIT,
+        **policy,
     )
+    asked = random.Random(seed).choices(list(labels()), k=len(arrivals))
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        return runner.run(_play(arrivals, asked, settings, "verified" if mode == WHOLE else "stream"))
+
+
+async def _play(arrivals: Sequence[float], asked: list[str], policy: mb.FlushPolicy, resolve: str) -> Served:
+    loop = asyncio.get_running_loop()
+    model = SimulatedModel(answer=lambda text, _: labels()[text], latency=LATENCY)
+    fallback = mb.FallbackPolicy(resolve=resolve)
+    batcher = mb.Microbatcher(SimulatedTransport(model), policy=policy, fallback=fallback, tokens="bytes")
+    system = {"role": "system", "content": instructions()}
 
     async def ask(question: str) -> mb.Reply[Label]:
-        reply = await batcher.submit(messages(question), output_type=Label, model=MODEL)
-        assert reply.output == labels[question], "a wrong answer"
+        messages = [system, {"role": "user", "content": question}]
+        reply = await batcher.submit(messages, output_type=Label, model=MODEL)
+        assert reply.output == labels()[question], "a wrong answer"
         return reply
 
     async with batcher:
@@ -107,17 +80,13 @@ async def _play(arrivals, seed, mode, only, *, max_batch_size, **policy) -> Serv
                 await asyncio.sleep(at - loop.time())
             tasks.append(loop.create_task(ask(question)))
         replies = [await task for task in tasks]
-    assert simulated.items == len(arrivals), "somebody was asked about twice"
-    return Served(
-        [reply.latency for reply in replies],
-        [reply.waited for reply in replies],
-        simulated.calls,
-        simulated.prompt_tokens + simulated.completion_tokens,
-    )
+    assert model.items == len(arrivals), "an item was asked about twice"
+    tokens = model.prompt_tokens + model.completion_tokens
+    return Served([reply.latency for reply in replies], [reply.waited for reply in replies], model.calls, tokens)
 
 
 def poisson(rate: float, count: int, seed: int) -> list[float]:
-    """Return the instants at which *count* callers come independently of each other, *rate* a second."""
+    """Return the instants of *count* independent arrivals, *rate* per second."""
     draw = random.Random(seed)
     now = 0.0
     return [now := now + draw.expovariate(rate) for _ in range(count)]

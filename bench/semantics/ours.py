@@ -1,4 +1,4 @@
-"""microbatch over the same batch function, which plays the model: what it returns becomes the reply, by the ids of what it answers."""
+"""microbatch over the same batch function, which plays the model: its results become the reply, by the ids of what they answer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import defaultdict
 from typing import Any, ClassVar
 
 import microbatch as mb
-from bench.peers import BatchFunction, Collector
-from bench.semantics.backend import answered
+from bench.peers import BatchFunction, Peer
+from bench.semantics.stage import answered
 from microbatch.testing.scripted import ScriptedCall
 
 INVENTED = "99zzzzz"
-"""The id under which a model answers what nobody asked."""
+"""An id that was not asked for."""
 
 
 class Model:
@@ -36,7 +36,7 @@ class Model:
 
 
 def named(items: list[tuple[str, str]], results: list[Any]) -> list[tuple[str, str]]:
-    """Return each of *results* with the id of the item that it answers, as a model names what it talks about."""
+    """Return each of *results* with the id of the item that it answers."""
     ids = defaultdict(list)
     for name, text in items:
         ids[text].append(name)
@@ -44,24 +44,21 @@ def named(items: list[tuple[str, str]], results: list[Any]) -> list[tuple[str, s
     return [(ids[text].pop(0) if ids[text := answered(result)] else INVENTED, result) for result in answers]
 
 
-class Ours(Collector):
-    name = "microbatch"
-    distribution = "microbatch"
+class Ours(Peer):
+    name = distribution = "microbatch"
     closes = True
     policy: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, function: BatchFunction, size: int = 32, wait: float = 0.005) -> None:
-        # `idle="wait"`: as everybody else here, even the first caller waits for company.
+        # `idle="wait"`: as in the others, even the first request waits.
         policy = mb.FlushPolicy(max_batch_size=size, max_wait=wait, idle="wait", **self.policy)
         self._batcher = mb.Microbatcher(Model(function), policy=policy, tokens="bytes")
         self.start = self._batcher.open
         self.stop = self._batcher.aclose
 
     async def submit(self, item: str) -> str:
-        reply = await self._batcher.submit(
-            [{"role": "system", "content": "Answer."}, {"role": "user", "content": item}]
-        )
-        return reply.output
+        messages = [{"role": "system", "content": "Answer."}, {"role": "user", "content": item}]
+        return (await self._batcher.submit(messages)).output
 
 
 class Sharing(Ours):

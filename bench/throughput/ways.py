@@ -1,10 +1,11 @@
-"""The ways to ask over sockets: one call each by the openai SDK or by aiohttp alone, and a batcher. Each takes a question and returns its label."""
+"""Clients over sockets: one call each by the openai SDK or by aiohttp alone, and a batcher. Each takes a question and returns its label."""
 
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
+from functools import cache
 from operator import add
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import aiohttp
 import msgspec
@@ -12,21 +13,19 @@ from openai import AsyncOpenAI
 
 import microbatch as mb
 from bench.questions import Label
-from bench.throughput.scene import AIOHTTP, BATCHER, MODEL, NEVER_BINDS, SDK, messages, response_format
-
-if TYPE_CHECKING:
-    from bench.throughput.scene import Way
+from bench.throughput.scene import AIOHTTP, MODEL, NO_LIMIT, SDK, Way, messages
+from microbatch.schema.answer_type import answer_type
 
 KEY = "sk-bench"
 FILL_S = 0.5
 """`max_wait`: so long that batches leave full, as they do in a job."""
 
 
-class Told(NamedTuple):
-    """What was asked for and paid so far.
+class Counts(NamedTuple):
+    """Calls made and tokens paid so far.
 
     Attributes:
-        events: Pieces of text that came as an event each; 0 where nobody counts them.
+        events: Pieces of text that came as an event each; 0 where they are not counted.
     """
 
     calls: int = 0
@@ -34,15 +33,13 @@ class Told(NamedTuple):
     completion_tokens: int = 0
     events: int = 0
 
-    def since(self, before: Told) -> Told:
-        return Told(*(late - early for late, early in zip(self, before, strict=True)))
+    def since(self, before: Counts) -> Counts:
+        return Counts(*(late - early for late, early in zip(self, before, strict=True)))
 
 
 class Client(Protocol):
-    """A way that is open."""
-
     @property
-    def told(self) -> Told: ...
+    def counts(self) -> Counts: ...
 
     async def __aenter__(self) -> Self: ...
 
@@ -64,49 +61,47 @@ class Classified(msgspec.Struct):
 read_answer = msgspec.json.Decoder(Classified).decode
 
 
-class OneCallEach(AbstractAsyncContextManager):
-    """What keeps count of calls that carry one question each."""
+@cache
+def _request(*, stream: bool) -> dict[str, Any]:
+    """Return the request but for its messages; the schema is that of the batcher's own single calls."""
+    schema = {"name": "answers", "strict": True, "schema": answer_type(Label).single_schema}
+    body = {"model": MODEL, "response_format": {"type": "json_schema", "json_schema": schema}}
+    return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
 
-    def __init__(self) -> None:
-        self.told = Told()
+
+class OneCallEach(AbstractAsyncContextManager):
+    """Base of the clients that make one call for each question, and of their counts."""
+
+    def __init__(self, url: str, *, stream: bool) -> None:
+        self.counts = Counts()
+        self._url = url
+        self._stream = stream
 
     async def ask_alone(self, question: str) -> None:
         await self.ask(question)
 
     def _count(self, usage: Any, pieces: int = 0) -> None:
-        self.told = Told(*map(add, self.told, (1, usage.prompt_tokens, usage.completion_tokens, pieces)))
+        self.counts = Counts(*map(add, self.counts, (1, usage.prompt_tokens, usage.completion_tokens, pieces)))
 
 
 class BySdk(OneCallEach):
-    """One call each by the SDK as it comes: its own retries, its own pool of connections."""
+    """The SDK as it comes, with its own retries and its own pool of connections."""
 
-    def __init__(self, url: str, way: Way, *, stream: bool) -> None:
-        del way
-        super().__init__()
+    def __init__(self, url: str, *, stream: bool) -> None:
+        super().__init__(url, stream=stream)
         self._client = AsyncOpenAI(base_url=url, api_key=KEY)
-        self._format: Any = response_format()
-        self.ask = self._streamed if stream else self._whole
 
     async def __aexit__(self, *raised: object) -> None:
         await self._client.close()
 
-    async def _whole(self, question: str) -> str:
-        completion = await self._client.chat.completions.create(
-            model=MODEL, messages=messages(question), response_format=self._format
-        )
-        self._count(completion.usage)
-        return read_answer(completion.choices[0].message.content).answer
-
-    async def _streamed(self, question: str) -> str:
+    async def ask(self, question: str) -> str:
+        request = _request(stream=self._stream)
+        completion = await self._client.chat.completions.create(messages=messages(question), **request)
+        if not self._stream:
+            self._count(completion.usage)
+            return read_answer(completion.choices[0].message.content).answer
         text: list[str] = []
-        stream = await self._client.chat.completions.create(
-            model=MODEL,
-            messages=messages(question),
-            response_format=self._format,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        async for chunk in stream:
+        async for chunk in completion:
             if chunk.usage is not None:
                 self._count(chunk.usage)
             elif content := chunk.choices[0].delta.content:
@@ -139,17 +134,7 @@ read_body = msgspec.json.Decoder(Body).decode
 
 
 class ByAiohttp(OneCallEach):
-    """One call each with nothing but a session and decoders: the least that asking one by one costs on this stack."""
-
-    def __init__(self, url: str, way: Way, *, stream: bool) -> None:
-        del way
-        super().__init__()
-        self._url = f"{url}/chat/completions"
-        self._body: dict[str, Any] = {"model": MODEL, "response_format": response_format()}
-        if stream:
-            self._body |= {"stream": True, "stream_options": {"include_usage": True}}
-        self._read = self._streamed if stream else self._whole
-        self._session: aiohttp.ClientSession
+    """A session and decoders alone: the least that one call each costs on this stack."""
 
     async def __aenter__(self) -> Self:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
@@ -160,42 +145,37 @@ class ByAiohttp(OneCallEach):
         await self._session.close()
 
     async def ask(self, question: str) -> str:
-        body = msgspec.json.encode(self._body | {"messages": messages(question)})
-        async with self._session.post(self._url, data=body) as response:
-            return read_answer(await self._read(response)).answer
-
-    async def _whole(self, response: aiohttp.ClientResponse) -> str:
-        body = read_body(await response.read())
-        self._count(body.usage)
-        return body.choices[0].message.content
-
-    async def _streamed(self, response: aiohttp.ClientResponse) -> str:
-        text: list[str] = []
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                body = read_body(line[6:])
-                if body.usage is not None:
-                    self._count(body.usage, len(text))
-                elif content := body.choices[0].delta.content:
-                    text.append(content)
-        return "".join(text)
+        body = msgspec.json.encode(_request(stream=self._stream) | {"messages": messages(question)})
+        async with self._session.post(f"{self._url}/chat/completions", data=body) as response:
+            if not self._stream:
+                whole = read_body(await response.read())
+                self._count(whole.usage)
+                return read_answer(whole.choices[0].message.content).answer
+            text: list[str] = []
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    event = read_body(line[6:])
+                    if event.usage is not None:
+                        self._count(event.usage, len(text))
+                    elif content := event.choices[0].delta.content:
+                        text.append(content)
+            return read_answer("".join(text)).answer
 
 
 class ByBatcher(AbstractAsyncContextManager):
     """`submit`, each answer as soon as it is there (*stream*) or with the whole reply."""
 
-    def __init__(self, url: str, way: Way, *, stream: bool) -> None:
+    def __init__(self, url: str, size: int, *, stream: bool) -> None:
         self._batcher = mb.Microbatcher(
             mb.OpenAIChat(MODEL, base_url=url, api_key=KEY),
-            policy=mb.FlushPolicy(max_batch_size=way.size, max_wait=FILL_S, idle="wait", max_output_tokens=NEVER_BINDS),
+            policy=mb.FlushPolicy(max_batch_size=size, max_wait=FILL_S, idle="wait", max_output_tokens=NO_LIMIT),
             fallback=mb.FallbackPolicy(resolve="stream" if stream else "verified"),
-            cache=mb.MemoryCache() if way.cached else None,
         )
 
     @property
-    def told(self) -> Told:
+    def counts(self) -> Counts:
         stats = self._batcher.stats()
-        return Told(stats.upstream_calls, stats.prompt_tokens, stats.completion_tokens)
+        return Counts(stats.upstream_calls, stats.prompt_tokens, stats.completion_tokens)
 
     async def __aenter__(self) -> Self:
         await self._batcher.__aenter__()
@@ -211,9 +191,8 @@ class ByBatcher(AbstractAsyncContextManager):
         await self._batcher.submit(messages(question), output_type=Label, priority="high")
 
 
-CLIENTS: dict[str, type[Client]] = {SDK: BySdk, AIOHTTP: ByAiohttp, BATCHER: ByBatcher}
-
-
 def client(url: str, way: Way, *, stream: bool) -> Client:
     """Return the client of *way*, not open yet."""
-    return CLIENTS[way.by](url, way, stream=stream)
+    if way.name == SDK:
+        return BySdk(url, stream=stream)
+    return ByAiohttp(url, stream=stream) if way.name == AIOHTTP else ByBatcher(url, way.size, stream=stream)
