@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import plot, results
 from bench.benchmark import NAMES, SEED, load
 from bench.report import Run, begin
 
@@ -41,8 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.name == "all":
         return run_all(options)
     if options.name == "results":
-        from bench import results
-
         return results.main(options.out, quick=options.quick)
     run_one(options.name, modules[options.name], options)
     return 0
@@ -60,15 +59,10 @@ def run_one(name: str, module: Benchmark, options: argparse.Namespace) -> None:
     run.seconds = time.perf_counter() - start
     path = run.write(options.out)
     run = Run.read(path)  # so that what is reported is what the file says
-    tables = module.tables(run)
-    head = f"{name}: {module.QUESTION}\n{run.machine}\n{run.versions_text()}; seed {run.seed}{', quick' if run.quick else ''}"
-    findings = "\n".join(f"* {finding}" for finding in module.findings(run, tables))
-    print("\n\n".join([head, *(table.text() for table in tables.values()), findings, f"took {run.seconds:.0f} s"]))
+    print(results.section(run))
     print(f"written: {path}")
     if hasattr(module, "draw"):
-        from bench import plot
-
-        plot.save(module.draw(run, tables), path.with_suffix(".svg"))
+        plot.save(module.draw(run, module.tables(run)), path.with_suffix(".svg"))
 
 
 def run_all(options: argparse.Namespace) -> int:

@@ -45,25 +45,18 @@ class Benchmark(Protocol):
         QUESTION: The question it answers, in a sentence.
         COMPARED: The distributions whose versions matter.
         OPTIONS: Its own options by name.
+        measure: Returns the raw samples; the options are its own, and `quick` and `seed`.
+        tables: Returns the tables of a run by name, from its samples and options alone.
+        findings: Returns what the tables show, in sentences, missed targets included.
+        draw: Draws a figure; a module may lack it.
     """
 
     QUESTION: str
     COMPARED: list[str]
     OPTIONS: dict[str, Option]
-
-    @staticmethod
-    def measure(options: argparse.Namespace) -> dict[str, Any]:
-        """Return the raw samples; *options* has the benchmark's own, and `quick` and `seed`."""
-
-    @staticmethod
-    def tables(run: Run) -> dict[str, Table]:
-        """Return the tables of *run* by name, from its samples and options alone."""
-
-    @staticmethod
-    def findings(run: Run, tables: dict[str, Table]) -> list[str]:
-        """Return what *tables* show, in sentences, missed targets included."""
-
-    # A module that has `draw(run, tables) -> Figure` also leaves a figure.
+    measure: Callable[[argparse.Namespace], dict[str, Any]]
+    tables: Callable[[Run], dict[str, Table]]
+    findings: Callable[[Run, dict[str, Table]], list[str]]
     draw: Callable[[Run, dict[str, Table]], Figure]
 
 

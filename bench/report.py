@@ -41,28 +41,22 @@ class Table:
             return {record[keys[0]]: record for record in records}
         return {tuple(record[key] for key in keys): record for record in records}
 
-    def text(self) -> str:
-        """Return the table for a terminal."""
-        lines = [list(self.columns), *self._shown()]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        pad = [str.rjust if numeric else str.ljust for numeric in self._numeric()]
-        head, *body = ["  ".join(f(c, w) for f, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.title, "", head, rule, *body, *(["", *self.notes] if self.notes else [])])
-
     def markdown(self) -> str:
-        """Return the rows as a Markdown table, without title and notes."""
-        rule = ["---:" if numeric else "---" for numeric in self._numeric()]
-        lines = [list(self.columns), rule, *self._shown()]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        """Return title, rows and notes as Markdown, aligned so that it can be read as it is."""
+        columns = list(zip(list(self.columns), *self._shown(), strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        numeric = [bool(form) for form in self.columns.values()]
+        pad = [str.rjust if number else str.ljust for number in numeric]
+        head, *rows = [
+            "| " + " | ".join(f(cell, width) for f, cell, width in zip(pad, row, widths, strict=True)) + " |"
+            for row in zip(*columns, strict=True)
+        ]
+        ends = [("-:" if number else "--").rjust(width, "-") for number, width in zip(numeric, widths, strict=True)]
+        lines = [head, "| " + " | ".join(ends) + " |", *rows]
+        return "\n\n".join([f"*{self.title}*", "\n".join(lines), *self.notes])
 
     def _shown(self) -> list[list[str]]:
         return [[_show(cell, form) for cell, form in zip(row, self.columns.values(), strict=True)] for row in self.rows]
-
-    def _numeric(self) -> list[bool]:
-        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
-        known = [[cell for cell in column if cell is not None] for column in columns]
-        return [bool(cells) and not any(isinstance(cell, str | bool) for cell in cells) for cells in known]
 
 
 def _show(cell: Cell, form: str) -> str:
@@ -70,7 +64,8 @@ def _show(cell: Cell, form: str) -> str:
         return "-"
     if isinstance(cell, bool):
         return "yes" if cell else "no"
-    return form.format(cell) if form and not isinstance(cell, str) else str(cell)
+    words = form.format(cell) if form and not isinstance(cell, str) else str(cell)
+    return words.replace("|", "\\|")
 
 
 class Run(msgspec.Struct):
@@ -105,9 +100,6 @@ class Run(msgspec.Struct):
     @classmethod
     def read(cls, path: Path) -> Run:
         return msgspec.json.decode(path.read_bytes(), type=cls)
-
-    def versions_text(self) -> str:
-        return ", ".join(f"{name} {version}" for name, version in self.versions.items())
 
 
 def begin(name: str, *, quick: bool, seed: int, options: dict[str, Any], compared: list[str]) -> Run:

@@ -8,14 +8,10 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bench import plot
 from bench.benchmark import NAMES, SEED, load
 from bench.report import Run
-
-if TYPE_CHECKING:
-    from bench.report import Table
 
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published"
@@ -57,26 +53,23 @@ def runs(published: Path) -> list[Run]:
 
 def rendered(published: Path) -> str:
     """Return the page for the runs in *published*."""
-    return "\n".join([HEAD, *map(_section, runs(published))])
+    return "\n".join([HEAD, *map(section, runs(published))])
 
 
-def _section(run: Run) -> str:
+def section(run: Run) -> str:
+    """Return the findings and tables of *run* as Markdown."""
     module = load(run.name)
     tables = module.tables(run)
-    figure = f"![{module.QUESTION}](published/{run.name}.svg)" if hasattr(module, "draw") else None
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     parts = [
         f"## {run.name}",
         f"**{module.QUESTION}**",
-        f"`{command(run)}`, {run.date[:10]}, {run.seconds:.0f} s. {run.machine}. {run.versions_text()}.",
+        f"`{command(run)}`, {run.date[:10]}, {run.seconds:.0f} s. {run.machine}. {versions}.",
         "\n".join(f"* {finding}" for finding in module.findings(run, tables)),
-        *([figure] if figure else []),
-        *(_table(table) for table in tables.values()),
+        *([f"![{module.QUESTION}](published/{run.name}.svg)"] if hasattr(module, "draw") else []),
+        *(table.markdown() for table in tables.values()),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(table: Table) -> str:
-    return "\n\n".join([f"*{table.title}*", table.markdown(), *table.notes])
 
 
 def command(run: Run) -> str:

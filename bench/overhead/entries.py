@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import re
-import time
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -42,23 +42,23 @@ _ITEM = re.compile(r'\[(\d+[a-z]{5})\] "(\d+) ')
 """An item's id, and the number its text begins with."""
 
 
-class Running(Protocol):
+class Running:
     """A way to batch, set up for one run.
 
     Attributes:
-        backend: What it calls, with the attributes `calls` and `spent`.
+        calls: Calls of the batch function or of the transport so far.
+        wanted: Returns the only right answer to a number.
     """
 
-    backend: Any
+    calls = 0
+    wanted: Callable[[int], Any] = operator.neg
+    submit: Callable[[int], Awaitable[Any]]
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        pass
 
-    async def submit(self, number: int) -> Any: ...
-
-    async def stop(self) -> None: ...
-
-    def wanted(self, number: int) -> Any:
-        """Return the only right answer to *number*."""
+    async def stop(self) -> None:
+        """Do nothing: all are answered, the rest ends with the loop, and some libraries take a second to close."""
 
 
 class Entry(NamedTuple):
@@ -81,42 +81,16 @@ class Entry(NamedTuple):
         return {"kind": self.kind, "waits": self.waits, "same_work": self.same_work}
 
 
-class Function:
-    """The batch function of peers that hand an integer on: the negative of each number.
-
-    Attributes:
-        calls: Calls so far.
-        spent: None: its cost is negligible and not measured.
-    """
-
-    spent = None
-
-    def __init__(self, pause: Pause) -> None:
-        self.calls = 0
-        self._pause = pause
-
-    async def answer(self, items: list[int]) -> list[int]:
-        self.calls += 1
-        if self._pause is not None:
-            await self._pause()
-        return [-item for item in items]
-
-
 class Echo:
     """A transport that answers each item of a combined prompt with the number its text begins with.
 
     Replies are templates built for every batch size before the clock starts: only the ids are found and filled in.
-
-    Attributes:
-        calls: Calls so far.
-        spent: Seconds of its own, pauses excluded.
     """
 
     model = base_url = None
 
     def __init__(self, size: int, pause: Pause) -> None:
         self.calls = 0
-        self.spent = 0.0
         self._pause = pause
         element = '{"id":"%s","answer":"%s"}'
         self._templates = ['{"results":[' + ",".join([element] * items) + "]}" for items in range(size + 1)]
@@ -125,12 +99,10 @@ class Echo:
         self.calls += 1
         if self._pause is not None:
             await self._pause()
-        start = time.perf_counter()
         content = call.messages[-1]["content"]
         found = _ITEM.findall(content)
         # A request that goes alone has its own messages and is answered without a wrapper.
         reply = self._templates[len(found)] % tuple(chain.from_iterable(found)) if found else content.partition(" ")[0]
-        self.spent += time.perf_counter() - start
         on_text(reply)
         return mb.Completion("stop", usage=mb.Usage(len(content) // 4, 12 * len(found)))
 
@@ -138,11 +110,10 @@ class Echo:
         pass
 
 
-class Futures:
+class Futures(Running):
     """Bare futures, the cost of any way to hand over an answer; all that wait are answered in the next turn of the loop."""
 
     def __init__(self, size: int, wait: float, pause: Pause) -> None:  # noqa: ARG002, it does not batch
-        self.backend = Function(None)  # never called
         self._pause = pause
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -170,35 +141,33 @@ class Futures:
         await pause()
         self._answer()
 
-    async def stop(self) -> None:
-        pass
 
-    wanted = staticmethod(int.__neg__)
-
-
-class Integers:
-    """A library that hands integers on."""
+class Integers(Running):
+    """A library that hands integers on; its batch function returns their negatives."""
 
     def __init__(self, peer: type[peers.Peer], size: int, wait: float, pause: Pause) -> None:
-        self.backend = Function(pause)
-        self._peer = peer(self.backend.answer, size, wait)
+        self._pause = pause
+        self._peer = peer(self._answer, size, wait)
         # Its own methods: a frame of ours around them would be charged to it.
         self.start, self.submit = self._peer.start, self._peer.submit
 
-    async def stop(self) -> None:
-        """Do nothing: all are answered, the rest ends with the loop, and some libraries take a second to close."""
+    async def _answer(self, items: list[int]) -> list[int]:
+        self.calls += 1
+        if self._pause is not None:
+            await self._pause()
+        return [-item for item in items]
 
-    wanted = staticmethod(int.__neg__)
 
-
-class SameWork:
+class SameWork(Running):
     """A library whose batch function does what `submit` does: compose the numbered prompt, and take the same reply apart.
 
     Answers are matched by position, since peers have no ids: the cheapest way there is.
     """
 
+    wanted = str
+
     def __init__(self, peer: type[peers.Peer], size: int, wait: float, pause: Pause) -> None:
-        self.backend = Echo(size, pause)
+        self._echo = Echo(size, pause)
         self._peer = peer(self._answer, size, wait)
         self._preamble = instruction(answer_type(str).words)
         self._scratch = bytearray()
@@ -212,17 +181,15 @@ class SameWork:
         prompt, _ = compose(self._preamble, [item_line(text, self._scratch) for text in texts])
         messages = [{"role": "system", "content": f"{SYSTEM}."}, {"role": "user", "content": prompt}]
         pieces: list[str] = []
-        await self.backend.send(mb.ChatCall(messages=messages), pieces.append)
+        self.calls += 1
+        await self._echo.send(mb.ChatCall(messages=messages), pieces.append)
         return [element["answer"] for element in msgspec.json.decode("".join(pieces))["results"]]
 
-    async def stop(self) -> None:
-        """Do nothing, as in `Integers`."""
 
-    wanted = staticmethod(str)
-
-
-class Ours:
+class Ours(Running):
     """The whole `submit(messages)`, with single flight."""
+
+    wanted = str
 
     def __init__(
         self,
@@ -233,9 +200,9 @@ class Ours:
         wait: float,
         pause: Pause,
     ) -> None:
-        self.backend = Echo(size, pause)
+        self._echo = Echo(size, pause)
         settings = mb.FlushPolicy(max_batch_size=size, max_wait=wait, max_queued=NO_LIMIT, share=True, **policy)
-        self._batcher = mb.Microbatcher(self.backend, policy=settings, tokens=tokens)
+        self._batcher = mb.Microbatcher(self._echo, policy=settings, tokens=tokens)
         self._rest = _PROSE[:characters]
 
     async def start(self) -> None:
@@ -249,12 +216,10 @@ class Ours:
         return reply.output
 
     async def stop(self) -> None:
-        calls = self._batcher.upstream_calls
-        if calls != self.backend.calls:
-            raise AssertionError(f"upstream_calls is {calls}, the transport counted {self.backend.calls}")
+        self.calls = self._batcher.upstream_calls
+        if self.calls != self._echo.calls:
+            raise AssertionError(f"upstream_calls is {self.calls}, the transport counted {self._echo.calls}")
         await self._batcher.aclose()
-
-    wanted = staticmethod(str)
 
 
 def entries() -> dict[str, Entry]:

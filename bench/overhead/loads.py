@@ -45,8 +45,7 @@ def measure(load: Load, entry: Entry, loops: Loops) -> dict[str, float | None]:
     """Return what one run took per item, in a loop of its own; every answer is checked.
 
     Returns:
-        `wall_us` and `cpu_us`; `batch`, the mean number of items in a batch, None where there are none; `backend_us`, the part of the
-        backend, None where it is negligible.
+        `wall_us` and `cpu_us`, and `batch`, the mean number of items in a batch, None where there are none.
     """
 
     async def measured() -> dict[str, float | None]:
@@ -56,14 +55,13 @@ def measure(load: Load, entry: Entry, loops: Loops) -> dict[str, float | None]:
             watch, answers = await load.play(running)
             await running.stop()
         check(running, answers)
-        backend, items = running.backend, len(answers)
-        if entry.exact and load.play is burst and backend.calls != -(-items // load.size):
-            raise AssertionError(f"{backend.calls} calls for {items} items, {load.size} at a time")
+        calls, items = running.calls, len(answers)
+        if entry.exact and load.play is burst and calls != -(-items // load.size):
+            raise AssertionError(f"{calls} calls for {items} items, {load.size} at a time")
         return {
             "wall_us": watch.wall / items * 1e6,
             "cpu_us": watch.cpu / items * 1e6,
-            "batch": items / backend.calls if backend.calls else None,
-            "backend_us": None if backend.spent is None else backend.spent / items * 1e6,
+            "batch": items / calls if calls else None,
         }
 
     with asyncio.Runner(loop_factory=loops) as runner:

@@ -44,8 +44,8 @@ BYTES = (
 )
 
 
-def times_floor(pairs: Pairs, name: str = "wall_us") -> float:
-    return ratio(*([pair[side][name] for pair in pairs] for side in ("own", "floor")))
+def times_floor(pairs: Pairs) -> float:
+    return ratio(*([pair[side]["wall_us"] for pair in pairs] for side in ("own", "floor")))
 
 
 def own_median(pairs: Pairs, name: str) -> float | None:

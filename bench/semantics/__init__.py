@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from bench import peers
 from bench.benchmark import Option
 from bench.report import Run, Table, met
-from bench.semantics.ours import Ours
 from bench.semantics.probes import PROBES
-from bench.semantics.stage import HANG, MARKS, RIGHT, Stage
+from bench.semantics.stage import HANG, MARKS, RIGHT, Ours, Stage
 
 if TYPE_CHECKING:
     import argparse
@@ -64,7 +63,7 @@ def tables(run: Run) -> dict[str, Table]:
     signs = "; ".join(f"{sign} {mark}" for mark, sign in MARKS.items())
     counts = Table(
         f"Verdicts of {len(verdicts)} probes",
-        f"library | {' | '.join(MARKS)} | complaints of the loop",
+        f"library | {' | '.join(f'{mark} {{:d}}' for mark in MARKS)} | complaints of the loop {{:d}}",
         "Complaints: exceptions in callbacks, and those of tasks and futures that were never retrieved. minimal: a list, a timer and a task per batch.",
     )
     for name, number in complaints.items():
