@@ -14,16 +14,12 @@ from bench import peers
 from bench.benchmark import Option
 from bench.overhead.entries import FLOOR, LARGE, OURS, WAITING, entries
 from bench.overhead.loads import LOADS, loops_of, pair
-from bench.overhead.outcome import findings, tables
+from bench.overhead.outcome import draw, findings, tables
 from bench.overhead.quiet import all_quiet
 from bench.timing import alternate
 
 if TYPE_CHECKING:
     import argparse
-
-    from matplotlib.figure import Figure
-
-    from bench.report import Run, Table
 
 QUESTION = "What does submit cost, beside bare futures and other collectors?"
 COMPARED = [*peers.DISTRIBUTIONS, "uvloop"]
@@ -63,12 +59,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         quiet = [name for name in names if not options.quick or name in QUICK_QUIET]
         samples[f"{loop}_quiet"] = all_quiet(quiet, loop, options.pending)
     return samples
-
-
-def draw(run: Run, tables: dict[str, Table]) -> Figure:
-    from bench.overhead import figure  # imported late: the measured processes are to be without matplotlib
-
-    return figure.draw(run, tables)
 
 
 __all__ = ["COMPARED", "OPTIONS", "QUESTION", "draw", "findings", "measure", "tables"]

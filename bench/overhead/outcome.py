@@ -1,4 +1,4 @@
-"""Tables and findings of the overhead benchmark."""
+"""Tables, findings and figure of the overhead benchmark."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from bench.timing import median, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from bench.report import Run
 
@@ -155,3 +158,39 @@ def _of_quiet(run: Run, loop: str) -> Iterator[str]:
         if ours["wakeups"] is not None:
             yield f"{loop}: {ours['wakeups']:.0f} wake-ups in an idle second; target of 0 {met(ours['wakeups'] <= 0)}."
         yield f"{loop}: a lone request is answered after {ours['latency_ms']:.1f} ms under a window of 50 ms."
+
+
+SHOWN = {"burst 32": "20,000 at once, batches of 32", "steady": "256 workers in a loop, batches of 32"}
+KINDS = ("microbatch", "peer that waits", "peer that does not", "floor")
+
+
+def draw(run: Run, tables: dict[str, Table]) -> Figure:
+    from matplotlib.patches import Patch
+
+    from bench import plot  # imported late: the measured processes are to be without matplotlib
+
+    colors = dict(zip(KINDS, (plot.OURS, *plot.OTHERS[:2], plot.MUTED), strict=True))
+    figure, axes = plot.panels(len(SHOWN), width=6.4, height=6.0)
+    for axis, (load, title) in zip(axes, SHOWN.items(), strict=True):
+        _bars(axis, run, tables["asyncio"], f"{load}: x floor", colors)
+        axis.set(title=title, xlabel="wall time, times that of bare futures")
+        axis.margins(x=0.08)
+        legend = [Patch(color=color, label=kind) for kind, color in colors.items()]
+        axis.legend(handles=[*legend, axis.axvline(1, color="black", linewidth=1, label="bare futures")], fontsize=7)
+    figure.suptitle("The cost of submit, asyncio (same work: the peer composes the prompt and reads the reply too)")
+    return figure
+
+
+def _bars(axis: Axes, run: Run, table: Table, column: str, colors: dict[str, str]) -> None:
+    """Draw one bar for each row, the cheapest on top."""
+    values = {name: row[column] for name, row in table.by("library").items()}
+    names = sorted(values, key=values.__getitem__, reverse=True)
+    bars = axis.barh(names, [values[name] for name in names], color=[colors[_kind(run, name)] for name in names])
+    over_lines = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axis.bar_label(bars, [f"{values[name]:.1f}" for name in names], padding=3, fontsize=7, bbox=over_lines)
+    axis.grid(visible=False, axis="y")
+
+
+def _kind(run: Run, name: str) -> str:
+    facts = run.samples["entries"][name]
+    return KINDS[{"ours": 0, "floor": 3}.get(facts["kind"], 1 if facts["waits"] else 2)]

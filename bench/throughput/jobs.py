@@ -16,22 +16,8 @@ from bench.apart import measured
 from bench.metered import MeteredModel
 from bench.questions import Label
 from bench.report import Table, met
-from bench.throughput.scene import (
-    ALONE,
-    AT_ONCE,
-    BATCHER,
-    LATENCY,
-    MODEL,
-    NO_LIMIT,
-    SIZE,
-    SIZES,
-    TOKENS,
-    Way,
-    labels_of,
-    messages,
-    questions,
-    together,
-)
+from bench.throughput import scene
+from bench.throughput.scene import Way, labels_of, messages, questions, together
 from bench.timing import quantile
 from microbatch.testing import Quota, SimulatedTransport, VirtualClockLoop
 
@@ -40,14 +26,14 @@ if TYPE_CHECKING:
 
     from bench.report import Run
 
-ALONE_ZIPF, CACHED_ZIPF = f"{ALONE}, Zipf", f"{BATCHER} {SIZE} + cache, Zipf"
+ALONE_ZIPF, CACHED_ZIPF = f"{scene.ALONE}, Zipf", f"{scene.BATCHER} {scene.SIZE} + cache, Zipf"
 WAYS = {
     way.name: way
     for way in (
-        Way(ALONE),
-        *map(together, SIZES),
+        Way(scene.ALONE),
+        *map(together, scene.SIZES),
         Way(ALONE_ZIPF, zipf=True),
-        Way(CACHED_ZIPF, SIZE, zipf=True, cached=True),
+        Way(CACHED_ZIPF, scene.SIZE, zipf=True, cached=True),
     )
 }
 
@@ -65,12 +51,12 @@ class Limit(NamedTuple):
 BY_REQUESTS, BY_BOTH, BY_CALLS = (
     f"{RPM:,} requests/min",
     f"{RPM:,} requests and {TPM:,} tokens/min",
-    f"{AT_ONCE} calls at once",
+    f"{scene.AT_ONCE} calls at once",
 )
 LIMITS = {
     BY_REQUESTS: Limit(RPM, None, UNDER_QUOTA),
     BY_BOTH: Limit(RPM, TPM, UNDER_QUOTA),
-    BY_CALLS: Limit(None, None, AT_ONCE),
+    BY_CALLS: Limit(None, None, scene.AT_ONCE),
 }
 
 STEADY = (0.1, 0.9)
@@ -110,16 +96,18 @@ async def job(way: Way, limit: Limit, asked: list[str], labels: dict[str, str]) 
     """Have *asked* answered before an endpoint that enforces *limit*, and check every answer."""
     loop = asyncio.get_running_loop()
     quota = {"rpm": limit.rpm, "tpm": limit.tpm} if limit.rpm else None
-    model = MeteredModel(answer=lambda text, _: labels[text], latency=LATENCY, quota=Quota(**quota) if quota else None)
+    model = MeteredModel(
+        answer=lambda text, _: labels[text], latency=scene.LATENCY, quota=Quota(**quota) if quota else None
+    )
     batcher = mb.Microbatcher(
         SimulatedTransport(model),
         policy=mb.FlushPolicy(
-            max_batch_size=way.size, max_concurrent_batches=limit.at_once, max_output_tokens=NO_LIMIT
+            max_batch_size=way.size, max_concurrent_batches=limit.at_once, max_output_tokens=scene.NO_LIMIT
         ),
         rate_limit=mb.RateLimit(**quota) if quota else None,
         cache=mb.MemoryCache() if way.cached else None,
     )
-    requests = (mb.Request(messages(text), model=MODEL, output_type=Label) for text in asked)
+    requests = (mb.Request(messages(text), model=scene.MODEL, output_type=Label) for text in asked)
     calls: list[float] = []
     marks: list[tuple[int, float]] = [(0, loop.time())]
     at = [round(share * len(asked)) for share in (*STEADY, 1.0)]
@@ -150,8 +138,8 @@ async def job(way: Way, limit: Limit, asked: list[str], labels: dict[str, str]) 
 def table(run: Run) -> Table:
     count = run.options["count"]
     table = Table(
-        f"A job of {count:,} items on virtual time, SIMULATED endpoint: {LATENCY.first_token} s to the first token, "
-        f"{LATENCY.tokens_per_second:g} tokens/s, {TOKENS} tokens of instructions, prices of {MODEL}",
+        f"A job of {count:,} items on virtual time, SIMULATED endpoint: {scene.LATENCY.first_token} s to the first token, "
+        f"{scene.LATENCY.tokens_per_second:g} tokens/s, {scene.TOKENS} tokens of instructions, prices of {scene.MODEL}",
         "limited | way | items/min {:,.0f} | x one call each {:.2f} | minutes {:,.1f} | limit that binds"
         " | share used {:.1%} | calls {:,} | prompt tokens {:,} | completion tokens {:,} | dollars {:,.2f}"
         " | calls, change {:+.1%} | tokens, change {:+.1%} | dollars, change {:+.1%} | 429s {:,} | call p50 s {:.2f}"
@@ -163,10 +151,10 @@ def table(run: Run) -> Table:
     )
     for words, limit in LIMITS.items():
         for name, jobs in run.samples["jobs"].items():
-            one, base = jobs[words], run.samples["jobs"][ALONE_ZIPF if WAYS[name].zipf else ALONE][words]
+            one, base = jobs[words], run.samples["jobs"][ALONE_ZIPF if WAYS[name].zipf else scene.ALONE][words]
             rate = per_minute(name, one)
             changes = [_paid(one, key) / _paid(base, key) - 1 for key in ("calls", "tokens", "dollars")]
-            first = name in (ALONE, ALONE_ZIPF)
+            first = name in (scene.ALONE, ALONE_ZIPF)
             table.add(
                 words,
                 name,
@@ -207,18 +195,18 @@ def binding(limit: Limit, one: dict[str, Any], rate: float) -> tuple[str, float 
 
 def findings(table: Table) -> list[str]:
     rows = table.by("limited", "way")
-    ours, alone = ({limit: rows[limit, name] for limit in LIMITS} for name in (together(SIZE).name, ALONE))
+    ours, alone = ({limit: rows[limit, name] for limit in LIMITS} for name in (together(scene.SIZE).name, scene.ALONE))
     first, both, free = (ours[limit] for limit in LIMITS)
     calls, tokens, times = -first["calls, change"], -first["tokens, change"], first["x one call each"]
-    scene = f"{SIZE} items a call and {TOKENS} tokens of instructions"
+    setting = f"{scene.SIZE} items a call and {scene.TOKENS} tokens of instructions"
     return [
-        f"{scene}: {calls:.1%} fewer calls; target {FEWER_CALLS:.0%} {met(calls >= FEWER_CALLS)}.",
-        f"{scene}: {tokens:.1%} fewer tokens, prompt and completion together; target {FEWER_TOKENS:.0%} {met(tokens >= FEWER_TOKENS)}.",
+        f"{setting}: {calls:.1%} fewer calls; target {FEWER_CALLS:.0%} {met(calls >= FEWER_CALLS)}.",
+        f"{setting}: {tokens:.1%} fewer tokens, prompt and completion together; target {FEWER_TOKENS:.0%} {met(tokens >= FEWER_TOKENS)}.",
         f"{BY_REQUESTS} as the only limit: {first['items/min']:,.0f} items/min against {alone[BY_REQUESTS]['items/min']:,.0f} one call "
         f"each, {times:.1f} times; target {TIMES_ITEMS:g} times {met(times >= TIMES_ITEMS)}.",
         f"{BY_BOTH}: {both['items/min']:,.0f} items/min, bound by {both['limit that binds']} ({both['share used']:.1%} used), against "
         f"{alone[BY_BOTH]['items/min']:,.0f} one call each, bound by {alone[BY_BOTH]['limit that binds']}: {both['x one call each']:.1f} "
-        f"times, not {SIZE}, because tokens do not get fewer as calls do.",
+        f"times, not {scene.SIZE}, because tokens do not get fewer as calls do.",
         f"{BY_CALLS}, no quota: {free['x one call each']:.1f} times the items/min; a call takes {free['call p50 s']:.2f} s at the median "
         f"against {alone[BY_CALLS]['call p50 s']:.2f} s, since its answers are written one after the other.",
     ]

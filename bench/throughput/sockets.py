@@ -13,7 +13,7 @@ import time
 from contextlib import AbstractAsyncContextManager
 from functools import cache
 from operator import add
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import aiohttp
 import msgspec
@@ -23,22 +23,8 @@ import microbatch as mb
 from bench.apart import measured, simulated_endpoint
 from bench.questions import Label
 from bench.report import Table, met
-from bench.throughput.scene import (
-    AIOHTTP,
-    AT_ONCE,
-    LATENCY,
-    MODEL,
-    NO_LIMIT,
-    PRICE,
-    SDK,
-    SIZE,
-    SIZES,
-    TOKENS,
-    Way,
-    messages,
-    questions,
-    together,
-)
+from bench.throughput import scene
+from bench.throughput.scene import Way, messages, questions, together
 from bench.timing import Stopwatch, median, quantile, ratio
 from microbatch.schema.answer_type import answer_type
 from microbatch.testing.answers import simulated_answer
@@ -70,23 +56,6 @@ class Counts(NamedTuple):
         return Counts(*(late - early for late, early in zip(self, before, strict=True)))
 
 
-class Client(Protocol):
-    @property
-    def counts(self) -> Counts: ...
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(self, *raised: object) -> None: ...
-
-    async def ask(self, question: str) -> str:
-        """Return the label of *question*."""
-        ...
-
-    async def ask_alone(self, question: str) -> None:
-        """Ask in a call of its own."""
-        ...
-
-
 class Classified(msgspec.Struct):
     answer: str
 
@@ -98,7 +67,7 @@ read_answer = msgspec.json.Decoder(Classified).decode
 def _request(*, stream: bool) -> dict[str, Any]:
     """Return the request but for its messages; the schema is that of the batcher's own single calls."""
     schema = {"name": "answers", "strict": True, "schema": answer_type(Label).single_schema}
-    body = {"model": MODEL, "response_format": {"type": "json_schema", "json_schema": schema}}
+    body = {"model": scene.MODEL, "response_format": {"type": "json_schema", "json_schema": schema}}
     return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
 
 
@@ -200,8 +169,8 @@ class ByBatcher(AbstractAsyncContextManager):
 
     def __init__(self, url: str, size: int, *, stream: bool) -> None:
         self._batcher = mb.Microbatcher(
-            mb.OpenAIChat(MODEL, base_url=url, api_key=KEY),
-            policy=mb.FlushPolicy(max_batch_size=size, max_wait=FILL_S, idle="wait", max_output_tokens=NO_LIMIT),
+            mb.OpenAIChat(scene.MODEL, base_url=url, api_key=KEY),
+            policy=mb.FlushPolicy(max_batch_size=size, max_wait=FILL_S, idle="wait", max_output_tokens=scene.NO_LIMIT),
             fallback=mb.FallbackPolicy(resolve="stream" if stream else "verified"),
         )
 
@@ -224,15 +193,18 @@ class ByBatcher(AbstractAsyncContextManager):
         await self._batcher.submit(messages(question), output_type=Label, priority="high")
 
 
+Client = OneCallEach | ByBatcher
+
+
 def client(url: str, way: Way, *, stream: bool) -> Client:
     """Return the client of *way*, not open yet."""
-    if way.name == SDK:
+    if way.name == scene.SDK:
         return BySdk(url, stream=stream)
-    return ByAiohttp(url, stream=stream) if way.name == AIOHTTP else ByBatcher(url, way.size, stream=stream)
+    return ByAiohttp(url, stream=stream) if way.name == scene.AIOHTTP else ByBatcher(url, way.size, stream=stream)
 
 
-WAYS = (Way(SDK), Way(AIOHTTP), *map(together, SIZES))
-QUICK_WAYS = (Way(SDK), Way(AIOHTTP), together(4), together(SIZE))
+WAYS = (Way(scene.SDK), Way(scene.AIOHTTP), *map(together, scene.SIZES))
+QUICK_WAYS = (Way(scene.SDK), Way(scene.AIOHTTP), together(4), together(scene.SIZE))
 QUANTILES = (0.5, 0.99)
 TARGETS = {"whole": 30.0, "streamed": 5.0}
 """So many times less processor time than the SDK."""
@@ -251,8 +223,8 @@ def pace(quick: bool) -> float:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, list[Any]]]:
     faster = pace(options.quick)
     settings = {name: getattr(options, name) for name in ("quick", "seconds", "rounds", "seed")}
-    with simulated_endpoint(LATENCY.first_token / faster, LATENCY.tokens_per_second * faster) as url:
-        return measured(play, url=url, path=options.input, at_once=max(1, round(AT_ONCE / faster)), **settings)
+    with simulated_endpoint(scene.LATENCY.first_token / faster, scene.LATENCY.tokens_per_second * faster) as url:
+        return measured(play, url=url, path=options.input, at_once=max(1, round(scene.AT_ONCE / faster)), **settings)
 
 
 async def play(
@@ -335,8 +307,8 @@ def cpu_ms(sample: dict[str, Any]) -> float:
 def table(run: Run) -> Table:
     faster = pace(run.quick)
     table = Table(
-        f"Processor time of the client, SIMULATED endpoint over real sockets: {LATENCY.first_token / faster:g} s to the first token, "
-        f"{LATENCY.tokens_per_second * faster:g} tokens/s, {TOKENS} tokens of instructions, {AT_ONCE / faster:g} calls at once, medians of "
+        f"Processor time of the client, SIMULATED endpoint over real sockets: {scene.LATENCY.first_token / faster:g} s to the first token, "
+        f"{scene.LATENCY.tokens_per_second * faster:g} tokens/s, {scene.TOKENS} tokens of instructions, {scene.AT_ONCE / faster:g} calls at once, medians of "
         f"{run.options['rounds']} rounds",
         "reply | way | items {:,} | items/s {:,.0f} | CPU s for 1,000 items {:.3f} | less than the SDK, times {:.1f}"
         " | calls for 1,000 items {:,.1f} | tokens an item {:,.0f} | dollars for 1,000 items {:.3f} | p50 s {:.2f}"
@@ -346,7 +318,7 @@ def table(run: Run) -> Table:
         "callers itself is in all figures.",
     )
     for kind, samples in run.samples["client"].items():
-        base = list(map(cpu_ms, samples[SDK]))
+        base = list(map(cpu_ms, samples[scene.SDK]))
         for name, several in samples.items():
             mine = list(map(cpu_ms, several))
             table.add(
@@ -355,7 +327,7 @@ def table(run: Run) -> Table:
                 round(median(one["items"] for one in several)),
                 median(one["items"] / one["wall"] for one in several),
                 median(mine),
-                None if name == SDK else ratio(base, mine),
+                None if name == scene.SDK else ratio(base, mine),
                 median(one["calls"] / one["items"] * 1000 for one in several),
                 median((one["prompt_tokens"] + one["completion_tokens"]) / one["items"] for one in several),
                 median(map(dollars, several)),
@@ -366,17 +338,17 @@ def table(run: Run) -> Table:
 
 def dollars(sample: dict[str, Any]) -> float:
     """Return the price of 1,000 items."""
-    return PRICE.cost(mb.Usage(sample["prompt_tokens"], sample["completion_tokens"])) / sample["items"] * 1000
+    return scene.PRICE.cost(mb.Usage(sample["prompt_tokens"], sample["completion_tokens"])) / sample["items"] * 1000
 
 
 def findings(table: Table) -> list[str]:
     rows, found = table.by("reply", "way"), []
     for kind, target in TARGETS.items():
-        ours, sdk, raw = (rows[kind, name] for name in (together(SIZE).name, SDK, AIOHTTP))
+        ours, sdk, raw = (rows[kind, name] for name in (together(scene.SIZE).name, scene.SDK, scene.AIOHTTP))
         less = ours["less than the SDK, times"]
         mine, theirs, bare = (row["CPU s for 1,000 items"] for row in (ours, sdk, raw))
         found.append(
-            f"Client CPU, {kind} replies, batches of {SIZE}: {mine:.3f} ms an item, {less:.1f} times less than the openai SDK one call each "
+            f"Client CPU, {kind} replies, batches of {scene.SIZE}: {mine:.3f} ms an item, {less:.1f} times less than the openai SDK one call each "
             f"({theirs:.3f} ms); target {target:g} times less {met(less >= target)}. "
             + (
                 f"Raw aiohttp takes {bare:.3f} ms, one call each."
