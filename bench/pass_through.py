@@ -1,7 +1,4 @@
-"""The least that a proxy on aiohttp does: relay bytes.
-
-`python pass_through.py URL` says where it listens, and serves until it is ended.
-"""
+"""A proxy on aiohttp that only relays bytes. `python -m bench.pass_through URL` prints its own URL and serves until it is ended."""
 
 from __future__ import annotations
 
