@@ -186,7 +186,7 @@ NEIGHBOURS = {
     "transports": {"lru"},
     "storage": set(),
     "caching": {"lru", "resources", "transience", "storage", *PURE},
-    "spool": {"storage", "transience", *PURE},
+    "spool": {"storage", *PURE},
 }
 
 
