@@ -10,6 +10,7 @@ from microbatch.errors import ConfigError, DeadlineExceeded, IdConflict, Request
 from microbatch.spool.payload import Answer
 from microbatch.spool.records import Counts
 from microbatch.storage.coalescer import Coalescer
+from microbatch.transience import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -45,8 +46,8 @@ class SpoolClient:
         self.spool = spool
         self.counts = Counts()
         self._counted_at = float("-inf")  # loop time
-        self._puts: Coalescer[Item, PutOutcome] = Coalescer(self._put, max_items=MOST, max_trips=1)
-        self._looks: Coalescer[Name, Found] = Coalescer(self._find, max_items=MOST)
+        self._puts: Coalescer[Item, PutOutcome] = Coalescer(spool.put, max_items=MOST, max_trips=1)
+        self._looks: Coalescer[Name, Found] = Coalescer(spool.find, max_items=MOST)
         self._recounts: Coalescer[None, None] = Coalescer(self._recount)
 
     @property
@@ -63,9 +64,6 @@ class SpoolClient:
         """
         if await self._puts.submit(item) == "conflict":
             raise IdConflict(f"the spool holds another request under the id {item.name.id!r}")
-
-    async def _put(self, items: list[Item]) -> list[PutOutcome]:
-        return await self.spool.put(items)
 
     async def result(self, name: Name, output_type: Any, timeout: float | None) -> Reply[Any]:
         """Return the answer to a request, waiting for it if necessary.
@@ -107,16 +105,12 @@ class SpoolClient:
         return found if found.state in ("done", "dead", "lost") else None
 
     async def _wait_for(self, name: Name) -> Found:
-        pause = FIRST_LOOK
+        looks = Backoff(FIRST_LOOK, RAREST_LOOK)
         while True:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(looks.next())
             found = await self._look(name)
             if found is not None:
                 return found
-            pause = min(2 * pause, RAREST_LOOK)
-
-    async def _find(self, names: list[Name]) -> list[Found]:
-        return await self.spool.find(names)
 
     def look(self) -> Counts:
         """Return the latest counts, and have them read again if they are older than `STALE`."""

@@ -35,6 +35,7 @@ from microbatch.spool.endpoint import FIRST_PAUSE, LONGEST_PAUSE, Cause, Pause, 
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.records import LEASE, PARTING, RENEWALS, Stage
 from microbatch.storage.coalescer import Coalescer
+from microbatch.transience import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -155,16 +156,15 @@ class Worker:
                 await self._give_back(list(self._held.values()), "the worker has stopped", counted=False)
 
     async def _work(self) -> None:
-        look = FIRST_LOOK
+        looks = Backoff(FIRST_LOOK, RAREST_LOOK)
         while not self._stopping.is_set():
             served = [await self._serve(stage) for stage in Stage]
             if any(served):
-                look = FIRST_LOOK
-                continue
-            if self._until_empty and await self._is_empty():
+                looks.reset()
+            elif self._until_empty and await self._is_empty():
                 return
-            await wait(self._stopping, look)
-            look = min(2 * look, RAREST_LOOK)
+            else:
+                await wait(self._stopping, looks.next())
 
     async def _is_empty(self) -> bool:
         try:
@@ -193,7 +193,7 @@ class Worker:
         """Yield the requests of *stage*. While some are under way, wait for more."""
         loop = asyncio.get_running_loop()
         end = loop.time() + TURN
-        look = FIRST_LOOK
+        looks = Backoff(FIRST_LOOK, RAREST_LOOK)
         while not self._stopping.is_set() and loop.time() < end:
             taken = await self._take(stage, most)
             self._held.update((delivery.item.name.key, delivery) for delivery in taken)
@@ -207,12 +207,11 @@ class Worker:
                     raise ConfigError(NO_MODEL)
                 yield request
             if taken:
-                look = FIRST_LOOK
+                looks.reset()
             elif not self._held:
                 return
             else:
-                await wait(self._stopping, look)
-                look = min(2 * look, RAREST_LOOK)
+                await wait(self._stopping, looks.next())
 
     async def _take(self, stage: Stage, most: int) -> list[Delivery]:
         if self._pause.left or self._doubtful:

@@ -43,33 +43,28 @@ _SKEW: Final = 3_600.0  # seconds by which the provider's clock and ours may dif
 _NOT_FOUND: Final = 404
 
 
-class Held:
+class Held(msgspec.Struct):
     """A job that this worker holds.
 
     Attributes:
-        content: Its recorded content.
-        batch_id: Its batch, or None while none is known.
-        recorded: Whether `batch_id` is recorded in the spool.
-        file_id: Its uploaded file, if known.
         attempted: Whether there may be a batch though none is known.
+        recorded: Whether the batch's id is recorded in the spool.
+        file_id: Its uploaded file, if known.
     """
 
-    def __init__(self, job: Job, content: Content, *, attempted: bool) -> None:
-        self.token = job.token
-        self.content = content
-        self.batch_id = job.batch_id
-        self.recorded = job.batch_id is not None
-        self.file_id: str | None = None
-        self.attempted = attempted
-        self._raw = job.content
+    job: Job
+    content: Content
+    attempted: bool
+    recorded: bool
+    file_id: str | None = None
 
     @property
-    def job(self) -> Job:
-        """The job as recorded in the spool."""
-        return Job(self.token, self._raw, self.batch_id)
+    def token(self) -> str:
+        """The token of the job."""
+        return self.job.token
 
     def __repr__(self) -> str:
-        return f"Held({self.token}, batch_id={self.batch_id!r})"
+        return f"Held({self.token}, batch_id={self.job.batch_id!r})"  # without content
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -107,7 +102,7 @@ class Jobs:
         content = await draft.content(_now())
         job = Job(draft.token, content.encode())
         await self._spool.begin_job(job, draft.deliveries, lease=lease)
-        held = self.held[job.token] = Held(job, content, attempted=False)
+        held = self.held[job.token] = Held(job, content, attempted=False, recorded=False)
         return held
 
     async def adopt(self, most: int, *, lease: float) -> None:
@@ -121,7 +116,7 @@ class Jobs:
                 logger.exception("the batch job %s is given up", job.token)
                 await self._spool.end_job(job.token, error=str(error))
             else:
-                self.held[job.token] = Held(job, content, attempted=True)
+                self.held[job.token] = Held(job, content, attempted=True, recorded=job.batch_id is not None)
 
     async def launch(self, held: Held) -> None:
         """Create the batch of a job, or find it if it was created.
@@ -137,7 +132,7 @@ class Jobs:
                 if not is_ambiguous(error) and not isinstance(error, RateLimited):
                     await self._withdraw(held, str(error))
                 raise
-        held.batch_id = batch.id
+        held.job = msgspec.structs.replace(held.job, batch_id=batch.id)
         await self._record(held)
 
     async def _create(self, held: Held) -> RemoteBatch:
@@ -175,13 +170,14 @@ class Jobs:
             RequestFailed: The request to the provider failed.
             StorageError: The spool failed; results that could not be stored are read again the next time.
         """
-        if held.batch_id is None:
+        batch_id = held.job.batch_id
+        if batch_id is None:
             await self.launch(held)
             return None
         if not held.recorded:
             await self._record(held)
         try:
-            batch = await self._api.get(held.batch_id)
+            batch = await self._api.get(batch_id)
         except BadRequest as error:
             if error.status == _NOT_FOUND and _now() > held.content.begun_at + PATIENCE:
                 await self._withdraw(held, str(error))
