@@ -64,6 +64,10 @@ class LRU(Generic[K, V]):
         """Remove *key*; return its value, or None."""
         return self._values.pop(key, None)
 
+    def clear(self) -> None:
+        """Remove all keys."""
+        self._values.clear()
+
 
 class _Used(Protocol):
     used: float  # loop time of the latest use
