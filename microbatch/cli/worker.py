@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -139,8 +139,11 @@ class WorkerRun:
     async def _check_models(self) -> None:
         """Raise `ConfigError` if a request in the spool names no model."""
         async for kept in self._spool.export():
-            if kept.payload is not None and kept.found.state != "dead" and _names_no_model(kept.payload):
-                raise ConfigError(NO_MODEL)
+            if kept.payload is None or kept.found.state == "dead":
+                continue
+            with suppress(StorageError):  # the worker puts a damaged request back with that error
+                if Payload.decode(kept.payload).model is None:
+                    raise ConfigError(NO_MODEL)
 
     def _stop(self) -> None:
         self._session.note_stop()
@@ -267,10 +270,3 @@ def _summarize(done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) 
         "wall_s": round(wall_s, 3),
         "lost": counts.lost,
     }
-
-
-def _names_no_model(raw: bytes) -> bool:
-    try:
-        return Payload.decode(raw).model is None
-    except StorageError:
-        return False  # the worker puts it back with that error
