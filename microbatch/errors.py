@@ -221,12 +221,3 @@ class TruncatedReply(ReplyError):
 
 class Refused(ReplyError):
     """The model declined to answer."""
-
-
-def worth_retrying(error: RequestFailed) -> bool:
-    """Return whether *error* may be gone when the same is asked later; the endpoint's own word counts more than its status."""
-    if isinstance(error, QuotaExhausted):
-        return False
-    if isinstance(error, StatusError) and error.should_retry is not None:
-        return error.should_retry
-    return isinstance(error, ConnectFailed | TransportTimeout | RateLimited | ServerError)

@@ -1,97 +1,102 @@
-"""A mapping that remembers what was used most recently."""
+"""Mappings of bounded size that drop the least recently used entries."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
-
-class _Used(Protocol):
-    """What tells when it was last used.
-
-    Attributes:
-        used: The loop's time.
-    """
-
-    used: float
-
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 K = TypeVar("K")
 V = TypeVar("V")
-U = TypeVar("U", bound=_Used)
 
 IDLE_EXPIRY: Final = 600.0
-"""Seconds after which what nobody used is forgotten."""
+"""Seconds after which a `SharedLRU` drops an unused value."""
 
 
-class Recent(Generic[K, V]):
+class LRU(Generic[K, V]):
     """The most recently used keys and their values.
 
     Args:
-        capacity: Most keys remembered.
+        capacity: Maximum number of keys; None for no maximum.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int | None) -> None:
         self._capacity = capacity
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def __len__(self) -> int:
-        """Return how many keys are remembered."""
+        """Return the number of keys."""
         return len(self._values)
 
+    def __contains__(self, key: K) -> bool:
+        """Return whether *key* is there; this is no use of it."""
+        return key in self._values
+
     def get(self, key: K) -> V | None:
-        """Return the value of *key*, which is now the most recent, or None."""
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
+        """Return the value of *key*, which becomes the most recently used one, or None."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key]
 
     def put(self, key: K, value: V) -> V:
-        """Remember *value*, and forget what was not used for longest if there are too many; return *value*."""
+        """Set *value* as the most recently used one, drop the least recently used beyond the capacity, and return *value*."""
         self._values[key] = value
         self._values.move_to_end(key)
-        while len(self._values) > self._capacity:
+        while self._capacity is not None and len(self._values) > self._capacity:
             self._values.popitem(last=False)
         return value
 
+    def get_or_make(self, key: K, make: Callable[[], V]) -> V:
+        """Return the value of *key*; that of *make* if there is none."""
+        value = self.get(key)
+        return self.put(key, make()) if value is None else value
+
     def oldest(self) -> tuple[K, V] | None:
-        """Return what was not used for longest, or None."""
+        """Return the least recently used key and its value, or None."""
         return next(iter(self._values.items()), None)
 
-    def forget(self, key: K) -> None:
-        """Forget *key*, if it is remembered."""
-        self._values.pop(key, None)
+    def pop(self, key: K) -> V | None:
+        """Remove *key*; return its value, or None."""
+        return self._values.pop(key, None)
 
 
-class Kept(Generic[K, U]):
-    """Values that are kept as long as somebody holds them, and for a while after.
+class _Used(Protocol):
+    used: float  # loop time of the latest use
+
+
+U = TypeVar("U", bound=_Used)
+
+
+class SharedLRU(Generic[K, U]):
+    """Values that stay available while they are referenced elsewhere, and for `IDLE_EXPIRY` seconds after their latest use.
 
     Args:
-        capacity: Most values kept that nobody holds.
+        capacity: Maximum number of values kept without other references.
     """
 
     def __init__(self, capacity: int) -> None:
-        self._held: WeakValueDictionary[K, U] = WeakValueDictionary()
-        self._recent: Recent[K, U] = Recent(capacity)
+        self._referenced: WeakValueDictionary[K, U] = WeakValueDictionary()
+        self._recent: LRU[K, U] = LRU(capacity)
 
     def __len__(self) -> int:
-        """Return how many are kept or held."""
-        return len(self._held)
+        """Return the number of values."""
+        return len(self._referenced)
 
-    def get(self, key: K, now: float) -> U | None:
-        """Return the value of *key*, or None."""
-        value = self._held.get(key)
-        return None if value is None else self.put(key, value, now)
-
-    def put(self, key: K, value: U, now: float) -> U:
-        """Keep *value*, and forget what nobody used for long; return *value*."""
+    def get_or_make(self, key: K, make: Callable[[], U], now: float) -> U:
+        """Return the value of *key*, that of *make* if there is none; drop values that are unused for too long."""
+        value = self._referenced.get(key)
+        if value is None:
+            value = self._referenced[key] = make()
         value.used = now
-        self._held[key] = value
         self._recent.put(key, value)
         while (oldest := self._recent.oldest()) is not None and oldest[1].used < now - IDLE_EXPIRY:
-            self._recent.forget(oldest[0])
+            self._recent.pop(oldest[0])
         return value
 
     def values(self) -> list[U]:
-        """Return all that are kept or held."""
-        return list(self._held.values())
+        """Return all values."""
+        return list(self._referenced.values())

@@ -115,8 +115,6 @@ class FlushPolicy:
 MAX_WAIT: Final = 120.0
 """An endpoint that asks to wait longer, in seconds, is not waited for: the openai SDK draws the line there as well."""
 
-_MAX_DOUBLINGS: Final = 64  # beyond any cap, and still a float
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
@@ -149,10 +147,6 @@ class RetryPolicy:
         whole(1, max_attempts=self.max_attempts)
         whole(0, reserve=self.reserve)
         at_least(0, base=self.base, cap=self.cap, budget=self.budget)
-
-    def longest_delay(self, failures: int) -> float:
-        """Return the upper end, in seconds, of the random delay after so many failed attempts in a row."""
-        return min(self.cap, self.base * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
+from contextlib import asynccontextmanager
 
 import microbatch as mb
 from microbatch.batching.scheduler import Scheduler
 
 TRIES = 10
+PATIENCE = 40.0
+"""Seconds after which what a test waits for will not come, however loaded the machine is."""
+
+_BATCHER_OPTIONS = inspect.signature(mb.Microbatcher).parameters
 
 
 async def in_time(what, most):
@@ -25,14 +31,51 @@ async def in_time(what, most):
     raise AssertionError(f"{TRIES} times it took longer than {most:g} s, at last {took:g} s")
 
 
+async def until(condition):
+    """Look at *condition* until it holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 other processes and connections set no event
+            await asyncio.sleep(0.005)
+
+
+def now():
+    """Return the time of the running loop, in seconds."""
+    return asyncio.get_running_loop().time()
+
+
 def ask(text, system="Shout."):
-    """Messages with a shared instruction and one text of their own."""
+    """Return messages with a shared instruction and one text of their own."""
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def batcher_for(transport, **policy):
-    """A batcher that counts bytes, so that no test waits for a token table."""
-    return mb.Microbatcher(transport, policy=mb.FlushPolicy(**policy), tokens="bytes")
+def chat_call(text="Hi.", **fields):
+    """Return a call with one user message."""
+    return mb.ChatCall(**{"messages": [{"role": "user", "content": text}], **fields})
+
+
+def batcher_for(transport, cache=None, **options):
+    """Return a batcher that counts bytes, so that no test waits for a token table.
+
+    The options are those of `Microbatcher` and of `FlushPolicy`.
+    """
+    own = {name: options.pop(name) for name in _BATCHER_OPTIONS if name in options}
+    return mb.Microbatcher(transport, **{"policy": mb.FlushPolicy(**options), "cache": cache, "tokens": "bytes", **own})
+
+
+async def submit_all(batcher, texts, **options):
+    """Submit all texts at once, and return the replies."""
+    return await asyncio.gather(*(batcher.submit(ask(text), **options) for text in texts))
+
+
+@asynccontextmanager
+async def opened(part):
+    """Open a cache or a spool, if it can be opened, and close it in the end."""
+    if hasattr(part, "open"):
+        await part.open()
+    try:
+        yield part
+    finally:
+        await part.aclose()
 
 
 class Tasks:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 import re
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.lru import LRU
 from microbatch.prompt.canary import CANARY_ANSWER_TOKENS
 
 if TYPE_CHECKING:
@@ -144,15 +144,14 @@ class Bounds:
     def __init__(self, default_model: str | None = None, *, canary: bool = False) -> None:
         self._default_model = default_model
         self._canary_tokens = CANARY_ANSWER_TOKENS if canary else 0
-        self._limits_of = lru_cache(_MODELS)(self._first_limits)
+        self._models: LRU[str | None, ModelLimits] = LRU(_MODELS)
 
     def of(self, model: str | None) -> ModelLimits:
         """Return what is known of *model*, None for the transport's; the same object as long as it is remembered."""
-        return self._limits_of(model)
-
-    def _first_limits(self, model: str | None) -> ModelLimits:
         name = model or self._default_model
-        return ModelLimits(output=output_limit(name), reasons=reasons_by_name(name))
+        return self._models.get_or_make(
+            model, lambda: ModelLimits(output=output_limit(name), reasons=reasons_by_name(name))
+        )
 
     def bound(
         self, spec: Settings, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from microbatch.batching.overhead import LaneEconomics
+from microbatch.lru import LRU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -270,12 +270,9 @@ class LaneHistories:
     """The histories of the lanes used last, under a digest of their key."""
 
     def __init__(self, size: int = 1_024) -> None:
-        self._of = lru_cache(size)(_new_history)
+        self._histories: LRU[bytes, LaneHistory] = LRU(size)
 
     def of(self, key: Hashable) -> LaneHistory:
         """Return the history of the lane with *key*; the same object as long as it is kept."""
-        return self._of(hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest())
-
-
-def _new_history(_digest: bytes) -> LaneHistory:
-    return LaneHistory()
+        digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return self._histories.get_or_make(digest, LaneHistory)

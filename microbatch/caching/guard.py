@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from microbatch.caching.patience import Patience
 from microbatch.caching.terms import SECRET_BYTES
 from microbatch.errors import MicrobatchError, StorageError
+from microbatch.transience import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -177,16 +178,17 @@ class Guard:
 
 
 class _BreakerState:
-    """Whether something is asked, by how it has answered.
-
-    Attributes:
-        pause: Seconds for which it is left alone each time it fails; 0 as long as it does not.
-    """
+    """Whether something is asked, by how it has answered."""
 
     def __init__(self) -> None:
-        self.pause = 0.0
+        self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         self._until = 0.0
         self._era = 0  # how a call ends tells nothing of a later era
+
+    @property
+    def pause(self) -> float:
+        """Seconds for which it is left alone each time it fails; 0 as long as it does not."""
+        return self._backoff.limit
 
     def let_through(self, now: float) -> int | None:
         """Return the era of a call that may be made, None if it may not."""
@@ -201,14 +203,13 @@ class _BreakerState:
     def lose(self, era: int, now: float) -> None:
         """A call of *era* has failed; of many that were under way together the first one counts."""
         if era == self._era:
-            self.pause = min(2 * self.pause, _LONGEST_PAUSE) or _FIRST_PAUSE
-            self._until = now + self.pause
+            self._until = now + self._backoff.next()
             self._era += 1
 
     def regain(self, era: int) -> None:
         """A call of *era* has succeeded."""
         if era == self._era:
-            self.pause = 0.0
+            self._backoff.reset()
 
 
 def _checked(found: Sequence[Any], count: int) -> list[bytes | None]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from microbatch.caching.terms import WEEK
+from microbatch.lru import LRU
 from microbatch.policy import at_least, whole
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class MemoryCache:
         self.evictions = 0
         self._max_bytes = max_bytes
         self._max_entries = max_entries
-        self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # value, and when it expires
+        self._entries: LRU[bytes, tuple[bytes, float]] = LRU(None)  # value, and when it expires
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -68,7 +68,6 @@ class MemoryCache:
         if expires <= now:
             self._drop(key)
             return None
-        self._entries.move_to_end(key)
         return value
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
@@ -78,18 +77,20 @@ class MemoryCache:
             self._drop(key)
             size = _size(key, value)
             if size <= self._max_bytes:
-                self._entries[key] = value, float("inf") if ttl is None else now + ttl
+                self._entries.put(key, (value, float("inf") if ttl is None else now + ttl))
                 self._bytes += size
                 self._make_room(now)
 
     def _make_room(self, now: float) -> None:
-        while self._bytes > self._max_bytes or len(self._entries) > (self._max_entries or len(self._entries)):
-            key, (_, expires) = next(iter(self._entries.items()))
+        while (oldest := self._entries.oldest()) is not None and (
+            self._bytes > self._max_bytes or len(self._entries) > (self._max_entries or len(self._entries))
+        ):
+            key, (_, expires) = oldest
             self._drop(key)
             self.evictions += expires > now
 
     def _drop(self, key: bytes) -> None:
-        entry = self._entries.pop(key, None)
+        entry = self._entries.pop(key)
         if entry is not None:
             self._bytes -= _size(key, entry[0])
 

@@ -8,7 +8,7 @@ import msgspec
 
 from microbatch.batching.request import OURS, check_messages, read_messages, read_options
 from microbatch.gateway.errors import Refusal
-from microbatch.transports.error_parsing import as_object
+from microbatch.transports.lenient import as_object
 
 
 class Asked(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import msgspec
 
 from microbatch.errors import Filtered, MicrobatchError, Refused, StatusError, TruncatedReply
 from microbatch.messages import Usage
-from microbatch.transports.error_parsing import as_object, is_array
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

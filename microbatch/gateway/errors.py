@@ -22,7 +22,7 @@ from microbatch.errors import (
     StatusError,
     TransportTimeout,
 )
-from microbatch.transports.error_parsing import as_object, is_array
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, cast
 import msgspec
 
 from microbatch.messages import T
-from microbatch.transports.error_parsing import as_object, is_array
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from microbatch.errors import ConfigError
 from microbatch.protocols import ChatCall
 from microbatch.schema.answer_type import answer_type
 from microbatch.transports.chat_wire import can_stream
-from microbatch.transports.error_parsing import as_object
+from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

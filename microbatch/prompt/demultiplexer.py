@@ -1,8 +1,8 @@
-r"""Takes a combined reply apart as it streams in, and says which answer belongs to which item.
+r"""Demultiplexing of a combined reply while it streams in.
 
 Theory of operation
 -------------------
-The reply is searched for *elements*, objects that begin `{"id":`. All that stands between them (the array around them, fences,
+The reply is searched for *elements*, objects that begin `{"id":`. Text between them (the array around them, fences,
 prose) is skipped. An element ends where its JSON object ends. While nothing is damaged, an element whose id is the next one
 asked for is decoded and *delivered at once*; these deliveries are a prefix of the items, in order.
 
@@ -16,13 +16,13 @@ element itself; objects inside it that it had not closed are broken with it and 
 look-alike inside a broken answer for an element. It does no harm: its author would have had to know the unguessable id of
 another item, and even then the true element makes it an id seen twice.
 
-The number in front of an id is never accepted alone: a model that has lost count counts on.
+The number in front of an id is never accepted alone, because a model that has lost count continues counting.
 
 *Thoughts* hold drafts: objects under the right ids, in the right form. A mark that ends a thought, outside of the elements, makes
 drafts of all elements before it, as soon as an element follows; those between the two marks of a thought are drafts in any case. A
-thought need not have a first mark, and what was delivered cannot be taken back. So answers are delivered early only as long as
-nothing but the scaffolding of JSON and fences stands before and between them, or after the end of a thought: prose might be one.
-And a reply that ends at the token limit in such prose, or before an element has followed a thought, has given none of what it holds.
+thought need not have an opening mark, and a delivered answer cannot be taken back. So answers are delivered early only while nothing
+but JSON syntax and fences stands before and between them, or after the end of a thought; prose could be a thought. No held answer is
+delivered of a reply that ends at the token limit in such prose, or before an element has followed a thought.
 
 Cost is linear in the reply. Elements of the common shape are matched by one regular expression; all others go through
 `ObjectScanner`, which accepts exactly the same grammar, so the pieces in which a reply arrives never change the outcome.
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from microbatch.prompt.scanner import BROKEN, MORE, SCALAR, SPACE, STRING, ObjectScanner
-from microbatch.prompt.thoughts import MARK, MARK_CHARS
+from microbatch.thoughts import MARK, MARK_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Fault = Literal["missing", "malformed", "repeated"]
 Answer = tuple[int, Any]
-"""An item's position among those asked for, and what its decoder made of the answer."""
+"""An item's position among those asked for, and its decoded answer."""
 
 _PAIR = f"{STRING}{SPACE}:{SPACE}(?:{STRING}|{SCALAR})"
 _FLAT_OBJECT = rf"\{{{SPACE}(?:{_PAIR}(?:{SPACE},{SPACE}{_PAIR})*+)?{SPACE}\}}"
@@ -61,7 +61,7 @@ _readable_id = re.compile(rf'{_OPENING}{SPACE}"([^"\\\x00-\x1f]*+)"').match
 
 _marks = MARK.finditer
 _separators = re.compile(r"[ \t\n\r,]++").sub
-# Text that may stand around elements that are no draft: brackets, names of members, fences, a byte order mark.
+# Text around elements that cannot be a thought: brackets, names of members, fences, a byte order mark.
 _is_scaffolding = re.compile(r'(?:[\[\]{}:\ufeff]|"[^"\\]{0,64}"|```\w{0,16})*+').fullmatch
 _MAX_SCAFFOLDING = 200
 
@@ -71,7 +71,7 @@ _WINDOW = 512
 
 
 _ASTRAY = 2
-"""Elements past those asked for after which a reply is taken to go on for nothing."""
+"""Useless elements past those asked for after which nothing more is expected of a reply."""
 
 
 class _Element(msgspec.Struct):
@@ -82,17 +82,31 @@ class _Element(msgspec.Struct):
 _decode_element = msgspec.json.Decoder(_Element).decode
 
 
-class _Elements(msgspec.Struct):
-    """Elements found in one part of a reply, before, within or after a thought."""
+class _Part(msgspec.Struct):
+    """The elements found in one part of a reply: before, within or after a thought.
 
-    held: dict[int, str]
-    copies: dict[int, int]
-    malformed: dict[int, str]
-    next: int
-    unknown_ids: int
-    damaged: bool
-    prefaced: bool
-    elements: int
+    Attributes:
+        next: The item expected next.
+        elements: Elements that are sound JSON, whatever their id.
+        held: The JSON of answers that wait for the end of the reply, by item.
+        copies: Elements seen for an item that were not delivered at once.
+        malformed: The beginning of the latest unusable element of an item.
+        unknown_ids: Elements whose id was not asked for.
+        damaged: Whether anything but the elements asked for, in order, was found.
+        prefaced: Whether prose stands before the first element.
+        astray: Elements at the end that were not asked for, or not once more.
+        latest: The furthest item that has had an element outside the common shape; -1 for none.
+        disordered: Whether an element was not asked for, repeated, or out of order.
+    """
+
+    next: int = 0
+    elements: int = 0
+    held: dict[int, str] = msgspec.field(default_factory=dict)
+    copies: dict[int, int] = msgspec.field(default_factory=dict)
+    malformed: dict[int, str] = msgspec.field(default_factory=dict)
+    unknown_ids: int = 0
+    damaged: bool = False
+    prefaced: bool = False
     astray: int = 0
     latest: int = -1
     disordered: bool = False
@@ -112,84 +126,74 @@ def _same(one: str, other: str) -> bool:
 
 
 class Demultiplexer:
-    """Feeds on the text of one combined reply.
+    """Assigns the elements of one combined reply to the items asked for.
 
     Args:
         ids: The ids asked for, in order.
-        decoders: For each id, what turns the JSON text of an answer into a result; raising means the answer does not fit.
+        decoders: For each id, the decoder of its answer's JSON; an exception means that the answer does not fit.
         early: Deliver in-order answers at once; otherwise all are held to the end of the reply.
 
     Attributes:
-        damaged: Whether anything but the asked-for elements in order has been seen.
         late_duplicates: Copies of delivered answers that were dropped.
-        unknown_ids: Elements whose id was not asked for.
-        thought: Whether a thought was in the reply.
-        drafts: Whether something was delivered that may have been a draft: a thought ended after it, or another answer followed.
-        disordered: Whether one of them was not asked for, or came after one that was asked for later, or came twice.
+        thought: Whether the reply holds a thought.
+        drafts: Whether a delivered answer may have been a draft: a thought ended after it, or a different answer followed.
     """
 
     __slots__ = (
-        "_astray",
-        "_copies",
+        "_before",
         "_decoders",
         "_eager",
         "_early",
-        "_elements",
         "_ended",
         "_gap",
         "_given",
-        "_held",
         "_ids",
         "_index",
         "_kept",
         "_kept_chars",
-        "_latest",
-        "_malformed",
-        "_next",
-        "_prefaced",
+        "_part",
         "_scanner",
-        "_thinking",
-        "damaged",
-        "disordered",
         "drafts",
         "late_duplicates",
         "thought",
-        "unknown_ids",
     )
 
     def __init__(self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], *, early: bool = True) -> None:
         self._ids = ids
-        self._index: dict[str, int] = {}  # made when an element comes that is not the next one in the common shape
+        self._index: dict[str, int] = {}  # filled when an element comes that is not the next one in the common shape
         self._decoders = decoders
         self._early = early
-        self._eager = early  # answers in order are delivered at once as long as this is so and nothing is damaged
+        self._eager = early  # whether answers in order are delivered at once while nothing is damaged
         self._given: list[str] = []  # the JSON of the answers delivered so, which are the first ones
-        self._next = 0  # the id expected next
-        self._kept: list[str] = []  # text that is not decided on, in pieces
+        self._part = _Part()
+        self._before: _Part | None = None  # the part before a thought that has begun and not ended
+        self._ended = False  # a thought has ended, and no element has followed yet
+        self._kept: list[str] = []  # undecided text, in pieces
         self._kept_chars = 0
         self._scanner: ObjectScanner | None = None  # at work on the element that `_kept` begins with
-        self._copies: dict[int, int] = {}
-        self._held: dict[int, str] = {}
-        self._malformed: dict[int, str] = {}
-        self._gap = ""  # what stands between the last element or mark and the next, less separators
-        self._prefaced = False  # prose stands before the first element
-        self._thinking: _Elements | None = None  # what was found before the thought that has begun and not ended
-        self._ended = False  # a thought has ended, and no element has followed yet
-        self._latest = (
-            -1
-        )  # the furthest item that an element was for, once one has come that is not in the common shape
+        self._gap = ""  # the text between the last element or mark and the next, without separators
         self.thought = self.drafts = False
-        self.damaged = False
         self.late_duplicates = 0
-        self.unknown_ids = 0
-        self.disordered = False
-        self._elements = 0  # those that are sound JSON, whatever their id, less those in thoughts
-        self._astray = 0  # those of them that came last and were not asked for, or not once more
+
+    @property
+    def damaged(self) -> bool:
+        """True if anything but the elements asked for, in order, was found."""
+        return self._part.damaged
+
+    @property
+    def unknown_ids(self) -> int:
+        """Elements whose id was not asked for."""
+        return self._part.unknown_ids
+
+    @property
+    def disordered(self) -> bool:
+        """True if an element was not asked for, repeated, or out of order."""
+        return self._part.disordered
 
     @property
     def past_the_end(self) -> bool:
-        """True if there were two elements more than were asked for, and the last two were of no use."""
-        return self._astray >= _ASTRAY and self._elements >= len(self._ids) + _ASTRAY
+        """True if there are two elements more than were asked for, and the last two are of no use."""
+        return self._part.astray >= _ASTRAY and self._part.elements >= len(self._ids) + _ASTRAY
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""
@@ -214,36 +218,36 @@ class Demultiplexer:
         """
         delivered: list[Answer] = []
         while self._kept:
-            # What is unfinished never ends now. Look inside it, as after any damage.
+            # An unfinished element will not end now. Look inside it, as after any damage.
             unfinished = self._scanner is not None or _marker(self._peek_kept()) is not None
             if not unfinished:
                 text = self._take_kept()
                 self._outside(text, 0, len(text))
                 break
             delivered += self._resume(BROKEN)
-        if self._thinking is not None and (self._thinking.found or not complete):
-            self._restore(self._thinking)
-        if not complete and (self._ended or self._prefaced):
+        if self._before is not None and (self._before.found or not complete):
+            self._part = self._before
+        if not complete and (self._ended or self._part.prefaced):
             ended = False  # the end of a thought, or what follows it, was still to come
         if ended:
-            for index, raw in sorted(self._held.items()):
+            for index, raw in sorted(self._part.held.items()):
                 self._deliver(index, raw, delivered)
         else:
-            self._held.clear()  # so that `faults` names them
+            self._part.held.clear()  # so that `faults` names them
         return delivered
 
     def faults(self) -> Iterator[tuple[int, Fault, str]]:
-        """Yield each item that got no answer, with the reason and what the reply said to it. Valid after `close`."""
+        """Yield each item without an answer, the reason, and the beginning of what the reply held for it. Valid after `close`."""
         for index in range(len(self._given), len(self._ids)):
-            if self._copies.get(index, 0) > 1:
+            if self._part.copies.get(index, 0) > 1:
                 yield index, "repeated", ""
-            elif index in self._malformed:
-                yield index, "malformed", self._malformed[index]
-            elif index not in self._held:
+            elif index in self._part.malformed:
+                yield index, "malformed", self._part.malformed[index]
+            elif index not in self._part.held:
                 yield index, "missing", ""
 
     def _outside(self, text: str, pos: int, end: int, *, rest: int = 0) -> int:
-        """Take note of *text* from *pos* to *end*, where no element begins; return the place up to which that was done.
+        """Note the text from *pos* to *end*, in which no element begins; return the position up to which it was noted.
 
         The last *rest* characters are left for later, since a mark or an element may begin in them, unless a mark ends there.
         """
@@ -266,55 +270,36 @@ class Demultiplexer:
             self._gap += _separators("", text)[: _MAX_SCAFFOLDING + 1]
 
     def _enter(self) -> None:
-        """An element begins: judge what stands before it."""
-        if self._thinking is not None:
-            self._gap = ""
-            return
-        if self._ended:
-            # A thought has ended before it, so all that was found so far were drafts.
-            self._restore(self._nothing())
-            self.drafts = self.drafts or bool(self._given)
-            self._eager = self._early
-            self._ended = False
-        if len(self._gap) > _MAX_SCAFFOLDING or not _is_scaffolding(self._gap):
-            self._eager = False
-            self._prefaced = self._prefaced or not (self._copies or self._given or self.damaged)
+        """Judge the text before an element that begins."""
+        if self._before is None:
+            if self._ended:
+                # A thought has ended before it, so all elements found so far were drafts.
+                self._part = self._fresh_part()
+                self.drafts = self.drafts or bool(self._given)
+                self._eager = self._early
+                self._ended = False
+            if len(self._gap) > _MAX_SCAFFOLDING or not _is_scaffolding(self._gap):
+                part = self._part
+                self._eager = False
+                part.prefaced = part.prefaced or not (part.copies or self._given or part.damaged)
         self._gap = ""
 
     def _thought_begins(self) -> None:
         self.thought = True
         self._eager = False
         self._gap = ""
-        if self._thinking is None:
-            self._thinking = _Elements(
-                *(self._held, self._copies, self._malformed, self._next, self.unknown_ids),
-                damaged=self.damaged,
-                prefaced=self._prefaced,
-                elements=self._elements,
-                astray=self._astray,
-                latest=self._latest,
-                disordered=self.disordered,
-            )
-            self._restore(self._nothing())
+        if self._before is None:
+            self._before, self._part = self._part, self._fresh_part()
 
     def _thought_ends(self) -> None:
         self.thought = self._ended = True
         self._gap = ""
-        if self._thinking is not None:
-            self._restore(self._thinking)
-            self._thinking = None
+        if self._before is not None:
+            self._part, self._before = self._before, None
 
-    def _restore(self, found: _Elements) -> None:
-        """Have found what *found* tells and no more; what was delivered stays delivered."""
-        self._held, self._copies, self._malformed, self._next = found.held, found.copies, found.malformed, found.next
-        self.unknown_ids, self.damaged, self._prefaced = found.unknown_ids, found.damaged, found.prefaced
-        self._elements, self._astray = found.elements, found.astray
-        self._latest, self.disordered = found.latest, found.disordered
-
-    def _nothing(self) -> _Elements:
-        """Return what is found before the first element of a part: nothing but what was delivered."""
-        given = len(self._given)
-        return _Elements({}, {}, {}, given, 0, damaged=False, prefaced=False, elements=given)
+    def _fresh_part(self) -> _Part:
+        """Return a part without elements; delivered answers stay delivered."""
+        return _Part(len(self._given), len(self._given))
 
     def _peek_kept(self) -> str:
         if len(self._kept) > 1:
@@ -349,7 +334,7 @@ class Demultiplexer:
         while True:
             if (self._gap or self._ended) and _element(text, pos):
                 self._enter()
-            if self._eager and not self.damaged:
+            if self._eager and not self._part.damaged:
                 pos = self._in_order(text, pos, delivered)
             found = _element(text, pos)
             if found is not None and (not broken or found.start(1) not in broken):
@@ -391,8 +376,8 @@ class Demultiplexer:
 
     def _in_order(self, text: str, pos: int, delivered: list[Answer]) -> int:
         """Deliver the elements from *pos* on as long as each is the next one asked for; return the place behind them."""
-        index, decoders, ids, given = self._next, self._decoders, self._ids, self._given.append
-        count, raw = len(ids), ""
+        part, decoders, ids, given = self._part, self._decoders, self._ids, self._given.append
+        index, count, raw = part.next, len(ids), ""
         try:
             while index < count and (found := _element(text, pos)) is not None:
                 _, name, raw = found.groups()
@@ -406,10 +391,10 @@ class Demultiplexer:
             raise
         except BaseException:  # noqa: BLE001 see _deliver
             self._unfit(index, raw)
-            self._copies[index] = 1
-            self._elements += 1
-        self._elements += index - self._next
-        self._next = index
+            part.copies[index] = 1
+            part.elements += 1
+        part.elements += index - part.next
+        part.next = index
         return pos
 
     def _scanned(self, element: str, delivered: list[Answer]) -> None:
@@ -425,7 +410,7 @@ class Demultiplexer:
         """Note an element without a usable answer, at *start* in *text*; its id, if it can be read, counts as seen."""
         if self._gap or self._ended:
             self._enter()
-        self.damaged = True
+        self._part.damaged = True
         # Not beyond the window, where pieces and the whole reply could read different things.
         found = _readable_id(text, start, start + _WINDOW)
         index = self._find(found[1]) if found else None
@@ -443,46 +428,47 @@ class Demultiplexer:
         """Decide an element with an id and an answer."""
         if self._gap or self._ended:
             self._enter()
-        index = self._find(name)
-        if self._thinking is None:  # a thought may hold any number of drafts
-            self._elements += 1
-            fresh = index is not None and index >= self._next and index not in self._copies
-            self._astray = 0 if fresh else self._astray + 1
-        if index is None or index <= max(self._latest, self._next - 1):
-            self.disordered = True
+        index, part = self._find(name), self._part
+        if self._before is None:  # a thought may hold any number of drafts
+            part.elements += 1
+            fresh = index is not None and index >= part.next and index not in part.copies
+            part.astray = 0 if fresh else part.astray + 1
+        if index is None or index <= max(part.latest, part.next - 1):
+            part.disordered = True
         else:
-            self._latest = index
-        if index == self._next and not self.damaged:
+            part.latest = index
+        if index == part.next and not part.damaged:
             if not self._eager:
-                self._copies[index] = 1
-                self._held[index] = raw
+                part.copies[index] = 1
+                part.held[index] = raw
             elif self._deliver(index, raw, delivered):
                 self._given.append(raw)
             else:
-                self._copies[index] = 1
+                part.copies[index] = 1
                 return
-            self._next = index + 1
+            part.next = index + 1
         elif index is None:
-            self.damaged = True
-            self.unknown_ids += 1
+            part.damaged = True
+            part.unknown_ids += 1
         else:
-            self.damaged = True
+            part.damaged = True
             self._note(index, raw, raw)
 
     def _note(self, index: int, raw: str | None, said: str) -> None:
         """Count a copy of an item's answer that cannot be delivered now; hold it if it is the only one."""
+        part = self._part
         if index < len(self._given):
-            if self._thinking is None:
+            if self._before is None:
                 self.late_duplicates += 1
                 self.drafts = self.drafts or not _same(said if raw is None else raw, self._given[index])
             return
-        copies = self._copies[index] = self._copies.get(index, 0) + 1
+        copies = part.copies[index] = part.copies.get(index, 0) + 1
         if copies > 1:
-            self._held.pop(index, None)
+            part.held.pop(index, None)
         elif raw is None:
-            self._malformed[index] = said[:_WINDOW]
+            part.malformed[index] = said[:_WINDOW]
         else:
-            self._held[index] = raw
+            part.held[index] = raw
 
     def _deliver(self, index: int, raw: str, delivered: list[Answer]) -> bool:
         try:
@@ -496,5 +482,5 @@ class Demultiplexer:
         return True
 
     def _unfit(self, index: int, raw: str) -> None:
-        self.damaged = True
-        self._malformed[index] = raw[:_WINDOW]
+        self._part.damaged = True
+        self._part.malformed[index] = raw[:_WINDOW]

@@ -23,7 +23,7 @@ from microbatch.errors import (
 )
 from microbatch.prompt.canary import check_canary
 from microbatch.prompt.demultiplexer import Demultiplexer
-from microbatch.prompt.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
+from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Finds where a JSON object ends in text that arrives in pieces, or where it stops being JSON.
+"""Scanner that finds the end of a JSON object in text that arrives in pieces, or the place where it stops being JSON.
 
 The grammar is checked to the letter (RFC 8259), because the earliest sign of damage decides how much of a reply survives it.
 Every character is looked at once, whatever the pieces.
@@ -10,15 +10,15 @@ import re
 from typing import Final
 
 MORE: Final = -1
-"""The object is sound so far and has not ended."""
+"""The object is valid so far and has not ended."""
 
 BROKEN: Final = -2
-"""This is not JSON, whatever may follow."""
+"""The text is not JSON, whatever follows."""
 
 MAX_DEPTH: Final = 64
 """Deeper nesting counts as damage. Strict schemas allow 10 levels; the bound keeps decoders from recursing too far."""
 
-# A longer number counts as damage: its pieces are put together again and again, and no one has a use for it.
+# A longer number counts as damage: each piece of it is copied again, so the cost would be quadratic.
 _MAX_SCALAR = 1_000
 
 SPACE: Final = r"[ \t\n\r]*+"
@@ -42,10 +42,10 @@ _CLOSING = {"{": "}", "[": "]"}
 
 
 class ObjectScanner:
-    """Scans one JSON object; feed it from the opening brace on.
+    """Scanner of one JSON object, fed from its opening brace on.
 
     Attributes:
-        opened: Where the objects and arrays began that are not closed yet, counted from the object's own brace.
+        opened: Offsets from the object's own brace at which the objects and arrays not closed yet began.
     """
 
     __slots__ = ("_after_string", "_base", "_closers", "_expect", "_hex_left", "_scalar", "opened")

@@ -1,4 +1,4 @@
-"""What one answer must be: the schemas and words that ask for it, and what decodes it; compiled once and remembered."""
+"""The form of one answer: the schemas and instructions that ask for it, and its decoder; compiled once per type."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from microbatch.errors import ConfigError
-from microbatch.schema.decode import decode_text, decoder
+from microbatch.schema.decode import candidates, decode_text, decoder, unwrapped
 from microbatch.schema.envelope import batch_schema, single_schema
 from microbatch.schema.expected import expected_tokens
-from microbatch.schema.find_json import candidates, unwrapped
 from microbatch.schema.python_types import blaming, compile_type, type_name
 from microbatch.schema.response_format import compile_given, given_schema
 from microbatch.schema.traverse import Schema, canonical
@@ -31,23 +30,21 @@ _HINT_WORDS = "Reply with JSON only, no prose and no code fence, matching this J
 
 
 class AnswerType:
-    """What one answer must be, compiled once per output type. The dicts are shared: read, never change.
+    """The form of one answer, compiled once per output type. The schemas are shared and must not be changed.
 
     Attributes:
         key: Equal for types whose requests may share a prompt; b"" for plain text.
         schema: JSON Schema of one answer.
-        strict: Whether the schemas may be enforced strictly; False for a given one that came with `"strict": false`.
-        words: One line for a combined prompt that says what an answer is.
+        strict: False for a given schema that came with `"strict": false`.
+        words: One line of a combined prompt that describes an answer.
         hint: One line for a single call whose schema is not enforced; None for plain text.
         batch_schema: JSON Schema of a combined reply.
         watched_schema: The same with a canary among the answers.
         single_schema: JSON Schema of a single reply, an object at its root; None for plain text.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         is_text: Whether the answer is plain text.
-        expected_tokens: Tokens that the longest answer is expected to take by its schema; None if that does not tell.
-        decode: Decodes the JSON of one answer of a combined reply: the output, and its text, which is the string itself for
-            plain text, else the JSON as it came. Raises ValueError, without a word of the answer, if that does not fit; a
-            validator of the caller's type may raise anything else. No method, since it is called for every answer.
+        expected_tokens: Expected tokens of the longest answer by its schema; None if the schema does not bound it.
+        decode: `Decoder` of an answer in a combined reply. An attribute, because it is called for every answer and a method costs more.
     """
 
     __slots__ = (
@@ -84,14 +81,14 @@ class AnswerType:
             self.hint = _HINT_WORDS + _compact(self.single_schema)
 
     def decode_single(self, text: str) -> tuple[Any, str]:
-        """Decode the whole text of a single reply, past code fences and prose around the JSON.
+        """Decode the text of a single reply, skipping code fences and prose around the JSON.
 
         Returns:
             As from `decode`; the text of a wrapped answer is that of the answer alone.
 
         Raises:
-            ValueError: The text is blank, or nothing in it fits. The message holds no word of it.
-            Exception: Whatever else a validator of the caller's type raises.
+            ValueError: The text is blank, or nothing in it fits. The message does not quote it.
+            Exception: An error of a validator of the caller's type.
         """
         if self.is_text:
             if not text or text.isspace():
@@ -103,25 +100,25 @@ class AnswerType:
                 try:
                     return self.decode(form)
                 except ValueError as error:
-                    # The first form is the one asked for, so its fault says most.
+                    # The first form is the one asked for, so its error is the most useful.
                     problem = error if problem is None else problem
         assert problem is not None  # noqa: S101 - the text itself is always tried
         raise problem
 
     def decode_again(self, text: str) -> tuple[Any, str]:
-        """Decode the text of an answer that was accepted before, for another caller.
+        """Decode the text of an accepted answer again, for another caller.
 
         Returns:
             As from `decode`.
 
         Raises:
-            ValueError: It does not fit: this type's validators ask more than its schema says. The message holds no word of it.
-            Exception: Whatever else a validator of the caller's type raises.
+            ValueError: It does not fit, because this type's validators require more than its schema. The message does not quote it.
+            Exception: An error of a validator of the caller's type.
         """
         return (text, text) if self.is_text else self.decode(text)
 
     def __repr__(self) -> str:
-        """Tell the schema, which is the caller's code and no prompt."""
+        """Show the schema, which is code of the caller and no prompt."""
         return f"AnswerType({_compact(self.schema)})"
 
 
@@ -134,7 +131,7 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
             checked against that schema.
 
     Raises:
-        ConfigError: The type has no JSON form, *response_format* is malformed, or both were given.
+        ConfigError: The type has no JSON form, *response_format* is malformed, or both are given.
     """
     if response_format is not None:
         if output_type is not str:
@@ -172,7 +169,7 @@ def _compact(schema: Schema) -> str:
 
 
 class _Memory:
-    """The last few compiled types. Old ones go, so classes made on the fly are not kept alive for ever."""
+    """The compiled types used last. Old ones are dropped, so that classes made at run time are not kept alive."""
 
     __slots__ = ("_entries",)
 
@@ -199,7 +196,7 @@ _formats = _Memory()
 
 
 def _identity(output_type: Any) -> Hashable:
-    """Return a key that is equal only for types that mean the same, written anew or not.
+    """Return a key that is equal only for types with the same meaning.
 
     `==` will not do: `Literal["a", "b"]` equals `Literal["b", "a"]`, and the order of choices is part of the prompt. Identity
     will not do either: `list[int]` is a new object each time it is written.

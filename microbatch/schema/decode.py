@@ -1,41 +1,59 @@
-"""From the JSON of one answer to an output, or to words that say why not and quote nothing of the answer.
+"""Decoding of one answer: from the text of a single reply, or the JSON of a combined reply's element, to an output.
 
-Answers are no matter for logs, and the messages of errors end there. So the words are our own: those of a library may quote the
-answer, and differ from one release to the next.
+Error messages are composed here from the schema and never quote the answer: error messages are logged, answers are not. The messages
+of libraries may quote it, and differ from one release to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import msgspec
 
-from microbatch.schema.validate import misfit
+from microbatch.schema.validate import misfit, steps_for
+from microbatch.thoughts import after_thoughts
 
 Reader = Callable[[str], Any]
-"""Reads JSON as an output; what it raises may quote the JSON if it comes from msgspec."""
+"""Reads JSON as an output; an error from msgspec may quote the JSON."""
 Decoder = Callable[[str], tuple[Any, str]]
-"""Takes the JSON of one answer as the model wrote it; returns the output, and its text.
+"""Takes the JSON of one answer as the model wrote it; returns the output and its text.
 
 Raises:
-    ValueError: It is not JSON, does not fit, or is blank text. The message holds no word of it.
-    Exception: Whatever else a validator of the caller's type raises.
+    ValueError: The text is not JSON, does not fit, or is blank. The message does not quote it.
+    Exception: An error of a validator of the caller's type.
 """
 
+MAX_TRIES = 16
+"""Fenced blocks, and values in prose, that are tried as the JSON of a single reply."""
+
+# No `\s*` before the lazy part: the two would share the blanks in quadratically many ways.
+_FENCE = re.compile(r"```(?:json)?(.*?)```", re.DOTALL | re.IGNORECASE)
+_BRACKET = re.compile(r"[{\[]")
+_QUOTE = re.compile('"')
+_scan = json.JSONDecoder().raw_decode
 _UNFIT = (msgspec.MsgspecError, RecursionError, UnicodeError)
 _string = msgspec.json.Decoder(str).decode
 _any = msgspec.json.Decoder().decode
-_STEPS, _STEPS_A_CHARACTER = 10_000, 8  # of looking for the place where an answer does not fit
+
+
+class _Wrapper(msgspec.Struct):
+    answer: msgspec.Raw
+
+
+_wrapper = msgspec.json.Decoder(_Wrapper).decode
 
 
 def decode_text(raw: str) -> tuple[str, str]:
-    """Decode a JSON string as a plain text, which is both the output and its text; a `Decoder`.
+    """Decode a JSON string as plain text, which is both the output and its text; a `Decoder`.
 
     Raises:
-        ValueError: *raw* is no JSON string, or a blank one.
+        ValueError: *raw* is not a JSON string, or a blank one.
     """
-    # A function by itself, since this is done for every answer and a method costs a fifth more.
     try:
         text = _string(raw)
     except _UNFIT as error:
@@ -46,7 +64,7 @@ def decode_text(raw: str) -> tuple[str, str]:
 
 
 def decoder(read: Reader, schema: dict[str, Any]) -> Decoder:
-    """Return what decodes JSON with *read*; the text of an output is its JSON. *schema* serves to say why an answer does not fit."""
+    """Return a `Decoder` that reads with *read*; the text of an output is its JSON. *schema* is used in error messages."""
 
     def decode(raw: str) -> tuple[Any, str]:
         try:
@@ -57,13 +75,42 @@ def decoder(read: Reader, schema: dict[str, Any]) -> Decoder:
     return decode
 
 
+def candidates(text: str) -> Iterator[str]:
+    """Yield what may be the JSON of a single reply: its text after any thoughts, each fenced block, each value in brackets."""
+    text = after_thoughts(text).strip().removeprefix("\ufeff")
+    yield text
+    for block in islice(_FENCE.finditer(text), MAX_TRIES):
+        yield block[1].strip()
+    # A string in prose is an answer only where there is no object that it could be a part of; a bare number never is.
+    opening = _BRACKET if _BRACKET.search(text) else _QUOTE
+    at = 0
+    for _ in range(MAX_TRIES):  # each may read to the end of the text
+        start = opening.search(text, at)
+        if start is None:
+            return
+        try:
+            _, at = _scan(text, start.start())
+        except (ValueError, RecursionError):
+            at = start.end()
+        else:
+            if at - start.start() < len(text):
+                yield text[start.start() : at]
+
+
+def unwrapped(raw: str) -> Iterator[str]:
+    """Yield the member "answer" of *raw*, if it has one, then *raw* itself."""
+    with contextlib.suppress(ValueError, RecursionError):
+        yield bytes(_wrapper(raw).answer).decode()
+    yield raw
+
+
 def _cause(error: Exception) -> BaseException | None:
-    """Return the caller's own error: validators that raise inside msgspec are the cause of what it raises."""
+    """Return the error of the caller's validator, which msgspec chains to its own."""
     return error.__cause__ if isinstance(error, msgspec.MsgspecError) else None
 
 
 def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
-    """Return why *raw* was refused with *error*: a place and a rule of *schema* if that tells, in any case without a word of *raw*."""
+    """Return why *raw* was refused with *error*: a path and a rule of *schema* where possible, without quoting *raw*."""
     if isinstance(error, RecursionError):
         return "the JSON is nested too deeply"
     if isinstance(error, UnicodeError):
@@ -73,8 +120,8 @@ def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
     if error.__cause__ is not None:
         return "the answer is refused by a validator of the type"
     try:
-        reason = misfit(_any(raw), schema, steps=_STEPS + _STEPS_A_CHARACTER * len(raw))
+        reason = misfit(_any(raw), schema, steps=steps_for(len(raw)))
     except (msgspec.MsgspecError, RecursionError, TypeError, ValueError):
-        # Types may add to their schema what `misfit` does not expect, and a type may be refused before the JSON is read to its end.
+        # Types may add keywords to their schema that `misfit` does not expect, and may be refused before the JSON is read to its end.
         reason = None
     return reason or "the answer does not fit the type"

@@ -1,4 +1,4 @@
-"""From the schema of one answer to the schemas of whole replies: many answers with their ids, or one alone."""
+"""Schemas of whole replies, from the schema of one answer: many answers with their ids, or one alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def batch_schema(schema: Schema, *, canary: bool = False) -> Schema:
     """Return the schema of a combined reply: `{"results": [{"id": ..., "answer": ...}, ...]}`.
 
     Args:
-        schema: That of one answer.
-        canary: Whether one of the answers is a string in any case.
+        schema: The schema of one answer.
+        canary: Whether one of the answers is the canary's word, a string.
     """
     body, shared = _embedded(schema)
     if canary and body != {"type": "string"}:

@@ -1,4 +1,4 @@
-"""From an output type to its strict schema and to what reads its JSON: msgspec's, or pydantic's where pydantic is in it."""
+"""Python types: their strict schema and their reader, from msgspec, or from pydantic for types that contain pydantic's."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def type_name(output_type: Any) -> str:
 
 @contextlib.contextmanager
 def blaming(output_type: Any) -> Generator[None]:
-    """Name *output_type* as that which cannot be used when compiling it fails.
+    """Raise errors of the block as a `ConfigError` that names *output_type*.
 
     Raises:
-        ConfigError: It is no type, or anything but an interrupt was raised inside.
+        ConfigError: *output_type* is not a type, or the block raised anything but an interrupt.
     """
     if not _is_type_like(output_type):
         raise ConfigError(f"output_type must be a type, not {type_name(output_type)}")
@@ -44,21 +44,21 @@ def blaming(output_type: Any) -> Generator[None]:
     except ConfigError as error:
         raise ConfigError(f"output_type {type_name(output_type)} {error}") from None
     except BaseException as error:  # pydantic is Rust: its panics are no Exception
-        # msgspec tells what is wrong in the last line; the ones before are about options that only it has.
+        # msgspec states the problem in the last line; the lines before describe options of its own.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[-1] if isinstance(error, TypeError) else lines[0]
         raise ConfigError(f"output_type {type_name(output_type)} cannot be used: {reason}") from error
 
 
 def compile_type(output_type: Any) -> tuple[Schema, Reader]:
-    """Return the strict schema of *output_type*, and what reads JSON as it.
+    """Return the strict schema of *output_type*, and a reader of its JSON.
 
     Raises:
-        ConfigError: The type cannot be told in the strict subset.
-        BaseException: Whatever the type's library raises for a type that has no JSON form.
+        ConfigError: The type cannot be expressed in the strict subset.
+        BaseException: An error of the type's library, for a type that has no JSON form.
     """
     parts = list(_reached(output_type))
-    # Who uses pydantic has imported it, so it is never imported here.
+    # A caller that uses pydantic has imported it, so it is never imported here.
     if "pydantic" in sys.modules and any(map(_is_pydantic, parts)):
         schema, read = _with_pydantic(output_type)
         return to_strict(schema), read
@@ -96,7 +96,7 @@ def _with_pydantic(output_type: Any) -> tuple[Schema, Reader]:
             return adapter.validate_json(raw)
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            # Places may be keys that the model made up, and messages may quote it; names from the schema and codes do not.
+            # A location may hold keys that the model invented, and messages may quote the answer.
             path = "".join(
                 f"[{at}]" if isinstance(at, int) else f".{at}" if at in names else "[...]" for at in first["loc"]
             )
@@ -107,7 +107,7 @@ def _with_pydantic(output_type: Any) -> tuple[Schema, Reader]:
 
 
 def _reached(output_type: Any) -> Iterator[Any]:
-    """Yield the type and all that its arguments, metadata and fields are made of, each once."""
+    """Yield the type and, recursively, the types of its arguments, metadata and fields, each once."""
     seen: dict[int, Any] = {}  # holds the objects, so that no id is given out twice
     stack = [output_type]
     while stack:

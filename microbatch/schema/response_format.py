@@ -1,4 +1,4 @@
-"""From an OpenAI `response_format` that a caller gave to its schema, and to a check that an answer fits it."""
+"""OpenAI's `response_format`: its schema, and a reader that checks answers against it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from microbatch.errors import ConfigError
 from microbatch.schema.traverse import Schema, refs
-from microbatch.schema.validate import WELL_FORMED, misfit, resolve
+from microbatch.schema.validate import WELL_FORMED, misfit, resolve, steps_for
 
 if TYPE_CHECKING:
     from microbatch.schema.decode import Reader
@@ -20,7 +20,7 @@ _any = msgspec.json.Decoder().decode
 def given_schema(response_format: Any) -> tuple[bytes, bool]:
     """Return the schema in *response_format* as JSON, and whether it may be enforced strictly.
 
-    Only `"strict": false` forbids it. OpenAI takes no word for that too, but enforcing is worth the try: an endpoint that
+    Only `"strict": false` forbids that. For OpenAI a missing `strict` means false too, but enforcing costs nothing: an endpoint that
     refuses a schema is asked again without it.
 
     Raises:
@@ -47,13 +47,13 @@ def _member(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def compile_given(encoded: bytes) -> tuple[Schema, Reader]:
-    """Return the schema in *encoded*, and what checks that JSON fits it and returns it as it is.
+    """Return the schema in *encoded*, and a reader that returns JSON unchanged if it fits the schema.
 
     Raises:
-        ConfigError: The schema is malformed, or refers to what is not in it.
+        ConfigError: The schema is malformed, or has a reference that leads nowhere.
     """
     schema: Schema = _any(encoded)  # a copy, since the caller may change its dicts later
-    reason = misfit(schema, WELL_FORMED, steps=_steps(len(encoded)))
+    reason = misfit(schema, WELL_FORMED, steps=steps_for(len(encoded)))
     if reason is not None:
         raise ConfigError(f"response_format.json_schema.schema is malformed at {reason}")
     for ref in refs(schema):
@@ -64,14 +64,9 @@ def compile_given(encoded: bytes) -> tuple[Schema, Reader]:
             raise ConfigError(f"response_format.json_schema.schema refers to {ref}, which is not in it") from None
 
     def read(raw: str) -> str:
-        reason = misfit(_any(raw), schema, steps=_steps(len(raw)))
+        reason = misfit(_any(raw), schema, steps=steps_for(len(raw)))
         if reason is not None:
             raise ValueError(reason)
         return raw
 
     return schema, read
-
-
-def _steps(size: int) -> int:
-    """Return the work allowed for *size* characters: linear, with room for a union or two at every value."""
-    return 10_000 + 8 * size

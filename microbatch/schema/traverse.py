@@ -1,4 +1,4 @@
-"""The schemas inside a JSON Schema: which of its members are schemas, and which are data to be left alone."""
+"""Traversal of the schemas inside a JSON Schema. Members that hold data are left unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 Schema = dict[str, Any]
 
 SHARED = ("$defs", "definitions")
-"""Where definitions stand that references point to, in newer drafts and in older ones."""
+"""Keywords of definitions, in newer and older drafts."""
 
 # Keywords that hold schemas: by name, and alone or in a list.
 _NAMED = frozenset({*SHARED, "properties", "patternProperties", "dependentSchemas", "dependencies"})
@@ -54,7 +54,7 @@ def nodes(schema: Schema) -> Iterator[Schema]:
 
 
 def refs(schema: Schema) -> list[str]:
-    """Return what is referred to in *schema*, as often as it is."""
+    """Return the references in *schema*, repeated ones included."""
     return [node["$ref"] for node in nodes(schema) if isinstance(node.get("$ref"), str)]
 
 

@@ -1,7 +1,6 @@
-"""Whether a JSON value fits a JSON Schema that a caller gave, without compiling anything.
+"""Validation of JSON values against JSON Schemas that came as JSON; types are validated by msgspec or pydantic.
 
-Only for schemas that came as JSON: what msgspec or pydantic decodes is checked by them. Unknown keywords are ignored, as the
-specification asks; `format` is one of them.
+Unknown keywords are ignored, as the specification requires; `format` is one of them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 MAX_DEPTH = 200
-"""Schemas applied inside one another, references and unions included, before a value counts as too deep to check."""
+"""Nesting of schemas, references and unions included, beyond which a value counts as too deep to check."""
 
 _SCHEMA = {"$ref": "#"}
 _SCHEMAS = {"type": "array", "items": _SCHEMA}
@@ -39,7 +38,7 @@ WELL_FORMED: dict[str, Any] = {
         **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), _LIMIT),
     },
 }
-"""What `misfit` relies on: a schema that fits this one can be checked against without surprises."""
+"""The schema of schemas that `misfit` accepts."""
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
@@ -58,14 +57,19 @@ def misfit(value: Any, schema: Any, *, root: Any = None, steps: int = 100_000) -
         value: A decoded JSON value.
         schema: The schema, itself well-formed (see `WELL_FORMED`).
         root: What references point into; None for *schema* itself.
-        steps: Schemas applied to values before the check is given up and counts as a misfit. Unions that repeat
-            themselves otherwise take time exponential in the value's depth.
+        steps: Most applications of a schema, beyond which the value counts as a misfit: nested unions otherwise take time exponential
+            in the value's depth. See `steps_for`.
 
     Returns:
-        A path and a rule, with names from the schema only: neither the value's words nor its keys.
+        A path and a rule, with names from the schema only; neither strings nor keys of the value.
     """
     reason = _Check(schema if root is None else root, steps).at(value, schema, 0)
     return None if reason is None else "$" + reason
+
+
+def steps_for(size: int) -> int:
+    """Return the steps allowed for JSON of *size* characters: linear, with room for a union or two at every value."""
+    return 10_000 + 8 * size
 
 
 def resolve(pointer: str, root: Any) -> Any:

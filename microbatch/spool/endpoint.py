@@ -22,9 +22,9 @@ from microbatch.errors import (
     ShutDown,
     StatusError,
     TransportError,
-    worth_retrying,
 )
 from microbatch.spool.rest import Rest, wait
+from microbatch.transience import is_transient
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -74,7 +74,7 @@ def cause_of(error: BaseException) -> Cause:
     if isinstance(error, StatusError):
         if error.status in _DOWN:
             return Cause.ENDPOINT
-        doubtful = isinstance(error, ServerError) or error.status == _NOT_FOUND or worth_retrying(error)
+        doubtful = isinstance(error, ServerError) or error.status == _NOT_FOUND or is_transient(error)
         return Cause.EITHER if doubtful else Cause.REQUEST
     # A call that ended without an answer, and a model, key or header that is missing.
     return Cause.EITHER if isinstance(error, TransportError | ConfigError) else Cause.REQUEST

@@ -7,6 +7,8 @@ import contextlib
 import logging
 from typing import Final
 
+from microbatch.transience import Backoff
+
 logger = logging.getLogger("microbatch")
 
 RENEWALS: Final = 3
@@ -27,9 +29,7 @@ class Rest:
 
     def __init__(self, what: str, *, first: float, longest: float) -> None:
         self._what = what
-        self._first = first
-        self._longest = max(first, longest)
-        self._seconds = 0.0
+        self._backoff = Backoff(first, max(first, longest))
         self._until = 0.0
 
     @property
@@ -46,13 +46,13 @@ class Rest:
         """Begin a rest, unless there is one: of many that were under way when the first failed, only that one counts."""
         if self.on:
             return
-        self._seconds = min(2 * self._seconds, self._longest) or self._first
-        self._until = asyncio.get_running_loop().time() + self._seconds
-        logger.warning("%s for %g s, for reasons that are no request's fault: %s", self._what, self._seconds, why)
+        seconds = self._backoff.next()
+        self._until = asyncio.get_running_loop().time() + seconds
+        logger.warning("%s for %g s, for reasons that are no request's fault: %s", self._what, seconds, why)
 
     def end(self) -> None:
         """Something has succeeded: the next rest is a first one."""
-        self._seconds = 0.0
+        self._backoff.reset()
 
 
 async def wait(stopping: asyncio.Event, seconds: float | None) -> None:

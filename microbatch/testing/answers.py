@@ -1,6 +1,6 @@
-"""What the simulated model answers when nobody says otherwise: a value that depends on the text and the schema alone.
+"""The default answers of the simulated model: values that depend on the text and the schema alone.
 
-Because it reads nothing else, an item gets the same answer in a batch, alone, and in any other company.
+An item therefore gets the same answer in every batch and alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An event loop on virtual time: sleeping takes none, and the clock shows exact instants."""
+"""An event loop on virtual time: sleeping takes no real time, and tests can state exact instants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PATIENCE = 5.0
 
 
 class DeadlockError(RuntimeError):
-    """Every task waits, no timer is pending, and nothing came from outside: waiting on would be for ever."""
+    """Every task waits, no timer is pending and no event came from outside, so the loop would wait for ever."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -59,5 +59,5 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
 
 
 def loop_factories() -> Mapping[str, type[asyncio.AbstractEventLoop]]:
-    """Return what pytest-asyncio's `pytest_asyncio_loop_factories` hook wants, to run tests on virtual time."""
+    """Return the value for pytest-asyncio's `pytest_asyncio_loop_factories` hook that runs tests on virtual time."""
     return {"virtual": VirtualClockLoop}

@@ -1,4 +1,4 @@
-"""The endpoint's own tokenizer: what a prompt costs, and the pieces a reply is streamed in."""
+"""The endpoint's tokenizer: token counts of prompts, and the pieces in which a reply is streamed."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from aiohttp import web
 
 from microbatch.accounting.tokens import load_encoding
 from microbatch.errors import ConfigError
-from microbatch.testing.batch_routes import BatchRoutes
-from microbatch.testing.batch_work import UNMETERED, BatchWork, check_options
-from microbatch.testing.batches import Batches
+from microbatch.testing.batch_api.batches import Batches
+from microbatch.testing.batch_api.files import Files
+from microbatch.testing.batch_api.routes import BatchRoutes
+from microbatch.testing.batch_api.worker import UNMETERED, BatchWork, check_options
 from microbatch.testing.counting import ENCODING
-from microbatch.testing.files import Files
-from microbatch.testing.model import ModelOptions, SimulatedModel, SimulatedReply
+from microbatch.testing.model import ModelOptions, SimulatedModel
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.responses import authorize, error_response, json_object
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from microbatch.messages import Limits
+    from microbatch.testing.reply import SimulatedReply
 
-# Counting the tokens of more than this takes milliseconds, in which nobody else would be served.
+# Counting the tokens of more than this takes milliseconds, which would block other requests.
 MAX_INLINE_BYTES = 65_536
 MAX_REQUEST_BYTES = 64 * 2**20
 
@@ -51,11 +52,10 @@ class SimulatedEndpoint(SimulatedModel):
     Args:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        api_keys: Keys that are let in; None lets everybody in.
+        api_keys: Accepted keys; None accepts any.
         models: Names that `GET /v1/models` lists. Any name is served.
-        batch_seconds: How long a batch takes.
-        batch_expires: How many lines of a batch are not answered before its time is over: a whole number of lines, or a float
-            from 0 to 1 for that share of them.
+        batch_seconds: Seconds that a batch takes.
+        batch_expires: Lines of a batch that expire unanswered: a whole number of lines, or a float from 0 to 1 for a share.
         batch_tokens: Most tokens that the batches of one key may hold while they are worked on, taking four bytes for a token;
             a batch beyond that fails with "token_limit_exceeded". None sets no limit.
         options: As `SimulatedModel` takes them.
@@ -92,13 +92,13 @@ class SimulatedEndpoint(SimulatedModel):
         self.batch_tokens = batch_tokens
         self.batch_lines = 0
         self.files = Files()
-        self.batches = Batches(self.files, BatchWork(self, self.files))
+        self.batches = Batches(self.files, BatchWork(self, self.files).run)
         self._runner: web.AppRunner | None = None
         self._closing = asyncio.Event()
 
     @property
     def base_url(self) -> str:
-        """What a client is given as its base URL; known once the server listens."""
+        """The base URL for clients; available once the server listens."""
         if not self.port:
             raise ConfigError("a SimulatedEndpoint has no base_url before it is opened")
         host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986 wants IPv6 in brackets
@@ -140,7 +140,7 @@ class SimulatedEndpoint(SimulatedModel):
         self.batches.start()
 
     async def aclose(self) -> None:
-        """Stop listening and cut off whoever is still being answered. Files and batches stay, as they stand."""
+        """Stop listening and abort open requests. Files and batches are kept."""
         self._closing.set()
         runner, self._runner = self._runner, None
         if runner is not None:
@@ -242,14 +242,14 @@ class SimulatedEndpoint(SimulatedModel):
         return response
 
     async def _break(self, request: web.Request, reply: SimulatedReply) -> None:
-        """Leave a reply unfinished, if that is how it ends."""
+        """Break the connection of a reply that ends so."""
         if reply.ending == "stall":
             await self._closing.wait()
         if reply.ending in ("reset", "stall"):
             _abort(request)
 
     async def _hang(self, request: web.Request) -> web.StreamResponse:
-        """Say nothing until one of the two sides closes."""
+        """Send nothing until either side closes."""
         await self._closing.wait()
         _abort(request)
         return web.Response()

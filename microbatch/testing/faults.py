@@ -1,4 +1,4 @@
-"""The ways in which a model's reply, or the wire under it, goes wrong. Nothing here does I/O or remembers anything."""
+"""Faults of a model's reply or of the connection. Pure: no I/O and no state."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ElementKind = Literal[
     "next_id",  # one element k stands under the id of k+1, which so comes twice
     "shifted_back",  # the model skips an item: from there on element k stands under the id of k-1, and the last id is gone
     "shifted_forward",  # the model skips an id: from there on element k stands under the id of k+1, and the last answer is gone
-    "unknown",  # one element more, under an id that nobody asked for
-    "renamed",  # one element's id is replaced by one that nobody asked for, sometimes by its number alone
+    "unknown",  # one element more, under an id that was not asked for
+    "renamed",  # one element's id is replaced by one that was not asked for, sometimes by its number alone
     "reordered",  # the elements are shuffled
     "empty_results",  # no element at all
-    "strange_ids",  # every id is replaced by one that nobody asked for: the model copies none
-    "rambling",  # the model goes on after the last element with elements that nobody asked for, until a limit stops it
+    "strange_ids",  # every id is replaced by one that was not asked for
+    "rambling",  # the model continues with elements that were not asked for, until a limit stops it
     "wrong_type",  # one answer has a JSON type or a label that its schema does not allow
 ]
 TextKind = Literal[
@@ -60,9 +60,9 @@ _UNIT = re.compile(r"\\u[0-9a-fA-F]{4}|\\.|[^\\]", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Which replies go wrong, and how.
+    """The selection of replies that go wrong, and their faults.
 
-    The choice depends on the seed and on how many replies could have gone wrong before, so a run in the same order repeats.
+    The selection depends on the seed and on the number of earlier replies concerned, so a run in the same order repeats.
     A single call has one answer and no ids: the kinds about elements (all of `ElementKind` but "wrong_type") leave it
     "whitespace", and so do the kinds about JSON when its answer is free text.
 
@@ -103,7 +103,7 @@ class Faults:
         return (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
 
     def concern(self, *, combined: bool) -> bool:
-        """Tell whether such a call can go wrong."""
+        """Return whether such a call can go wrong."""
         return self.on == "all" or (self.on == "combined") == combined
 
     def draw(self, number: int, spoiled: int) -> Fault | None:
@@ -125,7 +125,7 @@ _ABOUT_JSON = frozenset({"wrong_type", "broken_json", "fenced"})
 
 
 class Fault:
-    """One fault, ready to be done to one reply.
+    """One fault of one reply.
 
     Attributes:
         kind: What goes wrong.
@@ -145,7 +145,7 @@ class Fault:
     def elements(
         self, elements: list[Element], schema: dict[str, Any] | None, words: Collection[str] = ()
     ) -> list[Element]:
-        """Return what becomes of a combined reply's elements.
+        """Return the elements of a combined reply with this fault.
 
         Args:
             elements: All of them.
@@ -153,8 +153,8 @@ class Fault:
             words: Ids of those whose answers are strings all the same.
         """
         # These need an element after the one they begin at, or they would only be the last one missing.
-        admission = len(elements) - (self.kind in _NEIGHBOURLY and len(elements) > 1)
-        at = self.random.randrange(admission)
+        places = len(elements) - (self.kind in _NEIGHBOURLY and len(elements) > 1)
+        at = self.random.randrange(places)
         before, (name, answer), after = elements[:at], elements[at], elements[at + 1 :]
         match self.kind:
             case "missing":
@@ -202,7 +202,7 @@ class Fault:
         return shuffled if shuffled != elements else elements[1:] + elements[:1]
 
     def stranger(self, name: str, elements: list[Element]) -> str:
-        """Return an id that nobody asked for: other letters, another number, or the number alone."""
+        """Return an id that was not asked for: other letters, another number, or the number alone."""
         number = name.rstrip(_LETTERS)
         letters = "".join(self.random.choices(_LETTERS, k=5))
         drawn = self.random.choice([number + letters, f"{len(elements) + 1}{letters}", number])
@@ -226,7 +226,7 @@ class Fault:
         return self.random.choice(values) if values else answer
 
     def broken(self, element: str) -> str:
-        """Return the JSON of an element, or of a single answer, so damaged that it is JSON no more."""
+        """Return the JSON of an element, or of a single answer, damaged so that it is no longer JSON."""
         # The id of an element stays readable: what is damaged is the answer.
         start = element.find('"answer":') + len('"answer":') if '"answer":' in element else 0
         strings = [found for found in _STRING.finditer(element, start) if found.group(1)]

@@ -1,4 +1,4 @@
-"""How long a simulated reply may be, and what is hidden in it."""
+"""Limits on the length of a simulated reply, reasoning tokens included."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from microbatch.testing.reading import Prompt
 
 RAMBLING_TOKENS: Final = 8_192
-"""Where a model that does not stop is stopped if nothing else does."""
+"""The length of a reply that does not end by itself where no other limit applies."""
 
 
 def asked_max_tokens(body: Mapping[str, Any]) -> int | None:
@@ -64,7 +64,7 @@ def check_length(tokens: int, max_tokens: int | None, *, context: int | None, ou
     raise EndpointError(400, message, param="messages", code="context_length_exceeded")
 
 
-def admission(prompt: Prompt, *, context: int | None, output: int | None) -> int | None:
+def reply_limit(prompt: Prompt, *, context: int | None, output: int | None) -> int | None:
     """Return the most tokens that the reply to *prompt* may have, or None for any number."""
     window = None if context is None else context - prompt.tokens
     return min((limit for limit in (prompt.max_tokens, window, output) if limit is not None), default=None)

@@ -1,24 +1,21 @@
-"""The simulated model: reads a chat completions request off the wire and says what comes back, and when.
+"""The simulated model: takes a chat completions request and returns the reply and its timing.
 
-It knows the combined prompt only from its words, as a real model does, and shares no code with what composes them. It does
-no I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within the process.
+It recognizes the combined prompt by its text only, as a real model does, and shares no code with the composer. It does no
+I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within the process.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from hashlib import blake2b
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
-
-import msgspec
 
 from microbatch.messages import Usage
 from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
-from microbatch.testing.counting import Pieces, compact, content_text, encode, prompt_tokens, split, text_tokens
+from microbatch.testing.counting import Pieces, compact, content_text, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
-from microbatch.testing.lengths import RAMBLING_TOKENS, admission, asked_max_tokens, check_length, usage_of, within
+from microbatch.testing.lengths import RAMBLING_TOKENS, asked_max_tokens, check_length, reply_limit, usage_of, within
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
@@ -31,9 +28,10 @@ from microbatch.testing.reading import (
     response_format,
     understand,
 )
+from microbatch.testing.reply import Ending, Prefixes, SimulatedReply, cut, error_of, is_typed, results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.messages import Limits
 
@@ -43,37 +41,6 @@ Accepts = Literal["ok", "400"]
 Fails = Literal["ok", "400", "500"]
 MaxTokensName = Literal["max_tokens", "max_completion_tokens"]
 StreamOptions = Literal["ok", "400", "ignored"]
-Ending = Literal["done", "cut", "reset", "stall", "hang"]
-
-
-class SimulatedReply(msgspec.Struct):
-    """What comes back, and when.
-
-    Attributes:
-        pieces: The text in pieces; only what comes before the line breaks, if it does.
-        times: When each piece is due, in seconds after the request's arrival.
-        finish_reason: Why the model stopped; None if it never says.
-        usage: What is reported and paid.
-        ending: "done", or how the line fails: the stream just ends ("cut"), the connection breaks ("reset"), nothing
-            more comes ("stall"), or nothing comes at all ("hang").
-        refusal: Whether the text is a refusal.
-        limits: What is left of the quota, or None if there is none.
-        thinking: Seconds from the request's arrival until the model has thought, if it writes nothing then.
-    """
-
-    pieces: Pieces
-    times: list[float]
-    finish_reason: str | None
-    usage: Usage
-    ending: Ending = "done"
-    refusal: bool = False
-    limits: Limits | None = None
-    thinking: float = 0.0
-
-    @property
-    def duration(self) -> float:
-        """Seconds from the request's arrival until the reply is whole."""
-        return self.times[-1] if self.times else self.thinking
 
 
 class ModelOptions(TypedDict, total=False):
@@ -100,6 +67,7 @@ class ModelOptions(TypedDict, total=False):
     record: bool
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SimulatedModel:
     """A model behind an OpenAI-compatible endpoint.
 
@@ -109,18 +77,18 @@ class SimulatedModel:
             answer wrapped after, so that it is asked the same for a single call as within a batch. It is not asked about a
             text that is exactly "Reply with exactly: WORD", a word of letters and digits: the answer to that is the word, a
             string whatever the schema.
-        latency: How fast it answers. Not at all delayed by default.
-        faults: Which replies go wrong; None: none.
-        quota: What each key may use of each model; more is refused with 429. None sets no limit. With one, requests can only be
-            made while an event loop runs, whose clock it keeps to.
+        latency: Its speed; no delay by default.
+        faults: The selection of replies that go wrong; None for none.
+        quota: Limits for each key and model, beyond which requests are refused with 429; None sets no limit. A quota needs a
+            running event loop, whose clock it follows.
         obey: A model that lets one item give orders to all: where an item of a combined prompt says "answer X for all requests"
             (in any case, X in quotes or not), all answers of that reply become X, as far as their kind allows: strings,
             labels that are not asked for included, and the strings inside objects and lists. The first such item wins. In a
             single call it is that call's answer alone.
         context_tokens: Most tokens of prompt and reply together; more is refused with "context_length_exceeded".
         max_output_tokens: Most tokens of a reply, thoughts included; a limit above that is refused as OpenAI does.
-        reasoning_tokens: Tokens that the model thinks before it writes, unseen. They count as generated, and take their time.
-        indent: Write JSON on many lines, indented by so many spaces, as some models do; None writes it on one line.
+        reasoning_tokens: Hidden tokens generated before the reply. They count as completion tokens and take time.
+        indent: Spaces of indentation of the JSON, written on many lines as by some models; None writes it on one line.
         json_schema: "400" refuses response_format json_schema as OpenAI-like servers do, "500" as llama-cpp-python does.
         json_object: "400" refuses response_format json_object.
         max_tokens_name: The only name that the limit on the reply may have; None accepts both.
@@ -137,9 +105,9 @@ class SimulatedModel:
         combined_calls: Combined prompts that were understood and refused neither for their parameters nor for the quota.
         single_calls: The other calls that were.
         items: Items of the combined prompts and single calls.
-        prompt_tokens: Tokens of the prompts that were answered, whether or not anybody read the answer.
-        completion_tokens: Tokens that were generated for them.
-        reported: The usage that was really put on the wire. A stream that breaks off or ends without usage is missing here.
+        prompt_tokens: Tokens of the answered prompts, whether or not the client read the answer.
+        completion_tokens: Tokens generated for them.
+        reported: The usage sent to clients. It excludes streams that break off or end without usage.
         faulted: Replies that were spoiled.
         quota_refusals: Requests that were refused for the quota.
         peak_requests: Most requests of one key to one model that the quota let in within any 60 seconds; 0 without a quota.
@@ -152,53 +120,33 @@ class SimulatedModel:
         ConfigError: A word is unknown or a limit below its minimum.
     """
 
-    def __init__(
-        self,
-        *,
-        answer: Callable[[str, dict[str, Any] | None], Any] = simulated_answer,
-        latency: Latency = NO_DELAY,
-        faults: Faults | None = None,
-        quota: Quota | None = None,
-        obey: bool = False,
-        context_tokens: int | None = None,
-        max_output_tokens: int | None = None,
-        reasoning_tokens: int = 0,
-        indent: int | None = None,
-        json_schema: Fails = "ok",
-        json_object: Accepts = "ok",
-        max_tokens_name: MaxTokensName | None = None,
-        temperature_fixed: bool = False,
-        stream_supported: bool = True,
-        stream_options: StreamOptions = "ok",
-        strict_schemas: bool = True,
-        count_schema: bool = True,
-        cached_prefixes: bool = False,
-        record: bool = False,
-    ) -> None:
-        one_of(Fails, json_schema=json_schema)
-        one_of(Accepts, json_object=json_object)
-        one_of(MaxTokensName, max_tokens_name=max_tokens_name)
-        one_of(StreamOptions, stream_options=stream_options)
-        whole(1, context_tokens=context_tokens, max_output_tokens=max_output_tokens)
-        whole(0, reasoning_tokens=reasoning_tokens, indent=indent)
-        self.answer = answer
-        self.latency = latency
-        self.faults = faults
-        self.quota = quota
-        self.obey = obey
-        self.context_tokens = context_tokens
-        self.max_output_tokens = max_output_tokens
-        self.reasoning_tokens = reasoning_tokens
-        self.indent = indent
-        self.json_schema = json_schema
-        self.json_object = json_object
-        self.max_tokens_name = max_tokens_name
-        self.temperature_fixed = temperature_fixed
-        self.stream_supported = stream_supported
-        self.stream_options = stream_options
-        self.strict_schemas = strict_schemas
-        self.count_schema = count_schema
-        self.record = record
+    answer: Callable[[str, dict[str, Any] | None], Any] = simulated_answer
+    latency: Latency = NO_DELAY
+    faults: Faults | None = None
+    quota: Quota | None = None
+    obey: bool = False
+    context_tokens: int | None = None
+    max_output_tokens: int | None = None
+    reasoning_tokens: int = 0
+    indent: int | None = None
+    json_schema: Fails = "ok"
+    json_object: Accepts = "ok"
+    max_tokens_name: MaxTokensName | None = None
+    temperature_fixed: bool = False
+    stream_supported: bool = True
+    stream_options: StreamOptions = "ok"
+    strict_schemas: bool = True
+    count_schema: bool = True
+    cached_prefixes: InitVar[bool] = False
+    record: bool = False
+
+    def __post_init__(self, cached_prefixes: bool) -> None:
+        one_of(Fails, json_schema=self.json_schema)
+        one_of(Accepts, json_object=self.json_object)
+        one_of(MaxTokensName, max_tokens_name=self.max_tokens_name)
+        one_of(StreamOptions, stream_options=self.stream_options)
+        whole(1, context_tokens=self.context_tokens, max_output_tokens=self.max_output_tokens)
+        whole(0, reasoning_tokens=self.reasoning_tokens, indent=self.indent)
         self.calls = self.combined_calls = self.single_calls = self.items = 0
         self.prompt_tokens = self.completion_tokens = self.faulted = self.disconnects = 0
         self.quota_refusals = self.peak_requests = self.peak_tokens = 0
@@ -207,10 +155,10 @@ class SimulatedModel:
         self.replies: list[str] = []
         self._concerned = 0
         self._meters: dict[tuple[str, str], Meter] = {}
-        self._prefixes = _Prefixes() if cached_prefixes else None
+        self._prefixes = Prefixes() if cached_prefixes else None
 
     def admit(self, body: dict[str, Any]) -> int:
-        """Count a request, keep it if `record`, and return its number, from 1."""
+        """Count a request, record it if `record` is set, and return its number, from 1."""
         self.calls += 1
         if self.record:
             self.requests.append(body)
@@ -325,8 +273,8 @@ class SimulatedModel:
 
     def _reply(self, prompt: Prompt, key: str) -> SimulatedReply:
         drawn = self._draw(prompt)
-        fault = drawn if drawn is None or prompt.combined else drawn.for_single(typed=_typed(prompt))
-        error = None if fault is None else _error(fault, self.faults.retry_after if self.faults else None)
+        fault = drawn if drawn is None or prompt.combined else drawn.for_single(typed=is_typed(prompt))
+        error = None if fault is None else error_of(fault, self.faults.retry_after if self.faults else None)
         reply = None
         completion = prompt.max_tokens or 0
         if error is None and prompt.max_tokens is None and self.quota is not None:
@@ -366,7 +314,7 @@ class SimulatedModel:
         if fault is not None and fault.kind in ("whitespace", "refusal"):
             return (WHITESPACE if fault.kind == "whitespace" else REFUSAL), []
         if prompt.combined:
-            text, ends = _results(self._elements(prompt, fault), fault, self.indent)
+            text, ends = results(self._elements(prompt, fault), fault, self.indent)
         else:
             text = self._single(prompt, fault)
             ends = [len(text)]
@@ -381,13 +329,13 @@ class SimulatedModel:
         if fault is None:
             return elements
         if fault.kind == "rambling":
-            return fault.rambling(elements, self._admission(prompt) or RAMBLING_TOKENS)
+            return fault.rambling(elements, self._reply_limit(prompt) or RAMBLING_TOKENS)
         words = {name for name, text in prompt.items if exact_word(text)}
         return fault.elements(elements, None if prompt.as_text else prompt.schema, words)
 
-    def _admission(self, prompt: Prompt) -> int | None:
+    def _reply_limit(self, prompt: Prompt) -> int | None:
         """Return the most tokens that the reply to *prompt* may have, or None for any number."""
-        return admission(prompt, context=self.context_tokens, output=self.max_output_tokens)
+        return reply_limit(prompt, context=self.context_tokens, output=self.max_output_tokens)
 
     def _order(self, prompt: Prompt) -> str | None:
         return answer_for_all(text for _, text in prompt.items) if self.obey else None
@@ -423,20 +371,20 @@ class SimulatedModel:
     def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
         """Cut the reply where limits and faults want it, and say how it ends."""
         finish_reason: str | None = "stop"
-        most = self._admission(prompt)
+        most = self._reply_limit(prompt)
         if most is None and fault is not None and fault.kind == "rambling":
             most = RAMBLING_TOKENS
-        pieces, hidden, cut = within(pieces, self.reasoning_tokens, most)
-        if cut:
+        pieces, hidden, cut_off = within(pieces, self.reasoning_tokens, most)
+        if cut_off:
             finish_reason = "length"
         ending: Ending = "done"
         match fault.kind if fault is not None else None:
             case "truncated":
-                pieces, finish_reason = _cut(pieces, fault), "length"
+                pieces, finish_reason = cut(pieces, fault), "length"
             case "filtered":
-                pieces, finish_reason = _cut(pieces, fault), "content_filter"
+                pieces, finish_reason = cut(pieces, fault), "content_filter"
             case "cut" | "reset" | "stall" as ending:
-                pieces, finish_reason = _cut(pieces, fault), None
+                pieces, finish_reason = cut(pieces, fault), None
             case "hang" as ending:
                 pieces, finish_reason = pieces.head(0), None
         return SimulatedReply(
@@ -448,74 +396,3 @@ class SimulatedModel:
             ending=ending,
             refusal=fault is not None and fault.kind == "refusal",
         )
-
-
-def _cut(pieces: Pieces, fault: Fault | None) -> Pieces:
-    return pieces if fault is None else pieces.head(fault.cut(len(pieces.texts)))
-
-
-def _typed(prompt: Prompt) -> bool:
-    return prompt.schema is not None and not prompt.as_text
-
-
-def _error(fault: Fault, retry_after: float | None) -> EndpointError | None:
-    """Return the error response that *fault* is, or None if it is none."""
-    match fault.kind:
-        case "http_400":
-            return EndpointError(
-                400, "Invalid prompt: the request could not be processed.", param="messages", code="invalid_value"
-            )
-        case "http_429":
-            message = "Rate limit reached for requests. Please slow down."
-            return EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
-        case "http_500":
-            return EndpointError(
-                500, "The server had an error while processing your request. Sorry!", kind="server_error"
-            )
-        case "filtered" if fault.random.random() < 0.5:  # noqa: PLR2004 - a coin
-            return EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
-        case _:
-            return None
-
-
-def _results(elements: Iterable[Element], fault: Fault | None, indent: int | None) -> tuple[str, list[int]]:
-    """Return a combined reply, and where each element ends in it."""
-    texts = [compact({"id": name, "answer": answer}, indent) for name, answer in elements]
-    if fault is not None and fault.kind == "broken_json":
-        at = fault.random.randrange(len(texts))
-        texts[at] = fault.broken(texts[at])
-    ends = []
-    position = len('{"results":[')
-    for text in texts:
-        ends.append(position + len(text))
-        position = ends[-1] + 1
-    return '{"results":[' + ",".join(texts) + "]}", ends
-
-
-class _Prefixes:
-    """Which prompt prefixes were seen before, as digests; the last 10,000."""
-
-    LEAST = 1_024
-    STEP = 128
-    MOST = 10_000
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[bytes, None] = OrderedDict()
-
-    def seen(self, messages: Iterable[Mapping[str, Any]]) -> int:
-        """Return how many tokens of the prompt's start were seen before, and remember it."""
-        tokens = [
-            token for each in messages for token in encode(f"{each.get('role')}\n{content_text(each.get('content'))}\n")
-        ]
-        cached = 0
-        digest = blake2b(digest_size=16)
-        for end in range(self.STEP, len(tokens) + 1, self.STEP):
-            digest.update(repr(tokens[end - self.STEP : end]).encode())
-            key = digest.digest()
-            if key in self._known and end >= self.LEAST:
-                cached = end
-            self._known[key] = None
-            self._known.move_to_end(key)
-        while len(self._known) > self.MOST:
-            self._known.popitem(last=False)
-        return cached

@@ -1,4 +1,4 @@
-"""What the simulated model takes as orders in an item's text: to say one word exactly, and to answer for everybody."""
+"""Orders in an item's text that the simulated model follows: to reply with one exact word, and to answer for all requests."""
 
 from __future__ import annotations
 

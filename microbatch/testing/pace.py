@@ -1,4 +1,4 @@
-"""How long the simulated model takes: the instant at which each piece of a reply is due."""
+"""Latency of the simulated model: the instant at which each piece of a reply is due."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """How fast the model answers. For every duration and rate, None and 0 mean no delay.
+    """Speed of the model. For every duration and rate, None and 0 mean no delay.
 
     Args:
         first_token: Seconds from the request's arrival to the first token.
@@ -74,7 +74,7 @@ class Latency:
 async def paced(times: Sequence[float], start: float) -> AsyncIterator[tuple[int, int]]:
     """Yield ranges of pieces as they fall due, sleeping in between.
 
-    Whoever is behind gets all that is due in one range, so rates far beyond the clock's resolution are kept.
+    A late consumer receives everything that is due in one range, so that rates beyond the clock's resolution are kept.
 
     Args:
         times: The instant of each piece, ascending, in seconds after *start*.

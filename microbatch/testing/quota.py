@@ -1,4 +1,4 @@
-"""How much a simulated endpoint lets in: requests and tokens within any 60 seconds of the loop's clock.
+"""Quota of the simulated endpoint: requests and tokens within any 60 seconds of the loop's clock.
 
 The strictest reading of "per minute": there is no bucket that refills and no minute that begins anew, so whatever keeps to
 this keeps to any other reading. A charge counts from the instant it is made and no longer 60 seconds later. Nothing here
@@ -24,7 +24,7 @@ SLACK = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """What one key may use of one model within any 60 seconds.
+    """The requests and tokens that one key may use of one model within any 60 seconds.
 
     A request is charged, when it has been read, one request and the tokens of its prompt and of the longest reply it allows
     (its max_tokens; without one, those of the reply that it will get). What is refused counts as a request, but uses no tokens.
@@ -47,11 +47,11 @@ class Quota:
 
 
 class Meter:
-    """What one key has used of one model.
+    """The usage of one model by one key.
 
     Args:
-        quota: What it may use.
-        model: The model's name, for the words of refusals.
+        quota: The limits.
+        model: The model's name, for messages.
     """
 
     def __init__(self, quota: Quota, model: str) -> None:
@@ -131,10 +131,10 @@ class Meter:
 
 
 class _Window:
-    """What was charged within the last 60 seconds, at a constant cost a charge: one look when it comes, one when it leaves.
+    """The charges of the last 60 seconds, at a constant cost per charge.
 
     Attributes:
-        peak: The most there ever was.
+        peak: The largest sum so far.
     """
 
     __slots__ = ("_first", "_gone", "_times", "_total", "_totals", "peak")
@@ -152,7 +152,7 @@ class _Window:
         return self._total - self._gone
 
     def forget(self, now: float) -> None:
-        """Let go of what no longer counts."""
+        """Drop charges that no longer count."""
         times = self._times
         while self._first < len(times) and times[self._first] + WINDOW - now <= SLACK:
             self._gone = self._totals[self._first]
@@ -182,8 +182,8 @@ class _Window:
 
 
 def milliseconds(seconds: float) -> int:
-    """Return a wait in whole milliseconds, rounded up: whoever waits that long does not come early."""
-    # The dust of float arithmetic is no millisecond.
+    """Return a wait in whole milliseconds, rounded up, so that a client that waits that long is not early."""
+    # Rounding errors of float arithmetic must not add a millisecond.
     return math.ceil(round(seconds * 1_000, 3))
 
 

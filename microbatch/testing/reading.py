@@ -1,6 +1,6 @@
-"""How the simulated model reads a request: its own parser of the wire, and the refusals of a strict endpoint.
+"""Parsing of requests by the simulated model, and the refusals of a strict endpoint.
 
-A combined prompt is known by its words alone, as a real model knows it; no code is shared with what composes them.
+A combined prompt is recognized by its text alone, as by a real model; no code is shared with the composer.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Prompt(msgspec.Struct):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
-    """What a request's response_format asks for.
+    """A request's response_format.
 
     Attributes:
         kind: "text", "json_object" or "json_schema".
@@ -112,7 +112,7 @@ def check_messages(body: Mapping[str, Any]) -> None:
 
 
 def response_format(body: Mapping[str, Any]) -> ResponseFormat:
-    """Return what response_format asks for.
+    """Return the parsed response_format.
 
     Raises:
         EndpointError: It is malformed, or its schema is none of an object.
@@ -179,7 +179,7 @@ def _complaint(schema: Any, context: tuple[str, ...]) -> str | None:
 
 
 def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> Prompt:
-    """Tell a combined prompt from a single call, and what answers it wants. *body* has passed the checks above."""
+    """Return the parsed prompt, combined or single. *body* has passed the checks above."""
     messages = body["messages"]
     form = response_format(body)
     last = content_text(messages[-1].get("content"))

@@ -1,4 +1,4 @@
-"""What all routes of the simulated endpoint have in common: JSON that is asked for, and errors that are told."""
+"""Helpers of all routes of the simulated endpoint: request bodies, authorization, errors, pages of lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A transport that says what the model answers, and when."""
+"""A transport whose answers and delays are scripted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ScriptedCall:
 
 
 Step = str | BaseException | Completion | Callable[[ScriptedCall], Any]
-"""What one call gets: the text of its reply; an exception, raised; a `Completion` without text; or a function of the call that
+"""The outcome of one call: the text of its reply; an exception to raise; a `Completion` without text; or a function of the call that
 returns one of these, or a pair of text and `Completion`."""
 
 

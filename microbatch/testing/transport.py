@@ -1,4 +1,4 @@
-"""The simulated model within the process: no sockets, so it runs on a virtual clock as well."""
+"""The simulated model in the same process, without sockets, so that it runs on a virtual clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from microbatch.transports.bound_refusals import lower, read_refusal
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from microbatch.testing.model import SimulatedModel, SimulatedReply
+    from microbatch.testing.model import SimulatedModel
+    from microbatch.testing.reply import SimulatedReply
 
 MODEL = "simulated"
 
@@ -62,7 +63,7 @@ class SimulatedTransport:
             raise TransportTimeout(f"no answer within {call.timeout} s") from error
 
     async def aclose(self) -> None:
-        """Do nothing: there are no connections."""
+        """No-op: there are no connections."""
 
     async def _send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
         start = asyncio.get_running_loop().time()

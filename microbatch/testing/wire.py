@@ -11,8 +11,8 @@ from microbatch.testing.quota import go_duration, milliseconds
 
 if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
-    from microbatch.testing.model import SimulatedReply
     from microbatch.testing.reading import EndpointError
+    from microbatch.testing.reply import SimulatedReply
 
 # Constant, so that two runs give the same bytes.
 CREATED = 1_700_000_000

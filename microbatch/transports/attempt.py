@@ -10,8 +10,8 @@ from microbatch.transports.bound_refusals import read_refusal, words_of
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, read_fault, to_error, unanswered
 from microbatch.transports.http import guarded, read_all, read_some
-from microbatch.transports.limit_headers import read_limits
 from microbatch.transports.reply_reader import ReplyReader
+from microbatch.transports.response_headers import read_limits
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from microbatch.errors import TransportTimeout
     from microbatch.messages import Limits
     from microbatch.protocols import Completion
-    from microbatch.transports.capabilities import Ladder, Plan
+    from microbatch.transports.capabilities import Capabilities, Plan
     from microbatch.transports.http import Clock
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
@@ -44,7 +44,7 @@ class Attempt:
     def __init__(
         self,
         plan: Plan,
-        ladder: Ladder,
+        capabilities: Capabilities,
         clock: Clock,
         on_text: Callable[[str], None],
         *,
@@ -53,7 +53,7 @@ class Attempt:
         secrets: Sequence[str] = (),
     ) -> None:
         self._plan = plan
-        self._ladder = ladder
+        self._capabilities = capabilities
         self._clock = clock
         self._on_text = on_text
         self._where = where
@@ -165,7 +165,7 @@ class Attempt:
         if self._reader.answering and not self._accepted:
             # At the first sign and not at the end: a call whose callers have all been answered is cancelled before it.
             self._accepted = True
-            self._ladder.accepted(self._plan, asyncio.get_running_loop().time())
+            self._capabilities.accepted(self._plan, asyncio.get_running_loop().time())
         if text:
             self._gave_text = True
             self._on_text(text)
@@ -177,9 +177,9 @@ class Attempt:
         without choices and without a word on why, every time that it is asked (BerriAI/litellm#40252).
         """
         told = f"{said}; it sent {kind or 'no content type'}, {len(raw)} bytes"
-        if not self._ladder.answered:
+        if not self._capabilities.answered:
             told += ". base_url usually ends in /v1"
-        blocked = self._reader.spoke and self._ladder.unanswered(self._plan)
+        blocked = self._reader.spoke and self._capabilities.unanswered(self._plan)
         raise unanswered(
             told, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
         )
@@ -204,11 +204,11 @@ class Attempt:
     def _learn(self, fault: Fault, error: StatusError) -> None:
         now = asyncio.get_running_loop().time()
         if type(error) is BadRequest and error.status in (400, 422):
-            error.again = self._ladder.refused(
+            error.again = self._capabilities.refused(
                 self._plan, code=fault.code, param=fault.param, message=fault.message, now=now
             )
         elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
-            self._ladder.failed(self._plan)
+            self._capabilities.failed(self._plan)
 
     def _about_bound(self, error: StatusError, fault: Fault, raw: bytes) -> StatusError:
         """Return *error*, or what to raise instead because it is the call's bound that is refused."""
@@ -217,7 +217,7 @@ class Attempt:
         said = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
         if said is None:
             return error
-        if not self._ladder.bound_refused(self._plan, said):
+        if not self._capabilities.bound_refused(self._plan, said):
             error.token_limits = said if self._plan.bound is not None else None
             return error
         # A refusal for credit is no reason to stop all calls, nor one for tokens a minute to slow down, if less may be asked for.

@@ -1,4 +1,4 @@
-"""Chat completions as lines of a provider's batch file: the same bodies, replies and refusals as those of live calls."""
+"""Chat completions as lines of a provider's batch file, with the same bodies, replies and refusals as live calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import BadRequest, ConfigError
 from microbatch.protocols import ChatCall
-from microbatch.transports.capabilities import Ladder, Plan, Rung
+from microbatch.transports.capabilities import Capabilities, Plan, Rung
 from microbatch.transports.chat_wire import compose
-from microbatch.transports.error_parsing import Fault, as_object, read_fault, to_error
+from microbatch.transports.error_parsing import Fault, read_fault, to_error
+from microbatch.transports.lenient import as_object
 from microbatch.transports.reply_reader import ReplyReader
 
 if TYPE_CHECKING:
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
     from microbatch.errors import StatusError
     from microbatch.protocols import Completion
 
-# Fields that the ladder may leave out or rename.
+# Fields that may be left out or renamed.
 _OPTIONAL: Final = ("temperature", "max_tokens", "max_completion_tokens")
 _RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJECT}
 
 
 class BatchWire:
-    """Writes and reads chat completions that travel in files.
+    """Writes and reads the lines of batch files.
 
-    What the endpoint turns out not to support is learned from the refusals of lines, and the lines of later files go without it.
+    What the endpoint does not support is learned from refused lines, and left out of the lines of later files.
 
     Args:
-        model: The model to ask when a call names none.
-        where: What errors call the endpoint: its host and port.
+        model: Model of calls that name none.
+        where: Host and port of the endpoint, for errors.
 
     Attributes:
         model: As given.
@@ -39,7 +40,7 @@ class BatchWire:
     def __init__(self, model: str | None, *, where: str) -> None:
         self.model = model
         self._where = where
-        self._ladder = Ladder()
+        self._capabilities = Capabilities()
 
     def body(self, call: ChatCall) -> dict[str, Any]:
         """Return the body of the line for *call*.
@@ -58,44 +59,46 @@ class BatchWire:
         """Return the text of a reply, and how it ended.
 
         Args:
-            status: The HTTP status that the line names.
-            raw: The body that came back.
+            status: The HTTP status in the line.
+            raw: The response body.
             request_id: The endpoint's id of the call, or None.
-            sent: Returns the body that was sent; called for refusals only.
+            sent: Returns the request body; called for refusals only.
 
         Raises:
-            StatusError: It is a refusal. With `again`, what `body` returns for the same call has changed since.
+            StatusError: It is a refusal. With `again`, `body` returns something else for the same call from now on.
             ServerError: It is no chat completion, or one without an answer.
         """
         if not 200 <= status < 300:  # noqa: PLR2004 (the class of success)
-            raise self._history(read_fault(raw, status) or Fault(status), raw, sent)
+            raise self._refusal(read_fault(raw, status) or Fault(status), raw, sent)
         reader = ReplyReader()
         text = reader.whole(raw)
         if isinstance(text, Fault):
-            raise self._history(text, raw, sent)
+            raise self._refusal(text, raw, sent)
         completion = reader.completion(request_id)
         if reader.finish is None:
-            completion.finish_reason = None  # a provider that writes files always says how a reply ended
+            completion.finish_reason = None  # a provider that writes files always gives a finish reason
         return text, completion
 
     def refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> StatusError:
-        """Return the error that the answer to any request of the API is."""
+        """Return the error for a failed response of the provider's API."""
         return to_error(read_fault(raw, status) or Fault(status), where=self._where, headers=headers, raw=raw)
 
-    def _history(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
+    def _refusal(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
         error = to_error(fault, where=self._where, headers={}, raw=raw)
         if type(error) is BadRequest and error.status in (400, 422):
             plan = self._plan_of(sent())
             now = asyncio.get_running_loop().time()
-            error.again = self._ladder.refused(plan, code=fault.code, param=fault.param, message=fault.message, now=now)
+            error.again = self._capabilities.refused(
+                plan, code=fault.code, param=fault.param, message=fault.message, now=now
+            )
         return error
 
     def _plan(self, call: ChatCall, model: str) -> Plan:
         now = asyncio.get_running_loop().time()
-        return self._ladder.plan(call, base_url=self._where, model=model, credentials=(), stream=None, now=now)
+        return self._capabilities.plan(call, base_url=self._where, model=model, credentials=(), stream=None, now=now)
 
     def _plan_of(self, body: Mapping[str, Any]) -> Plan:
-        """Return how *body* was made, however long ago: the plan that a live call would still have at hand."""
+        """Return the plan by which *body* was made, however long ago."""
         form = as_object(body.get("response_format"))
         schema = as_object(form.get("json_schema")).get("schema")
         call = ChatCall(messages=(), model=body["model"], schema=schema)
@@ -104,5 +107,5 @@ class BatchWire:
         return Plan(call, today.entry, _RUNGS.get(form.get("type", "")), sent, today.digest)
 
     def __repr__(self) -> str:
-        """Tell the model and the endpoint."""
+        """Return the model and the endpoint."""
         return f"BatchWire(model={self.model!r}, where={self._where!r})"

@@ -1,8 +1,7 @@
-"""Refusals of the batcher's own bound on a reply (`ChatCall.bound`), read and acted on.
+"""Refusals of the batcher's own bound on a reply (`ChatCall.bound`).
 
-Endpoints check the limit on a reply before they generate: against what the model generates at most, against its context window
-less the prompt, against tokens a minute, against credit. Which of these it was, and how many tokens would have been allowed, is
-mostly in the message.
+Endpoints check the limit on a reply before they generate: against the model's output limit, its context window less the prompt,
+tokens per minute, or credit. Which of these it was, and how many tokens would have been allowed, is usually in the message.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.messages import TokenLimits
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,75 +26,49 @@ _ABOUT: Final = re.compile(
     r"\b(?:completion|output|generated) tokens|\btokens?\b.{0,20}\bcompletion\b|"
     r"context.{0,10}(?:length|window|size|limit)|context_length_exceeded|token limit|\bcredits?\b|\bafford"
 )
-# Of a 429, which is mostly about the pace: only that this one request is too large by itself.
+# Of a 429, which is usually about the rate: this request is too large by itself.
 _TOO_LARGE: Final = re.compile(r"(?i)\b(?:request|prompt|input)\b.{0,20}\btoo (?:large|long)|must be reduced")
 
 _N: Final = r"[`'\"\[(]?(\d[\d,_]*)"
 _PER_MINUTE: Final = re.compile(rf"(?i)tokens? per min.{{0,40}}?limit:? {_N},? (?:used:? \d+,? )?requested:? {_N}")
 _AFFORDABLE: Final = re.compile(rf"(?i)afford (?:up to )?{_N}")
 _SUM: Final = re.compile(rf"{_N} \+ {_N} > {_N}")
-_CONTEXT: Final = tuple(
-    re.compile(rf"(?i){pattern}")
-    for pattern in (
-        rf"context[ _-]?(?:length|limit|window|size)\D{{0,40}}?{_N}",
-        rf"{_N}(?: tokens?)? (?:is the )?(?:maximum|max) context",
-        rf"max_new_tokens\S? must be <= {_N}",
-        rf"(?:model )?token limit:? {_N}",
-        rf"current length is \d+ while limit is {_N}",
-    )
+_CONTEXT: Final = (
+    rf"context[ _-]?(?:length|limit|window|size)\D{{0,40}}?{_N}",
+    rf"{_N}(?: tokens?)? (?:is the )?(?:maximum|max) context",
+    rf"max_new_tokens\S? must be <= {_N}",
+    rf"(?:model )?token limit:? {_N}",
+    rf"current length is \d+ while limit is {_N}",
 )
-_PROMPT: Final = tuple(
-    re.compile(rf"(?i){pattern}")
-    for pattern in (
-        rf"{_N}(?: tokens?)? (?:(?:in|from|of) (?:the )?(?:input )?(?:messages|prompt|input|text input)|[`'\"]?inputs?[`'\"]? tokens)",
-        rf"(?:messages resulted in|prompt contains)(?: at least)? {_N}",
-        rf"\brequest \({_N} tokens",
-    )
+_PROMPT: Final = (
+    rf"{_N}(?: tokens?)? (?:(?:in|from|of) (?:the )?(?:input )?(?:messages|prompt|input|text input)|[`'\"]?inputs?[`'\"]? tokens)",
+    rf"(?:messages resulted in|prompt contains)(?: at least)? {_N}",
+    rf"\brequest \({_N} tokens",
 )
-_COMPLETION: Final = tuple(
-    re.compile(rf"(?i){pattern}")
-    for pattern in (
-        rf"at most {_N} (?:completion|output)",
-        rf"tokens\S* (?:must|should|can|has to) (?:not exceed|(?:not )?be [a-z <=]{{1,30}}) {_N}",
-        r"\brange\b[^\[]{0,40}\[\s*\d+\s*,\s*(\d[\d,_]*)",
-        rf"max\w*tokens\S* \d+ > {_N}",
-        rf"(?:limit|maximum|max)(?: allowed)?(?: value| number)?(?: of| is|:)? {_N}",
-    )
+_COMPLETION: Final = (
+    rf"at most {_N} (?:completion|output)",
+    rf"tokens\S* (?:must|should|can|has to) (?:not exceed|(?:not )?be [a-z <=]{{1,30}}) {_N}",
+    r"\brange\b[^\[]{0,40}\[\s*\d+\s*,\s*(\d[\d,_]*)",
+    rf"max\w*tokens\S* \d+ > {_N}",
+    rf"(?:limit|maximum|max)(?: allowed)?(?: value| number)?(?: of| is|:)? {_N}",
 )
 _EXCLUSIVE: Final = re.compile(rf"(?i)to {_N} \(exclusive\)")
 _NUMBER: Final = re.compile(r"(?<![\w.])\d[\d,_]*(?![\w.]*\w)")
 
-_TELLING: Final = frozenset(
-    {
-        "error",
-        "errors",
-        "message",
-        "msg",
-        "code",
-        "type",
-        "param",
-        "loc",
-        "detail",
-        "details",
-        "metadata",
-        "raw",
-        "reason",
-    }
-)
+# Fields of an error body that hold the endpoint's words, and not an echo of the request.
+_WORDS: Final = re.compile("errors?|message|msg|code|type|param|loc|details?|metadata|raw|reason")
 _MAX_NESTED: Final = 8
 
 _CONTENT_TOO_LARGE: Final = 413
 _TOO_MANY: Final = 429
-
-_LEAST: Final = 16
-"""A smaller number in a message is a version, a position or a count of something else."""
+_LEAST: Final = 16  # a smaller number in a message is a version, a position or a count of something else
 
 
 def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
-    """Return what the message of a refusal says of tokens; None if it is not about the length of the reply.
+    """Return the token limits in the message of a refusal; None if it is not about the length of the reply.
 
     Args:
-        message: The endpoint's words.
+        message: The endpoint's message.
         status: The status of the refusal.
         bound: The bound that was sent.
     """
@@ -105,17 +79,15 @@ def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
         return None
     if found is not None and status in (_CONTENT_TOO_LARGE, _TOO_MANY):
         limit, requested = map(_value, found.groups())
-        # What is too large by itself never passes; what came too soon does, but a lower bound would have come sooner.
+        # A request that is too large never passes; one that came too soon does, and with a lower bound would have passed sooner.
         counted = bound if requested >= bound else 0  # else the endpoint does not count it
         prompt = requested - counted if _TOO_LARGE.search(message) else None
         return TokenLimits(per_minute=limit, prompt=prompt)
     if not _ABOUT.search(message):
         return None
-    found = _AFFORDABLE.search(message)
-    if found is not None:
+    if found := _AFFORDABLE.search(message):
         return TokenLimits(affordable=_value(found[1]))
-    found = _SUM.search(message)
-    if found is not None:
+    if found := _SUM.search(message):
         return TokenLimits(context=_value(found[3]), prompt=_value(found[1]))
     context = _first(_CONTEXT, message)
     if context is not None:
@@ -124,7 +96,7 @@ def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
 
 
 def words_of(raw: bytes) -> str:
-    """Return the words of an error's body, those included that a gateway has nested in it, but nothing that echoes the request."""
+    """Return the words in an error body, nested ones of a gateway included, without what echoes the request."""
     return " ".join(_words(raw.decode("utf-8", "replace"), 0))
 
 
@@ -140,23 +112,19 @@ def _words(value: Any, depth: int) -> Iterator[str]:
             yield value
         else:
             yield from _words(inner, depth + 1)
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            if name in _TELLING:
-                yield from _words(each, depth + 1)
-    elif isinstance(value, list):
-        for each in value[:_MAX_NESTED]:
+    for name, each in as_object(value).items():
+        if _WORDS.fullmatch(name):
             yield from _words(each, depth + 1)
+    for each in value[:_MAX_NESTED] if is_array(value) else ():
+        yield from _words(each, depth + 1)
 
 
 def lower(call: ChatCall, said: TokenLimits) -> bool | None:
     """Lower the bound of *call* to what the endpoint says it allows.
 
-    A refusal for the pace, which names no prompt, is left to be waited out.
-
     Returns:
-        True if it was lowered, False if the endpoint says that the prompt alone is too large, None if it does not say how much it
-        allows, or something that the bound kept to already.
+        True if it was lowered, False if lowering is no use (the prompt alone is too large, or the refusal is for the rate and waiting
+        helps), None if the endpoint allows as much already, or does not say how much it allows.
     """
     if call.bound is None:
         return None
@@ -180,8 +148,7 @@ def lower(call: ChatCall, said: TokenLimits) -> bool | None:
 
 def _completion(message: str, bound: int) -> int | None:
     """Return the most tokens of a reply that *message* allows, or None if it names no number below *bound*."""
-    exclusive = _EXCLUSIVE.search(message)
-    if exclusive is not None:
+    if exclusive := _EXCLUSIVE.search(message):
         return _value(exclusive[1]) - 1
     limit = _first(_COMPLETION, message)
     if limit is not None and _LEAST <= limit < bound:
@@ -190,8 +157,8 @@ def _completion(message: str, bound: int) -> int | None:
     return max(below, default=None)
 
 
-def _first(patterns: tuple[re.Pattern[str], ...], message: str) -> int | None:
-    found = next((found for pattern in patterns if (found := pattern.search(message))), None)
+def _first(patterns: tuple[str, ...], message: str) -> int | None:
+    found = next((found for pattern in patterns if (found := re.search(pattern, message, re.IGNORECASE))), None)
     return None if found is None else _value(found[1])
 
 

@@ -1,4 +1,4 @@
-"""Stops calls that can only be refused: the key is wrong, or the account is out of credit."""
+"""A circuit breaker for calls that can only be refused: the key is wrong, or the account is out of credit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ _ENOUGH_FORBIDDEN: Final = 3
 
 
 class Breaker:
-    """Open after a refusal for authentication, quota or billing, which concerns every call with the same key alike.
+    """Opens after a refusal for authentication, quota or billing, which concerns every call with the same key.
 
     While it is open, calls fail at once with the same kind of error. After `COOL_DOWN` one call *probes* while the others wait for
-    the outcome: an answer closes the breaker, another such refusal opens it anew, and after anything else the next call probes.
-
-    A 403 may be about the content of one request. So 403s of combined calls do not count, and it takes several of single calls
+    its outcome: an answer closes the breaker, another such refusal opens it again, and after anything else the next call probes.
+    A 403 may be about the content of one request: those of combined calls do not count, and several of single calls are needed
     without an answer between them.
 
     Attributes:
@@ -37,7 +36,7 @@ class Breaker:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing stands against any call."""
+        """Whether no refusal is held against any call."""
         return self._error is None and not self._forbidden
 
     def is_open(self, now: float) -> bool:
@@ -49,7 +48,7 @@ class Breaker:
         return self._error is not None and now >= self._until and self.probe is None
 
     def check(self, now: float) -> None:
-        """Raise the error that calls fail with while the breaker is open, if it is.
+        """Raise the error of calls while the breaker is open.
 
         Raises:
             StatusError: A copy of the refusal that opened the breaker, which says so.
@@ -62,12 +61,12 @@ class Breaker:
         raise error
 
     def note(self, error: RequestFailed | None, *, sent: float, now: float, combined: bool, permit: object) -> None:
-        """Learn from how a call ended.
+        """Learn from the end of a call.
 
         Args:
             error: None for an answer.
-            sent: When the call was sent.
-            now: The time.
+            sent: Loop time at which the call was sent.
+            now: Loop time.
             combined: Whether it carried several requests.
             permit: Its permit.
         """
@@ -80,12 +79,13 @@ class Breaker:
                 return
         if isinstance(error, AuthFailed | QuotaExhausted):
             self._error, self._opened, self._until = error, now, now + COOL_DOWN
-        elif sent >= self._opened and error is None:
-            # An answer to a call sent before the refusal tells nothing of what has changed since.
+        elif (
+            sent >= self._opened and error is None
+        ):  # the answer to an earlier call says nothing of what has changed since
             self._error, self._forbidden = None, 0
 
     def forget(self, permit: object) -> bool:
-        """Return whether the call of *permit* was the probe; it is no longer."""
+        """End the probe if the call of *permit* is it; return whether it was."""
         if self.probe is not permit:
             return False
         self.probe = None

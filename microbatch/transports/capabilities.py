@@ -1,11 +1,11 @@
-"""What each endpoint turned out to support, so that a refusal is paid for once.
+"""What each endpoint supports, learned from its refusals, so that each refusal is paid for once.
 
-Structured output is a ladder: a JSON schema that the endpoint enforces, JSON without a schema, plain text. A refusal that is
-about the response format steps down one rung; after an hour one call tries the rung above again. Beside the rung, it is
-remembered which optional fields an endpoint refuses and how it calls `max_tokens`.
+Structured output is a ladder of three rungs: a JSON schema that the endpoint enforces, JSON without a schema, plain text. A refusal
+about the response format steps down one rung; after an hour one call tries the rung above again. Beside the rung, the optional
+fields that an endpoint refuses and its name of `max_tokens` are remembered.
 
-Plain values and rules: no clock, no sockets. The transport asks for a `Plan` before each attempt and reports how it went.
-Nothing here waits, so an attempt that fails otherwise, or is cancelled, needs no report.
+The transport asks for a `Plan` before each attempt and reports how it went; an attempt that is cancelled or fails for other reasons
+needs no report. Nothing here waits or reads a clock.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-import secrets
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 import msgspec
 
-from microbatch.lru import Recent
+from microbatch.lru import LRU
 from microbatch.transports.bound_refusals import lower
+from microbatch.transports.credentials import credentials_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     from microbatch.protocols import ChatCall
 
 CAPACITY: Final = 256
-PATIENCE: Final = 3600.0
+RETRY_RUNG_AFTER: Final = 3600.0  # seconds at a lower rung after which one call tries the rung above
 MAX_SCHEMAS: Final = 64
 
-_MAX_BOUNDS: Final = 3
-"""Refusals of a call's bound after which it goes without."""
+_MAX_BOUNDS: Final = 3  # refusals of a call's bound after which it is sent without one
 
 _MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens")
 _OPTIONAL: Final = frozenset({"stream", "stream_options", "temperature"})
@@ -45,8 +44,8 @@ _UNSUPPORTED_CODES: Final = frozenset(
 _UNSUPPORTED_ONE: Final = re.compile(r"(?i)unsupported (?:parameter|value): [`'\"](\w+)")
 _UNSUPPORTED_LIST: Final = re.compile(r"does not support parameters: \[?([^\]\n]{1,200})")
 _FORMAT: Final = re.compile(r"(?i)response_format|json_schema|json_object|\bgrammar\b|structured.outputs?\b")
-# OpenAI: "Invalid schema for response_format 'answers': ..."; llama-server: "JSON schema conversion failed"; Groq: "minItems is
-# not supported". They say that formats are fine and this schema is not.
+# Response formats are supported and this schema is not. OpenAI: "Invalid schema for response_format 'answers': ..."; llama-server:
+# "JSON schema conversion failed"; Groq: "minItems is not supported".
 _SCHEMA: Final = re.compile(
     r"(?i)\binvalid (?:json )?schema\b|\bschema (?:is )?(?:invalid|not valid|too )|schema conversion failed|"
     r"\b(?:(?:min|max)(?:Items|Length|Properties|imum)|exclusiveM(?:in|ax)imum|multipleOf|uniqueItems|prefixItems|pattern|"
@@ -72,14 +71,14 @@ class Rung(enum.IntEnum):
 
 
 class _RungState(msgspec.Struct):
-    """The rung that is stood on, and since when."""
+    """The rung in use, since when, and the rungs on which an answer came."""
 
     rung: Rung = Rung.JSON_SCHEMA
     since: float = 0.0
-    works: set[Rung] = msgspec.field(default_factory=set[Rung])  # rungs on which an answer came
+    works: set[Rung] = msgspec.field(default_factory=set[Rung])
 
     def down_to(self, rung: Rung, now: float) -> None:
-        """Step down to *rung*, unless somebody already went there or further."""
+        """Step down to *rung*, unless a concurrent call already stepped there or further."""
         if self.rung < rung:
             self.rung = rung
             self.since = now
@@ -90,18 +89,18 @@ class _Entry:
 
     def __init__(self) -> None:
         self.general = _RungState()
-        self.schemas: Recent[bytes, _RungState] = Recent(MAX_SCHEMAS)
+        self.schemas: LRU[bytes, _RungState] = LRU(MAX_SCHEMAS)
         self.unsupported: set[str] = set()
         self.max_tokens_name = _MAX_TOKENS_NAMES[0]
         self.streams_only = False
         self.blameless = False  # whether a call was refused in the same words without its bound as with it
 
     def schema(self, digest: bytes) -> _RungState:
-        """Return what is known of one schema, to be written to."""
-        return self.schemas.get(digest) or self.schemas.put(digest, _RungState())
+        """Return the state of one schema, to be changed."""
+        return self.schemas.get_or_make(digest, _RungState)
 
-    def stand(self, digest: bytes) -> list[_RungState]:
-        """Return the footholds that decide the rung of a schema: those furthest down."""
+    def deciding(self, digest: bytes) -> list[_RungState]:
+        """Return the states that decide the rung of a schema: the lowest ones."""
         own = self.schemas.get(digest)
         if own is None or own.rung < self.general.rung:
             return [self.general]
@@ -109,24 +108,33 @@ class _Entry:
 
 
 class _CallHistory:
-    """What one call has been through; gone with the call."""
+    """Per-call notes, dropped with the call (weak key).
+
+    Attributes:
+        floor: The highest rung to try, after a 500.
+        bounds: Refusals of its bound.
+        refused: Fields that were refused. A call learns once from each, so that sending it again comes to an end.
+    """
 
     def __init__(self) -> None:
-        self.floor = Rung.JSON_SCHEMA  # after a 500: try this rung at least
+        self.floor = Rung.JSON_SCHEMA
         self.tried_lower = False
         self.unanswered = False
-        self.bounds = 0  # how often the bound was refused
-        self.refused: set[str] = set()  # fields; a call learns once from each, so sending again comes to an end
+        self.bounds = 0
+        self.refused: set[str] = set()
 
 
 class Plan(msgspec.Struct, eq=False):
-    """How one attempt is to be made.
+    """How one attempt is made.
 
     Attributes:
-        rung: What to ask of the reply's form, or None when the call has no schema.
-        sent: The optional fields that go out, under the names they have here: `stream`, `stream_options`, `temperature` and
-            one of `max_tokens` and `max_completion_tokens`.
+        rung: What to ask of the reply's form; None for a call without a schema.
+        sent: The optional fields that are sent, under the endpoint's names: `stream`, `stream_options`, `temperature` and one of
+            `max_tokens` and `max_completion_tokens`.
         stream: Whether the reply is to be streamed.
+        may_stream: Whether it may be streamed though it is not wanted.
+        lower: Whether the rung is one lower than known to be needed, because of a 500.
+        probe: Whether the rung is one higher than known to work, because an hour has passed.
         bound: The call's bound, if it is sent because the call has no `max_tokens`; else None.
     """
 
@@ -137,37 +145,30 @@ class Plan(msgspec.Struct, eq=False):
     digest: bytes = b""
     stream: bool = False
     may_stream: bool = False
-    lower: bool = False  # one rung lower than known to be needed, because of a 500
-    probe: bool = False  # one rung higher than known to work, because an hour has passed
+    lower: bool = False
+    probe: bool = False
     bound: int | None = None
 
     def __repr__(self) -> str:
-        """Tell what is sent, without the call's words."""
+        """Return what is sent, without the call's texts."""
         return f"Plan(rung={self.rung!r}, sent={sorted(self.sent)}, lower={self.lower}, probe={self.probe})"
 
 
-class Ladder:
-    """What was learned about the most recently used endpoints.
-
-    Args:
-        capacity: Most (base_url, model, credentials) remembered.
-        patience: Seconds at a lower rung after which one call tries the rung above.
+class Capabilities:
+    """The capabilities of the most recently used endpoints.
 
     Attributes:
-        answered: Whether any call was ever answered properly, so that the address is right.
+        answered: Whether any call was ever answered, so that the address is right.
     """
 
-    def __init__(self, *, capacity: int = CAPACITY, patience: float = PATIENCE) -> None:
+    def __init__(self) -> None:
         self.answered = False
-        self._patience = patience
-        self._entries: Recent[tuple[str, str, bytes], _Entry] = Recent(capacity)
-        self._notes: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()
-        # Credentials are kept as digests only; the key makes them useless to whoever reads a dump and guesses.
-        self._salt = secrets.token_bytes(16)
+        self._entries: LRU[tuple[str, str, bytes], _Entry] = LRU(CAPACITY)
+        self._histories: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
-        """Tell how much is remembered."""
-        return f"Ladder(endpoints={len(self._entries)})"
+        """Return the number of endpoints."""
+        return f"Capabilities(endpoints={len(self._entries)})"
 
     def plan(
         self,
@@ -184,19 +185,18 @@ class Ladder:
 
         Args:
             call: The call; a further attempt at the same object takes into account how the last one ended.
-            base_url: With *model* and *credentials*, whose experience counts. Credentials are not kept in clear.
+            base_url: Address of the endpoint.
             model: The model asked.
-            credentials: The headers that say who asks.
-            stream: Whether a stream is wanted; None where the request is to say nothing of it.
-            now: The loop's time.
+            credentials: The headers that say who asks; only a digest is kept.
+            stream: Whether a stream is wanted; None to leave the field out.
+            now: Loop time.
             may_stream: Whether the reply may be streamed, though it is not wanted.
         """
-        key = (base_url, model, self._digest_of(credentials))
-        entry = self._entries.get(key) or self._entries.put(key, _Entry())
+        entry = self._entries.get_or_make((base_url, model, credentials_digest(credentials)), _Entry)
         if stream is False and may_stream and entry.streams_only:
             stream = True
-        # Said in words where it is not wanted: some proxies stream unless they are told not to.
-        wanted = set() if stream is None else {"stream", "stream_options"} if stream else {"stream"}
+        # False is sent as well: some proxies stream by default.
+        wanted = set[str]() if stream is None else {"stream", "stream_options"} if stream else {"stream"}
         if "temperature" in call.params:
             wanted.add("temperature")
         wanted -= entry.unsupported
@@ -205,162 +205,148 @@ class Ladder:
         bound = call.bound if call.max_tokens is None else None
         if call.max_tokens is not None or bound is not None:
             wanted.add(entry.max_tokens_name)
-        streamed = bool(stream) and "stream" in wanted
-        plan = Plan(call, entry, None, frozenset(wanted), stream=streamed, may_stream=may_stream, bound=bound)
+        plan = Plan(call, entry, None, frozenset(wanted), may_stream=may_stream, bound=bound)
+        plan.stream = bool(stream) and "stream" in wanted
         if call.schema is not None:
             self._choose_rung(plan, now)
         return plan
 
     def accepted(self, plan: Plan, now: float) -> None:
-        """Note that the endpoint answered *plan*; only now a lower rung tried after a 500, or a higher one, is remembered."""
+        """Note that the endpoint answered *plan*; only now is a lower rung tried after a 500, or a higher one, remembered."""
         self.answered = True
         rung = plan.rung
         if rung is None:
             return
         entry, own = plan.entry, plan.entry.schema(plan.digest)
         if plan.lower:
-            # Where other schemas were answered on the rung above, it is this schema that the endpoint cannot take.
+            # If other schemas were answered on the rung above, the endpoint does not support this one.
             above_works = any(works < rung for works in entry.general.works)
             (own if above_works else entry.general).down_to(rung, now)
         elif plan.probe:
-            for foothold in (entry.general, own):
-                foothold.rung = min(foothold.rung, rung)
+            for state in (entry.general, own):
+                state.rung = min(state.rung, rung)
         own.works.add(rung)
         entry.general.works.add(rung)
 
     def refused(self, plan: Plan, *, code: str | None, param: str | None, message: str, now: float) -> bool:
         """Learn from a 400 or 422.
 
-        Args:
-            plan: The attempt that was refused.
-            code: The endpoint's word for the error, or None.
-            param: The field it complains of, or None.
-            message: What it says. It is looked at, not kept.
-            now: The loop's time.
-
         Returns:
             Whether the next attempt at the same call will be made differently.
         """
         names = _unsupported(code, param, message)
-        history = [self._learn_field(plan, name) for name in names & plan.sent]
-        if any(history) or self._learn_to_stream(plan, message):
+        learned = [self._learn_field(plan, name) for name in names & plan.sent]
+        if any(learned) or self._learn_to_stream(plan, message):
             return True
         if plan.rung is None or plan.rung is Rung.PLAIN:
             return False
         if plan.rung is Rung.JSON_SCHEMA and _SCHEMA.search(message):
             self._step_down(plan, plan.entry.schema(plan.digest), now)
-            return True
-        if "response_format" in names or _FORMAT.search(f"{param} {message}"):
+        elif "response_format" in names or _FORMAT.search(f"{param} {message}"):
             self._step_down(plan, plan.entry.general, now)
-            return True
-        return False
+        else:
+            return False
+        return True
 
-    def bound_refused(self, plan: Plan, said: TokenLimits) -> bool:
+    def bound_refused(self, plan: Plan, limits: TokenLimits) -> bool:
         """Learn from a refusal that is about the length of the reply.
 
-        The bound of *plan*'s call is lowered to what the endpoint says it allows, or set to None: if it does not say how much,
-        or if lowering did not help. Where a call was refused without its bound as well, refusals without a number are no longer
-        taken to be about it.
-
-        Args:
-            plan: The attempt that was refused.
-            said: What the endpoint says of tokens.
+        The bound of *plan*'s call is lowered to what the endpoint allows, or set to None if it does not say how much, or if lowering
+        did not help. Once a call was refused without its bound as well, refusals without a number no longer count.
 
         Returns:
             Whether the next attempt at the same call will be made differently.
         """
-        notes = self._notes.setdefault(plan.call, _CallHistory())
+        history = self._history(plan)
         if plan.bound is None:
-            plan.entry.blameless |= notes.bounds > 0
+            plan.entry.blameless |= history.bounds > 0
             return False
-        notes.bounds += 1
-        lowered = lower(plan.call, said)
+        history.bounds += 1
+        lowered = lower(plan.call, limits)
         if lowered is False or (lowered is None and plan.entry.blameless):
             return False
-        if lowered is None or notes.bounds >= _MAX_BOUNDS:
+        if lowered is None or history.bounds >= _MAX_BOUNDS:
             plan.call.bound = None
         return True
 
     def failed(self, plan: Plan) -> None:
-        """Learn from a plain 500, as which llama-cpp-python's server refuses a JSON schema.
+        """Learn from a plain 500, with which llama-cpp-python's server refuses a JSON schema.
 
-        The next attempt at the same call goes one rung lower. Each call does so once, and not when its very schema has been
-        answered on this rung before: then the endpoint is down, not refusing.
+        The next attempt at the same call goes one rung lower. Each call does so once, and not if its very schema has been answered
+        on this rung before: then the endpoint is down, not refusing.
         """
         if plan.rung is None:
             return
-        notes = self._notes.setdefault(plan.call, _CallHistory())
+        history = self._history(plan)
         if plan.lower:
-            notes.floor = Rung.JSON_SCHEMA  # it was not the format, so go on as before
+            history.floor = Rung.JSON_SCHEMA  # it was not the format, so go on as before
             return
         own = plan.entry.schemas.get(plan.digest)
-        if plan.rung is Rung.PLAIN or notes.tried_lower or (own is not None and plan.rung in own.works):
+        if plan.rung is Rung.PLAIN or history.tried_lower or (own is not None and plan.rung in own.works):
             return
-        notes.tried_lower = True
-        notes.floor = Rung(plan.rung + 1)
+        history.tried_lower = True
+        history.floor = Rung(plan.rung + 1)
 
     def unanswered(self, plan: Plan) -> bool:
-        """Note that *plan* brought a reply without an answer in it; return whether an earlier attempt at the same call did so."""
-        notes = self._notes.setdefault(plan.call, _CallHistory())
-        before, notes.unanswered = notes.unanswered, True
+        """Note a reply without an answer; return whether an earlier attempt at the same call had one too."""
+        history = self._history(plan)
+        before, history.unanswered = history.unanswered, True
         return before
 
     def _choose_rung(self, plan: Plan, now: float) -> None:
         plan.digest = hashlib.blake2b(msgspec.json.encode(plan.call.schema), digest_size=16).digest()
-        stand = plan.entry.stand(plan.digest)
-        plan.rung = stand[0].rung
-        notes = self._notes.get(plan.call)
-        if notes is not None:
-            # A call that was refused or failed is no probe; else one that is refused for ever could go on for ever.
-            if notes.floor > plan.rung:
-                plan.rung, plan.lower = notes.floor, True
-        elif plan.rung and all(now - foothold.since >= self._patience for foothold in stand):
-            # The hour starts again here and not at the outcome: so only one call tries, even if it never comes back.
-            for foothold in stand:
-                foothold.since = now
+        states = plan.entry.deciding(plan.digest)
+        plan.rung = states[0].rung
+        history = self._histories.get(plan.call)
+        if history is not None:
+            # Not a probe: a call that is refused for ever must come to an end.
+            if history.floor > plan.rung:
+                plan.rung, plan.lower = history.floor, True
+        elif plan.rung and all(now - state.since >= RETRY_RUNG_AFTER for state in states):
+            # The hour starts again here and not at the outcome, so that only one call tries, even if it never comes back.
+            for state in states:
+                state.since = now
             plan.rung, plan.probe = Rung(plan.rung - 1), True
 
-    def _step_down(self, plan: Plan, foothold: _RungState, now: float) -> None:
+    def _step_down(self, plan: Plan, state: _RungState, now: float) -> None:
         below = Rung((plan.rung or 0) + 1)
-        notes = self._notes.setdefault(plan.call, _CallHistory())
         if plan.lower:
-            # Nothing is known yet of the rung above, which only failed; this call goes on downwards alone.
-            notes.floor = below
+            # Nothing is known yet of the rung above, which only failed; this call goes further down alone.
+            self._history(plan).floor = below
             return
         if plan.probe:
-            foothold.since = now
-        foothold.down_to(below, now)  # no further step if a concurrent refusal was first
+            state.since = now
+        self._history(plan)  # the next attempt is no probe
+        state.down_to(below, now)
 
     def _learn_field(self, plan: Plan, name: str) -> bool:
-        notes = self._notes.setdefault(plan.call, _CallHistory())
-        if name in notes.refused:
+        history = self._history(plan)
+        if name in history.refused:
             return False
-        notes.refused.add(name)
+        history.refused.add(name)
         if name in _OPTIONAL:
             plan.entry.unsupported.add(name)
             return True
         other = _MAX_TOKENS_NAMES[1 - _MAX_TOKENS_NAMES.index(name)]
-        if other in notes.refused:
-            return False  # the endpoint takes neither name; going round in circles will not help
+        if other in history.refused:
+            return False  # the endpoint takes neither name
         plan.entry.max_tokens_name = other
         return True
 
     @staticmethod
     def _learn_to_stream(plan: Plan, message: str) -> bool:
-        """Learn from words that say that there are streams only, such as DashScope's for models that reason."""
+        """Learn from a refusal of replies that are not streamed, such as DashScope's for reasoning models."""
         if plan.stream or not plan.may_stream or _STREAMS_ONLY.search(message) is None:
             return False
         plan.entry.streams_only = True
         return "stream" not in plan.entry.unsupported
 
-    def _digest_of(self, credentials: Iterable[tuple[str, str]]) -> bytes:
-        digest = hashlib.blake2b(key=self._salt, digest_size=16)
-        digest.update(msgspec.json.encode(sorted((name.lower(), value) for name, value in credentials)))
-        return digest.digest()
+    def _history(self, plan: Plan) -> _CallHistory:
+        return self._histories.setdefault(plan.call, _CallHistory())
 
 
 def _unsupported(code: str | None, param: str | None, message: str) -> set[str]:
-    """Return the request fields that a refusal says the endpoint does not know or does not take."""
+    """Return the request fields that the endpoint says it does not know or does not take."""
     names = set(_UNSUPPORTED_ONE.findall(message))
     for group in _UNSUPPORTED_LIST.findall(message):
         names.update(re.findall(r"\w+", group))

@@ -1,4 +1,4 @@
-"""Chat completions on the wire: the request that is written. `reply_reader` reads the replies."""
+"""The request body of a chat completion; `reply_reader` reads the replies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.transports.capabilities import Rung
-from microbatch.transports.error_parsing import as_object, is_array
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from microbatch.protocols import ChatCall
     from microbatch.transports.capabilities import Plan
 
-# Fields whose replies hold more than one text; only the JSON of a reply that is not streamed carries it all.
+# Fields whose replies hold more than one text; only the JSON body of a reply that is not streamed carries it all.
 _MORE_THAN_TEXT: Final = ("tools", "functions", "logprobs", "top_logprobs", "modalities", "audio")
 
 
 def can_stream(call: ChatCall) -> bool:
-    """Return whether the text is all that the reply to *call* can hold."""
+    """Return whether the reply to *call* can hold nothing but one text."""
     params = call.params
     return params.get("n") in (None, 1) and not any(params.get(name) for name in _MORE_THAN_TEXT)
 
 
 def compose(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
-    """Return the request body of one attempt: the call as it is, less what *plan* says the endpoint does not take."""
+    """Return the request body of one attempt, without what the endpoint does not support according to *plan*."""
     messages: list[Mapping[str, Any]] = list(call.messages)
     body: dict[str, Any] = {"model": model, "messages": messages, **call.params}
     if "temperature" not in plan.sent:
@@ -53,13 +53,13 @@ def encode(body: dict[str, Any]) -> bytes:
     """Return *body* as JSON.
 
     Raises:
-        TypeError: A value has no JSON form; so for the other builtin errors of the encoder.
+        TypeError: A value has no JSON form; or another builtin error of the encoder.
     """
     return msgspec.json.encode(body)
 
 
 def _joined(content: Any) -> str:
-    """Return content that may come in parts as one text; parts that are no text (a model's thoughts) are left out."""
+    """Return content that may come in parts as one text, without parts that are no text."""
     if not is_array(content):
         return content if isinstance(content, str) else ""
     parts = [as_object(part) for part in content]

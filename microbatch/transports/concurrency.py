@@ -1,4 +1,4 @@
-"""How many calls an endpoint bears at once, found out by trying: additive increase, multiplicative decrease."""
+"""The number of concurrent calls that an endpoint can handle, found by additive increase and multiplicative decrease."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from microbatch.errors import RateLimited, RequestFailed, ServerError, TransportTimeout
 
 INITIAL: Final = 20.0
-"""Where Netflix's concurrency-limits starts."""
+"""The initial limit of Netflix's concurrency-limits."""
 
 _DECREASE: Final = 0.5
 _OVERLOADED: Final = frozenset({503, 529})
@@ -21,24 +21,22 @@ class Concurrency:
         self._cut_at = self._full_at = float("-inf")
 
     def allows(self, in_flight: int) -> bool:
-        """Whether one more call may start."""
+        """Return whether one more call may start."""
         return in_flight < max(1, int(self.limit))
 
     def note(self, error: RequestFailed | None, *, sent: float, in_flight: int, now: float) -> None:
-        """Learn from how a call ended.
+        """Learn from the end of a call.
 
         Args:
             error: None for an answer.
-            sent: When the call was sent.
+            sent: Loop time at which the call was sent.
             in_flight: Calls under way, this one included.
-            now: The time.
+            now: Loop time.
         """
-        overloaded = isinstance(error, RateLimited | TransportTimeout) or (
+        if isinstance(error, RateLimited | TransportTimeout) or (
             isinstance(error, ServerError) and error.status in _OVERLOADED
-        )
-        if overloaded:
-            # What was sent before the last cut tells nothing new: one overload is one cut.
-            if sent > self._cut_at:
+        ):
+            if sent > self._cut_at:  # calls sent before the last cut are of the same overload
                 self.limit = max(1.0, self.limit * _DECREASE)
                 self._cut_at = now
             return

@@ -7,8 +7,12 @@ without need, and keeps its caller from the gateway's own key; `_OTHERS` are the
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -91,6 +95,18 @@ def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str
     if not any(map(is_credential, callers)):
         return dict(own)
     return {name: value for name, value in own.items() if name.lower() in _OF_A_PROXY or not says_who(name)}
+
+
+_SALT: Final = secrets.token_bytes(16)
+
+
+def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:
+    """Return a digest of those *headers* that say who asks, b"" if none does.
+
+    It is keyed with random bytes of this process, so that credentials cannot be guessed from a memory dump.
+    """
+    who = sorted((name.lower(), value) for name, value in headers if says_who(name))
+    return hashlib.blake2b(msgspec.json.encode(who), digest_size=16, key=_SALT).digest() if who else b""
 
 
 def credentials_in(path: str) -> dict[str, str]:

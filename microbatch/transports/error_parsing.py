@@ -1,17 +1,20 @@
-"""The many shapes in which endpoints say no, read into the error tree.
+"""The many shapes and words of an endpoint's refusal, read into the error tree.
 
-Known shapes: OpenAI's `{"error": {...}}`; the same in an array (Gemini's compatible endpoint), at top level (older vLLM), with
-the status as code, number or string (OpenRouter, llama-server, LiteLLM), inside an answer of status 200 (OpenRouter), FastAPI's
+Known shapes: OpenAI's `{"error": {...}}`; the same in an array (Gemini's compatible endpoint), at top level (older vLLM), with the
+status as code, number or string (OpenRouter, llama-server, LiteLLM), inside an answer of status 200 (OpenRouter), FastAPI's
 `{"detail": ...}`, Cloudflare's `{"success": false, "errors": [...]}`, MiniMax's `base_resp`, Baidu's `error_msg`, and Gemini's
-`promptFeedback` of a prompt that was blocked. Messages may quote prompts and keys, so they go to `StatusError.body` and nowhere else.
+`promptFeedback` of a blocked prompt.
+
+The words decide before the status, because endpoints say the same thing under many: a prompt stopped by a filter comes as 400
+(OpenAI, Azure, DashScope, Zhipu), 403 (xAI, OpenRouter), 424 (Cloudflare's guardrails), 451 (StepFun), 500 (Anthropic through proxies)
+and as 200 without an answer (Gemini). Messages may quote prompts and keys. So they go to `StatusError.body` and nowhere else, and
+wording counts only where a mistake does no harm: what is taken for the fault of one item is asked again alone.
 """
 
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -26,16 +29,103 @@ from microbatch.errors import (
     StatusError,
     mask,
 )
-from microbatch.transports.lenient import decode_body
-from microbatch.transports.limit_headers import number, read_limits
-from microbatch.transports.refusals import classify
+from microbatch.transports.lenient import as_object, decode_body, first_of, is_array
+from microbatch.transports.response_headers import read_limits, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_VERDICTS: Final = {"true": True, "false": False}
-
+_SHOULD_RETRY: Final = {"true": True, "false": False}
 _WORD: Final = re.compile(r"[A-Za-z_][\w.$\[\]/:-]{0,99}")
+
+_QUOTA: Final = frozenset(
+    {
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "organization_spend_limit_exceeded",
+        "project_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+    }
+)
+_CONTEXT: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
+_CONTEXT_TEXT: Final = re.compile(
+    r"(?i)context.{0,10}(?:length|window|size)|ContextWindowExceeded|exceed_context_size|context_length_exceeded"
+    r"|\b(?:prompt|input) is too long\b"
+)
+_QUOTA_TEXT: Final = re.compile("|".join(sorted(_QUOTA)))
+
+# Codes of filters, without their underscores: OpenAI, Azure, DashScope (`DataInspectionFailed`), Volcengine
+# (`InputTextSensitiveContentDetected`), StepFun, Bedrock, Google (reasons for a block), MiniMax 1026 and 1027, Zhipu 1301,
+# Cloudflare's AI Gateway 2016 and 2017.
+_FILTER_CODE: Final = re.compile(
+    r"contentfilter|contentpolicy|contentmoderation|contentblocked|contentviolation|responsibleaipolicyviolation|invalidprompt"
+    r"|datainspectionfailed|sensitivecontent|sensitivewords?|censorship|guardrail|moderation|promptblocked|policyviolation"
+    r"|safetycheck|safetyviolation|unsafecontent|harmfulcontent|prohibitedcontent|highrisk|flagged"
+    r"|^(?:safety|blocklist|spii|recitation|1026|1027|1301|2016|2017)$"
+)
+_FILTER_TEXT: Final = re.compile(
+    r"ContentPolicyViolation|ResponsibleAIPolicyViolation|"
+    # "Content violates usage guidelines", "potentially violating our usage policy"
+    r"(?i:\bviolat\w*\b.{0,60}\b(?:polic(?:y|ies)|guidelines?|terms)\b"
+    r"|\b(?:polic(?:y|ies)|guidelines?)\b.{0,20}\bviolat"
+    # "Your input was flagged", "blocked by content filtering policy", "Prompt blocked due to security configurations"
+    r"|\b(?:prompt|inputs?|outputs?|request|response|completion|content|messages?|text|answer|generation)\b.{0,30}"
+    r"\b(?:was|were|is|are|been|being|got)?\b ?\b(?:flagged|filtered|censored|moderated)\b"
+    r"|\b(?:blocked|stopped|rejected|refused|filtered|flagged|denied|prevented)\b.{0,40}"
+    r"\b(?:content|safety|moderation|guardrails?|security configurations?|responsible ai|harm\w*|high risk|sensitive)"
+    r"|\b(?:content|safety|moderation)\b.{0,12}\b(?:filter|system|check|policy|management policy|guard)\w*.{0,40}"
+    r"\b(?:blocked|stopped|rejected|refused|triggered|flagged)\b"
+    r"|\btriggering\b.{0,60}\bcontent (?:management )?(?:policy|filter)"
+    # DashScope: "may contain inappropriate content"; Moonshot: "was considered high risk"; Volcengine, Zhipu: "sensitive information"
+    r"|\b(?:contain|considered|detected|includ|involv|regarded)\w*\b.{0,40}"
+    r"\b(?:inappropriate|sensitive|unsafe|harmful|prohibited|high risk)"
+    r"|\b(?:inappropriate|sensitive|unsafe|harmful|prohibited) (?:content|information|words?|text)\b.{0,30}\b(?:detect|found)"
+    r"|\bfailed check: safety)|\u4e0d\u5b89\u5168\u6216\u654f\u611f|\u654f\u611f\u5185\u5bb9"
+)
+# Required of a status of 500 and above: "the content filter is overloaded" is a transient failure.
+_FILTER_VERDICT: Final = re.compile(
+    r"(?i)\bviolat\w*\b.{0,60}\b(?:polic(?:y|ies)|guidelines?)\b"
+    r"|\b(?:blocked|filtered|stopped|rejected) by\b.{0,30}\b(?:content|safety|moderation|guardrail)"
+)
+# The same verbs about the account, not about the content.
+_ACCOUNT_TEXT: Final = re.compile(
+    r"(?i)\b(?:account|organi[sz]ation|workspace|user|team|key|access)\b.{0,40}\b(?:is|was|been|has|have) (?:\w+ )?"
+    r"(?:deactivated|suspended|terminated|disabled|banned|revoked)\b"
+)
+# Statuses about the account or about transient failures, whatever words come with them.
+_NOT_ABOUT_CONTENT: Final = frozenset({401, 402, 408, 409, 429})
+
+# OpenAI and Groq: "Request too large for gpt-4o ... Limit 30000, Requested 45411". Waiting does not help.
+_SIZE_TEXT: Final = re.compile(
+    r"(?i)\b(?:request|prompt|input|message|payload)s?\b[^.]{0,20} too (?:large|long|big)\b"
+    r"|\b(?:reduce|shorten)\b.{0,30}\b(?:(?:message|prompt|input|request)s? (?:length|size)|(?:length|size) of)\b"
+    r"|\btokens must be reduced\b|\btoo many (?:input )?tokens in\b"
+)
+_LIMIT_AND_ASKED: Final = re.compile(
+    r"(?i)\blimit:?\s+([\d,]+)\b.{0,80}\brequested:?\s+(?:about\s+|~)?([\d,]+)", re.DOTALL
+)
+
+# For errors inside a 200 that name no status: OpenAI's and Anthropic's types, Google's status words.
+_BY_WORD: Final[Mapping[str, type[StatusError]]] = {
+    "invalid_request_error": BadRequest,
+    "badrequesterror": BadRequest,
+    "invalid_argument": BadRequest,
+    "not_found_error": BadRequest,
+    "authentication_error": AuthFailed,
+    "invalid_api_key": AuthFailed,
+    "permission_error": AuthFailed,
+    "permission_denied": AuthFailed,
+    "unauthenticated": AuthFailed,
+    "rate_limit_exceeded": RateLimited,
+    "rate_limit_error": RateLimited,
+    "slow_down": RateLimited,
+    "resource_exhausted": RateLimited,
+}
+# Statuses under which a message about the context window is about this request. (A 429 may speak of a "rate limit for long context",
+# and a 404 quotes the model's name.)
+_ABOUT_THE_REQUEST: Final = frozenset({200, 400, 413, 422})
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -43,11 +133,11 @@ class Fault(msgspec.Struct, frozen=True):
 
     Attributes:
         status: The HTTP status, or the one named inside an answer of status 200, or 200 if it names none.
-        code: The most telling word it has for it: `code`, else `type`, else `status`; None if it has only numbers.
-        param: The request field it complains of, or None.
+        code: Its most specific word: `code`, else `type`, else `status`; None if it has only numbers.
+        param: The request field at fault, or None.
         message: Its words. They may quote the prompt.
         words: All its codes and types, in lower case.
-        flagged: It says that a moderation flagged the input.
+        flagged: Whether it says that a moderation flagged the input.
     """
 
     status: int
@@ -58,12 +148,12 @@ class Fault(msgspec.Struct, frozen=True):
     flagged: bool = False
 
     def __repr__(self) -> str:
-        """Tell the status and code, without the endpoint's words."""
+        """Return the status and code, without the endpoint's words."""
         return f"Fault(status={self.status}, code={self.code!r}, param={self.param!r})"
 
 
 def read_fault(raw: bytes, status: int, *, hollow: bool = False) -> Fault | None:
-    """Return the error that a body or a stream event holds.
+    """Return the error in a body or a stream event; None if it is none.
 
     Args:
         raw: The bytes, JSON or not.
@@ -81,27 +171,113 @@ def read_fault(raw: bytes, status: int, *, hollow: bool = False) -> Fault | None
     return Fault(status, message=raw[:4096].decode("utf-8", "replace")) if failed else None
 
 
-def unanswered(
-    said: str, *, blocked: bool, where: str, headers: Mapping[str, str], raw: bytes, secrets: Iterable[str] = ()
-) -> StatusError:
-    """Return the error to raise for a status 200 without an answer.
+def _find(data: Any, *, failed: bool) -> dict[str, Any]:
+    """Return the error object inside *data*, in OpenAI's shape; empty if there is none."""
+    top = as_object(first_of(data))
+    choice = as_object(first_of(top.get("choices")))  # OpenRouter puts a provider's failure into the choice
+    error = top.get("error") or choice.get("error")
+    if not choice and not error:
+        error = as_object(first_of(top.get("errors"))) or _from_block(top)
+    if isinstance(error, str) and error:
+        return {"message": error, **{name: top.get(name) for name in ("code", "type", "param", "status")}}
+    if as_object(error):
+        return as_object(error)
+    if top.get("object") == "error" or (failed and isinstance(top.get("message"), str)):
+        return top
+    if failed and isinstance(message := top.get("msg") or top.get("error_msg"), str):
+        return {"message": message, **top}
+    return _from_detail(top.get("detail")) if failed else {}
 
-    Args:
-        said: What came instead, for the message.
-        blocked: Whether a filter is the likely cause, and not trouble that passes.
-        where: Host and port, for the message.
-        headers: The answer's headers.
-        raw: The answer's body; it is masked and goes to `body`.
-        secrets: What must not appear anywhere.
-    """
-    cause = "; endpoints answer so whose content filter stopped the prompt" if blocked else ""
-    return (Filtered if blocked else ServerError)(
-        f"{where} answered with status 200, but {said}{cause}",
-        status=200,
-        request_id=headers.get("x-request-id"),
-        body=_masked(raw, secrets),
-        limits=read_limits(headers),
+
+def _from_block(top: dict[str, Any]) -> dict[str, Any]:
+    """Return Gemini's reason for a block, or MiniMax's status, in OpenAI's shape."""
+    feedback = as_object(top.get("promptFeedback") or top.get("prompt_feedback"))
+    reason = feedback.get("blockReason") or feedback.get("block_reason")
+    if reason:
+        return {"message": str(reason), "code": "prompt_blocked"}
+    base = as_object(top.get("base_resp"))
+    return {"message": base.get("status_msg"), "code": base["status_code"]} if base.get("status_code") else {}
+
+
+def _from_detail(detail: Any) -> dict[str, Any]:
+    """Return FastAPI's validation errors (`[{"type", "loc", "msg"}]`) in OpenAI's shape."""
+    first = first_of(detail)
+    if isinstance(first, str):
+        return {"message": first}
+    fields = as_object(first)
+    place: Any = fields.get("loc")
+    return {
+        "message": fields.get("msg") or fields.get("message"),
+        "code": fields.get("type"),
+        "param": place[-1] if is_array(place) and place else None,
+    }
+
+
+def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
+    names = ("code", "type", "status", "statusCode", "status_code", "error_code")
+    values: list[Any] = [*map(error.get, names), as_object(error.get("innererror")).get("code")]
+    metadata = as_object(error.get("metadata"))
+    statuses = [number for number in map(_as_status, values) if number is not None]
+    words = [value for value in values if isinstance(value, str) and _as_status(value) is None and value]
+    numbers = {str(value) for value in values if isinstance(value, int) and _as_status(value) is None}
+    param = error.get("param")
+    # OpenRouter has a sentence of its own, and that of the provider beside it.
+    messages = [part for part in (error.get("message"), metadata.get("raw")) if isinstance(part, str) and part]
+    return Fault(
+        status if failed or not statuses else statuses[0],
+        code=words[0] if words else None,
+        param=param if isinstance(param, str) and param else None,
+        message="\n".join(messages),
+        words=frozenset(word.lower() for word in words) | numbers,
+        # OpenRouter's 403 for flagged input; the key is valid, and this one item is the cause.
+        flagged="flagged_input" in metadata,
     )
+
+
+def _as_status(value: Any) -> int | None:
+    if isinstance(value, str) and len(value) == len("429") and value.isascii() and value.isdigit():
+        value = int(value)
+    return value if isinstance(value, int) and 400 <= value <= 599 else None  # noqa: PLR2004 (HTTP's own errors)
+
+
+def classify(fault: Fault) -> type[StatusError]:
+    """Return the class of the error tree that *fault* belongs to."""
+    status, words, message = fault.status, fault.words, fault.message
+    if words & _CONTEXT or (status in _ABOUT_THE_REQUEST and _CONTEXT_TEXT.search(message)):
+        return ContextTooLong
+    if _is_about_content(fault):
+        return Filtered
+    if status == 402 or words & _QUOTA or (status == 429 and _QUOTA_TEXT.search(message)):  # noqa: PLR2004
+        return QuotaExhausted
+    if status in (401, 403):
+        return AuthFailed
+    if status == 429:  # noqa: PLR2004
+        return BadRequest if _is_about_size(message) else RateLimited
+    if status in (408, 409) or status >= 500:  # noqa: PLR2004
+        return ServerError
+    if status >= 300:  # noqa: PLR2004
+        return BadRequest if status >= 400 else StatusError  # noqa: PLR2004
+    # An error under a 200 that does not name itself is the endpoint's own trouble ("server_error", "overloaded").
+    return next((kind for word, kind in _BY_WORD.items() if word in words), ServerError)
+
+
+def _is_about_content(fault: Fault) -> bool:
+    """Return whether a filter has stopped the prompt or the answer."""
+    if fault.flagged or any(_FILTER_CODE.search(re.sub(r"[\W_]", "", word)) for word in fault.words):
+        return True
+    pattern = _FILTER_VERDICT if fault.status >= 500 else _FILTER_TEXT  # noqa: PLR2004
+    if fault.status in _NOT_ABOUT_CONTENT or pattern.search(fault.message) is None:
+        return False
+    return _ACCOUNT_TEXT.search(fault.message) is None
+
+
+def _is_about_size(message: str) -> bool:
+    """Return whether a 429 says that the request exceeds the limit by itself, so that waiting does not help."""
+    if _SIZE_TEXT.search(message) is not None:
+        return True
+    numbers = _LIMIT_AND_ASKED.search(message)
+    limit, asked = (0, 0) if numbers is None else (int("0" + count.replace(",", "")) for count in numbers.groups())
+    return asked > limit
 
 
 def to_error(
@@ -116,12 +292,12 @@ def to_error(
     """Return the error to raise for *fault*.
 
     Args:
-        fault: What the endpoint said.
+        fault: The endpoint's error.
         where: Host and port, for the message.
-        headers: The answer's headers, looked up in any case.
-        raw: The answer's body; it is masked and goes to `body`.
-        secrets: What must not appear anywhere, such as the key that was sent.
-        keyless: No credentials were sent, which is worth saying when they are asked for.
+        headers: The response headers, looked up in any case.
+        raw: The response body; it is masked and goes to `body`.
+        secrets: Texts that must not appear anywhere, such as the key that was sent.
+        keyless: Whether no credentials were sent, which the message of an `AuthFailed` then says.
     """
     kind = classify(fault)
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)
@@ -131,25 +307,42 @@ def to_error(
         text += f" ({code})"
     if param is not None:
         text += f", about the field {param}"
-    advice = _advice(kind, fault.status, wait, keyless=keyless)
+    # The header comes with every 429, also where trying again is of no use.
+    final = kind in (ContextTooLong, Filtered) or (kind is BadRequest and fault.status in (413, 429))
     return kind(
-        f"{text}: {advice}",
+        f"{text}: {_advice(kind, fault.status, wait, keyless=keyless)}",
         status=fault.status,
         code=code,
         param=param,
         request_id=headers.get("x-request-id"),
         retry_after=wait,
-        should_retry=None
-        if _is_final(kind, fault.status)
-        else _VERDICTS.get(headers.get("x-should-retry", "").lower()),
+        should_retry=None if final else _SHOULD_RETRY.get(headers.get("x-should-retry", "").lower()),
         limits=read_limits(headers),
         body=_masked(raw, secrets),
     )
 
 
-def _is_final(kind: type[StatusError], status: int) -> bool:
-    """Whether trying again is no use, whatever the endpoint's headers say; they come with every 429."""
-    return kind in (ContextTooLong, Filtered) or (kind is BadRequest and status in (413, 429))
+def unanswered(
+    problem: str, *, blocked: bool, where: str, headers: Mapping[str, str], raw: bytes, secrets: Iterable[str] = ()
+) -> StatusError:
+    """Return the error to raise for a status 200 without an answer; see `to_error`.
+
+    Args:
+        problem: What came instead, for the message.
+        blocked: Whether a filter is the likely cause, and not a transient failure.
+        where: Host and port, for the message.
+        headers: The response headers.
+        raw: The response body.
+        secrets: Texts that must not appear anywhere.
+    """
+    cause = "; endpoints answer so whose content filter stopped the prompt" if blocked else ""
+    return (Filtered if blocked else ServerError)(
+        f"{where} answered with status 200, but {problem}{cause}",
+        status=200,
+        request_id=headers.get("x-request-id"),
+        body=_masked(raw, secrets),
+        limits=read_limits(headers),
+    )
 
 
 def _masked(raw: bytes, secrets: Iterable[str]) -> str:
@@ -157,130 +350,6 @@ def _masked(raw: bytes, secrets: Iterable[str]) -> str:
     for secret in secrets:
         body = body.replace(secret, "***")
     return body
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that an endpoint asks to wait, or None if it does not say, or says nonsense.
-
-    `retry-after-ms` is OpenAI's, `llm_provider-retry-after` what LiteLLM makes of the provider's header.
-    """
-    milliseconds = number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    for name in ("retry-after", "llm_provider-retry-after"):
-        value = headers.get(name)
-        wait = number(value)
-        if wait is None:
-            wait = _until(value, headers.get("date"))
-        if wait is not None:
-            return wait
-    return None
-
-
-def _until(value: str | None, date: str | None) -> float | None:
-    """Return the seconds until an HTTP date; counted from the answer's own Date, so that a skewed clock does no harm."""
-    try:
-        moment = parsedate_to_datetime(value or "")
-    except (ValueError, OverflowError):
-        return None
-    try:
-        now = parsedate_to_datetime(date or "")
-    except (ValueError, OverflowError):
-        now = datetime.now(UTC)
-    # A date without a zone ("-0000") is UTC.
-    moment, now = (each if each.tzinfo else each.replace(tzinfo=UTC) for each in (moment, now))
-    return max(0.0, (moment - now).total_seconds())
-
-
-def as_object(value: Any) -> dict[str, Any]:
-    """Return a JSON value if it is an object, else an empty one."""
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
-def is_array(value: Any) -> TypeGuard[list[Any]]:
-    """Return whether a JSON value is an array."""
-    return isinstance(value, list)
-
-
-def _first(value: Any) -> Any:
-    """Return the first element of a JSON array, or None; anything else as it is."""
-    if not is_array(value):
-        return value
-    return value[0] if value else None
-
-
-def _find(data: Any, *, failed: bool) -> dict[str, Any]:
-    """Return the error object inside *data*, put into OpenAI's shape; empty if there is none."""
-    top = as_object(_first(data))
-    # OpenRouter puts a provider's failure into the choice.
-    choice = as_object(_first(top.get("choices")))
-    error = top.get("error") or choice.get("error")
-    if not choice and not error:
-        error = as_object(_first(top.get("errors"))) or _from_verdict(top)
-    if isinstance(error, str) and error:
-        return {"message": error, **{name: top.get(name) for name in ("code", "type", "param", "status")}}
-    if as_object(error):
-        return as_object(error)
-    if top.get("object") == "error" or (failed and isinstance(top.get("message"), str)):
-        return top
-    if failed and isinstance(said := top.get("msg") or top.get("error_msg"), str):
-        return {"message": said, **top}
-    return _from_detail(top.get("detail")) if failed else {}
-
-
-def _from_verdict(top: dict[str, Any]) -> dict[str, Any]:
-    """Put what stands where an answer should be into OpenAI's shape: Gemini's reason for a block, MiniMax's status."""
-    feedback = as_object(top.get("promptFeedback") or top.get("prompt_feedback"))
-    reason = feedback.get("blockReason") or feedback.get("block_reason")
-    if reason:
-        return {"message": str(reason), "code": "prompt_blocked"}
-    verdict = as_object(top.get("base_resp"))
-    if verdict.get("status_code"):
-        return {"message": verdict.get("status_msg"), "code": verdict["status_code"]}
-    return {}
-
-
-def _from_detail(detail: Any) -> dict[str, Any]:
-    """Put FastAPI's validation errors (`[{"type", "loc", "msg"}]`) into OpenAI's shape."""
-    first = _first(detail)
-    if isinstance(first, str):
-        return {"message": first}
-    fields = as_object(first)
-    place: Any = fields.get("loc")
-    return {
-        "message": fields.get("msg") or fields.get("message"),
-        "code": fields.get("type"),
-        "param": place[-1] if is_array(place) and place else None,
-    }
-
-
-def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
-    values: list[Any] = [
-        error.get(name) for name in ("code", "type", "status", "statusCode", "status_code", "error_code")
-    ]
-    values.append(as_object(error.get("innererror")).get("code"))
-    metadata = as_object(error.get("metadata"))
-    named = next((number for number in map(_as_status, values) if number is not None), None)
-    words = [value for value in values if isinstance(value, str) and _as_status(value) is None and value]
-    numbers = {str(value) for value in values if isinstance(value, int) and _as_status(value) is None}
-    param, message = error.get("param"), error.get("message")
-    # OpenRouter has a sentence of its own, and that of the provider beside it.
-    said = [part for part in (message, metadata.get("raw")) if isinstance(part, str) and part]
-    return Fault(
-        status if failed or named is None else named,
-        code=words[0] if words else None,
-        param=param if isinstance(param, str) and param else None,
-        message="\n".join(said),
-        words=frozenset(word.lower() for word in words) | numbers,
-        # OpenRouter's 403 for flagged input; the key is fine, and this one item is the cause.
-        flagged="flagged_input" in metadata,
-    )
-
-
-def _as_status(value: Any) -> int | None:
-    if isinstance(value, str) and len(value) == len("429") and value.isascii() and value.isdigit():
-        value = int(value)
-    return value if isinstance(value, int) and 400 <= value <= 599 else None  # noqa: PLR2004 (HTTP's own errors)
 
 
 def _clean(word: str | None, secrets: Iterable[str]) -> str | None:
@@ -291,17 +360,10 @@ def _clean(word: str | None, secrets: Iterable[str]) -> str | None:
 
 
 def _advice(kind: type[StatusError], status: int, wait: float | None, *, keyless: bool) -> str:
-    if kind is AuthFailed:
-        if keyless:
-            return "no key was sent; set api_key= or OPENAI_API_KEY, or the header that the endpoint wants in headers="
-        return (
-            "the key was refused; check api_key=, OPENAI_API_KEY or the Authorization header, and what the key may do"
-        )
-    if kind is RateLimited:
-        asked = "" if wait is None else f" It asks to wait {wait:g} s."
-        return f"too many requests or tokens just now.{asked}"
-    if kind is StatusError:
-        return "redirects are not followed, they could carry the key elsewhere; set base_url to the final address"
+    if kind is AuthFailed and keyless:
+        return "no key was sent; set api_key= or OPENAI_API_KEY, or the header that the endpoint wants in headers="
+    if kind is RateLimited and wait is not None:
+        return f"{_ADVICE[kind]} It asks to wait {wait:g} s."
     if kind is BadRequest and status == 404:  # noqa: PLR2004
         return "check model and base_url, which usually ends in /v1"
     if kind is BadRequest and status in (413, 429):
@@ -310,9 +372,12 @@ def _advice(kind: type[StatusError], status: int, wait: float | None, *, keyless
 
 
 _ADVICE: Final[Mapping[type[StatusError], str]] = {
+    AuthFailed: "the key was refused; check api_key=, OPENAI_API_KEY or the Authorization header, and what the key may do",
     BadRequest: "the request is refused as it is; the endpoint's own words are in .body",
     ContextTooLong: "the prompt does not fit the model's context window; lower max_prompt_tokens, or shorten the item",
     Filtered: "a content filter stopped it",
     QuotaExhausted: "the account is out of credit or over a spending limit; waiting does not help",
+    RateLimited: "too many requests or tokens just now.",
     ServerError: "the endpoint has trouble of its own; its words are in .body",
+    StatusError: "redirects are not followed, they could carry the key elsewhere; set base_url to the final address",
 }

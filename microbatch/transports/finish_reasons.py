@@ -1,12 +1,12 @@
-"""Every vendor's word for why a model stopped, in one of five meanings.
+"""Normalisation of finish reasons: every vendor's word for why a model stopped, in one of five meanings.
 
 Words are compared in lower case, with underscores between their parts, whatever they came with (`STOP`, `MAX_TOKENS`,
 `FinishReason.SAFETY`, `maxPredictedTokensReached`, `content-filter`). Sources: the API references of OpenAI (chat completions and
 Responses), Anthropic, Google, Amazon Bedrock, Azure, Mistral, Cohere, DeepSeek, Zhipu, Baidu, Tencent, IBM watsonx, Aleph Alpha, AI21
 and Together, and the code of vLLM, SGLang, TensorRT-LLM, TGI, llama.cpp, Ollama and LM Studio.
 
-A word that is in no list is read by its parts ("token_limit_reached" means the limit). If they say nothing either, the reply counts
-as broken off: to ask again costs a call, to hand out a text that was cut as if it were whole costs more.
+An unknown word is read by its parts ("token_limit_reached" means the limit). If they are unknown too, the reply counts as broken
+off: asking again costs a call, but returning a text that was cut as if it were complete costs more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import re
 from typing import Any, Final, Literal
 
+from microbatch.transports.lenient import as_object
+
 Finish = Literal["stop", "length", "content_filter", "tool_calls", "broken"]
-"""The meanings. "broken": the reply was broken off for reasons that asking again may heal."""
+"""The meanings. "broken": the reply was broken off for a reason that may be transient."""
 
 _WORDS: Final[dict[Finish, str]] = {
     "stop": (
@@ -46,48 +48,42 @@ _WORDS: Final[dict[Finish, str]] = {
         "repetition"
     ),
 }
-_MEANING: Final = {word: finish for finish, words in _WORDS.items() for word in words.split()}
+_MEANING: Final[dict[str, Finish]] = {word: finish for finish, words in _WORDS.items() for word in words.split()}
 
-# For words in no list, by the first pattern that fits: an error about a limit is an error, a filter that stopped something a filter.
-_PARTS: Final[tuple[tuple[Finish, re.Pattern[str]], ...]] = (
-    (
-        "content_filter",
-        re.compile(
-            r"filter|safe|sensitiv|polic|prohibit|blocklist|blocked|moderat|guardrail|refus|toxic|flagged|violat|censor"
-        ),
-    ),
-    (
-        "broken",
-        re.compile(
-            r"err|fail|abort|cancel|interrupt|preempt|time_?out|malform|unexpected|overload|unavail|disconn|resource|unload|not_"
-        ),
-    ),
-    ("length", re.compile(r"length|max|token_limit|limit|context|trunc|budget")),
-    ("tool_calls", re.compile(r"tool|function")),
-    ("stop", re.compile(r"stop|eos|eot|end_of|end_turn|complet|finish|done|success")),
-)
+# For unknown words, the first pattern that matches: an error about a limit is an error, a filter that stopped something a filter.
+_PARTS: Final[dict[Finish, str]] = {
+    "content_filter": "filter|safe|sensitiv|polic|prohibit|blocklist|blocked|moderat|guardrail|refus|toxic|flagged|violat|censor",
+    "broken": "err|fail|abort|cancel|interrupt|preempt|time_?out|malform|unexpected|overload|unavail|disconn|resource|unload|not_",
+    "length": "length|max|token_limit|limit|context|trunc|budget",
+    "tool_calls": "tool|function",
+    "stop": "stop|eos|eot|end_of|end_turn|complet|finish|done|success",
+}
 _NOTHING: Final = frozenset({"null", "none", "unspecified"})
 _PREFIX: Final = re.compile(r"^(?:finish_?reason|stop_?reason)[._]+(?=.)")
 _CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _BETWEEN: Final = re.compile(r"[^a-z0-9]+")
 
 
-def read_finish(said: Any) -> Finish | None:
-    """Return what an endpoint means by *said*, or None if it has said nothing yet.
+def read_finish(value: Any) -> Finish | None:
+    """Return the meaning of *value*, the JSON value of `finish_reason`, or None if the endpoint gives none.
 
-    Args:
-        said: The JSON value of `finish_reason`. An object, as SGLang's own API has it, is read by its `type`.
+    An object, as in SGLang's own API, is read by its `type`.
     """
-    if isinstance(said, dict):
-        said = said.get("type")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if said is None or (isinstance(said, str) and not said.strip()):
+    if isinstance(value, dict):
+        value = as_object(value).get("type")
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if not isinstance(said, str):
+    if not isinstance(value, str):
         return "broken"
-    word = _CAMEL.sub("_", said) if not said.isupper() else said
+    word = _CAMEL.sub("_", value) if not value.isupper() else value
     word = _BETWEEN.sub("_", word.lower().replace(".", "_")).strip("_")
     if word not in _MEANING:
         word = _PREFIX.sub("", word)
     if word in _NOTHING:
         return None
-    return _MEANING.get(word) or next((finish for finish, pattern in _PARTS if pattern.search(word)), "broken")
+    if word in _MEANING:
+        return _MEANING[word]
+    for finish, pattern in _PARTS.items():
+        if re.search(pattern, word):
+            return finish
+    return "broken"

@@ -1,14 +1,14 @@
-"""JSON as endpoints write it: what is sound is read at full speed, what is nearly sound is read all the same.
+"""JSON values as endpoints write them: decoding that tolerates small defects, and access to values of unknown type.
 
-Proxies that are written in looser languages send `NaN`, control characters in strings, bytes that are no UTF-8, and characters beyond
-the Basic Multilingual Plane as two halves in two events (elizaOS/eliza#30904). None of this is worth losing a reply for.
+Proxies written in loosely typed languages send `NaN`, control characters in strings, bytes that are not UTF-8, and characters beyond
+the Basic Multilingual Plane as two halves in two events (elizaOS/eliza#30904). Sound JSON is decoded by msgspec, the rest leniently.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeGuard, cast
 
 import msgspec
 
@@ -17,7 +17,9 @@ _UNREADABLE: Final = (ValueError, RecursionError)
 
 
 class Number(float):
-    """A number that knows how it was written: `str` of it is the JSON as it came."""
+    """A number whose `str` is the JSON text it was read from."""
+
+    _written: str
 
     def __new__(cls, written: str) -> Self:
         """Return the number that *written* stands for."""
@@ -29,14 +31,29 @@ class Number(float):
         """Return the number as it was written."""
         return self._written
 
-    _written: str
+
+def as_object(value: Any) -> dict[str, Any]:
+    """Return a JSON value if it is an object, else an empty one."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def is_array(value: Any) -> TypeGuard[list[Any]]:
+    """Return whether a JSON value is an array."""
+    return isinstance(value, list)
+
+
+def first_of(value: Any) -> Any:
+    """Return the first element of a JSON array, or None; anything else as it is."""
+    if not is_array(value):
+        return value
+    return value[0] if value else None
 
 
 def decode(data: bytes) -> Any:
-    """Return the JSON value of *data*. Halves of surrogate pairs may stand in its texts; see `Joiner`.
+    """Return the JSON value of *data*. Its strings may contain halves of surrogate pairs; see `Joiner`.
 
     Raises:
-        ValueError: It is no JSON by any reading.
+        ValueError: It is no JSON even leniently.
     """
     try:
         text = data.decode("utf-8", "surrogatepass")
@@ -49,10 +66,10 @@ def decode(data: bytes) -> Any:
 
 
 def decode_body(data: bytes) -> Any:
-    """Return the JSON value of *data* in plain types, all of whose texts can be written as UTF-8.
+    """Return the JSON value of *data* in plain types, with strings that can be encoded as UTF-8.
 
     Raises:
-        ValueError: It is no JSON by any reading.
+        ValueError: It is no JSON even leniently.
     """
     try:
         return msgspec.json.decode(data)
@@ -61,13 +78,13 @@ def decode_body(data: bytes) -> Any:
 
 
 class Joiner:
-    """Puts the halves of surrogate pairs together that came in two pieces of a text; what has no other half becomes U+FFFD."""
+    """Joins halves of surrogate pairs that came in two pieces of a text; an unpaired half becomes U+FFFD."""
 
     def __init__(self) -> None:
         self._half = ""
 
     def join(self, text: str) -> str:
-        """Return *text*, after a half that was held back, and without one at its end that may still find its other half."""
+        """Return *text* with the half held back before it, without a half at its end that may still be completed."""
         if not self._half and (text.isascii() or _SURROGATE.search(text) is None):
             return text
         text, self._half = self._half + text, ""

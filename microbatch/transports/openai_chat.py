@@ -17,7 +17,7 @@ import aiohttp
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, whole
 from microbatch.transports.attempt import Attempt
-from microbatch.transports.capabilities import Ladder
+from microbatch.transports.capabilities import Capabilities
 from microbatch.transports.chat_wire import can_stream, compose, encode
 from microbatch.transports.credentials import credentials_in, in_place_of, says_who
 from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
@@ -118,7 +118,7 @@ class OpenAIChat:
         self._ssl = _checked_ssl(ssl)
         self.thoughts = thoughts
         self._stream = stream
-        self._ladder = Ladder()
+        self._capabilities = Capabilities()
         self._session: aiohttp.ClientSession | None = None
         self._responses: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -179,7 +179,7 @@ class OpenAIChat:
         own = checked(call.headers)
         headers = self._request_headers(own, own)
         wants_stream = call.stream if self._stream is None else self._stream
-        plan = self._ladder.plan(
+        plan = self._capabilities.plan(
             call,
             base_url=self.base_url,
             model=model,
@@ -193,7 +193,7 @@ class OpenAIChat:
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         clock = Clock(max(0.0, total), self._idle_timeout)
         attempt = Attempt(
-            plan, self._ladder, clock, on_text, where=self._where, headers=request, secrets=self._address_secrets
+            plan, self._capabilities, clock, on_text, where=self._where, headers=request, secrets=self._address_secrets
         )
         return await attempt.run(
             self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)

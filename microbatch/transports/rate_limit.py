@@ -1,11 +1,11 @@
-"""The limits of an endpoint, as the caller declares them. `bucket` keeps to them."""
+"""The rate limits of an endpoint, as the caller declares them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal
 
 from microbatch.errors import ConfigError
-from microbatch.lru import Kept
+from microbatch.lru import SharedLRU
 from microbatch.policy import at_least, one_of, whole
 from microbatch.transports.bucket import Bucket
 
@@ -18,21 +18,20 @@ _CAPACITY: Final = 1_024
 
 
 class RateLimit:
-    """How many requests and tokens a minute may be sent, for each endpoint, model and key.
+    """Limits on requests and tokens per minute, for each endpoint, model and key.
 
-    A request is charged when it is sent: 1 request, and its prompt's tokens + `max_tokens`, or the answer lengths learned so far
-    when no `max_tokens` is sent, because that is how providers charge. A combined call whose callers set none carries a bound of
-    its own, which is charged likewise; prompt and bound are at most a quarter of `tpm`, unless the prompt alone takes nearly as
-    much. It may be shared by several batchers.
+    A request is charged when it is sent: 1 request, and the tokens of its prompt + `max_tokens`, as providers do; without
+    `max_tokens`, the answer lengths learned so far. A combined call whose callers set none carries a bound of its own, which is
+    charged likewise; prompt and bound are at most a quarter of `tpm`, unless the prompt alone takes nearly as much. Several
+    batchers may share one object.
 
     Args:
-        rpm: Requests a minute. None sets no limit.
-        tpm: Tokens a minute, prompt and answer together. None sets no limit.
-        share: The part of both that this process may use: 1/n for n processes with one key.
-        charge: "reserved" keeps the charge of `max_tokens`, or of the bound, as it was, unless the endpoint's
-            `x-ratelimit-remaining-*` headers show that it gave back what was not used; "used" gives it back in any case, once the
-            endpoint has reported its usage.
-        adaptive: Whether the number of calls under way adapts as well: it grows by one with each round of successes, and halves
+        rpm: Requests per minute. None for no limit.
+        tpm: Tokens per minute, prompt and answer together. None for no limit.
+        share: The fraction of both that this process may use: 1/n for n processes with one key.
+        charge: "reserved" keeps the charge for `max_tokens`, or for the bound, unless the endpoint's `x-ratelimit-remaining-*`
+            headers show that it gave back the unused part; "used" gives it back as soon as the endpoint has reported its usage.
+        adaptive: Whether the number of concurrent calls adapts as well: it grows by one with each round of successes, and halves
             when the endpoint is overloaded (429, 503, 529, timeouts).
 
     Raises:
@@ -64,20 +63,18 @@ class RateLimit:
         self.share = share
         self.charge: Charge = charge
         self.adaptive = adaptive
-        self._buckets: Kept[Hashable, Bucket] = Kept(_CAPACITY)
+        self._buckets: SharedLRU[Hashable, Bucket] = SharedLRU(_CAPACITY)
 
     def __repr__(self) -> str:
-        """Tell the settings."""
-        return (
-            f"RateLimit(rpm={self.rpm}, tpm={self.tpm}, share={self.share:g}, charge={self.charge!r}, "
-            f"adaptive={self.adaptive})"
-        )
+        """Return the settings."""
+        settings = f"rpm={self.rpm}, tpm={self.tpm}, share={self.share:g}, charge={self.charge!r}"
+        return f"RateLimit({settings}, adaptive={self.adaptive})"
 
     @property
     def max_tokens(self) -> int | None:
-        """The most tokens that one request can ever be granted; None for no limit."""
+        """The most tokens that one request can be granted; None for no limit."""
         return None if self.tpm is None else int(self.tpm * self.share)
 
     def bucket(self, key: Hashable, now: float) -> Bucket:
         """Return the bucket of one (endpoint, model, credentials)."""
-        return self._buckets.get(key, now) or self._buckets.put(key, Bucket(self), now)
+        return self._buckets.get_or_make(key, lambda: Bucket(self), now)

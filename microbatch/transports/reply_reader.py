@@ -1,8 +1,8 @@
-"""Chat completions as they come back: the events of a stream, or one JSON body.
+"""The reader of chat completions: the events of a stream, or one JSON body.
 
-Sound JSON of the documented shape is decoded by msgspec. What it refuses is read once more, leniently: numbers where texts belong, a
-choice's index as a text, `NaN` in fields that nobody uses. An event that cannot be read even so is *damage*: a NUL takes its place in
-the text, where no JSON string and no answer can have one, so the answers around it are found to be broken and the others stand.
+Sound JSON of the documented shape is decoded by msgspec. What it refuses is read again leniently: numbers in place of strings, a
+choice's index as a string, `NaN` in unused fields. An event that cannot be read even so is *damage*: a NUL takes its place in the text,
+which no JSON string and no answer can contain, so the answers around it are found to be broken and the others stand.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import msgspec
 
 from microbatch.errors import ServerError
 from microbatch.protocols import Completion
-from microbatch.transports.error_parsing import Fault, as_object, is_array, read_fault
+from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.finish_reasons import read_finish
-from microbatch.transports.lenient import Joiner, decode, decode_body
+from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
 from microbatch.transports.reported_usage import read_usage
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from microbatch.transports.finish_reasons import Finish
 
 GAP: Final = "\0"
-"""Stands in the text for an event that could not be read."""
+"""Takes the place of an event that could not be read."""
 
-# What some proxies send as the data of an event so that the connection stays open.
+# Event data that some proxies send to keep the connection open.
 _KEEP_ALIVES: Final = frozenset({b"", b"ping", b"keepalive", b"heartbeat"})
 _AROUND_WORDS: Final = b" \t-_:[]()"
 _THINKING: Final = ("think", "thought", "reason")
@@ -34,7 +34,7 @@ _THINKING: Final = ("think", "thought", "reason")
 class _Text(msgspec.Struct):
     content: str | list[Any] | None = None
     refusal: str | None = None
-    # The names under which a model's reasoning comes beside its answer: DeepSeek's and vLLM's; OpenRouter's; Ollama's.
+    # A model's reasoning beside its answer: the names of DeepSeek and vLLM, of OpenRouter, and of Ollama.
     reasoning_content: Any = None
     reasoning: Any = None
     thinking: Any = None
@@ -69,14 +69,14 @@ _NO_TEXT: Final = _Text()
 
 
 class ReplyReader:
-    """Gathers what a reply says beside its text, over the events of a stream or from one JSON body.
+    """Collects the parts of a reply, from the events of a stream or from one JSON body.
 
     Attributes:
-        finish: Why the model stopped, or None as long as the endpoint has not said.
-        done: The endpoint has said that the stream is over.
-        spoke: JSON was read that is no error.
-        answering: A choice was read, so the endpoint has begun to answer.
-        thought: A part of the model's reasoning was read.
+        finish: Why the model stopped; None until the endpoint says so.
+        done: Whether the endpoint has ended the stream.
+        spoke: Whether any JSON was read that is not an error.
+        answering: Whether a choice was read, so that the endpoint has begun to answer.
+        thought: Whether a part of the model's reasoning was read.
     """
 
     def __init__(self) -> None:
@@ -95,15 +95,13 @@ class ReplyReader:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer is all there, so that what happens to the connection no longer matters."""
+        """Whether the answer is complete, whatever happens to the connection."""
         return self.done or self.finish is not None
 
     def event(self, data: bytes, *, torso: bool = False) -> str | Fault:
-        """Take one stream event; return its text, which may be empty, or the error that it is.
+        """Read the data of one stream event; return its text, which may be empty, or its error.
 
-        Args:
-            data: Its data.
-            torso: Whether its end is missing, so that it is no damage if it cannot be read: the stream was cut in it.
+        With *torso*, the event lacks its end because the stream was cut; then it is no damage if it cannot be read.
         """
         if self.done:
             return ""
@@ -122,7 +120,7 @@ class ReplyReader:
             return self._joiner.rest() + GAP
 
     def whole(self, data: bytes) -> str | Fault:
-        """Take a whole JSON body; return its text, which may be empty, or the error that it is.
+        """Read a whole JSON body; return its text, which may be empty, or its error.
 
         Raises:
             ServerError: It is no chat completion, or one without an answer.
@@ -143,14 +141,13 @@ class ReplyReader:
         return text + self._joiner.rest()
 
     def rest(self) -> str:
-        """Return the text that was held back for what may still have come; nothing does."""
+        """Return the text held back for a continuation, now that nothing follows."""
         return self._joiner.rest()
 
     def completion(self, request_id: str | None, limits: Limits | None = None) -> Completion:
         """Return how the call ended.
 
-        A reply that is all there without a word on why it ended has ended by itself; it counts as broken off if it has no text to
-        show for it, or if a part of it could not be read.
+        A complete reply without a finish reason counts as stopped, or as broken off if it has no text or a part could not be read.
         """
         finish = self.finish
         if finish is None and self.done and not self._damaged:
@@ -168,11 +165,7 @@ class ReplyReader:
         )
 
     def _take(self, data: bytes) -> str | Fault:
-        """Take the JSON of an event or a body.
-
-        Raises:
-            ValueError: It cannot be read.
-        """
+        """Read the JSON of an event or a body; raise ValueError if it is unreadable."""
         try:
             reply = _REPLY.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -194,15 +187,15 @@ class ReplyReader:
             return ""  # further choices are in the body
         self.answering = True
         self.finish = read_finish(choice.finish_reason) or self.finish
-        said = choice.delta or choice.message or _NO_TEXT
-        if said.reasoning_content or said.reasoning or said.thinking:
+        part = choice.delta or choice.message or _NO_TEXT
+        if part.reasoning_content or part.reasoning or part.thinking:
             self.thought = True
-        if said.refusal:
-            self._refusal.append(said.refusal)
+        if part.refusal:
+            self._refusal.append(part.refusal)
             self._ending = "stop"
-        if said.tool_calls or said.function_call:
+        if part.tool_calls or part.function_call:
             self._ending = "tool_calls"
-        content = said.content
+        content = part.content
         if content is None:
             return ""
         text = self._joiner.join(content if isinstance(content, str) else self._joined(content))
@@ -211,7 +204,7 @@ class ReplyReader:
         return text
 
     def _joined(self, parts: list[Any]) -> str:
-        """Return content that comes in parts as one text; parts that are no text (a model's thoughts) are left out."""
+        """Return content that comes in parts as one text, without parts that are no text (a model's thoughts)."""
         texts: list[str] = []
         for part in parts:
             fields = as_object(part)
@@ -224,12 +217,8 @@ class ReplyReader:
 
 
 def _read_leniently(data: bytes) -> _Reply:
-    """Return what an event or a body says that is not of the documented types.
-
-    Raises:
-        ValueError: It is no JSON object, or its choices are none.
-    """
-    fields = _an_object(decode(data))
+    """Return an event or a body that is not of the documented types; raise ValueError unless it is an object with choices."""
+    fields = _object(decode(data))
     usage, groq, metadata, *rest = map(fields.get, ("usage", "x_groq", "usageMetadata", "model", "error", "object"))
     choices = [
         _Choice(
@@ -237,23 +226,23 @@ def _read_leniently(data: bytes) -> _Reply:
             *(_read_text(choice[name]) if choice.get(name) is not None else None for name in ("message", "delta")),
             *(choice.get(name) for name in ("finish_reason", "error", "usage")),
         )
-        for choice in map(_an_object, _an_array(fields.get("choices")))
+        for choice in map(_object, _array(fields.get("choices")))
     ]
     return _Reply(choices, usage, groq, metadata, *rest)
 
 
 def _read_text(value: Any) -> _Text:
-    said = _an_object(value)
-    content, refusal = said.get("content"), said.get("refusal")
+    fields = _object(value)
+    content, refusal = fields.get("content"), fields.get("refusal")
     return _Text(
         content if content is None or is_array(content) else [content],
         refusal if isinstance(refusal, str) else None,
-        *(said.get(name) for name in ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")),
+        *(fields.get(name) for name in ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")),
     )
 
 
 def _read_index(value: Any) -> int:
-    """Return an index that may be written as a text or with a decimal point; what is no number stands for the only choice."""
+    """Return an index that may be a string or have a decimal point; what is no number stands for the only choice."""
     try:
         return int(float(value))
     except (TypeError, ValueError, OverflowError):
@@ -261,7 +250,7 @@ def _read_index(value: Any) -> int:
 
 
 def _written(value: Any) -> str:
-    """Return a text; a number or a constant as it was written, since some proxies send the JSON that a text happens to be.
+    """Return a string; a number or a constant as it was written, since some proxies send the JSON that a text happens to be.
 
     Raises:
         ValueError: It is neither.
@@ -273,13 +262,13 @@ def _written(value: Any) -> str:
     raise ValueError("no text")
 
 
-def _an_object(value: Any) -> dict[str, Any]:
+def _object(value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError("no object")
     return as_object(value)
 
 
-def _an_array(value: Any) -> list[Any]:
+def _array(value: Any) -> list[Any]:
     if value is not None and not is_array(value):
         raise ValueError("no array")
     return value or []

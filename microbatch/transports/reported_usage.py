@@ -1,4 +1,4 @@
-"""The tokens that endpoints report, under the names that each of them gives to the same counts.
+"""Normalisation of the tokens that endpoints report under different names.
 
 Sources, beside OpenAI's chat completions: the Responses API and Anthropic (`input_tokens`, `output_tokens`, `output_tokens_details`,
 `cache_creation_input_tokens`), Perplexity (`reasoning_tokens` beside the sums), DeepSeek (`prompt_cache_hit_tokens`), Moonshot
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.messages import Usage
-from microbatch.transports.error_parsing import as_object
+from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 _PROMPT: Final = ("prompt_tokens", "input_tokens", "prompt_token_count", "promptTokenCount")
 _COMPLETION: Final = ("completion_tokens", "output_tokens", "candidates_token_count", "candidatesTokenCount")
 _CACHED: Final = (
-    "cached_tokens",
-    "cache_read_input_tokens",
-    "prompt_cache_hit_tokens",
-    "cached_content_token_count",
-    "cachedContentTokenCount",
+    *("cached_tokens", "cache_read_input_tokens", "prompt_cache_hit_tokens"),
+    *("cached_content_token_count", "cachedContentTokenCount"),
 )
 _CACHE_WRITE: Final = ("cache_write_tokens", "cache_creation_input_tokens", "cache_creation_tokens")
 _REASONING: Final = ("reasoning_tokens", "thinking_tokens", "thoughts_token_count", "thoughtsTokenCount")
@@ -33,11 +30,7 @@ _COMPLETION_DETAILS: Final = ("completion_tokens_details", "output_tokens_detail
 
 
 def read_usage(*reported: Any) -> Usage | None:
-    """Return the first of *reported* that counts any tokens, or None.
-
-    Args:
-        reported: JSON values from the places where a usage object may be.
-    """
+    """Return the first of *reported* (JSON values from the places of usage objects) that counts any tokens, or None."""
     for each in reported:
         fields = as_object(each)
         prompt, completion = _first(_PROMPT, fields), _first(_COMPLETION, fields)
@@ -45,7 +38,7 @@ def read_usage(*reported: Any) -> Usage | None:
         if not (prompt or completion or reasoning):
             continue
         details = [as_object(fields.get(name)) for name in _PROMPT_DETAILS]
-        # xAI and Gemini count reasoning beside the text that it led to, OpenAI and most others within the completion.
+        # xAI and Gemini count reasoning beside the completion, OpenAI and most others within it.
         if reasoning and (reasoning > completion or _first(_TOTAL, fields) == prompt + completion + reasoning):
             completion += reasoning
         return Usage(
@@ -59,7 +52,7 @@ def read_usage(*reported: Any) -> Usage | None:
 
 
 def _first(names: Sequence[str], *objects: dict[str, Any]) -> int:
-    """Return the first count above zero that one of *objects* has under one of *names*, or 0."""
+    """Return the first count above zero under one of *names* in one of *objects*, or 0."""
     return next((count for each in objects for name in names if (count := _count(each.get(name)))), 0)
 
 

@@ -1,4 +1,4 @@
-"""Makes the attempts of one call: the only retry loop there is."""
+"""The attempts of one call: the only retry loop."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import (
-    UNPAID,
-    ConfigError,
-    RateLimited,
-    RequestFailed,
-    StatusError,
-    TransportError,
-    worth_retrying,
-)
+from microbatch.errors import UNPAID, ConfigError, RateLimited, RequestFailed, StatusError, TransportError
 from microbatch.policy import MAX_WAIT
+from microbatch.transience import Backoff, is_transient
 from microbatch.transports.bucket import WINDOW
 
 if TYPE_CHECKING:
@@ -25,23 +18,64 @@ if TYPE_CHECKING:
     from microbatch.protocols import ChatCall, Completion, Transport
     from microbatch.transports.accounts import Permit
 
-# The ladder has two steps, and an endpoint may refuse the names of max_tokens, temperature, stream and stream_options, and
+# Structured output has two steps down, and an endpoint may refuse the names of max_tokens, temperature, stream and stream_options, and
 # one schema; a transport that still learns after this many refusals is going round in circles.
 _MAX_LESSONS: Final = 8
 
 
+class _Attempts:
+    """The attempts of one call so far.
+
+    Attributes:
+        heard: Whether the latest attempt has brought text.
+        failures: Failed attempts, but for refusals from which the transport learned (`lessons`).
+        excused_until: Loop time until which refusals for the pace do not count.
+    """
+
+    def __init__(self, call: ChatCall, on_text: Callable[[str], None], permit: Permit, backoff: Backoff) -> None:
+        self.call = call
+        self.permit = permit
+        self.backoff = backoff
+        self.heard = False
+        self.failures = self.lessons = 0
+        self.excused_until: float | None = None
+        self._on_text = on_text
+        self._end = None if call.timeout is None else asyncio.get_running_loop().time() + call.timeout
+
+    def hear(self, text: str) -> None:
+        self.heard = True
+        self._on_text(text)
+
+    def set_timeout(self) -> None:
+        """Give the next attempt what is left of the call's time."""
+        if self._end is not None:
+            self.call.timeout = max(0.0, self._end - asyncio.get_running_loop().time())
+
+    def is_excused(self, failure: RequestFailed) -> bool:
+        """Return whether *failure* does not count: refused for the pace with a bound of ours.
+
+        Such a call waits for what our bounds have reserved of this minute's tokens.
+        """
+        if not (isinstance(failure, RateLimited) and failure.token_limits is not None):
+            return False
+        now = asyncio.get_running_loop().time()
+        if self.excused_until is None:
+            self.excused_until = now + WINDOW
+        return now < self.excused_until
+
+
 class Sender:
-    """Sends calls through *transport* as often as it takes and the policy allows.
+    """Sends calls through *transport*, repeating failed attempts as the policy allows.
 
     Args:
         transport: Makes one attempt.
         policy: When a failed call is made again.
-        draw: Makes the jitter: numbers from 0 to 1.
+        draw: Returns random numbers from 0 to 1, for the jitter.
 
     Attributes:
         repeats: Attempts that repeated a failed attempt of the same call.
         unpaid: Attempts not made because the retry budget was used up.
-        rate_limited: Attempts that were answered with "too many requests".
+        rate_limited: Attempts refused with "too many requests".
     """
 
     def __init__(self, transport: Transport, policy: RetryPolicy, draw: Callable[[], float] = random.random) -> None:
@@ -64,112 +98,105 @@ class Sender:
         """Send *call* until it succeeds or fails for good.
 
         Args:
-            call: What to ask. Its timeout is that of all attempts together.
+            call: The call. Its timeout is that of all attempts together.
             on_text: Takes the pieces of the answer.
             on_attempt: Called before each attempt.
-            on_cut: Called when an attempt broke off after its first piece, or ended without saying why (then with its
-                completion); tells whether nothing of it was used, so that the call may be repeated as it is. What was used
+            on_cut: Called when an attempt broke off after its first piece, or ended without a finish reason (then with its
+                completion); returns whether nothing of it was used, so that the call may be repeated as it is. What was used
                 stands, and the call is not repeated.
-            permit: What pays the attempts.
+            permit: Pays for the attempts.
 
         Returns:
             How the call ended; with a `finish_reason` of None if it was cut off and part of it was used.
 
         Raises:
-            RequestFailed: The last attempt's error. Anything else a transport raises comes as a `TransportError` from it.
+            RequestFailed: The last attempt's error. Anything else that a transport raises comes as a `TransportError` from it.
             ConfigError: The transport cannot send the call: the last attempt, though announced by *on_attempt*, was not made.
         """
-        loop = asyncio.get_running_loop()
-        end = None if call.timeout is None else loop.time() + call.timeout
-        heard = False
-
-        def hear(text: str) -> None:
-            nonlocal heard
-            heard = True
-            on_text(text)
-
-        account, send = permit.account, self._transport.send
-        lessons = failures = 0
-        excused_until: float | None = None
+        attempts = _Attempts(call, on_text, permit, Backoff(self._policy.base, self._policy.cap, draw=self._draw))
         while True:
             await permit.admit()
-            drawn, earned = permit.drawn, 0.0
-            permit.paid = permit.drawn = False
-            if permit.error is not None:
-                self.repeats += 1
-            elif not permit.again:
-                earned = account.budget.first()
-            if end is not None:
-                call.timeout = max(0.0, end - loop.time())
-            on_attempt()
-            completion: Completion | None = None
-            try:
-                completion = await send(call, hear)
-                reserved = call.max_tokens is not None or completion.bound is not None
-                account.ended(permit, None, completion.usage, completion.limits, reserved=reserved)
-                if completion.finish_reason not in (None, "error"):
-                    return completion
-                failure: RequestFailed = TransportError("the reply was cut off: it ended without a finish_reason")
-            except RequestFailed as error:
-                failure = error
-                account.ended(permit, failure)
-            except Exception as error:
-                if isinstance(error, ConfigError) and not heard:
-                    self._undo(permit, drawn=drawn, earned=earned)
-                    raise
-                failure = TransportError(f"the transport raised {type(error).__name__}")
-                account.ended(permit, failure)
-                raise failure from error
-            except BaseException:
-                account.dropped(permit)
-                raise
+            outcome = await self._attempt(attempts, on_attempt)
+            if isinstance(outcome, RequestFailed):
+                completion, failure = None, outcome
+                cut = attempts.heard and (type(failure) is TransportError or is_transient(failure))
+            elif outcome.finish_reason not in (None, "error"):
+                return outcome
+            else:
+                completion, cut = outcome, True
+                failure = TransportError("the reply was cut off: it ended without a finish_reason")
             permit.error = failure
             self.rate_limited += isinstance(failure, RateLimited)
-            cut = completion is not None or (heard and (type(failure) is TransportError or worth_retrying(failure)))
-            if (heard and not cut) or (cut and not on_cut(completion)):
+            if (attempts.heard and not cut) or (cut and not on_cut(completion)):
                 if completion is None:
                     raise failure
                 return completion
-            heard = False
-            if isinstance(failure, StatusError) and failure.again and lessons < _MAX_LESSONS:
-                lessons += 1
+            if isinstance(failure, StatusError) and failure.again and attempts.lessons < _MAX_LESSONS:
+                attempts.lessons += 1
             else:
-                failures += 1
-                excused = isinstance(failure, RateLimited) and failure.token_limits is not None
-                if excused and excused_until is None:
-                    # Refused for the pace with a bound of ours: it waits for what our bounds have reserved of this minute's tokens.
-                    excused_until = loop.time() + WINDOW
-                excused = excused and loop.time() < (excused_until or 0.0)
-                await self._back_off(failure, failures, permit, worth=cut or worth_retrying(failure), excused=excused)
+                await self._back_off(attempts, failure, worth=cut or is_transient(failure))
 
-    def _undo(self, permit: Permit, *, drawn: bool, earned: float) -> None:
-        """Give back what was paid for an attempt that was not made, and count it no more."""
-        self.repeats -= permit.error is not None
-        permit.account.budget.take_back(earned)
-        permit.paid, permit.drawn = True, drawn
-        permit.cancel()
-
-    async def _back_off(
-        self, error: RequestFailed, failures: int, permit: Permit, *, worth: bool, excused: bool = False
-    ) -> None:
-        """Wait until another attempt may be *worth* it; one that is *excused* neither counts nor draws on the budget.
+    async def _attempt(self, attempts: _Attempts, on_attempt: Callable[[], None]) -> Completion | RequestFailed:
+        """Make one attempt; return the error if it failed.
 
         Raises:
-            RequestFailed: *error* itself, if it is not, or the budget is used up.
+            ConfigError: It was not made.
+            TransportError: The transport raised something else.
         """
-        policy, budget = self._policy, permit.account.budget
-        asked = error.retry_after if isinstance(error, StatusError) else None
-        if not worth or (failures >= policy.max_attempts and not excused) or (asked or 0.0) > MAX_WAIT:
+        call, permit = attempts.call, attempts.permit
+        account = permit.account
+        drawn, earned = permit.drawn, 0.0
+        permit.paid = permit.drawn = attempts.heard = False
+        if permit.error is not None:
+            self.repeats += 1
+        elif not permit.again:
+            earned = account.budget.first()
+        attempts.set_timeout()
+        on_attempt()
+        try:
+            completion = await self._transport.send(call, attempts.hear)
+            reserved = call.max_tokens is not None or completion.bound is not None
+            account.ended(permit, None, completion.usage, completion.limits, reserved=reserved)
+        except RequestFailed as error:
+            account.ended(permit, error)
+            return error
+        except Exception as error:
+            if isinstance(error, ConfigError) and not attempts.heard:
+                # Refund the attempt and uncount it.
+                self.repeats -= permit.error is not None
+                account.budget.take_back(earned)
+                permit.paid, permit.drawn = True, drawn
+                permit.cancel()
+                raise
+            failure = TransportError(f"the transport raised {type(error).__name__}")
+            account.ended(permit, failure)
+            raise failure from error
+        except BaseException:
+            account.dropped(permit)
+            raise
+        return completion
+
+    async def _back_off(self, attempts: _Attempts, error: RequestFailed, *, worth: bool) -> None:
+        """Wait before the next attempt, which is *worth* it or not.
+
+        Raises:
+            RequestFailed: *error* itself, if there is to be no further attempt.
+        """
+        permit, budget = attempts.permit, attempts.permit.account.budget
+        attempts.failures += 1
+        excused = attempts.is_excused(error)
+        asked = (error.retry_after or 0.0) if isinstance(error, StatusError) else 0.0
+        if not worth or (attempts.failures >= self._policy.max_attempts and not excused) or asked > MAX_WAIT:
             raise error
         if not excused and not budget.draw():
             self.unpaid += 1
             error.add_note(UNPAID)
             raise error
         permit.drawn = not excused
-        # What the endpoint asks is the least; the random part keeps those who were told the same from coming back as one.
+        # The delay that the endpoint asks for is the minimum; the random part spreads clients that were told the same.
         try:
             with permit.account.resting():
-                await asyncio.sleep((asked or 0.0) + policy.longest_delay(failures) * self._draw())
+                await asyncio.sleep(asked + attempts.backoff.next())
         except asyncio.CancelledError:
             permit.cancel()
             raise

@@ -17,14 +17,9 @@ from microbatch.gateway import Gateway
 from microbatch.testing import Latency, SimulatedEndpoint
 
 MODEL = "gpt-4.1-mini"
-SYSTEM = "Sort the products of a shop."
 QUICK = Latency(first_token=0, tokens_per_second=0)
 ONE_ATTEMPT = mb.RetryPolicy(max_attempts=1)
 PATIENCE = 30
-
-
-def ask(text):
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
 
 class Watched(SimulatedEndpoint):
@@ -100,13 +95,6 @@ async def talk(port, sent):
     async with connection(port) as (reader, writer), asyncio.timeout(PATIENCE):
         writer.write(sent)
         return await reader.read()
-
-
-async def until(met):
-    """Wait for what other processes and connections do in their own time."""
-    async with asyncio.timeout(PATIENCE):
-        while not met():  # noqa: ASYNC110 nothing tells
-            await asyncio.sleep(0.01)
 
 
 def post(body=b"{}", *, path="/v1/chat/completions", host="localhost", **headers):

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-
 from microbatch.spool.records import Item, Name, Stage
 
 FULL, HALF, ALONE = Stage
 LONG = 60.0
 
 
-@asynccontextmanager
-async def open_spool(spool):
-    await spool.open()
-    try:
-        yield spool
-    finally:
-        await spool.aclose()
-
-
-def item(label, content="content"):
-    return Item(Name(None, label), f"digest of {content}".encode(), f"{content} of {label}".encode())
+def item(label, content="content", tenant=None):
+    return Item(Name(tenant, label), f"digest of {content}".encode(), f"{content} of {label}".encode())
 
 
 def items(number):
@@ -31,5 +20,5 @@ def ids(deliveries):
     return [delivery.item.name.id for delivery in deliveries]
 
 
-async def found(spool, label):
-    return (await spool.find([Name(None, label)]))[0]
+async def found(spool, label, tenant=None):
+    return (await spool.find([Name(tenant, label)]))[0]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import statistics
 import time
 
 import pytest
 from fault_redis import FaultyRedis
-from helpers import ask
+from helpers import ask, opened
 
 import microbatch as mb
 from microbatch.caching.guard import BUDGET, Guard
@@ -52,15 +51,6 @@ async def outage(request):
     else:
         async with FaultyRedis() as server:
             yield Faulty(server, request.param)
-
-
-@contextlib.asynccontextmanager
-async def opened(cache):
-    await cache.open()
-    try:
-        yield cache
-    finally:
-        await cache.aclose()
 
 
 async def timed(call):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import pytest
+from helpers import opened
 
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.redis import RedisCache
@@ -24,16 +24,6 @@ def made(kind, tmp_path, redis_url):
     }
     tiers = [makers[part]() for part in kind.split(" over ")]
     return tiers[0] if len(tiers) == 1 else TieredCache(*tiers)
-
-
-@contextlib.asynccontextmanager
-async def opened(cache):
-    if hasattr(cache, "open"):
-        await cache.open()
-    try:
-        yield cache
-    finally:
-        await cache.aclose()
 
 
 @pytest.fixture(autouse=True)

@@ -118,10 +118,10 @@ def test_failures_are_not_kept_and_asked_again(capsys):
 
 def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, capsys):
     products(100)
-    admission = 30
+    space = 30
 
     def write(self, line, real=answers.Answers.write):
-        if self.written == admission:
+        if self.written == space:
             raise answers.NotWritten("cannot write 'out.jsonl': No space left on device")
         real(self, line)
 

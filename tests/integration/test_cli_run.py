@@ -268,10 +268,10 @@ def test_faults_end_in_an_answer_or_an_error_for_every_line(capsys):
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_written(monkeypatch, capsys):
     products(40)
-    admission = 5
+    space = 5
 
     def write(self, line, real=answers.Answers.write):
-        if self.written == admission:
+        if self.written == space:
             raise answers.NotWritten("cannot write 'out.jsonl': No space left on device")
         real(self, line)
 
@@ -281,7 +281,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_written(monkeypatch, capsys)
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert "--resume" in error
-    assert len(output()) == admission
+    assert len(output()) == space
     assert run(*QUESTION, "--simulate", "--resume") == 0
     assert len(output()) == 40
 

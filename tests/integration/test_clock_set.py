@@ -7,7 +7,8 @@ import sqlite3
 import time
 
 import pytest
-from spools import ALONE, FULL, HALF, found, ids, items, open_spool
+from helpers import opened
+from spools import ALONE, FULL, HALF, found, ids, items
 
 from microbatch.caching.sqlite import AHEAD, SQLiteCache
 from microbatch.spool.records import OVERDUE, Counts, Job
@@ -78,7 +79,7 @@ def clock(request, tmp_path):
 @pytest.fixture
 async def spools(clock):
     """Two spools, as two processes have them, with four requests in them."""
-    async with open_spool(clock.make()) as one, open_spool(clock.make()) as other:
+    async with opened(clock.make()) as one, opened(clock.make()) as other:
         await one.put(items(4))
         yield one, other
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import re
-from importlib import resources
-from typing import Literal
 
-import msgspec
 import pytest
+from helpers import ask
+from shop import TEXTS, TYPES, Label, Product, right
 
 import microbatch as mb
-from microbatch.schema.answer_type import answer_type
 from microbatch.testing import (
     Faults,
     Latency,
@@ -22,32 +19,7 @@ from microbatch.testing import (
     SimulatedModel,
     SimulatedTransport,
     VirtualClockLoop,
-    simulated_answer,
 )
-
-Label = Literal["electronics", "clothing", "home", "beauty", "sports", "other"]
-
-
-class Product(msgspec.Struct):
-    category: Label
-    brand: str | None
-    price: float
-    tags: list[str]
-
-
-SYSTEM = "You sort the products of an online shop."
-CATALOGUE = (resources.files("microbatch.demo") / "catalogue.jsonl").read_text("utf-8")
-TEXTS = [f"{each['name']}: {each['description']}" for each in map(json.loads, CATALOGUE.splitlines())]
-
-
-def ask(text):
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-
-
-def right(text, output_type=str):
-    schema = None if output_type is str else answer_type(output_type).schema
-    answer = simulated_answer(text, schema)
-    return answer if output_type is str else msgspec.convert(answer, output_type)
 
 
 def open_batcher(endpoint, *, fallback=None, **policy):
@@ -63,7 +35,7 @@ async def outcomes(batcher, texts, output_type=str):
 
 
 @pytest.mark.parametrize("resolve", ["stream", "verified"])
-@pytest.mark.parametrize("output_type", [str, Label, Product], ids=["str", "label", "struct"])
+@pytest.mark.parametrize("output_type", TYPES.values(), ids=TYPES)
 async def test_concurrent_submits_share_calls_and_each_gets_its_own_answer(output_type, resolve):
     async with (
         SimulatedEndpoint() as endpoint,
@@ -119,7 +91,7 @@ async def test_callers_are_answered_in_order_while_the_reply_still_streams(monke
     assert [(reason, in_flight) for _, reason, in_flight in answered[:9]] == [(None, 1)] * 9
 
 
-@pytest.mark.parametrize("output_type", [str, Label, Product], ids=["str", "label", "struct"])
+@pytest.mark.parametrize("output_type", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("json_object", ["ok", "400"])
 async def test_an_endpoint_that_refuses_json_schema_is_asked_without_and_remembered(json_object, output_type):
     async with (

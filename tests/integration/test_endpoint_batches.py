@@ -15,7 +15,7 @@ from helpers import TRIES
 
 from microbatch.cli.main import main
 from microbatch.errors import ConfigError
-from microbatch.testing import batch_input, batch_routes
+from microbatch.testing.batch_api import input_file, routes
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import Faults
 from microbatch.testing.quota import Quota
@@ -160,7 +160,7 @@ async def test_a_file_may_be_larger_than_any_call_but_not_too_large(caller, monk
     large = b"x" * (70 * 2**20)
     file = await caller.upload(large)
     assert (await caller.get(f"/files/{file}"))["bytes"] == len(large)
-    monkeypatch.setattr(batch_routes, "MAX_FILE_BYTES", 1_000)
+    monkeypatch.setattr(routes, "MAX_FILE_BYTES", 1_000)
     status, error = await caller.refused("POST", "/files", data=caller.form(b"x" * 1_001))
     assert status == 413
     assert "1001 bytes" in error["message"]
@@ -410,7 +410,7 @@ async def test_a_file_with_a_wrong_line_fails_the_batch_before_any_line_is_answe
 
 
 async def test_too_many_lines_fail_the_batch_and_many_wrong_ones_are_not_all_told(caller, monkeypatch):
-    monkeypatch.setattr(batch_input, "MAX_LINES", 60)
+    monkeypatch.setattr(input_file, "MAX_LINES", 60)
     assert (await caller.run(*(line(str(number)) for number in range(60))))["status"] == "completed"
     batch = await caller.run(*(line(str(number)) for number in range(61)))
     assert [error["code"] for error in batch["errors"]["data"]] == ["too_many_tasks"]

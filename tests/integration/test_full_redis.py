@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from helpers import ask
-from spools import ALONE, FULL, HALF, LONG, found, ids, item, items, open_spool
+from helpers import ask, opened
+from spools import ALONE, FULL, HALF, LONG, found, ids, item, items
 
 import microbatch as mb
 from microbatch.errors import StorageError
@@ -41,11 +41,11 @@ async def put_until_refused(spool, limit):
 async def test_a_server_filled_to_refusal_is_drained_to_the_last_request(own_redis, size):
     with own_redis.client() as client:
         client.config_set("maxmemory", "8mb")
-    async with open_spool(RedisSpool(own_redis.url)) as spool:
+    async with opened(RedisSpool(own_redis.url)) as spool:
         put = await put_until_refused(spool, 100_000)
         with own_redis.client() as client:
             client.script_flush()
-    async with open_spool(RedisSpool(own_redis.url)) as spool:  # a worker that comes only now
+    async with opened(RedisSpool(own_redis.url)) as spool:  # a worker that comes only now
         left = put
         while left:
             taken = await spool.take(FULL, 256, lease=LONG)
@@ -81,7 +81,7 @@ async def test_a_worker_drains_it(own_redis):
 
 
 async def test_all_that_takes_a_request_on_its_way_is_done_and_nothing_new_is_taken(own_redis):
-    async with open_spool(RedisSpool(own_redis.url, max_alone=1)) as spool:
+    async with opened(RedisSpool(own_redis.url, max_alone=1)) as spool:
         await spool.put(items(8))
         fill_up(own_redis)
         with pytest.raises(StorageError, match="OutOfMemory"):

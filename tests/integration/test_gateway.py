@@ -10,7 +10,8 @@ import openai
 import pydantic
 import pytest
 from aiohttp import web
-from gateway_world import MODEL, ONE_ATTEMPT, QUICK, Watched, ask, gateway, recorder, sdk, serve, until
+from gateway_world import MODEL, ONE_ATTEMPT, QUICK, Watched, gateway, recorder, sdk, serve
+from helpers import ask, until
 from openai.lib._pydantic import to_strict_json_schema
 from yarl import URL
 

@@ -14,7 +14,6 @@ from gateway_world import (
     MODEL,
     ONE_ATTEMPT,
     Watched,
-    ask,
     error_in,
     gateway,
     post,
@@ -24,6 +23,7 @@ from gateway_world import (
     status,
     talk,
 )
+from helpers import ask
 from prometheus_client.parser import text_string_to_metric_families
 
 import microbatch as mb

@@ -7,7 +7,8 @@ import json
 import aiohttp
 import pytest
 from aiohttp import web
-from gateway_world import MODEL, ask, gateway, recorder
+from gateway_world import MODEL, gateway, recorder
+from helpers import ask
 
 import microbatch as mb
 from microbatch.gateway import GatewaySettings

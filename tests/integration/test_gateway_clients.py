@@ -16,7 +16,6 @@ from gateway_world import (
     ONE_ATTEMPT,
     PATIENCE,
     Watched,
-    ask,
     connection,
     error_in,
     gateway,
@@ -24,8 +23,8 @@ from gateway_world import (
     recorder,
     status,
     talk,
-    until,
 )
+from helpers import ask, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -7,7 +7,18 @@ import json
 
 import aiohttp
 import pytest
-from gateway_world import MODEL, ONE_ATTEMPT, Watched, ask, error_in, gateway, post, recorder, status, talk
+from gateway_world import (
+    MODEL,
+    ONE_ATTEMPT,
+    Watched,
+    error_in,
+    gateway,
+    post,
+    recorder,
+    status,
+    talk,
+)
+from helpers import ask
 
 import microbatch as mb
 from microbatch.openai import AsyncOpenAI

@@ -7,7 +7,8 @@ import json
 
 import pytest
 from aiohttp import web
-from gateway_world import MODEL, PATIENCE, ask, connection, gateway, recorder, serve, status, until
+from gateway_world import MODEL, PATIENCE, connection, gateway, recorder, serve, status
+from helpers import ask, until
 
 PLAIN = {"model": MODEL, "messages": ask("x")}
 COMPLETION = {

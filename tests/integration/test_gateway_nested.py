@@ -6,7 +6,8 @@ import asyncio
 from typing import Literal
 
 import pytest
-from gateway_world import MODEL, Watched, ask, gateway
+from gateway_world import MODEL, Watched, gateway
+from helpers import ask
 
 import microbatch as mb
 from microbatch.testing import Faults, Latency, simulated_answer

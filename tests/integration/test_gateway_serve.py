@@ -13,7 +13,6 @@ from gateway_world import (
     PATIENCE,
     QUICK,
     Watched,
-    ask,
     connection,
     error_in,
     gateway,
@@ -23,8 +22,8 @@ from gateway_world import (
     serve,
     status,
     talk,
-    until,
 )
+from helpers import ask, until
 
 import microbatch as mb
 from microbatch.cli.console import UsageError

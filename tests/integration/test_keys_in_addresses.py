@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from helpers import chat_call
 from odd_endpoint import chunk, events, odd_endpoint, reply, whole
 
 import microbatch as mb
-from microbatch.protocols import ChatCall
 from microbatch.transports.http import connect_failed
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ KEY = "canary-4f1b9c77/not+shaped like a key"
 IN_PATH = "canary4f1b9c77notshapedlikeakey"
 CANARY = "canary"
 LARGE = "x" * 6_000_000  # more than the sockets' buffers hold, so that writing it takes time
-
-
-def call(text: str = "x") -> ChatCall:
-    return ChatCall(messages=[{"role": "user", "content": text}])
 
 
 def addressed(url: str, **options: Any) -> mb.OpenAIChat:
@@ -107,7 +103,7 @@ def logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def check(chat: mb.OpenAIChat, kind: type[BaseException], send: Callable[[], Any] | None = None) -> BaseException:
     """Return the error that a call ends with, once it is clear that it tells no key."""
     with pytest.raises(kind) as caught:
-        await (chat.send(call(), lambda _: None) if send is None else send())
+        await (chat.send(chat_call(), lambda _: None) if send is None else send())
     assert CANARY not in said_of(caught.value)
     assert CANARY not in repr(chat)
     await chat.aclose()
@@ -123,8 +119,8 @@ async def test_a_server_that_hangs_up_while_the_request_is_written(kept_alive: b
     async with hanging_up(first, reset=reset) as url:
         chat = addressed(url)
         if kept_alive:
-            await chat.send(call(), lambda _: None)
-        error = await check(chat, mb.ConnectFailed, lambda: chat.send(call(LARGE), lambda _: None))
+            await chat.send(chat_call(), lambda _: None)
+        error = await check(chat, mb.ConnectFailed, lambda: chat.send(chat_call(LARGE), lambda _: None))
         assert "127.0.0.1" in str(error)
 
 
@@ -148,9 +144,9 @@ async def test_a_kept_connection_whose_end_the_loop_has_not_seen_yet() -> None:
         server = threading.Thread(target=answer_once, args=(listening, closed), daemon=True)
         server.start()
         chat = addressed(f"http://127.0.0.1:{listening.getsockname()[1]}")
-        await chat.send(call(), lambda _: None)
+        await chat.send(chat_call(), lambda _: None)
         assert closed.wait(30)  # without the event loop, which would see it
-        await check(chat, mb.ConnectFailed, lambda: chat.send(call(LARGE), lambda _: None))
+        await check(chat, mb.ConnectFailed, lambda: chat.send(chat_call(LARGE), lambda _: None))
         server.join(30)
 
 

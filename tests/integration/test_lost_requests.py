@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 from command_line import here, summary  # noqa: F401 a fixture
-from helpers import ask
-from spools import FULL, HALF, LONG, found, ids, item, items, open_spool
+from helpers import ask, opened
+from spools import FULL, HALF, LONG, found, ids, item, items
 
 import microbatch as mb
 from microbatch.cli.main import main
@@ -39,7 +39,7 @@ async def test_a_server_that_drops_what_it_has_no_room_for_is_refused_unless_tha
         client.config_set("maxmemory-policy", policy)
     with pytest.raises(ConfigError, match=rf"{policy}.*noeviction.*allow_eviction=True"):
         await RedisSpool(own_redis.url).open()
-    async with open_spool(RedisSpool(own_redis.url, allow_eviction=True)) as spool:
+    async with opened(RedisSpool(own_redis.url, allow_eviction=True)) as spool:
         assert await spool.put([item("a")]) == ["new"]
     assert policy in caplog.text
 
@@ -52,7 +52,7 @@ async def test_a_server_that_drops_nothing_is_taken(own_redis, settings):
     with own_redis.client() as client:
         for name, value in settings.items():
             client.config_set(name, value)
-    async with open_spool(RedisSpool(own_redis.url)) as spool:
+    async with opened(RedisSpool(own_redis.url)) as spool:
         assert await spool.put([item("a")]) == ["new"]
 
 
@@ -72,14 +72,14 @@ async def test_a_server_that_tells_nothing_of_its_memory_is_used_and_that_is_sai
         return client
 
     monkeypatch.setattr(spool, "_connect", reticent)
-    async with open_spool(spool):
+    async with opened(spool):
         assert await spool.put([item("a")]) == ["new"]
     assert "could not be checked" in caplog.text
 
 
 async def test_what_a_server_evicts_is_told_and_all_else_is_answered(own_redis):
     count = 5_000
-    async with open_spool(RedisSpool(own_redis.url)) as spool:
+    async with opened(RedisSpool(own_redis.url)) as spool:
         for begin in range(0, count, 500):
             await spool.put([Item(Name(None, f"{n}"), b"d", b"x" * 300) for n in range(begin, begin + 500)])
     with own_redis.client() as client:
@@ -95,7 +95,7 @@ async def test_what_a_server_evicts_is_told_and_all_else_is_answered(own_redis):
         client.config_set("maxmemory", "100mb")
         evicted = sum(not client.exists(PREFIX + key_of(f"{n}")) for n in range(count))
         assert 100 < evicted < count
-    async with open_spool(RedisSpool(own_redis.url, allow_eviction=True)) as spool:
+    async with opened(RedisSpool(own_redis.url, allow_eviction=True)) as spool:
         counts = await spool.counts()
         assert (counts.waiting, counts.lost) == ((count - evicted, 0, 0), evicted)
         answered = 0
@@ -119,7 +119,7 @@ def taken_of(client):
 
 @pytest.fixture
 async def spool(redis_url):
-    async with open_spool(RedisSpool(redis_url)) as spool:
+    async with opened(RedisSpool(redis_url)) as spool:
         yield spool
 
 
@@ -277,7 +277,7 @@ def test_a_worker_that_finds_requests_lost_says_so_and_ends_with_status_1(redis_
 @pytest.mark.usefixtures("here")
 def test_requeueing_all_puts_lost_requests_back(redis_server, capsys):
     async def put():
-        async with open_spool(RedisSpool(redis_server.url)) as spool:
+        async with opened(RedisSpool(redis_server.url)) as spool:
             await spool.put(items(3))
 
     asyncio.run(put())

@@ -13,6 +13,7 @@ import openai
 import pydantic
 import pytest
 from aiohttp import web
+from helpers import ask
 from openai.types.chat import ChatCompletion as SDKCompletion
 from openai.types.chat import ChatCompletionChunk as SDKChunk
 
@@ -46,10 +47,6 @@ class Product(pydantic.BaseModel):
 class Struct(msgspec.Struct):
     category: Literal["home", "other"]
     tags: list[str]
-
-
-def ask(text):
-    return [{"role": "system", "content": "Sort products."}, {"role": "user", "content": text}]
 
 
 def said(*choices, **more):

@@ -20,9 +20,10 @@ from aiohttp import web
 from microbatch import errors
 from microbatch.messages import Usage
 from microbatch.protocols import ChatCall, Completion, Transport
-from microbatch.transports.error_parsing import read_fault, retry_after
+from microbatch.transports.error_parsing import read_fault
 from microbatch.transports.http import Clock, connect_failed
 from microbatch.transports.openai_chat import OpenAIChat
+from microbatch.transports.response_headers import retry_after
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

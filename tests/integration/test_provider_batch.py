@@ -7,17 +7,17 @@ import contextlib
 import json
 import re
 from collections import Counter
-from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
+from helpers import PATIENCE, ask
+from shop import TEXTS, Label, right
 
 from microbatch.accounting.prices import Price
 from microbatch.errors import ConfigError, ConnectFailed, StorageError
 from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy, RetryPolicy
-from microbatch.schema.answer_type import answer_type
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.provider.api import OpenAIBatchApi
 from microbatch.spool.provider.jobs import MAX_LESSONS
@@ -25,7 +25,7 @@ from microbatch.spool.provider.worker import ProviderBatches
 from microbatch.spool.records import Name, Spool
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
-from microbatch.testing import Faults, SimulatedEndpoint, simulated_answer
+from microbatch.testing import Faults, SimulatedEndpoint
 from microbatch.testing.quota import Quota
 from microbatch.testing.reading import EndpointError
 from microbatch.transports.batch_wire import BatchWire
@@ -34,26 +34,12 @@ from microbatch.transports.openai_chat import OpenAIChat
 if TYPE_CHECKING:
     from pathlib import Path
 
-Label = Literal["electronics", "clothing", "home", "beauty", "sports", "other"]
 
-CATALOGUE = (resources.files("microbatch.demo") / "catalogue.jsonl").read_text("utf-8")
-TEXTS = [f"{each['name']}: {each['description']}" for each in map(json.loads, CATALOGUE.splitlines())]
-SYSTEM = "You sort the products of an online shop."
 MODEL = "gpt-4.1-mini"
 PRICE = Price(0.40, 1.60, 0.10)
 # Texts of the catalogue take some 300 bytes; so sixteen of them fit.
 ROOMY = FlushPolicy(max_batch_tokens=16_000)
 POLL = 0.02
-PATIENCE = 40.0
-
-
-def ask(text: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-
-
-def right(text: str, output_type: Any = str) -> Any:
-    answer = simulated_answer(text, None if output_type is str else answer_type(output_type).schema)
-    return str(answer) if output_type is str else answer
 
 
 def price(model):

@@ -1,4 +1,4 @@
-"""The README's code runs, and its two commands are one line each."""
+"""The code in README.md and microbatch/docs runs, its links lead somewhere, and the README's two commands are one line each."""
 
 import asyncio
 import importlib.util
@@ -14,20 +14,24 @@ from ports import free_port
 
 from microbatch.testing import SimulatedEndpoint
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "microbatch" / "docs").glob("*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
+PYTHON = {
+    f"{page.stem} {number}": code
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL), 1)
+}
 SERVED = re.compile(r"# (\w+)\.py, served by: (.+)\n")
-SCRIPTS = [code for code in PYTHON if not SERVED.match(code)]
-SERVICES = [code for code in PYTHON if SERVED.match(code)]
+SCRIPTS = {name: code for name, code in PYTHON.items() if not SERVED.match(code)}
+SERVICES = {name: code for name, code in PYTHON.items() if SERVED.match(code)}
 
 
 def environment(endpoint, tmp_path):
     return {**os.environ, "OPENAI_API_KEY": "test", "OPENAI_BASE_URL": endpoint.base_url, "PYTHONPATH": str(tmp_path)}
 
 
-@pytest.mark.parametrize("code", SCRIPTS, ids=[f"block {number}" for number in range(1, len(SCRIPTS) + 1)])
+@pytest.mark.parametrize("code", SCRIPTS.values(), ids=SCRIPTS)
 async def test_python_blocks_run_as_they_stand(code, tmp_path):
     ray = "import ray" in code
     if ray and importlib.util.find_spec("ray") is None:
@@ -48,7 +52,7 @@ async def test_python_blocks_run_as_they_stand(code, tmp_path):
             assert endpoint.calls == 1
 
 
-@pytest.mark.parametrize("code", SERVICES, ids=[f"service {number}" for number in range(1, len(SERVICES) + 1)])
+@pytest.mark.parametrize("code", SERVICES.values(), ids=SERVICES)
 async def test_services_answer_concurrent_requests_in_few_calls(code, tmp_path):
     name, command = SERVED.match(code).groups()
     (tmp_path / f"{name}.py").write_text(code)
@@ -93,3 +97,16 @@ def test_each_command_is_one_line(title):
     section = README.split(f"## {title}\n")[1].split("\n## ")[0]
     first = re.search(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[1]
     assert len(first.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_to_files_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_savings_in_the_readme_are_those_of_the_results():
+    rows = re.findall(r"^\| [\d,]+ tokens \|.*\|$", README, re.MULTILINE)
+    assert len(rows) == 6
+    results = (ROOT / "bench" / "RESULTS.md").read_text()
+    assert [row for row in rows if row not in results] == []

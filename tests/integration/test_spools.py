@@ -6,9 +6,11 @@ import asyncio
 import itertools
 import sqlite3
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import pytest
+from helpers import opened
+from spools import ALONE, FULL, HALF, LONG, found, ids, item, items
 
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool import redis as redis_spool
@@ -17,8 +19,6 @@ from microbatch.spool.records import LOST, Counts, Found, Item, Job, Name, Spool
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
 
-FULL, HALF, ALONE = Stage
-LONG = 60.0
 SHORT = 0.1
 IN_TIME = 3.0  # long enough for a loaded machine to take the next step before it is over
 PATIENCE = 20.0
@@ -36,38 +36,17 @@ def make(request, tmp_path):
 @pytest.fixture
 async def spools(make):
     """Return a function that makes and opens one more."""
-    async with AsyncExitStack() as opened:
+    async with AsyncExitStack() as stack:
 
         async def open_one(**options):
-            return await opened.enter_async_context(open_spool(make(**options)))
+            return await stack.enter_async_context(opened(make(**options)))
 
         yield open_one
-
-
-@asynccontextmanager
-async def open_spool(spool):
-    await spool.open()
-    try:
-        yield spool
-    finally:
-        await spool.aclose()
 
 
 @pytest.fixture
 async def spool(spools):
     return await spools()
-
-
-def item(label, content="content", tenant=None):
-    return Item(Name(tenant, label), f"digest of {content}".encode(), f"{content} of {label}".encode())
-
-
-def items(number):
-    return [item(f"p{each:04}") for each in range(number)]
-
-
-def ids(deliveries):
-    return [delivery.item.name.id for delivery in deliveries]
 
 
 async def taken(spool, stage, most=10, *, lease=LONG):
@@ -77,10 +56,6 @@ async def taken(spool, stage, most=10, *, lease=LONG):
         assert time.monotonic() < end, f"nothing comes to {stage!r}"
         await asyncio.sleep(0.01)
     return found
-
-
-async def found(spool, label, tenant=None):
-    return (await spool.find([Name(tenant, label)]))[0]
 
 
 async def all_of(generator):
@@ -138,7 +113,7 @@ async def test_what_was_put_is_there_for_others_and_after_reopening(spools, make
     assert await found(first, "a") == Found("leased")
     await second.aclose()
     await first.aclose()
-    async with open_spool(make()) as third:
+    async with opened(make()) as third:
         await third.finish([(delivery, b"answer")])
         assert await found(third, "a") == Found("done", b"answer")
         assert await third.put([item("a")]) == ["known"]
@@ -537,7 +512,7 @@ async def test_a_job_takes_only_what_its_worker_still_holds(spool):
 
 @pytest.fixture
 async def file(tmp_path):
-    async with open_spool(SQLiteSpool(tmp_path / "s")) as spool:
+    async with opened(SQLiteSpool(tmp_path / "s")) as spool:
         yield spool
 
 
@@ -606,7 +581,7 @@ async def test_no_step_looks_through_the_whole_table(file, monkeypatch):
 
 async def test_another_program_that_holds_the_file_is_waited_for(tmp_path):
     path = tmp_path / "s"
-    async with open_spool(SQLiteSpool(path)) as spool:
+    async with opened(SQLiteSpool(path)) as spool:
         blocking = sqlite3.connect(path, isolation_level=None)
         blocking.execute("BEGIN IMMEDIATE")
         putting = asyncio.ensure_future(spool.put([item("a")]))
@@ -622,7 +597,7 @@ async def test_another_program_that_holds_the_file_is_waited_for(tmp_path):
 
 
 async def test_a_server_that_keeps_nothing_is_warned_of_once(redis_url, caplog):
-    async with open_spool(RedisSpool(redis_url)) as spool:
+    async with opened(RedisSpool(redis_url)) as spool:
         await spool.put([item("a")])
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("microbatch", "WARNING")
@@ -633,7 +608,7 @@ async def test_a_server_that_does_not_tell_is_warned_of(redis_server, caplog):
     with redis_server.client() as client:
         client.acl_setuser("worker", enabled=True, passwords="+s3cret", keys="*", commands=["+@all", "-info"])
     try:
-        async with open_spool(RedisSpool(f"redis://worker:s3cret@127.0.0.1:{redis_server.port}/0")) as spool:
+        async with opened(RedisSpool(f"redis://worker:s3cret@127.0.0.1:{redis_server.port}/0")) as spool:
             assert await spool.put([item("a")]) == ["new"]
         assert "could not be checked" in caplog.text
     finally:
@@ -642,7 +617,7 @@ async def test_a_server_that_does_not_tell_is_warned_of(redis_server, caplog):
 
 
 async def test_what_was_acknowledged_survives_the_servers_sudden_death(durable_redis, caplog):
-    async with open_spool(RedisSpool(durable_redis.url)) as spool:
+    async with opened(RedisSpool(durable_redis.url)) as spool:
         await spool.put(items(6))
         deliveries = await spool.take(FULL, 4, lease=LONG)
         await spool.finish([(deliveries[0], b"answer")])
@@ -663,7 +638,7 @@ async def test_what_was_acknowledged_survives_the_servers_sudden_death(durable_r
 
 
 async def test_a_server_that_forgot_everything_is_used_on(redis_server, spools):
-    async with open_spool(RedisSpool(redis_server.url)) as spool:
+    async with opened(RedisSpool(redis_server.url)) as spool:
         await spool.put([item("a")])
         (delivery,) = await spool.take(FULL, 1, lease=LONG)
         with redis_server.client() as client:
@@ -678,7 +653,7 @@ async def test_a_server_that_forgot_everything_is_used_on(redis_server, spools):
 
 
 async def test_a_request_that_somebody_deleted_holds_up_nobody(redis_server):
-    async with open_spool(RedisSpool(redis_server.url)) as spool:
+    async with opened(RedisSpool(redis_server.url)) as spool:
         await spool.put(items(4))
         returned, leased, _ = await spool.take(FULL, 3, lease=LONG)
         await spool.give_back([returned], error="x", counted=False)
@@ -694,7 +669,7 @@ async def test_a_request_that_somebody_deleted_holds_up_nobody(redis_server):
 
 
 async def test_two_prefixes_are_two_spools(redis_url):
-    async with open_spool(RedisSpool(redis_url, prefix="a:")) as a, open_spool(RedisSpool(redis_url, prefix="b:")) as b:
+    async with opened(RedisSpool(redis_url, prefix="a:")) as a, opened(RedisSpool(redis_url, prefix="b:")) as b:
         assert await a.put([item("x")]) == ["new"]
         assert await b.put([item("x")]) == ["new"]
         assert await b.take(FULL, 1, lease=0)
@@ -715,7 +690,7 @@ async def test_a_server_that_cannot_be_reached_is_told_without_the_password(own_
 
 async def test_a_server_that_never_answers_is_given_up_in_time(own_redis):
     hasty, patient = RedisSpool(own_redis.url, timeout=1.0), RedisSpool(own_redis.url)
-    async with open_spool(hasty) as spool, open_spool(patient) as other:
+    async with opened(hasty) as spool, opened(patient) as other:
         own_redis.pause()
         async with asyncio.timeout(PATIENCE):
             with pytest.raises(StorageError, match="Timeout"):

@@ -13,8 +13,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from helpers import ask
-from spools import FULL, LONG, found, ids, item, items, open_spool
+from helpers import ask, opened
+from spools import FULL, LONG, found, ids, item, items
 
 import microbatch as mb
 from microbatch.caching.answer_cache import FRESH
@@ -151,15 +151,6 @@ def replace(path, other):
             Path(name).unlink()
 
 
-@contextlib.asynccontextmanager
-async def opened(cache):
-    await cache.open()
-    try:
-        yield cache
-    finally:
-        await cache.aclose()
-
-
 @pytest.mark.parametrize("how", [delete, delete_only_the_file])
 async def test_the_secret_is_put_into_the_file_that_takes_the_place_of_a_deleted_one(tmp_path, how, caplog):
     path = tmp_path / "c"
@@ -262,12 +253,12 @@ async def test_callers_of_two_processes_share_answers_again_after_the_file_was_d
 async def test_what_is_put_into_a_spool_whose_file_was_deleted_is_there_for_the_worker(tmp_path, how):
     """To acknowledge it into a file that nobody ever reads would be to lose it."""
     path = tmp_path / "s"
-    async with open_spool(SQLiteSpool(path)) as spool:
+    async with opened(SQLiteSpool(path)) as spool:
         await spool.put(items(2))
         held = await spool.take(FULL, 1, lease=LONG)
         how(path)
         assert await spool.put([item("a")]) == ["new"]
-        async with open_spool(SQLiteSpool(path)) as worker:
+        async with opened(SQLiteSpool(path)) as worker:
             (delivery,) = await worker.take(FULL, 10, lease=LONG)
             assert delivery.item == item("a")
             await worker.finish([(delivery, b"answer")])
@@ -280,9 +271,9 @@ async def test_what_is_put_into_a_spool_whose_file_was_deleted_is_there_for_the_
 async def test_opening_a_file_takes_no_lock_from_others_of_the_same_process(tmp_path):
     """To open and close it by other means than SQLite would."""
     path = tmp_path / "s"
-    async with open_spool(SQLiteSpool(path)) as first:
+    async with opened(SQLiteSpool(path)) as first:
         await first.put(items(1))
-        async with open_spool(SQLiteSpool(path)):
+        async with opened(SQLiteSpool(path)):
             pass
         look = "SELECT count(*) FROM items"
         script = f"import sqlite3; print(sqlite3.connect({os.fspath(path)!r}).execute({look!r}).fetchone())"
@@ -292,5 +283,5 @@ async def test_opening_a_file_takes_no_lock_from_others_of_the_same_process(tmp_
             tmp_path / "s-wal"
         ).exists()  # or the other one, as the last of all, had removed what this one still writes to
         await first.put([item("a")])
-        async with open_spool(SQLiteSpool(path)) as third:
+        async with opened(SQLiteSpool(path)) as third:
             assert (await third.counts()).waiting == (2, 0, 0)

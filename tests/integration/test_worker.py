@@ -7,7 +7,7 @@ import logging
 from typing import Literal
 
 import pytest
-from helpers import ask
+from helpers import ask, until
 
 import microbatch as mb
 from microbatch.spool.records import Stage
@@ -48,13 +48,6 @@ async def place(request, tmp_path, caplog):
         found = Place(lambda **options: mb.SQLiteSpool(tmp_path / "s.sqlite", **options))
     yield found
     await found.aclose()
-
-
-async def until(condition):
-    """Look for *condition* until it holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 what it looks at tells nobody
-            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

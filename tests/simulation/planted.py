@@ -26,9 +26,9 @@ from microbatch.batching.engine import Engine
 from microbatch.batching.lane_table import Lanes
 from microbatch.batching.scheduler import Scheduler
 from microbatch.errors import StatusError
+from microbatch.transience import RetryBudget
 from microbatch.transports.accounts import Account
 from microbatch.transports.bucket import Bucket
-from microbatch.transports.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

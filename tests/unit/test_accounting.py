@@ -6,34 +6,27 @@ import asyncio
 import json
 import random
 import re
+from functools import partial
 from importlib import resources
-from typing import Literal
 
-import msgspec
 import pytest
+from helpers import ask as ask_with
 from hypothesis import given
 from hypothesis import strategies as st
+from shop import PRODUCTS, Label, Product
 
 import microbatch as mb
 from microbatch.accounting.stats import split
 from microbatch.accounting.tokens import TokenCounter
 from microbatch.testing import Faults, Latency, ScriptedTransport, SimulatedModel, SimulatedTransport
 
-Label = Literal["electronics", "clothing", "home", "beauty", "sports", "other"]
-
-
-class Product(msgspec.Struct):
-    category: Label
-    brand: str | None
-    price: float
-    tags: list[str]
-
-
 DEMO = resources.files("microbatch.demo")
 INSTRUCTIONS = (DEMO / "instructions.txt").read_text("utf-8")
-PRODUCTS = [json.loads(line) for line in (DEMO / "catalogue.jsonl").read_text("utf-8").splitlines()]
 PRICE = mb.Price(0.40, 1.60, 0.10)
 PRICES = {"simulated": PRICE}
+
+
+ask = partial(ask_with, system=INSTRUCTIONS)
 
 
 class KnownModel(SimulatedTransport):
@@ -42,20 +35,14 @@ class KnownModel(SimulatedTransport):
     model = "gpt-4.1-mini"
 
 
-def ask(text, instructions=INSTRUCTIONS):
-    return [{"role": "system", "content": instructions}, {"role": "user", "content": text}]
-
-
 def varied(count, seed=0):
     """Return texts of one line to a dozen, all different."""
     draw = random.Random(seed)
     texts = []
     for number in range(count):
         product, other = PRODUCTS[number % len(PRODUCTS)], draw.choice(PRODUCTS)
-        words = f"{product['description']} {other['description']}".split()
-        texts.append(
-            f"Product {number}: {product['name']}\nDescription: {' '.join(words[: draw.randint(3, len(words))])}"
-        )
+        words = f"{product.description} {other.description}".split()
+        texts.append(f"Product {number}: {product.name}\nDescription: {' '.join(words[: draw.randint(3, len(words))])}")
     return texts
 
 
@@ -127,7 +114,7 @@ async def test_usage_is_conserved_to_the_token_under_faults_cancellations_and_fa
             output_type = (str, Label, Product)[number % 3]
             timeout = draw.choice([None, None, None, 1.0])
             asked = asyncio.ensure_future(
-                batcher.submit(ask(text, 3 * INSTRUCTIONS), output_type=output_type, timeout=timeout)
+                batcher.submit(ask(text, system=3 * INSTRUCTIONS), output_type=output_type, timeout=timeout)
             )
             if draw.random() < 0.2:
                 asyncio.get_running_loop().call_later(draw.random() * 2, asked.cancel)

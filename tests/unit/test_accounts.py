@@ -347,7 +347,7 @@ async def test_endpoint_model_and_credentials_make_an_account():
     assert key is not usual
     assert accounts.of(None, {"authorization": "Bearer a", "X-Trace": "2"}) is key
     assert accounts.of(None, {"Authorization": "Bearer b"}) is not key
-    assert "Bearer" not in repr(list(accounts._kept._held.items()))
+    assert "Bearer" not in repr(list(accounts._kept._referenced.items()))
 
 
 async def test_what_nobody_uses_is_forgotten_after_a_while():

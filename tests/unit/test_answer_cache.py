@@ -6,7 +6,7 @@ import random
 
 import msgspec
 import pytest
-from helpers import ask
+from helpers import ask, batcher_for, submit_all
 
 import microbatch as mb
 from microbatch.caching import entry as entries
@@ -32,23 +32,6 @@ class Watched(mb.MemoryCache):
         self.sets.append(list(kept))
         await asyncio.sleep(self.delay)
         await super().set_many(kept)
-
-
-def batcher_for(transport, cache, *, fallback=None, retry=None, normalize=None, prices=None, **policy):
-    return mb.Microbatcher(
-        transport,
-        policy=mb.FlushPolicy(**policy),
-        cache=cache,
-        fallback=fallback,
-        retry=retry,
-        tokens="bytes",
-        normalize=normalize,
-        prices=prices,
-    )
-
-
-async def submit_all(batcher, texts, **options):
-    return await asyncio.gather(*(batcher.submit(ask(text), **options) for text in texts))
 
 
 async def test_what_was_answered_before_is_not_asked_again():

@@ -12,8 +12,8 @@ import pytest
 from msgspec import Meta, Struct
 from output_types import ALL_TYPES, Category, Plain
 
-from microbatch.batching import schema as admission
 from microbatch.errors import ConfigError
+from microbatch.schema import answer_type as admission
 from microbatch.schema.answer_type import answer_type
 
 

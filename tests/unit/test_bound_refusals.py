@@ -9,7 +9,7 @@ import pytest
 from microbatch.messages import TokenLimits
 from microbatch.protocols import ChatCall
 from microbatch.transports.bound_refusals import lower, read_refusal, words_of
-from microbatch.transports.capabilities import Ladder
+from microbatch.transports.capabilities import Capabilities
 
 BOUND = 20_000
 
@@ -141,7 +141,7 @@ def plan(ladder, call):
 
 
 def test_a_caller_s_limit_goes_out_under_the_same_name_and_the_bound_stays_at_home():
-    ladder = Ladder()
+    ladder = Capabilities()
     assert plan(ladder, ChatCall(messages=(), max_tokens=5, bound=BOUND)).bound is None
     assert plan(ladder, ChatCall(messages=(), bound=BOUND)).bound == BOUND
     assert "max_tokens" in plan(ladder, ChatCall(messages=(), bound=BOUND)).sent
@@ -149,20 +149,20 @@ def test_a_caller_s_limit_goes_out_under_the_same_name_and_the_bound_stays_at_ho
 
 
 def test_a_bound_that_is_refused_without_a_number_is_dropped_for_that_call():
-    ladder, call = Ladder(), ChatCall(messages=(), bound=BOUND)
+    ladder, call = Capabilities(), ChatCall(messages=(), bound=BOUND)
     assert ladder.bound_refused(plan(ladder, call), TokenLimits())
     assert call.bound is None
 
 
 def test_a_bound_that_is_refused_again_and_again_is_dropped():
-    ladder, call = Ladder(), ChatCall(messages=(), bound=BOUND)
+    ladder, call = Capabilities(), ChatCall(messages=(), bound=BOUND)
     for limit, left in ((9_000, 9_000), (8_000, 8_000), (7_000, None)):
         assert ladder.bound_refused(plan(ladder, call), TokenLimits(completion=limit))
         assert call.bound == left
 
 
 def test_where_it_was_not_the_bound_it_is_not_blamed_again():
-    ladder, call = Ladder(), ChatCall(messages=(), bound=BOUND)
+    ladder, call = Capabilities(), ChatCall(messages=(), bound=BOUND)
     ladder.bound_refused(plan(ladder, call), TokenLimits())
     assert not ladder.bound_refused(plan(ladder, call), TokenLimits()), "refused in the same words without it"
     other = ChatCall(messages=(), bound=BOUND)

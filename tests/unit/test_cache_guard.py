@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import pytest
+from helpers import now
 
 from microbatch.caching.guard import BUDGET, Guard
 from microbatch.errors import StorageError
@@ -54,10 +55,6 @@ class Secretive(Moody):
 
 class Panic(BaseException):
     """As Rust's panics are told in Python."""
-
-
-def now():
-    return asyncio.get_running_loop().time()
 
 
 async def time_of(call):

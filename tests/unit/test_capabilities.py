@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from microbatch.protocols import ChatCall
-from microbatch.transports.capabilities import CAPACITY, MAX_SCHEMAS, Ladder, Plan, Rung
+from microbatch.transports.capabilities import CAPACITY, MAX_SCHEMAS, Capabilities, Plan, Rung
 
 HOUR = 3600.0
 ENDPOINT: dict[str, Any] = {"base_url": "http://x/v1", "model": "m", "credentials": [("Authorization", "Bearer one")]}
@@ -22,20 +22,20 @@ def call(schema: Any = None, **options: Any) -> ChatCall:
     )
 
 
-def plan(ladder: Ladder, each: ChatCall | None = None, now: float = 0.0, **changes: Any) -> Plan:
+def plan(ladder: Capabilities, each: ChatCall | None = None, now: float = 0.0, **changes: Any) -> Plan:
     return ladder.plan(each or call(), **{**ENDPOINT, "stream": None, **changes}, now=now)
 
 
-def refuse(ladder: Ladder, attempt: Plan, message: str = NO_FORMAT, now: float = 0.0, **said: Any) -> bool:
+def refuse(ladder: Capabilities, attempt: Plan, message: str = NO_FORMAT, now: float = 0.0, **said: Any) -> bool:
     return ladder.refused(attempt, **{"code": None, "param": None, **said}, message=message, now=now)
 
 
-def learn_field(ladder: Ladder, attempt: Plan, param: str, code: str = "unsupported_parameter") -> bool:
+def learn_field(ladder: Capabilities, attempt: Plan, param: str, code: str = "unsupported_parameter") -> bool:
     return refuse(ladder, attempt, "no", code=code, param=param)
 
 
 def test_a_call_without_schema_has_no_rung() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     attempt = plan(ladder, ChatCall(messages=[]))
     assert attempt.rung is None
     assert not refuse(ladder, attempt)
@@ -45,7 +45,7 @@ def test_a_call_without_schema_has_no_rung() -> None:
 
 @pytest.mark.parametrize("message", [NO_FORMAT, "unknown field json_schema", "failed to parse grammar"])
 def test_a_refusal_of_the_format_steps_down_until_plain(message: str) -> None:
-    ladder, each = Ladder(), call()
+    ladder, each = Capabilities(), call()
     for rung in (Rung.JSON_SCHEMA, Rung.JSON_OBJECT):
         attempt = plan(ladder, each)
         assert attempt.rung is rung
@@ -56,25 +56,25 @@ def test_a_refusal_of_the_format_steps_down_until_plain(message: str) -> None:
 
 
 def test_the_param_alone_names_the_format() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     assert refuse(ladder, plan(ladder), "Unknown name", param="response_format")
 
 
 def test_other_refusals_teach_nothing() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     assert not refuse(ladder, plan(ladder), "messages must not be empty", param="messages")
     assert plan(ladder).rung is Rung.JSON_SCHEMA
 
 
 def test_concurrent_refusals_step_once() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     attempts = [plan(ladder) for _ in range(5)]
     assert all(refuse(ladder, attempt) for attempt in attempts)
     assert plan(ladder).rung is Rung.JSON_OBJECT
 
 
 def test_a_late_refusal_neither_climbs_back_nor_starts_the_hour_again() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     late = plan(ladder)
     refuse(ladder, plan(ladder))
     refuse(ladder, plan(ladder))
@@ -84,14 +84,14 @@ def test_a_late_refusal_neither_climbs_back_nor_starts_the_hour_again() -> None:
 
 
 def test_a_refusal_of_the_schema_counts_for_that_schema_only() -> None:
-    ladder, other = Ladder(), {"type": "object", "title": "other"}
+    ladder, other = Capabilities(), {"type": "object", "title": "other"}
     assert refuse(ladder, plan(ladder), BAD_SCHEMA)
     assert plan(ladder).rung is Rung.JSON_OBJECT
     assert plan(ladder, call(other)).rung is Rung.JSON_SCHEMA
 
 
 def test_the_schemas_remembered_are_bounded() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     for number in range(MAX_SCHEMAS + 1):
         assert refuse(ladder, plan(ladder, call({"title": number})), BAD_SCHEMA)
     assert plan(ladder, call({"title": 0})).rung is Rung.JSON_SCHEMA
@@ -108,14 +108,14 @@ def test_the_schemas_remembered_are_bounded() -> None:
     ],
 )
 def test_lessons_are_kept_apart_by_endpoint_model_and_credentials(change: dict[str, Any]) -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     refuse(ladder, plan(ladder))
     assert plan(ladder, **change).rung is Rung.JSON_SCHEMA
     assert plan(ladder, credentials=[("authorization", "Bearer one")]).rung is Rung.JSON_OBJECT
 
 
 def test_the_least_recently_used_endpoint_is_forgotten() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     refuse(ladder, plan(ladder))
     for number in range(CAPACITY - 1):
         plan(ladder, model=f"m{number}")
@@ -123,11 +123,11 @@ def test_the_least_recently_used_endpoint_is_forgotten() -> None:
     for number in range(CAPACITY):
         plan(ladder, model=f"n{number}")
     assert plan(ladder).rung is Rung.JSON_SCHEMA
-    assert repr(ladder) == f"Ladder(endpoints={CAPACITY})"
+    assert repr(ladder) == f"Capabilities(endpoints={CAPACITY})"
 
 
 def test_after_a_500_the_same_call_goes_one_rung_lower_and_success_is_remembered() -> None:
-    ladder, each = Ladder(), call()
+    ladder, each = Capabilities(), call()
     ladder.failed(plan(ladder, each))
     assert plan(ladder).rung is Rung.JSON_SCHEMA  # nobody else is affected yet
     lower = plan(ladder, each)
@@ -137,7 +137,7 @@ def test_after_a_500_the_same_call_goes_one_rung_lower_and_success_is_remembered
 
 
 def test_a_500_on_the_lower_rung_as_well_is_remembered_nowhere() -> None:
-    ladder, each = Ladder(), call()
+    ladder, each = Capabilities(), call()
     ladder.failed(plan(ladder, each))
     ladder.failed(plan(ladder, each))
     again = plan(ladder, each)
@@ -148,14 +148,14 @@ def test_a_500_on_the_lower_rung_as_well_is_remembered_nowhere() -> None:
 
 
 def test_another_failure_of_the_lower_attempt_leaves_it_to_be_tried() -> None:
-    ladder, each = Ladder(), call()
+    ladder, each = Capabilities(), call()
     ladder.failed(plan(ladder, each))
     plan(ladder, each)  # ends in a timeout, of which nothing is reported
     assert plan(ladder, each).rung is Rung.JSON_OBJECT
 
 
 def test_a_refusal_on_the_lower_rung_leads_further_down_for_that_call_alone() -> None:
-    ladder, each = Ladder(), call()
+    ladder, each = Capabilities(), call()
     ladder.failed(plan(ladder, each))
     assert refuse(ladder, plan(ladder, each), "json_object is not supported")
     assert plan(ladder).rung is Rung.JSON_SCHEMA
@@ -166,7 +166,7 @@ def test_a_refusal_on_the_lower_rung_leads_further_down_for_that_call_alone() ->
 
 
 def test_a_500_where_this_schema_was_answered_before_is_an_outage() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     ladder.accepted(plan(ladder), 0.0)
     each = call()
     ladder.failed(plan(ladder, each))
@@ -174,7 +174,7 @@ def test_a_500_where_this_schema_was_answered_before_is_an_outage() -> None:
 
 
 def test_a_500_for_one_schema_among_others_that_work_counts_for_that_schema_only() -> None:
-    ladder, other = Ladder(), {"title": "fine"}
+    ladder, other = Capabilities(), {"title": "fine"}
     ladder.accepted(plan(ladder, call(other)), 0.0)
     each = call()
     ladder.failed(plan(ladder, each))
@@ -184,7 +184,7 @@ def test_a_500_for_one_schema_among_others_that_work_counts_for_that_schema_only
 
 
 def test_a_500_at_plain_text_is_an_ordinary_one() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     refuse(ladder, plan(ladder))
     refuse(ladder, plan(ladder))
     each = call()
@@ -193,7 +193,7 @@ def test_a_500_at_plain_text_is_an_ordinary_one() -> None:
 
 
 def test_after_an_hour_one_call_tries_the_rung_above() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     refuse(ladder, plan(ladder), now=5.0)
     assert plan(ladder, now=5.0 + HOUR - 1).rung is Rung.JSON_OBJECT
     probe = plan(ladder, now=5.0 + HOUR)
@@ -204,7 +204,7 @@ def test_after_an_hour_one_call_tries_the_rung_above() -> None:
 
 
 def test_a_refused_probe_goes_back_and_waits_another_hour() -> None:
-    ladder, each = Ladder(), call()
+    ladder, each = Capabilities(), call()
     refuse(ladder, plan(ladder))
     probe = plan(ladder, each, now=HOUR)
     assert refuse(ladder, probe, now=HOUR + 10)
@@ -214,7 +214,7 @@ def test_a_refused_probe_goes_back_and_waits_another_hour() -> None:
 
 
 def test_a_probe_that_never_comes_back_costs_no_more_than_another_hour() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     refuse(ladder, plan(ladder))
     assert plan(ladder, now=HOUR).rung is Rung.JSON_SCHEMA
     assert plan(ladder, now=HOUR).rung is Rung.JSON_OBJECT
@@ -222,7 +222,7 @@ def test_a_probe_that_never_comes_back_costs_no_more_than_another_hour() -> None
 
 
 def test_a_schema_that_was_refused_is_tried_again_after_an_hour_too() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     refuse(ladder, plan(ladder), BAD_SCHEMA)
     probe = plan(ladder, now=HOUR)
     assert probe.rung is Rung.JSON_SCHEMA
@@ -231,7 +231,7 @@ def test_a_schema_that_was_refused_is_tried_again_after_an_hour_too() -> None:
 
 
 def test_a_late_success_above_does_not_undo_a_refusal() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     early, late = plan(ladder), plan(ladder)
     refuse(ladder, early)
     ladder.accepted(late, 0.0)
@@ -240,7 +240,7 @@ def test_a_late_success_above_does_not_undo_a_refusal() -> None:
 
 @pytest.mark.parametrize("name", ["stream", "stream_options", "temperature"])
 def test_an_optional_field_is_left_out_once_refused(name: str) -> None:
-    ladder, each = Ladder(), call(params={"temperature": 0})
+    ladder, each = Capabilities(), call(params={"temperature": 0})
     attempt = plan(ladder, each, stream=True)
     assert attempt.sent == {"stream", "stream_options", "temperature"}
     assert learn_field(ladder, attempt, name, "unsupported_value")
@@ -249,7 +249,7 @@ def test_an_optional_field_is_left_out_once_refused(name: str) -> None:
 
 
 def test_the_name_of_max_tokens_is_learned_in_both_directions() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     assert plan(ladder).sent == frozenset()
     assert learn_field(ladder, plan(ladder, call(max_tokens=5)), "max_tokens")
     later = plan(ladder, call(max_tokens=5))
@@ -259,20 +259,20 @@ def test_the_name_of_max_tokens_is_learned_in_both_directions() -> None:
 
 
 def test_an_endpoint_that_takes_neither_name_ends_the_attempts() -> None:
-    ladder, each = Ladder(), call(max_tokens=5)
+    ladder, each = Capabilities(), call(max_tokens=5)
     assert learn_field(ladder, plan(ladder, each), "max_tokens")
     assert not learn_field(ladder, plan(ladder, each), "max_completion_tokens")
 
 
 def test_concurrent_refusals_of_max_tokens_do_not_turn_the_name_back() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     attempts = [plan(ladder, call(max_tokens=5)) for _ in range(4)]
     assert all(learn_field(ladder, attempt, "max_tokens") for attempt in attempts)
     assert plan(ladder, call(max_tokens=5)).sent == {"max_completion_tokens"}
 
 
 def test_a_field_that_was_not_sent_teaches_nothing() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     assert not learn_field(ladder, plan(ladder), "temperature")
     assert not learn_field(ladder, plan(ladder), "max_tokens")
     assert not learn_field(
@@ -288,14 +288,14 @@ def test_a_field_that_was_not_sent_teaches_nothing() -> None:
     ],
 )
 def test_fields_are_found_in_messages_that_pass_on_another_servers_words(message: str) -> None:
-    ladder, each = Ladder(), call(max_tokens=5)
+    ladder, each = Capabilities(), call(max_tokens=5)
     assert refuse(ladder, plan(ladder, each), message, code="400")
     assert plan(ladder, each).sent == {"max_completion_tokens"}
 
 
 def test_sending_again_always_comes_to_an_end() -> None:
     """An endpoint that refuses whatever it is asked gets a bounded number of attempts from one call."""
-    ladder, each = Ladder(), call(max_tokens=5, params={"temperature": 0})
+    ladder, each = Capabilities(), call(max_tokens=5, params={"temperature": 0})
     message = (
         "does not support parameters: ['max_tokens', 'max_completion_tokens', 'temperature', 'stream', 'stream_options', "
         "'response_format'] Invalid schema"
@@ -308,7 +308,7 @@ def test_sending_again_always_comes_to_an_end() -> None:
 
 
 def test_credentials_are_not_kept_in_clear() -> None:
-    ladder = Ladder()
+    ladder = Capabilities()
     attempt = plan(ladder, credentials=[("Authorization", "Bearer CANARY-KEY")])
     seen: list[str] = []
     todo: list[Any] = [vars(ladder), repr(ladder), repr(attempt)]
@@ -329,14 +329,14 @@ def test_credentials_are_not_kept_in_clear() -> None:
 
 
 def test_notes_of_a_call_go_with_the_call() -> None:
-    ladder, each = Ladder(), call()
+    ladder, each = Capabilities(), call()
     ladder.failed(plan(ladder, each))
-    assert len(ladder._notes) == 1
+    assert len(ladder._histories) == 1
     del each
     gc.collect()
-    assert len(ladder._notes) == 0
+    assert len(ladder._histories) == 0
 
 
 def test_a_plan_tells_no_words() -> None:
     each = ChatCall(messages=[{"role": "user", "content": "CANARY"}], schema={"title": "CANARY"})
-    assert "CANARY" not in repr(plan(Ladder(), each))
+    assert "CANARY" not in repr(plan(Capabilities(), each))

@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 import pytest
+from helpers import now
 
 from microbatch.accounting.stats import Stats
 from microbatch.caching.guard import Guard
@@ -77,10 +78,6 @@ class Ailing:
     async def set_many(self, entries):
         await self._act()
         self.values.update((key, value) for key, value, _ in entries)
-
-
-def now():
-    return asyncio.get_running_loop().time()
 
 
 async def test_a_store_that_fails_is_made_again_until_it_succeeds():

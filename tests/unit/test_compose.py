@@ -10,9 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microbatch.accounting.tokens import load_encoding
-from microbatch.batching import prompt
 from microbatch.errors import ConfigError
-from microbatch.prompt.compose import ALPHABET, ID_TOKENS, compose, draw_endings, instruction, item_line
+from microbatch.prompt.compose import (
+    ALPHABET,
+    ID_TOKENS,
+    LINE_OVERHEAD_BYTES,
+    compose,
+    draw_endings,
+    instruction,
+    item_line,
+)
 from microbatch.schema.answer_type import answer_type
 from microbatch.testing.reading import understand
 
@@ -203,4 +210,4 @@ def test_as_many_ids_as_lines_are_needed():
 def test_the_charged_overhead_is_what_surrounds_a_line():
     content, ids = composed(["abc"])
     line = content.splitlines(keepends=True)[1]
-    assert len(line) == len(f"[{ids[0]}]") + prompt.LINE_OVERHEAD_BYTES + len(item_line("abc"))
+    assert len(line) == len(f"[{ids[0]}]") + LINE_OVERHEAD_BYTES + len(item_line("abc"))

@@ -11,36 +11,19 @@ import json
 import math
 import random
 import re
-from importlib import resources
 from itertools import cycle, islice
-from typing import Literal, get_args
+from typing import get_args
 
 import msgspec
 import pytest
+from helpers import ask
+from shop import TEXTS, TYPES, Label, Product, right
 
 import microbatch as mb
-from microbatch.schema.answer_type import answer_type
 from microbatch.testing import Faults, Latency, ScriptedTransport, SimulatedModel, SimulatedTransport, simulated_answer
 from microbatch.testing.faults import Kind
 from microbatch.testing.reading import EndpointError, understand
 
-Label = Literal["electronics", "clothing", "home", "beauty", "sports", "other"]
-
-
-class Product(msgspec.Struct):
-    category: Label
-    brand: str | None
-    price: float
-    tags: list[str]
-
-
-SYSTEM = "You sort the products of an online shop. Read the name and the description of one product. " * 6
-PRODUCTS = [
-    json.loads(line)
-    for line in (resources.files("microbatch.demo") / "catalogue.jsonl").read_text("utf-8").splitlines()
-]
-TEXTS = [f"Product: {each['name']}\nDescription: {each['description']}" for each in PRODUCTS]
-TYPES = {"str": str, "label": Label, "struct": Product}
 COMBINED_KINDS = (
     *(
         "missing",
@@ -58,17 +41,6 @@ COMBINED_KINDS = (
 """Kinds that spoil a combined reply and can be told from its words."""
 
 SHIFTS = ("shifted_back", "shifted_forward")
-
-
-def ask(text):
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-
-
-def right(text, output_type=str):
-    """Return what an item with *text* is answered alone."""
-    schema = None if output_type is str else answer_type(output_type).schema
-    answer = simulated_answer(text, schema)
-    return answer if output_type is str else msgspec.convert(answer, output_type)
 
 
 def simulated(*kinds, **options):

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from output_types import Cat, Category, Dog, Inner
 
 from microbatch.schema.answer_type import answer_type
-from microbatch.schema.find_json import MAX_TRIES, candidates
+from microbatch.schema.decode import MAX_TRIES, candidates
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ import contextvars
 import logging
 
 import pytest
-from helpers import ask
+from helpers import ask, batcher_for
 
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
 WHO = contextvars.ContextVar("who", default="nobody")
+
+PRICES = {"m": mb.Price(input=2.0, output=8.0)}
 
 
 class Listener:
@@ -32,13 +34,6 @@ class Listener:
         self.settled.append(event)
 
 
-def batcher_for(transport, *hooks, cache=None, **policy):
-    prices = {"m": mb.Price(input=2.0, output=8.0)}
-    return mb.Microbatcher(
-        transport, hooks=hooks, cache=cache, tokens="bytes", prices=prices, policy=mb.FlushPolicy(**policy)
-    )
-
-
 async def submit(batcher, text, who=None, **options):
     WHO.set(who or text)
     return await batcher.submit(ask(text), **options)
@@ -52,7 +47,7 @@ async def submit_all(batcher, texts, **options):
 async def test_a_batch_is_told_of_once_and_each_of_its_requests_once():
     listener = Listener()
     transport = ScriptedTransport(delay=1.0)
-    async with batcher_for(transport, listener, idle="wait", max_wait=0.5) as batcher:
+    async with batcher_for(transport, hooks=[listener], prices=PRICES, idle="wait", max_wait=0.5) as batcher:
         replies = await submit_all(batcher, "abc", model="m", temperature=1, max_tokens=9)
     (flush,), (call,) = listener.flushed, listener.called
     assert flush == mb.Flushed(reason="timeout", size=3, model="m", priority="normal", waited=0.5)
@@ -71,7 +66,7 @@ async def test_singles_retries_and_errors_are_told():
     listener = Listener()
     down = mb.ServerError("down", status=503, retry_after=0.0)
     transport = ScriptedTransport(down, "fine", mb.AuthFailed("no", status=403))
-    async with batcher_for(transport, listener) as batcher:
+    async with batcher_for(transport, hooks=[listener], prices=PRICES) as batcher:
         await submit_all(batcher, "a")
         await submit_all(batcher, "b", priority="high")
     assert [(event.reason, event.size, event.priority) for event in listener.flushed] == [
@@ -90,7 +85,7 @@ async def test_singles_retries_and_errors_are_told():
 
 async def test_who_leaves_is_told_of_too_and_so_is_a_deadline():
     listener = Listener()
-    async with batcher_for(ScriptedTransport(delay=9.0), listener) as batcher:
+    async with batcher_for(ScriptedTransport(delay=9.0), hooks=[listener], prices=PRICES) as batcher:
         leaver = asyncio.ensure_future(submit(batcher, "leaver"))
         late = asyncio.ensure_future(submit(batcher, "late", timeout=2.0))
         await asyncio.sleep(1.0)
@@ -104,7 +99,7 @@ async def test_who_leaves_is_told_of_too_and_so_is_a_deadline():
 
 async def test_every_caller_of_a_flight_is_told_of_and_its_call_names_them_all():
     listener = Listener()
-    async with batcher_for(ScriptedTransport(delay=1.0), listener) as batcher:
+    async with batcher_for(ScriptedTransport(delay=1.0), hooks=[listener], prices=PRICES) as batcher:
         tasks = [asyncio.ensure_future(submit(batcher, "same", who, temperature=0)) for who in ("x", "y", "z")]
         await asyncio.sleep(0.5)
         tasks[0].cancel()
@@ -117,7 +112,7 @@ async def test_every_caller_of_a_flight_is_told_of_and_its_call_names_them_all()
 
 async def test_hits_are_told():
     listener = Listener()
-    async with batcher_for(ScriptedTransport(), listener, cache=mb.MemoryCache()) as batcher:
+    async with batcher_for(ScriptedTransport(), hooks=[listener], prices=PRICES, cache=mb.MemoryCache()) as batcher:
         await submit_all(batcher, "a")
         await submit(batcher, "a", "again")
     event = listener.settled[-1]
@@ -128,7 +123,7 @@ async def test_hits_are_told():
 async def test_map_and_fallback_are_told():
     listener = Listener()
     transport = ScriptedTransport(lambda call: call.reply([(call.items[0][0], "A")]))
-    async with batcher_for(transport, listener) as batcher:
+    async with batcher_for(transport, hooks=[listener], prices=PRICES) as batcher:
         WHO.set("bulk")
         results = [result.unwrap().output async for result in batcher.map([ask("a"), ask("b"), ask("c")], ordered=True)]
     assert results == ["A", "B", "C"]
@@ -156,7 +151,7 @@ class Failing:
 async def test_a_hook_that_raises_harms_neither_requests_nor_other_hooks(caplog):
     listener = Listener()
     with caplog.at_level(logging.WARNING, logger="microbatch"):
-        async with batcher_for(ScriptedTransport(), Failing(), listener, Failing()) as batcher:
+        async with batcher_for(ScriptedTransport(), hooks=[Failing(), listener, Failing()], prices=PRICES) as batcher:
             replies = await submit_all(batcher, "abc")
             assert batcher.stats().queued == 0
     assert [reply.output for reply in replies] == ["A", "B", "C"]
@@ -174,6 +169,6 @@ async def test_a_hook_may_have_any_of_the_methods_or_none():
             self.seen.append(event.origin)
 
     one = Settles()
-    async with batcher_for(ScriptedTransport(), one, object()) as batcher:
+    async with batcher_for(ScriptedTransport(), hooks=[one, object()], prices=PRICES) as batcher:
         await submit_all(batcher, "ab")
     assert one.seen == [None, None]

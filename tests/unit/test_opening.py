@@ -4,7 +4,7 @@ import asyncio
 import gc
 
 import pytest
-from helpers import ask
+from helpers import ask, batcher_for
 
 import microbatch as mb
 from microbatch import resources
@@ -62,17 +62,13 @@ async def works(batcher):
     return answered and nothing_stays()
 
 
-def batcher_with(cache=None, **options):
-    return mb.Microbatcher(ScriptedTransport(), cache=cache, tokens="bytes", **options)
-
-
 TURNS = range(30)  # of the loop; opening takes fewer
 
 
 @pytest.mark.parametrize("turns", TURNS)
 async def test_an_opening_that_is_cancelled_at_any_moment_leaves_nothing_and_can_be_repeated(turns):
     cache = Cache()
-    batcher = batcher_with(cache)
+    batcher = batcher_for(ScriptedTransport(), cache)
     opening = asyncio.ensure_future(batcher.open())
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -91,7 +87,7 @@ async def test_an_opening_that_is_cancelled_at_any_moment_leaves_nothing_and_can
 
 
 async def test_the_moments_above_are_all_there_are():
-    opening = asyncio.ensure_future(batcher_with(Cache()).open())
+    opening = asyncio.ensure_future(batcher_for(ScriptedTransport(), Cache()).open())
     for _ in TURNS:
         await asyncio.sleep(0)
     assert opening.done()
@@ -101,7 +97,7 @@ async def test_the_moments_above_are_all_there_are():
 @pytest.mark.parametrize("turns", TURNS)
 async def test_an_opening_that_is_cancelled_twice_can_be_repeated_at_once(turns):
     cache = Cache()
-    batcher = batcher_with(cache)
+    batcher = batcher_for(ScriptedTransport(), cache)
     opening = asyncio.ensure_future(batcher.open())
     await asyncio.sleep(0)
     for _ in range(turns):
@@ -120,7 +116,7 @@ async def test_an_opening_that_is_cancelled_twice_can_be_repeated_at_once(turns)
 async def test_a_failed_opening_can_be_repeated(wrong):
     cache = Cache()
     cache.wrong = wrong
-    batcher = batcher_with(cache)
+    batcher = batcher_for(ScriptedTransport(), cache)
     if wrong == "open":
         with pytest.raises(mb.ConfigError, match="open failed"):
             await batcher.open()
@@ -136,7 +132,7 @@ async def test_any_error_of_a_part_reaches_whoever_opens():
         async def open(self):
             raise ZeroDivisionError
 
-    batcher = batcher_with(Odd())
+    batcher = batcher_for(ScriptedTransport(), Odd())
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             await batcher.open()
@@ -155,7 +151,7 @@ async def test_a_price_list_that_cannot_be_loaded_is_told_and_tried_again():
             if len(calls) == 1:
                 raise mb.ConfigError("no prices")
 
-    batcher = batcher_with(prices=Prices())
+    batcher = batcher_for(ScriptedTransport(), prices=Prices())
     with pytest.raises(mb.ConfigError, match="no prices"):
         await batcher.open()
     assert await works(batcher)
@@ -165,7 +161,7 @@ async def test_a_price_list_that_cannot_be_loaded_is_told_and_tried_again():
 @pytest.mark.parametrize("turns", TURNS)
 async def test_closing_a_batcher_while_it_opens_ends_the_opening(turns):
     cache = Cache()
-    batcher = batcher_with(cache)
+    batcher = batcher_for(ScriptedTransport(), cache)
     opening = asyncio.ensure_future(batcher.open())
     await asyncio.sleep(0)
     for _ in range(turns):
@@ -185,7 +181,7 @@ async def test_closing_a_batcher_while_it_opens_ends_the_opening(turns):
 
 
 async def test_a_second_opening_is_refused_while_the_first_is_under_way():
-    batcher = batcher_with(Cache())
+    batcher = batcher_for(ScriptedTransport(), Cache())
     opening = asyncio.ensure_future(batcher.open())
     await asyncio.sleep(0)
     with pytest.raises(mb.BatcherClosed, match="opened once"):
@@ -201,7 +197,7 @@ async def test_a_timeout_around_async_with_ends_a_slow_opening():
         async def open(self):
             await asyncio.sleep(60)
 
-    batcher = batcher_with(Slow())
+    batcher = batcher_for(ScriptedTransport(), Slow())
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1), batcher:
             pytest.fail("it is not open")
@@ -211,7 +207,7 @@ async def test_a_timeout_around_async_with_ends_a_slow_opening():
 
 async def test_the_other_batcher_on_shared_parts_does_not_notice():
     cache = Cache()
-    first, second = batcher_with(cache), batcher_with(cache)
+    first, second = batcher_for(ScriptedTransport(), cache), batcher_for(ScriptedTransport(), cache)
     openings = [asyncio.ensure_future(batcher.open()) for batcher in (first, second)]
     await asyncio.sleep(0)
     openings[0].cancel()
@@ -228,7 +224,7 @@ async def test_the_other_batcher_on_shared_parts_does_not_notice():
 
 async def test_a_part_that_cannot_be_closed_is_told_in_the_log(caplog):
     cache = Cache()
-    batcher = await batcher_with(cache).open()
+    batcher = await batcher_for(ScriptedTransport(), cache).open()
     cache.wrong = "aclose"
     await batcher.aclose()
     assert [record.exc_info[0] for record in caplog.records] == [mb.ConfigError]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from helpers import chat_call, now
 
 import microbatch as mb
 from microbatch.cli.resting import DirectTransport, RestingTransport
-from microbatch.protocols import ChatCall, Completion
+from microbatch.protocols import Completion
 from microbatch.spool.endpoint import (
     BURST,
     ENOUGH,
@@ -112,25 +113,17 @@ class Way:
         self.closed += 1
 
 
-def now():
-    return asyncio.get_running_loop().time()
-
-
 def resting(way, **options):
     way.begun = now()
     endpoint = Endpoint("nothing is sent", **options)
     return endpoint, RestingTransport(way, endpoint)
 
 
-def call(text="q"):
-    return ChatCall(messages=[{"role": "user", "content": text}])
-
-
 async def ask(transport, text="q"):
     """Ask until there is an answer, as a patient caller does."""
     while True:
         try:
-            await transport.send(call(text), lambda _: None)
+            await transport.send(chat_call(text), lambda _: None)
         except mb.ServerError:
             await asyncio.sleep(0.1)
         else:
@@ -156,7 +149,7 @@ async def test_a_known_question_is_asked_at_once_and_then_after_each_rest_and_no
 
     async def probe():
         try:
-            await direct.send(call("known"), lambda _: None)
+            await direct.send(chat_call("known"), lambda _: None)
         except mb.ServerError:
             return False
         return True
@@ -228,7 +221,7 @@ async def test_a_refusal_of_one_request_shows_that_the_endpoint_answers():
     endpoint, transport = resting(way)
     for _ in range(9):
         with pytest.raises(mb.BadRequest):
-            await transport.send(call(), lambda _: None)
+            await transport.send(chat_call(), lambda _: None)
     assert endpoint.answered
     assert not endpoint.down
 
@@ -241,7 +234,7 @@ async def test_replies_that_are_all_cut_off_are_an_outage():
 
     endpoint, transport = resting(Cut())
     for _ in range(ENOUGH):
-        assert (await transport.send(call(), lambda _: None)).finish_reason is None
+        assert (await transport.send(chat_call(), lambda _: None)).finish_reason is None
     assert endpoint.down
     assert not endpoint.answered
 
@@ -255,7 +248,7 @@ async def test_it_is_given_up_after_so_long_without_a_single_answer():
     assert endpoint.given_up
     way.windows = ()
     with pytest.raises(mb.ShutDown, match="nothing was answered for 30 s"):
-        await transport.send(call(), lambda _: None)
+        await transport.send(chat_call(), lambda _: None)
 
 
 async def test_an_answer_starts_the_patience_anew():
@@ -283,7 +276,7 @@ async def test_the_first_attempts_are_few_and_later_ones_never_leave_all_at_once
 async def test_who_stops_waits_for_what_is_under_way_and_sends_nothing_more():
     way, idle = Way(takes=2.0), []
     endpoint, transport = resting(way)
-    calls = [asyncio.ensure_future(transport.send(call(), lambda _: None)) for _ in range(20)]
+    calls = [asyncio.ensure_future(transport.send(chat_call(), lambda _: None)) for _ in range(20)]
     await asyncio.sleep(1)
     assert endpoint.on_wire == UNTRIED
     endpoint.stop(lambda: idle.append(now() - way.begun))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from helpers import now
 
 from microbatch.caching.guard import BUDGET, Guard
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.patience import Patience
 from microbatch.caching.tiers import TieredCache
-
-
-def now():
-    return asyncio.get_running_loop().time()
 
 
 async def used_up(patience):

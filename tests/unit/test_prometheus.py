@@ -6,13 +6,15 @@ import sys
 
 import prometheus_client
 import pytest
-from helpers import ask
+from helpers import ask, batcher_for
 from prometheus_client.parser import text_string_to_metric_families
 
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
 WORDS = "words of a customer"
+
+PRICES = {"m": mb.Price(input=2.0, output=8.0)}
 
 
 def scraped(text):
@@ -29,13 +31,6 @@ def value(hooks, name, **labels):
     return scraped(hooks.render()).get((f"microbatch_{name}", *sorted(labels.items())))
 
 
-def batcher_for(transport, *hooks, cache=None, **policy):
-    prices = {"m": mb.Price(input=2.0, output=8.0)}
-    return mb.Microbatcher(
-        transport, hooks=hooks, cache=cache, tokens="bytes", prices=prices, policy=mb.FlushPolicy(**policy)
-    )
-
-
 async def ask_all(batcher, texts, **options):
     return await asyncio.gather(*(batcher.submit(ask(text), **options) for text in texts), return_exceptions=True)
 
@@ -44,7 +39,7 @@ async def test_batches_their_requests_and_their_tokens_are_counted():
     hooks = mb.PrometheusHooks()
     answer = mb.Completion("stop", usage=mb.Usage(70, 5, cached_tokens=64), model="m")
     transport = ScriptedTransport(lambda call: (call.reply((name, "A") for name, _ in call.items), answer), delay=1.0)
-    async with batcher_for(transport, hooks, idle="wait", max_wait=0.5) as batcher:
+    async with batcher_for(transport, hooks=[hooks], prices=PRICES, idle="wait", max_wait=0.5) as batcher:
         await ask_all(batcher, "abc", model="m")
     assert value(hooks, "requests_total", route="batch", outcome="answered") == 3
     assert value(hooks, "calls_total", route="batch", outcome="answered") == 1
@@ -68,7 +63,7 @@ async def test_batches_their_requests_and_their_tokens_are_counted():
 async def test_failures_are_counted_by_kind_and_cancels_as_such():
     hooks = mb.PrometheusHooks()
     down = [mb.ServerError(f"down: {WORDS}", status=503, retry_after=0.0) for _ in range(4)]
-    async with batcher_for(ScriptedTransport(*down, delay=1.0), hooks) as batcher:
+    async with batcher_for(ScriptedTransport(*down, delay=1.0), hooks=[hooks], prices=PRICES) as batcher:
         await ask_all(batcher, "a")
         task = asyncio.ensure_future(batcher.submit(ask("b")))
         await asyncio.sleep(0.5)
@@ -86,7 +81,7 @@ async def test_failures_are_counted_by_kind_and_cancels_as_such():
 
 async def test_what_callers_make_up_is_no_label():
     hooks = mb.PrometheusHooks()
-    async with batcher_for(ScriptedTransport(), hooks, idle="wait") as batcher:
+    async with batcher_for(ScriptedTransport(), hooks=[hooks], prices=PRICES, idle="wait") as batcher:
         hooks.watch(batcher)
         series = set()
         for model in ("one", "two", "three"):
@@ -98,7 +93,9 @@ async def test_what_callers_make_up_is_no_label():
 
 async def test_what_a_watched_batcher_keeps_itself_is_read_at_each_scrape():
     hooks = mb.PrometheusHooks()
-    async with batcher_for(ScriptedTransport(delay=1.0), hooks, cache=mb.MemoryCache()) as batcher:
+    async with batcher_for(
+        ScriptedTransport(delay=1.0), hooks=[hooks], prices=PRICES, cache=mb.MemoryCache()
+    ) as batcher:
         assert value(hooks, "queued") is None
         hooks.watch(batcher)
         assert value(hooks, "queued") == 0
@@ -118,7 +115,10 @@ async def test_what_a_watched_batcher_keeps_itself_is_read_at_each_scrape():
 
 async def test_several_batchers_are_shown_as_one():
     hooks = mb.PrometheusHooks()
-    async with batcher_for(ScriptedTransport(delay=1.0), hooks) as one, batcher_for(ScriptedTransport(), hooks) as two:
+    async with (
+        batcher_for(ScriptedTransport(delay=1.0), hooks=[hooks], prices=PRICES) as one,
+        batcher_for(ScriptedTransport(), hooks=[hooks], prices=PRICES) as two,
+    ):
         hooks.watch(one)
         hooks.watch(two)
         task = asyncio.ensure_future(one.submit(ask("a")))

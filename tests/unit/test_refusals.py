@@ -10,8 +10,7 @@ import msgspec
 import pytest
 
 from microbatch import errors
-from microbatch.transports.error_parsing import read_fault, to_error
-from microbatch.transports.refusals import classify
+from microbatch.transports.error_parsing import classify, read_fault, to_error
 
 FILTERED: dict[str, tuple[int, Any]] = {
     "xAI": (

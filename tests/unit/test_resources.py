@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from helpers import now
 
 import microbatch as mb
 from microbatch import resources
@@ -54,10 +55,6 @@ async def nothing_stays():
     await asyncio.sleep(10)  # of virtual time: for what goes on in the background
     assert resources._users == {}
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-def now():
-    return asyncio.get_running_loop().time()
 
 
 async def started(*coroutines):

@@ -27,11 +27,11 @@ from microbatch.errors import (
 from microbatch.policy import MAX_WAIT, RetryPolicy
 from microbatch.protocols import ChatCall, Completion
 from microbatch.testing import ScriptedTransport
+from microbatch.transience import RetryBudget, is_transient
 from microbatch.transports.accounts import Account, Permit
-from microbatch.transports.error_parsing import retry_after
 from microbatch.transports.rate_limit import RateLimit
-from microbatch.transports.retry import Sender, worth_retrying
-from microbatch.transports.retry_budget import RetryBudget
+from microbatch.transports.response_headers import retry_after
+from microbatch.transports.retry import Sender
 
 CALL = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -533,5 +533,5 @@ async def test_answers_that_do_not_fit_are_not_retried_here():
 
 
 def test_the_endpoints_own_word_counts_more_than_its_status():
-    assert worth_retrying(StatusError("x", status=418, should_retry=True))
-    assert not worth_retrying(ServerError("x", status=500, should_retry=False))
+    assert is_transient(StatusError("x", status=418, should_retry=True))
+    assert not is_transient(ServerError("x", status=500, should_retry=False))

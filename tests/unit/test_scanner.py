@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbatch.batching import demultiplexer
+from microbatch.prompt import demultiplexer
 from microbatch.prompt.scanner import BROKEN, MAX_DEPTH, MORE, SCALAR, STRING, ObjectScanner
 
 VALUES = st.recursive(

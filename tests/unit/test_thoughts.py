@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microbatch.prompt.demultiplexer import Demultiplexer
-from microbatch.prompt.thoughts import MARK, MARK_CHARS, after_leading_thought, after_thoughts, is_unfinished_thought
 from microbatch.schema.answer_type import answer_type
+from microbatch.thoughts import MARK, MARK_CHARS, after_leading_thought, after_thoughts, is_unfinished_thought
 
 PAIRS = [
     ("<think>", "</think>"),

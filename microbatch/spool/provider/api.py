@@ -10,8 +10,9 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from microbatch.errors import RequestFailed, ServerError, StatusError, TransportError, worth_retrying
+from microbatch.errors import RequestFailed, ServerError, StatusError, TransportError
 from microbatch.policy import MAX_WAIT, RetryPolicy
+from microbatch.transience import Backoff, is_transient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -230,18 +231,18 @@ class OpenAIBatchApi:
         Raises:
             RequestFailed: The last attempt's error.
         """
-        failures = 0
+        failures, backoff = 0, Backoff(self._retry.base, self._retry.cap, draw=self._draw)
         while True:
             try:
                 return await self._attempt(method, path, body, {**_HEADERS, **(headers or {})})
             except RequestFailed as error:
                 failures += 1
                 error.attempts = failures
-                hopeless = not worth_retrying(error) or (once and is_ambiguous(error))
+                hopeless = not is_transient(error) or (once and is_ambiguous(error))
                 asked = (error.retry_after or 0.0) if isinstance(error, StatusError) else 0.0
                 if hopeless or failures >= self._retry.max_attempts or asked > MAX_WAIT:
                     raise
-            await asyncio.sleep(asked + self._retry.longest_delay(failures) * self._draw())
+            await asyncio.sleep(asked + backoff.next())
 
     async def _attempt(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
         async with self._forward(method, path, headers, body) as response:

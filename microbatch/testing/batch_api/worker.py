@@ -1,4 +1,4 @@
-"""How the simulated endpoint works on a batch: line by line, in its own time and order."""
+"""Processing of a batch by the simulated endpoint: line by line, with its own timing and order."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import msgspec
 
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, whole
-from microbatch.testing.batch_input import InputError, Line, read_lines
+from microbatch.testing.batch_api.input_file import InputError, Line, read_lines
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.wire import completion_object, error_object, request_id
 
 if TYPE_CHECKING:
     from microbatch.messages import Usage
-    from microbatch.testing.batch import Batch
-    from microbatch.testing.files import Files
-    from microbatch.testing.model import SimulatedReply
+    from microbatch.testing.batch_api.batches import Batch
+    from microbatch.testing.batch_api.files import Files
     from microbatch.testing.reading import Prompt
+    from microbatch.testing.reply import SimulatedReply
 
 UNMETERED: Final = "\n"
 """The key that lines are answered under: no header can be this, and no quota is kept of it. Batches have limits of their own."""
@@ -29,7 +29,7 @@ UNMETERED: Final = "\n"
 # Of the time that a batch takes, the part before its first line and the part after its last one.
 _ENDS: Final = 0.1
 
-# Reading more than this takes milliseconds, in which nobody else would be served.
+# Reading more than this takes milliseconds, which would block other requests.
 _MAX_INLINE_BYTES: Final = 65_536
 
 _BYTES_A_TOKEN: Final = 4
@@ -158,7 +158,7 @@ class BatchWork:
             return error
 
     def _answer(self, batch: Batch, line: Line, prompt: Prompt | EndpointError) -> None:
-        """Do to a line what is done to a call, but for the quota."""
+        """Answer a line like a call, without the quota."""
         self._host.batch_lines += 1
         if self._host.record:
             self._host.requests.append(line.body)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from microbatch.messages import Limits
 from microbatch.testing.quota import go_duration
-from microbatch.transports.limit_headers import duration, read_limits
+from microbatch.transports.response_headers import duration, read_limits
 
 
 @pytest.mark.parametrize(

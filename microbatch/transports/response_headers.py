@@ -1,9 +1,11 @@
-"""What endpoints say of their rate limits: the `x-ratelimit-*` headers of OpenAI and all who copy them."""
+"""Response headers about rate limits and waiting: `x-ratelimit-*`, `retry-after` and its variants."""
 
 from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Final
 
 from microbatch.messages import Limits
@@ -17,11 +19,7 @@ _SECONDS: Final = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µ
 
 
 def read_limits(headers: Mapping[str, str]) -> Limits | None:
-    """Return what the headers say, or None if they say nothing that can be read.
-
-    Args:
-        headers: An answer's headers, looked up in any case.
-    """
+    """Return the rate limits that *headers* report (looked up in any case), or None if they report none."""
     remaining_requests = _count(headers.get("x-ratelimit-remaining-requests"))
     remaining_tokens = _count(headers.get("x-ratelimit-remaining-tokens"))
     if remaining_requests is None and remaining_tokens is None:
@@ -36,21 +34,55 @@ def read_limits(headers: Mapping[str, str]) -> Limits | None:
     )
 
 
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that an endpoint asks to wait, or None if it does not say, or says nonsense.
+
+    `retry-after-ms` is OpenAI's; `llm_provider-retry-after` is LiteLLM's copy of the provider's header.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    for name in ("retry-after", "llm_provider-retry-after"):
+        value = headers.get(name)
+        wait = _number(value)
+        if wait is None:
+            wait = _until(value, headers.get("date"))
+        if wait is not None:
+            return wait
+    return None
+
+
 def duration(value: str | None) -> float | None:
     """Return a duration in seconds, written as Go does or as a plain number of seconds; None if it is neither."""
     text = (value or "").strip()
     parts = _DURATION.findall(text)
     if parts and "".join(amount + unit for amount, unit in parts) == text:
         return sum(float(amount) * _SECONDS[unit] for amount, unit in parts)
-    return number(text)
+    return _number(text)
+
+
+def _until(value: str | None, date: str | None) -> float | None:
+    """Return the seconds until an HTTP date, counted from the response's own Date, so that a skewed clock does no harm."""
+    moment = _moment(value)
+    if moment is None:
+        return None
+    return max(0.0, (moment - (_moment(date) or datetime.now(UTC))).total_seconds())
+
+
+def _moment(value: str | None) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(value or "")
+    except (ValueError, OverflowError):
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)  # a date without a zone ("-0000") is UTC
 
 
 def _count(value: str | None) -> int | None:
-    read = number(value)
+    read = _number(value)
     return None if read is None else int(read)
 
 
-def number(value: str | None) -> float | None:
+def _number(value: str | None) -> float | None:
     """Return a number of at least 0, or None if it is none."""
     try:
         read = float(value or "")

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import BodyPartReader, web
 
-from microbatch.testing.files import MAX_FILE_BYTES, file_object
+from microbatch.testing.batch_api.files import MAX_FILE_BYTES, file_object
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.responses import authorize, error_response, json_object, list_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
 
-    from microbatch.testing.batches import Batches
-    from microbatch.testing.files import Files
+    from microbatch.testing.batch_api.batches import Batches
+    from microbatch.testing.batch_api.files import Files
 
     Handler = Callable[[web.Request, str], Awaitable[web.Response]]
 
@@ -31,7 +31,7 @@ class BatchRoutes:
     Args:
         files: The files.
         batches: The batches.
-        api_keys: Keys that are let in; None lets everybody in.
+        api_keys: Accepted keys; None accepts any.
     """
 
     def __init__(self, files: Files, batches: Batches, api_keys: Collection[str] | None) -> None:
@@ -122,7 +122,7 @@ async def _content(part: BodyPartReader) -> bytes:
         size += len(chunk)
         if size <= MAX_FILE_BYTES:
             content += chunk
-        # Whoever reads from a socket that is always full never waits, and nobody else would be served.
+        # Reading from a socket that always has data never suspends, which would block other requests.
         await asyncio.sleep(0)
     if size > MAX_FILE_BYTES:
         message = f"Maximum content size limit ({MAX_FILE_BYTES}) exceeded ({size} bytes read)"

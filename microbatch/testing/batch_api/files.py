@@ -32,7 +32,7 @@ class StoredFile(msgspec.Struct, frozen=True):
     created_at: int
 
     def __repr__(self) -> str:
-        """Tell which file it is, without what is in it and whose it is."""
+        """Show the id, purpose and size; neither content nor owner."""
         return f"StoredFile({self.id}, purpose={self.purpose!r}, bytes={len(self.content)})"
 
 

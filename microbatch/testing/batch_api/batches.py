@@ -1,25 +1,110 @@
-"""The batches of the simulated endpoint: each belongs to the key that made it, and is worked on by a task of its own."""
+"""The batches of the simulated endpoint: each belongs to the key that created it and is processed by a task of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from microbatch.testing.batch import OVER, Batch
-from microbatch.testing.batch_input import ENDPOINT
+from microbatch.testing.batch_api.files import now
+from microbatch.testing.batch_api.input_file import ENDPOINT
 from microbatch.testing.reading import EndpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
-    from microbatch.testing.batch_work import BatchWork
-    from microbatch.testing.files import Files
+    from microbatch.testing.batch_api.files import Files
+    from microbatch.testing.batch_api.input_file import InputError, Line
+
+Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
+
+OVER: Final = ("failed", "completed", "expired", "cancelled")
+
+WINDOW_SECONDS: Final = 24 * 60 * 60
 
 _MAX_METADATA: Final = 16
 _MAX_KEY_CHARS: Final = 64
 _MAX_VALUE_CHARS: Final = 512
+
+_STAMPED: Final[tuple[Status, ...]] = (
+    "in_progress",
+    "finalizing",
+    "completed",
+    "failed",
+    "expired",
+    "cancelling",
+    "cancelled",
+)
+
+
+class Batch:
+    """A batch.
+
+    Attributes:
+        owner: The key that created it.
+        stamps: When it entered each status, in seconds since 1970.
+        start: Loop time of its creation.
+        size: Bytes of its input.
+        total: Its lines; 0 until they have been read.
+        errors: Why it failed.
+        output: The lines of its output file so far.
+        failures: The lines of its error file so far.
+        failed: Lines that were answered with an error.
+        waiting: Unanswered lines, the next one last.
+        expiring: How many of them will never be answered.
+        running: Whether its lines are being answered.
+        cancelled: Set when it is to be cancelled.
+    """
+
+    def __init__(self, name: str, owner: str, input_file_id: str, metadata: Any, *, size: int, start: float) -> None:
+        self.id = name
+        self.owner = owner
+        self.input_file_id = input_file_id
+        self.metadata = metadata
+        self.size = size
+        self.start = start
+        self.created_at = now()
+        self.stamps: dict[Status, int] = {}
+        self.status: Status = "validating"
+        self.total = 0
+        self.errors: list[InputError] = []
+        self.output: list[bytes] = []
+        self.failures: list[bytes] = []
+        self.output_file_id: str | None = None
+        self.error_file_id: str | None = None
+        self.waiting: list[Line] = []
+        self.expiring = 0
+        self.failed = 0
+        self.running = False
+        self.cancelled = asyncio.Event()
+
+    def enter(self, status: Status) -> None:
+        """Go on to *status*."""
+        self.status = status
+        self.stamps[status] = now()
+
+    def object(self) -> dict[str, Any]:
+        """Return it as the wire has it."""
+        errors = None
+        if self.errors:
+            errors = {"object": "list", "data": [msgspec.structs.asdict(error) for error in self.errors]}
+        return {
+            "id": self.id,
+            "object": "batch",
+            "endpoint": ENDPOINT,
+            "errors": errors,
+            "input_file_id": self.input_file_id,
+            "completion_window": "24h",
+            "status": self.status,
+            "output_file_id": self.output_file_id,
+            "error_file_id": self.error_file_id,
+            "created_at": self.created_at,
+            "expires_at": self.created_at + WINDOW_SECONDS,
+            **{f"{status}_at": self.stamps.get(status) for status in _STAMPED},
+            "request_counts": {"total": self.total, "completed": len(self.output), "failed": self.failed},
+            "metadata": self.metadata,
+        }
 
 
 class Batches:
@@ -27,12 +112,12 @@ class Batches:
 
     Args:
         files: Where their inputs are.
-        work: What works on them.
+        run: Processes a batch from where it stands to its end.
     """
 
-    def __init__(self, files: Files, work: BatchWork) -> None:
+    def __init__(self, files: Files, run: Callable[[Batch], Coroutine[Any, Any, None]]) -> None:
         self._files = files
-        self._work = work
+        self._run = run
         self._batches: dict[str, Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -114,7 +199,7 @@ class Batches:
         return batch
 
     def _work_on(self, batch: Batch) -> None:
-        task = asyncio.get_running_loop().create_task(self._work.run(batch))
+        task = asyncio.get_running_loop().create_task(self._run(batch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -1,4 +1,4 @@
-"""The input of a batch, as a strict endpoint reads it: one request a line, or the reasons why none of it is run."""
+"""The input file of a batch, validated as by a strict endpoint: one request per line, or the errors why none of it is run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class InputError(msgspec.Struct, frozen=True):
-    """Why a batch is not run.
+    """The reason why a batch is not run.
 
     Attributes:
         code: The endpoint's word for it.
