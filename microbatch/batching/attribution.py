@@ -12,6 +12,7 @@ import msgspec
 from microbatch.accounting.stats import divided
 from microbatch.batching.economics import UNKNOWN_RATIO
 from microbatch.batching.overhead import measure
+from microbatch.batching.single_flight import finish_cost
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
@@ -106,21 +107,18 @@ class UsageAttribution:
             That of each ticket, none for those that were not answered; [] if it is not known, or nobody asks.
         """
         tickets = batch.tickets
-        flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
         if completion is not None and (call_cost is None or call_cost.settled < len(tickets)):
             _finish(tickets, completion)
         if call_cost is None:
             self._ledger.unreported_calls += completion is not None or batch.heard
-            for ticket in tickets:
-                self._give_up_share(ticket)
             alone = []
         else:
             if call_cost.settled < len(tickets):
                 self._book(tickets, call_cost)
-            alone = self._pay(batch, call_cost, each=each or bool(flights))
+            alone = self._pay(batch, call_cost, each=each or any(ticket.waiters for ticket in tickets))
             self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
-        for flight in flights:
-            flight.spread(final=True)
+        for ticket in tickets:
+            finish_cost(ticket, self._ledger)
         return alone
 
     def divide_alone(
@@ -136,7 +134,6 @@ class UsageAttribution:
         """
         if call_cost is None:
             self._ledger.unreported_calls += 1
-            self._give_up_share(ticket)
         else:
             usage, price = call_cost.usage, call_cost.price
             self._book([ticket], call_cost)
@@ -148,14 +145,7 @@ class UsageAttribution:
                 history.economics.mending += _weight(usage, price)
                 history.economics.alone += _weight(alone, price)
         _finish([ticket], completion)
-        if ticket.flight is not None:
-            ticket.flight.spread(final=True)
-
-    def _give_up_share(self, ticket: Ticket) -> None:
-        """A call has reported nothing: if the caller left in the moment of its answer, the shares of earlier calls are nobody's."""
-        if ticket.unclaimed and ticket.usage is not None:
-            self._ledger.unclaimed += ticket.usage
-            ticket.remember().usage = None
+        finish_cost(ticket, self._ledger)
 
     def _price_of(self, completion: Completion, call_state: CallState) -> Callable[[Usage], float] | None:
         """Return the price of the model that answered, else of the one that was asked for."""
@@ -174,10 +164,10 @@ class UsageAttribution:
                 share = past.usage + share  # noqa: PLW2901 with its shares of earlier calls
                 cost_usd = None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
                 past.usage = None
-            if reply is not None and (past is None or not past.unclaimed):
+            if reply is not None:
                 reply.usage = share
                 reply.cost_usd = cost_usd
-            elif ticket.future.done():
+            elif ticket.done:
                 self._ledger.unclaimed += share
             else:
                 past = ticket.remember()
@@ -225,8 +215,8 @@ class UsageAttribution:
 
     def _pay_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Book what those who have joined *ticket* would have cost, each as much as *alone*."""
-        if ticket.flight is not None:
-            for _ in range(ticket.flight.size - 1):
+        if ticket.waiters is not None:
+            for _ in range(len(ticket.waiters) - 1):
                 self._ledger.pay(Usage(), alone, price)
 
     def _warn_if_dearer(self) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from microbatch.batching.bounds import QUOTA_SHARE
+from microbatch.batching.ticket import FlushReason
 from microbatch.prompt.canary import CANARY_TOKENS
 from microbatch.prompt.compose import instruction
 
@@ -30,18 +30,6 @@ _SLICE_CHARS = 4_096
 
 _PREAMBLES = 256
 """Shapes of answers whose instruction's tokens are remembered."""
-
-
-class FlushReason(enum.StrEnum):
-    """Why a batch left its lane."""
-
-    SIZE = "size"
-    TOKENS = "tokens"
-    OUTPUT = "output"
-    TIMEOUT = "timeout"
-    IDLE = "idle"
-    EXPLICIT = "explicit"
-    DRAIN = "drain"
 
 
 class Budget(msgspec.Struct, frozen=True, gc=False):

@@ -13,57 +13,69 @@ import contextvars
 import functools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from microbatch.batching.batch_limits import FlushReason
-from microbatch.batching.lane import Lane
-from microbatch.batching.request import rank_of
-from microbatch.batching.ticket import NORMAL, UNSHARED
+from microbatch.batching.request import check_messages, rank_of
+from microbatch.batching.ticket import NORMAL, UNSHARED, CallerOptions, FlushReason
 from microbatch.errors import BatcherClosed, ShutDown
 from microbatch.messages import Request, Result
+from microbatch.policy import at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.engine import Engine
+    from microbatch.batching.intake import Intake
     from microbatch.batching.request import Options
-    from microbatch.batching.single_flight import Seat
-    from microbatch.batching.ticket import CallerOptions, Ticket
+    from microbatch.batching.ticket import Ticket, Waiter
     from microbatch.messages import Messages, Reply
 
-    Handle = Ticket | Seat
-    Prepare = Callable[[Request], "Prepared"]
-    Accept = Callable[[Request, "Prepared", Callable[[Any], None]], Handle]
+    Answered = tuple[Ticket, Waiter]
 
 _SLICE = 256
 """Requests read from a source before the event loop gets its turn; reading one takes some 10 microseconds."""
 
+_CLOSED = "the batcher closed while map() was reading its source"
 
-class Prepared(msgspec.Struct):
+
+class LookUps(Protocol):
+    """The cache as `map` uses it; see `microbatch.caching.answer_cache.AnswerCache`."""
+
+    def key(self, messages: Messages, options: Options) -> bytes | None:
+        """Return the key of a request, or None."""
+        ...
+
+    def look_up(self, key: bytes, *, bulk: bool) -> asyncio.Future[bytes | None]:
+        """Return a future of the entry under *key*."""
+        ...
+
+    def read(self, key: bytes, value: bytes | None, options: Options, created: float) -> Reply[Any] | None:
+        """Return the reply in an entry, or None."""
+        ...
+
+
+class _Prepared(msgspec.Struct):
     """A request whose options have been checked.
 
     Attributes:
         options: The options.
-        terms: On what terms its caller asks.
-        looking: Done with what the cache has for it; None if the cache is not asked.
-        read: Returns the reply in that, or None. It is asked once.
+        caller: How the caller wants its answer.
+        looking: Done with the cache's entry for it; None if the cache is not asked.
+        read: Returns the reply in the entry, or None. It is called once.
     """
 
     options: Options
-    terms: CallerOptions
+    caller: CallerOptions
     looking: asyncio.Future[bytes | None] | None = None
     read: Callable[[bytes | None], Reply[Any] | None] | None = None
 
 
-_CLOSED = "the batcher closed while map() was reading its source"
-
-
 async def bulk(
     engine: Engine,
-    prepare: Prepare,
-    accept: Accept,
+    intake: Intake,
+    cache: LookUps | None,
     source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
     *,
     max_pending: int,
@@ -73,15 +85,15 @@ async def bulk(
     """Yield a `Result` for each request of *source*.
 
     Args:
-        engine: Where the lanes are.
-        prepare: Checks one request, and begins to look it up.
-        accept: Queues one request; told what to call when it leaves its queue.
+        engine: Answers the requests.
+        intake: Queues them.
+        cache: Asked first; None if there is none.
         source: The requests.
         max_pending: Most requests taken from the source and not yet taken by the consumer.
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.
     """
-    run = _Run(engine, prepare, accept, source, max_pending, ordered=ordered, patience=patience)
+    run = _Run(engine, intake, cache, source, max_pending, ordered=ordered, patience=patience)
     try:
         while True:
             await run.take_in()
@@ -99,13 +111,17 @@ async def bulk(
 
 
 class _Run:
-    """One `map` under way."""
+    """One `map` under way.
+
+    Attributes:
+        source_error: What the source raised; None as long as it has not.
+    """
 
     def __init__(
         self,
         engine: Engine,
-        prepare: Prepare,
-        accept: Accept,
+        intake: Intake,
+        cache: LookUps | None,
         source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
         max_pending: int,
         *,
@@ -113,27 +129,28 @@ class _Run:
         patience: float,
     ) -> None:
         self._engine = engine
-        self._prepare = prepare
-        self._accept = accept
+        self._admission = engine.admission
+        self._intake = intake
+        self._cache = cache
         self._max_pending = max_pending
         self._ordered = ordered
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.Context()
-        self._results: deque[tuple[Result[Any], Handle | None]] = deque()
-        self._early: dict[int, tuple[Result[Any], Handle | None]] = {}  # ordered: results that came before their turn
+        self._results: deque[tuple[Result[Any], Answered | None]] = deque()
+        self._early: dict[int, tuple[Result[Any], Answered | None]] = {}  # ordered: results that came before their turn
         self._taken = 0
         self._yielded = 0
-        # As sets that keep their order: the same run takes the same course each time.
-        self._unsent: dict[Handle, None] = {}
-        self._open: dict[Handle, asyncio.Future[Any]] = {}
+        # Dicts keep their order: the same run takes the same course each time.
+        self._unsent: dict[Waiter, Ticket] = {}
+        self._open: dict[Waiter, Ticket] = {}
         self._looking = 0
-        self._waiting = False
-        self._wake = asyncio.Event()
         self._exhausted = False
         self._left = False
-        self._silence: asyncio.TimerHandle | None = None
+        self._waiting = False
         self._silent = False
+        self._silence: asyncio.TimerHandle | None = None
+        self._wake = asyncio.Event()
         self._feeder: asyncio.Task[Any] | None = None
         self._feeder_room = asyncio.Event()
         self.source_error: Exception | None = None
@@ -144,7 +161,7 @@ class _Run:
         else:
             self._sync = iter(source)
         engine.scheduler.watch(self.check)
-        engine.admission.watchers[self._note_room] = None
+        self._admission.watchers[self._note_room] = None
 
     # --- intake
 
@@ -159,7 +176,7 @@ class _Run:
 
     @property
     def _has_room(self) -> bool:
-        return self._pending < self._max_pending and not self._engine.admission.must_wait(NORMAL)
+        return self._pending < self._max_pending and not self._admission.must_wait(NORMAL)
 
     async def take_in(self) -> None:
         """Take from a plain iterator what there is room for; an async one feeds itself."""
@@ -170,12 +187,13 @@ class _Run:
                 self._feeder_room.set()
             return
         if not self._pending and not self._has_room and (request := self._next_of(self._sync)) is not None:
-            await self._wait_for_place(request)
+            await self._acquire_place(request)
             self._queue(request)
         while True:
             for _ in range(_SLICE):
                 if not self._has_room or (request := self._next_of(self._sync)) is None:
                     return
+                self._admission.occupy()
                 self._queue(request)
             await asyncio.sleep(0)
             if self._results:
@@ -193,12 +211,9 @@ class _Run:
             self._end_source(error)
         return None
 
-    async def _wait_for_place(self, request: Request) -> None:
-        """Wait until *request* may come in; it has to be queued, or the place declined, in the step of the return."""
-        admission, rank = self._engine.admission, rank_of(request.priority)
-        if admission.must_wait(rank):
-            tenant = request.tenant if isinstance(request.tenant, str) else None  # what else it is is refused later
-            await admission.wait_for(admission.place(rank, tenant, UNSHARED), rank)
+    async def _acquire_place(self, request: Request) -> None:
+        tenant = request.tenant if isinstance(request.tenant, str) else None  # what else it is is refused later
+        await self._admission.acquire(rank_of(request.priority), tenant, UNSHARED, patient=True)
 
     def _end_source(self, error: Exception | None) -> None:
         if not self._exhausted:
@@ -215,18 +230,18 @@ class _Run:
                     await self._feeder_room.wait()
                 self._note_activity()
                 request = _request_of(await anext(iterator))
-                await self._wait_for_place(request)
+                await self._acquire_place(request)
                 if self._engine.closing:
                     self._end_source(BatcherClosed(_CLOSED))
-                    self._engine.admission.decline()
+                    self._admission.release()
                     break
                 if self._left:
-                    self._engine.admission.decline()  # to the next who waits, if a place was kept for this item
+                    self._admission.release()
                 else:
                     self._queue(request)
                     self.check()  # nothing more may come, if that was the last there was room for
             if isinstance(iterator, AsyncGenerator):
-                await iterator.aclose()  # nobody will ask it again, so its `finally` is due
+                await iterator.aclose()  # it is not asked again, so its `finally` is due
         except StopAsyncIteration:
             self._end_source(None)
         except asyncio.CancelledError:
@@ -234,7 +249,7 @@ class _Run:
                 self._end_source(BatcherClosed(_CLOSED))
                 raise
             if isinstance(iterator, AsyncGenerator):
-                with contextlib.suppress(Exception):  # nobody is left to be told
+                with contextlib.suppress(Exception):  # the consumer is gone
                     await iterator.aclose()
         except Exception as error:  # noqa: BLE001 the user's own; raised once, after the results of what was taken
             self._end_source(error)
@@ -243,12 +258,12 @@ class _Run:
             self.check()
 
     def _note_room(self) -> None:
-        """Others have left a full batcher: a plain iterator can be asked for more."""
+        """Note that others have left a full batcher: a plain iterator can be asked for more."""
         if self._sync is not None and not self._exhausted and self._has_room:
             self._wake.set()
 
     def _note_activity(self) -> None:
-        """The source is being asked: it is not silent for the next `patience` seconds."""
+        """Note that the source is being asked: it is not silent for the next `patience` seconds."""
         self._silent = False
         if self._silence is not None:
             self._silence.cancel()
@@ -259,82 +274,104 @@ class _Run:
         self.check()
 
     def _queue(self, request: Request) -> None:
-        """Queue *request* in the place it has; the error of a bad one is its result, and its place goes to the next."""
+        """Queue *request*, for which a place is occupied; the error of a bad one is its result."""
         index, self._taken = self._taken, self._taken + 1
         try:
             prepared = self._prepare(request)
         except Exception as error:  # noqa: BLE001 misuse raises whatever it makes go wrong, and is this item's alone
             self._add(Result(index, request.id, None, error), None)
-            self._engine.admission.decline()
+            self._admission.release()
             return
         if prepared.looking is None:
             self._enter(index, request, prepared)
             return
-        # It holds its place while it is looked up: by then others may have taken what was free.
-        self._engine.admission.taken += 1
         self._looking += 1
         found = functools.partial(self._looked_up, index, request, prepared)
         prepared.looking.add_done_callback(found, context=self._context)
 
+    def _prepare(self, request: Request) -> _Prepared:
+        """Check the options of *request*, and begin to look it up in the cache.
+
+        Raises:
+            ConfigError: An option is wrong.
+        """
+        options = self._intake.read_options(
+            request.output_type,
+            request.model,
+            request.max_tokens,
+            request.temperature,
+            request.params,
+            request.headers,
+            request.tenant,
+            request.priority,
+        )
+        at_least(0, timeout=request.timeout, ttl=request.ttl)
+        shared = request.use_cache and (self._intake.shares or options.cold)
+        cache, key = self._cache, None
+        if cache is not None and request.use_cache:
+            check_messages(request.messages)
+            key = cache.key(request.messages, options)
+        caller = CallerOptions(request.timeout, shared, key, request.ttl)
+        if cache is None or key is None:
+            return _Prepared(options, caller)
+        read = functools.partial(cache.read, key, options=options, created=self._loop.time())
+        return _Prepared(options, caller, cache.look_up(key, bulk=True), read)
+
     def _looked_up(
-        self, index: int, request: Request, prepared: Prepared, looking: asyncio.Future[bytes | None]
+        self, index: int, request: Request, prepared: _Prepared, looking: asyncio.Future[bytes | None]
     ) -> None:
-        """The cache has been asked: hand out what it has, or ask the model."""
+        """Hand out the answer that the cache has, or ask the model."""
         self._looking -= 1
-        admission = self._engine.admission
-        failed = looking.exception() is not None
-        if self._left or failed or prepared.read is None:
-            admission.leave(1)
-            if not self._left:
-                self._add(Result(index, request.id, None, ShutDown(_CLOSED)), None)
-            return
         result: Result[Any] | None = None
-        try:
-            reply = prepared.read(looking.result())
-        except Exception as error:  # noqa: BLE001 see `_queue`
-            result = Result(index, request.id, None, error)
+        if looking.exception() is not None or self._left or prepared.read is None:
+            result = Result(index, request.id, None, ShutDown(_CLOSED))
         else:
-            if reply is not None:
-                result = Result(index, request.id, reply)
-            elif self._engine.closing:
-                result = Result(index, request.id, None, ShutDown(_CLOSED))
+            try:
+                reply = prepared.read(looking.result())
+            except Exception as error:  # noqa: BLE001 see `_queue`
+                result = Result(index, request.id, None, error)
+            else:
+                if reply is not None:
+                    result = Result(index, request.id, reply)
+                elif self._engine.closing:
+                    result = Result(index, request.id, None, ShutDown(_CLOSED))
         if result is None:
-            admission.enter()
             self._enter(index, request, prepared)
         else:
-            admission.leave(1)
+            self._admission.release()
             self._add(result, None)
         self.check()
 
-    def _enter(self, index: int, request: Request, prepared: Prepared) -> None:
+    def _enter(self, index: int, request: Request, prepared: _Prepared) -> None:
         """Queue *request*; if it cannot be sent, the error is its result."""
         try:
-            handle = self._accept(request, prepared, self._note_taken)
+            ticket, waiter = self._intake.accept(request.messages, prepared.options, prepared.caller, self._note_taken)
         except Exception as error:  # noqa: BLE001 see `_queue`
             self._add(Result(index, request.id, None, error), None)
             return
-        if handle.queue is not None:
-            self._unsent[handle] = None
-        self._open[handle] = future = handle.future
-        future.add_done_callback(functools.partial(self._done, handle, index, request.id), context=self._context)
+        if ticket.queue is not None:
+            self._unsent[waiter] = ticket
+        self._open[waiter] = ticket
+        done = functools.partial(self._done, waiter, index, request.id)
+        waiter.future.add_done_callback(done, context=self._context)
 
-    def _note_taken(self, handle: Handle) -> None:
-        self._unsent.pop(handle, None)
+    def _note_taken(self, waiter: Waiter) -> None:
+        self._unsent.pop(waiter, None)
 
     # --- results
 
-    def _done(self, handle: Handle, index: int, name: str | None, future: asyncio.Future[Any]) -> None:
-        self._open.pop(handle, None)
-        self._unsent.pop(handle, None)  # if it has left a flight that goes on
+    def _done(self, waiter: Waiter, index: int, name: str | None, future: asyncio.Future[Any]) -> None:
+        ticket = self._open.pop(waiter, None)
+        self._unsent.pop(waiter, None)  # if it has left a ticket that goes on
         if future.cancelled():
             return  # the consumer has left
         error = future.exception()
         if error is None:
-            self._add(Result(index, name, future.result()), handle)
+            self._add(Result(index, name, future.result()), None if ticket is None else (ticket, waiter))
         elif isinstance(error, Exception):
             self._add(Result(index, name, None, error), None)
 
-    def _add(self, result: Result[Any], answered: Handle | None) -> None:
+    def _add(self, result: Result[Any], answered: Answered | None) -> None:
         if not self._ordered:
             self._results.append((result, answered))
         else:
@@ -371,23 +408,25 @@ class _Run:
         in_flight = len(self._open) > len(self._unsent)
         if may_come or in_flight or self._looking:
             return
-        lanes = dict.fromkeys(handle.queue for handle in self._unsent)
-        if not any(lane.due for lane in lanes):
-            self._engine.flush(FlushReason.DRAIN, [lane for lane in lanes if isinstance(lane, Lane)])
+        queues = [*dict.fromkeys(queue for ticket in self._unsent.values() if (queue := ticket.queue) is not None)]
+        if not any(queue.due for queue in queues):
+            for queue in queues:
+                queue.flush(FlushReason.DRAIN)
 
     def leave(self) -> None:
-        """The consumer is gone: cancel what is pending."""
+        """Cancel what is pending, because the consumer is gone."""
         self._left = True
         self._engine.scheduler.unwatch(self.check)
-        self._engine.admission.watchers.pop(self._note_room, None)
+        self._admission.watchers.pop(self._note_room, None)
         if self._silence is not None:
             self._silence.cancel()
-        for handle, future in list(self._open.items()):
-            future.cancel()  # in vain if it has just been answered
-            self._engine.leave(handle)
+        settlement = self._engine.settlement
+        for waiter, ticket in list(self._open.items()):
+            waiter.future.cancel()  # in vain if it has just been answered
+            settlement.leave(ticket, waiter)
         for _, answered in [*self._results, *self._early.values()]:
-            if answered is not None:  # nobody will ever have this answer
-                self._engine.leave(answered)
+            if answered is not None:  # this answer will never be fetched
+                settlement.leave(*answered)
         if self._feeder is not None and not self._feeder.done():
             self._feeder.cancel()
         self._feeder_room.set()

@@ -27,7 +27,7 @@ USAGE_PATIENCE = 2.0
 
 # For `map`, which takes no step of Python's own for each request of a batch.
 _line_of = attrgetter("line")
-_decoder_of = attrgetter("answer.decode")
+_decoder_of = attrgetter("first.answer.decode")
 
 
 class CallState:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from microbatch.batching.batch_limits import estimate, output_reserve
 from microbatch.batching.call_state import Batch, CallState
-from microbatch.batching.events import called, settled
+from microbatch.batching.events import called
 from microbatch.batching.ticket import AloneReason
+from microbatch.containment import contained
 from microbatch.errors import ConfigError, RequestFailed, StatusError, TransportError
 from microbatch.messages import Reply, T, Usage
 from microbatch.prompt.canary import CANARY_ANSWER_TOKENS, canary_line, draw_word
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from microbatch.batching.estimates import Estimates
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.permits import Permit
+    from microbatch.batching.single_flight import Settlement
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route
     from microbatch.prompt.demultiplexer import Answer
@@ -71,7 +73,7 @@ class Dispatcher:
         count: Counts a text's tokens.
         price: What prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
-        settled: Told how many tickets have just been answered here.
+        settlement: Answers the callers.
         draw: Where id endings come from.
         now: The clock, in seconds.
         early: Whether callers are answered while the reply still streams.
@@ -92,7 +94,7 @@ class Dispatcher:
         count: Callable[[str], int],
         price: Pricing,
         default_model: str | None,
-        settled: Callable[[int], None],
+        settlement: Settlement,
         draw: Callable[[int], Sequence[str]],
         now: Callable[[], float],
         early: bool,
@@ -109,7 +111,7 @@ class Dispatcher:
         self._count = count
         self._price = price
         self._default_model = default_model
-        self._settled = settled
+        self._settlement = settlement
         self._draw = draw
         self._now = now
         self._early = early
@@ -285,7 +287,7 @@ class Dispatcher:
         """Put into the cache what a call has answered, if it ended as it should."""
         if self._keep is None or completion is None or completion.finish_reason != "stop":
             return
-        kept = [pair for pair in answered if pair[0].terms.key is not None and pair[0].reply is not None]
+        kept = [pair for pair in answered if pair[0].caller.key is not None and pair[0].reply is not None]
         if kept:
             await self._keep(kept)
 
@@ -293,16 +295,13 @@ class Dispatcher:
         """Hand out what has been found while the rest of the reply is still on its way; called by the loop."""
         if not batch.answers:
             return  # the reply has ended since
-        try:
+        with contained() as handing_out:
             self._hand_out(batch)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as bug:  # noqa: BLE001 it is the batch's; a Rust panic is no Exception
-            batch.bug = bug
+        if handing_out.error is not None:
+            batch.bug = handing_out.error
             batch.call_state.stop()
-        else:
-            if not batch.call_state.waiting and batch.call.stream:
-                batch.call_state.linger()
+        elif not batch.call_state.waiting and batch.call.stream:
+            batch.call_state.linger()
 
     def _hand_out(self, batch: Batch, call_cost: CallCost | None = None) -> None:
         """Hand the answers found to their callers, with their shares of *bill* if the call is over."""
@@ -333,10 +332,10 @@ class Dispatcher:
             permit: What pays the call.
             history: What is known of its lane, if a combined call has left it open; else None.
         """
-        if ticket.future.done():
+        if ticket.done:
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, history)
-        if may_differ(error, after_combined=history is not None) and not ticket.future.done():
+        if may_differ(error, after_combined=history is not None) and not ticket.done:
             permit.finish()  # or the other call might wait for this one to make way
             other = permit.account.permit(permit.tokens, permit.rank)
             try:
@@ -452,7 +451,7 @@ class Dispatcher:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
         latest = 0.0
         for ticket in tickets:
-            deadline = ticket.deadline if ticket.flight is None else ticket.flight.deadline
+            deadline = ticket.deadline
             if deadline is None:
                 return None
             latest = max(latest, deadline.at)
@@ -488,11 +487,9 @@ class Dispatcher:
         if call_cost is not None:
             shares, price, final = call_cost.shares, call_cost.price, call_cost.completion
             model, finish_reason, request_id = final.model or model, final.finish_reason, final.request_id
-        tell = self._listeners.settle
         for index, (output, text) in answers:
             ticket, length = tickets[index], sizes[index]
-            future = ticket.future
-            if future.done() or (limit is not None and length > limit and self._longer_than(text, limit)):
+            if ticket.done or (limit is not None and length > limit and self._longer_than(text, limit)):
                 continue
             if shares is not None and ticket.past is None:
                 usage = shares[index]
@@ -502,9 +499,9 @@ class Dispatcher:
                 usage = Usage((shared + len(ticket.line)) // 4, length // 4 + 1, 0, True)
                 if ticket.past is not None and ticket.past.usage is not None:
                     usage = ticket.past.usage + usage
-            created = ticket.created
+            created = ticket.first.created
             # By position, in the order of the fields: this is on every answer's path.
-            ticket.reply = reply = Reply(
+            reply: Reply[Any] = Reply(
                 output,
                 text,
                 route,
@@ -519,17 +516,10 @@ class Dispatcher:
                 body,
                 wait,
             )
-            future.set_result(reply)
-            if ticket.deadline is not None:
-                ticket.deadline.cancel()
-            if ticket.file is not None:
-                ticket.file.drop(ticket)
-            if tell is not None and ticket.flight is None:
-                tell(settled(spec, created, ticket.origin, now, reply=reply))
-            answered += 1
+            answered += self._settlement.answer(ticket, reply)
         if call_cost is not None:
             call_cost.settled = answered - estimated
-        self._settled(answered)
+        self._settlement.answered(answered)
         return answered
 
 

@@ -155,7 +155,7 @@ class _Recovery:
 
     async def _ask(self, group: list[Ticket], cut: RequestFailed | ConfigError | None, instead: bool) -> None:
         async with self._at_once:
-            group = [ticket for ticket in group if not ticket.future.done()]
+            group = [ticket for ticket in group if not ticket.done]
             if not group:
                 return
             if cut is not None and not self._account.budget.draw():
@@ -177,7 +177,7 @@ class _Recovery:
                         for ticket in group:
                             self._fail(ticket, refusal)
                         return
-                outcome = await self._send([ticket for ticket in group if not ticket.future.done()], permit, instead)
+                outcome = await self._send([ticket for ticket in group if not ticket.done], permit, instead)
             finally:
                 permit.finish()
         if outcome is not None:

@@ -1,10 +1,11 @@
-"""What the batching rooms ask of those who keep limits: a permit for each call. See `microbatch.transports.accounts`."""
+"""The protocols of those who keep limits: a permit for each call. Implemented in `microbatch.transports.accounts`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Mapping
 
     from microbatch.errors import RequestFailed
@@ -14,7 +15,7 @@ class Budget(Protocol):
     """Retries that calls may draw on together."""
 
     def draw(self) -> bool:
-        """Take a retry, if there is one left."""
+        """Take a retry if there is one left."""
         ...
 
 
@@ -22,7 +23,6 @@ class Permit(Protocol):
     """Leave for one call to be sent, attempt by attempt.
 
     Attributes:
-        account: The account whose limits count.
         tokens: Tokens that each attempt is charged.
         rank: The priority of the requests that the call carries.
         combined: Whether the call carries several requests.
@@ -44,7 +44,7 @@ class Permit(Protocol):
 
     @property
     def account(self) -> Account:
-        """See above."""
+        """The account whose limits count."""
         ...
 
     def pay(self) -> bool:
@@ -68,7 +68,7 @@ class Permit(Protocol):
         ...
 
     def used(self) -> None:
-        """Note that the attempt was made by a borrower of the slot, and that its outcome is not known."""
+        """Note that the attempt was made by the holder of a lease, and that its outcome is not known."""
         ...
 
 
@@ -80,7 +80,7 @@ class Account(Protocol):
         has_worked: Whether a call was answered under its key.
         on_wire: Attempts under way, each of which holds a slot.
         begun: Calls begun and not finished, back-off included.
-        backing_off: Those of them that wait after a failure that time may heal.
+        backing_off: Those of them that wait after a transient failure.
     """
 
     max_tokens: int | None
@@ -100,7 +100,7 @@ class Account(Protocol):
 
 
 class Slots(Protocol):
-    """The scheduler, as accounts know it."""
+    """The scheduler as accounts know it; see `microbatch.batching.scheduler.Scheduler`."""
 
     def ready(self, account: Account) -> None:
         """Note that *account* refused a permit and may have one now."""
@@ -120,12 +120,27 @@ class Slots(Protocol):
 
 
 class Accounts(Protocol):
-    """The accounts."""
-
-    def serve(self, slots: Slots) -> None:
-        """Make *slots* the scheduler of all accounts."""
-        ...
+    """All accounts of a batcher."""
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:
         """Return the account of calls to *model* with *headers*."""
         ...
+
+
+class SlotLease:
+    """A slot and a permit for code outside, which makes one attempt of its own.
+
+    Attributes:
+        cost: Tokens that the permit is charged.
+        granted: Done when the slot is granted; fails if it never will be.
+        returned: Set by the holder in the end.
+        used: Whether the holder sent something.
+    """
+
+    __slots__ = ("cost", "granted", "returned", "used")
+
+    def __init__(self, cost: int, granted: asyncio.Future[None], returned: asyncio.Event) -> None:
+        self.cost = cost
+        self.granted = granted
+        self.returned = returned
+        self.used = False

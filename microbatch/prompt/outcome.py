@@ -157,7 +157,7 @@ def unanswered_of(
     """
     faults = {index: (fault, raw) for index, fault, raw in demultiplexer.faults()}
     for index, ticket in enumerate(tickets):
-        if ticket.future.done():
+        if ticket.done:
             continue
         fault, raw = faults.get(index, ("overlong" if trusted else "distrusted", ""))
         error: ReplyError

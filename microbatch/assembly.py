@@ -1,0 +1,372 @@
+"""Builds the parts of a batcher from its settings, in dependency order, and runs them in a task of their own.
+
+From the outside in: cache (`caching.answer_cache`) -> intake and single flight (`batching.intake`) -> lanes, scheduler and engine
+(`batching.engine`) -> calls and fallback (`batching.dispatch`, `batching.fallback`) -> attempts (`transports.retry`) -> the transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from microbatch.accounting.events import Listeners
+from microbatch.accounting.prices import PriceBook
+from microbatch.accounting.stats import Ledger, Stats
+from microbatch.accounting.tokens import TokenCounter
+from microbatch.batching.admission import AdmissionQueue
+from microbatch.batching.attribution import UsageAttribution
+from microbatch.batching.batch_limits import BatchLimits
+from microbatch.batching.bounds import Bounds
+from microbatch.batching.dependencies import Dependencies
+from microbatch.batching.dispatch import Dispatcher
+from microbatch.batching.economics import UNKNOWN_RATIO
+from microbatch.batching.engine import CLOSED_EARLY, Engine, Work
+from microbatch.batching.estimates import Estimates
+from microbatch.batching.fallback import Fallback
+from microbatch.batching.intake import Intake
+from microbatch.batching.lane_table import LaneTable
+from microbatch.batching.scheduler import Scheduler
+from microbatch.batching.single_flight import InFlight, Settlement
+from microbatch.batching.single_queue import SingleQueues
+from microbatch.caching.answer_cache import AnswerCache
+from microbatch.errors import BatcherClosed, ConfigError
+from microbatch.protocols import Cache, Transport
+from microbatch.resources import give_back, lease
+from microbatch.spool.records import Spool
+from microbatch.spool.spool_client import SpoolFront
+from microbatch.transports.accounts import Accounts
+from microbatch.transports.retry import Sender
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from microbatch.accounting.prices import Price
+    from microbatch.messages import Usage
+    from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+    from microbatch.resources import Resource
+    from microbatch.transports.rate_limit import RateLimit
+
+logger = logging.getLogger("microbatch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `Microbatcher`, which documents them."""
+
+    transport: Transport
+    policy: FlushPolicy
+    retry: RetryPolicy
+    fallback: FallbackPolicy
+    rate_limit: RateLimit | None
+    cache: Cache | None
+    spool: Spool | None
+    normalize: Callable[[str], str] | None
+    prices: Mapping[str, Price] | Callable[[str], Price | None] | None
+    tokens: Callable[[str], int] | Literal["bytes"] | None
+    hooks: Sequence[object]
+    draw_ids: Callable[[int], Sequence[str]]
+
+    def __post_init__(self) -> None:
+        """Check what has no check of its own.
+
+        Raises:
+            ConfigError: The transport, the cache or the spool lacks a method.
+        """
+        if not isinstance(self.transport, Transport):
+            raise ConfigError(f"transport must have send() and aclose(), got {type(self.transport).__name__}")
+        if self.cache is not None and not isinstance(self.cache, Cache):
+            raise ConfigError(f"cache must have get_many(), set_many() and aclose(), got {type(self.cache).__name__}")
+        if self.spool is not None and not isinstance(self.spool, Spool):
+            raise ConfigError(f"spool must have the methods of Spool, got {type(self.spool).__name__}")
+
+    @property
+    def model(self) -> str | None:
+        """The transport's model; None if it has none."""
+        model: str | None = getattr(self.transport, "model", None)
+        return model
+
+
+class Assembly:
+    """The parts of one batcher.
+
+    Args:
+        settings: How it was set up.
+
+    Attributes:
+        settings: As given.
+        transport: The way to the model.
+        given: What the parts share.
+        ledger: The counters.
+        tokens: Counts tokens.
+        accounts: The accounts of endpoints, models and keys.
+        sender: Makes the attempts of a call.
+        cache: The cache of answers, or None.
+        spool: The spool, or None.
+        scheduler: The slots.
+        admission: The places for accepted requests.
+        in_flight: Requests that others may join.
+        settlement: Ends requests.
+        lanes: The open lanes.
+        fallback: Asks again for what combined calls left open.
+        intake: Takes requests in.
+        engine: Has them answered.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        policy = settings.policy
+        self.transport = settings.transport
+        self.tokens = TokenCounter(settings.tokens, settings.model)
+        self.ledger = Ledger()
+        self.prices = PriceBook(settings.prices)
+        self.accounts = Accounts(settings.transport, settings.retry, settings.rate_limit)
+        self.sender = Sender(settings.transport, settings.retry)
+        self.given = given = Dependencies(
+            policy=policy,
+            fallback=settings.fallback,
+            model=settings.model,
+            ledger=self.ledger,
+            listeners=Listeners(settings.hooks),
+            accounts=self.accounts,
+            count=self.tokens.count,
+            upper=self.tokens.upper if callable(settings.tokens) else None,
+            price=self._price,
+            ratio=self._ratio,
+            now=_loop_time,
+        )
+        self.cache = None if settings.cache is None else self._make_cache(settings.cache)
+        self.spool = None if settings.spool is None else SpoolFront(settings.spool)
+        self.scheduler: Scheduler[Work] = Scheduler(policy.max_concurrent_batches)
+        self.accounts.serve(self.scheduler)
+        self.admission = AdmissionQueue(
+            policy.max_queued,
+            policy.when_full,
+            bypass=policy.max_concurrent_batches,
+            slot_free=lambda: not self.scheduler.full,
+        )
+        self.in_flight = InFlight()
+        self.settlement = Settlement(given.ledger, self.admission, given.listeners, given.now)
+        bounds = Bounds(given.model, canary=given.fallback.canary)
+        limits = BatchLimits(policy, given.count, bounds, canary=given.fallback.canary)
+        estimates = Estimates(limits, given.count, bounds)
+        enqueue = self.scheduler.enqueue
+        self.lanes = LaneTable(given, limits, estimates, self.in_flight.index_of, enqueue)
+        self.singles = SingleQueues(enqueue)
+        dispatcher = self._make_dispatcher(estimates, bounds)
+        self.fallback = Fallback(dispatcher, estimates, given.fallback, self.settlement.fail)
+        self.intake = Intake(
+            given,
+            admission=self.admission,
+            lanes=self.lanes,
+            singles=self.singles,
+            in_flight=self.in_flight,
+            estimates=estimates,
+            settlement=self.settlement,
+            shares=policy.share or settings.cache is not None,
+        )
+        self.engine = Engine(
+            given,
+            admission=self.admission,
+            scheduler=self.scheduler,
+            lanes=self.lanes,
+            singles=self.singles,
+            settlement=self.settlement,
+            dispatcher=dispatcher,
+            fallback=self.fallback,
+        )
+
+    def _make_cache(self, cache: Cache) -> AnswerCache:
+        return AnswerCache(
+            cache,
+            ledger=self.ledger,
+            price=self._price,
+            listeners=self.given.listeners,
+            endpoint=getattr(self.transport, "base_url", ""),
+            model=self.settings.model,
+            normalize=self.settings.normalize,
+        )
+
+    def _make_dispatcher(self, estimates: Estimates, bounds: Bounds) -> Dispatcher:
+        given = self.given
+        return Dispatcher(
+            send=self.sender.send,
+            ledger=given.ledger,
+            attribution=UsageAttribution(given.ledger, estimates, given.count, self.tokens.exact_for, given.price),
+            estimates=estimates,
+            bounds=bounds,
+            keep=None if self.cache is None else self.cache.keep,
+            listeners=given.listeners,
+            count=given.count,
+            price=given.price,
+            default_model=given.model,
+            settlement=self.settlement,
+            draw=self.settings.draw_ids,
+            now=given.now,
+            early=given.fallback.early,
+            canary=given.fallback.canary,
+            keep_thoughts=getattr(self.transport, "thoughts", "strip") == "keep",
+        )
+
+    def _price(self, model: str | None) -> Callable[[Usage], float] | None:
+        """Return what prices the usage of *model*; None if its price is unknown."""
+        price = self.prices.for_model(model)
+        return None if price is None else price.cost
+
+    def _ratio(self, model: str | None) -> float:
+        """Return the price of a generated token of *model* in prompt tokens."""
+        price = self.prices.for_model(model or self.settings.model)
+        return UNKNOWN_RATIO if price is None or not price.input else price.output / price.input
+
+    def stats(self) -> Stats:
+        """Return the figures so far."""
+        ledger = self.ledger
+        ledger.retries = self.sender.repeats
+        ledger.retries_denied = self.sender.unpaid + self.fallback.unpaid
+        ledger.rate_limited = self.sender.rate_limited
+        if self.cache is not None:
+            ledger.cache_bypassed = self.cache.bypassed
+            ledger.cache_evictions = self.cache.evictions
+        spooled = None if self.spool is None else self.spool.look()
+        return ledger.snapshot(
+            queued=self.admission.occupied,
+            in_flight=self.scheduler.in_use,
+            spool_depth=None if spooled is None else spooled.depth,
+            spool_dead=None if spooled is None else spooled.dead,
+            spool_oldest=None if spooled is None else spooled.oldest,
+        )
+
+
+class Host:
+    """Opens the parts, runs the engine and closes the parts, all in one task.
+
+    The scope of a task group has to be entered and left by one task, while opening and closing a batcher may be done by two, as test
+    fixtures do.
+
+    Args:
+        parts: The parts.
+
+    Attributes:
+        loop: The event loop; None before `open`.
+    """
+
+    def __init__(self, parts: Assembly) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._parts = parts
+        self._engine = parts.engine
+        settings = parts.settings
+        used = (settings.transport, settings.cache, settings.spool)
+        self._resources: list[Resource] = [each for each in used if each is not None]
+        self._task: asyncio.Task[None] | None = None
+        self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed
+
+    async def open(self) -> None:
+        """Start. If it fails or is cancelled, everything is closed again, and it may be called once more.
+
+        Raises:
+            BatcherClosed: It was opened before, or closed while it was opening.
+            ConfigError: The transport, the cache or the spool cannot be used.
+        """
+        if self._undone is not None and not self._undone.done():
+            await asyncio.wait([self._undone])
+        if self._task is not None:
+            raise BatcherClosed("a Microbatcher is opened once; make a new one")
+        self.loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = self.loop.create_future()
+        task = self._task = self.loop.create_task(self._run(ready), name="microbatch", context=contextvars.Context())
+        task.add_done_callback(lambda _: _end(ready))
+        try:
+            await ready
+            self._engine.admit()
+        except BaseException:
+            if not self._engine.closing:
+                self.loop = self._task = None
+                self._undone = task
+            task.cancel()
+            await asyncio.wait([task])
+            _end(ready)
+            raise
+
+    async def close(self, grace: float | None) -> None:
+        """Close, with *grace* seconds for what is under way; return when all is closed."""
+        if self._task is None:
+            return
+        self.check_loop()
+        if self._engine.accepting_loop is None and not self._engine.closing:
+            self._task.cancel()  # it is still opening
+        self._engine.close(grace)
+        await asyncio.wait([self._task])
+
+    def check_loop(self) -> None:
+        """Check that the batcher belongs to the running event loop.
+
+        Raises:
+            BatcherClosed: It does not, or is not open yet.
+        """
+        if self.loop is None:
+            raise BatcherClosed("the batcher is not open yet: use `async with`, or await open() first")
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not self.loop:
+            raise BatcherClosed("the batcher belongs to another event loop; make one for each loop")
+
+    def check_open(self) -> None:
+        """Check that requests are accepted in the running event loop.
+
+        Raises:
+            BatcherClosed: They are not.
+        """
+        self.check_loop()
+        if self._engine.closing:
+            raise BatcherClosed("the batcher is closed")
+        if self._engine.accepting_loop is None:
+            raise BatcherClosed("the batcher is not open yet: await open() first")
+
+    async def _run(self, ready: asyncio.Future[None]) -> None:
+        try:
+            await self._parts.tokens.open()
+            if self._parts.prices.load is not None:
+                await asyncio.to_thread(self._parts.prices.load)
+            await lease(self._resources)
+            try:
+                await self._serve(ready)
+            finally:
+                self._parts.accounts.close()
+                await give_back(self._resources)
+        except Exception as error:
+            if ready.done():
+                logger.exception("a transport, cache or spool could not be opened or closed")
+            else:
+                ready.set_exception(error)
+
+    async def _serve(self, ready: asyncio.Future[None]) -> None:
+        def begin() -> None:
+            for part in (self._parts.cache, self._parts.spool):
+                for service in part.services if part is not None else ():
+                    self._engine.start_feeder(service)
+            if not ready.done():
+                ready.set_result(None)
+
+        if self._parts.cache is not None:
+            await self._parts.cache.open()
+        try:
+            await self._engine.serve(begin)
+        except Exception:
+            # This task is not awaited. Its requests have ended with the error; the log has to show it as well.
+            logger.exception("the batcher has ended because of a bug in microbatch")
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _end(opening: asyncio.Future[None]) -> None:
+    """See that *opening* ends, and that asyncio does not complain if its caller is cancelled before it learns of an error."""
+    if not opening.done():
+        opening.set_exception(BatcherClosed(CLOSED_EARLY))
+    if not opening.cancelled():
+        opening.exception()
