@@ -128,7 +128,7 @@ class AdmissionQueue:
         Raises:
             Overloaded: No place is free, and the policy is not to wait.
         """
-        if self.must_wait(rank):
+        if (self.waiting or self.occupied >= self._sizes[rank]) and self.must_wait(rank):
             if self._when_full == "wait":
                 return self.reserve(rank, tenant, caller)
             if self.occupied >= self.size + self._bypass or not self._slot_free():

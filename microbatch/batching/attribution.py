@@ -118,7 +118,8 @@ class UsageAttribution:
             alone = self._pay(batch, call_cost, each=each or any(ticket.waiters for ticket in tickets))
             self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
         for ticket in tickets:
-            finish_cost(ticket, self._ledger)
+            if ticket.waiters is not None or ticket.past is not None:
+                finish_cost(ticket, self._ledger)
         return alone
 
     def divide_alone(

@@ -489,7 +489,7 @@ class Dispatcher:
             model, finish_reason, request_id = final.model or model, final.finish_reason, final.request_id
         for index, (output, text) in answers:
             ticket, length = tickets[index], sizes[index]
-            if ticket.done or (limit is not None and length > limit and self._longer_than(text, limit)):
+            if limit is not None and length > limit and self._longer_than(text, limit):
                 continue
             if shares is not None and ticket.past is None:
                 usage = shares[index]

@@ -271,7 +271,7 @@ class Engine:
         finally:
             work.permit.finish()
             for ticket in work.tickets:
-                if not ticket.done:
+                if ticket.reply is None:
                     self.settlement.fail(ticket, error or RequestFailed(_UNSETTLED))
             if work.lane is not None:
                 with contained() as ending:

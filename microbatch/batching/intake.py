@@ -125,7 +125,11 @@ class Intake:
             waiter = Waiter(loop.create_future(), options.answer, now, on_taken)
             if caller.timeout is not None:
                 waiter.deadline = caller.deadline(now)
-            lane, text = self._lane_of(messages, options)
+            lane, text = self._lanes.latest, None
+            if lane is not None and (options is lane.options or lane.serves(options)):
+                text = own_text(messages, lane.spec.plain)
+            if text is None:
+                lane, text = self._read(messages, options)
             if lane is None or text is None:
                 ticket = self._accept_alone(messages, options, caller, waiter)
             else:
@@ -141,13 +145,8 @@ class Intake:
             raise
         return ticket, waiter
 
-    def _lane_of(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:
+    def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:
         """Return the lane of *messages* and their own text; None and None if they go alone."""
-        lane = self._lanes.latest
-        if lane is not None and (options is lane.options or lane.serves(options)):
-            text = own_text(messages, lane.spec.plain)
-            if text is not None:
-                return lane, text
         read = read_messages(messages, options) if options.combinable else None
         if read is None:
             return None, None
@@ -173,20 +172,21 @@ class Intake:
                 return equal
         counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
         ticket = Ticket(lane.spec, waiter, line, counted, patience, caller, bulk, index)
-        self._queue(ticket, lane, bypass=bypass)
+        if bypass or len(line) > lane.fast_path_max_bytes:
+            self._inspect_and_queue(ticket, lane, bypass=bypass)
+        elif lane.add(ticket) and not lane.queued:
+            self._lanes.joined(lane)
         if index is not None:
             index[name] = ticket
         return ticket
 
-    def _queue(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
+    def _inspect_and_queue(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
         """Queue *ticket* in *lane*, or alone if it is better off so."""
-        if bypass or len(ticket.line) > lane.fast_path_max_bytes:
-            alone = self._why_alone(ticket, lane, bypass=bypass)
-            if alone is not None:
-                self._singles.add(ticket, alone, lane.account)
-                self._lanes.drop_if_abandoned(lane)
-                return
-        if lane.add(ticket) and not lane.queued:
+        alone = self._why_alone(ticket, lane, bypass=bypass)
+        if alone is not None:
+            self._singles.add(ticket, alone, lane.account)
+            self._lanes.drop_if_abandoned(lane)
+        elif lane.add(ticket) and not lane.queued:
             self._lanes.joined(lane)
 
     def _why_alone(self, ticket: Ticket, lane: Lane, *, bypass: bool) -> AloneReason | None:
@@ -284,7 +284,7 @@ class Intake:
                 account = self._accounts.of(spec.model, spec.headers)
                 self._singles.add(ticket, AloneReason.NOT_COMBINABLE, account)
             else:
-                self._queue(ticket, lane)
+                self._inspect_and_queue(ticket, lane)
         elif ticket.queue is not None:
             ticket.queue.hasten(ticket, due_at, bulk=bulk)
         ticket.join(waiter)

@@ -299,7 +299,9 @@ class Lane:
                 left -= 1
                 if not ticket.done:
                     self._awaited -= not ticket.bulk
-                    ticket.taken()
+                    ticket.queue = None
+                    if ticket.bulk or ticket.waiters is not None:
+                        ticket.taken()
                     tickets.append(ticket)
         self.live -= len(tickets)
         self._forget_owed(len(tickets))  # those just cancelled are subtracted when they are discarded

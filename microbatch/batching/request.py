@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
-from typing import TYPE_CHECKING, Any, ParamSpec, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
@@ -46,8 +45,6 @@ ALONE = frozenset({
 })  # fmt: skip
 """Request fields whose meaning is one answer's, so that a request with one of them goes alone. An answer's schema is taken out of
 `response_format` before; what is left there (json_object) counts."""
-
-P = ParamSpec("P")
 
 _PLAIN_FIELDS = 2
 """Those of the usual message: a role and a content."""
@@ -298,22 +295,41 @@ def copy_of(messages: Messages) -> list[dict[str, Any]]:
     return copies
 
 
-def remembering(read: Callable[P, Options]) -> Callable[P, Options]:
-    """Return *read* that knows the arguments of the call before when they come again, as most of a service's do.
+def remembering(read: Callable[..., Options]) -> Callable[..., Options]:
+    """Return *read*, which is `read_options`, with a memory of its latest arguments: most of a service's submits have the same.
 
-    They are told by identity, which costs a tenth of reading them and takes nothing on trust: none of them can change. A mapping
-    can, so arguments with one are always read.
+    They are compared by identity, which costs a tenth of reading them and trusts no `__eq__`. A mapping may change, so arguments
+    with one are always read.
     """
-    latest: tuple[tuple[object, ...], Options] = (), PLAIN
+    # One tuple, as a caller in another thread, who is refused later, comes by here too.
+    latest: tuple[Any, ...] = (str, None, None, None, None, "normal", PLAIN)
 
-    def read_or_know(*given: P.args, **named: P.kwargs) -> Options:
+    def read_or_know(
+        output_type: Any,
+        model: str | None,
+        max_tokens: int | None,
+        temperature: float | None,
+        params: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None,
+        tenant: str | None,
+        priority: Priority,
+    ) -> Options:
         nonlocal latest
-        arguments, known = latest
-        if arguments and not named and all(map(is_, given, arguments)):
-            return known
-        options = read(*given, **named)
-        if not named and not any(isinstance(each, Mapping) for each in given):
-            latest = given, options  # in one step: a caller in another thread, who is refused later, comes by here
+        if params is None and headers is None:
+            type_, model_, max_tokens_, temperature_, tenant_, priority_, known = latest
+            if (
+                output_type is type_
+                and model is model_
+                and max_tokens is max_tokens_
+                and temperature is temperature_
+                and tenant is tenant_
+                and priority is priority_
+            ):
+                options: Options = known
+                return options
+        options = read(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
+        if params is None and headers is None:
+            latest = output_type, model, max_tokens, temperature, tenant, priority, options
         return options
 
     return read_or_know

@@ -78,14 +78,16 @@ class Settlement:
     # --- answers
 
     def answer(self, ticket: Ticket, reply: Reply[Any]) -> bool:
-        """Hand *reply* to the callers of *ticket*, which must not be done.
+        """Hand *reply* to the callers of *ticket* that still wait.
 
         Return whether any of them took it. The caller reports the number of these tickets to `answered`, once for many of them.
         """
-        ticket.unlist()
+        waiter = ticket.first
         if ticket.waiters is not None:
             return self._answer_each(ticket, reply, ticket.waiters)
-        waiter = ticket.first
+        if waiter.future.done():
+            return False
+        ticket.unlist()
         ticket.reply = reply
         waiter.future.set_result(reply)
         if waiter.deadline is not None:
@@ -101,6 +103,9 @@ class Settlement:
 
     def _answer_each(self, ticket: Ticket, reply: Reply[Any], waiters: dict[Waiter, None]) -> bool:
         waiting = [waiter for waiter in waiters if not waiter.future.done()]
+        if not waiting:
+            return False
+        ticket.unlist()
         answered = {waiter: None for waiter in waiting if self._answer_copy(ticket, waiter, reply)}
         self._ledger.failed += len(waiting) - len(answered)
         if not answered:
