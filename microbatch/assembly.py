@@ -69,7 +69,7 @@ class Settings:
     hooks: Sequence[object]
     draw_ids: Callable[[int], Sequence[str]]
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Check what has no check of its own.
 
         Raises:
@@ -82,63 +82,28 @@ class Settings:
         if self.spool is not None and not isinstance(self.spool, Spool):
             raise ConfigError(f"spool must have the methods of Spool, got {type(self.spool).__name__}")
 
-    @property
-    def model(self) -> str | None:
-        """The transport's model; None if it has none."""
-        model: str | None = getattr(self.transport, "model", None)
-        return model
-
 
 class Assembly:
-    """The parts of one batcher.
-
-    Args:
-        settings: How it was set up.
+    """The parts of one batcher; see `Microbatcher` for the arguments.
 
     Attributes:
-        settings: As given.
-        transport: The way to the model.
+        model: The transport's model; None if it has none.
         given: What the parts share.
-        ledger: The counters.
-        tokens: Counts tokens.
-        accounts: The accounts of endpoints, models and keys.
-        sender: Makes the attempts of a call.
-        cache: The cache of answers, or None.
-        spool: The spool, or None.
-        scheduler: The slots.
-        admission: The places for accepted requests.
-        in_flight: Requests that others may join.
-        settlement: Ends requests.
-        lanes: The open lanes.
-        fallback: Asks again for what combined calls left open.
-        intake: Takes requests in.
-        engine: Has them answered.
+
+    Raises:
+        ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.
     """
 
     def __init__(self, settings: Settings) -> None:
+        settings.check()
+        policy, transport = settings.policy, settings.transport
         self.settings = settings
-        policy = settings.policy
-        self.transport = settings.transport
-        self.tokens = TokenCounter(settings.tokens, settings.model)
-        self.ledger = Ledger()
+        self.model: str | None = getattr(transport, "model", None)
+        self.tokens = TokenCounter(settings.tokens, self.model)
         self.prices = PriceBook(settings.prices)
-        self.accounts = Accounts(settings.transport, settings.retry, settings.rate_limit)
-        self.sender = Sender(settings.transport, settings.retry)
-        self.given = given = Dependencies(
-            policy=policy,
-            fallback=settings.fallback,
-            model=settings.model,
-            ledger=self.ledger,
-            listeners=Listeners(settings.hooks),
-            accounts=self.accounts,
-            count=self.tokens.count,
-            upper=self.tokens.upper if callable(settings.tokens) else None,
-            price=self._price,
-            ratio=self._ratio,
-            now=_loop_time,
-        )
-        self.cache = None if settings.cache is None else self._make_cache(settings.cache)
-        self.spool = None if settings.spool is None else SpoolFront(settings.spool)
+        self.ledger = Ledger()
+        self.accounts = Accounts(transport, settings.retry, settings.rate_limit)
+        self.sender = Sender(transport, settings.retry)
         self.scheduler: Scheduler[Work] = Scheduler(policy.max_concurrent_batches)
         self.accounts.serve(self.scheduler)
         self.admission = AdmissionQueue(
@@ -148,35 +113,33 @@ class Assembly:
             slot_free=lambda: not self.scheduler.full,
         )
         self.in_flight = InFlight()
-        self.settlement = Settlement(given.ledger, self.admission, given.listeners, given.now)
-        bounds = Bounds(given.model, canary=given.fallback.canary)
-        limits = BatchLimits(policy, given.count, bounds, canary=given.fallback.canary)
-        estimates = Estimates(limits, given.count, bounds)
-        enqueue = self.scheduler.enqueue
-        self.lanes = LaneTable(given, limits, estimates, self.in_flight.index_of, enqueue)
-        self.singles = SingleQueues(enqueue)
-        dispatcher = self._make_dispatcher(estimates, bounds)
-        self.fallback = Fallback(dispatcher, estimates, given.fallback, self.settlement.fail)
-        self.intake = Intake(
-            given,
-            admission=self.admission,
-            lanes=self.lanes,
-            singles=self.singles,
-            in_flight=self.in_flight,
-            estimates=estimates,
-            settlement=self.settlement,
-            shares=policy.share or settings.cache is not None,
-        )
-        self.engine = Engine(
-            given,
-            admission=self.admission,
+        listeners = Listeners(settings.hooks)
+        self.settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
+        bounds = Bounds(self.model, canary=settings.fallback.canary)
+        limits = BatchLimits(policy, self.tokens.count, bounds, canary=settings.fallback.canary)
+        self.given = given = Dependencies(
+            policy=policy,
+            ledger=self.ledger,
+            listeners=listeners,
+            accounts=self.accounts,
+            count=self.tokens.count,
+            upper=self.tokens.upper if callable(settings.tokens) else None,
+            ratio=self._ratio,
+            now=_loop_time,
+            limits=limits,
+            estimates=Estimates(limits, self.tokens.count, bounds),
             scheduler=self.scheduler,
-            lanes=self.lanes,
-            singles=self.singles,
+            admission=self.admission,
+            in_flight=self.in_flight,
             settlement=self.settlement,
-            dispatcher=dispatcher,
-            fallback=self.fallback,
         )
+        self.cache = None if settings.cache is None else self._make_cache(settings.cache)
+        self.spool = None if settings.spool is None else SpoolFront(settings.spool)
+        lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
+        dispatcher = self._make_dispatcher(bounds)
+        self.fallback = Fallback(dispatcher, given.estimates, settings.fallback, self.settlement.fail)
+        self.intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
+        self.engine = Engine(given, lanes, singles, dispatcher, self.fallback)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -184,40 +147,40 @@ class Assembly:
             ledger=self.ledger,
             price=self._price,
             listeners=self.given.listeners,
-            endpoint=getattr(self.transport, "base_url", ""),
-            model=self.settings.model,
+            endpoint=getattr(self.settings.transport, "base_url", ""),
+            model=self.model,
             normalize=self.settings.normalize,
         )
 
-    def _make_dispatcher(self, estimates: Estimates, bounds: Bounds) -> Dispatcher:
-        given = self.given
+    def _make_dispatcher(self, bounds: Bounds) -> Dispatcher:
+        given, fallback = self.given, self.settings.fallback
         return Dispatcher(
             send=self.sender.send,
             ledger=given.ledger,
-            attribution=UsageAttribution(given.ledger, estimates, given.count, self.tokens.exact_for, given.price),
-            estimates=estimates,
+            attribution=UsageAttribution(
+                given.ledger, given.estimates, given.count, self.tokens.exact_for, self._price
+            ),
+            estimates=given.estimates,
             bounds=bounds,
             keep=None if self.cache is None else self.cache.keep,
             listeners=given.listeners,
             count=given.count,
-            price=given.price,
-            default_model=given.model,
-            settlement=self.settlement,
+            price=self._price,
+            default_model=self.model,
+            settlement=given.settlement,
             draw=self.settings.draw_ids,
             now=given.now,
-            early=given.fallback.early,
-            canary=given.fallback.canary,
-            keep_thoughts=getattr(self.transport, "thoughts", "strip") == "keep",
+            early=fallback.early,
+            canary=fallback.canary,
+            keep_thoughts=getattr(self.settings.transport, "thoughts", "strip") == "keep",
         )
 
     def _price(self, model: str | None) -> Callable[[Usage], float] | None:
-        """Return what prices the usage of *model*; None if its price is unknown."""
         price = self.prices.for_model(model)
         return None if price is None else price.cost
 
     def _ratio(self, model: str | None) -> float:
-        """Return the price of a generated token of *model* in prompt tokens."""
-        price = self.prices.for_model(model or self.settings.model)
+        price = self.prices.for_model(model or self.model)
         return UNKNOWN_RATIO if price is None or not price.input else price.output / price.input
 
     def stats(self) -> Stats:

@@ -369,7 +369,7 @@ class Microbatcher:
         payload = Payload.of(
             messages,
             output_type=output_type,
-            model=model if model is not None else self._parts.settings.model,
+            model=model if model is not None else self._parts.model,
             max_tokens=max_tokens,
             temperature=temperature,
             params=params,
@@ -473,7 +473,7 @@ class Microbatcher:
             TransportError: The endpoint could not be reached, or the connection broke.
         """
         self._host.check_open()
-        transport, ledger = self._parts.transport, self._parts.ledger
+        transport, ledger = self._parts.settings.transport, self._parts.ledger
         relay = getattr(transport, "forward", None)
         if relay is None:
             raise ConfigError(f"{type(transport).__name__} has no forward(): it cannot relay requests as they are")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
+    from microbatch.batching.admission import AdmissionQueue
+    from microbatch.batching.batch_limits import BatchLimits
+    from microbatch.batching.estimates import Estimates
     from microbatch.batching.permits import Accounts
-    from microbatch.messages import Usage
-    from microbatch.policy import FallbackPolicy, FlushPolicy
+    from microbatch.batching.scheduler import Scheduler
+    from microbatch.batching.single_flight import InFlight, Settlement
+    from microbatch.policy import FlushPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,26 +25,32 @@ class Dependencies:
 
     Attributes:
         policy: When requests leave, and how much may be under way.
-        fallback: What is done about missing and broken answers.
-        model: The transport's model; None if it has none.
         ledger: Counts everything that `Stats` shows.
         listeners: Receive the events.
         accounts: Give the permits.
         count: Returns the number of tokens of a text.
         upper: Bounds the tokens of a text from above; None if its bytes do.
-        price: Returns what prices the usage of a model, or None.
         ratio: Returns the price of a generated token of a model in prompt tokens.
         now: Returns the loop time, in seconds.
+        limits: Bound the batches of each lane.
+        estimates: What calls are charged.
+        scheduler: The slots.
+        admission: The places for accepted requests.
+        in_flight: Requests that others may join.
+        settlement: Ends requests.
     """
 
     policy: FlushPolicy
-    fallback: FallbackPolicy
-    model: str | None
     ledger: Ledger
     listeners: Listeners
     accounts: Accounts
     count: Callable[[str], int]
     upper: Callable[[str], int] | None
-    price: Callable[[str | None], Callable[[Usage], float] | None]
     ratio: Callable[[str | None], float]
     now: Callable[[], float]
+    limits: BatchLimits
+    estimates: Estimates
+    scheduler: Scheduler[Any]
+    admission: AdmissionQueue
+    in_flight: InFlight
+    settlement: Settlement

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -22,7 +23,7 @@ import anyio
 from microbatch.batching.events import flushed
 from microbatch.batching.permits import SlotLease
 from microbatch.batching.single_queue import SlotQueue
-from microbatch.batching.ticket import NORMAL, AloneReason, FlushReason
+from microbatch.batching.ticket import AloneReason, FlushReason
 from microbatch.containment import contained
 from microbatch.errors import BatcherClosed, RequestFailed, ShutDown
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from microbatch.batching.admission import AdmissionQueue
     from microbatch.batching.call_state import Batch
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from microbatch.batching.lane import Lane
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.permits import Account, Permit
-    from microbatch.batching.scheduler import Scheduler
-    from microbatch.batching.single_flight import Settlement
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import Ticket
 
@@ -52,34 +50,19 @@ _NEVER_SENT = "the batcher closed before this request was sent"
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 
+@dataclass(slots=True, eq=False)
 class Work:
-    """What one slot is used for: a composed batch, one ticket alone, or a lease.
+    """What one slot is used for: a composed batch, one ticket alone, or a lease."""
 
-    Attributes:
-        permit: The permit that pays the call.
-        tickets: The requests; none for a lease.
-        lane: The lane that they waited in, or None.
-        batch: The combined call; None for a single one.
-        lease: The lease, or None.
-    """
+    permit: Permit
+    tickets: list[Ticket]
+    lane: Lane | None = None
+    batch: Batch | None = None
+    lease: SlotLease | None = None
 
-    __slots__ = ("batch", "lane", "lease", "permit", "tickets")
-
-    def __init__(
-        self,
-        permit: Permit,
-        tickets: list[Ticket],
-        lane: Lane | None = None,
-        batch: Batch | None = None,
-        lease: SlotLease | None = None,
-    ) -> None:
-        self.permit = permit
-        self.tickets = tickets
-        self.lane = lane
-        self.batch = batch
-        self.lease = lease
-        if lane is not None:
-            lane.call_began(combined=batch is not None)
+    def __post_init__(self) -> None:
+        if self.lane is not None:
+            self.lane.call_began(combined=self.batch is not None)
 
 
 class Engine:
@@ -87,16 +70,12 @@ class Engine:
 
     Args:
         given: What the parts of the batcher share.
-        admission: The places for accepted requests.
-        scheduler: The slots.
         lanes: The open lanes.
         singles: The queues of requests that go alone.
-        settlement: Ends requests.
         dispatcher: Makes the calls.
         fallback: Asks again for what combined calls left open.
 
     Attributes:
-        admission: As given, and so for `scheduler`, `lanes`, `singles` and `settlement`.
         accepting_loop: The event loop whose callers may come in; None before `admit` and after `close`.
         closing: Whether it is closed for good.
     """
@@ -104,26 +83,21 @@ class Engine:
     def __init__(
         self,
         given: Dependencies,
-        *,
-        admission: AdmissionQueue,
-        scheduler: Scheduler[Work],
         lanes: LaneTable,
         singles: SingleQueues,
-        settlement: Settlement,
         dispatcher: Dispatcher,
         fallback: Fallback,
     ) -> None:
-        self.admission = admission
-        self.scheduler = scheduler
+        self.admission = given.admission
+        self.scheduler = given.scheduler
+        self.settlement = given.settlement
         self.lanes = lanes
         self.singles = singles
-        self.settlement = settlement
         self.accepting_loop: asyncio.AbstractEventLoop | None = None
         self.closing = False
         self._given = given
         self._policy = given.policy
         self._ledger = given.ledger
-        self._listeners = given.listeners
         self._dispatcher = dispatcher
         self._fallback = fallback
         self._slot_queues: dict[Account, SlotQueue] = {}
@@ -248,8 +222,9 @@ class Engine:
     def _note_flush(self, tickets: list[Ticket], reason: FlushReason | AloneReason) -> None:
         ledger = self._ledger
         (ledger.singles_by_reason if len(tickets) == 1 else ledger.batches_by_reason)[reason] += 1
-        if self._listeners.flush is not None:
-            self._listeners.flush(flushed(tickets, reason, self._given.now()))
+        notify = self._given.listeners.flush
+        if notify is not None:
+            notify(flushed(tickets, reason, self._given.now()))
 
     async def _do(self, work: Work) -> None:
         """Do *work*; whatever happens in it, every one of its tickets ends."""
@@ -341,7 +316,7 @@ class Engine:
             account = self._given.accounts.of(model, headers)
             queue = self._slot_queues.get(account)
             if queue is None:
-                queue = self._slot_queues[account] = SlotQueue(account, NORMAL, self._forget_slot_queue)
+                queue = self._slot_queues[account] = SlotQueue(account, self._forget_slot_queue)
             cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
             lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event())
             queue.add(lease)

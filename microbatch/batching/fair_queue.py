@@ -20,6 +20,7 @@ Pure bookkeeping.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING, Final, Protocol
@@ -114,9 +115,6 @@ class Attempt:
     """A retry, or the first attempt of a fallback call, which waits for a slot and a permit.
 
     Attributes:
-        permit: The call's permit.
-        account: The account of the permit.
-        rank: The priority of the requests that the call carries.
         begun: Whether the call has begun: this is a retry.
         granted: Done when the attempt may be made, or can only be refused.
     """
@@ -131,88 +129,71 @@ class Attempt:
         self.granted = granted
 
 
+@dataclass(slots=True, eq=False)
 class _AccountTurn:
     """The due queues and waiting attempts of one account and priority.
 
     Attributes:
-        account: The account.
-        rank: The priority.
+        since: When it was served last, or came.
         retries: Attempts of calls that have begun, oldest first.
         fallbacks: First attempts of fallback calls, oldest first.
         tenants: Queues by tenant. The dict serves as a ring: the first is next.
-        since: When it was served last, or came.
         entry: Its valid entry in the heap, None while it may not be served; other entries of it are outdated.
     """
 
-    __slots__ = ("account", "entry", "fallbacks", "rank", "retries", "since", "tenants")
-
-    def __init__(self, account: Account, rank: int, since: int) -> None:
-        self.account = account
-        self.rank = rank
-        self.retries: deque[Attempt] = deque()
-        self.fallbacks: deque[Attempt] = deque()
-        self.tenants: dict[Hashable, deque[WaitQueue]] = {}
-        self.since = since
-        self.entry: _Entry | None = None
+    account: Account
+    rank: int
+    since: int
+    retries: deque[Attempt] = field(default_factory=deque)
+    fallbacks: deque[Attempt] = field(default_factory=deque)
+    tenants: dict[Hashable, deque[WaitQueue]] = field(default_factory=dict)
+    entry: _Entry | None = None
 
     @property
     def empty(self) -> bool:
-        """True if nothing is due."""
         return not (self.retries or self.fallbacks or self.tenants)
 
     def queue_of(self, attempt: Attempt) -> deque[Attempt]:
-        """Return the queue in which *attempt* waits."""
         return self.retries if attempt.begun else self.fallbacks
 
 
+@dataclass(slots=True, eq=False)
 class _Load:
-    """The turns of one account.
+    """The turns of one account, by priority.
 
     Attributes:
-        turns: By priority.
         head: What was refused a permit last, and is served first.
-        blocked: True while the account has no permit to give.
+        blocked: Whether the account has no permit to give.
     """
 
-    __slots__ = ("blocked", "head", "turns")
-
-    def __init__(self) -> None:
-        self.turns: list[_AccountTurn | None] = [None] * len(WEIGHTS)
-        self.head: WaitQueue | Attempt | None = None
-        self.blocked = False
+    turns: list[_AccountTurn | None] = field(default_factory=lambda: [None] * len(WEIGHTS))
+    head: WaitQueue | Attempt | None = None
+    blocked: bool = False
 
 
 _Entry = tuple[bool, int, int, int, _AccountTurn]
 """Whether it comes last, calls on the wire, since when it has waited, a number that makes entries differ, and whose turn it is."""
 
 
+@dataclass(slots=True, eq=False)
 class _Priority:
-    """The turns of one priority that may be served.
+    """The turns of one priority that may be served: their number, and a heap that may hold outdated entries."""
 
-    Attributes:
-        servable: How many.
-    """
-
-    __slots__ = ("_heap", "servable")
-
-    def __init__(self) -> None:
-        self.servable = 0
-        self._heap: list[_Entry] = []
+    servable: int = 0
+    heap: list[_Entry] = field(default_factory=list)
 
     def enter(self, entry: _Entry) -> None:
-        """Add a valid entry."""
-        heappush(self._heap, entry)
-        if len(self._heap) > 2 * self.servable + _STALE_ENTRIES:
-            self._heap = [each for each in self._heap if each[-1].entry is each]
-            heapify(self._heap)
+        heappush(self.heap, entry)
+        if len(self.heap) > 2 * self.servable + _STALE_ENTRIES:
+            self.heap = [each for each in self.heap if each[-1].entry is each]
+            heapify(self.heap)
 
     @property
     def first(self) -> _AccountTurn:
         """The account whose turn it is. One must be servable."""
-        heap = self._heap
-        while heap[0][-1].entry is not heap[0]:
-            heappop(heap)
-        return heap[0][-1]
+        while self.heap[0][-1].entry is not self.heap[0]:
+            heappop(self.heap)
+        return self.heap[0][-1]
 
 
 class FairQueue:

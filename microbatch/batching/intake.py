@@ -27,13 +27,10 @@ from microbatch.prompt.compose import ID_TOKENS, item_line
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from microbatch.batching.admission import AdmissionQueue
     from microbatch.batching.dependencies import Dependencies
-    from microbatch.batching.estimates import Estimates
     from microbatch.batching.lane import Lane
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.request import Options
-    from microbatch.batching.single_flight import InFlight, Settlement
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import CallerOptions, Charge, InFlightIndex, Spec
     from microbatch.messages import Messages
@@ -51,12 +48,8 @@ class Intake:
 
     Args:
         given: What the parts of the batcher share.
-        admission: The places for accepted requests.
         lanes: Where requests wait that may share a prompt.
         singles: Where the others wait.
-        in_flight: Requests that others may join.
-        estimates: What each request is charged.
-        settlement: Ends requests whose timeout has passed.
         shares: Whether equal requests may share an answer unless they say otherwise.
 
     Attributes:
@@ -64,32 +57,19 @@ class Intake:
         shares: As given.
     """
 
-    def __init__(
-        self,
-        given: Dependencies,
-        *,
-        admission: AdmissionQueue,
-        lanes: LaneTable,
-        singles: SingleQueues,
-        in_flight: InFlight,
-        estimates: Estimates,
-        settlement: Settlement,
-        shares: bool,
-    ) -> None:
+    def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
         self.read_options = remembering(read_options)
         self.shares = shares
+        self._given = given
         self._policy = given.policy
         self._ledger = given.ledger
-        self._accounts = given.accounts
-        self._count = given.count
+        self._estimates = given.estimates
+        self._admission = given.admission
         self._upper = given.upper
         self._capture = given.listeners.submit
-        self._admission = admission
+        self._expire = given.settlement.expire
         self._lanes = lanes
         self._singles = singles
-        self._in_flight = in_flight
-        self._estimates = estimates
-        self._settlement = settlement
         self._bypasses = given.policy.when_full == "bypass"
         self._scratch = bytearray()
 
@@ -139,7 +119,7 @@ class Intake:
             self._ledger.items += 1
             if waiter.deadline is not None:
                 at = waiter.deadline.at
-                waiter.deadline.timer = loop.call_at(at, self._settlement.expire, ticket, waiter, context=_NO_CONTEXT)
+                waiter.deadline.timer = loop.call_at(at, self._expire, ticket, waiter, context=_NO_CONTEXT)
         except BaseException:
             self._admission.release()
             raise
@@ -166,7 +146,7 @@ class Intake:
         if caller.shared:
             index = lane.index
             if caller.key is not None:
-                index, name = self._in_flight.digests, caller.key
+                index, name = self._given.in_flight.digests, caller.key
             equal = index.get(name)
             if equal is not None and not bypass and self._join(equal, waiter, lane.spec, patience, lane):
                 return equal
@@ -226,7 +206,7 @@ class Intake:
     def _fits(self, ticket: Ticket, lane: Lane) -> bool:
         """Return whether *ticket* can share a prompt, counting its tokens if their bound does not tell."""
         room = lane.budget.tokens - ID_TOKENS
-        return len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= room or ticket.count(self._count) <= room)
+        return len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= room or ticket.count(self._given.count) <= room)
 
     def _note_alone(self, lane: Lane, why: str) -> None:
         lane.history.alone += 1
@@ -241,9 +221,9 @@ class Intake:
         name: Hashable = None
         key: tuple[Hashable, ...] = ()
         if caller.key is not None:
-            index, name = self._in_flight.digests, caller.key
+            index, name = self._given.in_flight.digests, caller.key
         elif caller.shared:
-            index = self._in_flight.index_of(options.content)
+            index = self._given.in_flight.index_of(options.content)
             name = key = (canonical_messages(messages),)
         spec = spec_of(messages, options, key)
         if index is not None:
@@ -251,7 +231,7 @@ class Intake:
             if equal is not None and self._join(equal, waiter, spec, NEVER):
                 return equal
         ticket = Ticket(spec, waiter, caller=caller, bulk=waiter.on_taken is not None, index=index)
-        account = self._accounts.of(options.model, options.headers)
+        account = self._given.accounts.of(options.model, options.headers)
         if account.max_tokens is not None:
             ticket.charge = _fitting(self._estimates.of_any(spec), account.max_tokens)
         self._singles.add(ticket, AloneReason.NOT_COMBINABLE, account)
@@ -281,7 +261,7 @@ class Intake:
             ticket.spec, ticket.patience = spec, min(ticket.patience, due_at - ticket.first.created)
             ticket.bulk = ticket.bulk and bulk
             if lane is None:
-                account = self._accounts.of(spec.model, spec.headers)
+                account = self._given.accounts.of(spec.model, spec.headers)
                 self._singles.add(ticket, AloneReason.NOT_COMBINABLE, account)
             else:
                 self._inspect_and_queue(ticket, lane)

@@ -6,6 +6,7 @@ Pure bookkeeping: a lane is told the time, the limits and how to count tokens; i
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,13 +35,12 @@ _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
 
 class Taken(msgspec.Struct):
-    """What a slot is used for.
+    """What a slot is used for: requests that travel in one call, or a lease.
 
     Attributes:
-        tickets: Requests that travel in one call; none for a lease, or if all of their callers were cancelled in this very step.
+        tickets: The requests; none for a lease, or if all of their callers were cancelled in this very step.
         reason: Why they leave; None for a lease.
         lane: The lane that they waited in, or None.
-        lease: Granted to code outside; None for requests.
     """
 
     tickets: list[Ticket]
@@ -65,6 +65,7 @@ class LaneOwner(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Lane:
     """Requests that may share a prompt, in order of arrival.
 
@@ -74,100 +75,53 @@ class Lane:
     the fill is worked out anew only when it is needed: many may leave in one step.
 
     Attributes:
-        spec: What the requests have in common.
-        account: The account whose permits they need.
-        tenant: Their trust domain.
-        rank: Their priority.
-        history: What earlier batches have shown.
-        index: Where equal requests are found.
+        options: Options that are known to be served here; most requests come with the same.
+        max_wait: Seconds that its requests wait for others at most; set by the owner, as are `model` to `timer_at`.
+        needs_inspection: Whether each request has to be inspected before it may join.
+        fast_path_max_bytes: Length of a line up to which a request joins without inspection; -1 for none.
         in_flight: Calls under way.
         combined: Those of them that are combined calls, fallback included.
         live: Requests waiting.
-        queued: Whether it takes turns; the scheduler's mark.
-        options: Options that are known to be served here; most requests come with the same.
-        max_wait: Seconds that its requests wait for others at most; set by the owner, and so are the following.
-        model: What is known of the model.
-        needs_inspection: Whether each request has to be inspected before it may join.
-        fast_path_max_bytes: Length of a line up to which a request joins without inspection; -1 for none.
-        timer: The timer for `timer_at`, or None.
-        timer_at: Loop time of the timer.
     """
 
-    __slots__ = (
-        "_awaited",
-        "_count",
-        "_due_at",
-        "_estimates",
-        "_fill",
-        "_fill_tokens",
-        "_full",
-        "_owed",
-        "_owed_count",
-        "_owner",
-        "_pending",
-        "_stale",
-        "account",
-        "budget",
-        "combined",
-        "fast_path_max_bytes",
-        "history",
-        "in_flight",
-        "index",
-        "live",
-        "max_wait",
-        "model",
-        "needs_inspection",
-        "options",
-        "queued",
-        "rank",
-        "spec",
-        "tenant",
-        "timer",
-        "timer_at",
-    )
+    spec: Spec
+    account: Account
+    history: LaneHistory
+    budget: Budget
+    index: InFlightIndex
+    count: Callable[[str], int]
+    estimates: Estimates
+    owner: LaneOwner
+    options: Options | None = None
+    max_wait: float = 0.0
+    model: ModelLimits | None = None
+    needs_inspection: bool = False
+    fast_path_max_bytes: int = -1
+    timer: asyncio.TimerHandle | None = None
+    timer_at: float = NEVER
+    queued: bool = False
+    in_flight: int = 0
+    combined: int = 0
+    live: int = 0
+    _awaited: int = 0  # waiting requests that are no bulk work
+    _pending: deque[Ticket] = field(default_factory=deque)  # discarded ones stay until they come up, or are too many
+    _stale: bool = False  # whether requests have left since the fill was worked out
+    _fill: int = 0
+    _fill_tokens: int = 0
+    _full: FlushReason | None = None
+    _due_at: float = NEVER
+    _owed: FlushReason | None = None
+    _owed_count: int = 0
 
-    def __init__(
-        self,
-        spec: Spec,
-        account: Account,
-        history: LaneHistory,
-        budget: Budget,
-        *,
-        count: Callable[[str], int],
-        index: InFlightIndex,
-        estimates: Estimates,
-        owner: LaneOwner,
-    ) -> None:
-        self.spec = spec
-        self.account = account
-        self.tenant = spec.tenant
-        self.rank = spec.rank
-        self.history = history
-        self.budget = budget
-        self.index = index
-        self._count = count
-        self._estimates = estimates
-        self._owner = owner
-        self.options: Options | None = None
-        self.max_wait = 0.0
-        self.model: ModelLimits | None = None
-        self.needs_inspection = False
-        self.fast_path_max_bytes = -1
-        self.timer: asyncio.TimerHandle | None = None
-        self.timer_at = NEVER
-        self.queued = False
-        self.in_flight = 0
-        self.combined = 0
-        self.live = 0
-        self._awaited = 0  # waiting requests that are no bulk work
-        self._pending: deque[Ticket] = deque()  # discarded ones stay until they come up, or are too many
-        self._stale = False  # whether requests have left since the fill was worked out
-        self._fill = 0
-        self._fill_tokens = 0
-        self._full: FlushReason | None = None
-        self._due_at = NEVER
-        self._owed: FlushReason | None = None
-        self._owed_count = 0
+    @property
+    def tenant(self) -> str | None:
+        """The trust domain of its requests."""
+        return self.spec.tenant
+
+    @property
+    def rank(self) -> int:
+        """The priority of its requests."""
+        return self.spec.rank
 
     def serves(self, options: Options) -> bool:
         """Return whether requests with *options* belong here, as far as options tell."""
@@ -209,10 +163,10 @@ class Lane:
             self._refill()
         history = self.history
         if self._fill > 1:
-            return min(quota, self._estimates.together(self.spec, history, self._fill, self._fill_tokens, quota))
+            return min(quota, self.estimates.together(self.spec, history, self._fill, self._fill_tokens, quota))
         oldest = next(ticket for ticket in self._pending if ticket.queue is self)
         # A request that was to travel with others was charged before anything was known of single answers.
-        return min(quota, self._estimates.alone(oldest, history).tokens if history.apart else oldest.cost)
+        return min(quota, self.estimates.alone(oldest, history).tokens if history.apart else oldest.cost)
 
     @property
     def abandoned(self) -> bool:
@@ -249,7 +203,7 @@ class Lane:
         """Make everything that waits due now."""
         if self.live:
             self.schedule_flush(reason, everything=True)
-            self._owner.changed(self)
+            self.owner.changed(self)
 
     def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
         """See `TicketQueue`."""
@@ -263,7 +217,7 @@ class Lane:
                 # Else the lane is due, and looks at the times again when the next batch has left.
                 self._due_at = min(self._due_at, ticket.due_at)
         if awaited or sooner:
-            self._owner.changed(self)
+            self.owner.changed(self)
 
     def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
         """See `TicketQueue`."""
@@ -277,11 +231,11 @@ class Lane:
         if len(self._pending) > 2 * self.live + 64:
             self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
         self._stale = True
-        self._owner.left(self)
+        self.owner.left(self)
 
     def rested(self) -> None:
         """Note that it takes no turns any more."""
-        self._owner.rested(self)
+        self.owner.rested(self)
 
     def take(self) -> Taken:
         """Remove the next batch and return it. The lane must be due.
@@ -376,7 +330,7 @@ class Lane:
             if total <= self.budget.tokens or bounded.counted is not None:
                 break
             bound = bounded.tokens
-            total -= bound - bounded.count(self._count)
+            total -= bound - bounded.count(self.count)
         fits = total <= self.budget.tokens
         self._fill_tokens = total if fits else total - ticket.tokens - ID_TOKENS
         return fits

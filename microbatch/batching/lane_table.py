@@ -24,14 +24,10 @@ from microbatch.batching.ticket import HIGH, LOW, NEVER, FlushReason
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
 
-    from microbatch.batching.batch_limits import BatchLimits
     from microbatch.batching.dependencies import Dependencies
-    from microbatch.batching.estimates import Estimates
-    from microbatch.batching.fair_queue import WaitQueue
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import InFlightIndex
     from microbatch.messages import Messages
 
 _NO_CONTEXT = contextvars.Context()  # timers and callbacks run in it, not in that of the caller who set them
@@ -43,35 +39,15 @@ MAX_LINE_BYTES = MAX_COUNTED_CHARS
 class LaneTable:
     """The open lanes.
 
-    Args:
-        given: What the parts of the batcher share.
-        limits: How much a batch of each lane may hold.
-        estimates: What a call of each lane is charged.
-        index_of: Returns where requests with equal content are found by others.
-        enqueue: Lets a lane that is due take its turns.
-
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
     """
 
-    def __init__(
-        self,
-        given: Dependencies,
-        limits: BatchLimits,
-        estimates: Estimates,
-        index_of: Callable[[Hashable], InFlightIndex],
-        enqueue: Callable[[WaitQueue], None],
-    ) -> None:
+    def __init__(self, given: Dependencies) -> None:
         self.latest: Lane | None = None
+        self._given = given
         self._policy = given.policy
-        self._accounts = given.accounts
-        self._count = given.count
-        self._by_bytes = given.upper is None
-        self._ratio = given.ratio
-        self._limits = limits
-        self._estimates = estimates
-        self._index_of = index_of
-        self._enqueue = enqueue
+        self._estimates = given.estimates
         self._histories = LaneHistories()
         self._by_key: dict[Hashable, Lane] = {}
         self._left: dict[Lane, None] = {}  # lanes that requests have left in this step; an ordered set
@@ -93,20 +69,14 @@ class LaneTable:
     def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         spec = spec_of(messages[:-1], options, key)
         history = self._histories.of(key)
-        account = self._accounts.of(spec.model, spec.headers)
+        account = self._given.accounts.of(spec.model, spec.headers)
         model = self._estimates.model(spec)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._estimates.measure(spec, history)
-        lane = self._by_key[key] = Lane(
-            spec,
-            account,
-            history,
-            self._limits.of(spec, history, account.max_tokens),
-            count=self._count,
-            index=self._index_of(spec.content),
-            estimates=self._estimates,
-            owner=self,
-        )
+        budget = self._given.limits.of(spec, history, account.max_tokens)
+        index = self._given.in_flight.index_of(spec.content)
+        lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
+        self._by_key[key] = lane
         lane.model = model
         lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
         self._set_fast_path(lane)
@@ -118,7 +88,7 @@ class LaneTable:
         )
         # Every token is at least a byte of UTF-8, but not by a caller's own count: there each bound is looked at.
         by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
-        lane.fast_path_max_bytes = -1 if lane.needs_inspection or not self._by_bytes else by_bytes
+        lane.fast_path_max_bytes = -1 if lane.needs_inspection or self._given.upper is not None else by_bytes
 
     def pays(self, lane: Lane, items: int) -> bool:
         """Return whether *items* of *lane* cost less together than alone, by all that is known of it."""
@@ -130,7 +100,7 @@ class LaneTable:
             together=together,
             wrapped=spec.answer.wrapped,
             overhead=history.overhead,
-            ratio=self._ratio(spec.model),
+            ratio=self._given.ratio(spec.model),
         )
 
     def drop_if_abandoned(self, lane: Lane) -> None:
@@ -175,7 +145,7 @@ class LaneTable:
         """Let *lane* work with what has been learned since its budget was worked out."""
         if lane.history.revised:
             lane.history.revised = False
-            lane.rebudget(self._limits.of(lane.spec, lane.history, lane.account.max_tokens))
+            lane.rebudget(self._given.limits.of(lane.spec, lane.history, lane.account.max_tokens))
             self._set_fast_path(lane)
 
     def taught(self, lane: Lane) -> None:
@@ -201,7 +171,7 @@ class LaneTable:
             return
         if not lane.queued:
             self._disarm(lane)
-        self._enqueue(lane)
+        self._given.scheduler.enqueue(lane)
 
     def _flush_if_idle(self, lane: Lane) -> None:
         # A lane in which only bulk work waits has no time at which it falls due.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class Accounts(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
 class SlotLease:
     """A slot and a permit for code outside, which makes one attempt of its own.
 
@@ -137,10 +139,7 @@ class SlotLease:
         used: Whether the holder sent something.
     """
 
-    __slots__ = ("cost", "granted", "returned", "used")
-
-    def __init__(self, cost: int, granted: asyncio.Future[None], returned: asyncio.Event) -> None:
-        self.cost = cost
-        self.granted = granted
-        self.returned = returned
-        self.used = False
+    cost: int
+    granted: asyncio.Future[None]
+    returned: asyncio.Event
+    used: bool = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from microbatch.batching.lane import Taken
+from microbatch.batching.ticket import NORMAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -15,27 +17,18 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import AloneReason, FlushReason, Ticket
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class SingleQueue:
-    """Requests of one account, tenant and priority that go alone, in order of arrival; due whenever one waits.
+    """Requests of one account, tenant and priority that go alone, in order of arrival; due whenever one waits."""
 
-    Attributes:
-        account: The account whose permits they need.
-        tenant: Their trust domain.
-        rank: Their priority; see `microbatch.batching.fair_queue`.
-        queued: Whether it takes turns; the scheduler's mark.
-    """
-
-    __slots__ = ("_live", "_on_rested", "_waiting", "account", "queued", "rank", "tenant")
-
-    def __init__(self, account: Account, tenant: Hashable, rank: int, on_rested: Callable[[SingleQueue], None]) -> None:
-        self.account = account
-        self.tenant = tenant
-        self.rank = rank
-        self.queued = False
-        self._on_rested = on_rested
-        # Discarded ones stay until they come up, or are too many.
-        self._waiting: deque[tuple[Ticket, AloneReason]] = deque()
-        self._live = 0
+    account: Account
+    tenant: Hashable
+    rank: int
+    on_rested: Callable[[SingleQueue], None]
+    queued: bool = False
+    _waiting: deque[tuple[Ticket, AloneReason]] = field(default_factory=deque)
+    """Discarded ones stay until they come up, or are too many."""
+    _live: int = 0
 
     @property
     def due(self) -> bool:
@@ -83,7 +76,7 @@ class SingleQueue:
 
     def rested(self) -> None:
         """Note that it takes no turns any more."""
-        self._on_rested(self)
+        self.on_rested(self)
 
     def waiting(self) -> list[Ticket]:
         """Return the tickets that wait, oldest first."""
@@ -123,18 +116,16 @@ class SingleQueues:
         self._queues.pop((queue.account, queue.tenant, queue.rank), None)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class SlotQueue:
     """The leases that wait for a slot and a permit of one account, in order of arrival."""
 
-    __slots__ = ("_on_rested", "_waiting", "account", "queued", "rank", "tenant")
-
-    def __init__(self, account: Account, rank: int, on_rested: Callable[[SlotQueue], None]) -> None:
-        self.account = account
-        self.tenant = None
-        self.rank = rank
-        self.queued = False
-        self._on_rested = on_rested
-        self._waiting: deque[SlotLease] = deque()
+    account: Account
+    on_rested: Callable[[SlotQueue], None]
+    tenant: Hashable = None
+    rank: int = NORMAL
+    queued: bool = False
+    _waiting: deque[SlotLease] = field(default_factory=deque)
 
     @property
     def due(self) -> bool:
@@ -159,7 +150,7 @@ class SlotQueue:
 
     def rested(self) -> None:
         """Note that it takes no turns any more."""
-        self._on_rested(self)
+        self.on_rested(self)
 
     def refuse(self, error: Exception) -> None:
         """Fail every lease that waits with *error*."""
