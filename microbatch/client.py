@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
 from microbatch.assembly import Assembly, Host, Settings
-from microbatch.batching.bulk import bulk
+from microbatch.batching.bulk import BulkRun
 from microbatch.batching.request import PLAIN
 from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions
 from microbatch.caching.warming import Warmed, lasting
@@ -289,16 +289,10 @@ class Microbatcher:
         if not hasattr(requests, "__aiter__") and not hasattr(requests, "__iter__"):
             raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
         self._host.check_open()
-        policy = self._policy
-        return bulk(
-            self._engine,
-            self._intake,
-            self._cache,
-            requests,
-            max_pending=max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches,
-            ordered=ordered,
-            patience=policy.low_max_wait,
-        )
+        slots_hold = self._policy.max_batch_size * self._policy.max_concurrent_batches
+        pending = max_pending or 2 * slots_hold
+        patience = self._policy.low_max_wait
+        return BulkRun(self._engine, self._intake, self._cache, requests, pending, ordered, patience).results()
 
     async def warm(
         self,

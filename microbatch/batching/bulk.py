@@ -2,7 +2,7 @@
 
 Bulk requests wait for full batches, so something has to notice when no batch can get fuller: the consumer waits, nothing of this
 run is due or in flight, and no more can be taken in. Then everything that this run has waiting leaves. The scheduler calls
-`check` whenever anything has moved, which is when that can have become true.
+`_check` whenever anything has moved, which is when that can have become true.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextvars
 import functools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 _SLICE = 256
 """Requests read from a source before the event loop gets its turn; reading one takes some 10 microseconds."""
+
+_NO_CONTEXT = contextvars.Context()  # callbacks and timers run in it, not in that of the caller who set them
 
 _CLOSED = "the batcher closed while map() was reading its source"
 
@@ -72,19 +75,11 @@ class _Prepared(msgspec.Struct):
     read: Callable[[bytes | None], Reply[Any] | None] | None = None
 
 
-async def bulk(
-    engine: Engine,
-    intake: Intake,
-    cache: LookUps | None,
-    source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
-    *,
-    max_pending: int,
-    ordered: bool,
-    patience: float,
-) -> AsyncIterator[Result[Any]]:
-    """Yield a `Result` for each request of *source*.
+@dataclass(eq=False, repr=False)
+class BulkRun:
+    """One `map`.
 
-    Args:
+    Attributes:
         engine: Answers the requests.
         intake: Queues them.
         cache: Asked first; None if there is none.
@@ -93,75 +88,56 @@ async def bulk(
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.
     """
-    run = _Run(engine, intake, cache, source, max_pending, ordered=ordered, patience=patience)
-    try:
-        while True:
-            await run.take_in()
-            result = run.next_result()
-            if result is not None:
-                yield result
-            elif run.finished:
-                break
-            else:
-                await run.wait()
-        if run.source_error is not None:
-            raise run.source_error
-    finally:
-        run.leave()
 
+    engine: Engine
+    intake: Intake
+    cache: LookUps | None
+    source: Iterable[Request | Messages] | AsyncIterable[Request | Messages]
+    max_pending: int
+    ordered: bool
+    patience: float
+    _results: deque[tuple[Result[Any], Answered | None]] = field(default_factory=deque)
+    _early: dict[int, tuple[Result[Any], Answered | None]] = field(default_factory=dict)
+    """Ordered: results that came before their turn."""
+    _taken: int = 0
+    _yielded: int = 0
+    # Dicts keep their order: the same run takes the same course each time.
+    _unsent: dict[Waiter, Ticket] = field(default_factory=dict)
+    _open: dict[Waiter, Ticket] = field(default_factory=dict)
+    _looking: int = 0
+    _exhausted: bool = False
+    _source_error: Exception | None = None
+    _left: bool = False
+    _waiting: bool = False
+    _silent: bool = False
+    _silence: asyncio.TimerHandle | None = None
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _feeder: asyncio.Task[Any] | None = None
+    _feeder_room: asyncio.Event = field(default_factory=asyncio.Event)
+    _sync: Iterator[Request | Messages] | None = None
 
-class _Run:
-    """One `map` under way.
-
-    Attributes:
-        source_error: What the source raised; None as long as it has not.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        intake: Intake,
-        cache: LookUps | None,
-        source: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
-        max_pending: int,
-        *,
-        ordered: bool,
-        patience: float,
-    ) -> None:
-        self._engine = engine
-        self._admission = engine.admission
-        self._intake = intake
-        self._cache = cache
-        self._max_pending = max_pending
-        self._ordered = ordered
-        self._patience = patience
-        self._loop = asyncio.get_running_loop()
-        self._context = contextvars.Context()
-        self._results: deque[tuple[Result[Any], Answered | None]] = deque()
-        self._early: dict[int, tuple[Result[Any], Answered | None]] = {}  # ordered: results that came before their turn
-        self._taken = 0
-        self._yielded = 0
-        # Dicts keep their order: the same run takes the same course each time.
-        self._unsent: dict[Waiter, Ticket] = {}
-        self._open: dict[Waiter, Ticket] = {}
-        self._looking = 0
-        self._exhausted = False
-        self._left = False
-        self._waiting = False
-        self._silent = False
-        self._silence: asyncio.TimerHandle | None = None
-        self._wake = asyncio.Event()
-        self._feeder: asyncio.Task[Any] | None = None
-        self._feeder_room = asyncio.Event()
-        self.source_error: Exception | None = None
-        self._sync: Iterator[Request | Messages] | None = None
-        if isinstance(source, AsyncIterable):
-            iterator = aiter(source)
-            engine.start_feeder(functools.partial(self._feed, iterator))
+    async def results(self) -> AsyncIterator[Result[Any]]:
+        """Yield a `Result` for each request of the source."""
+        if isinstance(self.source, AsyncIterable):
+            self.engine.start_feeder(functools.partial(self._feed, aiter(self.source)))
         else:
-            self._sync = iter(source)
-        engine.scheduler.watch(self.check)
-        self._admission.watchers[self._note_room] = None
+            self._sync = iter(self.source)
+        self.engine.scheduler.watch(self._check)
+        self.engine.admission.watchers[self._note_room] = None
+        try:
+            while True:
+                await self._take_in()
+                if self._results:
+                    self._yielded += 1
+                    yield self._results.popleft()[0]
+                elif self._exhausted and not self._pending:
+                    break
+                else:
+                    await self._wait()
+            if self._source_error is not None:
+                raise self._source_error
+        finally:
+            self._leave()
 
     # --- intake
 
@@ -170,20 +146,15 @@ class _Run:
         return self._taken - self._yielded
 
     @property
-    def finished(self) -> bool:
-        """Whether the source has ended and every result has been yielded."""
-        return self._exhausted and not self._pending
-
-    @property
     def _has_room(self) -> bool:
-        return self._pending < self._max_pending and not self._admission.must_wait(NORMAL)
+        return self._pending < self.max_pending and not self.engine.admission.must_wait(NORMAL)
 
-    async def take_in(self) -> None:
+    async def _take_in(self) -> None:
         """Take from a plain iterator what there is room for; an async one feeds itself."""
-        if self._engine.closing:
+        if self.engine.closing:
             self._end_source(BatcherClosed(_CLOSED))
         if self._sync is None:
-            if self._pending < self._max_pending:
+            if self._pending < self.max_pending:
                 self._feeder_room.set()
             return
         if not self._pending and not self._has_room and (request := self._next_of(self._sync)) is not None:
@@ -193,7 +164,7 @@ class _Run:
             for _ in range(_SLICE):
                 if not self._has_room or (request := self._next_of(self._sync)) is None:
                     return
-                self._admission.occupy()
+                self.engine.admission.occupy()
                 self._queue(request)
             await asyncio.sleep(0)
             if self._results:
@@ -213,33 +184,33 @@ class _Run:
 
     async def _acquire_place(self, request: Request) -> None:
         tenant = request.tenant if isinstance(request.tenant, str) else None  # what else it is is refused later
-        await self._admission.acquire(rank_of(request.priority), tenant, UNSHARED, patient=True)
+        await self.engine.admission.acquire(rank_of(request.priority), tenant, UNSHARED, patient=True)
 
     def _end_source(self, error: Exception | None) -> None:
         if not self._exhausted:
             self._exhausted = True
-            self.source_error = error
+            self._source_error = error
 
     async def _feed(self, iterator: AsyncIterator[Request | Messages]) -> None:
         """Take from an async iterator as long as there is room."""
         self._feeder = asyncio.current_task()
         try:
             while not self._left:
-                while self._pending >= self._max_pending and not self._left:
+                while self._pending >= self.max_pending and not self._left:
                     self._feeder_room.clear()
                     await self._feeder_room.wait()
                 self._note_activity()
                 request = _request_of(await anext(iterator))
                 await self._acquire_place(request)
-                if self._engine.closing:
+                if self.engine.closing:
                     self._end_source(BatcherClosed(_CLOSED))
-                    self._admission.release()
+                    self.engine.admission.release()
                     break
                 if self._left:
-                    self._admission.release()
+                    self.engine.admission.release()
                 else:
                     self._queue(request)
-                    self.check()  # nothing more may come, if that was the last there was room for
+                    self._check()  # nothing more may come, if that was the last there was room for
             if isinstance(iterator, AsyncGenerator):
                 await iterator.aclose()  # it is not asked again, so its `finally` is due
         except StopAsyncIteration:
@@ -255,7 +226,7 @@ class _Run:
             self._end_source(error)
         finally:
             self._wake.set()
-            self.check()
+            self._check()
 
     def _note_room(self) -> None:
         """Note that others have left a full batcher: a plain iterator can be asked for more."""
@@ -267,11 +238,11 @@ class _Run:
         self._silent = False
         if self._silence is not None:
             self._silence.cancel()
-        self._silence = self._loop.call_later(self._patience, self._fall_silent, context=self._context)
+        self._silence = asyncio.get_running_loop().call_later(self.patience, self._fall_silent, context=_NO_CONTEXT)
 
     def _fall_silent(self) -> None:
         self._silent = True
-        self.check()
+        self._check()
 
     def _queue(self, request: Request) -> None:
         """Queue *request*, for which a place is occupied; the error of a bad one is its result."""
@@ -280,14 +251,14 @@ class _Run:
             prepared = self._prepare(request)
         except Exception as error:  # noqa: BLE001 misuse raises whatever it makes go wrong, and is this item's alone
             self._add(Result(index, request.id, None, error), None)
-            self._admission.release()
+            self.engine.admission.release()
             return
         if prepared.looking is None:
             self._enter(index, request, prepared)
             return
         self._looking += 1
         found = functools.partial(self._looked_up, index, request, prepared)
-        prepared.looking.add_done_callback(found, context=self._context)
+        prepared.looking.add_done_callback(found, context=_NO_CONTEXT)
 
     def _prepare(self, request: Request) -> _Prepared:
         """Check the options of *request*, and begin to look it up in the cache.
@@ -295,7 +266,7 @@ class _Run:
         Raises:
             ConfigError: An option is wrong.
         """
-        options = self._intake.read_options(
+        options = self.intake.read_options(
             request.output_type,
             request.model,
             request.max_tokens,
@@ -306,15 +277,15 @@ class _Run:
             request.priority,
         )
         at_least(0, timeout=request.timeout, ttl=request.ttl)
-        shared = request.use_cache and (self._intake.shares or options.cold)
-        cache, key = self._cache, None
+        shared = request.use_cache and (self.intake.shares or options.cold)
+        cache, key = self.cache, None
         if cache is not None and request.use_cache:
             check_messages(request.messages)
             key = cache.key(request.messages, options)
         caller = CallerOptions(request.timeout, shared, key, request.ttl)
         if cache is None or key is None:
             return _Prepared(options, caller)
-        read = functools.partial(cache.read, key, options=options, created=self._loop.time())
+        read = functools.partial(cache.read, key, options=options, created=asyncio.get_running_loop().time())
         return _Prepared(options, caller, cache.look_up(key, bulk=True), read)
 
     def _looked_up(
@@ -333,19 +304,19 @@ class _Run:
             else:
                 if reply is not None:
                     result = Result(index, request.id, reply)
-                elif self._engine.closing:
+                elif self.engine.closing:
                     result = Result(index, request.id, None, ShutDown(_CLOSED))
         if result is None:
             self._enter(index, request, prepared)
         else:
-            self._admission.release()
+            self.engine.admission.release()
             self._add(result, None)
-        self.check()
+        self._check()
 
     def _enter(self, index: int, request: Request, prepared: _Prepared) -> None:
         """Queue *request*; if it cannot be sent, the error is its result."""
         try:
-            ticket, waiter = self._intake.accept(request.messages, prepared.options, prepared.caller, self._note_taken)
+            ticket, waiter = self.intake.accept(request.messages, prepared.options, prepared.caller, self._note_taken)
         except Exception as error:  # noqa: BLE001 see `_queue`
             self._add(Result(index, request.id, None, error), None)
             return
@@ -353,7 +324,7 @@ class _Run:
             self._unsent[waiter] = ticket
         self._open[waiter] = ticket
         done = functools.partial(self._done, waiter, index, request.id)
-        waiter.future.add_done_callback(done, context=self._context)
+        waiter.future.add_done_callback(done, context=_NO_CONTEXT)
 
     def _note_taken(self, waiter: Waiter) -> None:
         self._unsent.pop(waiter, None)
@@ -372,7 +343,7 @@ class _Run:
             self._add(Result(index, name, None, error), None)
 
     def _add(self, result: Result[Any], answered: Answered | None) -> None:
-        if not self._ordered:
+        if not self.ordered:
             self._results.append((result, answered))
         else:
             self._early[result.index] = (result, answered)
@@ -382,25 +353,18 @@ class _Run:
                 turn += 1
         self._wake.set()
 
-    def next_result(self) -> Result[Any] | None:
-        """Return the next result if there is one."""
-        if not self._results:
-            return None
-        self._yielded += 1
-        return self._results.popleft()[0]
-
-    async def wait(self) -> None:
+    async def _wait(self) -> None:
         """Wait until there may be a result, or room for more."""
         self._wake.clear()
         self._waiting = True
         try:
-            self.check()
-            if not self.finished:
+            self._check()
+            if not self._exhausted or self._pending:
                 await self._wake.wait()
         finally:
             self._waiting = False
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Send what waits if no batch of it can get fuller."""
         if not self._waiting or self._wake.is_set() or not self._unsent:
             return
@@ -413,14 +377,14 @@ class _Run:
             for queue in queues:
                 queue.flush(FlushReason.DRAIN)
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Cancel what is pending, because the consumer is gone."""
         self._left = True
-        self._engine.scheduler.unwatch(self.check)
-        self._admission.watchers.pop(self._note_room, None)
+        self.engine.scheduler.unwatch(self._check)
+        self.engine.admission.watchers.pop(self._note_room, None)
         if self._silence is not None:
             self._silence.cancel()
-        settlement = self._engine.settlement
+        settlement = self.engine.settlement
         for waiter, ticket in list(self._open.items()):
             waiter.future.cancel()  # in vain if it has just been answered
             settlement.leave(ticket, waiter)
