@@ -6,12 +6,11 @@ import asyncio
 import uuid
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from microbatch.assembly import Assembly, Host, Settings
 from microbatch.batching.bulk import BulkRun
-from microbatch.batching.request import PLAIN
-from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions
+from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
-_UNASKED: Final = ("cache", "shared")
-"""Routes of answers for which no call was made."""
-
 
 class Microbatcher:
     """Coalesces concurrent requests into combined prompts and gives each caller its own answer.
@@ -51,14 +47,13 @@ class Microbatcher:
         policy: When requests leave, and how much may be under way.
         retry: When failed calls are made again.
         fallback: What is done about missing and broken answers.
-        rate_limit: Requests and tokens per minute, for each endpoint, model and key; may be shared by several batchers. None sets
-            no limit; a 429 then holds up the calls of its endpoint, model and key for as long as it asks.
-        cache: Keeps answers for equal requests: `MemoryCache`, `SQLiteCache`, `RedisCache`, several of them as a `TieredCache`, or
-            anything with the methods of `Cache`; may be shared by several batchers. None keeps nothing.
-        spool: Keeps requests for workers, see `enqueue`: `SQLiteSpool`, `RedisSpool`, or anything with the methods of `Spool`; may be
-            shared by several batchers.
-        normalize: With a cache, makes the texts of last messages equal that are to share an answer (for example `str.strip`); what
-            is sent is not changed. None compares texts as they are.
+        rate_limit: Requests and tokens per minute for each endpoint, model and key; may be shared as well. None sets no limit; a 429
+            then holds up the calls of its endpoint, model and key for as long as it asks.
+        cache: Keeps answers for equal requests: `MemoryCache`, `SQLiteCache`, `RedisCache`, a `TieredCache` of several, or any `Cache`;
+            may be shared as well. None keeps nothing.
+        spool: Keeps requests for workers, see `enqueue`: `SQLiteSpool`, `RedisSpool`, or any `Spool`; may be shared as well.
+        normalize: With a cache, maps the texts of last messages that are to share an answer to the same text (for example `str.strip`);
+            what is sent is not changed. None compares texts as they are.
         prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; a model unknown to it is looked up
             in a small built-in table.
         tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
@@ -130,13 +125,11 @@ class Microbatcher:
     # --- life
 
     async def open(self) -> Self:
-        """Start; loads the token table in a thread. Return this batcher, so that it can stand in an expression.
-
-        If it fails or is cancelled, what was opened is closed again, and it may be called once more.
+        """Start, and return this batcher. If it fails or is cancelled, what was opened is closed again, and it may be called once more.
 
         Raises:
             BatcherClosed: It was opened before, or closed while it was opening; a batcher is used once.
-            ConfigError: The transport, the cache or the spool cannot be used, as its own `open` says.
+            ConfigError: The transport, the cache or the spool cannot be used.
         """
         await self._host.open()
         return self
@@ -144,8 +137,7 @@ class Microbatcher:
     async def aclose(self, grace: float | None = 30.0) -> None:
         """Accept no more requests, send what waits, wait for what is under way, and end the rest with `ShutDown`.
 
-        Goes on in the background if this call is cancelled. Calling it again waits for the same end. While the batcher opens, this
-        ends the opening; a batcher that was never opened has nothing to close.
+        It goes on in the background if this call is cancelled, and may be called again. While the batcher opens, it ends the opening.
 
         Args:
             grace: Seconds to wait for answers. None waits as long as deadlines and timeouts allow.
@@ -214,13 +206,10 @@ class Microbatcher:
         use_cache: bool = True,
         ttl: float | None = None,
     ) -> Reply[Any]:
-        """Ask, together with requests of the same kind that are asked at the same time.
+        """Return the answer to *messages*, asked together with requests of the same kind, and this caller's share of the cost.
 
-        *messages* are OpenAI chat messages, dicts or `Message`. Requests share a prompt only if all but the text of the last user
-        message is equal, the options included; those are described at `Microbatcher`.
-
-        Returns:
-            The caller's own answer, and its share of the cost.
+        They are OpenAI chat messages, dicts or `Message`. Requests share a prompt only if all but the text of the last user message
+        is equal, the options included; those are described at `Microbatcher`.
 
         Raises:
             ConfigError: An argument is wrong, or the transport cannot send such a request; nothing was sent.
@@ -271,15 +260,13 @@ class Microbatcher:
         """Answer any number of requests in full batches and bounded memory.
 
         Bulk requests wait for full batches, not for `max_wait`; what cannot fill one leaves when nothing more can come. An item's
-        error is in its `Result` and never raised here. Leaving the iterator early cancels what is pending.
+        error is in its `Result` and never raised here; an error of *requests* itself is raised once, after the results of what was
+        taken. Leaving the iterator early cancels what is pending.
 
         Args:
             requests: An iterable or async iterable of `Request`, or of messages alone.
             max_pending: Most requests taken from it and not yet handed out; None for twice what all slots hold.
             ordered: Hand results out in the order of the requests, not of completion.
-
-        Returns:
-            An async iterator of `Result`. An error of *requests* itself is raised once, after the results of what was taken.
 
         Raises:
             ConfigError: An argument is wrong.
@@ -301,15 +288,12 @@ class Microbatcher:
         ttl: float | None = None,
         progress: Callable[[Warmed], None] | None = None,
     ) -> Warmed:
-        """Fill the cache with the answers to *requests*, in full batches; what is in it already is not asked again.
+        """Fill the cache with the answers to *requests*, in full batches, and return the figures; what is in it is not asked again.
 
         Args:
             requests: As for `map`.
             ttl: Seconds for which the answers are good, where a request does not say; None for the cache's own time.
             progress: Called with the figures so far after each request.
-
-        Returns:
-            What came of it.
 
         Raises:
             ConfigError: There is no cache, or an argument is wrong.
@@ -321,7 +305,9 @@ class Microbatcher:
         counts = Counter[str]()
         warmed = Warmed()
         async for result in self.map(lasting(requests, ttl)):
-            found = "failed" if result.reply is None else "known" if result.reply.route in _UNASKED else "asked"
+            found = (
+                "failed" if result.reply is None else "known" if result.reply.route in ("cache", "shared") else "asked"
+            )
             counts.update((found, "items"))
             warmed = Warmed(**counts)
             if progress is not None:
@@ -346,11 +332,8 @@ class Microbatcher:
 
         Once this returns, the request survives this process. It is asked with the worker's key: keys and headers are not spooled.
 
-        *messages* and the options are as for `submit`. *id* is the caller's name for the request, within its tenant: putting the same
-        again does nothing; None makes one up. *output_type* is what the answer has to fit; pass it to `result` as well.
-
-        Returns:
-            The id.
+        *messages* and the options are as for `submit`; pass *output_type* to `result` as well. *id* is the caller's name for the
+        request, within its tenant: putting the same again does nothing; None makes one up. Return the id.
 
         Raises:
             ConfigError: There is no spool, or an argument is wrong; nothing was queued.
@@ -402,19 +385,19 @@ class Microbatcher:
         output_type: Any = str,
         timeout: float | None = None,
     ) -> Reply[Any]:
-        """Return the answer to a spooled request, as soon as there is one. It can be fetched again as long as the spool keeps it.
+        """Return the answer to a spooled request as soon as there is one. It can be fetched again as long as the spool keeps it.
 
         Args:
-            id: The request's id.
-            tenant: Its tenant.
+            id: The request's id, within its tenant.
+            tenant: Its trust domain, or None.
             output_type: What it is decoded to: the type it was queued with, or str for its text.
-            timeout: Seconds to wait; None waits for ever, 0 only looks.
+            timeout: Seconds to wait; None waits without limit, 0 does not wait.
 
         Raises:
             ConfigError: There is no spool, or it knows no such request (any more).
             DeadlineExceeded: There is no answer yet.
             MalformedAnswer: The answer does not fit the type.
-            RequestFailed: It was given up, after it had failed alone several times.
+            RequestFailed: It is a dead letter: it has failed alone several times.
             StorageError: The spool cannot be read.
             BatcherClosed: The batcher is not open.
         """
@@ -429,10 +412,7 @@ class Microbatcher:
         return self._parts.spool
 
     def flush(self) -> asyncio.Future[None]:
-        """Send what waits in all lanes now, as far as slots are free.
-
-        Returns:
-            A future that is done; awaiting it only gives the calls a chance to start.
+        """Send what waits in all lanes now, as far as slots are free. Return a done future; awaiting it lets the calls start.
 
         Raises:
             BatcherClosed: The batcher is not open, or this is another event loop.
@@ -447,9 +427,7 @@ class Microbatcher:
     async def forward(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncIterator[Forwarded]:
-        """Relay a request that must reach the endpoint, and its answer that must come back, byte for byte.
-
-        It takes a slot and a permit like any call, is counted in `upstream_calls`, and closing waits for it.
+        """Relay a request to the endpoint and its answer back, byte for byte. It takes a slot and a permit like any call.
 
         Args:
             method: HTTP method.
@@ -472,9 +450,9 @@ class Microbatcher:
         if relay is None:
             raise ConfigError(f"{type(transport).__name__} has no forward(): it cannot relay requests as they are")
         model, cost = read_charge(body)
-        account_headers = {**headers, **credentials_in(path)}
-        await self._admission.acquire(PLAIN.rank, None, UNSHARED)
-        async with self._engine.lease_slot(model, account_headers, cost) as lease, AsyncExitStack() as relayed:
+        credentials = {**headers, **credentials_in(path)}
+        await self._admission.acquire(NORMAL, None, UNSHARED)
+        async with self._engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
             ledger.upstream_calls += 1
             ledger.forwarded += 1
             try:

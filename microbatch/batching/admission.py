@@ -81,12 +81,11 @@ class AdmissionQueue:
     Args:
         size: Most places, apart from the reserve and `bypass`.
         when_full: What `enter` does when no place is free; see `FlushPolicy`.
-        bypass: Most requests admitted beyond `size` under "bypass".
-        slot_free: Returns whether a request that bypasses the queue could be sent at once.
+        bypass: Most requests admitted beyond `size` under "bypass", while `slot_free` returns True.
+        slot_free: Returns whether a request could be sent at once.
 
     Attributes:
         occupied: Number of occupied places.
-        size: As given.
         waiting: Number of callers that wait for a place.
         watchers: Called when a place is free after `release`. A dict that serves as an ordered set.
     """
@@ -146,11 +145,7 @@ class AdmissionQueue:
         The caller awaits it, and calls `cancel` if the wait ends with an exception. It is not awaited here, because the frame of
         another coroutine would be most of what a waiting caller costs.
 
-        Args:
-            rank: Priority.
-            tenant: Trust domain.
-            caller: Its timeout ends the wait: then the future fails with `DeadlineExceeded`. It fails with `BatcherClosed` if the
-                batcher closes first.
+        It fails with `DeadlineExceeded` when the caller's timeout has passed, and with `BatcherClosed` when the batcher closes.
         """
         loop = asyncio.get_running_loop()
         place: Place = loop.create_future()

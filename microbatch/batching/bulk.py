@@ -46,17 +46,13 @@ _CLOSED = "the batcher closed while map() was reading its source"
 class LookUps(Protocol):
     """The cache as `map` uses it; see `microbatch.caching.answer_cache.AnswerCache`."""
 
-    def key(self, messages: Messages, options: Options) -> bytes | None:
-        """Return the key of a request, or None."""
-        ...
+    def key(self, messages: Messages, options: Options) -> bytes | None: ...  # noqa: D102
 
-    def look_up(self, key: bytes, *, bulk: bool) -> asyncio.Future[bytes | None]:
-        """Return a future of the entry under *key*."""
-        ...
+    def look_up(self, key: bytes, *, bulk: bool) -> asyncio.Future[bytes | None]: ...  # noqa: D102
 
-    def read(self, key: bytes, value: bytes | None, options: Options, created: float) -> Reply[Any] | None:
-        """Return the reply in an entry, or None."""
-        ...
+    def read(  # noqa: D102
+        self, key: bytes, value: bytes | None, options: Options, created: float
+    ) -> Reply[Any] | None: ...
 
 
 class _Prepared(msgspec.Struct):

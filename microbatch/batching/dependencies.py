@@ -24,20 +24,10 @@ class Dependencies:
     """What the parts of one batcher share.
 
     Attributes:
-        policy: When requests leave, and how much may be under way.
-        ledger: Counts everything that `Stats` shows.
-        listeners: Receive the events.
-        accounts: Give the permits.
         count: Returns the number of tokens of a text.
         upper: Bounds the tokens of a text from above; None if its bytes do.
         ratio: Returns the price of a generated token of a model in prompt tokens.
         now: Returns the loop time, in seconds.
-        limits: Bound the batches of each lane.
-        estimates: What calls are charged.
-        scheduler: The slots.
-        admission: The places for accepted requests.
-        in_flight: Requests that others may join.
-        settlement: Ends requests.
     """
 
     policy: FlushPolicy

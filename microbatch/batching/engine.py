@@ -68,13 +68,6 @@ class Work:
 class Engine:
     """Runs the calls of a batcher.
 
-    Args:
-        given: What the parts of the batcher share.
-        lanes: The open lanes.
-        singles: The queues of requests that go alone.
-        dispatcher: Makes the calls.
-        fallback: Asks again for what combined calls left open.
-
     Attributes:
         accepting_loop: The event loop whose callers may come in; None before `admit` and after `close`.
         closing: Whether it is closed for good.
@@ -266,15 +259,7 @@ class Engine:
             self._heed(lane, mended=True)
 
     def _heed(self, lane: Lane, *, mended: bool = False) -> int:
-        """Heed what a combined call of *lane* has shown, for one thing whether its requests go alone from now on.
-
-        Args:
-            lane: The lane.
-            mended: Whether what the call left open has been asked again.
-
-        Returns:
-            How many requests its batches hold now.
-        """
+        """Apply what a combined call of *lane* has shown, *mended* by fallback calls or not; return the size of its batches now."""
         history = lane.history
         if history.parts(mended=mended):
             history.part()

@@ -73,16 +73,7 @@ def settled(
     reply: Reply[Any] | None = None,
     error: Exception | None = None,
 ) -> Settled:
-    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left.
-
-    Args:
-        spec: What it shares with others.
-        created: Loop time of its submit.
-        origin: What hooks keep of its caller.
-        now: Loop time.
-        reply: Its answer, or None.
-        error: Its error, or None.
-    """
+    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left."""
     return Settled(
         route=None if reply is None else reply.route,
         error=error,

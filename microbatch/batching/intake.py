@@ -46,15 +46,9 @@ _ALONE_WARNING = 100
 class Intake:
     """The way in.
 
-    Args:
-        given: What the parts of the batcher share.
-        lanes: Where requests wait that may share a prompt.
-        singles: Where the others wait.
-        shares: Whether equal requests may share an answer unless they say otherwise.
-
     Attributes:
         read_options: Checks and reads the options of `submit`.
-        shares: As given.
+        shares: Whether equal requests may share an answer unless they say otherwise.
     """
 
     def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
@@ -242,14 +236,9 @@ class Intake:
     # --- requests that are under way already
 
     def _join(self, ticket: Ticket, waiter: Waiter, spec: Spec, patience: float, lane: Lane | None = None) -> bool:
-        """Add *waiter* to *ticket*, after seeing to it that it is as urgent; return False if it is too late for that.
+        """Add *waiter* to *ticket*, an equal request, after seeing to it that it is as urgent; return False if it is too late.
 
-        Args:
-            ticket: An equal request that was accepted before.
-            waiter: The caller.
-            spec: What its request would travel with by itself.
-            patience: Seconds that it would wait for other requests.
-            lane: The lane of that; None if it goes alone.
+        By itself the caller's request would wait for *patience* seconds in *lane*, or go alone, with *spec*.
         """
         if ticket.done:
             return False

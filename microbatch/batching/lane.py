@@ -50,19 +50,13 @@ class Taken(msgspec.Struct):
 
 
 class LaneOwner(Protocol):
-    """The table of lanes, which sets their timers and lets them take turns."""
+    """The table of lanes, which sets their timers and lets them take turns; see `LaneTable`."""
 
-    def changed(self, lane: Lane) -> None:
-        """Note that *lane* may have become due, or at another time."""
-        ...
+    def changed(self, lane: Lane) -> None: ...  # noqa: D102
 
-    def left(self, lane: Lane) -> None:
-        """Note that a request has left *lane* unsent."""
-        ...
+    def left(self, lane: Lane) -> None: ...  # noqa: D102
 
-    def rested(self, lane: Lane) -> None:
-        """Note that *lane* may be due no longer."""
-        ...
+    def rested(self, lane: Lane) -> None: ...  # noqa: D102
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -21,18 +21,7 @@ class Budget(Protocol):
 
 
 class Permit(Protocol):
-    """Leave for one call to be sent, attempt by attempt.
-
-    Attributes:
-        tokens: Tokens that each attempt is charged.
-        rank: The priority of the requests that the call carries.
-        combined: Whether the call carries several requests.
-        begun: Whether the call has begun and not finished.
-        paid: Whether the next attempt may be made: it has its permit and its slot.
-        slot: Whether it holds a slot; the scheduler's mark.
-        overdrawn: Whether that slot is one of high priority beyond the limit; the scheduler's mark.
-        error: The error of the latest attempt, or None.
-    """
+    """Leave for one call to be sent, attempt by attempt; see `microbatch.transports.accounts.Permit` for the attributes."""
 
     tokens: int
     rank: int
@@ -49,23 +38,15 @@ class Permit(Protocol):
         ...
 
     def pay(self) -> bool:
-        """Pay the next attempt; return whether it need not wait.
-
-        An attempt that can only be refused need not wait and is not paid. If the account has no permit now, the scheduler is told
-        when it is worth trying again.
-        """
+        """Pay the next attempt; return False if it has to wait for a permit."""
         ...
 
     async def admit(self) -> None:
-        """Wait until the next attempt is paid and has a slot, unless it could only be refused.
-
-        Raises:
-            StatusError: The breaker is open; nothing is held.
-        """
+        """Wait until the next attempt is paid and has a slot."""
         ...
 
     def finish(self) -> None:
-        """Give back what was paid for an attempt that will not be made; the call is over. Calling it again has no effect."""
+        """Give back what was paid for an attempt that will not be made; the call is over. May be called again."""
         ...
 
     def used(self) -> None:
@@ -74,15 +55,7 @@ class Permit(Protocol):
 
 
 class Account(Protocol):
-    """One (endpoint, model, credentials).
-
-    Attributes:
-        max_tokens: The most tokens per minute that one call can be granted; None if tokens are not counted.
-        has_worked: Whether a call was answered under its key.
-        on_wire: Attempts under way, each of which holds a slot.
-        begun: Calls begun and not finished, back-off included.
-        backing_off: Those of them that wait after a transient failure.
-    """
+    """One (endpoint, model, credentials); see `microbatch.transports.accounts.Account` for the attributes."""
 
     max_tokens: int | None
     has_worked: bool

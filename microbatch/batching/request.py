@@ -1,4 +1,4 @@
-"""Reads what a caller hands in: what it shares with other requests, and whether it may travel with them at all."""
+"""Reads the arguments of a request: what it has in common with others, and whether it may share a prompt at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OURS = frozenset(
     {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "stream", "stream_options"}
 )
-"""Request fields that `submit` has an argument for or decides itself; in `params` they would be a second opinion."""
+"""Request fields that `submit` has an argument for or decides itself, and that `params` must not hold."""
 
 ALONE = frozenset({
     "audio",
@@ -47,7 +47,7 @@ ALONE = frozenset({
 `response_format` before; what is left there (json_object) counts."""
 
 _PLAIN_FIELDS = 2
-"""Those of the usual message: a role and a content."""
+"""Fields of the usual message: a role and a content."""
 
 _PRIORITIES: tuple[object, ...] = get_args(Priority)
 
@@ -59,14 +59,10 @@ class Options(msgspec.Struct, frozen=True):
 
     Attributes:
         answer: The shape of the answer.
-        content: All that two requests must have in common to be the same question, but their messages.
-        priority: As given; with it, `content` is what they must have in common to share a prompt.
-        combinable: Whether the options allow company.
+        content: All that two requests must have in common to be the same question, except their messages.
+        priority: As given; two requests that share a prompt must have it in common as well.
+        combinable: Whether the options allow a shared prompt.
         params: Request fields to send, temperature included.
-        headers: The caller's headers.
-        model: As given.
-        max_tokens: As given.
-        tenant: As given.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
         cold: Whether the temperature is 0, so that equal requests may well get equal answers.
     """
@@ -94,7 +90,7 @@ def read_options(
     tenant: str | None,
     priority: Priority,
 ) -> Options:
-    """Check `submit`'s options.
+    """Check the options of `submit`, and return them as `Options`.
 
     Raises:
         ConfigError: One is wrong; the message names it.
@@ -187,7 +183,7 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
         return None
     if is_combined(text):
         return None
-    # Priority is a word of its own in the key: a lane of low-priority work must not delay others.
+    # The priority is in the key: a lane of low-priority work must not delay others.
     key: list[Hashable] = [options.priority, options.content]
     for message in messages[:-1]:
         if type(message) is dict and len(message) == _PLAIN_FIELDS:
@@ -203,9 +199,9 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
 
 
 def own_text(messages: Messages, plain: list[dict[str, Any]] | None) -> str | None:
-    """Return the text that *messages* end in, if those before it are *plain* ones; None if that takes a closer look.
+    """Return the text that *messages* end in if those before it equal *plain*; None if only `read_messages` can tell.
 
-    This answers most submits of a service, which ask the same kind of thing again: comparing costs a fraction of making a key.
+    Most submits of a service ask the same kind of thing again: comparing costs a fraction of making a key.
     """
     last = messages[-1]
     if type(last) is dict and len(last) == _PLAIN_FIELDS and messages[:-1] == plain:

@@ -70,10 +70,7 @@ class Scheduler(Generic[W]):
     ) -> None:
         """Run in *tasks* from now on.
 
-        Args:
-            tasks: Runs the work.
-            begin: Takes the next work from a due queue, with its permit; None if there was none after all.
-            do: Does some work; raises nothing but cancellation.
+        *begin* takes the next work from a due queue, or returns None; *do* does it and raises nothing but cancellation.
         """
         self._tasks, self._begin, self._do = tasks, begin, do
         self._asked = asyncio.Event()

@@ -35,11 +35,7 @@ if TYPE_CHECKING:
 
 
 class InFlight:
-    """The indexes of tickets that may be joined.
-
-    Attributes:
-        digests: Tickets whose requests have a digest.
-    """
+    """The indexes of tickets that may be joined: one of those that have a digest, and one for each kind of content."""
 
     def __init__(self) -> None:
         self.digests = InFlightIndex()
@@ -58,14 +54,7 @@ class InFlight:
 
 
 class Settlement:
-    """Ends requests: answers, fails and withdraws tickets, and counts how each caller ended.
-
-    Args:
-        ledger: Counts the outcomes.
-        admission: The places that callers occupy.
-        listeners: Receive an event for each caller.
-        now: The clock, in seconds.
-    """
+    """Ends requests: answers, fails and withdraws tickets, counts and reports how each caller ended, and releases its place."""
 
     def __init__(
         self, ledger: Ledger, admission: AdmissionQueue, listeners: Listeners, now: Callable[[], float]

@@ -57,14 +57,9 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
     Attributes:
         key: The whole of it, hashable. Equal keys may share a prompt; anything that differs makes keys differ.
         content: The key without the priority: what two requests ask of the model, except the last message.
-        model: As given, None for the transport's own.
         shared: The messages before the last one, as given; of a request that goes alone, all of them.
         plain: The same if each is a role and a text and nothing else, otherwise None.
         answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
-        max_tokens: Most tokens of one answer, or None.
-        params: Further request fields, temperature included.
-        headers: The caller's headers.
-        tenant: The caller's trust domain, or None.
         rank: Priority: 0 high, 1 normal, 2 low.
         shared_chars: Length of the shared messages' texts, for estimates.
     """
@@ -117,31 +112,20 @@ SHARED = CallerOptions(shared=True)
 
 
 class Deadline(msgspec.Struct):
-    """When a caller gives up.
-
-    Attributes:
-        at: Loop time.
-        timeout: The timeout in seconds, as given.
-        timer: Ends the wait at that time.
-    """
+    """When a caller gives up: the loop time, its timeout in seconds, and the timer that ends the wait."""
 
     at: float
     timeout: float
     timer: asyncio.TimerHandle | None = None
 
     def cancel(self) -> None:
-        """Stop the timer, because the wait is over."""
+        """Stop the timer."""
         if self.timer is not None:
             self.timer.cancel()
 
 
 class Charge(msgspec.Struct, frozen=True):
-    """What a single call for a request is charged, where tokens are limited.
-
-    Attributes:
-        tokens: Tokens, those of the answer included.
-        prompt: The prompt's part of that, by our own count; 0 where it is not counted.
-    """
+    """Tokens that a single call for a request is charged, and the prompt's part by our own count; 0 where it is not counted."""
 
     tokens: int
     prompt: int = 0
