@@ -12,10 +12,13 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.accounting.events import Settled
+from microbatch.batching.request import check_messages
+from microbatch.batching.ticket import CallerOptions
 from microbatch.caching import entry as entries
 from microbatch.caching.guard import Guard
 from microbatch.caching.key import Keys
 from microbatch.caching.patience import Patience
+from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
 
@@ -225,6 +228,28 @@ class AnswerCache:
             )
         return reply
 
+    async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
+        """Return the reply that is kept for a request, or the options with which it is to be asked.
+
+        Raises:
+            ConfigError: The messages are wrong.
+            DeadlineExceeded: The caller's timeout passed meanwhile.
+        """
+        check_messages(messages)
+        key = self.key(messages, options)
+        if key is None:
+            return caller
+        created, value = asyncio.get_running_loop().time(), None
+        try:
+            async with asyncio.timeout(caller.timeout):
+                value = await self.look_up(key)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within the timeout of {caller.timeout} s") from None
+        except StorageError:
+            pass  # the batcher is closing
+        reply = self.read(key, value, options, created)
+        return CallerOptions(caller.timeout, True, key, caller.ttl, created) if reply is None else reply
+
     # --- keeping
 
     async def keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
@@ -238,10 +263,10 @@ class AnswerCache:
         now = self._now()
         stored: Stored = []
         for ticket, alone in answered:
-            reply, key = ticket.reply, ticket.terms.key
+            reply, key = ticket.reply, ticket.caller.key
             if reply is None or key is None:
                 continue  # for its caller only, or asked while the secret could not be had
-            ttl = self._ttl if ticket.terms.ttl is None else ticket.terms.ttl
+            ttl = self._ttl if ticket.caller.ttl is None else ticket.caller.ttl
             if ttl is not None:
                 ttl *= 1 - JITTER * random.random()  # noqa: S311 no secret
             value = entries.encode(

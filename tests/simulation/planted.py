@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 from simulation.scenario import TICK
 
 import microbatch as mb
-import microbatch.batching.admission as room_module
+import microbatch.batching.admission as admission_module
 import microbatch.batching.dispatch as call_module
 import microbatch.batching.intake as intake_module
 import microbatch.prompt.outcome as outcome_module
-from microbatch.batching.admission import AdmissionQueue
 from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.call_state import CallState
 from microbatch.batching.dispatch import Dispatcher
 from microbatch.batching.engine import Engine
-from microbatch.batching.lane_table import Lanes
+from microbatch.batching.intake import Intake
+from microbatch.batching.lane_table import LaneTable
 from microbatch.batching.scheduler import Scheduler
+from microbatch.batching.single_flight import Settlement
 from microbatch.errors import StatusError
 from microbatch.transience import RetryBudget
 from microbatch.transports.accounts import Account
@@ -52,7 +53,7 @@ def missing_done_check():
         @functools.wraps(answer)
         def wrapper(calls, tickets, answers, *args):
             answers = list(answers)
-            if any(tickets[index].future.done() for index, _ in answers):
+            if any(tickets[index].done for index, _ in answers):
                 raise asyncio.InvalidStateError("invalid state")  # what set_result would raise
             return answer(calls, tickets, answers, *args)
 
@@ -110,7 +111,7 @@ def stale_timer():
 
         return disarm
 
-    return _replaced(Lanes, "_disarm", forget)
+    return _replaced(LaneTable, "_disarm", forget)
 
 
 def dropping_on_close():
@@ -163,15 +164,15 @@ def await_inside_flush():
 def leaked_room():
     """A request that leaves unsent keeps its place."""
 
-    def leak(withdraw):
-        def wrapper(engine, ticket):
-            unsent = ticket.queue is not None
-            withdraw(engine, ticket)
-            engine.admission.taken += unsent
+    def leak(remove):
+        def wrapper(settlement, ticket, waiters):
+            if ticket.queue is not None:
+                settlement._admission.occupy()
+            remove(settlement, ticket, waiters)
 
         return wrapper
 
-    return _replaced(Engine, "_withdraw", leak)
+    return _replaced(Settlement, "_remove", leak)
 
 
 def leaked_slot():
@@ -180,12 +181,12 @@ def leaked_slot():
     def leak(settle):
         async def wrapper(engine, work):
             await settle(engine, work)
-            if all(ticket.future.cancelled() for ticket in work.tickets):
+            if all(ticket.first.future.cancelled() for ticket in work.tickets):
                 engine.scheduler.in_use += 1
 
         return wrapper
 
-    return _replaced(Engine, "_settle", leak)
+    return _replaced(Engine, "_do", leak)
 
 
 def slot_kept_through_back_off():
@@ -209,7 +210,18 @@ def slot_kept_through_back_off():
 
 def place_not_passed_on():
     """A caller that is let in and then misuses the library takes its place with it."""
-    return _replaced(AdmissionQueue, "decline", lambda _: lambda admission: None)
+
+    def keep(accept):
+        def wrapper(intake, *args):
+            try:
+                return accept(intake, *args)
+            except BaseException:
+                intake._admission.occupy()
+                raise
+
+        return wrapper
+
+    return _replaced(Intake, "accept", keep)
 
 
 def first_caller_runs_the_batch():
@@ -223,15 +235,15 @@ def first_caller_runs_the_batch():
                 if future.cancelled() and not task.done():
                     task.cancel()
 
-            work.tickets[0].future.add_done_callback(die)
+            work.tickets[0].first.future.add_done_callback(die)
             try:
                 await settle(engine, work)
             finally:
-                work.tickets[0].future.remove_done_callback(die)
+                work.tickets[0].first.future.remove_done_callback(die)
 
         return wrapper
 
-    return _replaced(Engine, "_settle", run_in_first)
+    return _replaced(Engine, "_do", run_in_first)
 
 
 def ignored_tenant():
@@ -270,15 +282,15 @@ def late_deadline():
     """A deadline is looked at once the call is over, not when it passes."""
 
     def later(expire):
-        def wrapper(engine, ticket, timeout):
+        def wrapper(settlement, ticket, waiter):
             if ticket.queue is not None:
-                expire(engine, ticket, timeout)
+                expire(settlement, ticket, waiter)
             else:
-                engine._loop.call_later(TICK, expire, engine, ticket, timeout)
+                asyncio.get_running_loop().call_later(TICK, expire, settlement, ticket, waiter)
 
         return wrapper
 
-    return _replaced(Engine, "_expire", later)
+    return _replaced(Settlement, "expire", later)
 
 
 def newest_first():
@@ -295,20 +307,20 @@ def newest_first():
 
         return wrapper
 
-    return _replaced(room_module._Line, "take", reversed_)
+    return _replaced(admission_module._Line, "take", reversed_)
 
 
 def lost_wakeup():
     """The end of a call does not make its lane due, although requests wait in it."""
 
     def forget(call_ended):
-        def wrapper(lanes, lane):
-            lane.in_flight -= 1
+        def wrapper(lanes, lane, *, combined):
+            lane.call_ended(combined=combined)
             lanes.drop_if_abandoned(lane)
 
         return wrapper
 
-    return _replaced(Lanes, "call_ended", forget)
+    return _replaced(LaneTable, "call_ended", forget)
 
 
 def unfinished_close():
