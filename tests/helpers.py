@@ -124,13 +124,13 @@ class Tasks:
         self.last = asyncio.ensure_future(function(*args))
 
 
-def scheduler_for(account, slots=64, *, cost=None, take=None):
+def scheduler_for(account, slots=64, *, begin=None):
     """Return a running scheduler for *account*; what it takes from a queue is left to the test."""
 
-    async def settle(work):
+    async def do(work):
         pass
 
-    scheduler = Scheduler(slots, cost=cost, take=take, settle=settle, rested=lambda _: None, freed=lambda: None)
-    scheduler.start(Tasks())
+    scheduler = Scheduler(slots)
+    scheduler.start(Tasks(), begin, do)
     account.slots = scheduler
     return scheduler

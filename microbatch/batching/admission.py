@@ -1,7 +1,10 @@
 """Places for a bounded number of accepted requests, and the callers that wait for one.
 
-Places are given by priority and tenant in turn, like slots: priorities by weight, within a priority tenants in turn, within a tenant
+Places are granted by priority and tenant in turn, like slots: priorities by weight, within a priority tenants in turn, within a tenant
 in order of arrival. High priority has a small reserve beyond the bound.
+
+A place is occupied from the step in which it is granted. Its holder either has a request accepted, which keeps the place until it is
+settled, or releases it.
 """
 
 from __future__ import annotations
@@ -9,15 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from microbatch.batching.stride import WEIGHTS, Stride
+from microbatch.batching.fair_queue import WEIGHTS, Stride
 from microbatch.batching.ticket import HIGH
-from microbatch.errors import BatcherClosed, DeadlineExceeded
+from microbatch.errors import BatcherClosed, DeadlineExceeded, Overloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable
 
     from microbatch.batching.ticket import CallerOptions, Deadline
 
@@ -37,18 +39,15 @@ class _Line:
     def __init__(self) -> None:
         # The dict serves as a ring: the first tenant is next. Places of callers that left stay until they come up, or are too many.
         self._tenants: dict[Hashable, deque[Place]] = {}
-        self._places = 0  # in those lines
-        self._gone = (
-            0  # callers that left, less the places removed because they are done: below 0 while one is about to leave
-        )
+        self._places = 0  # in those queues
+        self._gone = 0  # callers that left, minus places removed because they were done: below 0 while one is leaving
 
     @property
     def live(self) -> int:
-        """How many callers wait, or have not yet noticed that their wait is over."""
+        """Number of callers that wait, or have not yet noticed that their wait is over."""
         return self._places - self._gone
 
     def add(self, tenant: Hashable, place: Place) -> None:
-        """Put *place* last in the line of *tenant*."""
         self._tenants.setdefault(tenant, deque()).append(place)
         self._places += 1
 
@@ -77,56 +76,76 @@ class _Line:
 
 
 class AdmissionQueue:
-    """Counts the requests accepted and not settled, and gives places to newcomers in turn.
+    """Counts the requests accepted and not settled, and grants places to newcomers in turn.
 
     Args:
-        size: Most of them, but for those below.
-        emptied: Called when the last one has left.
-        bypass: Most of those that go past a full queue because a slot is free. High priority has a reserve beyond them.
+        size: Most places, apart from the reserve and `bypass`.
+        when_full: What `enter` does when no place is free; see `FlushPolicy`.
+        bypass: Most requests admitted beyond `size` under "bypass", while `slot_free` returns True.
+        slot_free: Returns whether a request could be sent at once.
 
     Attributes:
-        taken: How many there are.
-        size: As given.
-        waiting: Callers that wait for a place.
-        watchers: Called when there is room after requests have settled.
+        occupied: Number of occupied places.
+        waiting: Number of callers that wait for a place.
+        watchers: Called when a place is free after `release`. A dict that serves as an ordered set.
     """
 
-    def __init__(self, size: int, emptied: Callable[[], None], *, bypass: int = 0) -> None:
-        self.taken = 0
+    def __init__(
+        self,
+        size: int,
+        when_full: Literal["wait", "reject", "bypass"] = "wait",
+        *,
+        bypass: int = 0,
+        slot_free: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.occupied = 0
         self.size = size
         self.waiting = 0
-        self.watchers: dict[Callable[[], None], None] = {}  # as a set that keeps their order
-        self._emptied = emptied
+        self.watchers: dict[Callable[[], None], None] = {}
+        self._when_full = when_full
+        self._bypass = bypass if when_full == "bypass" else 0
+        self._slot_free = slot_free
         self._lines = [_Line() for _ in WEIGHTS]
         self._stride = Stride()
         self._sizes = [size] * len(WEIGHTS)
-        self._sizes[HIGH] += bypass + max(1, size // _RESERVE_SHARE)
-        self._bypass = bypass
+        self._sizes[HIGH] += self._bypass + max(1, size // _RESERVE_SHARE)
 
-    def full(self, rank: int) -> bool:
-        """Return whether every place open to a request of priority *rank* is taken."""
-        return self.taken >= self._sizes[rank]
-
-    @property
-    def may_be_bypassed(self) -> bool:
-        """True if another request may go past a full queue."""
-        return self.taken < self.size + self._bypass
+    def overfull(self, rank: int) -> bool:
+        """Return whether more places are occupied than are open to priority *rank*."""
+        return self.occupied > self._sizes[rank]
 
     def must_wait(self, rank: int) -> bool:
-        """Return whether a request of priority *rank* may not come in now without overtaking others."""
-        return self.full(rank) or bool(self._lines[HIGH].live if rank == HIGH else self.waiting)
+        """Return whether no place is free for priority *rank*, or other callers have been waiting for one."""
+        return self._full(rank) or bool(self._lines[HIGH].live if rank == HIGH else self.waiting)
 
-    def place(self, rank: int, tenant: Hashable, terms: CallerOptions) -> Place:
-        """Return a place in the queue, done when its turn has come.
+    def _full(self, rank: int) -> bool:
+        return self.occupied >= self._sizes[rank]
 
-        The caller awaits it and calls `enter` in the very step in which the wait ends well, else `give_up`. It is not awaited here,
-        because the frame of another coroutine would be most of what a waiter costs.
+    def enter(self, rank: int, tenant: Hashable, caller: CallerOptions) -> Place | None:
+        """Occupy a place, or return the place to wait for as `reserve` does.
 
-        Args:
-            rank: Priority.
-            tenant: Trust domain.
-            terms: The terms whose timeout ends the wait: then the place fails with `DeadlineExceeded`. It fails with `BatcherClosed`
-                if the batcher closes first.
+        Raises:
+            Overloaded: No place is free, and the policy is not to wait.
+        """
+        if (self.waiting or self.occupied >= self._sizes[rank]) and self.must_wait(rank):
+            if self._when_full == "wait":
+                return self.reserve(rank, tenant, caller)
+            if self.occupied >= self.size + self._bypass or not self._slot_free():
+                raise Overloaded(f"max_queued={self.size} requests are pending")
+        self.occupied += 1
+        return None
+
+    def occupy(self) -> None:
+        """Occupy a place whatever the bound."""
+        self.occupied += 1
+
+    def reserve(self, rank: int, tenant: Hashable, caller: CallerOptions) -> Place:
+        """Return a future that is done when a place is granted, which is occupied from then on.
+
+        The caller awaits it, and calls `cancel` if the wait ends with an exception. It is not awaited here, because the frame of
+        another coroutine would be most of what a waiting caller costs.
+
+        It fails with `DeadlineExceeded` when the caller's timeout has passed, and with `BatcherClosed` when the batcher closes.
         """
         loop = asyncio.get_running_loop()
         place: Place = loop.create_future()
@@ -135,79 +154,61 @@ class AdmissionQueue:
             self._stride.enter(rank)
         line.add(tenant, place)
         self.waiting += 1
-        deadline = terms.deadline(loop.time())
+        deadline = caller.deadline(loop.time())
         if deadline is not None:
             deadline.timer = loop.call_at(deadline.at, _expire, place, deadline, context=_NO_CONTEXT)
             place.add_done_callback(lambda _: deadline.cancel(), context=_NO_CONTEXT)
         return place
 
-    def enter(self) -> None:
-        """Take the place that was kept; a request has to be accepted, or `decline` called, in the same step."""
-        self.taken -= 1
-
-    @contextmanager
-    def entering(self) -> Iterator[None]:
-        """Pass the place on if the block, which accepts a request in a place that was kept or is free, raises."""
-        try:
-            yield
-        except BaseException:
-            self.decline()
-            raise
-
-    async def wait_for(self, place: Place, rank: int) -> None:
-        """Wait until *place*, which was given *rank*, is granted; see `enter` for what the caller does in the step of the return.
+    async def acquire(self, rank: int, tenant: Hashable, caller: CallerOptions, *, patient: bool = False) -> None:
+        """Occupy a place as `enter` does, waiting for it if need be; *patient* waits whatever the policy.
 
         Raises:
+            Overloaded: No place is free, and the policy is not to wait.
             BatcherClosed: The batcher closed first.
         """
+        must_wait = patient and self.must_wait(rank)
+        place = self.reserve(rank, tenant, caller) if must_wait else self.enter(rank, tenant, caller)
+        if place is None:
+            return
         try:
             await place
         except BaseException:
-            self.give_up(place, rank)
+            self.cancel(place, rank)
             raise
-        self.enter()
 
-    def give_up(self, place: Place, rank: int) -> None:
-        """Forget the caller that waited for *place* with priority *rank*; a place granted in the same moment goes to the next."""
+    def cancel(self, place: Place, rank: int) -> None:
+        """Forget the caller that waited for *place*; a place granted at the same moment is released."""
         if place.done() and not place.cancelled() and place.exception() is None:
-            self.enter()
-            self.decline()
+            self.release()
         elif self.waiting:  # else the batcher has closed
             self.waiting -= 1
             self._lines[rank].leave()
-            self.offer()  # callers may have lined up behind it while places were free
+            self._grant()  # callers may have queued behind it while places were free
 
-    def decline(self) -> None:
-        """Pass on a place that was free for a request that does not come in after all."""
-        self.offer()
-        if not self.taken:
-            self._emptied()
-
-    def leave(self, count: int) -> None:
-        """Free the places of *count* requests, which have settled."""
-        self.taken -= count
+    def release(self, count: int = 1) -> None:
+        """Free *count* places, and grant them to callers that wait."""
+        self.occupied -= count
         if self.waiting:
-            self.offer()
-        if not self.taken:
-            self._emptied()
-        if self.watchers and not self.taken >= self.size and not self.waiting:
+            self._grant()
+        if self.watchers and self.occupied < self.size and not self.waiting:
             for watcher in list(self.watchers):
                 watcher()
 
-    def offer(self) -> None:
-        """Give the free places to those that wait, in turn."""
+    def _grant(self) -> None:
+        """Grant the free places in turn."""
         while self.waiting:
             rank = self._stride.first(
-                rank for rank, line in enumerate(self._lines) if line.live and not self.full(rank)
+                rank for rank, line in enumerate(self._lines) if line.live and not self._full(rank)
             )
             if rank is None:
                 return
             place = self._lines[rank].take()
             if place is None:
-                return  # the last that waited is about to leave, and offers again then
+                return  # the last one that waited is leaving, and `cancel` grants again then
             self._stride.served(rank)
             self.waiting -= 1
-            self.taken += 1
+            self.occupied += 1
             place.set_result(None)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from microbatch.accounting.stats import divided
 from microbatch.batching.overhead import measure_overhead
+from microbatch.batching.single_flight import finish_cost
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
@@ -93,19 +94,17 @@ class UsageAttribution:
             is asked for.
         """
         tickets, alone = batch.tickets, []
-        flights = [ticket.flight for ticket in tickets if ticket.flight is not None]
         if completion is not None:
             _finish(tickets, completion)
         if call_cost is None:
             self._ledger.unreported_calls += completion is not None or batch.reply.heard
-            for ticket in tickets:
-                self._drop_share(ticket)
         else:
             self._book(tickets, call_cost)
-            alone = self._record(batch, call_cost, each=each or bool(flights))
+            alone = self._record(batch, call_cost, each=each or any(ticket.waiters for ticket in tickets))
             self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
-        for flight in flights:
-            flight.spread(final=True)
+        for ticket in tickets:
+            if ticket.waiters is not None or ticket.past is not None:
+                finish_cost(ticket, self._ledger)
         return alone
 
     def attribute_alone(
@@ -114,7 +113,6 @@ class UsageAttribution:
         """Record the cost of an ended single call; in *history* too, if a combined call had left *ticket* unanswered."""
         if call_cost is None:
             self._ledger.unreported_calls += 1
-            self._drop_share(ticket)
         else:
             usage, price = call_cost.usage, call_cost.price
             self._book([ticket], call_cost)
@@ -126,14 +124,7 @@ class UsageAttribution:
                 history.record_cost(usage, alone, price, again=True)
         if completion is not None:
             _finish([ticket], completion)
-        if ticket.flight is not None:
-            ticket.flight.spread(final=True)
-
-    def _drop_share(self, ticket: Ticket) -> None:
-        """Count the shares of earlier calls as unclaimed if the caller left at the moment of its answer."""
-        if ticket.unclaimed and ticket.usage is not None:
-            self._ledger.unclaimed += ticket.usage
-            ticket.remember().usage = None
+        finish_cost(ticket, self._ledger)
 
     def _book(self, tickets: Sequence[Ticket], call_cost: CallCost) -> None:
         """Book each ticket's share of an ended call: on its reply, on the ticket for later, or as unclaimed."""
@@ -147,10 +138,10 @@ class UsageAttribution:
                 share = past.usage + share  # noqa: PLW2901 with its shares of earlier calls
                 cost_usd = None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
                 past.usage = None
-            if reply is not None and (past is None or not past.unclaimed):
+            if reply is not None:
                 reply.usage = share
                 reply.cost_usd = cost_usd
-            elif ticket.future.done():
+            elif ticket.done:
                 self._ledger.unclaimed += share
             else:
                 past = ticket.remember()
@@ -188,8 +179,8 @@ class UsageAttribution:
 
     def _record_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Record what the requests that have joined *ticket* would have cost, each as much as *alone*."""
-        if ticket.flight is not None:
-            for _ in range(ticket.flight.size - 1):
+        if ticket.waiters is not None:
+            for _ in range(len(ticket.waiters) - 1):
                 self._ledger.pay(Usage(), alone, price)
 
     def _warn_if_dearer(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from microbatch.batching.bounds import QUOTA_SHARE
+from microbatch.batching.ticket import FlushReason
 from microbatch.prompt.compose import output_reserve
 
 if TYPE_CHECKING:
@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Spec
     from microbatch.policy import FlushPolicy
-
-
-class FlushReason(enum.StrEnum):
-    """Why a batch left its lane."""
-
-    SIZE = "size"
-    TOKENS = "tokens"
-    OUTPUT = "output"
-    TIMEOUT = "timeout"
-    IDLE = "idle"
-    EXPLICIT = "explicit"
-    DRAIN = "drain"
 
 
 class Budget(msgspec.Struct, frozen=True, gc=False):

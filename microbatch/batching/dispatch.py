@@ -7,8 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from microbatch.batching.call_state import Batch, CallState
-from microbatch.batching.events import called, settled
+from microbatch.batching.events import called
 from microbatch.batching.ticket import AloneReason
+from microbatch.containment import contained
 from microbatch.errors import ConfigError, RequestFailed, StatusError
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
@@ -16,11 +17,9 @@ from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
-    from microbatch.accounting.events import Listeners
-    from microbatch.accounting.stats import Ledger
     from microbatch.batching.attribution import CallCost, Pricing, UsageAttribution
     from microbatch.batching.bounds import Bounds
-    from microbatch.batching.estimates import Estimates
+    from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
@@ -38,50 +37,42 @@ class Dispatcher:
     """Makes calls and settles the requests that they answer.
 
     Args:
+        given: What the parts of the batcher share.
         send: Makes the attempts of a call.
         codec: Composes calls and reads their replies.
-        ledger: The counts of the batcher.
         attribution: Attributes the cost of ended calls.
-        estimates: Estimates charges and bounds.
         bounds: Judges replies that are longer than expected.
         keep: Stores answers in the cache, after their callers have them; None without a cache.
-        listeners: The hooks for calls and answers.
         price: Returns what prices a model's usage.
         default_model: The transport's model, for prices when neither caller nor endpoint names one.
-        settled: Called with the number of tickets that were just answered.
-        now: The clock, in seconds.
         early: Whether callers are answered while the reply is still streamed.
     """
 
     def __init__(
         self,
+        given: Dependencies,
         *,
         send: Send,
         codec: ChatCodec,
-        ledger: Ledger,
         attribution: UsageAttribution,
-        estimates: Estimates,
         bounds: Bounds,
         keep: Keep | None,
-        listeners: Listeners,
         price: Pricing,
         default_model: str | None,
-        settled: Callable[[int], None],
-        now: Callable[[], float],
         early: bool,
     ) -> None:
+        self._ledger = given.ledger
+        self._estimates = given.estimates
+        self._listeners = given.listeners
+        self._settlement = given.settlement
+        self._now = given.now
         self._send = send
         self._codec = codec
-        self._ledger = ledger
         self._attribution = attribution
-        self._estimates = estimates
         self._bounds = bounds
         self._keep = keep
-        self._listeners = listeners
         self._price = price
         self._default_model = default_model
-        self._settled = settled
-        self._now = now
         self._early = early
 
     async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | ConfigError | None:
@@ -157,7 +148,7 @@ class Dispatcher:
         # A reply with any fault answers the callers that wait, but is not cached.
         if how == "complete" and reply.trusted and not reply.elements.damaged:
             await self._keep_answers(completion, zip(tickets, alone, strict=False))
-        unanswered = [position for position, ticket in enumerate(tickets) if not ticket.future.done()]
+        unanswered = [position for position, ticket in enumerate(tickets) if not ticket.done]
         error, bounded = error or complaint(completion), batch.bound is not None
         outcome = CallOutcome(how, len(tickets), unanswered, reply, completion, error, bounded)
         return self._bounds.judge(
@@ -233,16 +224,13 @@ class Dispatcher:
         """Hand out the answers found so far while the reply goes on; called by the event loop."""
         if not batch.answers:
             return  # the reply has ended since
-        try:
+        with contained() as handing_out:
             self._hand_out(batch)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as bug:  # noqa: BLE001 it is the batch's; a Rust panic is no Exception
-            batch.bug = bug
+        if handing_out.error is not None:
+            batch.bug = handing_out.error
             batch.call_state.stop()
-        else:
-            if not batch.call_state.waiting and batch.call.stream:
-                batch.call_state.linger()
+        elif not batch.call_state.waiting and batch.call.stream:
+            batch.call_state.linger()
 
     def _hand_out(self, batch: Batch, call_cost: CallCost | None = None) -> None:
         """Hand the answers found to their callers, with their shares of *call_cost* if the call is over."""
@@ -265,10 +253,10 @@ class Dispatcher:
             permit: Pays the call.
             history: What is known of its lane, if a combined call has left it unanswered; else None.
         """
-        if ticket.future.done():
+        if ticket.done:
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, history)
-        if may_differ(error, after_combined=history is not None) and not ticket.future.done():
+        if may_differ(error, after_combined=history is not None) and not ticket.done:
             permit.finish()  # or the second call might wait for this one to end
             other = permit.account.permit(permit.tokens, permit.rank)
             try:
@@ -389,7 +377,7 @@ class Dispatcher:
         """Store the answers of a call in the cache, if it ended properly."""
         if self._keep is None or completion is None or completion.finish_reason != "stop":
             return
-        kept = [pair for pair in answered if pair[0].terms.key is not None and pair[0].reply is not None]
+        kept = [pair for pair in answered if pair[0].caller.key is not None and pair[0].reply is not None]
         if kept:
             await self._keep(kept)
 
@@ -397,7 +385,7 @@ class Dispatcher:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
         latest = 0.0
         for ticket in tickets:
-            deadline = ticket.deadline if ticket.flight is None else ticket.flight.deadline
+            deadline = ticket.deadline
             if deadline is None:
                 return None
             latest = max(latest, deadline.at)
@@ -432,40 +420,30 @@ class Dispatcher:
             model, finish_reason, request_id = end.model or model, end.finish_reason, end.request_id
         for position, (output, text) in answers:
             ticket, length = tickets[position], sizes[position]
-            if ticket.future.done() or (limit is not None and length > limit and self._estimates.exceeds(text, limit)):
+            if limit is not None and length > limit and self._estimates.exceeds(text, limit):
                 continue
             if call_cost is not None and ticket.past is None:
                 usage = call_cost.shares[position]
             else:
                 usage = _estimated_usage(ticket, shared_chars, length)
-            ticket.reply = reply = Reply(
+            reply: Reply[Any] = Reply(
                 output=output,
                 text=text,
                 route=call_state.route,
                 usage=usage,
                 cost_usd=None if price is None else price(usage),
                 batch_size=size,
-                waited=call_state.sent - ticket.created,
-                latency=now - ticket.created,
+                waited=call_state.sent - ticket.first.created,
+                latency=now - ticket.first.created,
                 model=model,
                 finish_reason=finish_reason,
                 request_id=request_id,
                 body=body,
                 _wait=call_state.wait,
             )
-            self._settle(ticket, reply, now)
-            answered += 1
-        self._settled(answered)
+            answered += self._settlement.answer(ticket, reply)
+        self._settlement.answered(answered)
         return answered
-
-    def _settle(self, ticket: Ticket, reply: Reply[Any], now: float) -> None:
-        ticket.future.set_result(reply)
-        if ticket.deadline is not None:
-            ticket.deadline.cancel()
-        if ticket.file is not None:
-            ticket.file.drop(ticket)
-        if self._listeners.settle is not None and ticket.flight is None:
-            self._listeners.settle(settled(ticket.spec, ticket.created, ticket.origin, now, reply=reply))
 
 
 def _estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Usage:

@@ -8,7 +8,6 @@ estimates for later calls.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,6 +22,7 @@ from microbatch.batching.overhead import (
 )
 from microbatch.batching.ticket import Charge
 from microbatch.errors import ConfigError
+from microbatch.lru import LRU
 from microbatch.prompt.canary import CANARY_TOKENS
 from microbatch.prompt.compose import ID_TOKENS, instruction, output_reserve
 
@@ -58,9 +58,9 @@ class Estimates:
         self._count = count
         self._bounds = bounds
         self._canary_tokens = CANARY_TOKENS if canary else 0
-        self._scale_of = lru_cache(_REMEMBERED)(_new_scale)  # of a model's single prompts
-        self._preamble_tokens = lru_cache(_REMEMBERED)(self._count_preamble)
-        self._schema_tokens = lru_cache(_REMEMBERED)(self._count_schemas)
+        self._scales: LRU[str | None, TokenScale] = LRU(_REMEMBERED)  # of single prompts, by model
+        self._preambles: LRU[str, int] = LRU(_REMEMBERED)  # by the words of the answer's shape
+        self._schemas: LRU[str, tuple[int, int]] = LRU(_REMEMBERED)
 
     # --- prompts
 
@@ -77,18 +77,23 @@ class Estimates:
 
     def preamble_tokens(self, answer: AnswerType) -> int:
         """Return the tokens of the instruction and the canary, counted once for each shape of answer."""
-        return self._preamble_tokens(answer.words)
+        words = answer.words
+        return self._preambles.get_or_make(words, lambda: self.tokens_of(instruction(words)) + self._canary_tokens)
 
-    def _count_preamble(self, words: str) -> int:
-        return self.tokens_of(instruction(words)) + self._canary_tokens
+    def _schema_tokens(self, answer: AnswerType) -> tuple[int, int]:
+        """Return the tokens of the schemas of a single and of a combined reply, counted once for each shape of answer."""
+        schemas = (answer.single_schema, answer.batch_schema)
 
-    def _count_schemas(self, answer: AnswerType) -> tuple[int, int]:
-        """Return the tokens of the schemas of a single and of a combined reply."""
-        single, combined = (
-            0 if schema is None else self.tokens_of(msgspec.json.encode(schema).decode())
-            for schema in (answer.single_schema, answer.batch_schema)
-        )
-        return single, combined
+        def count() -> tuple[int, int]:
+            single, combined = (
+                0 if schema is None else self.tokens_of(msgspec.json.encode(schema).decode()) for schema in schemas
+            )
+            return single, combined
+
+        return self._schemas.get_or_make(answer.words, count)
+
+    def _scale_of(self, model: str | None) -> TokenScale:
+        return self._scales.get_or_make(model, TokenScale)
 
     def measure(self, spec: Spec, history: LaneHistory) -> None:
         """Count the messages that the requests of a lane share, once."""
@@ -196,10 +201,6 @@ class Estimates:
         self._bounds.refused(tickets[0].spec, history, limits)
         if limits.prompt:
             history.prompt_scale.raise_to(self._prompt_of_tickets(tickets, history), limits.prompt)
-
-
-def _new_scale(_model: str | None) -> TokenScale:
-    return TokenScale()
 
 
 def line_tokens(tickets: Iterable[Ticket]) -> int:

@@ -1,4 +1,4 @@
-"""Makes what hooks are told of requests and calls. Nothing here runs unless somebody listens."""
+"""Builds the events of requests and calls; only called when a hook is registered."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 
 def flushed(tickets: Sequence[Ticket], reason: str, now: float) -> Flushed:
-    """Tell that *tickets*, of one lane or one alone, have left their queue."""
+    """Return the event that *tickets*, of one lane or one alone, have left their queue."""
     spec = tickets[0].spec
     return Flushed(
         reason=str(reason),
         size=len(tickets),
         model=spec.model,
         priority=_PRIORITIES[spec.rank],
-        waited=now - min(ticket.created for ticket in tickets),
+        waited=now - min(ticket.first.created for ticket in tickets),
     )
 
 
@@ -40,7 +40,7 @@ def called(
     *,
     default_model: str | None,
 ) -> Called:
-    """Tell that *call*, which carried *tickets* and may have left the model to the transport's default, has ended."""
+    """Return the event that *call*, which carried *tickets*, has ended."""
     requested = call.model if call.model is not None else default_model
     usage = None if completion is None else completion.usage
     temperature = call.params.get("temperature")
@@ -60,7 +60,7 @@ def called(
         finish_reason=None if completion is None else completion.finish_reason,
         request_id=None if completion is None else completion.request_id,
         error=error,
-        origins=tuple(origin for ticket in tickets for origin in _origins(ticket)),
+        origins=tuple(waiter.origin for ticket in tickets for waiter in ticket.callers),
     )
 
 
@@ -73,16 +73,7 @@ def settled(
     reply: Reply[Any] | None = None,
     error: Exception | None = None,
 ) -> Settled:
-    """Tell that a request has ended: with *reply*, with *error*, or because its caller has left.
-
-    Args:
-        spec: What it shares with others.
-        created: Loop time of its submit.
-        origin: What its caller's hooks keep of it.
-        now: Loop time.
-        reply: Its answer.
-        error: Its error.
-    """
+    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left."""
     return Settled(
         route=None if reply is None else reply.route,
         error=error,
@@ -95,7 +86,3 @@ def settled(
         cost_usd=None if reply is None else reply.cost_usd,
         origin=origin,
     )
-
-
-def _origins(ticket: Ticket) -> list[Any]:
-    return [ticket.origin] if ticket.flight is None else [seat.origin for seat in ticket.flight.seats]

@@ -1,8 +1,8 @@
 """The order in which due queues and waiting attempts are served: fair, and starving none of them.
 
-Priorities share by weight, as long as all have something due; see `microbatch.batching.stride`. Within a priority the account with
-the fewest calls on the wire is next, among equals the one that was served longest ago. Within an account retries come before fallback
-calls and these before new work, where tenants take turns, within a tenant queues.
+Priorities share by weight, as long as all have something due. Within a priority the account with the fewest calls on the wire is next,
+among equals the one that was served longest ago. Within an account retries come before fallback calls and these before new work,
+where tenants take turns, within a tenant queues.
 
 Beyond the slots there is an overdraft, a quarter as many again, so that one account's slow calls cannot keep others waiting: an
 account with nothing on the wire, or one high-priority request per account, may start within it. Half of it is for high priority.
@@ -20,18 +20,22 @@ Pure bookkeeping.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
-from microbatch.batching.stride import WEIGHTS, Stride
 from microbatch.batching.ticket import HIGH
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterable
 
+    from microbatch.batching.lane import Taken
     from microbatch.batching.permits import Account, Permit
+
+WEIGHTS: Final = (16, 4, 1)
+"""Turns of the priorities high, normal and low, while all of them wait."""
 
 _OUTAGE_CALLS: Final = 8
 """Calls of an account that must be backing off, and be more than half of those begun, for it to begin no new one."""
@@ -40,17 +44,48 @@ _STALE_ENTRIES: Final = 64
 """Outdated entries of a heap, beyond as many as are valid, after which it is rebuilt."""
 
 
-class Due(Protocol):
-    """A queue that takes turns."""
+class Stride:
+    """Weighted turns of the three priorities: stride scheduling (Waldspurger 1995).
+
+    Each turn moves a priority on by 1/weight, and the one furthest behind is next. A priority that comes back after a rest starts level
+    with the others, so that it makes up for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._moved = [0.0] * len(WEIGHTS)
+        self._level = 0.0  # how far the priority of the latest turn had moved
+
+    def enter(self, rank: int) -> None:
+        """Note that *rank* waits again after a rest."""
+        self._moved[rank] = max(self._moved[rank], self._level)
+
+    def first(self, ranks: Iterable[int]) -> int | None:
+        """Return which of *ranks* is next, the most urgent one of equals; None if there are none."""
+        return min(ranks, key=self._moved.__getitem__, default=None)
+
+    def served(self, rank: int) -> None:
+        """Use up a turn of *rank*."""
+        self._level = self._moved[rank]
+        self._moved[rank] += 1 / WEIGHTS[rank]
+
+
+class WaitQueue(Protocol):
+    """A queue that takes turns: a lane, or a queue of requests that go alone, or of leases.
+
+    Attributes:
+        queued: Whether it takes turns now; the scheduler's mark.
+    """
+
+    queued: bool
 
     @property
     def account(self) -> Account:
-        """The account whose permits its requests need."""
+        """The account whose permits its work needs."""
         ...
 
     @property
     def tenant(self) -> Hashable:
-        """The tenant whose requests it holds."""
+        """The trust domain of its work."""
         ...
 
     @property
@@ -58,14 +93,28 @@ class Due(Protocol):
         """Its priority, an index into `WEIGHTS`."""
         ...
 
+    @property
+    def due(self) -> object:
+        """Something true while it has work to give."""
+        ...
+
+    def next_cost(self) -> int:
+        """Return the tokens that its next work is charged. It must be due."""
+        ...
+
+    def take(self) -> Taken:
+        """Remove and return its next work. It must be due."""
+        ...
+
+    def rested(self) -> None:
+        """Note that it takes no turns any more, because it was not due."""
+        ...
+
 
 class Attempt:
     """A retry, or the first attempt of a fallback call, which waits for a slot and a permit.
 
     Attributes:
-        permit: The call's permit.
-        account: The account of the permit.
-        rank: The priority of the requests that the call carries.
         begun: Whether the call has begun: this is a retry.
         granted: Done when the attempt may be made, or can only be refused.
     """
@@ -80,103 +129,74 @@ class Attempt:
         self.granted = granted
 
 
-Q = TypeVar("Q", bound=Due)
-
-
-class _Entry:
-    """A share's place in the heap of its priority; outdated once the share has another one or none."""
-
-    __slots__ = ("key", "share")
-
-    def __init__(self, key: tuple[bool, int, int], share: _AccountTurn[Q]) -> None:
-        self.key = key
-        self.share = share
-
-    def __lt__(self, other: _Entry) -> bool:
-        return self.key < other.key
-
-
-class _AccountTurn(Generic[Q]):
+@dataclass(slots=True, eq=False)
+class _AccountTurn:
     """The due queues and waiting attempts of one account and priority.
 
     Attributes:
-        account: The account.
-        rank: The priority.
+        since: When it was served last, or came.
         retries: Attempts of calls that have begun, oldest first.
         fallbacks: First attempts of fallback calls, oldest first.
         tenants: Queues by tenant. The dict serves as a ring: the first is next.
-        turn: When it was served last, or came.
-        entry: Its valid entry in the heap, None while it may not be served.
+        entry: Its valid entry in the heap, None while it may not be served; other entries of it are outdated.
     """
 
-    __slots__ = ("account", "entry", "fallbacks", "rank", "retries", "tenants", "turn")
-
-    def __init__(self, account: Account, rank: int, turn: int) -> None:
-        self.account = account
-        self.rank = rank
-        self.retries: deque[Attempt] = deque()
-        self.fallbacks: deque[Attempt] = deque()
-        self.tenants: dict[Hashable, deque[Q]] = {}
-        self.turn = turn
-        self.entry: _Entry | None = None
+    account: Account
+    rank: int
+    since: int
+    retries: deque[Attempt] = field(default_factory=deque)
+    fallbacks: deque[Attempt] = field(default_factory=deque)
+    tenants: dict[Hashable, deque[WaitQueue]] = field(default_factory=dict)
+    entry: _Entry | None = None
 
     @property
     def empty(self) -> bool:
-        """True if nothing is due."""
         return not (self.retries or self.fallbacks or self.tenants)
 
-    def line_of(self, attempt: Attempt) -> deque[Attempt]:
-        """Return the line in which *attempt* waits."""
+    def queue_of(self, attempt: Attempt) -> deque[Attempt]:
         return self.retries if attempt.begun else self.fallbacks
 
 
-class _Load(Generic[Q]):
-    """The shares of one account.
+@dataclass(slots=True, eq=False)
+class _Load:
+    """The turns of one account, by priority.
 
     Attributes:
-        shares: By priority.
         head: What was refused a permit last, and is served first.
-        blocked: True while the account has no permit to give.
+        blocked: Whether the account has no permit to give.
     """
 
-    __slots__ = ("blocked", "head", "shares")
-
-    def __init__(self) -> None:
-        self.shares: list[_AccountTurn[Q] | None] = [None] * len(WEIGHTS)
-        self.head: Q | Attempt | None = None
-        self.blocked = False
+    turns: list[_AccountTurn | None] = field(default_factory=lambda: [None] * len(WEIGHTS))
+    head: WaitQueue | Attempt | None = None
+    blocked: bool = False
 
 
+_Entry = tuple[bool, int, int, int, _AccountTurn]
+"""Whether it comes last, calls on the wire, since when it has waited, a number that makes entries differ, and whose turn it is."""
+
+
+@dataclass(slots=True, eq=False)
 class _Priority:
-    """The shares of one priority that may be served.
+    """The turns of one priority that may be served: their number, and a heap that may hold outdated entries."""
 
-    Attributes:
-        servable: How many.
-    """
-
-    __slots__ = ("_heap", "servable")
-
-    def __init__(self) -> None:
-        self.servable = 0
-        self._heap: list[_Entry] = []
+    servable: int = 0
+    heap: list[_Entry] = field(default_factory=list)
 
     def enter(self, entry: _Entry) -> None:
-        """Add a valid entry."""
-        heappush(self._heap, entry)
-        if len(self._heap) > 2 * self.servable + _STALE_ENTRIES:
-            self._heap = [each for each in self._heap if each.share.entry is each]
-            heapify(self._heap)
+        heappush(self.heap, entry)
+        if len(self.heap) > 2 * self.servable + _STALE_ENTRIES:
+            self.heap = [each for each in self.heap if each[-1].entry is each]
+            heapify(self.heap)
 
     @property
-    def first(self) -> _AccountTurn[Any]:
-        """The share whose turn it is. One must be servable."""
-        heap = self._heap
-        while heap[0].share.entry is not heap[0]:
-            heappop(heap)
-        return heap[0].share
+    def first(self) -> _AccountTurn:
+        """The account whose turn it is. One must be servable."""
+        while self.heap[0][-1].entry is not self.heap[0]:
+            heappop(self.heap)
+        return self.heap[0][-1]
 
 
-class FairQueue(Generic[Q]):
+class FairQueue:
     """The queues and attempts that are due.
 
     Args:
@@ -188,43 +208,43 @@ class FairQueue(Generic[Q]):
         self._overdraft = slots // 4
         self._priorities = tuple(_Priority() for _ in WEIGHTS)
         self._stride = Stride()
-        self._loads: dict[Account, _Load[Q]] = {}
+        self._loads: dict[Account, _Load] = {}
         self._overdrawn: set[Account] = set()
-        self._turn = count().__next__
+        self._clock = count().__next__
 
     # --- what is due
 
-    def add(self, queue: Q) -> None:
+    def add(self, queue: WaitQueue) -> None:
         """Put *queue* last in its place."""
-        load, share = self._share(queue.account, queue.rank)
-        share.tenants.setdefault(queue.tenant, deque()).append(queue)
-        self._place(load, share)
+        load, turn = self._turn_of(queue.account, queue.rank)
+        turn.tenants.setdefault(queue.tenant, deque()).append(queue)
+        self._place(load, turn)
 
     def add_attempt(self, attempt: Attempt) -> None:
         """Put *attempt* behind the others of its kind, account and priority."""
-        load, share = self._share(attempt.account, attempt.rank)
-        share.line_of(attempt).append(attempt)
-        self._place(load, share)
+        load, turn = self._turn_of(attempt.account, attempt.rank)
+        turn.queue_of(attempt).append(attempt)
+        self._place(load, turn)
         if not isinstance(load.head, Attempt):
             self.unblock(attempt.account)  # what is blocked is new work, which attempts do not wait for
 
-    def remove(self, queue: Q) -> None:
+    def remove(self, queue: WaitQueue) -> None:
         """Remove *queue*, which is no longer due; no turn is used up."""
-        load, share = self._share(queue.account, queue.rank)
-        queues = share.tenants[queue.tenant]
+        load, turn = self._turn_of(queue.account, queue.rank)
+        queues = turn.tenants[queue.tenant]
         queues.remove(queue)  # mostly the first
         if not queues:
-            del share.tenants[queue.tenant]
+            del turn.tenants[queue.tenant]
         self._forget(load, queue)
-        self._place(load, share)
+        self._place(load, turn)
 
     def discard(self, attempt: Attempt) -> None:
         """Remove *attempt*, which is no longer wanted; no effect if it is not there any more."""
         load = self._loads.get(attempt.account)
-        share = None if load is None else load.shares[attempt.rank]
-        if load is None or share is None or attempt not in share.line_of(attempt):
+        turn = None if load is None else load.turns[attempt.rank]
+        if load is None or turn is None or attempt not in turn.queue_of(attempt):
             return
-        share.line_of(attempt).remove(attempt)
+        turn.queue_of(attempt).remove(attempt)
         if load.head is attempt:
             load.head = None
             load.blocked = False  # what is next may need less
@@ -232,7 +252,7 @@ class FairQueue(Generic[Q]):
 
     # --- whose turn it is
 
-    def next(self, in_use: int = 0) -> Q | Attempt | None:
+    def next(self, in_use: int = 0) -> WaitQueue | Attempt | None:
         """Return what is served next, which stays where it is; None if nothing may be.
 
         Args:
@@ -245,26 +265,26 @@ class FairQueue(Generic[Q]):
         )
         return None if rank is None else self._first_of(self._priorities[rank].first)
 
-    def served(self, item: Q | Attempt, *, stays: bool = False) -> None:
+    def served(self, item: WaitQueue | Attempt, *, stays: bool = False) -> None:
         """Use up the turn of *item*, its tenant, its account and its priority; a queue *stays* for another turn or goes."""
         self._stride.served(item.rank)
-        load, share = self._share(item.account, item.rank)
-        share.turn = self._turn()
+        load, turn = self._turn_of(item.account, item.rank)
+        turn.since = self._clock()
         if isinstance(item, Attempt):
-            share.line_of(item).remove(item)  # mostly the first
+            turn.queue_of(item).remove(item)  # mostly the first
         else:
-            queues = share.tenants.pop(item.tenant)
+            queues = turn.tenants.pop(item.tenant)
             queues.remove(item)
             if stays:
                 queues.append(item)
             if queues:
-                share.tenants[item.tenant] = queues
+                turn.tenants[item.tenant] = queues
         self._forget(load, item)
         self._place_all(load)
 
     # --- what holds accounts back
 
-    def block(self, item: Q | Attempt, in_use: int = 0) -> None:
+    def block(self, item: WaitQueue | Attempt, in_use: int = 0) -> None:
         """Serve nothing of the account of *item*, which has no permit for it now.
 
         *item* goes first afterwards, unless only the overdraft let it ask: that gives it a slot sooner, but no permit.
@@ -282,7 +302,7 @@ class FairQueue(Generic[Q]):
             return False
         load.blocked = False
         self._place_all(load)
-        return any(share is not None and share.entry is not None for share in load.shares)
+        return any(turn is not None and turn.entry is not None for turn in load.turns)
 
     def changed(self, account: Account) -> None:
         """Take account of what *account* has on the wire, has begun and has backing off, any of which has changed."""
@@ -303,77 +323,77 @@ class FairQueue(Generic[Q]):
 
     # --- inside
 
-    def _share(self, account: Account, rank: int) -> tuple[_Load[Q], _AccountTurn[Q]]:
+    def _turn_of(self, account: Account, rank: int) -> tuple[_Load, _AccountTurn]:
         load = self._loads.get(account)
         if load is None:
             others = list(self._loads.values()) if len(self._loads) == 1 else ()
             load = self._loads[account] = _Load()
             for other in others:
                 self._place_all(other)  # it was alone, and its entries were not kept up to date; see `_place`
-        share = load.shares[rank]
-        if share is None:
-            share = load.shares[rank] = _AccountTurn(account, rank, self._turn())
-        return load, share
+        turn = load.turns[rank]
+        if turn is None:
+            turn = load.turns[rank] = _AccountTurn(account, rank, self._clock())
+        return load, turn
 
-    def _forget(self, load: _Load[Q], item: Q | Attempt) -> None:
+    def _forget(self, load: _Load, item: WaitQueue | Attempt) -> None:
         if load.head is item:
             load.head = None
 
-    def _may_begin(self, share: _AccountTurn[Q]) -> bool:
-        begun, resting = share.account.begun, share.account.backing_off
+    def _may_begin(self, turn: _AccountTurn) -> bool:
+        begun, resting = turn.account.begun, turn.account.backing_off
         if resting >= _OUTAGE_CALLS and 2 * resting > begun:
             return False
-        return begun < self._slots + (self._overdraft if self._is_urgent(share) else 0)
+        return begun < self._slots + (self._overdraft if self._is_urgent(turn) else 0)
 
-    def _may_overdraw(self, share: _AccountTurn[Q], beyond: int) -> bool:
-        """Return whether *share* may be served with *beyond* slots in use beyond the limit."""
-        if self._is_urgent(share):
+    def _may_overdraw(self, turn: _AccountTurn, beyond: int) -> bool:
+        """Return whether *turn* may be served with *beyond* slots in use beyond the limit."""
+        if self._is_urgent(turn):
             return beyond < self._overdraft
         # Its one high-priority call in the overdraft does not count, nor do those of all accounts, up to the half that is theirs.
-        idle = share.account.on_wire <= (share.account in self._overdrawn)
+        idle = turn.account.on_wire <= (turn.account in self._overdrawn)
         reserved = max(0, self._overdraft // 2 - len(self._overdrawn))
         return idle and beyond < self._overdraft - reserved
 
-    def _is_urgent(self, share: _AccountTurn[Q]) -> bool:
-        return share.rank == HIGH and share.account not in self._overdrawn
+    def _is_urgent(self, turn: _AccountTurn) -> bool:
+        return turn.rank == HIGH and turn.account not in self._overdrawn
 
-    def _first_of(self, share: _AccountTurn[Q]) -> Q | Attempt:
-        """Return what is first of the account of *share*, which may be served."""
-        head, may_begin = self._loads[share.account].head, self._may_begin(share)
+    def _first_of(self, turn: _AccountTurn) -> WaitQueue | Attempt:
+        """Return what is first of the account of *turn*, which may be served."""
+        head, may_begin = self._loads[turn.account].head, self._may_begin(turn)
         if isinstance(head, Attempt) and (head.begun or may_begin):
             return head
-        if share.retries or (share.fallbacks and may_begin):
-            return (share.retries or share.fallbacks)[0]
+        if turn.retries or (turn.fallbacks and may_begin):
+            return (turn.retries or turn.fallbacks)[0]
         if head is not None and not isinstance(head, Attempt):
             return head
-        return next(iter(share.tenants.values()))[0]
+        return next(iter(turn.tenants.values()))[0]
 
-    def _place_all(self, load: _Load[Q]) -> None:
-        for share in load.shares:
-            if share is not None:
-                self._place(load, share)
+    def _place_all(self, load: _Load) -> None:
+        for turn in load.turns:
+            if turn is not None:
+                self._place(load, turn)
 
-    def _place(self, load: _Load[Q], share: _AccountTurn[Q]) -> None:
-        """Give *share* the place in its priority that it is due now, or none; forget it if it is empty."""
-        account, rank = share.account, share.rank
+    def _place(self, load: _Load, turn: _AccountTurn) -> None:
+        """Give *turn* the place in its priority that it is due now, or none; forget it if it is empty."""
+        account, rank = turn.account, turn.rank
         priority = self._priorities[rank]
-        if share.empty:
-            load.shares[rank] = None
-            if not any(load.shares):
+        if turn.empty:
+            load.turns[rank] = None
+            if not any(load.turns):
                 del self._loads[account]
-        if load.blocked or share.empty or not (share.retries or self._may_begin(share)):
-            if share.entry is not None:
-                share.entry = None
+        if load.blocked or turn.empty or not (turn.retries or self._may_begin(turn)):
+            if turn.entry is not None:
+                turn.entry = None
                 priority.servable -= 1
             return
-        if share.entry is not None and len(self._loads) == 1:
+        if turn.entry is not None and len(self._loads) == 1:
             return  # with one account there is nothing to compare with, and this is on every batch's path
-        key = (rank == HIGH and account in self._overdrawn, account.on_wire, share.turn)
-        if share.entry is None:
+        key = (rank == HIGH and account in self._overdrawn, account.on_wire, turn.since)
+        if turn.entry is None:
             if not priority.servable:
                 self._stride.enter(rank)
             priority.servable += 1
-        elif share.entry.key == key:
+        elif turn.entry[:3] == key:
             return
-        share.entry = _Entry(key, share)
-        priority.enter(share.entry)
+        turn.entry = (*key, self._clock(), turn)
+        priority.enter(turn.entry)

@@ -139,7 +139,7 @@ class _Recovery:
 
     async def _ask(self, group: list[Ticket], cut: RequestFailed | ConfigError | None, instead: bool) -> None:
         async with self._at_once:
-            group = [ticket for ticket in group if not ticket.future.done()]
+            group = [ticket for ticket in group if not ticket.done]
             if not group:
                 return
             if cut is not None and not self._account.budget.draw():
@@ -159,7 +159,7 @@ class _Recovery:
                     if refusal is not None:
                         self._fail_all(group, refusal)
                         return
-                    group = [ticket for ticket in group if not ticket.future.done()]
+                    group = [ticket for ticket in group if not ticket.done]
                 outcome = await self._send(group, permit, instead)
             finally:
                 permit.finish()

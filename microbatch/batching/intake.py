@@ -1,39 +1,43 @@
-"""Takes requests in: what they are, whether they may share a prompt, and where they wait.
+"""Takes requests in: what they are, whether they may share a prompt or an answer, and where they wait.
 
-This is on every submit's path, so it is written with care for what each step costs; see `python -m bench overhead`.
+This is on every submit's path; see `python -m bench overhead` for what a step costs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from microbatch.batching.lane import Lane
 from microbatch.batching.lane_table import MAX_LINE_BYTES
-from microbatch.batching.request import canonical_messages, check_messages, own_text, read_messages, spec_of
-from microbatch.batching.single_flight import Seat, awaited
-from microbatch.batching.single_queue import SingleQueue
-from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket
+from microbatch.batching.request import (
+    canonical_messages,
+    check_messages,
+    own_text,
+    read_messages,
+    read_options,
+    remembering,
+    spec_of,
+)
+from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket, Waiter
 from microbatch.errors import ConfigError
 from microbatch.prompt.compose import ID_TOKENS, item_line
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Hashable
 
-    from microbatch.accounting.stats import Ledger
-    from microbatch.batching.admission import AdmissionQueue
-    from microbatch.batching.estimates import Estimates
-    from microbatch.batching.lane_table import Lanes
-    from microbatch.batching.permits import Account, Accounts
+    from microbatch.batching.dependencies import Dependencies
+    from microbatch.batching.lane import Lane
+    from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.request import Options
-    from microbatch.batching.single_flight import InFlightIndex, SingleFlight
-    from microbatch.batching.ticket import CallerOptions, Charge, Spec
-    from microbatch.messages import Messages, Reply
-    from microbatch.policy import FlushPolicy
+    from microbatch.batching.single_queue import SingleQueues
+    from microbatch.batching.ticket import CallerOptions, Charge, InFlightIndex, Spec
+    from microbatch.messages import Messages
 
 logger = logging.getLogger("microbatch")
+
+_NO_CONTEXT = contextvars.Context()  # timers run in it, not in that of the caller who set them
 
 _ALONE_WARNING = 100
 """Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
@@ -42,82 +46,47 @@ _ALONE_WARNING = 100
 class Intake:
     """The way in.
 
-    Args:
-        policy: What may travel together.
-        ledger: Where everything is counted.
-        admission: The places for accepted requests.
-        lanes: Where requests wait that may share a prompt.
-        flights: Those that others may join.
-        accounts: Whose permits each needs.
-        estimates: What each is charged.
-        count: Counts a text's tokens.
-        upper: Bounds a line's tokens from above, or None to use its bytes.
-        ratio: Tells what a generated token of a model costs, in prompt tokens.
-        capture: Returns what hooks keep of a caller, in whose context it is called; None if they keep nothing.
-        enqueue: Lets a queue that is due take its turns.
-        expire: Ends a ticket whose timeout has passed.
-
     Attributes:
-        alone: The queues of requests that go alone, by account, tenant and priority.
+        read_options: Checks and reads the options of `submit`.
+        shares: Whether equal requests may share an answer unless they say otherwise.
     """
 
-    def __init__(
-        self,
-        policy: FlushPolicy,
-        ledger: Ledger,
-        *,
-        admission: AdmissionQueue,
-        lanes: Lanes,
-        flights: SingleFlight,
-        accounts: Accounts,
-        estimates: Estimates,
-        count: Callable[[str], int],
-        upper: Callable[[str], int] | None,
-        ratio: Callable[[str | None], float],
-        capture: Callable[[], Any] | None,
-        enqueue: Callable[[SingleQueue], None],
-        expire: Callable[[Ticket], None],
-    ) -> None:
-        self.alone: dict[Hashable, SingleQueue] = {}
-        self._policy = policy
-        self._bypasses = policy.when_full == "bypass"
-        self._ledger = ledger
-        self._admission = admission
+    def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
+        self.read_options = remembering(read_options)
+        self.shares = shares
+        self._given = given
+        self._policy = given.policy
+        self._ledger = given.ledger
+        self._estimates = given.estimates
+        self._admission = given.admission
+        self._upper = given.upper
+        self._capture = given.listeners.submit
+        self._expire = given.settlement.expire
         self._lanes = lanes
-        self._flights = flights
+        self._singles = singles
+        self._bypasses = given.policy.when_full == "bypass"
         self._scratch = bytearray()
-        self._accounts = accounts
-        self._estimates = estimates
-        self._count = count
-        self._upper = upper
-        self._ratio = ratio
-        self._capture = capture
-        self._enqueue = enqueue
-        self._expire = expire
-        self._loop: asyncio.AbstractEventLoop
-        self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Serve callers of *loop* from now on."""
-        self._loop = loop
 
     def accept(
         self,
         messages: Messages,
         options: Options,
-        terms: CallerOptions,
-        on_taken: Callable[[Any], None] | None = None,
-    ) -> Ticket | Seat:
-        """Queue a request; the future of what is returned is settled in the end, whatever happens.
+        caller: CallerOptions,
+        on_taken: Callable[[Waiter], None] | None = None,
+    ) -> tuple[Ticket, Waiter]:
+        """Queue a request whose caller occupies a place; its future is settled in the end, whatever happens.
 
-        If there is no room for it, it goes alone at once, past those who wait. If it is not accepted, its place goes to the next caller
-        that waits for one.
+        If the admission queue is overfull, the request goes alone at once, past those that wait. If it is not accepted, its place is
+        released.
 
         Args:
             messages: The chat messages, checked here.
             options: The checked options.
-            terms: On what terms its caller asks.
-            on_taken: For bulk work, which waits for full batches: called when it leaves its queue.
+            caller: How the caller wants its answer.
+            on_taken: For bulk work, which waits for full batches: called when the request leaves its queue.
+
+        Returns:
+            The ticket, which may have other callers, and this caller of it.
 
         Raises:
             ConfigError: The messages cannot be sent; nothing was queued.
@@ -125,169 +94,91 @@ class Intake:
         try:
             if type(messages) is not list or not messages:
                 check_messages(messages)
-            loop, admission, lane = self._loop, self._admission, self._lanes.latest
+            loop = asyncio.get_running_loop()
             now = loop.time()
-            deadline = None if terms.timeout is None else terms.deadline(now)
-            text: str | None = None
+            waiter = Waiter(loop.create_future(), options.answer, now, on_taken)
+            if caller.timeout is not None:
+                waiter.deadline = caller.deadline(now)
+            lane, text = self._lanes.latest, None
             if lane is not None and (options is lane.options or lane.serves(options)):
                 text = own_text(messages, lane.spec.plain)
-            if text is None and options.combinable:
+            if text is None:
                 lane, text = self._read(messages, options)
-            if text is None or lane is None:
-                who = self._take_alone(messages, options, now, on_taken, terms)
+            if lane is None or text is None:
+                ticket = self._accept_alone(messages, options, caller, waiter)
             else:
-                line = item_line(text, self._scratch)
-                counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
-                bypass = self._bypasses and admission.full(options.rank)
-                patience = lane.max_wait
-                if on_taken is not None:
-                    patience = NEVER
-                elif deadline is not None:
-                    patience = min(patience, max(0.0, deadline.at - now) / 2)
-                seat = file = None
-                name: Hashable = line
-                if terms.shared:
-                    file = lane.file
-                    if terms.key is not None:
-                        file, name = self._flights.digests, terms.key
-                    if name in file and not bypass:
-                        seat = self._join(file[name], options, now, on_taken, lane.spec, patience, lane)
-                if seat is not None:
-                    who = seat
-                else:
-                    future: asyncio.Future[Reply[Any]] = loop.create_future()
-                    who = Ticket(future, lane.spec, options.answer, now, line, counted, patience, terms, on_taken, file)
-                    self._place(who, lane, bypass=bypass)
-                    if file is not None:
-                        file[name] = who
+                ticket = self._accept_combinable(text, lane, caller, waiter)
             if self._capture is not None:
-                who.origin = self._capture()
-            admission.taken += 1
+                waiter.origin = self._capture()
             self._ledger.items += 1
-            if deadline is not None:
-                if isinstance(who, Seat):
-                    who.flight.expire_at(who, deadline, loop)
-                else:
-                    deadline.timer = loop.call_at(deadline.at, self._expire, who, context=self._context)
-                    who.deadline = deadline
+            if waiter.deadline is not None:
+                at = waiter.deadline.at
+                waiter.deadline.timer = loop.call_at(at, self._expire, ticket, waiter, context=_NO_CONTEXT)
         except BaseException:
-            # Whatever it is: the place that this request would have taken, and may have waited for, goes to the next.
-            self._admission.decline()
+            self._admission.release()
             raise
-        return who
+        return ticket, waiter
 
     def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:
         """Return the lane of *messages* and their own text; None and None if they go alone."""
-        read = read_messages(messages, options)
+        read = read_messages(messages, options) if options.combinable else None
         if read is None:
             return None, None
-        key, text = read
-        return self._lanes.find(key, messages, options), text
+        return self._lanes.find(read[0], messages, options), read[1]
 
-    def _place(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
-        """Queue *ticket* in *lane*, or alone if it is better off so."""
-        if bypass or len(ticket.line) > lane.welcome:
-            alone = self._look_closely(ticket, lane, bypass=bypass)
-            if alone is not None:
-                self.queue_alone(ticket, alone, lane.account)
-                self._lanes.drop_if_abandoned(lane)
-                return
-        if lane.add(ticket) and not lane.queued:
+    # --- requests that may share a prompt
+
+    def _accept_combinable(self, text: str, lane: Lane, caller: CallerOptions, waiter: Waiter) -> Ticket:
+        line = item_line(text, self._scratch)
+        bypass = self._bypasses and self._admission.overfull(lane.rank)
+        bulk = waiter.on_taken is not None
+        patience = NEVER if bulk else lane.max_wait
+        if waiter.deadline is not None and not bulk:
+            patience = min(patience, max(0.0, waiter.deadline.at - waiter.created) / 2)
+        index: InFlightIndex | None = None
+        name: Hashable = line
+        if caller.shared:
+            index = lane.index
+            if caller.key is not None:
+                index, name = self._given.in_flight.digests, caller.key
+            equal = index.get(name)
+            if equal is not None and not bypass and self._join(equal, waiter, lane.spec, patience, lane):
+                return equal
+        counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
+        ticket = Ticket(lane.spec, waiter, line, counted, patience, caller, bulk, index)
+        if bypass or len(line) > lane.fast_path_max_bytes:
+            self._inspect_and_queue(ticket, lane, bypass=bypass)
+        elif lane.add(ticket) and not lane.queued:
             self._lanes.joined(lane)
-
-    def _take_alone(
-        self,
-        messages: Messages,
-        options: Options,
-        now: float,
-        on_taken: Callable[[Any], None] | None,
-        terms: CallerOptions,
-    ) -> Ticket | Seat:
-        check_messages(messages)
-        file: InFlightIndex | None = None
-        name: Hashable = None
-        key: tuple[Hashable, ...] = ()
-        if terms.key is not None:
-            file = self._flights.digests
-            name = terms.key
-        elif terms.shared:
-            file = self._flights.file_of(options.content)
-            name = key = (canonical_messages(messages),)
-        spec = spec_of(messages, options, key)
-        if file is not None:
-            equal = file.get(name)
-            seat = None if equal is None else self._join(equal, options, now, on_taken, spec, NEVER)
-            if seat is not None:
-                return seat
-        ticket = Ticket(
-            self._loop.create_future(), spec, options.answer, now, terms=terms, on_taken=on_taken, file=file
-        )
-        account = self._accounts.of(options.model, options.headers)
-        if account.max_tokens is not None:
-            ticket.charge = _fitting(self._estimates.of_any(spec), account.max_tokens)
-        self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, account)
-        if file is not None:
-            file[name] = ticket
+        if index is not None:
+            index[name] = ticket
         return ticket
 
-    def _join(
-        self,
-        ticket: Ticket,
-        options: Options,
-        now: float,
-        on_taken: Callable[[Any], None] | None,
-        spec: Spec,
-        patience: float,
-        lane: Lane | None = None,
-    ) -> Seat | None:
-        """Return a seat with *ticket*, after seeing to it that it is as urgent; None if it is too late for that.
-
-        Args:
-            ticket: An equal request that was accepted before.
-            options: The caller's options.
-            now: Loop time.
-            on_taken: See `accept`.
-            spec: What the request would travel with by itself.
-            patience: Seconds that it would wait for company.
-            lane: The lane of that; None if it goes alone.
-        """
-        if not awaited(ticket):
-            return None
-        queue = ticket.queue
-        if spec.rank < ticket.spec.rank:
-            if queue is None:
-                return None  # it is under way at the pace of its own priority
-            self._promote(ticket, spec, now + patience, lane)
-        elif isinstance(queue, Lane):
-            self._lanes.hasten(queue, ticket, now + patience)
-        if lane is not None:
+    def _inspect_and_queue(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
+        """Queue *ticket* in *lane*, or alone if it is better off so."""
+        alone = self._why_alone(ticket, lane, bypass=bypass)
+        if alone is not None:
+            self._singles.add(ticket, alone, lane.account)
             self._lanes.drop_if_abandoned(lane)
-        return self._flights.join(ticket, options.answer, now, on_taken, self._loop)
+        elif lane.add(ticket) and not lane.queued:
+            self._lanes.joined(lane)
 
-    def _promote(self, ticket: Ticket, spec: Spec, due_at: float, lane: Lane | None) -> None:
-        """Let *ticket*, which waits, wait in a queue of a higher priority instead."""
-        queue = ticket.queue
-        if isinstance(queue, Lane):
-            self._lanes.discard(queue, ticket, moved=True)
-        else:
-            queue.discard(ticket, moved=True)
-        ticket.spec, ticket.patience = spec, min(ticket.patience, due_at - ticket.created)
-        if lane is None:
-            self.queue_alone(ticket, AloneReason.NOT_COMBINABLE, self._accounts.of(spec.model, spec.headers))
-        else:
-            self._place(ticket, lane)
-
-    def _look_closely(self, ticket: Ticket, lane: Lane, *, bypass: bool) -> AloneReason | None:
+    def _why_alone(self, ticket: Ticket, lane: Lane, *, bypass: bool) -> AloneReason | None:
         """Return why *ticket* goes alone, or None if it does not."""
-        alone = self._weigh(ticket, lane) if lane.careful else None
+        alone = self._weigh(ticket, lane) if lane.needs_inspection else None
         if bypass:
             return AloneReason.BYPASS
-        if ticket.tokens > lane.budget.tokens - ID_TOKENS or len(ticket.line) > MAX_LINE_BYTES:
-            alone = alone or self._too_long(ticket, lane)
+        if alone is None and not self._fits(ticket, lane):
+            self._note_alone(
+                lane,
+                f"too long to share a prompt (max_batch_tokens={self._policy.max_batch_tokens}, "
+                f"max_prompt_tokens={self._policy.max_prompt_tokens}, {MAX_LINE_BYTES} bytes)",
+            )
+            return AloneReason.TOO_LONG
         return alone
 
     def _weigh(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
-        """Work out what *ticket* costs alone, and tell why it goes alone if that is why.
+        """Estimate what *ticket* costs alone, and return why it goes alone if its cost or priority is the reason.
 
         Raises:
             ConfigError: It can never be sent, because it is larger than the whole quota.
@@ -301,40 +192,73 @@ class Intake:
                 raise
         if lane.rank == HIGH:
             return AloneReason.HIGH
-        if history.suspended_for or self._policy.merge == "always" or self.pays(lane, lane.budget.size):
+        if history.suspended_for or self._policy.merge == "always" or self._lanes.pays(lane, lane.budget.size):
             return None
         self._note_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER
 
-    def pays(self, lane: Lane, items: int) -> bool:
-        """Return whether *items* of *lane* cost less together than alone, by all that is known of it."""
-        spec = lane.spec
-        return self._estimates.is_cheaper_combined(spec, lane.history, items, self._ratio(spec.model))
-
-    def _too_long(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
-        """Tell whether *ticket*, whose bound is over the lane's budget, cannot share a prompt at all."""
-        if len(ticket.line) <= MAX_LINE_BYTES and ticket.count(self._count) <= lane.budget.tokens - ID_TOKENS:
-            return None
-        self._note_alone(
-            lane,
-            f"too long to share a prompt (max_batch_tokens={self._policy.max_batch_tokens}, "
-            f"max_prompt_tokens={self._policy.max_prompt_tokens}, {MAX_LINE_BYTES} bytes)",
-        )
-        return AloneReason.TOO_LONG
+    def _fits(self, ticket: Ticket, lane: Lane) -> bool:
+        """Return whether *ticket* can share a prompt, counting its tokens if their bound does not tell."""
+        room = lane.budget.tokens - ID_TOKENS
+        return len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= room or ticket.count(self._given.count) <= room)
 
     def _note_alone(self, lane: Lane, why: str) -> None:
         if lane.history.note_alone() == _ALONE_WARNING:
             logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
 
-    def queue_alone(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:
-        """Queue *ticket* among those of its account, tenant and priority that go alone."""
-        spec = ticket.spec
-        key = (account, spec.tenant, spec.rank)
-        queue = self.alone.get(key)
-        if queue is None:
-            queue = self.alone[key] = SingleQueue(account, spec.tenant, spec.rank)
-        queue.add(ticket, reason)
-        self._enqueue(queue)
+    # --- requests that go alone by their form
+
+    def _accept_alone(self, messages: Messages, options: Options, caller: CallerOptions, waiter: Waiter) -> Ticket:
+        check_messages(messages)
+        index: InFlightIndex | None = None
+        name: Hashable = None
+        key: tuple[Hashable, ...] = ()
+        if caller.key is not None:
+            index, name = self._given.in_flight.digests, caller.key
+        elif caller.shared:
+            index = self._given.in_flight.index_of(options.content)
+            name = key = (canonical_messages(messages),)
+        spec = spec_of(messages, options, key)
+        if index is not None:
+            equal = index.get(name)
+            if equal is not None and self._join(equal, waiter, spec, NEVER):
+                return equal
+        ticket = Ticket(spec, waiter, caller=caller, bulk=waiter.on_taken is not None, index=index)
+        account = self._given.accounts.of(options.model, options.headers)
+        if account.max_tokens is not None:
+            ticket.charge = _fitting(self._estimates.of_any(spec), account.max_tokens)
+        self._singles.add(ticket, AloneReason.NOT_COMBINABLE, account)
+        if index is not None:
+            index[name] = ticket
+        return ticket
+
+    # --- requests that are under way already
+
+    def _join(self, ticket: Ticket, waiter: Waiter, spec: Spec, patience: float, lane: Lane | None = None) -> bool:
+        """Add *waiter* to *ticket*, an equal request, after seeing to it that it is as urgent; return False if it is too late.
+
+        By itself the caller's request would wait for *patience* seconds in *lane*, or go alone, with *spec*.
+        """
+        if ticket.done:
+            return False
+        due_at, bulk = waiter.created + patience, waiter.on_taken is not None
+        if spec.rank < ticket.spec.rank:
+            if ticket.queue is None:
+                return False  # it is under way at the pace of its own priority
+            ticket.queue.discard(ticket, moved=True)
+            ticket.spec, ticket.patience = spec, min(ticket.patience, due_at - ticket.first.created)
+            ticket.bulk = ticket.bulk and bulk
+            if lane is None:
+                account = self._given.accounts.of(spec.model, spec.headers)
+                self._singles.add(ticket, AloneReason.NOT_COMBINABLE, account)
+            else:
+                self._inspect_and_queue(ticket, lane)
+        elif ticket.queue is not None:
+            ticket.queue.hasten(ticket, due_at, bulk=bulk)
+        ticket.join(waiter)
+        if lane is not None:
+            self._lanes.drop_if_abandoned(lane)
+        return True
 
 
 def _fitting(charge: Charge, quota: int) -> Charge:

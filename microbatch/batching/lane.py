@@ -6,11 +6,13 @@ Pure bookkeeping: a lane is told the time, the limits and how to count tokens; i
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from microbatch.batching.batch_limits import FlushReason
-from microbatch.batching.ticket import LOW, NEVER
+import msgspec
+
+from microbatch.batching.ticket import LOW, NEVER, AloneReason, FlushReason
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 
     from microbatch.batching.batch_limits import Budget
     from microbatch.batching.bounds import ModelLimits
+    from microbatch.batching.estimates import Estimates
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.permits import Account
+    from microbatch.batching.permits import Account, SlotLease
     from microbatch.batching.request import Options
-    from microbatch.batching.single_flight import InFlightIndex
-    from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.batching.ticket import InFlightIndex, Spec, Ticket
 
 _AT_FIRST = 2
 """Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while
@@ -32,92 +34,88 @@ it is being tried how long a reply the model allows, it is one."""
 _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
 
+class Taken(msgspec.Struct):
+    """What a slot is used for: requests that travel in one call, or a lease.
+
+    Attributes:
+        tickets: The requests; none for a lease, or if all of their callers were cancelled in this very step.
+        reason: Why they leave; None for a lease.
+        lane: The lane that they waited in, or None.
+    """
+
+    tickets: list[Ticket]
+    reason: FlushReason | AloneReason | None = None
+    lane: Lane | None = None
+    lease: SlotLease | None = None
+
+
+class LaneOwner(Protocol):
+    """The table of lanes, which sets their timers and lets them take turns; see `LaneTable`."""
+
+    def changed(self, lane: Lane) -> None: ...  # noqa: D102
+
+    def left(self, lane: Lane) -> None: ...  # noqa: D102
+
+    def rested(self, lane: Lane) -> None: ...  # noqa: D102
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class Lane:
     """Requests that may share a prompt, in order of arrival.
 
-    The *fill* is the run of waiting requests, from the oldest, that the next batch will hold. It is extended as requests
-    come, with upper bounds of their tokens as long as those suffice: only when one would overflow the budget are the
-    largest bounds replaced by exact counts, until it fits or all are exact. So a short request is never tokenized, and none
-    twice. When requests leave unsent, it is worked out anew only once somebody asks for it: many may leave in one turn.
+    The *fill* is the run of waiting requests, from the oldest, that the next batch will hold. It is extended as requests come, with
+    upper bounds of their tokens as long as those suffice: only when one would overflow the budget are the largest bounds replaced by
+    exact counts, until it fits or all are exact. So a short request is never tokenized, and none twice. When requests leave unsent,
+    the fill is worked out anew only when it is needed: many may leave in one step.
 
     Attributes:
-        spec: What the requests have in common.
-        account: Whose permits they need.
-        history: What is known of earlier batches.
-        file: Where equal requests are found.
-        in_flight: Batches under way.
-        combined: Those of them that are combined calls, and asking again for what they left open.
+        options: Options that are known to be served here; most requests come with the same.
+        max_wait: Seconds that its requests wait for others at most; set by the owner, as are `model` to `timer_at`.
+        needs_inspection: Whether each request has to be inspected before it may join.
+        fast_path_max_bytes: Length of a line up to which a request joins without inspection; -1 for none.
+        in_flight: Calls under way.
+        combined: Those of them that are combined calls, fallback included.
         live: Requests waiting.
     """
 
-    __slots__ = (
-        "_awaited",
-        "_count",
-        "_due_at",
-        "_fill",
-        "_fill_tokens",
-        "_full",
-        "_owed",
-        "_owed_count",
-        "_pending",
-        "_stale",
-        "account",
-        "budget",
-        "careful",
-        "combined",
-        "file",
-        "history",
-        "in_flight",
-        "live",
-        "max_wait",
-        "model",
-        "options",
-        "queued",
-        "rank",
-        "spec",
-        "tenant",
-        "timer",
-        "timer_at",
-        "welcome",
-    )
+    spec: Spec
+    account: Account
+    history: LaneHistory
+    budget: Budget
+    index: InFlightIndex
+    count: Callable[[str], int]
+    estimates: Estimates
+    owner: LaneOwner
+    options: Options | None = None
+    max_wait: float = 0.0
+    model: ModelLimits | None = None
+    needs_inspection: bool = False
+    fast_path_max_bytes: int = -1
+    timer: asyncio.TimerHandle | None = None
+    timer_at: float = NEVER
+    queued: bool = False
+    in_flight: int = 0
+    combined: int = 0
+    live: int = 0
+    _awaited: int = 0  # waiting requests that are no bulk work
+    _pending: deque[Ticket] = field(default_factory=deque)  # discarded ones stay until they come up, or are too many
+    _stale: bool = False  # whether requests have left since the fill was worked out
+    _fill: int = 0
+    _fill_tokens: int = 0
+    _full: FlushReason | None = None
+    _due_at: float = NEVER
+    _owed: FlushReason | None = None
+    _owed_count: int = 0
 
-    def __init__(
-        self,
-        spec: Spec,
-        account: Account,
-        history: LaneHistory,
-        budget: Budget,
-        count: Callable[[str], int],
-        file: InFlightIndex,
-    ) -> None:
-        self.spec = spec
-        self.account = account
-        self.tenant = spec.tenant
-        self.rank = spec.rank
-        self.max_wait = 0.0  # seconds its requests wait for company at most; the collector's
-        self.model: ModelLimits | None = None  # what is known of it; the collector's
-        self.careful = False  # whether a request has to be looked at closely before it may join; the collector's
-        self.welcome = -1  # bytes of a line up to which it joins without any other look; the collector's
-        self.options: Options | None = None  # known to be served here; most come again with the same
-        self.history = history
-        self.file = file
-        self.budget = budget
-        self.in_flight = 0
-        self.combined = 0
-        self.live = 0
-        self._due_at = NEVER
-        self.queued = False  # whether the scheduler has this lane in its turn
-        self.timer_at = NEVER
-        self.timer: asyncio.TimerHandle | None = None  # the scheduler's
-        self._awaited = 0  # waiting requests that are no bulk work, or more
-        self._count = count
-        self._pending: deque[Ticket] = deque()  # discarded ones stay until they come up, or are too many
-        self._stale = False  # whether requests have left since the fill was worked out
-        self._fill = 0
-        self._fill_tokens = 0
-        self._full: FlushReason | None = None
-        self._owed: FlushReason | None = None
-        self._owed_count = 0
+    @property
+    def tenant(self) -> str | None:
+        """The trust domain of its requests."""
+        return self.spec.tenant
+
+    @property
+    def rank(self) -> int:
+        """The priority of its requests."""
+        return self.spec.rank
 
     def serves(self, options: Options) -> bool:
         """Return whether requests with *options* belong here, as far as options tell."""
@@ -150,17 +148,19 @@ class Lane:
             self._refill()
         return self._due_at
 
-    @property
-    def next_batch(self) -> tuple[int, int]:
-        """How many requests the next batch will hold as it stands, and the tokens of their lines."""
+    def next_cost(self) -> int:
+        """Return the tokens that the next batch is charged as it stands. The lane must be due."""
+        quota = self.account.max_tokens
+        if quota is None:
+            return 0
         if self._stale:
             self._refill()
-        return self._fill, self._fill_tokens
-
-    @property
-    def oldest(self) -> Ticket:
-        """The request that has waited longest. One must wait."""
-        return next(ticket for ticket in self._pending if ticket.queue is self)
+        history = self.history
+        if self._fill > 1:
+            return min(quota, self.estimates.together(self.spec, history, self._fill, self._fill_tokens, quota))
+        oldest = next(ticket for ticket in self._pending if ticket.queue is self)
+        # A request that was to travel with others was charged before anything was known of single answers.
+        return min(quota, self.estimates.alone(oldest, history).tokens if history.suspended_for else oldest.cost)
 
     @property
     def abandoned(self) -> bool:
@@ -174,7 +174,7 @@ class Lane:
         ticket.queue = self
         self._pending.append(ticket)
         self.live += 1
-        if ticket.on_taken is None:
+        if not ticket.bulk:
             self._awaited += 1
             if self._awaited == 1 and self._full is not None:
                 return self.combined > 0  # what was held for want of such a request is not held any more
@@ -186,40 +186,55 @@ class Lane:
             self.budget = budget
             self._refill()
 
-    def owe(self, reason: FlushReason, *, everything: bool = False) -> None:
+    def schedule_flush(self, reason: FlushReason, *, everything: bool = False) -> None:
         """Make the lane due for *reason*: its next batch, or *everything* that waits now."""
         if self._owed is None:
             self._owed = reason
             self._owed_count = 0
         self._owed_count = max(self._owed_count, self.live if everything else 1)
 
-    def hasten(self, ticket: Ticket, due_at: float) -> None:
-        """*ticket*, which waits here, is to leave by *due_at*, which is sooner than before."""
-        ticket.patience = due_at - ticket.created
-        if ticket.on_taken is not None:
-            # A caller that waits has joined what was bulk work. That this is not taken back when it leaves does no harm.
+    def flush(self, reason: FlushReason) -> None:
+        """Make everything that waits due now."""
+        if self.live:
+            self.schedule_flush(reason, everything=True)
+            self.owner.changed(self)
+
+    def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
+        """See `TicketQueue`."""
+        awaited, sooner = ticket.bulk and not bulk, due_at < ticket.due_at
+        if awaited:
+            ticket.bulk = False
             self._awaited += 1
-        if not self._stale and self._full is None:
-            # Else the lane is due, and looks at the times again when the next batch has left.
-            self._due_at = min(self._due_at, ticket.due_at)
+        if sooner:
+            ticket.patience = due_at - ticket.first.created
+            if not self._stale and self._full is None:
+                # Else the lane is due, and looks at the times again when the next batch has left.
+                self._due_at = min(self._due_at, ticket.due_at)
+        if awaited or sooner:
+            self.owner.changed(self)
 
     def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
-        """*ticket*, which waits here, has settled (its caller left), or has *moved* to another queue: forget it."""
+        """See `TicketQueue`."""
         if moved:
             ticket.queue = None
         else:
             ticket.taken()
         self.live -= 1
-        self._awaited -= ticket.on_taken is None
-        self._pay_debt(self._owed_count - self.live)
+        self._awaited -= not ticket.bulk
+        self._forget_owed(self._owed_count - self.live)
         if len(self._pending) > 2 * self.live + 64:
             self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
         self._stale = True
+        self.owner.left(self)
 
-    def take(self) -> tuple[list[Ticket], FlushReason]:
-        """Remove the next batch and return it with the reason it leaves. The lane must be due.
+    def rested(self) -> None:
+        """Note that it takes no turns any more."""
+        self.owner.rested(self)
 
-        The batch is empty if all of its callers have left in this very turn and have not been discarded yet.
+    def take(self) -> Taken:
+        """Remove the next batch and return it. The lane must be due.
+
+        The batch is empty if all of its callers were cancelled in this very step and have not been discarded yet.
         """
         reason = self.due
         if reason is None:
@@ -230,27 +245,37 @@ class Lane:
             ticket = pending.popleft()
             if ticket.queue is self:
                 left -= 1
-                if not ticket.future.done():
+                if not ticket.done:
+                    self._awaited -= not ticket.bulk
                     ticket.queue = None
-                    self._awaited -= ticket.on_taken is None
-                    if ticket.on_taken is not None:
-                        ticket.on_taken(ticket)
+                    if ticket.bulk or ticket.waiters is not None:
+                        ticket.taken()
                     tickets.append(ticket)
         self.live -= len(tickets)
-        self._pay_debt(len(tickets))  # those who have just left pay when they are discarded
+        self._forget_owed(len(tickets))  # those just cancelled are subtracted when they are discarded
         self._refill()
-        return tickets, reason
+        return Taken(tickets, reason, self)
 
-    def _pay_debt(self, count: int) -> None:
-        """*count* fewer tickets are owed a flush."""
+    def _forget_owed(self, count: int) -> None:
+        """Subtract *count* tickets from those that are to be flushed."""
         if self._owed is not None and count > 0:
             self._owed_count -= count
             if self._owed_count <= 0:
                 self._owed = None
 
+    def call_began(self, *, combined: bool) -> None:
+        """Note that a call of its requests is under way."""
+        self.in_flight += 1
+        self.combined += combined
+
+    def call_ended(self, *, combined: bool) -> None:
+        """Note that such a call and its fallback are over."""
+        self.in_flight -= 1
+        self.combined -= combined
+
     def waiting(self) -> list[Ticket]:
-        """Return what waits, oldest first."""
-        return [ticket for ticket in self._pending if ticket.queue is self and not ticket.future.done()]
+        """Return the tickets that wait, oldest first."""
+        return [ticket for ticket in self._pending if ticket.queue is self and not ticket.done]
 
     def _refill(self) -> None:
         """Work out the fill anew from the oldest waiting ticket."""
@@ -284,7 +309,7 @@ class Lane:
         if fill >= budget.size:
             self._full = budget.size_reason
             return True
-        due_at = ticket.created + ticket.patience
+        due_at = ticket.first.created + ticket.patience
         if due_at < self._due_at:
             self._due_at = due_at
             return True
@@ -299,7 +324,7 @@ class Lane:
             if total <= self.budget.tokens or bounded.counted is not None:
                 break
             bound = bounded.tokens
-            total -= bound - bounded.count(self._count)
+            total -= bound - bounded.count(self.count)
         fits = total <= self.budget.tokens
         self._fill_tokens = total if fits else total - ticket.tokens - ID_TOKENS
         return fits

@@ -4,89 +4,52 @@ Invariants:
 
 - A lane takes turns with the scheduler if it is due; one that no longer is, is passed over.
 - A lane that waits for a time has a timer; a lane that is empty or due has none. After requests have left a lane, that holds at the
-  end of the turn.
+  end of the step of the event loop.
 - A lane is open as long as tickets wait in it or are in flight from it. The lane of the latest request is kept beyond that, until
   a request of another kind comes: the next one is mostly of the same kind, and making a lane costs as much as several submits.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from typing import TYPE_CHECKING
 
-from microbatch.batching.batch_limits import FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import spec_of
-from microbatch.batching.ticket import HIGH, LOW, NEVER
+from microbatch.batching.ticket import HIGH, LOW, NEVER, FlushReason
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Hashable, Iterator
 
-    from microbatch.batching.batch_limits import BatchLimits
-    from microbatch.batching.estimates import Estimates
-    from microbatch.batching.permits import Accounts
+    from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
-    from microbatch.batching.single_flight import InFlightIndex
-    from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
-    from microbatch.policy import FlushPolicy
 
+_NO_CONTEXT = contextvars.Context()  # timers and callbacks run in it, not in that of the caller who set them
 
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
-"""A longer item goes alone: it would have to be counted, and it gains least from company."""
+"""A longer item goes alone: it would have to be counted, and it gains least from sharing a prompt."""
 
 
-class Lanes:
+class LaneTable:
     """The open lanes.
-
-    Args:
-        policy: When they are due.
-        budgets: How much a batch of each may hold.
-        estimates: What a call of each is charged.
-        accounts: Whose permits each needs.
-        count: Counts a text's tokens.
-        by_bytes: Whether a line's bytes bound its tokens.
-        file_of: Where requests with equal content are found by others.
-        enqueue: Lets a lane that is due take its turns.
 
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
     """
 
-    def __init__(
-        self,
-        policy: FlushPolicy,
-        budgets: BatchLimits,
-        estimates: Estimates,
-        accounts: Accounts,
-        *,
-        count: Callable[[str], int],
-        by_bytes: bool,
-        file_of: Callable[[Hashable], InFlightIndex],
-        enqueue: Callable[[Lane], None],
-    ) -> None:
+    def __init__(self, given: Dependencies) -> None:
         self.latest: Lane | None = None
-        self._policy = policy
-        self._budgets = budgets
-        self._estimates = estimates
-        self._accounts = accounts
-        self._count = count
-        self._by_bytes = by_bytes
-        self._file_of = file_of
-        self._enqueue = enqueue
-        self._memory = LaneHistories()
+        self._given = given
+        self._policy = given.policy
+        self._estimates = given.estimates
+        self._histories = LaneHistories()
         self._by_key: dict[Hashable, Lane] = {}
-        self._left: dict[Lane, None] = {}  # lanes that requests have left in this turn; a set that keeps their order
-        self._loop: asyncio.AbstractEventLoop
-        self._context = contextvars.Context()  # timers run in it, not in that of the caller who set them
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Set timers in *loop* from now on."""
-        self._loop = loop
+        self._left: dict[Lane, None] = {}  # lanes that requests have left in this step; an ordered set
 
     def __iter__(self) -> Iterator[Lane]:
         """Yield the lanes that are open now."""
@@ -104,23 +67,33 @@ class Lanes:
 
     def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         spec = spec_of(messages[:-1], options, key)
-        history = self._memory.of(key)
-        account = self._accounts.of(spec.model, spec.headers)
+        history = self._histories.of(key)
+        account = self._given.accounts.of(spec.model, spec.headers)
         model = self._estimates.model(spec)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._estimates.measure(spec, history)
-        budget = self._budgets.of(spec, history, account.max_tokens)
-        lane = self._by_key[key] = Lane(spec, account, history, budget, self._count, self._file_of(spec.content))
+        budget = self._given.limits.of(spec, history, account.max_tokens)
+        index = self._given.in_flight.index_of(spec.content)
+        lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
+        self._by_key[key] = lane
         lane.model = model
         lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
-        self._look_closely(lane)
+        self._set_fast_path(lane)
         return lane
 
-    def _look_closely(self, lane: Lane) -> None:
-        lane.careful = lane.rank == HIGH or lane.account.max_tokens is not None or self._policy.merge == "when-cheaper"
-        # Every token is at least a byte of UTF-8, but by a caller's own count: there the bytes are looked at by themselves.
+    def _set_fast_path(self, lane: Lane) -> None:
+        lane.needs_inspection = (
+            lane.rank == HIGH or lane.account.max_tokens is not None or self._policy.merge == "when-cheaper"
+        )
+        # Every token is at least a byte of UTF-8, but not by a caller's own count: there each bound is looked at.
         by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
-        lane.welcome = -1 if lane.careful or not self._by_bytes else by_bytes
+        lane.fast_path_max_bytes = -1 if lane.needs_inspection or self._given.upper is not None else by_bytes
+
+    def pays(self, lane: Lane, items: int) -> bool:
+        """Return whether *items* of *lane* cost less together than alone, by all that is known of it."""
+        spec = lane.spec
+        given = self._given
+        return given.estimates.is_cheaper_combined(spec, lane.history, items, given.ratio(spec.model))
 
     def drop_if_abandoned(self, lane: Lane) -> None:
         """Drop *lane* if nothing waits in it and nothing is under way, unless it is the latest."""
@@ -131,20 +104,19 @@ class Lanes:
     # --- when they are due
 
     def joined(self, lane: Lane) -> None:
-        """A ticket has joined *lane*, which does not take turns yet: see whether it is due now."""
-        if lane.due is None and not lane.in_flight and lane.live == 1 and self._heeds_idle(lane):
-            lane.owe(FlushReason.IDLE)
-        self._consider(lane)
+        """Note that a ticket has joined *lane*, which takes no turns yet, and see whether it is due now."""
+        if lane.live == 1:
+            self._flush_if_idle(lane)
+        self.changed(lane)
 
-    def discard(self, lane: Lane, ticket: Ticket, *, moved: bool = False) -> None:
-        """*ticket*, which waited in *lane*, has settled, or has *moved* to another queue."""
-        lane.discard(ticket, moved=moved)
+    def left(self, lane: Lane) -> None:
+        """Note that a request has left *lane* unsent."""
         if not lane.live:
             self.rested(lane)
         else:
-            # Many may leave in one turn: it is looked at once, at its end.
+            # Many may leave in one step: the lane is looked at once, at its end.
             if not self._left:
-                self._loop.call_soon(self._look_at_left, context=self._context)
+                asyncio.get_running_loop().call_soon(self._look_at_left, context=_NO_CONTEXT)
             self._left[lane] = None
 
     def _look_at_left(self) -> None:
@@ -152,59 +124,51 @@ class Lanes:
         for lane in left:
             self.rested(lane)
 
-    def hasten(self, lane: Lane, ticket: Ticket, due_at: float) -> None:
-        """*ticket*, which waits in *lane*, waits no longer than until *due_at*, in loop time."""
-        if due_at < ticket.due_at:
-            lane.hasten(ticket, due_at)
-            self._consider(lane)
-
-    def call_ended(self, lane: Lane) -> None:
-        """A call of *lane* and its fallback are over."""
-        lane.in_flight -= 1
+    def call_ended(self, lane: Lane, *, combined: bool) -> None:
+        """Note that a call of *lane* and its fallback are over."""
+        lane.call_ended(combined=combined)
         self.revise(lane)
-        if lane.due is None and lane.live and not lane.in_flight and self._heeds_idle(lane):
-            lane.owe(FlushReason.IDLE)
-        self._consider(lane)
+        if lane.live:
+            self._flush_if_idle(lane)
+        self.changed(lane)
         self.drop_if_abandoned(lane)
 
     def revise(self, lane: Lane) -> None:
         """Let *lane* work with what has been learned since its budget was worked out."""
         if lane.history.take_revision():
-            lane.rebudget(self._budgets.of(lane.spec, lane.history, lane.account.max_tokens))
-            self._look_closely(lane)
+            lane.rebudget(self._given.limits.of(lane.spec, lane.history, lane.account.max_tokens))
+            self._set_fast_path(lane)
 
     def taught(self, lane: Lane) -> None:
-        """A call of *lane* has ended, though not yet what asks again for what it left open: heed what it has shown."""
+        """Heed what a call of *lane* has shown, though its fallback is not over yet."""
         if lane.history.revised:
             self.revise(lane)
-            self._consider(lane)
+            self.changed(lane)
 
-    def flush(self, reason: FlushReason, only: Iterable[Lane] | None = None) -> None:
-        """Make all lanes, or *only* these, due with everything that waits in them now."""
-        for lane in self if only is None else only:
-            if lane.live:
-                lane.owe(reason, everything=True)
-                self._consider(lane)
+    def flush(self, reason: FlushReason) -> None:
+        """Make all lanes due with everything that waits in them now."""
+        for lane in self:
+            lane.flush(reason)
 
     def rested(self, lane: Lane) -> None:
-        """*lane* has changed and may be due no longer."""
+        """Note that *lane* may be due no longer."""
         self._rearm(lane)
         self.drop_if_abandoned(lane)
 
-    def _heeds_idle(self, lane: Lane) -> bool:
-        # A lane in which only bulk work waits has no time at which it falls due.
-        return self._policy.idle == "flush" and lane.rank != LOW and lane.due_at < NEVER
-
-    def _consider(self, lane: Lane) -> None:
-        if lane.due is not None:
-            self._make_due(lane)
-        else:
+    def changed(self, lane: Lane) -> None:
+        """Let *lane* take turns if it is due, else set its timer."""
+        if lane.due is None:
             self._rearm(lane)
-
-    def _make_due(self, lane: Lane) -> None:
+            return
         if not lane.queued:
             self._disarm(lane)
-        self._enqueue(lane)
+        self._given.scheduler.enqueue(lane)
+
+    def _flush_if_idle(self, lane: Lane) -> None:
+        # A lane in which only bulk work waits has no time at which it falls due.
+        idle = self._policy.idle == "flush" and lane.rank != LOW and not lane.in_flight
+        if idle and lane.due is None and lane.due_at < NEVER:
+            lane.schedule_flush(FlushReason.IDLE)
 
     def _rearm(self, lane: Lane) -> None:
         """Set the lane's timer to the time it falls due, or to none."""
@@ -214,7 +178,8 @@ class Lanes:
             self._disarm(lane)
             # The time is kept beside the handle: uvloop's have no `when` if the time has come.
             lane.timer_at = lane.due_at
-            lane.timer = self._loop.call_at(lane.due_at, self._time_is_up, lane, context=self._context)
+            loop = asyncio.get_running_loop()
+            lane.timer = loop.call_at(lane.due_at, self._time_is_up, lane, context=_NO_CONTEXT)
 
     def _disarm(self, lane: Lane) -> None:
         if lane.timer is not None:
@@ -224,7 +189,7 @@ class Lanes:
     def _time_is_up(self, lane: Lane) -> None:
         lane.timer = None
         if lane.due is None and lane.due_at > lane.timer_at:
-            self._rearm(lane)  # those who were to leave now have left in this very turn
+            self._rearm(lane)  # those who were to leave now have left in this very step
             return
-        lane.owe(FlushReason.TIMEOUT)
-        self._consider(lane)
+        lane.schedule_flush(FlushReason.TIMEOUT)
+        self.changed(lane)

@@ -1,10 +1,12 @@
-"""What the batching rooms ask of those who keep limits: a permit for each call. See `microbatch.transports.accounts`."""
+"""The protocols of those who keep limits: a permit for each call. Implemented in `microbatch.transports.accounts`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Mapping
 
     from microbatch.errors import RequestFailed
@@ -14,24 +16,12 @@ class Budget(Protocol):
     """Retries that calls may draw on together."""
 
     def draw(self) -> bool:
-        """Take a retry, if there is one left."""
+        """Take a retry if there is one left."""
         ...
 
 
 class Permit(Protocol):
-    """Leave for one call to be sent, attempt by attempt.
-
-    Attributes:
-        account: The account whose limits count.
-        tokens: Tokens that each attempt is charged.
-        rank: The priority of the requests that the call carries.
-        combined: Whether the call carries several requests.
-        begun: Whether the call has begun and not finished.
-        paid: Whether the next attempt may be made: it has its permit and its slot.
-        slot: Whether it holds a slot; the scheduler's mark.
-        overdrawn: Whether that slot is one of high priority beyond the limit; the scheduler's mark.
-        error: The error of the latest attempt, or None.
-    """
+    """Leave for one call to be sent, attempt by attempt; see `microbatch.transports.accounts.Permit` for the attributes."""
 
     tokens: int
     rank: int
@@ -44,44 +34,28 @@ class Permit(Protocol):
 
     @property
     def account(self) -> Account:
-        """See above."""
+        """The account whose limits count."""
         ...
 
     def pay(self) -> bool:
-        """Pay the next attempt; return whether it need not wait.
-
-        An attempt that can only be refused need not wait and is not paid. If the account has no permit now, the scheduler is told
-        when it is worth trying again.
-        """
+        """Pay the next attempt; return False if it has to wait for a permit."""
         ...
 
     async def admit(self) -> None:
-        """Wait until the next attempt is paid and has a slot, unless it could only be refused.
-
-        Raises:
-            StatusError: The breaker is open; nothing is held.
-        """
+        """Wait until the next attempt is paid and has a slot."""
         ...
 
     def finish(self) -> None:
-        """Give back what was paid for an attempt that will not be made; the call is over. Calling it again has no effect."""
+        """Give back what was paid for an attempt that will not be made; the call is over. May be called again."""
         ...
 
     def used(self) -> None:
-        """Note that the attempt was made by a borrower of the slot, and that its outcome is not known."""
+        """Note that the attempt was made by the holder of a lease, and that its outcome is not known."""
         ...
 
 
 class Account(Protocol):
-    """One (endpoint, model, credentials).
-
-    Attributes:
-        max_tokens: The most tokens per minute that one call can be granted; None if tokens are not counted.
-        has_worked: Whether a call was answered under its key.
-        on_wire: Attempts under way, each of which holds a slot.
-        begun: Calls begun and not finished, back-off included.
-        backing_off: Those of them that wait after a failure that time may heal.
-    """
+    """One (endpoint, model, credentials); see `microbatch.transports.accounts.Account` for the attributes."""
 
     max_tokens: int | None
     has_worked: bool
@@ -100,7 +74,7 @@ class Account(Protocol):
 
 
 class Slots(Protocol):
-    """The scheduler, as accounts know it."""
+    """The scheduler as accounts know it; see `microbatch.batching.scheduler.Scheduler`."""
 
     def ready(self, account: Account) -> None:
         """Note that *account* refused a permit and may have one now."""
@@ -120,12 +94,25 @@ class Slots(Protocol):
 
 
 class Accounts(Protocol):
-    """The accounts."""
-
-    def serve(self, slots: Slots) -> None:
-        """Make *slots* the scheduler of all accounts."""
-        ...
+    """All accounts of a batcher."""
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:
         """Return the account of calls to *model* with *headers*."""
         ...
+
+
+@dataclass(slots=True, eq=False)
+class SlotLease:
+    """A slot and a permit for code outside, which makes one attempt of its own.
+
+    Attributes:
+        cost: Tokens that the permit is charged.
+        granted: Done when the slot is granted; fails if it never will be.
+        returned: Set by the holder in the end.
+        used: Whether the holder sent something.
+    """
+
+    cost: int
+    granted: asyncio.Future[None]
+    returned: asyncio.Event
+    used: bool = False

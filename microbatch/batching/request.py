@@ -1,11 +1,10 @@
-"""Reads what a caller hands in: what it shares with other requests, and whether it may travel with them at all."""
+"""Reads the arguments of a request: what it has in common with others, and whether it may share a prompt at all."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
-from typing import TYPE_CHECKING, Any, ParamSpec, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 OURS = frozenset(
     {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "stream", "stream_options"}
 )
-"""Request fields that `submit` has an argument for or decides itself; in `params` they would be a second opinion."""
+"""Request fields that `submit` has an argument for or decides itself, and that `params` must not hold."""
 
 ALONE = frozenset({
     "audio",
@@ -47,10 +46,8 @@ ALONE = frozenset({
 """Request fields whose meaning is one answer's, so that a request with one of them goes alone. An answer's schema is taken out of
 `response_format` before; what is left there (json_object) counts."""
 
-P = ParamSpec("P")
-
 _PLAIN_FIELDS = 2
-"""Those of the usual message: a role and a content."""
+"""Fields of the usual message: a role and a content."""
 
 _PRIORITIES: tuple[object, ...] = get_args(Priority)
 
@@ -62,14 +59,10 @@ class Options(msgspec.Struct, frozen=True):
 
     Attributes:
         answer: The shape of the answer.
-        content: All that two requests must have in common to be the same question, but their messages.
-        priority: As given; with it, `content` is what they must have in common to share a prompt.
-        combinable: Whether the options allow company.
+        content: All that two requests must have in common to be the same question, except their messages.
+        priority: As given; two requests that share a prompt must have it in common as well.
+        combinable: Whether the options allow a shared prompt.
         params: Request fields to send, temperature included.
-        headers: The caller's headers.
-        model: As given.
-        max_tokens: As given.
-        tenant: As given.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
         cold: Whether the temperature is 0, so that equal requests may well get equal answers.
     """
@@ -97,7 +90,7 @@ def read_options(
     tenant: str | None,
     priority: Priority,
 ) -> Options:
-    """Check `submit`'s options.
+    """Check the options of `submit`, and return them as `Options`.
 
     Raises:
         ConfigError: One is wrong; the message names it.
@@ -190,7 +183,7 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
         return None
     if is_combined(text):
         return None
-    # Priority is a word of its own in the key: a lane of low-priority work must not delay others.
+    # The priority is in the key: a lane of low-priority work must not delay others.
     key: list[Hashable] = [options.priority, options.content]
     for message in messages[:-1]:
         if type(message) is dict and len(message) == _PLAIN_FIELDS:
@@ -206,9 +199,9 @@ def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable,
 
 
 def own_text(messages: Messages, plain: list[dict[str, Any]] | None) -> str | None:
-    """Return the text that *messages* end in, if those before it are *plain* ones; None if that takes a closer look.
+    """Return the text that *messages* end in if those before it equal *plain*; None if only `read_messages` can tell.
 
-    This answers most submits of a service, which ask the same kind of thing again: comparing costs a fraction of making a key.
+    Most submits of a service ask the same kind of thing again: comparing costs a fraction of making a key.
     """
     last = messages[-1]
     if type(last) is dict and len(last) == _PLAIN_FIELDS and messages[:-1] == plain:
@@ -298,22 +291,41 @@ def copy_of(messages: Messages) -> list[dict[str, Any]]:
     return copies
 
 
-def remembering(read: Callable[P, Options]) -> Callable[P, Options]:
-    """Return *read* that knows the arguments of the call before when they come again, as most of a service's do.
+def remembering(read: Callable[..., Options]) -> Callable[..., Options]:
+    """Return *read*, which is `read_options`, with a memory of its latest arguments: most of a service's submits have the same.
 
-    They are told by identity, which costs a tenth of reading them and takes nothing on trust: none of them can change. A mapping
-    can, so arguments with one are always read.
+    They are compared by identity, which costs a tenth of reading them and trusts no `__eq__`. A mapping may change, so arguments
+    with one are always read.
     """
-    latest: tuple[tuple[object, ...], Options] = (), PLAIN
+    # One tuple, as a caller in another thread, who is refused later, comes by here too.
+    latest: tuple[Any, ...] = (str, None, None, None, None, "normal", PLAIN)
 
-    def read_or_know(*given: P.args, **named: P.kwargs) -> Options:
+    def read_or_know(
+        output_type: Any,
+        model: str | None,
+        max_tokens: int | None,
+        temperature: float | None,
+        params: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None,
+        tenant: str | None,
+        priority: Priority,
+    ) -> Options:
         nonlocal latest
-        arguments, known = latest
-        if arguments and not named and all(map(is_, given, arguments)):
-            return known
-        options = read(*given, **named)
-        if not named and not any(isinstance(each, Mapping) for each in given):
-            latest = given, options  # in one step: a caller in another thread, who is refused later, comes by here
+        if params is None and headers is None:
+            type_, model_, max_tokens_, temperature_, tenant_, priority_, known = latest
+            if (
+                output_type is type_
+                and model is model_
+                and max_tokens is max_tokens_
+                and temperature is temperature_
+                and tenant is tenant_
+                and priority is priority_
+            ):
+                options: Options = known
+                return options
+        options = read(output_type, model, max_tokens, temperature, params, headers, tenant, priority)
+        if params is None and headers is None:
+            latest = output_type, model, max_tokens, temperature, tenant, priority, options
         return options
 
     return read_or_know

@@ -18,86 +18,61 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from microbatch.batching.fair_queue import Attempt, Due, FairQueue
+from microbatch.batching.fair_queue import Attempt, FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from anyio.abc import TaskGroup
 
+    from microbatch.batching.fair_queue import WaitQueue
     from microbatch.batching.permits import Account, Permit
 
 logger = logging.getLogger("microbatch")
 
-_SECOND_LOOK = 1.0
+_RETRY_AFTER_BUG = 1.0
 """Seconds after a bug in scheduling until it is tried again: not at once, or one that stays would fill the log."""
 
-
-class Queue(Due, Protocol):
-    """What takes turns.
-
-    Attributes:
-        queued: Whether it does now; the scheduler's own mark.
-    """
-
-    queued: bool
-
-    @property
-    def due(self) -> object:
-        """Something true while it has work to give."""
-        ...
-
-
-Q = TypeVar("Q", bound=Queue)
 W = TypeVar("W")
 
 
-class Scheduler(Generic[Q, W]):
+class Scheduler(Generic[W]):
     """The slots, the turns of due queues and waiting attempts, and the tasks.
 
     Args:
         slots: Most calls on the wire at once, but for the overdraft; see `microbatch.batching.fair_queue`.
-        cost: Returns the tokens that the next work of a due queue is charged.
-        take: Takes the next work from a due queue, with its permit; None if there was none after all.
-        settle: Does some work; never raises anything but cancellation.
-        rested: Called with a queue that has lost its turn because it is no longer due.
-        freed: Called when some work is done.
 
     Attributes:
         in_use: Slots in use.
         under_way: Work that was taken and is not done, by identity.
     """
 
-    def __init__(
-        self,
-        slots: int,
-        *,
-        cost: Callable[[Q], int],
-        take: Callable[[Q, Permit], W | None],
-        settle: Callable[[W], Awaitable[None]],
-        rested: Callable[[Q], None],
-        freed: Callable[[], None],
-    ) -> None:
+    def __init__(self, slots: int) -> None:
         self.in_use = 0
         self.under_way: dict[int, W] = {}
         self._slots = slots
-        self._cost = cost
-        self._take = take
-        self._settle = settle
-        self._rested = rested
-        self._freed = freed
-        self._turns: FairQueue[Q] = FairQueue(slots)
-        self._watchers: dict[Callable[[], None], None] = {}  # as a set that keeps their order
+        self._turns = FairQueue(slots)
+        self._watchers: dict[Callable[[], None], None] = {}  # an ordered set
         self._parked: list[asyncio.Future[W]] = []  # tasks that wait for work
         self._pumping = False
         self._asked: asyncio.Event
+        self._begin: Callable[[WaitQueue, Permit], W | None]
+        self._do: Callable[[W], Awaitable[None]]
         self._tasks: TaskGroup
 
-    def start(self, tasks: TaskGroup) -> None:
-        """Run in *tasks* from now on."""
-        self._tasks = tasks
+    def start(
+        self,
+        tasks: TaskGroup,
+        begin: Callable[[WaitQueue, Permit], W | None],
+        do: Callable[[W], Awaitable[None]],
+    ) -> None:
+        """Run in *tasks* from now on.
+
+        *begin* takes the next work from a due queue, or returns None; *do* does it and raises nothing but cancellation.
+        """
+        self._tasks, self._begin, self._do = tasks, begin, do
         self._asked = asyncio.Event()
         tasks.start_soon(self._pump_when_asked)
 
@@ -106,7 +81,7 @@ class Scheduler(Generic[Q, W]):
         """True if every slot is in use."""
         return self.in_use >= self._slots
 
-    def enqueue(self, queue: Q) -> None:
+    def enqueue(self, queue: WaitQueue) -> None:
         """Let *queue*, which is due, take its turns, and see that a pump comes."""
         if not queue.queued:
             queue.queued = True
@@ -191,12 +166,12 @@ class Scheduler(Generic[Q, W]):
                 turns.remove(item)
                 self._rest(item)
                 continue
-            permit = item.account.permit(self._cost(item), item.rank)
+            permit = item.account.permit(item.next_cost(), item.rank)
             if not self._grant(permit):
                 turns.block(item, self.in_use)
                 continue
             try:
-                work = self._take(item, permit)
+                work = self._begin(item, permit)
             except BaseException:
                 permit.finish()
                 raise
@@ -219,19 +194,18 @@ class Scheduler(Generic[Q, W]):
         self.in_use += 1
         return True
 
-    def _rest(self, queue: Q) -> None:
+    def _rest(self, queue: WaitQueue) -> None:
         queue.queued = False
-        self._rested(queue)
+        queue.rested()
 
     async def _run(self, work: W) -> None:
         """Do *work*, then wait for more: starting a task costs several times as much as waking one."""
         while True:
             try:
-                await self._settle(work)
+                await self._do(work)
             finally:
                 del self.under_way[id(work)]
                 self._asked.set()
-                self._freed()
             if len(self._parked) >= self._slots:
                 return
             parked: asyncio.Future[W] = asyncio.get_running_loop().create_future()
@@ -241,9 +215,9 @@ class Scheduler(Generic[Q, W]):
     def _look_again(self, bug: Exception) -> None:
         """Log *bug*, and see that what is due is not forgotten over it."""
         logger.error("scheduling failed in microbatch itself", exc_info=bug)
-        asyncio.get_running_loop().call_later(_SECOND_LOOK, self._asked.set, context=contextvars.Context())
+        asyncio.get_running_loop().call_later(_RETRY_AFTER_BUG, self._asked.set, context=contextvars.Context())
 
-    # --- who wants to know
+    # --- watchers
 
     def watch(self, watcher: Callable[[], None]) -> None:
         """Call *watcher* after each pump; it may enqueue."""

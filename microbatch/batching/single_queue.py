@@ -1,39 +1,34 @@
-"""What waits for a slot without a lane: requests that go alone, and borrowers, who use the slot themselves."""
+"""What waits for a slot without a lane: requests that go alone, and leases for code outside, which uses the slot itself."""
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from microbatch.batching.lane import Taken
+from microbatch.batching.ticket import NORMAL
+
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable, Iterator
 
-    from microbatch.batching.permits import Account
-    from microbatch.batching.ticket import AloneReason, Ticket
+    from microbatch.batching.fair_queue import WaitQueue
+    from microbatch.batching.permits import Account, SlotLease
+    from microbatch.batching.ticket import AloneReason, FlushReason, Ticket
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class SingleQueue:
-    """Requests of one account, tenant and priority that go alone, in order of arrival; due whenever one waits.
+    """Requests of one account, tenant and priority that go alone, in order of arrival; due whenever one waits."""
 
-    Attributes:
-        account: Whose permits they need.
-        tenant: Whose requests they are.
-        rank: Their priority; see `microbatch.batching.fair_queue`.
-        queued: The scheduler's mark.
-    """
-
-    __slots__ = ("_live", "_waiting", "account", "queued", "rank", "tenant")
-
-    def __init__(self, account: Account, tenant: Hashable, rank: int) -> None:
-        self.account = account
-        self.tenant = tenant
-        self.rank = rank
-        self.queued = False
-        self._waiting: deque[tuple[Ticket, AloneReason]] = (
-            deque()
-        )  # discarded ones stay until they come up, or are too many
-        self._live = 0
+    account: Account
+    tenant: Hashable
+    rank: int
+    on_rested: Callable[[SingleQueue], None]
+    queued: bool = False
+    _waiting: deque[tuple[Ticket, AloneReason]] = field(default_factory=deque)
+    """Discarded ones stay until they come up, or are too many."""
+    _live: int = 0
 
     @property
     def due(self) -> bool:
@@ -42,9 +37,8 @@ class SingleQueue:
             self._waiting.popleft()
         return bool(self._waiting)
 
-    @property
-    def cost(self) -> int:
-        """Tokens that the oldest waiting request is charged. The queue must be due."""
+    def next_cost(self) -> int:
+        """Return the tokens that the oldest request is charged; the queue must be due."""
         return self._waiting[0][0].cost
 
     def add(self, ticket: Ticket, reason: AloneReason) -> None:
@@ -54,7 +48,7 @@ class SingleQueue:
         self._live += 1
 
     def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
-        """*ticket*, which waits here, has settled (its caller left), or has *moved* to another queue: forget it."""
+        """See `TicketQueue`."""
         if moved:
             ticket.queue = None
         else:
@@ -63,76 +57,102 @@ class SingleQueue:
         if len(self._waiting) > 2 * self._live + 64:
             self._waiting = deque(entry for entry in self._waiting if entry[0].queue is self)
 
-    def take(self) -> tuple[Ticket, AloneReason] | None:
-        """Remove the oldest waiting request and return it with its reason; None if its caller has left in this very turn."""
+    def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
+        """Do nothing: it is due already."""
+
+    def flush(self, reason: FlushReason) -> None:
+        """Do nothing: it is due already."""
+
+    def take(self) -> Taken:
+        """Remove the oldest request and return it; nothing if its caller was cancelled in this very step. The queue must be due."""
         if not self.due:
             raise AssertionError("take() from a queue that is not due")
         ticket, reason = self._waiting.popleft()
-        if ticket.future.done():
-            return None
+        if ticket.done:
+            return Taken([], reason)
         self._live -= 1
         ticket.taken()
-        return ticket, reason
+        return Taken([ticket], reason)
+
+    def rested(self) -> None:
+        """Note that it takes no turns any more."""
+        self.on_rested(self)
 
     def waiting(self) -> list[Ticket]:
-        """Return what waits, oldest first."""
-        return [ticket for ticket, _ in self._waiting if ticket.queue is self and not ticket.future.done()]
+        """Return the tickets that wait, oldest first."""
+        return [ticket for ticket, _ in self._waiting if ticket.queue is self and not ticket.done]
 
 
-class SlotLease:
-    """A slot and a permit for work of the borrower's own.
+class SingleQueues:
+    """The queues of requests that go alone, one for each account, tenant and priority.
 
-    Attributes:
-        cost: Tokens that the permit is charged.
-        granted: Done when the loan is; fails if it never will be.
-        returned: Set by the borrower in the end.
-        used: Whether the borrower came to have it, and sent something.
+    Args:
+        enqueue: Lets a queue that is due take its turns.
     """
 
-    __slots__ = ("cost", "granted", "returned", "used")
+    def __init__(self, enqueue: Callable[[WaitQueue], None]) -> None:
+        self._enqueue = enqueue
+        self._queues: dict[Hashable, SingleQueue] = {}
 
-    def __init__(self, cost: int, granted: asyncio.Future[None], returned: asyncio.Event) -> None:
-        self.cost = cost
-        self.granted = granted
-        self.returned = returned
-        self.used = False
+    def __len__(self) -> int:
+        """Return the number of queues in which requests wait."""
+        return len(self._queues)
+
+    def __iter__(self) -> Iterator[SingleQueue]:
+        """Yield the queues in which requests wait now."""
+        return iter([*self._queues.values()])
+
+    def add(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:
+        """Queue *ticket*, which goes alone for *reason* and needs a permit of *account*."""
+        spec = ticket.spec
+        key = (account, spec.tenant, spec.rank)
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = SingleQueue(account, spec.tenant, spec.rank, self._forget)
+        queue.add(ticket, reason)
+        self._enqueue(queue)
+
+    def _forget(self, queue: SingleQueue) -> None:
+        self._queues.pop((queue.account, queue.tenant, queue.rank), None)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class SlotQueue:
-    """Who waits for a loan from one account, in order of arrival."""
+    """The leases that wait for a slot and a permit of one account, in order of arrival."""
 
-    __slots__ = ("_waiting", "account", "queued", "rank", "tenant")
-
-    def __init__(self, account: Account, rank: int) -> None:
-        self.account = account
-        self.tenant = None
-        self.rank = rank
-        self.queued = False
-        self._waiting: deque[SlotLease] = deque()
+    account: Account
+    on_rested: Callable[[SlotQueue], None]
+    tenant: Hashable = None
+    rank: int = NORMAL
+    queued: bool = False
+    _waiting: deque[SlotLease] = field(default_factory=deque)
 
     @property
     def due(self) -> bool:
-        """Whether somebody waits."""
+        """Whether a lease waits."""
         while self._waiting and self._waiting[0].granted.done():
             self._waiting.popleft()
         return bool(self._waiting)
 
-    @property
-    def cost(self) -> int:
-        """Tokens that the oldest loan is charged. The queue must be due."""
+    def next_cost(self) -> int:
+        """Return the tokens that the oldest lease is charged; the queue must be due."""
         return self._waiting[0].cost
 
-    def add(self, loan: SlotLease) -> None:
-        """Queue a borrower."""
-        self._waiting.append(loan)
+    def add(self, lease: SlotLease) -> None:
+        """Queue *lease*."""
+        self._waiting.append(lease)
 
-    def take(self) -> SlotLease:
-        """Grant the loan to who has waited longest. Somebody must wait."""
-        loan = self._waiting.popleft()
-        loan.granted.set_result(None)
-        return loan
+    def take(self) -> Taken:
+        """Grant the oldest lease and return it. The queue must be due."""
+        lease = self._waiting.popleft()
+        lease.granted.set_result(None)
+        return Taken([], lease=lease)
+
+    def rested(self) -> None:
+        """Note that it takes no turns any more."""
+        self.on_rested(self)
 
     def refuse(self, error: Exception) -> None:
-        """Send everybody away with *error*."""
+        """Fail every lease that waits with *error*."""
         while self.due:
             self._waiting.popleft().granted.set_exception(error)

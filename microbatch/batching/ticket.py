@@ -1,9 +1,9 @@
-"""One accepted request: what it shares with others, and how it stands with it."""
+"""Accepted requests and their callers: what a request shares with others, and its state."""
 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -12,10 +12,9 @@ from microbatch.prompt.compose import LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Mapping
 
-    from microbatch.batching.call_state import CallState
-    from microbatch.batching.single_flight import Flight, InFlightIndex
+    from microbatch.batching.permits import Permit
     from microbatch.messages import Reply, Usage
     from microbatch.schema.answer_type import AnswerType
 
@@ -25,6 +24,18 @@ HIGH, NORMAL, LOW = range(3)
 """Priorities as ranks: a lower one is more urgent."""
 
 _text_of = msgspec.json.Decoder(str).decode
+
+
+class FlushReason(enum.StrEnum):
+    """Why a batch left its lane."""
+
+    SIZE = "size"
+    TOKENS = "tokens"
+    OUTPUT = "output"
+    TIMEOUT = "timeout"
+    IDLE = "idle"
+    EXPLICIT = "explicit"
+    DRAIN = "drain"
 
 
 class AloneReason(enum.StrEnum):
@@ -41,20 +52,15 @@ class AloneReason(enum.StrEnum):
 
 
 class Spec(msgspec.Struct, frozen=True, eq=False):
-    """Everything of a request but its last user message; what the requests of a lane have in common.
+    """All of a request but its last user message: what the requests of a lane have in common.
 
     Attributes:
         key: The whole of it, hashable. Equal keys may share a prompt; anything that differs makes keys differ.
-        content: The same without the priority: what two requests ask of the model, but for the last message.
-        model: As given, None for the transport's own.
+        content: The key without the priority: what two requests ask of the model, except the last message.
         shared: The messages before the last one, as given; of a request that goes alone, all of them.
-        plain: The same, if each is a role and a text and nothing else; otherwise None.
+        plain: The same if each is a role and a text and nothing else, otherwise None.
         answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
-        max_tokens: Most tokens of one answer, or None.
-        params: Further request fields, temperature included.
-        headers: The caller's headers.
-        tenant: The caller's trust domain, or None.
-        rank: Its priority: 0 high, 1 normal, 2 low.
+        rank: Priority: 0 high, 1 normal, 2 low.
         shared_chars: Length of the shared messages' texts, for estimates.
     """
 
@@ -72,19 +78,19 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
     shared_chars: int
 
     def __repr__(self) -> str:
-        """Tell the model, never the words or the headers."""
+        """Return the model, without texts or headers."""
         return f"Spec(model={self.model!r}, shared=<{len(self.shared)}>, params={sorted(self.params)})"
 
 
 class CallerOptions(msgspec.Struct, frozen=True, gc=False):
-    """On what terms a caller asks.
+    """How a caller wants its answer.
 
     Attributes:
         timeout: Seconds until it gives up, or None.
         shared: Whether the answer to an equal request will do, and its own may serve others.
-        key: The request's digest, by which others find it and its answer in the cache; None to compare it whole.
-        ttl: Seconds for which the cache may give its answer to others, None for the cache's own time.
-        since: Loop time from which `timeout` counts, None for that at which the request is accepted.
+        key: The request's digest, by which the cache and equal requests find it; None to compare the whole request.
+        ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
+        since: Loop time from which `timeout` counts; None for the time at which the request is accepted.
     """
 
     timeout: float | None = None
@@ -94,7 +100,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
     since: float | None = None
 
     def deadline(self, now: float) -> Deadline | None:
-        """Return when the caller gives up, if it is accepted *now*; None for never."""
+        """Return when the caller gives up if it is accepted *now*; None for never."""
         if self.timeout is None:
             return None
         return Deadline(self.timeout + (now if self.since is None else self.since), self.timeout)
@@ -102,100 +108,184 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
 
 UNSHARED = CallerOptions()
 SHARED = CallerOptions(shared=True)
-"""The terms of most."""
+"""The options of most callers."""
 
 
 class Deadline(msgspec.Struct):
-    """When a caller gives up.
-
-    Attributes:
-        at: Loop time.
-        timeout: The seconds that it was given.
-        timer: Ends the wait then; None if somebody else sees to that.
-    """
+    """When a caller gives up: the loop time, its timeout in seconds, and the timer that ends the wait."""
 
     at: float
     timeout: float
     timer: asyncio.TimerHandle | None = None
 
     def cancel(self) -> None:
-        """The wait is over."""
+        """Stop the timer."""
         if self.timer is not None:
             self.timer.cancel()
 
 
 class Charge(msgspec.Struct, frozen=True):
-    """What a single call for a request is charged, where tokens are limited.
-
-    Attributes:
-        tokens: Tokens, those of the answer included.
-        prompt: The prompt's part of that, by our own count; 0 where it is not counted.
-    """
+    """Tokens that a single call for a request is charged, and the prompt's part by our own count; 0 where it is not counted."""
 
     tokens: int
     prompt: int = 0
 
 
-class Past(msgspec.Struct, gc=False):
-    """What has become of a request for which one call was not enough, or whose caller left in the moment it was answered.
+class Past(msgspec.Struct):
+    """What few requests need: their earlier calls, and callers that left at the moment of the answer.
 
     Attributes:
         attempts: Upstream calls that carried it before its present `call`.
-        usage: Its shares of the calls that have ended, None if none of them has reported any.
-        cost_usd: Their price, None once one of them had no known price.
-        unclaimed: Whether its caller left in the moment it was answered.
+        usage: Its shares of the calls that have ended; None if none of them has reported any.
+        cost_usd: Their price; None once one of them had no known price.
+        unclaimed: Callers that left at the moment they were answered, while the call was still going on.
     """
 
     attempts: int = 0
     usage: Usage | None = None
     cost_usd: float | None = 0.0
-    unclaimed: bool = False
+    unclaimed: list[Waiter] = []
 
 
-class Ticket(msgspec.Struct, eq=False):
-    """One accepted request, from its lane to its caller's future.
+class Call(Protocol):
+    """The upstream call that carries a ticket; see `microbatch.batching.call_state.CallState`."""
 
-    Many wait, so what few of them have stands apart, in `deadline`, `charge` and `past`.
+    attempts: int
+    ended: bool
+    only_reasoning: bool
+    permit: Permit | None
+
+    def abandoned(self) -> None:
+        """Note that one request it carries has ended without an answer."""
+        ...
+
+
+class TicketQueue(Protocol):
+    """The queue in which a ticket waits to be sent."""
+
+    @property
+    def due(self) -> object:
+        """Something true if it has work to give now."""
+        ...
+
+    def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
+        """Forget *ticket*, which has ended, or has *moved* to another queue."""
+        ...
+
+    def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
+        """Let *ticket* leave by *due_at*, in loop time, if that is sooner: a caller, perhaps of *bulk* work, is joining it."""
+        ...
+
+    def flush(self, reason: FlushReason) -> None:
+        """Make everything that waits due now."""
+        ...
+
+    def waiting(self) -> list[Ticket]:
+        """Return the tickets that wait, oldest first."""
+        ...
+
+
+class InFlightIndex(dict["Hashable", "Ticket"]):
+    """Tickets that may be joined: the latest under each name.
+
+    The name is the request's digest if it has one, else its line, else, if it goes alone, its spec's key.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+class Waiter(msgspec.Struct, eq=False):
+    """One caller of a ticket.
 
     Attributes:
-        future: The caller's; done means nobody waits any more.
-        spec: What it shares with its lane; its own when it goes alone.
+        future: The caller's; settled exactly once, by an answer, an error or the caller itself.
         answer: How its answer is decoded.
-        created: Loop time of the submit, in seconds.
-        line: The last user message as its line will hold it, or b"" when it cannot be combined.
-        counted: The line's tokens without its id; None while they are known by their bound only.
-        patience: Seconds that it waits for company; `NEVER` for bulk work, which waits for a full batch.
-        terms: On what terms its caller asks; of a flight's, the first.
-        on_taken: For bulk work: called when it leaves its queue.
-        file: Where equal requests find it while it is under way, None if they do not.
-        queue: Where it waits to be sent, or None once it was.
-        call: The call it travels or travelled in, the latest one; None before the first.
-        reply: What its caller got.
-        flight: Its callers, once there are several; then `future` is nobody's.
-        deadline: When its caller gives up, or None; its flight knows its callers' deadlines.
-        charge: What a single call for it is charged; None where tokens are not limited.
-        past: What became of it before, if anything did.
-        origin: What hooks keep of its caller.
+        created: Loop time of its submit, in seconds.
+        on_taken: For bulk work, which waits for full batches: called when the ticket leaves its queue.
+        deadline: When it gives up, or None.
+        origin: What hooks keep of it.
     """
 
     future: asyncio.Future[Reply[Any]]
-    spec: Spec
     answer: AnswerType
     created: float
+    on_taken: Callable[[Waiter], None] | None = None
+    deadline: Deadline | None = None
+    origin: Any = None
+
+    @property
+    def reply(self) -> Reply[Any] | None:
+        """Its answer; None if it has none (yet)."""
+        future = self.future
+        return future.result() if future.done() and not future.cancelled() and future.exception() is None else None
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """One accepted request: the unit that waits in a queue and travels in a prompt.
+
+    It has one caller, or several once equal requests have joined it. Many tickets wait, so what few of them need is kept apart, in
+    `charge`, `past` and `waiters`.
+
+    Attributes:
+        spec: What it shares with its lane; its own if it goes alone.
+        first: Its first caller, which may have left.
+        line: The last user message as its line will hold it, or b"" if it cannot be combined.
+        counted: The line's tokens without its id; None while they are known by their bound only.
+        patience: Seconds that it waits for other requests; `NEVER` for bulk work, which waits for a full batch.
+        caller: The options of its first caller.
+        bulk: Whether all of its callers are bulk work.
+        index: Where equal requests find it, None if they do not.
+        waiters: All of its callers that have not left, in order of arrival, once there have been several; after the answer those
+            that were answered. A dict that serves as an ordered set, because many may leave at once.
+        queue: Where it waits to be sent, or None once it was.
+        call: The latest call that carried it; None before the first.
+        reply: Its answer. With one caller it is the caller's own; with several each has a copy with a share of the cost.
+        charge: What a single call for it is charged; None where tokens are not limited.
+        past: See `Past`; None for most.
+    """
+
+    spec: Spec
+    first: Waiter
     line: bytes = b""
     counted: int | None = None
     patience: float = NEVER
-    terms: CallerOptions = UNSHARED
-    on_taken: Callable[[Ticket], None] | None = None
-    file: InFlightIndex | None = None
-    queue: Any = None
-    call: CallState | None = None
+    caller: CallerOptions = UNSHARED
+    bulk: bool = False
+    index: InFlightIndex | None = None
+    waiters: dict[Waiter, None] | None = None
+    queue: TicketQueue | None = None
+    call: Call | None = None
     reply: Reply[Any] | None = None
-    flight: Flight | None = None
-    deadline: Deadline | None = None
     charge: Charge | None = None
     past: Past | None = None
-    origin: Any = None
+
+    @property
+    def answer(self) -> AnswerType:
+        """How a reply to it is decoded."""
+        return self.first.answer
+
+    @property
+    def callers(self) -> Iterable[Waiter]:
+        """Its callers; see `waiters`."""
+        return (self.first,) if self.waiters is None else self.waiters
+
+    @property
+    def done(self) -> bool:
+        """Whether no caller waits for it any more. It may take a step of the event loop until a cancelled one is noticed."""
+        if self.waiters is None:
+            return self.first.future.done()
+        return all(waiter.future.done() for waiter in self.waiters)
+
+    @property
+    def deadline(self) -> Deadline | None:
+        """When the last caller gives up; None if one never does."""
+        latest: Deadline | None = None
+        for waiter in self.callers:
+            if waiter.deadline is None:
+                return None
+            if latest is None or waiter.deadline.at > latest.at:
+                latest = waiter.deadline
+        return latest
 
     @property
     def combinable(self) -> bool:
@@ -225,13 +315,8 @@ class Ticket(msgspec.Struct, eq=False):
 
     @property
     def due_at(self) -> float:
-        """Loop time until which it waits for company."""
-        return self.created + self.patience
-
-    @property
-    def bulk(self) -> bool:
-        """Whether only bulk work waits for it, and nobody for it alone."""
-        return self.on_taken is not None if self.flight is None else self.flight.bulk
+        """Loop time until which it waits for other requests."""
+        return self.first.created + self.patience
 
     @property
     def attempts(self) -> int:
@@ -243,10 +328,12 @@ class Ticket(msgspec.Struct, eq=False):
         """Its shares of the calls that have ended and are on no reply; None before the first."""
         return None if self.past is None else self.past.usage
 
-    @property
-    def unclaimed(self) -> bool:
-        """Whether its caller left in the moment it was answered."""
-        return self.past is not None and self.past.unclaimed
+    def join(self, waiter: Waiter) -> None:
+        """Add another caller."""
+        if self.waiters is None:
+            self.waiters = {self.first: None}
+        self.waiters[waiter] = None
+        self.bulk = self.bulk and waiter.on_taken is not None
 
     def remember(self) -> Past:
         """Return its past, which begins now if it had none."""
@@ -255,10 +342,22 @@ class Ticket(msgspec.Struct, eq=False):
         return self.past
 
     def taken(self) -> None:
-        """It is no longer in a queue."""
+        """Note that it has left its queue."""
         self.queue = None
-        if self.on_taken is not None:
-            self.on_taken(self)
+        if self.waiters is None:
+            if self.first.on_taken is not None:
+                self.first.on_taken(self.first)
+            return
+        for waiter in self.waiters:
+            if waiter.on_taken is not None:
+                waiter.on_taken(waiter)
+
+    def unlist(self) -> None:
+        """Let no other caller join it any more."""
+        if self.index is not None:
+            name = self.caller.key or self.line or self.spec.key
+            if self.index.get(name) is self:  # else a later one has taken its place
+                del self.index[name]
 
     def count(self, counter: Callable[[str], int]) -> int:
         """Replace the bound by the exact number of tokens, once; return it."""
@@ -271,6 +370,6 @@ class Ticket(msgspec.Struct, eq=False):
         return self.tokens
 
     def __repr__(self) -> str:
-        """Tell the state, never the words."""
-        state = "settled" if self.future.done() else "waiting" if self.queue is not None else "in flight"
+        """Return the state, without any text."""
+        state = "settled" if self.done else "waiting" if self.queue is not None else "in flight"
         return f"Ticket({state}, tokens={self.tokens}, attempts={self.attempts})"

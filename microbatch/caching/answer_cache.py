@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.accounting.events import Settled
+from microbatch.batching.request import check_messages
+from microbatch.batching.ticket import CallerOptions
 from microbatch.caching import entry as entries
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
 from microbatch.caching.key import Keys
+from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
 
@@ -227,6 +230,28 @@ class AnswerCache:
             )
         )
 
+    async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
+        """Return the reply that is kept for a request, or the options with which it is to be asked.
+
+        Raises:
+            ConfigError: The messages are wrong.
+            DeadlineExceeded: The caller's timeout passed meanwhile.
+        """
+        check_messages(messages)
+        key = self.key(messages, options)
+        if key is None:
+            return caller
+        created, value = asyncio.get_running_loop().time(), None
+        try:
+            async with asyncio.timeout(caller.timeout):
+                value = await self.look_up(key)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within the timeout of {caller.timeout} s") from None
+        except StorageError:
+            pass  # the batcher is closing
+        reply = self.read(key, value, options, created)
+        return CallerOptions(caller.timeout, True, key, caller.ttl, created) if reply is None else reply
+
     # --- storing
 
     async def keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
@@ -246,10 +271,10 @@ class AnswerCache:
 
     def _entry(self, ticket: Ticket, alone: Usage, now: float) -> Stored:
         """Return the entry of one answer; nothing if it is for its caller only, or was asked while there was no secret."""
-        reply, key = ticket.reply, ticket.terms.key
+        reply, key = ticket.reply, ticket.caller.key
         if reply is None or key is None:
             return []
-        ttl = self._guard.ttl if ticket.terms.ttl is None else ticket.terms.ttl
+        ttl = self._guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
         if ttl is not None:
             ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
         entry = entries.Entry(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from microbatch.containment import contained
 from microbatch.errors import (
     AuthFailed,
     BadRequest,
@@ -252,17 +253,14 @@ def read_alone(
         error = _cut_short(answer, completion, content, said, keep_thoughts=keep_thoughts)
     if error is not None:
         return SingleReply(error=error)
-    try:
+    with contained() as decoding:
         return SingleReply(*answer.decode_single(said))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as reason:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
-        empty = not said.strip()
-        reasoning = empty and _reasoned(completion)
-        wrong = "the answer is empty" if empty else "the answer does not fit output_type"
-        malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
-        malformed.__cause__ = reason
-        return SingleReply(error=malformed, only_reasoning=reasoning)
+    empty = not said.strip()
+    reasoning = empty and _reasoned(completion)
+    wrong = "the answer is empty" if empty else "the answer does not fit output_type"
+    malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
+    malformed.__cause__ = decoding.error
+    return SingleReply(error=malformed, only_reasoning=reasoning)
 
 
 def _cut_short(

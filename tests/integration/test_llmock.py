@@ -43,7 +43,7 @@ def batcher_for(stream: bool | None = None, limit: mb.RateLimit | None = None, *
         chat, retry=QUICK, rate_limit=limit, tokens="bytes", draw_ids=lambda number: ["bcdfg"] * number
     )
     # Full jitter may well wait shorter the second time, and the judge takes that for no back-off; so draw the longest waits.
-    batcher._sender._draw = lambda: 1.0
+    batcher._parts.sender._draw = lambda: 1.0
     return batcher
 
 

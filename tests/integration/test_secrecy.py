@@ -51,9 +51,9 @@ async def test_no_key_header_or_text_is_in_any_repr_error_log_line_or_pickle(tro
                 ),
                 return_exceptions=True,
             )
-            said = [repr(batcher), repr(batcher.stats()), repr(transport), repr(batcher._accounts.of(None, {}))]
+            said = [repr(batcher), repr(batcher.stats()), repr(transport), repr(batcher._parts.accounts.of(None, {}))]
             engine = batcher._engine
-            said += [repr(each) for each in (engine.lanes, engine.scheduler, batcher._tokens)]
+            said += [repr(each) for each in (engine.lanes, engine.scheduler, batcher._parts.tokens)]
     for each in ended:
         said += everything_said_of(each) if isinstance(each, BaseException) else [repr(each)]
     said += [record.getMessage() for record in caplog.records if record.name == "microbatch"]

@@ -148,8 +148,8 @@ class Run:
     def _check(self, batcher: mb.Microbatcher, transport: ScriptedTransport, *, cached: bool) -> None:
         stats = batcher.stats()
         complain = self.complaints.append
-        if stats.queued or stats.in_flight or len(batcher._engine.flights):
-            complain(f"left: {stats.queued} queued, {stats.in_flight} in flight, {len(batcher._engine.flights)} filed")
+        if stats.queued or stats.in_flight or len(batcher._parts.in_flight):
+            complain(f"left: {stats.queued} queued, {stats.in_flight} in flight, {len(batcher._parts.in_flight)} filed")
         if stats.items != stats.answered + stats.failed + stats.cancelled:
             complain(f"{stats.items} items, {stats.answered} answered, {stats.failed} failed, {stats.cancelled} left")
         errors = [id(caller.outcome) for caller in self.callers if isinstance(caller.outcome, Exception)]

@@ -129,20 +129,20 @@ class World:
             draw_ids=lambda count: ["".join(self._letters.choices(ALPHABET, k=5)) for _ in range(count)],
         )
         # Jitter comes in eighths, so that back-offs end together with other things.
-        batcher._sender._draw = lambda: self._letters.randrange(9) / 8
+        batcher._parts.sender._draw = lambda: self._letters.randrange(9) / 8
         # The one look inside: who was accepted, and when. Nothing public tells it of requests that wait for room.
-        accept = batcher._engine.accept
+        accept = batcher._intake.accept
 
-        def watched(messages, options, terms, *args, **kwargs):
-            ticket = accept(messages, options, terms, *args, **kwargs)
+        def watched(messages, options, caller, *args, **kwargs):
+            ticket, waiter = accept(messages, options, caller, *args, **kwargs)
             item = self.items[messages[-1]["content"]]
-            item.accepted, item.place, item.ticket = self.now(), self.moment(), ticket
-            item.timeout = None if terms.timeout is None else terms.deadline(item.accepted).at - item.accepted
+            item.accepted, item.place, item.ticket = self.now(), self.moment(), waiter
+            item.timeout = None if caller.timeout is None else caller.deadline(item.accepted).at - item.accepted
             self.note("accepted", item.text)
-            ticket.future.add_done_callback(lambda _: self._settled(item))
-            return ticket
+            waiter.future.add_done_callback(lambda _: self._settled(item))
+            return ticket, waiter
 
-        batcher._engine.accept = watched
+        batcher._intake.accept = watched
         return batcher
 
     def _settled(self, item: Item) -> None:
@@ -377,7 +377,7 @@ class World:
         for _ in range(3):
             await asyncio.sleep(0)
         self.stats = self.batcher.stats()
-        host = self.batcher._host
+        host = self.batcher._host._task
         if host is not None and host.done() and not host.cancelled() and host.exception() is not None:
             self.leftover.append(f"the batcher's own task died of {host.exception()!r}")
         left = asyncio.all_tasks() - {mine}

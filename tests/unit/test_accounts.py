@@ -35,11 +35,15 @@ class Desk:
         self.due = list(estimates)
         self.paid = []
         self.permits = []
-        self.scheduler = scheduler_for(
-            self.account, slots, cost=lambda desk: desk.due[0], take=lambda desk, permit: desk.take(permit)
-        )
+        self.scheduler = scheduler_for(self.account, slots, begin=lambda desk, permit: desk.begin(permit))
 
-    def take(self, permit):
+    def next_cost(self):
+        return self.due[0]
+
+    def rested(self):
+        pass
+
+    def begin(self, permit):
         self.due.pop(0)
         self.permits.append(permit)
         self.paid.append(asyncio.get_running_loop().time())
@@ -436,7 +440,7 @@ async def test_a_batch_of_one_is_charged_as_the_single_call_it_is():
     for priority in ("high", "normal"):
         async with mb.Microbatcher(ScriptedTransport(), tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000)) as batcher:
             await batcher.submit(ask("x"), max_tokens=100, priority=priority)
-            (account,) = batcher._accounts._kept.values()
+            (account,) = batcher._parts.accounts._kept.values()
             charges[priority] = account._bucket._tokens.total
     assert charges["normal"] == charges["high"] < 200
 
@@ -451,10 +455,10 @@ async def test_what_short_prompts_are_off_by_is_not_taken_for_a_ratio():
     transport = ScriptedTransport(*[counted] * 1_000)
     async with mb.Microbatcher(transport, tokens="bytes", rate_limit=mb.RateLimit(tpm=9_000_000)) as batcher:
         for text in ["x"] * 20 + ["x" * 4_000]:
-            (account,) = batcher._accounts._kept.values() or [None]
+            (account,) = batcher._parts.accounts._kept.values() or [None]
             before = account._bucket._given_back - account._bucket._tokens.total if account else 0
             await batcher.submit(ask(text), max_tokens=10)
-            (account,) = batcher._accounts._kept.values()
+            (account,) = batcher._parts.accounts._kept.values()
             charges.append(before + account._bucket._tokens.total - account._bucket._given_back)
     assert charges[19] == pytest.approx(7 + 4 + 6 + 1 + 20 + 10, abs=6)
     assert charges[20] == pytest.approx(charges[19] + 4_000, abs=6)
@@ -469,7 +473,7 @@ async def test_the_length_of_single_replies_is_learned():
         for number in range(20):
             await batcher.submit(ask(f"{number:02}"))
         charged = []
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         grant = account._bucket.grant
         account._bucket.grant = lambda tokens, *rest: charged.append(tokens) or grant(tokens, *rest)
         await batcher.submit(ask("20"))
@@ -543,7 +547,7 @@ async def test_relayed_requests_count_against_the_limit():
             async with batcher.forward("POST", "chat/completions", {}, b"{}"):
                 pass
         assert loop.time() == pytest.approx(WINDOW)
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         await asyncio.sleep(1)
         assert account.on_wire == 0
 
@@ -576,7 +580,7 @@ async def test_a_borrower_who_leaves_before_it_is_served_costs_nothing():
             task.cancel()
             await asyncio.wait([task])
         await asyncio.sleep(1)
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account.on_wire == 0
         assert 0 < transport.forwarded < 8
         assert account._bucket._requests.total == transport.forwarded
@@ -589,7 +593,7 @@ async def test_closing_while_permits_are_waited_for_ends_everybody_and_leaves_no
     await batcher.open()
     tasks = [asyncio.ensure_future(batcher.submit(ask(f"{i}"), priority="high")) for i in range(5)]
     await asyncio.sleep(10)
-    (account,) = batcher._accounts._kept.values()
+    (account,) = batcher._parts.accounts._kept.values()
     assert account._refused is not None
     await batcher.aclose(grace=5)
     assert asyncio.get_running_loop().time() == 15

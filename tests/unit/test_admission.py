@@ -111,21 +111,21 @@ async def test_a_bad_item_of_a_map_is_its_own_error_and_passes_its_place_on(mess
 
 
 async def test_a_caller_that_leaves_in_the_turn_it_is_let_in_passes_its_place_on():
-    admission = AdmissionQueue(1, lambda: None)
-    admission.taken = 1
+    admission = AdmissionQueue(1)
+    admission.occupied = 1
     first, second = (asyncio.ensure_future(wait(admission, NORMAL)) for _ in range(2))
     await asyncio.sleep(0)
-    admission.leave(1)
+    admission.release()
     first.cancel()
     await asyncio.wait([first])
     assert first.cancelled()
     await asyncio.sleep(0)
     assert second.done()
-    assert admission.taken == 0
+    assert admission.occupied == 1
 
 
 async def wait(admission, rank, tenant=None):
-    await admission.wait_for(admission.place(rank, tenant, UNSHARED), rank)
+    await admission.acquire(rank, tenant, UNSHARED)
 
 
 # --- in turn
@@ -133,20 +133,19 @@ async def wait(admission, rank, tenant=None):
 
 async def served(callers, count):
     """Let *callers*, pairs of priority and tenant, wait for a place; return the first that get one, in order."""
-    admission = AdmissionQueue(1, lambda: None)
-    admission.taken = 1_000
+    admission = AdmissionQueue(1)
+    admission.occupied = 1_000
     order = []
 
     async def caller(rank, tenant):
         await wait(admission, rank, tenant)
         order.append((rank, tenant))
-        admission.taken += 1  # accepted
 
     tasks = [asyncio.ensure_future(caller(*each)) for each in callers]
     await asyncio.sleep(0)
     admission._sizes = [1_000] * 3
     for _ in range(count):
-        admission.leave(1)
+        admission.release()
         await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
@@ -166,8 +165,8 @@ async def test_tenants_take_turns():
 
 
 async def test_callers_that_left_take_no_turn_and_no_memory():
-    admission = AdmissionQueue(1, lambda: None)
-    admission.taken = 1
+    admission = AdmissionQueue(1)
+    admission.occupied = 1
     crowd = [asyncio.ensure_future(wait(admission, NORMAL, f"tenant {i % 50}")) for i in range(10_000)]
     last = asyncio.ensure_future(wait(admission, NORMAL, "last"))
     await asyncio.sleep(0)
@@ -176,7 +175,7 @@ async def test_callers_that_left_take_no_turn_and_no_memory():
     await asyncio.wait(crowd)
     assert admission.waiting == 1
     assert sum(map(len, admission._lines[NORMAL]._tenants.values())) <= 2
-    admission.leave(1)
+    admission.release()
     await last
 
 

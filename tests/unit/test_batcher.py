@@ -11,7 +11,7 @@ import pytest
 from helpers import ask, batcher_for, each
 
 import microbatch as mb
-from microbatch.batching.lane_table import Lanes
+from microbatch.batching.lane_table import LaneTable
 from microbatch.batching.scheduler import Scheduler
 from microbatch.openai import AsyncOpenAI
 from microbatch.testing import ScriptedTransport
@@ -393,14 +393,14 @@ async def test_a_bug_in_composing_fails_its_batch_and_no_other(caplog):
 @pytest.mark.promise(of="bugs")
 @pytest.mark.parametrize("place", ["after a call", "in scheduling"])
 async def test_a_bug_between_calls_is_logged_and_ends_no_other(place, monkeypatch, caplog):
-    owner, name = (Lanes, "call_ended") if place == "after a call" else (Scheduler, "_next")
+    owner, name = (LaneTable, "call_ended") if place == "after a call" else (Scheduler, "_next")
     real, broken = getattr(owner, name), [True]
 
-    def once(*args):
+    def once(*args, **named):
         if broken:
             broken.clear()
             raise ZeroDivisionError("planted")
-        return real(*args)
+        return real(*args, **named)
 
     monkeypatch.setattr(owner, name, once)
     transport = ScriptedTransport(delay=0.1)

@@ -155,7 +155,7 @@ async def test_a_retry_that_waits_for_a_permit_fails_with_the_others():
         errors = await asyncio.gather(*(outcome(batcher, f"{i}", priority="high") for i in range(2)))
         assert loop.time() == 8.0
         assert [type(error) for error in errors] == [QuotaExhausted] * 2
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account.on_wire == 0
         assert account.budget._balance == pytest.approx(10.4)
 
@@ -251,7 +251,7 @@ async def test_a_403_of_a_combined_call_stops_nothing_and_three_of_single_calls_
         for number in range(4):
             errors = await asyncio.gather(*(outcome(batcher, f"{number}{i}") for i in range(3)))
             assert {type(error) for error in errors} == {AuthFailed}
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account.breaker.closed
         calls = len(transport.calls)
         for number in range(4):

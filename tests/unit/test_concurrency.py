@@ -119,7 +119,7 @@ async def test_it_settles_at_what_the_endpoint_bears():
     options = {"tokens": "bytes", "policy": policy, "retry": retry, "rate_limit": mb.RateLimit(adaptive=True)}
     async with mb.Microbatcher(endpoint, **options) as batcher:
         await ask_many(batcher, 2_000)
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account.on_wire == 0
         assert 6 <= account._concurrency.limit < 14
     assert asyncio.get_running_loop().time() < 2 * 2_000 / 12
@@ -145,6 +145,6 @@ async def test_callers_own_deadlines_do_not_lower_it():
                 await batcher.submit(ask(f"{number}"), timeout=0.1 + number * 0.07)
         for _ in range(5):  # turns of the loop, no time
             await asyncio.sleep(0)
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account._concurrency.limit == INITIAL
         assert account.on_wire == 0

@@ -100,10 +100,10 @@ async def test_alone_requests_that_leave_are_forgotten():
         for task in tasks[1:-1]:
             task.cancel()
         await asyncio.sleep(0.1)
-        (queue,) = batcher._engine._intake.alone.values()
+        (queue,) = batcher._engine.singles
         assert len(queue._waiting) <= 70
         await asyncio.wait(tasks)
-        assert not batcher._engine._intake.alone
+        assert not len(batcher._engine.singles)
     assert [call.items[0][1] for call in transport.calls] == ["0", "199"]
 
 

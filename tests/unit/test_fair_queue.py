@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import microbatch as mb
-from microbatch.batching.fair_queue import Attempt, FairQueue
-from microbatch.batching.stride import WEIGHTS
+from microbatch.batching.fair_queue import WEIGHTS, Attempt, FairQueue
 from microbatch.testing import ScriptedTransport
 from microbatch.transports.bucket import WINDOW
 
@@ -483,7 +482,7 @@ async def test_lanes_that_were_emptied_while_blocked_leave_nothing_behind():
         assert not turns._loads
         assert turns.next() is None
         assert not list(batcher._engine.lanes)
-        assert not batcher._engine._intake.alone
+        assert not len(batcher._engine.singles)
         assert (await batcher.submit(ask("last"))).output == "LAST"
     assert len(transport.calls) == 2
 

@@ -16,7 +16,7 @@ from microbatch.batching.batch_limits import Budget, FlushReason
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistory
 from microbatch.batching.request import PLAIN, own_text, read_messages, read_options, remembering, spec_of
-from microbatch.batching.single_flight import InFlightIndex
+from microbatch.batching.ticket import InFlightIndex
 from microbatch.testing import ScriptedTransport
 
 # Few words, so that messages are often equal, and values that are equal in Python but not in JSON.
@@ -39,7 +39,13 @@ options = st.builds(
 
 def short_look(spec, messages, options):
     """Do what `Intake.accept` does with the lane of the latest request."""
-    lane = Lane(spec, None, LaneHistory(), Budget(16, 1_000, FlushReason.SIZE), len, InFlightIndex())
+    lane = Lane(
+        *(spec, None, LaneHistory(), Budget(16, 1_000, FlushReason.SIZE)),
+        count=len,
+        index=InFlightIndex(),
+        estimates=None,
+        owner=None,
+    )
     return own_text(messages, spec.plain) if lane.serves(options) else None
 
 

@@ -469,7 +469,7 @@ async def submit_timed(transport, timeout, **options):
         assert loop.time() == start + timeout
         for _ in range(5):  # turns of the loop, no time
             await asyncio.sleep(0)
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account.on_wire == 0
         assert batcher._engine.scheduler.in_use == 0
         yield caught.value, account, batcher

@@ -36,7 +36,7 @@ async def test_a_thousand_equal_submits_make_one_upstream_item():
     assert {reply.output for reply in replies} == {"SAME"}
     assert [reply.route for reply in replies].count("shared") == 999
     assert (stats.items, stats.answered, stats.shared, stats.queued) == (1_000, 1_000, 999, 0)
-    assert len(batcher._engine.flights) == 0
+    assert len(batcher._parts.in_flight) == 0
 
 
 async def test_nothing_is_kept_of_kinds_of_requests_that_nobody_asks_any_more():
@@ -45,7 +45,7 @@ async def test_nothing_is_kept_of_kinds_of_requests_that_nobody_asks_any_more():
             asked = [{"role": "system", "content": f"Kind {number}."}, {"role": "user", "content": "same"}]
             await asyncio.gather(*(batcher.submit(asked, temperature=0, priority=each) for each in ("normal", "low")))
         gc.collect()
-        assert len(batcher._engine.flights._files) <= 1  # the latest lane is kept
+        assert len(batcher._parts.in_flight._by_content) <= 1  # the latest lane is kept
 
 
 @pytest.mark.promise(of="single_flight")

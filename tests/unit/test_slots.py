@@ -142,7 +142,7 @@ async def test_during_an_outage_requests_wait_unsent():
         await asyncio.sleep(1)
         later = [asyncio.ensure_future(batcher.submit(ask(f"later {i}"), **A)) for i in range(500)]
         await asyncio.sleep(5)
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account.begun == account.backing_off == 8
         assert batcher.stats().in_flight == 0
         await drop(later[:400])  # unsent, so nothing of them was paid
@@ -168,7 +168,7 @@ async def test_an_account_begins_no_more_calls_than_there_are_slots():
         await asyncio.sleep(4)
         assert len(begun) == 4
         await asyncio.gather(*tasks)
-        (account,) = batcher._accounts._kept.values()
+        (account,) = batcher._parts.accounts._kept.values()
         assert account.begun == account.on_wire == account.backing_off == 0
 
 

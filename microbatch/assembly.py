@@ -1,0 +1,333 @@
+"""Builds the parts of a batcher from its settings, in dependency order, and runs them in a task of their own.
+
+From the outside in: cache (`caching.answer_cache`) -> intake and single flight (`batching.intake`) -> lanes, scheduler and engine
+(`batching.engine`) -> calls and fallback (`batching.dispatch`, `batching.fallback`) -> attempts (`transports.retry`) -> the transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from microbatch.accounting.events import Listeners
+from microbatch.accounting.prices import PriceBook
+from microbatch.accounting.stats import Ledger, Stats
+from microbatch.accounting.tokens import TokenCounter
+from microbatch.batching.admission import AdmissionQueue
+from microbatch.batching.attribution import UsageAttribution
+from microbatch.batching.batch_limits import BatchLimits
+from microbatch.batching.bounds import Bounds
+from microbatch.batching.dependencies import Dependencies
+from microbatch.batching.dispatch import Dispatcher
+from microbatch.batching.engine import CLOSED_EARLY, Engine, Work
+from microbatch.batching.estimates import Estimates
+from microbatch.batching.fallback import Fallback
+from microbatch.batching.intake import Intake
+from microbatch.batching.lane_table import LaneTable
+from microbatch.batching.overhead import UNKNOWN_RATIO
+from microbatch.batching.scheduler import Scheduler
+from microbatch.batching.single_flight import InFlight, Settlement
+from microbatch.batching.single_queue import SingleQueues
+from microbatch.caching.answer_cache import AnswerCache
+from microbatch.errors import BatcherClosed, ConfigError
+from microbatch.prompt.codec import ChatCodec
+from microbatch.protocols import Cache, Transport
+from microbatch.resources import acquire, release
+from microbatch.spool.records import Spool
+from microbatch.spool.spool_client import SpoolClient
+from microbatch.transports.accounts import Accounts
+from microbatch.transports.retry import Sender
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from microbatch.accounting.prices import Price
+    from microbatch.messages import Usage
+    from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+    from microbatch.resources import Resource
+    from microbatch.transports.rate_limit import RateLimit
+
+logger = logging.getLogger("microbatch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `Microbatcher`, which documents them."""
+
+    transport: Transport
+    policy: FlushPolicy
+    retry: RetryPolicy
+    fallback: FallbackPolicy
+    rate_limit: RateLimit | None
+    cache: Cache | None
+    spool: Spool | None
+    normalize: Callable[[str], str] | None
+    prices: Mapping[str, Price] | Callable[[str], Price | None] | None
+    tokens: Callable[[str], int] | Literal["bytes"] | None
+    hooks: Sequence[object]
+    draw_ids: Callable[[int], Sequence[str]]
+
+    def check(self) -> None:
+        """Check what has no check of its own.
+
+        Raises:
+            ConfigError: The transport, the cache or the spool lacks a method.
+        """
+        if not isinstance(self.transport, Transport):
+            raise ConfigError(f"transport must have send() and aclose(), got {type(self.transport).__name__}")
+        if self.cache is not None and not isinstance(self.cache, Cache):
+            raise ConfigError(f"cache must have get_many(), set_many() and aclose(), got {type(self.cache).__name__}")
+        if self.spool is not None and not isinstance(self.spool, Spool):
+            raise ConfigError(f"spool must have the methods of Spool, got {type(self.spool).__name__}")
+
+
+class Assembly:
+    """The parts of one batcher; see `Microbatcher` for the arguments.
+
+    Attributes:
+        model: The transport's model; None if it has none.
+        given: What the parts share.
+
+    Raises:
+        ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        settings.check()
+        policy, transport = settings.policy, settings.transport
+        self.settings = settings
+        self.model: str | None = getattr(transport, "model", None)
+        self.tokens = TokenCounter(settings.tokens, self.model)
+        self.prices = PriceBook(settings.prices)
+        self.ledger = Ledger()
+        self.accounts = Accounts(transport, settings.retry, settings.rate_limit)
+        self.sender = Sender(transport, settings.retry)
+        self.scheduler: Scheduler[Work] = Scheduler(policy.max_concurrent_batches)
+        self.accounts.serve(self.scheduler)
+        self.admission = AdmissionQueue(
+            policy.max_queued,
+            policy.when_full,
+            bypass=policy.max_concurrent_batches,
+            slot_free=lambda: not self.scheduler.full,
+        )
+        self.in_flight = InFlight()
+        listeners = Listeners(settings.hooks)
+        self.settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
+        bounds = Bounds(self.model, canary=settings.fallback.canary)
+        estimates = Estimates(self.tokens.count, bounds, canary=settings.fallback.canary)
+        self.given = given = Dependencies(
+            policy=policy,
+            ledger=self.ledger,
+            listeners=listeners,
+            accounts=self.accounts,
+            count=self.tokens.count,
+            upper=self.tokens.upper if callable(settings.tokens) else None,
+            ratio=self._ratio,
+            now=_loop_time,
+            limits=BatchLimits(policy, estimates),
+            estimates=estimates,
+            scheduler=self.scheduler,
+            admission=self.admission,
+            in_flight=self.in_flight,
+            settlement=self.settlement,
+        )
+        self.cache = None if settings.cache is None else self._make_cache(settings.cache)
+        self.spool = None if settings.spool is None else SpoolClient(settings.spool)
+        lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
+        dispatcher = self._make_dispatcher(bounds)
+        self.fallback = Fallback(dispatcher, given.estimates, settings.fallback, self.settlement.fail)
+        self.intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
+        self.engine = Engine(given, lanes, singles, dispatcher, self.fallback)
+
+    def _make_cache(self, cache: Cache) -> AnswerCache:
+        return AnswerCache(
+            cache,
+            ledger=self.ledger,
+            price=self._price,
+            listeners=self.given.listeners,
+            endpoint=getattr(self.settings.transport, "base_url", ""),
+            model=self.model,
+            normalize=self.settings.normalize,
+        )
+
+    def _make_dispatcher(self, bounds: Bounds) -> Dispatcher:
+        given, fallback = self.given, self.settings.fallback
+        return Dispatcher(
+            given,
+            send=self.sender.send,
+            codec=ChatCodec(
+                self.settings.draw_ids,
+                canary=fallback.canary,
+                keep_thoughts=getattr(self.settings.transport, "thoughts", "strip") == "keep",
+            ),
+            attribution=UsageAttribution(
+                given.ledger, given.estimates, given.count, self.tokens.exact_for, self._price
+            ),
+            bounds=bounds,
+            keep=None if self.cache is None else self.cache.keep,
+            price=self._price,
+            default_model=self.model,
+            early=fallback.early,
+        )
+
+    def _price(self, model: str | None) -> Callable[[Usage], float] | None:
+        price = self.prices.for_model(model)
+        return None if price is None else price.cost
+
+    def _ratio(self, model: str | None) -> float:
+        price = self.prices.for_model(model or self.model)
+        return UNKNOWN_RATIO if price is None or not price.input else price.output / price.input
+
+    def stats(self) -> Stats:
+        """Return the figures so far."""
+        ledger = self.ledger
+        ledger.retries = self.sender.repeats
+        ledger.retries_denied = self.sender.unpaid + self.fallback.unpaid
+        ledger.rate_limited = self.sender.rate_limited
+        if self.cache is not None:
+            ledger.cache_bypassed = self.cache.bypassed
+            ledger.cache_evictions = self.cache.evictions
+        spooled = None if self.spool is None else self.spool.look()
+        return ledger.snapshot(
+            queued=self.admission.occupied,
+            in_flight=self.scheduler.in_use,
+            spool_depth=None if spooled is None else spooled.depth,
+            spool_dead=None if spooled is None else spooled.dead,
+            spool_oldest=None if spooled is None else spooled.oldest,
+        )
+
+
+class Host:
+    """Opens the parts, runs the engine and closes the parts, all in one task.
+
+    The scope of a task group has to be entered and left by one task, while opening and closing a batcher may be done by two, as test
+    fixtures do.
+
+    Args:
+        parts: The parts.
+
+    Attributes:
+        loop: The event loop; None before `open`.
+    """
+
+    def __init__(self, parts: Assembly) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._parts = parts
+        self._engine = parts.engine
+        settings = parts.settings
+        used = (settings.transport, settings.cache, settings.spool)
+        self._resources: list[Resource] = [each for each in used if each is not None]
+        self._task: asyncio.Task[None] | None = None
+        self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed
+
+    async def open(self) -> None:
+        """Start. If it fails or is cancelled, everything is closed again, and it may be called once more.
+
+        Raises:
+            BatcherClosed: It was opened before, or closed while it was opening.
+            ConfigError: The transport, the cache or the spool cannot be used.
+        """
+        if self._undone is not None and not self._undone.done():
+            await asyncio.wait([self._undone])
+        if self._task is not None:
+            raise BatcherClosed("a Microbatcher is opened once; make a new one")
+        self.loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = self.loop.create_future()
+        task = self._task = self.loop.create_task(self._run(ready), name="microbatch", context=contextvars.Context())
+        task.add_done_callback(lambda _: _end(ready))
+        try:
+            await ready
+            self._engine.admit()
+        except BaseException:
+            if not self._engine.closing:
+                self.loop = self._task = None
+                self._undone = task
+            task.cancel()
+            await asyncio.wait([task])
+            _end(ready)
+            raise
+
+    async def close(self, grace: float | None) -> None:
+        """Close, with *grace* seconds for what is under way; return when all is closed."""
+        if self._task is None:
+            return
+        self.check_loop()
+        if self._engine.accepting_loop is None and not self._engine.closing:
+            self._task.cancel()  # it is still opening
+        self._engine.close(grace)
+        await asyncio.wait([self._task])
+
+    def check_loop(self) -> None:
+        """Check that the batcher belongs to the running event loop.
+
+        Raises:
+            BatcherClosed: It does not, or is not open yet.
+        """
+        if self.loop is None:
+            raise BatcherClosed("the batcher is not open yet: use `async with`, or await open() first")
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not self.loop:
+            raise BatcherClosed("the batcher belongs to another event loop; make one for each loop")
+
+    def check_open(self) -> None:
+        """Check that requests are accepted in the running event loop.
+
+        Raises:
+            BatcherClosed: They are not.
+        """
+        self.check_loop()
+        if self._engine.closing:
+            raise BatcherClosed("the batcher is closed")
+        if self._engine.accepting_loop is None:
+            raise BatcherClosed("the batcher is not open yet: await open() first")
+
+    async def _run(self, ready: asyncio.Future[None]) -> None:
+        try:
+            await self._parts.tokens.open()
+            if self._parts.prices.load is not None:
+                await asyncio.to_thread(self._parts.prices.load)
+            await acquire(self._resources)
+            try:
+                await self._serve(ready)
+            finally:
+                self._parts.accounts.close()
+                await release(self._resources)
+        except Exception as error:
+            if ready.done():
+                logger.exception("a transport, cache or spool could not be opened or closed")
+            else:
+                ready.set_exception(error)
+
+    async def _serve(self, ready: asyncio.Future[None]) -> None:
+        def begin() -> None:
+            for part in (self._parts.cache, self._parts.spool):
+                for service in part.services if part is not None else ():
+                    self._engine.start_feeder(service)
+            if not ready.done():
+                ready.set_result(None)
+
+        if self._parts.cache is not None:
+            await self._parts.cache.open()
+        try:
+            await self._engine.serve(begin)
+        except Exception:
+            # This task is not awaited. Its requests have ended with the error; the log has to show it as well.
+            logger.exception("the batcher has ended because of a bug in microbatch")
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _end(opening: asyncio.Future[None]) -> None:
+    """See that *opening* ends, and that asyncio does not complain if its caller is cancelled before it learns of an error."""
+    if not opening.done():
+        opening.set_exception(BatcherClosed(CLOSED_EARLY))
+    if not opening.cancelled():
+        opening.exception()
