@@ -112,7 +112,9 @@ class Session:
         return msgspec.structs.replace(
             together(stats),
             upstream_calls=self.endpoint.sent + stats[-1].upstream_calls,
-            cache_evictions=stats[0].cache_evictions,  # each batcher reports those of the shared cache
+            # Each batcher reports all counts of the shared cache.
+            cache_bypassed=stats[0].cache_bypassed,
+            cache_evictions=stats[0].cache_evictions,
         )
 
     def note_stop(self) -> None:
