@@ -1,4 +1,4 @@
-"""The edge to aiohttp: its failures in our words, one attempt's time, headers that are safe to send."""
+"""Use of aiohttp: translation of its errors, the time limits of one attempt, and headers that are safe to send."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOP_BY_HOP: Final = frozenset(
 """Headers that belong to one connection (RFC 9110, 7.6.1); they are never passed on."""
 
 FRAMING: Final = HOP_BY_HOP | {"content-length", "expect", "host"}
-"""Headers that say where a request begins, ends and goes. Set by hand they could make two requests of one."""
+"""Headers that delimit or route a request. Set by a caller they could turn one request into two."""
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\ud7ff\ue000-\U0010ffff]*")
@@ -78,7 +78,7 @@ class Clock:
 
 
 async def guarded(step: Awaitable[T], where: str) -> T:
-    """Await one step of aiohttp's.
+    """Await a coroutine of aiohttp.
 
     Raises:
         ConnectFailed: The connection could not be made, or broke.
@@ -87,40 +87,41 @@ async def guarded(step: Awaitable[T], where: str) -> T:
         return await step
     except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
         failure = connect_failed(error, where)
-    # Raised out here, so that the original is not attached: aiohttp's errors hold the request's headers and its address, and with
-    # them the key, wherever it is.
+    # Raised outside of `except`, so that the original is not attached: aiohttp's errors hold the request's headers and address,
+    # and with them the key.
     raise failure
 
 
 def connect_failed(error: Exception, where: str) -> ConnectFailed:
-    """Return *error* in our words, which quote no header and no address beyond host and port."""
+    """Return the error to raise for *error*, which quotes no header and no address beyond host and port."""
     match error:
         case aiohttp.ClientHttpProxyError():
-            return ConnectFailed(f"the proxy refused to connect to {where}: status {error.status}")
+            message = f"the proxy refused to connect to {where}: status {error.status}"
         case aiohttp.ClientProxyConnectionError():
-            return ConnectFailed(f"could not reach the proxy to {where}: {_said(error.os_error)}")
+            message = f"could not reach the proxy to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ClientConnectorCertificateError():
-            return ConnectFailed(f"{where} has a certificate that is not trusted: {error.certificate_error}")
+            message = f"{where} has a certificate that is not trusted: {error.certificate_error}"
         case aiohttp.ClientConnectorDNSError():
-            return ConnectFailed(f"could not resolve the host name of {where}: {_said(error.os_error)}")
+            message = f"could not resolve the host name of {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ClientConnectorError():
-            return ConnectFailed(f"could not connect to {where}: {_said(error.os_error)}")
+            message = f"could not connect to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ConnectionTimeoutError():
-            return ConnectFailed(f"could not connect to {where}: no answer in time")
+            message = f"could not connect to {where}: no answer in time"
         case aiohttp.ServerDisconnectedError():
-            return ConnectFailed(f"{where} closed the connection without an answer")
+            message = f"{where} closed the connection without an answer"
         case aiohttp.ClientPayloadError():
-            return ConnectFailed(f"{where} closed the connection in the middle of the answer")
+            message = f"{where} closed the connection in the middle of the answer"
         case aiohttp.ClientResponseError():
-            return ConnectFailed(f"{where} did not answer in HTTP")
+            message = f"{where} did not answer in HTTP"
         case OSError():
-            return ConnectFailed(f"the connection to {where} broke: {_reason(error)}")
+            message = f"the connection to {where} broke: {_reason(error)}"
         case _:
-            return ConnectFailed(f"the connection to {where} broke: {type(error).__name__}")
+            message = f"the connection to {where} broke: {type(error).__name__}"
+    return ConnectFailed(message)
 
 
 async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
-    """Await one step of aiohttp's under *clock*.
+    """Await a coroutine of aiohttp under *clock*.
 
     Raises:
         ConnectFailed: The connection could not be made, or broke.
@@ -130,13 +131,13 @@ async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
         async with clock.scope:
             clock.feed()
             return await guarded(step, where)
-    except TimeoutError:  # the clock's: one of the system's is a ConnectFailed by now
+    except TimeoutError:  # the clock's; one of the system's is a ConnectFailed by now
         failure = clock.error(where)
     raise failure
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, begun: bytearray) -> bytes:
-    """Return the whole body, of which *begun* has been read.
+    """Return the whole body, of which *begun* was already read.
 
     Raises:
         TransportError: It is longer than *limit* bytes.
@@ -151,7 +152,7 @@ async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, beg
 
 
 async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) -> bytes:
-    """Return what can be had of a body in *grace* seconds, at most *limit* bytes; never fails."""
+    """Return as much of a body as arrives within *grace* seconds, at most *limit* bytes; never fails."""
     body = bytearray()
     try:
         async with asyncio.timeout(grace):
@@ -163,11 +164,11 @@ async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) 
 
 
 def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -> dict[str, str]:
-    """Return *headers* once they are known to be what they seem: one line each.
+    """Return a copy of *headers* if each is one valid header.
 
     Raises:
-        ConfigError: A name or a value could not be sent or would be read as more than one header, or the header is one
-            that the transport writes itself. The message does not quote values.
+        ConfigError: A name or a value cannot be sent or would be read as several headers, or the transport writes the header
+            itself. The message quotes no value.
     """
     for name, value in headers.items():
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
@@ -180,7 +181,7 @@ def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -
 
 
 def merged(*layers: Mapping[str, str]) -> dict[str, str]:
-    """Return all headers, a later layer replacing those of the same name (in any case) in the earlier ones."""
+    """Return the headers of all *layers*; a later one replaces those of the same name (in any case)."""
     result: dict[str, tuple[str, str]] = {}
     for layer in layers:
         result.update({name.lower(): (name, value) for name, value in layer.items()})
@@ -188,22 +189,21 @@ def merged(*layers: Mapping[str, str]) -> dict[str, str]:
 
 
 def without(headers: Iterable[tuple[str, str]], names: frozenset[str]) -> list[tuple[str, str]]:
-    """Return *headers* less those named and those that a Connection header declares to be for one connection only."""
+    """Return *headers* without *names* and without those that a Connection header lists."""
     pairs = list(headers)
-    listed = {
-        word.strip().lower() for name, value in pairs if name.lower() == "connection" for word in value.split(",")
-    }
-    return [(name, value) for name, value in pairs if name.lower() not in names | listed]
+    connection = [value for name, value in pairs if name.lower() == "connection"]
+    dropped = names.union(word.strip().lower() for value in connection for word in value.split(","))
+    return [(name, value) for name, value in pairs if name.lower() not in dropped]
 
 
 def _reason(error: OSError) -> str:
-    """Return why the system says a connection broke. Only its number is read: aiohttp writes the address into the text."""
+    """Return the system's text for the error number. The error's own text is not used: aiohttp writes the address into it."""
     number = error.errno or 0
     return os.strerror(number) if number > 0 and not isinstance(error, ssl.SSLError) else type(error).__name__
 
 
-def _said(error: OSError) -> str:
-    """Return why no connection could be made, in words of the resolver, of TLS or of the system, which know host and port only."""
+def _connect_reason(error: OSError) -> str:
+    """Return why no connection was made, as the resolver, TLS or the system puts it; they know host and port only."""
     if type(error).__module__ == "builtins" and (error.errno or 0) > 0:
         return _reason(error)  # asyncio's own text for a refused connection is its address
     return error.strerror or str(error) or type(error).__name__
