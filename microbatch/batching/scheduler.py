@@ -14,11 +14,11 @@ caller never reach another's call, and a burst on an idle lane leaves as full ba
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from microbatch.batching.fair_queue import Attempt, FairQueue
+from microbatch.batching.ticket import NO_CONTEXT
 from microbatch.containment import contained
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Scheduler(Generic[W]):
                     # It must not end the task group, and so every call under way. What is due is tried again later.
                     logger.error("scheduling failed in microbatch itself", exc_info=running.error)
                     loop = asyncio.get_running_loop()
-                    loop.call_later(_RETRY_AFTER_BUG, self._asked.set, context=contextvars.Context())
+                    loop.call_later(_RETRY_AFTER_BUG, self._asked.set, context=NO_CONTEXT)
         finally:
             self._pumping = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from microbatch.schema.answer_type import AnswerType
 
 NEVER = float("inf")
+
+NO_CONTEXT = contextvars.Context()
+"""Callbacks and timers run in it, not in that of the caller who set them."""
 
 HIGH, NORMAL, LOW = range(3)
 """Priorities as ranks: a lower one is more urgent."""
