@@ -89,7 +89,7 @@ class Assembly:
 
     Attributes:
         model: The transport's model; None if it has none.
-        given: What the parts share.
+        given: The objects that the parts share.
 
     Raises:
         ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.

@@ -217,7 +217,7 @@ class Microbatcher:
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
         """
-        # What takes long is awaited here: the frame of another coroutine would take 300 bytes for each request that waits, and each
+        # Long waits are awaited here: the frame of another coroutine would take 300 bytes for each request that waits, and each
         # local variable takes 8.
         options = self._intake.read_options(
             output_type, model, max_tokens, temperature, params, headers, tenant, priority
