@@ -73,20 +73,16 @@ class Deadline:
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         self._since = loop.time()
-        self._timeout = await asyncio.timeout_at(None if self.left > _ROUNDING else self._since).__aenter__()
-        if self.left > _ROUNDING:
-            self._arm(loop, self._timeout)
+        self._timeout = await asyncio.timeout(None).__aenter__()
+        self._tick(loop, self._timeout)
         return self
 
-    def _arm(self, loop: asyncio.AbstractEventLoop, timeout: asyncio.Timeout) -> None:
-        self._timer = loop.call_at(self._since + min(self._step, self.left), self._end_step, loop, timeout)
-
-    def _end_step(self, loop: asyncio.AbstractEventLoop, timeout: asyncio.Timeout) -> None:
+    def _tick(self, loop: asyncio.AbstractEventLoop, timeout: asyncio.Timeout) -> None:
         self._count(loop.time())
         if self.left > _ROUNDING:
-            self._arm(loop, timeout)
+            self._timer = loop.call_at(self._since + min(self._step, self.left), self._tick, loop, timeout)
         else:
-            timeout.reschedule(loop.time())
+            timeout.reschedule(self._since)
 
     def _count(self, now: float) -> None:
         self._use(min(now - self._since, self._step))
@@ -274,8 +270,9 @@ class Guard:
                     failure = StorageError("it took too long")
             if self._patience is None or deadline.left <= _RETRY_PAUSE:
                 raise failure
-            async with deadline:
-                await asyncio.sleep(_RETRY_PAUSE)
+            with contextlib.suppress(TimeoutError):
+                async with deadline:
+                    await asyncio.sleep(_RETRY_PAUSE)
 
     @property
     def _bypasses(self) -> bool:
