@@ -133,7 +133,7 @@ class Attempt:
             self._take_events(decoder.feed(chunk), response)
             if (self._gave_text or self._reader.thought) and not self._reader.complete:
                 pacer.pause()
-            chunk = await guarded(response.content.readany(), self._where)
+            chunk = await guarded(pacer.read(), self._where)
         self._take_events(decoder.close(), response, torso=True)
         self._deliver(self._reader.rest())
         if not self._reader.answering:

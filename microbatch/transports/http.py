@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import ssl
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
@@ -35,6 +38,12 @@ PAUSE_SHARE: Final = 4
 
 SHORTEST_PAUSE: Final = 0.001
 """Shorter pauses, in seconds, cost more than they save."""
+
+LOW_WATER: Final = 65_536
+"""Bytes in a socket's buffer that end a pause early."""
+
+LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+", os.uname().release)[:2])] >= [4, 18]
+"""Whether lowering a socket's low-water mark makes it readable at once: in Linux since 4.18 (tcp_set_rcvlowat)."""
 
 
 class Clock:
@@ -78,13 +87,11 @@ class Clock:
 
 
 class Pacer:
-    """Pauses the reading of a streamed answer, so that several events are read together.
+    """Reads a streamed answer with pauses, so that several events are read together.
 
     An endpoint sends one event per token. A wake-up, a `recv` and an HTTP parse for each of them is most of the processor time of a
-    stream. Bytes that arrive during a pause wait in the socket's buffer.
-
-    Only the socket transport is paused; aiohttp's own flow control works as before. A connection returns to the pool when the end of
-    the answer has been parsed, hence never during a pause.
+    stream. During a pause, bytes wait in the socket's buffer: the socket's low-water mark is raised, below TLS, and the flow control of
+    aiohttp works as before. Without a usable mark the transport is paused, which saves less under TLS.
 
     Args:
         response: The answer.
@@ -98,32 +105,66 @@ class Pacer:
         self._interval = interval
         self._end = end
         self._since: float | None = None
+        self._paused: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
 
+    async def read(self) -> bytes:
+        """Return the bytes that have arrived by the end of the pause, b"" at the end of the answer."""
+        try:
+            return await self._response.content.readany()
+        finally:
+            self._resume()  # the connection may be back in the pool, also within a pause: a full buffer ends it early
+
     def pause(self) -> None:
-        """Pause reading. The pause ends by itself; no effect on an answer read to its end."""
+        """Begin a pause, which the next `read` waits for; no effect on an answer read to its end."""
         now = self._loop.time()
         if self._since is None:
             self._since = now
         pause = min(self._interval, (now - self._since) / PAUSE_SHARE)
         connection = self._response.connection
         transport = None if connection is None else connection.transport
-        if transport is None or pause < SHORTEST_PAUSE or now + 2 * pause > self._end:
+        if transport is None or pause < SHORTEST_PAUSE or now + 2 * pause > self._end or not _hold(transport):
             return
-        if self._timer is not None:
-            self._timer.cancel()
-        try:
-            transport.pause_reading()
-        except (AttributeError, NotImplementedError, RuntimeError):  # no flow control, or closing
-            return
+        self._paused = transport
         # Full pauses of all streams end at the same moments, so that one iteration of the loop serves them all.
         when = now + pause if pause < self._interval else (now // pause + 1) * pause
-        self._timer = self._loop.call_at(when, _resume, transport)
+        self._timer = self._loop.call_at(when, self._resume)
+
+    def _resume(self) -> None:
+        transport, self._paused = self._paused, None
+        if transport is not None:
+            _release(transport)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
-def _resume(transport: asyncio.Transport) -> None:
-    if not transport.is_closing():
-        transport.resume_reading()
+# The transport has no socket or no flow control, or is closing.
+_NO_PAUSE: Final = (AttributeError, NotImplementedError, OSError, RuntimeError)
+
+
+def _hold(transport: asyncio.Transport) -> bool:
+    """Pause the reading of a connection; return whether that is possible."""
+    if transport.is_closing():
+        return False
+    try:
+        if LOW_WATER_WAKES:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, LOW_WATER)
+        else:
+            transport.pause_reading()
+    except _NO_PAUSE:
+        return False
+    return True
+
+
+def _release(transport: asyncio.Transport) -> None:
+    if transport.is_closing():
+        return
+    with suppress(*_NO_PAUSE):
+        if LOW_WATER_WAKES:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        else:
+            transport.resume_reading()
 
 
 async def guarded(step: Awaitable[T], where: str) -> T:

@@ -85,7 +85,7 @@ class Forwarded:
             left = self._end - asyncio.get_running_loop().time()
             # Made for each read, so that the time for which the caller is busy with a chunk does not count as silence.
             clock = Clock(max(0.0, left), self._idle if begun else None, self._interval)
-            chunk = await timed(clock, self._response.content.readany(), self._where)
+            chunk = await timed(clock, pacer.read(), self._where)
             if not chunk:
                 return
             if not begun and self._idle is not None:

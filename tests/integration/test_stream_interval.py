@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import ssl
 import subprocess
 import zlib
@@ -130,6 +131,9 @@ async def check_two_calls(context=None):
             assert (asked.text, asked.completion.finish_reason) == ("".join(words), "stop")
             assert len(asked.pieces) < len(WORDS)  # so reading was paused
         assert server.connections == 1
+        [[(pooled, _)]] = chat._session.connector._conns.values()
+        assert pooled.transport.is_reading()
+        assert pooled.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
 
 
 @pytest.fixture
@@ -145,10 +149,17 @@ def tls(tmp_path):
     return context
 
 
+@pytest.fixture(params=["low-water mark", "transport"])
+def paused_by(request, monkeypatch):
+    monkeypatch.setattr("microbatch.transports.http.LOW_WATER_WAKES", request.param == "low-water mark")
+
+
+@pytest.mark.usefixtures("paused_by")
 async def test_events_are_read_several_at_a_time_and_the_connection_is_used_again():
     await check_two_calls()
 
 
+@pytest.mark.usefixtures("paused_by")
 async def test_over_tls_too(tls):
     await check_two_calls(tls)
 
@@ -179,6 +190,7 @@ async def test_thoughts_are_read_several_at_a_time():
     assert len(reads) < len(thoughts) / 2
 
 
+@pytest.mark.usefixtures("paused_by")
 def test_on_uvloop_too(tls):
     on_uvloop(check_two_calls)
     on_uvloop(lambda: check_two_calls(tls))
@@ -222,6 +234,7 @@ def test_chunking_never_changes_the_text(cuts, pauses):
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("paused_by")
 @pytest.mark.parametrize("way", ["cut", "reset"])
 async def test_text_before_a_cut_stands(way):
     async with Server(paced(WORDS, way)) as server, transport(server) as chat:
@@ -263,6 +276,7 @@ async def test_the_whole_time_is_kept():
             await ask(chat)
 
 
+@pytest.mark.usefixtures("paused_by")
 async def test_a_call_cancelled_in_a_pause_leaves_nothing_for_the_next():
     async with Server(paced(WORDS, 60.0), paced(WORDS[:3], END)) as server, transport(server) as chat:
         task = asyncio.ensure_future(ask(chat))
@@ -286,6 +300,19 @@ async def test_a_relayed_stream_arrives_byte_for_byte(interval):
             assert b"".join(got) == b"".join(piece for piece in answer if isinstance(piece, bytes))
             assert (len(got) > len(WORDS) / 2) is (interval == 0)
         assert server.connections == 1
+
+
+@pytest.mark.usefixtures("paused_by")
+async def test_a_connection_that_cannot_be_paused_is_read_all_the_time(monkeypatch):
+    def refuse(*arguments):
+        raise OSError
+
+    monkeypatch.setattr("asyncio.trsock.TransportSocket.setsockopt", refuse)
+    monkeypatch.setattr("asyncio.selector_events._SelectorTransport.pause_reading", refuse)
+    async with Server(paced(WORDS, END)) as server, transport(server) as chat:
+        asked = await ask(chat)
+    assert asked.text == "".join(WORDS)
+    assert len(asked.pieces) > len(WORDS) / 2
 
 
 @pytest.mark.parametrize("wrong", [-1, float("nan"), "x", None])
