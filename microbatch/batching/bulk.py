@@ -1,8 +1,8 @@
 """`map`: any number of requests through the lanes, in bounded memory.
 
 Bulk requests wait for full batches, so something has to notice when no batch can get fuller: the consumer waits, nothing of this
-run is due or in flight, and no more can be taken in. Then everything that this run has waiting leaves. The scheduler calls
-`_check` whenever anything has moved, which is when that can have become true.
+run is due, and the source has ended, or nothing is in flight that would make room for more of it. Then everything that this run has
+waiting leaves. The scheduler calls `_check` whenever anything has moved, which is when that can have become true.
 """
 
 from __future__ import annotations
@@ -362,8 +362,8 @@ class BulkRun:
         if not self._waiting or self._wake.is_set() or not self._unsent:
             return
         may_come = not self._exhausted and self._has_room and not (self._sync is None and self._silent)
-        in_flight = len(self._open) > len(self._unsent)
-        if may_come or in_flight or self._looking:
+        makes_room = not self._exhausted and len(self._open) > len(self._unsent)
+        if may_come or makes_room or self._looking:
             return
         queues = [*dict.fromkeys(queue for ticket in self._unsent.values() if (queue := ticket.queue) is not None)]
         if not any(queue.due for queue in queues):
