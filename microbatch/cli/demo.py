@@ -139,9 +139,8 @@ the wire, counted with OpenAI's o200k_base tokenizer. Dollars are those tokens
 at the list price of {MODEL}; nothing was paid.
 From the simulation: the answers, which are looked up in the catalogue and say
 nothing about how well a model does; and the time, which follows from the pace
-above with at most {MAX_CALLS} calls at once, both ways. Batched, it is the time of three
+above with at most {MAX_CALLS} calls at once, both ways. Batched, it is the time of two
 calls in a row: the first on trial, until a reply shows that the model keeps to
-the format; then all full batches at once; then the rest, which waits until no
-call is under way. A longer job pays for the first and the last only once. With
-more calls at once, one call each is the faster way, as long as the provider's
-rate limits allow it."""
+the format; then all others at once. A longer job pays for the first only once.
+With more calls at once, one call each is the faster way, as long as the
+provider's rate limits allow it."""
