@@ -22,7 +22,7 @@ LAYERS = (
     *("schema", "prompt", "accounting", "storage"),
     "transports, caching, spool",
     "batching",
-    "assembly, client",
+    *("assembly", "client"),
     *("openai", "gateway"),
     "demo, testing",
     *("cli", "__main__"),
