@@ -1,59 +1,22 @@
-"""`python -m bench` lists the benchmarks, `python -m bench NAME` runs one, `python -m bench all` each in a process of its own."""
+"""`python -m bench` lists the benchmarks, `python -m bench NAME` runs one, `python -m bench all` runs each in its own process."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from bench import report
+from bench import plot, results
+from bench.benchmark import NAMES, SEED, load
+from bench.report import Run, begin
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from bench.benchmark import Benchmark
 
-NAMES = (
-    "overhead",
-    "semantics",
-    "throughput",
-    "latency",
-    "demux",
-    "scale",
-    "overload",
-    "stalls",
-    "gateway",
-    "hybrid",
-    "quota",
-)
 RESULTS = Path(__file__).parent / "results"
-SEED = 1
-
-
-class Benchmark(Protocol):
-    """What a module of this folder offers that answers a question.
-
-    Attributes:
-        QUESTION: What it answers, in a sentence.
-        COMPARED: The distributions whose versions matter.
-    """
-
-    QUESTION: str
-    COMPARED: list[str]
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add what can be set beside the common options."""
-
-    @staticmethod
-    def run(options: argparse.Namespace, found: report.Report) -> None:
-        """Measure, and fill in *found*. `options.quick` asks for the short form, `options.seed` is the seed of all chance."""
-
-    @staticmethod
-    def draw(found: report.Report) -> Figure:
-        """Draw what was found, from the report alone."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,54 +24,45 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="name", metavar="NAME")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--quick", action="store_true", help="the short form: fewer rounds, rougher figures")
-    common.add_argument("--seed", type=int, default=SEED, help="of everything drawn by chance (default %(default)s)")
+    common.add_argument("--seed", type=int, default=SEED, help="of all random numbers (default %(default)s)")
     common.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and figures (default bench/results)")
-    modules: dict[str, Benchmark] = {}
-    for name in NAMES:
-        try:
-            modules[name] = module = importlib.import_module(f"bench.{name}")
-        except ModuleNotFoundError as error:
-            raise SystemExit(f"bench: {error}; what it needs comes with: pip install -e '.[bench]'") from None
-        module.add_arguments(
-            commands.add_parser(name, parents=[common], help=module.QUESTION, description=module.__doc__)
-        )
+    modules = {name: load(name) for name in NAMES}
+    for name, module in modules.items():
+        command = commands.add_parser(name, parents=[common], help=module.QUESTION, description=module.__doc__)
+        for key, option in module.OPTIONS.items():
+            default = f"{option.full}; {option.quick} if quick" if option.full != option.quick else option.full
+            words = f"{option.help} (default {default})"
+            command.add_argument(f"--{key.replace('_', '-')}", type=option.type, help=words)
     commands.add_parser("all", parents=[common], help="all of them, one after the other")
-    commands.add_parser("readme", parents=[common], help="write the results into the README")
+    commands.add_parser("results", parents=[common], help="publish the results, and write bench/RESULTS.md")
     options = parser.parse_args(arguments)
     if options.name is None:
         parser.print_help()
         return 0
     if options.name == "all":
         return run_all(options)
-    if options.name == "readme":
-        from bench import readme
-
-        return readme.main(options.out, quick=options.quick)
+    if options.name == "results":
+        return results.main(options.out, quick=options.quick)
     run_one(options.name, modules[options.name], options)
     return 0
 
 
 def run_one(name: str, module: Benchmark, options: argparse.Namespace) -> None:
-    """Run a benchmark; print what it found, and leave it in the folder as JSON and as a figure."""
-    own = {
-        key: value
-        for key, value in vars(options).items()
-        if key not in ("name", "quick", "seed", "out") and value is not None
-    }
-    told = {key: value.name if isinstance(value, Path) else value for key, value in own.items()}
-    found = report.begin(
-        name, module.QUESTION, quick=options.quick, seed=options.seed, options=told, compared=module.COMPARED
-    )
+    """Run a benchmark; write its samples and its figure, and print its tables and findings."""
+    for key, option in module.OPTIONS.items():
+        if getattr(options, key) is None:
+            setattr(options, key, option.quick if options.quick else option.full)
+    own = {key: getattr(options, key) for key in module.OPTIONS}
+    run = begin(name, quick=options.quick, seed=options.seed, options=own, compared=module.COMPARED)
     start = time.perf_counter()
-    module.run(options, found)
-    found.seconds = time.perf_counter() - start
-    print(found.text())
-    written = found.write(options.out)
-    figure = written.with_suffix(".svg")
-    from bench import plot
-
-    plot.save(module.draw(found), figure)
-    print(f"written: {written}, {figure}")
+    run.samples = module.measure(options)
+    run.seconds = time.perf_counter() - start
+    path = run.write(options.out)
+    run = Run.read(path)  # so that what is reported is what the file says
+    print(results.section(run))
+    print(f"written: {path}")
+    if hasattr(module, "draw"):
+        plot.save(module.draw(run, module.tables(run)), path.with_suffix(".svg"))
 
 
 def run_all(options: argparse.Namespace) -> int:

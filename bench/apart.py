@@ -1,6 +1,6 @@
-"""Processes of their own: for a measurement that must not count what others left behind, and for the simulated endpoint.
+"""Processes: for a measurement that must not include what others left behind, and for the simulated endpoint.
 
-A module that is measured so must not import matplotlib when it is imported: its memory would be in the figures.
+A module that is measured this way must not import matplotlib at its top: its memory would be in the figures.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(function: Callable[..., Any], **settings: Any) -> list[str]:
-    """Return what runs *function* with *settings*, which are JSON, and prints what it returns as JSON; to be run in `ROOT`."""
+    """Return the command that calls *function* with *settings* and prints its result, both as JSON; to be run in `ROOT`."""
     return [sys.executable, "-m", __name__, f"{function.__module__}:{function.__name__}", json.dumps(settings)]
 
 
-def measured(function: Callable[..., Any], *, patience: float, **settings: Any) -> Any:
-    """Run *function*, which may be `async`, in a process of its own; return what it found.
+def measured(function: Callable[..., Any], *, patience: float = 1_800.0, **settings: Any) -> Any:
+    """Return the result of *function*, which may be `async`, from a process of its own.
 
     Raises:
         RuntimeError: It failed.
@@ -43,19 +43,27 @@ def measured(function: Callable[..., Any], *, patience: float, **settings: Any) 
 
 
 @contextmanager
-def simulated_endpoint(first_token: float = 0.0, tokens_per_second: float = 0.0) -> Iterator[str]:
-    """Yield the base URL of a simulated endpoint in another process, so that what is measured here is the client alone."""
-    pace = ["--first-token", str(first_token), "--tokens-per-second", str(tokens_per_second)]
-    words = [sys.executable, "-m", "microbatch", "simulate", "--port", "0", *pace]
+def server(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run Python with *words*, a server that prints its URL first; yield its process and that URL."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "MICROBATCH_"))}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=clean) as process:
+    with subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=clean, cwd=ROOT
+    ) as process:
         try:
             url = process.stdout.readline().strip()
             if not url:
-                raise RuntimeError("the simulated endpoint has not said where it listens")
-            yield url
+                raise RuntimeError(f"{' '.join(words)} has not printed its URL")
+            yield process, url
         finally:
             process.terminate()
+
+
+@contextmanager
+def simulated_endpoint(first_token: float = 0.0, tokens_per_second: float = 0.0) -> Iterator[str]:
+    """Yield the base URL of a simulated endpoint in another process, so that only the client is measured."""
+    pace = ("--first-token", str(first_token), "--tokens-per-second", str(tokens_per_second))
+    with server("-m", "microbatch", "simulate", "--port", "0", *pace) as (_, url):
+        yield url
 
 
 def main(name: str, settings: str) -> None:

@@ -16,7 +16,7 @@ OURS = "#c2410c"
 OTHERS = ("#1d4ed8", "#0f766e", "#7c3aed", "#a16207", "#be185d", "#475569", "#15803d", "#0369a1")
 MUTED = "#94a3b8"
 
-# For the process as a whole: legends and labels, which the benchmarks add to a figure later, follow it too.
+# For the whole process: legends and labels that are added to a figure later follow it too.
 mpl.rcParams.update(
     {
         "axes.axisbelow": True,
@@ -26,8 +26,8 @@ mpl.rcParams.update(
         "font.size": 9,
         "grid.color": "#e2e8f0",
         "legend.frameon": False,
-        "svg.fonttype": "none",  # words stay words: smaller, and they can be searched
-        "svg.hashsalt": "microbatch",  # the same figures give the same file
+        "svg.fonttype": "none",  # text stays text: smaller, and searchable
+        "svg.hashsalt": "microbatch",  # the same figure gives the same file
     }
 )
 
@@ -36,12 +36,6 @@ def panels(count: int = 1, *, width: float = 5.2, height: float = 3.6) -> tuple[
     """Return a figure with *count* panels side by side, each *width* x *height* inches."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def mosaic(layout: list[list[str]], *, width: float, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure of *width* x *height* inches and its panels by name; a name that fills several cells is one large panel."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplot_mosaic(layout)
 
 
 def save(figure: Figure, path: Path) -> None:

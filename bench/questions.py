@@ -10,21 +10,21 @@ from typing import Literal
 import msgspec
 
 from microbatch.accounting.tokens import load_encoding
-from microbatch.demo import LABELS, Product, catalogue, instructions
+from microbatch.demo import Product, catalogue, instructions
 
 Label = Literal["electronics", "clothing", "home", "beauty", "sports", "other"]
-"""What a product is put under, as an output type."""
+"""The output type."""
 
 BESIDE = Path(__file__).parent.parent.parent / "shared" / "data" / "products.jsonl"
 """More products than the bundled catalogue has, where they lie beside the project."""
 
 
-def products(path: Path | None = None) -> list[tuple[str, str]]:
-    """Return pairs of question and label, from the JSON lines at *path*; None for those beside the project, else the bundled catalogue."""
-    if path is None and BESIDE.exists():
-        path = BESIDE
-    found = catalogue() if path is None else msgspec.json.Decoder(Product).decode_lines(path.read_bytes())
-    return [(product.question, product.label) for product in found]
+def products(path: str = "") -> dict[str, str]:
+    """Return the label of each question, from the JSON lines at *path*; "" for those beside the project, else the bundled catalogue."""
+    file = Path(path) if path else BESIDE
+    bundled = not path and not file.exists()
+    found = catalogue() if bundled else msgspec.json.Decoder(Product).decode_lines(file.read_bytes())
+    return {product.question: product.label for product in found}
 
 
 def shared_instructions(tokens: int) -> str:
@@ -40,6 +40,3 @@ def zipf(questions: list[str], count: int, seed: int) -> list[str]:
     ranked = draw.sample(questions, len(questions))
     weights = list(itertools.accumulate(1 / rank for rank in range(1, len(ranked) + 1)))
     return draw.choices(ranked, cum_weights=weights, k=count)
-
-
-__all__ = ["LABELS", "Label", "products", "shared_instructions", "zipf"]

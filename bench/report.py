@@ -1,4 +1,4 @@
-"""What a benchmark found: tables to read, samples to check them by, and what it ran on."""
+"""The results of one run: its raw samples, and the tables and findings that are computed from them."""
 
 from __future__ import annotations
 
@@ -14,162 +14,120 @@ import msgspec
 Cell = str | int | float | bool | None
 
 
-class Column(msgspec.Struct, frozen=True):
-    """One column of a table.
+class Table:
+    """Rows under named columns. Cells hold exact values, which are rounded only when the table is shown.
 
-    Attributes:
-        name: What it holds, its unit included.
-        form: How a number is written, as in a format specification; "" for words.
+    Args:
+        title: Shown above.
+        head: The columns, each with the format of its numbers: "library | items {:,} | us {:.1f}".
+        notes: Shown below.
     """
 
-    name: str
-    form: str = ""
-
-    def show(self, cell: Cell) -> str:
-        if cell is None:
-            return "-"
-        if isinstance(cell, str):
-            return cell
-        if isinstance(cell, bool):
-            return "yes" if cell else "no"
-        return format(cell, self.form)
-
-
-class Table(msgspec.Struct):
-    """Rows under named columns; cells are values, and are rounded only when shown."""
-
-    title: str
-    columns: list[Column]
-    rows: list[list[Cell]] = []
-    notes: list[str] = []
+    def __init__(self, title: str, head: str, *notes: str) -> None:
+        columns = [column.partition(" {") for column in head.split(" | ")]
+        self.title, self.notes = title, notes
+        self.columns = {name: (brace + form).strip() for name, brace, form in columns}
+        self.rows: list[list[Cell]] = []
 
     def add(self, *cells: Cell) -> None:
         if len(cells) != len(self.columns):
             raise ValueError(f"{self.title}: {len(cells)} cells under {len(self.columns)} columns")
         self.rows.append(list(cells))
 
-    def shown(self) -> list[list[str]]:
-        return [[column.show(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
-
-    def text(self) -> str:
-        """Return the table for a terminal."""
-        lines = [[column.name for column in self.columns], *self.shown()]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        pad = [str.rjust if self._numeric(at) else str.ljust for at in range(len(widths))]
-        head, *body = ["  ".join(f(c, w) for f, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([self.title, "", head, "  ".join("-" * width for width in widths), *body, *self._said()])
+    def by(self, *keys: str) -> dict[Any, dict[str, Any]]:
+        """Return the rows as records, by the value of one column or by the values of several."""
+        records = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        if len(keys) == 1:
+            return {record[keys[0]]: record for record in records}
+        return {tuple(record[key] for key in keys): record for record in records}
 
     def markdown(self) -> str:
-        """Return the table for the README."""
-        marks = ["---:" if self._numeric(at) else "---" for at in range(len(self.columns))]
-        lines = [[column.name for column in self.columns], marks, *self.shown()]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        """Return title, rows and notes as Markdown, aligned so that it can be read as it is."""
+        columns = list(zip(list(self.columns), *self._shown(), strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        numeric = [bool(form) for form in self.columns.values()]
+        pad = [str.rjust if number else str.ljust for number in numeric]
+        head, *rows = [
+            "| " + " | ".join(f(cell, width) for f, cell, width in zip(pad, row, widths, strict=True)) + " |"
+            for row in zip(*columns, strict=True)
+        ]
+        ends = [("-:" if number else "--").rjust(width, "-") for number, width in zip(numeric, widths, strict=True)]
+        lines = [head, "| " + " | ".join(ends) + " |", *rows]
+        return "\n\n".join([f"*{self.title}*", "\n".join(lines), *self.notes])
 
-    def _numeric(self, at: int) -> bool:
-        cells = [row[at] for row in self.rows if row[at] is not None]
-        return bool(cells) and not any(isinstance(cell, str | bool) for cell in cells)
-
-    def _said(self) -> list[str]:
-        return ["", *self.notes] if self.notes else []
-
-
-class Machine(msgspec.Struct, frozen=True):
-    """Where it ran."""
-
-    python: str
-    system: str
-    processor: str
-    cores: int
-    memory_gib: float
-    load_before: float
-
-    def __str__(self) -> str:
-        return (
-            f"Python {self.python}, {self.system}, {self.processor}, {self.cores} cores, {self.memory_gib:.0f} GiB, "
-            f"load {self.load_before:.1f} at the start"
-        )
+    def _shown(self) -> list[list[str]]:
+        return [[_show(cell, form) for cell, form in zip(row, self.columns.values(), strict=True)] for row in self.rows]
 
 
-class Report(msgspec.Struct):
-    """All that one run of a benchmark leaves behind.
+def _show(cell: Cell, form: str) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    words = form.format(cell) if form and not isinstance(cell, str) else str(cell)
+    return words.replace("|", "\\|")
+
+
+class Run(msgspec.Struct):
+    """One run of a benchmark, as it is written to disk.
 
     Attributes:
-        name: The benchmark's.
-        question: What it answers, in a sentence.
         quick: Whether it was the short form, whose figures are rougher.
-        seed: Of everything drawn by chance.
-        options: What else it was told.
-        machine: Where it ran.
-        versions: Of the distributions compared.
+        seed: Seed of all random numbers.
+        options: The benchmark's own options, defaults included.
+        versions: Versions of the distributions that matter.
         date: When it started, ISO 8601, UTC.
         seconds: How long it took.
-        tables: By name.
-        findings: What they say, in sentences, with the shortfalls.
-        samples: The raw measurements behind the tables.
+        samples: The raw measurements. Tables and findings are computed from them and from the options alone.
     """
 
     name: str
-    question: str
     quick: bool
     seed: int
     options: dict[str, Any]
-    machine: Machine
+    machine: str
     versions: dict[str, str]
     date: str
     seconds: float = 0.0
-    tables: dict[str, Table] = {}
-    findings: list[str] = []
     samples: dict[str, Any] = {}
 
-    def text(self) -> str:
-        """Return the report for a terminal."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        head = f"{self.name}: {self.question}\n{self.machine}\n{versions}; seed {self.seed}{', quick' if self.quick else ''}"
-        tables = [table.text() for table in self.tables.values()]
-        findings = ["\n".join(f"* {finding}" for finding in self.findings)] if self.findings else []
-        return "\n\n".join([head, *tables, *findings, f"took {self.seconds:.0f} s"])
-
     def write(self, folder: Path) -> Path:
-        """Write it to *folder* as JSON; return the file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
         return path
 
     @classmethod
-    def read(cls, path: Path) -> Report:
+    def read(cls, path: Path) -> Run:
         return msgspec.json.decode(path.read_bytes(), type=cls)
 
 
-def begin(name: str, question: str, *, quick: bool, seed: int, options: dict[str, Any], compared: list[str]) -> Report:
-    """Start the report of a benchmark that compares the distributions *compared*, of which any may be missing."""
+def begin(name: str, *, quick: bool, seed: int, options: dict[str, Any], compared: list[str]) -> Run:
+    """Return a run without samples; distributions in *compared* that are not installed are left out."""
     versions = {dist: version for dist in ["microbatch", *compared] if (version := version_of(dist)) is not None}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Report(name, question, quick, seed, options, machine(), versions, date)
+    return Run(name, quick, seed, options, machine(), versions, date)
 
 
 def met(so: bool) -> str:
-    """Return the verdict on a target or promise, worded alike everywhere: a miss is not to be overlooked."""
+    """Return the verdict on a target or promise, in the same words everywhere."""
     return "met" if so else "MISSED"
 
 
 def version_of(distribution: str) -> str | None:
-    """Return the version of *distribution*, None if it is not installed."""
+    """Return the version of *distribution*, or None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
 
 
-def machine() -> Machine:
+def machine() -> str:
+    """Return what the figures depend on beside the code, in words."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Machine(
-        platform.python_version(),
-        f"{platform.system()} {platform.machine()}",
-        _processor(),
-        os.cpu_count() or 1,
-        memory,
-        os.getloadavg()[0],
+    return (
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores, "
+        f"{memory:.0f} GiB, load {os.getloadavg()[0]:.1f} at the start"
     )
 
 

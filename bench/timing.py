@@ -1,27 +1,22 @@
-"""Measuring on a machine that others use too: alternate, take medians, compare within one run."""
+"""Measurement on a machine that others use too: alternate, take medians, compare within one round."""
 
 from __future__ import annotations
 
 import gc
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from types import TracebackType
-    from typing import Self, TypeVar
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import Self
 
-    Sample = TypeVar("Sample")
+Key, Sample = TypeVar("Key"), TypeVar("Sample")
+median = statistics.median
 
 
 class Stopwatch:
-    """Wall and processor seconds of a block.
-
-    Attributes:
-        wall: Seconds that passed.
-        cpu: Seconds of processor time that this process used, in all its threads.
-    """
+    """Wall and processor seconds of a block; processor time is that of all threads of this process."""
 
     wall = cpu = 0.0
 
@@ -29,19 +24,17 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.wall, self.cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
 
 
-def alternate(cases: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
-    """Run every case once a round, after a full garbage collection each, so that a busy minute of the machine strikes all alike.
+def alternate(cases: Mapping[Key, Callable[[], Sample]], rounds: int) -> dict[Key, list[Sample]]:
+    """Run every case once per round, after a full garbage collection, so that other load on the machine affects all alike.
 
     Returns:
-        The samples of each case, in the order of the rounds: samples of the same place were taken next to each other.
+        The samples of each case by round: samples at the same index were taken next to each other.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in cases}
+    samples: dict[Key, list[Sample]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             gc.collect()
@@ -49,15 +42,13 @@ def alternate(cases: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[st
     return samples
 
 
-def ratios(samples: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Return how many times the *base* of its own round each sample is."""
-    return [mine / floor for mine, floor in zip(samples, base, strict=True)]
+def ratio(samples: Iterable[float], base: Iterable[float]) -> float:
+    """Return the median over the rounds of *samples* divided by the *base* of the same round."""
+    return median(mine / floor for mine, floor in zip(samples, base, strict=True))
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value below which *share* of *values* lie, interpolated; of a single value, that value."""
-    if len(values) == 1:
-        return values[0]
+    """Return the value below which *share* of *values* lie, by linear interpolation."""
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
     low = int(at)
@@ -65,11 +56,5 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the least, the median and the greatest of *values*."""
-    return min(values), statistics.median(values), max(values)
-
-
-def chunks(text: str, size: int) -> Iterator[str]:
-    """Cut *text* into pieces of *size* characters."""
-    return (text[at : at + size] for at in range(0, len(text), size))
+def column(samples: Iterable[Mapping[str, float]], name: str) -> list[float]:
+    return [sample[name] for sample in samples]

@@ -1,4 +1,16 @@
-"""Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer."""
+"""Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer.
+
+client          `Microbatcher`: submit, map, enqueue, forward, stats
+schema, prompt  combined prompts: JSON Schema of an answer, composing, taking replies apart
+batching        the engine: admission, lanes, scheduling, calls, fallback
+transports      `OpenAIChat`, retries, rate limits, capabilities of endpoints
+caching, spool  stores of answers, and of requests that no caller waits for
+accounting      tokens, prices, stats, events, OpenTelemetry, Prometheus
+openai          a client with the interface of OpenAI's SDK
+gateway         an OpenAI-compatible server that combines requests
+cli             the command `microbatch`
+testing         scripted transports, a simulated endpoint, virtual time
+"""
 
 from microbatch.accounting.events import Called, Flushed, Settled
 from microbatch.accounting.genai_prices import genai_prices
@@ -48,62 +60,26 @@ from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.transports.openai_chat import OpenAIChat
 from microbatch.transports.rate_limit import RateLimit
 
-__all__ = [
-    "AuthFailed",
-    "BadRequest",
-    "BatcherClosed",
-    "Cache",
-    "Called",
-    "ChatCall",
-    "Completion",
-    "ConfigError",
-    "ConnectFailed",
-    "ContextTooLong",
-    "DeadlineExceeded",
-    "FallbackPolicy",
-    "Filtered",
-    "FlushPolicy",
-    "Flushed",
-    "IdConflict",
-    "Limits",
-    "MalformedAnswer",
-    "MemoryCache",
-    "Message",
-    "MicrobatchError",
-    "Microbatcher",
-    "MissingAnswer",
-    "OpenAIChat",
-    "OpenTelemetryHooks",
-    "Overloaded",
-    "Price",
-    "PrometheusHooks",
-    "QuotaExhausted",
-    "RateLimit",
-    "RateLimited",
-    "RedisCache",
-    "RedisSpool",
-    "Refused",
-    "Reply",
-    "ReplyError",
-    "Request",
-    "RequestFailed",
-    "Result",
-    "RetryPolicy",
-    "SQLiteCache",
-    "SQLiteSpool",
-    "ServerError",
-    "Settled",
-    "ShutDown",
-    "Spool",
-    "Stats",
-    "StatusError",
-    "StorageError",
-    "TieredCache",
-    "Transport",
-    "TransportError",
-    "TransportTimeout",
-    "TruncatedReply",
-    "Usage",
-    "Warmed",
-    "genai_prices",
+# fmt: off
+__all__ = [  # noqa: RUF022 grouped by subject
+    # asking
+    "Message", "Microbatcher", "Reply", "Request", "Result", "Usage",
+    # settings
+    "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
+    # transports
+    "ChatCall", "Completion", "Limits", "OpenAIChat", "Transport",
+    # caches and spools
+    "Cache", "MemoryCache", "RedisCache", "RedisSpool", "SQLiteCache", "SQLiteSpool", "Spool", "TieredCache", "Warmed",
+    # accounting
+    "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "Stats", "genai_prices",
+    # errors: of settings and state
+    "BatcherClosed", "ConfigError", "IdConflict", "MicrobatchError", "Overloaded", "StorageError",
+    # errors: of accepted requests
+    "DeadlineExceeded", "RequestFailed", "ShutDown",
+    # errors: of the call
+    "AuthFailed", "BadRequest", "ConnectFailed", "ContextTooLong", "Filtered", "QuotaExhausted", "RateLimited", "ServerError",
+    "StatusError", "TransportError", "TransportTimeout",
+    # errors: of the reply
+    "MalformedAnswer", "MissingAnswer", "Refused", "ReplyError", "TruncatedReply",
 ]
+# fmt: on

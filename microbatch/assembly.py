@@ -35,9 +35,9 @@ from microbatch.caching.answer_cache import AnswerCache
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
 from microbatch.protocols import Cache, Transport
-from microbatch.resources import give_back, lease
+from microbatch.resources import acquire, release
 from microbatch.spool.records import Spool
-from microbatch.spool.spool_client import SpoolFront
+from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.retry import Sender
 
@@ -89,7 +89,7 @@ class Assembly:
 
     Attributes:
         model: The transport's model; None if it has none.
-        given: What the parts share.
+        given: The objects that the parts share.
 
     Raises:
         ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.
@@ -135,7 +135,7 @@ class Assembly:
             settlement=self.settlement,
         )
         self.cache = None if settings.cache is None else self._make_cache(settings.cache)
-        self.spool = None if settings.spool is None else SpoolFront(settings.spool)
+        self.spool = None if settings.spool is None else SpoolClient(settings.spool)
         lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
         dispatcher = self._make_dispatcher(bounds)
         self.fallback = Fallback(dispatcher, given.estimates, settings.fallback, self.settlement.fail)
@@ -292,12 +292,12 @@ class Host:
             await self._parts.tokens.open()
             if self._parts.prices.load is not None:
                 await asyncio.to_thread(self._parts.prices.load)
-            await lease(self._resources)
+            await acquire(self._resources)
             try:
                 await self._serve(ready)
             finally:
                 self._parts.accounts.close()
-                await give_back(self._resources)
+                await release(self._resources)
         except Exception as error:
             if ready.done():
                 logger.exception("a transport, cache or spool could not be opened or closed")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from microbatch.messages import Messages, Priority, Reply, Request, Result, T
     from microbatch.protocols import Cache, Transport
     from microbatch.spool.records import Spool
-    from microbatch.spool.spool_client import SpoolFront
+    from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
@@ -217,7 +217,7 @@ class Microbatcher:
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
             RequestFailed: What ended the request; see its subclasses.
         """
-        # What takes long is awaited here: the frame of another coroutine would take 300 bytes for each request that waits, and each
+        # Long waits are awaited here: the frame of another coroutine would take 300 bytes for each request that waits, and each
         # local variable takes 8.
         options = self._intake.read_options(
             output_type, model, max_tokens, temperature, params, headers, tenant, priority
@@ -405,7 +405,7 @@ class Microbatcher:
         at_least(0, timeout=timeout)
         return await spool.result(_name(tenant, id), output_type, timeout)
 
-    def _spooling(self) -> SpoolFront:
+    def _spooling(self) -> SpoolClient:
         if self._parts.spool is None:
             raise ConfigError("requests are spooled where there is a spool: make the batcher with spool=")
         self._host.check_open()

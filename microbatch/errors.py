@@ -1,7 +1,7 @@
-"""What can go wrong, as a tree sorted by whose fault it is.
+"""Exceptions.
 
-Everything derives from `MicrobatchError`. All that can end an accepted submit derives from `RequestFailed`. Data is in attributes;
-`str`, `repr` and pickles never hold a provider's body, a key or a prompt.
+All derive from `MicrobatchError`; those that can end an accepted submit derive from `RequestFailed`. Data is in attributes; `str`,
+`repr` and pickles never contain a provider's body, a key or a prompt.
 """
 
 from __future__ import annotations
@@ -15,37 +15,36 @@ if TYPE_CHECKING:
     from microbatch.messages import Limits, TokenLimits
 
 MAX_BODY_CHARS = 2_048
-"""Provider bodies and raw replies are kept to this length, so that an error stays cheap to hold."""
+"""Longest part of a body or reply that an error keeps."""
 
 # Providers echo the key they refuse ("Incorrect API key provided: sk-..."), and proxies echo headers.
 _KEYS = re.compile(r"(?i)\b(?:sk|pk|rk|gsk|xai|key)-[\w.*-]{4,}|\bBearer\s+[^\s\"',]+")
 
-# Attributes that may hold a customer's words, or an endpoint's headers; they stay in this process.
+# Attributes that may contain a customer's text or an endpoint's headers, and are not pickled.
 _PRIVATE = frozenset({"body", "completion", "limits", "raw"})
 
 
 UNPAID: Final = "microbatch: not retried, because the retry budget is used up (RetryPolicy.budget, reserve)"
-"""A note on errors that might have been avoided by asking again."""
+"""Note on transient errors that were not retried for this reason."""
 
 
 def mask(text: str) -> str:
-    """Return *text* cut to 2 KB with whatever looks like a key blotted out."""
+    """Return at most 2 KB of *text*, with everything that looks like a key replaced."""
     return _KEYS.sub("***", text[: 2 * MAX_BODY_CHARS])[:MAX_BODY_CHARS]
 
 
 class MicrobatchError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of all exceptions of this library."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the type, the message and the public attributes, never a body."""
+        """Pickle the type, the message and the public attributes."""
         state = {name: value for name, value in self.__dict__.items() if name not in _PRIVATE}
         return type(self), self.args, state
 
     def replica(self) -> Self:
-        """Return a fresh error of the same type and data, chained to this one.
+        """Return a new error of the same type and data, chained to this one.
 
-        Each caller of a failed batch gets an object of its own: with a shared one, the notes and tracebacks of one caller
-        show up at another.
+        Each caller of a failed batch gets its own, so that notes and tracebacks of one caller do not appear at another.
         """
         twin = type(self)(*self.args)
         twin.__dict__.update(self.__dict__)
@@ -58,17 +57,17 @@ class MicrobatchError(Exception):
 class ConfigError(MicrobatchError, ValueError):
     """A setting or an argument is wrong; nothing was queued or sent.
 
-    A transport raises it for a call that it cannot send; then it ends the requests of that call.
+    A transport raises it for a call that it cannot send, which ends the requests of that call.
 
     Attributes:
-        attempts: Upstream calls that carried the request before; mostly 0.
+        attempts: Earlier upstream calls that carried the request; usually 0.
     """
 
     attempts: int = 0
 
 
 class BatcherClosed(MicrobatchError):
-    """The batcher is not open (not yet, no longer), or belongs to another event loop; nothing was queued or sent."""
+    """The batcher is not open, or belongs to another event loop; nothing was queued or sent."""
 
 
 class Overloaded(MicrobatchError):
@@ -80,16 +79,16 @@ class IdConflict(MicrobatchError):
 
 
 class StorageError(MicrobatchError):
-    """A spool or a cache cannot be reached, read or written. What was asked of it has not been acknowledged."""
+    """A spool or a cache cannot be reached, read or written. The operation was not acknowledged."""
 
 
 class RequestFailed(MicrobatchError):
-    """Base of all that can end an accepted submit.
+    """Base of the errors that can end an accepted submit.
 
     Attributes:
-        attempts: Upstream calls that carried this request, 0 if none was made.
-        completion: The endpoint's own JSON, where the request went alone and its answer is no usable one; else None. Neither in `str`
-            nor in pickles.
+        attempts: Upstream calls that carried this request.
+        completion: The endpoint's JSON, if the request was sent alone and its answer is unusable; else None. Neither in `str` nor in
+            pickles.
     """
 
     def __init__(self, message: str = "", *, attempts: int = 0) -> None:
@@ -99,15 +98,15 @@ class RequestFailed(MicrobatchError):
 
 
 class DeadlineExceeded(RequestFailed, TimeoutError):
-    """The submit's `timeout` passed before its answer came. A call that nobody else waits for is cancelled."""
+    """The `timeout` of the submit passed. Its call is cancelled if no other caller waits for it."""
 
 
 class ShutDown(RequestFailed):
-    """The batcher closed before the answer came."""
+    """The batcher closed before the answer arrived."""
 
 
 class TransportError(RequestFailed):
-    """The call failed on the way: nothing was answered, or the answer was cut off."""
+    """The call failed: there was no answer, or it was cut off."""
 
 
 class ConnectFailed(TransportError):
@@ -115,24 +114,24 @@ class ConnectFailed(TransportError):
 
 
 class TransportTimeout(TransportError, TimeoutError):
-    """The endpoint took longer than the transport's `timeout`, or was silent for `idle_timeout` within its answer."""
+    """The endpoint took longer than the transport's `timeout`, or was silent for `idle_timeout` during its answer."""
 
 
 class StatusError(TransportError):
     """The endpoint answered with an error.
 
     Attributes:
-        status: HTTP status. Errors inside a 200 carry the status they name, else 200.
-        code: The endpoint's own word for it (`insufficient_quota`), or None.
-        param: The request field it complains of, or None.
+        status: HTTP status. For an error in a 200, the status that it names, else 200.
+        code: The endpoint's error code (`insufficient_quota`), or None.
+        param: The request field at fault, or None.
         request_id: The endpoint's id of the call, or None.
-        retry_after: Seconds the endpoint asks to wait, or None if it does not say.
-        body: The answer's body, at most 2 KB, keys masked. It may quote the prompt, so it is in neither `str` nor pickles.
-        again: The transport learned from this refusal and will send the same call differently; sending again at once is
-            worthwhile and is not a retry.
-        should_retry: What the endpoint itself says about trying again (`x-should-retry`), or None if nothing.
-        limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
-        token_limits: What it said of tokens where it refused a call for `ChatCall.bound`; None if this is no such refusal.
+        retry_after: Seconds to wait according to the endpoint, or None.
+        body: The response body, at most 2 KB, keys masked. It may quote the prompt, so it is neither in `str` nor in pickles.
+        again: Whether the transport has learned from this refusal and will send the same call differently. Sending it at once is not
+            a retry.
+        should_retry: The endpoint's `x-should-retry`, or None.
+        limits: The endpoint's rate limits: `Limits`, or the headers to read them from; None if it sent none.
+        token_limits: The token limits in a refusal of `ChatCall.bound`, else None.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class StatusError(TransportError):
 
 
 class BadRequest(StatusError):
-    """The endpoint refuses this request as it is (400, 404, 413, 422, and 429 where it is larger than the limit itself)."""
+    """The endpoint refuses this request (400, 404, 413, 422, and 429 for a request larger than the limit itself)."""
 
 
 class ContextTooLong(StatusError):
@@ -173,9 +172,9 @@ class ContextTooLong(StatusError):
 
 
 class Filtered(StatusError):
-    """A content filter stopped the prompt or the answer, whatever the status.
+    """A content filter stopped the prompt or the answer.
 
-    Among them are status 200 for a reply that the filter stopped, and for one without choices that came again without them.
+    The status is 200 for a reply that the filter stopped, and for a reply without choices that was repeated.
     """
 
 
@@ -184,22 +183,22 @@ class AuthFailed(StatusError):
 
 
 class QuotaExhausted(StatusError):
-    """The account is out of credit or over a spending limit (402, and 429 with a billing code); waiting does not help."""
+    """The account is out of credit or over a spending limit (402, and 429 with a billing code); retrying does not help."""
 
 
 class RateLimited(StatusError):
-    """Too many requests or tokens just now (429); waiting helps."""
+    """Too many requests or tokens at present (429); retrying later helps."""
 
 
 class ServerError(StatusError):
-    """The endpoint failed (408, 409, 5xx, 529), or its answer of status 200 is none (200, or the status that it names)."""
+    """The endpoint failed (408, 409, 5xx), or a status 200 holds no answer (200, or the status that it names)."""
 
 
 class ReplyError(RequestFailed):
-    """The model answered, but not with a usable answer to this request.
+    """The model's reply has no usable answer to this request.
 
     Attributes:
-        raw: What the model said to this request, at most 2 KB, or "" if nothing. Neither in `str` nor in pickles.
+        raw: The model's text for this request, at most 2 KB. Neither in `str` nor in pickles.
     """
 
     def __init__(self, message: str = "", *, raw: str = "", attempts: int = 0) -> None:

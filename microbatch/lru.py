@@ -37,10 +37,11 @@ class LRU(Generic[K, V]):
 
     def get(self, key: K) -> V | None:
         """Return the value of *key*, which becomes the most recently used one, or None."""
-        if key not in self._values:
+        try:
+            self._values.move_to_end(key)
+            return self._values[key]
+        except KeyError:
             return None
-        self._values.move_to_end(key)
-        return self._values[key]
 
     def put(self, key: K, value: V) -> V:
         """Set *value* as the most recently used one, drop the least recently used beyond the capacity, and return *value*."""
@@ -62,6 +63,10 @@ class LRU(Generic[K, V]):
     def pop(self, key: K) -> V | None:
         """Remove *key*; return its value, or None."""
         return self._values.pop(key, None)
+
+    def clear(self) -> None:
+        """Remove all keys."""
+        self._values.clear()
 
 
 class _Used(Protocol):

@@ -1,4 +1,4 @@
-"""What callers hand in and what they get back."""
+"""Requests, replies and what they consist of."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Route = Literal["batch", "single", "fallback", "cache", "shared", "forward"]
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens that were paid for.
+    """Billed tokens.
 
     Attributes:
         prompt_tokens: All tokens of the prompt, cached ones included.
         completion_tokens: All generated tokens, reasoning included.
-        cached_tokens: The part of `prompt_tokens` that the provider read from its prefix cache.
-        estimated: True until the endpoint has reported, and for ever if it never does.
-        cache_write_tokens: The part of `prompt_tokens` that the provider wrote into its prefix cache.
-        reasoning_tokens: The part of `completion_tokens` that the model spent on reasoning.
+        cached_tokens: The part of `prompt_tokens` read from the provider's prefix cache.
+        estimated: True until the endpoint has reported its count; it may never do so.
+        cache_write_tokens: The part of `prompt_tokens` written to the provider's prefix cache.
+        reasoning_tokens: The part of `completion_tokens` spent on reasoning.
     """
 
     prompt_tokens: int = 0
@@ -37,7 +37,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     reasoning_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        """Return the sum, which is an estimate if either part is."""
+        """Return the sum; it is an estimate if either summand is."""
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
@@ -49,13 +49,13 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What an endpoint says of its rate limits; None where it says nothing.
+    """Rate limits that an endpoint reported; None for those it did not.
 
     Attributes:
-        limit_requests: Requests allowed a minute.
+        limit_requests: Requests allowed per minute.
         remaining_requests: Requests that may still be sent now.
         reset_requests: Seconds until `remaining_requests` is back at `limit_requests`.
-        limit_tokens: Tokens allowed a minute.
+        limit_tokens: Tokens allowed per minute.
         remaining_tokens: Tokens that may still be spent now.
         reset_tokens: Seconds until `remaining_tokens` is back at `limit_tokens`.
     """
@@ -69,14 +69,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What an endpoint says of tokens where it refuses our own bound on a reply; None where it says nothing.
+    """Token limits that an endpoint named when it refused `ChatCall.bound`; None for those it did not.
 
     Attributes:
-        completion: The most tokens that the model generates.
-        affordable: The most tokens of a reply that the account's credit pays for.
+        completion: Most tokens that the model generates.
+        affordable: Most tokens of a reply that the account's credit pays for.
         context: The model's context window.
-        prompt: Tokens of the prompt that was refused.
-        per_minute: Tokens allowed a minute.
+        prompt: Tokens of the refused prompt.
+        per_minute: Tokens allowed per minute.
     """
 
     completion: int | None = None
@@ -87,11 +87,11 @@ class TokenLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One chat message. Plain dicts do as well, and may hold any further field an endpoint knows.
+    """A chat message. Plain dicts may be used instead, with any further field that the endpoint knows.
 
     Attributes:
         role: "system", "developer", "user", "assistant" or "tool".
-        content: The text, or a list of content parts. Only plain text can travel in a combined prompt.
+        content: The text, or a list of content parts. Only text can be part of a combined prompt.
         name: The participant's name, or None.
     """
 
@@ -100,7 +100,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str | None = None
 
     def __repr__(self) -> str:
-        """Tell the role, never the words."""
+        """Return the role, without the content."""
         return f"Message(role={self.role!r})"
 
 
@@ -108,12 +108,12 @@ Messages: TypeAlias = "Sequence[Mapping[str, Any] | Message]"
 
 
 class Request(msgspec.Struct):
-    """One item for `Microbatcher.map`: messages, and any of `submit`'s options.
+    """An item of `Microbatcher.map`: messages, and any options of `submit`.
 
     Attributes:
         messages: The chat messages; may be given by position.
-        id: The caller's own name for the item, handed back in `Result.id`; None uses nothing.
-        output_type: As in `submit`, and so for all that follow.
+        id: The caller's name for the item, returned in `Result.id`, or None.
+        output_type: As in `submit`, like all that follow.
     """
 
     messages: Messages
@@ -131,29 +131,28 @@ class Request(msgspec.Struct):
     ttl: float | None = None
 
     def __repr__(self) -> str:
-        """Tell the id and the shape, never the words."""
+        """Return the id and the number of messages."""
         return f"Request(id={self.id!r}, messages=<{len(self.messages)}>)"
 
 
 class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
-    """The answer to one request, and what it cost.
+    """The answer to one request, and its cost.
 
     Attributes:
         output: The answer, decoded to `output_type`.
-        text: The answer as the model wrote it: the text itself, or its JSON.
-        route: How it came: "batch", "single", "fallback" (asked again after an earlier reply left it open), "cache", or "shared"
-            (an equal request was under way).
-        usage: This request's share of the tokens, over all calls that carried it; an estimate (`usage.estimated`) until
-            the last of them has ended. Shares add up exactly to what the endpoint reported.
-        cost_usd: The price of `usage` in US dollars, or None when the model's price is unknown.
-        batch_size: Requests in the call that answered, 1 for a single call.
-        waited: Seconds from submit until the call that answered was sent.
-        latency: Seconds from submit until the answer was there.
-        model: The model that answered, as the endpoint names it; the requested one until the call has ended. None if neither is known.
-        finish_reason: Why the model stopped: "stop", "length", "content_filter" or "tool_calls", whatever the endpoint's own word is;
-            None while the rest of a combined reply is still on its way.
+        text: The answer as the model wrote it: text, or JSON.
+        route: The way of the answer: "batch", "single", "fallback" (asked again after an earlier reply lacked it), "cache", or
+            "shared" (an equal request was under way).
+        usage: This request's share of the tokens of all calls that carried it. An estimate (`usage.estimated`) until the last of them
+            has ended; then all shares add up to the endpoint's counts.
+        cost_usd: The price of `usage` in US dollars, or None if the model's price is unknown.
+        batch_size: Requests in the call that answered; 1 for a single call.
+        waited: Seconds from submit until that call was sent.
+        latency: Seconds from submit until the answer had arrived.
+        model: The model as the endpoint names it; the requested one until the call has ended; None if both are unknown.
+        finish_reason: "stop", "length", "content_filter" or "tool_calls", or None while the rest of a combined reply is arriving.
         request_id: The endpoint's id of the call, or None.
-        body: The endpoint's own JSON of a single call, else None.
+        body: The endpoint's JSON of a single call, else None.
     """
 
     output: T_co
@@ -173,15 +172,15 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
     async def settled(self) -> Reply[T_co]:
         """Wait until `usage` and `cost_usd` are final, and return this reply.
 
-        They are final when the last call that carried the request has ended. A call that ended without reporting usage
-        leaves the estimate, still marked.
+        They are final when the last call that carried the request has ended. If one ended without reporting its usage, they remain an
+        estimate.
         """
         if self._wait is not None:
             await self._wait()
         return self
 
     def __repr__(self) -> str:
-        """Tell how the answer came and what it cost, never its words."""
+        """Return the route and the cost, without the answer."""
         return (
             f"Reply(route={self.route!r}, batch_size={self.batch_size}, usage={self.usage!r}, cost_usd={self.cost_usd}, "
             f"latency={self.latency:.3f}, finish_reason={self.finish_reason!r})"
@@ -189,13 +188,13 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
 
 
 class Result(msgspec.Struct, Generic[T], frozen=True):
-    """How one item of `Microbatcher.map` ended: `reply` or `error`, never both.
+    """The outcome of one item of `Microbatcher.map`: either `reply` or `error`.
 
     Attributes:
         index: Position in the source, from 0.
         id: The `Request.id`, or None.
         reply: The reply, or None if the item failed.
-        error: What the submit would have raised, or None.
+        error: The exception that `submit` would have raised, or None.
     """
 
     index: int
@@ -207,7 +206,7 @@ class Result(msgspec.Struct, Generic[T], frozen=True):
         """Return the reply.
 
         Raises:
-            MicrobatchError: The item failed; this is its error.
+            MicrobatchError: The item failed.
         """
         if self.reply is None:
             raise self.error if self.error is not None else ValueError("a Result needs a reply or an error")

@@ -1,4 +1,4 @@
-"""The settings that decide when requests travel together and what is done when that goes wrong."""
+"""Settings: when requests are combined, retried and asked again. And the validation of settings."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ Resolve = Literal["stream", "verified"]
 Merge = Literal["always", "when-cheaper"]
 
 
-def at_least(minimum: float, **settings: float | None) -> None:
-    """Check numbers given by name against *minimum*; None passes.
+def at_least(minimum: float, *, optional: bool = True, **settings: float | None) -> None:
+    """Check that numbers, given by name, are at least *minimum*, or None if *optional*.
 
     Raises:
-        ConfigError: One is no number, is NaN or is below the minimum; the message names it.
+        ConfigError: One is no number, is NaN or is below the minimum.
     """
     for name, value in settings.items():
-        if value is None:
+        if value is None and optional:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < minimum:
             raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
 
 
-def whole(minimum: int, **settings: int | None) -> None:
-    """Check whole numbers given by name against *minimum*; None passes.
+def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> None:
+    """Check that whole numbers, given by name, are at least *minimum*, or None if *optional*.
 
     Raises:
-        ConfigError: One is not an int or is below the minimum; the message names it.
+        ConfigError: One is no int or is below the minimum.
     """
     for name, value in settings.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ConfigError(f"{name} must be a whole number, got {value!r}")
-    at_least(minimum, **settings)
+    at_least(minimum, optional=optional, **settings)
 
 
 def one_of(kind: object, **settings: str | None) -> None:
-    """Check words given by name against the `Literal` *kind*; None passes.
+    """Check that strings, given by name, are values of the `Literal` *kind*; None is allowed.
 
     Raises:
-        ConfigError: One is not among the words; the message lists them.
+        ConfigError: One is not.
     """
     for name, value in settings.items():
         if value is not None and value not in get_args(kind):
@@ -52,33 +52,32 @@ def one_of(kind: object, **settings: str | None) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlushPolicy:
-    """When a lane stops waiting for company, and how much may be under way.
+    """When a batch is sent, and how much may be under way.
 
     Args:
         max_batch_size: Most requests in one combined prompt. Accuracy falls slowly up to about 20 and steeply after 50
             (arXiv:2406.10786, arXiv:2603.22608).
-        max_wait: Longest time the first request of a batch waits for company, in seconds. 0 sends at the next loop tick.
-        max_batch_tokens: Most tokens of our instructions and the items together; the shared messages are not counted.
+        max_wait: Longest time the first request of a batch waits for others, in seconds. 0 sends at the next loop tick.
+        max_batch_tokens: Most tokens of the batch instructions and the items, without the shared messages.
         max_prompt_tokens: Most tokens of the whole combined prompt, shared messages included. None sets no limit.
-        max_output_tokens: Most tokens a combined reply is expected to hold: the sum over items of 1.2 x `max_tokens` + 16, or
-            of the 95th percentile of the lane's answers so far when callers give no `max_tokens`.
-        max_concurrent_batches: Most calls on the wire at once, single ones, retries and fallback calls included; also the most
-            calls that one account (endpoint, model, key) may have begun and not finished, back-off included. Beyond it a quarter as
-            many again, from 4 on, may start at once: for accounts with nothing on the wire, and one high-priority call per account.
+        max_output_tokens: Most expected tokens of a combined reply: the sum over items of 1.2 x `max_tokens` + 16, or of the 95th
+            percentile of the lane's answers so far where callers give no `max_tokens`.
+        max_concurrent_batches: Most calls on the wire at once, single calls, retries and fallback calls included; also the most calls
+            that one account (endpoint, model, key) may have begun and not finished, back-off included. Beyond it a quarter as many
+            again, from 4 on, may start at once: for accounts with nothing on the wire, and one high-priority call per account.
         max_queued: Most requests accepted and not yet answered. High priority may exceed it by 2 %, at least by one.
-        when_full: What a submit does beyond `max_queued`: "wait" for room, "reject" with `Overloaded`, or "bypass": go
-            alone at once if a call may start, else `Overloaded`.
-        idle: "flush" sends a request at once when its lane has nothing under way, so batching adds no latency when it is quiet;
-            "wait" always waits for company up to `max_wait`.
-        merge: "always" combines whatever may share a prompt; "when-cheaper" sends requests alone where the wrapper and the
-            framing would cost more than the shared messages save, by the model's prices (output at 4 times the input where
-            no price is known).
-        share: Whether equal requests that are under way at the same time are answered by one, each with its own copy, whatever
-            their temperature. Those of temperature 0 are, and with a cache all are.
+        when_full: What `submit` does beyond `max_queued`: "wait", "reject" with `Overloaded`, or "bypass": send the request alone at
+            once if a call may start, else `Overloaded`.
+        idle: "flush" sends a request at once if its lane has nothing under way, so that batching adds no latency under low traffic;
+            "wait" always waits up to `max_wait`.
+        merge: "always" combines all requests that may share a prompt; "when-cheaper" sends them alone where the batch instructions
+            would cost more than the shared messages save, by the model's prices (output at 4 times the input if unknown).
+        share: Whether equal requests under way at the same time get one answer, each its own copy, at any temperature. Without it
+            they do at temperature 0, and always with a cache.
         low_max_wait: `max_wait` of low-priority requests, which ignore `idle`, in seconds.
 
     Raises:
-        ConfigError: A limit is below its minimum or a word is unknown.
+        ConfigError: A limit is below its minimum, or a value is unknown.
     """
 
     max_batch_size: int = 16
@@ -113,25 +112,25 @@ class FlushPolicy:
 
 
 MAX_WAIT: Final = 120.0
-"""An endpoint that asks to wait longer, in seconds, is not waited for: the openai SDK draws the line there as well."""
+"""Longest `Retry-After`, in seconds, that is waited for. The openai SDK has the same limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """When a call that failed is made again.
+    """When a failed call is retried.
 
-    Retried are failures that time may heal: connections that fail or break, timeouts, 408, 409, 429 (but for quota and
-    billing), 5xx; the endpoint's `x-should-retry` overrides the status. A call is retried only before its first token. What
-    the endpoint asks to wait is never undercut; if it asks for more than two minutes, the call fails at once.
+    Transient failures are retried: connections that fail or break, timeouts, 408, 409, 429 (except quota and billing), 5xx. The
+    endpoint's `x-should-retry` overrides the status. A call is retried only before its first token. The endpoint's `Retry-After` is
+    respected; beyond two minutes the call fails at once.
 
     Args:
         max_attempts: Most attempts of one call, the first included. 1 never retries.
-        base: Upper end of the first random delay, in seconds; it doubles with each further attempt ("full jitter", AWS
-            Architecture Blog, "Exponential Backoff And Jitter").
+        base: Upper end of the first random delay, in seconds; it doubles with each attempt ("full jitter", AWS Architecture Blog,
+            "Exponential Backoff And Jitter").
         cap: Upper end of any random delay, in seconds.
-        budget: Retries allowed per first attempt, shared by all calls to the same endpoint, model and key, so that an outage
-            is not answered with a multiple of the load. Asking again after a cut stream is paid from it too.
-        reserve: Retries allowed beyond that, so that a batcher with little traffic can retry at all.
+        budget: Retries allowed per first attempt, shared by all calls to the same endpoint, model and key, so that retries do not
+            multiply the load of an outage. Asking again after a cut stream counts too.
+        reserve: Retries allowed beyond the budget, so that a batcher with little traffic can retry.
 
     Raises:
         ConfigError: A limit is below its minimum.
@@ -151,19 +150,19 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackPolicy:
-    """What is done about answers that are missing or broken.
+    """How missing and malformed answers are handled.
 
     Args:
-        resolve: "stream" answers each caller as soon as its element has arrived in order; "verified" waits for the end
-            of the reply. None means "stream", or "verified" with a canary.
-        canary: Whether each combined prompt ends in an item whose only right answer is a random word. A reply that gets it
-            wrong is distrusted as a whole: one item may have given orders to all, or the model may have slipped a line. It
-            costs about 35 tokens a call, and the reply's schema is a little larger.
-        max_concurrent: Most calls one batch's fallback has under way at once.
+        resolve: "stream" answers each caller as soon as its answer has arrived in order; "verified" waits for the end of the reply.
+            None means "stream", or "verified" with a canary.
+        canary: Whether each combined prompt ends with an item whose only right answer is a random word. If the reply has it wrong, all
+            its answers are discarded: one item may have instructed the model, or the answers may be shifted. Costs about 35 tokens
+            per call and a little schema.
+        max_concurrent: Most fallback calls of one batch at once.
 
     Raises:
-        ConfigError: A limit is below its minimum, a word is unknown, or early answers are asked for together with a canary,
-            which can only be checked at the end.
+        ConfigError: A limit is below its minimum, a value is unknown, or `resolve="stream"` is combined with a canary, which is the
+            last answer of a reply.
     """
 
     resolve: Resolve | None = None
@@ -178,5 +177,5 @@ class FallbackPolicy:
 
     @property
     def early(self) -> bool:
-        """Whether callers are answered while the reply still streams."""
+        """Whether callers are answered while the reply is still arriving."""
         return not self.canary and self.resolve != "verified"

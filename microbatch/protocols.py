@@ -1,4 +1,4 @@
-"""What the batcher asks of the parts it is given: the transport and the words they exchange."""
+"""The protocols of transports and caches, and the messages between batcher and transport."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ if TYPE_CHECKING:
 
 
 class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
-    """One chat completion to ask for; re-sent as the same object when an attempt failed.
+    """One chat completion to request; a retry sends the same object.
 
     Attributes:
-        messages: OpenAI chat messages, as they go on the wire.
+        messages: OpenAI chat messages, as they are sent.
         model: Model name, or None for the transport's own.
-        params: Further request fields, sent as they are (temperature, top_p, tools...).
-        headers: The caller's headers; with a credential among them, the transport's own key is not sent.
+        params: Further request fields (temperature, top_p, tools...), sent unchanged.
+        headers: The caller's headers; with a credential among them the transport's own key is not sent.
         schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
-        strict: Whether the schema is to be enforced; False only where the caller's own schema said so.
-        hint: System text to add before the last message when the schema cannot be enforced, or None.
+        strict: Whether the endpoint has to enforce the schema; False only if the caller's own schema says so.
+        hint: System message to insert before the last message if the schema cannot be enforced, or None.
         max_tokens: Most tokens to generate, or None for the endpoint's own limit.
-        stream: Whether pieces are wanted as they arrive.
+        stream: Whether to stream the reply.
         timeout: Seconds this call may take, or None for the transport's own limit.
-        bound: Most tokens to generate where no caller has set `max_tokens`: the batcher's own guard against replies that run on, or
-            None. A transport that sends it does so under the same name as `max_tokens`, and says so in `Completion.bound`; where the
-            endpoint refuses it, it lowers this field or sets it to None and raises a `StatusError` with `again`. A transport that
-            does not know the field sends no limit, as before.
+        bound: Most tokens to generate if no caller has set `max_tokens`: the batcher's guard against runaway replies, or None. A
+            transport that sends it uses the same field as for `max_tokens`, and sets `Completion.bound`. If the endpoint refuses it,
+            the transport lowers this field, or sets it to None, and raises a `StatusError` with `again`. A transport may ignore it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -45,7 +44,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     bound: int | None = None
 
     def __repr__(self) -> str:
-        """Tell the call's shape without its words or credentials."""
+        """Return the fields without text and credentials."""
         return (
             f"ChatCall(model={self.model!r}, messages=<{len(self.messages)}>, params={sorted(self.params)}, "
             f"headers=<{len(self.headers)}>, schema={self.schema is not None}, max_tokens={self.max_tokens}, "
@@ -54,20 +53,19 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
 
 
 class Completion(msgspec.Struct):
-    """How a call ended; its text went to `on_text`.
+    """The end of a call, whose text was passed to `on_text`.
 
     Attributes:
-        finish_reason: "stop", "length", "content_filter" or "tool_calls", whatever the endpoint's own word for it is; None if the
-            reply was broken off, and is to be asked for again.
-        usage: What the endpoint counted, or None if it did not say.
+        finish_reason: "stop", "length", "content_filter" or "tool_calls"; None if the reply was cut off and has to be asked for again.
+        usage: The endpoint's token counts, or None.
         model: The model that answered, or None.
-        refusal: The model's words for declining, or None.
+        refusal: The model's text of a refusal, or None.
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a call that was not streamed, or None.
-        limits: What the endpoint said of its rate limits: `Limits`, or the answer's headers to read them from; None if nothing.
-        thought: True if the reply carried a thought or text of reasoning beside its answer.
-        damaged: True if a part of the reply could not be read. A NUL stands in its place in the text.
-        bound: The tokens that were sent as the limit because of `ChatCall.bound`; None if none were.
+        limits: The endpoint's rate limits: `Limits`, or the headers to read them from; None if it sent none.
+        thought: Whether the reply had a thought or reasoning in addition to its answer.
+        damaged: Whether a part of the reply could not be read; a NUL replaces it in the text.
+        bound: The limit that was sent because of `ChatCall.bound`, or None.
     """
 
     finish_reason: str | None
@@ -82,28 +80,27 @@ class Completion(msgspec.Struct):
     bound: int | None = None
 
     def __repr__(self) -> str:
-        """Tell how the call ended without the model's words."""
+        """Return the fields without text."""
         return f"Completion(finish_reason={self.finish_reason!r}, usage={self.usage!r}, model={self.model!r})"
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """The way to a model. One `send` is one attempt; retries are the batcher's.
+    """Sends calls to a model. One `send` is one attempt; the batcher retries.
 
-    A transport may also have `model` and `base_url` attributes, which become part of what requests must share to travel
-    together, `open()` (awaited when the first batcher that uses it opens), and `forward` (see `Microbatcher.forward`).
+    A transport may also have the attributes `model` and `base_url`, which requests must have in common to be combined, `open()`,
+    awaited when the first batcher that uses it opens, and `forward` (see `Microbatcher.forward`).
     """
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
         """Make one attempt at *call*.
 
         Args:
-            call: What to ask.
-            on_text: Takes each piece of the assistant's text as it arrives; called once, with all of it, when not
-                streaming.
+            call: The call.
+            on_text: Takes each piece of the assistant's text as it arrives; without streaming, the whole text once.
 
         Raises:
-            TransportError: The attempt failed. Text handed to `on_text` before that stands.
+            TransportError: The attempt failed. Text passed to `on_text` before remains valid.
         """
         ...
 
@@ -114,26 +111,26 @@ class Transport(Protocol):
 
 @runtime_checkable
 class Cache(Protocol):
-    """Where answers are kept for those who ask the same again. Keys are digests, values opaque; both are bytes.
+    """Stores answers for equal requests. Keys are digests and values are opaque; both are bytes.
 
-    What is asked for in one turn of the event loop comes as one call, or several of 128 keys each, and so do the answers of one
-    reply. A cache that fails or takes longer than 50 ms (2 s for stores and for bulk work, `map` and `warm`; the event loop's own
-    delays do not count) is left alone for a while; callers are not held up or failed.
+    All look-ups of one iteration of the event loop, and all answers of one reply, are one call, or several of 128 keys each. A cache
+    that fails or takes longer than 50 ms (2 s for stores and for bulk work, `map` and `warm`; delays of the event loop do not count)
+    is bypassed for a while; callers neither wait nor fail.
 
-    A cache may also have `open()` (awaited when the first batcher that uses it opens), `ttl` (seconds for which its answers are
-    good unless the request says otherwise; None for ever), `evictions` (a count), and `secret()`, which returns the 32 random
-    bytes that key the digests. They are made once by whatever is shared between processes; without it, each process has its own.
-    It is asked again now and then, so that processes agree once more when what they share was emptied.
+    A cache may also have `open()`, awaited when the first batcher that uses it opens; `ttl`, the default lifetime of answers in
+    seconds, None for unlimited; `evictions`, a count; and `secret()`, which returns the 32 random bytes that key the digests. A store
+    shared between processes makes them once for all; without it each process has its own. It is called again from time to time, so
+    that processes agree again after the store was emptied.
     """
 
     async def get_many(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        """Return the value of each key, None where there is none."""
+        """Return the value of each key, None for keys without one."""
         ...
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
-        """Keep *entries*: key, value, and seconds after which it may be dropped, None for as long as there is room."""
+        """Store *entries*: key, value, and lifetime in seconds, None for unlimited."""
         ...
 
     async def aclose(self) -> None:
-        """Let go of files and connections. Called when the last batcher that uses the cache has closed."""
+        """Close files and connections. Called when the last batcher that uses the cache has closed."""
         ...

@@ -1,7 +1,7 @@
-"""Transports, caches and spools that several batchers share: opened for the first that uses them, closed after the last.
+"""Transports, caches and spools shared by several batchers: opened for the first user, closed after the last.
 
-Opening and closing a part are steps of their own tasks, which begin when the step before has ended. So a user that is cancelled
-takes nothing from the others, and a part is never opened and closed at the same time.
+Each opening and closing is a task of its own that begins when the one before it has ended. A cancelled user therefore takes nothing
+from the others, and a resource is never opened and closed at the same time.
 """
 
 from __future__ import annotations
@@ -17,33 +17,31 @@ if TYPE_CHECKING:
 
 
 class Resource(Protocol):
-    """What can be closed, and may have an `open()`."""
+    """An object that can be closed, and may have a coroutine function `open`."""
 
     async def aclose(self) -> None:
-        """Let go of what it holds."""
+        """Release what it holds."""
         ...
 
 
 class _Shared:
-    """A part in use.
+    """A resource in use.
 
     Attributes:
-        part: The part.
-        users: Number of leases that were not given back, those that wait for the opening included.
-        opening: The step that opens it for the present users; None if there is none yet.
-        is_open: Whether it has been opened and not closed since.
-        steps: The steps that have not ended, oldest first; all but the first wait for those before them.
+        users: Number of users, those that wait for the opening included.
+        opening: The task that opens it for the present users, or None.
+        steps: Openings and closings that have not ended, oldest first.
     """
 
-    def __init__(self, part: Resource) -> None:
-        self.part = part
+    def __init__(self, resource: Resource) -> None:
+        self.resource = resource
         self.users = 0
-        self.opening: asyncio.Task[None] | None = None
         self.is_open = False
+        self.opening: asyncio.Task[None] | None = None
         self.steps: list[asyncio.Task[None]] = []
 
     def begin(self, step: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
-        """Return a task that takes *step* when the earlier ones have ended."""
+        """Return a task that runs *step* after the earlier steps."""
         earlier = [task for task in self.steps if not task.done()]
 
         async def in_turn() -> None:
@@ -59,12 +57,12 @@ class _Shared:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.steps.remove(task)
         if not task.cancelled():
-            task.exception()  # retrieved: if its users were cancelled, asyncio would complain of it
-        if not self.users and not self.steps and _users.get(id(self.part)) is self:
-            del _users[id(self.part)]
+            task.exception()  # retrieved, in case all users were cancelled
+        if not self.users and not self.steps and _in_use.get(id(self.resource)) is self:
+            del _in_use[id(self.resource)]
 
     async def open(self) -> None:
-        opening = getattr(self.part, "open", None)
+        opening = getattr(self.resource, "open", None)
         if opening is not None:
             await opening()
         self.is_open = True
@@ -72,84 +70,79 @@ class _Shared:
     async def close(self) -> None:
         if self.is_open:
             self.is_open = False
-            await self.part.aclose()
+            await self.resource.aclose()
+
+    async def add_user(self) -> None:
+        self.users += 1
+        try:
+            if self.opening is None or (self.opening.done() and not self.is_open):
+                self.opening = self.begin(self.open)
+            await _result(self.opening)
+        except BaseException:
+            await self.remove_user()
+            raise
+
+    async def remove_user(self) -> None:
+        self.users -= 1
+        if self.users:
+            return
+        if self.opening is not None:
+            self.opening.cancel()  # no effect if it has ended
+            self.opening = None
+        await _result(self.begin(self.close))
 
 
-_users: dict[int, _Shared] = {}
-"""The parts in use, by identity."""
+_in_use: dict[int, _Shared] = {}  # by the resource's id()
 
 
-async def lease(parts: Sequence[Resource]) -> None:
-    """Return when all of *parts* are open, each opened unless it is already.
+async def acquire(resources: Sequence[Resource]) -> None:
+    """Open each of *resources* that is not open yet.
 
     Raises:
-        ConfigError: One is being opened or closed in another event loop.
-        Exception: What the opening of one raised, for all who wait for it; then no lease is held.
+        ConfigError: Another event loop is opening or closing one.
+        Exception: One could not be opened; every caller that waited for it gets this error, and none is acquired.
     """
-    leased: list[Resource] = []
+    acquired: list[Resource] = []
     try:
-        for part in parts:
-            await _lease(part)
-            leased.append(part)
+        for resource in resources:
+            shared = _in_use.get(id(resource))
+            if shared is None or _is_stale(shared):
+                shared = _in_use[id(resource)] = _Shared(resource)
+            await shared.add_user()
+            acquired.append(resource)
     except BaseException:
-        await give_back(leased)
+        await release(acquired)
         raise
 
 
-async def give_back(parts: Iterable[Resource]) -> None:
-    """Close each of *parts* that has no other users; what one raises is raised once all have had their turn."""
+async def release(resources: Iterable[Resource]) -> None:
+    """Close each of *resources* that has no other user; an error is raised when all have been processed."""
     async with AsyncExitStack() as stack:
-        for part in parts:
-            stack.push_async_callback(_give_back, part)
+        for resource in resources:
+            stack.push_async_callback(_release, resource)
 
 
-async def _lease(part: Resource) -> None:
-    shared = _users.get(id(part))
-    if shared is None or _left_behind(shared):
-        shared = _users[id(part)] = _Shared(part)
-    shared.users += 1
-    try:
-        if shared.opening is None or (shared.opening.done() and not shared.is_open):
-            shared.opening = shared.begin(shared.open)
-        await _result(shared.opening)
-    except BaseException:
-        await _release(shared)
-        raise
-
-
-async def _give_back(part: Resource) -> None:
-    shared = _users.get(id(part))
+async def _release(resource: Resource) -> None:
+    shared = _in_use.get(id(resource))
     if shared is not None:
-        await _release(shared)
+        await shared.remove_user()
 
 
-async def _release(shared: _Shared) -> None:
-    """Take one user away; after the last one, close the part, and return when it is closed."""
-    shared.users -= 1
-    if shared.users:
-        return
-    if shared.opening is not None:
-        shared.opening.cancel()  # in vain if it has ended
-        shared.opening = None
-    await _result(shared.begin(shared.close))
-
-
-def _left_behind(shared: _Shared) -> bool:
-    """Return whether a step will never end, because its event loop is closed.
+def _is_stale(shared: _Shared) -> bool:
+    """Return whether a step can never end because its event loop is closed.
 
     Raises:
-        ConfigError: One is under way in another event loop.
+        ConfigError: A step is under way in another event loop.
     """
     loops = {step.get_loop() for step in shared.steps if not step.done()} - {asyncio.get_running_loop()}
     if not all(loop.is_closed() for loop in loops):
-        raise ConfigError(
-            f"another event loop is opening or closing the {type(shared.part).__name__}: wait until it has"
-        )
+        name = type(shared.resource).__name__
+        raise ConfigError(f"another event loop is opening or closing the {name}: wait until it has")
     return bool(loops)
 
 
 async def _result(step: asyncio.Task[None]) -> None:
-    """Wait for the end of *step*, which goes on if the caller is cancelled; raise what it raised, as an error of the caller's own."""
+    """Wait for *step*, which continues if the caller is cancelled; raise a copy of its error."""
     if not step.done():
         await asyncio.wait([step])
     try:

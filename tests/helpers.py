@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import microbatch as mb
 from microbatch.batching.scheduler import Scheduler
@@ -15,6 +16,44 @@ PATIENCE = 40.0
 """Seconds after which what a test waits for will not come, however loaded the machine is."""
 
 _BATCHER_OPTIONS = inspect.signature(mb.Microbatcher).parameters
+
+
+def each(names, cases):
+    """Run a test for each of *cases* in turn: `pytest.mark.parametrize` as one test, for many cases of a moment each."""
+    words = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    cases = list(cases)
+
+    def decorate(test):
+        @contextmanager
+        def arguments(case):
+            given = dict(zip(words, case if len(words) > 1 else (case,), strict=True))
+            try:
+                yield given
+            except BaseException as error:
+                error.add_note(f"with {given}")
+                raise
+
+        if inspect.iscoroutinefunction(test):
+
+            async def wrapper(**others):
+                for case in cases:
+                    with arguments(case) as given:
+                        await test(**others, **given)
+        else:
+
+            def wrapper(**others):
+                for case in cases:
+                    with arguments(case) as given:
+                        test(**others, **given)
+
+        signature = inspect.signature(test)
+        functools.update_wrapper(wrapper, test)
+        del wrapper.__wrapped__  # pytest would look through it
+        left = [parameter for name, parameter in signature.parameters.items() if name not in words]
+        wrapper.__signature__ = signature.replace(parameters=left)
+        return wrapper
+
+    return decorate
 
 
 async def in_time(what, most):

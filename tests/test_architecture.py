@@ -27,7 +27,7 @@ LAYERS = (
     "demo, testing",
     *("cli", "__main__"),
 )
-"""Folders and top-level modules from the bottom up. Each may import those below, and none on its own level."""
+"""Folders and top-level modules from the bottom up. Each may import those below, and none on its own level (one string)."""
 
 # Imports that go up today: how a request is read, and what a prompt may hold, is decided in batching/.
 UPWARDS = {

@@ -1,19 +1,19 @@
-"""The benchmarks run, leave reports that can be read back and drawn from, and the README says what they found."""
+"""The benchmarks run and leave raw samples, from which tables, findings, figures and RESULTS.md are computed."""
 
 import importlib
 import inspect
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
-from bench import plot, readme
-from bench.__main__ import NAMES, main
-from bench.report import Column, Report, Table, begin
-from bench.timing import Stopwatch, alternate, chunks, quantile, ratios, spread
+from bench import plot, results
+from bench.__main__ import main
+from bench.benchmark import NAMES, Option, load
+from bench.report import Run, Table, begin
+from bench.timing import Stopwatch, alternate, column, quantile, ratio
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,196 +25,107 @@ def bench(*words):
 
 
 @pytest.fixture
-def found():
-    """A report as a benchmark would leave it."""
-    found = begin("speed", "How fast?", quick=False, seed=1, options={}, compared=["aiohttp", "no-such-thing"])
-    found.tables["burst"] = table = Table(
-        "A burst", [Column("library"), Column("at 32, µs", ".1f"), Column("items", ","), Column("right")]
-    )
+def table():
+    table = Table("A burst", "library | at 32, µs {:.1f} | items {:,} | right", "A note.")
     table.add("ours", 12.34, 20_000, True)
     table.add("theirs|old", None, 1_000, False)
-    table.notes.append("A note.")
-    found.findings += ["Ours is 2.0 times as fast.", "Target met."]
-    found.samples["burst"] = {"ours": [12.3, 12.4]}
-    return found
+    return table
 
 
 @pytest.fixture
-def page(found, tmp_path):
-    """A function that renders a README over the published report."""
-    found.write(tmp_path)
-    return lambda text: readme.rendered(text, tmp_path)
+def stalls():
+    """A run of `stalls`, as the benchmark would leave it."""
+    run = begin("stalls", quick=False, seed=1, options={"rounds": 1}, compared=["aiohttp", "no-such-thing"])
+    names = ("microbatch, as the text", "no prompt at all", "its tokens counted on the loop")
+    run.samples = {"gaps": {name: [{"wall": 0.01, "cpu": 0.005}] for name in names}}
+    return run
 
 
-# The README
+# Results
 
 
-def test_the_readme_says_what_the_published_reports_found():
-    text = readme.README.read_text("utf-8")
-    assert text == readme.rendered(text, readme.PUBLISHED), "run: python -m bench readme"
+def test_the_results_page_is_what_the_published_samples_say():
+    assert results.PAGE.read_text("utf-8") == results.rendered(results.PUBLISHED), "run: python -m bench results"
 
 
-def test_a_region_holds_the_table_and_what_it_was_measured_by(page, found):
-    text = page("Before.\n<!-- bench: speed burst -->\nold\n<!-- /bench -->\nAfter.\n")
-    caption = (
-        f"*`python -m bench speed`, Python {found.machine.python}, {found.machine.cores} cores, {found.date[:10]}*"
-    )
-    assert text == (
-        f"Before.\n<!-- bench: speed burst -->\n\n{found.tables['burst'].markdown()}\n\n{caption}\n\n<!-- /bench -->\nAfter.\n"
-    )
-    assert page(text) == text
-
-
-def test_a_changed_figure_is_noticed(page, found, tmp_path):
-    text = page("<!-- bench: speed burst -->\n<!-- /bench -->\n")
-    assert page(text.replace("12.3", "11.3")) == text
-    found.tables["burst"].rows[0][1] = 99.9
-    found.write(tmp_path)
-    assert "99.9" in page(text)
-
-
-def test_findings_are_a_list(page):
-    text = page("<!-- bench: speed findings -->\n<!-- /bench -->")
-    assert "\n\n* Ours is 2.0 times as fast.\n* Target met.\n\n*`python" in text
-    assert "Ours" not in page('<!-- bench: speed findings rows="Target" -->\n<!-- /bench -->')
-
-
-def test_columns_and_rows_are_chosen(page):
-    text = page(
-        '<!-- bench: speed burst columns="items | library" rows="20,000 | 1,000" rows="yes" -->\n<!-- /bench -->'
-    )
-    assert "| items | library |\n| ---: | --- |\n| 20,000 | ours |\n\n" in text
-
-
-def test_a_region_within_a_line_is_one_cell(page):
-    text = page('It is <!-- bench: speed burst columns="at 32, µs" rows="ours" -->?<!-- /bench --> µs.')
-    assert text.endswith(" -->12.3<!-- /bench --> µs.")
-
-
-@pytest.mark.parametrize(
-    ("region", "complaint"),
-    [
-        ("<!-- bench: speed bursts -->\n<!-- /bench -->", "no such table, only 'burst', 'findings'"),
-        ("<!-- bench: slow burst -->\n<!-- /bench -->", "no report of slow: run `python -m bench slow`"),
-        ('<!-- bench: speed burst columns="size" -->\n<!-- /bench -->', "no column 'size', only 'library', "),
-        ('<!-- bench: speed burst rows="ours | mine" -->\n<!-- /bench -->', "no row has a cell 'mine'"),
-        ('<!-- bench: speed burst row="ours" -->\n<!-- /bench -->', "row= is neither columns= nor rows="),
-        ('<!-- bench: speed findings rows="lost" -->\n<!-- /bench -->', "nothing of the kind"),
-        ("<!-- bench: speed burst -->?<!-- /bench -->", "room for one cell, not for 2 rows of 4"),
-        ('<!-- bench: speed burst columns="items" -->?<!-- /bench -->', "room for one cell, not for 2 rows of 1"),
-        ("<!-- bench: speed burst -->\n", "without its other end: <!-- bench: speed burst -->"),
-        ("<!-- bench: speed burst rows=ours -->\n<!-- /bench -->", "not a region"),
-        ("<!-- bench: speed burst -->\n<!-- bench: speed burst -->\n<!-- /bench -->", "without its other end"),
-        ("<!-- /bench -->", "without its other end"),
-    ],
-)
-def test_a_region_that_asks_for_what_is_not_there_is_an_error(page, region, complaint):
-    with pytest.raises(readme.ReadmeError, match=re.escape(complaint)):
-        page(region)
-
-
-def test_the_caption_tells_the_options_that_were_given(page, found, tmp_path):
-    found.seed, found.options = 7, {"per_second": [5.0, 20.0], "profile": True, "ray": False}
-    found.write(tmp_path)
-    assert "*`python -m bench speed --seed 7 --per-second 5.0 20.0 --profile`" in page(
-        "<!-- bench: speed burst -->\n<!-- /bench -->"
-    )
+def test_the_results_page_shows_each_published_figure():
+    shown = re.findall(r"\(published/(\w+\.svg)\)", results.PAGE.read_text("utf-8"))
+    assert sorted(shown) == sorted(path.name for path in results.PUBLISHED.glob("*.svg"))
 
 
 class TestPublishing:
     @pytest.fixture
-    def publish(self, found, tmp_path):
-        """A function that writes the README of a project over the report in its results."""
-        results, published, page = tmp_path / "results", tmp_path / "published", tmp_path / "README.md"
-        found.write(results)
-        (results / "speed.svg").write_text("<svg/>")
-        found.name = "unused"
-        found.write(results)
-        found.name = "speed"
+    def publish(self, tmp_path):
+        """A function that publishes the results of a project; it returns the exit code and the page, None if there is none."""
+        published, page = tmp_path / "published", tmp_path / "RESULTS.md"
 
-        def publish(text, **options):
-            page.write_text(text, "utf-8")
-            return readme.main(results, readme=page, published=published, **options), page.read_text("utf-8"), published
+        def publish(**options):
+            code = results.main(tmp_path / "results", published=published, page=page, **options)
+            return code, page.read_text("utf-8") if page.exists() else None
 
         return publish
 
-    def test_what_the_readme_uses_is_copied_and_written(self, publish):
-        code, text, published = publish(
-            "![](bench/published/speed.svg)\n<!-- bench: speed burst -->\n<!-- /bench -->\n"
-        )
+    def test_a_run_is_copied_and_its_section_is_generated(self, publish, stalls, tmp_path):
+        path = stalls.write(tmp_path / "results")
+        code, text = publish()
         assert code == 0
-        assert "| ours | 12.3 |" in text
-        assert sorted(path.name for path in published.iterdir()) == ["speed.json", "speed.svg"]
+        assert (tmp_path / "published" / "stalls.json").read_bytes() == path.read_bytes()
+        assert f"`python -m bench stalls --rounds 1`, {stalls.date[:10]}, 0 s. {stalls.machine}. microbatch" in text
+        assert re.search(r"\| microbatch, as the text +\| +10.0 \| +10.0 \| +5.0 \| +5.0 \|", text)
+        assert "* The longest gap is 5.0 ms of CPU time of the loop's thread" in text
 
-    def test_a_missing_report_is_named_and_nothing_is_written(self, publish, capsys):
-        before = "<!-- bench: slow burst -->\n<!-- /bench -->\n"
-        code, text, _ = publish(before)
-        assert (code, text) == (1, before)
-        assert "there is no report of slow" in capsys.readouterr().err
+    def test_a_run_that_is_not_measured_again_stays_as_published(self, publish, stalls, tmp_path):
+        path = stalls.write(tmp_path / "results")
+        _, first = publish()
+        path.unlink()
+        assert publish() == (0, first)
 
-    def test_missing_figures_are_named_and_nothing_is_published(self, publish, tmp_path, capsys):
-        (tmp_path / "results" / "speed.svg").unlink()
-        code, _, published = publish("![](bench/published/slow.svg) ![](bench/published/speed.svg)\n")
-        assert code == 1
-        assert not published.exists()
-        assert "not been drawn: slow, speed" in capsys.readouterr().err
-
-    def test_a_report_that_was_not_measured_again_stays_as_published(self, publish, found, tmp_path):
-        region = "<!-- bench: speed burst -->\n<!-- /bench -->\n"
-        publish(region)
-        (tmp_path / "results" / "speed.json").unlink()
-        code, text, _ = publish(region)
+    def test_a_quick_run_is_refused_unless_asked_for(self, publish, stalls, tmp_path, capsys):
+        stalls.quick = True
+        stalls.write(tmp_path / "results")
+        assert publish() == (1, None)
+        assert "stalls.json is of a --quick run" in capsys.readouterr().err
+        code, text = publish(quick=True)
         assert code == 0
-        assert "| ours | 12.3 |" in text
+        assert "`python -m bench stalls --quick`, " in text
 
-    def test_the_figures_of_a_quick_run_are_refused_unless_asked_for(self, publish, found, tmp_path, capsys):
-        found.quick = True
-        found.write(tmp_path / "results")
-        region = "<!-- bench: speed burst -->\n<!-- /bench -->\n"
-        code, text, published = publish(region)
-        assert (code, text) == (1, region)
-        assert not published.exists()
-        assert "speed.json is of a --quick run" in capsys.readouterr().err
-        code, text, _ = publish(region, quick=True)
-        assert code == 0
-        assert "*`python -m bench speed --quick`, " in text
+    def test_a_changed_sample_changes_the_page(self, publish, stalls, tmp_path):
+        stalls.write(tmp_path / "results")
+        publish()
+        stalls.samples["gaps"]["microbatch, as the text"][0]["cpu"] = 0.0999
+        stalls.write(tmp_path / "results")
+        assert "less than 50 ms MISSED" in publish()[1]
 
 
 # Reports and timing
 
 
-def test_a_report_is_read_back_as_it_was_written(found, tmp_path):
-    assert Report.read(found.write(tmp_path / "new")) == found
-    assert set(found.versions) == {"microbatch", "aiohttp"}
+def test_a_run_is_read_back_as_it_was_written(stalls, tmp_path):
+    assert Run.read(stalls.write(tmp_path / "new")) == stalls
+    assert set(stalls.versions) == {"microbatch", "aiohttp"}
 
 
-def test_a_report_is_told_with_tables_notes_and_findings(found):
-    lines = found.text().splitlines()
-    assert lines[0] == "speed: How fast?"
-    at = lines.index("A burst")
-    assert lines[at + 2 : at + 8] == [
-        "library     at 32, µs   items  right",
-        "----------  ---------  ------  -----",
-        "ours             12.3  20,000  yes",
-        "theirs|old          -   1,000  no",
+def test_a_table_is_aligned_markdown_with_title_and_notes(table):
+    assert table.markdown().splitlines() == [
+        "*A burst*",
+        "",
+        "| library     | at 32, µs |  items | right |",
+        "| ----------- | --------: | -----: | ----- |",
+        "| ours        |      12.3 | 20,000 | yes   |",
+        "| theirs\\|old |         - |  1,000 | no    |",
         "",
         "A note.",
     ]
-    assert "* Target met." in lines
 
 
-def test_a_table_is_markdown_with_numbers_to_the_right(found):
-    assert found.tables["burst"].markdown().splitlines() == [
-        "| library | at 32, µs | items | right |",
-        "| --- | ---: | ---: | --- |",
-        "| ours | 12.3 | 20,000 | yes |",
-        "| theirs\\|old | - | 1,000 | no |",
-    ]
+def test_rows_are_found_by_their_cells(table):
+    assert table.by("library")["ours"]["items"] == 20_000
+    assert table.by("library", "right")["ours", True]["at 32, µs"] == 12.34
 
 
-def test_a_row_has_as_many_cells_as_there_are_columns(found):
+def test_a_row_has_as_many_cells_as_there_are_columns(table):
     with pytest.raises(ValueError, match="A burst: 3 cells under 4 columns"):
-        found.tables["burst"].add("ours", 1.0, 2)
+        table.add("ours", 1.0, 2)
 
 
 def test_cases_take_turns_and_samples_of_a_round_share_a_place():
@@ -222,7 +133,8 @@ def test_cases_take_turns_and_samples_of_a_round_share_a_place():
     samples = alternate({name: lambda name=name: ran.append(name) or len(ran) for name in "ab"}, rounds=3)
     assert "".join(ran) == "ababab"
     assert samples == {"a": [1, 3, 5], "b": [2, 4, 6]}
-    assert ratios(samples["b"], samples["a"]) == [2 / 1, 4 / 3, 6 / 5]
+    assert ratio(samples["b"], samples["a"]) == 4 / 3
+    assert column([{"us": 1.0}, {"us": 2.0}], "us") == [1.0, 2.0]
 
 
 def test_quantiles_are_interpolated():
@@ -230,7 +142,6 @@ def test_quantiles_are_interpolated():
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 10.0], 0.25) == 2.5
     assert (quantile([4.0, 8.0], 0.0), quantile([4.0, 8.0], 1.0)) == (4.0, 8.0)
-    assert spread([3.0, 1.0, 2.0]) == (1.0, 2.0, 3.0)
 
 
 def test_a_stopwatch_counts_its_own_block_alone():
@@ -239,17 +150,17 @@ def test_a_stopwatch_counts_its_own_block_alone():
         pass
     assert 0 <= watch.cpu < 0.01
     assert watch.wall > 0
-    assert list(chunks("abcde", 2)) == ["ab", "cd", "e"]
 
 
 # The benchmarks
 
 
+@pytest.mark.slow
 def test_without_a_name_all_are_listed():
     done = bench()
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    for name in [*NAMES, "all", "readme"]:
+    for name in [*NAMES, "all", "results"]:
         assert re.search(rf"^    {name}\b", done.stdout, re.MULTILINE), name
 
 
@@ -262,39 +173,42 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_benchmark_offers_what_the_frame_asks_for(name):
+def test_every_benchmark_has_the_common_interface(name):
     module = importlib.import_module(f"bench.{name}")
     assert module.QUESTION.endswith("?")
     assert module.__doc__
     assert all(isinstance(dist, str) for dist in module.COMPARED)
-    module.add_arguments(ArgumentParser())
-    assert list(inspect.signature(module.run).parameters) == ["options", "found"]
-    assert list(inspect.signature(module.draw).parameters) == ["found"]
+    assert all(isinstance(option, Option) for option in module.OPTIONS.values())
+    assert list(inspect.signature(module.measure).parameters) == ["options"]
+    assert list(inspect.signature(module.tables).parameters) == ["run"]
+    assert list(inspect.signature(module.findings).parameters) == ["run", "tables"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gateway", ["--requests", "300", "--low", "5", "--rounds", "1"]),
+        ("gateway", ["--requests", "100", "--low", "2", "--rounds", "1"]),
         ("hybrid", ["--count", "400"]),
-        ("overload", ["--count", "4000", "--queued", "1000"]),
+        ("overhead", ["--only", "minimal", "--pending", "1000"]),
+        ("overload", ["--count", "2000", "--queued", "500"]),
         ("quota", ["--minutes", "3"]),
         ("stalls", []),
-        ("throughput", ["--count", "400", "--seconds", "0.2", "--rounds", "1"]),
+        ("throughput", ["--count", "160", "--seconds", "0.05", "--rounds", "1"]),
     ],
 )
-def test_a_quick_run_leaves_a_report_and_a_figure_that_is_drawn_from_it(name, words, tmp_path):
+def test_a_quick_run_leaves_samples_from_which_all_else_is_computed(name, words, tmp_path):
     done = bench(name, "--quick", *words, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    found = Report.read(tmp_path / f"{name}.json")
-    assert (found.name, found.quick, found.seconds > 0) == (name, True, True)
-    assert found.samples
-    assert found.findings
-    for table in found.tables.values():
+    run, module = Run.read(tmp_path / f"{name}.json"), load(name)
+    assert (run.name, run.quick, run.seconds > 0, run.options.keys()) == (name, True, True, module.OPTIONS.keys())
+    tables = module.tables(run)
+    for table in tables.values():
         assert table.rows
-        assert table.text() in done.stdout
-        assert "SIMULATED" in table.title
-    drawn = (tmp_path / f"{name}.svg").read_text("utf-8")
-    assert drawn.rstrip().endswith("</svg>")
-    plot.save(importlib.import_module(f"bench.{name}").draw(found), tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_text("utf-8") == drawn
+        assert name == "overhead" or "SIMULATED" in table.title
+    assert results.section(run) in done.stdout
+    if hasattr(module, "draw"):
+        drawn = (tmp_path / f"{name}.svg").read_text("utf-8")
+        assert drawn.rstrip().endswith("</svg>")
+        plot.save(module.draw(run, tables), tmp_path / "again.svg")
+        assert (tmp_path / "again.svg").read_text("utf-8") == drawn

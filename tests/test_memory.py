@@ -2,8 +2,13 @@
 
 import asyncio
 
+import pytest
+
 from bench.scale.items import mapped
 from bench.scale.lanes import lanes
+
+pytestmark = pytest.mark.slow
+
 
 GROWTH_MIB = 4.0  # noise of the allocator; one kept object a request would be tens of MiB
 

@@ -8,6 +8,9 @@ import pytest
 from bench import overload
 from bench.apart import ROOT, command
 
+pytestmark = pytest.mark.slow
+
+
 COUNT, QUEUED = 100_000, 10_000
 
 

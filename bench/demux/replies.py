@@ -1,18 +1,14 @@
-"""Combined replies as a model writes them, whole and damaged, and what each request should get from them."""
+"""Combined replies as a model writes them, sound and damaged, with the right answers."""
 
 from __future__ import annotations
 
 import json
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import msgspec
-
-from bench.questions import LABELS, Label
+from bench.questions import Label
+from microbatch.demo import LABELS
 from microbatch.prompt.compose import ALPHABET
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # All that makes JSON strings hard: quotes, braces, escapes, characters of two and four bytes, and the look of an element.
 _PHRASES = (
@@ -27,46 +23,20 @@ _PHRASES = (
 )
 
 
-class Kind(msgspec.Struct, frozen=True):
-    """Answers of one size.
-
-    Attributes:
-        name: What they are called in the tables.
-        output_type: What a caller asks for.
-        chars: Their length, 0 for a label.
-    """
+class Kind(NamedTuple):
+    """Answers of one size: labels, or texts of *chars* characters."""
 
     name: str
     output_type: Any
     chars: int = 0
-
-    def answers(self, count: int, seed: int) -> list[str]:
-        draw = random.Random(seed)
-        if not self.chars:
-            return draw.choices(LABELS, k=count)
-        return [_words(draw, self.chars) for _ in range(count)]
 
 
 LABEL = Kind("label", Label)
 KINDS = (LABEL, Kind("text of 200", str, 200), Kind("text of 2,000", str, 2_000))
 
 
-def _words(draw: random.Random, chars: int) -> str:
-    text = ""
-    while len(text) < chars:
-        text += draw.choice(_PHRASES) + ", "
-    return text[:chars]
-
-
-class Reply(msgspec.Struct, frozen=True):
-    """What was asked, what came, and what is right.
-
-    Attributes:
-        ids: Asked for, in order.
-        text: The reply.
-        answers: The right answer to each id.
-        output_type: What the callers asked for.
-    """
+class Reply(NamedTuple):
+    """A reply, the ids that were asked for in order, and the right answer to each."""
 
     ids: list[str]
     text: str
@@ -76,74 +46,55 @@ class Reply(msgspec.Struct, frozen=True):
 
 def reply(kind: Kind, count: int, seed: int) -> Reply:
     """Return a sound reply to *count* requests."""
-    ids, answers = _ids(count, seed), kind.answers(count, seed)
-    return Reply(ids, _whole([_element(*pair) for pair in zip(ids, answers, strict=True)]), answers, kind.output_type)
-
-
-def _ids(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
+    if kind.chars:
+        words = [", ".join(draw.choices(_PHRASES, k=kind.chars // 10)) for _ in range(count)]
+        answers = [text[: kind.chars] for text in words]
+    else:
+        answers = draw.choices(LABELS, k=count)
+    ids = _ids(count, draw)
+    return Reply(ids, _text(list(zip(ids, answers, strict=True))), answers, kind.output_type)
+
+
+def _ids(count: int, draw: random.Random) -> list[str]:
     return [f"{number}{''.join(draw.choices(ALPHABET, k=5))}" for number in range(1, count + 1)]
 
 
-def _element(name: str, answer: Any) -> str:
-    return json.dumps({"id": name, "answer": answer}, separators=(",", ":"), ensure_ascii=False)
-
-
-def _whole(elements: list[str]) -> str:
-    return '{"results":[' + ",".join(elements) + "]}"
-
-
-Pairs = list[tuple[str, Any]]
-
-ITEMS = 10
-"""Requests behind a damaged reply; small enough to count on one's fingers."""
-
-_BROKEN = {
-    "unescaped quotes": '"he said "no" to it"',
-    "raw newline": '"one line\nand another"',
-    "bad escape": r'"C:\shop"',
-    "unterminated string": '"and so on',
-}
+def _text(pairs: list[tuple[str, Any]]) -> str:
+    results = [{"id": name, "answer": answer} for name, answer in pairs]
+    return json.dumps({"results": results}, separators=(",", ":"), ensure_ascii=False)
 
 
 def damaged(seed: int) -> dict[str, Reply]:
-    """Return replies of `ITEMS` elements, by what is wrong with them."""
-    ids = _ids(ITEMS, seed)
-    answers = [f"answer to request {number}" for number in range(1, ITEMS + 1)]
-    pairs: Pairs = list(zip(ids, answers, strict=True))
-    whole = _whole([_element(*pair) for pair in pairs])
-    inner = whole.removeprefix('{"results":').removesuffix("}")
+    """Return replies to 10 requests, by what is wrong with them."""
+    ids = _ids(10, random.Random(seed))
+    answers = [f"answer to request {number}" for number in range(1, 11)]
+    pairs: list[tuple[str, Any]] = list(zip(ids, answers, strict=True))
+    whole = _text(pairs)
+
+    def changed(at: int, name: str | None = None, answer: Any = None) -> str:
+        """Return the reply with another id or answer at element *at*."""
+        return _text([*pairs[: at - 1], (name or ids[at - 1], answer or answers[at - 1]), *pairs[at:]])
+
     texts = {
         "nothing": whole,
         "code fence": f"```json\n{whole}\n```",
-        "prose with brackets before": f"Here are the [{ITEMS}] results, as {{asked}}:\n{whole}",
-        "bare array": inner,
+        "prose with brackets before": f"Here are the [10] results, as {{asked}}:\n{whole}",
+        "bare array": whole.removeprefix('{"results":').removesuffix("}"),
         "cut in element 8": whole[: whole.index(ids[7]) + 20],
         "trailing comma": whole.replace("]}", ",]}"),
-        **{f"5: {what}": whole.replace('"answer to request 5"', said) for what, said in _BROKEN.items()},
+        "5: unescaped quotes": whole.replace('"answer to request 5"', '"he said "no" to it"'),
+        "5: raw newline": whole.replace('"answer to request 5"', '"one line\nand another"'),
+        "5: bad escape": whole.replace('"answer to request 5"', r'"C:\shop"'),
+        "5: unterminated string": whole.replace('"answer to request 5"', '"and so on'),
+        "5: wrong type": changed(5, answer=5),
+        "5 missing": _text(pairs[:4] + pairs[5:]),
+        "4 and 5 change places": _text([*pairs[:3], pairs[4], pairs[3], *pairs[5:]]),
+        "5: unknown id": changed(5, "5zzzzz"),
+        "5: the number alone": changed(5, "5"),
+        "5: id of 4 again": changed(5, ids[3]),
+        "4: id of 5": changed(4, ids[4]),
+        "2 said anew at the end": _text([*pairs, (ids[1], "another answer")]),
+        "4 and 5: each other's ids": _text([*pairs[:3], (ids[4], answers[3]), (ids[3], answers[4]), *pairs[5:]]),
     }
-    texts |= {what: _whole([_element(*pair) for pair in change(pairs)]) for what, change in _MIXED_UP.items()}
     return {what: Reply(ids, text, answers, str) for what, text in texts.items()}
-
-
-def _replaced(at: int, name: Callable[[Pairs], str]) -> Callable[[Pairs], Pairs]:
-    """Return what puts another id on the element at *at*."""
-    return lambda pairs: [*pairs[:at], (name(pairs), pairs[at][1]), *pairs[at + 1 :]]
-
-
-_MIXED_UP: dict[str, Callable[[Pairs], Pairs]] = {
-    "5: wrong type": lambda pairs: [*pairs[:4], (pairs[4][0], 5), *pairs[5:]],
-    "5 missing": lambda pairs: pairs[:4] + pairs[5:],
-    "4 and 5 change places": lambda pairs: [*pairs[:3], pairs[4], pairs[3], *pairs[5:]],
-    "5: unknown id": _replaced(4, lambda _: "5zzzzz"),
-    "5: the number alone": _replaced(4, lambda _: "5"),
-    "5: id of 4 again": _replaced(4, lambda pairs: pairs[3][0]),
-    "4: id of 5": _replaced(3, lambda pairs: pairs[4][0]),
-    "2 said anew at the end": lambda pairs: [*pairs, (pairs[1][0], "another answer")],
-    "4 and 5: each other's ids": lambda pairs: [
-        *pairs[:3],
-        (pairs[4][0], pairs[3][1]),
-        (pairs[3][0], pairs[4][1]),
-        *pairs[5:],
-    ],
-}

@@ -1,26 +1,32 @@
-"""Who is measured: floors, peers and ours, made alike, so that every load treats them alike."""
+"""The entries of the tables: floors, peers and ours, with one interface, so that every load treats them alike."""
 
 from __future__ import annotations
 
 import asyncio
+import operator
+import re
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
 
 import microbatch as mb
 from bench import peers
-from bench.overhead.backend import Echo, Function
-from bench.peers import floors
 from microbatch.demo import instructions
+from microbatch.prompt.compose import compose, instruction, item_line
+from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from bench.overhead.backend import Pause
+    Pause = Callable[[], Awaitable[object]] | None
 
 FLOOR = "floor-future"
 OURS = "microbatch"
 LARGE = "microbatch, 1 KB, default budget"
 WAITING = "microbatch, idle='wait'"
+SAME_WORK = ", same work"
 
 SYSTEM = instructions()
 """About 300 tokens that all requests share."""
@@ -30,53 +36,84 @@ _PROSE = (
     "a cover against rain; the outer fabric is made of recycled bottles and can be washed by hand in cold water. "
 ) * 6
 SMALL_BYTES, LARGE_BYTES = 400, 1_000
-
 NO_LIMIT = 10**6
-"""More than any run here asks for: a bound that must not bind."""
+
+_ITEM = re.compile(r'\[(\d+[a-z]{5})\] "(\d+) ')
+"""An item's id, and the number its text begins with."""
 
 
-class Running(Protocol):
-    """One way to batch, set up for one run.
+class Running:
+    """A way to batch, set up for one run.
 
     Attributes:
-        backend: What it calls, with `calls` and `spent`.
+        calls: Calls of the batch function or of the transport so far.
+        wanted: Returns the only right answer to a number.
     """
 
-    backend: Any
+    calls = 0
+    wanted: Callable[[int], Any] = operator.neg
+    submit: Callable[[int], Awaitable[Any]]
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        pass
 
-    async def submit(self, number: int) -> Any: ...
-
-    async def stop(self) -> None: ...
-
-    def wanted(self, number: int) -> Any:
-        """Return the only right answer to *number*."""
+    async def stop(self) -> None:
+        """Do nothing: all are answered, the rest ends with the loop, and some libraries take a second to close."""
 
 
 class Entry(NamedTuple):
     """One row of the tables.
 
     Attributes:
-        name: As shown.
-        kind: What it is to us.
-        windowed: Whether it waits for company, as opposed to one turn of the loop or not at all.
-        make: Sets it up for a batch size, a longest wait in seconds and the backend's pause.
-        exact: Whether a burst has to come in full batches, however its items are.
+        waits: Whether it holds the first request back for a time.
+        make: Set it up for a batch size, a longest wait in seconds and the backend's pause.
+        exact: Whether all batches of a burst have to be full.
+        same_work: Whether a peer composes prompts and reads replies, as `submit` does, instead of handing an integer on.
     """
 
-    name: str
     kind: Literal["floor", "peer", "ours"]
-    windowed: bool
+    waits: bool
     make: Callable[[int, float, Pause], Running]
     exact: bool = False
+    same_work: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": self.kind, "waits": self.waits, "same_work": self.same_work}
 
 
-class Futures:
-    """Bare futures: what any way to hand over an answer pays. All that wait are answered together, in the next turn of the loop."""
+class Echo:
+    """A transport that answers each item of a combined prompt with the number its text begins with.
+
+    Replies are templates built for every batch size before the clock starts: only the ids are found and filled in.
+    """
+
+    model = base_url = None
+
+    def __init__(self, size: int, pause: Pause) -> None:
+        self.calls = 0
+        self._pause = pause
+        element = '{"id":"%s","answer":"%s"}'
+        self._templates = ['{"results":[' + ",".join([element] * items) + "]}" for items in range(size + 1)]
+
+    async def send(self, call: mb.ChatCall, on_text: Callable[[str], None]) -> mb.Completion:
+        self.calls += 1
+        if self._pause is not None:
+            await self._pause()
+        content = call.messages[-1]["content"]
+        found = _ITEM.findall(content)
+        # A request that goes alone has its own messages and is answered without a wrapper.
+        reply = self._templates[len(found)] % tuple(chain.from_iterable(found)) if found else content.partition(" ")[0]
+        on_text(reply)
+        return mb.Completion("stop", usage=mb.Usage(len(content) // 4, 12 * len(found)))
+
+    async def aclose(self) -> None:
+        pass
+
+
+class Futures(Running):
+    """Bare futures, the cost of any way to hand over an answer; all that wait are answered in the next turn of the loop."""
 
     def __init__(self, size: int, wait: float, pause: Pause) -> None:  # noqa: ARG002, it does not batch
-        self.backend = Function(None)  # never called
         self._pause = pause
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -104,99 +141,97 @@ class Futures:
         await pause()
         self._answer()
 
-    async def stop(self) -> None:
-        pass
 
-    @staticmethod
-    def wanted(number: int) -> int:
-        return -number
+class Integers(Running):
+    """A library that hands integers on; its batch function returns their negatives."""
 
-
-class Peer:
-    """A library that hands the items on as they are."""
-
-    def __init__(self, peer: Callable[..., Any], size: int, wait: float, pause: Pause) -> None:
-        self.backend = Function(pause)
-        self._peer = peer(self.backend.answer, size=size, wait=wait)
+    def __init__(self, peer: type[peers.Peer], size: int, wait: float, pause: Pause) -> None:
+        self._pause = pause
+        self._peer = peer(self._answer, size, wait)
         # Its own methods: a frame of ours around them would be charged to it.
         self.start, self.submit = self._peer.start, self._peer.submit
 
-    async def stop(self) -> None:
-        """Do nothing: all are answered, what is left ends with the loop, and some take a second to close."""
+    async def _answer(self, items: list[int]) -> list[int]:
+        self.calls += 1
+        if self._pause is not None:
+            await self._pause()
+        return [-item for item in items]
 
-    @staticmethod
-    def wanted(number: int) -> int:
-        return -number
+
+class SameWork(Running):
+    """A library whose batch function does what `submit` does: compose the numbered prompt, and take the same reply apart.
+
+    Answers are matched by position, since peers have no ids: the cheapest way there is.
+    """
+
+    wanted = str
+
+    def __init__(self, peer: type[peers.Peer], size: int, wait: float, pause: Pause) -> None:
+        self._echo = Echo(size, pause)
+        self._peer = peer(self._answer, size, wait)
+        self._preamble = instruction(answer_type(str).words)
+        self._scratch = bytearray()
+        self._rest = _PROSE[:SMALL_BYTES]
+        self.start = self._peer.start
+
+    async def submit(self, number: int) -> str:
+        return await self._peer.submit(f"{number} {self._rest}")
+
+    async def _answer(self, texts: list[str]) -> list[str]:
+        prompt, _ = compose(self._preamble, [item_line(text, self._scratch) for text in texts])
+        messages = [{"role": "system", "content": f"{SYSTEM}."}, {"role": "user", "content": prompt}]
+        pieces: list[str] = []
+        self.calls += 1
+        await self._echo.send(mb.ChatCall(messages=messages), pieces.append)
+        return [element["answer"] for element in msgspec.json.decode("".join(pieces))["results"]]
 
 
-class Ours:
+class Ours(Running):
     """The whole `submit(messages)`, with single flight."""
 
-    def __init__(self, policy: mb.FlushPolicy, tokens: Literal["bytes"] | None, characters: int, pause: Pause) -> None:
-        self.backend = Echo(policy.max_batch_size, pause)
-        self._batcher = mb.Microbatcher(self.backend, policy=policy, tokens=tokens)
+    wanted = str
+
+    def __init__(
+        self,
+        policy: dict[str, Any],
+        tokens: Literal["bytes"] | None,
+        characters: int,
+        size: int,
+        wait: float,
+        pause: Pause,
+    ) -> None:
+        self._echo = Echo(size, pause)
+        settings = mb.FlushPolicy(max_batch_size=size, max_wait=wait, max_queued=NO_LIMIT, share=True, **policy)
+        self._batcher = mb.Microbatcher(self._echo, policy=settings, tokens=tokens)
         self._rest = _PROSE[:characters]
 
     async def start(self) -> None:
         await self._batcher.open()
 
     async def submit(self, number: int) -> str:
-        # Built in the call: what a caller keeps while it waits is no cost of submit.
+        # Messages are built in the call: what a caller keeps while it waits is no cost of submit.
         reply = await self._batcher.submit(
             [{"role": "system", "content": f"{SYSTEM}."}, {"role": "user", "content": f"{number} {self._rest}"}]
         )
         return reply.output
 
     async def stop(self) -> None:
-        calls = self._batcher.upstream_calls
-        if calls != self.backend.calls:
-            raise AssertionError(f"upstream_calls is {calls}, the transport counted {self.backend.calls}")
+        self.calls = self._batcher.upstream_calls
+        if self.calls != self._echo.calls:
+            raise AssertionError(f"upstream_calls is {self.calls}, the transport counted {self._echo.calls}")
         await self._batcher.aclose()
 
-    @staticmethod
-    def wanted(number: int) -> str:
-        return str(number)
 
-
-def free_of_limits(size: int, wait: float, idle: Literal["flush", "wait"] = "flush") -> mb.FlushPolicy:
-    """Return the policy under which nothing but size, window and idling ends a batch."""
-    return mb.FlushPolicy(
-        max_batch_size=size,
-        max_wait=wait,
-        max_queued=NO_LIMIT,
-        max_batch_tokens=NO_LIMIT,
-        max_output_tokens=NO_LIMIT,
-        idle=idle,
-        share=True,
-    )
-
-
-def entries(only: list[str] | None = None) -> dict[str, Entry]:
-    """Return who can be measured here, by name: floors, peers, ours; of those, *only* some if told so, and the bare floor."""
-    found = [Entry(FLOOR, "floor", False, Futures)]
-    found += [_peer(name, "floor", floor) for name, floor in floors.FLOORS.items()]
-    found += [_peer(name, "peer", peer) for name, peer in peers.installed().items()]
-    found += _ours()
-    return {entry.name: entry for entry in found if not only or entry.name in only or entry.name == FLOOR}
-
-
-def _peer(name: str, kind: Literal["floor", "peer"], peer: type[peers.Peer]) -> Entry:
-    return Entry(name, kind, peer.windowed, partial(Peer, peer))
-
-
-def _ours() -> list[Entry]:
-    def small(size: int, wait: float, pause: Pause) -> Running:
-        return Ours(free_of_limits(size, wait), "bytes", SMALL_BYTES, pause)
-
-    def waiting(size: int, wait: float, pause: Pause) -> Running:
-        return Ours(free_of_limits(size, wait, "wait"), "bytes", SMALL_BYTES, pause)
-
-    def large(size: int, wait: float, pause: Pause) -> Running:
-        policy = mb.FlushPolicy(max_batch_size=size, max_wait=wait, max_queued=NO_LIMIT, share=True)
-        return Ours(policy, None, LARGE_BYTES, pause)
-
-    return [
-        Entry(OURS, "ours", True, small, exact=True),
-        Entry(WAITING, "ours", True, waiting, exact=True),
-        Entry(LARGE, "ours", True, large),
-    ]
+def entries() -> dict[str, Entry]:
+    """Return the entries by name: floors, peers, the same on the same work, ours."""
+    found = {FLOOR: Entry("floor", False, Futures)}
+    collectors = [("floor", peers.Minimal), *(("peer", peer) for peer in peers.PEERS.values())]
+    found |= {peer.name: Entry(kind, peer.waits, partial(Integers, peer)) for kind, peer in collectors}
+    for kind, peer in collectors:
+        found[peer.name + SAME_WORK] = Entry(kind, peer.waits, partial(SameWork, peer), same_work=True)
+    unlimited = {"max_batch_tokens": NO_LIMIT, "max_output_tokens": NO_LIMIT}  # only size, time and idling end a batch
+    waiting = partial(Ours, unlimited | {"idle": "wait"}, "bytes", SMALL_BYTES)
+    found[OURS] = Entry("ours", True, partial(Ours, unlimited, "bytes", SMALL_BYTES), exact=True)
+    found[WAITING] = Entry("ours", True, waiting, exact=True)
+    found[LARGE] = Entry("ours", True, partial(Ours, {}, None, LARGE_BYTES))
+    return found

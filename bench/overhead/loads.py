@@ -1,16 +1,15 @@
-"""The loads under which time is measured: everybody at once, and a crowd that asks again as soon as it is answered."""
+"""The loads under which time is measured: all at once, and workers that ask again as soon as they are answered."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.timing import Stopwatch
 
 if TYPE_CHECKING:
+    import selectors
     from collections.abc import Callable, Iterable
 
     from bench.overhead.entries import Entry, Running
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     Loops = Callable[[], asyncio.AbstractEventLoop]
 
 WINDOW = 0.005
-"""Longest wait for company, in seconds."""
+"""Longest wait for further requests, in seconds."""
 
 BURST = 20_000
 BURST_SIZES = (32, 16, 256)  # the first also warms up what the process does only once
@@ -29,80 +28,50 @@ PATIENCE = 120.0
 """Seconds after which a run counts as hanging."""
 
 
-class Run(msgspec.Struct):
-    """What one run took, for each item.
-
-    Attributes:
-        wall_us: Microseconds that passed.
-        cpu_us: Microseconds of processor time.
-        batch: Items in a batch on average; None of those who make none.
-        backend_us: Microseconds of the backend's own; None where it is next to nothing.
-    """
-
-    wall_us: float
-    cpu_us: float
-    batch: float | None
-    backend_us: float | None
-
-
-class Pair(msgspec.Struct):
-    """A run, and one of the bare floor right before it."""
-
-    floor: Run
-    own: Run
-
-
-class Load(msgspec.Struct, frozen=True):
-    """One way to ask, for one size of batch."""
-
+class Load(NamedTuple):
     name: str
     size: int
     play: Callable[[Running], Any]
 
-    def pair(self, entry: Entry, floor: Entry, loops: Loops | None) -> Pair:
-        """Measure *entry* next to the floor: a busy second of the machine strikes both."""
-        base = self.run(floor, loops)
-        gc.collect()
-        return Pair(base, self.run(entry, loops))
 
-    def run(self, entry: Entry, loops: Loops | None) -> Run:
-        """Measure *entry* in a loop of its own, and see to it that each got the answer to what it asked."""
+def pair(load: Load, entry: Entry, floor: Entry, loops: Loops) -> dict[str, dict[str, float | None]]:
+    """Measure the floor and *entry* right after it, so that other load on the machine affects both."""
+    base = measure(load, floor, loops)
+    gc.collect()
+    return {"floor": base, "own": measure(load, entry, loops)}
 
-        async def measured() -> Run:
-            async with asyncio.timeout(PATIENCE):
-                running = entry.make(self.size, WINDOW, None)
-                await running.start()
-                watch, answers = await self.play(running)
-                await running.stop()
-            check(running, answers)
-            backend, items = running.backend, len(answers)
-            if entry.exact and self.play is not steady and backend.calls != -(-items // self.size):
-                raise AssertionError(f"{entry.name}: {backend.calls} calls for {items} items, {self.size} at a time")
-            return Run(
-                watch.wall / items * 1e6,
-                watch.cpu / items * 1e6,
-                items / backend.calls if backend.calls else None,
-                None if backend.spent is None else backend.spent / items * 1e6,
-            )
 
-        with asyncio.Runner(loop_factory=loops) as runner:
-            return runner.run(measured())
+def measure(load: Load, entry: Entry, loops: Loops) -> dict[str, float | None]:
+    """Return what one run took per item, in a loop of its own; every answer is checked.
+
+    Returns:
+        `wall_us` and `cpu_us`, and `batch`, the mean number of items in a batch, None where there are none.
+    """
+
+    async def measured() -> dict[str, float | None]:
+        async with asyncio.timeout(PATIENCE):
+            running = entry.make(load.size, WINDOW, None)
+            await running.start()
+            watch, answers = await load.play(running)
+            await running.stop()
+        check(running, answers)
+        calls, items = running.calls, len(answers)
+        if entry.exact and load.play is burst and calls != -(-items // load.size):
+            raise AssertionError(f"{calls} calls for {items} items, {load.size} at a time")
+        return {
+            "wall_us": watch.wall / items * 1e6,
+            "cpu_us": watch.cpu / items * 1e6,
+            "batch": items / calls if calls else None,
+        }
+
+    with asyncio.Runner(loop_factory=loops) as runner:
+        return runner.run(measured())
 
 
 async def burst(running: Running) -> tuple[Stopwatch, list[Any]]:
     with Stopwatch() as watch:
         answers = await asyncio.gather(*map(running.submit, range(BURST)))
     return watch, answers
-
-
-async def bare_tasks(running: Running) -> tuple[Stopwatch, list[Any]]:
-    """The same burst without `gather`, whose own work for each item is no small part of the floor."""
-    loop = asyncio.get_running_loop()
-    with Stopwatch() as watch:
-        tasks = [loop.create_task(running.submit(number)) for number in range(BURST)]
-        for task in tasks:
-            await task
-    return watch, [task.result() for task in tasks]
 
 
 async def steady(running: Running) -> tuple[Stopwatch, list[Any]]:
@@ -120,12 +89,19 @@ async def steady(running: Running) -> tuple[Stopwatch, list[Any]]:
 
 
 def check(running: Running, answers: Iterable[Any]) -> None:
-    """Raise unless *answers* are those to 0, 1, 2..."""
+    """Raise AssertionError unless *answers* are those to 0, 1, 2..."""
     for number, answer in enumerate(answers):
         if answer != running.wanted(number):
             raise AssertionError(f"{number} was answered {answer!r} instead of {running.wanted(number)!r}")
 
 
+def loops_of(name: str, selector: selectors.BaseSelector | None = None) -> Loops:
+    """Return the loop factory of the library *name*."""
+    if name == "asyncio":
+        return lambda: asyncio.SelectorEventLoop(selector)
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
 LOADS = (*(Load(f"burst {size}", size, burst) for size in BURST_SIZES), Load("steady", STEADY_SIZE, steady))
-BARE = Load("burst 32 of bare tasks", 32, bare_tasks)
-"""Tells how much of the other bursts is `gather`; is in no table."""

@@ -1,49 +1,97 @@
-"""`map` over ever more items, beside what a user would write around `submit`: all at once, or chunk by chunk."""
+"""`map` over ever more items, beside all of them at once by `gather` over `submit`; an endpoint and the memory of this process."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
-import statistics
+import os
+import re
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import microbatch as mb
 from bench.apart import measured
-from bench.report import Column, Table, met
-from bench.scale.echo import Echo, ask, check
-from bench.scale.resident import MIB, peak_mib, resident_mib
-from bench.timing import Stopwatch, alternate, ratios
+from bench.report import Run, Table, met
+from bench.timing import Stopwatch, alternate, column, median, ratio
+from microbatch.demo import instructions
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator
 
-    from bench.report import Report
+
+SYSTEM = instructions()
+"""Some 300 tokens that all items share, so that combining pays and no warning says that it does not."""
+
+ITEM = re.compile(r"^\[(\d+[a-z]{5})\] (.*)$", re.MULTILINE)
+CHARACTERS_PER_TOKEN = 4
+MIB = 2**20
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Echo:
+    """Answer each request with its own text at once, so that a wrong answer shows."""
+
+    model = base_url = None
+
+    def __init__(self) -> None:
+        self.calls = self.items = 0
+
+    async def send(self, call, on_text):
+        asked = call.messages[-1]["content"]
+        items = ITEM.findall(asked)
+        self.calls += 1
+        self.items += len(items) or 1
+        await asyncio.sleep(0)
+        # The text of an item is a JSON string already.
+        elements = ",".join(f'{{"id":"{name}","answer":{text}}}' for name, text in items)
+        reply = f'{{"results":[{elements}]}}' if items else asked
+        on_text(reply)
+        characters = sum(len(message["content"]) for message in call.messages)
+        usage = mb.Usage(characters // CHARACTERS_PER_TOKEN, len(reply) // CHARACTERS_PER_TOKEN)
+        return mb.Completion("stop", usage=usage)
+
+    async def aclose(self) -> None:
+        pass
+
+
+def ask(text: str, system: str = SYSTEM) -> list[dict[str, str]]:
+    """Return fresh messages."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+def check(answer: str, asked: str) -> None:
+    """Raise AssertionError unless a request was answered with its own text."""
+    if answer != asked:
+        raise AssertionError(f"{asked!r} was answered {answer!r}")
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE / MIB
+
+
+def peak_mib() -> float:
+    """Return the most that was ever resident.
+
+    Not `getrusage`: its figure begins with the memory of the parent process.
+    """
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / MIB
+
 
 WARM_UP = 4_096
-"""Items before those that count: more than are ever pending, so that what is made once has been made."""
-
-CHUNK = 2_048
-"""What `map` has pending at most by default: 2 x 16 requests x 64 calls."""
+"""Items before those that count: more than are ever pending, so that what is allocated once has been."""
 
 PASS_ITEMS = 50_000
-"""Fewer items than this are gone through again until there were as many: a short time is not measured well."""
+"""Fewer items than this are repeated until there were as many: a short time is not measured well."""
 
 MOST_AT_ONCE = 100_000
-"""Beyond that "all at once" is not run: what it takes can be told from this."""
+"""Beyond that "all at once" is not run: its memory follows from this."""
 
 FLAT = 0.10
-"""What "flat" means: at most so much more than for the fewest items."""
+"""Flat: at most so much more than for the fewest items."""
 
-PATIENCE = 600.0
-
-MAP, CHUNKS, GATHER = "map", "chunks", "gather"
-SAID = {
-    MAP: "map(items)",
-    CHUNKS: f"gather(submit), {CHUNK:,} at a time",
-    GATHER: "gather(submit), all at once",
-}
+MAP, GATHER = "map(items)", "gather(submit), all at once"
 
 
 async def by_map(batcher: mb.Microbatcher, texts: Iterator[str]) -> int:
@@ -62,14 +110,7 @@ async def by_gather(batcher: mb.Microbatcher, texts: Iterator[str]) -> int:
     return len(asked)
 
 
-async def by_chunks(batcher: mb.Microbatcher, texts: Iterator[str]) -> int:
-    done = 0
-    while chunk := list(itertools.islice(texts, CHUNK)):
-        done += await by_gather(batcher, iter(chunk))
-    return done
-
-
-WAYS = {MAP: by_map, CHUNKS: by_chunks, GATHER: by_gather}
+WAYS = {MAP: by_map, GATHER: by_gather}
 
 
 def items(count: int) -> Iterator[str]:
@@ -93,7 +134,7 @@ async def mapped(count: int, marks: int = 10) -> tuple[list[float], float]:
 
 
 async def passes(way: str, count: int) -> dict[str, float]:
-    """Go over *count* items, several times if they are few; return the microseconds of an item and what memory that took, in MiB."""
+    """Go over *count* items, several times if they are few; return the microseconds of an item and the memory, in MiB."""
     go, took = WAYS[way], Stopwatch()
     wall, cpu = [], []
     async with mb.Microbatcher(Echo(), tokens="bytes") as batcher:
@@ -106,116 +147,64 @@ async def passes(way: str, count: int) -> dict[str, float]:
             assert done == count
             wall.append(took.wall / count * 1e6)
             cpu.append(took.cpu / count * 1e6)
-    return {
-        "wall_us": statistics.median(wall),
-        "cpu_us": statistics.median(cpu),
-        "warm_mib": warm,
-        "peak_mib": peak_mib(),
-    }
+    return {"wall_us": median(wall), "cpu_us": median(cpu), "warm_mib": warm, "peak_mib": peak_mib()}
 
 
-class Row(NamedTuple):
-    """Of the table, whose columns say what is in it."""
-
-    way: str
-    count: int
-    wall: float
-    wall_ratio: float
-    cpu: float
-    cpu_ratio: float
-    peak: float
-    peak_ratio: float
-    above_warm: float
-    bytes: float
-
-
-def measure(found: Report, sizes: list[int], rounds: int, others: list[str]) -> None:
-    """Fill in the table of items."""
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    sizes = sorted({10_000, options.items // 10, options.items})
     cases = {
-        (way, count): partial(measured, passes, patience=PATIENCE, way=way, count=count)
+        (way, count): partial(measured, passes, way=way, count=count)
         for count in sizes
-        for way in [MAP, *others]
-        if way != GATHER or count <= MOST_AT_ONCE
+        if count >= 10_000
+        for way in WAYS
+        if way == MAP or count <= MOST_AT_ONCE
     }
-    samples = alternate(cases, rounds)
-    table = found.tables["items"] = Table(
-        f"Over many items in batches of 16, SIMULATED endpoint within the process that answers at once, medians of {rounds} rounds",
-        [
-            Column("way"),
-            Column("items", ",d"),
-            Column("us an item", ".1f"),
-            Column(f"time, x that of {sizes[0]:,}", ".2f"),
-            Column("CPU us an item", ".1f"),
-            Column(f"CPU, x that of {sizes[0]:,}", ".2f"),
-            Column("process peak MiB", ".1f"),
-            Column(f"peak, x that of {sizes[0]:,}", ".3f"),
-            Column("peak above warm, MiB", ".2f"),
-            Column("bytes an item", ",.0f"),
-        ],
-        notes=[
-            (
-                "Each row is a process of its own. Peak: the most that was ever resident (VmHWM); warm: resident after "
-                f"{WARM_UP:,} items; bytes an item: the peak above warm by the number of items. Ratios: of the same round, then the "
-                "median. The time holds what the caller does (messages, reading the source) and what the endpoint's stand-in does; nothing is "
-                "waited for, so on a machine that does nothing else wall time and CPU time are one."
-            ),
-        ],
+    found: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
+    for (way, count), taken in alternate(cases, options.rounds).items():
+        found[way][str(count)] = taken
+    return found
+
+
+def table(run: Run) -> Table:
+    table = Table(
+        f"Over many items in batches of 16, SIMULATED endpoint within the process that answers at once, medians of {run.options['rounds']} "
+        "rounds",
+        "way | items {:,d} | us an item {:.1f} | time, x the fewest {:.2f} | CPU us an item {:.1f}"
+        " | CPU, x the fewest {:.2f} | process peak MiB {:.1f} | peak, x the fewest {:.3f} | bytes an item {:,.0f}",
+        f"Each row is a process of its own. Peak: the most that was ever resident (VmHWM); bytes an item: the peak above that after "
+        f"{WARM_UP:,} items, by the number of items. Ratios are of the same round. The time includes the caller (messages, reading the "
+        "source) and the endpoint's stand-in.",
     )
-    found.samples["items"] = {way: {} for way in (MAP, *others)}
-    for (way, count), taken in samples.items():
-        least = samples[way, sizes[0]]
-        wall, cpu, peaks, warm = (
-            [each[name] for each in taken] for name in ("wall_us", "cpu_us", "peak_mib", "warm_mib")
-        )
-        above = statistics.median(peak - before for peak, before in zip(peaks, warm, strict=True))
-        table.add(
-            SAID[way],
-            count,
-            statistics.median(wall),
-            statistics.median(ratios(wall, [each["wall_us"] for each in least])),
-            statistics.median(cpu),
-            statistics.median(ratios(cpu, [each["cpu_us"] for each in least])),
-            statistics.median(peaks),
-            statistics.median(ratios(peaks, [each["peak_mib"] for each in least])),
-            above,
-            above * MIB / count,
-        )
-        found.samples["items"][way][str(count)] = taken
+    for way, by_count in run.samples["items"].items():
+        least = next(iter(by_count.values()))
+        for count, taken in by_count.items():
+            cells = [
+                cell
+                for name in ("wall_us", "cpu_us", "peak_mib")
+                for cell in (median(column(taken, name)), ratio(column(taken, name), column(least, name)))
+            ]
+            above = median(each["peak_mib"] - each["warm_mib"] for each in taken)
+            table.add(way, int(count), *cells, above * MIB / int(count))
+    return table
 
 
-def findings(found: Report) -> list[str]:
-    """Say whether it is flat, and what the others do."""
-    rows = {(row[0], row[1]): Row(*row) for row in found.tables["items"].rows}
-    ours = [row for (way, _), row in rows.items() if way == SAID[MAP]]
-    least, most = ours[0], ours[-1]
-    wall, cpu, peak = (max(getattr(row, name) for row in ours) for name in ("wall_ratio", "cpu_ratio", "peak_ratio"))
-    span, grown = f"{least.count:,} to {most.count:,} items", most.peak - least.peak
-    said = [
-        (
-            f"map, time of an item, {span}: CPU time at most {cpu:.2f} times that of the fewest, within {FLAT:.0%} {_flat(cpu)}; wall time, "
-            f"with all else that the machine does in it, at most {wall:.2f} times, within {FLAT:.0%} {_flat(wall)}."
-        ),
-        (
-            f"map, peak memory of the process (the whole of it, not by item), {span}: at most {peak:.3f} times that of the fewest; within "
-            f"{FLAT:.0%} {_flat(peak)}. From the fewest to the most it grew by {grown:+.2f} MiB, which is "
-            f"{grown * MIB / (most.count - least.count):+.1f} bytes for each further item."
-        ),
+def findings(run: Run, table: Table) -> list[str]:
+    del run
+    rows = table.by("way", "items")
+    ours = [row for (way, _), row in rows.items() if way == MAP]
+    others = [row for (way, _), row in rows.items() if way == GATHER]
+    least, most, last = ours[0], ours[-1], others[-1]
+    cpu, wall, peak = (max(row[f"{name}, x the fewest"] for row in ours) for name in ("CPU", "time", "peak"))
+    span, grown = f"{least['items']:,} to {most['items']:,} items", most["process peak MiB"] - least["process peak MiB"]
+    beside = rows[MAP, last["items"]]
+    return [
+        f"map, time of an item, {span}: CPU time at most {cpu:.2f} times that of the fewest, within {FLAT:.0%} {_flat(cpu)}; wall time at "
+        f"most {wall:.2f} times, within {FLAT:.0%} {_flat(wall)}.",
+        f"map, peak memory of the whole process, {span}: at most {peak:.3f} times that of the fewest, within {FLAT:.0%} {_flat(peak)}. It grew "
+        f"by {grown:+.2f} MiB, {grown * MIB / (most['items'] - least['items']):+.1f} bytes for each further item.",
+        f"{GATHER}, {last['items']:,} items: {last['CPU us an item'] / beside['CPU us an item']:.2f} times the CPU time and "
+        f"{last['process peak MiB'] / beside['process peak MiB']:.2f} times the peak of map.",
     ]
-    for way in (CHUNKS, GATHER):
-        theirs = [row for (name, _), row in rows.items() if name == SAID[way]]
-        if theirs:
-            last = theirs[-1]
-            beside = rows[SAID[MAP], last.count]
-            said.append(
-                f"{last.way}, {last.count:,} items: {last.cpu / beside.cpu:.2f} times the CPU time and {last.peak / beside.peak:.2f} times "
-                "the peak of map."
-            )
-            if last.count < most.count:
-                need = last.bytes * most.count / 2**30
-                said.append(f"{last.way} was not run over {most.count:,} items: at that rate they take {need:.1f} GiB.")
-    if most.count < 1_000_000:
-        said.append(f"The short form ends at {most.count:,} items; the full one goes to 1,000,000.")
-    return said
 
 
 def _flat(ratio: float) -> str:

@@ -5,29 +5,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import microbatch as mb
 from bench.apart import measured
-from bench.report import Column, Table, met
-from bench.scale.echo import Echo, ask, check
-from bench.scale.resident import MIB, peak_mib, resident_mib
+from bench.report import Run, Table, met
+from bench.scale.items import MIB, Echo, ask, check, peak_mib, resident_mib
 
 if TYPE_CHECKING:
-    from bench.report import Report
+    import argparse
 
 CALLERS = 64
 MAX_QUEUED = 1_000
 OWN_BYTES = 400
-"""Characters that each lane's own message has: what of it was kept would show."""
+"""Characters of each lane's own message: what is kept of it would show."""
 
 WARM_SHARE = 0.2
-"""Of the lanes, after which memory is compared: what is learned of a lane is kept for the last 1,024 of them."""
+"""Share of the lanes after which memory is compared: the history of the last 1,024 lanes is kept."""
 
 NOISE_MIB = 1.0
-"""What the allocator may do by itself."""
-
-PATIENCE = 600.0
 
 
 async def lanes(count: int, marks: int = 10) -> list[float]:
@@ -57,36 +53,30 @@ async def timed(count: int) -> dict[str, object]:
     return {"us": (time.perf_counter() - start) / count * 1e6, "memory": memory, "peak_mib": peak_mib()}
 
 
-def measure(found: Report, counts: list[int]) -> None:
-    """Fill in the table of lanes that come and go."""
-    table = found.tables["lanes"] = Table(
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    return {str(count): measured(timed, count=count) for count in (options.lanes // 10, options.lanes)}
+
+
+def table(run: Run) -> Table:
+    table = Table(
         f"Lanes that come and go, one request each, {CALLERS} callers, SIMULATED endpoint within the process",
-        [
-            Column("lanes", ",d"),
-            Column("us a lane", ".1f"),
-            Column("MiB after a fifth", ".2f"),
-            Column("MiB at the end", ".2f"),
-            Column("grown by, bytes a lane", ".2f"),
-            Column("process peak MiB", ".1f"),
-        ],
-        notes=["Each row is a process of its own."],
+        "lanes {:,d} | us a lane {:.1f} | MiB after a fifth {:.2f} | MiB at the end {:.2f} | growth, bytes a lane {:.2f}"
+        " | process peak MiB {:.1f}",
+        "Each row is a process of its own.",
     )
-    found.samples["lanes"] = {}
-    for count in counts:
-        taken = measured(timed, patience=PATIENCE, count=count)
+    for count, taken in run.samples["lanes"].items():
         memory = taken["memory"]
-        at = int(WARM_SHARE * len(memory)) - 1
-        grown = (memory[-1] - memory[at]) * MIB / (count * (1 - WARM_SHARE))
-        table.add(count, taken["us"], memory[at], memory[-1], grown, taken["peak_mib"])
-        found.samples["lanes"][str(count)] = taken
+        early, late = memory[int(WARM_SHARE * len(memory)) - 1], memory[-1]
+        grown = (late - early) * MIB / (int(count) * (1 - WARM_SHARE))
+        table.add(int(count), taken["us"], early, late, grown, taken["peak_mib"])
+    return table
 
 
-def findings(found: Report) -> list[str]:
-    row = found.tables["lanes"].rows[-1]
-    count, grown = row[0], row[3] - row[2]
+def findings(run: Run, table: Table) -> list[str]:
+    del run
+    row = list(table.by("lanes").values())[-1]
+    grown = row["MiB at the end"] - row["MiB after a fifth"]
     return [
-        (
-            f"{count:,} lanes, one after the other, {OWN_BYTES} characters of their own each: memory grew by {grown:+.2f} MiB "
-            f"over the last {1 - WARM_SHARE:.0%} of them; flat (noise of {NOISE_MIB:g} MiB) {met(grown <= NOISE_MIB)}."
-        )
+        f"{row['lanes']:,} lanes, one after the other, {OWN_BYTES} characters of their own each: memory grew by {grown:+.2f} MiB over the last "
+        f"{1 - WARM_SHARE:.0%} of them; flat (noise of {NOISE_MIB:g} MiB) {met(grown <= NOISE_MIB)}."
     ]

@@ -1,39 +1,109 @@
-"""Where a probe takes place: an event loop of its own, callers in tasks of their own, and a limit to every wait."""
+"""The scene of a probe: a batch function that answers by name, an event loop, callers in tasks, a limit on every wait, and a verdict."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+from collections import defaultdict
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
-from bench.semantics.backend import CALLER, answer
+import microbatch as mb
+from bench.peers import Peer
+from microbatch.testing.scripted import ScriptedCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from bench.peers import Peer
-    from bench.semantics.backend import Backend
+    from bench.peers import BatchFunction
 
+
+NO_CALLER = "no caller"
+CALLER: ContextVar[str] = ContextVar("caller", default=NO_CALLER)
+"""The caller in whose context code runs; a batch serves several and should see none of them."""
 
 SIZE = 32
 WAIT = 0.02
-"""Seconds for which windowed libraries wait for company."""
+"""Seconds for which libraries hold the first item back."""
+
+WORK = 0.02
+"""Seconds that a call takes: long enough to cancel a caller meanwhile."""
 
 SWEEP = 0.5
-"""Seconds that what a library left behind gets to end after it was cancelled."""
+"""Seconds that leftover tasks of a library get to end after they were cancelled."""
 
+RIGHT: Final = "right"
+ARGUABLE: Final = "arguable"
+WRONG: Final = "wrong"
+HANG: Final = "hang"
 
+MARKS: Final = {RIGHT: "✓", ARGUABLE: "~", WRONG: "✗", HANG: "✗✗"}
+"""From best to worst, with their signs in tables."""
+
+_PREFIX = "answer to "
 _FOLDERS = re.compile(r"(?:/[\w.-]+)+/")
 
 
-class End(NamedTuple):
-    """How it ended for one caller.
+class Verdict(NamedTuple):
+    """The outcome of a probe: one of `MARKS`, a word for the table, the fate of each caller, and how many got another one's answer."""
 
-    Attributes:
-        how: "answered", "wrong answer", "error", "cancelled" or "hang".
-        value: The answer or the error.
+    mark: str
+    word: str
+    detail: str = ""
+    misled: int = 0
+
+
+def answer(item: str) -> str:
+    return _PREFIX + item
+
+
+def answered(result: str) -> str:
+    """Return the item that *result* is the answer to."""
+    return result.removeprefix(_PREFIX)
+
+
+class Backend:
+    """The batch function, with a record of its calls: their items, `CALLER` and tasks, and how many were cancelled.
+
+    Args:
+        first: Makes the results of the first call from its items, or raises; None answers them properly, as every later call does.
+        work: Seconds that a call takes.
     """
+
+    def __init__(self, first: Callable[[list[str]], list[Any]] | None = None, work: float = WORK) -> None:
+        self.calls: list[list[str]] = []
+        self.callers: list[str] = []
+        self.tasks: list[asyncio.Task[Any] | None] = []
+        self.started = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.cancelled = 0
+        self._first = first
+        self._work = work
+
+    async def take(self, items: list[str]) -> list[Any]:
+        self.calls.append(list(items))
+        self.callers.append(CALLER.get())
+        self.tasks.append(asyncio.current_task())
+        self.started.set()
+        try:
+            await asyncio.sleep(self._work)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.ended.set()
+        first, self._first = self._first, None
+        return [answer(item) for item in items] if first is None else first(items)
+
+    @property
+    def asked(self) -> list[str]:
+        """All items of all calls."""
+        return [item for call in self.calls for item in call]
+
+
+class End(NamedTuple):
+    """The end of one caller: "answered", "wrong answer", "error", "cancelled" or "hang", with the answer or the error."""
 
     how: str
     value: Any = None
@@ -41,7 +111,7 @@ class End(NamedTuple):
     def __str__(self) -> str:
         if self.how not in ("error", "wrong answer"):
             return self.how
-        # asyncio tells in which file a task was; reports are for other machines too.
+        # asyncio names the file of a task; reports are for other machines too.
         return f"{self.how}: {_FOLDERS.sub('', repr(self.value))}"[:120]
 
 
@@ -50,8 +120,8 @@ class Stage:
 
     Args:
         kind: The library's adapter.
-        limit: Seconds after which a caller that is still waiting is said to hang; windows and calls take a twentieth of it or less.
-        strays: Takes what the loops complain of: exceptions that nobody retrieved, callbacks that raised.
+        limit: Seconds after which a caller that is still waiting is said to hang.
+        strays: Receives the complaints of the loops: exceptions that were never retrieved, callbacks that raised.
     """
 
     def __init__(self, kind: type[Peer], limit: float, strays: list[str]) -> None:
@@ -61,7 +131,7 @@ class Stage:
 
     @contextmanager
     def loop(self) -> Iterator[asyncio.Runner]:
-        """Return a runner with a loop of its own; what is left in it is cancelled in the end."""
+        """Yield a runner with a loop of its own; leftover tasks are cancelled in the end."""
         with asyncio.Runner() as runner:
             runner.get_loop().set_exception_handler(lambda _, context: self._strays.append(context["message"]))
             try:
@@ -70,21 +140,21 @@ class Stage:
                 runner.run(sweep())
 
     async def open(self, backend: Backend, *, variant: str | None = None, wait: float = WAIT) -> Peer:
-        """Return the library over *backend*, started; in a variant of its adapter (see `bench.peers.Collector`) if it has that."""
+        """Return the library over *backend*, started; in a variant of its adapter (see `bench.peers.Peer`) if it has that."""
         kind = (variant and getattr(self.kind, variant, None)) or self.kind
         peer = kind(backend.take, SIZE, wait)
         await peer.start()
         return peer
 
     def ask(self, peer: Peer, *items: str) -> list[asyncio.Task[Any]]:
-        """Let a caller ask for each of *items*, each in a task and a context of its own."""
+        """Start a caller for each of *items*, each in a task and a context of its own."""
         loop = asyncio.get_running_loop()
         return [loop.create_task(call(peer, item)) for item in items]
 
     async def ends(
         self, tasks: Sequence[asyncio.Task[Any]], items: Sequence[str], limit: float | None = None
     ) -> list[End]:
-        """Wait for *tasks*, which asked for *items*, and tell how each ended; those that hang are cancelled."""
+        """Wait for *tasks*, which asked for *items*, and return how each ended; those that hang are cancelled."""
         await asyncio.wait(tasks, timeout=self.limit if limit is None else limit)
         ends = [end(task, item) for task, item in zip(tasks, items, strict=True)]
         if hanging := [task for task in tasks if not task.done()]:
@@ -96,7 +166,7 @@ class Stage:
         return ends
 
     async def asks(self, peer: Peer, *items: str) -> list[End]:
-        """Ask for *items* and tell how it ended for each."""
+        """Ask for *items* and return how each ended."""
         return await self.ends(self.ask(peer, *items), items)
 
 
@@ -117,8 +187,71 @@ def end(task: asyncio.Task[Any], item: str) -> End:
 
 
 async def sweep() -> None:
-    """Cancel whatever else is in the loop."""
+    """Cancel all other tasks of the loop."""
     if left := asyncio.all_tasks() - {asyncio.current_task()}:
         for task in left:
             task.cancel()
         await asyncio.wait(left, timeout=SWEEP)
+
+
+INVENTED = "99zzzzz"
+"""An id that was not asked for."""
+
+
+class Model:
+    """A transport. An exception in an item's place is an item that the model leaves out of a combined reply, and refuses alone."""
+
+    def __init__(self, function: BatchFunction) -> None:
+        self._function = function
+
+    async def send(self, call: mb.ChatCall, on_text: Any) -> mb.Completion:
+        received = ScriptedCall(call, 0.0)
+        results = await self._function([text for _, text in received.items])
+        if received.combined:
+            on_text(received.reply(named(received.items, results)))
+        elif isinstance(results[0], Exception):
+            raise mb.BadRequest("refused", status=400) from results[0]
+        else:
+            on_text(results[0])
+        return mb.Completion("stop")
+
+    async def aclose(self) -> None:
+        pass
+
+
+def named(items: list[tuple[str, str]], results: list[Any]) -> list[tuple[str, str]]:
+    """Return each of *results* with the id of the item that it answers."""
+    ids = defaultdict(list)
+    for name, text in items:
+        ids[text].append(name)
+    answers = [result for result in results if not isinstance(result, Exception)]
+    return [(ids[text].pop(0) if ids[text := answered(result)] else INVENTED, result) for result in answers]
+
+
+class Ours(Peer):
+    name = distribution = "microbatch"
+    closes = True
+    policy: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, function: BatchFunction, size: int = 32, wait: float = 0.005) -> None:
+        # `idle="wait"`: as in the others, even the first request waits.
+        policy = mb.FlushPolicy(max_batch_size=size, max_wait=wait, idle="wait", **self.policy)
+        self._batcher = mb.Microbatcher(Model(function), policy=policy, tokens="bytes")
+        self.start = self._batcher.open
+        self.stop = self._batcher.aclose
+
+    async def submit(self, item: str) -> str:
+        messages = [{"role": "system", "content": "Answer."}, {"role": "user", "content": item}]
+        return (await self._batcher.submit(messages)).output
+
+
+class Sharing(Ours):
+    policy: ClassVar[dict[str, Any]] = {"share": True}
+
+
+class OneCall(Ours):
+    policy: ClassVar[dict[str, Any]] = {"max_concurrent_batches": 1}
+
+
+Ours.sharing = Sharing
+Ours.one_call = OneCall

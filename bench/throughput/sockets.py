@@ -1,4 +1,4 @@
-"""What asking costs the client, over real sockets: processor time, and how long callers wait, whole replies and streamed ones.
+"""Processor time of the client and time to the answer, over real sockets, for whole replies and streamed ones.
 
 The endpoint is a process of its own and so is the client, in which the ways take turns. Callers come in a closed loop, as many as
 keep the same number of calls under way whatever the way.
@@ -9,144 +9,258 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractAsyncContextManager
+from functools import cache
+from operator import add
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import aiohttp
+import msgspec
+from openai import AsyncOpenAI
+
+import microbatch as mb
 from bench.apart import measured, simulated_endpoint
 from bench.questions import Label
-from bench.report import Column, Table, met
-from bench.throughput.scene import (
-    AIOHTTP,
-    AT_ONCE,
-    CACHED,
-    LATENCY,
-    PRICE,
-    QUICK_SIZES,
-    SDK,
-    SIZE,
-    SIZES,
-    TOKENS,
-    Way,
-    questions,
-    together,
-)
-from bench.throughput.ways import client
-from bench.timing import Stopwatch, quantile, ratios
-from microbatch.messages import Usage
+from bench.report import Table, met
+from bench.throughput import scene
+from bench.throughput.scene import Way, messages, questions, together
+from bench.timing import Stopwatch, median, quantile, ratio
 from microbatch.schema.answer_type import answer_type
 from microbatch.testing.answers import simulated_answer
 
 if TYPE_CHECKING:
-    from bench.report import Report
-    from bench.throughput.ways import Client
+    import argparse
 
-WHOLE, STREAMED = "whole", "streamed"
-SDK_ZIPF = f"{SDK}, Zipf"
-QUANTILES = (0.5, 0.95, 0.99)
-TARGETS = {WHOLE: 30.0, STREAMED: 5.0}
-"""How many times less processor time than the SDK."""
+    from bench.report import Run
+
+
+KEY = "sk-bench"
+FILL_S = 0.5
+"""`max_wait`: so long that batches leave full, as they do in a job."""
+
+
+class Counts(NamedTuple):
+    """Calls made and tokens paid so far.
+
+    Attributes:
+        events: Pieces of text that came as an event each; 0 where they are not counted.
+    """
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    events: int = 0
+
+    def since(self, before: Counts) -> Counts:
+        return Counts(*(late - early for late, early in zip(self, before, strict=True)))
+
+
+class Classified(msgspec.Struct):
+    answer: str
+
+
+read_answer = msgspec.json.Decoder(Classified).decode
+
+
+@cache
+def _request(*, stream: bool) -> dict[str, Any]:
+    """Return the request but for its messages; the schema is that of the batcher's own single calls."""
+    schema = {"name": "answers", "strict": True, "schema": answer_type(Label).single_schema}
+    body = {"model": scene.MODEL, "response_format": {"type": "json_schema", "json_schema": schema}}
+    return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
+
+
+class OneCallEach(AbstractAsyncContextManager):
+    """Base of the clients that make one call for each question, and of their counts."""
+
+    def __init__(self, url: str, *, stream: bool) -> None:
+        self.counts = Counts()
+        self._url = url
+        self._stream = stream
+
+    async def ask_alone(self, question: str) -> None:
+        await self.ask(question)
+
+    def _count(self, usage: Any, pieces: int = 0) -> None:
+        self.counts = Counts(*map(add, self.counts, (1, usage.prompt_tokens, usage.completion_tokens, pieces)))
+
+
+class BySdk(OneCallEach):
+    """The SDK as it comes, with its own retries and its own pool of connections."""
+
+    def __init__(self, url: str, *, stream: bool) -> None:
+        super().__init__(url, stream=stream)
+        self._client = AsyncOpenAI(base_url=url, api_key=KEY)
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self._client.close()
+
+    async def ask(self, question: str) -> str:
+        request = _request(stream=self._stream)
+        completion = await self._client.chat.completions.create(messages=messages(question), **request)
+        if not self._stream:
+            self._count(completion.usage)
+            return read_answer(completion.choices[0].message.content).answer
+        text: list[str] = []
+        async for chunk in completion:
+            if chunk.usage is not None:
+                self._count(chunk.usage)
+            elif content := chunk.choices[0].delta.content:
+                text.append(content)
+        return read_answer("".join(text)).answer
+
+
+class Text(msgspec.Struct):
+    content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    message: Text | None = None
+    delta: Text | None = None
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Body(msgspec.Struct):
+    """A whole reply, or an event of a streamed one."""
+
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+read_body = msgspec.json.Decoder(Body).decode
+
+
+class ByAiohttp(OneCallEach):
+    """A session and decoders alone: the least that one call each costs on this stack."""
+
+    async def __aenter__(self) -> Self:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        self._session = aiohttp.ClientSession(headers=headers, raise_for_status=True)
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self._session.close()
+
+    async def ask(self, question: str) -> str:
+        body = msgspec.json.encode(_request(stream=self._stream) | {"messages": messages(question)})
+        async with self._session.post(f"{self._url}/chat/completions", data=body) as response:
+            if not self._stream:
+                whole = read_body(await response.read())
+                self._count(whole.usage)
+                return read_answer(whole.choices[0].message.content).answer
+            text: list[str] = []
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    event = read_body(line[6:])
+                    if event.usage is not None:
+                        self._count(event.usage, len(text))
+                    elif content := event.choices[0].delta.content:
+                        text.append(content)
+            return read_answer("".join(text)).answer
+
+
+class ByBatcher(AbstractAsyncContextManager):
+    """`submit`, each answer as soon as it is there (*stream*) or with the whole reply."""
+
+    def __init__(self, url: str, size: int, *, stream: bool) -> None:
+        self._batcher = mb.Microbatcher(
+            mb.OpenAIChat(scene.MODEL, base_url=url, api_key=KEY),
+            policy=mb.FlushPolicy(max_batch_size=size, max_wait=FILL_S, idle="wait", max_output_tokens=scene.NO_LIMIT),
+            fallback=mb.FallbackPolicy(resolve="stream" if stream else "verified"),
+        )
+
+    @property
+    def counts(self) -> Counts:
+        stats = self._batcher.stats()
+        return Counts(stats.upstream_calls, stats.prompt_tokens, stats.completion_tokens)
+
+    async def __aenter__(self) -> Self:
+        await self._batcher.__aenter__()
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self._batcher.__aexit__(*raised)
+
+    async def ask(self, question: str) -> str:
+        return (await self._batcher.submit(messages(question), output_type=Label)).output
+
+    async def ask_alone(self, question: str) -> None:
+        await self._batcher.submit(messages(question), output_type=Label, priority="high")
+
+
+Client = OneCallEach | ByBatcher
+
+
+def client(url: str, way: Way, *, stream: bool) -> Client:
+    """Return the client of *way*, not open yet."""
+    if way.name == scene.SDK:
+        return BySdk(url, stream=stream)
+    return ByAiohttp(url, stream=stream) if way.name == scene.AIOHTTP else ByBatcher(url, way.size, stream=stream)
+
+
+WAYS = (Way(scene.SDK), Way(scene.AIOHTTP), *map(together, scene.SIZES))
+QUICK_WAYS = (Way(scene.SDK), Way(scene.AIOHTTP), together(4), together(scene.SIZE))
+QUANTILES = (0.5, 0.99)
+TARGETS = {"whole": 30.0, "streamed": 5.0}
+"""So many times less processor time than the SDK."""
+
+QUICK_PACE = 8.0
+"""In the short form the endpoint is so many times as fast, with as many times fewer calls at once: the load on the client is the same."""
 
 CATALOGUE = 2_400
 """Questions to go through, over and over."""
 
-PATIENCE = 1_800.0
 
-Sample = dict[str, Any]
-
-
-def ways(*, stream: bool, quick: bool) -> list[Way]:
-    several = [Way(SDK, by=SDK), Way(AIOHTTP, by=AIOHTTP), *map(together, QUICK_SIZES if quick else SIZES)]
-    # Hits are whole answers whatever the reply was.
-    return several if stream else [*several, Way(SDK_ZIPF, by=SDK, zipf=True), CACHED]
+def pace(quick: bool) -> float:
+    return QUICK_PACE if quick else 1.0
 
 
-def measure(found: Report, path: str | None, *, pace: float, seconds: float, rounds: int) -> None:
-    """Fill in the table of processor time.
-
-    Args:
-        found: What is filled in.
-        path: The products' file, or None.
-        pace: How many times as fast as the scene's the endpoint is. As many times fewer calls are under way at once, so that items
-            and events a second, and so the load of the processor, are the same.
-        seconds: How long callers come, of each way in each round.
-        rounds: How often each way has its turn.
-    """
-    at_once = max(1, round(AT_ONCE / pace))
-    first_token, rate = LATENCY.first_token / pace, LATENCY.tokens_per_second * pace
-    table = found.tables["client"] = Table(
-        f"The client's processor time, SIMULATED endpoint over real sockets: {first_token:g} s to the first token, {rate:g} tokens/s, "
-        f"{TOKENS} tokens of instructions, {at_once} calls at once, medians of {rounds} rounds",
-        [
-            Column("reply"),
-            Column("way"),
-            Column("items", ","),
-            Column("items/s", ",.0f"),
-            Column("CPU s for 1,000 items", ".3f"),
-            Column("less than the SDK, times", ".1f"),
-            Column("calls for 1,000 items", ",.1f"),
-            Column("tokens an item", ",.0f"),
-            Column("dollars for 1,000 items", ".3f"),
-            *(Column(f"p{share * 100:.0f} s", ".2f") for share in QUANTILES),
-        ],
-        notes=[
-            "Streamed replies come at one token an event, which is checked. Batches: as many callers as fill all calls, each of whom "
-            "asks again when answered; the times are from asking to the answer. Connections are open before the clock starts, and "
-            "what the loop of callers itself takes is in all figures. With Zipf, against the SDK over the same questions.",
-        ],
-    )
-    if pace != 1:
-        table.notes.append(
-            f"The endpoint is {pace:g} times as fast as in the scene, to be short, with as many times fewer calls at once: the load on "
-            "the client is the same, and only the waits are shorter."
-        )
-    with simulated_endpoint(first_token, rate) as url:
-        samples = measured(
-            play,
-            patience=PATIENCE,
-            url=url,
-            path=path,
-            quick=found.quick,
-            at_once=at_once,
-            seconds=seconds,
-            rounds=rounds,
-            seed=found.seed,
-        )
-    found.samples["client"] = samples
-    for kind, several in samples.items():
-        tell(table, kind, several)
+def measure(options: argparse.Namespace) -> dict[str, dict[str, list[Any]]]:
+    faster = pace(options.quick)
+    settings = {name: getattr(options, name) for name in ("quick", "seconds", "rounds", "seed")}
+    with simulated_endpoint(scene.LATENCY.first_token / faster, scene.LATENCY.tokens_per_second * faster) as url:
+        return measured(play, url=url, path=options.input, at_once=max(1, round(scene.AT_ONCE / faster)), **settings)
 
 
 async def play(
-    *, url: str, path: str | None, quick: bool, at_once: int, seconds: float, rounds: int, seed: int
-) -> dict[str, dict[str, list[Sample]]]:
+    *,
+    url: str,
+    path: str,
+    quick: bool,
+    at_once: int,
+    seconds: float,
+    rounds: int,
+    seed: int,
+) -> dict[str, dict[str, list[Any]]]:
     """Let the ways take turns; return the samples of each kind of reply and way."""
-    asked = {repeated: questions(path, CATALOGUE, seed, repeated=repeated) for repeated in (False, True)}
-    right = {text: simulated_answer(text, answer_type(Label).schema) for text in set(asked[False] + asked[True])}
-    samples: dict[str, dict[str, list[Sample]]] = {kind: {} for kind in TARGETS}
+    asked = questions(path, CATALOGUE, seed)
+    right = {text: simulated_answer(text, answer_type(Label).schema) for text in set(asked)}
+    samples: dict[str, dict[str, list[Any]]] = {kind: {} for kind in TARGETS}
     gc.collect()
-    gc.freeze()  # what is imported, the SDK most of all, is not looked through again and again for all
+    gc.freeze()  # what is imported, the SDK most of all, is not scanned again and again
     for _ in range(rounds):
         for kind in TARGETS:
-            stream = kind == STREAMED
-            for way in ways(stream=stream, quick=quick):
+            for way in QUICK_WAYS if quick else WAYS:
                 gc.collect()
-                async with client(url, way, stream=stream) as asking:
-                    sample = await loaded(asking, way, asked[way.zipf], right, at_once, seconds)
+                async with client(url, way, stream=kind == "streamed") as asking:
+                    await warm_up(asking, at_once, way.size)
+                    sample = await loaded(asking, at_once * way.size, asked, right, seconds)
                 samples[kind].setdefault(way.name, []).append(sample)
     return samples
 
 
 async def loaded(
-    asking: Client, way: Way, asked: list[str], right: dict[str, str], at_once: int, seconds: float
-) -> Sample:
-    """Keep *at_once* calls under way for *seconds*, then let them end; check every answer, after the clock."""
-    callers = at_once * way.size
-    await warm_up(asking, at_once, way.size)
+    asking: Client, callers: int, asked: list[str], right: dict[str, str], seconds: float
+) -> dict[str, Any]:
+    """Let *callers* ask for *seconds*, then let them end; check every answer, after the clock."""
     answers: list[tuple[str, str, float]] = []
-    # Hits would go round for ever: with a cache it is the number of items that is the same, not the time.
-    source = iter(asked[: at_once * SIZE]) if way.zipf else itertools.cycle(asked)
-    ends = time.perf_counter() + (PATIENCE if way.zipf else seconds)
+    source = itertools.cycle(asked)
+    ends = time.perf_counter() + seconds
 
     async def call() -> None:
         for question in source:
@@ -157,26 +271,26 @@ async def loaded(
             if now > ends:
                 break
 
-    before = asking.told
+    before = asking.counts
     with Stopwatch() as watch:
         async with asyncio.TaskGroup() as group:
             for _ in range(callers):
                 group.create_task(call())
-    told = asking.told.since(before)
+    counts = asking.counts.since(before)
     assert all(label == right[question] for question, label, _ in answers), "a wrong answer"
-    assert told.events in (0, told.completion_tokens), "the endpoint has not sent one token an event"
+    assert counts.events in (0, counts.completion_tokens), "the endpoint has not sent one token an event"
     waits = [wait for _, _, wait in answers]
     return {
         "items": len(answers),
         "wall": watch.wall,
         "cpu": watch.cpu,
-        **told._asdict(),
+        **counts._asdict(),
         "waits": [quantile(waits, share) for share in QUANTILES],
     }
 
 
 async def warm_up(asking: Client, at_once: int, size: int) -> None:
-    """Open the connections, by as many calls as there will be at once, and have a batch taken apart."""
+    """Open the connections, by as many calls as there will be at once, and have one batch answered."""
     numbers = itertools.count()
     async with asyncio.TaskGroup() as group:
         for _ in range(at_once):
@@ -185,51 +299,62 @@ async def warm_up(asking: Client, at_once: int, size: int) -> None:
             group.create_task(asking.ask(f"Product: sample {next(numbers)}"))
 
 
-def cpu_ms(sample: Sample) -> float:
+def cpu_ms(sample: dict[str, Any]) -> float:
     """Return the processor milliseconds of an item."""
     return sample["cpu"] / sample["items"] * 1000
 
 
-def tell(table: Table, kind: str, samples: dict[str, list[Sample]]) -> None:
-    for name, several in samples.items():
-        base = samples[SDK_ZIPF if name == CACHED.name else SDK]
-        less = [1 / ratio for ratio in ratios([*map(cpu_ms, several)], [*map(cpu_ms, base)])]
-        waits = [statistics.median(column) for column in zip(*(one["waits"] for one in several), strict=True)]
-        table.add(
-            kind,
-            name,
-            round(statistics.median(one["items"] for one in several)),
-            statistics.median(one["items"] / one["wall"] for one in several),
-            statistics.median(map(cpu_ms, several)),
-            None if several is base else statistics.median(less),
-            statistics.median(one["calls"] / one["items"] * 1000 for one in several),
-            statistics.median((one["prompt_tokens"] + one["completion_tokens"]) / one["items"] for one in several),
-            statistics.median(map(dollars, several)),
-            *waits,
-        )
-
-
-def dollars(sample: Sample) -> float:
-    """Return the price of 1,000 items."""
-    return PRICE.cost(Usage(sample["prompt_tokens"], sample["completion_tokens"])) / sample["items"] * 1000
-
-
-def findings(found: Report) -> list[str]:
-    rows = {(row[0], row[1]): row for row in found.tables["client"].rows}
-    said = []
-    for kind, target in TARGETS.items():
-        ours, sdk, raw = (rows[kind, name] for name in (together(SIZE).name, SDK, AIOHTTP))
-        said.append(
-            f"Client CPU, {kind} replies, batches of {SIZE}: {ours[4]:.3f} ms an item, {ours[5]:.1f} times less than the openai SDK one call "
-            f"each ({sdk[4]:.3f} ms); target {target:g} times less: {met(ours[5] >= target)}. {_beside_raw(ours[4], raw[4])}"
-        )
-    return said
-
-
-def _beside_raw(ours: float, raw: float) -> str:
-    if ours < raw:
-        return f"That is {raw / ours:.1f} times less than raw aiohttp ({raw:.3f} ms) as well."
-    return (
-        f"It is MORE than raw aiohttp takes, one call each ({raw:.3f} ms): every token is an event to be read, and an item has twice as "
-        "many tokens in a combined reply."
+def table(run: Run) -> Table:
+    faster = pace(run.quick)
+    table = Table(
+        f"Processor time of the client, SIMULATED endpoint over real sockets: {scene.LATENCY.first_token / faster:g} s to the first token, "
+        f"{scene.LATENCY.tokens_per_second * faster:g} tokens/s, {scene.TOKENS} tokens of instructions, {scene.AT_ONCE / faster:g} calls at once, medians of "
+        f"{run.options['rounds']} rounds",
+        "reply | way | items {:,} | items/s {:,.0f} | CPU s for 1,000 items {:.3f} | less than the SDK, times {:.1f}"
+        " | calls for 1,000 items {:,.1f} | tokens an item {:,.0f} | dollars for 1,000 items {:.3f} | p50 s {:.2f}"
+        " | p99 s {:.2f}",
+        "Streamed replies come at one token an event, which is checked. Batches: as many callers as fill all calls, each of whom asks "
+        "again when answered; times are from asking to the answer. Connections are open before the clock starts, and the loop of "
+        "callers itself is in all figures.",
     )
+    for kind, samples in run.samples["client"].items():
+        base = list(map(cpu_ms, samples[scene.SDK]))
+        for name, several in samples.items():
+            mine = list(map(cpu_ms, several))
+            table.add(
+                kind,
+                name,
+                round(median(one["items"] for one in several)),
+                median(one["items"] / one["wall"] for one in several),
+                median(mine),
+                None if name == scene.SDK else ratio(base, mine),
+                median(one["calls"] / one["items"] * 1000 for one in several),
+                median((one["prompt_tokens"] + one["completion_tokens"]) / one["items"] for one in several),
+                median(map(dollars, several)),
+                *(median(column) for column in zip(*(one["waits"] for one in several), strict=True)),
+            )
+    return table
+
+
+def dollars(sample: dict[str, Any]) -> float:
+    """Return the price of 1,000 items."""
+    return scene.PRICE.cost(mb.Usage(sample["prompt_tokens"], sample["completion_tokens"])) / sample["items"] * 1000
+
+
+def findings(table: Table) -> list[str]:
+    rows, found = table.by("reply", "way"), []
+    for kind, target in TARGETS.items():
+        ours, sdk, raw = (rows[kind, name] for name in (together(scene.SIZE).name, scene.SDK, scene.AIOHTTP))
+        less = ours["less than the SDK, times"]
+        mine, theirs, bare = (row["CPU s for 1,000 items"] for row in (ours, sdk, raw))
+        found.append(
+            f"Client CPU, {kind} replies, batches of {scene.SIZE}: {mine:.3f} ms an item, {less:.1f} times less than the openai SDK one call each "
+            f"({theirs:.3f} ms); target {target:g} times less {met(less >= target)}. "
+            + (
+                f"Raw aiohttp takes {bare:.3f} ms, one call each."
+                if mine < bare
+                else f"Raw aiohttp takes LESS, {bare:.3f} ms, one call each: every token is an event to be read, and an item has twice as "
+                "many tokens in a combined reply."
+            )
+        )
+    return found

@@ -1,4 +1,4 @@
-"""What happens in a batcher, told to whoever listens. Where nobody does, nothing is made and nothing is called."""
+"""Events of a batcher, and the hooks that receive them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ logger = logging.getLogger("microbatch")
 
 
 class Flushed(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch, or a request alone, has left its queue; `on_flush` gets it.
+    """The event of `on_flush`: a batch, or a request alone, has left its queue.
 
     Attributes:
-        reason: Why: the reason of the flush, or that for which a request goes alone.
-        size: Requests in it.
-        model: The model asked for, None for the transport's own.
+        reason: The reason of the flush, or why a request goes alone.
+        size: Number of requests.
+        model: The model asked for; None for the transport's own.
         priority: Their priority.
         waited: Seconds that the oldest of them waited.
     """
@@ -34,25 +34,25 @@ class Flushed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Called(msgspec.Struct, frozen=True, kw_only=True):
-    """A call has ended, its repeated attempts included; `on_call` gets it.
+    """The event of `on_call`: a call has ended, its repeated attempts included.
 
     Attributes:
-        route: What it was: "batch", "single" or "fallback".
-        size: Requests it carried.
+        route: "batch", "single" or "fallback".
+        size: Number of requests.
         model: The model that answered, else the one asked for; None if neither is known.
-        requested_model: The model asked for, None if neither the caller nor the transport named one.
+        requested_model: The model asked for; None if neither the caller nor the transport named one.
         duration: Seconds from its first attempt to its end.
-        first_text: Seconds until the first text came; None if none did.
-        attempts: HTTP attempts.
-        streamed: Whether it was asked to be streamed.
-        max_tokens: Most tokens it was to generate, or None.
+        first_text: Seconds until the first text; None if there was none.
+        attempts: Number of HTTP attempts.
+        streamed: Whether a stream was asked for.
+        max_tokens: The limit on generated tokens, or None.
         temperature: As asked for, or None.
-        usage: What the endpoint reported, or None.
-        cost_usd: The price of that in US dollars, or None.
+        usage: The usage that the endpoint reported, or None.
+        cost_usd: Its price in US dollars, or None.
         finish_reason: Why the model stopped, or None.
-        request_id: The endpoint's id of it, or None.
-        error: What it ended with, or None.
-        origins: What `on_submit` returned for each request it carried.
+        request_id: The endpoint's id of the call, or None.
+        error: The error it ended with, or None.
+        origins: What `on_submit` returned for each request.
     """
 
     route: Route
@@ -74,17 +74,17 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):
-    """A request has ended; `on_settle` gets it.
+    """The event of `on_settle`: a request has ended.
 
     Attributes:
         route: How the answer came; None if there is none.
-        error: What it ended with; None if it was answered, or its caller left.
+        error: The error it ended with; None if it was answered, or its caller left.
         model: The model that answered, else the one asked for; None if neither is known.
         priority: Its priority.
         waited: Seconds until the call that answered was sent.
         latency: Seconds from submit to the end.
-        batch_size: Requests in the call that answered.
-        usage: Its share of the tokens, an estimate where the call has not ended.
+        batch_size: Number of requests in the call that answered.
+        usage: Its share of the tokens; an estimate if the call has not ended.
         cost_usd: The price of that in US dollars, or None.
         origin: What `on_submit` returned for it.
     """
@@ -102,14 +102,14 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Listeners:
-    """Who listens.
+    """The hooks of a batcher. A method that no hook has is None here, so that its events need not be built.
 
     Args:
         hooks: Objects with any of the methods `on_submit`, `on_flush`, `on_call` and `on_settle`.
 
     Attributes:
-        submit: Returns what hooks want to keep of a caller, asked in the caller's own context; None if none wants anything.
-        flush: Takes `Flushed`; None if nobody listens, and so for the next two.
+        submit: Returns what the hooks want to keep of a caller, called in the caller's context.
+        flush: Takes `Flushed`.
         call: Takes `Called`.
         settle: Takes `Settled`.
     """
@@ -119,48 +119,45 @@ class Listeners:
         captures = [getattr(hook, "on_submit", None) for hook in hooks]
         self.submit: Callable[[], Any] | None = None
         if any(captures):
-            self.submit = lambda: tuple(None if capture is None else _ask(capture) for capture in captures)
-        self.flush: Callable[[Flushed], None] | None = _teller(_methods(hooks, "on_flush"))
-        self.call: Callable[[Called], None] | None = _teller(_methods(hooks, "on_call"), self._own_origins)
-        self.settle: Callable[[Settled], None] | None = _teller(_methods(hooks, "on_settle"), self._own_origin)
-
-    @staticmethod
-    def _own_origins(event: Called, position: int) -> Called:
-        """Give each hook what it has returned itself."""
-        origins = tuple(origin[position] for origin in event.origins if origin is not None)
-        return msgspec.structs.replace(event, origins=origins)
-
-    @staticmethod
-    def _own_origin(event: Settled, position: int) -> Settled:
-        origin = None if event.origin is None else event.origin[position]
-        return msgspec.structs.replace(event, origin=origin)
+            self.submit = lambda: tuple(None if capture is None else _call(capture) for capture in captures)
+        self.flush: Callable[[Flushed], None] | None = _sender(hooks, "on_flush")
+        self.call: Callable[[Called], None] | None = _sender(hooks, "on_call", _own_origins)
+        self.settle: Callable[[Settled], None] | None = _sender(hooks, "on_settle", _own_origin)
 
 
-def _methods(hooks: list[object], name: str) -> list[tuple[int, Callable[[Any], object]]]:
-    found = ((position, getattr(hook, name, None)) for position, hook in enumerate(hooks))
-    return [(position, method) for position, method in found if method is not None]
+def _own_origins(event: Called, position: int) -> Called:
+    """Return *event* with the origins that the hook at *position* returned itself."""
+    origins = tuple(origin[position] for origin in event.origins if origin is not None)
+    return msgspec.structs.replace(event, origins=origins)
 
 
-def _teller(
-    methods: list[tuple[int, Callable[[Any], object]]], own: Callable[[Any, int], Any] | None = None
+def _own_origin(event: Settled, position: int) -> Settled:
+    origin = None if event.origin is None else event.origin[position]
+    return msgspec.structs.replace(event, origin=origin)
+
+
+def _sender(
+    hooks: list[object], name: str, own: Callable[[Any, int], Any] | None = None
 ) -> Callable[[Any], None] | None:
+    """Return a function that passes an event to the method *name* of all hooks; None if no hook has it."""
+    found = [(position, getattr(hook, name, None)) for position, hook in enumerate(hooks)]
+    methods = [(position, method) for position, method in found if method is not None]
     if not methods:
         return None
 
-    def tell(event: Any) -> None:
+    def send(event: Any) -> None:
         for position, method in methods:
-            mine = event if own is None else own(event, position)
-            _ask(method, mine)
+            _call(method, event if own is None else own(event, position))
 
-    return tell
+    return send
 
 
-def _ask(hook: Callable[..., Any], *told: Any) -> Any:
-    """Return what *hook* returns; whatever it raises is logged, and fails nobody."""
+def _call(hook: Callable[..., Any], *event: Any) -> Any:
+    """Return what *hook* returns; an error is logged and goes no further."""
     try:
-        return hook(*told)
+        return hook(*event)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a Rust panic is no Exception
-        logger.warning("a hook raised %s; what it was told is lost to it", type(error).__name__, exc_info=error)
+        logger.warning("a hook raised %s; it has missed an event", type(error).__name__, exc_info=error)
         return None

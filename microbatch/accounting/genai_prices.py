@@ -1,4 +1,4 @@
-"""Prices of many providers' models from the genai-prices package, extra `prices`."""
+"""List prices of many providers' models from the genai-prices package, extra `prices`."""
 
 from __future__ import annotations
 
@@ -13,30 +13,22 @@ if TYPE_CHECKING:
 
 
 def genai_prices(own: Mapping[str, Price] | None = None) -> GenaiPrices:
-    """Return what knows the list prices of some thousand models, for `Microbatcher(prices=genai_prices())`.
+    """Return a function from model names to list prices, for `Microbatcher(prices=genai_prices())`.
 
-    The data is that of the installed genai-prices package: nothing is downloaded, so a newer release of it has newer prices.
-    Prices are a model's standard ones as of the moment at which it is first seen. Where a price rises with the length of the
-    prompt it is that of short ones, so very long prompts cost more than is told.
+    The data is that of the installed genai-prices package; nothing is downloaded. Prices are a model's standard ones at the time it
+    is first seen. Where they rise with the length of the prompt they are those of short prompts, so very long ones cost more.
 
     Args:
-        own: Prices of one's own, in US dollars per million tokens; they come first. None for none.
+        own: Prices that take precedence, by model name; None for none.
 
     Raises:
-        ConfigError: The package is not installed, or `own` holds something else than names and `Price`s.
+        ConfigError: The package is not installed, or `own` is no mapping from names to `Price`s.
     """
     return GenaiPrices({} if own is None else own)
 
 
 class GenaiPrices:
-    """Finds a model's price in a table of the user's, then among those of genai-prices.
-
-    Args:
-        own: The table; copied.
-
-    Raises:
-        ConfigError: The package is not installed, or `own` is no table of prices.
-    """
+    """Prices from a table of the user, then from genai-prices; see `genai_prices`."""
 
     def __init__(self, own: Mapping[str, Price]) -> None:
         self._own = checked(own)
@@ -51,7 +43,7 @@ class GenaiPrices:
         self._package = genai_prices
 
     def __call__(self, model: str) -> Price | None:
-        """Return the price of *model*, or None if nobody knows it. A name may say whose it is: `anthropic/claude-sonnet-4-5`."""
+        """Return the price of *model*, or None. The name may contain the provider: `anthropic/claude-sonnet-4-5`."""
         price = look_up(self._own, model)
         if price is not None:
             return price
@@ -71,11 +63,11 @@ class GenaiPrices:
         return Price(paid, generated, _base(found.cache_read_mtok))
 
     def __repr__(self) -> str:
-        """Tell how many prices are the user's own."""
+        """Return the number of the user's prices."""
         return f"genai_prices(own=<{len(self._own)}>)"
 
 
 def _base(price: Any) -> float | None:
-    """Return a price as a number: of a tiered one, that of the first tier."""
+    """Return a price as a number; that of the first tier if it is tiered."""
     price = getattr(price, "base", price)
     return None if price is None else float(price)

@@ -1,4 +1,4 @@
-"""What a batcher did in the last minute, for people who watch it."""
+"""Figures of a batcher over the last minute, for a dashboard."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from microbatch.accounting.events import Called, Settled
 
 WINDOW: Final = 60.0
-"""Seconds that figures look back."""
+"""Seconds that recent figures cover."""
 
 MOST_KEPT: Final = 4_096
-"""Most requests, and most calls, that are looked back on; of more than that in a window, it is the latest."""
+"""Maximum number of requests, and of calls, that recent figures cover: the latest ones."""
 
 _SIZES: Final = (*range(1, 17), 32, 64, 128, 256, 512, 1_024)
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """Recent figures; a snapshot that never changes.
+    """Recent figures; an immutable snapshot. Latencies are None if there were none.
 
     Attributes:
-        window: Seconds that the recent figures look back; less than a minute after the start, or with very many requests.
+        window: Seconds that the recent figures cover; less than a minute after the start, or with very many requests.
         requests_per_second: Answered requests in that time.
-        latency_p50: Seconds from submit to the answer that half of them needed at most; None if there were none, and so below.
-        latency_p99: Seconds that 99 of 100 needed at most.
-        call_p50: Seconds that half of the calls took at most.
-        call_p99: Seconds that 99 of 100 calls took at most.
-        batch_sizes: Calls by how many requests they carried, as pairs of the largest size counted and how many, in order of size; from
-            the start. What is larger than the last is counted there.
-        routes: Answered requests by route, from the start.
-        errors: Failed requests by the kind of error, from the start.
+        latency_p50: Median seconds from submit to the answer.
+        latency_p99: 99th percentile of the same.
+        call_p50: Median seconds of calls.
+        call_p99: 99th percentile of the same.
+        batch_sizes: Calls since the start by their number of requests: pairs of the largest size counted and how many, in order of
+            size. Larger calls are counted in the last pair.
+        routes: Answered requests since the start, by route.
+        errors: Failed requests since the start, by class of error.
     """
 
     window: float
@@ -52,28 +52,28 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveFigures:
-    """Keeps what `Live` tells; one of the `hooks` of a `Microbatcher`. Its memory is bounded: under 1 MB.
+    """Hooks of a `Microbatcher` that collect the figures of `Live`, in less than 1 MB.
 
     Args:
-        now: Tells the time in seconds.
+        now: Returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._started = now()
-        self._latencies: deque[tuple[float, float]] = deque(maxlen=MOST_KEPT)  # when, and how long
+        self._latencies: deque[tuple[float, float]] = deque(maxlen=MOST_KEPT)  # end, duration
         self._calls: deque[tuple[float, float]] = deque(maxlen=MOST_KEPT)
         self._sizes = [0] * len(_SIZES)
         self._routes = Counter[str]()
         self._errors = Counter[str]()
 
     def on_call(self, event: Called) -> None:
-        """Keep how large a call was, and how long it took."""
+        """Record the size and the duration of a call."""
         self._sizes[min(bisect_left(_SIZES, event.size), len(_SIZES) - 1)] += 1
         self._calls.append((self._now(), event.duration))
 
     def on_settle(self, event: Settled) -> None:
-        """Keep how a request ended, and when."""
+        """Record how a request ended, and when."""
         if event.error is not None:
             self._errors[type(event.error).__name__] += 1
         elif event.route is not None:
@@ -86,7 +86,7 @@ class LiveFigures:
         start = max(self._started, now - WINDOW)
         latencies = _since(start, self._latencies)
         if len(latencies) == MOST_KEPT:
-            start = self._latencies[0][0]  # all that is kept is recent, and there was more before it
+            start = self._latencies[0][0]  # there were more before it
         window = now - start
         calls = _since(now - WINDOW, self._calls)
         return Live(
@@ -103,7 +103,7 @@ class LiveFigures:
 
 
 def _since(start: float, kept: deque[tuple[float, float]]) -> list[float]:
-    """Return how long those took that ended at *start* or later, the quickest first."""
+    """Return the durations of those that ended at *start* or later, in ascending order."""
     return sorted(seconds for when, seconds in kept if when >= start)
 
 

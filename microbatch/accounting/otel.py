@@ -1,8 +1,8 @@
-"""What happens in a batcher as OpenTelemetry spans and metrics, under the names of its conventions for generative AI.
+"""OpenTelemetry spans and metrics of a batcher, under the names of the semantic conventions for generative AI.
 
-Those are still in development, and no package holds their names as they are now; hence the constants. They are as of October 2026
+The conventions are in development, and no package holds their current names, hence the constants. They are as of October 2026
 (open-telemetry/semantic-conventions-genai), when `gen_ai.client.operation.duration` and `time_to_first_chunk` had become those of
-`gen_ai.client.inference` (#521), and counters had taken the place of the histogram `gen_ai.client.token.usage` (#374).
+`gen_ai.client.inference` (#521), and counters had replaced the histogram `gen_ai.client.token.usage` (#374).
 """
 
 from __future__ import annotations
@@ -14,38 +14,20 @@ from microbatch.errors import ConfigError
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.metrics import Meter, MeterProvider
-    from opentelemetry.trace import SpanContext, TracerProvider
+    from opentelemetry.trace import Link, SpanContext, SpanKind, TracerProvider
 
     from microbatch.accounting.events import Called, Flushed, Settled
 
     Attributes = dict[str, str | int | float | bool | list[str]]
 
-OPERATION: Final = "gen_ai.operation.name"
-PROVIDER: Final = "gen_ai.provider.name"
 REQUEST_MODEL: Final = "gen_ai.request.model"
-REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
-REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
-REQUEST_STREAM: Final = "gen_ai.request.stream"
 RESPONSE_MODEL: Final = "gen_ai.response.model"
-RESPONSE_ID: Final = "gen_ai.response.id"
-RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
-RESPONSE_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
-USAGE_INPUT: Final = "gen_ai.usage.input_tokens"
-USAGE_OUTPUT: Final = "gen_ai.usage.output_tokens"
-USAGE_CACHE_READ: Final = "gen_ai.usage.cache_read.input_tokens"
-TOKEN_MODALITY: Final = "gen_ai.token.modality"  # noqa: S105 as it is no password
 ERROR_TYPE: Final = "error.type"
-SERVER_ADDRESS: Final = "server.address"
-SERVER_PORT: Final = "server.port"
 BATCH_SIZE: Final = "microbatch.batch.size"
 ROUTE: Final = "microbatch.route"
-ATTEMPTS: Final = "microbatch.attempts"
 COST: Final = "microbatch.cost_usd"
-OUTCOME: Final = "microbatch.outcome"
-PRIORITY: Final = "microbatch.priority"
-FLUSH_REASON: Final = "microbatch.flush.reason"
-WAITED: Final = "microbatch.waited"
 
 _CHAT: Final = "chat"
 _NANOSECONDS: Final = 1_000_000_000
@@ -55,17 +37,17 @@ _SIZE_BUCKETS: Final = [2**power for power in range(10)]
 
 
 class OpenTelemetryHooks:
-    """Tells OpenTelemetry of calls and requests; one of the `hooks` of a `Microbatcher`, or of several.
+    """Hooks of one or several `Microbatcher`s that record spans and metrics.
 
-    Each call is one CLIENT span, in a trace of its own: it belongs to many callers, so it is linked to the span of each and a child of
-    none. Spans and metrics hold names, sizes, tokens and times, and never a message, an answer, a header or the words of an error.
+    Each call is one CLIENT span in a trace of its own: it belongs to many callers, so it has a link to the span of each and no parent.
+    Spans and metrics hold names, sizes, tokens and times, and never a message, an answer, a header or the words of an error.
 
     Args:
-        tracer_provider: Where spans go; None for the global one.
-        meter_provider: Where metrics go; None for the global one.
-        provider_name: Who answers, in the words of the conventions: "openai", "deepseek", "mistral_ai", ...
-        server_address: The host of the endpoint, or None to leave it out.
-        server_port: Its port; told only with `server_address`.
+        tracer_provider: Provider of the tracer; None for the global one.
+        meter_provider: Provider of the meter; None for the global one.
+        provider_name: The endpoint's provider, as the conventions name it: "openai", "deepseek", "mistral_ai", ...
+        server_address: Host of the endpoint, or None to leave it out.
+        server_port: Its port; recorded only with `server_address`.
         submit_spans: Whether each request is a span as well, `microbatch.submit`, a child of its caller's: how long it waited, and by
             which route its answer came. There is none for a caller without a span, or with one that is not sampled.
 
@@ -94,104 +76,101 @@ class OpenTelemetryHooks:
         self._tracer = trace.get_tracer("microbatch", tracer_provider=tracer_provider)
         self._metrics = _Metrics(metrics.get_meter("microbatch", meter_provider=meter_provider))
         self._submit_spans = submit_spans
-        self._common: Attributes = {OPERATION: _CHAT, PROVIDER: provider_name}
+        self._common: Attributes = {"gen_ai.operation.name": _CHAT, "gen_ai.provider.name": provider_name}
         if server_address is not None:
-            self._common |= {SERVER_ADDRESS: server_address, SERVER_PORT: server_port}
+            self._common |= {"server.address": server_address, "server.port": server_port}
 
     def on_submit(self) -> SpanContext | None:
-        """Return the identity of the caller's span, None if it has none."""
+        """Return the context of the caller's span, None if it has none."""
         context = self._trace.get_current_span().get_span_context()
         return context if context.is_valid else None
 
     def on_flush(self, event: Flushed) -> None:
         """Count a flush."""
-        self._metrics.flushes.add(1, {FLUSH_REASON: event.reason})
+        self._metrics.flushes.add(1, {"microbatch.flush.reason": event.reason})
 
     def on_call(self, event: Called) -> None:
-        """Make the span of a call, and count what it took."""
-        # Without a reason to stop there was no whole reply, and the model is the one that was asked.
+        """Record the span and the metrics of a call."""
+        # Without a finish reason there was no complete reply, and the model is the one that was asked.
         answered_by = None if event.finish_reason is None else event.model
         of_call = _known({REQUEST_MODEL: event.requested_model, RESPONSE_MODEL: answered_by})
         failure = _known({ERROR_TYPE: _kind(event.error)})
-        self._trace_call(event, self._common | of_call | failure)
-        self._metrics.count_call(event, self._common | of_call, failure)
-
-    def _trace_call(self, event: Called, attributes: Attributes) -> None:
-        trace = self._trace
-        # The wall clock, which spans are dated by; they have to say when something was, not only how long it took.
-        end = time.time_ns()
-        # A caller may have many requests in one batch, and one link to it says all.
+        # A caller may have many requests in one batch, and needs one link.
         callers = {(origin.trace_id, origin.span_id): origin for origin in event.origins if origin is not None}
-        span = self._tracer.start_span(
+        self._span(
             f"{_CHAT} {event.requested_model}" if event.requested_model else _CHAT,
             self._root,
-            trace.SpanKind.CLIENT,
-            attributes | _of_span(event),
-            # Given here and not added later: this is what samplers see.
-            [trace.Link(caller) for caller in callers.values()],
-            end - int(event.duration * _NANOSECONDS),
+            self._trace.SpanKind.CLIENT,
+            self._common | of_call | failure | _of_span(event),
+            event.duration,
+            event.error,
+            [self._trace.Link(caller) for caller in callers.values()],
         )
-        if event.error is not None:
-            span.set_status(trace.StatusCode.ERROR)  # without a description: an endpoint's words may quote a prompt
-        span.end(end)
+        self._metrics.count_call(event, self._common | of_call, failure)
 
     def on_settle(self, event: Settled) -> None:
-        """Count a request and, if asked to, make its span."""
+        """Record the metrics of a request and, with `submit_spans`, its span."""
         attributes = _known(
             {
                 ROUTE: event.route,
-                OUTCOME: "failed" if event.error else "cancelled" if event.route is None else "answered",
-                PRIORITY: event.priority,
+                "microbatch.outcome": "failed" if event.error else "cancelled" if event.route is None else "answered",
+                "microbatch.priority": event.priority,
                 ERROR_TYPE: _kind(event.error),
             }
         )
         self._metrics.count_request(event, attributes)
-        if self._submit_spans and event.origin is not None and event.origin.trace_flags.sampled:
-            self._trace_request(event, attributes)
-
-    def _trace_request(self, event: Settled, attributes: Attributes) -> None:
-        trace = self._trace
-        end = time.time_ns()
-        span = self._tracer.start_span(
-            "microbatch.submit",
-            trace.set_span_in_context(trace.NonRecordingSpan(event.origin), self._root),
-            trace.SpanKind.INTERNAL,
-            attributes
-            | _known(
-                {
-                    WAITED: event.waited,
-                    BATCH_SIZE: event.batch_size,
-                    COST: event.cost_usd,
-                    RESPONSE_MODEL: None if event.route is None else event.model,
-                }
-            ),
-            None,
-            end - int(event.latency * _NANOSECONDS),
+        if not self._submit_spans or event.origin is None or not event.origin.trace_flags.sampled:
+            return
+        attributes = attributes | _known(
+            {
+                "microbatch.waited": event.waited,
+                BATCH_SIZE: event.batch_size,
+                COST: event.cost_usd,
+                RESPONSE_MODEL: None if event.route is None else event.model,
+            }
         )
-        if event.error is not None:
-            span.set_status(trace.StatusCode.ERROR)
+        parent = self._trace.set_span_in_context(self._trace.NonRecordingSpan(event.origin), self._root)
+        self._span(
+            "microbatch.submit", parent, self._trace.SpanKind.INTERNAL, attributes, event.latency, event.error, None
+        )
+
+    def _span(
+        self,
+        name: str,
+        parent: Context,
+        kind: SpanKind,
+        attributes: Attributes,
+        duration: float,
+        error: Exception | None,
+        links: list[Link] | None,
+    ) -> None:
+        """Record a span of *duration* seconds that ends now."""
+        end = time.time_ns()  # spans are dated by the wall clock
+        # Links and attributes are given here and not added later, so that samplers see them.
+        span = self._tracer.start_span(name, parent, kind, attributes, links, end - int(duration * _NANOSECONDS))
+        if error is not None:
+            span.set_status(
+                self._trace.StatusCode.ERROR
+            )  # without a description: an endpoint's words may quote a prompt
         span.end(end)
 
 
 class _Metrics:
-    """The instruments.
-
-    Args:
-        meter: Makes them.
-    """
+    """The instruments of a meter."""
 
     def __init__(self, meter: Meter) -> None:
-        usage, operation = "gen_ai.client.inference.usage", "gen_ai.client.inference.operation"
-
-        def tokens(name: str, of: str) -> Any:
-            return meter.create_counter(f"{usage}.{name}", "{token}", f"The number of {of} tokens used.")
+        counter = meter.create_counter
 
         def histogram(name: str, unit: str, description: str, buckets: list[Any]) -> Any:
             return meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
 
-        self._input = tokens("input_tokens", "input")
-        self._output = tokens("output_tokens", "output")
-        self._cache_read = tokens("cache_read.input_tokens", "cached input")
+        inference = "gen_ai.client.inference"
+        usage, operation = f"{inference}.usage", f"{inference}.operation"
+        self._input = counter(f"{usage}.input_tokens", "{token}", "The number of input tokens used.")
+        self._output = counter(f"{usage}.output_tokens", "{token}", "The number of output tokens used.")
+        self._cache_read = counter(
+            f"{usage}.cache_read.input_tokens", "{token}", "The number of cached input tokens used."
+        )
         self._inputs = histogram(
             f"{operation}.input_tokens", "{token}", "Input tokens used per inference operation.", _TOKEN_BUCKETS
         )
@@ -199,26 +178,25 @@ class _Metrics:
             f"{operation}.output_tokens", "{token}", "Output tokens used per inference operation.", _TOKEN_BUCKETS
         )
         self._duration = histogram(
-            "gen_ai.client.inference.duration", "s", "GenAI client inference operation duration.", _SECOND_BUCKETS
+            f"{inference}.duration", "s", "GenAI client inference operation duration.", _SECOND_BUCKETS
         )
         self._first_chunk = histogram(
-            "gen_ai.client.inference.time_to_first_chunk", "s", "Time to receive the first chunk.", _SECOND_BUCKETS
+            f"{inference}.time_to_first_chunk", "s", "Time to receive the first chunk.", _SECOND_BUCKETS
         )
         self._batch_size = histogram("microbatch.batch.size", "{request}", "Requests in a call.", _SIZE_BUCKETS)
-        self._attempts = meter.create_counter("microbatch.call.attempts", "{attempt}", "HTTP attempts of calls.")
-        self._cost = meter.create_counter("microbatch.cost", "{USD}", "Price of the tokens that calls used.")
-        self._requests = meter.create_counter("microbatch.requests", "{request}", "Requests that have ended.")
+        self._attempts = counter("microbatch.call.attempts", "{attempt}", "HTTP attempts of calls.")
+        self._cost = counter("microbatch.cost", "{USD}", "Price of the tokens that calls used.")
+        self._requests = counter("microbatch.requests", "{request}", "Requests that have ended.")
         self._waited = histogram(
             "microbatch.request.wait", "s", "Time from submit until the call that answered was sent.", _SECOND_BUCKETS
         )
         self._latency = histogram("microbatch.request.duration", "s", "Time from submit to the end.", _SECOND_BUCKETS)
-        self.flushes = meter.create_counter("microbatch.flushes", "{flush}", "Batches and single requests that left.")
+        self.flushes = counter("microbatch.flushes", "{flush}", "Batches and single requests that left.")
 
     def count_call(self, event: Called, common: Attributes, failure: Attributes) -> None:
-        """Count a call that has ended."""
         usage = event.usage if event.usage is not None else Usage()
-        # Endpoints do not tell text from other tokens, and guesses would not add up.
-        unknown = common | {TOKEN_MODALITY: "unknown"}
+        # Endpoints do not distinguish text from other tokens, and guesses would not add up.
+        unknown = common | {"gen_ai.token.modality": "unknown"}
         self._input.add(usage.prompt_tokens, unknown)
         self._output.add(usage.completion_tokens, unknown)
         self._cache_read.add(usage.cached_tokens, unknown)
@@ -235,7 +213,6 @@ class _Metrics:
             self._cost.add(event.cost_usd, route)
 
     def count_request(self, event: Settled, attributes: Attributes) -> None:
-        """Count a request that has ended."""
         self._requests.add(1, attributes)
         self._latency.record(event.latency, attributes)
         if event.route is not None:
@@ -243,32 +220,32 @@ class _Metrics:
 
 
 def _of_span(event: Called) -> Attributes:
-    """Return what only a span tells of a call: what is different for each, or asked for by few."""
+    """Return the attributes that are only on spans of calls: those with many values, or rarely queried."""
     usage = event.usage
     return _known(
         {
-            REQUEST_MAX_TOKENS: event.max_tokens,
-            REQUEST_TEMPERATURE: event.temperature,
-            REQUEST_STREAM: event.streamed or None,
-            RESPONSE_ID: event.request_id,
-            RESPONSE_FINISH_REASONS: None if event.finish_reason is None else [event.finish_reason],
-            RESPONSE_FIRST_CHUNK: event.first_text if event.streamed else None,
-            USAGE_INPUT: None if usage is None else usage.prompt_tokens,
-            USAGE_OUTPUT: None if usage is None else usage.completion_tokens,
-            USAGE_CACHE_READ: None if usage is None else usage.cached_tokens,
+            "gen_ai.request.max_tokens": event.max_tokens,
+            "gen_ai.request.temperature": event.temperature,
+            "gen_ai.request.stream": event.streamed or None,
+            "gen_ai.response.id": event.request_id,
+            "gen_ai.response.finish_reasons": None if event.finish_reason is None else [event.finish_reason],
+            "gen_ai.response.time_to_first_chunk": event.first_text if event.streamed else None,
+            "gen_ai.usage.input_tokens": None if usage is None else usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": None if usage is None else usage.completion_tokens,
+            "gen_ai.usage.cache_read.input_tokens": None if usage is None else usage.cached_tokens,
             BATCH_SIZE: event.size,
             ROUTE: event.route,
-            ATTEMPTS: event.attempts,
+            "microbatch.attempts": event.attempts,
             COST: event.cost_usd,
         }
     )
 
 
 def _kind(error: Exception | None) -> str | None:
-    """Return the name of the kind of *error*, of which there are few; those of ours are in `microbatch.errors`."""
+    """Return the class name of *error*, of which there are few."""
     return None if error is None else type(error).__name__
 
 
 def _known(values: dict[str, Any]) -> Attributes:
-    """Return *values* without what is None."""
+    """Return *values* without those that are None."""
     return {name: value for name, value in values.items() if value is not None}

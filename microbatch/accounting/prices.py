@@ -1,4 +1,4 @@
-"""What tokens cost, in US dollars."""
+"""Prices of tokens, in US dollars."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from microbatch.errors import ConfigError
 from microbatch.policy import at_least
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from microbatch.messages import Usage
 
-_log = logging.getLogger("microbatch")
+logger = logging.getLogger("microbatch")
 
 _PER_MILLION: Final = 1_000_000
-
-_MAX_REMEMBERED: Final = 1_024
-"""Models whose price is remembered: callers may name them freely, so memory must not grow with the names."""
+_MAX_REMEMBERED: Final = 1_024  # callers may make up model names, so memory must not grow with them
 
 
 class Price(msgspec.Struct, frozen=True):
@@ -34,7 +30,7 @@ class Price(msgspec.Struct, frozen=True):
     Attributes:
         input: US dollars per million prompt tokens.
         output: US dollars per million generated tokens, reasoning included.
-        cached_input: US dollars per million prompt tokens that the provider read from its prefix cache; None: as `input`.
+        cached_input: US dollars per million prompt tokens read from the provider's prefix cache; None for the price of `input`.
 
     Raises:
         ConfigError: A price is no number, negative, NaN or infinite.
@@ -52,8 +48,8 @@ class Price(msgspec.Struct, frozen=True):
                 raise ConfigError(f"{name} must be a finite number, got {price!r}")
 
     def cost(self, usage: Usage) -> float:
-        """Return what *usage* costs, in US dollars."""
-        # Some endpoints report more cached tokens than prompt tokens; nobody is paid for using a cache.
+        """Return the price of *usage* in US dollars."""
+        # Some endpoints report more cached tokens than prompt tokens.
         cached = min(usage.cached_tokens, usage.prompt_tokens)
         cached_price = self.input if self.cached_input is None else self.cached_input
         dollars = (
@@ -83,64 +79,75 @@ PRICES: Final[Mapping[str, Price]] = MappingProxyType(
         "gpt-3.5-turbo": Price(0.50, 1.50),
     }
 )
-"""List prices of well-known OpenAI models, US dollars per million tokens.
+"""List prices of well-known OpenAI models, without discounts (batch, flex), cache writes and regional surcharges.
 
-A convenience, not a promise: prices change, and discounts (batch, flex), cache writes and regional surcharges are not in it. What
-a user gives as `prices` wins.
+Prices change; those that a user gives take precedence.
 """
 
 _DATE = re.compile(r"-\d{4}-\d{2}-\d{2}\Z")
 
 
-def _names(model: str) -> Iterator[str]:
-    """Yield the names a price may be filed under, the most specific first.
+def look_up(table: Mapping[str, Price], model: str) -> Price | None:
+    """Return the price of *model* in *table* under the most specific of its names, or None.
 
-    Never a mere prefix: gpt-4.1-mini must not be priced as gpt-4.1.
+    The names are the model's own and those without a trailing -YYYY-MM-DD and a leading "openai/". A prefix is not enough:
+    gpt-4.1-mini must not be priced as gpt-4.1.
     """
     plain = model.removeprefix("openai/")
-    yield model
-    yield _DATE.sub("", model)
-    yield plain
-    yield _DATE.sub("", plain)
+    names = (model, _DATE.sub("", model), plain, _DATE.sub("", plain))
+    return next((table[name] for name in names if name in table), None)
 
 
-def look_up(table: Mapping[str, Price], model: str) -> Price | None:
-    """Return the price of *model* in *table* under the most specific of its names, or None."""
-    return next((table[name] for name in _names(model) if name in table), None)
+def checked(prices: object) -> dict[str, Price]:
+    """Return a copy of a user's table.
+
+    Raises:
+        ConfigError: It is no mapping from names to `Price`s.
+    """
+    if not isinstance(prices, Mapping):
+        raise ConfigError(f"prices must be a mapping, a function or None, got {type(prices).__name__}")
+    table: dict[str, Price] = {}
+    for model, price in cast("Mapping[object, object]", prices).items():
+        if not isinstance(model, str):
+            raise ConfigError(f"prices must be filed under model names, got {model!r}")
+        if not isinstance(price, Price):
+            raise ConfigError(f"the price of {model!r} must be a Price, got {type(price).__name__}")
+        table[model] = price
+    return table
 
 
 class PriceBook:
-    """Finds the price of a model: the user's own first, then the built-in `PRICES`.
+    """The prices of models: the user's first, then the built-in `PRICES`; see `look_up`.
 
-    A name is looked up as it is, without a trailing -YYYY-MM-DD, and without a leading "openai/". The first model without a price
-    is logged, once in the book's life.
+    The first model without a price is logged once.
 
     Args:
-        prices: A table (copied here, so later changes to it do not count), or a function that takes a model name and returns its
-            price or None; None uses the built-in table alone.
+        prices: A table (copied), or a function that takes a model name and returns its price or None; None for the built-in table
+            alone.
 
     Raises:
-        ConfigError: `prices` is neither, or the table holds something else than names and `Price`s.
+        ConfigError: `prices` is neither, or the table contains something else than names and `Price`s.
     """
 
     def __init__(self, prices: Prices | None = None) -> None:
-        self._ask: Callable[[str], object] | None = None
-        self._table: dict[str, Price] = {}
-        if callable(prices):
-            self._ask = prices
-        elif prices is not None:
-            self._table = checked(prices)
+        self._ask: Callable[[str], object] | None = prices if callable(prices) else None
+        self._table = {} if prices is None or callable(prices) else checked(prices)
         self._warned = False
         self._missed = False
         self._resolved = lru_cache(_MAX_REMEMBERED)(self._resolve)
 
     def for_model(self, model: str | None) -> Price | None:
-        """Return the price of a model, found once per name and remembered; None when it is unknown.
+        """Return the price of a model, resolved once per name; None if it is unknown.
 
-        A function that raises, or returns anything but a `Price` or None, leaves the price unknown and logs one warning in the
-        book's life; it never fails a request.
+        If the user's function raises, or returns anything but a `Price` or None, the price is unknown and one warning is logged.
         """
         return self._resolved(model) if model else None
+
+    @property
+    def load(self) -> Callable[[], object] | None:
+        """The user's function's own `load`, which prepares its prices and may take a while; None if it has none."""
+        load = getattr(self._ask, "load", None)
+        return load if callable(load) else None
 
     def _resolve(self, model: str) -> Price | None:
         if self._ask is not None:
@@ -160,35 +167,11 @@ class PriceBook:
         if price is None and not self._missed:
             self._missed = True
             words = "no price is known for model %r, so cost_usd is None for it and its like; give prices={...} or genai_prices()"
-            _log.warning(words, model)
+            logger.warning(words, model)
         return price
 
-    @property
-    def load(self) -> Callable[[], object] | None:
-        """What gets the prices ready and may take a while, if the function that was given has a `load` of its own; else None."""
-        load = getattr(self._ask, "load", None)
-        return load if callable(load) else None
-
     def _warn(self, model: str, what: str) -> None:
-        # Once: a function that fails for one model mostly fails for all. Its message stays out of the log, it may hold keys.
+        # Once: a function that fails for one model usually fails for all. Its message may hold keys and is not logged.
         if not self._warned:
             self._warned = True
-            _log.warning("the prices function %s for model %r; costs of such models are unknown", what, model)
-
-
-def checked(prices: object) -> dict[str, Price]:
-    """Return a copy of a user's table, of which nothing is known yet.
-
-    Raises:
-        ConfigError: It holds something else than names and `Price`s.
-    """
-    if not isinstance(prices, Mapping):
-        raise ConfigError(f"prices must be a mapping, a function or None, got {type(prices).__name__}")
-    table: dict[str, Price] = {}
-    for model, price in cast("Mapping[object, object]", prices).items():
-        if not isinstance(model, str):
-            raise ConfigError(f"prices must be filed under model names, got {model!r}")
-        if not isinstance(price, Price):
-            raise ConfigError(f"the price of {model!r} must be a Price, got {type(price).__name__}")
-        table[model] = price
-    return table
+            logger.warning("the prices function %s for model %r; costs of such models are unknown", what, model)

@@ -1,4 +1,4 @@
-"""What happens in a batcher as Prometheus metrics."""
+"""Prometheus metrics of a batcher."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ _COUNTERS: Final = {
 
 
 class PrometheusHooks:
-    """Counts for Prometheus; one of the `hooks` of a `Microbatcher`, or of several.
+    """Hooks of one or several `Microbatcher`s that record metrics.
 
-    Labels hold routes, reasons, priorities and kinds of errors: few, and none that a caller can make up.
+    Labels hold routes, reasons, priorities and classes of errors: few, and none that a caller can make up.
 
     Args:
-        registry: Where the metrics are registered: `prometheus_client.REGISTRY` puts them beside those of the process. None makes a
-            registry of its own, which only `render` shows.
-        namespace: What all names begin with.
+        registry: Registry of the metrics: `prometheus_client.REGISTRY` puts them beside those of the process; None for a registry of
+            their own, which only `render` shows.
+        namespace: Prefix of all names.
 
     Attributes:
-        content_type: What `render` returns, for the header of that name.
+        content_type: The Content-Type of what `render` returns.
 
     Raises:
         ConfigError: The package prometheus-client is missing, or the registry has metrics under this namespace already.
@@ -109,14 +109,14 @@ class PrometheusHooks:
             ) from error
 
     def watch(self, batcher: Any) -> None:
-        """Show the figures that *batcher* keeps itself, such as its queue and its cache, at each scrape.
+        """Export the `Stats` of *batcher* as well, such as its queue and its cache, at each scrape.
 
-        Several batchers are shown as one. They are held for as long as these hooks are, so that counters never go back.
+        Several batchers are exported as one. They are referenced as long as these hooks are, so that counters never go back.
 
         Args:
-            batcher: A `Microbatcher`. One with a spool is read only where its event loop runs: by `render`, called there.
+            batcher: A `Microbatcher`. One with a spool is read only in its event loop, by `render`.
         """
-        self._watched.looks.append(batcher.stats)
+        self._watched.sources.append(batcher.stats)
 
     def render(self) -> bytes:
         """Return all metrics of the registry in Prometheus' text format."""
@@ -154,14 +154,7 @@ class PrometheusHooks:
 
 
 class _Watched:
-    """Reads the figures of batchers when they are asked for.
-
-    Args:
-        namespace: What the names begin with.
-
-    Attributes:
-        looks: The `stats` of each batcher.
-    """
+    """A collector of the `Stats` of batchers, from the functions in `sources`."""
 
     def __init__(self, namespace: str) -> None:
         from prometheus_client import metrics_core  # noqa: PLC0415 of the extra `prometheus`
@@ -169,39 +162,33 @@ class _Watched:
         self._families = metrics_core
         self._namespace = namespace
         self._latest: Stats | None = None
-        self.looks: list[Callable[[], Stats]] = []
+        self.sources: list[Callable[[], Stats]] = []
 
     def describe(self) -> Iterator[Metric]:
-        """Tell the names, so that registries see when there are others of the same."""
-        return self._told(Stats())
+        """Return all metrics, so that registries notice duplicate names."""
+        return self._metrics(Stats())
 
     def collect(self) -> Iterator[Metric]:
-        """Tell the figures as they are now."""
-        if self.looks:
-            # Scraped from a thread, as prometheus_client's own server does, a dict may grow while it is read, or a spool may have to
-            # be counted where no event loop runs. What was seen last has to do.
+        """Return the metrics of the present figures."""
+        if self.sources:
+            # Scraped from a thread, as by prometheus_client's own server, a dict may grow while it is read, or a spool would have to
+            # be counted where no event loop runs. Then the latest figures are returned.
             with contextlib.suppress(RuntimeError):
-                self._latest = _as_one([look() for look in self.looks])
-        return iter(()) if self._latest is None else self._told(self._latest)
+                parts = [source() for source in self.sources]
+                self._latest = parts[0] if len(parts) == 1 else together(parts)
+        return iter(()) if self._latest is None else self._metrics(self._latest)
 
-    def _told(self, stats: Stats) -> Iterator[Metric]:
-        for kind, names in (
-            (self._families.GaugeMetricFamily, _GAUGES),
-            (self._families.CounterMetricFamily, _COUNTERS),
-        ):
+    def _metrics(self, stats: Stats) -> Iterator[Metric]:
+        families = self._families
+        for kind, names in ((families.GaugeMetricFamily, _GAUGES), (families.CounterMetricFamily, _COUNTERS)):
             for name, description in names.items():
                 value = getattr(stats, name)
                 if value is not None:
                     yield kind(f"{self._namespace}_{name}", description, value=value)
 
 
-def _as_one(parts: list[Stats]) -> Stats:
-    return parts[0] if len(parts) == 1 else together(parts)  # which leaves out the spool, as it may be the same one
-
-
 def _outcome(event: Called) -> str:
-    """Return how a call ended: the name of the kind of error, of which there are few, or a word."""
     if event.error is not None:
         return type(event.error).__name__
-    # Without a reason the reply was not read to its end: nobody waited for it any more.
+    # Without a finish reason the reply was not read to its end, because no caller waited for it any more.
     return "stopped" if event.finish_reason is None else "answered"

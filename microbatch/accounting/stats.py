@@ -189,13 +189,7 @@ class Ledger(_Figures, kw_only=True):
 
 
 def divided(usage: Usage, prompts: Sequence[int], completions: Sequence[int]) -> list[Usage]:
-    """Divide *usage* into parts that add up to it exactly.
-
-    Args:
-        usage: The whole.
-        prompts: The weight of each part for prompt tokens; at least one.
-        completions: As many weights for generated tokens.
-    """
+    """Divide *usage* into parts that add up to it exactly, by the weights of each part for *prompts* and for *completions*."""
     parts = zip(
         split(usage.prompt_tokens, prompts),
         split(usage.completion_tokens, completions),

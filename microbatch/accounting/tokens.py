@@ -1,4 +1,4 @@
-"""How many tokens a text has, from tables that come with the package: nothing is ever downloaded."""
+"""Counting of tokens, with tables that come with the package: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Table(NamedTuple):
-    """What an encoding is made of besides its ranks."""
+    """An encoding without its ranks."""
 
     pattern: str
     special_tokens: dict[str, int]
@@ -48,19 +48,15 @@ _TABLES: Final = {
     ),
 }
 
-# A loaded table is some 35 to 80 MB and never changes, so all batchers of the process share it.
+# A loaded table takes 35 to 80 MB and never changes, so all batchers of the process share it.
 _loaded: dict[str, tiktoken.Encoding] = {}
 _loading = threading.Lock()
 
 
 def load_encoding(name: str) -> tiktoken.Encoding:
-    """Return an encoding, built from the packaged table at its first use in this process and shared from then on.
+    """Return the encoding "o200k_base" or "cl100k_base", built from the packaged table at its first use in this process.
 
-    Takes up to half a second the first time: not for the event loop's thread. Threads that ask for it meanwhile wait and get
-    the same object.
-
-    Args:
-        name: "o200k_base" or "cl100k_base".
+    Thread-safe. The first call blocks for up to half a second.
 
     Raises:
         ConfigError: There is no such table, or it or tiktoken cannot be loaded; the next call tries again.
@@ -87,7 +83,7 @@ def _build(name: str) -> tiktoken.Encoding:
 
 
 def _ranks(name: str) -> dict[bytes, int]:
-    """Read a table: one length byte and that many bytes a token, in order of rank."""
+    """Read a table: for each token, in order of rank, one length byte and that many bytes."""
     packed = resources.files("microbatch.accounting").joinpath("tables", f"{name}.lp.xz").read_bytes()
     data = lzma.decompress(packed)
     ranks: dict[bytes, int] = {}
@@ -99,23 +95,23 @@ def _ranks(name: str) -> dict[bytes, int]:
     return ranks
 
 
-# Those who serve OpenAI's own models under their own names. Under another publisher's name a "gpt-4o-..." may be anything.
+# Providers that serve OpenAI's own models. Under another publisher's name a "gpt-4o-..." may be anything.
 _PROVIDERS: Final = frozenset({"openai", "azure", "azure_ai", "github", "litellm_proxy", "openrouter"})
 
-# gpt-oss has o200k_harmony, which differs in special tokens only, and ordinary text has none of those.
+# gpt-oss has o200k_harmony, which differs in special tokens only.
 _O200K = re.compile(r"(?:gpt-4o|gpt-4\.[15]|gpt-5(?:\.\d+)?|gpt-oss|chatgpt-4o|o[134])(?:-.*)?")
 _CL100K = re.compile(r"(?:gpt-4|gpt-3\.5|gpt-35-turbo)(?:-.*)?")
 
 
 def encoding_name(model: str | None) -> tuple[str, bool]:
-    """Return the encoding to count a model's tokens with, and whether it is known to be the model's own.
+    """Return the encoding for a model, and whether it is known to be the model's own.
 
     Args:
         model: A model name, also fine-tuned ("ft:gpt-4o-mini:..."), Azure's ("gpt-35-turbo") or with a provider in front
             ("openai/gpt-4o"); None is an unknown model.
 
     Returns:
-        "cl100k_base" or "o200k_base", the latter also for models nobody has told us about, and True only when it is certain.
+        "cl100k_base" or "o200k_base", the latter also for unknown models, and True only when it is certain.
     """
     *providers, name = (model or "").split("/")
     # "ft:base:organisation::id" names its base model second; "base:variant" first.
@@ -135,14 +131,13 @@ class TokenCounter:
     """Counts the tokens of texts.
 
     Args:
-        source: None counts with the model's table. A function takes a text and returns its tokens; it must bear being called
-            from other threads. "bytes" takes UTF-8 bytes for tokens: too many by a factor of about 4, but never too few, and
-            no table is loaded.
+        source: None counts with the model's table. A function takes a text and returns its tokens; it must be thread-safe. "bytes"
+            counts UTF-8 bytes instead of tokens: too many by a factor of about 4, but never too few, and no table is loaded.
         model: The model whose tokens are counted; None and unknown models are counted with o200k_base.
 
     Attributes:
-        encoding: The name of the table, or None when `source` does without.
-        exact: Counts are those of the model's own encoding. False for a function, for "bytes" and for unknown models.
+        encoding: The name of the table, or None if `source` does without.
+        exact: Whether counts are those of the model's own encoding; False for a function, for "bytes" and for unknown models.
 
     Raises:
         ConfigError: `source` is neither None, "bytes" nor a plain function.
@@ -157,6 +152,11 @@ class TokenCounter:
         self._source = source
         self._table: tiktoken.Encoding | None = None
 
+    def __repr__(self) -> str:
+        """Return how tokens are counted."""
+        how = self.encoding or ("bytes" if isinstance(self._source, str) else "function")
+        return f"TokenCounter({how}, exact={self.exact}, loaded={self._table is not None})"
+
     async def open(self) -> None:
         """Load the table in a thread, unless this process has it already or none is needed.
 
@@ -169,13 +169,13 @@ class TokenCounter:
             self._table = _loaded.get(self.encoding) or await to_thread.run_sync(load_encoding, self.encoding)
 
     def count(self, text: str) -> int:
-        """Return the tokens of *text*; words that look like special tokens count as the plain text they are.
+        """Return the tokens of *text*; words that look like special tokens are counted as plain text.
 
-        Before `open` the first call loads the table where it stands.
+        Before `open` the first call loads the table and blocks.
 
         Raises:
-            ConfigError: The caller's function raised or returned something that is no count. What it raised is the cause; the
-                message holds neither its words nor the text.
+            ConfigError: The user's function raised, or returned something that is no count. Its error is the cause; the message
+                contains neither its words nor the text.
         """
         if self._source is None:
             return self._count_by_table(text)
@@ -184,36 +184,31 @@ class TokenCounter:
         return _count_by_function(self._source, text)
 
     def upper(self, text: str) -> int:
-        """Return a number of tokens that *text* surely does not exceed, at next to no cost.
+        """Return an upper bound of the tokens of *text* at next to no cost.
 
-        Every token stands for at least one byte, so it is the length in UTF-8. A caller's function may count anything, so
-        there it is the count itself.
+        Every token stands for at least one byte, so it is the length in UTF-8; for a user's function, which may count anything, it is
+        the count itself.
 
         Raises:
             ConfigError: As in `count`.
         """
         return _utf8_length(text) if self._source is None or isinstance(self._source, str) else self.count(text)
 
+    def exact_for(self, model: str | None) -> bool:
+        """Return whether counts are those of *model*'s own encoding; None for the model given at construction."""
+        return self.exact if model is None else encoding_name(model) == (self.encoding, True)
+
     def _count_by_table(self, text: str) -> int:
         if self._table is None:
             self._table = load_encoding(self.encoding or "o200k_base")
         try:
-            # `encode` refuses text that holds "<|endoftext|>"; callers may send what they like.
+            # Not `encode`, which refuses text that contains "<|endoftext|>".
             return len(self._table.encode_ordinary(text))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # noqa: BLE001 - Rust panics are no Exception
-            # The split regex overflows its stack on a million blanks in a row and panics. The bound still keeps every budget.
+            # The split regex overflows its stack on a million blanks in a row and panics. The upper bound keeps every budget.
             return _utf8_length(text)
-
-    def exact_for(self, model: str | None) -> bool:
-        """Whether counts are those of *model*'s own encoding; None asks for the model given at construction."""
-        return self.exact if model is None else encoding_name(model) == (self.encoding, True)
-
-    def __repr__(self) -> str:
-        """Tell how tokens are counted."""
-        how = self.encoding or ("bytes" if isinstance(self._source, str) else "function")
-        return f"TokenCounter({how}, exact={self.exact}, loaded={self._table is not None})"
 
 
 def _count_by_function(function: Callable[[str], int], text: str) -> int:
@@ -223,7 +218,7 @@ def _count_by_function(function: Callable[[str], int], text: str) -> int:
         raise
     except BaseException as error:  # a tokenizer written in Rust panics outside Exception
         raise ConfigError(f"the `tokens` function raised {type(error).__name__}") from error
-    # Whole numbers of other libraries (numpy) will do; True will not.
+    # Whole numbers of other libraries (numpy) are accepted; True is not.
     if isinstance(count, bool) or not hasattr(count, "__index__"):
         raise ConfigError(f"the `tokens` function must return a whole number, got {type(count).__name__}")
     whole = operator.index(count)

@@ -10,12 +10,11 @@ settled, or releases it.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 from microbatch.batching.fair_queue import WEIGHTS, Stride
-from microbatch.batching.ticket import HIGH
+from microbatch.batching.ticket import HIGH, NO_CONTEXT
 from microbatch.errors import BatcherClosed, DeadlineExceeded, Overloaded
 
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import CallerOptions, Deadline
 
     Place = asyncio.Future[None]
-
-_NO_CONTEXT = contextvars.Context()  # for timers: they are not to keep a caller's
 
 _RESERVE_SHARE = 50
 """One place in this many is added for high priority, at least one."""
@@ -156,8 +153,8 @@ class AdmissionQueue:
         self.waiting += 1
         deadline = caller.deadline(loop.time())
         if deadline is not None:
-            deadline.timer = loop.call_at(deadline.at, _expire, place, deadline, context=_NO_CONTEXT)
-            place.add_done_callback(lambda _: deadline.cancel(), context=_NO_CONTEXT)
+            deadline.timer = loop.call_at(deadline.at, _expire, place, deadline, context=NO_CONTEXT)
+            place.add_done_callback(lambda _: deadline.cancel(), context=NO_CONTEXT)
         return place
 
     async def acquire(self, rank: int, tenant: Hashable, caller: CallerOptions, *, patient: bool = False) -> None:

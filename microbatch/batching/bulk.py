@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import functools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from microbatch.batching.request import check_messages, rank_of
-from microbatch.batching.ticket import NORMAL, UNSHARED, CallerOptions, FlushReason
+from microbatch.batching.ticket import NO_CONTEXT, NORMAL, UNSHARED, CallerOptions, FlushReason
 from microbatch.errors import BatcherClosed, ShutDown
 from microbatch.messages import Request, Result
 from microbatch.policy import at_least
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 _SLICE = 256
 """Requests read from a source before the event loop gets its turn; reading one takes some 10 microseconds."""
-
-_NO_CONTEXT = contextvars.Context()  # callbacks and timers run in it, not in that of the caller who set them
 
 _CLOSED = "the batcher closed while map() was reading its source"
 
@@ -234,7 +231,7 @@ class BulkRun:
         self._silent = False
         if self._silence is not None:
             self._silence.cancel()
-        self._silence = asyncio.get_running_loop().call_later(self.patience, self._fall_silent, context=_NO_CONTEXT)
+        self._silence = asyncio.get_running_loop().call_later(self.patience, self._fall_silent, context=NO_CONTEXT)
 
     def _fall_silent(self) -> None:
         self._silent = True
@@ -254,7 +251,7 @@ class BulkRun:
             return
         self._looking += 1
         found = functools.partial(self._looked_up, index, request, prepared)
-        prepared.looking.add_done_callback(found, context=_NO_CONTEXT)
+        prepared.looking.add_done_callback(found, context=NO_CONTEXT)
 
     def _prepare(self, request: Request) -> _Prepared:
         """Check the options of *request*, and begin to look it up in the cache.
@@ -320,7 +317,7 @@ class BulkRun:
             self._unsent[waiter] = ticket
         self._open[waiter] = ticket
         done = functools.partial(self._done, waiter, index, request.id)
-        waiter.future.add_done_callback(done, context=_NO_CONTEXT)
+        waiter.future.add_done_callback(done, context=NO_CONTEXT)
 
     def _note_taken(self, waiter: Waiter) -> None:
         self._unsent.pop(waiter, None)

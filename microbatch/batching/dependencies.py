@@ -1,4 +1,4 @@
-"""What the parts of one batcher share; `microbatch.assembly` makes it."""
+"""The objects that the parts of one batcher share; `microbatch.assembly` makes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """What the parts of one batcher share.
+    """The objects that the parts of one batcher share.
 
     Attributes:
         count: Returns the number of tokens of a text.

@@ -52,7 +52,7 @@ _UNSETTLED = "a call ended without settling this request; this is a bug in micro
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """What one slot is used for: a composed batch, one ticket alone, or a lease."""
+    """The use of one slot: a composed batch, one ticket alone, or a lease."""
 
     permit: Permit
     tickets: list[Ticket]

@@ -1,4 +1,4 @@
-"""The order in which due queues and waiting attempts are served: fair, and starving none of them.
+"""The order in which due queues and waiting attempts are served, fair and without starvation.
 
 Priorities share by weight, as long as all have something due. Within a priority the account with the fewest calls on the wire is next,
 among equals the one that was served longest ago. Within an account retries come before fallback calls and these before new work,
@@ -172,7 +172,7 @@ class _Load:
 
 
 _Entry = tuple[bool, int, int, int, _AccountTurn]
-"""Whether it comes last, calls on the wire, since when it has waited, a number that makes entries differ, and whose turn it is."""
+"""Comes last; calls on the wire; since when it has waited; a number that makes entries differ; the account and priority."""
 
 
 @dataclass(slots=True, eq=False)

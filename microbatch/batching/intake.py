@@ -6,7 +6,6 @@ This is on every submit's path; see `python -m bench overhead` for what a step c
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from microbatch.batching.request import (
     remembering,
     spec_of,
 )
-from microbatch.batching.ticket import HIGH, NEVER, AloneReason, Ticket, Waiter
+from microbatch.batching.ticket import HIGH, NEVER, NO_CONTEXT, AloneReason, Ticket, Waiter
 from microbatch.errors import ConfigError
 from microbatch.prompt.compose import ID_TOKENS, item_line
 
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from microbatch.messages import Messages
 
 logger = logging.getLogger("microbatch")
-
-_NO_CONTEXT = contextvars.Context()  # timers run in it, not in that of the caller who set them
 
 _ALONE_WARNING = 100
 """Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
@@ -113,7 +110,7 @@ class Intake:
             self._ledger.items += 1
             if waiter.deadline is not None:
                 at = waiter.deadline.at
-                waiter.deadline.timer = loop.call_at(at, self._expire, ticket, waiter, context=_NO_CONTEXT)
+                waiter.deadline.timer = loop.call_at(at, self._expire, ticket, waiter, context=NO_CONTEXT)
         except BaseException:
             self._admission.release()
             raise

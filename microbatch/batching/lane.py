@@ -35,7 +35,7 @@ _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
 
 class Taken(msgspec.Struct):
-    """What a slot is used for: requests that travel in one call, or a lease.
+    """The next work of a queue: requests that travel in one call, or a lease.
 
     Attributes:
         tickets: The requests; none for a lease, or if all of their callers were cancelled in this very step.
@@ -143,7 +143,7 @@ class Lane:
 
     @property
     def due_at(self) -> float:
-        """Loop time at which the lane falls due, `NEVER` if nothing waits for company."""
+        """Loop time at which the lane falls due; `NEVER` if nothing waits for other requests."""
         if self._stale:
             self._refill()
         return self._due_at
@@ -164,7 +164,7 @@ class Lane:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nothing waits and nothing is under way, so that the lane can go."""
+        """True if nothing waits and nothing is under way, so that the lane can be dropped."""
         return not self.live and not self.in_flight
 
     def add(self, ticket: Ticket) -> bool:

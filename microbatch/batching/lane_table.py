@@ -12,14 +12,13 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from typing import TYPE_CHECKING
 
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import spec_of
-from microbatch.batching.ticket import HIGH, LOW, NEVER, FlushReason
+from microbatch.batching.ticket import HIGH, LOW, NEVER, NO_CONTEXT, FlushReason
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
     from microbatch.messages import Messages
-
-_NO_CONTEXT = contextvars.Context()  # timers and callbacks run in it, not in that of the caller who set them
 
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
 """A longer item goes alone: it would have to be counted, and it gains least from sharing a prompt."""
@@ -116,7 +113,7 @@ class LaneTable:
         else:
             # Many may leave in one step: the lane is looked at once, at its end.
             if not self._left:
-                asyncio.get_running_loop().call_soon(self._look_at_left, context=_NO_CONTEXT)
+                asyncio.get_running_loop().call_soon(self._look_at_left, context=NO_CONTEXT)
             self._left[lane] = None
 
     def _look_at_left(self) -> None:
@@ -179,7 +176,7 @@ class LaneTable:
             # The time is kept beside the handle: uvloop's have no `when` if the time has come.
             lane.timer_at = lane.due_at
             loop = asyncio.get_running_loop()
-            lane.timer = loop.call_at(lane.due_at, self._time_is_up, lane, context=_NO_CONTEXT)
+            lane.timer = loop.call_at(lane.due_at, self._time_is_up, lane, context=NO_CONTEXT)
 
     def _disarm(self, lane: Lane) -> None:
         if lane.timer is not None:

@@ -26,22 +26,8 @@ OURS = frozenset(
 """Request fields that `submit` has an argument for or decides itself, and that `params` must not hold."""
 
 ALONE = frozenset({
-    "audio",
-    "function_call",
-    "functions",
-    "logit_bias",
-    "logprobs",
-    "modalities",
-    "n",
-    "parallel_tool_calls",
-    "prediction",
-    "response_format",
-    "seed",
-    "stop",
-    "tool_choice",
-    "tools",
-    "top_logprobs",
-    "web_search_options",
+    "audio", "function_call", "functions", "logit_bias", "logprobs", "modalities", "n", "parallel_tool_calls", "prediction",
+    "response_format", "seed", "stop", "tool_choice", "tools", "top_logprobs", "web_search_options",
 })  # fmt: skip
 """Request fields whose meaning is one answer's, so that a request with one of them goes alone. An answer's schema is taken out of
 `response_format` before; what is left there (json_object) counts."""

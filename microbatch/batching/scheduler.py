@@ -1,26 +1,25 @@
-"""Grants slots and permits to what is due, in turn, and runs it.
+"""Grants slots and permits in turn to what is due, and runs it.
 
-A slot is held by a call while it is on the wire: it is granted together with the permit of each attempt, in one plain step, and comes
-back when the attempt is over. Back-off, waiting for a permit and an open breaker hold none.
+A call holds a slot while it is on the wire: the slot is granted together with the permit of each attempt, in one step without `await`,
+and is released when the attempt is over. Back-off, waiting for a permit and an open breaker hold none.
 
-`_pump` is the whole of scheduling: while a slot is free it takes what `FairQueue` says is next and asks its account for a permit. For a
-queue it then takes work from it and starts a task for it; for an attempt that waits it wakes the task of its call. All of that is one
-step, so that nothing can happen between the decision and the taking. Until that step what waits in a queue can still leave, and a
-lane goes on filling.
+`_pump` does the scheduling: while a slot is free it takes what `FairQueue` says is next and asks its account for a permit. It then
+takes work from the queue and starts a task for it, or wakes the task of the attempt. All of that is one step, so that nothing can
+happen between the decision and the taking. Until that step requests can still leave their queue, and lanes go on filling.
 
-Outsiders only ask for a pump; a task of the batcher's own runs it at the next turn of the event loop. So no caller's context
-variables reach another's call, and callers of one turn travel together: that costs no time, and a burst on an idle lane leaves as
-full batches instead of one request alone and then the rest.
+Other parts only ask for a pump; a task of the batcher runs it in the next step of the event loop. So the context variables of one
+caller never reach another's call, and a burst on an idle lane leaves as full batches instead of one request alone and then the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from microbatch.batching.fair_queue import Attempt, FairQueue
+from microbatch.batching.ticket import NO_CONTEXT
+from microbatch.containment import contained
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -82,7 +81,7 @@ class Scheduler(Generic[W]):
         return self.in_use >= self._slots
 
     def enqueue(self, queue: WaitQueue) -> None:
-        """Let *queue*, which is due, take its turns, and see that a pump comes."""
+        """Let *queue*, which is due, take turns."""
         if not queue.queued:
             queue.queued = True
             self._turns.add(queue)
@@ -135,19 +134,26 @@ class Scheduler(Generic[W]):
     def _pump(self) -> None:
         """Start a task for what is due, and wake attempts that wait, as far as slots and permits go."""
         if self._pumping:
-            return  # an eager task that ended while it was being started; the loop below goes on
+            return  # an eager task that ended while it was being started; the loop in `_start_due` goes on
         self._pumping = True
         try:
-            while (work := self._next()) is not None:
-                if self._parked:
-                    self._parked.pop().set_result(work)
-                else:
-                    self._tasks.start_soon(self._run, work)
-            self._notify()
-        except Exception as bug:  # noqa: BLE001 it would take the task group with it, and so every call under way
-            self._look_again(bug)
+            for step in (self._start_due, self._notify):
+                with contained() as running:
+                    step()
+                if running.error is not None:
+                    # It must not end the task group, and so every call under way. What is due is tried again later.
+                    logger.error("scheduling failed in microbatch itself", exc_info=running.error)
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(_RETRY_AFTER_BUG, self._asked.set, context=NO_CONTEXT)
         finally:
             self._pumping = False
+
+    def _start_due(self) -> None:
+        while (work := self._next()) is not None:
+            if self._parked:
+                self._parked.pop().set_result(work)
+            else:
+                self._tasks.start_soon(self._run, work)
 
     def _next(self) -> W | None:
         """Grant attempts and take work in turn; return work as soon as there is some, None if nothing more can start now."""
@@ -155,7 +161,7 @@ class Scheduler(Generic[W]):
         while (item := turns.next(self.in_use)) is not None:
             if isinstance(item, Attempt):
                 if item.granted.done():
-                    turns.discard(item)  # its task was cancelled in this very turn
+                    turns.discard(item)  # its task was cancelled in this very step
                 elif self._grant(item.permit):
                     turns.served(item)
                     item.granted.set_result(None)
@@ -211,11 +217,6 @@ class Scheduler(Generic[W]):
             parked: asyncio.Future[W] = asyncio.get_running_loop().create_future()
             self._parked.append(parked)
             work = await parked
-
-    def _look_again(self, bug: Exception) -> None:
-        """Log *bug*, and see that what is due is not forgotten over it."""
-        logger.error("scheduling failed in microbatch itself", exc_info=bug)
-        asyncio.get_running_loop().call_later(_RETRY_AFTER_BUG, self._asked.set, context=contextvars.Context())
 
     # --- watchers
 

@@ -1,4 +1,4 @@
-"""What waits for a slot without a lane: requests that go alone, and leases for code outside, which uses the slot itself."""
+"""Queues without a lane: requests that go alone, and leases for code outside, which uses the slot itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SingleQueue:
 
     @property
     def due(self) -> bool:
-        """Whether a request waits."""
+        """True if a request waits."""
         while self._waiting and self._waiting[0][0].queue is not self:
             self._waiting.popleft()
         return bool(self._waiting)
@@ -129,7 +129,7 @@ class SlotQueue:
 
     @property
     def due(self) -> bool:
-        """Whether a lease waits."""
+        """True if a lease waits."""
         while self._waiting and self._waiting[0].granted.done():
             self._waiting.popleft()
         return bool(self._waiting)

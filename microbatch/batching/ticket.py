@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from microbatch.schema.answer_type import AnswerType
 
 NEVER = float("inf")
+
+NO_CONTEXT = contextvars.Context()
+"""Callbacks and timers run in it, not in that of the caller who set them."""
 
 HIGH, NORMAL, LOW = range(3)
 """Priorities as ranks: a lower one is more urgent."""
@@ -132,7 +136,7 @@ class Charge(msgspec.Struct, frozen=True):
 
 
 class Past(msgspec.Struct):
-    """What few requests need: their earlier calls, and callers that left at the moment of the answer.
+    """Data of a ticket that few need: its earlier calls, and callers that left at the moment of the answer.
 
     Attributes:
         attempts: Upstream calls that carried it before its present `call`.
@@ -203,7 +207,7 @@ class Waiter(msgspec.Struct, eq=False):
         created: Loop time of its submit, in seconds.
         on_taken: For bulk work, which waits for full batches: called when the ticket leaves its queue.
         deadline: When it gives up, or None.
-        origin: What hooks keep of it.
+        origin: The value that hooks keep for it.
     """
 
     future: asyncio.Future[Reply[Any]]
@@ -227,7 +231,7 @@ class Ticket(msgspec.Struct, eq=False):
     `charge`, `past` and `waiters`.
 
     Attributes:
-        spec: What it shares with its lane; its own if it goes alone.
+        spec: All but its last message, shared with its lane; its own if it goes alone.
         first: Its first caller, which may have left.
         line: The last user message as its line will hold it, or b"" if it cannot be combined.
         counted: The line's tokens without its id; None while they are known by their bound only.
@@ -240,7 +244,7 @@ class Ticket(msgspec.Struct, eq=False):
         queue: Where it waits to be sent, or None once it was.
         call: The latest call that carried it; None before the first.
         reply: Its answer. With one caller it is the caller's own; with several each has a copy with a share of the cost.
-        charge: What a single call for it is charged; None where tokens are not limited.
+        charge: The charge of a single call for it; None where tokens are not limited.
         past: See `Past`; None for most.
     """
 
@@ -271,7 +275,7 @@ class Ticket(msgspec.Struct, eq=False):
 
     @property
     def done(self) -> bool:
-        """Whether no caller waits for it any more. It may take a step of the event loop until a cancelled one is noticed."""
+        """True if no caller waits for it any more, even if a cancelled one has not been noticed yet."""
         if self.waiters is None:
             return self.first.future.done()
         return all(waiter.future.done() for waiter in self.waiters)
@@ -289,7 +293,7 @@ class Ticket(msgspec.Struct, eq=False):
 
     @property
     def combinable(self) -> bool:
-        """Whether it may share a prompt. If not, all of its messages are in its spec, which is its own."""
+        """True if it may share a prompt. If not, all of its messages are in its spec, which is its own."""
         return bool(self.line)
 
     @property

@@ -1,1 +1,1 @@
-"""Answers that were paid for once: how they are filed, where they are kept, who else may have them."""
+"""Caches of answers, and the guard around them."""

@@ -1,6 +1,6 @@
-"""Looks answers up before anything is asked, and keeps what was answered.
+"""The answer cache of a batcher: looks answers up before anything is asked, and stores new ones.
 
-Whatever a store does, a caller loses no more than the time that its guard allows: what cannot be had in time is a miss.
+Look-ups of live callers take at most `LIVE_TIMEOUT`; an answer that is not available in time is a miss.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from microbatch.accounting.events import Settled
 from microbatch.batching.request import check_messages
 from microbatch.batching.ticket import CallerOptions
 from microbatch.caching import entry as entries
-from microbatch.caching.guard import Guard
+from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
 from microbatch.caching.key import Keys
-from microbatch.caching.patience import Patience
 from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
@@ -33,43 +34,42 @@ if TYPE_CHECKING:
     from microbatch.protocols import Cache
 
 JITTER: Final = 0.1
-"""Answers are kept for up to this share less than they might be, so that what was stored together does not expire together."""
+"""Largest share by which a time to live is shortened, so that answers stored together do not expire together."""
 
-PATIENCE: Final = 2.0
-"""Seconds that a store or a look-up of bulk work may take: no caller waits for it, and what is missed has to be paid for."""
+BULK_TIMEOUT: Final = 2.0
+"""Seconds that a store or a look-up of bulk work may take: no caller waits for it, and a miss has to be paid for."""
 
 PAGE: Final = 128
-"""Most keys in one look-up: a burst is looked up page by page, and each page has the whole time of a look-up."""
+"""Most keys in one look-up. A burst is looked up in pages, each with a deadline of its own."""
 
-_AT_ONCE: Final = 2  # look-ups under way: more would only wait for each other where a cache does one after the other
+_MAX_LOOK_UPS: Final = 2  # under way; a cache that serves them one by one would only make more of them wait
 
-AGREED: Final = 1.0
-"""Seconds after which the secret is asked for once more. What it is read from may have been emptied, and others may have agreed on
-another one since: entries under the old one would be found by this process only."""
+SECRET_REFRESH: Final = 1.0
+"""Seconds after which the secret is read again. If the store was emptied, other processes may have agreed on a new one, and entries
+under the old one would be found by this process only."""
 
-AHEAD: Final = 60.0
+MAX_CLOCK_SKEW: Final = 60.0
 """Seconds by which the clocks of processes that share a cache may differ."""
 
 FRESH: Final = 0.075
-"""Seconds for which what was just stored is kept at hand: more than a look-up may take, for those that were on their way before."""
-
+"""Seconds for which stored entries also stay in memory: longer than a look-up that was under way when they were stored."""
 
 Stored = list[tuple[bytes, bytes, float | None]]
-"""Entries to be stored: key, value, seconds to live."""
+"""Entries to store: key, value, seconds to live."""
 
 
 class AnswerCache:
-    """The cache as the batcher sees it.
+    """The cache as the batcher uses it.
 
     Args:
-        cache: Where answers are kept.
-        ledger: Where everything is counted.
-        price: What prices a model's usage.
-        listeners: Who is told of hits.
+        cache: The store of answers.
+        ledger: Takes the counts.
+        price: Returns the price function of a model, or None.
+        listeners: Hooks to call for hits.
         endpoint: Address of the endpoint.
         model: Its model when a request names none.
         normalize: See `Keys`.
-        now: Seconds since 1970: entries outlive processes.
+        now: Clock in seconds since 1970: entries outlive processes.
     """
 
     def __init__(
@@ -84,8 +84,7 @@ class AnswerCache:
         normalize: Callable[[str], str] | None,
         now: Callable[[], float] = time.time,  # noqa: TID251 see above
     ) -> None:
-        self._guard = Guard(cache)
-        self._ttl: float | None = getattr(cache, "ttl", None)
+        self._guard = cache if isinstance(cache, Guard) else Guard(cache)
         self._ledger = ledger
         self._price = price
         self._listeners = listeners
@@ -94,92 +93,89 @@ class AnswerCache:
         self._normalize = normalize
         self._now = now
         self._keys: Keys | None = None
-        self._agreed_at = float("-inf")  # loop time
+        self._secret_read_at = float("-inf")  # loop time
         self._fresh: dict[bytes, bytes] = {}
-        self._look_ups: Coalescer[bytes, bytes | None] = Coalescer(self._get_many, most=PAGE, at_once=_AT_ONCE)
-        self._bulk_look_ups: Coalescer[bytes, bytes | None] = Coalescer(
-            self._get_many_patiently, most=PAGE, at_once=_AT_ONCE
-        )
+        self._live = self._look_ups(LIVE_TIMEOUT)
+        self._bulk = self._look_ups(BULK_TIMEOUT)
         self._stores: Coalescer[Stored, None] = Coalescer(self._store, lasting=True)
-        self._unlockings: Coalescer[None, None] = Coalescer(self._unlock)
+        self._secret_reads: Coalescer[None, None] = Coalescer(self._refresh_secret)
 
     @property
     def services(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
-        """What has to run as long as the cache is used."""
-        return self._look_ups.serve, self._bulk_look_ups.serve, self._stores.serve, self._unlockings.serve
+        """Functions that have to run while the cache is used."""
+        return self._live.serve, self._bulk.serve, self._stores.serve, self._secret_reads.serve
 
     async def open(self) -> None:
-        """Learn the secret that keys the digests, if it can be had now; else look-ups are misses until it can."""
-        self._agreed_at = asyncio.get_running_loop().time()
-        await self._agree(None)
+        """Read the secret that keys the digests; while it is not available, look-ups are misses."""
+        self._secret_read_at = asyncio.get_running_loop().time()
+        await self._read_secret(LIVE_TIMEOUT)
 
-    async def _unlock(self, asked: list[None]) -> list[None]:
-        await self._agree(Patience(PATIENCE))
-        return asked
+    async def _refresh_secret(self, requests: list[None]) -> list[None]:
+        await self._read_secret(BULK_TIMEOUT)
+        return requests
 
-    async def _agree(self, patience: Patience | None) -> None:
-        secret = await self._guard.secret(patience=patience)
+    async def _read_secret(self, timeout: float) -> None:
+        secret = await self._guard.secret(deadline=Deadline(timeout))
         if secret is not None and (self._keys is None or self._keys.secret != secret):
             self._keys = Keys(secret, endpoint=self._endpoint, model=self._model, normalize=self._normalize)
 
     @property
     def bypassed(self) -> int:
-        """Look-ups for which the cache was not asked, failed, or took too long."""
+        """Number of look-ups for which the cache was not asked, failed or took too long."""
         return self._guard.bypassed
 
     @property
     def evictions(self) -> int:
-        """Answers that the cache dropped for want of room."""
+        """Number of answers that the cache dropped for lack of space."""
         return self._guard.evictions
 
     # --- looking up
 
     def key(self, messages: Messages, options: Options) -> bytes | None:
-        """Return the key of a request; None as long as the secret cannot be had, which counts as a miss.
+        """Return the key of a request; None, counted as a miss, while the secret is not available.
 
         Raises:
-            ConfigError: The messages are no JSON, or `normalize` failed.
+            ConfigError: The messages are not JSON values, or `normalize` failed.
         """
         now = asyncio.get_running_loop().time()
-        if self._keys is None or now - self._agreed_at >= AGREED:
-            self._agreed_at = now
-            self._unlockings.ask_for_nobody(None)
+        if self._keys is None or now - self._secret_read_at >= SECRET_REFRESH:
+            self._secret_read_at = now
+            self._secret_reads.submit_detached(None)
         if self._keys is not None:
             return self._keys.of(messages, options)
         self._ledger.cache_misses += 1
         return None
 
     def look_up(self, key: bytes, *, bulk: bool = False) -> asyncio.Future[bytes | None]:
-        """Return a future of what is kept under *key*, for `read`; None if nothing is. It fails only when the batcher closes.
+        """Return a future of the value of *key*, for `read`. It fails only when the batcher closes.
 
-        Args:
-            key: The key.
-            bulk: Whether it is for bulk work, which has more patience.
+        With *bulk* the look-up may take `BULK_TIMEOUT`.
         """
         value = self._fresh.get(key)
         if value is None:
-            return (self._bulk_look_ups if bulk else self._look_ups).ask(key)
+            return (self._bulk if bulk else self._live).submit(key)
         found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         found.set_result(value)
         return found
 
-    async def _get_many_patiently(self, keys: list[bytes]) -> list[bytes | None]:
-        return await self._get_many(keys, Patience(PATIENCE))
+    def _look_ups(self, timeout: float) -> Coalescer[bytes, bytes | None]:
+        async def get_many(keys: list[bytes]) -> list[bytes | None]:
+            distinct = list(dict.fromkeys(keys))
+            values = await self._guard.get_many(distinct, deadline=Deadline(timeout))
+            found = dict(zip(distinct, values, strict=True))
+            # If the value was stored during this look-up, its call has ended: without `_fresh` the caller would find neither.
+            return [found[key] or self._fresh.get(key) for key in keys]
 
-    async def _get_many(self, keys: list[bytes], patience: Patience | None = None) -> list[bytes | None]:
-        asked = list(dict.fromkeys(keys))
-        found = dict(zip(asked, await self._guard.get_many(asked, patience=patience), strict=True))
-        # What was stored while this look-up was on its way: whoever asked would otherwise find neither the answer nor its call.
-        return [found[key] or self._fresh.get(key) for key in keys]
+        return Coalescer(get_many, max_items=PAGE, max_trips=_MAX_LOOK_UPS)
 
     def read(self, key: bytes, value: bytes | None, options: Options, created: float) -> Reply[Any] | None:
-        """Return the reply that *value* holds, decoded for this caller and booked as a hit; None, booked as a miss, if it holds none.
+        """Return the reply stored in *value*, counted as a hit; None, counted as a miss, if there is no valid one.
 
         Args:
             key: The request's key.
-            value: What `look_up` found.
-            options: The caller's options.
-            created: Loop time of its submit.
+            value: The result of `look_up`.
+            options: The caller's options; the text is decoded to their output type.
+            created: Loop time of the caller's submit.
         """
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
@@ -190,15 +186,10 @@ class AnswerCache:
             output, text = options.answer.decode_again(entry.text)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # noqa: BLE001 a validator of the caller's type may raise anything; the model may please it
+        except BaseException:  # noqa: BLE001 a caller's validator may raise anything; a new answer may satisfy it
             self._ledger.cache_misses += 1
             return None
-        self._ledger.items += 1
-        self._ledger.answered += 1
-        self._ledger.cache_hits += 1
-        self._ledger.cache_ages += max(0.0, now - entry.stored_at)
-        price = self._price(entry.model)
-        self._ledger.pay(Usage(), entry.alone, price)
+        self._count_hit(entry, now)
         reply = Reply(
             output,
             text,
@@ -210,23 +201,34 @@ class AnswerCache:
             finish_reason="stop",
             body=entry.json(),
         )
-        if self._listeners.settle is not None:
-            origin = None if self._listeners.submit is None else self._listeners.submit()
-            self._listeners.settle(
-                Settled(
-                    route="cache",
-                    error=None,
-                    model=reply.model,
-                    priority=options.priority,
-                    waited=0.0,
-                    latency=reply.latency,
-                    batch_size=1,
-                    usage=reply.usage,
-                    cost_usd=0.0,
-                    origin=origin,
-                )
-            )
+        self._report(reply, options)
         return reply
+
+    def _count_hit(self, entry: entries.Entry, now: float) -> None:
+        ledger = self._ledger
+        ledger.items += 1
+        ledger.answered += 1
+        ledger.cache_hits += 1
+        ledger.cache_ages += max(0.0, now - entry.stored_at)
+        ledger.pay(Usage(), entry.alone, self._price(entry.model))
+
+    def _report(self, reply: Reply[Any], options: Options) -> None:
+        if self._listeners.settle is None:
+            return
+        self._listeners.settle(
+            Settled(
+                route="cache",
+                error=None,
+                model=reply.model,
+                priority=options.priority,
+                waited=0.0,
+                latency=reply.latency,
+                batch_size=1,
+                usage=reply.usage,
+                cost_usd=0.0,
+                origin=None if self._listeners.submit is None else self._listeners.submit(),
+            )
+        )
 
     async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
         """Return the reply that is kept for a request, or the options with which it is to be asked.
@@ -250,50 +252,48 @@ class AnswerCache:
         reply = self.read(key, value, options, created)
         return CallerOptions(caller.timeout, True, key, caller.ttl, created) if reply is None else reply
 
-    # --- keeping
+    # --- storing
 
     async def keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
-        """Keep the answers of one reply, each with what it would have cost alone; never raises.
+        """Store the answers of one reply, each with the usage of a call for it alone; never raises.
 
-        Returns at once, as a slot is held meanwhile and others wait for it; for bulk work when they are stored, or its answers would
-        come faster than they can be stored.
+        Return at once, as the call still holds its slot; for bulk work, when they are stored: otherwise answers could come faster than
+        they can be stored.
         """
-        if self._keys is None:
-            return
         now = self._now()
-        stored: Stored = []
-        for ticket, alone in answered:
-            reply, key = ticket.reply, ticket.caller.key
-            if reply is None or key is None:
-                continue  # for its caller only, or asked while the secret could not be had
-            ttl = self._ttl if ticket.caller.ttl is None else ticket.caller.ttl
-            if ttl is not None:
-                ttl *= 1 - JITTER * random.random()  # noqa: S311 no secret
-            value = entries.encode(
-                entries.Entry(
-                    key,
-                    reply.text,
-                    reply.model,
-                    now,
-                    None if ttl is None else now + ttl,
-                    alone.prompt_tokens,
-                    alone.completion_tokens,
-                    alone.cached_tokens,
-                    entries.body_of(reply.body) if not ticket.combinable else None,
-                )
-            )
-            stored.append((key, value, ttl))
+        stored = [] if self._keys is None else [entry for each in answered for entry in self._entry(*each, now)]
         if not stored:
             return
         self._fresh.update((key, value) for key, value, _ in stored)
-        storing = self._stores.ask_for_nobody(stored)
+        storing = self._stores.submit_detached(stored)
         if all(ticket.bulk for ticket, _ in answered):
             await asyncio.wait([storing])
+
+    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> Stored:
+        """Return the entry of one answer; nothing if it is for its caller only, or was asked while there was no secret."""
+        reply, key = ticket.reply, ticket.caller.key
+        if reply is None or key is None:
+            return []
+        ttl = self._guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
+        if ttl is not None:
+            ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
+        entry = entries.Entry(
+            key,
+            reply.text,
+            reply.model,
+            now,
+            None if ttl is None else now + ttl,
+            alone.prompt_tokens,
+            alone.completion_tokens,
+            alone.cached_tokens,
+            None if reply.body is None or ticket.combinable else msgspec.json.encode(reply.body),
+        )
+        return [(key, entries.encode(entry), ttl)]
 
     async def _store(self, replies: list[Stored]) -> list[None]:
         stored = [entry for reply in replies for entry in reply]
         try:
-            if await self._guard.set_many(stored, patience=Patience(PATIENCE)):
+            if await self._guard.store(stored, deadline=Deadline(BULK_TIMEOUT)):
                 self._ledger.cache_stores += len(stored)
         finally:
             keys = [key for key, _, _ in stored]
@@ -306,6 +306,8 @@ class AnswerCache:
 
 
 def _is_ahead(entry: entries.Entry, now: float) -> bool:
-    """Return whether *entry* was stored at a time yet to come: the clock was set back since, and how old it is cannot be known."""
-    longest = AHEAD if entry.expires_at is None else min(AHEAD, entry.expires_at - entry.stored_at)
+    """Return whether *entry* was stored in the future: the clock was set back since, so its age is unknown."""
+    longest = MAX_CLOCK_SKEW
+    if entry.expires_at is not None:
+        longest = min(longest, entry.expires_at - entry.stored_at)
     return entry.stored_at - now > longest

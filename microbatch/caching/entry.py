@@ -1,30 +1,30 @@
-"""An answer as it is kept: all that is needed to give it again, and to tell whether it may be given."""
+"""A cached answer, as stored."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any, Final
 
 import msgspec
 
+from microbatch.errors import StorageError
 from microbatch.messages import Usage
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+DEFAULT_TTL: Final = 7 * 24 * 3600.0
+"""Seconds for which answers are valid by default."""
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """An answer in the cache.
 
     Attributes:
-        key: The key it is kept under. A store that hands out another's value, as a connection out of step does, is found out by it.
+        key: Its key. It shows when a store returns another key's value, as a connection out of step does.
         text: The answer as the model wrote it.
         model: The model that answered, or None.
-        stored_at: When it was put in, in seconds since 1970.
-        expires_at: From when on it is good no longer; None for never.
-        prompt_tokens: What asking for it alone would have cost.
-        completion_tokens: Likewise.
-        cached_tokens: Likewise.
-        body: The endpoint's JSON, for requests whose answer is more than a text.
+        stored_at: Seconds since 1970.
+        expires_at: Seconds since 1970; None for never.
+        prompt_tokens: Of a call for this answer alone, as are the next two.
+        body: The endpoint's JSON, for requests whose answer is more than a text; else None.
     """
 
     key: bytes
@@ -39,7 +39,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     @property
     def alone(self) -> Usage:
-        """What asking for it alone would have cost."""
+        """Usage of a call for this answer alone."""
         return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def json(self) -> dict[str, Any] | None:
@@ -50,19 +50,14 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
 encode = msgspec.msgpack.Encoder().encode
-"""Returns an `Entry` as bytes."""
-
-
-def body_of(body: Mapping[str, Any] | None) -> bytes | None:
-    """Return an endpoint's JSON as an entry keeps it."""
-    return None if body is None else msgspec.json.encode(body)
+"""Return an `Entry` as bytes."""
 
 
 def read(value: bytes, key: bytes, now: float) -> Entry | None:
-    """Return the entry that *value* is, None if it is none, is another key's, or is good no longer.
+    """Return the entry encoded in *value*; None if it is damaged, another key's, or expired.
 
     Args:
-        value: What a store had under *key*.
+        value: The value stored under *key*.
         key: The key.
         now: Seconds since 1970.
     """
@@ -73,3 +68,15 @@ def read(value: bytes, key: bytes, now: float) -> Entry | None:
     if entry.key != key or (entry.expires_at is not None and entry.expires_at <= now):
         return None
     return entry
+
+
+def checked_values(found: object, count: int) -> list[bytes | None]:
+    """Return the values that a store has returned, as a list.
+
+    Raises:
+        StorageError: They are not *count* values, each bytes or None.
+    """
+    values: list[Any] = list(found) if isinstance(found, Iterable) else []
+    if len(values) != count or not all(value is None or isinstance(value, bytes) for value in values):
+        raise StorageError(f"it did not answer with {count} values, each bytes or None")
+    return values

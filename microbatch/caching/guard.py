@@ -1,4 +1,4 @@
-"""Keeps a cache from harming anyone: it may take little time, and is left alone for a while when it fails."""
+"""Deadline and circuit breaker around a cache."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from microbatch.caching.patience import Patience
-from microbatch.caching.terms import SECRET_BYTES
-from microbatch.errors import MicrobatchError, StorageError
+from microbatch.caching.entry import checked_values
+from microbatch.caching.key import SECRET_BYTES
+from microbatch.errors import ConfigError, MicrobatchError, StorageError
 from microbatch.transience import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from types import TracebackType
 
     from microbatch.protocols import Cache
 
@@ -22,208 +23,318 @@ logger = logging.getLogger("microbatch")
 
 T = TypeVar("T")
 
-BUDGET: Final = 0.05
-"""Seconds that one call of a cache may take while somebody waits for it."""
+LIVE_TIMEOUT: Final = 0.05
+"""Seconds that a cache call may take while a caller waits for it."""
 
-_FIRST_PAUSE: Final = 1.0
+_CHECK_PATIENCE: Final = 2.0  # seconds for which the first contact is repeated by `Guard.open`
+_RETRY_PAUSE: Final = 0.1
+
+_FIRST_PAUSE: Final = 1.0  # seconds for which the cache is bypassed after a failure
 _LONGEST_PAUSE: Final = 30.0
 
-# Of caches that have none of their own: what they hold does not outlive the process, and batchers of one process may share them.
-_SECRET: Final = secrets.token_bytes(SECRET_BYTES)
+_STEPS: Final = 25
+_ROUNDING: Final = 1e-9  # seconds
+
+# For caches without a secret of their own. They do not outlive the process, and several batchers may share one.
+_PROCESS_SECRET: Final = secrets.token_bytes(SECRET_BYTES)
+
+
+class Deadline:
+    """A time limit for an `async with` block in which delays of the event loop itself do not count.
+
+    While the loop is busy elsewhere, an answer may have arrived without being seen. The time is therefore counted in 25 steps, and a
+    step that ends late counts as one step. The object can be entered repeatedly; the time used is gone.
+
+    Args:
+        seconds: The limit. When it is reached the block is cancelled and ends with `TimeoutError`.
+        of: The deadline of which this is a part: time used here is also used there.
+
+    Attributes:
+        left: Seconds left.
+    """
+
+    def __init__(self, seconds: float, *, of: Deadline | None = None) -> None:
+        self.left = seconds
+        self._step = seconds / _STEPS
+        self._of = of
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timeout: asyncio.Timeout | None = None
+
+    def part(self, parts: int) -> Deadline:
+        """Return a deadline for one of *parts* equal parts of the time left."""
+        return Deadline(self.left / parts, of=self)
+
+    @property
+    def expired(self) -> bool:
+        """Whether the last block was cancelled because the limit was reached."""
+        return self._timeout is not None and self._timeout.expired()
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._since = loop.time()
+        self._timeout = await asyncio.timeout(None).__aenter__()
+        self._tick(loop, self._timeout)
+        return self
+
+    def _tick(self, loop: asyncio.AbstractEventLoop, timeout: asyncio.Timeout) -> None:
+        self._count(loop.time())
+        if self.left > _ROUNDING:
+            self._timer = loop.call_at(self._since + min(self._step, self.left), self._tick, loop, timeout)
+        else:
+            timeout.reschedule(self._since)
+
+    def _count(self, now: float) -> None:
+        self._use(min(now - self._since, self._step))
+        self._since = now
+
+    def _use(self, seconds: float) -> None:
+        self.left = max(0.0, self.left - seconds)
+        if self._of is not None:
+            self._of._use(seconds)  # noqa: SLF001 of its own class
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._count(asyncio.get_running_loop().time())
+        if self._timeout is not None:
+            await self._timeout.__aexit__(kind, error, traceback)
 
 
 class Guard:
-    """A cache that never raises and never takes long, around one that may.
+    """A cache whose calls never fail and never take long, around one whose calls may.
 
-    A cache that raises, answers with anything but what the protocol says, or has not answered within its time, is left alone: for a
-    second at first, twice as long each time it fails again, up to half a minute. Then one call tries whether it is well, and the others
-    do without until that one has succeeded. All of an outage is told in one warning, and its end in one line more.
+    A call fails if it raises, returns something else than the `Cache` protocol says, or misses its deadline. Then the cache is
+    bypassed for 1 s, after each further failure for twice as long, up to 30 s; after the pause one call probes it. Look-ups, stores
+    and requests for the secret have a breaker each: a full server or a slow disk still has its answers.
 
-    Look-ups, stores and asking for the secret are judged apart. A server that is full, or a disk that is slow, still has the answers
-    that are there; if its stores spoke for all, each look-up that succeeds would end an outage and the next store begin another.
+    For bulk work the guard can be given *patience*. No caller waits there, but each miss has to be paid for, so a failing call is
+    repeated. When that fails too, stores, or after any other call the whole cache, are given up for good.
+
+    A guard is itself a `Cache` and may be shared by several batchers.
 
     Args:
-        cache: What to guard. It may have `keeps_time`: true if it sees to it itself that no call takes longer than `BUDGET`, or
-            than the `Patience` that its methods are given as `patience`.
+        cache: The cache. If it has a true attribute `keeps_deadline`, its methods take a `Deadline` as `deadline` and enforce it.
+        patience: Seconds for which a failing call is repeated, whatever its deadline; None for no repetition.
 
     Attributes:
-        cache: As given.
+        ttl: That of the cache.
+        failure: Why the cache, or storing, was given up; None as long as it was not.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, *, patience: float | None = None) -> None:
         self.cache = cache
+        self.ttl: float | None = getattr(cache, "ttl", None)
+        self.failure: StorageError | None = None
+        self._patience = patience
         self._name = type(cache).__name__
-        self._keeps_time = bool(getattr(cache, "keeps_time", False))
+        self._keeps_deadline = bool(getattr(cache, "keeps_deadline", False))
         self._missed = 0
-        self._look_ups = _BreakerState()
-        self._stores = _BreakerState()
-        self._secrets = _BreakerState()
+        pauses = (_FIRST_PAUSE, _LONGEST_PAUSE) if patience is None else (float("inf"), float("inf"))
+        self._look_ups, self._stores, self._secrets = (BreakerState(Backoff(*pauses)) for _ in range(3))
 
     def __repr__(self) -> str:
-        """Tell whether the cache is in use."""
-        return f"<Guard of {self._name}: {'left alone' if self._distrusted else 'in use'}>"
+        return f"<Guard of {self._name}: {'bypassed' if self._bypasses else 'in use'}>"
 
     @property
     def bypassed(self) -> int:
-        """Look-ups, counted by key, for which the cache was not asked, failed, or took too long; those of its own tiers included."""
+        """Number of keys for which the cache, or a tier of it, was not asked, failed or took too long."""
         return self._missed + self._count("bypassed")
 
     @property
     def evictions(self) -> int:
-        """Entries that the cache says it dropped for want of room."""
+        """Number of entries that the cache dropped for lack of space."""
         return self._count("evictions")
 
     def _count(self, name: str) -> int:
-        with contextlib.suppress(Exception):  # the cache may be anybody's
+        with contextlib.suppress(Exception):  # an attribute of foreign code
             return int(getattr(self.cache, name, 0))
         return 0
 
-    async def get_many(self, keys: Sequence[bytes], *, patience: Patience | None = None) -> list[bytes | None]:
-        """Return the value of each key, None where there is none, and None for all when the cache cannot be asked.
+    async def open(self) -> None:
+        """Open the cache and check that it can be used.
 
-        Args:
-            keys: What to look up.
-            patience: The time for it; None gives the cache `BUDGET`.
+        Raises:
+            ConfigError: It cannot; it is closed again.
+        """
+        opening: Callable[[], Awaitable[None]] | None = getattr(self.cache, "open", None)
+        if opening is not None:
+            await opening()
+        try:
+            await self._call(self._read_secret, Deadline(_CHECK_PATIENCE))
+        except BaseException as error:
+            await self.cache.aclose()
+            if isinstance(error, StorageError):
+                raise ConfigError(f"the cache cannot be used: {error}") from error
+            raise
+
+    async def aclose(self) -> None:
+        """Close the cache."""
+        await self.cache.aclose()
+
+    async def get_many(self, keys: Sequence[bytes], *, deadline: Deadline | None = None) -> list[bytes | None]:
+        """Return the value of each key; None where there is none, and for all keys if the cache is bypassed or fails.
+
+        Without a *deadline* the time limit is `LIVE_TIMEOUT`.
         """
         if not keys:
             return []
 
-        async def look_up() -> list[bytes | None]:
-            return _checked(await self.cache.get_many(keys, **self._given(patience)), len(keys))
+        async def look_up(options: dict[str, Any]) -> list[bytes | None]:
+            return checked_values(await self.cache.get_many(keys, **options), len(keys))
 
-        found = await self._ask(look_up, self._look_ups, patience)
+        found = await self._guarded(look_up, self._look_ups, deadline)
         if found is None:
             self._missed += len(keys)
             return [None] * len(keys)
         return found
 
-    async def set_many(
-        self, entries: Sequence[tuple[bytes, bytes, float | None]], *, patience: Patience | None = None
+    async def store(
+        self, entries: Sequence[tuple[bytes, bytes, float | None]], *, deadline: Deadline | None = None
     ) -> bool:
-        """Keep *entries*, if the cache can; return whether it did.
+        """Store *entries* (key, value, seconds to live) and return whether that succeeded.
 
-        Args:
-            entries: Key, value and seconds to live, as in `Cache.set_many`.
-            patience: The time for it; None gives the cache `BUDGET`.
+        Without a *deadline* the time limit is `LIVE_TIMEOUT`.
         """
         if not entries:
             return True
 
-        async def store() -> bool:
-            await self.cache.set_many(entries, **self._given(patience))
+        async def store(options: dict[str, Any]) -> bool:
+            await self.cache.set_many(entries, **options)
             return True
 
-        return await self._ask(store, self._stores, patience) is True
+        return await self._guarded(store, self._stores, deadline) is True
 
-    async def secret(self, *, patience: Patience | None = None) -> bytes | None:
-        """Return the 32 bytes that key the digests; None if they cannot be had now.
+    async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
+        """Store *entries*, if possible; see `store`."""
+        await self.store(entries)
 
-        Args:
-            patience: The time for it; None gives the cache `BUDGET`.
-        """
-        ask: Callable[[], Awaitable[Any]] | None = getattr(self.cache, "secret", None)
-        if ask is None:
-            return _SECRET
+    async def secret(self, *, deadline: Deadline | None = None) -> bytes | None:
+        """Return the 32 bytes that key the digests; None if they are not available now."""
+        return await self._guarded(self._read_secret, self._secrets, deadline)
 
-        async def checked() -> bytes | None:
-            secret = await ask()
-            if secret is not None and not (isinstance(secret, bytes) and len(secret) == SECRET_BYTES):
-                raise StorageError(f"its secret is not {SECRET_BYTES} bytes")
-            return secret
+    async def _read_secret(self, _options: dict[str, Any]) -> bytes | None:
+        read: Callable[[], Awaitable[bytes | None]] | None = getattr(self.cache, "secret", None)
+        if read is None:
+            return _PROCESS_SECRET
+        secret = await read()
+        if secret is not None and not (isinstance(secret, bytes) and len(secret) == SECRET_BYTES):
+            raise StorageError(f"its secret is not {SECRET_BYTES} bytes")
+        return secret
 
-        return await self._ask(checked, self._secrets, patience)
-
-    async def _ask(self, call: Callable[[], Awaitable[T]], trust: _BreakerState, patience: Patience | None) -> T | None:
-        """Return what *call* brings; None if it is not made, fails or is late."""
-        now = asyncio.get_running_loop().time()
-        era = trust.let_through(now)
+    async def _guarded(
+        self, call: Callable[[dict[str, Any]], Awaitable[T]], breaker: BreakerState, deadline: Deadline | None
+    ) -> T | None:
+        """Return the result of *call*; None if it is not made or fails."""
+        era = breaker.admit(asyncio.get_running_loop().time())
         if era is None:
             return None
-        limit = Patience(BUDGET) if patience is None else patience
+        if self._patience is not None:
+            deadline = Deadline(self._patience)
         try:
-            async with contextlib.nullcontext() if self._keeps_time else limit:
-                result = await call()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            self._failed(trust, era, "it was cancelled from within")  # and not by who waits for it
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # noqa: BLE001 the cache may be anybody's; panics of Rust derive from BaseException
-            self._failed(trust, era, "it took too long" if limit.expired else _told(error))
-        else:
-            self._succeeded(trust, era)
-            return result
-        return None
+            result = await self._call(call, deadline or Deadline(LIVE_TIMEOUT))
+        except StorageError as error:
+            self._record_failure(breaker, era, error)
+            return None
+        if breaker.pause:
+            breaker.record_success(era)
+            if not self._bypasses:
+                logger.info("the cache %s is in use again", self._name)
+        return result
 
-    def _given(self, patience: Patience | None) -> dict[str, Any]:
-        return {"patience": patience} if self._keeps_time and patience is not None else {}
+    async def _call(self, call: Callable[[dict[str, Any]], Awaitable[T]], deadline: Deadline) -> T:
+        """Return the result of *call*, which is repeated if the guard has patience.
+
+        Raises:
+            StorageError: It failed in any way, or the deadline has passed.
+        """
+        failure: StorageError | None = None
+        options = {"deadline": deadline} if self._keeps_deadline else {}
+        while True:
+            try:
+                async with contextlib.nullcontext() if self._keeps_deadline else deadline:
+                    return await call(options)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                failure = StorageError("it was cancelled from within")
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise
+            except BaseException as error:  # noqa: BLE001 foreign code; a Rust panic is a BaseException
+                if not deadline.expired:
+                    failure = StorageError(_loggable(error))
+                elif failure is None:  # else the earlier reason says more
+                    failure = StorageError("it took too long")
+            if self._patience is None or deadline.left <= _RETRY_PAUSE:
+                raise failure
+            with contextlib.suppress(TimeoutError):
+                async with deadline:
+                    await asyncio.sleep(_RETRY_PAUSE)
 
     @property
-    def _distrusted(self) -> bool:
+    def _bypasses(self) -> bool:
         return bool(self._look_ups.pause or self._stores.pause or self._secrets.pause)
 
-    def _failed(self, trust: _BreakerState, era: int, reason: str) -> None:
-        before = self._distrusted
-        trust.lose(era, asyncio.get_running_loop().time())
-        if self._distrusted and not before:
-            logger.warning("%s is left alone for a while, and callers do without: %s", self._name, reason)
+    def _record_failure(self, breaker: BreakerState, era: int, error: StorageError) -> None:
+        before, now = self._bypasses, asyncio.get_running_loop().time()
+        breaker.record_failure(era, now)
+        if self._patience is not None:
+            self.failure = error
+            if breaker is not self._stores:
+                for each in (self._look_ups, self._stores, self._secrets):
+                    each.trip(now)
+        if self._bypasses and not before:
+            logger.warning("the cache %s has failed and is bypassed for now: %s", self._name, error)
 
-    def _succeeded(self, trust: _BreakerState, era: int) -> None:
-        if trust.pause:
-            trust.regain(era)
-            if not self._distrusted:
-                logger.info("%s is in use again", self._name)
 
+class BreakerState:
+    """When calls are made, by how earlier ones ended.
 
-class _BreakerState:
-    """Whether something is asked, by how it has answered."""
+    Calls belong to eras: the outcome of a call says nothing about a later era, so of many calls that fail together one counts.
 
-    def __init__(self) -> None:
-        self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
+    Args:
+        backoff: Durations of the pauses after failures.
+    """
+
+    def __init__(self, backoff: Backoff) -> None:
+        self._backoff = backoff
         self._until = 0.0
-        self._era = 0  # how a call ends tells nothing of a later era
+        self._era = 0
 
     @property
     def pause(self) -> float:
-        """Seconds for which it is left alone each time it fails; 0 as long as it does not."""
+        """Seconds of the present pause; 0 if the last call succeeded."""
         return self._backoff.limit
 
-    def let_through(self, now: float) -> int | None:
-        """Return the era of a call that may be made, None if it may not."""
+    def admit(self, now: float) -> int | None:
+        """Return the era of a call that may be made now; None if none may be made."""
         if self.pause:
             if now < self._until:
                 return None
-            # Counted from here and not from the outcome: so only one call tries, even if it never comes back.
+            # Counted from here and not from the outcome: only one call probes, even if it never ends.
             self._until = now + self.pause
             self._era += 1
         return self._era
 
-    def lose(self, era: int, now: float) -> None:
-        """A call of *era* has failed; of many that were under way together the first one counts."""
+    def record_failure(self, era: int, now: float) -> None:
+        """Begin a pause, unless the call belongs to an earlier era."""
         if era == self._era:
-            self._until = now + self._backoff.next()
-            self._era += 1
+            self.trip(now)
 
-    def regain(self, era: int) -> None:
-        """A call of *era* has succeeded."""
+    def trip(self, now: float) -> None:
+        """Begin a pause."""
+        self._until = now + self._backoff.next()
+        self._era += 1
+
+    def record_success(self, era: int) -> None:
+        """End the pause, unless the call belongs to an earlier era."""
         if era == self._era:
             self._backoff.reset()
 
 
-def _checked(found: Sequence[Any], count: int) -> list[bytes | None]:
-    """Return *found* as a list.
-
-    Raises:
-        StorageError: It is not *count* values, each bytes or None.
-    """
-    values = list(found)
-    if len(values) != count or not all(value is None or isinstance(value, bytes) for value in values):
-        raise StorageError(f"it did not answer with {count} values, each bytes or None")
-    return values
-
-
-def _told(error: BaseException) -> str:
-    """Return what may be logged of *error*: the words of others may hold keys, addresses and answers."""
+def _loggable(error: BaseException) -> str:
+    # Foreign messages may contain keys, addresses and answers.
     return str(error) if isinstance(error, MicrobatchError) else type(error).__name__

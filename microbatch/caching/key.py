@@ -1,4 +1,4 @@
-"""Under which key an answer is kept: a digest of everything that was asked."""
+"""The key of a cached answer: a digest of everything that was asked."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
     from microbatch.messages import Messages
 
 FORMAT: Final = 1
-"""Version of what goes into a key. Whatever changes in it makes all earlier answers misses."""
+"""Version of the digested content. Any change to that content makes all earlier entries misses."""
 
-_DIGEST_BYTES: Final = 20  # 160 bits, so that no two requests ever share one by chance
+SECRET_BYTES: Final = 32
+"""Length of the secret that keys the digests."""
+
+_DIGEST_BYTES: Final = 20  # 160 bits: no accidental collisions
 
 _encode = msgspec.json.Encoder(order="sorted").encode
 
 
 class Keys:
-    """Makes keys.
+    """Computes keys.
 
-    Requests that differ in anything have different keys: endpoint, model, any parameter, the caller's headers, the answer's schema,
-    tenant, any message, exactly as written. What two requests with the same key may differ in is the Python type of the answer
-    and their priority.
+    Requests that differ in endpoint, model, a parameter, the caller's headers, the answer's schema, tenant or any message have
+    different keys. Requests that differ only in the Python type of the answer or in priority share one.
 
     Args:
-        secret: Keys the digest, so that whoever can read a store cannot test guesses of what was asked.
+        secret: Keys the digest, so that a reader of the store cannot test guesses of what was asked.
         endpoint: Address of the endpoint.
         model: Its model when a request names none.
-        normalize: Makes texts equal that are to share an answer, or None. It gets the text of the last message.
+        normalize: Applied to the text of the last message, so that equivalent texts share an answer; or None.
 
     Attributes:
         secret: As given.
@@ -53,26 +55,27 @@ class Keys:
         """Return the key of a request.
 
         Raises:
-            ConfigError: The messages are no JSON, or `normalize` failed.
+            ConfigError: The messages are not JSON values, or `normalize` failed.
         """
         answer, model, *rest = options.content
-        told = messages if self._normalize is None else self._normalized(messages)
+        keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
         try:
-            whole = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, told])
+            content = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, keyed])
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"messages must be JSON values: {error}") from error
-        return hashlib.blake2b(whole, digest_size=_DIGEST_BYTES, key=self.secret).digest()
+        return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret).digest()
 
-    def _normalized(self, messages: Messages) -> list[Any]:
+    @staticmethod
+    def _normalized(messages: Messages, normalize: Callable[[str], str]) -> list[Any]:
         last: Any = messages[-1] if messages else None
         content = last.content if isinstance(last, Message) else last.get("content") if isinstance(last, dict) else None
-        if not isinstance(content, str) or self._normalize is None:
+        if not isinstance(content, str):
             return list(messages)
         try:
-            text = self._normalize(content)
+            text = normalize(content)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a Rust panic is no Exception
+        except BaseException as error:  # a Rust panic is a BaseException
             raise ConfigError(f"normalize raised {type(error).__name__}") from error
         if not isinstance(text, str):
             raise ConfigError(f"normalize must return a string, got {type(text).__name__}")

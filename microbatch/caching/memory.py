@@ -1,11 +1,11 @@
-"""Answers kept in the memory of this process."""
+"""A cache in the memory of this process."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from microbatch.caching.terms import WEEK
+from microbatch.caching.entry import DEFAULT_TTL
 from microbatch.lru import LRU
 from microbatch.policy import at_least, whole
 
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ENTRY_BYTES: Final = 264
-"""What an entry costs beyond its key and value: the objects' heads, the tuple, the time and the mapping's slot and link (CPython
-3.11 to 3.13, measured)."""
+"""Memory of an entry beside its key and value: object headers, tuple, time, and the mapping's slot and link (CPython 3.11 to 3.13,
+measured)."""
 
 
 class MemoryCache:
-    """Keeps what was used most recently, up to a number of bytes; it is gone with the process.
+    """Keeps the most recently used entries, up to a number of bytes; they are lost with the process.
 
-    Closing it changes nothing, so that one batcher after the other can use it.
+    Closing has no effect: entries stay so that another batcher can use the cache.
 
     Args:
-        max_bytes: Most bytes kept: keys, values, and `ENTRY_BYTES` for each entry. An entry that is larger is not kept.
-        max_entries: Most entries kept, or None for as many as the bytes allow.
-        ttl: Seconds for which answers are good unless the request says otherwise; None for ever.
+        max_bytes: Most bytes kept: keys, values, and `ENTRY_BYTES` for each entry. A larger entry is not kept.
+        max_entries: Most entries kept, or None for no other limit than the bytes.
+        ttl: Seconds for which answers are valid unless the request says otherwise; None for no limit.
 
     Attributes:
         ttl: As given.
-        evictions: Entries dropped for want of room.
+        evictions: Number of entries dropped for lack of space.
 
     Raises:
         ConfigError: A limit is below its minimum.
     """
 
     def __init__(
-        self, *, max_bytes: int = 64 * 1024 * 1024, max_entries: int | None = None, ttl: float | None = WEEK
+        self, *, max_bytes: int = 64 * 1024 * 1024, max_entries: int | None = None, ttl: float | None = DEFAULT_TTL
     ) -> None:
         whole(1, max_bytes=max_bytes, max_entries=max_entries)
         at_least(0, ttl=ttl)
@@ -44,15 +44,14 @@ class MemoryCache:
         self.evictions = 0
         self._max_bytes = max_bytes
         self._max_entries = max_entries
-        self._entries: LRU[bytes, tuple[bytes, float]] = LRU(None)  # value, and when it expires
+        self._entries: LRU[bytes, tuple[bytes, float]] = LRU(None)  # value, and loop time of its expiry
         self._bytes = 0
 
     def __len__(self) -> int:
-        """Return how many entries are kept, expired ones included until somebody asks for them or their room is needed."""
+        """Return the number of entries, including expired ones that have not been looked up or displaced since."""
         return len(self._entries)
 
     def __repr__(self) -> str:
-        """Tell how full it is."""
         return f"<MemoryCache: {len(self)} entries, {self._bytes} of {self._max_bytes} bytes>"
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -61,17 +60,14 @@ class MemoryCache:
         return [self._get(key, now) for key in keys]
 
     def _get(self, key: bytes, now: float) -> bytes | None:
-        entry = self._entries.get(key)
-        if entry is None:
-            return None
-        value, expires = entry
-        if expires <= now:
+        value, expires = self._entries.get(key) or (None, now)
+        if value is not None and expires <= now:
             self._drop(key)
             return None
         return value
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
-        """Keep *entries*: key, value, and seconds after which it is dropped, None for as long as there is room."""
+        """Store *entries*: key, value and seconds to live each, None for no limit."""
         now = asyncio.get_running_loop().time()
         for key, value, ttl in entries:
             self._drop(key)
@@ -79,12 +75,14 @@ class MemoryCache:
             if size <= self._max_bytes:
                 self._entries.put(key, (value, float("inf") if ttl is None else now + ttl))
                 self._bytes += size
-                self._make_room(now)
+                self._evict(now)
 
-    def _make_room(self, now: float) -> None:
-        while (oldest := self._entries.oldest()) is not None and (
-            self._bytes > self._max_bytes or len(self._entries) > (self._max_entries or len(self._entries))
-        ):
+    def _evict(self, now: float) -> None:
+        most = self._max_entries or len(self._entries)
+        while self._bytes > self._max_bytes or len(self._entries) > most:
+            oldest = self._entries.oldest()
+            if oldest is None:
+                break
             key, (_, expires) = oldest
             self._drop(key)
             self.evictions += expires > now
@@ -95,7 +93,7 @@ class MemoryCache:
             self._bytes -= _size(key, entry[0])
 
     async def aclose(self) -> None:
-        """Nothing is held but memory."""
+        """Do nothing."""
 
 
 def _size(key: bytes, value: bytes) -> int:

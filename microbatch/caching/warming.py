@@ -1,4 +1,4 @@
-"""Filling a cache before anybody asks."""
+"""Filling a cache in advance."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Warmed(msgspec.Struct, frozen=True):
-    """What came of warming a cache.
+    """The outcome of warming a cache.
 
     Attributes:
-        items: Requests.
-        known: Those whose answers were in the cache already, or under way.
-        asked: Those that were answered now.
-        failed: Those that got no answer.
+        items: Number of requests.
+        known: Requests whose answers were in the cache already, or under way.
+        asked: Requests answered now.
+        failed: Requests that got no answer.
     """
 
     items: int = 0
@@ -34,19 +34,12 @@ class Warmed(msgspec.Struct, frozen=True):
 def lasting(
     requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages], ttl: float | None
 ) -> Iterator[Request] | AsyncIterator[Request]:
-    """Return *requests* with answers that are good for *ttl* seconds, where they do not say; None leaves them be."""
+    """Return *requests* with *ttl*, in seconds, set on those that have none; None sets nothing."""
+
+    def with_ttl(item: Request | Messages) -> Request:
+        request = item if isinstance(item, Request) else Request(item)
+        return request if ttl is None or request.ttl is not None else msgspec.structs.replace(request, ttl=ttl)
+
     if isinstance(requests, AsyncIterable):
-        return _lasting_async(requests, ttl)
-    return (_lasting(request, ttl) for request in requests)
-
-
-async def _lasting_async(requests: AsyncIterable[Request | Messages], ttl: float | None) -> AsyncIterator[Request]:
-    async for request in requests:
-        yield _lasting(request, ttl)
-
-
-def _lasting(item: Request | Messages, ttl: float | None) -> Request:
-    request = item if isinstance(item, Request) else Request(item)
-    if ttl is None or request.ttl is not None:
-        return request
-    return msgspec.structs.replace(request, ttl=ttl)
+        return (with_ttl(item) async for item in requests)
+    return map(with_ttl, requests)

@@ -1,60 +1,73 @@
-"""Words to whoever runs a command: results on stdout, everything else on stderr."""
+"""Console output of the commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    import argparse
+    from collections.abc import Generator, Iterable, Sequence
 
-OK = 0
-SOME_FAILED = 1
-USAGE = 2
-STOPPED = 130
+OK: Final = 0
+SOME_FAILED: Final = 1
+USAGE: Final = 2
+STOPPED: Final = 130
+"""Exit statuses."""
 
-COLUMNS = 80
-"""Width that fits every terminal."""
+COLUMNS: Final = 80
+"""Width of the text that is printed."""
 
 
-class NotHeard(Exception):
-    """The result of a command cannot be written to stdout: its reader has gone, or the disk is full."""
+class StdoutError(Exception):
+    """The result of a command cannot be written to stdout: the reader has closed it, or the disk is full."""
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done as asked; nothing was sent. The command ends with exit status 2."""
+    """The command or its files are wrong, and nothing was sent. The command ends with exit status 2."""
 
 
-def say(text: str = "") -> None:
-    """Write a line to stdout, for commands whose result it is.
-
-    Raises:
-        NotHeard: It cannot be written; stdout takes no more.
-    """
+def print_result(text: str = "") -> None:
+    """Write a line to stdout, for commands whose result is on stdout. Raise `StdoutError` if it cannot be written."""
     try:
         _write(sys.stdout, text + "\n")
     except (OSError, ValueError) as error:
         mute(sys.stdout)
-        raise NotHeard("cannot write to stdout") from error
+        raise StdoutError("cannot write to stdout") from error
 
 
-def tell(text: str = "") -> None:
-    """Write a line to stdout, for commands whose result is elsewhere: if nobody can read it, they go on."""
-    with heard(sys.stdout):
+def report(text: str = "") -> None:
+    """Write a line to stdout, for commands whose result is elsewhere; an error of stdout is ignored."""
+    with muted_on_error(sys.stdout):
         _write(sys.stdout, text + "\n")
 
 
+def report_summary(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any]) -> None:
+    """Write *lines*, or with --json the *figures*, to stdout; then the lines go to stderr."""
+    for line in lines:
+        (note if args.json else report)(line)
+    if args.json:
+        report_json(figures)
+
+
+def report_json(figures: object) -> None:
+    """Write *figures* to stdout as a line of JSON; an error of stdout is ignored."""
+    report(msgspec.json.encode(figures).decode())
+
+
 def note(text: str = "") -> None:
-    """Write a line to stderr; if nobody can read it, the command goes on."""
-    with heard(sys.stderr):
+    """Write a line to stderr; an error of stderr is ignored."""
+    with muted_on_error(sys.stderr):
         _write(sys.stderr, text + "\n")
 
 
 @contextlib.contextmanager
-def heard(stream: TextIO) -> Generator[None]:
-    """Let a block that writes to *stream* end early, and mute the stream, when it is closed or full."""
+def muted_on_error(stream: TextIO) -> Generator[None]:
+    """End the block and mute *stream* when the block raises because the stream is closed or full."""
     try:
         yield
     except (OSError, ValueError):
@@ -62,18 +75,21 @@ def heard(stream: TextIO) -> Generator[None]:
 
 
 def mute(stream: TextIO) -> None:
-    """Let *stream* lead nowhere: what is still in its buffer would fail again when Python flushes it at its end."""
+    """Redirect *stream* to the null device; else Python would fail again on its buffer when it exits."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        null = os.open(os.devnull, os.O_WRONLY)
         try:
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(null, stream.fileno())
             stream.flush()
         finally:
-            os.close(nowhere)
+            os.close(null)
 
 
 def open_standard_streams() -> None:
-    """Open what is closed of stdin, stdout and stderr, leading nowhere: a file opened later would take its number, and its words."""
+    """Open those of stdin, stdout and stderr that are closed on the null device.
+
+    Otherwise a file that is opened later would take the number of a standard stream, and its output.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -89,12 +105,12 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def dollars(amount: float | None) -> str:
-    """Return *amount* of US dollars, with as many places as small sums need."""
+    """Return *amount* of US dollars with four decimal places below one dollar, else two."""
     return "unknown" if amount is None else f"${amount:,.4f}" if amount < 1 else f"${amount:,.2f}"
 
 
 def seconds(duration: float) -> str:
-    """Return a duration as people read it."""
+    """Return *duration*, in seconds, in a unit that suits it."""
     minutes, rest = divmod(round(duration), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -103,33 +119,26 @@ def seconds(duration: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Return a count with its noun."""
+    """Return *number* with *noun* in the singular or plural."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def lost(number: int) -> str:
-    """Return what is told of requests that the server of a spool has dropped."""
-    return (
-        f"{plural(number, 'request')} lost: the server has dropped their content, their places in the queue or their answers. "
-        "Put them again; --requeue puts back those whose content is there."
-    )
-
-
-def saving(now: float | None, before: float | None) -> str:
-    """Return by how much *now* is below *before*, as "-77 %" or "+12 %"; "" where that says nothing."""
+def change(now: float | None, before: float | None) -> str:
+    """Return the change from *before* to *now* as "-77 %" or "+12 %"; "" if one is unknown or *before* is 0."""
     if now is None or not before:
         return ""
-    change = round(100 * (now / before - 1))
-    return f"{change:+d} %" if change else "same"
+    percent = round(100 * (now / before - 1))
+    return f"{percent:+d} %" if percent else "same"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table: the first column to the left, numbers to the right."""
+    """Return a table whose first column is aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(pairs)
-        ).rstrip()
-        for pairs in ([*zip(row, widths, strict=True)] for row in (head, *rows))
-    ]
+    lines = []
+    for row in (head, *rows):
+        name, *cells = (
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join((name, *cells)).rstrip())
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])

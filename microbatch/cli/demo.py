@@ -1,4 +1,4 @@
-"""`microbatch demo`: a catalogue of products, sorted one by one and then in batches, against a simulated endpoint."""
+"""`microbatch demo`: sorts a catalogue of products one by one and then in batches, against a simulated endpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from microbatch.cli.console import OK, SOME_FAILED, STOPPED, dollars, plural, saving, say, seconds, table
+from microbatch.cli.console import OK, SOME_FAILED, STOPPED, change, dollars, plural, print_result, seconds, table
 from microbatch.cli.stopping import stoppable
 from microbatch.client import Microbatcher
 from microbatch.demo import LABELS, catalogue, instructions
@@ -19,7 +19,7 @@ from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from microbatch.accounting.stats import Stats
     from microbatch.demo import Product
@@ -42,13 +42,7 @@ EXAMPLES = ""
 
 
 class Trial(msgspec.Struct):
-    """One way of asking about the whole catalogue, and what came of it.
-
-    Attributes:
-        labels: The answers by product id.
-        stats: The figures.
-        wall_s: Seconds it took.
-    """
+    """The outcome of asking about the whole catalogue in one way; *labels* are the answers by product id."""
 
     labels: dict[str, str]
     stats: Stats
@@ -60,34 +54,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:  # noqa: ARG001 every command takes them
-    """Run it."""
+    """Ask both ways, print the comparison and return the exit status."""
     return asyncio.run(_demo())
 
 
 async def _demo() -> int:
     with stoppable():
-        return await _compare()
+        return await _compare(catalogue())
     return STOPPED
 
 
-async def _compare() -> int:
-    products = catalogue()
-    for line in _opening(len(products)):
-        say(line)
+async def _compare(products: Sequence[Product]) -> int:
+    print_result(f"""\
+A shop sorts {len(products)} products into {len(LABELS)} departments. Each question needs the
+same instructions; one call each sends them again every time, a combined
+prompt sends them once for {BATCH_SIZE} products.
+
+The endpoint is SIMULATED, in this process, over real HTTP: it needs
+{LATENCY.first_token} s to the first token and then makes {LATENCY.tokens_per_second:g} tokens a second.
+""")
     labels = {product.question: product.label for product in products}
 
     def look_up(text: str, _schema: dict[str, Any] | None) -> str:
         return labels[text]
 
     async with SimulatedEndpoint(answer=look_up, latency=LATENCY) as endpoint:
-        say("one call each ...")
+        print_result("one call each ...")
         single = await _ask(endpoint, products, 1)
-        say(f"  {plural(single.stats.upstream_calls, 'call')}, {seconds(single.wall_s)}")
-        say("in batches ...")
+        print_result("in batches ...")
         batched = await _ask(endpoint, products, BATCH_SIZE)
-        say(f"  {plural(batched.stats.upstream_calls, 'call')}, {seconds(batched.wall_s)}")
-    for line in (*_sample(products, batched), "", *_comparison(products, single, batched)):
-        say(line)
+    print_result(f"\n{_sample(products, batched)}\n\n{_comparison(products, single, batched)}")
     return OK if len(single.labels) == len(batched.labels) == len(products) else SOME_FAILED
 
 
@@ -95,82 +91,57 @@ async def _ask(endpoint: SimulatedEndpoint, products: Sequence[Product], batch_s
     loop = asyncio.get_running_loop()
     transport = OpenAIChat(MODEL, base_url=endpoint.base_url, api_key="simulated")
     policy = FlushPolicy(max_batch_size=batch_size, max_concurrent_batches=MAX_CALLS)
-    answers: dict[str, str] = {}
+    system = {"role": "system", "content": instructions()}
+    questions = [
+        Request([system, {"role": "user", "content": product.question}], id=product.id, output_type=Literal[LABELS])
+        for product in products
+    ]
+    labels: dict[str, str] = {}
     async with Microbatcher(transport, policy=policy) as batcher:
         start = loop.time()
-        async for result in batcher.map(_questions(products)):
+        async for result in batcher.map(questions):
             if result.reply is not None:
-                answers[result.id or ""] = result.reply.output
+                labels[result.id or ""] = result.reply.output
         wall_s = loop.time() - start
-    return Trial(answers, batcher.stats(), wall_s)
+    stats = batcher.stats()
+    print_result(f"  {plural(stats.upstream_calls, 'call')}, {seconds(wall_s)}")
+    return Trial(labels, stats, wall_s)
 
 
-def _questions(products: Sequence[Product]) -> Iterator[Request]:
-    system = {"role": "system", "content": instructions()}
-    for product in products:
-        question = {"role": "user", "content": product.question}
-        yield Request([system, question], id=product.id, output_type=Literal[LABELS])
-
-
-# --- what it says
-
-
-def _opening(products: int) -> Iterator[str]:
-    yield f"A shop sorts {products} products into {len(LABELS)} departments. Each question needs the"
-    yield "same instructions; one call each sends them again every time, a combined"
-    yield f"prompt sends them once for {BATCH_SIZE} products."
-    yield ""
-    yield "The endpoint is SIMULATED, in this process, over real HTTP: it needs"
-    yield f"{LATENCY.first_token} s to the first token and then makes {LATENCY.tokens_per_second:g} tokens a second."
-    yield ""
-
-
-def _sample(products: Sequence[Product], trial: Trial) -> Iterator[str]:
-    yield ""
-    step = max(1, len(products) // SHOWN)
-    for product in products[::step][:SHOWN]:
+def _sample(products: Sequence[Product], trial: Trial) -> str:
+    lines = []
+    for product in products[:: max(1, len(products) // SHOWN)][:SHOWN]:
         name = product.name if len(product.name) <= _NAME_WIDTH else product.name[: _NAME_WIDTH - 3] + "..."
-        yield f"  {name.ljust(_NAME_WIDTH)}  -> {trial.labels.get(product.id, 'no answer')}"
+        lines.append(f"  {name.ljust(_NAME_WIDTH)}  -> {trial.labels.get(product.id, 'no answer')}")
+    return "\n".join(lines)
 
 
-def _comparison(products: Sequence[Product], single: Trial, batched: Trial) -> Iterator[str]:
+def _comparison(products: Sequence[Product], single: Trial, batched: Trial) -> str:
     alone, shared = single.stats, batched.stats
-    rows = [
-        (
-            "calls",
-            f"{alone.upstream_calls:,}",
-            f"{shared.upstream_calls:,}",
-            saving(shared.upstream_calls, alone.upstream_calls),
-        ),
-        (
-            "prompt tokens",
-            f"{alone.prompt_tokens:,}",
-            f"{shared.prompt_tokens:,}",
-            saving(shared.prompt_tokens, alone.prompt_tokens),
-        ),
-        (
-            "completion tokens",
-            f"{alone.completion_tokens:,}",
-            f"{shared.completion_tokens:,}",
-            saving(shared.completion_tokens, alone.completion_tokens),
-        ),
-        (
-            f"cost at {MODEL}",
-            dollars(alone.cost_usd),
-            dollars(shared.cost_usd),
-            saving(shared.cost_usd, alone.cost_usd),
-        ),
-        ("wall time", f"{single.wall_s:.1f} s", f"{batched.wall_s:.1f} s", saving(batched.wall_s, single.wall_s)),
-    ]
-    yield table(("", "one call each", "batched", "change"), rows)
-    yield ""
+    counts = {
+        "calls": (alone.upstream_calls, shared.upstream_calls),
+        "prompt tokens": (alone.prompt_tokens, shared.prompt_tokens),
+        "completion tokens": (alone.completion_tokens, shared.completion_tokens),
+    }
+    rows = [(name, f"{before:,}", f"{now:,}", change(now, before)) for name, (before, now) in counts.items()]
+    before, now = alone.cost_usd, shared.cost_usd
+    rows.append((f"cost at {MODEL}", dollars(before), dollars(now), change(now, before)))
+    before, now = single.wall_s, batched.wall_s
+    rows.append(("wall time", f"{before:.1f} s", f"{now:.1f} s", change(now, before)))
     agreeing = sum(single.labels.get(product.id) == batched.labels.get(product.id) != None for product in products)  # noqa: E711
-    yield f"{agreeing} of {len(products)} products got the same answer both ways."
-    yield ""
-    yield "Measured: the calls, and the tokens of the prompts and replies that went over"
-    yield "the wire, counted with OpenAI's o200k_base tokenizer. Dollars are those tokens"
-    yield f"at the list price of {MODEL}; nothing was paid."
-    yield "From the simulation: the answers, which are looked up in the catalogue and say"
-    yield "nothing about how well a model does; and the time, which follows from the pace"
-    yield f"above with at most {MAX_CALLS} calls at once, both ways. With more at once, one call"
-    yield "each is the faster way, as long as the provider's rate limits allow it."
+    return f"""\
+{table(("", "one call each", "batched", "change"), rows)}
+
+{agreeing} of {len(products)} products got the same answer both ways.
+
+Measured: the calls, and the tokens of the prompts and replies that went over
+the wire, counted with OpenAI's o200k_base tokenizer. Dollars are those tokens
+at the list price of {MODEL}; nothing was paid.
+From the simulation: the answers, which are looked up in the catalogue and say
+nothing about how well a model does; and the time, which follows from the pace
+above with at most {MAX_CALLS} calls at once, both ways. Batched, it is the time of three
+calls in a row: the first on trial, until a reply shows that the model keeps to
+the format; then all full batches at once; then the rest, which waits until no
+call is under way. A longer job pays for the first and the last only once. With
+more calls at once, one call each is the faster way, as long as the provider's
+rate limits allow it."""

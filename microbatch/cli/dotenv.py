@@ -1,7 +1,8 @@
-"""Reads `.env` in the current directory: keys and settings that the environment does not have.
+"""Reads `.env` in the current directory for keys and settings that the environment does not have.
 
-The file may be somebody else's: commands are run in folders that were cloned or unpacked. So only names of ours are taken, none that
-the environment has, and addresses only together with a key from the same file, or it could have the environment's key sent elsewhere.
+The file is not trusted, because commands are run in folders that were cloned or unpacked. Only names of this package are taken, and
+none that the environment has. Addresses are taken only together with a key from the same file; otherwise the file could send the
+environment's key to another server.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ _ESCAPES: Final = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def load(path: str = FILE, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add to *environment* what *path* says and it does not; a file that is missing or unreadable adds nothing.
+    """Add the variables of the file *path* to *environment*; a file that is missing or unreadable adds nothing.
 
     Args:
         path: The file: lines of NAME=VALUE, with or without `export`, quotes and comments. Names other than OPENAI_* and
-            MICROBATCH_* are left alone, and so are `$` signs.
-        environment: The variables; even an empty one stays as it is.
+            MICROBATCH_* are ignored, and `$` has no meaning.
+        environment: The variables; those that are set, even to an empty string, are not changed.
     """
     try:
         text = Path(path).read_text("utf-8-sig", errors="replace")
@@ -47,13 +48,13 @@ def load(path: str = FILE, environment: MutableMapping[str, str] = os.environ) -
         if name in environment:
             continue
         if "://" in value and not trusted:
-            note(f"microbatch: {path}: {name} is not used: addresses from this file are, together with its {KEY} only")
+            note(f"microbatch: {path}: {name} is ignored: addresses in this file are used only together with its {KEY}")
         else:
             environment[name] = value
 
 
 def read(text: str) -> Iterator[tuple[str, str]]:
-    """Yield names of ours and their values; lines that are not NAME=VALUE are skipped."""
+    """Yield the OPENAI_* and MICROBATCH_* variables in *text*; other lines are skipped."""
     for line in _LINE.finditer(text.replace("\r\n", "\n")):
         name, single, double, bare = line.group("name", "single", "double", "bare")
         if double is not None:

@@ -1,25 +1,24 @@
-"""The command line: `microbatch run`, `warm`, `spool`, `worker`, `serve`, `demo`, `simulate`."""
+"""The command line: its parser, and the exit status of a command."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from microbatch.cli import console, demo, dotenv, run, serve, simulate, spool, warm, worker
-from microbatch.cli.console import NotHeard, UsageError, note
+from microbatch.cli.console import StdoutError, UsageError, note
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from types import ModuleType
+    from collections.abc import Sequence
 
-DESCRIPTION = """\
+DESCRIPTION: Final = """\
 Many questions with the same instructions leave as one combined prompt, and
 every item gets its own answer.
 """
-EXAMPLES = """
+EXAMPLES: Final = """
 examples:
   microbatch demo                     see what batching saves; needs no key
   microbatch run --help               ask about every line of a file
@@ -29,9 +28,19 @@ examples:
   microbatch serve --help             the gateway: batching for any OpenAI client
   microbatch simulate --port 8000     a simulated endpoint to develop against
 
-OPENAI_API_KEY, OPENAI_BASE_URL and MICROBATCH_* come from the environment, or
-from .env in this directory; an address in there counts only with a key in there.
+OPENAI_API_KEY, OPENAI_BASE_URL and MICROBATCH_* are read from the environment,
+or from .env in this directory; an address in .env is used only if .env holds
+the key as well.
 """
+_COMMANDS: Final = {
+    "run": run,
+    "warm": warm,
+    "spool": spool,
+    "worker": worker,
+    "serve": serve,
+    "demo": demo,
+    "simulate": simulate,
+}
 
 
 def _version() -> str:
@@ -43,46 +52,29 @@ def _version() -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="microbatch",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="microbatch", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"microbatch {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add(commands, "run", run, run.run)
-    _add(commands, "warm", warm, warm.run)
-    _add(commands, "spool", spool, spool.run)
-    _add(commands, "worker", worker, worker.run)
-    _add(commands, "serve", serve, serve.run)
-    _add(commands, "demo", demo, demo.run)
-    _add(commands, "simulate", simulate, simulate.run)
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            usage=module.USAGE,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EXAMPLES,
+            formatter_class=form,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(command=module.run, name=name)
     return parser
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    module: ModuleType,
-    command: Callable[[argparse.Namespace], int],
-) -> None:
-    parser = commands.add_parser(
-        name,
-        usage=module.USAGE,
-        help=module.HELP,
-        description=module.DESCRIPTION,
-        epilog=module.EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    parser.set_defaults(command=command, name=name)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status.
+    """Run a command and return its exit status; `UsageError` and `ConfigError` mean that nothing was sent.
 
     Args:
         argv: The words after `microbatch`; None takes those of the process.
@@ -103,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return console.USAGE
     except KeyboardInterrupt:
         return console.STOPPED
-    except NotHeard as error:
+    except StdoutError as error:
         if not isinstance(error.__cause__, BrokenPipeError):  # as in `microbatch demo | head`
             note(f"microbatch {args.name}: {error}: {error.__cause__}")
         return console.SOME_FAILED

@@ -1,99 +1,89 @@
-"""What a command is to ask, checked before anything is sent."""
+"""The settings of a command that sends requests, read from its flags and checked before anything is sent.
+
+The functions raise `UsageError` if a flag, or a file that it names, is wrong, and `ConfigError` if a cache or spool cannot be used.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.batching.request import read_options
+from microbatch.caching.guard import Guard
+from microbatch.caching.redis import RedisCache
+from microbatch.caching.sqlite import SQLiteCache
+from microbatch.cli.arguments import read_settings
 from microbatch.cli.console import UsageError
-from microbatch.cli.flags import read_settings
-from microbatch.cli.patient import PatientCache
-from microbatch.cli.questions import (
-    BatchLines,
-    Questions,
-    Template,
-    Templated,
-    read_labels,
-    read_schema,
-    read_text,
-)
-from microbatch.cli.reading import Input, Survey
-from microbatch.cli.resting import DirectTransport, RestingTransport
+from microbatch.cli.input import BatchLines, Input, Questions, Template, Templated, payload_of
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
-from microbatch.cli.stores import PATIENT_TIMEOUT, cache_at
-from microbatch.client import Microbatcher
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+from microbatch.messages import Request
+from microbatch.policy import FallbackPolicy, FlushPolicy
+from microbatch.spool.redis import RedisSpool
+from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.transports.openai_chat import OpenAIChat
 from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
 
-    from microbatch.protocols import Transport
-    from microbatch.spool.endpoint import Endpoint
+    from microbatch.spool.records import Spool
+
+_REDIS: Final = ("redis://", "rediss://", "unix://")
+_STEP_TIMEOUT: Final = 5.0
+"""Seconds for each exchange with a Redis server that holds a cache."""
+CACHE_PATIENCE: Final = 10.0
+"""Seconds for which a failing call of a cache is repeated: a server may be about to come back, and each miss has to be paid for."""
 
 
-class Job(msgspec.Struct):
-    """Settings that have been checked, and an input that has been read once."""
+class Plan(msgspec.Struct, frozen=True):
+    """Where a command sends requests, and how."""
 
-    source: Input
-    survey: Survey
-    questions: Questions
+    transport: OpenAIChat | SimulatedChat
     policy: FlushPolicy
     fallback: FallbackPolicy
     rate_limit: RateLimit | None
-    cache: PatientCache | None
-    transport: OpenAIChat | SimulatedChat
+    cache: Guard | None
+
+    @property
+    def single(self) -> bool:
+        """True if every request is sent alone."""
+        return self.policy.max_batch_size == 1
 
     @property
     def simulated(self) -> str | None:
-        """The model whose prices stand in for those of the embedded endpoint; None if the endpoint is a real one."""
+        """The model whose prices are shown for the simulated endpoint; None if the endpoint is a real one."""
         return self.transport.model if isinstance(self.transport, SimulatedChat) else None
 
-    def batcher(self, endpoint: Endpoint) -> Microbatcher:
-        """Return what asks as far as *endpoint* allows, not yet open."""
-        return Microbatcher(
-            RestingTransport(self.transport, endpoint),
-            policy=self.policy,
-            fallback=self.fallback,
-            rate_limit=self.rate_limit,
-            cache=self.cache,
-        )
+
+def read_plan(args: argparse.Namespace) -> Plan:
+    """Return the settings of the flags."""
+    model = _model(args)
+    return Plan(
+        policy=read_policy(args),
+        fallback=FallbackPolicy(canary=args.canary),
+        rate_limit=read_rate_limit(args),
+        cache=None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE),
+        transport=SimulatedChat(model) if args.simulate else _read_transport(args, model),
+    )
 
 
-def prepare(args: argparse.Namespace) -> Job:
-    """Check what the flags of `asking` say, and read the input once.
-
-    Raises:
-        UsageError: Something is wrong with either.
-    """
-    policy = read_policy(args)
-    fallback = FallbackPolicy(canary=args.canary)
-    rate_limit = RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
-    cache = None if args.cache is None else PatientCache(cache_at(args.cache, timeout=PATIENT_TIMEOUT))
-    model = args.model or (SIMULATED_MODEL if args.simulate else None)
-    questions = read_questions(args, needs_model=model is None)
-    transport = SimulatedChat(model) if args.simulate else read_transport(args, model)
-    source = Input(args.input, id_field=args.id_field)
-    survey = source.survey(questions.fields)
-    return Job(source, survey, questions, policy, fallback, rate_limit, cache, transport)
+def prepare(args: argparse.Namespace) -> tuple[Plan, Input]:
+    """Return the settings and the checked input of `run` and `warm`."""
+    questions = read_questions(args, needs_model=_model(args) is None)
+    plan = read_plan(args)
+    return plan, Input(args.input, questions, id_field=args.id_field)
 
 
-def prober(transport: Transport) -> Microbatcher:
-    """Return what asks once, without a cache, past any rest; not yet open. *transport* is opened and closed by others."""
-    return Microbatcher(DirectTransport(transport), retry=RetryPolicy(max_attempts=1))
+def _model(args: argparse.Namespace) -> str | None:
+    """Return the model of requests that name none; None if there is none."""
+    return args.model or (SIMULATED_MODEL if args.simulate else None)
 
 
 def read_policy(args: argparse.Namespace) -> FlushPolicy:
-    """Return when requests leave.
-
-    Raises:
-        UsageError: A value is out of range, or two flags contradict each other.
-    """
+    """Return the policy of the flags."""
     if not args.single:
         return read_settings(args, FlushPolicy)
     if args.max_batch_size not in (None, 1):
@@ -101,45 +91,12 @@ def read_policy(args: argparse.Namespace) -> FlushPolicy:
     return read_settings(args, FlushPolicy, max_batch_size=1)
 
 
-def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
-    """Return what is asked about each line.
-
-    Args:
-        args: What `asking.add_question` has added.
-        needs_model: Whether nothing but a line itself can name the model.
-
-    Raises:
-        UsageError: A flag, or the file it names, is wrong.
-    """
-    options: dict[str, Any] = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-    if args.template is None:
-        for name in ("system", "labels", "schema"):
-            if getattr(args, name) is not None:
-                raise UsageError(
-                    f"--{name} needs a --template; lines without one are OpenAI Batch requests and say it all themselves"
-                )
-        return BatchLines(options=options, needs_model=needs_model)
-    if needs_model:
-        raise UsageError("no model: give --model NAME, or --simulate to try without one")
-    labels = None if args.labels is None else read_labels(args.labels)
-    schema = None if args.schema is None else read_schema(args.schema)
-    system = None if args.system is None else read_text(args.system, "--system")
-    questions = Templated(Template(args.template), system=system, labels=labels, schema=schema, options=options)
-    try:
-        read_options(
-            str, None, None, None, None if schema is None else {"response_format": schema}, None, None, "normal"
-        )
-    except ConfigError as error:
-        raise UsageError(f"--schema {args.schema}: {error}") from error
-    return questions
+def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
+    """Return the limit of `--rpm` and `--tpm`; None if neither is given."""
+    return RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
 
 
-def read_transport(args: argparse.Namespace, model: str | None) -> OpenAIChat:
-    """Return the way to the endpoint.
-
-    Raises:
-        UsageError: There is no key, or the address is wrong.
-    """
+def _read_transport(args: argparse.Namespace, model: str | None) -> OpenAIChat:
     if not os.environ.get("OPENAI_API_KEY") and not args.base_url and not os.environ.get("OPENAI_BASE_URL"):
         raise UsageError(
             "no API key: set the environment variable OPENAI_API_KEY, give --base-url for an endpoint that needs none, "
@@ -148,5 +105,99 @@ def read_transport(args: argparse.Namespace, model: str | None) -> OpenAIChat:
     try:
         return OpenAIChat(model, base_url=args.base_url)
     except ConfigError as error:
-        words = str(error).replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")
-        raise UsageError(words.replace("api_key", "OPENAI_API_KEY")) from error
+        message = str(error).replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")
+        raise UsageError(message.replace("api_key", "OPENAI_API_KEY")) from error
+
+
+# --- places
+
+
+def is_address(place: str) -> bool:
+    """Return whether *place* is the address of a server; else it is the path of a file."""
+    return place.startswith(_REDIS)
+
+
+def cache_at(place: str) -> SQLiteCache | RedisCache:
+    """Return the cache at *place*, a path or an address."""
+    return RedisCache(place, timeout=_STEP_TIMEOUT) if is_address(place) else SQLiteCache(place)
+
+
+def spool_at(place: str, *, max_alone: int) -> Spool:
+    """Return the spool at *place*, a path or an address; see `Spool` for *max_alone*."""
+    return RedisSpool(place, max_alone=max_alone) if is_address(place) else SQLiteSpool(place, max_alone=max_alone)
+
+
+# --- what is asked
+
+
+def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
+    """Return what makes requests from the lines of the input; *needs_model* refuses lines that name no model."""
+    options: dict[str, Any] = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    if args.template is None:
+        for name in ("system", "labels", "schema"):
+            if getattr(args, name) is not None:
+                raise UsageError(
+                    f"--{name} needs a --template; lines without one are OpenAI Batch requests, which hold all of it"
+                )
+        return BatchLines(options=options, needs_model=needs_model)
+    if needs_model:
+        raise UsageError("no model: give --model NAME, or --simulate to try without one")
+    return Templated(
+        Template(args.template),
+        labels=None if args.labels is None else read_labels(args.labels),
+        schema=None if args.schema is None else read_schema(args.schema),
+        system=None if args.system is None else read_text(args.system, "--system"),
+        options=options,
+    )
+
+
+def read_text(value: str, name: str) -> str:
+    """Return the text of the flag *name*: *value*, or the content of the file that `@FILE` names; `@@` stands for an @."""
+    if not value.startswith("@"):
+        return value
+    if value.startswith("@@"):
+        return value[1:]
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8-sig").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        hint = f" (a text that begins with @ is written {name} '@@...')"
+        raise UsageError(f"{name}: cannot read {value[1:]!r}: {reason}{hint}") from None
+
+
+def read_labels(value: str) -> list[str]:
+    """Return the labels of `--labels a,b,c` or `--labels @FILE` (one per line, or a JSON list)."""
+    text = read_text(value, "--labels")
+    if not value.startswith("@"):
+        labels = [label.strip() for label in text.split(",")]
+    else:
+        try:
+            listed = msgspec.json.decode(text, type=list[str])
+        except ValueError:
+            listed = text.splitlines()
+        labels = [label.strip() for label in listed if label.strip()]
+    if not all(labels) or not labels:
+        raise UsageError(f"--labels {value!r}: a label is empty; write --labels electronics,clothing,other")
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"--labels: {label!r} occurs twice")
+    return labels
+
+
+def read_schema(path: str) -> dict[str, Any]:
+    """Return the `response_format` of the file of `--schema`, which holds a JSON Schema or a whole response_format."""
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--schema: cannot read {path!r}: {error.strerror}") from None
+    try:
+        value = msgspec.json.decode(text, type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--schema: {path!r} must hold a JSON Schema, an object: {error}") from None
+    if value.get("type") != "json_schema":
+        value = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": value}}
+    try:
+        payload_of(Request([{"role": "user", "content": "any"}], params={"response_format": value}), None)
+    except ConfigError as error:
+        raise UsageError(f"--schema {path}: {error}") from error
+    return value

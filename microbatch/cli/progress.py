@@ -1,12 +1,12 @@
-"""How far a run is, on stderr: a tqdm bar if tqdm is there, else a plain line."""
+"""Progress on stderr: a tqdm bar if tqdm is installed, else a plain line."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from microbatch.cli.console import dollars, heard, seconds
+from microbatch.cli.console import dollars, muted_on_error, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,47 +14,38 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.stats import Stats
 
-REFRESH_SECONDS = 0.2
-
-
-class Bar(Protocol):
-    """What draws."""
-
-    def draw(self, done: int, words: str) -> None:
-        """Show that *done* items are done, and *words* beside that."""
-        ...
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        ...
+REFRESH_SECONDS: Final = 0.2
 
 
 class Progress:
-    """Shows items a second, calls, tokens, dollars and the time that is left; nothing without a bar, or when stderr takes no more.
+    """Shows the items that are done, items per second, calls, tokens, dollars and the time left, until its block ends.
 
     Args:
-        bar: What draws, or None.
+        total: Items in all.
         stats: Returns the figures so far.
+        shown: True to show it, False not to; None shows it if stderr is a terminal.
     """
 
-    def __init__(self, bar: Bar | None, stats: Callable[[], Stats]) -> None:
-        self._bar = bar
+    def __init__(self, total: int, stats: Callable[[], Stats], *, shown: bool | None = None) -> None:
         self._stats = stats
         self._done = 0
         self._next = 0.0
+        self._bar = make_bar(total) if (sys.stderr.isatty() if shown is None else shown) else None
 
     def advance(self, count: int = 1) -> None:
-        """*count* more items are done."""
+        """Count *count* more items as done."""
         self._done += count
         if self._bar is not None and time.monotonic() >= self._next:
             self._next = time.monotonic() + REFRESH_SECONDS
-            self._draw(self._bar)
+            self._draw()
 
-    def _draw(self, bar: Bar) -> None:
-        stats = self._stats()
-        tokens = stats.prompt_tokens + stats.completion_tokens
-        with heard(sys.stderr):
-            bar.draw(self._done, f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}")
+    def _draw(self, *, last: bool = False) -> None:
+        if self._bar is not None:
+            stats = self._stats()
+            tokens = stats.prompt_tokens + stats.completion_tokens
+            with muted_on_error(sys.stderr):
+                text = f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}"
+                self._bar(self._done, text, last)
 
     def __enter__(self) -> Self:
         return self
@@ -62,55 +53,45 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._draw(self._bar)
-            with heard(sys.stderr):
-                self._bar.close()
+        self._draw(last=True)
 
 
-def make_bar(total: int) -> Bar | None:
-    """Return a bar for *total* items; None if stderr is closed or full."""
+def make_bar(total: int) -> Callable[[int, str, bool], None] | None:
+    """Return a function that shows the items done and a text beside them, and ends the bar if its last argument is true.
+
+    It is None if stderr is closed or full.
+    """
     try:
         from tqdm import tqdm  # noqa: PLC0415 of the extra `cli`
     except ImportError:
-        return PlainBar(total)
+        return _plain_bar(total)
     tqdm.monitor_interval = 0  # no thread of its own: it would outlive the run
-    with heard(sys.stderr):
-        return _TqdmBar(tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0))
+    with muted_on_error(sys.stderr):
+        return _tqdm_bar(tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0))
     return None
 
 
-class _TqdmBar:
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
+def _tqdm_bar(bar: Any) -> Callable[[int, str, bool], None]:
+    def draw(done: int, text: str, last: bool) -> None:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(done - bar.n)
+        if last:
+            bar.refresh()
+            bar.close()
 
-    def draw(self, done: int, words: str) -> None:
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.refresh()
-        self._bar.close()
+    return draw
 
 
-class PlainBar:
-    """One line that is written over and over."""
+def _plain_bar(total: int) -> Callable[[int, str, bool], None]:
+    start, width = time.monotonic(), 0
 
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._start = time.monotonic()
-        self._width = 0
-
-    def draw(self, done: int, words: str) -> None:
-        """Write the line."""
-        took = max(time.monotonic() - self._start, 1e-6)
-        left = f", {seconds(took / done * (self._total - done))} left" if done else ""
-        line = f"{done:,} of {self._total:,} items, {done / took:,.0f} items/s, {words}{left}"
-        sys.stderr.write("\r" + line.ljust(self._width))
+    def draw(done: int, text: str, last: bool) -> None:
+        nonlocal width
+        took = max(time.monotonic() - start, 1e-6)
+        left = f", {seconds(took / done * (total - done))} left" if done else ""
+        line = f"{done:,} of {total:,} items, {done / took:,.0f} items/s, {text}{left}"
+        sys.stderr.write("\r" + line.ljust(width) + ("\n" if last else ""))
         sys.stderr.flush()
-        self._width = len(line)
+        width = len(line)
 
-    def close(self) -> None:
-        """End the line."""
-        sys.stderr.write("\n")
-        sys.stderr.flush()
+    return draw

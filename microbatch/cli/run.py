@@ -6,22 +6,22 @@ import asyncio
 import shlex
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from microbatch.cli import console, fingerprint
-from microbatch.cli.answers import Answers, NotWritten, answer_line, failure_line
-from microbatch.cli.arguments import POLICY, add_endpoint, add_patience, add_policy, add_question, add_telling
-from microbatch.cli.bulk_run import Work
-from microbatch.cli.console import note, plural, tell
-from microbatch.cli.plan import Job, prepare
-from microbatch.cli.resuming import Resumed, open_output, resume, settings
-from microbatch.cli.stores import CACHE_HELP
-from microbatch.cli.summary import summarize, told
+from microbatch.cli import arguments, console
+from microbatch.cli.bulk_run import BulkRun
+from microbatch.cli.console import note, plural, seconds
+from microbatch.cli.input import question_digest
+from microbatch.cli.output import NotWritten, OutputFile, answer_line, failure_line
+from microbatch.cli.plan import prepare
+from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
+from microbatch.cli.summary import comparison, fields, remarks, reuse
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
-    from microbatch.messages import Reply
+    from microbatch.cli.input import Questions
+    from microbatch.cli.plan import Plan
+    from microbatch.messages import Reply, Request
 
 USAGE = "microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]"
 HELP = "ask about every line of a JSON Lines file"
@@ -35,13 +35,13 @@ Lines are any JSON objects, with a --template that makes a question of them, or
 OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
 id, else its number. The key is taken from OPENAI_API_KEY.
 
-The digest is that of the question. --resume asks what has no answer yet, and
-what has one to another question; an answer goes along with a question that
+The digest is that of the question. --resume asks about lines without an answer,
+and about lines whose question has changed; an answer follows a question that
 moved to another line.
 
 While the endpoint does not answer at all, nothing more is read or sent; the run
 goes on when it answers again. A key or an account that is refused from the
-start ends it. Ctrl-C and SIGTERM let the calls under way end.
+start ends the run. Ctrl-C and SIGTERM let the calls under way end.
 
 Exit status: 0 all answered, 1 some failed or left unasked, 2 nothing sent
 because something is wrong with the command or its files, 130 stopped (go on
@@ -56,123 +56,103 @@ examples:
   microbatch run products.jsonl -o answers.jsonl ... --resume    (after a crash)
   microbatch run products.jsonl -o try.jsonl ... --simulate      (costs nothing)
   microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
-                                             (what was ever asked costs nothing)
+                                    (what was asked before costs nothing)
   microbatch run openai_batch.jsonl -o answers.jsonl
 """
-
-# --- the flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
-    parser.add_argument(
-        "-o", "--output", metavar="OUTPUT.jsonl", required=True, help="where the answers go, as they come"
+    output = "where the answers go, as they come"
+    parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
+    arguments.add_question(parser.add_argument_group("what is asked"))
+    arguments.add_endpoint(parser.add_argument_group("endpoint"))
+    group = parser.add_argument_group("the run")
+    arguments.add_cache(group)
+    resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
+    arguments.add_switch(group, "--resume", resume)
+    force = (
+        "with --resume: go on although prompt or policy have changed, and keep the answers to the old prompt; "
+        "else: begin anew, keeping the old output under another name"
     )
-    add_question(parser.add_argument_group("what is asked"))
-    add_endpoint(parser.add_argument_group("whom"))
-    _add_running(parser.add_argument_group("the run"))
-    add_policy(parser.add_argument_group("batching", POLICY))
-
-
-def _add_running(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--cache", metavar="FILE|URL", help=CACHE_HELP)
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with an interrupted run, or one whose input has changed: ask what has no answer yet",
-    )
-    group.add_argument(
-        "--force",
-        action="store_true",
-        help="with --resume: go on though prompt or policy have changed, and keep the answers to the old prompt; "
-        "else: begin anew, keeping the old output under another name",
-    )
-    add_patience(group)
-    add_telling(group)
-
-
-# --- the run
+    arguments.add_switch(group, "--force", force)
+    arguments.add_give_up_after(group)
+    arguments.add_reports(group)
+    arguments.add_policy(parser.add_argument_group("batching", arguments.POLICY))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run it.
-
-    Raises:
-        UsageError: Something is wrong with the command or its files; nothing was sent.
-    """
-    job = prepare(args)
+    """Ask about every line, and return the exit status."""
+    plan, source = prepare(args)
     try:
-        with open_output(args) as answers:
-            resumed = resume(args, job, answers)
-            fingerprint.keep(args.output, settings(args, job))
-            return asyncio.run(Run(args, job, answers, resumed).go())
+        with open_output(args) as output:
+            resumed = resume(args, plan, source, output)
+            keep_settings(args.output, settings(args, plan, source))
+            sink = OutputSink(output, source.questions, plan.transport.model)
+            bulk = BulkRun(args, plan, source, sink, done=resumed.done)
+            asyncio.run(bulk.go())
+            bulk.report(args, summary_lines(bulk, plan), summarize(bulk, resumed))
+            _note_rest(args, bulk)
+            return bulk.status
     except NotWritten as error:  # at the last fsync
         note(f"microbatch run: {error}")
         return console.SOME_FAILED
 
 
-class Run:
-    """Asks, and writes down what comes back."""
-
-    def __init__(self, args: argparse.Namespace, job: Job, answers: Answers, resumed: Resumed) -> None:
-        self._args = args
-        self._job = job
-        self._answers = answers
-        self._resumed = resumed
-        self._work = Work(
-            job,
-            self._take,
-            self._fail,
-            done=resumed.done,
-            progress=args.progress,
-            give_up_after=args.give_up_after,
-        )
-
-    async def go(self) -> int:
-        """Ask, tell how it went and return the exit status."""
-        await self._work.go()
-        self._tell()
-        return self._work.status
-
-    def _take(self, name: str, reply: Reply[Any]) -> None:
-        output = self._job.questions.output(reply.output)
-        self._answers.write(answer_line(name, output, reply, self._work.digest_of(name)))
-
-    def _fail(self, name: str, error: dict[str, Any]) -> None:
-        self._answers.write(failure_line(name, error, self._work.digest_of(name)))
-
-    def _tell(self) -> None:
-        args, work, stats = self._args, self._work, self._work.stats
-        for line in work.failures.told(others="; the output tells them all"):
-            note(line)
-        summary = summarize(
-            stats,
-            items=work.items,
-            answered=work.answered,
-            failed=work.failed,
-            wall_s=work.wall_s,
-            changed=self._resumed.changed,
-            reused=self._resumed.reused,
-            unasked=work.unasked,
-        )
-        write = note if args.json else tell
-        for line in told(summary, stats, simulated=self._job.simulated, single=self._job.policy.max_batch_size == 1):
-            write(line)
-        if args.json:
-            tell(msgspec.json.encode(summary).decode())
-        for why in (work.unanswering, work.broken):
-            if why is not None:
-                note(f"microbatch run: {why}")
-        if work.unanswering is not None:
-            note(f"{plural(work.unasked, 'item')} left unasked.")
-        if work.status != console.OK:
-            note(_how_to_go_on(args, stopped=work.stopped))
+def _note_rest(args: argparse.Namespace, bulk: BulkRun) -> None:
+    """Note the number of items that are left, and the command that asks about them."""
+    if bulk.unanswering is not None:
+        note(f"{plural(bulk.unasked, 'item')} left unasked.")
+    if bulk.status != console.OK:
+        words = [word for word in args.argv if word not in ("--force", "--resume")]
+        note(f"{'Stopped; all' if bulk.stopped else 'All'} answers so far are in {args.output}. To ask for the rest:")
+        note(f"  {shlex.join(['microbatch', *words, '--resume'])}")
 
 
-def _how_to_go_on(args: argparse.Namespace, *, stopped: bool) -> str:
-    words = [word for word in args.argv if word not in ("--force", "--resume")]
-    again = shlex.join(["microbatch", *words, "--resume"])
-    return (
-        f"{'Stopped; all' if stopped else 'All'} answers so far are in {args.output}. To ask for the rest:\n  {again}"
-    )
+class OutputSink:
+    """Writes the outcome of each item to the output."""
+
+    def __init__(self, output: OutputFile, questions: Questions, model: str | None) -> None:
+        self._output = output
+        self._questions = questions
+        self._model = model
+
+    def take(self, request: Request, reply: Reply[Any]) -> None:
+        """Write an answer."""
+        answer = self._questions.output(reply.output)
+        self._output.write(answer_line(request.id or "", answer, reply, question_digest(request, self._model)))
+
+    def fail(self, name: str, error: dict[str, Any], request: Request | None) -> None:
+        """Write an error."""
+        digest = None if request is None else question_digest(request, self._model)
+        self._output.write(failure_line(name, error, digest))
+
+
+def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
+    """Return the figures of a run, as `--json` prints them."""
+    stats = bulk.stats
+    return {
+        "items": bulk.items,
+        "answered": bulk.answered,
+        "failed": bulk.failed,
+        **fields(stats, "upstream_calls", "batches", "fallback_calls", "retries", "prompt_tokens", "completion_tokens"),
+        **fields(stats, "unbatched_calls", "unbatched_prompt_tokens", "cost_usd", "unbatched_cost_usd"),
+        "wall_s": round(bulk.wall_s, 3),
+        "changed": resumed.changed,
+        "reused": resumed.reused,
+        "unasked": bulk.unasked,
+    }
+
+
+def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
+    """Yield the figures of a run for people."""
+    unasked = f", {bulk.unasked:,} left unasked" if bulk.unasked else ""
+    answered = f"{bulk.answered:,} of {plural(bulk.items, 'item')} answered, {bulk.failed:,} failed"
+    yield f"{answered}{unasked}, in {seconds(bulk.wall_s)}"
+    if bulk.stats.answered:
+        yield f"\n{comparison(bulk.stats)}\n"
+    reused = [*reuse(bulk.stats)]
+    if reused:
+        yield from (*reused, "")
+    yield from remarks(bulk.stats, plan)

@@ -1,4 +1,4 @@
-"""`microbatch serve`: the gateway, an OpenAI-compatible server that lets its clients' requests leave together."""
+"""`microbatch serve`: the gateway, an OpenAI-compatible server that combines the requests of its clients."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from microbatch.cli import console
-from microbatch.cli.arguments import add_policy
-from microbatch.cli.console import UsageError, note, plural, tell
+from microbatch.cli import arguments, console
+from microbatch.cli.arguments import add_option, add_switch, flag, read_settings, whole_number
+from microbatch.cli.console import UsageError, note, plural, report
 from microbatch.cli.environment import with_environment
-from microbatch.cli.flags import add_settings, number, read_settings, whole_number
-from microbatch.cli.plan import read_policy
-from microbatch.cli.stopping import at_signals
-from microbatch.cli.stores import CACHE_HELP, cache_at
+from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
+from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
 from microbatch.gateway.server import Gateway
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.policy import FallbackPolicy
-from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
@@ -44,7 +41,7 @@ X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
 Beside the API there are /healthz, /readyz and /stats. On Ctrl-C or SIGTERM no
 more requests are taken, and those under way are answered; a second signal stops
 at once. Every flag can be given as an environment variable too, --max-wait as
-MICROBATCH_MAX_WAIT; a flag comes first.
+MICROBATCH_MAX_WAIT; a flag takes precedence.
 """
 EXAMPLES = """
 examples:
@@ -54,161 +51,108 @@ examples:
       --access-token-file token.txt --cache redis://localhost:6379/0
 """
 
+HOST: Final = "127.0.0.1"
 PORT: Final = 8080
 GRACE: Final = 30.0
 _LEAST_SECRET: Final = 16
+"""Bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
-    parser.add_argument("--upstream", metavar="URL", help="address of the API to serve, up to /v1")
-    parser.add_argument(
-        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
-    )
-    parser.add_argument(
-        "--port",
-        metavar="N",
-        type=whole_number(0, 65_535),
-        default=PORT,
-        help=f"port, 0 for a free one (default: {PORT})",
-    )
-    parser.add_argument("--model", metavar="NAME", help="the model for requests that name none (default: refuse these)")
-    parser.add_argument(
-        "--grace",
-        metavar="SECONDS",
-        type=number(0),
-        default=GRACE,
-        help=f"time to answer what is under way when told to stop (default: {GRACE:g})",
-    )
-    parser.add_argument("--rpm", metavar="N", type=whole_number(1), help="send at most N requests in any minute")
-    parser.add_argument("--tpm", metavar="N", type=whole_number(1), help="send at most N tokens in any minute")
-    parser.add_argument("--cache", metavar="FILE|URL", help=CACHE_HELP)
-    _add_access(parser.add_argument_group("who may do what"))
-    add_settings(parser.add_argument_group("limits"), GatewaySettings)
-    add_policy(parser.add_argument_group("batching"))
+    add_option(parser, "--upstream", "URL", "address of the API to serve, up to /v1")
+    add_option(parser, "--host", "ADDRESS", f"address to listen on (default: {HOST})", default=HOST)
+    port = f"port, 0 for a free one (default: {PORT})"
+    add_option(parser, "--port", "N", port, type=whole_number(0, 65_535), default=PORT)
+    add_option(parser, "--model", "NAME", "the model for requests that name none (default: refuse these)")
+    arguments.add_seconds(parser, "--grace", "time to answer what is under way after a signal", default=GRACE)
+    arguments.add_rate_limits(parser)
+    arguments.add_cache(parser)
+    _add_access(parser.add_argument_group("access"))
+    arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings)
+    arguments.add_policy(parser.add_argument_group("batching"))
 
 
 def _add_access(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--no-own-key", action="store_true", help="ignore OPENAI_API_KEY: clients without a key go without one"
-    )
-    group.add_argument(
-        "--access-token-file",
-        metavar="FILE",
-        help="what clients have to give in place of a key to use the gateway's, and off loopback to see /stats",
-    )
-    group.add_argument(
-        "--secret-file",
-        metavar="FILE",
-        help="keys the digests that tell tenants apart (default: the cache's own secret, else a random one)",
-    )
-    group.add_argument(
-        "--lane-header",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="a header that goes with combined requests and must be equal in them; may be repeated",
-    )
-    group.add_argument(
-        "--allowed-host",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="a further name under which clients address the gateway, * for any; may be repeated",
-    )
+    add_switch(group, "--no-own-key", "ignore OPENAI_API_KEY: clients without a key go without one")
+    access = "holds the token that clients give in place of a key to use the gateway's, and off loopback to see /stats"
+    add_option(group, "--access-token-file", "FILE", access)
+    key = "holds the key of the digests that tell tenants apart (default: the cache's own secret, else a random one)"
+    add_option(group, "--secret-file", "FILE", key)
+    header = "a header that goes with combined requests and must be equal in them; may be repeated"
+    add_option(group, "--lane-header", "NAME", header, action="append", default=[])
+    host = "a further name under which clients address the gateway, * for any; may be repeated"
+    add_option(group, "--allowed-host", "NAME", host, action="append", default=[])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal comes.
-
-    Raises:
-        UsageError: A setting is wrong, or the address is not to be had.
-    """
+    """Serve until a signal comes, and return the exit status."""
     words = list(args.argv[args.argv.index(args.name) + 1 :])
     return asyncio.run(_serve(with_environment(args.parser, words, os.environ)))
 
 
 def make_gateway(args: argparse.Namespace) -> Gateway:
-    """Return the gateway that the flags ask for, not yet open.
-
-    Raises:
-        UsageError: A setting is wrong.
-    """
+    """Return the gateway of the flags, not open. Raise `UsageError` if a setting is wrong."""
     if not args.upstream:
         raise UsageError("no upstream: give --upstream URL, the address of the API to serve")
     settings = read_settings(args, GatewaySettings)
     policy = read_policy(args)
+    token = _read_secret(args, "access_token_file", least=1)
     try:
         return Gateway(
             args.upstream,
             host=args.host,
             port=args.port,
             model=args.model,
-            api_key=None if args.no_own_key else os.environ.get("OPENAI_API_KEY") or None,
-            access_token=_token(args.access_token_file),
-            secret=_secret(args.secret_file),
+            api_key=_own_key(args),
+            access_token=None if token is None else token.decode("utf-8", "replace"),
+            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET),
             lane_headers=args.lane_header,
             allowed_hosts=args.allowed_host,
             settings=settings,
             policy=policy,
             fallback=FallbackPolicy(canary=args.canary),
-            rate_limit=RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None,
+            rate_limit=read_rate_limit(args),
             cache=None if args.cache is None else cache_at(args.cache),
         )
     except ConfigError as error:
         raise UsageError(str(error).replace("base_url", "--upstream").replace("api_key", "OPENAI_API_KEY")) from error
 
 
-def _read(path: str, name: str) -> bytes:
+def _own_key(args: argparse.Namespace) -> str | None:
+    return None if args.no_own_key else os.environ.get("OPENAI_API_KEY") or None
+
+
+def _read_secret(args: argparse.Namespace, name: str, *, least: int) -> bytes | None:
+    """Return the content of a file, of at least *least* bytes; None if its flag is not given."""
+    path = getattr(args, name)
+    if path is None:
+        return None
     try:
-        return Path(path).read_bytes().strip()
+        secret = Path(path).read_bytes().strip()
     except OSError as error:
-        raise UsageError(f"{name} {path}: {error.strerror}") from None
-
-
-def _token(path: str | None) -> str | None:
-    if path is None:
-        return None
-    token = _read(path, "--access-token-file").decode("utf-8", "replace")
-    if not token:
-        raise UsageError(f"--access-token-file {path}: the file is empty")
-    return token
-
-
-def _secret(path: str | None) -> bytes | None:
-    if path is None:
-        return None
-    secret = _read(path, "--secret-file")
-    if len(secret) < _LEAST_SECRET:
-        raise UsageError(f"--secret-file {path}: a secret has at least {_LEAST_SECRET} bytes")
+        raise UsageError(f"{flag(name)} {path}: {error.strerror}") from None
+    if len(secret) < least:
+        raise UsageError(f"{flag(name)} {path}: must hold at least {plural(least, 'byte')}, and holds {len(secret)}")
     return secret
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    gateway, told = make_gateway(args), asyncio.Event()
-    with at_signals(told.set):
-        try:
-            await gateway.open()
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port, 0 takes a free one"
-            ) from None
-        try:
-            tell(gateway.base_url)
-            note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
-            if not args.no_own_key and os.environ.get("OPENAI_API_KEY"):
-                who = "with the access token" if args.access_token_file else "without a key"
-                note(f"Clients {who} use OPENAI_API_KEY, for chat completions and the list of models.")
-            await told.wait()
-            note(f"Told to stop: answering what is under way, for up to {args.grace:g} s.")
-        finally:
-            await gateway.aclose(args.grace)
-    note(_told(gateway))
+    gateway = make_gateway(args)
+    async with listening(args, gateway.open, lambda: gateway.aclose(args.grace)) as stopped:
+        report(gateway.base_url)
+        note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
+        if _own_key(args):
+            clients = "with the access token" if args.access_token_file else "without a key"
+            note(f"Clients {clients} use OPENAI_API_KEY, for chat completions and the list of models.")
+        await stopped.wait()
+        note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
+    note(_summary(gateway))
     return console.OK
 
 
-def _told(gateway: Gateway) -> str:
+def _summary(gateway: Gateway) -> str:
     stats = gateway.stats()
     combined = f"{plural(stats.items, 'chat completion')} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
     failed = f", {stats.failed:,} failed" if stats.failed else ""

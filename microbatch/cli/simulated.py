@@ -1,4 +1,4 @@
-"""The endpoint of `--simulate`: it runs within the command, and has the same address every time."""
+"""The endpoint of `--simulate`, which runs within the command."""
 
 from __future__ import annotations
 
@@ -19,17 +19,9 @@ SIMULATED_MODEL: Final = "gpt-4.1-mini"
 
 
 class SimulatedChat:
-    """A transport to a simulated endpoint, which it serves itself as long as it is open.
+    """A transport to a simulated endpoint, which it serves while it is open.
 
-    The endpoint takes whatever port is free, so its true address differs from run to run. What a run leaves for the next one, in a
-    cache or beside its output, is under `base_url`.
-
-    Args:
-        model: The model to ask when a call names none.
-
-    Attributes:
-        model: As given.
-        base_url: "simulated".
+    The real address has a free port and differs from run to run; caches and outputs are kept under `base_url`.
     """
 
     base_url: Final = "simulated"
@@ -37,21 +29,25 @@ class SimulatedChat:
     def __init__(self, model: str | None) -> None:
         self.model = model
         self._endpoint: SimulatedEndpoint | None = None
-        self._chat: OpenAIChat | None = None
+        self._transport: OpenAIChat | None = None
+
+    @property
+    def _chat(self) -> OpenAIChat:
+        if self._transport is None:
+            raise ConnectFailed("the simulated endpoint is not open")
+        return self._transport
 
     async def open(self) -> None:
-        """Begin to serve."""
+        """Start to serve."""
         from microbatch.testing.endpoint import SimulatedEndpoint  # noqa: PLC0415 a server, which a real run does not need
 
         endpoint = SimulatedEndpoint()
         await endpoint.open()
         self._endpoint = endpoint
-        self._chat = OpenAIChat(self.model, base_url=endpoint.base_url, api_key="simulated")
+        self._transport = OpenAIChat(self.model, base_url=endpoint.base_url, api_key="simulated")
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
         """Make one attempt at *call*; see `OpenAIChat.send`."""
-        if self._chat is None:
-            raise ConnectFailed("the simulated endpoint is not open")
         return await self._chat.send(call, on_text)
 
     @asynccontextmanager
@@ -59,14 +55,12 @@ class SimulatedChat:
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncIterator[Forwarded]:
         """Relay a request as it is; see `OpenAIChat.forward`."""
-        if self._chat is None:
-            raise ConnectFailed("the simulated endpoint is not open")
         async with self._chat.forward(method, path, headers, body) as response:
             yield response
 
     async def aclose(self) -> None:
         """Stop serving."""
-        chat, self._chat = self._chat, None
+        chat, self._transport = self._transport, None
         endpoint, self._endpoint = self._endpoint, None
         if chat is not None:
             await chat.aclose()

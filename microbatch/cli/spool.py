@@ -1,28 +1,47 @@
-"""`microbatch spool`: what is in a spool, what became of it, and a way in and out for files."""
+"""`microbatch spool`: shows a spool and its dead letters, and moves requests in and answers out."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
+import textwrap
+from collections import Counter
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import msgspec
 
-from microbatch.cli import console, dead_letters
-from microbatch.cli.answers import NotWritten
-from microbatch.cli.arguments import add_question
-from microbatch.cli.console import UsageError, note, say, seconds, table
-from microbatch.cli.flags import flag, whole_number
-from microbatch.cli.spool_files import Export, Put
-from microbatch.cli.stores import is_address, spool_at
-from microbatch.errors import StorageError
-from microbatch.spool.records import MAX_ALONE
+from microbatch.cli import console
+from microbatch.cli.arguments import add_count, add_option, add_question, add_switch, flag
+from microbatch.cli.console import (
+    COLUMNS,
+    StdoutError,
+    UsageError,
+    note,
+    plural,
+    print_result,
+    report,
+    report_json,
+    seconds,
+    table,
+)
+from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
+from microbatch.cli.output import NotWritten, replacing
+from microbatch.cli.plan import is_address, read_questions, spool_at
+from microbatch.cli.stopping import stoppable
+from microbatch.cli.summary import Failures
+from microbatch.errors import ConfigError, StorageError
+from microbatch.spool.payload import Answer
+from microbatch.spool.records import MAX_ALONE, Name
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
-    from microbatch.spool.records import Counts, Spool
+    from microbatch.spool.records import Counts, DeadLetter, Item, Kept, PutOutcome, Spool, State
 
 USAGE = """\
 microbatch spool SPOOL [options]
@@ -30,10 +49,10 @@ microbatch spool SPOOL [options]
        microbatch spool SPOOL --dead | --requeue [ID ...] | --export FILE.jsonl"""
 HELP = "queue questions for later; see what waits, what failed, what was answered"
 DESCRIPTION = """\
-A spool holds requests that nobody waits for, until a worker has answered them,
-and keeps the answers for 7 days. SPOOL is a file (SQLite), or the address of a
-Redis server, redis://HOST:PORT/DB. Without options this shows how many requests
-are where.
+A spool holds requests that can wait until a worker has answered them, and keeps
+the answers for 7 days. SPOOL is a file (SQLite), or the address of a Redis
+server, redis://HOST:PORT/DB. Without options this shows how many requests are
+in which state.
 
 A request that failed, or whose worker died, is asked again in half a batch,
 then alone. One that has failed 3 times alone is a dead letter: it is kept, with
@@ -59,101 +78,86 @@ examples:
 
 _QUESTION: Final = ("system", "template", "labels", "schema", "id_field", "max_tokens", "temperature", "model")
 
-# --- the flags
+_AT_ONCE: Final = 500
+"""Requests put in one transaction."""
+
+_STATES: Final[dict[State, str]] = {"leased": "with a worker", "in_job": "in a batch job", "done": "answered"}
+_NOT_DEAD: Final[dict[State, str]] = {
+    "unknown": "the spool knows no such id",
+    "waiting": "it is waiting to be asked already",
+    "leased": "a worker has it",
+    "in_job": "it is in a batch job at the provider",
+    "done": "it is answered",
+    "lost": "the server has dropped it; put it again",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `spool`."""
     parser.add_argument("spool", metavar="SPOOL", help="a file, or redis://HOST:PORT/DB; --put makes a file")
     actions = parser.add_argument_group("what to do").add_mutually_exclusive_group()
-    actions.add_argument(
-        "--put",
-        metavar="INPUT.jsonl",
-        help="queue a request for every line, as `microbatch run` would ask it; one that is there already is left as it is",
+    put = "queue a request for every line, as `microbatch run` would ask it; one that is there already is left as it is"
+    add_option(actions, "--put", "INPUT.jsonl", put)
+    add_switch(actions, "--dead", "list the dead letters, oldest first")
+    requeue = "put dead letters back, all or those with these ids, as if they had never been asked"
+    add_option(actions, "--requeue", "ID", requeue, nargs="*")
+    line = "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970)"
+    states = "the states are waiting, leased, in_job, done and dead"
+    exported = f"write a line for every request that is kept: {line}; {states}; - is stdout"
+    add_option(actions, "--export", "FILE.jsonl", exported)
+    tenant = (
+        "with --put and --requeue ID: the tenant that the ids belong to (default: none); "
+        "else: the tenant whose requests are shown, exported or put back (default: all)"
     )
-    actions.add_argument("--dead", action="store_true", help="list the dead letters, oldest first")
-    actions.add_argument(
-        "--requeue",
-        metavar="ID",
-        nargs="*",
-        help="put dead letters back, all or those with these ids, as if they had never been asked",
-    )
-    actions.add_argument(
-        "--export",
-        metavar="FILE.jsonl",
-        help="write a line for every request that is kept: custom_id, tenant, state (waiting, leased, in_job, done, dead), "
-        "output, error, deliveries, usage, cost_usd, "
-        "answered_at (seconds since 1970); - is stdout",
-    )
-    parser.add_argument(
-        "--tenant",
-        metavar="NAME",
-        help="whose requests: with --put and --requeue ID the tenant that the ids belong to (default: to none), "
-        "else those that are shown, exported or put back (default: all)",
-    )
-    parser.add_argument(
-        "--max-alone",
-        metavar="N",
-        type=whole_number(1),
-        default=MAX_ALONE,
-        help=f"as the workers have it: a request that failed N times alone is dead (default: {MAX_ALONE})",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print the figures as a JSON object, the last line of stdout; with --dead an object a line for each letter",
-    )
+    add_option(parser, "--tenant", "NAME", tenant)
+    max_alone = "the same as that of the workers: a request that failed N times alone is dead"
+    add_count(parser, "--max-alone", max_alone, default=MAX_ALONE)
+    figures = "print the figures as a JSON object, the last line of stdout; with --dead one object per letter"
+    add_switch(parser, "--json", figures)
     question = parser.add_argument_group("what is asked, with --put")
     add_question(question)
-    question.add_argument("--model", metavar="NAME", help="the model (default: the line's own, else the worker's)")
-
-
-# --- the command
+    add_option(question, "--model", "NAME", "the model (default: the line's own, else the worker's)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do one thing with a spool.
-
-    Raises:
-        ConfigError: It cannot be opened.
-        UsageError: Something is wrong with the command or its files; nothing was done.
-    """
+    """Do one thing with a spool."""
     _check(args)
     action = _action(args)
     try:
-        return asyncio.run(_with(spool_at(args.spool, max_alone=args.max_alone), action))
+        return asyncio.run(_with_spool(args, action))
     except (NotWritten, StorageError) as error:
         note(f"microbatch spool: {error}")
         return console.SOME_FAILED
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse flags that would do nothing, and a spool that looking would make."""
-    if args.put is None:
-        given = [flag(name) for name in _QUESTION if getattr(args, name) is not None]
-        if given:
-            raise UsageError(f"{given[0]} says what is asked; it needs --put INPUT.jsonl")
-        if not is_address(args.spool) and not Path(args.spool).exists():
-            raise UsageError(f"there is no spool {args.spool!r}; --put INPUT.jsonl makes one")
-        if args.tenant is not None and not (args.dead or args.requeue is not None or args.export is not None):
-            raise UsageError(
-                "--tenant needs --put, --dead, --requeue or --export; the figures are those of all tenants"
-            )
+    """Refuse flags without an effect, a spool that does not exist, and an export to a file that does."""
+    if args.put is not None:
+        return
+    given = [flag(name) for name in _QUESTION if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"{given[0]} says what is asked; it needs --put INPUT.jsonl")
+    if not is_address(args.spool) and not Path(args.spool).exists():
+        raise UsageError(f"there is no spool {args.spool!r}; --put INPUT.jsonl makes one")
+    if args.tenant is not None and not (args.dead or args.requeue is not None or args.export is not None):
+        raise UsageError("--tenant needs --put, --dead, --requeue or --export; the figures are those of all tenants")
+    if args.export == "-" and args.json:
+        raise UsageError("--export - fills stdout with the export; leave out --json")
+    if args.export not in (None, "-") and Path(args.export).exists():
+        raise UsageError(f"{args.export!r} exists already; choose another name, or - for stdout")
 
 
 def _action(args: argparse.Namespace) -> Callable[[Spool], Awaitable[int]]:
     if args.put is not None:
         return Put(args).go
     if args.export is not None:
-        return Export(args).go
-    if args.requeue is not None:
-        return lambda spool: dead_letters.requeue(spool, args)
-    if args.dead:
-        return lambda spool: dead_letters.list_them(spool, args)
-    return lambda spool: _show(spool, args)
+        return lambda spool: export(spool, args)
+    action = _requeue if args.requeue is not None else _list_dead if args.dead else _show
+    return lambda spool: action(spool, args)
 
 
-async def _with(spool: Spool, action: Callable[[Spool], Awaitable[int]]) -> int:
+async def _with_spool(args: argparse.Namespace, action: Callable[[Spool], Awaitable[int]]) -> int:
+    spool = spool_at(args.spool, max_alone=args.max_alone)
     await spool.open()
     try:
         return await action(spool)
@@ -161,85 +165,248 @@ async def _with(spool: Spool, action: Callable[[Spool], Awaitable[int]]) -> int:
         await spool.aclose()
 
 
-# --- what is where
-
-
-class Figures(msgspec.Struct, kw_only=True):
-    """How many requests are where, as `--json` prints it.
-
-    Attributes:
-        waiting_full: Those that wait for a full batch.
-        waiting_half: Those that failed once, and wait for half a batch.
-        waiting_alone: Those that failed more than once, and wait to go alone.
-        leased: Those that a worker has.
-        in_job: Those in a batch job at the provider.
-        depth: All of these.
-        done: Answers that are kept.
-        dead: Dead letters.
-        oldest_s: Seconds for which the oldest of `depth` has been there; None if there is none.
-        lost: Requests and answers that the server has dropped.
-    """
-
-    waiting_full: int
-    waiting_half: int
-    waiting_alone: int
-    leased: int
-    in_job: int
-    depth: int
-    done: int
-    dead: int
-    oldest_s: float | None
-    lost: int
+# --- figures
 
 
 async def _show(spool: Spool, args: argparse.Namespace) -> int:
     counts = await spool.counts()
+    figures = _figures(counts)
     if args.json:
-        say(msgspec.json.encode(figures(counts)).decode())
+        print_result(msgspec.json.encode(figures).decode())
         return console.OK
-    say(told(counts))
+    print_result(_figures_table(figures))
     if counts.oldest is not None:
-        say()
-        say(f"The oldest of those still to be answered was put {seconds(counts.oldest)} ago.")
+        print_result(f"\nThe oldest of those still to be answered was put {seconds(counts.oldest)} ago.")
     if counts.dead:
-        say()
-        say("--dead tells why they died, --requeue puts them back.")
+        print_result("\n--dead shows why they died, --requeue puts them back.")
     if counts.lost:
-        say()
-        say(console.lost(counts.lost))
+        print_result(f"\n{lost_requests(counts.lost)}")
     return console.OK
 
 
-def figures(counts: Counts) -> Figures:
-    """Return *counts* as `--json` prints them."""
-    full, half, alone = counts.waiting
-    return Figures(
-        waiting_full=full,
-        waiting_half=half,
-        waiting_alone=alone,
-        leased=counts.leased,
-        in_job=counts.in_job,
-        depth=counts.depth,
-        done=counts.done,
-        dead=counts.dead,
-        oldest_s=None if counts.oldest is None else round(counts.oldest, 3),
-        lost=counts.lost,
+def lost_requests(number: int) -> str:
+    """Return a warning that the server of a spool has dropped *number* requests."""
+    return (
+        f"{plural(number, 'request')} lost: the server has dropped their content, their places in the queue or their answers. "
+        "Put them again; --requeue puts back those whose content is there."
     )
 
 
-def told(counts: Counts) -> str:
-    """Return *counts* as a table."""
+def _figures(counts: Counts) -> dict[str, Any]:
+    """Return how many requests are in which state, as `--json` prints it."""
     full, half, alone = counts.waiting
-    rows = [
-        ("waiting for a full batch", full),
-        ("waiting for half a batch, after a failure", half),
-        ("waiting to go alone, after two", alone),
-        ("with a worker", counts.leased),
-        ("at the provider, in a batch job", counts.in_job),
-        ("all still to be answered", counts.depth),
-        ("answered", counts.done),
-        ("dead letters", counts.dead),
-    ]
-    if counts.lost:
-        rows.append(("lost", counts.lost))
-    return table(("", "requests"), [(name, f"{number:,}") for name, number in rows])
+    return {
+        "waiting_full": full,
+        "waiting_half": half,
+        "waiting_alone": alone,
+        "leased": counts.leased,
+        "in_job": counts.in_job,
+        "depth": counts.depth,
+        "done": counts.done,
+        "dead": counts.dead,
+        "oldest_s": None if counts.oldest is None else round(counts.oldest, 3),
+        "lost": counts.lost,
+    }
+
+
+_FIGURES: Final = {
+    "waiting_full": "waiting for a full batch",
+    "waiting_half": "waiting for half a batch, after a failure",
+    "waiting_alone": "waiting to go alone, after two",
+    "leased": "with a worker",
+    "in_job": "at the provider, in a batch job",
+    "depth": "all still to be answered",
+    "done": "answered",
+    "dead": "dead letters",
+}
+
+
+def _figures_table(figures: dict[str, Any]) -> str:
+    names = _FIGURES | ({"lost": "lost"} if figures["lost"] else {})
+    return table(("", "requests"), [(text, f"{figures[name]:,}") for name, text in names.items()])
+
+
+# --- dead letters
+
+
+async def _list_dead(spool: Spool, args: argparse.Namespace) -> int:
+    listed = 0
+    async for letter in spool.dead_letters():
+        if args.tenant in (None, letter.item.name.tenant):
+            listed += 1
+            print_result(_as_json(letter) if args.json else _as_text(letter))
+    if not args.json:
+        print_result(plural(listed, "dead letter"))
+    return console.OK
+
+
+def _as_json(letter: DeadLetter) -> str:
+    name = letter.item.name
+    fields = {
+        "custom_id": name.id,
+        "tenant": name.tenant,
+        "deliveries": letter.deliveries,
+        "error": letter.error,
+        "died_at": letter.died_at,
+    }
+    return msgspec.json.encode(fields).decode()
+
+
+def _as_text(letter: DeadLetter) -> str:
+    name = letter.item.name
+    tenant = "" if name.tenant is None else f" of tenant {name.tenant}"
+    died = datetime.fromtimestamp(letter.died_at, UTC).astimezone()
+    head = f"{name.id}{tenant}: dead since {died:%Y-%m-%d %H:%M:%S}, asked {plural(letter.deliveries, 'time')}"
+    error = textwrap.fill(letter.error, COLUMNS, initial_indent="    ", subsequent_indent="    ")
+    return f"{head}\n{error}\n"
+
+
+async def _requeue(spool: Spool, args: argparse.Namespace) -> int:
+    """Put dead letters back, all or those that are named; report the names that are none."""
+    dead = [letter.item.name async for letter in spool.dead_letters()]
+    wanted = dict.fromkeys(Name(args.tenant, name) for name in args.requeue)
+    names = [name for name in dead if (name in wanted if wanted else args.tenant in (None, name.tenant))]
+    found = set(names)
+    others = [name for name in wanted if name not in found]
+    everything = not wanted and args.tenant is None
+    count = await spool.requeue(None if everything else names)
+    states = {name.id: known.state for name, known in zip(others, await spool.find(others), strict=True)}
+    for name, state in states.items():
+        note(f"{name} is no dead letter: {_NOT_DEAD.get(state, 'it died just now')}")
+    if args.json:
+        report_json({"requeued": count, "not_dead": states})
+    else:
+        report(f"{plural(count, 'dead letter')} put back")
+    return console.SOME_FAILED if others else console.OK
+
+
+# --- files
+
+
+class Put:
+    """Queues a request for every line of the file of `--put`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._source = Input(args.put, read_questions(args, needs_model=False), id_field=args.id_field)
+        self._outcomes: Counter[PutOutcome] = Counter()
+        self._rejected = 0
+        self._failures = Failures()
+
+    async def go(self, spool: Spool) -> int:
+        """Queue them, report and return the exit status."""
+        stopped, broken = True, None
+        with stoppable():
+            try:
+                items = self._items()
+                while some := list(islice(items, _AT_ONCE)):
+                    outcomes = await spool.put([item for _, item in some])
+                    for (number, _), outcome in zip(some, outcomes, strict=True):
+                        self._count(number, outcome)
+            except (InputChanged, OSError, StorageError) as error:
+                broken = error
+            stopped = False
+        return self._report(stopped=stopped, broken=broken)
+
+    def _items(self) -> Iterator[tuple[int, Item]]:
+        """Yield the number of each line and the request that is put for it."""
+        for row in self._source.requests():
+            if isinstance(row, BadLine):
+                self._reject(row.number, row.problem)
+                continue
+            number, request = row
+            try:
+                payload = payload_of(request, self._args.model)
+            except ConfigError as error:
+                self._reject(number, str(error))
+            else:
+                yield number, payload.item(Name(self._args.tenant, request.id or ""))
+
+    def _reject(self, number: int, problem: str) -> None:
+        self._failures.add(problem, str(number), f"{self._source.path}, line ")
+        self._rejected += 1
+
+    def _count(self, number: int, outcome: PutOutcome) -> None:
+        self._outcomes[outcome] += 1
+        if outcome == "conflict":
+            problem = "the spool holds another request under this id; it stays, and this one was not queued"
+            self._failures.add(problem, str(number), f"{self._source.path}, line ")
+
+    def _report(self, *, stopped: bool, broken: Exception | None) -> int:
+        for line in self._failures.lines():
+            note(line)
+        new, known, conflicts = (self._outcomes[outcome] for outcome in ("new", "known", "conflict"))
+        items, rejected = self._source.items, self._rejected
+        if self._args.json:
+            report_json({"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": rejected})
+        else:
+            report(
+                f"{plural(items, 'item')}: {new:,} queued, {known:,} known already, {plural(conflicts, 'conflict')}, "
+                f"{rejected:,} cannot be asked"
+            )
+        if broken is not None:
+            note(f"microbatch spool: {broken}")
+        if stopped or broken is not None:
+            note("Stopped. For the rest, run the same command again; what is queued is not queued twice.")
+        if stopped:
+            return console.STOPPED
+        return console.SOME_FAILED if conflicts or rejected or broken is not None else console.OK
+
+
+async def export(spool: Spool, args: argparse.Namespace) -> int:
+    """Write a line for every request that is kept, and return the exit status. After an error nothing is left of a file."""
+    to_stdout = args.export == "-"
+    opened = False
+    try:
+        with nullcontext(sys.stdout.buffer) if to_stdout else replacing(Path(args.export)) as file:
+            opened = True
+            states, damaged = await _write_lines(spool, file, args.tenant)
+            file.flush()
+    except OSError as error:
+        if to_stdout:
+            console.mute(sys.stdout)
+            raise StdoutError("cannot write to stdout") from error
+        kind = NotWritten if opened else UsageError
+        raise kind(f"cannot write {args.export!r}: {error.strerror}") from error
+    if args.json:
+        report_json({"exported": states.total(), "damaged": damaged, "states": states})
+    else:
+        parts = "".join(f", {number:,} {_STATES.get(state, state)}" for state, number in states.most_common())
+        exported = f"{plural(states.total(), 'request')} exported"
+        (note if to_stdout else report)(f"{exported}{'' if to_stdout else f' to {args.export}'}{parts}")
+        if damaged:
+            note(f"{plural(damaged, 'answer')} cannot be read any more; the export has an error in place of each")
+    return console.SOME_FAILED if damaged else console.OK
+
+
+async def _write_lines(spool: Spool, file: BinaryIO, tenant: str | None) -> tuple[Counter[State], int]:
+    """Write the requests of *tenant*, or of all; return how many there are of each state, and how many answers are damaged."""
+    states: Counter[State] = Counter()
+    damaged = 0
+    async for kept in spool.export():
+        if tenant in (None, kept.name.tenant):
+            line = _export_line(kept)
+            file.write(msgspec.json.encode(line) + b"\n")
+            states[kept.found.state] += 1
+            damaged += kept.found.state == "done" and line["error"] is not None
+    return states, damaged
+
+
+def _export_line(kept: Kept) -> dict[str, Any]:
+    answer, error = None, kept.found.error
+    if kept.found.result is not None:
+        try:
+            answer = Answer.decode(kept.found.result)
+        except StorageError as reason:
+            error = str(reason)
+    return {
+        "custom_id": kept.name.id,
+        "tenant": kept.name.tenant,
+        "state": kept.found.state,
+        "output": None if answer is None else answer.value,
+        "error": error,
+        "deliveries": kept.deliveries,
+        "usage": None if answer is None else msgspec.to_builtins(answer.usage),
+        "cost_usd": None if answer is None else answer.cost_usd,
+        "answered_at": None if answer is None else answer.answered_at,
+    }

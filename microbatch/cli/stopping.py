@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, turned into an orderly end."""
+"""Ctrl-C and SIGTERM end a command in order."""
 
 from __future__ import annotations
 
@@ -7,39 +7,24 @@ import contextlib
 import signal
 from typing import TYPE_CHECKING
 
+from microbatch.cli.console import UsageError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    import argparse
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def stoppable() -> Generator[Callable[[], None]]:
-    """Cancel the running task at the first signal, and let this block swallow that; a second signal kills as usual.
+def stoppable(*first: Callable[[], None]) -> Generator[Callable[[], None]]:
+    """Call one of *first* at each signal; at the next one cancel the running task and leave this block without an error.
+
+    Any further signal has its usual effect.
 
     Yields:
-        What does the same without a signal.
+        A function that cancels the task and leaves the block in the same way.
     """
-    with _cancellable() as stop, at_signals(stop):
-        yield stop
-
-
-@contextlib.contextmanager
-def stoppable_in_order(finish: Callable[[], None]) -> Generator[Callable[[], None]]:
-    """Call *finish* at the first signal; cancel the running task at the second one, and let this block swallow that.
-
-    A third signal kills as usual.
-
-    Yields:
-        What does the same as a second signal.
-    """
-    with _cancellable() as stop, at_signals(finish, stop):
-        yield stop
-
-
-@contextlib.contextmanager
-def _cancellable() -> Generator[Callable[[], None]]:
-    """Yield what cancels the running task, and let this block swallow that."""
     task = asyncio.current_task()
     stopped = False
 
@@ -50,7 +35,8 @@ def _cancellable() -> Generator[Callable[[], None]]:
             task.cancel()
 
     try:
-        yield stop
+        with at_signals(*first, stop):
+            yield stop
     except asyncio.CancelledError:
         if not stopped or task is None:
             raise
@@ -58,19 +44,19 @@ def _cancellable() -> Generator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def at_signals(*acts: Callable[[], None]) -> Generator[None]:
-    """Call one of *acts* at each signal, in order; when there is none left, a signal kills as usual.
+def at_signals(*actions: Callable[[], None]) -> Generator[None]:
+    """Call one of *actions* at each signal, in order; once all are used up, a signal has its usual effect.
 
-    Without a main thread or signals to listen to, the block runs unchanged.
+    Outside the main thread, or without support for signals, the block runs unchanged.
     """
     loop = asyncio.get_running_loop()
-    left = list(acts)
+    left = list(actions)
 
     def act() -> None:
-        now = left.pop(0)
+        action = left.pop(0)
         if not left:
-            _ignore(loop)
-        now()
+            _remove_handlers(loop)
+        action()
 
     with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
         for number in _SIGNALS:
@@ -78,11 +64,36 @@ def at_signals(*acts: Callable[[], None]) -> Generator[None]:
     try:
         yield
     finally:
-        _ignore(loop)
+        _remove_handlers(loop)
 
 
-def _ignore(loop: asyncio.AbstractEventLoop) -> None:
-    """Give the signals back."""
+def _remove_handlers(loop: asyncio.AbstractEventLoop) -> None:
     for number in _SIGNALS:
         with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
             loop.remove_signal_handler(number)
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    args: argparse.Namespace, start: Callable[[], Awaitable[object]], aclose: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[asyncio.Event]:
+    """Open a server on `args.host` and `args.port` with *start*, and close it with *aclose* at the end of the block.
+
+    Yields:
+        An event that the first signal sets.
+
+    Raises:
+        UsageError: The server cannot listen there.
+    """
+    stopped = asyncio.Event()
+    with at_signals(stopped.set):
+        try:
+            await start()
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port, or 0 for a free one"
+            ) from None
+        try:
+            yield stopped
+        finally:
+            await aclose()

@@ -1,4 +1,4 @@
-"""The bundled catalogue and what `microbatch demo` does with it."""
+"""The bundled catalogue of products that `microbatch demo` sorts into departments."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ LABELS = ("electronics", "clothing", "home", "beauty", "sports", "other")
 
 
 class Product(msgspec.Struct, frozen=True):
-    """A product of the catalogue.
-
-    Attributes:
-        id: Its id.
-        name: Its name.
-        description: What the shop says of it, in any language.
-        label: The department it belongs to.
-    """
+    """A product of the catalogue; *description* may be in any language, *label* is its department."""
 
     id: str
     name: str
@@ -26,7 +19,7 @@ class Product(msgspec.Struct, frozen=True):
 
     @property
     def question(self) -> str:
-        """What the model is asked about it."""
+        """The question that asks for its department."""
         return f"Product: {self.name}\nDescription: {self.description}"
 
 
@@ -37,5 +30,5 @@ def catalogue() -> list[Product]:
 
 
 def instructions() -> str:
-    """Return what the model is told about all of them."""
+    """Return the instructions that all questions share."""
     return (resources.files(__name__) / "instructions.txt").read_text(encoding="utf-8").rstrip("\n")

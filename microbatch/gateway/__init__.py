@@ -1,4 +1,4 @@
-"""The gateway: an OpenAI-compatible server whose clients' requests leave together, without a change in the clients."""
+"""The gateway: an OpenAI-compatible server that combines the requests of unchanged clients."""
 
 from __future__ import annotations
 

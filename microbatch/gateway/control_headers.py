@@ -1,4 +1,4 @@
-"""What a client asks of the gateway itself, in headers that go no further."""
+"""The `X-Microbatch-*` headers, which control the gateway and are not relayed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, cast, get_args
 
 import msgspec
 
-from microbatch.gateway.errors import Refusal
+from microbatch.gateway.errors import GatewayError
 from microbatch.messages import Priority
 
 if TYPE_CHECKING:
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 PREFIX: Final = "x-microbatch-"
+TENANT_HEADER: Final = "X-Microbatch-Tenant"
 _YES_OR_NO: Final = ("yes", "no")
 
 
-class Wishes(msgspec.Struct, frozen=True):
+class ControlHeaders(msgspec.Struct, frozen=True):
     """How a request is to be served.
 
     Attributes:
         priority: `X-Microbatch-Priority`: "high", "normal" or "low".
-        use_cache: `X-Microbatch-Cache`: whether somebody else's answer will do.
-        batch: `X-Microbatch-Batch`: whether it may be combined; if not, it is relayed byte for byte.
+        use_cache: `X-Microbatch-Cache`: whether the answer may be that to an earlier request.
+        batch: `X-Microbatch-Batch`: whether the request may be combined; if not, it is relayed byte for byte.
     """
 
     priority: Priority = "normal"
@@ -32,22 +33,17 @@ class Wishes(msgspec.Struct, frozen=True):
     batch: bool = True
 
 
-def read_wishes(request: web.Request) -> Wishes:
-    """Return what the headers of *request* ask for.
-
-    Raises:
-        Refusal: A value is none of those known.
-    """
-    priority = _word(request, "X-Microbatch-Priority", get_args(Priority), "normal")
-    return Wishes(
-        cast("Priority", priority),
+def read_control_headers(request: web.Request) -> ControlHeaders:
+    """Return the control headers of *request*; raise for unknown values."""
+    return ControlHeaders(
+        cast("Priority", _word(request, "X-Microbatch-Priority", get_args(Priority), "normal")),
         _word(request, "X-Microbatch-Cache", _YES_OR_NO, "yes") == "yes",
         _word(request, "X-Microbatch-Batch", _YES_OR_NO, "yes") == "yes",
     )
 
 
-def _word(request: web.Request, name: str, known: Sequence[str], usual: str) -> str:
-    word = request.headers.get(name, usual).strip().lower()
+def _word(request: web.Request, name: str, known: Sequence[str], default: str) -> str:
+    word = request.headers.get(name, default).strip().lower()
     if word not in known:
-        raise Refusal(400, f"The header {name} must be one of {', '.join(known)}.", code="invalid_header")
+        raise GatewayError(400, f"The header {name} must be one of {', '.join(known)}.", code="invalid_header")
     return word

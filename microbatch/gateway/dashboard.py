@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Stats
 
 _PAGE: Final = Path(__file__).with_name("dashboard.html").read_text("utf-8")
-_PARTS: Final = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
+_INLINE: Final = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
 
 
-def _policy(page: str) -> str:
-    """Return the Content-Security-Policy that allows the styles and scripts of *page* by their hashes, and /stats, and no more."""
+def _content_security_policy(page: str) -> str:
+    """Return the policy that allows the style and the script of *page*, by their hashes, and requests to this host."""
     allowed = {
-        part: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        for part, text in _PARTS.findall(page)
+        element: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for element, text in _INLINE.findall(page)
     }
     return (
         f"default-src 'none'; style-src {allowed['style']}; script-src {allowed['script']}; connect-src 'self'; img-src data:; "
@@ -32,7 +32,7 @@ def _policy(page: str) -> str:
 
 
 _HEADERS: Final = {
-    "Content-Security-Policy": _policy(_PAGE),
+    "Content-Security-Policy": _content_security_policy(_PAGE),
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -42,12 +42,12 @@ _HEADERS: Final = {
 
 
 async def show_dashboard(_request: web.Request) -> web.Response:
-    """Answer with the page. It reads `stats` beside its own address once a second, as `figures` makes it."""
+    """Return the page, which reads `stats` next to its own address once a second."""
     return web.Response(text=_PAGE, content_type="text/html", charset="utf-8", headers=_HEADERS)
 
 
 def figures(stats: Stats, live: Live) -> bytes:
-    """Return what the page reads, as JSON: all of *stats*, the share of cache hits, and *live* under that name."""
+    """Return the JSON that the page reads: all fields of *stats*, the cache hit rate, and *live*."""
     return msgspec.json.encode(
         {**msgspec.structs.asdict(stats), "cache_hit_rate": stats.cache_hit_rate, "live": live},
     )

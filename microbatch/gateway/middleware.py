@@ -1,4 +1,4 @@
-"""What every request passes on its way in: the host check, the limit, and the translation of errors."""
+"""The middleware of all requests: the host check, the limit on requests, and the translation of errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
 from microbatch.errors import MicrobatchError
-from microbatch.gateway.errors import Refusal, busy, refusal_of
+from microbatch.gateway.errors import GatewayError, overloaded, shutting_down, translate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,21 +24,17 @@ logger = logging.getLogger("microbatch")
 
 API: Final = "/v1/"
 
-# aiohttp's own log quotes what it cannot parse, headers with keys included.
+# aiohttp's own log quotes what it cannot parse, including headers with keys.
 silent: Final = logging.Logger("microbatch.gateway.silent")  # noqa: LOG001 it must have no parent to pass records to
 silent.addHandler(logging.NullHandler())
 
 
-class Edge:
-    """The middleware of the gateway.
-
-    Args:
-        access: Knows the gateway's hosts.
-        max_requests: Most requests of the API that are served at once.
+class Middleware:
+    """The middleware of the gateway, which serves at most *max_requests* API requests at once.
 
     Attributes:
-        serving: Requests of the API that are being served.
-        draining: No further ones are taken, since the gateway closes.
+        serving: API requests being served.
+        draining: The gateway is closing and takes no further API requests.
     """
 
     def __init__(self, access: Access, max_requests: int) -> None:
@@ -48,15 +44,15 @@ class Edge:
         self.draining = False
 
     def add_to(self, application: web.Application) -> None:
-        """Have every request of *application* pass."""
-        application.middlewares.append(self._pass)
+        """Handle every request of *application*."""
+        application.middlewares.append(self._handle)
         application.on_response_prepare.append(self._prepare)
 
     @web.middleware
-    async def _pass(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await self._answer(request, handler)
         if self.draining:
-            response.force_close()  # of a stream that began before, whose headers promise nothing
+            response.force_close()  # a stream that began before draining has sent its headers
         return response
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -64,46 +60,45 @@ class Edge:
             self._access.check_host(request)
             if not request.path.startswith(API):
                 return await handler(request)
-            self._check_room()
+            self._check_capacity()
             self.serving += 1
             try:
                 return await handler(request)
             finally:
                 self.serving -= 1
-        except Refusal as refusal:
-            return refusal.response()
+        except GatewayError as error:
+            return error.response()
         except MicrobatchError as error:
-            return refusal_of(error).response()
+            return translate(error).response()
         except web.HTTPException as error:
-            return _refusal_from(error, request).response()
+            return _from_aiohttp(error, request).response()
         except (ConnectionError, asyncio.CancelledError):
             raise  # the client is gone
-        except Exception as error:  # noqa: BLE001 a bug of ours must not end in aiohttp's words
-            # Without the words of the exception: they may quote the request.
+        except Exception as error:  # noqa: BLE001 aiohttp would answer a bug in its own words
+            # Without the exception's text, which may quote the request.
             logger.error(  # noqa: TRY400 see above
                 "a bug in the gateway: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
             )
-            return Refusal(500, "The gateway failed; its log says where.", code="gateway_error").response()
+            return GatewayError(500, "The gateway failed; its log says where.", code="gateway_error").response()
 
-    def _check_room(self) -> None:
+    def _check_capacity(self) -> None:
         if self.draining:
-            raise busy("The gateway is shutting down.", "shutting_down")
+            raise shutting_down()
         if self.serving >= self._max_requests:
-            raise busy("The gateway has too many requests to answer; try again in a moment.", "overloaded")
+            raise overloaded()
 
     async def _prepare(self, _request: web.Request, response: web.StreamResponse) -> None:
-        # Nobody needs to know which versions run here; an upstream's own word is relayed.
+        # Versions are not disclosed; an upstream's own Server header is relayed.
         if response.headers.get("Server") == SERVER_SOFTWARE:
             del response.headers["Server"]
         if self.draining:
-            # aiohttp has written the header by now, and would only close: a client that is not told may be sending its next request.
+            # force_close alone closes without announcing it, and the client may be sending its next request already.
             response.headers["Connection"] = "close"
             response.force_close()
 
 
-def _refusal_from(error: web.HTTPException, request: web.Request) -> Refusal:
-    """Return one of aiohttp's own refusals (404, 405, 413) in our words."""
+def _from_aiohttp(error: web.HTTPException, request: web.Request) -> GatewayError:
+    """Return one of aiohttp's own errors (404, 405, 413) in OpenAI's shape."""
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-    return Refusal(
-        error.status, f"Invalid URL or method ({request.method} {request.path})", code="not_found", headers=headers
-    )
+    message = f"Invalid URL or method ({request.method} {request.path})"
+    return GatewayError(error.status, message, code="not_found", headers=headers)

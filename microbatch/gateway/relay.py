@@ -1,7 +1,8 @@
-"""Requests that reach the upstream as they are, and its answers that come back as they are."""
+"""Reading from clients and writing to them, and requests that are relayed unchanged."""
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -9,9 +10,8 @@ from aiohttp import web
 
 from microbatch.errors import MicrobatchError
 from microbatch.gateway.access import is_private
-from microbatch.gateway.bodies import write_chunk
 from microbatch.gateway.control_headers import PREFIX
-from microbatch.gateway.errors import refusal_of
+from microbatch.gateway.errors import GatewayError, translate
 from microbatch.transports.credentials import is_credential, says_who
 from microbatch.transports.http import FRAMING, without
 
@@ -20,30 +20,48 @@ if TYPE_CHECKING:
     from microbatch.gateway.access import Caller
     from microbatch.transports.relay import Forwarded
 
-_KEPT_BACK: Final = frozenset({"alt-svc", "set-cookie", "set-cookie2", "strict-transport-security"})
-"""Headers of an answer that are about the upstream's host, which is not the one that the client talks to."""
+_NOT_RELAYED: Final = frozenset({"alt-svc", "set-cookie", "set-cookie2", "strict-transport-security"})
+"""Response headers about the upstream's host, which is not the host that the client addresses."""
 
 _NO_BODY: Final = frozenset({204, 304})
+
+
+async def read_body(request: web.Request, *, timeout: float) -> bytes:
+    """Return the body of *request*; raise if it is too long, broken, or takes more than *timeout* seconds."""
+    try:
+        async with asyncio.timeout(timeout):
+            return await request.read()
+    except TimeoutError:
+        raise GatewayError(
+            408, f"The body did not arrive within {timeout:g} s.", code="slow_body", close=True
+        ) from None
+    except web.HTTPRequestEntityTooLarge as error:
+        raise GatewayError(413, error.text or "The body is too long.", code="body_too_long", close=True) from None
+    except (web.RequestPayloadError, ValueError):
+        raise GatewayError(400, "The body is broken.", code="broken_body", close=True) from None
+
+
+async def write_chunk(response: web.StreamResponse, chunk: bytes, *, timeout: float) -> None:
+    """Write *chunk*; raise `ConnectionError` if the client is gone, or has not read most of the earlier ones in *timeout* seconds."""
+    try:
+        async with asyncio.timeout(timeout):
+            await response.write(chunk)
+    except TimeoutError:
+        raise ConnectionAbortedError("the client does not read") from None
 
 
 async def relay(
     batcher: Microbatcher, request: web.Request, path: str, body: bytes | None, caller: Caller, *, timeout: float
 ) -> web.StreamResponse:
-    """Relay *request* and send the answer.
-
-    Args:
-        batcher: What forwards it.
-        request: The request, read to its end.
-        path: Where it goes, below the upstream's address, with its query.
-        body: Its body, or None.
-        caller: Who sent it.
-        timeout: Seconds the client has to take a piece of the answer.
+    """Relay *request*, query included, to *path* below the upstream's address, and the answer to the client.
 
     Raises:
-        Refusal: The upstream cannot be reached.
-        ConnectionError: The client is gone; or the answer broke off, and so does what the client gets.
+        GatewayError: The upstream cannot be reached.
+        ConnectionError: The client is gone, or the answer broke off; the client's connection has been cut.
     """
     response: web.StreamResponse | None = None
+    if query := request.rel_url.raw_query_string:
+        path += f"?{query}"
     try:
         async with batcher.forward(request.method, path, _request_headers(request, caller), body) as answer:
             response = _response(answer)
@@ -53,19 +71,19 @@ async def relay(
                     await write_chunk(response, chunk, timeout=timeout)
     except MicrobatchError as error:
         if response is None:
-            raise refusal_of(error, relayed=True) from error
-        abort(request)
+            raise translate(error, relayed=True) from error
+        _abort(request)
         raise ConnectionAbortedError("the upstream's answer broke off") from None
     except ConnectionError:
-        abort(request)
+        _abort(request)
         raise
     with suppress(ConnectionError):
         await response.write_eof()
     return response
 
 
-def abort(request: web.Request) -> None:
-    """Cut the connection, so that the client cannot take what it has for the whole answer."""
+def _abort(request: web.Request) -> None:
+    # The client must not take a part of the answer for the whole.
     if request.transport is not None:
         request.transport.abort()
 
@@ -73,20 +91,20 @@ def abort(request: web.Request) -> None:
 def _request_headers(request: web.Request, caller: Caller) -> dict[str, str]:
     relayed: dict[str, str] = {}
     for name, value in without(request.headers.items(), FRAMING):
-        low = name.lower()
-        if low in caller.headers or low.startswith(PREFIX) or is_private(low):
+        lower = name.lower()
+        if lower in caller.headers or lower.startswith(PREFIX) or is_private(lower):
             continue
-        if is_credential(low) or (caller.own_key and (says_who(low) or low.startswith("openai-"))):
-            continue  # what may go of these is among the caller's headers
+        if is_credential(lower) or (caller.own_key and (says_who(lower) or lower.startswith("openai-"))):
+            continue  # those that may be relayed are in caller.headers
         # RFC 9110, 5.2: headers of one name are one list.
-        relayed[low] = f"{relayed[low]}, {value}" if low in relayed else value
+        relayed[lower] = f"{relayed[lower]}, {value}" if lower in relayed else value
     return {**relayed, **caller.headers}
 
 
 def _response(answer: Forwarded) -> web.StreamResponse:
     response = web.StreamResponse(status=answer.status)
     for name, value in answer.headers.items():
-        low = name.lower()
-        if low not in _KEPT_BACK and not low.startswith("access-control-"):
+        lower = name.lower()
+        if lower not in _NOT_RELAYED and not lower.startswith("access-control-"):
             response.headers.add(name, value)
     return response

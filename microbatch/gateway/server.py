@@ -1,4 +1,4 @@
-"""`Gateway`: the routes, and the life of the server."""
+"""`Gateway`: the routes and the lifecycle of the server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.gateway.access import Access
-from microbatch.gateway.bodies import read_body
-from microbatch.gateway.chat import PATH, Chat
+from microbatch.gateway.chat import PATH, ChatRoute
 from microbatch.gateway.dashboard import figures, show_dashboard
-from microbatch.gateway.errors import Refusal
-from microbatch.gateway.middleware import API, Edge, silent
-from microbatch.gateway.relay import relay
+from microbatch.gateway.errors import GatewayError
+from microbatch.gateway.middleware import API, Middleware, silent
+from microbatch.gateway.relay import read_body, relay
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.transports.openai_chat import OpenAIChat
 
@@ -35,49 +34,49 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microbatch")
 
 CLOSING_SECONDS: Final = 5.0
-"""Seconds in which clients have to take their answers, once all are there and the gateway closes."""
+"""Seconds in which clients have to read their answers when the gateway closes."""
 
 KEEPALIVE: Final = 75.0
-"""Seconds for which a connection may be idle, its first request not yet there included."""
+"""Seconds for which a connection may be idle, also before its first request."""
 
 SECRET_SECONDS: Final = 1.0
 """Seconds to wait for the secret of a shared cache."""
 
 
 class Gateway:
-    """An OpenAI-compatible server in front of another, that lets requests leave together.
+    """An OpenAI-compatible server in front of another one, which combines requests.
 
     ```python
     async with Gateway("https://api.openai.com/v1", port=8080) as gateway:
-        client = openai.AsyncOpenAI(base_url=gateway.base_url)  # with its own key, as ever
+        client = openai.AsyncOpenAI(base_url=gateway.base_url)  # with its own key
     ```
-    Chat completions go through a `Microbatcher`; everything else under /v1 is relayed as it is. A caller's key goes with the caller's
-    requests and with no others: callers with different keys share no prompt, no call and no cached answer.
+    Chat completions are submitted to a `Microbatcher`; all else under /v1 is relayed unchanged. A caller's key is sent with that
+    caller's requests only: callers with different keys share no prompt, no call and no cached answer.
 
     Args:
-        upstream: Address of the API behind it, up to and without `/chat/completions`.
+        upstream: Address of the upstream API, up to and without `/chat/completions`.
         host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        model: The model for requests that name none; None refuses these.
-        api_key: The key for callers who bring none. They get nothing but chat completions and the list of models. None has callers
-            without a key go to the upstream without one.
-        access_token: What callers have to present, as if it were their key, to use *api_key*, and, off loopback, to look at the
-            gateway's own pages. None lets everybody on this machine.
-        secret: Keys the digests that tell tenants apart; gateways that share a cache need the same. None takes the cache's own, else
+        port: Port to listen on; 0 for a free one.
+        model: Model for requests that name none; None refuses those.
+        api_key: Key for callers without one, who may use chat completions and the list of models only. With None their requests are
+            sent without a key.
+        access_token: Token that callers send in place of a key to use *api_key* and, off loopback, to see the gateway's own pages.
+            With None every caller on this machine may.
+        secret: Key of the digests that distinguish tenants; gateways that share a cache need the same. None uses the cache's own, or
             a random one.
-        lane_headers: Names of further headers that go with combined requests, which then share a prompt only if these are equal.
+        lane_headers: Further headers to send with combined requests, which share a prompt only if these are equal.
         allowed_hosts: Further names under which clients address the gateway; "*" allows any.
-        settings: Limits, and what is granted.
-        pages: Further pages about the gateway itself, by path; they are guarded like /stats.
+        settings: Limits for clients.
+        pages: Further pages by path, protected like /stats.
         batcher: Further arguments of `Microbatcher`: `policy`, `retry`, `cache`, `rate_limit`...
 
     Attributes:
         host: As given.
-        port: The port it listens on.
-        batcher: What it asks.
+        port: The port in use.
+        batcher: The batcher.
 
     Raises:
-        ConfigError: A setting is wrong, or would let strangers use *api_key*.
+        ConfigError: A setting is wrong, or would let other machines use *api_key*.
     """
 
     def __init__(
@@ -107,16 +106,7 @@ class Gateway:
             allowed_hosts=allowed_hosts,
             trust_tenant_header=self._settings.trust_tenant_header,
         )
-        # The transport has no key: which one a request goes with is decided here, for each.
-        transport = OpenAIChat(
-            model,
-            base_url=upstream,
-            api_key="",
-            timeout=self._settings.upstream_timeout,
-            idle_timeout=self._settings.idle_timeout,
-            max_connections=_connections(batcher),
-        )
-        OpenAIChat(base_url=upstream, api_key=api_key or "")  # checks the key
+        transport = self._transport(upstream, model, api_key, batcher.get("policy"))
         self._live = LiveFigures()
         self._metrics = _prometheus()
         listeners = [self._live] if self._metrics is None else [self._live, self._metrics]
@@ -125,44 +115,55 @@ class Gateway:
             self._metrics.watch(self.batcher)
         self._cache = batcher.get("cache")
         self._secret = secret
-        self._pages = {
-            "/stats": self._stats,
-            "/metrics": self._show_metrics,
-            "/dashboard": show_dashboard,
-            **(pages or {}),
-        }
-        self._edge = Edge(self._access, self._settings.max_requests)
-        self._chat = Chat(self.batcher, self._access, self._settings, model)
+        own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
+        self._pages: dict[str, Page] = {**own, **(pages or {})}
+        self._middleware = Middleware(self._access, self._settings.max_requests)
+        self._chat = ChatRoute(self.batcher, self._access, self._settings, model)
         self._runner: web.AppRunner | None = None
 
+    def _transport(self, upstream: str, model: str | None, api_key: str | None, policy: Any) -> OpenAIChat:
+        OpenAIChat(base_url=upstream, api_key=api_key or "")  # validates the key
+        return OpenAIChat(
+            model,
+            base_url=upstream,
+            api_key="",  # `Access` chooses the key of each request
+            timeout=self._settings.upstream_timeout,
+            idle_timeout=self._settings.idle_timeout,
+            max_connections=max(100, policy.max_concurrent_batches if policy is not None else 0),
+        )
+
     def __repr__(self) -> str:
-        """Tell the address and the state, never a key."""
-        state = "closing" if self._edge.draining else "open" if self._runner is not None else "not listening"
-        return f"Gateway({self.host}:{self.port}, {state}, serving={self._edge.serving})"
+        """Return the address and the state, without keys."""
+        state = "closing" if self._middleware.draining else "open" if self._runner is not None else "not listening"
+        return f"Gateway({self.host}:{self.port}, {state}, serving={self._middleware.serving})"
 
     @property
     def base_url(self) -> str:
-        """What a client is given as its base URL; known once the gateway listens."""
+        """The base URL for clients.
+
+        Raises:
+            ConfigError: The gateway has no port before it is opened.
+        """
         if not self.port:
             raise ConfigError("a Gateway has no base_url before it is opened")
-        host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986 wants IPv6 in brackets
+        host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986: IPv6 addresses in brackets
         return f"http://{host}:{self.port}/v1"
 
     def stats(self) -> Stats:
-        """Return the figures so far."""
+        """Return the batcher's figures so far."""
         return self.batcher.stats()
 
-    # --- life
+    # --- lifecycle
 
     def make_application(self) -> web.Application:
-        """Return the gateway as an aiohttp application, for a server of one's own.
+        """Return the gateway as an aiohttp application, for a server of the caller's.
 
-        Starting it opens the batcher, and its clean-up closes it. Run it with `handler_cancellation=True`, so that the requests of
-        clients that leave are not asked in vain, with `auto_decompress=False`, which relays compressed bodies as they are, and
-        without an access log, or one that leaves out headers.
+        Its startup opens the batcher and its cleanup closes it. Run it with `handler_cancellation=True`, so that requests of clients
+        that leave are cancelled, with `auto_decompress=False`, so that compressed bodies are relayed unchanged, and with no access
+        log that contains headers.
         """
         application = web.Application(client_max_size=self._settings.max_body_bytes)
-        self._edge.add_to(application)
+        self._middleware.add_to(application)
         router = application.router
         router.add_get("/healthz", self._health)
         router.add_get("/readyz", self._ready)
@@ -205,12 +206,12 @@ class Gateway:
     async def aclose(self, grace: float | None = 30.0) -> None:
         """Take no more requests, answer those under way, and stop listening.
 
-        While it waits, /readyz and the API answer with status 503.
+        Meanwhile /readyz and the API answer with status 503.
 
         Args:
-            grace: Seconds to wait for answers; requests that have none by then are told so. None waits as long as deadlines allow.
+            grace: Seconds to wait for answers, after which the remaining requests fail. None waits as long as their deadlines allow.
         """
-        self._edge.draining = True
+        self._middleware.draining = True
         await self.batcher.aclose(grace)
         if self._runner is not None:
             await self._runner.cleanup()
@@ -228,25 +229,25 @@ class Gateway:
         try:
             self._access.secret = self._secret or await self._shared_secret() or secrets.token_bytes(32)
         except BaseException:
-            await self.batcher.aclose(0)  # a server whose start has failed does not clean up
+            await self.batcher.aclose(0)  # aiohttp does not clean up after a failed startup
             raise
 
     async def _close_batcher(self, _application: web.Application) -> None:
-        self._edge.draining = True
+        self._middleware.draining = True
         await self.batcher.aclose()
 
     async def _shared_secret(self) -> bytes | None:
-        """Return a secret made of the cache's; None if it has none, or cannot be reached."""
+        """Return a secret derived from the cache's; None if it has none, or cannot be reached."""
         draw = getattr(self._cache, "secret", None)
         if draw is None:
             return None
         try:
             async with asyncio.timeout(SECRET_SECONDS):
                 return hmac.digest(await draw(), b"microbatch gateway tenants", "sha256")
-        except Exception as error:  # noqa: BLE001 whatever a store raises, answers matter more
+        except Exception as error:  # noqa: BLE001 the gateway works without the store, whatever it raises
             logger.warning(
-                "the cache cannot be reached (%s), so this gateway finds no answers in it that others put there for their tenants, "
-                "until it is started again; secret= or --secret-file makes them independent of it",
+                "the cache cannot be reached (%s): until it is restarted, this gateway finds no answers that other gateways cached for "
+                "their tenants; secret= or --secret-file avoids this",
                 type(error).__name__,
             )
             return None
@@ -257,7 +258,7 @@ class Gateway:
         return web.json_response({"status": "ok"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        if self._edge.draining:
+        if self._middleware.draining:
             return web.json_response({"status": "draining"}, status=503)
         return web.json_response({"status": "ready"})
 
@@ -269,46 +270,30 @@ class Gateway:
         return guarded
 
     async def _stats(self, _request: web.Request) -> web.Response:
-        return web.Response(
-            body=figures(self.batcher.stats(), self._live.snapshot()),
-            content_type="application/json",
-            headers={"Cache-Control": "no-store"},
-        )
+        body = figures(self.batcher.stats(), self._live.snapshot())
+        return web.Response(body=body, content_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def _show_metrics(self, _request: web.Request) -> web.Response:
         if self._metrics is None:
-            raise Refusal(
-                501,
-                "This needs the package prometheus-client: pip install 'microbatch[prometheus]'.",
-                code="no_metrics",
-            )
+            message = "This needs the package prometheus-client: pip install 'microbatch[prometheus]'."
+            raise GatewayError(501, message, code="no_metrics")
         return web.Response(body=self._metrics.render(), headers={"Content-Type": self._metrics.content_type})
 
     async def _relay(self, request: web.Request) -> web.StreamResponse:
         caller = self._access.caller(request)
-        address = request.rel_url
-        if not address.raw_path.startswith(API):
-            raise Refusal(
-                404, "Spell /v1/ without percent signs.", code="not_found"
-            )  # what is checked must be what is sent
-        path = address.raw_path.removeprefix(API.rstrip("/"))
+        path = request.rel_url.raw_path
+        if not path.startswith(API):  # the path that is checked must be the path that is sent
+            raise GatewayError(404, "Spell /v1/ without percent signs.", code="not_found")
+        path = path.removeprefix(API.rstrip("/"))
         self._access.check_path(request.method, path, caller)
         self._access.check_content(request, caller)
-        patience = self._settings.client_timeout
-        body = await read_body(request, timeout=patience) if request.body_exists else None
-        query = f"?{address.raw_query_string}" if address.raw_query_string else ""
-        return await relay(self.batcher, request, path + query, body, caller, timeout=patience)
+        timeout = self._settings.client_timeout
+        body = await read_body(request, timeout=timeout) if request.body_exists else None
+        return await relay(self.batcher, request, path, body, caller, timeout=timeout)
 
 
 def _prometheus() -> PrometheusHooks | None:
-    """Return what counts for Prometheus; None if its package is missing, and then /metrics says so."""
     try:
         return PrometheusHooks()
-    except ConfigError:
+    except ConfigError:  # the package is missing, which /metrics reports
         return None
-
-
-def _connections(options: dict[str, Any]) -> int:
-    """Return how many connections to the upstream may be needed at once."""
-    policy = options.get("policy")
-    return max(100, policy.max_concurrent_batches if policy is not None else 0)

@@ -1,4 +1,4 @@
-"""`AsyncOpenAI`: a batcher behind the face of OpenAI's client."""
+"""`AsyncOpenAI`: a batcher with the interface of OpenAI's client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """What the SDK has under `client.chat`.
+    """The SDK's `client.chat`.
 
     Attributes:
         completions: The completions.
@@ -24,7 +24,7 @@ class Chat:
 
 
 class AsyncOpenAI:
-    """Looks like the SDK's client to whoever asks for chat completions; each caller's request may travel with others.
+    """A client with the SDK's interface for chat completions; its requests may be combined with others.
 
     ```python
     async with AsyncOpenAI(mb.Microbatcher(mb.OpenAIChat("gpt-4.1-mini"))) as client:
@@ -33,11 +33,11 @@ class AsyncOpenAI:
     ```
 
     Args:
-        batcher: A batcher that is open, and stays its owner's; or a new one, which `async with` opens and closes.
+        batcher: An open batcher, which its owner closes, or a new one, which `async with` opens and closes.
 
     Attributes:
         batcher: As given.
-        chat: Where the completions are.
+        chat: Holds `completions`.
     """
 
     def __init__(self, batcher: Microbatcher) -> None:
@@ -58,5 +58,5 @@ class AsyncOpenAI:
         await self.batcher.aclose()
 
     def __repr__(self) -> str:
-        """Tell the batcher's state."""
+        """Return the batcher's state."""
         return f"AsyncOpenAI({self.batcher!r})"

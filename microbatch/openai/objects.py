@@ -1,4 +1,4 @@
-"""The objects of chat completions, in the attribute shape of OpenAI's SDK, made from JSON without importing the SDK."""
+"""The objects of chat completions with the attributes of OpenAI's SDK, made from JSON without importing it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, cast
 import msgspec
 
 from microbatch.messages import T
-from microbatch.transports.lenient import as_object, is_array
+from microbatch.openai.chat_completion import usage_share
+from microbatch.transports.lenient import is_array
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,23 +19,23 @@ if TYPE_CHECKING:
 class Object(dict[str, Any]):
     """A JSON object whose members can be read and set as attributes as well.
 
-    Being a dict, it can be sent back as it is: `messages.append(completion.choices[0].message)`. Whatever the endpoint said is in
-    it. What the SDK declares and the endpoint left out reads as None; any other name is an AttributeError.
+    As a dict it can be sent back unchanged: `messages.append(completion.choices[0].message)`. It holds all members that the endpoint
+    sent. Members that the SDK declares and the endpoint left out read as None; any other name is an AttributeError.
 
     Args:
         members: The object; copied, and so are the objects and arrays in it.
     """
 
+    # Classes of the objects in members; members that the SDK declares; attributes that are no members and are never sent.
     _shapes: ClassVar[Mapping[str, type[Object]]] = {}
-    """What the objects in a member are, where they are of a kind of their own."""
     _names: ClassVar[frozenset[str]] = frozenset()
-    """What the SDK declares; the annotations of subclasses."""
-    _beside: ClassVar[frozenset[str]] = frozenset()
-    """Attributes that are no members: they are ours, and must not be sent anywhere."""
+    _attributes: ClassVar[frozenset[str]] = frozenset()
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, attribute: str | None = None, **shapes: type[Object]) -> None:
         super().__init_subclass__()
-        cls._names = cls._names | {name for name in cls.__annotations__ if not name.startswith("_")}
+        cls._shapes = shapes
+        cls._names = frozenset(name for name in cls.__annotations__ if not name.startswith("_"))
+        cls._attributes = frozenset() if attribute is None else frozenset({attribute})
 
     def __init__(self, members: Mapping[str, Any]) -> None:
         super().__init__({name: _shaped(value, self._shapes.get(name, Object)) for name, value in members.items()})
@@ -48,7 +49,7 @@ class Object(dict[str, Any]):
             raise AttributeError(f"{type(self).__name__} has no {name!r}: the endpoint did not send it") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._beside:
+        if name in self._attributes:
             super().__setattr__(name, value)
         else:
             self[name] = value
@@ -59,20 +60,20 @@ class Object(dict[str, Any]):
         """Return plain dicts and lists, as pydantic's method of this name does.
 
         Args:
-            mode: "json" leaves nothing in what was parsed that JSON does not have.
-            exclude_unset: Leave out what the SDK declares and the endpoint did not send.
-            exclude_none: Leave out what is None.
+            mode: "json" converts parsed values to JSON types.
+            exclude_unset: Leave out members that the SDK declares and the endpoint did not send.
+            exclude_none: Leave out members that are None.
         """
         members = self._dumped(mode)
         if not exclude_unset:
-            members |= dict.fromkeys(sorted(self._names - self._beside - members.keys()))
+            members |= dict.fromkeys(sorted(self._names - self._attributes - members.keys()))
         return {
             name: _plain(value, mode=mode, exclude_unset=exclude_unset, exclude_none=exclude_none)
             for name, value in members.items()
             if value is not None or not exclude_none
         }
 
-    def _dumped(self, mode: Literal["python", "json"]) -> dict[str, Any]:  # noqa: ARG002 one that parses needs it
+    def _dumped(self, mode: Literal["python", "json"]) -> dict[str, Any]:  # noqa: ARG002 (for the override)
         return dict(self)
 
     def model_dump_json(
@@ -84,15 +85,15 @@ class Object(dict[str, Any]):
         return (encoded if indent is None else msgspec.json.format(encoded, indent=indent)).decode()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the endpoint sent, as plain dicts and lists."""
+        """Return the members that the endpoint sent, as plain dicts and lists."""
         return self.model_dump(exclude_unset=True)
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """Return what the endpoint sent, as JSON."""
+        """Return the members that the endpoint sent, as JSON."""
         return self.model_dump_json(indent=indent, exclude_unset=True)
 
     def __repr__(self) -> str:
-        """Tell which members there are, never their words."""
+        """Return the names of the members, without their values."""
         return f"{type(self).__name__}({', '.join(self)})"
 
     __str__ = __repr__
@@ -111,17 +112,15 @@ def _plain(value: Any, **options: Any) -> Any:
 
 
 class FunctionCall(Object):
-    """The name and the arguments, a JSON text, of a function that the model wants called."""
+    """A function that the model wants called; `arguments` is JSON text."""
 
     name: str
     arguments: str
     parsed_arguments: Any
 
 
-class ToolCall(Object):
+class ToolCall(Object, function=FunctionCall):
     """A tool that the model wants called; in a stream, a piece of one."""
-
-    _shapes = {"function": FunctionCall}  # noqa: RUF012 declared as a ClassVar once
 
     id: str
     type: str
@@ -130,15 +129,12 @@ class ToolCall(Object):
     custom: Object | None
 
 
-class ChatCompletionMessage(Object, Generic[T]):
-    """What the model said.
+class ChatCompletionMessage(Object, Generic[T], attribute="parsed", tool_calls=ToolCall, function_call=FunctionCall):
+    """A message of the model.
 
     Attributes:
-        parsed: With `parse`, the content as the type that was asked for; else None. It is no member of the JSON.
+        parsed: With `parse`, the content decoded to the requested type; else None. Not a member of the JSON.
     """
-
-    _shapes = {"tool_calls": ToolCall, "function_call": FunctionCall}  # noqa: RUF012 see above
-    _beside = frozenset({"parsed"})
 
     role: Literal["assistant"]
     content: str | None
@@ -152,15 +148,13 @@ class ChatCompletionMessage(Object, Generic[T]):
     def _dumped(self, mode: Literal["python", "json"]) -> dict[str, Any]:
         if self.parsed is None:
             return dict(self)
-        # What is not msgspec's is pydantic's.
+        # Values that msgspec does not know are pydantic models.
         parsed = msgspec.to_builtins(self.parsed, enc_hook=lambda model: model.model_dump(mode=mode))
         return {**self, "parsed": parsed}
 
 
-class Choice(Object, Generic[T]):
-    """One of the answers to a request."""
-
-    _shapes = {"message": ChatCompletionMessage}  # noqa: RUF012 see above
+class Choice(Object, Generic[T], message=ChatCompletionMessage):
+    """One answer to a request."""
 
     index: int
     finish_reason: Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
@@ -169,11 +163,7 @@ class Choice(Object, Generic[T]):
 
 
 class CompletionUsage(Object):
-    """Tokens that were paid for.
-
-    Attributes:
-        microbatch_estimated: True while the figures are an estimate; see `ChatCompletion.settled`.
-    """
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -183,20 +173,17 @@ class CompletionUsage(Object):
 
     @property
     def microbatch_estimated(self) -> bool:
-        """Whether the endpoint has not reported yet."""
+        """True while the counts are an estimate; see `ChatCompletion.settled`."""
         return bool(self.get("microbatch_estimated"))
 
 
-class ChatCompletion(Object, Generic[T]):
+class ChatCompletion(Object, Generic[T], attribute="microbatch", choices=Choice, usage=CompletionUsage):
     """The answer to a request.
 
     Attributes:
-        usage: This caller's share of the tokens, as it stood when the answer came; `settled` brings it up to date.
-        microbatch: The `Reply` with what else is known: route, price, batch size, times. It is no member of the JSON.
+        usage: This caller's share of the tokens as of the arrival of the answer; `settled` updates it.
+        microbatch: The `Reply`: route, price, batch size, times. Not a member of the JSON.
     """
-
-    _shapes = {"choices": Choice, "usage": CompletionUsage}  # noqa: RUF012 see above
-    _beside = frozenset({"microbatch"})
 
     id: str
     object: Literal["chat.completion"]
@@ -212,20 +199,18 @@ class ChatCompletion(Object, Generic[T]):
 
     @property
     def _request_id(self) -> str | None:
-        """The endpoint's id of the call that answered, or None; the SDK has it under this name."""
+        """The endpoint's id of the call, or None, under the SDK's name."""
         return self.microbatch.request_id
 
     async def settled(self) -> Self:
         """Wait until `usage` and the price are final, and return this completion."""
         await self.microbatch.settled()
-        self.usage = CompletionUsage(usage_members(self.microbatch))
+        self.usage = CompletionUsage(usage_share(self.microbatch))
         return self
 
 
-class ChoiceDelta(Object):
-    """What a chunk adds to an answer."""
-
-    _shapes = {"tool_calls": ToolCall, "function_call": FunctionCall}  # noqa: RUF012 see above
+class ChoiceDelta(Object, tool_calls=ToolCall, function_call=FunctionCall):
+    """The part of an answer in a chunk."""
 
     role: str | None
     content: str | None
@@ -235,10 +220,8 @@ class ChoiceDelta(Object):
     audio: Object | None
 
 
-class ChunkChoice(Object):
-    """What a chunk says of one of the answers."""
-
-    _shapes = {"delta": ChoiceDelta}  # noqa: RUF012 see above
+class ChunkChoice(Object, delta=ChoiceDelta):
+    """One answer's part of a chunk."""
 
     index: int
     delta: ChoiceDelta
@@ -246,10 +229,8 @@ class ChunkChoice(Object):
     logprobs: Object | None
 
 
-class ChatCompletionChunk(Object):
+class ChatCompletionChunk(Object, choices=ChunkChoice, usage=CompletionUsage):
     """One event of a streamed completion."""
-
-    _shapes = {"choices": ChunkChoice, "usage": CompletionUsage}  # noqa: RUF012 see above
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -261,22 +242,3 @@ class ChatCompletionChunk(Object):
     service_tier: str | None
     moderation: Object | None
     obfuscation: str | None
-
-
-def usage_members(reply: Reply[Any]) -> dict[str, Any]:
-    """Return a reply's share of the tokens as the wire has it, with the endpoint's own details where it all is this caller's."""
-    usage = reply.usage
-    share: dict[str, Any] = {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
-    reported = as_object(as_object(reply.body).get("usage"))
-    if all(
-        reported.get(name) == share[name] for name in ("prompt_tokens", "completion_tokens")
-    ):  # endpoints differ in the total
-        return dict(reported)
-    share["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
-    if usage.reasoning_tokens:
-        share["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
-    return {**share, "microbatch_estimated": True} if usage.estimated else share

@@ -1,4 +1,4 @@
-"""Streamed completions: relayed event by event, since what one caller is to see as it is written cannot be shared."""
+"""Streamed completions. Each is a call of its own, relayed as its events arrive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.policy import at_least
 from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_parsing import Fault, read_fault, to_error
+from microbatch.transports.error_parsing import read_fault, to_error
 from microbatch.transports.lenient import decode_body
 from microbatch.transports.sse import SSEDecoder
 
@@ -28,13 +28,13 @@ _WHERE: Final = "the endpoint"
 
 
 class AsyncStream:
-    """The chunks of a completion, as they arrive: `async for chunk in stream`.
+    """The chunks of a completion as they arrive: `async for chunk in stream`.
 
-    Reading it to the end, `close`, leaving it as an `async with` block and dropping the last reference to it all give back the
-    connection and the slot that it holds in the batcher.
+    The connection and the slot in the batcher are released at the end of the stream, by `close`, at the end of an `async with`
+    block, and when the last reference to the stream is dropped.
 
     Attributes:
-        response: Status and headers of the endpoint's answer.
+        response: The endpoint's status and headers.
     """
 
     def __init__(self, response: Forwarded, held: AsyncExitStack, secrets: list[str]) -> None:
@@ -55,7 +55,7 @@ class AsyncStream:
         return await anext(self._chunks)
 
     async def close(self) -> None:
-        """Let go of the connection and the slot; a stream that is not over is broken off. Closing again does nothing."""
+        """Release the connection and the slot, ending the stream if it is not over. Closing again has no effect."""
         await self._held.aclose()
 
     async def __aenter__(self) -> Self:
@@ -67,11 +67,11 @@ class AsyncStream:
         await self.close()
 
     def __repr__(self) -> str:
-        """Tell the status."""
+        """Return the status."""
         return f"AsyncStream(status={self.response.status})"
 
 
-# No method: a generator that knows its stream would keep it alive after its reader has dropped it.
+# Not a method: a generator that refers to its stream would keep it alive after the reader has dropped it.
 async def _chunks(response: Forwarded, held: AsyncExitStack, secrets: list[str]) -> AsyncGenerator[ChatCompletionChunk]:
     finished = False
     decoder = SSEDecoder()
@@ -80,7 +80,7 @@ async def _chunks(response: Forwarded, held: AsyncExitStack, secrets: list[str])
             for data in decoder.feed(piece):
                 if data.strip() == b"[DONE]":
                     return
-                if data.strip():  # else it only keeps the connection alive
+                if data.strip():  # an empty event only keeps the connection alive
                     chunk = _read_chunk(data, response, secrets)
                     finished = finished or any(choice.finish_reason for choice in chunk.choices or ())
                     yield chunk
@@ -96,7 +96,7 @@ def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCom
     except ValueError:
         members = None
     if not isinstance(members, dict):
-        raise TransportError("the stream holds what is no chunk of a completion")
+        raise TransportError("an event of the stream is no chunk of a completion")
     fault = read_fault(data, response.status) if members.get("error") or members.get("object") == "error" else None
     if fault is not None:
         raise to_error(fault, where=_WHERE, headers=response.headers, raw=data, secrets=secrets)
@@ -106,23 +106,17 @@ def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCom
 async def open_stream(
     batcher: Microbatcher, body: Mapping[str, Any], headers: Mapping[str, str] | None, timeout: float | None
 ) -> AsyncStream:
-    """Send *body* as it is and return the stream, once the endpoint has begun to answer.
-
-    Args:
-        batcher: What forwards it.
-        body: The request's body.
-        headers: The caller's headers, or None.
-        timeout: Seconds until the answer has to begin; None for the transport's own limit.
+    """Send *body* unchanged and return the stream, once the endpoint has begun to answer, within *timeout* seconds.
 
     Raises:
         ConfigError: The body names no model, or is not JSON.
-        DeadlineExceeded: The time is over.
+        DeadlineExceeded: The timeout has passed.
         StatusError: The endpoint refused.
-        TransportError: It could not be reached, or answers with something else than a stream.
+        TransportError: It could not be reached, or its answer is not a stream.
     """
     at_least(0, timeout=timeout)
     if not body.get("model"):
-        raise ConfigError("a streamed completion is sent as it is: name its model")
+        raise ConfigError("a streamed completion is sent unchanged: name its model")
     try:
         encoded = msgspec.json.encode(body)
     except (TypeError, ValueError, RecursionError) as error:
@@ -145,18 +139,15 @@ async def open_stream(
 
 async def _check(response: Forwarded, secrets: list[str]) -> None:
     """Raise unless *response* is a stream."""
-    if 200 <= response.status < 300 and not _is_json(response):  # noqa: PLR2004 the class of success
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if 200 <= response.status < 300 and not kind.endswith("json"):  # noqa: PLR2004 the class of success
         return
     raw = b""
     async for piece in response:
         raw += piece
         if len(raw) > MAX_ERROR_BYTES:
             break
-    fault: Fault | None = read_fault(raw, response.status)
+    fault = read_fault(raw, response.status)
     if fault is None:
         raise TransportError(f"{_WHERE} answered with one JSON object where a stream was asked for")
     raise to_error(fault, where=_WHERE, headers=response.headers, raw=raw, secrets=secrets)
-
-
-def _is_json(response: Forwarded) -> bool:
-    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower().endswith("json")

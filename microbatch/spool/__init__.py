@@ -1,1 +1,1 @@
-"""Requests that can wait without anybody waiting for them, and survive whoever dies on the way."""
+"""Durable queues of requests, and the workers that answer them."""

@@ -1,14 +1,15 @@
-"""Whether an endpoint or a request is to blame for a failure, and when to ask nothing more of an endpoint that does not answer.
+"""Whether the endpoint or a request is the cause of a failure, and when to send nothing to an endpoint that does not answer.
 
-One failure does not say whose fault it is. As long as other requests are answered, a request that fails again and again is at fault.
-While nothing is answered, the endpoint is: its requests are kept, and it is asked one at a time, more and more rarely, until it
-answers again.
+A single failure does not show its cause. While other requests are answered, a request that fails repeatedly is the cause. While none
+is answered, the endpoint is: requests are kept, and it is probed one at a time, less and less often, until it answers again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+import logging
 from typing import TYPE_CHECKING, Final
 
 from microbatch.errors import (
@@ -23,50 +24,51 @@ from microbatch.errors import (
     StatusError,
     TransportError,
 )
-from microbatch.spool.rest import Rest, wait
-from microbatch.transience import is_transient
+from microbatch.transience import Backoff, is_transient
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-FIRST_REST: Final = 1.0
-LONGEST_REST: Final = 60.0
-"""Seconds of the first and the longest rest after failures that are no request's fault."""
+logger = logging.getLogger("microbatch")
+
+FIRST_PAUSE: Final = 1.0
+LONGEST_PAUSE: Final = 60.0
+"""Seconds of the first and the longest pause after failures that no request caused."""
 
 GIVE_UP_AFTER: Final = 600.0
-"""Seconds without a single answer after which a command stops asking unless told otherwise."""
+"""Default number of seconds without a single answer after which a command stops."""
 
 ENOUGH: Final = 3
-"""Attempts that fail in a row, none answered that was sent later, before the endpoint counts as down."""
+"""Number of consecutive failures, with no answer to a later attempt, after which the endpoint counts as down."""
 
 UNTRIED: Final = 8
 """Most attempts under way until the first one is answered."""
 
 BURST: Final = 32
 PACE: Final = 0.05
-"""At most `BURST` attempts are begun within `PACE` seconds: calls that end together are not followed by as many at once, all of
-which would be lost if an outage begins."""
+"""At most `BURST` attempts begin within `PACE` seconds: calls that end together are not followed by as many at once, all of which
+would be lost if an outage begins."""
 
-# An endpoint that is overloaded or not there, whatever it is asked: bad gateway, unavailable, overloaded.
+# Statuses of an endpoint that is overloaded or absent, whatever the request: bad gateway, unavailable, overloaded.
 _DOWN: Final = frozenset({502, 503, 529})
-# "No such model" or "no such address" if every request gets it; else this request names something that is not there.
+# A wrong model or address if every request gets it; otherwise this request names something that does not exist.
 _NOT_FOUND: Final = 404
 _UNAUTHORIZED: Final = 401
 
 
 class Cause(enum.Enum):
-    """Who is to blame for a failure."""
+    """The cause of a failure."""
 
     REQUEST = enum.auto()
-    """The endpoint answers, and this request is refused or its answer is unusable."""
+    """The endpoint answers; it refuses this request, or the answer is unusable."""
     EITHER = enum.auto()
-    """The request if others are answered meanwhile, else the endpoint."""
+    """The request if others are answered meanwhile, otherwise the endpoint."""
     ENDPOINT = enum.auto()
-    """The endpoint, the key, the account or the batcher: no request."""
+    """The endpoint, the key, the account or the batcher, and no request."""
 
 
 def cause_of(error: BaseException) -> Cause:
-    """Return who is to blame for *error*."""
+    """Return the cause of *error*."""
     if isinstance(error, ConnectFailed | RateLimited | QuotaExhausted | ShutDown | BatcherClosed):
         return Cause.ENDPOINT
     if isinstance(error, AuthFailed):
@@ -76,17 +78,17 @@ def cause_of(error: BaseException) -> Cause:
             return Cause.ENDPOINT
         doubtful = isinstance(error, ServerError) or error.status == _NOT_FOUND or is_transient(error)
         return Cause.EITHER if doubtful else Cause.REQUEST
-    # A call that ended without an answer, and a model, key or header that is missing.
+    # A call that ended without an answer, and a missing model, key or header.
     return Cause.EITHER if isinstance(error, TransportError | ConfigError) else Cause.REQUEST
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether *error* refuses the key or the account: every other request gets the same, and waiting does not help."""
+    """Return whether *error* refuses the key or the account: every request gets the same, and waiting does not help."""
     return isinstance(error, QuotaExhausted) or (isinstance(error, AuthFailed) and error.status == _UNAUTHORIZED)
 
 
 def may_refuse_all(error: BaseException) -> bool:
-    """Return whether *error* is that of a wrong key, address or model, if other requests get it as well and none is answered."""
+    """Return whether *error* means a wrong key, address or model if other requests get it as well and none is answered."""
     return (
         is_refusal(error)
         or isinstance(error, AuthFailed)
@@ -94,25 +96,64 @@ def may_refuse_all(error: BaseException) -> bool:
     )
 
 
-class Endpoint:
-    """Whether an endpoint answers, told from the attempts made at it; keeps attempts back while it does not.
-
-    An attempt is `allow`ed, begun, and then either `succeeded` or `failed`. Attempts are compared by when they were sent: the answer
-    to one that was sent before an outage began says nothing about what was sent later.
+class Pause:
+    """Pauses after failures that no request caused, each twice as long as the one before, until something succeeds.
 
     Args:
-        what: What happens during a rest, for the log.
-        give_up_after: Seconds without an answer, from the sending of the first attempt that failed, after which every attempt is
-            refused; None goes on for ever.
+        what: Start of the log message.
+        first: Seconds of the first pause.
+        longest: Seconds of the longest pause.
+    """
+
+    def __init__(self, what: str, *, first: float, longest: float) -> None:
+        self._what = what
+        self._backoff = Backoff(first, max(first, longest))
+        self._until = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end of the present pause; 0 if there is none."""
+        return max(0.0, self._until - asyncio.get_running_loop().time())
+
+    def begin(self, why: str) -> None:
+        """Begin a pause, unless there is one: of the attempts under way at the first failure only that one counts."""
+        if self.left:
+            return
+        seconds = self._backoff.next()
+        self._until = asyncio.get_running_loop().time() + seconds
+        logger.warning("%s for %g s, for reasons that are no request's fault: %s", self._what, seconds, why)
+
+    def reset(self) -> None:
+        """Make the next pause a first one, after a success."""
+        self._backoff.reset()
+
+
+async def wait(event: asyncio.Event, seconds: float | None) -> None:
+    """Wait for *event*, at most *seconds*; None for no limit."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+class Endpoint:
+    """Whether an endpoint answers, judged by the attempts sent to it; delays attempts while it does not.
+
+    An attempt is `allow`ed, begun, and then either `succeeded` or `failed`. Attempts are compared by when they were sent: an answer
+    to one sent before an outage says nothing about those sent later.
+
+    Args:
+        what: What a pause means, for the log.
+        give_up_after: Seconds without an answer, counted from the first failed attempt, after which attempts are refused; None for
+            no limit.
 
     Attributes:
         answered: Whether any attempt has succeeded.
-        stopped: Whether attempts are refused because `stop` was called.
-        error: What the latest attempt that counted failed with, or None.
-        sent: Attempts that were begun.
-        on_wire: Those that are under way.
-        probe: Asks a question that was answered before, past this object, and returns whether it is answered now; None if there is
-            no such question yet. Without it, or then, the attempt whose turn it is tries whether the endpoint answers again.
+        stopped: Whether `stop` was called.
+        error: The error of the latest failure that counted, or None.
+        sent: Number of attempts begun.
+        on_wire: Number of attempts under way.
+        probe: Sends a request that was answered before, bypassing this object, and returns whether it is answered now; None if there
+            is no such request yet. Without it, or then, one of the waiting attempts serves as the probe.
     """
 
     def __init__(self, what: str, *, give_up_after: float | None = None) -> None:
@@ -123,11 +164,11 @@ class Endpoint:
         self.on_wire = 0
         self.probe: Callable[[], Awaitable[bool | None]] | None = None
         self._give_up_after = float("inf") if give_up_after is None else give_up_after
-        self._rest = Rest(what, first=FIRST_REST, longest=LONGEST_REST)
-        self._failures = 0  # in a row
+        self._pause = Pause(what, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
+        self._failures = 0  # consecutive
         self._failing_since = float("inf")  # when the first of them was sent
-        self._latest = float("-inf")  # when the latest attempt that succeeded was sent
-        self._burst = 0  # attempts begun since `PACE` seconds before the time that follows
+        self._latest = float("-inf")  # when the latest successful attempt was sent
+        self._burst = 0  # attempts begun in the `PACE` seconds before `_burst_ends`
         self._burst_ends = 0.0
         self._probing = False
         self._changed = asyncio.Event()
@@ -140,30 +181,30 @@ class Endpoint:
 
     @property
     def given_up(self) -> bool:
-        """Whether nothing has succeeded for too long."""
+        """Whether nothing has succeeded for `give_up_after` seconds."""
         return self.down and self.failing_for >= self._give_up_after
 
     @property
     def failing_for(self) -> float:
-        """Seconds since the first attempt was sent of those that have failed in a row; 0 if none has."""
+        """Seconds since the first of the consecutive failures was sent; 0 if there is none."""
         return max(0.0, asyncio.get_running_loop().time() - self._failing_since)
 
     def stop(self, on_idle: Callable[[], object] | None = None) -> None:
-        """Refuse every further attempt.
+        """Refuse all further attempts.
 
         Args:
-            on_idle: Called once when no attempt is under way any more; at once if none is now.
+            on_idle: Called once, as soon as no attempt is under way.
         """
         self.stopped = True
         self._on_idle = on_idle
         self._note_change()
-        self._tell_if_idle()
+        self._report_idle()
 
     async def allow(self) -> bool:
-        """Wait until an attempt may be sent; while the endpoint is down one is sent at a time, after a rest.
+        """Wait until an attempt may be sent; while the endpoint is down, one at a time after each pause.
 
         Returns:
-            Whether it is the one that tries whether the endpoint answers again; then `tried` must be called in the end.
+            Whether the attempt is a probe, after which `tried` must be called.
 
         Raises:
             ShutDown: Attempts are refused.
@@ -174,15 +215,15 @@ class Endpoint:
             if self.given_up:
                 raise ShutDown(f"not sent: nothing was answered for {self.failing_for:.0f} s")
             if self.down:
-                if not self._probing and not self._rest.on:
+                if not self._probing and not self._pause.left:
                     if await self._probed() is None:
                         self._probing = True
                         return True
                     continue
                 left = self._give_up_after - self.failing_for
-                left = min(self._rest.left or left, left)
+                left = min(self._pause.left or left, left)
             elif self.answered or self.on_wire < UNTRIED:
-                left = self._pause()
+                left = self._pace()
                 if not left:
                     return False
             else:
@@ -190,11 +231,11 @@ class Endpoint:
             await wait(self._changed, None if left == float("inf") else left)
 
     async def rested(self) -> None:
-        """Wait until no rest lasts, or attempts are refused."""
-        while self.down and self._rest.on and not self.stopped and not self.given_up:
-            await wait(self._changed, min(self._rest.left, self._give_up_after - self.failing_for))
+        """Wait until there is no pause, or attempts are refused."""
+        while self.down and self._pause.left and not self.stopped and not self.given_up:
+            await wait(self._changed, min(self._pause.left, self._give_up_after - self.failing_for))
 
-    def _pause(self) -> float:
+    def _pace(self) -> float:
         """Return the seconds until another attempt may begin; 0 counts it as begun."""
         now = asyncio.get_running_loop().time()
         if now >= self._burst_ends:
@@ -205,14 +246,14 @@ class Endpoint:
         return 0.0
 
     async def answers(self) -> bool:
-        """Return whether a question that was answered before is answered now; if not, the endpoint is down."""
+        """Return whether a request that was answered before is answered now; if not, the endpoint is down."""
         answered = await self._probed()
         if answered is False:
             self._failures = max(self._failures, ENOUGH)
         return bool(answered)
 
     async def _probed(self) -> bool | None:
-        """Ask what was answered before, and note how that ends; None if nothing was."""
+        """Run `probe` and record its outcome; None if there is nothing to probe with."""
         sent = asyncio.get_running_loop().time()
         self._probing = True
         try:
@@ -223,51 +264,51 @@ class Endpoint:
             self.succeeded(sent)
         elif answered is False:
             self._failing_since = min(self._failing_since, sent)
-            self._begin_rest()
+            self._begin_pause()
         return answered
 
     def tried(self) -> None:
-        """The attempt that tries whether the endpoint answers again has ended."""
+        """Record the end of a probe."""
         self._probing = False
         self._note_change()
 
     def begin(self) -> None:
-        """Note that an attempt is sent."""
+        """Record that an attempt is sent."""
         self.sent += 1
         self.on_wire += 1
 
     def end(self) -> None:
-        """Note that an attempt has ended, after how it did."""
+        """Record the end of an attempt, after its outcome."""
         self.on_wire -= 1
         self._note_change()
-        self._tell_if_idle()
+        self._report_idle()
 
     def succeeded(self, sent: float) -> None:
-        """Note an answer to an attempt that was sent at the loop time *sent*."""
+        """Record an answer to an attempt sent at the loop time *sent*."""
         self.answered = True
         self._latest = max(self._latest, sent)
         if sent >= self._failing_since:
             self._failures, self._failing_since = 0, float("inf")
-            self._rest.end()
+            self._pause.reset()
 
     def failed(self, error: Exception, sent: float) -> None:
-        """Note that an attempt sent at the loop time *sent* failed with *error*, for which the endpoint may be to blame."""
+        """Record that an attempt sent at the loop time *sent* failed with *error*, whose cause may be the endpoint."""
         if sent < self._latest:
             return
         self.error = error
         self._failures += ENOUGH if is_refusal(error) else 1
         self._failing_since = min(self._failing_since, sent)
         if self.down and (self._probing or not self.answered or self.probe is None):
-            self._begin_rest()  # else the control is asked first, and at once
+            self._begin_pause()  # otherwise `probe` comes first, and at once
 
-    def _begin_rest(self) -> None:
-        self._rest.take(f"{type(self.error).__name__}: {self.error}")
+    def _begin_pause(self) -> None:
+        self._pause.begin(f"{type(self.error).__name__}: {self.error}")
 
     def _note_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _tell_if_idle(self) -> None:
+    def _report_idle(self) -> None:
         if self.stopped and not self.on_wire and self._on_idle is not None:
-            told, self._on_idle = self._on_idle, None
-            told()
+            on_idle, self._on_idle = self._on_idle, None
+            on_idle()

@@ -1,14 +1,14 @@
-"""What a spool keeps of a request and of its answer: bytes that say the same in every process.
+"""The content of a spooled request and of its answer, as bytes that are the same in every process.
 
-A request is kept as `submit` takes it, but for what is a caller's own: no headers, and of an output type its JSON Schema, which is
-all that a worker has to know of it. Equal requests have equal bytes: keys are sorted, except inside schemas, where the order of
-properties is meaning, because models write them in order.
+A request is stored as `submit` takes it, without what belongs to the caller's process: no headers, and of an output type only its JSON
+Schema. Equal requests have equal bytes: keys are sorted, except inside schemas, where the order of properties matters because models
+write them in that order.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
@@ -25,22 +25,30 @@ if TYPE_CHECKING:
     from microbatch.messages import Messages
     from microbatch.spool.records import Name
 
+T = TypeVar("T")
+
 DIGEST_BYTES: Final = 16
 
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
-# Request fields with schemas inside.
-_ORDER_IS_MEANING: Final = ("functions", "response_format", "tools")
+_HOLD_SCHEMAS: Final = ("functions", "response_format", "tools")
+
+# Fields of a reply that are stored.
+_OF_REPLY: Final = ("text", "route", "batch_size", "model", "finish_reason", "request_id", "usage", "cost_usd", "body")
+
+
+def _decoded(raw: bytes, kind: type[T], what: str) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise StorageError(f"a spooled {what} is damaged ({type(error).__name__})") from None
 
 
 class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A request without its caller.
+    """The content of a request.
 
     Attributes:
-        messages: The chat messages.
         model: The model to ask; None for that of the worker's transport.
-        max_tokens: Most tokens of the answer, or None.
-        temperature: As given, or None.
         params: Further request fields. The schema of a typed answer is in `response_format`.
     """
 
@@ -61,7 +69,7 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         temperature: float | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Return what to keep of a request; the arguments are those of `submit`.
+        """Return the content of a request; the arguments are those of `submit`.
 
         Raises:
             ConfigError: `submit` would raise it for these arguments.
@@ -76,37 +84,34 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Return what `encode` was told.
+        """Return the payload encoded in *raw*.
 
         Raises:
             StorageError: The bytes are damaged.
         """
-        try:
-            return msgspec.json.decode(raw, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise StorageError(f"a spooled request is damaged ({type(error).__name__})") from None
+        return _decoded(raw, cls, "request")
 
     def encode(self) -> bytes:
-        """Return the bytes to keep; equal requests have equal ones."""
-        kept = {
-            name: msgspec.Raw(msgspec.json.encode(value)) if name in _ORDER_IS_MEANING else value
+        """Return the bytes to store; equal requests have equal ones."""
+        fields = {
+            name: msgspec.Raw(msgspec.json.encode(value)) if name in _HOLD_SCHEMAS else value
             for name, value in self.params.items()
         }
-        return _encode_sorted(msgspec.structs.replace(self, params=kept))
+        return _encode_sorted(msgspec.structs.replace(self, params=fields))
 
     @property
     def is_typed(self) -> bool:
-        """Whether its answer is JSON that a schema asks for, and no plain text."""
+        """Whether the answer is JSON under a schema, rather than text."""
         asked = self.params.get("response_format")
         return isinstance(asked, dict) and asked.get("type") == "json_schema"
 
     def item(self, name: Name) -> Item:
-        """Return this request, under *name*, as a spool takes it."""
+        """Return the item to put into a spool under *name*."""
         raw = self.encode()
         return Item(name, blake2b(raw, digest_size=DIGEST_BYTES).digest(), raw)
 
     def request(self, name: Name) -> Request:
-        """Return this request, spooled under *name*, as `Microbatcher.map` takes it; its id is the name's key."""
+        """Return the request for `Microbatcher.map`; its id is the key of *name*."""
         return Request(
             self.messages,
             id=name.key,
@@ -119,33 +124,29 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
     def options(self, tenant: str | None) -> Options:
-        """Return this request's options, read as those of a low-priority submit of *tenant*.
+        """Return the request's options, as of a low-priority submit of *tenant*.
 
         Raises:
-            ConfigError: They were written by somebody else.
+            ConfigError: They are invalid.
         """
         params = self.params or None
         return read_options(str, self.model, self.max_tokens, self.temperature, params, None, tenant, "low")
 
     def __repr__(self) -> str:
-        """Tell the shape, never the words."""
+        # Without content.
         return f"Payload(messages=<{len(self.messages)}>, model={self.model!r}, params={sorted(self.params)})"
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The answer to a spooled request. Encoded it is what `finish` stores.
+    """The answer to a spooled request; its encoded form is passed to `Spool.finish`.
 
     Attributes:
-        text: What `Reply.text` is: the text itself, or its JSON.
-        is_json: Which of the two.
-        answered_at: When the answer came, in seconds since 1970.
-        route: How it came.
-        batch_size: Requests in the call that answered.
-        model: The model that answered, or None.
-        finish_reason: Why the model stopped, or None.
-        request_id: The endpoint's id of the call, or None.
-        usage: This request's share of the tokens.
-        cost_usd: The price of that in US dollars; None if no price is known.
+        text: As `Reply.text`: the text itself, or the answer's JSON.
+        is_json: Whether `text` is JSON.
+        answered_at: Seconds since 1970.
+        batch_size: Number of requests in the call.
+        usage: This request's share.
+        cost_usd: Price of that share; None if no price is known.
         body: The endpoint's JSON of a single call, or None.
     """
 
@@ -163,48 +164,32 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def of(cls, reply: Reply[Any], answered_at: float, *, is_json: bool) -> Self:
-        """Return what to keep of *reply*, which should be settled."""
-        return cls(
-            text=reply.text,
-            answered_at=answered_at,
-            is_json=is_json,
-            route=reply.route,
-            batch_size=reply.batch_size,
-            model=reply.model,
-            finish_reason=reply.finish_reason,
-            request_id=reply.request_id,
-            usage=reply.usage,
-            cost_usd=reply.cost_usd,
-            body=reply.body,
-        )
+        """Return the answer in *reply*, which should be settled."""
+        return cls(answered_at=answered_at, is_json=is_json, **{name: getattr(reply, name) for name in _OF_REPLY})
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Return what `encode` was told.
+        """Return the answer encoded in *raw*.
 
         Raises:
             StorageError: The bytes are damaged.
         """
-        try:
-            return msgspec.json.decode(raw, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise StorageError(f"a spooled answer is damaged ({type(error).__name__})") from None
+        return _decoded(raw, cls, "answer")
 
     def encode(self) -> bytes:
-        """Return the bytes to keep."""
+        """Return the bytes to store."""
         return msgspec.json.encode(self)
 
     @property
     def value(self) -> Any:
-        """The text, or what its JSON says."""
+        """The text, or the value of its JSON."""
         return msgspec.json.decode(self.text) if self.is_json else self.text
 
     def reply(self, output_type: Any = str) -> Reply[Any]:
         """Return the answer as `submit` would.
 
         Args:
-            output_type: What the text is decoded to; str leaves it as it is. The type that the request was spooled with, or
-                another one that its JSON fits.
+            output_type: The type to decode the text to; str leaves it as it is. It need not be that of the request.
 
         Raises:
             ConfigError: The type cannot be used.
@@ -216,21 +201,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 output, _ = answer_type(output_type).decode(self.text)
             except (KeyboardInterrupt, SystemExit, ConfigError):
                 raise
-            except BaseException as reason:  # a user's validator may raise anything; a Rust panic is no Exception
+            except BaseException as reason:  # a user's validator may raise anything; a Rust panic is a BaseException
                 raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from reason
-        return Reply(
-            output,
-            self.text,
-            self.route,
-            self.usage,
-            cost_usd=self.cost_usd,
-            batch_size=self.batch_size,
-            model=self.model,
-            finish_reason=self.finish_reason,
-            request_id=self.request_id,
-            body=self.body,
-        )
+        return Reply(output, **{name: getattr(self, name) for name in _OF_REPLY})
 
     def __repr__(self) -> str:
-        """Tell how it came, never its words."""
+        # Without content.
         return f"Answer(route={self.route!r}, batch_size={self.batch_size}, usage={self.usage!r}, cost_usd={self.cost_usd})"

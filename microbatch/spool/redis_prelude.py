@@ -1,25 +1,24 @@
-"""What the scripts of a spool in Redis have in common: the keys, the clock, and how a request goes from one place to another.
+"""Shared part of the Lua scripts of a spool in Redis: the keys, the clock, and how a request moves.
 
-Every request that is neither done nor dead nor in a job has exactly one entry in the stream of its stage. Whoever takes it, that
-entry is pending in the stream's consumer group; whoever passes it on deletes the entry and, in the same script, adds one to the next
-stage. The consumers are no workers but what is being done with an entry: `leased` has those in the hands of workers, `returned` those
-that were given back as if they had never been taken, which so keep their place. Which worker holds a request is told by its `lease`,
-in the request's hash, so that an earlier holder moves nothing, and workers that are gone leave no consumers behind.
+Every request that is neither done nor dead nor in a job has exactly one entry in the stream of its stage. When it is taken, that
+entry is pending in the stream's consumer group; when it moves on, the same script deletes the entry and adds one to the next stage.
+The consumers are not workers but states of an entry: `leased` holds those under a lease, `returned` those given back uncounted, which
+thereby keep their place. The worker that holds a request is identified by the `lease` in the request's hash, so that an earlier
+holder changes nothing, and workers that are gone leave no consumers behind.
 
-Leases are kept as idle times: an entry counts as taken so long ago that it is idle for HORIZON just when its lease runs out. So
-XPENDING finds those whose time is up whatever the lease of each, and the server keeps the time for all machines. Its clock may be
-set. If it was set back, leases end later than any lease can: they are cut to the longest that was ever given. If it was set forward,
-or the server was asleep, they ran out long ago though their holders may live: they are given once more (`spared`), to be renewed by
-whoever lives.
+Leases are stored as idle times: an entry is made to look idle for HORIZON at the moment when its lease expires. So XPENDING finds
+expired leases of any duration, and the server keeps the time for all machines. Its clock may be set. If it was set back, leases seem
+to end later than any lease can: they are cut to the longest ever given. If it was set forward, or the server was asleep, they expired
+long ago though their holders may live: they are granted once more (`spared`), to be renewed by those that live.
 
-A server that drops keys for want of room, or is told to delete some, may lose a request or its place in a stream. Such a request is
-*lost*: it is still in `open`, but has no hash, or no entry where its hash says. Nothing is taken of it; putting it again, or
-requeueing it if its hash is there, gives it a place again.
+A server that drops keys when it is full, or is told to delete some, may lose a request or its place in a stream. Such a request is
+*lost*: it is still in `open`, but has no hash, or no entry where its hash says. It is never taken; putting it again, or requeueing it
+if its hash is there, gives it a place again.
 
 Keys, behind the prefix: `item:NAME` (hash), `stage:0..2` (streams), `names` (all, by their order), `open` (neither done nor dead, by
 the time they were put), `done` (by the time they are dropped), `dead` (by their order), `jobs` (by the end of their lease),
-`job:TOKEN` (hash), `tied:TOKEN` (what is tied to a job, by its order), `counter` (gives the order), `clock` (hash: the time when it was
-last looked at, the longest lease, the longest time that answers are kept; all in ms).
+`job:TOKEN` (hash), `tied:TOKEN` (requests tied to a job, by their order), `counter` (source of the order), `clock` (hash: the time of
+the last check, the longest lease, the longest time that answers are kept; all in ms).
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from typing import Final
 
 from microbatch.spool.records import LOST, OVERDUE
 
-# With `#!lua` the server checks before a script runs whether it may write: it never stops half-way for want of memory. What takes a
-# request on its way out may write at any time (`allow-oom`), or a full server would stay full.
+# With `#!lua` the server checks before a script runs whether it may write, so a script never stops half-way when memory is full.
+# Scripts that move a request on its way out may always write (`allow-oom`), or a full server would stay full.
 _PRELUDE: Final = """
 local prefix, max_alone = ARGV[1], tonumber(ARGV[2])
 local GROUP, LEASED, RETURNED = 'workers', 'leased', 'returned'
 local HORIZON = 30 * 86400000
 local ALONE = 2
-local MOST = 1000  -- in one go, of what waits for nobody
+local MOST = 1000  -- entries per step of background work
 local OVERDUE = $OVERDUE
-local SET_BACK = 1000  -- ms by which the clock has to go back to be looked into
+local SET_BACK = 1000  -- ms by which the clock has to go back before leases are checked
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -66,7 +65,7 @@ local function discard(stream, entry)
   redis.call('XDEL', stream, entry)
 end
 
--- Numbers for what is to come after all there is; one that the server has dropped is made up for.
+-- Return the last of that many new order numbers; a dropped counter is restored.
 local function next_orders(number)
   local counter = prefix .. 'counter'
   if redis.call('EXISTS', counter) == 0 then
@@ -98,7 +97,7 @@ local function fail(name, deliveries, error)
   if is_dead(deliveries) then bury(name, error) else enqueue(name, deliveries) end
 end
 
--- Take a request from where it is. It has to be put somewhere else in the same script.
+-- Remove a request from its place. The same script has to give it another one.
 local function withdraw(name, state, deliveries, entry, job)
   if state == 'waiting' then
     discard(stream_of(stage_of(deliveries)), entry)
@@ -111,14 +110,14 @@ local function withdraw(name, state, deliveries, entry, job)
   end
 end
 
--- Whether a request that is neither done nor dead is where its hash says.
+-- Return whether a request that is neither done nor dead is where its hash says.
 local function has_place(name, state, deliveries, entry, job)
   if state == 'in_job' then return redis.call('ZSCORE', prefix .. 'tied:' .. job, name) end
   local stage = stage_of(state == 'leased' and deliveries - 1 or deliveries)
   return redis.call('XRANGE', prefix .. 'stage:' .. stage, entry, entry)[1]
 end
 
--- Give a lost request whose hash is there a place again; return whether it was one. Its latest delivery, if any, is not counted.
+-- Give a lost request whose hash is there a place again; return whether it was lost. A pending delivery is not counted.
 local function put_back(name)
   local item = redis.call('HMGET', item_key(name), 'state', 'deliveries', 'entry', 'job')
   local state, deliveries = item[1], tonumber(item[2] or '')
@@ -130,13 +129,13 @@ local function put_back(name)
   return true
 end
 
--- Note how long a lease lasts, or answers are kept, if none has lasted so long.
+-- Record the longest duration of its kind (lease, keep).
 local function note_longest(kind, ms)
   local known = tonumber(redis.call('HGET', prefix .. 'clock', kind) or '')
   if not known or known < tonumber(ms) then redis.call('HSET', prefix .. 'clock', kind, ms) end
 end
 
--- Leases and answers cannot last longer than the longest of them: if they seem to, the clock was set back.
+-- Cut leases and answers that seem to last longer than the longest ever given: the clock was set back.
 local function cut(lease, keep)
   for stage = 0, ALONE do
     local stream, most = stream_of(stage), redis.call('XLEN', prefix .. 'stage:' .. stage)
@@ -155,8 +154,8 @@ local function cut(lease, keep)
   end
 end
 
--- Look at the clock; return after how many ms beyond its end a lease says nothing of its holder.
-local function look_at_clock()
+-- Check the clock; return the longest lease, and the ms after its end from which an expired lease proves nothing.
+local function check_clock()
   local known = redis.call('HMGET', prefix .. 'clock', 'seen', 'lease', 'keep')
   local seen, lease = tonumber(known[1] or ''), tonumber(known[2] or '')
   if seen and lease and now < seen - SET_BACK then cut(lease, tonumber(known[3] or '')) end
@@ -165,7 +164,7 @@ local function look_at_clock()
 end
 
 local function pass_on_lost()
-  local longest, overdue = look_at_clock()
+  local longest, overdue = check_clock()
   for stage = 0, ALONE do
     local stream = stream_of(stage)
     for _, pending in ipairs(redis.call('XPENDING', stream, GROUP, 'IDLE', HORIZON, '-', '+', MOST, LEASED)) do
@@ -174,7 +173,7 @@ local function pass_on_lost()
       local name = found and found[2][2]
       local key = name and item_key(name)
       local item = name and redis.call('HMGET', key, 'deliveries', 'entry', 'spared') or {}
-      if item[2] ~= entry then  -- somebody has deleted the request
+      if item[2] ~= entry then  -- the request was deleted from outside
         discard(stream, entry)
       elseif longest and late > overdue and not item[3] then
         redis.call('XCLAIM', stream, GROUP, LEASED, 0, entry, 'IDLE', idle_for(longest), 'JUSTID')
@@ -198,10 +197,10 @@ end
 
 
 def script(body: str, *, flags: str = "flags=allow-oom") -> str:
-    """Return a whole script that does *body*.
+    """Return a complete script.
 
     Args:
-        body: What it does; its arguments follow the prefix of the keys and the most deliveries alone.
-        flags: What the server is told of it.
+        body: Its own part; its arguments follow the key prefix and `max_alone`.
+        flags: Script flags for the server.
     """
     return f"#!lua {flags}".rstrip() + _PRELUDE + body

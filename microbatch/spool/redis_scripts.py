@@ -1,7 +1,4 @@
-"""What a spool does, in Redis' Lua: each step is one script, which the server runs as a whole, with nobody in between.
-
-`redis_prelude` tells where everything is.
-"""
+"""The Lua scripts of a spool in Redis, one for each step. The server runs each atomically; see `redis_prelude` for the data."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ return outcomes
 )
 
 TAKE: Final = script("""
--- stage, most, lease in ms, what tells this delivery from others
+-- stage, most, lease in ms, lease token
 local stage, most, idle, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), idle_for(ARGV[5]), ARGV[6]
 note_longest('lease', ARGV[5])
 pass_on_lost()
@@ -55,7 +52,7 @@ local function hand_out(entry, name)
   local key = item_key(name)
   local item = redis.call('HMGET', key, 'entry', 'digest', 'payload', 'deliveries', 'queued_at')
   if item[1] ~= entry then
-    discard(stream, entry)  -- somebody has deleted the request
+    discard(stream, entry)  -- the request was deleted from outside
     return
   end
   local deliveries = item[4] + 1
@@ -67,7 +64,7 @@ local function hand_out(entry, name)
   end
 end
 
--- Those that were given back come before all that was never read.
+-- Entries that were given back come before those never read.
 if most > 0 then
   for _, pending in ipairs(redis.call('XPENDING', stream, GROUP, '-', '+', most, RETURNED)) do
     local found = redis.call('XRANGE', stream, pending[1], pending[1])[1]
@@ -105,7 +102,7 @@ for at = 4, #ARGV, 3 do
   local name, digest, result = ARGV[at], ARGV[at + 1], ARGV[at + 2]
   local key = item_key(name)
   local item = redis.call('HMGET', key, 'digest', 'state', 'deliveries', 'entry', 'job')
-  -- The digest, because the answer to an earlier request of that name, dropped since, is none to this one.
+  -- The digest, because the answer to an earlier request of that name, dropped since, is no answer to this one.
   if item[1] == digest and item[2] ~= 'done' then
     withdraw(name, item[2], tonumber(item[3]), item[4], item[5])
     redis.call('HSET', key, 'state', 'done', 'result', result)
@@ -177,7 +174,7 @@ for stage = 0, ALONE do
     placed = placed + length
     waiting[stage + 1] = waiting[stage + 1] + length - held
     leased = leased + held
-    -- Those whose leases have run out are where the next taking will put them.
+    -- Count requests with expired leases where the next TAKE will put them.
     for _, pending in ipairs(redis.call('XPENDING', stream, GROUP, 'IDLE', HORIZON, '-', '+', 10 * MOST, LEASED)) do
       local found = redis.call('XRANGE', stream, pending[1], pending[1])[1]
       local item = found and redis.call('HMGET', item_key(found[2][2]), 'deliveries', 'spared') or {}
@@ -211,11 +208,11 @@ if ARGV[3] == '1' then
     if redis.call('EXISTS', item_key(name)) == 0 then lost, done = lost + 1, done - 1 end
   end
 end
--- Some may have been with workers.
+-- Some of the dropped ones may have been leased.
 for stage = 1, ALONE + 1 do
   leased, waiting[stage] = leased + math.min(0, waiting[stage]), math.max(0, waiting[stage])
 end
--- All that is neither done nor dead has a place, or had one.
+-- Every request that is neither done nor dead has a place, or has lost it.
 local known = math.max(redis.call('ZCARD', prefix .. 'open'), redis.call('ZCARD', prefix .. 'names') - closed)
 lost = lost + math.max(0, known - placed - in_job)
 local first = redis.call('ZRANGE', prefix .. 'open', 0, 0, 'WITHSCORES')
@@ -287,7 +284,7 @@ end
 TAKE_JOBS: Final = script("""
 -- most, lease in ms
 note_longest('lease', ARGV[4])
-look_at_clock()
+check_clock()
 local jobs = {}
 for _, token in ipairs(redis.call('ZRANGE', prefix .. 'jobs', '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[3])) do
   local job = redis.call('HMGET', prefix .. 'job:' .. token, 'content', 'batch_id')

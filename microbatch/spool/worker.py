@@ -2,20 +2,21 @@
 
 Theory of operation
 -------------------
-A worker serves one stage at a time: full batches as long as there is anything for them, then half batches, then requests alone, one
-by one. Whoever is served in a later stage has been in the hands of a worker that failed or died, so it is a suspect: it is asked about
-only when nobody else is under way here, and if it brings this worker down as well, it takes nobody along. A stage that always has
-something to do gives way to the next one after a while.
+A worker serves one stage at a time: full batches while there is anything for them, then half batches, then requests alone, one by
+one. Requests in a later stage are suspects, as a worker that held them failed or died: they are sent only when nothing else is under
+way here, so that if they bring this worker down as well, they take no other request along. A stage that always has something to do
+gives way to the next one after a while.
 
-Every request that was taken is *held* until its answer is stored or it is given back; as long as it is held its lease is renewed. If
-the worker dies, the lease runs out and others take the request. Storing an answer twice does no harm: the first one stays.
+Every request that was taken is *held* until its answer is stored or it is given back; until then its lease is renewed. If the worker
+dies, the lease expires and others take the request. Storing an answer twice does no harm: the first one stays.
 
-An error that no request is to blame for (the endpoint cannot be reached, the key is refused, there are too many requests) puts
-requests back as if they had not been taken, and the worker rests before it takes more.
+After an error that no request caused (the endpoint cannot be reached, the key is refused, there are too many requests) requests are
+given back uncounted, and the worker pauses before it takes more.
 
-Many errors may be the fault of either: an endpoint in trouble answers 500, and so does one that trips over a certain request. Such a
-request is *doubtful*: it is held until it is known whether the endpoint answers others. To find out, the worker asks again what was
-answered before (the *control*); if that is answered, the request is to blame. A worker that has never had an answer blames nobody.
+The cause of many errors is uncertain: an endpoint in trouble answers 500, and so does one that fails on a certain request. Such a
+request is *doubtful*: it is held until it is known whether the endpoint answers others. To find out, the worker sends again a request
+that was answered before (the *control*); if that is answered, the doubtful requests are the cause. Before its first answer a worker
+attributes no failure to a request.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
 import msgspec
 
 from microbatch.errors import BatcherClosed, ConfigError, ShutDown, StorageError
-from microbatch.spool.endpoint import FIRST_REST, LONGEST_REST, Cause, cause_of, is_refusal
+from microbatch.spool.endpoint import FIRST_PAUSE, LONGEST_PAUSE, Cause, Pause, cause_of, is_refusal, wait
 from microbatch.spool.payload import Answer, Payload
-from microbatch.spool.records import LEASE, Stage
-from microbatch.spool.rest import PARTING, RENEWALS, Rest, wait
+from microbatch.spool.records import LEASE, PARTING, RENEWALS, Stage
 from microbatch.storage.coalescer import Coalescer
+from microbatch.transience import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 
     from microbatch.messages import Request, Result
     from microbatch.spool.records import Delivery, Spool
@@ -44,14 +46,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microbatch")
 
 MOST_AT_ONCE: Final = 256
-"""Most requests taken from the spool in one go."""
+"""Most requests taken from the spool in one step."""
 
 FIRST_LOOK: Final = 0.05
 RAREST_LOOK: Final = 1.0
-"""Seconds between two looks into an empty spool: they grow from the one to the other."""
+"""Seconds between two looks into an empty spool, doubling from the one to the other."""
 
 TURN: Final = 30.0
-"""Seconds after which a stage that never runs dry gives way to the next."""
+"""Seconds after which a stage that always has something to do gives way to the next."""
 
 NO_MODEL: Final = (
     "requests in the spool name no model: give the worker one with --model NAME; they are left as they were"
@@ -59,7 +61,7 @@ NO_MODEL: Final = (
 
 
 class Asks(Protocol):
-    """What has requests answered: see `Microbatcher.map`."""
+    """Has requests answered: see `Microbatcher.map`."""
 
     def map(
         self, requests: AsyncIterator[Request], *, max_pending: int | None = None, ordered: bool = False
@@ -69,17 +71,23 @@ class Asks(Protocol):
 
 
 class Done(msgspec.Struct):
-    """What a worker has done so far.
+    """Figures of a worker.
 
     Attributes:
         answered: Requests whose answers it stored.
-        failed: Requests given back because they failed; each counts as often as it did.
-        returned: Requests given back for reasons that were not theirs.
+        failed: Requests given back because they failed, once for each failure.
+        returned: Requests given back for other reasons.
     """
 
     answered: int = 0
     failed: int = 0
     returned: int = 0
+
+    def add(self, *, answered: int = 0, failed: int = 0, returned: int = 0) -> None:
+        """Add to the figures."""
+        self.answered += answered
+        self.failed += failed
+        self.returned += returned
 
 
 class Worker:
@@ -87,18 +95,18 @@ class Worker:
 
     Args:
         spool: The spool, open.
-        batchers: Who has the requests of each stage answered, and how many it may have pending. That of `Stage.ALONE` sends every
+        batchers: For each stage, what answers its requests, and how many may be pending there. That of `Stage.ALONE` sends every
             request by itself.
         lease: Seconds for which requests are taken.
-        until_empty: End when nothing is left in the spool, not even in the hands of other workers; else go on for ever.
-        needs_model: Whether nothing but a request itself names a model.
-        prober: Has the control answered; None takes the batcher of `Stage.ALONE`.
-        progress: Called with the figures so far after each request.
+        until_empty: End when the spool holds no unanswered requests, those of other workers included; otherwise run until stopped.
+        needs_model: Whether only a request itself can name a model.
+        prober: Answers the control; None for the batcher of `Stage.ALONE`.
+        progress: Called with the figures whenever they change.
 
     Attributes:
-        done: What it has done so far.
-        refused: The error with which the key or the account was refused before anything was answered, in words; then `run` returns.
-            None if that did not happen.
+        done: The figures.
+        refused: The message of an error that refused the key or the account before anything was answered, after which `run` returns;
+            None if there was none.
     """
 
     def __init__(
@@ -126,58 +134,43 @@ class Worker:
         self._control: Request | None = None
         self._stores: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
-        self._storing: Coalescer[tuple[Delivery, bytes], None] = Coalescer(self._store, at_once=1)
-        self._rest = Rest("the worker rests", first=FIRST_REST, longest=LONGEST_REST)
+        self._storing: Coalescer[tuple[Delivery, bytes], None] = Coalescer(self._store, max_trips=1)
+        self._pause = Pause("the worker pauses", first=FIRST_PAUSE, longest=LONGEST_PAUSE)
 
     def stop(self) -> None:
-        """Take no more; `run` returns when all that is held has been answered or given back."""
+        """Take no more requests; `run` returns when all that are held have been answered or given back."""
         self._stopping.set()
 
     async def run(self) -> None:
         """Work until stopped, or until the spool is empty if that is wanted.
 
-        When cancelled, what is held is given back as if it had not been taken. A spool that cannot be used is tried again after a
-        rest, like an endpoint.
+        When cancelled, held requests are given back uncounted. A spool that fails is tried again after a pause, like an endpoint.
 
         Raises:
-            ConfigError: A request names no model, and nothing else does.
+            ConfigError: A request names no model, and no model is configured.
         """
-        failure: ConfigError | None = None
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._storing.serve)
-                tasks.start_soon(self._keep_leases)
-                await asyncio.sleep(0)  # so that both have begun
-                try:
-                    await self._work()
-                except ConfigError as error:
-                    failure = error  # out of the group it would come as one
-                tasks.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+            await run_with(self._work, self._storing.serve, partial(renew_leases, self._renew, self._lease))
         finally:
             with anyio.move_on_after(PARTING, shield=True):
                 await self._give_back(list(self._held.values()), "the worker has stopped", counted=False)
 
     async def _work(self) -> None:
-        pause = FIRST_LOOK
+        looks = Backoff(FIRST_LOOK, RAREST_LOOK)
         while not self._stopping.is_set():
-            busy = False
-            for stage in Stage:
-                busy = await self._serve(stage) or busy
-            if busy:
-                pause = FIRST_LOOK
-                continue
-            if self._until_empty and await self._is_empty():
+            served = [await self._serve(stage) for stage in Stage]
+            if any(served):
+                looks.reset()
+            elif self._until_empty and await self._is_empty():
                 return
-            await wait(self._stopping, pause)
-            pause = min(2 * pause, RAREST_LOOK)
+            else:
+                await wait(self._stopping, looks.next())
 
     async def _is_empty(self) -> bool:
         try:
             return not (await self._spool.counts()).depth
         except StorageError as error:
-            self._rest.take(str(error))
+            self._pause.begin(str(error))
             return False
 
     async def _serve(self, stage: Stage) -> bool:
@@ -197,10 +190,10 @@ class Worker:
         return served
 
     async def _requests(self, stage: Stage, most: int) -> AsyncIterator[Request]:
-        """Yield what there is to do for *stage*. While some of it is under way, wait for more to come."""
+        """Yield the requests of *stage*. While some are under way, wait for more."""
         loop = asyncio.get_running_loop()
         end = loop.time() + TURN
-        pause = FIRST_LOOK
+        looks = Backoff(FIRST_LOOK, RAREST_LOOK)
         while not self._stopping.is_set() and loop.time() < end:
             taken = await self._take(stage, most)
             self._held.update((delivery.item.name.key, delivery) for delivery in taken)
@@ -214,66 +207,62 @@ class Worker:
                     raise ConfigError(NO_MODEL)
                 yield request
             if taken:
-                pause = FIRST_LOOK
+                looks.reset()
             elif not self._held:
                 return
             else:
-                await wait(self._stopping, pause)
-                pause = min(2 * pause, RAREST_LOOK)
+                await wait(self._stopping, looks.next())
 
     async def _take(self, stage: Stage, most: int) -> list[Delivery]:
-        if self._rest.on or self._doubtful:
+        if self._pause.left or self._doubtful:
             return []
         try:
             return await self._spool.take(stage, min(most, MOST_AT_ONCE), lease=self._lease)
         except StorageError as error:
-            self._rest.take(str(error))
+            self._pause.begin(str(error))
             return []
 
     async def _take_result(self, delivery: Delivery, result: Result[Any]) -> None:
         if result.reply is not None:
             reply = await result.reply.settled()
-            self._rest.end()
+            self._pause.reset()
             payload = Payload.decode(delivery.item.payload)
             self._control = msgspec.structs.replace(payload.request(delivery.item.name), use_cache=False)
-            is_json = payload.is_typed
-            answer = Answer.of(reply, time.time(), is_json=is_json).encode()  # noqa: TID251 answers outlive processes
+            answer = Answer.of(reply, time.time(), is_json=payload.is_typed)  # noqa: TID251 answers outlive processes
             # Not awaited here: the next results come meanwhile, and share the next commit.
-            store = self._storing.ask((delivery, answer))
+            store = self._storing.submit((delivery, answer.encode()))
             self._stores.add(store)
             store.add_done_callback(self._stored)
             return
         error = result.error or BatcherClosed("no reply")
-        told, cause = f"{type(error).__name__}: {error}", cause_of(error)
+        message, cause = f"{type(error).__name__}: {error}", cause_of(error)
         if cause is Cause.EITHER:
-            self._doubtful.append((delivery, told))
+            self._doubtful.append((delivery, message))
             return
         if cause is Cause.ENDPOINT and not isinstance(error, ShutDown | BatcherClosed):
-            self._rest.take(told)
+            self._pause.begin(message)
             if is_refusal(error) and self._control is None and self.refused is None:
-                self.refused = told
+                self.refused = message
                 self.stop()
-        await self._give_back([delivery], told, counted=cause is Cause.REQUEST)
+        await self._give_back([delivery], message, counted=cause is Cause.REQUEST)
 
     async def _decide(self) -> None:
-        """Put doubtful requests back: as counted if the endpoint answers others, else as if they had not been taken."""
+        """Give doubtful requests back: counted if the endpoint answers others, otherwise uncounted."""
         doubtful, self._doubtful = self._doubtful, []
         if not doubtful:
             return
-        counted = not self._rest.on and bool(await self.probe())
+        counted = not self._pause.left and bool(await self.probe())
         if not counted:
-            self._rest.take(doubtful[-1][1])
-        for delivery, told in doubtful:
-            await self._give_back([delivery], told, counted=counted)
+            self._pause.begin(doubtful[-1][1])
+        for delivery, message in doubtful:
+            await self._give_back([delivery], message, counted=counted)
 
     async def probe(self) -> bool | None:
-        """Return whether the endpoint answers what it has answered before; None if that is nothing."""
+        """Return whether the endpoint answers the control; None if there is none yet."""
         if self._control is None:
             return None
         results = [result async for result in self._prober.map(_only(self._control))]
         return all(result.error is None or cause_of(result.error) is Cause.REQUEST for result in results)
-
-    # --- what is held
 
     def _stored(self, store: asyncio.Future[None]) -> None:
         self._stores.discard(store)
@@ -284,8 +273,7 @@ class Worker:
         try:
             await self._spool.finish(results)
         finally:
-            for delivery, _ in results:
-                self._held.pop(delivery.item.name.key, None)
+            self._drop(delivery for delivery, _ in results)
         self._count(answered=len(results))
         return [None] * len(results)
 
@@ -295,28 +283,53 @@ class Worker:
         try:
             await self._spool.give_back(deliveries, error=error, counted=counted)
         except StorageError as problem:
-            logger.warning("requests could not be given back, and are free when their leases run out: %s", problem)
+            logger.warning("requests could not be given back, and are free when their leases expire: %s", problem)
         finally:
-            for delivery in deliveries:
-                self._held.pop(delivery.item.name.key, None)
+            self._drop(deliveries)
         self._count(**{"failed" if counted else "returned": len(deliveries)})
 
-    def _count(self, *, answered: int = 0, failed: int = 0, returned: int = 0) -> None:
-        done = self.done
-        done.answered += answered
-        done.failed += failed
-        done.returned += returned
-        if self._progress is not None:
-            self._progress(done)
+    def _drop(self, deliveries: Iterable[Delivery]) -> None:
+        for delivery in deliveries:
+            self._held.pop(delivery.item.name.key, None)
 
-    async def _keep_leases(self) -> None:
-        while True:
-            await asyncio.sleep(self._lease / RENEWALS)
-            try:
-                await self._spool.renew(list(self._held.values()), lease=self._lease)
-            except StorageError as error:
-                logger.warning("leases could not be renewed, others may take what is under way here: %s", error)
+    def _count(self, **more: int) -> None:
+        self.done.add(**more)
+        if self._progress is not None:
+            self._progress(self.done)
+
+    async def _renew(self) -> None:
+        await self._spool.renew(list(self._held.values()), lease=self._lease)
 
 
 async def _only(request: Request) -> AsyncIterator[Request]:
     yield request
+
+
+async def run_with(work: Callable[[], Awaitable[None]], *services: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run *work* while *services* run in the background.
+
+    Raises:
+        Exception: The error of *work* itself, not in an exception group.
+    """
+    failure: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+        for service in services:
+            tasks.start_soon(service)
+        await asyncio.sleep(0)  # so that they have begun
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001 raised below
+            failure = error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def renew_leases(renew: Callable[[], Awaitable[None]], lease: float) -> None:
+    """Call *renew* `RENEWALS` times in each *lease* seconds, until cancelled."""
+    while True:
+        await asyncio.sleep(lease / RENEWALS)
+        try:
+            await renew()
+        except StorageError as error:
+            logger.warning("leases could not be renewed, others may take what is under way here: %s", error)

@@ -1,1 +1,1 @@
-"""What caches and spools are kept in: files and servers, and how their failures are told."""
+"""Files and servers that hold caches and spools."""

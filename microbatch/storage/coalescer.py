@@ -1,4 +1,4 @@
-"""Makes one round trip of what is asked in the same turn of the event loop."""
+"""Coalesces requests made in the same turn of the event loop into one round trip."""
 
 from __future__ import annotations
 
@@ -17,89 +17,91 @@ R = TypeVar("R")
 
 
 class Coalescer(Generic[A, R]):
-    """Collects what callers ask and asks it together.
+    """Collects items from callers and processes them together.
 
-    The trips run in a task of the batcher's own: a caller that is cancelled takes no trip with it, and none of its context
-    variables travels along.
+    Trips run in tasks of the batcher: cancelling a caller does not cancel a trip, and no caller's context variables reach it.
 
     Args:
-        work: Asks several things at once; returns as many results, in the same order.
-        most: Most things in one trip, or None for any number.
-        at_once: Most trips under way at the same time, or None for any number. What is asked meanwhile shares the next one: with 1,
-            many share one commit to a disk.
-        lasting: Whether trips go on when serving ends, and `serve` returns after them; else they are cancelled.
+        work: Processes several items; returns as many results, in the same order.
+        max_items: Most items in one trip, or None for no limit.
+        max_trips: Most trips under way at a time, or None for no limit. Items submitted meanwhile share the next trip: with 1, many
+            share one commit to a disk.
+        lasting: Whether trips continue when `serve` is cancelled, which then returns after them; otherwise they are cancelled.
     """
 
     def __init__(
         self,
         work: Callable[[list[A]], Awaitable[Sequence[R]]],
         *,
-        most: int | None = None,
-        at_once: int | None = None,
+        max_items: int | None = None,
+        max_trips: int | None = None,
         lasting: bool = False,
     ) -> None:
         self._work = work
-        self._most = most
-        self._at_once = at_once
+        self._max_items = max_items
+        self._max_trips = max_trips
         self._lasting = lasting
         self._waiting: list[tuple[A, asyncio.Future[R]]] = []
-        self._asked: asyncio.Event | None = None
+        self._submitted: asyncio.Event | None = None
 
-    def ask(self, what: A) -> asyncio.Future[R]:
-        """Return a future of the result for *what*. It fails with what the trip fails with, `StorageError` when serving has ended."""
+    def submit(self, item: A) -> asyncio.Future[R]:
+        """Return a future of the result for *item*.
+
+        It fails with the error of its trip, or with `StorageError` if `serve` is not running or ends before the trip.
+        """
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        if self._asked is None:
+        if self._submitted is None:
             future.set_exception(StorageError("the batcher is not open"))
         else:
-            self._waiting.append((what, future))
-            self._asked.set()
+            self._waiting.append((item, future))
+            self._submitted.set()
         return future
 
-    def ask_for_nobody(self, what: A) -> asyncio.Future[R]:
-        """Make a trip for its effects, and return a future of its end. Its error need not be retrieved."""
-        future = self.ask(what)
+    def submit_detached(self, item: A) -> asyncio.Future[R]:
+        """Return a future of the result for *item* whose error need not be retrieved."""
+        future = self.submit(item)
         future.add_done_callback(_retrieve)
         return future
 
     async def serve(self) -> None:
-        """Make the trips, until cancelled."""
-        self._asked = asyncio.Event()
-        places = None if self._at_once is None else asyncio.Semaphore(self._at_once)
+        """Make trips until cancelled."""
+        self._submitted = asyncio.Event()
+        free = None if self._max_trips is None else asyncio.Semaphore(self._max_trips)
         try:
             async with anyio.create_task_group() as tasks:
                 while True:
-                    await self._asked.wait()
-                    if places is not None:
-                        await places.acquire()
-                    trip = self._waiting[: self._most]
+                    await self._submitted.wait()
+                    if free is not None:
+                        await free.acquire()
+                    trip = self._waiting[: self._max_items]
                     del self._waiting[: len(trip)]
                     if not self._waiting:
-                        self._asked.clear()
-                    tasks.start_soon(self._go, trip, places)
+                        self._submitted.clear()
+                    tasks.start_soon(self._run, trip, free)
         finally:
-            self._asked = None
+            self._submitted = None
             _fail(self._waiting, StorageError("the batcher has closed"))
 
-    async def _go(self, trip: list[tuple[A, asyncio.Future[R]]], places: asyncio.Semaphore | None) -> None:
+    async def _run(self, trip: list[tuple[A, asyncio.Future[R]]], free: asyncio.Semaphore | None) -> None:
         try:
             with anyio.CancelScope(shield=self._lasting):
-                results = await self._work([what for what, _ in trip])
+                results = await self._work([item for item, _ in trip])
         except asyncio.CancelledError:
             _fail(trip, StorageError("the batcher has closed"))
             raise
-        except Exception as error:  # noqa: BLE001 whoever asked is told, and the other trips go on
+        except Exception as error:  # noqa: BLE001 raised in the callers; other trips continue
             _fail(trip, error)
         else:
             for (_, future), result in zip(trip, results, strict=True):
                 if not future.done():
                     future.set_result(result)
         finally:
-            if places is not None:
-                places.release()
+            if free is not None:
+                free.release()
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
-    """See that asyncio does not complain of an error that nobody waits for."""
+    # Otherwise asyncio would log an unretrieved error.
     if not future.cancelled():
         future.exception()
 

@@ -1,4 +1,4 @@
-"""A connection to Redis that fails soon and plainly."""
+"""A Redis server as a store: connections that fail soon, and errors without callers' data."""
 
 from __future__ import annotations
 
@@ -7,55 +7,89 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import ConfigError, MicrobatchError, StorageError
+from microbatch.policy import at_least, whole
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 _QUOTE: Final = re.compile(r"b?['\"`]")
+_LONGEST: Final = 100 * 365 * 86_400.0  # seconds; the server refuses times that do not fit its integers
 
 
-def connect(url: str, *, timeout: float, max_connections: int) -> Any:
-    """Return a client for the server at *url*; nothing is sent yet.
+class RedisStore:
+    """Base of a store on a Redis server.
 
-    The client's own defaults are not for this: they retry ten times with five seconds each (58.9 s against a server that accepts
-    and never answers), and raise as soon as the pool is empty. Here nothing is retried, and callers wait for a connection. That wait
-    has no limit of its own: whoever holds one gives it back within a few times *timeout*, and nobody is to fail for being one of many.
+    The client's defaults retry ten times with five seconds each (58.9 s for a server that accepts and never answers), and raise when
+    all connections of the pool are in use. Here nothing is retried, and callers wait for a connection without a limit of its own: each
+    is returned within a few times *timeout*.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, with the number of the database and credentials if need be.
+        url: `redis://`, `rediss://` or `unix://`, with the database number and credentials where needed.
+        prefix: Prefix of all keys.
         timeout: Seconds for each of: connecting, each write, and each read.
-        max_connections: Most connections open at once.
+        max_connections: Most connections open at a time.
 
     Raises:
-        ConfigError: The package redis is missing, or the address is malformed.
+        ConfigError: The package redis is missing, the address is malformed, or a limit is below its minimum.
     """
-    try:
-        from redis import asyncio as redis  # noqa: PLC0415 of the extra `redis`
-    except ImportError:
-        raise ConfigError("Redis needs the package redis: pip install 'microbatch[redis]'") from None
-    try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=max_connections,
-            timeout=None,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            retry=None,
-            # With version 3 the client (8.1.0) no longer looks whether a connection that it takes from its pool has something left to
-            # be read, and hands out the answer to a command as that to the next one; it also says hello twice more.
-            protocol=2,
-        )
-    except (ValueError, TypeError, AttributeError) as error:
-        # Not quoted: addresses hold passwords.
-        raise ConfigError(
-            f"the address of Redis is malformed ({type(error).__name__}): write redis://host:6379/0"
-        ) from None
-    return redis.Redis.from_pool(pool)
+
+    def __init__(self, url: str, *, prefix: str, timeout: float, max_connections: int) -> None:
+        at_least(0.001, timeout=timeout)
+        whole(1, max_connections=max_connections)
+        if not isinstance(prefix, str):
+            raise ConfigError(f"prefix must be a str, got {prefix!r}")
+        self._url = url
+        self._prefix = prefix
+        self._timeout = timeout
+        self._max_connections = max_connections
+        self._client: Any = None
+        self._connect()  # sends nothing; a malformed address is reported now
+
+    def __repr__(self) -> str:
+        # Without the address, which may hold a password.
+        return f"<{type(self).__name__}: {self._prefix}*, {'closed' if self._client is None else 'open'}>"
+
+    def _connect(self) -> Any:
+        """Return a client; nothing is sent yet."""
+        try:
+            from redis import asyncio as redis  # noqa: PLC0415 of the extra `redis`
+        except ImportError:
+            raise ConfigError("Redis needs the package redis: pip install 'microbatch[redis]'") from None
+        try:
+            pool = redis.BlockingConnectionPool.from_url(
+                self._url,
+                max_connections=self._max_connections,
+                timeout=None,
+                socket_timeout=self._timeout,
+                socket_connect_timeout=self._timeout,
+                retry=None,
+                # With version 3 the client (8.1.0) no longer checks a pooled connection for unread data, and returns the answer to
+                # one command as that to the next; it also sends HELLO twice more.
+                protocol=2,
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            # Not quoted: addresses hold passwords.
+            raise ConfigError(
+                f"the address of Redis is malformed ({type(error).__name__}): write redis://host:6379/0"
+            ) from None
+        return redis.Redis.from_pool(pool)
+
+    def _opened(self) -> Any:
+        if self._client is None:
+            raise StorageError(f"the {type(self).__name__} is not open")
+        return self._client
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(StorageError), translated():
+                await client.aclose()
 
 
 @contextlib.contextmanager
 def translated() -> Generator[None]:
-    """Tell what the client raises inside as `StorageError`.
+    """Turn the client's exceptions into `StorageError`.
 
     Raises:
         StorageError: The server cannot be reached, did not answer in time, refused, or does not speak the protocol.
@@ -65,23 +99,25 @@ def translated() -> Generator[None]:
     except MicrobatchError:
         raise
     except Exception as error:
-        # The client's parser raises whatever its code meets when an answer is not what it should be: ValueError, TypeError, ...
-        error.args = (_unquoted(error),)
-        raise StorageError(f"Redis: {type(error).__name__}: {error}") from error
-
-
-def _unquoted(error: Exception) -> str:
-    """Return the message of *error* without what it quotes: commands, with keys and texts of callers, and broken answers."""
-    return _QUOTE.split(str(error), maxsplit=1)[0].strip(" :")
+        # The client's parser lets through what its code raises for a malformed answer: ValueError, TypeError, ...
+        # What follows a quote is dropped: commands, with keys and texts of callers, and broken answers.
+        message = _QUOTE.split(str(error), maxsplit=1)[0].strip(" :")
+        error.args = (message,)
+        raise StorageError(f"Redis: {type(error).__name__}: {message}") from error
 
 
 async def results_of(pipeline: Any) -> list[Any]:
-    """Send what is in *pipeline*; return the results, or raise the first error among them.
+    """Send the commands in *pipeline*; return their results, or raise the first error among them.
 
-    The client's own way puts the failed command before the server's words, and with it what callers said.
+    The client's own method puts the failed command, with its arguments, before the server's message.
     """
     results: list[Any] = await pipeline.execute(raise_on_error=False)
     for result in results:
         if isinstance(result, Exception):
             raise result
     return results
+
+
+def milliseconds(seconds: float) -> int:
+    """Return a duration as the server takes it."""
+    return round(min(seconds, _LONGEST) * 1000)

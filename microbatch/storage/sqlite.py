@@ -1,4 +1,4 @@
-"""One SQLite file behind worker threads: transactions that never hold up the event loop."""
+"""An SQLite file as a store: transactions in threads, so that the event loop never waits for the disk."""
 
 from __future__ import annotations
 
@@ -9,49 +9,51 @@ import os
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
+
+import msgspec
 
 from microbatch.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from concurrent.futures import Future
+    from collections.abc import Callable, Iterable
 
 T = TypeVar("T")
 
 logger = logging.getLogger("microbatch")
 
 MOST_LOG: Final = 4 * 1024 * 1024
-"""Bytes of the log from which on it is brought into the file and cut off."""
+"""Size of the log, in bytes, from which it is copied into the file and truncated."""
 
-_OWNER_ONLY = 0o600
-_OPENING = 5.0  # seconds to wait for other processes that open the file at the same time
-_BUSY_STEP = 0.02  # seconds that SQLite itself waits for others before the time is looked at
-_TRIMMING = 0.5  # seconds that it waits for them to cut off the log
-_PAUSE = 0.002  # seconds between two tries: in some cases SQLite does not wait at all
+_OWNER_ONLY: Final = 0o600
+_OPENING: Final = 5.0  # seconds to wait for other processes that open the file at the same time
+_BUSY_STEP: Final = 0.02  # seconds that SQLite itself waits for locks before the deadline is checked
+_TRIMMING: Final = 0.5  # seconds that truncating the log waits for other processes
+_PAUSE: Final = 0.002  # seconds between two tries: in some cases SQLite does not wait at all
 
 
 class Database:
-    """A file, one connection that writes and one that only reads, each with a thread that alone uses it.
+    """A file with one connection that writes and one that only reads, each used by a thread of its own.
 
-    The journal is a write-ahead log, so readers and the one writer of several processes do not wait for each other. The file, and
-    with it the log beside it, is made readable by its owner only: prompts and answers are in it.
+    The journal is a write-ahead log, so readers and the one writer of several processes do not wait for each other. The file and its
+    log are readable by their owner only: they hold prompts and answers.
 
-    SQLite by itself reuses the log only when no process is reading or writing, so under several busy processes it grows without
-    bound. Here whoever finds it large after a commit waits for the others, brings it into the file and cuts it off.
+    SQLite by itself reuses the log only at a moment when no process reads or writes, so with several busy processes it grows without
+    bound. Here a process that finds it large after a commit waits for the others and truncates it.
 
-    A file that is deleted or replaced while it is used could still be written to, but nobody would ever read that. So after each
-    transaction the name is looked up; if another file is there, or none, it is opened or made, and the transaction is done there.
+    A file that is deleted or replaced while in use could still be written to, but not found again. Each transaction therefore checks
+    the path; if it names another file or none, that file is opened or created, and the transaction repeated.
 
     Args:
-        path: The file; it is made if it is missing.
-        schema: Statements that make the tables, if they are missing.
-        kind: What it is, in one word; a file of another kind is refused.
-        version: Number of the schema; a file with another one is refused.
+        path: The file; created if missing.
+        schema: Statements that create the tables if they are missing.
+        kind: One word; files of another kind are refused.
+        version: Version of the schema; files with another one are refused.
         durable: Whether a commit waits for the disk (`synchronous=FULL`). If not, the last commits before a power cut may be lost,
             but never the file.
-        busy: Seconds that a transaction waits for those of other processes, from when it was asked for.
+        busy: Seconds that a transaction waits for those of other processes.
     """
 
     def __init__(
@@ -60,168 +62,139 @@ class Database:
         self._path = os.fspath(path)
         self._schema = schema
         self._kind = kind
-        self._mark = int.from_bytes(kind.encode()[:4])
+        self._application_id = int.from_bytes(kind.encode()[:4])
         self._version = version
         self._durable = durable
         self._busy = busy
-        self._thread: ThreadPoolExecutor | None = None
-        self._connection: sqlite3.Connection | None = None
-        self._reading_thread: ThreadPoolExecutor | None = None
-        self._reading: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None  # of the file that is open
+        self._writer: _Connection | None = None
+        self._reader: _Connection | None = None
+        self._identity: tuple[int, int] | None = None  # of the open file
         self._trim_at = MOST_LOG
         self._reopening = asyncio.Lock()
 
     async def open(self) -> None:
-        """Open the file, and make what is missing.
+        """Open the file, and create what is missing.
 
         Raises:
-            ConfigError: It cannot be opened, is no database, or was made by another version.
+            ConfigError: It cannot be opened, is not a database, or is of another kind or version.
         """
-        thread = ThreadPoolExecutor(1, thread_name_prefix="microbatch-sqlite")
-        opening = thread.submit(self._connect)
+        writer = _Connection("microbatch-sqlite")
         try:
-            self._connection = await asyncio.wrap_future(opening)
+            await asyncio.shield(writer.run(partial(self._connect, writer)))
         except BaseException:
-            opening.add_done_callback(_discard)  # if this was cancelled, the thread goes on
-            thread.shutdown(wait=False)
+            writer.thread.submit(writer.close)  # if this call was cancelled, the thread is still opening the file
+            writer.thread.shutdown(wait=False)
             raise
-        self._thread = thread
+        self._writer = writer
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = None
+    def _connect(self, writer: _Connection) -> None:
         try:
-            _make(self._path)
+            _create(self._path)
             self._identity = self._file()
-            connection = sqlite3.connect(self._path, timeout=_OPENING, isolation_level=None, check_same_thread=False)
-            _keep_log(connection)
-            connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'NORMAL'}")
-            connection.execute(f"PRAGMA journal_size_limit={MOST_LOG}")
-            connection.execute("PRAGMA wal_autocheckpoint=0")  # see `_trim_log`
-            self._prepare(connection)
-            connection.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_STEP)}")
-        except (OSError, sqlite3.Error) as error:
-            if connection is not None:
-                connection.close()
+            db = writer.db = sqlite3.connect(
+                self._path, timeout=_OPENING, isolation_level=None, check_same_thread=False
+            )
+            _use_log(db)
+            db.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'NORMAL'}")
+            db.execute(f"PRAGMA journal_size_limit={MOST_LOG}")
+            db.execute("PRAGMA wal_autocheckpoint=0")  # see `_trim_log`
+            self._prepare(db)
+            db.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_STEP)}")
+        except BaseException as error:
+            writer.close()
+            if not isinstance(error, OSError | sqlite3.Error):
+                raise
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(f"cannot open {self._path!r}: {reason}") from error
-        except BaseException:
-            if connection is not None:
-                connection.close()
-            raise
-        return connection
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Make the tables, under a lock, as several processes may come at once."""
-        connection.execute("BEGIN IMMEDIATE")
-        (kind,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if tables and kind != self._mark:
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        """Create the tables, under a lock, as several processes may do so at once."""
+        db.execute("BEGIN IMMEDIATE")
+        (application_id,) = db.execute("PRAGMA application_id").fetchone()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and application_id != self._application_id:
             raise ConfigError(f"{self._path!r} is a database, but no {self._kind} of microbatch's: choose another file")
         if tables and version != self._version:
             raise ConfigError(f"{self._path!r} was made by another version of microbatch (its format is {version})")
         for statement in self._schema.split(";"):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA application_id={self._mark}")
-        connection.execute(f"PRAGMA user_version={self._version}")
-        connection.execute("COMMIT")
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id={self._application_id}")
+        db.execute(f"PRAGMA user_version={self._version}")
+        db.execute("COMMIT")
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Return what *work* returns, done in the thread and within one transaction.
+        """Return the result of *work*, run in the thread of the writer within one transaction.
 
-        A caller that is cancelled does not stop it. *work* may be done several times; what the last time did stands.
+        Cancelling the caller does not stop it. *work* may run several times; the effects of the last run stand.
 
         Raises:
-            StorageError: The file could not be read or written, or is not open; nothing of the transaction stands.
+            StorageError: The file could not be read or written, or is not open; the transaction has no effect.
         """
-        deadline = time.monotonic() + self._busy
-        return await self._in_the_file_of_that_name(
-            lambda: self._in_thread(lambda: self._transact(self._connection, work, "IMMEDIATE", deadline))
-        )
+        return await self._in_current_file("IMMEDIATE", work)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Return what *work* returns, which may not write, and sees the file as it is at one moment.
+        """Return the result of *work*, which may only read, and sees one state of the file.
 
-        Writers do not hold it up, be they of other processes or of this one, nor does the disk that they wait for: it has a
-        connection and a thread of its own, which the first call makes.
+        It waits neither for writers nor for the disk that they wait for.
 
         Raises:
             StorageError: The file could not be read, or is not open.
         """
-        deadline = time.monotonic() + self._busy
-        return await self._in_the_file_of_that_name(
-            lambda: self._in_reading_thread(lambda: self._transact(self._reader(), work, "DEFERRED", deadline))
-        )
+        return await self._in_current_file("DEFERRED", work)
 
-    async def _in_the_file_of_that_name(self, transaction: Callable[[], Awaitable[T]]) -> T:
-        """Return what *transaction* returns; if the file that is open is no longer there, open the one that is, and do it again."""
+    async def _in_current_file(self, kind: _Kind, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a transaction; if the path no longer names the open file, reopen it and run the transaction again."""
+        deadline = time.monotonic() + self._busy
         identity = self._identity
         try:
-            return await transaction()
+            return await self._in_thread(kind, work, deadline)
         except _MovedError:
             await self._reopen(identity)
         try:
-            return await transaction()
+            return await self._in_thread(kind, work, deadline)
         except _MovedError:
             raise StorageError(f"{Path(self._path).name}: the file was deleted or replaced just now") from None
 
-    async def _reopen(self, identity: tuple[int, int] | None) -> None:
-        async with self._reopening:
-            if self._identity != identity or self._thread is None:
-                return  # another caller was first
-            logger.warning("%s was deleted or replaced while in use: opening what is there now", Path(self._path).name)
-            # All of the old file has to be closed before the new one is opened: they share the names of the log and its index.
-            if self._reading_thread is not None:
-                await self._in_reading_thread(self._close_reader)
+    async def _in_thread(self, kind: _Kind, work: Callable[[sqlite3.Connection], T], deadline: float) -> T:
+        writer = self._writer
+        if writer is None:
+            raise StorageError(f"{self._path!r} is not open")
+        if kind == "IMMEDIATE":
+            # Shielded: otherwise a write that has not begun would be dropped with its caller.
+            return await asyncio.shield(writer.run(lambda: self._transact(writer, kind, work, deadline)))
+        reader = self._reader = self._reader or _Connection("microbatch-sqlite-reading")
+        return await reader.run(lambda: self._transact(self._connected(reader), kind, work, deadline))
+
+    def _connected(self, reader: _Connection) -> _Connection:
+        if reader.db is None:
             try:
-                await self._in_thread(self._connect_anew)
-            except ConfigError as error:
-                raise StorageError(str(error)) from error
-
-    def _connect_anew(self) -> None:
-        self._close_writer()
-        self._connection = self._connect()
-
-    def _file(self) -> tuple[int, int] | None:
-        """Return what tells the file of this name from others; None if there is none."""
-        try:
-            found = os.stat(self._path)  # noqa: PTH116 with each transaction
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
-    def _reader(self) -> sqlite3.Connection:
-        if self._reading is None:
-            try:
-                reading = sqlite3.connect(self._path, timeout=_BUSY_STEP, isolation_level=None, check_same_thread=False)
-                self._reading = reading
-                reading.execute("PRAGMA query_only=ON")
+                reader.db = sqlite3.connect(
+                    self._path, timeout=_BUSY_STEP, isolation_level=None, check_same_thread=False
+                )
+                reader.db.execute("PRAGMA query_only=ON")
             except sqlite3.Error as error:
                 raise StorageError(f"{Path(self._path).name}: {error}") from error
-        return self._reading
+        return reader
 
     def _transact(
-        self,
-        connection: sqlite3.Connection | None,
-        work: Callable[[sqlite3.Connection], T],
-        kind: str,
-        deadline: float,
+        self, connection: _Connection, kind: _Kind, work: Callable[[sqlite3.Connection], T], deadline: float
     ) -> T:
-        if connection is None:
-            raise _MovedError  # it could not be opened anew
+        db = connection.db
+        if db is None:
+            raise _MovedError  # it could not be reopened
         while True:
             try:
-                connection.execute(f"BEGIN {kind}")
+                db.execute(f"BEGIN {kind}")
                 try:
-                    result = work(connection)
-                    connection.execute("COMMIT")
+                    result = work(db)
+                    db.execute("COMMIT")
                 except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
                     raise
                 if kind == "IMMEDIATE":
-                    self._trim_log(connection)
+                    self._trim_log(db)
             except sqlite3.Error as error:
                 if self._file() != self._identity:
                     raise _MovedError from error
@@ -233,100 +206,124 @@ class Database:
                     raise _MovedError
                 return result
 
-    def _trim_log(self, connection: sqlite3.Connection) -> None:
-        """Bring the log into the file and cut it off, if it is large and the others give way.
+    async def _reopen(self, identity: tuple[int, int] | None) -> None:
+        async with self._reopening:
+            writer, reader = self._writer, self._reader
+            if self._identity != identity or writer is None:
+                return  # another caller has reopened it
+            logger.warning("%s was deleted or replaced while in use: opening the present file", Path(self._path).name)
+
+            def reconnect() -> None:
+                writer.close()
+                self._connect(writer)
+
+            # Both connections to the old file have to be closed first: the new file's log and index have the same names.
+            if reader is not None:
+                await reader.run(reader.close)
+            try:
+                await asyncio.shield(writer.run(reconnect))
+            except ConfigError as error:
+                raise StorageError(str(error)) from error
+
+    def _file(self) -> tuple[int, int] | None:
+        """Return the identity of the file at the path; None if there is none."""
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 with each transaction
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _trim_log(self, db: sqlite3.Connection) -> None:
+        """Truncate the log if it is large.
 
         All processes that find it large do this and write nothing meanwhile, so that one of them succeeds soon.
         """
-        with contextlib.suppress(OSError, sqlite3.Error):  # the transaction stands, whatever becomes of this
+        with contextlib.suppress(OSError, sqlite3.Error):  # the transaction stands in any case
             size = self._log_size()
             if size < self._trim_at:
                 return
             deadline = time.monotonic() + _TRIMMING
             while size >= MOST_LOG and time.monotonic() < deadline:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 size = self._log_size()
                 if size >= MOST_LOG:
                     time.sleep(_PAUSE)
-            # If another process reads for long, it is not waited for each time.
+            # If another process reads for long, it is not waited for after each commit.
             self._trim_at = max(MOST_LOG, size + size // 4)
 
     def _log_size(self) -> int:
         return os.stat(f"{self._path}-wal").st_size  # noqa: PTH116 with each transaction
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        if self._thread is None:
-            raise StorageError(f"{self._path!r} is not open")
-        # Shielded, or work that has not begun would be dropped with its caller.
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
+    async def aclose(self) -> None:
+        """Finish the transactions under way and close the file."""
+        reader, self._reader = self._reader, None
+        writer, self._writer = self._writer, None
+        # The writer comes last: the last connection to be closed copies the log into the file and removes it.
+        try:
+            if reader is not None:
+                await reader.aclose()
+        finally:
+            if writer is not None:
+                await writer.aclose()
 
-    async def _in_reading_thread(self, work: Callable[[], T]) -> T:
-        if self._thread is None:
-            raise StorageError(f"{self._path!r} is not open")
-        if self._reading_thread is None:
-            self._reading_thread = ThreadPoolExecutor(1, thread_name_prefix="microbatch-sqlite-reading")
-        return await asyncio.get_running_loop().run_in_executor(self._reading_thread, work)
+
+_Kind = Literal["IMMEDIATE", "DEFERRED"]
+
+
+class _Connection:
+    """A connection, and the only thread that uses it."""
+
+    def __init__(self, name: str) -> None:
+        self.db: sqlite3.Connection | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+    def close(self) -> None:
+        db, self.db = self.db, None
+        if db is not None:
+            db.close()
 
     async def aclose(self) -> None:
-        """Finish what is under way and close the file."""
-        thread, self._thread = self._thread, None
-        reading_thread, self._reading_thread = self._reading_thread, None
         try:
-            # The one that writes comes last: as the last of all it brings the log into the file and removes it.
-            if reading_thread is not None:
-                await asyncio.get_running_loop().run_in_executor(reading_thread, self._close_reader)
-            if thread is not None:
-                await asyncio.get_running_loop().run_in_executor(thread, self._close_writer)
+            await self.run(self.close)
         finally:
-            for each in (reading_thread, thread):
-                if each is not None:
-                    each.shutdown(wait=False)
-
-    def _close_writer(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    def _close_reader(self) -> None:
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            reading.close()
+            self.thread.shutdown(wait=False)
 
 
-def _discard(opening: Future[sqlite3.Connection]) -> None:
-    """Close the connection that *opening* has made for nobody."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
+class _MovedError(Exception):
+    """The path does not name the open file any more."""
 
 
-def _make(path: str) -> None:
-    """Make the file if there is none, with nobody else allowed to read it.
+def json_array(values: Iterable[object]) -> str:
+    """Return *values* as one parameter for `json_each`, so that a statement can take any number of them."""
+    return msgspec.json.encode(list(values)).decode()
 
-    One that is there is not opened here: to close it again would drop the locks that SQLite holds on it for this process.
+
+def _create(path: str) -> None:
+    """Create the file if there is none, readable by its owner only.
+
+    An existing file is not opened here: closing it would drop the locks that SQLite holds on it for this process.
     """
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _OWNER_ONLY))
 
 
-class _MovedError(Exception):
-    """The file that is open is not the one of that name any more."""
-
-
 def _is_busy(error: sqlite3.Error) -> bool:
-    code: int = getattr(error, "sqlite_errorcode", 0)  # those of the module itself have none
+    code: int = getattr(error, "sqlite_errorcode", 0)  # errors of the module itself have none
     return code & 0xFF == sqlite3.SQLITE_BUSY
 
 
-def _keep_log(connection: sqlite3.Connection) -> None:
-    """Have the journal be a write-ahead log.
+def _use_log(db: sqlite3.Connection) -> None:
+    """Make the journal a write-ahead log.
 
-    That needs the file for itself for a moment, and SQLite does not wait for it, whatever the timeout: two who did might wait for
-    each other.
+    This needs an exclusive lock, for which SQLite does not wait whatever the timeout, as two processes might wait for each other.
     """
     deadline = time.monotonic() + _OPENING
     while True:
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA journal_mode=WAL")
         except sqlite3.OperationalError as error:
             if not _is_busy(error) or time.monotonic() > deadline:
                 raise

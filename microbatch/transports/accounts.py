@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from microbatch.errors import RateLimited, StatusError
 from microbatch.lru import SharedLRU
@@ -25,7 +25,6 @@ from microbatch.transports.response_headers import read_limits
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-    from microbatch.batching.permits import Slots
     from microbatch.errors import RequestFailed
     from microbatch.messages import Usage
     from microbatch.policy import RetryPolicy
@@ -41,7 +40,6 @@ class Permit:
     """Permission to send one call.
 
     Attributes:
-        account: The account whose limits apply.
         tokens: Tokens charged for each attempt.
         rank: Priority of the requests in the call; 0 is the highest.
         again: Whether the retry budget has paid for the first attempt, because it repeats a call that was cut off.
@@ -51,8 +49,7 @@ class Permit:
         slot: Whether it holds a slot; set by the scheduler.
         overdrawn: Whether that slot belongs to the overdraft of high priority; set by the scheduler.
         drawn: Whether the retry budget has paid for the next attempt.
-        error: Error of the latest attempt, or None.
-        grant: What the bucket granted for the latest attempt, or None.
+        error: Error of the latest attempt.
         sent: Loop time of the latest grant.
     """
 
@@ -78,8 +75,22 @@ class Permit:
         return self.account.pay(self)
 
     async def admit(self) -> None:
-        """Wait until the next attempt is paid and has a slot; see `Account.admit`."""
-        await self.account.admit(self)
+        """Wait until the next attempt is paid and has a slot.
+
+        Raises:
+            StatusError: The breaker is open; nothing is held.
+        """
+        loop, breaker, slots = asyncio.get_running_loop(), self.account.breaker, self.account.slots
+        if slots is None:
+            raise AssertionError("an account is used before it has a scheduler")
+        try:
+            breaker.check(loop.time())
+            while not self.paid:
+                await slots.admit(self)
+                breaker.check(loop.time())
+        except BaseException:
+            self.cancel()
+            raise
 
     def finish(self) -> None:
         """Refund what was paid for an attempt that will not be made, and end the call. Idempotent."""
@@ -105,24 +116,35 @@ class Permit:
             self.account.dropped(self)
 
 
-class Account:
-    """One (endpoint, model, credentials).
+class Slots(Protocol):
+    """The scheduler, as accounts use it."""
 
-    Args:
-        retry: Rules of the retry budget.
-        bucket: Its rate limits, or None.
-        adaptive: Whether to limit the calls under way by what the endpoint can handle.
+    def ready(self, account: Account) -> None:
+        """Note that *account* refused a permit and may have one now."""
+        ...
+
+    def changed(self, account: Account) -> None:
+        """Note that calls of *account* have begun, finished, or started or ended a back-off."""
+        ...
+
+    def released(self, permit: Permit) -> None:
+        """Take back the slot of *permit*, whose attempt is over."""
+        ...
+
+    async def admit(self, permit: Permit) -> None:
+        """Wait until the next attempt of *permit* is paid and has a slot, or could only be refused."""
+        ...
+
+
+class Account:
+    """One (endpoint, model, credentials); *adaptive* limits the calls under way to what the endpoint can handle.
 
     Attributes:
-        budget: Its retry budget.
-        breaker: Its circuit breaker.
         max_tokens: Maximum tokens of one grant, None for no limit; follows the limit that the endpoint reports.
         has_worked: Whether any call was answered.
-        slots: The scheduler; None until there is one.
         on_wire: Attempts under way, each of which holds a slot.
         begun: Calls begun and not finished, back-off included.
         backing_off: Begun calls that wait after a transient failure.
-        used: Loop time of the latest use.
     """
 
     def __init__(self, retry: RetryPolicy, bucket: Bucket | None, *, adaptive: bool = False) -> None:
@@ -174,24 +196,6 @@ class Account:
             permit.grant = self._bucket.grant(permit.tokens, now, self._claimant)
         return True
 
-    async def admit(self, permit: Permit) -> None:
-        """Wait until the next attempt of *permit* is paid and has a slot.
-
-        Raises:
-            StatusError: The breaker is open; nothing is held.
-        """
-        loop, slots = asyncio.get_running_loop(), self.slots
-        if slots is None:
-            raise AssertionError("an account is used before it has a scheduler")
-        try:
-            self.breaker.check(loop.time())
-            while not permit.paid:
-                await slots.admit(permit)
-                self.breaker.check(loop.time())
-        except BaseException:
-            permit.cancel()
-            raise
-
     def cancel(self, permit: Permit) -> None:
         """Take back what was granted to *permit* and not used."""
         permit.paid = False
@@ -208,14 +212,9 @@ class Account:
         *,
         reserved: bool = True,
     ) -> None:
-        """Learn from an attempt that is over.
+        """Learn from an attempt that is over, with *error* None for an answer, and *usage* and *limits* as the endpoint reports them.
 
-        Args:
-            permit: Its permit.
-            error: The error it failed with; None for an answer.
-            usage: The usage that the endpoint reports, or None.
-            limits: The limits that the endpoint reports, its headers, or None.
-            reserved: Whether `max_tokens` was sent, which endpoints charge even if less is generated.
+        With *reserved*, `max_tokens` was sent, which endpoints charge even if less is generated.
         """
         now = asyncio.get_running_loop().time()
         self.has_worked |= error is None
@@ -314,13 +313,7 @@ class Account:
 
 
 class Accounts:
-    """The accounts in use, and those used recently.
-
-    Args:
-        transport: The transport, whose `base_url` and `model` are the defaults of calls.
-        retry: Rules of the retry budgets.
-        limit: The rate limit, or None.
-    """
+    """The accounts in use, and those used recently; `base_url` and `model` of *transport* identify them."""
 
     def __init__(self, transport: object, retry: RetryPolicy, limit: RateLimit | None) -> None:
         self._base_url = getattr(transport, "base_url", "")

@@ -1,4 +1,4 @@
-"""One attempt at one call: what the endpoint answers is read, timed, handed on and learned from."""
+"""`Attempt`: sends one call and reads the answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from microbatch.errors import BadRequest, ConnectFailed, ServerError, StatusErro
 from microbatch.transports.bound_refusals import read_refusal, words_of
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, read_fault, to_error, unanswered
-from microbatch.transports.http import guarded, read_all, read_some
+from microbatch.transports.http import Pacer, guarded, read_all, read_some
 from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.response_headers import read_limits
 from microbatch.transports.sse import SSEDecoder
@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 1024 * 1024
-# What still comes after the answer is complete (usage, the end mark, the end of the body that lets the connection be used
-# again) is worth only so long a wait.
+# Seconds to wait, once the answer is complete, for the usage, the end mark, and the end of the body (which frees the connection).
 FINISH_GRACE: Final = 2.0
 DONE_GRACE: Final = 0.1
 ERROR_GRACE: Final = 5.0
 
 _BOM: Final = b"\xef\xbb\xbf"
-# How a line of an event stream may begin.
+# Beginnings of the lines of an event stream.
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
@@ -65,7 +64,7 @@ class Attempt:
         self._finished_early = False
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
-        """Make the attempt; *sending* ends when the answer's head is there."""
+        """Make the attempt; *sending* returns the response when its headers have arrived."""
         request_id: str | None = None
         limits: Limits | None = None
         timeout: TransportTimeout | None = None
@@ -77,19 +76,19 @@ class Attempt:
                     limits = read_limits(response.headers)
                     await self._receive(response)
                 finally:
-                    # A half-read connection must not go back to the pool: the next call would read this answer's rest.
-                    # Read to its end it is back there already, and this does nothing.
+                    # A half-read connection must not return to the pool: the next call would read the rest of this answer. Read to its
+                    # end it has returned already, and this has no effect.
                     response.close()
         except TimeoutError:
             if not self._clock.scope.expired():
-                raise  # not of our making
+                raise  # not the clock's
             if not self._reader.complete:
                 timeout = self._clock.error(self._where)
         except ConnectFailed:
             if not self._reader.complete:
                 raise
         if timeout is not None:
-            raise timeout  # out here, where nothing of aiohttp's is attached to it
+            raise timeout  # outside the except block, so that no error of aiohttp is attached
         completion = self._reader.completion(request_id, limits)
         completion.bound = self._plan.bound
         return completion
@@ -119,49 +118,55 @@ class Attempt:
             text = self._reader.whole(raw)
         except ServerError as error:
             self._no_answer(str(error), raw, kind, response)
-        self._deliver(text, raw, response)
+        if isinstance(text, Fault):
+            self._refuse(text, raw, response)
+        self._deliver(text)
 
     async def _receive_stream(self, head: bytes, response: aiohttp.ClientResponse, kind: str) -> None:
         decoder = SSEDecoder()
+        pacer = Pacer(response, self._clock.interval, self._clock.end)
         received = bytearray()
         chunk = head
         while chunk:
             if not self._reader.answering and len(received) < MAX_ERROR_BYTES:
                 received += chunk
-            for data in decoder.feed(chunk):
-                self._take_event(data, response)
-            chunk = await guarded(response.content.readany(), self._where)
-        for data in decoder.close():
-            self._take_event(data, response, torso=True)
-        self._deliver(self._reader.rest(), b"", response)
+            self._take_events(decoder.feed(chunk), response)
+            if (self._gave_text or self._reader.thought) and not self._reader.complete:
+                pacer.pause()
+            chunk = await guarded(pacer.read(), self._where)
+        self._take_events(decoder.close(), response, torso=True)
+        self._deliver(self._reader.rest())
         if not self._reader.answering:
-            said = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
-            self._no_answer(said, bytes(received), kind, response)
+            message = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
+            self._no_answer(message, bytes(received), kind, response)
 
-    def _take_event(self, data: bytes, response: aiohttp.ClientResponse, *, torso: bool = False) -> None:
-        """Take the data of an event; *torso* if it lacks its end, and may say no more than that the stream was cut."""
-        if not data:
-            return  # a keep-alive in the form of an empty event
+    def _take_events(self, events: Sequence[bytes], response: aiohttp.ClientResponse, *, torso: bool = False) -> None:
+        """Take the data of events; with *torso* they may be incomplete, because the stream was cut."""
         reader = self._reader
         was_complete, was_done = reader.complete, reader.done
-        text = reader.event(data, torso=torso)
-        if text and not isinstance(text, Fault):
-            # Some endpoints give a finish reason with every chunk; then it tells nothing of the end.
-            self._finished_early = self._finished_early or was_complete
+        texts: list[str] = []
+        for data in filter(None, events):  # an empty event only keeps the connection alive
+            complete = reader.complete
+            text = reader.event(data, torso=torso)
+            if isinstance(text, Fault):
+                self._deliver("".join(texts))
+                self._refuse(text, data, response)
+            if text:
+                texts.append(text)
+                # Some endpoints send a finish reason with every chunk, which does not mark the end then.
+                self._finished_early = self._finished_early or complete
+        self._deliver("".join(texts))
         if reader.done:
             if not was_done:
                 self._clock.grace(DONE_GRACE)
-        elif reader.complete and not self._finished_early and (text or self._gave_text):
+        elif reader.complete and not self._finished_early and self._gave_text:
             if not was_complete:
                 self._clock.grace(FINISH_GRACE)
-        elif text or self._gave_text or reader.thought:
-            # Not before the first words: until then an endpoint may be as silent as the model that thinks behind it.
+        elif any(events) and (self._gave_text or reader.thought):
+            # Not before the first words: until then an endpoint may be silent while the model reasons.
             self._clock.feed()
-        self._deliver(text, data, response)
 
-    def _deliver(self, text: str | Fault, raw: bytes, response: aiohttp.ClientResponse) -> None:
-        if isinstance(text, Fault):
-            self._refuse(text, raw, response)
+    def _deliver(self, text: str) -> None:
         if self._reader.answering and not self._accepted:
             # At the first sign and not at the end: a call whose callers have all been answered is cancelled before it.
             self._accepted = True
@@ -170,22 +175,22 @@ class Attempt:
             self._gave_text = True
             self._on_text(text)
 
-    def _no_answer(self, said: str, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> NoReturn:
-        """Raise what a status 200 without an answer means.
+    def _no_answer(self, message: str, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> NoReturn:
+        """Raise the error for a status 200 without an answer.
 
-        It is trouble of the endpoint's, as a 502 is, or of a proxy before it. But Gemini answers a prompt that its filter has blocked
-        without choices and without a word on why, every time that it is asked (BerriAI/litellm#40252).
+        It is a failure of the endpoint or of a proxy, as a 502 is. But Gemini sends no choices, and no reason, for a prompt that its
+        filter has blocked, each time that it is asked (BerriAI/litellm#40252).
         """
-        told = f"{said}; it sent {kind or 'no content type'}, {len(raw)} bytes"
+        message += f"; it sent {kind or 'no content type'}, {len(raw)} bytes"
         if not self._capabilities.answered:
-            told += ". base_url usually ends in /v1"
+            message += ". base_url usually ends in /v1"
         blocked = self._reader.spoke and self._capabilities.unanswered(self._plan)
         raise unanswered(
-            told, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
+            message, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
         )
 
     def _refuse(self, fault: Fault | None, raw: bytes, response: aiohttp.ClientResponse) -> NoReturn:
-        """Raise what *fault* means, after learning from it."""
+        """Raise the error for *fault*, and learn from it what the endpoint does not support."""
         fault = fault or Fault(response.status)
         error = to_error(
             fault,
@@ -211,30 +216,22 @@ class Attempt:
             self._capabilities.failed(self._plan)
 
     def _about_bound(self, error: StatusError, fault: Fault, raw: bytes) -> StatusError:
-        """Return *error*, or what to raise instead because it is the call's bound that is refused."""
+        """Return *error*, or the error to raise instead because the call's bound is refused."""
         if self._plan.call.max_tokens is not None:
             return error
-        said = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
-        if said is None:
+        limits = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
+        if limits is None:
             return error
-        if not self._capabilities.bound_refused(self._plan, said):
-            error.token_limits = said if self._plan.bound is not None else None
+        if not self._capabilities.bound_refused(self._plan, limits):
+            error.token_limits = limits if self._plan.bound is not None else None
             return error
-        # A refusal for credit is no reason to stop all calls, nor one for tokens a minute to slow down, if less may be asked for.
-        return BadRequest(
-            str(error),
-            status=error.status,
-            code=error.code,
-            param=error.param,
-            request_id=error.request_id,
-            limits=error.limits,
-            body=error.body,
-            again=True,
-            token_limits=said,
-        )
+        # With a lower bound, a refusal for credit need not stop all calls, nor one for tokens per minute slow them down.
+        lowered = BadRequest(str(error))
+        vars(lowered).update(vars(error), again=True, token_limits=limits, retry_after=None, should_retry=None)
+        return lowered
 
     def _secrets(self) -> list[str]:
-        """Return what an answer must not echo: header values, the key inside Authorization, and what the address holds."""
+        """Return what errors must not quote: header values, the key inside Authorization, and secrets in the address."""
         values = {part for value in self._headers.values() for part in (value, value.rpartition(" ")[2])}
         public = {"application/json", "microbatch"}
         known = {*(value for value in values - public if len(value) >= 8), *self._known_secrets}  # noqa: PLR2004
@@ -242,7 +239,7 @@ class Attempt:
 
 
 def _form(head: bytearray) -> Literal["json", "events", "neither", "unclear"]:
-    """Return what a body is that begins with *head*; "unclear" as long as too little has come."""
+    """Return the form of a body that begins with *head*; "unclear" if that is too short to tell."""
     text = bytes(head.removeprefix(_BOM).lstrip())
     if text[:1] in (b"{", b"["):
         return "json"

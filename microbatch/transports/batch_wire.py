@@ -56,13 +56,7 @@ class BatchWire:
     def read(
         self, status: int, raw: bytes, *, request_id: str | None, sent: Callable[[], Mapping[str, Any]]
     ) -> tuple[str, Completion]:
-        """Return the text of a reply, and how it ended.
-
-        Args:
-            status: The HTTP status in the line.
-            raw: The response body.
-            request_id: The endpoint's id of the call, or None.
-            sent: Returns the request body; called for refusals only.
+        """Return the text of a reply, and how it ended; *sent* returns the request body, and is called for refusals only.
 
         Raises:
             StatusError: It is a refusal. With `again`, `body` returns something else for the same call from now on.

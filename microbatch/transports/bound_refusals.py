@@ -65,13 +65,7 @@ _LEAST: Final = 16  # a smaller number in a message is a version, a position or 
 
 
 def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
-    """Return the token limits in the message of a refusal; None if it is not about the length of the reply.
-
-    Args:
-        message: The endpoint's message.
-        status: The status of the refusal.
-        bound: The bound that was sent.
-    """
+    """Return the token limits in the message of a refusal of *bound*; None if it is not about the length of the reply."""
     if status not in STATUSES:
         return None
     found = _PER_MINUTE.search(message)

@@ -61,15 +61,7 @@ class Breaker:
         raise error
 
     def note(self, error: RequestFailed | None, *, sent: float, now: float, combined: bool, permit: object) -> None:
-        """Learn from the end of a call.
-
-        Args:
-            error: None for an answer.
-            sent: Loop time at which the call was sent.
-            now: Loop time.
-            combined: Whether it carried several requests.
-            permit: Its permit.
-        """
+        """Learn from the end of a call that was *sent* at that time, with *error* None for an answer."""
         probed = self.forget(permit)
         if isinstance(error, AuthFailed) and error.status == _FORBIDDEN:
             if combined:
@@ -79,9 +71,7 @@ class Breaker:
                 return
         if isinstance(error, AuthFailed | QuotaExhausted):
             self._error, self._opened, self._until = error, now, now + COOL_DOWN
-        elif (
-            sent >= self._opened and error is None
-        ):  # the answer to an earlier call says nothing of what has changed since
+        elif error is None and sent >= self._opened:  # an earlier call was answered before the refusal
             self._error, self._forbidden = None, 0
 
     def forget(self, permit: object) -> bool:

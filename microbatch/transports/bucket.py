@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import merge
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
-    from microbatch.transports.rate_limit import RateLimit
+
+Charge = Literal["reserved", "used"]
 
 MINUTE: Final = 60.0
 _LATENESS: Final = 1.0
@@ -59,16 +60,11 @@ class Grant(msgspec.Struct, eq=False):
 
 
 class _Meter:
-    """The requests, or the tokens, of one bucket.
-
-    Attributes:
-        limit: Most in one window.
-        total: Granted in the last window.
-        others: Presumably used by other processes, until `others_until`.
-    """
+    """The requests, or the tokens, of one bucket."""
 
     def __init__(self, limit: float, unit: float) -> None:
-        self.total = self.others = self.others_until = 0.0
+        self.total = 0.0  # granted in the last window
+        self.others = self.others_until = 0.0  # presumably used by other processes, until that time
         self._most = limit
         self._unit = unit
         self.resize(limit)
@@ -104,22 +100,18 @@ class _Meter:
 
 
 class Bucket:
-    """The rate limits of one (endpoint, model, credentials).
+    """The rate limits of one (endpoint, model, credentials); the arguments are those of `RateLimit`."""
 
-    Args:
-        settings: The limits.
-    """
-
-    def __init__(self, settings: RateLimit) -> None:
-        share = settings.share
-        self._settings = settings
-        self._requests = None if settings.rpm is None else _Meter(settings.rpm * share, 1.0)
-        self._tokens = None if settings.tpm is None else _Meter(settings.tpm * share, 0.0)
+    def __init__(self, rpm: int | None, tpm: int | None, *, share: float, charge: Charge) -> None:
+        self._share = share
+        self._charge: Charge = charge
+        self._requests = None if rpm is None else _Meter(rpm * share, 1.0)
+        self._tokens = None if tpm is None else _Meter(tpm * share, 0.0)
         self._log: deque[Grant] = deque()  # grants of the last window
         self._latest: deque[Grant] = deque()  # those so recent that every endpoint still counts them
         self._latest_tokens = 0
         self._given_back = 0  # tokens ever given back
-        self._newest = float("-inf")  # when that request was granted whose reply told the endpoint's count
+        self._newest = float("-inf")  # time of the grant whose reply reported the endpoint's count
         self.used = 0.0  # for `SharedLRU`
         self._claims: dict[object, tuple[int, float]] = {}  # tokens and expiry by claimant, the oldest first
 
@@ -134,13 +126,7 @@ class Bucket:
         return None if self._tokens is None else int(self._tokens.limit)
 
     def wait(self, tokens: int, now: float, who: object = None) -> float:
-        """Return the seconds until a request may be granted if nothing else is; 0.0 for at once.
-
-        Args:
-            tokens: Tokens it is charged.
-            now: Loop time.
-            who: The claimant; if it must wait, it has a claim until it is granted.
-        """
+        """Return the seconds until a request may be granted if nothing else is; if not 0.0, *who* has a claim until it is granted."""
         self._pass_time(now)
         claimed, until = self._claim_before(who, now)
         wait = 0.0
@@ -179,14 +165,9 @@ class Bucket:
     def ended(
         self, grant: Grant, usage: Usage | None, limits: Limits | None, now: float, *, reserved: bool = True
     ) -> None:
-        """Learn from the end of a request.
+        """Learn from the end of a request, with *usage* and *limits* as the endpoint reports them.
 
-        Args:
-            grant: What it was charged.
-            usage: The usage that the endpoint reports, or None.
-            limits: The limits that the endpoint reports, or None.
-            now: Loop time.
-            reserved: Whether `max_tokens` was sent; if not, the charge for the answer was a guess, and is corrected.
+        Unless *reserved*, no `max_tokens` was sent; then the charge for the answer was a guess, and is corrected.
         """
         self._pass_time(now)
         if limits is not None and grant.at >= self._newest:  # the headers of a long reply may be a minute old
@@ -195,7 +176,7 @@ class Bucket:
         if self._tokens is None or usage is None or grant.at <= now - WINDOW:
             return
         surplus = grant.tokens - usage.prompt_tokens - usage.completion_tokens
-        if reserved and self._settings.charge == "reserved":
+        if reserved and self._charge == "reserved":
             # More than was reserved has been used in any case; less is given back only as far as the endpoint shows it.
             surplus = min(surplus, max(0, 0 if limits is None else self._unseen(grant, limits)))
         self._give_back(grant, surplus)
@@ -274,8 +255,8 @@ class Bucket:
             if reset is not None and reset > MINUTE and remaining > 0:
                 continue  # the limit of a longer period (requests per day) that is not used up
             if limit > 0:
-                meter.resize(limit * self._settings.share)  # the settings may be too high
-            foreign = limit - remaining - ours - (1 - self._settings.share) * limit
+                meter.resize(limit * self._share)  # the settings may be too high
+            foreign = limit - remaining - ours - (1 - self._share) * limit
             meter.others = max(0.0, min(meter.limit, foreign))
             meter.others_until = now + (MINUTE if reset is None else min(reset, MINUTE))
 

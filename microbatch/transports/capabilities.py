@@ -181,16 +181,10 @@ class Capabilities:
         now: float,
         may_stream: bool = False,
     ) -> Plan:
-        """Return how to make the next attempt at *call*.
+        """Return how to make the next attempt at *call*, in view of how the last one at the same object ended.
 
-        Args:
-            call: The call; a further attempt at the same object takes into account how the last one ended.
-            base_url: Address of the endpoint.
-            model: The model asked.
-            credentials: The headers that say who asks; only a digest is kept.
-            stream: Whether a stream is wanted; None to leave the field out.
-            now: Loop time.
-            may_stream: Whether the reply may be streamed, though it is not wanted.
+        Of *credentials* only a digest is kept. *stream* is None to leave the field out; with *may_stream* the reply may be streamed
+        though it is not wanted.
         """
         entry = self._entries.get_or_make((base_url, model, credentials_digest(credentials)), _Entry)
         if stream is False and may_stream and entry.streams_only:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from microbatch.transports.capabilities import Rung
 from microbatch.transports.lenient import as_object, is_array
 
@@ -47,15 +45,6 @@ def compose(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
     if "stream_options" in plan.sent:
         body["stream_options"] = {"include_usage": True}
     return body
-
-
-def encode(body: dict[str, Any]) -> bytes:
-    """Return *body* as JSON.
-
-    Raises:
-        TypeError: A value has no JSON form; or another builtin error of the encoder.
-    """
-    return msgspec.json.encode(body)
 
 
 def _joined(content: Any) -> str:

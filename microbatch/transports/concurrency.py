@@ -25,14 +25,7 @@ class Concurrency:
         return in_flight < max(1, int(self.limit))
 
     def note(self, error: RequestFailed | None, *, sent: float, in_flight: int, now: float) -> None:
-        """Learn from the end of a call.
-
-        Args:
-            error: None for an answer.
-            sent: Loop time at which the call was sent.
-            in_flight: Calls under way, this one included.
-            now: Loop time.
-        """
+        """Learn from the end of a call, with *error* None for an answer, and itself included in *in_flight*."""
         if isinstance(error, RateLimited | TransportTimeout) or (
             isinstance(error, ServerError) and error.status in _OVERLOADED
         ):

@@ -1,13 +1,14 @@
-"""Headers and query parameters that say who asks.
+"""Headers and query parameters that identify the caller.
 
-They are recognised by how their names end, not by a list of vendors: a key that is not recognised would be dropped, and its owner
-would share prompts with others and be served with a key that is not theirs. A name that only looks like a credential parts lanes
-without need, and keeps its caller from the gateway's own key; `_OTHERS` are the known ones.
+Credentials are recognised by how their names end, not by a list of vendors: an unrecognised key would be dropped, and its owner would
+share prompts with others and be served with another's key. A name that only looks like a credential separates lanes without need, and
+keeps its caller from the gateway's own key; `_OTHERS` lists the known ones.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
@@ -17,46 +18,18 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-_CREDENTIALS: Final = (
-    "auth",
-    "authentication",
-    "authorization",
-    "bearer",
-    "cookie",
-    "cookie2",
-    "credential",
-    "credentials",
-    "jwt",
-    "key",
-    "passwd",
-    "password",
-    "secret",
-    "token",
+# Endings of names of credentials: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`...
+_CREDENTIALS: Final = re.compile(
+    r"(?:auth|authentication|authorization|bearer|cookie|cookie2|credentials?|jwt|key|passwd|password|secret|token)\Z"
 )
-"""How names of credentials end: `authorization`, `api-key`, `x-goog-api-key`, `ocp-apim-subscription-key`, `helicone-auth`..."""
-
-_OTHERS: Final = (
-    "affinity-key",
-    "cache-key",
-    "continuation-token",
-    "csrf-token",
-    "csrftoken",
-    "hash-key",
-    "idempotency-key",
-    "page-token",
-    "pagetoken",
-    "partition-key",
-    "routing-key",
-    "websocket-key",
-    "xsrf-token",
+# Endings of names that have nothing to do with credentials.
+_OTHERS: Final = re.compile(
+    "(?:affinity-key|cache-key|continuation-token|csrf-token|csrftoken|hash-key|idempotency-key|page-token|pagetoken|partition-key"
+    r"|routing-key|websocket-key|xsrf-token)\Z"
 )
-"""Endings of names that have nothing to do with who asks."""
 
-_ON_BEHALF: Final = ("account", "org", "organization", "project", "tenant", "workspace")
-"""How names end, with or without `-id`, that choose beside a credential for whom it is used: who pays, and whose limits count."""
-
-_ON_BEHALF_NAMES: Final = frozenset({"client-id", *_ON_BEHALF, *(f"{word}-id" for word in _ON_BEHALF)})
-_ON_BEHALF_ENDINGS: Final = tuple(f"-{name}" for name in _ON_BEHALF_NAMES)
+# Names that choose beside a credential who pays and whose limits apply.
+_ON_BEHALF: Final = re.compile(r"(?:^|-)(?:client-id|(?:account|org|organization|project|tenant|workspace)(?:-id)?)\Z")
 
 _OF_A_PROXY: Final = frozenset(
     {
@@ -68,29 +41,29 @@ _OF_A_PROXY: Final = frozenset(
         "x-portkey-api-key",
     }
 )
-"""Credentials for something in front of the endpoint, which come beside the endpoint's own key and not in place of one."""
+"""Credentials for a proxy in front of the endpoint, which come beside the endpoint's own key."""
 
 AMBIENT: Final = frozenset({"cookie", "cookie2"})
-"""Credentials that browsers send unasked, to the host that they are for."""
+"""Credentials that browsers send by themselves, to the host that they belong to."""
 
 
 def is_credential(name: str) -> bool:
     """Return whether the header or query parameter *name*, in any case, holds a credential."""
     words = name.lower().replace("_", "-")
-    return words.endswith(_CREDENTIALS) and not words.endswith(_OTHERS)
+    return _CREDENTIALS.search(words) is not None and _OTHERS.search(words) is None
 
 
 def says_who(name: str) -> bool:
-    """Return whether the header *name*, in any case, says whose limits count: it is a credential, or comes beside one."""
+    """Return whether the header *name*, in any case, is a credential, or chooses beside one whose limits apply."""
     words = name.lower().replace("_", "-")
-    return is_credential(words) or words in _ON_BEHALF_NAMES or words.endswith(_ON_BEHALF_ENDINGS)
+    return is_credential(words) or _ON_BEHALF.search(words) is not None
 
 
 def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str]:
-    """Return which of a transport's *own* headers, or query parameters, go along with those that a request's caller named *callers*.
+    """Return those of a transport's *own* headers, or query parameters, that are sent when the caller's have the names *callers*.
 
-    With a credential of the caller's, the transport's key stays behind, and so does what comes beside it: a request never goes out with
-    two keys. Credentials for a proxy in front of the endpoint do go along.
+    If the caller brings a credential, the transport's key and what comes beside it are left out: a request never has two keys.
+    Credentials for a proxy in front of the endpoint are kept.
     """
     if not any(map(is_credential, callers)):
         return dict(own)
@@ -101,7 +74,7 @@ _SALT: Final = secrets.token_bytes(16)
 
 
 def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return a digest of those *headers* that say who asks, b"" if none does.
+    """Return a digest of those *headers* that identify the caller, b"" if none does.
 
     It is keyed with random bytes of this process, so that credentials cannot be guessed from a memory dump.
     """
@@ -110,7 +83,7 @@ def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def credentials_in(path: str) -> dict[str, str]:
-    """Return the credentials in the query of *path*, by name in lower case with the question mark: `?key`. Values are not unquoted."""
+    """Return the quoted credentials in the query of *path*, by name in lower case with the question mark: `?key`."""
     found: dict[str, str] = {}
     for pair in path.partition("?")[2].partition("#")[0].split("&"):
         quoted, _, value = pair.partition("=")

@@ -134,10 +134,9 @@ class Fault(msgspec.Struct, frozen=True):
     Attributes:
         status: The HTTP status, or the one named inside an answer of status 200, or 200 if it names none.
         code: Its most specific word: `code`, else `type`, else `status`; None if it has only numbers.
-        param: The request field at fault, or None.
-        message: Its words. They may quote the prompt.
+        param: The request field at fault.
+        message: Its message, which may quote the prompt.
         words: All its codes and types, in lower case.
-        flagged: Whether it says that a moderation flagged the input.
     """
 
     status: int
@@ -145,7 +144,6 @@ class Fault(msgspec.Struct, frozen=True):
     param: str | None = None
     message: str = ""
     words: frozenset[str] = frozenset()
-    flagged: bool = False
 
     def __repr__(self) -> str:
         """Return the status and code, without the endpoint's words."""
@@ -153,12 +151,9 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 def read_fault(raw: bytes, status: int, *, hollow: bool = False) -> Fault | None:
-    """Return the error in a body or a stream event; None if it is none.
+    """Return the error in a body or a stream event, JSON or not; None for a 200 that does not contain one.
 
-    Args:
-        raw: The bytes, JSON or not.
-        status: The HTTP status. From 400 on (and for redirects) there is always a fault; in a 200 only if the body says so.
-        hollow: Whether it is known to hold no answer, so that a message in it is one of an error.
+    With *hollow*, it is known to hold no answer, so that a message in it is one of an error.
     """
     try:
         data = decode_body(raw)
@@ -228,9 +223,8 @@ def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
         code=words[0] if words else None,
         param=param if isinstance(param, str) and param else None,
         message="\n".join(messages),
-        words=frozenset(word.lower() for word in words) | numbers,
-        # OpenRouter's 403 for flagged input; the key is valid, and this one item is the cause.
-        flagged="flagged_input" in metadata,
+        # OpenRouter's 403 for flagged input names it only in the metadata; the key is valid, and this one item is the cause.
+        words=frozenset({*(word.lower() for word in words), *numbers, *({"flagged_input"} & metadata.keys())}),
     )
 
 
@@ -263,7 +257,7 @@ def classify(fault: Fault) -> type[StatusError]:
 
 def _is_about_content(fault: Fault) -> bool:
     """Return whether a filter has stopped the prompt or the answer."""
-    if fault.flagged or any(_FILTER_CODE.search(re.sub(r"[\W_]", "", word)) for word in fault.words):
+    if any(_FILTER_CODE.search(re.sub(r"[\W_]", "", word)) for word in fault.words):
         return True
     pattern = _FILTER_VERDICT if fault.status >= 500 else _FILTER_TEXT  # noqa: PLR2004
     if fault.status in _NOT_ABOUT_CONTENT or pattern.search(fault.message) is None:
@@ -295,18 +289,16 @@ def to_error(
         fault: The endpoint's error.
         where: Host and port, for the message.
         headers: The response headers, looked up in any case.
-        raw: The response body; it is masked and goes to `body`.
+        raw: The response body; it goes to `body`, masked.
         secrets: Texts that must not appear anywhere, such as the key that was sent.
-        keyless: Whether no credentials were sent, which the message of an `AuthFailed` then says.
+        keyless: Whether no credentials were sent.
     """
     kind = classify(fault)
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)
     wait = retry_after(headers)
     text = f"{where} answered with status {fault.status}"
-    if code is not None:
-        text += f" ({code})"
-    if param is not None:
-        text += f", about the field {param}"
+    text += f" ({code})" if code else ""
+    text += f", about the field {param}" if param else ""
     # The header comes with every 429, also where trying again is of no use.
     final = kind in (ContextTooLong, Filtered) or (kind is BadRequest and fault.status in (413, 429))
     return kind(
@@ -325,16 +317,7 @@ def to_error(
 def unanswered(
     problem: str, *, blocked: bool, where: str, headers: Mapping[str, str], raw: bytes, secrets: Iterable[str] = ()
 ) -> StatusError:
-    """Return the error to raise for a status 200 without an answer; see `to_error`.
-
-    Args:
-        problem: What came instead, for the message.
-        blocked: Whether a filter is the likely cause, and not a transient failure.
-        where: Host and port, for the message.
-        headers: The response headers.
-        raw: The response body.
-        secrets: Texts that must not appear anywhere.
-    """
+    """Return the error to raise for a status 200 without an answer; *blocked* if a filter is the likely cause. See `to_error`."""
     cause = "; endpoints answer so whose content filter stopped the prompt" if blocked else ""
     return (Filtered if blocked else ServerError)(
         f"{where} answered with status 200, but {problem}{cause}",

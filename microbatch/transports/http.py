@@ -1,11 +1,14 @@
-"""The edge to aiohttp: its failures in our words, one attempt's time, headers that are safe to send."""
+"""Support for calls of aiohttp: translation of errors, time limits, pauses of streams, validation of headers."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import re
+import socket
 import ssl
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
@@ -17,57 +20,63 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-HOP_BY_HOP: Final = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-"""Headers that belong to one connection (RFC 9110, 7.6.1); they are never passed on."""
+HOP_BY_HOP: Final = frozenset({
+    *("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"),
+    *("proxy-authenticate", "proxy-authorization", "proxy-connection"),
+})  # fmt: skip
+"""Headers of one connection (RFC 9110, 7.6.1), which are never relayed."""
 
 FRAMING: Final = HOP_BY_HOP | {"content-length", "expect", "host"}
-"""Headers that say where a request begins, ends and goes. Set by hand they could make two requests of one."""
+"""Headers that delimit and direct a request. If callers could set them, one request could be read as two."""
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\ud7ff\ue000-\U0010ffff]*")
 
 
+PAUSE_SHARE: Final = 4
+"""A pause is at most this part of the time since the first one, so that short answers are hardly delayed."""
+
+SHORTEST_PAUSE: Final = 0.001
+"""Shorter pauses, in seconds, cost more than they save."""
+
+LOW_WATER: Final = 65_536
+"""Bytes in a socket's buffer that end a pause early."""
+
+LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+", os.uname().release)[:2])] >= [4, 18]
+"""Whether lowering a socket's low-water mark makes it readable at once: in Linux since 4.18 (tcp_set_rcvlowat)."""
+
+
 class Clock:
-    """The time one attempt may take: until a fixed end, and, from the first sign of life on, only so long in silence.
+    """The time limits of one attempt, which runs in `scope`.
 
     Args:
-        total: Seconds for all of it.
-        idle: Seconds between two signs of life, or None for no such limit.
+        total: Seconds until its end.
+        idle: Longest silence in seconds after the first activity, or None.
+        interval: Longest pause of a `Pacer`, in seconds, by which activity may be noticed late.
     """
 
-    def __init__(self, total: float, idle: float | None) -> None:
+    def __init__(self, total: float, idle: float | None, interval: float = 0.0) -> None:
         self._loop = asyncio.get_running_loop()
         self._total = total
         self._idle = idle
-        self._end = self._loop.time() + total
         self._silent = False
-        self.scope = asyncio.timeout_at(self._end)
+        self.interval = interval
+        self.end = self._loop.time() + total
+        self.scope = asyncio.timeout_at(self.end)
 
     def feed(self) -> None:
-        """Note a sign of life."""
+        """Record activity of the endpoint."""
         if self._idle is not None:
-            silent = self._loop.time() + self._idle
-            self._silent = silent < self._end
-            self._set(min(silent, self._end))
+            silent = self._loop.time() + self._idle + self.interval
+            self._silent = silent < self.end
+            self._set(min(silent, self.end))
 
     def grace(self, seconds: float) -> None:
-        """Allow at most *seconds* more, unless there is another sign of life."""
-        self._set(min(self._end, self._loop.time() + seconds))
+        """Allow at most *seconds* more, unless there is further activity."""
+        self._set(min(self.end, self._loop.time() + seconds))
 
     def error(self, where: str) -> TransportTimeout:
-        """Return what to raise when the time is up."""
+        """Return the error to raise when the time is up."""
         if self._silent:
             return TransportTimeout(f"{where} sent nothing for {self._idle:g} s (idle_timeout)")
         return TransportTimeout(f"{where} did not finish within {self._total:g} s (timeout)")
@@ -77,71 +86,139 @@ class Clock:
             self.scope.reschedule(when)
 
 
-async def guarded(step: Awaitable[T], where: str) -> T:
-    """Await one step of aiohttp's.
+class Pacer:
+    """Reads a streamed answer with pauses, so that several events are read together.
 
-    Raises:
-        ConnectFailed: The connection could not be made, or broke.
+    An endpoint sends one event per token. A wake-up, a `recv` and an HTTP parse for each of them is most of the processor time of a
+    stream. During a pause, bytes wait in the socket's buffer: the socket's low-water mark is raised, below TLS, and the flow control of
+    aiohttp works as before. Without a usable mark the transport is paused, which saves less under TLS.
+
+    Args:
+        response: The answer.
+        interval: Longest pause, in seconds; 0 disables pauses.
+        end: Loop time at which the answer has to be complete; there are no pauses just before it.
     """
+
+    def __init__(self, response: aiohttp.ClientResponse, interval: float, end: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._response = response
+        self._interval = interval
+        self._end = end
+        self._since: float | None = None
+        self._paused: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def read(self) -> bytes:
+        """Return the bytes that have arrived by the end of the pause, b"" at the end of the answer."""
+        try:
+            return await self._response.content.readany()
+        finally:
+            self._resume()  # the connection may be back in the pool, also within a pause: a full buffer ends it early
+
+    def pause(self) -> None:
+        """Begin a pause, which the next `read` waits for; no effect on an answer read to its end."""
+        now = self._loop.time()
+        if self._since is None:
+            self._since = now
+        pause = min(self._interval, (now - self._since) / PAUSE_SHARE)
+        connection = self._response.connection
+        transport = None if connection is None else connection.transport
+        if transport is None or pause < SHORTEST_PAUSE or now + 2 * pause > self._end or not _hold(transport):
+            return
+        self._paused = transport
+        # Full pauses of all streams end at the same moments, so that one iteration of the loop serves them all.
+        when = now + pause if pause < self._interval else (now // pause + 1) * pause
+        self._timer = self._loop.call_at(when, self._resume)
+
+    def _resume(self) -> None:
+        transport, self._paused = self._paused, None
+        if transport is not None:
+            _release(transport)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+# The transport has no socket or no flow control, or is closing.
+_NO_PAUSE: Final = (AttributeError, NotImplementedError, OSError, RuntimeError)
+
+
+def _hold(transport: asyncio.Transport) -> bool:
+    """Pause the reading of a connection; return whether that is possible."""
+    if transport.is_closing():
+        return False
+    try:
+        if LOW_WATER_WAKES:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, LOW_WATER)
+        else:
+            transport.pause_reading()
+    except _NO_PAUSE:
+        return False
+    return True
+
+
+def _release(transport: asyncio.Transport) -> None:
+    if transport.is_closing():
+        return
+    with suppress(*_NO_PAUSE):
+        if LOW_WATER_WAKES:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        else:
+            transport.resume_reading()
+
+
+async def guarded(step: Awaitable[T], where: str) -> T:
+    """Await *step*, a call of aiohttp; raise `ConnectFailed` for its errors."""
     try:
         return await step
     except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
         failure = connect_failed(error, where)
-    # Raised out here, so that the original is not attached: aiohttp's errors hold the request's headers and its address, and with
-    # them the key, wherever it is.
+    # Raised outside the except block, so that the original is not attached: aiohttp's errors hold the request's address and headers,
+    # and with them the key.
     raise failure
 
 
 def connect_failed(error: Exception, where: str) -> ConnectFailed:
-    """Return *error* in our words, which quote no header and no address beyond host and port."""
+    """Return the error for one of aiohttp's; its message has no headers, and of the address only host and port."""
     match error:
         case aiohttp.ClientHttpProxyError():
-            return ConnectFailed(f"the proxy refused to connect to {where}: status {error.status}")
+            message = f"the proxy refused to connect to {where}: status {error.status}"
         case aiohttp.ClientProxyConnectionError():
-            return ConnectFailed(f"could not reach the proxy to {where}: {_said(error.os_error)}")
+            message = f"could not reach the proxy to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ClientConnectorCertificateError():
-            return ConnectFailed(f"{where} has a certificate that is not trusted: {error.certificate_error}")
+            message = f"{where} has a certificate that is not trusted: {error.certificate_error}"
         case aiohttp.ClientConnectorDNSError():
-            return ConnectFailed(f"could not resolve the host name of {where}: {_said(error.os_error)}")
+            message = f"could not resolve the host name of {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ClientConnectorError():
-            return ConnectFailed(f"could not connect to {where}: {_said(error.os_error)}")
+            message = f"could not connect to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ConnectionTimeoutError():
-            return ConnectFailed(f"could not connect to {where}: no answer in time")
+            message = f"could not connect to {where}: no answer in time"
         case aiohttp.ServerDisconnectedError():
-            return ConnectFailed(f"{where} closed the connection without an answer")
+            message = f"{where} closed the connection without an answer"
         case aiohttp.ClientPayloadError():
-            return ConnectFailed(f"{where} closed the connection in the middle of the answer")
+            message = f"{where} closed the connection in the middle of the answer"
         case aiohttp.ClientResponseError():
-            return ConnectFailed(f"{where} did not answer in HTTP")
+            message = f"{where} did not answer in HTTP"
         case OSError():
-            return ConnectFailed(f"the connection to {where} broke: {_reason(error)}")
+            message = f"the connection to {where} broke: {_reason(error)}"
         case _:
-            return ConnectFailed(f"the connection to {where} broke: {type(error).__name__}")
+            message = f"the connection to {where} broke: {type(error).__name__}"
+    return ConnectFailed(message)
 
 
 async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
-    """Await one step of aiohttp's under *clock*.
-
-    Raises:
-        ConnectFailed: The connection could not be made, or broke.
-        TransportTimeout: The time is up.
-    """
+    """Await *step*, a call of aiohttp, within the limits of *clock*; raise `ConnectFailed` or `TransportTimeout`."""
     try:
         async with clock.scope:
             clock.feed()
             return await guarded(step, where)
-    except TimeoutError:  # the clock's: one of the system's is a ConnectFailed by now
+    except TimeoutError:  # the clock's; a TimeoutError of the system has become a ConnectFailed
         failure = clock.error(where)
     raise failure
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, begun: bytearray) -> bytes:
-    """Return the whole body, of which *begun* has been read.
-
-    Raises:
-        TransportError: It is longer than *limit* bytes.
-        ConnectFailed: The connection broke.
-    """
+    """Return the whole body, of which *begun* was read before; raise `TransportError` if it exceeds *limit* bytes."""
     body, chunk = begun, b""
     while len(body) <= limit and (chunk := await guarded(response.content.readany(), where)):
         body += chunk
@@ -151,7 +228,7 @@ async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, beg
 
 
 async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) -> bytes:
-    """Return what can be had of a body in *grace* seconds, at most *limit* bytes; never fails."""
+    """Return the part of a body that arrives in *grace* seconds, at most *limit* bytes; never raise."""
     body = bytearray()
     try:
         async with asyncio.timeout(grace):
@@ -163,11 +240,10 @@ async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) 
 
 
 def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -> dict[str, str]:
-    """Return *headers* once they are known to be what they seem: one line each.
+    """Return *headers* after validation.
 
     Raises:
-        ConfigError: A name or a value could not be sent or would be read as more than one header, or the header is one
-            that the transport writes itself. The message does not quote values.
+        ConfigError: A name or a value cannot be sent as one header, or a name is *reserved*. The message does not quote values.
     """
     for name, value in headers.items():
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
@@ -180,7 +256,7 @@ def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -
 
 
 def merged(*layers: Mapping[str, str]) -> dict[str, str]:
-    """Return all headers, a later layer replacing those of the same name (in any case) in the earlier ones."""
+    """Return the headers of all layers; later layers replace headers of the same name, in any case."""
     result: dict[str, tuple[str, str]] = {}
     for layer in layers:
         result.update({name.lower(): (name, value) for name, value in layer.items()})
@@ -188,22 +264,21 @@ def merged(*layers: Mapping[str, str]) -> dict[str, str]:
 
 
 def without(headers: Iterable[tuple[str, str]], names: frozenset[str]) -> list[tuple[str, str]]:
-    """Return *headers* less those named and those that a Connection header declares to be for one connection only."""
+    """Return *headers* without those in *names* and those that a Connection header lists."""
     pairs = list(headers)
-    listed = {
-        word.strip().lower() for name, value in pairs if name.lower() == "connection" for word in value.split(",")
-    }
-    return [(name, value) for name, value in pairs if name.lower() not in names | listed]
+    connection = [value for name, value in pairs if name.lower() == "connection"]
+    dropped = names.union(word.strip().lower() for value in connection for word in value.split(","))
+    return [(name, value) for name, value in pairs if name.lower() not in dropped]
 
 
 def _reason(error: OSError) -> str:
-    """Return why the system says a connection broke. Only its number is read: aiohttp writes the address into the text."""
+    """Return why a connection broke, from the error number only: aiohttp writes the address into the text."""
     number = error.errno or 0
     return os.strerror(number) if number > 0 and not isinstance(error, ssl.SSLError) else type(error).__name__
 
 
-def _said(error: OSError) -> str:
-    """Return why no connection could be made, in words of the resolver, of TLS or of the system, which know host and port only."""
+def _connect_reason(error: OSError) -> str:
+    """Return why a connection failed, in the text of the resolver, of TLS or of the system, which has host and port at most."""
     if type(error).__module__ == "builtins" and (error.errno or 0) > 0:
-        return _reason(error)  # asyncio's own text for a refused connection is its address
+        return _reason(error)  # asyncio's text for a refused connection is the address
     return error.strerror or str(error) or type(error).__name__

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from microbatch.errors import ConfigError
 from microbatch.lru import SharedLRU
 from microbatch.policy import at_least, one_of, whole
-from microbatch.transports.bucket import Bucket
+from microbatch.transports.bucket import Bucket, Charge
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
-
-Charge = Literal["reserved", "used"]
 
 _CAPACITY: Final = 1_024
 
@@ -77,4 +75,6 @@ class RateLimit:
 
     def bucket(self, key: Hashable, now: float) -> Bucket:
         """Return the bucket of one (endpoint, model, credentials)."""
-        return self._buckets.get_or_make(key, lambda: Bucket(self), now)
+        return self._buckets.get_or_make(
+            key, lambda: Bucket(self.rpm, self.tpm, share=self.share, charge=self.charge), now
+        )

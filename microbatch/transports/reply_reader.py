@@ -14,18 +14,17 @@ import msgspec
 from microbatch.errors import ServerError
 from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
-from microbatch.transports.finish_reasons import read_finish
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
-from microbatch.transports.reported_usage import read_usage
+from microbatch.transports.reply_fields import read_finish, read_usage
 
 if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
-    from microbatch.transports.finish_reasons import Finish
+    from microbatch.transports.reply_fields import Finish
 
 GAP: Final = "\0"
 """Takes the place of an event that could not be read."""
 
-# Event data that some proxies send to keep the connection open.
+# Event data of proxies that keep the connection open.
 _KEEP_ALIVES: Final = frozenset({b"", b"ping", b"keepalive", b"heartbeat"})
 _AROUND_WORDS: Final = b" \t-_:[]()"
 _THINKING: Final = ("think", "thought", "reason")
@@ -217,28 +216,32 @@ class ReplyReader:
 
 
 def _read_leniently(data: bytes) -> _Reply:
-    """Return an event or a body that is not of the documented types; raise ValueError unless it is an object with choices."""
+    """Return an event or a body that is not of the documented types.
+
+    Raises:
+        ValueError: It is no object, or its choices are none.
+    """
     fields = _object(decode(data))
-    usage, groq, metadata, *rest = map(fields.get, ("usage", "x_groq", "usageMetadata", "model", "error", "object"))
-    choices = [
-        _Choice(
-            _read_index(choice.get("index")),
-            *(_read_text(choice[name]) if choice.get(name) is not None else None for name in ("message", "delta")),
-            *(choice.get(name) for name in ("finish_reason", "error", "usage")),
-        )
-        for choice in map(_object, _array(fields.get("choices")))
-    ]
-    return _Reply(choices, usage, groq, metadata, *rest)
+    listed = fields.get("choices")
+    if listed is not None and not is_array(listed):
+        raise ValueError("no array")
+    choices = [_object(each) for each in listed or ()]
+    for choice in choices:
+        choice["index"] = _read_index(choice.get("index"))
+        for part in (as_object(choice.get("message")), as_object(choice.get("delta"))):
+            content, refusal = part.get("content"), part.get("refusal")
+            part["content"] = content if content is None or is_array(content) else [content]
+            part["refusal"] = refusal if isinstance(refusal, str) else None
+    try:
+        return msgspec.convert({**fields, "choices": choices}, _Reply)
+    except msgspec.ValidationError:
+        raise ValueError("no chat completion") from None
 
 
-def _read_text(value: Any) -> _Text:
-    fields = _object(value)
-    content, refusal = fields.get("content"), fields.get("refusal")
-    return _Text(
-        content if content is None or is_array(content) else [content],
-        refusal if isinstance(refusal, str) else None,
-        *(fields.get(name) for name in ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")),
-    )
+def _object(value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("no object")
+    return as_object(value)
 
 
 def _read_index(value: Any) -> int:
@@ -260,15 +263,3 @@ def _written(value: Any) -> str:
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else str(value)
     raise ValueError("no text")
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise ValueError("no object")
-    return as_object(value)
-
-
-def _array(value: Any) -> list[Any]:
-    if value is not None and not is_array(value):
-        raise ValueError("no array")
-    return value or []

@@ -24,20 +24,15 @@ _MAX_LESSONS: Final = 8
 
 
 class _Attempts:
-    """The attempts of one call so far.
-
-    Attributes:
-        heard: Whether the latest attempt has brought text.
-        failures: Failed attempts, but for refusals from which the transport learned (`lessons`).
-        excused_until: Loop time until which refusals for the pace do not count.
-    """
+    """The attempts of one call so far."""
 
     def __init__(self, call: ChatCall, on_text: Callable[[str], None], permit: Permit, backoff: Backoff) -> None:
         self.call = call
         self.permit = permit
         self.backoff = backoff
-        self.heard = False
-        self.failures = self.lessons = 0
+        self.heard = False  # whether the latest attempt has brought text
+        self.failures = 0
+        self.lessons = 0  # refusals from which the transport learned, which are no failures
         self.excused_until: float | None = None
         self._on_text = on_text
         self._end = None if call.timeout is None else asyncio.get_running_loop().time() + call.timeout

@@ -1,8 +1,4 @@
-"""Server-sent events, decoded from whatever pieces the network delivers.
-
-Follows the event stream grammar of the WHATWG HTML standard (section 9.2.6). Only `data` is kept, the one field that chat
-completion streams use.
-"""
+"""Decodes server-sent events, by the WHATWG HTML standard, section 9.2.6. Of the fields only `data` is used."""
 
 from __future__ import annotations
 
@@ -15,30 +11,28 @@ _BOM: Final = b"\xef\xbb\xbf"
 
 
 class SSEDecoder:
-    """An incremental decoder; any chunking of the same bytes gives the same events.
-
-    The work is linear in the bytes fed, and no more is held than one event.
+    """An incremental decoder, linear in the bytes fed. It holds one event at most.
 
     Args:
-        max_event_bytes: Most bytes one event, or one line, may have.
+        max_event_bytes: Most bytes of one event, or of one line.
     """
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max_event_bytes = max_event_bytes
-        self._line = bytearray()  # the line that has not ended yet
-        self._data: list[bytes] = []  # the data lines of the event that has not ended yet
+        self._line = bytearray()  # the unfinished line
+        self._data: list[bytes] = []  # data lines of the unfinished event
         self._held = 0  # bytes in `_data`
-        self._at_start = True  # a byte order mark may come, before the first line only
-        self._after_cr = False  # a line feed right now belongs to the carriage return before it
+        self._at_start = True  # only the first line may have a byte order mark
+        self._after_cr = False  # a line feed now would belong to the carriage return before it
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Take the next bytes and return the data of the events that they complete.
 
-        Data lines of one event are joined by newlines. Comments and other fields are dropped, and so are events without a
-        data line. A keep-alive of an empty data line comes out as `b""`.
+        Data lines of one event are joined by newlines. Comments, other fields and events without a data line are dropped. An event
+        with an empty data line is `b""`.
 
         Raises:
-            TransportError: An event is longer than `max_event_bytes`. The decoder is of no further use.
+            TransportError: An event is longer than `max_event_bytes`. The decoder must not be used any more.
         """
         if not chunk:
             return []
@@ -46,41 +40,42 @@ class SSEDecoder:
             chunk = chunk[1:]
             self._after_cr = False
         if chunk:
-            # A carriage return ends its line at once: waiting for a line feed that may never come would hold the event back.
+            # A carriage return ends its line at once: a line feed may never follow.
             self._after_cr = chunk.endswith(b"\r")
         if b"\r" in chunk:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         events: list[bytes] = []
         *ended, rest = chunk.split(b"\n")
-        for piece in ended:
-            self._line += piece
-            self._check()
-            self._end_line(events)
+        for line in ended:
+            self._end_line(self._whole(line) if self._line else line, events)
         self._line += rest
-        self._check()
+        self._check(self._line)
         return events
 
     def close(self) -> list[bytes]:
-        """Say that the stream has ended; return the data of an event that lacks its closing blank line, if there is one.
+        """End the stream; return the data of an event without its closing blank line, if there is one.
 
-        The standard discards such an event. It is handed out because some servers close right after their last line. It
-        may as well be the torso of a stream cut in the middle, so a caller should use it only if it decodes. The decoder
-        is empty afterwards.
+        The standard discards such an event, but some servers close the connection after their last line. It may be incomplete, so use
+        it only if it decodes. The decoder is empty afterwards.
         """
         events: list[bytes] = []
         if self._line:
-            self._end_line(events)
+            self._end_line(self._whole(b""), events)
         self._end_event(events)
         self._after_cr = False
         return events
 
-    def _check(self) -> None:
-        if self._held + len(self._line) > self._max_event_bytes:
+    def _whole(self, rest: bytes) -> bytes:
+        line = bytes(self._line + rest)
+        self._line.clear()
+        return line
+
+    def _check(self, line: bytes | bytearray) -> None:
+        if self._held + len(line) > self._max_event_bytes:
             raise TransportError(f"the stream holds an event of more than {self._max_event_bytes} bytes")
 
-    def _end_line(self, events: list[bytes]) -> None:
-        line = bytes(self._line)
-        self._line.clear()
+    def _end_line(self, line: bytes, events: list[bytes]) -> None:
+        self._check(line)
         if self._at_start:
             self._at_start = False
             line = line.removeprefix(_BOM)
@@ -91,7 +86,7 @@ class SSEDecoder:
         if name == b"data":  # a comment has an empty name
             value = value.removeprefix(b" ")
             self._data.append(value)
-            self._held += len(value) + 1  # the newline too, or empty data lines would cost nothing
+            self._held += len(value) + 1  # with the newline, or empty data lines would not count
 
     def _end_event(self, events: list[bytes]) -> None:
         if self._data:

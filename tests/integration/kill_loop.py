@@ -30,6 +30,7 @@ LEASE = 2.0  # a worker that a loaded machine stops for longer would be taken fo
 LATENCY = Latency(
     first_token=0.01, tokens_per_second=800.0
 )  # so that full batches take their time, and suspects do not hold up the test
+PRODUCTS = catalogue()
 SYSTEM = {"role": "system", "content": "You sort the products of an online shop."}
 
 
@@ -53,8 +54,7 @@ class CallOutcome:
 
 
 def question(number: int) -> str:
-    products = catalogue()
-    return f"{number}: {products[number % len(products)].question}"
+    return f"{number}: {PRODUCTS[number % len(PRODUCTS)].question}"
 
 
 def right(text: str, _schema: object) -> str:

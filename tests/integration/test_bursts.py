@@ -12,6 +12,9 @@ from helpers import ask
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 BURST = 20_000
 
 MAKERS = {
@@ -45,6 +48,7 @@ async def warm(batcher, count):
     assert batcher.stats().cache_stores == count
 
 
+@pytest.mark.parametrize("make", ["sqlite", "redis", "three tiers"], indirect=True)
 async def test_of_a_burst_on_a_warm_cache_at_most_a_hundredth_is_asked_again(make):
     await warm(make(ScriptedTransport()), BURST)
     async with make(ScriptedTransport()) as batcher:

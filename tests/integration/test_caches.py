@@ -30,7 +30,7 @@ def made(kind, tmp_path, redis_url):
 def patience(monkeypatch):
     """The tests here are about answers, not about how soon they come: this machine may be busy."""
     for module in ("guard", "tiers"):
-        monkeypatch.setattr(f"microbatch.caching.{module}.BUDGET", 5.0)
+        monkeypatch.setattr(f"microbatch.caching.{module}.LIVE_TIMEOUT", 5.0)
 
 
 @pytest.fixture(params=KINDS)
@@ -77,6 +77,7 @@ async def test_asking_and_storing_nothing_is_allowed(cache):
     await cache.set_many([])
 
 
+@pytest.mark.slow
 async def test_more_keys_than_a_query_may_have_parameters_are_one_call(cache):
     keys = [b"%d" % number for number in range(40_000)]
     await cache.set_many([(key, key, None) for key in keys[::2]])

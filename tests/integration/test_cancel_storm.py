@@ -19,6 +19,9 @@ from helpers import ask, batcher_for
 
 import microbatch as mb
 
+pytestmark = pytest.mark.slow
+
+
 CALLS = 6_000
 ENOUGH = 8 * CALLS  # requests, should the calls of a broken client never get through
 PATIENCE = 60.0

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
 
-from microbatch.cli import answers, patient
+from microbatch.caching import guard
 from microbatch.cli.main import main
+from microbatch.cli.output import NotWritten, OutputFile
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -120,13 +121,13 @@ def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, caps
     products(100)
     space = 30
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         if self.written == space:
-            raise answers.NotWritten("cannot write 'out.jsonl': No space left on device")
+            raise NotWritten("cannot write 'out.jsonl': No space left on device")
         real(self, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers.Answers, "write", write)
+        patch.setattr(OutputFile, "write", write)
         assert run(*QUESTION, "--simulate", "--max-concurrent-batches", "1", "--json") == 1
     capsys.readouterr()
     assert run(*QUESTION, "--simulate", "--resume", "--json") == 0
@@ -141,13 +142,13 @@ def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, caps
     [
         ("nowhere/c.sqlite", "cannot open 'nowhere/c.sqlite'"),
         ("in.jsonl", "cannot open 'in.jsonl'"),
-        ("redis://127.0.0.1:1/0", "--cache cannot be used: Redis"),
+        ("redis://127.0.0.1:1/0", "the cache cannot be used: Redis"),
         ("redis://127.0.0.1:none/0", "malformed"),
     ],
 )
 def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, message, monkeypatch, capsys):
     # So the first failure counts, and not how the last one ended.
-    monkeypatch.setattr(patient, "_PAUSE", patient.OPENING)
+    monkeypatch.setattr(guard, "_RETRY_PAUSE", guard._CHECK_PATIENCE)
     products(3)
     with serving() as endpoint:
         assert run(*QUESTION, "--model", "m", "--base-url", endpoint.base_url, cache=place) == 2
@@ -158,15 +159,15 @@ def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, 
 
 
 def test_a_cache_that_dies_in_mid_run_costs_no_answer(own_redis, monkeypatch, capsys):
-    monkeypatch.setattr(patient, "PATIENCE", 3.0)
+    monkeypatch.setattr("microbatch.cli.plan.CACHE_PATIENCE", 3.0)
     products(400)
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         real(self, line)
         if self.written == 20:
             own_redis.kill()
 
-    monkeypatch.setattr(answers.Answers, "write", write)
+    monkeypatch.setattr(OutputFile, "write", write)
     words = ("--max-batch-size", "4", "--max-concurrent-batches", "2", "--json")
     assert run(*QUESTION, "--simulate", *words, cache=own_redis.url) == 0
     told = summary(capsys)
@@ -185,13 +186,13 @@ def test_a_cache_that_another_process_holds_for_a_while_loses_no_answer(monkeypa
         timers.append(threading.Timer(0.5, other.close))
         timers[0].start()
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         real(self, line)
         if self.written == 20:
             hold()
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers.Answers, "write", write)
+        patch.setattr(OutputFile, "write", write)
         assert run(*words) == 0
     timers[0].join()
     assert summary(capsys)["wall_s"] > 0.5

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, outage, output, products, refuse, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli.bulk_run import Work
+from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 STATUSES = (500, 503, 524, 408, 429)  # `test_outage.py` says which others are alike
 PATIENCE = ("--give-up-after", "60")
@@ -20,10 +20,10 @@ PATIENCE = ("--give-up-after", "60")
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch):
-    monkeypatch.setattr("microbatch.spool.endpoint.FIRST_REST", 0.02)
-    monkeypatch.setattr("microbatch.spool.endpoint.LONGEST_REST", 0.1)
-    monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.02)
-    monkeypatch.setattr("microbatch.spool.worker.LONGEST_REST", 0.1)
+    monkeypatch.setattr("microbatch.spool.endpoint.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("microbatch.spool.endpoint.LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("microbatch.spool.worker.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("microbatch.spool.worker.LONGEST_PAUSE", 0.1)
 
 
 def run(endpoint, *words, status=0):
@@ -104,7 +104,7 @@ def test_an_endpoint_that_comes_up_late_is_waited_for(capsys):
             opened[0].__enter__()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.spool.rest.logger.warning", come_up)
+        patch.setattr("microbatch.spool.endpoint.logger.warning", come_up)
         try:
             run(Late, *PATIENCE)
         finally:
@@ -140,7 +140,7 @@ def test_an_endpoint_that_is_not_there_is_told_once_and_writes_no_failures(capsy
     run(Nowhere, "--give-up-after", "0.2", status=1)
     shown = capsys.readouterr()
     assert shown.err.count("microbatch run: nothing was answered for") == 1
-    assert "at last ConnectFailed: could not connect to 127.0.0.1:9" in shown.err
+    assert "the last error was ConnectFailed: could not connect to 127.0.0.1:9" in shown.err
     assert "200 items left unasked." in shown.err
     assert output() == []
 
@@ -166,7 +166,7 @@ def test_a_key_that_is_refused_in_mid_run_costs_no_item_its_answer(capsys):
     with serving() as endpoint:
         refuse(endpoint, outage(10**9, after=10), 401)
         with pytest.MonkeyPatch.context() as patch:
-            probes = counted(patch, Work, "_probe")
+            probes = counted(patch, BulkRun, "_probe")
             run(endpoint, "--give-up-after", "0.5", status=1)
         assert 2 <= len(probes) <= 12  # after rests that grow to 0.1 s, though calls fail at once, unsent
         told = summary(capsys)

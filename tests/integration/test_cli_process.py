@@ -19,6 +19,9 @@ from microbatch.cli import demo
 from microbatch.cli.main import main
 from microbatch.testing import Latency, Quota, SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
+
 MICROBATCH = [sys.executable, "-m", "microbatch"]
 PATIENCE = 30
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}

@@ -181,7 +181,7 @@ def test_answers_that_do_not_say_to_what_are_asked_for_anew_unless_that_is_force
     assert rows() == belong("new", *"abcd")
     assert len(asked) == 5
     assert json.loads(shown.out.splitlines()[-1])["changed"] == 4
-    assert "4 answers of an older release, which did not keep what was asked" in shown.err
+    assert "4 answers of an older release, which did not record the question" in shown.err
 
 
 def test_a_changed_prompt_that_is_forced_keeps_answers_by_their_ids_and_says_so(asked, capsys):
@@ -192,7 +192,7 @@ def test_a_changed_prompt_that_is_forced_keeps_answers_by_their_ids_and_says_so(
     capsys.readouterr()
     run(asked, "--resume", "--force", question=("--template", "Thing: {name}"))
     assert asked == ["Thing: thing 4"]
-    assert "--force: answers stay with their ids, though --template" in capsys.readouterr().err
+    assert "--force: answers are kept by their ids, although --template" in capsys.readouterr().err
 
 
 def test_a_changed_policy_that_is_forced_keeps_no_answer_to_another_question(asked):

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli import answers, fingerprint, reading
+from microbatch.cli import run as run_command
+from microbatch.cli.input import Input
 from microbatch.cli.main import main
+from microbatch.cli.output import NotWritten, OutputFile
 from microbatch.testing import Faults, Quota
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -270,13 +272,13 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_written(monkeypatch, capsys)
     products(40)
     space = 5
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         if self.written == space:
-            raise answers.NotWritten("cannot write 'out.jsonl': No space left on device")
+            raise NotWritten("cannot write 'out.jsonl': No space left on device")
         real(self, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers.Answers, "write", write)
+        patch.setattr(OutputFile, "write", write)
         assert run(*QUESTION, "--simulate") == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error
@@ -289,7 +291,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_written(monkeypatch, capsys)
 def test_ctrl_c_lets_the_calls_under_way_end_and_sends_nothing_more(monkeypatch, capsys):
     products(400)
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         real(self, line)
         if self.written == 20:
             signal.raise_signal(signal.SIGINT)
@@ -298,7 +300,7 @@ def test_ctrl_c_lets_the_calls_under_way_end_and_sends_nothing_more(monkeypatch,
     with serving() as endpoint:
         asked = ("--model", "m", "--base-url", endpoint.base_url)
         with monkeypatch.context() as patch:
-            patch.setattr(answers.Answers, "write", write)
+            patch.setattr(OutputFile, "write", write)
             assert run(*words, *asked) == 130
         shown = capsys.readouterr()
         told = json.loads(shown.out.splitlines()[-1])
@@ -315,7 +317,7 @@ def test_ctrl_c_lets_the_calls_under_way_end_and_sends_nothing_more(monkeypatch,
 
 def test_ctrl_c_before_anything_was_asked_is_quiet(monkeypatch, capsys):
     products(1)
-    monkeypatch.setattr(fingerprint, "keep", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(run_command, "keep_settings", lambda *_: signal.raise_signal(signal.SIGINT))
     assert run(*QUESTION, "--simulate") == 130
     assert capsys.readouterr() == ("", "")
 
@@ -332,19 +334,11 @@ def test_a_run_outside_the_main_thread_does_without_signals():
 def test_an_input_that_cannot_be_read_to_its_end_is_told(monkeypatch, capsys):
     products(40)
 
-    def torn(self):
-        yield from itertools.islice(lines(self), 20)
+    def torn(self, skip, real=Input.rows):
+        yield from itertools.islice(real(self, skip), 20)
         raise OSError(5, "Input/output error")
 
-    lines = reading.Input.__iter__
-    survey = reading.Input.survey
-
-    def surveyed(self, fields):
-        found = survey(self, fields)
-        monkeypatch.setattr(reading.Input, "__iter__", torn)
-        return found
-
-    monkeypatch.setattr(reading.Input, "survey", surveyed)
+    monkeypatch.setattr(Input, "rows", torn)
     assert run(*QUESTION, "--simulate") == 1
     assert "Input/output error" in capsys.readouterr().err
     assert len(output()) == 20
@@ -355,6 +349,7 @@ def append(path, text):
         file.write(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words", "asked"),
     [
@@ -367,12 +362,12 @@ def append(path, text):
 def test_an_input_that_changes_while_it_is_asked_about_is_never_a_success(change, words, asked, monkeypatch, capsys):
     products(5_000)  # more than is read ahead
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         real(self, line)
         if self.written == 20:
             change(Path("in.jsonl"))
 
-    monkeypatch.setattr(answers.Answers, "write", write)
+    monkeypatch.setattr(OutputFile, "write", write)
     assert run(*QUESTION, "--simulate", "--json") == 1
     shown = capsys.readouterr()
     told = json.loads(shown.out.splitlines()[-1])
@@ -388,12 +383,12 @@ def test_an_input_that_changes_while_it_is_asked_about_is_never_a_success(change
 def test_an_output_that_is_deleted_while_it_is_written_is_put_back(monkeypatch, capsys):
     products(100)
 
-    def write(self, line, real=answers.Answers.write):
+    def write(self, line, real=OutputFile.write):
         real(self, line)
         if self.written == 20:
             Path("out.jsonl").unlink()
 
-    monkeypatch.setattr(answers.Answers, "write", write)
+    monkeypatch.setattr(OutputFile, "write", write)
     assert run(*QUESTION, "--simulate") == 0
     assert len(output()) == 100
 
@@ -401,11 +396,11 @@ def test_an_output_that_is_deleted_while_it_is_written_is_put_back(monkeypatch, 
 def test_a_disk_that_fails_at_the_last_moment_is_told(monkeypatch, capsys):
     products(2)
 
-    def close(self, real=answers.Answers.close):
+    def close(self, real=OutputFile.close):
         real(self)
-        raise answers.NotWritten("cannot write 'out.jsonl': Input/output error")
+        raise NotWritten("cannot write 'out.jsonl': Input/output error")
 
-    monkeypatch.setattr(answers.Answers, "close", close)
+    monkeypatch.setattr(OutputFile, "close", close)
     assert run(*QUESTION, "--simulate") == 1
     assert "Input/output error" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import signal
 import sqlite3
@@ -19,9 +20,8 @@ import pytest
 from command_line import QUESTION, given, here, output, products, summary  # noqa: F401 a fixture
 
 import microbatch as mb
-from microbatch.cli import spool_files
 from microbatch.cli.main import main
-from microbatch.cli.stores import spool_at
+from microbatch.cli.plan import spool_at
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.records import Name, Stage
 from microbatch.spool.sqlite import SQLiteSpool
@@ -338,7 +338,7 @@ def test_dead_letters_are_pointed_to(place, capsys):
     fail(place)
     capsys.readouterr()
     assert spool(place) == 0
-    assert "--dead tells why they died, --requeue puts them back." in capsys.readouterr().out
+    assert "--dead shows why they died, --requeue puts them back." in capsys.readouterr().out
 
 
 def test_who_looks_for_whose_requests_is_told_that_figures_are_of_all(capsys):
@@ -524,7 +524,7 @@ def test_an_export_that_breaks_off_leaves_nothing(monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spool_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert spool("s.sqlite", "--export", "out.jsonl") == 1
     assert "cannot write 'out.jsonl': No space left on device" in capsys.readouterr().err
     assert not list(Path().glob("out*"))

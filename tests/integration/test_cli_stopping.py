@@ -12,15 +12,16 @@ import time
 import pytest
 from command_line import QUESTION, here, output, products, serving, summary  # noqa: F401 a fixture
 
-from microbatch.cli.bulk_run import Work
+from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.main import main
-from microbatch.cli.worker import Work as Working
+from microbatch.cli.worker import WorkerRun
 from microbatch.testing import Latency
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 FEW = ("--max-concurrent-batches", "4", "--max-batch-size", "4", "--json")
 UNDER_WAY = 4 * 4
+ITEMS = 160
 
 
 def interrupting(number, after):
@@ -44,7 +45,7 @@ def ask(command, endpoint, *words):
 
 
 def prepared(command, capsys):
-    products(400)
+    products(ITEMS)
     if command == "worker":
         assert main(["spool", "s.sqlite", "--put", "in.jsonl", *QUESTION]) == 0
     capsys.readouterr()
@@ -58,7 +59,7 @@ def answered(told):
 @pytest.mark.parametrize("command", ["run", "warm", "worker"])
 def test_the_first_signal_keeps_every_answer_and_sends_nothing_more(command, number, capsys):
     prepared(command, capsys)
-    latency = Latency(first_token=0.3, tokens_per_second=0)
+    latency = Latency(first_token=0.2, tokens_per_second=0)
     with serving(answer=interrupting(number, 60), latency=latency) as endpoint:
         assert ask(command, endpoint) == (0 if command == "worker" else 130)
         shown = capsys.readouterr()
@@ -68,14 +69,14 @@ def test_the_first_signal_keeps_every_answer_and_sends_nothing_more(command, num
         assert answered(told) == endpoint.items <= 60 + 2 * UNDER_WAY
         assert told["upstream_calls"] == endpoint.calls
         assert ask(command, endpoint, *(["--resume"] if command == "run" else [])) == 0
-        assert endpoint.items == 400
+        assert endpoint.items == ITEMS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["run", "warm", "worker"])
 def test_the_second_signal_ends_at_once(command, number, monkeypatch, capsys):
     prepared(command, capsys)
-    kind = Working if command == "worker" else Work
+    kind = WorkerRun if command == "worker" else BulkRun
 
     def stop(self, real=kind._stop):
         real(self)
@@ -104,7 +105,7 @@ def test_the_second_signal_ends_at_once(command, number, monkeypatch, capsys):
     if command == "worker":
         assert main(["spool", "s.sqlite", "--json"]) == 0
         found = summary(capsys)
-        assert (found["waiting_full"], found["leased"], found["dead"]) == (400, 0, 0)
+        assert (found["waiting_full"], found["leased"], found["dead"]) == (ITEMS, 0, 0)
 
 
 def test_a_signal_during_an_outage_does_not_wait_for_its_end(capsys):
@@ -117,9 +118,9 @@ def test_a_signal_during_an_outage_does_not_wait_for_its_end(capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.spool.rest.logger.warning", stop_soon)
+        patch.setattr("microbatch.spool.endpoint.logger.warning", stop_soon)
         begun = time.monotonic()
         assert ask("run", Nowhere) == 130
         assert time.monotonic() - begun < 30
     told = summary(capsys)
-    assert (told["answered"], told["failed"], told["unasked"]) == (0, 0, 400)
+    assert (told["answered"], told["failed"], told["unasked"]) == (0, 0, ITEMS)

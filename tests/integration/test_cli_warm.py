@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
 
-from microbatch.cli import patient
+from microbatch.caching import guard
+from microbatch.cli import stores
 from microbatch.cli.main import main
 from microbatch.cli.simulated import SimulatedChat
-from microbatch.cli.warm import Warming
+from microbatch.cli.warm import CacheSink
 from microbatch.testing import Faults
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -42,14 +43,14 @@ def once_taken(count, act, monkeypatch):
     """Let *act* happen when *count* answers have come."""
     taken = 0
 
-    def take(self, name, reply, real=Warming._take):
+    def take(self, request, reply, real=CacheSink.take):
         nonlocal taken
         taken += 1
         if taken == count:
             act()
-        real(self, name, reply)
+        real(self, request, reply)
 
-    monkeypatch.setattr(Warming, "_take", take)
+    monkeypatch.setattr(CacheSink, "take", take)
 
 
 def test_after_a_warming_a_run_asks_nothing(cache, capsys):
@@ -203,13 +204,13 @@ def test_ctrl_c_keeps_what_is_answered_and_the_same_command_goes_on(monkeypatch,
 
 def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(monkeypatch, capsys):
     # So the first failure counts, and not how the last one ended.
-    monkeypatch.setattr(patient, "_PAUSE", patient.OPENING)
+    monkeypatch.setattr(guard, "_RETRY_PAUSE", guard._CHECK_PATIENCE)
     products(3)
     with serving() as endpoint:
         words = (*QUESTION, "--model", "m", "--base-url", endpoint.base_url)
         assert warm(*words, cache="redis://127.0.0.1:1/0") == 2
         assert endpoint.calls == 0
-    assert "--cache cannot be used: Redis" in capsys.readouterr().err
+    assert "the cache cannot be used: Redis" in capsys.readouterr().err
 
 
 def test_a_cache_that_dies_ends_the_warming_as_there_is_nothing_left_to_pay_for(own_redis, monkeypatch, capsys):
@@ -217,7 +218,7 @@ def test_a_cache_that_dies_ends_the_warming_as_there_is_nothing_left_to_pay_for(
 
     def die():
         own_redis.kill()
-        monkeypatch.setattr(patient, "_PAUSE", patient.PATIENCE)  # so the first failure counts
+        monkeypatch.setattr(guard, "_RETRY_PAUSE", stores.PATIENCE)  # so the first failure counts
 
     once_taken(20, die, monkeypatch)
     assert warm(*SIMULATED, *FEW_AT_A_TIME, "--json", cache=own_redis.url) == 1
@@ -233,7 +234,7 @@ def test_a_cache_that_dies_before_the_last_answer_is_kept_is_told(own_redis, mon
     async def send(self, call, on_text, real=SimulatedChat.send):
         completion = await real(self, call, on_text)
         own_redis.kill()
-        monkeypatch.setattr(patient, "_PAUSE", patient.PATIENCE)  # so the first failure counts
+        monkeypatch.setattr(guard, "_RETRY_PAUSE", stores.PATIENCE)  # so the first failure counts
         return completion
 
     monkeypatch.setattr(SimulatedChat, "send", send)

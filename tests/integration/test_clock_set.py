@@ -10,7 +10,7 @@ import pytest
 from helpers import opened
 from spools import ALONE, FULL, HALF, found, ids, items
 
-from microbatch.caching.sqlite import AHEAD, SQLiteCache
+from microbatch.caching.sqlite import MAX_CLOCK_SKEW, SQLiteCache
 from microbatch.spool.records import OVERDUE, Counts, Job
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
@@ -203,7 +203,7 @@ async def cache(tmp_path):
     await cache.aclose()
 
 
-@pytest.mark.parametrize("ahead", [2 * AHEAD, HOUR, YEAR])
+@pytest.mark.parametrize("ahead", [2 * MAX_CLOCK_SKEW, HOUR, YEAR])
 async def test_an_entry_of_a_cache_lasts_no_longer_than_it_may_after_the_clock_was_set_back(cache, ahead):
     await cache.set_many([(b"early", b"1", 10 * YEAR), (b"ever", b"2", None)])
     cache.now += ahead

@@ -21,7 +21,7 @@ from microbatch.gateway import Gateway
 from microbatch.gateway.dashboard import figures, show_dashboard
 from microbatch.testing import ScriptedTransport, SimulatedEndpoint
 
-pytestmark = pytest.mark.timeout(150)  # a browser takes its time to start on a loaded machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]  # a browser takes its time to start on a loaded machine
 
 POLICY = mb.FlushPolicy(idle="wait", max_wait=0.5, max_batch_size=8)
 SYSTEM = "Sort the products of a shop into its departments. " * 40

@@ -140,6 +140,7 @@ async def test_what_an_endpoint_cannot_do_is_learned_on_the_way():
         assert batcher.upstream_calls <= 2 + 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [("broken_json", "missing", "fenced"), ("cut", "reset"), ("refusal", "filtered"), ("truncated",)]
 )

@@ -20,6 +20,9 @@ from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import Faults
 from microbatch.testing.quota import Quota
 
+pytestmark = pytest.mark.slow
+
+
 OVER = {"completed", "failed", "expired", "cancelled"}
 PATIENCE = 30.0
 CHAT = "/v1/chat/completions"

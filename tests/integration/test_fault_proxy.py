@@ -14,6 +14,9 @@ from helpers import ask
 import microbatch as mb
 from microbatch.testing import SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
+
 HARMLESS = {"none", "delay", "drip"}
 HOPELESS = {"refuse", "silence"}
 MIX: tuple[Fault, ...] = get_args(Fault)

@@ -15,6 +15,9 @@ from microbatch.spool.redis import RedisSpool
 from microbatch.spool.worker import Worker
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 TEXT = "x" * 500
 PATIENCE = 60.0
 

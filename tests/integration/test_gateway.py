@@ -55,6 +55,7 @@ def company_of(number):
     return {"max_batch_size": number, "max_wait": 30}
 
 
+@pytest.mark.slow
 async def test_200_concurrent_calls_of_the_sdk_leave_as_at_most_15():
     ways = (create, parse, stream, stream_parsed)
     async with (

@@ -24,6 +24,9 @@ from microbatch.transports.http import connect_failed
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+pytestmark = pytest.mark.slow
+
+
 KEY = "canary-4f1b9c77/not+shaped like a key"
 IN_PATH = "canary4f1b9c77notshapedlikeakey"
 CANARY = "canary"

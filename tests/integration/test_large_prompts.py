@@ -7,6 +7,8 @@ import pytest
 from bench.apart import simulated_endpoint
 from bench.stalls import PROMISED_S, gaps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.promise(of="loop")
 async def test_a_prompt_of_a_megabyte_never_blocks_the_loop_for_long():

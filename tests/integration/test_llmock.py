@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from llmock.pytest_plugin import LLMock
     from llmock.testing import LLMockServer
 
+pytestmark = pytest.mark.slow
+
+
 QUICK = mb.RetryPolicy(base=0.03)
 TEXTS = ["alpha", "bravo", "charlie", "delta"]
 

@@ -16,6 +16,9 @@ from microbatch.spool.records import Counts, Found, Item, Job, Name
 from microbatch.spool.redis import RedisSpool
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 PREFIX = "microbatch:spool:"
 
 

@@ -34,6 +34,8 @@ from microbatch.transports.openai_chat import OpenAIChat
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 MODEL = "gpt-4.1-mini"
 PRICE = Price(0.40, 1.60, 0.10)
@@ -273,7 +275,7 @@ async def test_jobs_in_which_every_line_fails_cost_no_request_its_chances(tmp_pa
 
 
 async def test_jobs_in_which_every_line_fails_for_ever_are_not_tried_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr("microbatch.spool.provider.worker.LONGEST_REST", POLL)
+    monkeypatch.setattr("microbatch.spool.provider.worker.LONGEST_PAUSE", POLL)
     async with opened(tmp_path, faults=Faults("http_500", rate=1, on="all")) as site:
         await site.put(TEXTS[:64])
         worker = await drained(site.worker())

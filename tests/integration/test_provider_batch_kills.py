@@ -16,7 +16,10 @@ from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.testing import SimulatedEndpoint
 
-ROUNDS = 5
+pytestmark = pytest.mark.slow
+
+
+ROUNDS = 3
 PORTION = 30
 PATIENCE = 60
 LEASE = "2"  # seconds; a worker that a loaded machine stops for longer would be taken for a dead one

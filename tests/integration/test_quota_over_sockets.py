@@ -10,6 +10,8 @@ from helpers import TRIES, ask
 import microbatch as mb
 from microbatch.testing import Quota, SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.promise(of="limits")
 @pytest.mark.parametrize("what", ["requests", "tokens"])

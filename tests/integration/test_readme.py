@@ -80,6 +80,9 @@ async def test_services_answer_concurrent_requests_in_few_calls(code, tmp_path):
         assert "Error" not in complaints.decode()
 
 
+pytestmark = pytest.mark.slow
+
+
 async def asked(session, url):
     """Ask a service that may still be starting for a label."""
     async with asyncio.timeout(30):

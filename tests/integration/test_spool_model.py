@@ -13,6 +13,9 @@ from microbatch.spool.records import Item, Job, Name, Stage
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
 
+pytestmark = pytest.mark.slow
+
+
 STEPS = 400
 LONG = 1_000.0  # seconds; the other leases are over at once
 WINDOW = 8  # names in use at a time, and deliveries known: enough for old ones to come up, few enough for much to happen to each

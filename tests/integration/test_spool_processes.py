@@ -20,6 +20,9 @@ from spool_process import LEASE, TAKERS, item, logged, spool_at
 from microbatch.errors import ConfigError
 from microbatch.spool.records import Counts, Stage
 
+pytestmark = pytest.mark.slow
+
+
 PATIENCE = 30.0
 ROUNDS = 20  # or as many as a loaded machine needs for
 ENOUGH = 50  # requests put, and answers found

@@ -14,10 +14,13 @@ from spools import ALONE, FULL, HALF, LONG, found, ids, item, items
 
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool import redis as redis_spool
-from microbatch.spool import sqlite_steps
+from microbatch.spool import sqlite as sqlite_spool
 from microbatch.spool.records import LOST, Counts, Found, Item, Job, Name, Spool, Stage
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
+
+pytestmark = pytest.mark.slow
+
 
 SHORT = 0.1
 IN_TIME = 3.0  # long enough for a loaded machine to take the next step before it is over
@@ -323,7 +326,7 @@ async def test_a_dead_letter_that_is_answered_after_all_is_dead_no_longer(spools
 
 async def test_dead_letters_come_oldest_first_and_page_by_page(spools, monkeypatch):
     monkeypatch.setattr(redis_spool, "PAGE", 3)
-    monkeypatch.setattr(sqlite_steps, "PAGE", 3)
+    monkeypatch.setattr(sqlite_spool, "PAGE", 3)
     spool = await spools(max_alone=1)
     for group in ("bcad", "hefg"):
         await bury(spool, *group)
@@ -365,7 +368,7 @@ async def test_counts_tell_every_state_and_the_age_of_the_oldest(spools):
 
 async def test_export_yields_everything_that_is_kept(spools, monkeypatch):
     monkeypatch.setattr(redis_spool, "PAGE", 2)
-    monkeypatch.setattr(sqlite_steps, "PAGE", 2)
+    monkeypatch.setattr(sqlite_spool, "PAGE", 2)
     spool = await spools(max_alone=1)
     await bury(spool, "dead")
     await spool.put([item("done"), item("taken"), item("waiting", tenant="t"), item("last")])

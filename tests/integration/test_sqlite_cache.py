@@ -19,6 +19,8 @@ from microbatch.caching.guard import Guard
 from microbatch.caching.sqlite import LEAST_BYTES, TOUCH_AFTER, SQLiteCache, _make_secret, _secret
 from microbatch.errors import ConfigError, StorageError
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.asynccontextmanager
 async def opened(path, **settings):
@@ -278,7 +280,7 @@ async def test_a_look_up_waits_for_no_writer_of_its_own_process(path):
 
 async def test_a_locked_file_costs_a_guarded_store_its_time_and_look_ups_nothing(path, monkeypatch):
     # The guard would give up soon enough by itself; it is the cache's own time that counts here.
-    monkeypatch.setattr("microbatch.caching.guard.BUDGET", 30.0)
+    monkeypatch.setattr("microbatch.caching.guard.LIVE_TIMEOUT", 30.0)
     async with opened(path) as cache:
         guard = Guard(cache)
         await guard.set_many(entries(1))

@@ -25,6 +25,9 @@ from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.storage.sqlite import MOST_LOG
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 PROCESSES = 4
 
 CACHING = """

@@ -14,6 +14,9 @@ from ports import free_port
 
 from microbatch.testing import Latency, SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
+
 SERVED_APP = Path(__file__).parent / "served_app.py"
 REQUESTS = 40
 PATIENCE = 30

@@ -14,6 +14,9 @@ from microbatch.spool.records import Stage
 from microbatch.spool.worker import Worker
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 PATIENCE = 20.0
 
 
@@ -173,7 +176,7 @@ async def test_a_poisoned_request_takes_no_innocent_along_and_ends_as_a_dead_let
 
 
 async def test_an_endpoint_that_is_down_costs_no_request_its_chances(place, monkeypatch, caplog):
-    monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.05)
+    monkeypatch.setattr("microbatch.spool.worker.FIRST_PAUSE", 0.05)
     spool = await place.spool(max_alone=1)
     down = [
         mb.ConnectFailed("no route"),
@@ -191,7 +194,7 @@ async def test_an_endpoint_that_is_down_costs_no_request_its_chances(place, monk
     assert (done.answered, done.failed) == (8, 0)
     assert done.returned >= 8
     assert {len(call.items) for call in transport.calls} == {4}
-    assert any("rests for" in record.message for record in caplog.records)
+    assert any("pauses for" in record.message for record in caplog.records)
 
 
 TROUBLE = {
@@ -209,8 +212,8 @@ TROUBLE = {
 @pytest.mark.parametrize("trouble", TROUBLE)
 @pytest.mark.parametrize("before", [0, 2])
 async def test_while_nothing_is_answered_no_request_is_to_blame(place, trouble, before, monkeypatch):
-    monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.02)
-    monkeypatch.setattr("microbatch.spool.worker.LONGEST_REST", 0.1)
+    monkeypatch.setattr("microbatch.spool.worker.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("microbatch.spool.worker.LONGEST_PAUSE", 0.1)
     spool = await place.spool(max_alone=1)
     calls = itertools.count()
 
@@ -253,8 +256,8 @@ async def test_requests_that_fail_while_the_control_is_answered_are_to_blame_eve
 
 
 async def test_a_worker_without_a_single_answer_blames_nobody_and_can_be_stopped(place, monkeypatch):
-    monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.02)
-    monkeypatch.setattr("microbatch.spool.worker.LONGEST_REST", 0.1)
+    monkeypatch.setattr("microbatch.spool.worker.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("microbatch.spool.worker.LONGEST_PAUSE", 0.1)
     spool = await place.spool(max_alone=1)
     transport = ScriptedTransport(*[mb.ServerError("boom", status=500) for _ in range(1_000)])
     async with place.sender() as batcher:

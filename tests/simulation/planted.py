@@ -1,35 +1,36 @@
 """Bugs to plant in the library for a while, to see that the simulation finds them: those that batchers like this one had.
 
-Each is a context manager that bends the library from outside; the library itself has no switches.
+Each is a context manager that bends the library from outside, at a seam that is documented: the transport, the methods of
+`Microbatcher`, the event loop, the codec (`ending`, `check_canary`, `Demultiplexer`), and the queues (`AdmissionQueue`, `Lane`,
+`FairQueue`, `Scheduler`). The library itself has no switches.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
-from contextlib import contextmanager
+import re
+import sys
+from collections import defaultdict, deque
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+from simulation.loop import ShuffledLoop
 from simulation.scenario import TICK
+from simulation.upstream import Upstream
 
 import microbatch as mb
-import microbatch.batching.admission as admission_module
-import microbatch.batching.dispatch as call_module
-import microbatch.batching.intake as intake_module
-import microbatch.prompt.outcome as outcome_module
-from microbatch.batching.attribution import UsageAttribution
-from microbatch.batching.call_state import CallState
-from microbatch.batching.dispatch import Dispatcher
-from microbatch.batching.engine import Engine
-from microbatch.batching.intake import Intake
-from microbatch.batching.lane_table import LaneTable
+from microbatch.batching import admission
+from microbatch.batching.admission import AdmissionQueue
+from microbatch.batching.fair_queue import FairQueue
+from microbatch.batching.lane import Lane
 from microbatch.batching.scheduler import Scheduler
-from microbatch.batching.single_flight import Settlement
-from microbatch.errors import StatusError
-from microbatch.transience import RetryBudget
-from microbatch.transports.accounts import Account
-from microbatch.transports.bucket import Bucket
+from microbatch.prompt.canary import check_canary
+from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.prompt.outcome import ending
+from microbatch.testing import ScriptedCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,94 +39,317 @@ if TYPE_CHECKING:
 @contextmanager
 def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Replace an attribute by what *make* makes of it."""
-    old = vars(owner)[name]
+    inherited, old = name not in vars(owner), getattr(owner, name)
     setattr(owner, name, make(old))
     try:
         yield
     finally:
-        setattr(owner, name, old)
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, old)
+
+
+@contextmanager
+def _replaced_everywhere(function: Any, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a function of the library in every module that has imported it."""
+    with ExitStack() as undo:
+        for module in [module for name, module in sys.modules.items() if name.startswith("microbatch.")]:
+            for name in [name for name, value in vars(module).items() if value is function]:
+                undo.enter_context(_replaced(module, name, make))
+        yield
+
+
+@contextmanager
+def _all(*bugs: Any) -> Iterator[None]:
+    with ExitStack() as undo:
+        for bug in bugs:
+            undo.enter_context(bug)
+        yield
+
+
+def _named(owner: Any, *names: str) -> str:
+    return next(name for name in names if hasattr(owner, name))
+
+
+# --- the transport
+
+
+def first_caller_runs_the_batch():
+    """The batch runs in its first caller's task, whose cancel it dies of."""
+    running: dict[str, asyncio.Task[Any]] = {}
+
+    def run_in_first(send):
+        async def wrapper(upstream, call, on_text):
+            first = ScriptedCall(call, 0.0).items[0][1]
+            running[first] = asyncio.current_task()
+            try:
+                return await send(upstream, call, on_text)
+            finally:
+                running.pop(first, None)
+
+        return wrapper
+
+    def die(submit):
+        async def wrapper(batcher, messages, **options):
+            try:
+                return await submit(batcher, messages, **options)
+            except asyncio.CancelledError:
+                if (task := running.get(messages[-1]["content"])) is not None:
+                    task.cancel()
+                raise
+
+        return wrapper
+
+    return _all(_replaced(Upstream, "send", run_in_first), _replaced(mb.Microbatcher, "submit", die))
+
+
+def orphaned_call():
+    """A call goes on when its last caller has gone."""
+
+    def go_on(send):
+        async def wrapper(upstream, call, on_text):
+            sending = asyncio.ensure_future(send(upstream, call, on_text))
+            while not sending.done():
+                try:
+                    await asyncio.wait([sending])
+                except asyncio.CancelledError:
+                    continue
+            return sending.result()
+
+        return wrapper
+
+    return _replaced(Upstream, "send", go_on)
+
+
+def hasty_retries():
+    """What the endpoint asks to wait is not heeded."""
+
+    def deaf(send):
+        async def wrapper(upstream, call, on_text):
+            try:
+                return await send(upstream, call, on_text)
+            except mb.StatusError as error:
+                error.retry_after = None
+                raise
+
+        return wrapper
+
+    return _replaced(Upstream, "send", deaf)
+
+
+@contextmanager
+def _marked(kinds: Any) -> Iterator[set[Any]]:
+    """Yield a set of the tasks whose latest attempt ended with one of these exceptions."""
+    marked: set[Any] = set()
+
+    def mark(send):
+        async def wrapper(upstream, call, on_text):
+            try:
+                return await send(upstream, call, on_text)
+            except kinds:
+                marked.add(asyncio.current_task())
+                raise
+
+        return wrapper
+
+    with _replaced(Upstream, "send", mark):
+        yield marked
+
+
+@contextmanager
+def leaked_slot():
+    """A call that nobody waits for any more keeps its slot."""
+    with _marked(asyncio.CancelledError) as cancelled:
+
+        def leak(released):
+            def wrapper(scheduler, permit):
+                task = asyncio.current_task()
+                scheduler.in_use += permit.slot and task in cancelled
+                cancelled.discard(task)
+                released(scheduler, permit)
+
+            return wrapper
+
+        with _replaced(Scheduler, "released", leak):
+            yield
+
+
+@contextmanager
+def slot_kept_through_back_off():
+    """A call that backs off keeps its slot until its next attempt, or its end."""
+    with _marked(mb.TransportError) as failed:
+
+        def keep(released):
+            def wrapper(scheduler, permit):
+                task = asyncio.current_task()
+                if task not in failed:
+                    released(scheduler, permit)
+                failed.discard(task)
+
+            return wrapper
+
+        with _replaced(Scheduler, "released", keep):
+            yield
+
+
+# --- the client
+
+
+def _with_options(**changes: Callable[[Any], Any]) -> Any:
+    """Change options that a batcher is made with."""
+
+    def changed(init):
+        def wrapper(batcher, transport, **options):
+            init(batcher, transport, **{**options, **{name: change(options[name]) for name, change in changes.items()}})
+
+        return wrapper
+
+    return _replaced(mb.Microbatcher, "__init__", changed)
+
+
+def ignored_limit():
+    """There is always a permit."""
+    return _with_options(rate_limit=lambda _: None)
+
+
+def unbounded_retries():
+    """Retries draw on no budget."""
+    return _with_options(retry=lambda retry: replace(retry, reserve=1_000_000))
+
+
+def unfinished_close():
+    """Closing does not wait for the calls under way."""
+    return _replaced(
+        mb.Microbatcher,
+        "aclose",
+        lambda aclose: lambda batcher, grace=30.0: aclose(batcher, None if grace is None else 0.0),
+    )
+
+
+def ignored_tenant():
+    """Lanes are not told apart by their tenants."""
+    return _replaced(
+        mb.Microbatcher,
+        "submit",
+        lambda submit: lambda batcher, messages, **options: submit(batcher, messages, **{**options, "tenant": None}),
+    )
+
+
+def lost_usage():
+    """What a cancelled request's calls cost is forgotten."""
+    return _replaced(
+        mb.Microbatcher,
+        "stats",
+        lambda stats: lambda batcher: msgspec.structs.replace(stats(batcher), unclaimed=mb.Usage()),
+    )
+
+
+# --- the event loop
+
+
+class _Unchecked(asyncio.Future):
+    """A future of which nobody asks whether it was cancelled."""
+
+    def done(self):
+        return super().done() and not self.cancelled()
 
 
 def missing_done_check():
     """An answer is set on a future without looking whether its caller has gone."""
 
-    def careless(answer):
-        @functools.wraps(answer)
-        def wrapper(calls, tickets, answers, *args):
-            answers = list(answers)
-            if any(tickets[index].done for index, _ in answers):
-                raise asyncio.InvalidStateError("invalid state")  # what set_result would raise
-            return answer(calls, tickets, answers, *args)
+    def unchecked(create_future):
+        def wrapper(loop):
+            ours = sys._getframe(1).f_globals["__name__"].startswith("microbatch.batching")
+            return _Unchecked(loop=loop) if ours else create_future(loop)
 
         return wrapper
 
-    return _replaced(Dispatcher, "_answer", careless)
+    return _replaced(ShuffledLoop, "create_future", unchecked)
 
 
-class Positional:
-    """Matches the nth answer of a reply to the nth request, as most hand-written batchers do."""
+class _Stale:
+    """The handle of a timer that cannot be cancelled."""
 
-    late_duplicates = unknown_ids = 0
-    damaged = False
-
-    def __init__(self, ids, decoders, *, early=True):
-        self._decoders = decoders
-        self._text = ""
-        self._answered: set[int] = set()
-
-    def feed(self, text):
-        self._text += text
-        return []
-
-    def close(self, *, ended=True):
-        try:
-            elements = json.loads(self._text)["results"]
-        except (ValueError, LookupError, TypeError):
-            return []
-        answers = []
-        for index, (element, decode) in enumerate(zip(elements, self._decoders, strict=False)):
-            try:
-                answers.append((index, decode(json.dumps(element["answer"], separators=(",", ":")))))
-            except (ValueError, LookupError, TypeError):
-                continue
-            self._answered.add(index)
-        return answers
-
-    def faults(self):
-        for index in range(len(self._decoders)):
-            if index not in self._answered:
-                yield index, "missing", ""
-
-
-def positional_matching():
-    """Answers are matched by position, not by id."""
-    return _replaced(outcome_module, "Demultiplexer", lambda _: Positional)
+    def cancel(self):
+        pass
 
 
 def stale_timer():
     """A lane that has left keeps its timer, which flushes the next batch too early."""
 
-    def forget(_):
-        def disarm(lanes, lane):
-            lane.timer = None
-
-        return disarm
-
-    return _replaced(LaneTable, "_disarm", forget)
-
-
-def dropping_on_close():
-    """What waits when the batcher closes is dropped without a word."""
-
-    def drop(end):
-        def wrapper(engine):
-            for lane in engine.lanes:
-                lane._pending.clear()
-            end(engine)
+    def keep(call_at):
+        def wrapper(loop, when, callback, *args, **options):
+            timer = call_at(loop, when, callback, *args, **options)
+            return _Stale() if args and isinstance(args[0], Lane) else timer
 
         return wrapper
 
-    return _replaced(Engine, "_end_waiting", drop)
+    return _replaced(ShuffledLoop, "call_at", keep)
+
+
+def late_deadline():
+    """A deadline is looked at some time after it has passed."""
+
+    def later(call_at):
+        def wrapper(loop, when, callback, *args, **options):
+            late = TICK if "expire" in getattr(callback, "__qualname__", "") else 0.0
+            return call_at(loop, when + late, callback, *args, **options)
+
+        return wrapper
+
+    return _replaced(ShuffledLoop, "call_at", later)
+
+
+# --- the codec
+
+
+def positional_matching():
+    """Answers are matched by position, not by id: the nth id of a reply is taken for the nth that was asked for."""
+    asked: dict[int, Iterator[str]] = {}
+    held: dict[int, str] = defaultdict(str)
+
+    def renamed(demultiplexer, text):
+        ids = asked[id(demultiplexer)]
+        return re.sub(
+            r'"id":"([^"]*)"', lambda found: json.dumps({"id": next(ids, found[1])}, separators=(",", ":"))[1:-1], text
+        )
+
+    def noted(init):
+        def wrapper(demultiplexer, ids, *args, **options):
+            asked[id(demultiplexer)], held[id(demultiplexer)] = iter(list(ids)), ""
+            init(demultiplexer, ids, *args, **options)
+
+        return wrapper
+
+    def feed_renamed(feed):
+        def wrapper(demultiplexer, text):
+            whole, brace, rest = (held[id(demultiplexer)] + text).rpartition("}")
+            held[id(demultiplexer)] = rest
+            return feed(demultiplexer, renamed(demultiplexer, whole + brace))
+
+        return wrapper
+
+    def close_renamed(close):
+        def wrapper(demultiplexer, **options):
+            rest = renamed(demultiplexer, held.pop(id(demultiplexer), ""))
+            return [
+                *(Demultiplexer.feed.__wrapped__(demultiplexer, rest) if rest else []),
+                *close(demultiplexer, **options),
+            ]
+
+        return wrapper
+
+    def wrapped(feed):
+        wrapper = feed_renamed(feed)
+        wrapper.__wrapped__ = feed
+        return wrapper
+
+    return _all(
+        _replaced(Demultiplexer, "__init__", noted),
+        _replaced(Demultiplexer, "feed", wrapped),
+        _replaced(Demultiplexer, "close", close_renamed),
+    )
 
 
 def no_bisection():
@@ -138,230 +362,88 @@ def no_bisection():
 
         return wrapper
 
-    return _replaced(call_module, "ending", blame_all)
+    return _replaced_everywhere(ending, blame_all)
 
 
-def await_inside_flush():
-    """Between looking for a free slot and taking it, the scheduler waits a turn for something."""
+def trusted_hijack():
+    """The canary's answer is not looked at."""
+    return _replaced_everywhere(check_canary, lambda _: lambda word, raw: None)
 
-    def divided(grant):
-        def wrapper(scheduler, permit):
-            in_use = scheduler.in_use
-            granted = grant(scheduler, permit)
-            if granted:
-                scheduler.in_use = in_use  # until the next turn: a count of tokens in a thread, say
-                asyncio.get_running_loop().call_soon(take, scheduler)
-            return granted
+
+# --- the queues
+
+
+def _places_kept(when: Callable[[], bool], *names: str) -> Any:
+    """Let places stay occupied that would be released while *when* holds."""
+
+    def keep(release):
+        def wrapper(queue, *count):
+            if not when():
+                release(queue, *count)
 
         return wrapper
 
-    def take(scheduler):
-        scheduler.in_use += 1
+    return _replaced(AdmissionQueue, _named(AdmissionQueue, *names), keep)
 
-    return _replaced(Scheduler, "_grant", divided)
+
+def _cancelled() -> bool:
+    return isinstance(sys.exc_info()[1], asyncio.CancelledError)
 
 
 def leaked_room():
-    """A request that leaves unsent keeps its place."""
-
-    def leak(remove):
-        def wrapper(settlement, ticket, waiters):
-            if ticket.queue is not None:
-                settlement._admission.occupy()
-            remove(settlement, ticket, waiters)
-
-        return wrapper
-
-    return _replaced(Settlement, "_remove", leak)
-
-
-def leaked_slot():
-    """A call that nobody waits for any more keeps its slot."""
-
-    def leak(settle):
-        async def wrapper(engine, work):
-            await settle(engine, work)
-            if all(ticket.first.future.cancelled() for ticket in work.tickets):
-                engine.scheduler.in_use += 1
-
-        return wrapper
-
-    return _replaced(Engine, "_do", leak)
-
-
-def slot_kept_through_back_off():
-    """A call that backs off keeps its slot."""
-
-    def keep(released):
-        def wrapper(scheduler, permit):
-            if isinstance(permit.error, mb.RequestFailed) or not permit.begun or not permit.slot:
-                return released(scheduler, permit)
-            # Whether it failed is known a step later.
-            return asyncio.get_running_loop().call_soon(later, scheduler, permit)
-
-        def later(scheduler, permit):
-            if permit.error is None or not permit.begun:
-                released(scheduler, permit)
-
-        return wrapper
-
-    return _replaced(Scheduler, "released", keep)
+    """A request whose caller leaves keeps its place."""
+    return _places_kept(_cancelled, "leave", "release")
 
 
 def place_not_passed_on():
     """A caller that is let in and then misuses the library takes its place with it."""
-
-    def keep(accept):
-        def wrapper(intake, *args):
-            try:
-                return accept(intake, *args)
-            except BaseException:
-                intake._admission.occupy()
-                raise
-
-        return wrapper
-
-    return _replaced(Intake, "accept", keep)
+    return _places_kept(lambda: sys.exc_info()[1] is not None and not _cancelled(), "decline", "release")
 
 
-def first_caller_runs_the_batch():
-    """The batch runs in its first caller's task, whose cancel it dies of."""
+class _Stack(deque):
+    """A queue whose last comes first."""
 
-    def run_in_first(settle):
-        async def wrapper(engine, work):
-            task = asyncio.current_task()
-
-            def die(future):
-                if future.cancelled() and not task.done():
-                    task.cancel()
-
-            work.tickets[0].first.future.add_done_callback(die)
-            try:
-                await settle(engine, work)
-            finally:
-                work.tickets[0].first.future.remove_done_callback(die)
-
-        return wrapper
-
-    return _replaced(Engine, "_do", run_in_first)
-
-
-def ignored_tenant():
-    """Lanes are told apart by their messages only."""
-
-    def loosely(read):
-        def wrapper(messages, options):
-            found = read(messages, options)
-            return found and ((options.priority, options.content[:-1], *found[0][2:]), found[1])
-
-        return wrapper
-
-    return _replaced(intake_module, "read_messages", loosely)
-
-
-def orphaned_call():
-    """A call goes on when its last caller has gone."""
-    return _replaced(CallState, "stop", lambda _: lambda call_state: None)
-
-
-def lost_usage():
-    """What a cancelled request's calls cost is forgotten."""
-
-    def forget(book):
-        def wrapper(attribution, tickets, call_cost):
-            unclaimed = attribution._ledger.unclaimed
-            book(attribution, tickets, call_cost)
-            attribution._ledger.unclaimed = unclaimed
-
-        return wrapper
-
-    return _replaced(UsageAttribution, "_book", forget)
-
-
-def late_deadline():
-    """A deadline is looked at once the call is over, not when it passes."""
-
-    def later(expire):
-        def wrapper(settlement, ticket, waiter):
-            if ticket.queue is not None:
-                expire(settlement, ticket, waiter)
-            else:
-                asyncio.get_running_loop().call_later(TICK, expire, settlement, ticket, waiter)
-
-        return wrapper
-
-    return _replaced(Settlement, "expire", later)
+    def popleft(self):
+        return self.pop()
 
 
 def newest_first():
     """A place is given to the caller that came last."""
+    return _replaced(admission, "deque", lambda _: _Stack)
 
-    def reversed_(take):
-        def wrapper(line):
-            for callers in line._tenants.values():
-                callers.reverse()
-            place = take(line)
-            for callers in line._tenants.values():
-                callers.reverse()
-            return place
 
-        return wrapper
-
-    return _replaced(admission_module._Line, "take", reversed_)
+def dropping_on_close():
+    """What waits when the batcher closes is dropped without a word."""
+    return _replaced(Lane, "waiting", lambda _: lambda lane: [])
 
 
 def lost_wakeup():
     """The end of a call does not make its lane due, although requests wait in it."""
 
-    def forget(call_ended):
-        def wrapper(lanes, lane, *, combined):
-            lane.call_ended(combined=combined)
-            lanes.drop_if_abandoned(lane)
+    def forget(flush):
+        def wrapper(lane, reason, **options):
+            if reason != "idle" or lane.live == 1:
+                flush(lane, reason, **options)
 
         return wrapper
 
-    return _replaced(LaneTable, "call_ended", forget)
+    return _replaced(Lane, _named(Lane, "schedule_flush", "owe"), forget)
 
 
-def unfinished_close():
-    """Closing does not wait for the calls under way."""
+def await_inside_flush():
+    """Between looking for a free slot and taking it, the scheduler waits a turn for something."""
+    looked: dict[int, tuple[int, int]] = {}
 
-    def hasty(close):
-        def wrapper(engine, grace):
-            close(engine, 0.0 if grace is not None else None)
-
-        return wrapper
-
-    return _replaced(Engine, "close", hasty)
-
-
-def ignored_limit():
-    """There is always a permit."""
-    return _replaced(Bucket, "wait", lambda _: lambda bucket, tokens, now: 0.0)
-
-
-def unbounded_retries():
-    """Retries draw on no budget."""
-    return _replaced(RetryBudget, "draw", lambda _: lambda budget: True)
-
-
-def hasty_retries():
-    """What the endpoint asks to wait is not heeded."""
-
-    def deaf(ended):
-        def wrapper(account, permit, error, *args):
-            if isinstance(error, StatusError):
-                error.retry_after = None
-            ended(account, permit, error, *args)
+    def stale(following):
+        def wrapper(turns, in_use=0):
+            turn = asyncio.get_running_loop().turns
+            if looked.get(id(turns), (None, 0))[0] != turn:
+                looked[id(turns)] = turn, in_use
+            return following(turns, looked[id(turns)][1])
 
         return wrapper
 
-    return _replaced(Account, "ended", deaf)
-
-
-def trusted_hijack():
-    """The canary's answer is not looked at."""
-    return _replaced(outcome_module, "check_canary", lambda _: lambda word, raw: None)
+    return _replaced(FairQueue, "next", stale)
 
 
 BUGS: tuple[Callable[[], Any], ...] = (
@@ -388,3 +470,4 @@ BUGS: tuple[Callable[[], Any], ...] = (
     hasty_retries,
     trusted_hijack,
 )
+"""The simulation finds each of the bugs that batchers like this one have had."""

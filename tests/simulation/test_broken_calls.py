@@ -10,6 +10,9 @@ from simulation.world import play
 
 import microbatch as mb
 
+pytestmark = pytest.mark.slow
+
+
 LATE = 30.0
 """When the last request comes: long after the bug."""
 

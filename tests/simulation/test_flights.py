@@ -14,6 +14,9 @@ from simulation.loop import ShuffledLoop, Steady
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 RUNS = 1_500
 SLICE = 100
 TEXTS = "abc"

@@ -7,6 +7,9 @@ from simulation.invariants import breaches
 from simulation.scenario import TICK, Ask, Fault, Scenario
 from simulation.world import play
 
+pytestmark = pytest.mark.slow
+
+
 ONE_SLOT = {"max_batch_size": 4, "max_wait": 0.0, "low_max_wait": 0.0, "idle": "wait", "max_concurrent_batches": 1}
 
 

@@ -7,6 +7,9 @@ from simulation import run
 from simulation.invariants import breaches
 from simulation.planted import BUGS
 
+pytestmark = pytest.mark.slow
+
+
 ENOUGH = 1_500
 """Scenarios within which a bug must be found: some four seconds."""
 

@@ -337,6 +337,7 @@ async def figures(texts, output_type, *, size, faults=None, **options):
         return batcher.stats()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output_type", "count", "options"),
     [

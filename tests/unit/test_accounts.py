@@ -55,7 +55,7 @@ class Desk:
 
     def wait_for(self, tokens=0):
         permit = self.account.permit(tokens, self.rank)
-        return permit, asyncio.ensure_future(self.account.admit(permit))
+        return permit, asyncio.ensure_future(permit.admit())
 
 
 def at(seconds):
@@ -651,12 +651,12 @@ def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, 
         async def ask(tokens, ending, lasts, rank):
             permit = account.permit(tokens, rank)
             if ending == "never mind":
-                task = asyncio.ensure_future(account.admit(permit))
+                task = asyncio.ensure_future(permit.admit())
                 await asyncio.sleep(lasts)
                 task.cancel()
                 await asyncio.wait([task])
             else:
-                await account.admit(permit)
+                await permit.admit()
                 await attempt(permit, ending, lasts)
             permit.finish()
 

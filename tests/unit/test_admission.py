@@ -4,7 +4,7 @@ import asyncio
 import collections
 
 import pytest
-from helpers import ask, batcher_for
+from helpers import ask, batcher_for, each
 
 import microbatch as mb
 from microbatch.batching.admission import AdmissionQueue
@@ -84,8 +84,8 @@ async def test_a_relayed_request_that_is_misuse_passes_its_place_on():
         assert good.result().output == "GOOD"
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("messages", MISUSE, ids=lambda messages: type(messages).__name__)
+@each("asynchronous", [False, True])
+@each("messages", MISUSE)
 async def test_a_bad_item_of_a_map_is_its_own_error_and_passes_its_place_on(messages, asynchronous):
     async def slowly():
         for item in items:

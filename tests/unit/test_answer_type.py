@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import pytest
+from helpers import each
 from msgspec import Meta, Struct
 from output_types import ALL_TYPES, Category, Plain
 
@@ -125,7 +126,7 @@ def test_the_order_of_properties_is_part_of_the_key() -> None:
     assert answer_type(one).key != answer_type(two).key
 
 
-@pytest.mark.parametrize("output_type", ALL_TYPES, ids=str)
+@each("output_type", ALL_TYPES)
 def test_keys_are_equal_only_for_equal_schemas(output_type) -> None:
     kind = answer_type(output_type)
     assert kind.key

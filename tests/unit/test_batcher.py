@@ -8,7 +8,7 @@ from unittest import mock
 
 import msgspec
 import pytest
-from helpers import ask, batcher_for
+from helpers import ask, batcher_for, each
 
 import microbatch as mb
 from microbatch.batching.lane_table import LaneTable
@@ -681,7 +681,7 @@ async def test_closing_refuses_those_who_wait_for_room():
 # --- bad arguments
 
 
-@pytest.mark.parametrize(
+@each(
     ("messages", "options", "complaint"),
     [
         ("hello", {}, "messages must be a non-empty list"),

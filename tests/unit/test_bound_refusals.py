@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers import each
 
 from microbatch.messages import TokenLimits
 from microbatch.protocols import ChatCall
@@ -48,7 +49,7 @@ SAID = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sent", "status", "message"), SAID)
+@each(("sent", "status", "message"), SAID)
 def test_the_bound_is_lowered_to_what_the_endpoint_says_it_allows(sent, status, message):
     call = ChatCall(messages=(), bound=BOUND)
     said = read_refusal(message, status, BOUND)

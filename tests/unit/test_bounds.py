@@ -32,9 +32,9 @@ pytestmark = pytest.mark.timeout(120)
 # --- nothing fails because of the bound
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-@pytest.mark.parametrize("ask", [by_map, in_waves])
+@pytest.mark.parametrize(("ask", "kind"), [*((by_map, kind) for kind in TYPES), (in_waves, "short texts")])
 async def test_at_most_two_calls_are_cut_or_refused_until_the_bound_is_learned(kind, endpoint, ask):
     options = ENDPOINTS[endpoint]
     if kind == "texts of 700 tokens":
@@ -43,13 +43,13 @@ async def test_at_most_two_calls_are_cut_or_refused_until_the_bound_is_learned(k
     transport = Recorded(model)
     limit = mb.RateLimit(tpm=TPM) if "quota" in options else None
     async with batcher_for(transport, rate_limit=limit) as batcher:
-        outputs = await ask(batcher, 160, TYPES[kind])
+        outputs = await ask(batcher, 128, TYPES[kind])
         first = list(transport.troubled)
-        outputs += await ask(batcher, 160, TYPES[kind])
+        outputs += await ask(batcher, 128, TYPES[kind])
         stats = batcher.stats()
     if TYPES[kind] is str:
-        assert outputs == [model.answer(messages(number)[-1]["content"], None) for number in range(160)] * 2
-    assert len(outputs) == 320
+        assert outputs == [model.answer(messages(number)[-1]["content"], None) for number in range(128)] * 2
+    assert len(outputs) == 256
     assert stats.failed == 0
     assert len(first) <= 2
     assert transport.troubled == first, "none after"
@@ -181,6 +181,7 @@ async def test_twice_the_bound_is_the_most_and_a_model_that_needs_more_goes_alon
 # --- models that do not stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", USELESS)
 @pytest.mark.parametrize("ask", [by_map, in_waves])
 @pytest.mark.parametrize("context", [None, 8_192])

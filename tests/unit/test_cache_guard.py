@@ -8,7 +8,7 @@ import logging
 import pytest
 from helpers import now
 
-from microbatch.caching.guard import BUDGET, Guard
+from microbatch.caching.guard import LIVE_TIMEOUT, Guard
 from microbatch.errors import StorageError
 
 
@@ -76,12 +76,12 @@ async def test_a_cache_that_is_well_is_not_noticed():
 
 
 async def test_a_cache_may_take_all_of_its_time_and_no_more():
-    guard = Guard(cache := Moody(BUDGET - 0.001))
+    guard = Guard(cache := Moody(LIVE_TIMEOUT - 0.001))
     cache.values[b"k"] = b"v"
     assert await guard.get_many([b"k"]) == [b"v"]
-    cache.mood = BUDGET + 0.001
-    assert await time_of(guard.get_many([b"k"])) == ([None], BUDGET)
-    assert repr(guard) == "<Guard of Moody: left alone>"
+    cache.mood = LIVE_TIMEOUT + 0.001
+    assert await time_of(guard.get_many([b"k"])) == ([None], LIVE_TIMEOUT)
+    assert repr(guard) == "<Guard of Moody: bypassed>"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ async def test_whatever_a_cache_does_its_callers_get_a_miss_and_then_do_without(
     guard = Guard(cache := Moody(mood))
     found, took = await time_of(guard.get_many([b"k", b"l"]))
     assert found == [None, None]
-    assert took == (BUDGET if mood is HANGS else 0)
+    assert took == (LIVE_TIMEOUT if mood is HANGS else 0)
     for _ in range(10):
         assert await time_of(guard.get_many([b"k"])) == ([None], 0)
     assert cache.asked == 1
@@ -209,7 +209,7 @@ async def test_a_straggler_from_before_the_outage_does_not_end_it():
     cache.mood = StorageError("down")
     await guard.get_many([b"k"])
     assert await straggler == [None]
-    assert repr(guard) == "<Guard of Moody: left alone>"
+    assert repr(guard) == "<Guard of Moody: bypassed>"
 
 
 async def test_stores_that_fail_do_not_cost_the_answers_that_are_there():
@@ -249,7 +249,7 @@ def test_what_ends_the_program_passes(error):
 async def test_a_callers_timeout_is_its_own():
     guard = Guard(Moody(HANGS))
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(BUDGET / 2):
+        async with asyncio.timeout(LIVE_TIMEOUT / 2):
             await guard.get_many([b"k"])
     assert repr(guard) == "<Guard of Moody: in use>"
 
@@ -267,8 +267,8 @@ async def test_an_outage_is_told_once_and_so_is_its_end(caplog):
         await guard.get_many([b"canary"])
         await guard.set_many([(b"canary", b"canary", None)])
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "Moody is left alone for a while, and callers do without: no connection"),
-        ("INFO", "Moody is in use again"),
+        ("WARNING", "the cache Moody has failed and is bypassed for now: no connection"),
+        ("INFO", "the cache Moody is in use again"),
     ]
 
 
@@ -298,7 +298,7 @@ async def test_a_secret_that_is_none_is_a_failure(answer):
 
 async def test_a_secret_that_cannot_be_had_now_can_be_had_later():
     guard = Guard(cache := Secretive(HANGS, answer=b"s" * 32))
-    assert await time_of(guard.secret()) == (None, BUDGET)
+    assert await time_of(guard.secret()) == (None, LIVE_TIMEOUT)
     cache.mood = None
     assert await guard.secret() is None
     await asyncio.sleep(1)

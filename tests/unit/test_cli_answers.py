@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from microbatch.cli import fingerprint
-from microbatch.cli.answers import Answers, NotWritten, answer_line, error_object, failure_line
 from microbatch.cli.console import UsageError
-from microbatch.cli.reading import digest
+from microbatch.cli.input import id_digest
+from microbatch.cli.output import NotWritten, OutputFile, answer_line, error_object, failure_line
+from microbatch.cli.resume import differences, hashed, keep_settings, settings_path
 from microbatch.errors import BadRequest, ConfigError, MissingAnswer
 from microbatch.messages import Reply, Usage
 
@@ -37,9 +37,9 @@ def lines(path):
 
 
 def write(path, *told):
-    with Answers(path) as answers:
+    with OutputFile(path) as output:
         for line in told:
-            answers.write(line)
+            output.write(line)
 
 
 def test_a_line_has_the_six_fields_in_order(path):
@@ -80,21 +80,25 @@ def test_the_digest_of_the_question_follows_the_six_fields_and_a_line_of_another
     reply = Reply("yes", "yes", "batch", Usage())
     write(path, good("a"), answer_line("b", "yes", reply, "d1"), failure_line("c", {"type": "X"}, "d2"), good("d"))
     assert [list(line)[6:] for line in lines(path)] == [[], ["digest"], ["digest"], []]
-    with Answers(path) as answers:
-        found = answers.written_before()
-        assert {name: found.rows[digest(name)].digest for name in ("a", "b", "d")} == {"a": None, "b": "d1", "d": None}
-        assert answers.row_at(found.questions["d1"].start, "new") == lines(path)[1] | {"custom_id": "new"}
+    with OutputFile(path) as output:
+        found = output.rows()
+        assert {name: found.by_id[id_digest(name)].digest for name in ("a", "b", "d")} == {
+            "a": None,
+            "b": "d1",
+            "d": None,
+        }
+        assert output.row_at(found.by_question["d1"].start, "new") == lines(path)[1] | {"custom_id": "new"}
 
 
 def test_the_output_is_written_anew_with_nothing_but_the_rows_to_keep_and_stays_locked(path, tmp_path):
     write(path, good("a"), good("b"), bad("c"))
     before = Path(path).read_bytes()
-    with Answers(path) as answers:
-        rows = answers.written_before().rows
-        answers.replace([(rows[digest("b")].start, "b"), (rows[digest("a")].start, "z")], tmp_path / "aside")
+    with OutputFile(path) as output:
+        rows = output.rows().by_id
+        output.replace([(rows[id_digest("b")].start, "b"), (rows[id_digest("a")].start, "z")], tmp_path / "aside")
         with pytest.raises(UsageError, match="another run"):
-            Answers(path)
-        answers.write(good("n"))
+            OutputFile(path)
+        output.write(good("n"))
     assert [line["custom_id"] for line in lines(path)] == ["b", "z", "n"]
     assert (tmp_path / "aside").read_bytes() == before
     assert {each.name for each in tmp_path.iterdir()} == {"out.jsonl", "aside"}
@@ -102,17 +106,17 @@ def test_the_output_is_written_anew_with_nothing_but_the_rows_to_keep_and_stays_
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_answers_outlive_the_deletion_of_their_file(path, taken):
-    answers = Answers(path)
-    answers.write(good("a"))
+    output = OutputFile(path)
+    output.write(good("a"))
     Path(path).unlink()
-    answers.write(good("b"))
+    output.write(good("b"))
     if not taken:
-        answers.close()
+        output.close()
         found = path
     else:
         Path(path).write_text("another's\n")
         with pytest.raises(NotWritten, match=r"replaced by another file.*out\.jsonl\.old1"):
-            answers.close()
+            output.close()
         assert Path(path).read_text() == "another's\n"
         found = path + ".old1"
     assert [line["custom_id"] for line in lines(found)] == ["a", "b"]
@@ -138,8 +142,8 @@ def test_an_error_is_told_without_what_the_endpoint_quoted():
 
 def test_the_last_line_of_an_id_counts(path):
     write(path, bad("a"), good("a"), good("b"), bad("b"), bad("c"))
-    with Answers(path) as answers:
-        assert answers.written_before().rows.keys() == {digest("a")}
+    with OutputFile(path) as output:
+        assert output.rows().by_id.keys() == {id_digest("a")}
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"custom_id":"c","output":null', b"x" * 200_000])
@@ -148,19 +152,19 @@ def test_an_incomplete_last_line_is_cut_off_and_nothing_else(path, torn):
     whole = Path(path).stat().st_size
     with Path(path).open("ab") as file:
         file.write(torn)
-    with Answers(path) as answers:
-        assert answers.cut() == len(torn)
-        assert answers.size == whole
-        answers.write(good("c"))
+    with OutputFile(path) as output:
+        assert output.rows().cut == len(torn)
+        assert output.size == whole
+        output.write(good("c"))
     assert [line["custom_id"] for line in lines(path)] == ["a", "b", "c"]
 
 
 def test_a_file_that_is_nothing_but_an_incomplete_line_is_emptied(path):
     with Path(path).open("w") as file:
         file.write('{"custom_id"')
-    with Answers(path) as answers:
-        assert answers.cut() == 12
-        assert answers.written_before().rows == {}
+    with OutputFile(path) as output:
+        found = output.rows()
+        assert (found.cut, found.by_id, output.size) == (12, {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -170,22 +174,22 @@ def test_a_line_that_is_not_ours_is_named(path, line):
     write(path, good("a"))
     with Path(path).open("a") as file:
         file.write(line + "\n")
-    with Answers(path) as answers, pytest.raises(UsageError, match=r"out\.jsonl: line 2 was not written by"):
-        answers.written_before()
+    with OutputFile(path) as output, pytest.raises(UsageError, match=r"out\.jsonl: line 2 was not written by"):
+        output.rows()
 
 
 def test_two_runs_cannot_write_one_output(path):
-    with Answers(path), pytest.raises(UsageError, match="another run"):
-        Answers(path)
-    with Answers(path):
+    with OutputFile(path), pytest.raises(UsageError, match="another run"):
+        OutputFile(path)
+    with OutputFile(path):
         pass  # free again
 
 
 def test_the_output_must_be_a_file_that_can_be_written(tmp_path):
     with pytest.raises(UsageError, match="must be a file"):
-        Answers(os.devnull)
+        OutputFile(os.devnull)
     with pytest.raises(UsageError, match="cannot write"):
-        Answers(str(tmp_path / "nowhere" / "out.jsonl"))
+        OutputFile(str(tmp_path / "nowhere" / "out.jsonl"))
 
 
 def test_writing_does_not_wait_for_the_disk_and_closing_does(path, monkeypatch):
@@ -196,9 +200,9 @@ def test_writing_does_not_wait_for_the_disk_and_closing_does(path, monkeypatch):
         synced.append(file)
 
     monkeypatch.setattr(os, "fsync", slow)
-    with Answers(path) as answers:
+    with OutputFile(path) as output:
         for number in range(100):
-            answers.write(good(str(number)))
+            output.write(good(str(number)))
         assert len(lines(path)) == 100  # a kill now would lose nothing
         assert synced == []
         release.set()
@@ -209,19 +213,19 @@ def test_a_full_disk_is_told_once_and_for_all(path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Answers(path) as answers:
-        answers.write(good("a"))
+    with OutputFile(path) as output:
+        output.write(good("a"))
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", full)
             with pytest.raises(NotWritten, match="No space left"):
-                answers.write(good("b"))
+                output.write(good("b"))
     monkeypatch.setattr(os, "fsync", full)
-    answers = Answers(path)
-    answers.write(good("c"))
+    output = OutputFile(path)
+    output.write(good("c"))
     with pytest.raises(NotWritten, match="No space left"):
-        answers.close()
+        output.close()
     with pytest.raises(NotWritten, match="No space left"):
-        answers.write(good("d"))
+        output.write(good("d"))
 
 
 def test_a_line_is_written_whole_even_if_the_system_takes_it_in_pieces(path, monkeypatch):
@@ -233,36 +237,36 @@ def test_a_line_is_written_whole_even_if_the_system_takes_it_in_pieces(path, mon
 
 def test_settings_that_differ_are_named_but_no_prompt_is_kept(path):
     settings = {
-        "--system": fingerprint.hashed("secret words"),
+        "--system": hashed("secret words"),
         "--max-batch-size": 16,
         "--labels": None,
         "--model": "m",
     }
-    fingerprint.keep(path, settings)
-    assert "secret" not in fingerprint.path_beside(path).read_text()
-    assert fingerprint.differences(path, settings) == {}
+    keep_settings(path, settings)
+    assert "secret" not in settings_path(path).read_text()
+    assert differences(path, settings) == {}
     others = {
-        "--system": fingerprint.hashed("others"),
+        "--system": hashed("others"),
         "--max-batch-size": 8,
-        "--labels": fingerprint.hashed(["a"]),
+        "--labels": hashed(["a"]),
         "--model": None,
     }
-    assert fingerprint.differences(path, others) == {
+    assert differences(path, others) == {
         "--system": "--system (changed)",
         "--max-batch-size": "--max-batch-size (was 16, is 8)",
         "--labels": "--labels (added)",
         "--model": "--model (was m, is not set)",
     }
-    assert fingerprint.differences(path, {**settings, "--system": None}) == {"--system": "--system (left out)"}
+    assert differences(path, {**settings, "--system": None}) == {"--system": "--system (left out)"}
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{"])
 def test_nothing_is_known_without_a_readable_digest(path, content):
     if content is not None:
-        fingerprint.path_beside(path).write_text(content)
-    assert fingerprint.differences(path, {}) is None
+        settings_path(path).write_text(content)
+    assert differences(path, {}) is None
 
 
 def test_settings_that_cannot_be_kept_are_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"cannot write .*digest"):
-        fingerprint.keep(str(tmp_path / "nowhere" / "out"), {})
+        keep_settings(str(tmp_path / "nowhere" / "out"), {})

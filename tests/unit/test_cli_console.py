@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import builtins
 import dataclasses
 import importlib.metadata
+import sys
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from microbatch import cli
 from microbatch.accounting.stats import Stats
 from microbatch.cli import progress
-from microbatch.cli.console import UsageError, dollars, plural, saving, seconds, table
-from microbatch.cli.failures import MAX_KINDS, Failures
-from microbatch.cli.flags import add_settings, described, flag, read_settings
+from microbatch.cli.arguments import add_settings, described, flag, read_settings
+from microbatch.cli.console import UsageError, change, dollars, plural, seconds, table
 from microbatch.cli.main import main, make_parser
-from microbatch.cli.summary import summarize, told
+from microbatch.cli.resume import Resumed
+from microbatch.cli.run import summarize, summary_lines
+from microbatch.cli.summary import MAX_KINDS, Failures
 from microbatch.policy import FlushPolicy
 
 CHEAP = Stats(
@@ -41,9 +42,16 @@ def policy_of(*words):
     return read_settings(parser.parse_args(words), FlushPolicy)
 
 
+def bulk(stats, wall_s=1.5):
+    """Return what a run over 20 items has come to."""
+    return SimpleNamespace(
+        stats=stats, items=20, answered=stats.answered, failed=20 - stats.answered, unasked=0, wall_s=wall_s
+    )
+
+
 def words_of(stats, **options):
-    summary = summarize(stats, items=20, answered=stats.answered, failed=20 - stats.answered, wall_s=1.5)
-    return "\n".join(told(summary, stats, **{"simulated": None, "single": False, **options}))
+    plan = SimpleNamespace(**{"simulated": None, "single": False, **options})
+    return "\n".join(summary_lines(bulk(stats), plan))
 
 
 def test_every_setting_of_the_policy_has_a_flag_with_its_own_words():
@@ -118,7 +126,7 @@ def test_a_source_tree_has_no_version(monkeypatch, capsys):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(cli, "version", missing)
+    monkeypatch.setitem(main.__globals__, "version", missing)
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == "microbatch unknown\n"
@@ -149,7 +157,7 @@ def test_figures_are_written_as_people_read_them():
     assert [dollars(amount) for amount in (None, 0.01234, 1234.5)] == ["unknown", "$0.0123", "$1,234.50"]
     assert [seconds(duration) for duration in (1.26, 75, 3720)] == ["1.3 s", "1 min 15 s", "1 h 02 min"]
     assert [plural(number, "item") for number in (0, 1, 1234)] == ["0 items", "1 item", "1,234 items"]
-    assert [saving(*pair) for pair in ((2, 10), (12, 10), (10, 10), (None, 1), (1, 0))] == [
+    assert [change(*pair) for pair in ((2, 10), (12, 10), (10, 10), (None, 1), (1, 0))] == [
         "-80 %",
         "+20 %",
         "same",
@@ -168,8 +176,8 @@ def test_a_table_lines_up():
 
 
 def test_the_summary_has_exactly_the_promised_keys():
-    summary = summarize(CHEAP, items=20, answered=20, failed=0, wall_s=1.23456)
-    assert list(msgspec.to_builtins(summary)) == [
+    summary = summarize(bulk(CHEAP, wall_s=1.23456), Resumed())
+    assert list(summary) == [
         "items",
         "answered",
         "failed",
@@ -188,7 +196,7 @@ def test_the_summary_has_exactly_the_promised_keys():
         "reused",
         "unasked",
     ]
-    assert (summary.wall_s, summary.unbatched_calls) == (1.235, 20)
+    assert (summary["wall_s"], summary["unbatched_calls"]) == (1.235, 20)
 
 
 def test_the_table_compares_with_one_call_each():
@@ -223,7 +231,7 @@ def test_equal_failures_are_told_once_with_the_first_few():
     for number in range(2_465):
         failures.add("ConnectFailed: refused", f"p{number}", "id ")
     failures.add("ConnectFailed: reset", "p9", "id ")
-    assert list(failures.told()) == [
+    assert list(failures.lines()) == [
         "id p0, p1, p2, p3, p4 and 2,460 more: ConnectFailed: refused",
         "id p9: ConnectFailed: reset",
     ]
@@ -233,13 +241,14 @@ def test_failures_of_very_many_kinds_take_no_room():
     failures = Failures()
     for number in range(1_000):
         failures.add(f"odd {number}", "x")
-    shown = list(failures.told())
+    shown = list(failures.lines())
     assert len(shown) == MAX_KINDS + 1
     assert f"{1_000 - MAX_KINDS:,} failures of other kinds" in shown[-1]
 
 
-def test_progress_shows_items_calls_tokens_dollars_and_the_time_left(capsys):
-    with progress.Progress(progress.PlainBar(40), lambda: CHEAP) as shown:
+def test_progress_without_tqdm_shows_items_calls_tokens_dollars_and_the_time_left(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with progress.Progress(40, lambda: CHEAP, shown=True) as shown:
         for _ in range(20):
             shown.advance()
     last = capsys.readouterr().err.rstrip("\n").rsplit("\r", 1)[1]
@@ -248,25 +257,13 @@ def test_progress_shows_items_calls_tokens_dollars_and_the_time_left(capsys):
 
 
 def test_the_bar_is_tqdms_where_there_is_tqdm(capsys):
-    with progress.Progress(progress.make_bar(40), lambda: CHEAP) as shown:
+    with progress.Progress(40, lambda: CHEAP, shown=True) as shown:
         for _ in range(20):
             shown.advance()
     assert "20/40" in capsys.readouterr().err
 
 
-def test_the_bar_is_a_plain_one_without_tqdm(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args):
-        if name == "tqdm":
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    assert isinstance(progress.make_bar(1), progress.PlainBar)
-
-
 def test_progress_without_a_bar_says_nothing(capsys):
-    with progress.Progress(None, Stats) as shown:
+    with progress.Progress(1, Stats, shown=False) as shown:
         shown.advance()
     assert capsys.readouterr() == ("", "")

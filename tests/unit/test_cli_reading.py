@@ -9,10 +9,10 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from helpers import each
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.questions import Template, Templated
-from microbatch.cli.reading import BadLine, Input, InputChanged, Line, digest, requests
+from microbatch.cli.input import BadLine, BatchLines, Input, InputChanged, Template, Templated, id_digest
 
 QUESTIONS = Templated(Template("{q}"))
 
@@ -24,35 +24,33 @@ def given(tmp_path):
     def write(*lines, end="\n", **options):
         raw = [line if isinstance(line, bytes) else line.encode() for line in lines]
         (tmp_path / "in.jsonl").write_bytes(end.encode().join(raw))
-        return Input(str(tmp_path / "in.jsonl"), **options)
+        return Input(str(tmp_path / "in.jsonl"), options.pop("questions", QUESTIONS), **options)
 
     return write
 
 
 def asked(source, done=()):
     """Return the requests, and the lines that were rejected with the id they are reported under."""
-    rejected = []
-    survey = source.survey(("q",))
-    taken = list(requests(source, survey, QUESTIONS, set(map(digest, done)), lambda *bad: rejected.append(bad)))
-    return taken, rejected
+    rows = list(source.requests(set(map(id_digest, done))))
+    taken = [row[1] for row in rows if not isinstance(row, BadLine)]
+    return taken, [(row, source.id_for(row)) for row in rows if isinstance(row, BadLine)]
 
 
 def test_an_id_is_the_custom_id_else_the_id_else_the_line_number(given):
     source = given('{"custom_id":"a","id":"b","q":1}', '{"id":7,"q":1}', "", '{"q":1}')
-    assert [line.name for line in source] == ["a", "7", "4"]
+    assert [(number, request.id) for number, request in source.rows()] == [(1, "a"), (2, "7"), (4, "4")]
 
 
 def test_a_field_of_ones_own_can_hold_the_id(given):
-    lines = list(given('{"sku":"s","id":"b"}', '{"id":"b"}', id_field="sku"))
-    assert isinstance(lines[0], Line)
-    assert lines[0].name == "s"
-    assert isinstance(lines[1], BadLine)
-    assert (lines[1].field, lines[1].number) == ("sku", 2)
+    (_, request), bad = given('{"sku":"s","id":"b","q":1}', '{"id":"b","q":1}', id_field="sku").rows()
+    assert request.id == "s"
+    assert isinstance(bad, BadLine)
+    assert (bad.field, bad.number) == ("sku", 2)
 
 
 @pytest.mark.parametrize("value", ["null", "true", "1.5", "[1]", "{}", '""'])
 def test_what_cannot_serve_as_an_id_is_said_to_be_so(given, value):
-    (line,) = given(f'{{"id":{value}}}')
+    (line,) = given(f'{{"id":{value},"q":1}}').rows()
     assert isinstance(line, BadLine)
     assert line.field == "id"
 
@@ -87,6 +85,14 @@ def test_an_empty_file_asks_nothing(given):
     assert asked(given()) == ([], [])
 
 
+def test_it_is_told_when_the_input_is_no_json_lines_at_all(given, capsys):
+    taken, rejected = asked(given("id,name", "1,Lamp"))
+    assert (taken, len(rejected)) == ([], 2)
+    assert "in.jsonl: no line is a JSON object with an id; the input must be JSON Lines" in capsys.readouterr().err
+    asked(given("1,Lamp", '{"id":"a","q":1}'))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_missing_field_keeps_the_lines_id(given):
     _, rejected = asked(given('{"id":"a","q":1}', '{"id":"b"}'))
     ((bad, name),) = rejected
@@ -108,14 +114,14 @@ def test_a_line_without_an_id_never_takes_that_of_another(given):
 )
 def test_a_repeated_id_is_an_error_that_names_both_lines(given, lines, numbers):
     with pytest.raises(UsageError, match=rf"in\.jsonl: lines {numbers} have the same id"):
-        given(*lines).survey(("q",))
+        given(*lines)
 
 
 def test_a_field_that_no_line_has_is_a_mistake_in_the_question(given):
     with pytest.raises(UsageError, match=r'no line has the field "q" of --template; line 2 has id, name'):
-        given("broken", '{"id":"a","name":"x"}').survey(("q",))
+        given("broken", '{"id":"a","name":"x"}')
     with pytest.raises(UsageError, match=r'no line has a "body".*--template'):
-        given('{"id":"a"}').survey(("body",))
+        given('{"id":"a"}', questions=BatchLines())
 
 
 def test_what_has_been_answered_is_not_asked_again(given):
@@ -123,12 +129,13 @@ def test_what_has_been_answered_is_not_asked_again(given):
     assert [request.id for request in taken] == ["b"]
 
 
-def asking(source, survey, act, after):
+def asking(source, act, after):
     """Return the ids that are asked about if *act* happens after so many of them, and what is told of the input."""
     names = []
     with pytest.raises(InputChanged) as told:
-        for request in requests(source, survey, QUESTIONS, set(), lambda *_: None):
-            names.append(request.id)
+        for row in source.requests():
+            if not isinstance(row, BadLine):
+                names.append(row[1].id)
             if len(names) == after:
                 act(Path(source.path))
     return names, str(told.value)
@@ -155,12 +162,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("after", [1, 5_000])
-@pytest.mark.parametrize("change", CHANGES)
+@each("after", [1, 5_000])
+@each("change", CHANGES)
 def test_an_input_that_changes_while_it_is_asked_about_is_told(given, change, after):
     act, words = CHANGES[change]
     source = given(*LINES, "")
-    names, told = asking(source, source.survey(("q",)), act, after)
+    names, told = asking(source, act, after)
     assert "in.jsonl" in told
     assert words in told
     assert names[:after] == [str(number) for number in range(after)]
@@ -170,48 +177,44 @@ def test_an_input_that_changes_while_it_is_asked_about_is_told(given, change, af
 @pytest.mark.parametrize("change", ["cut", "edited", "another", "deleted"])
 def test_an_input_that_has_changed_before_the_first_question_is_not_asked_about(given, change):
     source = given(*LINES, "")
-    survey = source.survey(("q",))
     act, words = CHANGES[change]
     act(Path(source.path))
     with pytest.raises(InputChanged, match=re.escape(words)):
-        next(requests(source, survey, QUESTIONS, set(), lambda *_: None))
+        next(source.requests())
 
 
 def test_what_is_appended_after_the_check_of_the_ids_is_left_for_the_next_run(given):
     source = given('{"id":"a","q":1}\n')
-    survey = source.survey(("q",))
     with Path(source.path).open("a") as file:
         file.write('{"id":"a","q":2}\n')
-    asked = requests(source, survey, QUESTIONS, set(), lambda *_: None)
-    assert next(asked).id == "a"
+    asked = source.requests()
+    assert next(asked)[1].id == "a"
     with pytest.raises(InputChanged, match="has grown"):
         next(asked)
 
 
 def test_a_last_line_that_goes_on_is_no_line_that_was_checked(given):
     source = given('{"id":"a","q":1}', '{"id":"b","q":2}')
-    survey = source.survey(("q",))
     with Path(source.path).open("a") as file:
         file.write("x\n")
     with pytest.raises(InputChanged):
-        next(requests(source, survey, QUESTIONS, set(), lambda *_: None))
+        next(source.requests())
 
 
 def test_an_input_that_is_only_touched_or_replaced_by_a_copy_has_not_changed(given):
     source = given(*LINES[:3], "")
-    survey = source.survey(("q",))
     os.utime(source.path, (1, 1))
     replace(Path(source.path), "".join(f"{line}\n" for line in LINES[:3]))
-    assert len(list(requests(source, survey, QUESTIONS, set(), lambda *_: None))) == 3
+    assert len(list(source.requests())) == 3
 
 
 def test_only_a_file_that_can_be_read_twice_will_do(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
-        Input(str(tmp_path / "nowhere"))
+        Input(str(tmp_path / "nowhere"), QUESTIONS)
     with pytest.raises(UsageError, match="cannot read"):
-        Input(str(tmp_path))
+        Input(str(tmp_path), QUESTIONS)
     with pytest.raises(UsageError, match="must be a file"):
-        Input(os.devnull)
+        Input(os.devnull, QUESTIONS)
 
 
 def test_memory_grows_with_the_ids_and_not_with_the_lines(tmp_path):
@@ -220,11 +223,9 @@ def test_memory_grows_with_the_ids_and_not_with_the_lines(tmp_path):
     with path.open("w") as file:
         for number in range(lines):
             file.write(f'{{"id":"{number}","q":"{random.Random(number).randbytes(length // 2).hex()}"}}\n')
-    source = Input(str(path))
     tracemalloc.start()
     try:
-        survey = source.survey(("q",))
-        count = sum(1 for _ in requests(source, survey, QUESTIONS, set(), lambda *_: None))
+        count = sum(1 for _ in Input(str(path), QUESTIONS).requests())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -234,4 +235,4 @@ def test_memory_grows_with_the_ids_and_not_with_the_lines(tmp_path):
 
 def test_the_id_in_an_error_is_quoted(given):
     with pytest.raises(UsageError, match=re.escape("'odd \\' id'") + "|" + re.escape('"odd \' id"')):
-        given('{"id":"odd \' id","q":1}', '{"id":"odd \' id","q":1}').survey(("q",))
+        given('{"id":"odd \' id","q":1}', '{"id":"odd \' id","q":1}')

@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
+from helpers import each
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -28,7 +28,7 @@ ASKED = [
 FOREIGN = [each for each in ASKED if each.name != OWN]
 
 
-@pytest.mark.parametrize("line", LINES)
+@each("line", LINES)
 def test_a_constraint_is_a_name_and_an_exact_version(line):
     """No address, no hash, no marker: it holds wherever the command is run."""
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.+]*", line)
@@ -38,12 +38,12 @@ def test_nothing_is_pinned_twice():
     assert len(PINNED) == len(LINES)
 
 
-@pytest.mark.parametrize("asked", FOREIGN, ids=str)
+@each("asked", FOREIGN)
 def test_every_requirement_is_pinned_to_a_version_that_it_takes(asked):
     assert asked.specifier.contains(PINNED[canonicalize_name(asked.name)])
 
 
-@pytest.mark.parametrize("asked", FOREIGN, ids=str)
+@each("asked", FOREIGN)
 def test_a_requirement_is_a_minimum_and_nothing_else(asked):
     assert [each.operator for each in asked.specifier] == [">="]
     assert asked.url is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from helpers import ask
+from helpers import ask, each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,7 +81,7 @@ def test_what_comes_beside_a_credential_says_who_asks_but_is_none(name):
     assert all(says_who(spelling) and not is_credential(spelling) for spelling in spellings(name))
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@each("name", OTHERS)
 def test_all_else_does_not_say_who_asks(name):
     assert not any(says_who(spelling) or is_credential(spelling) for spelling in spellings(name))
 

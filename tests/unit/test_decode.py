@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 import pydantic
 import pytest
+from helpers import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Struct
@@ -32,6 +33,7 @@ from microbatch.schema.answer_type import answer_type
 from microbatch.schema.validate import misfit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", MSGSPEC_TYPES, ids=str)
 @given(data=st.data())
 def test_whatever_the_schema_allows_decodes_and_encodes_back_into_it(output_type, data) -> None:
@@ -51,6 +53,7 @@ def test_whatever_the_schema_allows_decodes_and_encodes_back_into_it(output_type
     assert misfit(reply, kind.batch_schema) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", PYDANTIC_TYPES, ids=str)
 @settings(max_examples=25)
 @given(data=st.data())
@@ -155,7 +158,7 @@ class PickyModel(pydantic.BaseModel):
         return word
 
 
-@pytest.mark.parametrize(
+@each(
     ("output_type", "raw", "words"),
     [
         (Literal["a"], '"SECRET"', "$: not in enum"),
@@ -185,10 +188,8 @@ def test_an_answer_that_does_not_fit_is_a_value_error_without_the_answers_words(
     assert "SECRET" not in str(caught.value)
 
 
-@pytest.mark.parametrize("output_type", MSGSPEC_TYPES, ids=str)
-@pytest.mark.parametrize(
-    "raw", ['"SECRET"', '["SECRET"]', '{"SECRET":1}', '{"type":"SECRET"}', "SECRET", '"SECRET', "3"]
-)
+@each("output_type", MSGSPEC_TYPES)
+@each("raw", ['"SECRET"', '["SECRET"]', '{"SECRET":1}', '{"type":"SECRET"}', "SECRET", '"SECRET', "3"])
 def test_no_word_of_a_library_reaches_the_message(output_type, raw, monkeypatch) -> None:
     def told():
         try:

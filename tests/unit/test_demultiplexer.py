@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Literal
 
 import pytest
+from helpers import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -258,7 +259,7 @@ def test_a_spoof_of_an_item_answered_before_is_dropped():
     assert read.demultiplexer.late_duplicates == 1
 
 
-@pytest.mark.parametrize("end", range(len(reply(*map(element, (0, 1)))), len(WHOLE), 7))
+@each("end", range(len(reply(*map(element, (0, 1)))), len(WHOLE), 7))
 def test_a_truncated_reply_keeps_its_complete_elements(end):
     complete = [index for index in range(5) if element(index) in WHOLE[:end]]
     read = Read(WHOLE[:end])
@@ -304,8 +305,8 @@ BROKEN_ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN_ANSWERS)
-@pytest.mark.parametrize("size", [1, 7, 10_000])
+@each("name", BROKEN_ANSWERS)
+@each("size", [1, 7, 10_000])
 def test_one_damaged_element_costs_only_itself(name, size):
     text = reply(element(0), BROKEN_ANSWERS[name], *map(element, (2, 3, 4)))
     read = Read(*pieces_of(text, range(0, len(text), size)), decode=answer_type(str).decode)
@@ -313,7 +314,7 @@ def test_one_damaged_element_costs_only_itself(name, size):
     assert read.faults == {1: "malformed"}
 
 
-@pytest.mark.parametrize("name", BROKEN_ANSWERS)
+@each("name", BROKEN_ANSWERS)
 def test_a_damaged_last_element_costs_only_itself(name):
     text = reply(element(0), BROKEN_ANSWERS[name])
     read = Read(text, ids=IDS[:2], decode=answer_type(str).decode)
@@ -515,7 +516,7 @@ def elements_of(names):
     return '{"results":[' + ",".join(f'{{"id":"{name}","answer":1}}' for name in names) + "]}"
 
 
-@pytest.mark.parametrize(
+@each(
     ("names", "past", "disordered"),
     [
         (IDS, False, False),
@@ -532,8 +533,8 @@ def elements_of(names):
         ([IDS[-1], "8zzzzz", "9zzzzz", *IDS[:-1]], False, True),
     ],
 )
-@pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("size", [1, 7, 10_000])
+@each("early", [True, False])
+@each("size", [1, 7, 10_000])
 def test_it_tells_when_a_reply_goes_on_for_nothing(names, past, disordered, early, size):
     """Two elements past those asked for, and of no use; never while some that were asked for are still coming."""
     demultiplexer, reply = Demultiplexer(IDS, [as_json] * len(IDS), early=early), elements_of(names)

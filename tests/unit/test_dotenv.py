@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from microbatch.cli.dotenv import load, read
 BASE, KEY, MAX = "OPENAI_BASE_URL", "OPENAI_API_KEY", "MICROBATCH_MAX_WAIT"
 
 
-@pytest.mark.parametrize(
+@each(
     ("line", "value"),
     [
         ("OPENAI_X=abc", "abc"),
@@ -66,7 +67,7 @@ def test_what_stands_in_single_quotes_is_taken_as_it_is(text):
     assert dict(read(f"OPENAI_X='{text}'")) == {"OPENAI_X": text}
 
 
-@pytest.mark.parametrize(
+@each(
     ("file", "environment", "loaded"),
     [
         ({KEY: "k"}, {}, {KEY: "k"}),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from helpers import each
 from output_types import ALL_TYPES, Node, given_schema, nodes
 
 from microbatch.schema.answer_type import answer_type
 from microbatch.schema.validate import misfit
 
 
-@pytest.mark.parametrize("output_type", [str, *ALL_TYPES], ids=str)
+@each("output_type", [str, *ALL_TYPES])
 def test_the_reply_schemas_are_objects_at_the_root_with_the_id_before_the_answer(output_type) -> None:
     kind = answer_type(output_type)
     assert kind.batch_schema["type"] == "object"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import pytest
+from helpers import each
 
 from microbatch.batching.bounds import asked_reasoning, output_limit, reasoning_budget, reasons_by_name
 from microbatch.schema.answer_type import answer_type
@@ -43,8 +44,8 @@ FINITE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("output_type", "longest"), FINITE)
-@pytest.mark.parametrize("indent", [None, 4], ids=["on one line", "indented"])
+@each(("output_type", "longest"), FINITE)
+@each("indent", [None, 4])
 def test_three_times_what_is_expected_is_enough_for_the_longest_answer(output_type, longest, indent):
     expected = answer_type(output_type).expected_tokens
     assert expected is not None
@@ -90,7 +91,7 @@ def test_a_schema_whose_references_stand_for_millions_of_parts_does_not_tell():
     assert expected_tokens({"type": "array", "maxItems": 2, "items": {"$ref": "#"}}) is None
 
 
-@pytest.mark.parametrize(
+@each(
     "name",
     ["o1", "o3-mini-2025-01-31", "o4-mini", "gpt-5-mini", "openai/gpt-oss-20b", "deepseek-reasoner", "deepseek-ai/DeepSeek-R1",
      "DeepSeek-R1-Distill-Qwen-7B", "QwQ-32B", "Qwen/Qwen3-8B", "Qwen3-30B-A3B-Thinking-2507", "gemini-2.5-flash", "grok-4",
@@ -100,7 +101,7 @@ def test_models_that_reason_are_known_by_name(name):
     assert reasons_by_name(name)
 
 
-@pytest.mark.parametrize(
+@each(
     "name",
     [None, "gpt-4o", "gpt-4.1-mini", "gpt-5-chat-latest", "deepseek-chat", "Qwen3-30B-A3B-Instruct-2507", "qwen3-coder",
      "gemini-2.0-flash", "grok-4-fast-non-reasoning", "claude-sonnet-4-5", "llama-3.3-70b", "mistral-large", "simulated", "o200k"],

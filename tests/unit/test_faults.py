@@ -101,6 +101,7 @@ DAMAGE = [(kind, resolve) for kind in COMBINED_KINDS for resolve in ("stream", "
 DAMAGE.remove(("reset", "verified"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "resolve"), DAMAGE)
 @pytest.mark.promise(of="cross_talk")
 async def test_every_item_gets_its_own_answer_whatever_happens_to_combined_replies(kind, resolve):
@@ -172,6 +173,7 @@ async def test_without_json_schema_the_shape_in_words_is_enough(unsupported, out
     assert [reply.output for reply in ended] == [right(text, TYPES[output]) for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMBINED_KINDS)
 async def test_batches_of_every_size_survive_every_fault(kind):
     for size in (2, 5, 50):
@@ -383,6 +385,7 @@ def poisoned(error):
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("output", ["str", "label"])
 @pytest.mark.promise(of="poison")

@@ -7,6 +7,7 @@ import time
 from typing import Annotated, Literal
 
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta, Struct
@@ -16,7 +17,7 @@ from microbatch.schema.answer_type import answer_type
 from microbatch.schema.decode import MAX_TRIES, candidates
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         '{"category":"home"}',

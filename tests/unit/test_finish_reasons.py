@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbatch.transports.finish_reasons import read_finish
+from microbatch.transports.reply_fields import read_finish
 
 WORDS = {
     "stop": [
@@ -114,7 +115,7 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize(("meaning", "word"), [(meaning, word) for meaning, words in WORDS.items() for word in words])
+@each(("meaning", "word"), [(meaning, word) for meaning, words in WORDS.items() for word in words])
 def test_a_word_is_read_in_any_spelling(meaning: str, word: str) -> None:
     """Case, separators and prefixes make no difference."""
     assert read_finish(word) == meaning

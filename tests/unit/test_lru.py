@@ -33,6 +33,8 @@ def test_without_a_capacity_entries_leave_only_when_they_are_removed():
     for number in range(10_000):
         lru.put(number, number)
     assert (len(lru), lru.oldest(), lru.pop(0), lru.pop(0), lru.oldest()) == (10_000, (0, 0), 0, None, (1, 1))
+    lru.clear()
+    assert (len(lru), lru.oldest()) == (0, None)
 
 
 class Value:

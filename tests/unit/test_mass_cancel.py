@@ -13,6 +13,9 @@ from helpers import ask, batcher_for
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
+
 OURS = str(Path(mb.__file__).parent)
 
 
@@ -191,5 +194,5 @@ WHERE = [
 @pytest.mark.parametrize("where", WHERE)
 async def test_what_it_takes_grows_as_the_number_of_those_who_leave(where, order):
     await where(10, order)  # Python 3.12 does not count code that it meets for the first time
-    small, large = await where(200, order), await where(1_200, order)
+    small, large = await where(100, order), await where(600, order)
     assert 0 < large < 7 * small, (small, large)  # six times as many

@@ -20,8 +20,7 @@ from openai.types.completion_usage import CompletionUsage as SDKUsage
 
 import microbatch as mb
 from microbatch.openai import AsyncOpenAI, ChatCompletion, ChatCompletionChunk, Object
-from microbatch.openai.completion import completion_of
-from microbatch.openai.objects import usage_members
+from microbatch.openai.chat_completion import completion_of, usage_share
 from microbatch.testing import ScriptedTransport
 
 BODY = {
@@ -162,7 +161,7 @@ def test_what_was_parsed_is_dumped_as_json_has_it(parsed, dumped):
 @pytest.mark.parametrize("reported", [(9, 3), (8, 3), (9, 4)])
 def test_details_of_usage_stay_only_where_all_of_it_is_the_callers(reported):
     share = mb.Usage(*reported, cached_tokens=4)
-    usage = usage_members(mb.Reply("", "", "single", share, body=BODY))
+    usage = usage_share(mb.Reply("", "", "single", share, body=BODY))
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (*reported, sum(reported))
     assert ("completion_tokens_details" in usage) == (reported == (9, 3))
     assert usage.get("prompt_tokens_details") == (None if reported == (9, 3) else {"cached_tokens": 4})
@@ -174,7 +173,7 @@ def test_details_of_usage_stay_only_where_all_of_it_is_the_callers(reported):
 )
 def test_an_answer_within_a_combined_reply_was_complete_however_that_reply_ended(batch_size, ended, told):
     reply = mb.Reply("a", "a", "batch", mb.Usage(), batch_size=batch_size, finish_reason=ended)
-    assert completion_of(reply, "m").choices[0].finish_reason == told
+    assert completion_of(reply, "m")["choices"][0]["finish_reason"] == told
 
 
 # --- what is asked

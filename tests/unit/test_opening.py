@@ -4,7 +4,7 @@ import asyncio
 import gc
 
 import pytest
-from helpers import ask, batcher_for
+from helpers import ask, batcher_for, each
 
 import microbatch as mb
 from microbatch import resources
@@ -45,7 +45,8 @@ class Cache:
 
 
 @pytest.fixture(autouse=True)
-async def nothing_is_logged(caplog):
+async def nothing_is_logged(caplog, monkeypatch):
+    monkeypatch.setattr(resources, "_users", {})  # other tests abandon batchers
     yield
     gc.collect()  # or asyncio complains of lost errors in the next test
     assert caplog.records == []
@@ -65,7 +66,7 @@ async def works(batcher):
 TURNS = range(30)  # of the loop; opening takes fewer
 
 
-@pytest.mark.parametrize("turns", TURNS)
+@each("turns", TURNS)
 async def test_an_opening_that_is_cancelled_at_any_moment_leaves_nothing_and_can_be_repeated(turns):
     cache = Cache()
     batcher = batcher_for(ScriptedTransport(), cache)
@@ -94,7 +95,7 @@ async def test_the_moments_above_are_all_there_are():
     await opening.result().aclose()
 
 
-@pytest.mark.parametrize("turns", TURNS)
+@each("turns", TURNS)
 async def test_an_opening_that_is_cancelled_twice_can_be_repeated_at_once(turns):
     cache = Cache()
     batcher = batcher_for(ScriptedTransport(), cache)
@@ -158,7 +159,7 @@ async def test_a_price_list_that_cannot_be_loaded_is_told_and_tried_again():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("turns", TURNS)
+@each("turns", TURNS)
 async def test_closing_a_batcher_while_it_opens_ends_the_opening(turns):
     cache = Cache()
     batcher = batcher_for(ScriptedTransport(), cache)

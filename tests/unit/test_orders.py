@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
+from helpers import each
 
 from microbatch.prompt.compose import compose, instruction, item_line
 from microbatch.schema.answer_type import AnswerType, answer_type
@@ -92,8 +93,8 @@ def test_only_the_whole_order_with_one_word_is_taken_for_one(text, word):
     assert exact_word(text) == word
 
 
-@pytest.mark.parametrize(("words", "form"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@each(("words", "form"), [(True, True), (True, False), (False, True)])
+@each("kind", TYPES)
 def test_a_canary_is_answered_and_changes_no_other_answer(kind, words, form):
     answers = answer_type(kind)
     found = answers_to(body_of(answers, [*TEXTS, CANARY], words=words, form=form))

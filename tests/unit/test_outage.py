@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from helpers import chat_call, now
+from helpers import chat_call, each, now
 
 import microbatch as mb
-from microbatch.cli.resting import DirectTransport, RestingTransport
+from microbatch.cli.session import PausingTransport
 from microbatch.protocols import Completion
 from microbatch.spool.endpoint import (
     BURST,
@@ -29,7 +29,7 @@ def status(kind, number, **data):
     return kind("x", status=number, **data)
 
 
-@pytest.mark.parametrize(
+@each(
     ("error", "cause"),
     [
         *((status(mb.ServerError, number), E) for number in (500, 501, 504, 505, 520, 522, 524, 408, 409)),
@@ -116,7 +116,7 @@ class Way:
 def resting(way, **options):
     way.begun = now()
     endpoint = Endpoint("nothing is sent", **options)
-    return endpoint, RestingTransport(way, endpoint)
+    return endpoint, PausingTransport(way, endpoint)
 
 
 async def ask(transport, text="q"):
@@ -145,11 +145,10 @@ async def test_while_nothing_is_answered_one_attempt_is_made_after_each_rest_and
 async def test_a_known_question_is_asked_at_once_and_then_after_each_rest_and_nothing_else():
     way = Way((1, 6))
     endpoint, transport = resting(way)
-    direct = DirectTransport(way)
 
     async def probe():
         try:
-            await direct.send(chat_call("known"), lambda _: None)
+            await way.send(chat_call("known"), lambda _: None)
         except mb.ServerError:
             return False
         return True
@@ -301,12 +300,11 @@ async def test_a_cancelled_attempt_leaves_the_turn_to_the_next():
     assert endpoint.on_wire == 0
 
 
-async def test_the_way_around_is_not_closed_twice():
+async def test_a_transport_that_is_used_with_and_without_rests_is_closed_once():
     way = Way()
     _, transport = resting(way)
-    direct = DirectTransport(way)
-    async with mb.Microbatcher(transport, tokens="bytes") as batcher, mb.Microbatcher(direct, tokens="bytes") as other:
+    async with mb.Microbatcher(transport, tokens="bytes") as batcher, mb.Microbatcher(way, tokens="bytes") as other:
         for each in (batcher, other):
             assert (await each.submit([{"role": "user", "content": "q"}])).output == "yes"
     assert way.closed == 1
-    assert (direct.model, transport.base_url) == ("m", "there")
+    assert (transport.model, transport.base_url) == ("m", "there")

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import msgspec
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,8 +59,8 @@ def test_the_cost_of_a_sum_is_the_sum_of_the_costs(usages):
     assert price.cost(sum(usages, Usage())) == pytest.approx(math.fsum(map(price.cost, usages)), abs=1e-9)
 
 
-@pytest.mark.parametrize("field", ["input", "output", "cached_input"])
-@pytest.mark.parametrize("wrong", [-0.01, math.nan, math.inf, "2", True])
+@each("field", ["input", "output", "cached_input"])
+@each("wrong", [-0.01, math.nan, math.inf, "2", True])
 def test_a_price_that_is_no_price_is_refused_by_name(field, wrong):
     with pytest.raises(ConfigError, match=rf"^{field} must be"):
         Price(**{"input": 1.0, "output": 1.0, field: wrong})

@@ -19,7 +19,7 @@ from microbatch.schema.answer_type import answer_type
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.provider.api import RemoteBatch
 from microbatch.spool.provider.input_file import Composer, Content, read
-from microbatch.spool.provider.output_file import Reader
+from microbatch.spool.provider.output_file import read_output
 from microbatch.spool.provider.replies import Replies
 from microbatch.spool.records import Delivery, Name
 from microbatch.transports.batch_wire import BatchWire
@@ -52,9 +52,10 @@ class Job:
     async def results(self, *files, status="completed", errors=None, tied=None):
         told = {"id": "b", "status": status, "errors": None if errors is None else {"data": errors}}
         batch = msgspec.convert(told, RemoteBatch)
-        reader = Reader(Replies(BatchWire(None, where="x"), lambda model: PRICE.cost, self.count))
+        replies = Replies(BatchWire(None, where="x"), lambda model: PRICE.cost, self.count)
         waiting = self.deliveries if tied is None else tied
-        return await reader.read(batch, self.content, {each.item.name.key: each for each in waiting}, files)
+        tied = {each.item.name.key: each for each in waiting}
+        return await read_output(batch, self.content, tied, files, replies)
 
 
 def row(custom_id, body=None, *, status=200, error=None):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import pydantic
 import pytest
+from helpers import each
 from msgspec import Struct
 from output_types import Cat, Category, Checked, Colour, Plain
 
@@ -27,7 +28,7 @@ Twin = msgspec.defstruct("Twin", [("a", int)], module="m")
 OtherTwin = msgspec.defstruct("Twin", [("a", str)], module="m")
 
 
-@pytest.mark.parametrize(
+@each(
     ("output_type", "words"),
     [
         (Plain, "Plain"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from helpers import each
 
 from microbatch import errors
 from microbatch.transports.error_parsing import classify, read_fault, to_error
@@ -218,7 +219,7 @@ def kind_of(status: int, body: Any) -> type[errors.StatusError]:
     return classify(fault)
 
 
-@pytest.mark.parametrize("name", FILTERED)
+@each("name", FILTERED)
 def test_a_filters_verdict_is_known_under_any_status(name: str) -> None:
     """It concerns one item, so it must not look like a refusal of the key or of the whole call."""
     assert kind_of(*FILTERED[name]) is errors.Filtered

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from microbatch import Usage
 from microbatch.accounting.stats import divided
+from microbatch.transports.reply_fields import read_usage
 from microbatch.transports.reply_reader import ReplyReader
-from microbatch.transports.reported_usage import read_usage
 
 SPELLINGS: dict[str, tuple[dict[str, Any], Usage]] = {
     "OpenAI": (

@@ -8,11 +8,11 @@ import sys
 import threading
 
 import pytest
-from helpers import now
+from helpers import each, now
 
 import microbatch as mb
 from microbatch import resources
-from microbatch.resources import give_back, lease
+from microbatch.resources import acquire, release
 from microbatch.testing import ScriptedTransport
 
 
@@ -50,10 +50,11 @@ class Slow:
 
 
 @pytest.fixture(autouse=True)
-async def nothing_stays():
+async def nothing_stays(monkeypatch):
+    monkeypatch.setattr(resources, "_users", {})  # other tests abandon batchers
     yield
     await asyncio.sleep(10)  # of virtual time: for what goes on in the background
-    assert resources._users == {}
+    assert resources._in_use == {}
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -66,29 +67,29 @@ async def started(*coroutines):
 
 async def test_all_users_wait_for_one_opening():
     part = Slow()
-    first, second = await started(lease([part]), lease([part]))
+    first, second = await started(acquire([part]), acquire([part]))
     assert not first.done()
     assert not second.done()
     await asyncio.wait([first, second])
     assert now() == 1.0
     assert (part.state, part.opened) == ("open", 1)
-    await give_back([part])
+    await release([part])
     assert part.state == "open"
-    await give_back([part])
+    await release([part])
     assert part.state == "closed"
 
 
 async def test_an_opening_that_fails_fails_for_all_who_wait_and_is_tried_again_for_the_next():
     part = Slow()
     part.failures = 1
-    users = await started(lease([part]), lease([part]), lease([part]))
+    users = await started(acquire([part]), acquire([part]), acquire([part]))
     errors = await asyncio.gather(*users, return_exceptions=True)
     assert [type(error) for error in errors] == [mb.ConfigError] * 3
     assert len({id(error) for error in errors}) == 3  # notes and tracebacks of one are not those of another
     assert part.opened == 1
-    await lease([part])
+    await acquire([part])
     assert (part.state, part.opened) == ("open", 2)
-    await give_back([part])
+    await release([part])
 
 
 async def test_a_user_who_comes_in_the_moment_of_the_failure_gets_an_opening_of_its_own():
@@ -97,30 +98,30 @@ async def test_a_user_who_comes_in_the_moment_of_the_failure_gets_an_opening_of_
 
     async def retrying():
         try:
-            await lease([part])
+            await acquire([part])
         except mb.ConfigError:
-            await lease([part])
+            await acquire([part])
 
     await asyncio.wait(await started(retrying(), retrying(), retrying()))
     assert (part.state, part.opened) == ("open", 2)
-    await give_back([part, part, part])
+    await release([part, part, part])
 
 
 async def test_a_first_user_that_is_cancelled_leaves_the_opening_to_the_others():
     part = Slow()
-    first, second = await started(lease([part]), lease([part]))
+    first, second = await started(acquire([part]), acquire([part]))
     first.cancel()
     await asyncio.wait([first, second])
     assert first.cancelled()
     assert second.exception() is None
     assert now() == 1.0
     assert (part.state, part.opened) == ("open", 1)
-    await give_back([part])
+    await release([part])
 
 
 async def test_the_last_user_that_is_cancelled_ends_the_opening():
     part = Slow()
-    users = await started(lease([part]), lease([part]))
+    users = await started(acquire([part]), acquire([part]))
     for user in users:
         user.cancel()
     await asyncio.wait(users)
@@ -138,7 +139,7 @@ async def test_a_part_that_opens_in_spite_of_being_cancelled_is_closed():
             self.state = "open"
 
     part = Stubborn()
-    (user,) = await started(lease([part]))
+    (user,) = await started(acquire([part]))
     user.cancel()
     await asyncio.wait([user])
     assert part.state == "closed"
@@ -147,33 +148,33 @@ async def test_a_part_that_opens_in_spite_of_being_cancelled_is_closed():
 
 async def test_an_opening_waits_for_the_closing_before_it():
     part = Slow()
-    await lease([part])
-    _, second = await started(give_back([part]), lease([part]))
+    await acquire([part])
+    _, second = await started(release([part]), acquire([part]))
     assert part.state == "closing"
     await second
     assert (part.state, now()) == ("open", 3.0)
-    await give_back([part])
+    await release([part])
 
 
 async def test_a_closing_goes_on_if_whoever_waits_for_it_is_cancelled_twice_over():
     part = Slow()
-    await lease([part])
-    (closing,) = await started(give_back([part]))
+    await acquire([part])
+    (closing,) = await started(release([part]))
     closing.cancel()
-    (second,) = await started(lease([part]))
+    (second,) = await started(acquire([part]))
     second.cancel()
-    (third,) = await started(lease([part]))
+    (third,) = await started(acquire([part]))
     assert part.state == "closing"
     await third
     assert part.state == "open"
-    await give_back([part])
+    await release([part])
 
 
 async def test_a_part_that_cannot_be_opened_gives_the_others_back():
     good, bad = Slow(), Slow()
     bad.failures = 1
     with pytest.raises(mb.ConfigError):
-        await lease([good, bad])
+        await acquire([good, bad])
     assert good.state == "closed"
 
 
@@ -184,13 +185,13 @@ async def test_all_parts_are_closed_even_if_one_cannot_be():
 
     before, after = Slow(), Slow()
     shared = [before, Broken(), after]
-    await lease(shared)
+    await acquire(shared)
     with pytest.raises(OSError, match="broken"):
-        await give_back(shared)
+        await release(shared)
     assert before.state == after.state == "closed"
 
 
-@pytest.mark.parametrize("seed", range(200))
+@each("seed", range(200))
 async def test_any_order_of_opening_failing_cancelling_and_closing(seed):
     """`Slow` asserts that it is never opened twice nor closed while it opens; a user never has it in another state than open."""
     rng = random.Random(seed)
@@ -198,13 +199,13 @@ async def test_any_order_of_opening_failing_cancelling_and_closing(seed):
 
     async def use(delay, span):
         await asyncio.sleep(delay)
-        await lease([part])
+        await acquire([part])
         try:
             assert part.state == "open"
             await asyncio.sleep(span)
             assert part.state == "open"
         finally:
-            await give_back([part])
+            await release([part])
 
     part.failures = rng.choice([0, 0, 1, 2])
     tasks = [asyncio.ensure_future(use(rng.randrange(8), rng.randrange(5))) for _ in range(6)]
@@ -215,8 +216,8 @@ async def test_any_order_of_opening_failing_cancelling_and_closing(seed):
     await asyncio.sleep(10)
     assert part.state == "closed"
     part.failures = 0
-    await lease([part])
-    await give_back([part])
+    await acquire([part])
+    await release([part])
 
 
 async def test_a_tier_that_two_caches_share_is_opened_once_and_closed_last():
@@ -245,7 +246,7 @@ async def test_a_part_that_another_loop_is_opening_is_refused_until_it_is_open()
     loop = asyncio.get_running_loop()
 
     async def elsewhere():
-        leasing = asyncio.ensure_future(lease([part]))
+        leasing = asyncio.ensure_future(acquire([part]))
         await asyncio.sleep(0)
         loop.call_soon_threadsafe(going_on.set)
         await leasing
@@ -253,19 +254,19 @@ async def test_a_part_that_another_loop_is_opening_is_refused_until_it_is_open()
     thread = asyncio.ensure_future(asyncio.to_thread(asyncio.run, elsewhere()))
     await going_on.wait()
     with pytest.raises(mb.ConfigError, match="another event loop"):
-        await lease([part])
+        await acquire([part])
     may_go_on.set()
     await thread
     part.state = "open"
-    await lease([part])
-    await give_back([part])
-    await give_back([part])
+    await acquire([part])
+    await release([part])
+    await release([part])
     assert part.state == "closed"
 
 
 LEFT_BEHIND = """
 import asyncio
-from microbatch.resources import lease
+from microbatch.resources import acquire
 
 class Slow:
     async def open(self):
@@ -275,11 +276,11 @@ class Slow:
 
 part, opening = Slow(), 60
 loop = asyncio.new_event_loop()
-loop.create_task(lease([part]))
+loop.create_task(acquire([part]))
 loop.run_until_complete(asyncio.sleep(0.01))
 loop.close()
 opening = 0
-asyncio.run(lease([part]))
+asyncio.run(acquire([part]))
 print("open")
 """
 

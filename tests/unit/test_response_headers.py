@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from microbatch.testing.quota import go_duration
 from microbatch.transports.response_headers import duration, read_limits
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "seconds"),
     [
         ("1s", 1.0),

@@ -6,7 +6,7 @@ import json
 import re
 from itertools import pairwise
 
-import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,7 +97,7 @@ def test_what_is_called_broken_is_broken_whatever_may_follow(crumbs):
             assert python_end(text + tail) is None
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         '{"a"}',

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -317,7 +318,7 @@ TYPES = [
 ]
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@each("kind", TYPES)
 def test_an_answer_conforms_to_its_schema(kind):
     schema = msgspec.json.schema(kind)
     for text in [*TEXTS, "", "日本語"]:
@@ -456,7 +457,7 @@ def test_the_endpoint_takes_every_option_of_the_model():
     assert set(parameters) == set(ModelOptions.__annotations__)
 
 
-@pytest.mark.parametrize(
+@each(
     ("options", "fields", "status", "code", "param"),
     [
         ({"json_schema": "400"}, {"response_format": json_schema(PAIR)}, 400, "unsupported_value", "response_format"),
@@ -624,7 +625,7 @@ def test_faults_of_elements_do_what_they_say(seed: int):
     assert elements("empty_results", seed) == []
 
 
-@pytest.mark.parametrize(
+@each(
     "schema",
     [
         None,
@@ -636,9 +637,8 @@ def test_faults_of_elements_do_what_they_say(seed: int):
         {"const": "a"},
         {"type": ["string", "null"]},
     ],
-    ids=repr,
 )
-@pytest.mark.parametrize("seed", SEEDS)
+@each("seed", SEEDS)
 def test_wrong_type_spoils_one_answer_only(schema, seed: int):
     true = results(say(SimulatedModel(), combined(schema)))
     wrong = results(spoiled("wrong_type", schema, seed).pieces.text)
@@ -653,8 +653,8 @@ def test_wrong_type_finds_wrong_labels_as_well():
     assert '"none of these"' in values
 
 
-@pytest.mark.parametrize("schema", [None, COLOUR, PAIR, {"type": "integer"}], ids=repr)
-@pytest.mark.parametrize("seed", range(30))
+@each("schema", [None, COLOUR, PAIR, {"type": "integer"}])
+@each("seed", range(30))
 def test_broken_json_is_broken_in_one_element_and_keeps_all_ids(schema, seed: int):
     text = spoiled("broken_json", schema, seed).pieces.text
     with pytest.raises(json.JSONDecodeError):
@@ -676,8 +676,8 @@ def test_broken_json_comes_in_five_ways():
     assert ways == {"brace", "unterminated", "newline", "escape", "quote"}
 
 
-@pytest.mark.parametrize("value", [42, "x", "", True, None, [1], {"answer": 'say "hi" \\ \u00e9\n'}, {}])
-@pytest.mark.parametrize("seed", range(20))
+@each("value", [42, "x", "", True, None, [1], {"answer": 'say "hi" \\ \u00e9\n'}, {}])
+@each("seed", range(20))
 def test_any_value_can_be_broken(value, seed: int):
     import random
 
@@ -737,7 +737,7 @@ def test_faults_that_are_error_responses_are_raised(kind, status):
     assert (model.faulted, model.replies, model.prompt_tokens) == (1, [""], 0)
 
 
-@pytest.mark.parametrize("kind", sorted({*get_args(Kind)} - {"http_400", "http_429", "http_500", "filtered"}))
+@each("kind", sorted({*get_args(Kind)} - {"http_400", "http_429", "http_500", "filtered"}))
 def test_every_fault_changes_a_single_call(kind):
     for schema in (None, PAIR, wrapped(COLOUR)):
         body = single(schema=schema)

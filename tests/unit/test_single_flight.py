@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 import pytest
-from helpers import ask, batcher_for
+from helpers import ask, batcher_for, each
 
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
@@ -49,8 +49,8 @@ async def test_nothing_is_kept_of_kinds_of_requests_that_nobody_asks_any_more():
 
 
 @pytest.mark.promise(of="single_flight")
-@pytest.mark.parametrize("when", [0.0, 0.01, 0.05, 0.5, 0.999])
-@pytest.mark.parametrize("who", [0, 1, 4])
+@each("when", [0.0, 0.01, 0.05, 0.5, 0.999])
+@each("who", [0, 1, 4])
 async def test_a_caller_who_leaves_takes_nobody_along(who, when):
     transport = ScriptedTransport(delay=0.9)
     async with batcher_for(transport, idle="wait", max_wait=0.1) as batcher:
@@ -145,7 +145,7 @@ async def test_share_joins_whatever_the_temperature_but_not_who_wants_an_answer_
 
 
 @pytest.mark.promise(of="lane")
-@pytest.mark.parametrize(
+@each(
     "other",
     [
         {"model": "m"},
@@ -156,9 +156,8 @@ async def test_share_joins_whatever_the_temperature_but_not_who_wants_an_answer_
         {"tenant": "b"},
         {"output_type": list[int]},
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("common", [{}, {"params": {"stop": "x"}}], ids=["combinable", "alone"])
+@each("common", [{}, {"params": {"stop": "x"}}])
 async def test_requests_that_differ_in_anything_are_never_joined(common, other):
     transport = ScriptedTransport(answer=lambda _: [1])
     options = {**common, **other, "params": {**common.get("params", {}), **other.get("params", {})}}

@@ -68,6 +68,7 @@ async def p99(batcher, priority, seconds=40.0):
     return sorted(await asyncio.gather(*tasks))[int(len(tasks) * 0.99)]
 
 
+@pytest.mark.slow
 @pytest.mark.promise(of="fair")
 @pytest.mark.parametrize("priority", ["normal", "high"])
 @pytest.mark.parametrize("kind", ["lanes", "one lane", "high"])
@@ -171,6 +172,7 @@ async def test_an_account_begins_no_more_calls_than_there_are_slots():
         assert account.begun == account.on_wire == account.backing_off == 0
 
 
+@pytest.mark.slow
 @pytest.mark.promise(of="fair")
 @pytest.mark.parametrize("when_full", ["wait", "reject", "bypass"])
 async def test_with_a_full_queue_of_low_priority_a_high_request_waits_one_call_at_most(when_full):

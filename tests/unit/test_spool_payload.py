@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 import pydantic
 import pytest
-from helpers import ask
+from helpers import ask, each
 from hypothesis import given
 from hypothesis import strategies as st
 from output_types import ALL_TYPES, Category, Colour, Node, Plain, Product, given_schema
@@ -122,7 +122,7 @@ def test_an_item_names_the_request_and_holds_a_digest_of_128_bits():
     assert Payload.decode(item.payload) == Payload.of(ask("Hi."))
 
 
-@pytest.mark.parametrize("output_type", ALL_TYPES)
+@each("output_type", ALL_TYPES)
 def test_a_worker_knows_every_output_type_by_its_schema(output_type):
     """What the worker reads from the bytes asks for the same schemas, in the same words, as the caller's own type."""
     payload = Payload.decode(Payload.of(ask("Hi."), output_type=output_type).encode())
@@ -159,7 +159,7 @@ def test_a_worker_asks_as_the_caller_would_have_asked():
     assert read_messages(payload.messages, payload.options("acme")) == alike
 
 
-@pytest.mark.parametrize(
+@each(
     ("asked", "words"),
     [
         ({"messages": "Hi."}, "messages must be a non-empty list"),
@@ -184,8 +184,8 @@ def test_a_wrong_argument_is_a_config_error_before_anything_is_kept(asked, words
         Payload.of(**{"messages": ask("Hi."), **asked})
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"{}", b'{"messages":5}', b"\xff", b"[" * 100_000])
-@pytest.mark.parametrize("kind", [Payload, Answer])
+@each("raw", [b"", b"{", b"[]", b"{}", b'{"messages":5}', b"\xff", b"[" * 100_000])
+@each("kind", [Payload, Answer])
 def test_damaged_bytes_are_a_storage_error_that_quotes_nothing(kind, raw):
     with pytest.raises(StorageError, match="damaged") as caught:
         kind.decode(raw)

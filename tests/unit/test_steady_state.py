@@ -15,7 +15,10 @@ from microbatch.protocols import Completion
 from microbatch.testing import Latency, ScriptedTransport, SimulatedModel, SimulatedTransport
 from microbatch.testing.quota import Quota
 
-pytestmark = pytest.mark.timeout(300)  # minutes on end are seconds of work, and many on a loaded machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+]  # minutes on end are seconds of work, and many on a loaded machine
 
 RPM, TPM = 1_000, 200_000
 MINUTES = 4
@@ -119,8 +122,7 @@ def assert_kept(model, watch, *, learning=0, least=0.95):
     return watch.used
 
 
-@pytest.mark.parametrize("charge", ["reserved", "used"])
-@pytest.mark.parametrize("max_tokens", [None, 16])
+@pytest.mark.parametrize(("charge", "max_tokens"), [("reserved", None), ("used", 16)])
 @pytest.mark.promise(of="limits")
 async def test_where_requests_bind(charge, max_tokens):
     model = simulated()

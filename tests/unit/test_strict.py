@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 import pydantic
 import pytest
+from helpers import each
 from msgspec import UNSET, Meta, Struct, UnsetType
 from output_types import ALL_TYPES, Colour, Level, Product, nodes
 
@@ -17,7 +18,7 @@ from microbatch.schema.strict import to_strict
 from microbatch.schema.validate import WELL_FORMED, misfit
 
 
-@pytest.mark.parametrize("output_type", ALL_TYPES, ids=str)
+@each("output_type", ALL_TYPES)
 def test_every_schema_from_a_type_keeps_to_the_strict_subset(output_type) -> None:
     kind = answer_type(output_type)
     for whole in (kind.schema, kind.batch_schema, kind.single_schema):
@@ -37,7 +38,7 @@ def test_every_schema_from_a_type_keeps_to_the_strict_subset(output_type) -> Non
             assert node is whole or "$defs" not in node
 
 
-@pytest.mark.parametrize("output_type", ALL_TYPES, ids=str)
+@each("output_type", ALL_TYPES)
 def test_no_definition_is_left_that_nothing_refers_to(output_type) -> None:
     schema = answer_type(output_type).schema
     referred = {node["$ref"].removeprefix("#/$defs/") for node in nodes(schema) if "$ref" in node}

@@ -7,6 +7,7 @@ import json
 import time
 
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,8 +113,8 @@ def test_nothing_but_a_beginning_is_ever_taken_away(text: str) -> None:
 DRAFT, ANSWER = '{"answer": "draft"}', '{"answer": "right"}'
 
 
-@pytest.mark.parametrize(("begin", "end"), PAIRS)
-@pytest.mark.parametrize(
+@each(("begin", "end"), PAIRS)
+@each(
     "text",
     [
         "{begin}Maybe {draft}?{end}{answer}",
@@ -154,8 +155,8 @@ def test_drafts_in_a_thought_without_an_answer_are_none() -> None:
 # Combined replies
 
 
-@pytest.mark.parametrize(("begin", "end"), PAIRS)
-@pytest.mark.parametrize(
+@each(("begin", "end"), PAIRS)
+@each(
     "text",
     [
         "{begin}First: {draft} no.{end}\n{answer}",
@@ -168,7 +169,7 @@ def test_drafts_in_a_thought_without_an_answer_are_none() -> None:
         "{answer}\n{begin}{draft}",
     ],
 )
-@pytest.mark.parametrize("early", [True, False])
+@each("early", [True, False])
 def test_no_draft_is_an_answer(begin: str, end: str, text: str, early: bool) -> None:
     """Whatever mark it is, whether or not there is a first one, and whether or not answers go out early."""
     said = text.format(

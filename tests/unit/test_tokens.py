@@ -16,6 +16,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def test_split_pattern_and_special_tokens_are_those_of_tiktoken(name, monkeypatc
 
 
 # The first five are from OpenAI's cookbook ("How to count tokens with tiktoken").
-@pytest.mark.parametrize(
+@each(
     ("text", "cl100k", "o200k"),
     [
         ("tiktoken is great!", 6, 6),
@@ -180,7 +181,7 @@ def test_an_interrupt_while_counting_is_not_swallowed(interrupt):
         counter.count("text")
 
 
-@pytest.mark.parametrize(
+@each(
     ("model", "name", "known"),
     [
         ("gpt-4o", "o200k_base", True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,17 +129,17 @@ BREAKS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "schema"), FITS)
+@each(("value", "schema"), FITS)
 def test_a_value_that_fits_has_no_reason(value, schema) -> None:
     assert misfit(value, schema) is None
 
 
-@pytest.mark.parametrize(("value", "schema", "reason"), BREAKS)
+@each(("value", "schema", "reason"), BREAKS)
 def test_a_value_that_does_not_fit_is_told_by_place_and_rule(value, schema, reason) -> None:
     assert misfit(value, schema) == reason
 
 
-@pytest.mark.parametrize(("value", "schema", "reason"), BREAKS)
+@each(("value", "schema", "reason"), BREAKS)
 def test_what_does_not_fit_fits_the_opposite(value, schema, reason) -> None:
     assert misfit(value, {"not": schema}, root=schema) is None
 

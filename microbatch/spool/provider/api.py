@@ -1,4 +1,4 @@
-"""OpenAI's files and batches over HTTP: each request tried again as long as that can do no harm."""
+"""OpenAI's files and batches over HTTP, with retries where they are safe."""
 
 from __future__ import annotations
 
@@ -22,19 +22,12 @@ T = TypeVar("T")
 
 ENDPOINT: Final = "/v1/chat/completions"
 PAGE: Final = 100
-# Results are compressed by nobody then: what a transport forwards it does not unpack.
+# A transport does not decompress what it forwards.
 _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity"}
 
 
 class RequestError(msgspec.Struct, frozen=True):
-    """What is wrong with the input of a batch.
-
-    Attributes:
-        code: The provider's word for it, or None.
-        message: What it says to people, or None.
-        param: The field, or None.
-        line: Number of the line, from 1; None if it is about all of it.
-    """
+    """An error in the input of a batch; `line` counts from 1 and is None if the error concerns the whole input."""
 
     code: str | None = None
     message: str | None = None
@@ -47,18 +40,7 @@ class _Errors(msgspec.Struct, frozen=True):
 
 
 class RemoteBatch(msgspec.Struct, frozen=True):
-    """A batch as the provider tells of it.
-
-    Attributes:
-        id: Its id.
-        status: How far it is.
-        created_at: When it was made, in seconds since 1970; 0 if that is not told.
-        input_file_id: The file that it reads.
-        output_file_id: The file with the replies, or None.
-        error_file_id: The file with what went wrong, or None.
-        metadata: What its maker keeps with it, or None.
-        errors: Why it failed, or None.
-    """
+    """A batch as the provider reports it; `created_at` is in seconds since 1970, and 0 if not reported."""
 
     id: str
     status: str
@@ -71,22 +53,17 @@ class RemoteBatch(msgspec.Struct, frozen=True):
 
     @property
     def is_over(self) -> bool:
-        """Whether it will not change any more."""
+        """Whether its status is final."""
         return self.status in ("completed", "failed", "expired", "cancelled")
 
     @property
     def complaints(self) -> list[RequestError]:
-        """What is wrong with its input."""
+        """The errors in its input."""
         return (self.errors.data or []) if self.errors is not None else []
 
 
 class BatchPage(msgspec.Struct, frozen=True):
-    """Some batches, newest first.
-
-    Attributes:
-        data: The batches.
-        has_more: Whether there are older ones.
-    """
+    """Some batches, newest first; `has_more` if there are older ones."""
 
     data: list[RemoteBatch]
     has_more: bool = False
@@ -96,40 +73,8 @@ class _Id(msgspec.Struct):
     id: str
 
 
-class BatchApi(Protocol):
-    """A provider's files and batches. Every method raises `RequestFailed` when it cannot do what it says."""
-
-    async def upload(self, name: str, content: bytes) -> str:
-        """Keep *content* as the input of a batch, under any *name*; return the file's id."""
-        ...
-
-    async def create(self, file_id: str, metadata: Mapping[str, str]) -> RemoteBatch:
-        """Make a batch.
-
-        Raises:
-            RequestFailed: It was not made, or nobody knows whether it was; see `is_ambiguous`.
-        """
-        ...
-
-    async def get(self, batch_id: str) -> RemoteBatch:
-        """Return a batch as it is now."""
-        ...
-
-    async def page(self, after: str | None = None) -> BatchPage:
-        """Return the batches made before *after*, or the newest, a page of them."""
-        ...
-
-    async def content(self, file_id: str) -> bytes:
-        """Return a file."""
-        ...
-
-    async def delete(self, file_id: str) -> None:
-        """Delete a file."""
-        ...
-
-
 class Response(Protocol):
-    """An answer, as a transport's `forward` yields it."""
+    """An HTTP response, as a transport's `forward` yields it."""
 
     status: int
     headers: Mapping[str, str]
@@ -145,21 +90,21 @@ class Forward(Protocol):
     def __call__(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> AbstractAsyncContextManager[Response]:
-        """Make one request, and yield its answer whatever its status."""
+        """Make one request, and yield the response whatever its status."""
         ...
 
 
 class OpenAIBatchApi:
-    """OpenAI's files and batches, and whoever copies them.
+    """OpenAI's files and batches, and compatible ones. Every method raises `RequestFailed` if it fails.
 
-    Failures that time may heal are waited out as the policy says, but for making a batch: where it is not known whether that
-    was done, doing it again might be billed twice.
+    Transient failures are retried as the policy says, except where the creation of a batch may have succeeded: a second one might be
+    billed.
 
     Args:
         forward: Makes one request.
-        refusal: Makes the error of an answer from its status, headers and body.
-        retry: How often and how long. There is no budget: these are few requests.
-        draw: Makes the jitter: numbers from 0 to 1.
+        refusal: Returns the error for a response's status, headers and body.
+        retry: Number of attempts and delays. There is no retry budget, as there are few requests.
+        draw: Returns random numbers from 0 to 1, for the jitter.
     """
 
     def __init__(
@@ -176,7 +121,10 @@ class OpenAIBatchApi:
         self._draw = draw
 
     async def upload(self, name: str, content: bytes) -> str:
-        """See `BatchApi.upload`; a file whose upload failed half way may be there all the same, under another id."""
+        """Upload *content* as the input of a batch, under any *name*; return the file's id.
+
+        A file whose upload failed may exist all the same, under another id.
+        """
         boundary = secrets.token_hex(16)
         parts = [
             _part(boundary, 'name="purpose"', b"batch"),
@@ -187,27 +135,31 @@ class OpenAIBatchApi:
         return _decoded(await self._ask("POST", "/files", b"".join(parts), headers), _Id).id
 
     async def create(self, file_id: str, metadata: Mapping[str, str]) -> RemoteBatch:
-        """See `BatchApi.create`."""
+        """Create a batch.
+
+        Raises:
+            RequestFailed: It was not created, or may have been; see `is_ambiguous`.
+        """
         asked = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h", "metadata": metadata}
         headers = {"Content-Type": "application/json"}
         raw = await self._ask("POST", "/batches", msgspec.json.encode(asked), headers, once=True)
         return _decoded(raw, RemoteBatch)
 
     async def get(self, batch_id: str) -> RemoteBatch:
-        """See `BatchApi.get`."""
+        """Return the present state of a batch."""
         return _decoded(await self._ask("GET", f"/batches/{quote(batch_id, safe='')}"), RemoteBatch)
 
     async def page(self, after: str | None = None) -> BatchPage:
-        """See `BatchApi.page`."""
+        """Return a page of the batches created before *after*, or of the newest."""
         query = urlencode({"limit": PAGE, **({} if after is None else {"after": after})})
         return _decoded(await self._ask("GET", f"/batches?{query}"), BatchPage)
 
     async def content(self, file_id: str) -> bytes:
-        """See `BatchApi.content`."""
+        """Return the content of a file."""
         return await self._ask("GET", f"/files/{quote(file_id, safe='')}/content")
 
     async def delete(self, file_id: str) -> None:
-        """See `BatchApi.delete`."""
+        """Delete a file."""
         await self._ask("DELETE", f"/files/{quote(file_id, safe='')}")
 
     async def _ask(
@@ -219,14 +171,9 @@ class OpenAIBatchApi:
         *,
         once: bool = False,
     ) -> bytes:
-        """Return the body of a successful answer.
+        """Return the body of a successful response.
 
-        Args:
-            method: The HTTP method.
-            path: The path below the base address.
-            body: What to send, or None.
-            headers: Its headers.
-            once: Whether an attempt that may have been successful must not be followed by another.
+        With *once*, an attempt that may have succeeded is not followed by another.
 
         Raises:
             RequestFailed: The last attempt's error.
@@ -256,7 +203,7 @@ class OpenAIBatchApi:
 
 
 def is_ambiguous(error: RequestFailed) -> bool:
-    """Return whether what was asked for may have been done, though *error* came of it."""
+    """Return whether a request that failed with *error* may have been executed."""
     return not isinstance(error, StatusError) or isinstance(error, ServerError)
 
 
@@ -269,6 +216,6 @@ def _decoded(raw: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        # The decoder's words quote no values, but its context may; so neither is passed on.
-        message = f"the answer is none of OpenAI's files and batches API ({type(error).__name__})"
+        # Without the decoder's error, whose context may quote values.
+        message = f"the response is not one of OpenAI's files and batches API ({type(error).__name__})"
         raise TransportError(message) from None

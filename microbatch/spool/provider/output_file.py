@@ -1,4 +1,4 @@
-"""From the files of a batch that is over to what has come of each of its requests."""
+"""Reads the output and error files of a finished batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from microbatch.spool.provider.replies import Replies
     from microbatch.spool.records import Delivery
 
-# Lines that are read before the event loop has its turn.
-_SLICE: Final = 16
+_SLICE: Final = 16  # lines between two turns of the event loop
 
 
 class _Error(msgspec.Struct):
@@ -36,81 +35,72 @@ class _Sent(msgspec.Struct):
     body: dict[str, Any]
 
 
-class Reader:
-    """Reads the files of batches.
+async def read_output(
+    batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], files: Iterable[bytes], replies: Replies
+) -> Results:
+    """Return the results of a batch.
 
     Args:
-        replies: Reads the replies to their lines.
+        batch: The batch, whose status is final.
+        content: The recorded content of its job.
+        tied: The requests that still wait for it, by the keys of their names.
+        files: Its output file and its error file.
+        replies: Reads the replies to the lines.
     """
+    results = Results()
+    rows = await _rows(files)
+    sent = (await content.file()).split(b"\n") if rows else []
+    absent = _absence(batch, content)
+    for number, line in enumerate(content.lines):
+        deliveries = [tied.get(name.key) for name in line.names]
+        waiting = [delivery for delivery in deliveries if delivery is not None]
+        row = rows.get(line.custom_id)
+        if not waiting:
+            continue
+        if row is None or row.response is None:
+            results.leave(waiting, absent(line, row))
+        else:
+            replies.take(row.response, line, deliveries, _body_at(sent, number), results)
+        if number % _SLICE == 0:
+            await asyncio.sleep(0)
+    return results
 
-    def __init__(self, replies: Replies) -> None:
-        self._replies = replies
 
-    async def read(
-        self, batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], files: Iterable[bytes]
-    ) -> Results:
-        """Return what *batch* has come to.
-
-        Args:
-            batch: The batch, which is over.
-            content: What was recorded of it.
-            tied: The requests that still wait for it, by the keys of their names.
-            files: Its output and its errors.
-        """
-        results = Results()
-        rows = await self._rows(files)
-        sent = (await content.file()).split(b"\n") if rows else []
-        absent = _absence(batch, content)
-        for number, line in enumerate(content.lines):
-            deliveries = [tied.get(name.key) for name in line.names]
-            waiting = [delivery for delivery in deliveries if delivery is not None]
-            row = rows.get(line.custom_id)
-            if not waiting:
-                continue
-            if row is None or row.response is None:
-                results.leave(waiting, absent(line, row))
-            else:
-                self._replies.take(row.response, line, deliveries, _body_at(sent, number), results)
+async def _rows(files: Iterable[bytes]) -> dict[str, _Row]:
+    """Return the rows of *files* by the names of their lines; the first of several counts."""
+    decode = msgspec.json.Decoder(_Row).decode
+    rows: dict[str, _Row] = {}
+    for file in files:
+        for number, raw in enumerate(file.split(b"\n"), 1):
+            try:
+                row = decode(raw)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                continue  # treated as missing
+            rows.setdefault(row.custom_id, row)
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
-        return results
-
-    @staticmethod
-    async def _rows(files: Iterable[bytes]) -> dict[str, _Row]:
-        """Return the rows of *files* by the lines that they are about; the first of several counts."""
-        decode = msgspec.json.Decoder(_Row).decode
-        rows: dict[str, _Row] = {}
-        for file in files:
-            for number, raw in enumerate(file.split(b"\n"), 1):
-                try:
-                    row = decode(raw)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                    continue  # its line is missing, and so told to its requests
-                rows.setdefault(row.custom_id, row)
-                if number % _SLICE == 0:
-                    await asyncio.sleep(0)
-        return rows
+    return rows
 
 
 def _absence(batch: RemoteBatch, content: Content) -> Callable[[Line, _Row | None], Why]:
-    """Return what tells why a line of *batch* has no reply."""
+    """Return a function that returns why a line of *batch* has no reply."""
     if batch.status == "failed":
         return _rejection(batch, content)
 
     def absent(_line: Line, row: _Row | None) -> Why:
         code = row.error.code if row is not None and row.error is not None else None
-        told = f"the batch {batch.status} without a reply" + (f" ({code})" if code else "")
-        # Whose time ran out, or who was called off, has done nothing wrong: no line of a batch knows of another.
-        return Why(told, counted=batch.status == "completed")
+        message = f"the batch {batch.status} without a reply" + (f" ({code})" if code else "")
+        # A line of an expired or cancelled batch did not cause that.
+        return Why(message, counted=batch.status == "completed")
 
     return absent
 
 
 def _rejection(batch: RemoteBatch, content: Content) -> Callable[[Line, _Row | None], Why]:
-    """Return what tells who is to blame for a batch that was refused: the lines that its errors name, if any."""
+    """As `_absence`, for a batch that was refused: the cause is the lines that its errors name, if any."""
     blamed: dict[str, Why] = {}
     for error in batch.complaints:
-        # A model that is not to be had is named by a line too, but is not that line's fault.
+        # An unavailable model is reported for one line, but was not caused by it.
         if error.line is not None and 0 < error.line <= len(content.lines) and error.param != "body.model":
             blamed[content.lines[error.line - 1].custom_id] = Why(f"the provider refused the line ({error.code})")
     codes = ", ".join(dict.fromkeys(str(error.code) for error in batch.complaints)) or "no reason was given"
@@ -119,5 +109,5 @@ def _rejection(batch: RemoteBatch, content: Content) -> Callable[[Line, _Row | N
 
 
 def _body_at(rows: Sequence[bytes], number: int) -> Callable[[], Mapping[str, Any]]:
-    """Return what returns the body of a line that was sent."""
+    """Return a function that returns the body of a sent line."""
     return lambda: msgspec.json.decode(rows[number], type=_Sent).body

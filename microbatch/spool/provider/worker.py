@@ -2,19 +2,18 @@
 
 Theory of operation
 -------------------
-Requests are taken from the spool, one stage at a time, and make up a *job*: a file of combined prompts, written as OpenAI's batch
-lines. The job is recorded in the spool, file and ids and all, before anything of it exists at the provider; from then on its requests
-are tied to it, and it is the job that is leased. Then the file is uploaded and the batch made, with the job's token in its metadata.
+Requests are taken from the spool, one stage at a time, and make up a *job*: a file of combined prompts as OpenAI's batch lines. The
+job is recorded in the spool, with its file and ids, before anything of it exists at the provider; from then on its requests are tied
+to it, and the job is leased instead of them. Then the file is uploaded and the batch created, with the job's token in its metadata.
 
-So there is a moment in which nobody knows whether the batch was made: when the answer to making it is lost, or the worker dies before
-it has recorded the batch's id. Whoever then takes care of the job looks the token up among the provider's batches before it makes
-another one. That the look-up comes some time after the attempt (the next poll, or the end of a dead worker's lease) lets a request
-that was still under way arrive.
+Whether the batch was created is unknown when the response is lost, or when the worker dies before it has recorded the batch's id. The
+worker that holds the job then searches the provider's batches for the token before it creates another one. As the search comes some
+time after the attempt (with the next poll, or after the lease of a dead worker), a request that was still under way can arrive.
 
-A batch that is over is read to its end before anything is stored. Answers go into the spool; what has none is put back: as counted if
-its line or its answer was at fault, so that it goes in half batches next and alone after that; as if it had not been taken if no
-request is to blame, and then nothing new is sent for a while. If the worker dies in between, the next one reads the batch again, and
-finds only those requests tied to the job that are still open.
+A finished batch is read completely before anything is stored. Answers go into the spool; unanswered requests are given back: counted
+if their line or their answer was at fault, so that they travel in half batches next and alone after that; uncounted if no request is
+the cause, followed by a pause before new jobs. If the worker dies meanwhile, the next one reads the batch again, and finds only the
+requests tied to the job that are still open.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import anyio
-import msgspec
 
 from microbatch.errors import RequestFailed, StorageError
 from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy, at_least, whole
 from microbatch.prompt.compose import draw_endings
+from microbatch.spool.endpoint import Pause, wait
 from microbatch.spool.provider.input_file import Composer, Writes
-from microbatch.spool.provider.jobs import AT_ONCE, Jobs, pieces
-from microbatch.spool.provider.output_file import Reader
+from microbatch.spool.provider.jobs import AT_ONCE, Jobs, give_back, pieces
 from microbatch.spool.provider.replies import Reads, Replies
-from microbatch.spool.records import LEASE, Stage
-from microbatch.spool.rest import PARTING, RENEWALS, Rest, wait
+from microbatch.spool.records import LEASE, PARTING, Stage
+from microbatch.spool.worker import Done, renew_leases, run_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from microbatch.spool.provider.api import BatchApi
+    from microbatch.spool.provider.api import OpenAIBatchApi
     from microbatch.spool.provider.jobs import Ended, Held
     from microbatch.spool.provider.replies import Pricing
     from microbatch.spool.records import Delivery, Spool
@@ -60,30 +59,24 @@ MAX_REQUESTS: Final = 20_000
 MAX_JOBS: Final = 8
 """Most jobs that one worker has under way."""
 
-LONGEST_REST: Final = 600.0
-"""Most seconds without a new job after failures that are no request's fault; the first rest is as long as a poll."""
+LONGEST_PAUSE: Final = 600.0
+"""Seconds of the longest pause without a new job after failures that no request caused; the first is as long as a poll."""
 
 
 class Wire(Writes, Reads, Protocol):
-    """What writes and reads the bodies of lines: see `BatchWire`."""
+    """Writes and reads the bodies of lines: see `BatchWire`."""
 
 
-class Tally(msgspec.Struct):
-    """What a worker has done so far.
+class Tally(Done):
+    """Figures of a worker.
 
     Attributes:
-        answered: Requests whose answers it stored.
-        failed: Requests put back because they failed; each counts as often as it did.
-        returned: Requests put back for reasons that were not theirs.
         jobs: Jobs begun.
         lines: Prompts in them.
-        usage: The tokens that the provider reported.
-        cost_usd: What they cost, in US dollars; None once a price is unknown.
+        usage: The usage that the provider reported.
+        cost_usd: Its price in US dollars; None once a price is unknown.
     """
 
-    answered: int = 0
-    failed: int = 0
-    returned: int = 0
     jobs: int = 0
     lines: int = 0
     usage: Usage = Usage()
@@ -97,21 +90,21 @@ class ProviderBatches:
         spool: The spool, open.
         api: The provider's files and batches.
         wire: Writes and reads the bodies of lines.
-        policy: How much one prompt may hold; nothing else of it concerns batches.
-        price: What prices a model's usage, at the usual price, of which batches cost half.
-        count: Counts a text's tokens; None takes its bytes, which bound them, so that prompts are smaller than they might be.
-        canary: Whether each combined prompt ends in an item whose only right answer is a random word; a reply that gets it wrong is
-            distrusted as a whole.
+        policy: The size limits of one prompt; its other fields have no effect.
+        price: Returns the price function of a model, at the usual price, of which batches cost half.
+        count: Counts a text's tokens; None for its bytes, an upper bound, which makes prompts smaller than necessary.
+        canary: Whether each combined prompt ends in an item that asks for a random word; a reply with another answer to it is
+            discarded as a whole.
         lease: Seconds for which requests and jobs are taken; renewed while `run` runs.
-        poll_interval: Seconds between two looks at the batches that are under way, and into an empty spool.
+        poll_interval: Seconds between two looks at the batches under way, and into an empty spool.
         max_requests: Most requests of a job.
         max_jobs: Most jobs under way here.
-        until_empty: End when nothing is left in the spool, not even in the hands of other workers; else go on for ever.
-        progress: Called with the figures so far whenever they change.
-        draw: Where id endings come from.
+        until_empty: End when the spool holds no unanswered requests, those of other workers included; otherwise run until stopped.
+        progress: Called with the figures whenever they change.
+        draw: Source of id endings.
 
     Attributes:
-        done: What was done so far.
+        done: The figures.
 
     Raises:
         ConfigError: A number is out of range.
@@ -120,7 +113,7 @@ class ProviderBatches:
     def __init__(
         self,
         spool: Spool,
-        api: BatchApi,
+        api: OpenAIBatchApi,
         wire: Wire,
         *,
         policy: FlushPolicy | None = None,
@@ -141,7 +134,7 @@ class ProviderBatches:
         self._spool = spool
         self._api = api
         self._composer = Composer(wire, policy or FlushPolicy(), count=count, canary=canary, draw=draw)
-        self._jobs = Jobs(spool, api, Reader(Replies(wire, price, count)), self._count)
+        self._jobs = Jobs(spool, api, Replies(wire, price, count), self._count)
         self._lease = lease
         self._poll_interval = poll_interval
         self._max_requests = self._most = max_requests
@@ -151,34 +144,23 @@ class ProviderBatches:
         self._turns = deque(Stage)
         self._taken: dict[str, Delivery] = {}
         self._stopping = asyncio.Event()
-        self._rest = Rest("no new batch job", first=poll_interval, longest=LONGEST_REST)
-
-    # --- the loop
+        self._pause = Pause("no new batch job", first=poll_interval, longest=LONGEST_PAUSE)
 
     def stop(self) -> None:
-        """Begin nothing more; `run` returns soon. Batches that are under way stay so, and whoever runs next reads them."""
+        """Begin nothing more; `run` returns soon. Batches under way continue, and the next worker reads them."""
         self._stopping.set()
 
     async def run(self) -> None:
         """Submit and poll until stopped, or until the spool is empty if that is wanted.
 
-        In the end, and when cancelled, what was taken is given back as if it had not been, and jobs are free for others. A spool
-        or a provider that cannot be used is tried again after a rest.
+        At the end, and when cancelled, requests that were taken are given back uncounted, and jobs are free for others. A spool or a
+        provider that fails is tried again after a pause.
 
         Raises:
             ConfigError: Requests name no model, and neither does the transport.
         """
-        failure: Exception | None = None
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._keep_leases)
-                try:
-                    await self._work()
-                except Exception as error:  # noqa: BLE001 raised below: out of the group it would come as one
-                    failure = error
-                tasks.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+            await run_with(self._work, partial(renew_leases, self._renew, self._lease))
         finally:
             with anyio.move_on_after(PARTING, shield=True):
                 await self._let_go()
@@ -192,43 +174,36 @@ class ProviderBatches:
                 if self._until_empty and not self._jobs.held and not (await self._spool.counts()).depth:
                     return
             except StorageError as error:
-                self._rest.take(str(error))
+                self._pause.begin(str(error))
             if not submitted:
                 await wait(self._stopping, self._poll_interval)
 
-    async def _keep_leases(self) -> None:
-        while True:
-            await asyncio.sleep(self._lease / RENEWALS)
-            try:
-                await self._spool.renew(list(self._taken.values()), lease=self._lease)
-                await self._spool.renew_jobs(list(self._jobs.held), lease=self._lease)
-            except StorageError as error:
-                logger.warning("leases could not be renewed, others may take what is under way here: %s", error)
+    async def _renew(self) -> None:
+        await self._spool.renew(list(self._taken.values()), lease=self._lease)
+        await self._spool.renew_jobs(list(self._jobs.held), lease=self._lease)
 
     async def _let_go(self) -> None:
         try:
-            await self._put_back(list(self._taken.values()), "the worker has stopped", counted=False)
+            await self._give_back(list(self._taken.values()), "the worker has stopped", counted=False)
             await self._spool.renew_jobs(list(self._jobs.held), lease=0.0)
         except StorageError as error:
-            logger.warning("what was under way could not be given back, and is free when its leases run out: %s", error)
+            logger.warning("what was under way could not be given back, and is free when its leases expire: %s", error)
         self._jobs.held.clear()
 
-    # --- to the provider
-
     async def submit_some(self) -> bool:
-        """Take requests from the spool and make batches of them; return whether there was anything to do.
+        """Take requests from the spool and create batches of them; return whether there was anything to do.
 
         Raises:
-            ConfigError: Requests name no model, and neither does the transport; they are put back.
-            StorageError: The spool failed. What was taken is put back, or free when its lease runs out; jobs that were recorded go on.
+            ConfigError: Requests name no model, and neither does the transport; they are given back.
+            StorageError: The spool failed. Taken requests are given back, or free when their leases expire; recorded jobs continue.
         """
-        if len(self._jobs.held) >= self._max_jobs or self._rest.on:
+        if len(self._jobs.held) >= self._max_jobs or self._pause.left:
             return False
         try:
             await self._take()
             drafts, rejected = await self._composer.drafts(list(self._taken.values()))
             for one in rejected:
-                await self._put_back([one.delivery], one.error, counted=True)
+                await self._give_back([one.delivery], one.error, counted=True)
             begun: list[Held] = []
             for draft in drafts:
                 begun.append(await self._jobs.begin(draft, lease=self._lease))
@@ -239,14 +214,14 @@ class ProviderBatches:
                 self._count()
         except Exception:
             with contextlib.suppress(StorageError):
-                await self._put_back(list(self._taken.values()), "the worker failed", counted=False)
+                await self._give_back(list(self._taken.values()), "the worker failed", counted=False)
             raise
         for held in begun:
             await self._guarded(held, self._jobs.launch(held))
         return bool(begun or rejected)
 
     async def _take(self) -> None:
-        """Take requests of one stage. Suspects travel with suspects, even if it is the worker that they bring down."""
+        """Take requests of one stage: suspects travel with suspects, even if they bring the worker down."""
         for _ in Stage:
             stage = self._turns[0]
             self._turns.rotate(-1)
@@ -259,13 +234,11 @@ class ProviderBatches:
             if self._taken:
                 return
 
-    # --- and back
-
     async def poll(self) -> bool:
-        """Look after all jobs, those left by dead workers included; return whether any of them has ended.
+        """Take the next step of all jobs, those left by dead workers included; return whether any of them has ended.
 
         Raises:
-            StorageError: The spool failed; what could not be stored now is read again by the next poll.
+            StorageError: The spool failed; results that could not be stored are read again by the next poll.
         """
         await self._jobs.adopt(self._max_jobs, lease=self._lease)
         ended = False
@@ -277,15 +250,15 @@ class ProviderBatches:
         return ended
 
     async def _guarded(self, held: Held, step: Coroutine[Any, Any, T]) -> T | None:
-        """Take a step for one job; others have theirs even if the provider fails."""
+        """Take a step of one job; if the provider fails, pause and return None."""
         try:
             return await step
         except RequestFailed as error:
-            self._rest.take(f"batch job {held.token}: {type(error).__name__}: {error}")
+            self._pause.begin(f"batch job {held.token}: {type(error).__name__}: {error}")
             return None
 
     def _learn(self, end: Ended) -> None:
-        """Draw conclusions from how a job ended."""
+        """Adapt the size of jobs and the pause to how a job ended."""
         if any(error.code == "token_limit_exceeded" for error in end.batch.complaints):
             # More than the provider lets wait at once; nothing of it was run.
             self._most = max(1, end.requests // 2)
@@ -293,26 +266,21 @@ class ProviderBatches:
             self._most = min(self._max_requests, 2 * self._most)
         results, done = end.results, self.done
         if results.answers:
-            self._rest.end()
+            self._pause.reset()
         if results.trouble is not None:
-            self._rest.take(results.trouble)
+            self._pause.begin(results.trouble)
         done.usage += results.usage
         known = results.cost_usd is not None and done.cost_usd is not None
         done.cost_usd = (done.cost_usd or 0.0) + (results.cost_usd or 0.0) if known else None
         self._count()
 
-    # --- what was taken
-
-    async def _put_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
+    async def _give_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
         for piece in pieces(deliveries):
-            await self._spool.give_back(piece, error=error, counted=counted)
+            await give_back(self._spool, piece, error, counted=counted, count=self._count)
             for delivery in piece:
                 self._taken.pop(delivery.item.name.key, None)
-            self._count(**{"failed" if counted else "returned": len(piece)})
 
-    def _count(self, *, answered: int = 0, failed: int = 0, returned: int = 0) -> None:
-        self.done.answered += answered
-        self.done.failed += failed
-        self.done.returned += returned
+    def _count(self, **more: int) -> None:
+        self.done.add(**more)
         if self._progress is not None:
             self._progress(self.done)

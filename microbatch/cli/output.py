@@ -1,0 +1,328 @@
+"""The output of `run`: one line per item, on disk within half a second, from which a run can be resumed after a crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import threading
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+
+import msgspec
+
+from microbatch.cli.console import UsageError
+from microbatch.cli.input import id_digest
+from microbatch.errors import RequestFailed, StatusError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+    from types import TracebackType
+
+    from microbatch.messages import Reply
+
+SYNC_SECONDS: Final = 0.5
+_BLOCK: Final = 65_536
+
+
+class NotWritten(Exception):
+    """The output cannot be written any further. Lines written before it stand."""
+
+
+# --- lines
+
+
+def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = None) -> dict[str, Any]:
+    """Return the output line of the item *name*; *digest* is that of its question, None leaves it out.
+
+    A reply that holds more than its text (tool calls, several choices, log probabilities, audio) is added as `body`.
+    """
+    line = {
+        "custom_id": name,
+        "output": output,
+        "error": None,
+        "route": reply.route,
+        "usage": msgspec.to_builtins(reply.usage),
+        "cost_usd": reply.cost_usd,
+    }
+    if digest is not None:
+        line["digest"] = digest
+    if reply.body is not None and _holds_more_than_text(reply.body):
+        line["body"] = reply.body
+    return line
+
+
+def failure_line(name: str, error: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
+    """Return the output line of an item without an answer; see `answer_line`."""
+    line = {"custom_id": name, "output": None, "error": error, "route": None, "usage": None, "cost_usd": None}
+    return line if digest is None else line | {"digest": digest}
+
+
+class _Message(msgspec.Struct, frozen=True):
+    tool_calls: Any = None
+    function_call: Any = None
+    audio: Any = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message = _Message()
+    logprobs: Any = None
+
+
+class _Body(msgspec.Struct):
+    choices: list[_Choice] = []
+
+
+def _holds_more_than_text(body: dict[str, Any]) -> bool:
+    try:
+        choices = msgspec.convert(body, _Body).choices
+    except msgspec.ValidationError:
+        return True
+    return len(choices) > 1 or any(choice.logprobs or choice.message != _Message() for choice in choices)
+
+
+def error_object(error: Exception) -> dict[str, Any]:
+    """Return *error* as an object for an output line, without a prompt, a body or a key."""
+    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, RequestFailed):
+        described["attempts"] = error.attempts
+    if isinstance(error, StatusError):
+        described |= {"status": error.status, "code": error.code, "request_id": error.request_id}
+    return described
+
+
+# --- the file
+
+
+class Row(msgspec.Struct, frozen=True):
+    """The offset of an answer's line, and the digest of its question; None if an older release wrote the line."""
+
+    start: int
+    digest: str | None
+
+
+class Rows(msgspec.Struct):
+    """The answers in an output, without lines of errors.
+
+    Attributes:
+        by_id: By the digest of the id: its last line, if that is an answer.
+        by_question: By the digest of the question: its last answer, under any id.
+        cut: Bytes of an incomplete last line, which were cut off.
+    """
+
+    by_id: dict[int, Row] = {}
+    by_question: dict[str, Row] = {}
+    cut: int = 0
+
+
+class OutputFile:
+    """The output file, created if it is missing, and locked while it is open.
+
+    Each line is written whole and at once. A thread calls fsync every half second, because the event loop must not wait for that.
+
+    Raises:
+        UsageError: The file cannot be written, or another run is writing to it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.written = 0
+        self._file = _open_locked(path)
+        self._unsynced = threading.Event()
+        self._closing = threading.Event()
+        self._failure: OSError | None = None
+        self._syncing: threading.Thread | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._file).st_size
+
+    def rows(self) -> Rows:
+        """Return the answers in the file, and cut off an incomplete last line. Raise `UsageError` if a line is not from a run."""
+        found, start = Rows(), 0
+        with Path(self.path).open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    found.cut = len(raw)
+                    os.ftruncate(self._file, start)
+                    break
+                name, line = _parse(raw, f"{self.path}: line {number}")
+                if line["error"] is not None:
+                    found.by_id.pop(id_digest(name), None)
+                else:
+                    question = line.get("digest")
+                    row = Row(start, question if isinstance(question, str) else None)
+                    found.by_id[id_digest(name)] = row
+                    if row.digest is not None:
+                        found.by_question[row.digest] = row
+                start += len(raw)
+        return found
+
+    def row_at(self, start: int, name: str) -> dict[str, Any]:
+        """Return the line at the offset *start*, with the id *name*."""
+        with Path(self.path).open("rb") as file:
+            file.seek(start)
+            line: dict[str, Any] = msgspec.json.decode(file.readline())
+        return line | {"custom_id": name}
+
+    def replace(self, rows: Iterable[tuple[int, str]], aside: Path) -> None:
+        """Replace the file by one that holds only *rows*, once that is on the disk, and keep the old one under the name *aside*.
+
+        A row is the offset of a line and its id in the new file. Raise `UsageError` if one of the files cannot be written.
+        """
+        draft = Path(self.path + ".new")
+        new = _open_locked(str(draft), os.O_TRUNC)
+        try:
+            shutil.copyfile(self.path, aside)
+            for start, name in rows:
+                _write_all(new, msgspec.json.encode(self.row_at(start, name)) + b"\n")
+            os.fsync(new)
+            draft.replace(self.path)
+        except BaseException as error:
+            os.close(new)
+            draft.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UsageError(f"cannot rewrite {self.path!r}: {error.strerror}") from None
+            raise
+        old, self._file = self._file, new
+        os.close(old)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append *line*. Raise `NotWritten` if this line or an earlier one cannot be written."""
+        self._check()
+        try:
+            _write_all(self._file, msgspec.json.encode(line) + b"\n")
+        except OSError as error:
+            raise NotWritten(f"cannot write {self.path!r}: {error.strerror}") from error
+        self.written += 1
+        self._unsynced.set()
+        if self._syncing is None:
+            self._syncing = threading.Thread(target=self._keep_synced, name="microbatch-fsync", daemon=True)
+            self._syncing.start()
+
+    def _keep_synced(self) -> None:
+        while not self._closing.is_set():
+            self._unsynced.wait()
+            self._unsynced.clear()
+            self._sync()
+            self._closing.wait(SYNC_SECONDS)
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._failure = error
+
+    def close(self) -> None:
+        """Sync and close the file, and write it again if it was deleted meanwhile.
+
+        Raise `NotWritten` if not all of it may be on the disk, or another file has its name; the message says where the answers are.
+        """
+        self._closing.set()
+        self._unsynced.set()
+        if self._syncing is not None:
+            self._syncing.join()
+            self._sync()
+        try:
+            self._restore()
+        finally:
+            os.close(self._file)
+        self._check()
+
+    def _restore(self) -> None:
+        """Write the file again if it was deleted or replaced."""
+        path, ours = Path(self.path), os.fstat(self._file)
+        replaced = path.exists()
+        if not self.written or (replaced and os.path.samestat(path.stat(), ours)):
+            return
+        name = next(free_names(self.path)) if replaced else path
+        try:
+            with replacing(name) as file:
+                for start in range(0, ours.st_size, _BLOCK):
+                    file.write(os.pread(self._file, _BLOCK, start))
+        except OSError as error:
+            what = f"{self.path!r} was deleted while it was written, and cannot be restored"
+            raise NotWritten(f"{what}: {error.strerror}") from error
+        if replaced:
+            what = f"{self.path!r} was replaced by another file while it was written"
+            raise NotWritten(f"{what}; the answers are in {str(name)!r}")
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise NotWritten(f"cannot write {self.path!r}: {self._failure.strerror}") from self._failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[BinaryIO]:
+    """Open a draft of *path* for writing, which takes its name once the block has ended and it is on the disk."""
+    draft = path.with_name(path.name + ".new")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def free_names(path: str) -> Iterator[Path]:
+    """Yield names beside *path* that are free."""
+    numbered = (Path(f"{path}.old{number}") for number in count(1))
+    return (name for name in numbered if not name.exists())
+
+
+def _write_all(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _parse(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
+    """Return the id of an output line, and the line."""
+    try:
+        line = msgspec.json.decode(raw, type=dict[str, Any])
+        name = line["custom_id"]
+        if isinstance(name, str) and "output" in line and "error" in line:
+            return name, line
+    except (ValueError, LookupError, RecursionError):
+        pass
+    raise UsageError(f"{where} was not written by `microbatch run`; is -o the right file?")
+
+
+def _open_locked(path: str, flags: int = 0) -> int:
+    """Open a regular file for appending, with an exclusive lock, and return its descriptor. Raise `UsageError` if that fails."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        raise UsageError(f"cannot write {path!r}: {error.strerror}") from None
+    try:
+        _check_and_lock(file, path)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_and_lock(file: int, path: str) -> None:
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise UsageError(f"-o {path!r} must be a file, so that a run can be resumed from it")
+    try:
+        import fcntl  # noqa: PLC0415 not on Windows
+    except ImportError:  # pragma: no cover - Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"another run is writing {path!r}") from None

@@ -1,0 +1,60 @@
+"""Replies that are not quite of the documented types are read all the same; what cannot be read leaves a gap."""
+
+from __future__ import annotations
+
+import pytest
+
+from microbatch.messages import Usage
+from microbatch.transports.reply_reader import GAP, ReplyReader
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (b'{"choices":[{"delta":{"content":"a"}}]}', "a"),
+        (b'{"choices":[{"delta":{"content":1.50}}]}', "1.50"),
+        (b'{"choices":[{"index":"0","delta":{"content":true}}]}', "true"),
+        (b'{"choices":[{"index":"1.0","delta":{"content":7}}]}', ""),
+        (b'{"choices":[{"index":"first","delta":{"content":7}}]}', "7"),
+        (b'{"choices":[{"delta":{"content":"a","refusal":5}}]}', "a"),
+        (b'{"choices":[{"delta":{"content":"a"}}],"system_fingerprint":NaN}', "a"),
+        (b'{"choices":[null,{"index":1}],"created":NaN}', ""),
+        (b'{"choices":[{"delta":{"content":[{"type":"thinking","text":"x"},{"text":"a"},5]}}]}', "a5"),
+        (b'{"choices":null,"created":NaN}', ""),
+    ],
+)
+def test_unusual_types_are_read(event: bytes, text: str) -> None:
+    assert ReplyReader().event(event) == text
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"{",
+        b"[1]",
+        b'{"choices":{}}',
+        b'{"choices":[5]}',
+        b'{"choices":[{"delta":5}]}',
+        b'{"choices":[{"message":[]}]}',
+        b'{"choices":[{"delta":{"content":[["a"]]}}]}',
+    ],
+)
+def test_what_is_no_chat_completion_leaves_a_gap(event: bytes) -> None:
+    reader = ReplyReader()
+    assert reader.event(b'{"choices":[{"delta":{"content":"a"}}]}') == "a"
+    assert reader.event(event) == GAP
+    assert reader.completion(None).damaged
+
+
+def test_the_end_of_a_cut_stream_is_no_damage() -> None:
+    reader = ReplyReader()
+    assert reader.event(b'{"choices":[{"del', torso=True) == ""
+    assert not reader.completion(None).damaged
+
+
+def test_bookkeeping_is_kept_whatever_the_rest_is_like() -> None:
+    reader = ReplyReader()
+    event = b'{"choices":[{"delta":{"content":3}}],"model":"m","usageMetadata":{"promptTokenCount":3,"x":NaN}}'
+    assert reader.event(event) == "3"
+    completion = reader.completion("r-1")
+    assert (completion.model, completion.usage, completion.request_id) == ("m", Usage(3, 0), "r-1")
