@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.lane_history import TokenScale
-from microbatch.batching.overhead import (
-    MAX_COUNTED_CHARS,
-    assumed_overhead,
-    estimate,
-    message_tokens,
-    shared_tokens,
-)
+from microbatch.batching.overhead import MAX_COUNTED_CHARS, assumed_overhead, estimate, message_tokens, shared_tokens
 from microbatch.batching.ticket import Charge
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
