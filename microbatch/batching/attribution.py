@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from microbatch.batching.call_state import Batch, CallState
     from microbatch.batching.estimates import Estimates
     from microbatch.batching.lane_history import LaneHistory
+    from microbatch.batching.overhead import PromptOverhead
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import Completion
 
@@ -159,11 +160,7 @@ class UsageAttribution:
                 shares = zip(call_cost.shares, answered, strict=True)
                 history.record_answers([share.completion_tokens for share, got in shares if got])
             history.record_thinking(usage)
-            overhead = history.overhead
-            if overhead is None:
-                exact = self._exact(batch.call.model)
-                overhead = measure_overhead(batch.combined, batch.tickets, usage, self._count, exact=exact)
-                history.record_overhead(overhead)
+            overhead = history.measured_overhead(lambda: self._measure(batch, usage))
             text_share = sum(line for line, got in zip(lines, answered, strict=True) if got) / sum(lines)
             alone = overhead.alone(usage, asked=len(answered), answered=sum(answered), answered_share=text_share)
         self._ledger.pay(usage, alone, price)
@@ -176,6 +173,10 @@ class UsageAttribution:
         for ticket, single in zip(batch.tickets, singles, strict=True):
             self._record_joined(ticket, single, price)
         return singles
+
+    def _measure(self, batch: Batch, usage: Usage) -> PromptOverhead:
+        exact = self._exact(batch.call.model)
+        return measure_overhead(batch.combined, batch.tickets, usage, self._count, exact=exact)
 
     def _record_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Record what the requests that have joined *ticket* would have cost, each as much as *alone*."""

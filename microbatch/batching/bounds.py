@@ -271,12 +271,7 @@ class Bounds:
                 model.reasons = True
 
     def _at_the_bound(
-        self,
-        spec: Settings,
-        history: LaneHistory,
-        outcome: CallOutcome,
-        sent: int,
-        fresh: Callable[[], int | None],
+        self, spec: Settings, history: LaneHistory, outcome: CallOutcome, sent: int, fresh: Callable[[], int | None]
     ) -> tuple[bool, bool]:
         """Return whether a reply that ended at the bound *sent* is asked for again, and whether the model has run away."""
 

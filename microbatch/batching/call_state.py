@@ -76,10 +76,9 @@ class CallState:
         self, step: Callable[[], Coroutine[Any, Any, T]]
     ) -> tuple[T | None, RequestFailed | ConfigError | None]:
         """Await *step* as long as any caller waits; return its result or its error, neither if all callers have left."""
-        task = asyncio.current_task()
-        if self.waiting <= 0 or task is None:
+        if self.waiting <= 0:
             return None, None
-        cancelling = task.cancelling()
+        cancelling = _cancel_requests()
         scope = self._scope = asyncio.timeout(None)  # `stop` and `linger` set its time
         try:
             async with scope:
@@ -91,7 +90,7 @@ class CallState:
                 return None, None
             raise
         except asyncio.CancelledError as error:
-            if task.cancelling() > cancelling:
+            if _cancel_requests() > cancelling:
                 raise
             # The task was not cancelled: a scope or a task within the transport was.
             failure = TransportError("the transport cancelled the call")
@@ -134,6 +133,11 @@ class CallState:
             if self._ended is None:
                 self._ended = anyio.Event()
             await self._ended.wait()
+
+
+def _cancel_requests() -> int:
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 class Batch:

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.lane_history import TokenScale
-from microbatch.batching.overhead import (
-    MAX_COUNTED_CHARS,
-    assumed_overhead,
-    estimate,
-    message_tokens,
-    shared_tokens,
-)
+from microbatch.batching.overhead import MAX_COUNTED_CHARS, assumed_overhead, estimate, message_tokens, shared_tokens
 from microbatch.batching.ticket import Charge
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
@@ -97,8 +91,7 @@ class Estimates:
 
     def measure(self, spec: Spec, history: LaneHistory) -> None:
         """Count the messages that the requests of a lane share, once."""
-        if history.shared_tokens is None:
-            history.record_shared(shared_tokens(spec.shared, self._count))
+        history.measure_shared(lambda: shared_tokens(spec.shared, self._count))
 
     def prompt_of(self, spec: Spec, history: LaneHistory, tokens: int) -> int:
         """Return the prompt's tokens of a combined call whose lines have *tokens*, by our own count."""

@@ -77,8 +77,7 @@ class LaneHistory(msgspec.Struct):
     Attributes:
         batch_size: Most requests of a batch, lowered when replies are damaged or hit the token limit; None until then.
         max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then.
-        answers: Tokens of the latest answers.
-        answer_tokens: Their 95th percentile, as of the latest ranking.
+        answer_tokens: The 95th percentile of the latest answers, as of the latest ranking.
         unranked: Answers recorded since.
         thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
         thinking: Their part of that reply, from 0 to 1.
@@ -126,6 +125,17 @@ class LaneHistory(msgspec.Struct):
         revised, self.revised = self.revised, False
         return revised
 
+    def measure_shared(self, count: Callable[[], int]) -> None:
+        """Count the messages that the requests share, once."""
+        if self.shared_tokens is None:
+            self.shared_tokens = count()
+
+    def measured_overhead(self, measure: Callable[[], PromptOverhead]) -> PromptOverhead:
+        """Return what surrounds the requests, measured once."""
+        if self.overhead is None:
+            self.overhead = measure()
+        return self.overhead
+
     # --- lengths
 
     def record_answers(self, tokens: Sequence[int]) -> None:
@@ -162,10 +172,6 @@ class LaneHistory(msgspec.Struct):
         known = tokens if self.single_tokens is None else self.single_tokens
         # Up fast and down slowly, so that it stays above most of them.
         self.single_tokens = known + (tokens - known) * (_UP if tokens > known else _DOWN)
-
-    def record_shared(self, tokens: int) -> None:
-        """Record the tokens of the messages that the requests share."""
-        self.shared_tokens = tokens
 
     def record_limits(self, limits: TokenLimits) -> None:
         """Record what a refusal said of the account's limits."""
@@ -216,10 +222,6 @@ class LaneHistory(msgspec.Struct):
     def count_calls(self, count: int) -> None:
         """Add *count* calls that asked again."""
         self.economics.calls += count
-
-    def record_overhead(self, overhead: PromptOverhead) -> None:
-        """Record what surrounds the requests."""
-        self.overhead = overhead
 
     def record_cost(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
         """Record what a call has cost; see `LaneEconomics.record`."""

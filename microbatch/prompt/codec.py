@@ -78,11 +78,7 @@ class ChatCodec:
         self._keep_thoughts = keep_thoughts
 
     def compose(
-        self,
-        settings: Settings,
-        shared: Sequence[Mapping[str, Any]],
-        lines: Sequence[bytes],
-        bound: int | None = None,
+        self, settings: Settings, shared: Sequence[Mapping[str, Any]], lines: Sequence[bytes], bound: int | None = None
     ) -> CombinedCall:
         """Return a combined call.
 

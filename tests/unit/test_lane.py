@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from microbatch.batching.batch_limits import Budget, FlushReason
 from microbatch.batching.lane import Lane
-from microbatch.batching.lane_history import LaneHistories, LaneHistory
+from microbatch.batching.lane_history import LaneHistories, LaneHistory, TokenScale
 from microbatch.batching.ticket import NEVER, NORMAL, InFlightIndex, Spec, Ticket, Waiter
 from microbatch.errors import ConfigError
 from microbatch.policy import RetryPolicy
@@ -420,3 +420,44 @@ def test_what_was_learned_is_kept_for_the_lanes_used_last():
 @pytest.mark.parametrize(("max_tokens", "reserve"), [(1, 18), (10, 28), (100, 136), (101, 138)])
 def test_an_answers_reserve_is_its_limit_with_room_for_escapes_and_framing(max_tokens, reserve):
     assert output_reserve(max_tokens) == reserve
+
+
+def test_a_long_prompt_shows_the_ratio_of_the_counts_and_a_short_one_what_is_added():
+    scale = TokenScale()
+    assert scale.of(1_000) == 1_000
+    scale.learn(1_000, 1_500)  # the first report counts fully
+    assert scale.of(1_000) == 1_500
+    scale.learn(1_000, 500)
+    assert scale.of(1_000) == 1_000
+    short = TokenScale()
+    short.learn(10, 30)
+    assert short.of(10) == 30
+    assert short.of(1_000) == 1_020
+    short.learn(1_000, 10_000)
+    assert short.of(1_000) < 3_000  # no report is believed to more than four times our count
+
+
+def test_a_refused_prompt_raises_the_scale_and_never_lowers_it():
+    scale = TokenScale()
+    scale.raise_to(1_000, 2_000)
+    assert scale.of(1_000) == 2_000
+    scale.raise_to(1_000, 1_500)
+    assert scale.of(1_000) == 2_000
+    scale.raise_to(10, 1_000)
+    assert scale.of(10) == 40
+
+
+def test_a_suspended_lane_tries_combining_again_and_one_fruitless_reply_suspends_it_once_more():
+    history = LaneHistory()
+    for _ in range(2):
+        assert not history.is_useless(complete=True)
+        history.record_outcome(good=False, judged=True)
+    assert history.is_useless(complete=False)
+    history.suspend()
+    assert not history.is_useless(complete=True)
+    while history.suspended_for:
+        assert history.consume_suspension()
+    assert not history.consume_suspension()
+    assert not history.is_useless(complete=True)
+    history.record_outcome(good=False, judged=True)
+    assert history.is_useless(complete=True)
