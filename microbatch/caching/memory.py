@@ -79,10 +79,7 @@ class MemoryCache:
 
     def _evict(self, now: float) -> None:
         most = self._max_entries or len(self._entries)
-        while self._bytes > self._max_bytes or len(self._entries) > most:
-            oldest = self._entries.oldest()
-            if oldest is None:
-                break
+        while (oldest := self._entries.oldest()) and (self._bytes > self._max_bytes or len(self._entries) > most):
             key, (_, expires) = oldest
             self._drop(key)
             self.evictions += expires > now

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import re
 import secrets
+from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from microbatch.errors import ConfigError, StorageError
 from microbatch.policy import at_least, whole
-from microbatch.spool import redis_scripts as scripts
 from microbatch.spool.records import (
     KEEP,
+    LOST,
     MAX_ALONE,
+    OVERDUE,
     Counts,
     DeadLetter,
     Delivery,
@@ -40,6 +44,7 @@ PAGE: Final = 100
 _MAX_CONNECTIONS: Final = 16
 _DELIVERY_FIELDS: Final = 6
 _SAFE: Final = "noeviction"
+_SECTION: Final = re.compile(r"^--- (\w+) ?(.*)\n", re.MULTILINE)
 
 
 class RedisSpool(RedisStore):
@@ -111,7 +116,7 @@ class RedisSpool(RedisStore):
         """
         try:
             with translated():
-                await client.script_load(scripts.PUT)
+                await client.script_load(_scripts()["put"])
         except StorageError as error:
             raise ConfigError(f"the spool cannot be used: it needs Redis 7.0 or later ({error})") from error
         try:
@@ -135,11 +140,11 @@ class RedisSpool(RedisStore):
         if dangers:
             logger.warning("the spool in Redis may lose data: %s", "; ".join(dangers))
 
-    async def _run(self, script: str, *args: str | bytes | int) -> Any:
+    async def _run(self, name: str, *args: str | bytes | int) -> Any:
         client = self._opened()
-        run = self._scripts.get(script)
+        run = self._scripts.get(name)
         if run is None:
-            run = self._scripts[script] = client.register_script(script)
+            run = self._scripts[name] = client.register_script(_scripts()[name])
         with translated():
             return await run(args=(self._prefix, self._max_alone, *args))
 
@@ -148,36 +153,36 @@ class RedisSpool(RedisStore):
         if not items:
             return []
         rows = ((item.name.key, item.digest, item.payload) for item in items)
-        return [outcome.decode() for outcome in await self._run(scripts.PUT, *_flat(rows))]
+        return [outcome.decode() for outcome in await self._run("put", *_flat(rows))]
 
     async def take(self, stage: Stage, most: int, *, lease: float) -> list[Delivery]:
         """Lease up to *most* requests of *stage* for *lease* seconds, in the order in which they came to it."""
-        return _deliveries(await self._run(scripts.TAKE, int(stage), most, milliseconds(lease), secrets.token_hex(8)))
+        return _deliveries(await self._run("take", int(stage), most, milliseconds(lease), secrets.token_hex(8)))
 
     async def renew(self, deliveries: Sequence[Delivery], *, lease: float) -> None:
         """Extend the leases of *deliveries* to *lease* seconds from now, except those no longer held."""
         if deliveries:
-            await self._run(scripts.RENEW, milliseconds(lease), *_held(deliveries))
+            await self._run("renew", milliseconds(lease), *_held(deliveries))
 
     async def finish(self, results: Sequence[tuple[Delivery, bytes]]) -> None:
         """Store the results and acknowledge the requests, in one script; the first result of a request stays."""
         if results:
             rows = ((delivery.item.name.key, delivery.item.digest, result) for delivery, result in results)
-            await self._run(scripts.FINISH, milliseconds(self._keep), *_flat(rows))
+            await self._run("finish", milliseconds(self._keep), *_flat(rows))
 
     async def give_back(self, deliveries: Sequence[Delivery], *, error: str, counted: bool) -> None:
         """Return unanswered requests: to their next stage if *counted*, otherwise to where they were."""
         if deliveries:
-            await self._run(scripts.GIVE_BACK, as_kept(error), int(counted), *_held(deliveries))
+            await self._run("give_back", as_kept(error), int(counted), *_held(deliveries))
 
     async def find(self, names: Sequence[Name]) -> list[Found]:
         """Return the state of each of *names*."""
-        rows = await self._run(scripts.FIND, *(name.key for name in names)) if names else []
+        rows = await self._run("find", *(name.key for name in names)) if names else []
         return [_found(*row) for row in rows]
 
     async def counts(self) -> Counts:
         """Return the number of requests by state."""
-        full, half, alone, leased, in_job, done, dead, age, lost = await self._run(scripts.COUNTS, int(self._evicts))
+        full, half, alone, leased, in_job, done, dead, age, lost = await self._run("counts", int(self._evicts))
         counts = Counts((full, half, alone), leased, in_job, done, dead, lost=lost)
         return msgspec.structs.replace(counts, oldest=max(0, age) / 1000) if counts.depth else counts
 
@@ -191,7 +196,7 @@ class RedisSpool(RedisStore):
 
     async def dead_letters(self) -> AsyncIterator[DeadLetter]:
         """Yield the dead letters, oldest first; those whose last lease has expired by now are included."""
-        await self._run(scripts.PASS_ON_LOST)
+        await self._run("pass_on_lost")
         async for key, (state, digest, payload, deliveries, error, died_at) in self._pages(
             "dead", "state", "digest", "payload", "deliveries", "error", "died_at"
         ):
@@ -221,35 +226,47 @@ class RedisSpool(RedisStore):
     async def requeue(self, names: Sequence[Name] | None = None) -> int:
         """Queue the dead letters of *names*, or all, as if they had never been delivered; return their number."""
         keys = [] if names is None else [name.key for name in names]
-        return int(await self._run(scripts.REQUEUE, int(names is None), *keys))
+        return int(await self._run("requeue", int(names is None), *keys))
 
     async def begin_job(self, job: Job, deliveries: Sequence[Delivery], *, lease: float) -> None:
         """Record *job*, held for *lease* seconds, and tie *deliveries* to it, except those no longer held."""
-        await self._run(scripts.BEGIN_JOB, milliseconds(lease), *_job(job), *_held(deliveries))
+        await self._run("begin_job", milliseconds(lease), *_job(job), *_held(deliveries))
 
     async def update_job(self, job: Job) -> None:
         """Record the present state of *job*, unless it has ended."""
-        await self._run(scripts.UPDATE_JOB, *_job(job))
+        await self._run("update_job", *_job(job))
 
     async def take_jobs(self, most: int, *, lease: float) -> list[Job]:
         """Lease up to *most* jobs that no worker holds for *lease* seconds."""
         return [
             Job(token.decode(), content, None if batch_id is None else batch_id.decode())
-            for token, content, batch_id in await self._run(scripts.TAKE_JOBS, most, milliseconds(lease))
+            for token, content, batch_id in await self._run("take_jobs", most, milliseconds(lease))
         ]
 
     async def renew_jobs(self, tokens: Sequence[str], *, lease: float) -> None:
         """Extend the leases of jobs to *lease* seconds from now."""
         if tokens:
-            await self._run(scripts.RENEW_JOBS, milliseconds(lease), *tokens)
+            await self._run("renew_jobs", milliseconds(lease), *tokens)
 
     async def job_items(self, token: str) -> list[Delivery]:
         """Return the requests still tied to a job, in the order in which they were put."""
-        return _deliveries(await self._run(scripts.JOB_ITEMS, token))
+        return _deliveries(await self._run("job_items", token))
 
     async def end_job(self, token: str, *, error: str) -> None:
         """Delete a job. Requests still tied to it are given back as counted, with *error*."""
-        await self._run(scripts.END_JOB, token, as_kept(error))
+        await self._run("end_job", token, as_kept(error))
+
+
+@functools.cache
+def _scripts() -> dict[str, str]:
+    """Return the scripts in redis.lua by name."""
+    text = (resources.files(__package__) / "redis.lua").read_text("utf-8")
+    text = text.replace("$LOST", LOST).replace("$OVERDUE", f"{1000 * OVERDUE:.0f}")
+    shared, *sections = _SECTION.split(text)
+    return {
+        name: f"#!lua{f' flags={flag}' if flag else ''}\n{shared}{body}"
+        for name, flag, body in zip(*(sections[start::3] for start in range(3)), strict=True)
+    }
 
 
 def _dangers(info: dict[str, Any]) -> Iterator[str]:

@@ -171,6 +171,13 @@ async def test_one_that_is_busy_at_the_start_is_waited_for():
     assert cache.closed
 
 
+async def test_one_that_needs_no_opening_is_checked_all_the_same():
+    patient = patient_guard(mb.MemoryCache())
+    await patient.open()
+    assert len(await patient.secret()) == 32
+    await patient.aclose()
+
+
 async def test_opening_that_is_cancelled_closes_it():
     patient = patient_guard(cache := Ailing(takes=1.5))
     with pytest.raises(TimeoutError):

@@ -53,7 +53,7 @@ async def nothing_is_logged(caplog, monkeypatch):
 
 
 def nothing_stays():
-    return asyncio.all_tasks() == {asyncio.current_task()} and resources._users == {}
+    return asyncio.all_tasks() == {asyncio.current_task()} and resources._in_use == {}
 
 
 async def works(batcher):
