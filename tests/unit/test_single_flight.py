@@ -193,6 +193,56 @@ async def test_equal_requests_of_two_types_share_an_answer_and_each_is_decoded_t
     assert (stats.answered, stats.failed, stats.queued) == (2, 1, 0)
 
 
+async def test_an_answer_that_fits_no_caller_that_is_left_belongs_to_none_and_all_is_counted_once():
+    transport = ScriptedTransport(answer=lambda _: {"number": 7}, delay=1.0)
+    async with batcher_for(transport) as batcher:
+        (easy,) = start(batcher, 1, output_type=fact(picky=False))
+        picky = start(batcher, 2, output_type=fact(picky=True))
+        await asyncio.sleep(0.5)
+        easy.cancel()
+        ended = await settle([easy, *picky])
+        await asyncio.sleep(1.0)
+        stats = batcher.stats()
+    assert [type(end) for end in ended] == [asyncio.CancelledError, mb.MalformedAnswer, mb.MalformedAnswer]
+    assert (stats.items, stats.answered, stats.failed, stats.cancelled, stats.queued) == (3, 0, 2, 1, 0)
+    assert stats.unclaimed.prompt_tokens == stats.prompt_tokens > 0
+
+
+async def test_a_caller_that_is_cancelled_in_the_step_in_which_the_others_fail_is_counted_once():
+    tasks = []
+
+    def refuse(_):
+        tasks[1].cancel()
+        return mb.AuthFailed("no", status=401)
+
+    async with batcher_for(ScriptedTransport(refuse)) as batcher:
+        tasks += start(batcher, 3)
+        ended = await settle(tasks)
+        await asyncio.sleep(0)
+        stats = batcher.stats()
+        assert [type(end) for end in ended] == [mb.AuthFailed, asyncio.CancelledError, mb.AuthFailed]
+        assert (stats.failed, stats.cancelled, stats.queued) == (2, 1, 0)
+        assert len(batcher._parts.in_flight) == 0
+
+
+async def test_who_waits_without_limit_may_join_bulk_work():
+    async def silent():
+        yield mb.Request(ask("same"), temperature=0)
+        await asyncio.sleep(1.0)
+
+    async with batcher_for(ScriptedTransport(), idle="wait", max_wait=float("inf")) as batcher:
+        bulk = asyncio.ensure_future(anext(batcher.map(silent())))
+        await asyncio.sleep(0.1)
+        (joined,) = start(batcher, 1)
+        await asyncio.sleep(0.1)
+        (lane,) = batcher._engine.lanes
+        assert (lane.live, lane._awaited) == (1, 1)
+        batcher.flush()
+        assert (await joined).output == "SAME"
+        assert (await bulk).unwrap().output == "SAME"
+        assert (lane.live, lane._awaited) == (0, 0)
+
+
 @pytest.mark.promise(of="timeout")
 async def test_each_caller_has_a_deadline_of_its_own():
     loop = asyncio.get_running_loop()
