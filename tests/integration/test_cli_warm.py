@@ -13,7 +13,7 @@ import pytest
 from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
 
 from microbatch.caching import guard
-from microbatch.cli import stores
+from microbatch.cli import plan
 from microbatch.cli.main import main
 from microbatch.cli.simulated import SimulatedChat
 from microbatch.cli.warm import CacheSink
@@ -218,7 +218,7 @@ def test_a_cache_that_dies_ends_the_warming_as_there_is_nothing_left_to_pay_for(
 
     def die():
         own_redis.kill()
-        monkeypatch.setattr(guard, "_RETRY_PAUSE", stores.PATIENCE)  # so the first failure counts
+        monkeypatch.setattr(guard, "_RETRY_PAUSE", plan.CACHE_PATIENCE)  # so the first failure counts
 
     once_taken(20, die, monkeypatch)
     assert warm(*SIMULATED, *FEW_AT_A_TIME, "--json", cache=own_redis.url) == 1
@@ -234,7 +234,7 @@ def test_a_cache_that_dies_before_the_last_answer_is_kept_is_told(own_redis, mon
     async def send(self, call, on_text, real=SimulatedChat.send):
         completion = await real(self, call, on_text)
         own_redis.kill()
-        monkeypatch.setattr(guard, "_RETRY_PAUSE", stores.PATIENCE)  # so the first failure counts
+        monkeypatch.setattr(guard, "_RETRY_PAUSE", plan.CACHE_PATIENCE)  # so the first failure counts
         return completion
 
     monkeypatch.setattr(SimulatedChat, "send", send)

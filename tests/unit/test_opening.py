@@ -46,7 +46,7 @@ class Cache:
 
 @pytest.fixture(autouse=True)
 async def nothing_is_logged(caplog, monkeypatch):
-    monkeypatch.setattr(resources, "_users", {})  # other tests abandon batchers
+    monkeypatch.setattr(resources, "_in_use", {})  # other tests abandon batchers
     yield
     gc.collect()  # or asyncio complains of lost errors in the next test
     assert caplog.records == []

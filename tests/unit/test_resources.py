@@ -51,7 +51,7 @@ class Slow:
 
 @pytest.fixture(autouse=True)
 async def nothing_stays(monkeypatch):
-    monkeypatch.setattr(resources, "_users", {})  # other tests abandon batchers
+    monkeypatch.setattr(resources, "_in_use", {})  # other tests abandon batchers
     yield
     await asyncio.sleep(10)  # of virtual time: for what goes on in the background
     assert resources._in_use == {}
