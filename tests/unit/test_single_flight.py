@@ -448,7 +448,8 @@ async def test_a_map_joins_itself_and_others_and_all_of_it_ends():
 async def test_a_map_that_joined_what_another_one_left_unsent_sends_it():
     transport = ScriptedTransport()
     async with batcher_for(transport) as batcher:
-        first = batcher.map([mb.Request(ask(f"q{number}"), temperature=0) for number in range(18)])
+        requests = [mb.Request(ask(f"q{number}"), temperature=0) for number in range(19)]
+        first = batcher.map(requests, max_pending=18)
         assert (await anext(first)).reply is not None  # 16 have left; two wait for a consumer that is busy elsewhere
         again = [mb.Request(ask(f"q{number}"), temperature=0) for number in (16, 17)]
         assert [result.unwrap().output async for result in batcher.map(again, ordered=True)] == ["Q16", "Q17"]
