@@ -44,17 +44,18 @@ _shuffle = secrets.SystemRandom().shuffle
 
 
 class Fallback:
-    """Asks again for what combined calls left unanswered; *fail* ends a ticket with a copy of an error.
+    """Asks again for what combined calls left unanswered.
 
     Attributes:
+        fail: Ends a ticket with a copy of an error.
         unpaid: Calls for what a cut had lost that were not made, because the retry budget was used up.
     """
 
     def __init__(self, dispatcher: Dispatcher, estimates: Estimates, policy: FallbackPolicy, fail: Fail) -> None:
-        self._dispatcher = dispatcher
-        self._estimates = estimates
-        self._policy = policy
-        self._fail = fail
+        self.dispatcher = dispatcher
+        self.estimates = estimates
+        self.policy = policy
+        self.fail = fail
         self.unpaid = 0
 
     async def recover(self, outcome: CallOutcome, batch: Batch, revised: Callable[[], int]) -> None:
@@ -62,34 +63,21 @@ class Fallback:
 
         *revised* is called when the lane's history has changed, for its next batches; it returns how many requests they hold.
         """
-        recovery = _Recovery(self._dispatcher, self._estimates, batch, self._fail, revised, self._policy.max_concurrent)
-        try:
-            await recovery.after(outcome, batch.tickets, may_combine=True)
-        finally:
-            self.unpaid += recovery.unpaid
+        await _Recovery(self, batch, revised).after(outcome, batch.tickets, may_combine=True)
 
 
 class _Recovery:
     """The fallback of one batch."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        estimates: Estimates,
-        batch: Batch,
-        fail: Fail,
-        revised: Callable[[], int],
-        max_concurrent: int,
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._estimates = estimates
+    def __init__(self, fallback: Fallback, batch: Batch, revised: Callable[[], int]) -> None:
+        self._fallback = fallback
+        self._dispatcher = fallback.dispatcher
+        self._fail = fallback.fail
         self._history = batch.history
         self._account = batch.permit.account
         self._rank = batch.permit.rank
-        self._fail = fail
         self._revised = revised
-        self._at_once = anyio.Semaphore(max_concurrent)
-        self.unpaid = 0
+        self._at_once = anyio.Semaphore(fallback.policy.max_concurrent)
 
     async def after(self, outcome: CallOutcome, asked: list[Ticket], *, may_combine: bool) -> None:
         """Deal with the *asked* requests that a call left unanswered; *may_combine* allows one smaller combined call."""
@@ -143,14 +131,14 @@ class _Recovery:
             if not group:
                 return
             if cut is not None and not self._account.budget.draw():
-                self.unpaid += 1
+                self._fallback.unpaid += 1
                 error = cut.replica()
                 error.add_note(UNPAID)
                 self._fail_all(group, error)
                 return
             cost = group[0].cost
             if len(group) > 1:
-                cost = self._estimates.of_tickets(group, self._history, self._account.max_tokens)
+                cost = self._fallback.estimates.of_tickets(group, self._history, self._account.max_tokens)
             permit = self._account.permit(cost, self._rank, again=cut is not None)
             try:
                 if not instead:
