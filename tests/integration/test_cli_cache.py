@@ -12,7 +12,7 @@ from command_line import QUESTION, given, here, output, products, serving, summa
 from microbatch.cli import answers, patient
 from microbatch.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 LABELS = ("--labels", "home,other", "--system", "Sort.")
 

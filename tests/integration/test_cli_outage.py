@@ -11,7 +11,6 @@ from command_line import QUESTION, given, here, outage, output, products, refuse
 
 from microbatch.cli.bulk_run import Work
 from microbatch.cli.main import main
-from microbatch.policy import RetryPolicy
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
@@ -21,7 +20,6 @@ PATIENCE = ("--give-up-after", "60")
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch):
-    monkeypatch.setitem(RetryPolicy.__init__.__kwdefaults__, "base", 0.05)
     monkeypatch.setattr("microbatch.spool.endpoint.FIRST_REST", 0.02)
     monkeypatch.setattr("microbatch.spool.endpoint.LONGEST_REST", 0.1)
     monkeypatch.setattr("microbatch.spool.worker.FIRST_REST", 0.02)
@@ -45,6 +43,13 @@ def worker(endpoint, *words, status=0):
 
 def put(*words):
     assert main(["spool", "s.sqlite", "--put", "in.jsonl", *QUESTION, *words]) == 0
+
+
+@pytest.fixture(autouse=True)
+def short_retries(monkeypatch):
+    from microbatch.policy import RetryPolicy
+
+    monkeypatch.setitem(RetryPolicy.__init__.__kwdefaults__, "base", 0.05)
 
 
 def counted(patch, kind, name):

@@ -27,7 +27,7 @@ from microbatch.spool.records import Name, Stage
 from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.testing import SimulatedEndpoint
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 LABELS = (*QUESTION, "--system", "Sort.", "--labels", "home,other")
 EMPTY = {
