@@ -101,6 +101,7 @@ async def test_an_endless_ttl_is_one(cache):
     assert await cache.get_many([b"k", b"l"]) == [b"v", b"w"]
 
 
+@pytest.mark.slow
 async def test_many_use_it_at_once(cache):
     async def one(number):
         key = b"k%d" % number

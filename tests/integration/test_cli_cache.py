@@ -13,7 +13,7 @@ from microbatch.caching import guard
 from microbatch.cli.main import main
 from microbatch.cli.output import NotWritten, OutputFile
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 LABELS = ("--labels", "home,other", "--system", "Sort.")
 

@@ -27,7 +27,7 @@ from microbatch.spool.records import Name, Stage
 from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.testing import SimulatedEndpoint
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 LABELS = (*QUESTION, "--system", "Sort.", "--labels", "home,other")
 EMPTY = {
@@ -563,7 +563,7 @@ def test_a_reader_that_leaves_early_is_no_reason_to_complain():
 def test_from_file_to_file_by_way_of_a_worker(place, capsys):
     products(100)
     assert put(place, *LABELS) == 0
-    with_worker = ("worker", place, "--simulate", "--until-empty")
+    with_worker = ("worker", place, "--simulate", "--until-empty", "--low-max-wait", "0.1")
     assert main([*with_worker]) == 0
     assert spool(place, "--export", "out.jsonl") == 0
     lines = output()
@@ -580,7 +580,10 @@ def test_from_file_to_file_by_way_of_a_worker(place, capsys):
 async def test_what_was_put_from_the_shell_is_found_from_python(capsys):
     products(3)
     assert await asyncio.to_thread(put, "s.sqlite", *LABELS) == 0
-    assert await asyncio.to_thread(main, ["worker", "s.sqlite", "--simulate", "--until-empty"]) == 0
+    assert (
+        await asyncio.to_thread(main, ["worker", "s.sqlite", "--simulate", "--until-empty", "--low-max-wait", "0.1"])
+        == 0
+    )
     async with (
         SimulatedEndpoint() as endpoint,
         mb.Microbatcher(

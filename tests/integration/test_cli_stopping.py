@@ -19,7 +19,7 @@ from microbatch.testing import Latency
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
-FEW = ("--max-concurrent-batches", "4", "--max-batch-size", "4", "--json")
+FEW = ("--max-concurrent-batches", "4", "--max-batch-size", "4", "--low-max-wait", "0.3", "--json")
 UNDER_WAY = 4 * 4
 ITEMS = 160
 

@@ -27,7 +27,7 @@ PATIENCE = 60
 LABELS = (*QUESTION, "--labels", "a,b", "--simulate")
 RUN = ("run", "in.jsonl", "-o", "out.jsonl", *LABELS)
 WARM = ("warm", "in.jsonl", "--cache", "c.sqlite", *LABELS)
-WORKER = ("worker", "s.sqlite", "--simulate", "--until-empty")
+WORKER = ("worker", "s.sqlite", "--simulate", "--until-empty", "--low-max-wait", "0.1")
 PUT = ("spool", "s.sqlite", "--put", "in.jsonl", *QUESTION)
 
 # What the shell makes of stdout (1) and stderr (2), before the command.

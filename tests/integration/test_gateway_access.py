@@ -370,6 +370,7 @@ async def test_keys_are_in_no_log_no_repr_and_no_error(caplog, capfd):
     assert all(OWN.encode() not in answer for answer in answers)
 
 
+@pytest.mark.slow
 async def test_the_command_refuses_to_hand_its_key_to_the_network(tmp_path):
     with pytest.raises(AssertionError, match="--access-token-file"):
         async with serve("--upstream", "http://localhost:1/v1", "--host", "0.0.0.0", "--port", "0", OPENAI_API_KEY=OWN):

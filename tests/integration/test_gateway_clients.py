@@ -293,7 +293,7 @@ def test_no_request_finds_a_500(caplog):
                 await reader.readline()
             return line
 
-    @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
     @given(REQUESTS)
     def attack(request):
         try:

@@ -146,6 +146,7 @@ async def test_until_then_connections_are_kept():
                 assert b"connection: close" not in answer.lower()
 
 
+@pytest.mark.slow
 async def test_a_signal_to_the_command_is_said_on_every_connection():
     async with recorder() as upstream:
         slow = Slow(upstream)

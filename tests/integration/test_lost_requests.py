@@ -262,7 +262,7 @@ def test_a_worker_that_finds_requests_lost_says_so_and_ends_with_status_1(redis_
 
     asyncio.run(put())
     drop(redis_server, key_of("p1"), key_of("p3"))
-    worker = ["worker", redis_server.url, "--simulate", "--until-empty", "--json"]
+    worker = ["worker", redis_server.url, "--simulate", "--until-empty", "--json", "--low-max-wait", "0.1"]
     assert main(worker) == 1
     shown = capsys.readouterr()
     assert "2 requests lost" in shown.err

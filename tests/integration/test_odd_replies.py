@@ -426,17 +426,17 @@ async def test_an_open_connection_after_the_end_is_not_waited_for_with_or_withou
     "first",
     [
         [],
-        [b": keep-alive", 0.1] * 8,
+        [b": keep-alive", 0.1] * 4,
         [{"choices": [], "prompt_filter_results": []}],
         [chunk({"role": "assistant", "content": ""})],
     ],
 )
 async def test_before_the_first_words_only_the_timeout_counts(first: list[Any]) -> None:
     """Models that reason say nothing for minutes, and CPU servers take as long to read a prompt."""
-    text, _ = await send(lambda _: events(*first, 0.6, chunk("hi"), chunk({}, "stop")), idle_timeout=0.2)
+    text, _ = await send(lambda _: events(*first, 0.4, chunk("hi"), chunk({}, "stop")), idle_timeout=0.2)
     assert text == "hi"
     with pytest.raises(TransportTimeout, match="timeout"):
-        await send(lambda _: events(*first, FOR_EVER), idle_timeout=0.1, timeout=1.2)
+        await send(lambda _: events(*first, FOR_EVER), idle_timeout=0.1, timeout=0.7)
 
 
 @pytest.mark.parametrize("alive", [[], [b": keep-alive", 0.05] * 600])

@@ -55,7 +55,7 @@ def test_whatever_the_schema_allows_decodes_and_encodes_back_into_it(output_type
 
 @pytest.mark.slow
 @pytest.mark.parametrize("output_type", PYDANTIC_TYPES, ids=str)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_whatever_a_pydantic_schema_allows_decodes(output_type, data) -> None:
     kind = answer_type(output_type)

@@ -343,7 +343,7 @@ def commands():
         "warm": command("warm", "in.jsonl", "--cache", "c.sqlite", *QUESTION, "--simulate"),
         "spool --put": command("spool", "s.sqlite", "--put", "in.jsonl", *QUESTION, "--model", "m"),
         "spool": command("spool", "s.sqlite"),
-        "worker": command("worker", "s.sqlite", "--until-empty", "--simulate"),
+        "worker": command("worker", "s.sqlite", "--until-empty", "--simulate", "--low-max-wait", "0.1"),
     }
     rows = sorted(map(json.loads, Path("out.jsonl").read_text().splitlines()), key=lambda row: row["custom_id"])
     return {

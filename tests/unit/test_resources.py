@@ -285,6 +285,6 @@ print("open")
 """
 
 
-def test_a_part_left_opening_by_a_loop_that_is_gone_is_opened_in_the_next():
-    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], check=False, capture_output=True, text=True)
+async def test_a_part_left_opening_by_a_loop_that_is_gone_is_opened_in_the_next():
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], check=False, capture_output=True, text=True)  # noqa: ASYNC221
     assert done.stdout == "open\n", done.stderr

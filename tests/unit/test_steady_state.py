@@ -21,7 +21,7 @@ pytestmark = [
 ]  # minutes on end are seconds of work, and many on a loaded machine
 
 RPM, TPM = 1_000, 200_000
-MINUTES = 4
+MINUTES = 3
 
 WORDS = [
     "product",
