@@ -192,7 +192,7 @@ def test_every_benchmark_has_the_common_interface(name):
         ("overload", ["--count", "4000", "--queued", "1000"]),
         ("quota", ["--minutes", "3"]),
         ("stalls", []),
-        ("throughput", ["--count", "400", "--seconds", "0.2", "--rounds", "1"]),
+        ("throughput", ["--count", "400", "--items", "80", "--seconds", "0.2", "--rounds", "1"]),
     ],
 )
 def test_a_quick_run_leaves_samples_from_which_all_else_is_computed(name, words, tmp_path):

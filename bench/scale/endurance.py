@@ -40,7 +40,7 @@ FLAT = 0.10
 """No growth: in the last third at most so much more than in the first."""
 
 LEAST_JUDGED_S = 60.0
-"""A shorter run has too few samples to tell growth from scatter."""
+"""A shorter run has too few samples to distinguish growth from scatter."""
 
 COLUMNS = {
     "rss_mib": "resident MiB",
