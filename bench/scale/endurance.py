@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import microbatch as mb
 from bench.apart import measured, simulated_endpoint
 from bench.report import Run, Table, met
-from bench.scale.items import SYSTEM, ask, check, resident_mib
+from bench.scale.process import SYSTEM, ask, check, resident_mib
 from bench.timing import median, quantile
 
 if TYPE_CHECKING:
