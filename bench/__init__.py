@@ -1,1 +1,1 @@
-"""What microbatch costs and saves, measured side by side with what one would use instead: `python -m bench`."""
+"""Benchmarks of the cost and the savings of microbatch, side by side with its alternatives: `python -m bench`."""

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from bench.report import Run
 
 
+QUESTION = "How much sooner is an answer there when a combined reply is streamed, and what does waiting for further requests cost?"
+COMPARED = ["msgspec", "tiktoken"]
+OPTIONS = {
+    "batches": Option(int, 100, 6, "full batches by which places are compared"),
+    "runs": Option(int, 5, 1, "runs of each load"),
+    "arrivals": Option(int, 4_000, 400, "arrivals for each window"),
+}
+
 MODEL = "gpt-4.1-mini"
 LATENCY = Latency(first_token=0.5, tokens_per_second=80.0)
 NO_LIMIT = 10**6
@@ -37,6 +45,25 @@ NO_LIMIT = 10**6
 STREAMED, WHOLE, ALONE = "streamed", "whole reply", "one call each"
 MODES = (STREAMED, WHOLE, ALONE)
 """Callers are answered as their element closes, when the reply has ended, or each by a call of its own."""
+
+SIZES = (8, 16, 50)
+APART_S = 60.0
+"""Seconds between full batches: far more than one takes."""
+
+SIZE, SLOTS = 16, 4
+"""The default batch, and few calls at once, so that a modest load saturates them."""
+
+LOADS = {"idle": 0.01, "light": 0.25, "saturated": 0.95}
+"""Arrivals as a share of the capacity of full batches. "light" is what one call each can just keep up with."""
+
+COUNTS = {"idle": 400, "light": 1_200, "saturated": 3_000}
+WARM_UP = 0.1
+"""Share of the callers left out: they met an empty batcher."""
+
+WINDOWS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+RATES = {"quiet": 1.0, "busy": 40.0}
+"""Items per second. Quiet: a call has mostly ended when the next request comes, so that `idle` decides. Busy: calls are always under
+way, so that the window decides."""
 
 labels = cache(products)
 
@@ -105,34 +132,6 @@ def poisson(rate: float, count: int, seed: int) -> list[float]:
     draw = random.Random(seed)
     now = 0.0
     return [now := now + draw.expovariate(rate) for _ in range(count)]
-
-
-QUESTION = "How much sooner is an answer there when a combined reply is streamed, and what does waiting for further requests cost?"
-COMPARED = ["msgspec", "tiktoken"]
-OPTIONS = {
-    "batches": Option(int, 100, 6, "full batches by which places are compared"),
-    "runs": Option(int, 5, 1, "runs of each load"),
-    "arrivals": Option(int, 4_000, 400, "arrivals for each window"),
-}
-
-SIZES = (8, 16, 50)
-APART_S = 60.0
-"""Seconds between full batches: far more than one takes."""
-
-SIZE, SLOTS = 16, 4
-"""The default batch, and few calls at once, so that a modest load saturates them."""
-
-LOADS = {"idle": 0.01, "light": 0.25, "saturated": 0.95}
-"""Arrivals as a share of the capacity of full batches. "light" is what one call each can just keep up with."""
-
-COUNTS = {"idle": 400, "light": 1_200, "saturated": 3_000}
-WARM_UP = 0.1
-"""Share of the callers left out: they met an empty batcher."""
-
-WINDOWS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
-RATES = {"quiet": 1.0, "busy": 40.0}
-"""Items per second. Quiet: a call has mostly ended when the next request comes, so that `idle` decides. Busy: calls are always under
-way, so that the window decides."""
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

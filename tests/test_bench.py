@@ -194,7 +194,7 @@ def test_every_benchmark_has_the_common_interface(name):
         ("overload", ["--count", "2000", "--queued", "500"]),
         ("quota", ["--minutes", "3"]),
         ("stalls", []),
-        ("throughput", ["--count", "160", "--seconds", "0.05", "--rounds", "1"]),
+        ("throughput", ["--count", "160", "--items", "80", "--seconds", "0.05", "--rounds", "1"]),
     ],
 )
 def test_a_quick_run_leaves_samples_from_which_all_else_is_computed(name, words, tmp_path):

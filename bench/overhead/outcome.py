@@ -177,7 +177,9 @@ def draw(run: Run, tables: dict[str, Table]) -> Figure:
         axis.margins(x=0.08)
         legend = [Patch(color=color, label=kind) for kind, color in colors.items()]
         axis.legend(handles=[*legend, axis.axvline(1, color="black", linewidth=1, label="bare futures")], fontsize=7)
-    figure.suptitle("The cost of submit, asyncio (same work: the peer composes the prompt and reads the reply too)")
+    figure.suptitle(
+        "The cost of submit, asyncio (pale: hands an integer on; same work: composes the prompt and reads the reply)"
+    )
     return figure
 
 
@@ -186,6 +188,9 @@ def _bars(axis: Axes, run: Run, table: Table, column: str, colors: dict[str, str
     values = {name: row[column] for name, row in table.by("library").items()}
     names = sorted(values, key=values.__getitem__, reverse=True)
     bars = axis.barh(names, [values[name] for name in names], color=[colors[_kind(run, name)] for name in names])
+    for bar, name in zip(bars, names, strict=True):
+        facts = run.samples["entries"][name]
+        bar.set_alpha(1.0 if facts["same_work"] or facts["kind"] == "ours" else 0.45)
     over_lines = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axis.bar_label(bars, [f"{values[name]:.1f}" for name in names], padding=3, fontsize=7, bbox=over_lines)
     axis.grid(visible=False, axis="y")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import microbatch as mb
 from bench.apart import measured, simulated_endpoint
 from bench.report import Run, Table, met
-from bench.scale.items import SYSTEM, ask, check, resident_mib
+from bench.scale.process import SYSTEM, ask, check, resident_mib
 from bench.timing import median, quantile
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ FLAT = 0.10
 """No growth: in the last third at most so much more than in the first."""
 
 LEAST_JUDGED_S = 60.0
-"""A shorter run has too few samples to tell growth from scatter."""
+"""A shorter run has too few samples to distinguish growth from scatter."""
 
 COLUMNS = {
     "rss_mib": "resident MiB",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import microbatch as mb
 from bench.apart import measured
 from bench.report import Run, Table, met
-from bench.scale.items import MIB, Echo, ask, check, peak_mib, resident_mib
+from bench.scale.process import MIB, Echo, ask, check, peak_mib, resident_mib
 
 if TYPE_CHECKING:
     import argparse

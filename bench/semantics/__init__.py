@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from bench import peers
 from bench.benchmark import Option
 from bench.report import Run, Table, met
+from bench.semantics.ours import Ours
 from bench.semantics.probes import PROBES
-from bench.semantics.stage import HANG, MARKS, RIGHT, Ours, Stage
+from bench.semantics.stage import HANG, MARKS, RIGHT, Stage
 
 if TYPE_CHECKING:
     import argparse

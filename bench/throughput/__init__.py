@@ -20,8 +20,8 @@ QUESTION = "What does combining save in calls, tokens, dollars, minutes and clie
 COMPARED = ["openai", "aiohttp", "httpx2", "msgspec", "tiktoken"]
 OPTIONS = {
     "input": Option(str, "", "", "JSON Lines with id, name, description and label"),
-    "count": Option(int, 100_000, 4_000, "items of a job; with few the rate is not steady"),
-    "items": Option(int, 4_000, 800, "items for each saving, a multiple of 800"),
+    "count": Option(int, 100_000, 2_000, "items of a job; with few the rate is not steady"),
+    "items": Option(int, 4_000, 400, "items for each saving; with a multiple of 800 all batches are full"),
     "seconds": Option(float, 4.0, 0.5, "of each way on real sockets"),
     "rounds": Option(int, 3, 2, "alternating rounds of these"),
 }
