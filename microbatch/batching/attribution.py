@@ -95,17 +95,17 @@ class UsageAttribution:
             is asked for.
         """
         tickets, alone = batch.tickets, []
+        special = [ticket for ticket in tickets if ticket.waiters is not None or ticket.past is not None]
         if completion is not None:
             _finish(tickets, completion)
         if call_cost is None:
             self._ledger.unreported_calls += completion is not None or batch.reply.heard
         else:
             self._book(tickets, call_cost)
-            alone = self._record(batch, call_cost, each=each or any(ticket.waiters for ticket in tickets))
+            alone = self._record(batch, call_cost, each=each or bool(special))
             self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
-        for ticket in tickets:
-            if ticket.waiters is not None or ticket.past is not None:
-                finish_cost(ticket, self._ledger)
+        for ticket in special:
+            finish_cost(ticket, self._ledger)
         return alone
 
     def attribute_alone(
@@ -152,6 +152,7 @@ class UsageAttribution:
         """Record the cost of a combined call, and what its answered requests would have cost one by one; see `attribute`."""
         history, lines, usage, price = batch.history, batch.line_bytes, call_cost.usage, call_cost.price
         answered = [ticket.reply is not None for ticket in batch.tickets]
+        weights = [line * got for line, got in zip(lines, answered, strict=True)]
         alone = Usage()
         if any(answered):
             if (
@@ -161,14 +162,13 @@ class UsageAttribution:
                 history.record_answers([share.completion_tokens for share, got in shares if got])
             history.record_thinking(usage)
             overhead = history.measured_overhead(lambda: self._measure(batch, usage))
-            text_share = sum(line for line, got in zip(lines, answered, strict=True) if got) / sum(lines)
+            text_share = sum(weights) / sum(lines)
             alone = overhead.alone(usage, asked=len(answered), answered=sum(answered), answered_share=text_share)
         self._ledger.pay(usage, alone, price)
         history.record_cost(usage, alone, price, again=batch.call_state.route == "fallback" and not batch.instead)
         self._warn_if_dearer()
         if not (each and any(answered)):
             return []
-        weights = [line * got for line, got in zip(lines, answered, strict=True)]
         singles = divided(alone, weights, batch.answer_bytes)
         for ticket, single in zip(batch.tickets, singles, strict=True):
             self._record_joined(ticket, single, price)

@@ -148,7 +148,9 @@ class Dispatcher:
         # A reply with any fault answers the callers that wait, but is not cached.
         if how == "complete" and reply.trusted and not reply.elements.damaged:
             await self._keep_answers(completion, zip(tickets, alone, strict=False))
-        unanswered = [position for position, ticket in enumerate(tickets) if not ticket.done]
+        unanswered: list[int] = []
+        if call_state.waiting > 0:
+            unanswered = [position for position, ticket in enumerate(tickets) if not ticket.done]
         error, bounded = error or complaint(completion), batch.bound is not None
         outcome = CallOutcome(how, len(tickets), unanswered, reply, completion, error, bounded)
         return self._bounds.judge(
@@ -414,6 +416,7 @@ class Dispatcher:
         spec, size = tickets[0].spec, call_state.size  # the requests of a call are of one lane
         limit = spec.max_tokens if size > 1 else None  # the endpoint enforces that of a single call
         price, shared_chars = call_state.price, spec.shared_chars // size
+        route, sent, wait, answer = call_state.route, call_state.sent, call_state.wait, self._settlement.answer
         model, finish_reason, request_id = spec.model or self._default_model, None, None
         if call_cost is not None:
             end, price = call_cost.completion, call_cost.price
@@ -429,19 +432,19 @@ class Dispatcher:
             reply: Reply[Any] = Reply(
                 output=output,
                 text=text,
-                route=call_state.route,
+                route=route,
                 usage=usage,
                 cost_usd=None if price is None else price(usage),
                 batch_size=size,
-                waited=call_state.sent - ticket.first.created,
+                waited=sent - ticket.first.created,
                 latency=now - ticket.first.created,
                 model=model,
                 finish_reason=finish_reason,
                 request_id=request_id,
                 body=body,
-                _wait=call_state.wait,
+                _wait=wait,
             )
-            answered += self._settlement.answer(ticket, reply)
+            answered += answer(ticket, reply)
         self._settlement.answered(answered)
         return answered
 
