@@ -60,7 +60,7 @@ EXAMPLES = """
 examples:
   microbatch worker spool.sqlite --model gpt-4.1-mini
   microbatch worker redis://localhost:6379/0 --until-empty --json
-  microbatch worker spool.sqlite --provider-batch      (half price, within a day)
+  microbatch worker spool.sqlite --provider-batch     (half price, within a day)
 """
 
 _BATCH_PRICE: Final = "half the price of live calls"

@@ -68,10 +68,6 @@ def _all(*bugs: Any) -> Iterator[None]:
         yield
 
 
-def _named(owner: Any, *names: str) -> str:
-    return next(name for name in names if hasattr(owner, name))
-
-
 # --- the transport
 
 
@@ -373,31 +369,28 @@ def trusted_hijack():
 # --- the queues
 
 
-def _places_kept(when: Callable[[], bool], *names: str) -> Any:
-    """Let places stay occupied that would be released while *when* holds."""
+def _places_kept(when: Callable[[BaseException], bool]) -> Any:
+    """Let places stay occupied that are released because of an exception for which *when* holds."""
 
     def keep(release):
-        def wrapper(queue, *count):
-            if not when():
-                release(queue, *count)
+        def wrapper(queue, count=1):
+            error = sys.exc_info()[1]
+            if error is None or not when(error):
+                release(queue, count)
 
         return wrapper
 
-    return _replaced(AdmissionQueue, _named(AdmissionQueue, *names), keep)
-
-
-def _cancelled() -> bool:
-    return isinstance(sys.exc_info()[1], asyncio.CancelledError)
+    return _replaced(AdmissionQueue, "release", keep)
 
 
 def leaked_room():
     """A request whose caller leaves keeps its place."""
-    return _places_kept(_cancelled, "leave", "release")
+    return _places_kept(lambda error: isinstance(error, asyncio.CancelledError))
 
 
 def place_not_passed_on():
     """A caller that is let in and then misuses the library takes its place with it."""
-    return _places_kept(lambda: sys.exc_info()[1] is not None and not _cancelled(), "decline", "release")
+    return _places_kept(lambda error: not isinstance(error, asyncio.CancelledError))
 
 
 class _Stack(deque):
@@ -427,7 +420,7 @@ def lost_wakeup():
 
         return wrapper
 
-    return _replaced(Lane, _named(Lane, "schedule_flush", "owe"), forget)
+    return _replaced(Lane, "schedule_flush", forget)
 
 
 def await_inside_flush():

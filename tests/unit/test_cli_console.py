@@ -112,6 +112,16 @@ def test_a_setting_out_of_range_is_named_by_its_flag(words, message):
         ["simulate", "--fault-rate", "2"],
         ["simulate", "--rpm", "0"],
         ["simulate", "--tpm", "many"],
+        ["warm", "in.jsonl"],
+        ["warm", "--cache", "c.sqlite"],
+        ["warm", "in.jsonl", "--cache", "c.sqlite", "--ttl", "0"],
+        ["warm", "in.jsonl", "--cache", "c.sqlite", "--ttl", "soon"],
+        ["warm", "in.jsonl", "--cache", "c.sqlite", "-o", "out.jsonl"],
+        ["spool"],
+        ["spool", "s.sqlite", "--dead", "--requeue"],
+        ["spool", "s.sqlite", "--put", "in.jsonl", "--export", "out.jsonl"],
+        ["spool", "s.sqlite", "--put"],
+        ["spool", "s.sqlite", "--max-alone", "0"],
         ["unheard-of"],
     ],
 )
@@ -144,13 +154,14 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out.startswith("microbatch ")
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "simulate"])
+@pytest.mark.parametrize("command", ["run", "warm", "spool", "worker", "serve", "demo", "simulate"])
 def test_every_command_explains_itself_in_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         make_parser().parse_args([command, "--help"])
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
+    assert ("examples:" in shown) == (command != "demo")
 
 
 def test_figures_are_written_as_people_read_them():

@@ -13,7 +13,6 @@ import microbatch as mb
 from microbatch.accounting.stats import Stats
 from microbatch.caching import guard
 from microbatch.caching.guard import Guard
-from microbatch.cli.main import main, make_parser
 from microbatch.cli.plan import CACHE_PATIENCE
 from microbatch.cli.warm import summarize, summary_lines
 from microbatch.errors import ConfigError, StorageError
@@ -245,35 +244,3 @@ def test_a_warming_that_asked_nothing_is_told_in_one_line():
     stats = msgspec.structs.replace(STATS, cache_hits=20, cache_stores=0, upstream_calls=0)
     shown = list(summary_lines(bulk(stats, answered=20, failed=0)))
     assert shown == ["20 items: 20 known already, 0 asked, 0 failed, in 1.5 s"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["warm", "in.jsonl"],
-        ["warm", "--cache", "c.sqlite"],
-        ["warm", "in.jsonl", "--cache", "c.sqlite", "--ttl", "0"],
-        ["warm", "in.jsonl", "--cache", "c.sqlite", "--ttl", "soon"],
-        ["warm", "in.jsonl", "--cache", "c.sqlite", "-o", "out.jsonl"],
-        ["spool"],
-        ["spool", "s.sqlite", "--dead", "--requeue"],
-        ["spool", "s.sqlite", "--put", "in.jsonl", "--export", "out.jsonl"],
-        ["spool", "s.sqlite", "--put"],
-        ["spool", "s.sqlite", "--max-alone", "0"],
-    ],
-)
-def test_a_flag_that_cannot_be_is_told_with_exit_status_2(words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("microbatch")
-
-
-@pytest.mark.parametrize("command", ["warm", "spool"])
-def test_every_command_explains_itself_in_80_columns(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        make_parser().parse_args([command, "--help"])
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "examples:" in shown

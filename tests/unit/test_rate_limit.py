@@ -223,45 +223,36 @@ def test_taking_back_what_no_longer_counts_changes_nothing():
     assert repr(bucket) == "Bucket(requests=None, tokens=0.0)"
 
 
-def test_used_gives_back_what_was_not_used():
-    bucket = bucket_for(tpm=1_000, charge="used")
-    grant = bucket.grant(900, 0.0)
-    bucket.ended(grant, Usage(100, 100), None, 1.0)
-    assert repr(bucket) == "Bucket(requests=None, tokens=200.0)"
-    assert bucket.wait(800, 1.0) == 0.0
+def shown(remaining):
+    return Limits(limit_tokens=1_000, remaining_tokens=remaining)
 
 
-def test_nothing_is_given_back_for_a_reply_without_usage():
-    bucket = bucket_for(tpm=1_000, charge="used")
-    bucket.ended(bucket.grant(900, 0.0), None, None, 1.0)
-    assert repr(bucket) == "Bucket(requests=None, tokens=900.0)"
+# How much of a charge of 900 tokens counts after the reply; 200 were used.
+COUNTED = {
+    "used: what was not used is given back": ("used", Usage(100, 100), None, 1.0, True, 200),
+    "used, but the reply reports no usage": ("used", None, None, 1.0, True, 900),
+    "used, but the reply takes longer than a window: not given back twice": (
+        "used",
+        Usage(100, 100),
+        None,
+        WINDOW,
+        True,
+        0,
+    ),
+    "reserved: the charge is kept": ("reserved", Usage(100, 100), None, 1.0, True, 900),
+    "reserved, and the endpoint shows that it gives back": ("reserved", Usage(100, 100), shown(800), 1.0, True, 200),
+    "reserved, and the endpoint shows that it does not": ("reserved", Usage(100, 100), shown(100), 1.0, True, 900),
+    "a guess at an answer without max_tokens is put right": ("reserved", Usage(100, 100), None, 1.0, False, 200),
+}
 
 
-def test_nothing_is_given_back_twice_when_a_reply_takes_longer_than_a_window():
-    bucket = bucket_for(tpm=1_000, charge="used")
-    grant = bucket.grant(900, 0.0)
-    bucket.ended(grant, Usage(100, 100), None, WINDOW)
-    assert repr(bucket) == "Bucket(requests=None, tokens=0.0)"
-
-
-def test_reserved_keeps_the_charge():
-    bucket = bucket_for(tpm=1_000)
-    bucket.ended(bucket.grant(900, 0.0), Usage(100, 100), None, 1.0)
-    assert repr(bucket) == "Bucket(requests=None, tokens=900.0)"
-
-
-def test_reserved_gives_back_what_the_endpoint_shows_to_be_back():
-    bucket = bucket_for(tpm=1_000)
-    shown = Limits(limit_tokens=1_000, remaining_tokens=800)
-    bucket.ended(bucket.grant(900, 0.0), Usage(100, 100), shown, 1.0)
-    assert repr(bucket) == "Bucket(requests=None, tokens=200.0)"
-
-
-def test_reserved_keeps_what_the_endpoint_shows_to_be_gone():
-    bucket = bucket_for(tpm=1_000)
-    shown = Limits(limit_tokens=1_000, remaining_tokens=100)
-    bucket.ended(bucket.grant(900, 0.0), Usage(100, 100), shown, 1.0)
-    assert repr(bucket) == "Bucket(requests=None, tokens=900.0)"
+@pytest.mark.parametrize("case", COUNTED)
+def test_what_counts_of_a_charge_after_the_reply(case):
+    charge, usage, limits, at, reserved, counted = COUNTED[case]
+    bucket = bucket_for(tpm=1_000, charge=charge)
+    bucket.ended(bucket.grant(900, 0.0), usage, limits, at, reserved=reserved)
+    assert repr(bucket) == f"Bucket(requests=None, tokens={counted:.1f})"
+    assert bucket.wait(1_000 - counted, at) == 0.0
 
 
 def test_what_the_endpoint_shows_is_given_back_once():
@@ -283,12 +274,6 @@ def test_what_has_left_the_endpoints_minute_but_not_ours_is_not_taken_for_given_
     grant = bucket.grant(400, 60.0)
     bucket.ended(grant, Usage(100, 100), Limits(limit_tokens=1_000, remaining_tokens=600), 60.5)
     assert repr(bucket) == "Bucket(requests=None, tokens=800.0)"
-
-
-def test_a_guess_at_an_answer_without_max_tokens_is_put_right():
-    bucket = bucket_for(tpm=1_000)
-    bucket.ended(bucket.grant(900, 0.0), Usage(100, 100), None, 1.0, reserved=False)
-    assert repr(bucket) == "Bucket(requests=None, tokens=200.0)"
 
 
 @pytest.mark.parametrize("charge", ["reserved", "used"])
