@@ -190,16 +190,16 @@ class Ledger(_Figures, kw_only=True):
 
 def divided(usage: Usage, prompts: Sequence[int], completions: Sequence[int]) -> list[Usage]:
     """Divide *usage* into parts that add up to it exactly, by the weights of each part for *prompts* and for *completions*."""
-    parts = zip(
+    parts = map(
+        Usage,
         split(usage.prompt_tokens, prompts),
         split(usage.completion_tokens, completions),
         split(usage.cached_tokens, prompts),
-        repeat(usage.estimated, len(prompts)),
+        repeat(usage.estimated),
         split(usage.cache_write_tokens, prompts),
         split(usage.reasoning_tokens, completions),
-        strict=True,
     )
-    return [Usage(*part) for part in parts]
+    return list(parts)
 
 
 def split(total: int, weights: Sequence[int]) -> list[int]:

@@ -32,12 +32,18 @@ _ENOUGH_BATCHES = 20
 
 
 class CallCost(msgspec.Struct, eq=False):
-    """The cost of an ended call, and each request's share of it; `price` prices a usage, None if the price is unknown."""
+    """The cost of an ended call, and each request's share of it.
+
+    Attributes:
+        price: Prices a usage; None if the price is unknown.
+        handed_out: Requests that were answered with their share on the reply, so that nothing of it is left to attribute.
+    """
 
     completion: Completion
     usage: Usage
     shares: list[Usage]
     price: Callable[[Usage], float] | None
+    handed_out: int = 0
 
 
 class UsageAttribution:
@@ -96,12 +102,14 @@ class UsageAttribution:
         """
         tickets, alone = batch.tickets, []
         special = [ticket for ticket in tickets if ticket.waiters is not None or ticket.past is not None]
-        if completion is not None:
+        complete = call_cost is not None and call_cost.handed_out == len(tickets)
+        if completion is not None and not complete:
             _finish(tickets, completion)
         if call_cost is None:
             self._ledger.unreported_calls += completion is not None or batch.reply.heard
         else:
-            self._book(tickets, call_cost)
+            if not complete:
+                self._book(tickets, call_cost)
             alone = self._record(batch, call_cost, each=each or bool(special))
             self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
         for ticket in special:

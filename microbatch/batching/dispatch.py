@@ -412,11 +412,12 @@ class Dispatcher:
             body: The endpoint's JSON of a single call, or None.
             call_cost: The cost of the call, if it is over; None to hand out estimates.
         """
-        now, answered = self._now(), 0
+        now, estimated = self._now(), 0
+        replies: list[tuple[Ticket, Reply[Any]]] = []
         spec, size = tickets[0].spec, call_state.size  # the requests of a call are of one lane
         limit = spec.max_tokens if size > 1 else None  # the endpoint enforces that of a single call
         price, shared_chars = call_state.price, spec.shared_chars // size
-        route, sent, wait, answer = call_state.route, call_state.sent, call_state.wait, self._settlement.answer
+        route, sent, wait = call_state.route, call_state.sent, call_state.wait
         model, finish_reason, request_id = spec.model or self._default_model, None, None
         if call_cost is not None:
             end, price = call_cost.completion, call_cost.price
@@ -429,6 +430,7 @@ class Dispatcher:
                 usage = call_cost.shares[position]
             else:
                 usage = _estimated_usage(ticket, shared_chars, length)
+                estimated += 1
             reply: Reply[Any] = Reply(
                 output=output,
                 text=text,
@@ -444,8 +446,10 @@ class Dispatcher:
                 body=body,
                 _wait=wait,
             )
-            answered += answer(ticket, reply)
-        self._settlement.answered(answered)
+            replies.append((ticket, reply))
+        answered = self._settlement.answer(replies)
+        if call_cost is not None:
+            call_cost.handed_out = answered - estimated
         return answered
 
 

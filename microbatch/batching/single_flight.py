@@ -25,7 +25,7 @@ from microbatch.containment import contained
 from microbatch.errors import ConfigError, DeadlineExceeded, MalformedAnswer, RequestFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
@@ -66,29 +66,26 @@ class Settlement:
 
     # --- answers
 
-    def answer(self, ticket: Ticket, reply: Reply[Any]) -> bool:
-        """Hand *reply* to the callers of *ticket* that still wait.
-
-        Return whether any of them took it. The caller reports the number of these tickets to `answered`, once for many of them.
-        """
-        waiter = ticket.first
-        if ticket.waiters is not None:
-            return self._answer_each(ticket, reply, ticket.waiters)
-        if waiter.future.done():
-            return False
-        ticket.unlist()
-        ticket.reply = reply
-        waiter.future.set_result(reply)
-        if waiter.deadline is not None:
-            waiter.deadline.cancel()
-        if self._listeners.settle is not None:
-            self._report(ticket, waiter, reply)
-        return True
-
-    def answered(self, count: int) -> None:
-        """Count *count* tickets that were just answered, and release their places."""
-        self._ledger.answered += count
-        self._admission.release(count)
+    def answer(self, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> int:
+        """Hand each reply to the callers of its ticket that still wait; return the number of tickets that were answered."""
+        answered = 0
+        for ticket, reply in replies:
+            waiter = ticket.first
+            if ticket.waiters is not None:
+                answered += self._answer_each(ticket, reply, ticket.waiters)
+            elif not waiter.future.done():
+                if ticket.index is not None:
+                    ticket.unlist()
+                ticket.reply = reply
+                waiter.future.set_result(reply)
+                if waiter.deadline is not None:
+                    waiter.deadline.cancel()
+                if self._listeners.settle is not None:
+                    self._report(ticket, waiter, reply)
+                answered += 1
+        self._ledger.answered += answered
+        self._admission.release(answered)
+        return answered
 
     def _answer_each(self, ticket: Ticket, reply: Reply[Any], waiters: dict[Waiter, None]) -> bool:
         waiting = [waiter for waiter in waiters if not waiter.future.done()]
