@@ -320,7 +320,7 @@ class Microbatcher:
         self,
         messages: Messages,
         *,
-        id: str | None = None,  # noqa: A002 what everybody calls it
+        id: str | None = None,  # noqa: A002 the usual name
         output_type: Any = str,
         model: str | None = None,
         max_tokens: int | None = None,

@@ -150,7 +150,7 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackPolicy:
-    """How missing and malformed answers are handled.
+    """The handling of missing and malformed answers.
 
     Args:
         resolve: "stream" answers each caller as soon as its answer has arrived in order; "verified" waits for the end of the reply.
@@ -177,5 +177,5 @@ class FallbackPolicy:
 
     @property
     def early(self) -> bool:
-        """Whether callers are answered while the reply is still arriving."""
+        """True if callers are answered while the reply is still arriving."""
         return not self.canary and self.resolve != "verified"

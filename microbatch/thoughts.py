@@ -1,4 +1,4 @@
-r"""What a model thinks aloud before it answers, told from the answer.
+r"""Thoughts: text in which a model reasons before it answers, told apart from the answer.
 
 Models that reason put their thoughts between two marks, and servers without a parser for them leave both in the text, or only the
 second: the first one is then the end of the prompt (deepseek-ai/DeepSeek-R1#352, ggml-org/llama.cpp#11861). Thoughts hold drafts of

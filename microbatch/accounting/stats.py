@@ -58,7 +58,7 @@ class _Figures(msgspec.Struct, kw_only=True):
 
     @property
     def costs_more(self) -> bool:
-        """Whether combining has cost more than it saved: in dollars if prices are known, else in tokens."""
+        """True if combining has cost more than it saved: in dollars if prices are known, else in tokens."""
         if self.cost_usd and self.unbatched_cost_usd is not None:
             return self.cost_usd > self.unbatched_cost_usd
         unbatched_tokens = self.unbatched_prompt_tokens + self.unbatched_completion_tokens

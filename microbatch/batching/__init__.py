@@ -1,1 +1,1 @@
-"""What the project exists for: lanes, combined prompts, demultiplexing, fallback. No vendor in here."""
+"""The engine: admission, lanes, scheduling, calls, fallback. It imports no vendor."""

@@ -1,4 +1,4 @@
-"""How much one batch of a lane may hold."""
+"""Limits on one batch of a lane."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Budget(msgspec.Struct, frozen=True, gc=False):
-    """How much one batch of a lane may hold.
+    """The limits of one batch of a lane.
 
     Attributes:
         size: Most requests.

@@ -114,7 +114,7 @@ _BUDGETS: Final = ("budget_tokens", "thinking_budget")
 
 
 class ModelLimits(msgspec.Struct):
-    """What is known of one model.
+    """The known and learned limits of one model.
 
     Attributes:
         output: The most tokens it generates, or None.

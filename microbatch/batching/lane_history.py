@@ -1,4 +1,4 @@
-"""What is known of lanes from their earlier calls, kept longer than the lanes and without any text."""
+"""Records of lanes from their earlier calls, kept longer than the lanes and without any text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MAX_SCALE = 4.0
 
 
 class TokenScale(msgspec.Struct):
-    """How an endpoint counts prompts: `scale` times our count, plus `more`.
+    """An endpoint's count of prompts: `scale` times our count, plus `more`.
 
     Endpoints differ in encodings, and in what they charge for schemas and chat templates. What surrounds a message does not depend
     on its length: learned as a ratio from short prompts, it would be wrong for long ones.
@@ -72,7 +72,7 @@ class TokenScale(msgspec.Struct):
 
 
 class LaneHistory(msgspec.Struct):
-    """What is known of a lane. Changed by its methods only.
+    """The record of a lane, changed by its methods only.
 
     Attributes:
         batch_size: Most requests of a batch, lowered when replies are damaged or hit the token limit; None until then.

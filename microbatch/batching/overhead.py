@@ -65,7 +65,7 @@ _SMALL_SAVING = 0.1
 
 
 class PromptOverhead(msgspec.Struct, gc=False):
-    """What surrounds the requests of a lane, in tokens.
+    """The text around the requests of a lane, in tokens.
 
     Attributes:
         alone_prompt: Prompt tokens of a single call without its own text.

@@ -87,7 +87,7 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
 
 
 class CallerOptions(msgspec.Struct, frozen=True, gc=False):
-    """How a caller wants its answer.
+    """The options of one caller.
 
     Attributes:
         timeout: Seconds until it gives up, or None.
@@ -265,7 +265,7 @@ class Ticket(msgspec.Struct, eq=False):
 
     @property
     def answer(self) -> AnswerType:
-        """How a reply to it is decoded."""
+        """The decoder of a reply to it."""
         return self.first.answer
 
     @property

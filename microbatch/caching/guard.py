@@ -67,7 +67,7 @@ class Deadline:
 
     @property
     def expired(self) -> bool:
-        """Whether the last block was cancelled because the limit was reached."""
+        """True if the last block was cancelled because the limit was reached."""
         return self._timeout is not None and self._timeout.expired()
 
     async def __aenter__(self) -> Self:

@@ -31,7 +31,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
 
     @property
     def relayed(self) -> bool:
-        """Whether only the endpoint's own bytes can answer: events that hold more than text, or tool calls in place of JSON."""
+        """True if only the endpoint's own bytes can answer: events that hold more than text, or tool calls in place of JSON."""
         return not self.combinable and (self.stream or self.typed)
 
     @property

@@ -20,7 +20,7 @@ _YES_OR_NO: Final = ("yes", "no")
 
 
 class ControlHeaders(msgspec.Struct, frozen=True):
-    """How a request is to be served.
+    """The control headers of a request.
 
     Attributes:
         priority: `X-Microbatch-Priority`: "high", "normal" or "low".

@@ -1,4 +1,4 @@
-"""What a reply says: the parts of a combined one, how its call ended, and whether a single one can be used. Judges only."""
+"""Judgement of replies: the parts of a combined one, the ending of its call, and the usability of a single one. No side effects."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ONLY_REASONING = (
 _DISTRUSTED = "the combined reply got its canary wrong, so none of its answers is trusted"
 
 Ending = Literal["complete", "length", "cut", "refused", "failed"]
-"""How a combined call ended: with a whole reply, at the token limit, broken off, refused for something that one item may have caused,
+"""The ending of a combined call: with a whole reply, at the token limit, broken off, refused for something that one item may have caused,
 or failed for a reason that no item has caused."""
 
 
@@ -115,7 +115,7 @@ class CombinedReply:
 
 
 class CallOutcome(msgspec.Struct, frozen=True):
-    """How a combined call ended.
+    """The outcome of a combined call.
 
     Attributes:
         ending: See `Ending`.

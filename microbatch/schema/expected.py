@@ -1,4 +1,4 @@
-"""How many tokens an answer takes, where its schema bounds it."""
+"""The number of tokens of an answer, where its schema bounds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the endpoint or a request is the cause of a failure, and when to send nothing to an endpoint that does not answer.
+"""Attribution of failures to the endpoint or to a request, and pauses while an endpoint does not answer.
 
 A single failure does not show its cause. While other requests are answered, a request that fails repeatedly is the cause. While none
 is answered, the endpoint is: requests are kept, and it is probed one at a time, less and less often, until it answers again.
@@ -136,7 +136,7 @@ async def wait(event: asyncio.Event, seconds: float | None) -> None:
 
 
 class Endpoint:
-    """Whether an endpoint answers, judged by the attempts sent to it; delays attempts while it does not.
+    """State of an endpoint, judged by the attempts sent to it; delays attempts while it does not answer.
 
     An attempt is `allow`ed, begun, and then either `succeeded` or `failed`. Attempts are compared by when they were sent: an answer
     to one sent before an outage says nothing about those sent later.
@@ -176,12 +176,12 @@ class Endpoint:
 
     @property
     def down(self) -> bool:
-        """Whether nothing succeeds."""
+        """True if nothing succeeds."""
         return self._failures >= ENOUGH
 
     @property
     def given_up(self) -> bool:
-        """Whether nothing has succeeded for `give_up_after` seconds."""
+        """True if nothing has succeeded for `give_up_after` seconds."""
         return self.down and self.failing_for >= self._give_up_after
 
     @property

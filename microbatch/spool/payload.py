@@ -101,7 +101,7 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def is_typed(self) -> bool:
-        """Whether the answer is JSON under a schema, rather than text."""
+        """True if the answer is JSON under a schema, rather than text."""
         asked = self.params.get("response_format")
         return isinstance(asked, dict) and asked.get("type") == "json_schema"
 

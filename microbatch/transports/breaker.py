@@ -36,7 +36,7 @@ class Breaker:
 
     @property
     def closed(self) -> bool:
-        """Whether no refusal is held against any call."""
+        """True if no refusal is held against any call."""
         return self._error is None and not self._forbidden
 
     def is_open(self, now: float) -> bool:

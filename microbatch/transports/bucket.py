@@ -44,7 +44,7 @@ _TOLERANCE: Final = 1e-6
 
 
 class Grant(msgspec.Struct, eq=False):
-    """What one request was charged.
+    """The charge of one request.
 
     Attributes:
         at: Loop time of the grant.

@@ -1,4 +1,4 @@
-"""What each endpoint supports, learned from its refusals, so that each refusal is paid for once.
+"""The features that each endpoint supports, learned from its refusals, so that each refusal is paid for once.
 
 Structured output is a ladder of three rungs: a JSON schema that the endpoint enforces, JSON without a schema, plain text. A refusal
 about the response format steps down one rung; after an hour one call tries the rung above again. Beside the rung, the optional
@@ -63,7 +63,7 @@ _STREAMS_ONLY: Final = re.compile(
 
 
 class Rung(enum.IntEnum):
-    """How much of the reply's form the endpoint is asked to enforce; a greater value is a lower rung."""
+    """The part of the reply's form that the endpoint is asked to enforce; a greater value is a lower rung."""
 
     JSON_SCHEMA = 0
     JSON_OBJECT = 1
@@ -85,7 +85,7 @@ class _RungState(msgspec.Struct):
 
 
 class _Entry:
-    """What is known of one (base_url, model, credentials)."""
+    """The features of one (base_url, model, credentials)."""
 
     def __init__(self) -> None:
         self.general = _RungState()
@@ -125,7 +125,7 @@ class _CallHistory:
 
 
 class Plan(msgspec.Struct, eq=False):
-    """How one attempt is made.
+    """The form of one attempt.
 
     Attributes:
         rung: What to ask of the reply's form; None for a call without a schema.

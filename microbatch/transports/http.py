@@ -43,7 +43,7 @@ LOW_WATER: Final = 65_536
 """Bytes in a socket's buffer that end a pause early."""
 
 LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+", os.uname().release)[:2])] >= [4, 18]
-"""Whether lowering a socket's low-water mark makes it readable at once: in Linux since 4.18 (tcp_set_rcvlowat)."""
+"""True if lowering a socket's low-water mark makes it readable at once: in Linux since 4.18 (tcp_set_rcvlowat)."""
 
 
 class Clock:

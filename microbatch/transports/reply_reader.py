@@ -94,7 +94,7 @@ class ReplyReader:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer is complete, whatever happens to the connection."""
+        """True if the answer is complete, whatever happens to the connection."""
         return self.done or self.finish is not None
 
     def event(self, data: bytes, *, torso: bool = False) -> str | Fault:

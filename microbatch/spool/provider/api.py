@@ -53,7 +53,7 @@ class RemoteBatch(msgspec.Struct, frozen=True):
 
     @property
     def is_over(self) -> bool:
-        """Whether its status is final."""
+        """True if its status is final."""
         return self.status in ("completed", "failed", "expired", "cancelled")
 
     @property

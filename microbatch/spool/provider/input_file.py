@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MAX_LINES: Final = 50_000
 MAX_FILE_BYTES: Final = 200_000_000
-"""What OpenAI takes in one file."""
+"""OpenAI's limit for one file."""
 
 # Most bytes of a line without its body.
 _AROUND_BYTES: Final = 256
@@ -133,7 +133,7 @@ class Asked(msgspec.Struct):
 
     @property
     def stage(self) -> Stage:
-        """How it is combined, by the number of its deliveries."""
+        """The stage of combining, by the number of its deliveries."""
         return Stage.after(self.delivery.deliveries - 1)
 
 
