@@ -50,7 +50,7 @@ ONLY_REASONING = (
 _DISTRUSTED = "the combined reply got its canary wrong, so none of its answers is trusted"
 
 Ending = Literal["complete", "length", "cut", "refused", "failed"]
-"""The ending of a combined call: with a whole reply, at the token limit, broken off, refused for something that one item may have caused,
+"""The ending of a combined call: a whole reply, the token limit, broken off, refused for something that one item may have caused,
 or failed for a reason that no item has caused."""
 
 
