@@ -25,7 +25,7 @@ from gateway_world import (
     talk,
 )
 from helpers import ask, until
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from microbatch.gateway import GatewaySettings
@@ -263,6 +263,9 @@ METHODS = st.sampled_from(
 )
 AIMED = st.tuples(st.just("POST"), st.just("/v1/chat/completions"), RAW, st.just({"Content_Type": "application/json"}))
 ODD = st.tuples(METHODS, PATHS, RAW, st.tuples(HEADERS, FRAMING).map(lambda pair: pair[0] | pair[1]))
+COMPLETIONS = "/v1/chat/completions"
+ANSWERABLE = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]}).encode()
+JSON_TYPE = {"Content_Type": "application/json"}
 REQUESTS = AIMED | st.tuples(METHODS, PATHS, RAW, HEADERS) | ODD
 
 
@@ -294,6 +297,10 @@ def test_no_request_finds_a_500(caplog):
             return line
 
     @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @example(("POST", COMPLETIONS, ANSWERABLE, JSON_TYPE))
+    @example(("POST", COMPLETIONS, b"{", JSON_TYPE))
+    @example(("GET", "/v1/files", b"", {}))
+    @example(("GET", "/v2", b"", {}))
     @given(REQUESTS)
     def attack(request):
         try:
