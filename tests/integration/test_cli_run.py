@@ -153,6 +153,7 @@ def test_a_key_that_cannot_be_a_key_is_named_and_not_shown(monkeypatch, capsys):
     assert "secret" not in error
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_declared_quota_and_is_never_refused(capsys):
     products(30)
     with serving(quota=Quota(rpm=600, tpm=10**6)) as endpoint:

@@ -157,6 +157,7 @@ async def test_faults_on_the_wire_cost_calls_and_no_answers(kinds):
         )
 
 
+@pytest.mark.slow
 async def test_a_storm_with_random_cancellations_gives_everybody_their_own_number():
     draw = random.Random(3)
 

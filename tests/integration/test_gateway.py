@@ -19,6 +19,8 @@ import microbatch as mb
 from microbatch.gateway import GatewaySettings
 from microbatch.testing import Faults, Latency, SimulatedEndpoint, simulated_answer
 
+pytestmark = pytest.mark.slow  # real sockets and real time
+
 
 class Product(pydantic.BaseModel):
     name: str

@@ -29,6 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import microbatch as mb
 from microbatch.gateway import Gateway, GatewaySettings
 
+pytestmark = pytest.mark.slow  # real sockets and real time
+
 KEYS = ("sk-key-of-one-customer", "sk-key-of-the-other-one")
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
 OWN = "sk-the-gateway-s-own-key"

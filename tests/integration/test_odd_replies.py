@@ -13,6 +13,8 @@ import microbatch as mb
 from microbatch.errors import ServerError, TransportTimeout, TruncatedReply
 from microbatch.protocols import ChatCall, Completion
 
+pytestmark = pytest.mark.slow  # real sockets and real time
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 

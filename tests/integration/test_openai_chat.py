@@ -507,6 +507,7 @@ async def test_comments_and_empty_events_do_not_feed_the_idle_timer(endpoint: En
     assert "idle_timeout" in str(error)
 
 
+@pytest.mark.slow
 async def test_events_feed_the_idle_timer(endpoint: Endpoint, connect: Any) -> None:
     # Each comes much sooner than the timer runs out, for a loaded machine's sake, and all together take longer.
     endpoint.answers = [stream(*[piece for _ in range(10) for piece in (chunk("x"), 0.25)], *HI)]
@@ -523,6 +524,7 @@ async def test_silence_before_the_answer_does_not_count(streamed: bool) -> None:
         await chat.aclose()
 
 
+@pytest.mark.slow
 async def test_waiting_for_a_free_connection_is_not_the_endpoints_silence(endpoint: Endpoint, connect: Any) -> None:
     # The second waits for the first, which is longer than an endpoint may be silent.
     endpoint.answers = [stream(*[piece for _ in range(10) for piece in (chunk("x"), 0.25)], *HI), stream(*HI)]
@@ -1219,6 +1221,7 @@ async def test_a_forward_stays_below_base_url(endpoint: Endpoint, connect: Any, 
     assert endpoint.requests == []
 
 
+@pytest.mark.slow
 async def test_a_forward_that_breaks_or_stalls_is_an_error(endpoint: Endpoint, connect: Any) -> None:
     async with (
         raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{") as url,

@@ -18,6 +18,8 @@ import microbatch as mb
 from microbatch.protocols import ChatCall
 from microbatch.transports.sse import SSEDecoder
 
+pytestmark = pytest.mark.slow  # real sockets and real time
+
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 GZIP = HEAD.replace(b"Transfer", b"Content-Encoding: gzip\r\nTransfer")
 PATIENCE = 30.0
