@@ -85,7 +85,7 @@ class Served(NamedTuple):
 
 
 def play(arrivals: Sequence[float], seed: int, mode: str, *, max_batch_size: int, **policy) -> Served:
-    """Let a caller come at each instant of *arrivals* (seconds, ascending) and ask about a random product.
+    """Start a caller at each instant of *arrivals* (seconds, ascending) that asks about a random product.
 
     Raises:
         AssertionError: An answer was wrong, or took a second call.

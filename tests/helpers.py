@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import threading
 import time
 from contextlib import asynccontextmanager, contextmanager
 
 import microbatch as mb
 from microbatch.batching.scheduler import Scheduler
+from microbatch.testing import SimulatedEndpoint
 
 TRIES = 10
 PATIENCE = 40.0
@@ -134,3 +136,26 @@ def scheduler_for(account, slots=64, *, begin=None):
     scheduler.start(Tasks(), begin, do)
     account.slots = scheduler
     return scheduler
+
+
+@contextmanager
+def serving(**options):
+    """Serve a simulated endpoint from a thread of its own, and yield it."""
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    endpoint = SimulatedEndpoint(**options)
+    stop = asyncio.Event()
+
+    async def serve():
+        async with endpoint:
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield endpoint
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()

@@ -131,7 +131,7 @@ class Service:
 
 
 async def endure(url: str, seconds: float, every: float, seed: int) -> dict[str, Any]:
-    """Let callers come for *seconds* seconds; return the samples by name, and the outcome."""
+    """Generate callers for *seconds* seconds; return the samples by name, and the outcome."""
     transport = mb.OpenAIChat("simulated", base_url=url, api_key="any")
     async with mb.Microbatcher(transport) as batcher:
         service = Service(batcher, seed)

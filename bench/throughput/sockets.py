@@ -257,7 +257,7 @@ async def play(
 async def loaded(
     asking: Client, callers: int, asked: list[str], right: dict[str, str], seconds: float
 ) -> dict[str, Any]:
-    """Let *callers* ask for *seconds*, then let them end; check every answer, after the clock."""
+    """Run *callers* for *seconds* and wait for their last answers; check every answer after the measurement."""
     answers: list[tuple[str, str, float]] = []
     source = itertools.cycle(asked)
     ends = time.perf_counter() + seconds

@@ -103,7 +103,7 @@ class _Recovery:
         elif outcome.only_reasoning and await self._only_reasons(tickets[0]):
             self._fail_all(tickets, MissingAnswer(ONLY_REASONING))
         else:
-            # What a cut has lost is a retry of that part, so the retry budget pays for it.
+            # Asking again for the part of a reply that a cut lost is a retry, so it draws on the retry budget.
             cut = outcome.error if outcome.ending == "cut" else None
             useful = sound and not outcome.runaway
             if may_combine and useful and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:

@@ -131,13 +131,13 @@ class LaneTable:
         self.drop_if_abandoned(lane)
 
     def revise(self, lane: Lane) -> None:
-        """Let *lane* work with what has been learned since its budget was worked out."""
+        """Update the budget of *lane* from its history."""
         if lane.history.take_revision():
             lane.rebudget(self._given.limits.of(lane.spec, lane.history, lane.account.max_tokens))
             self._set_fast_path(lane)
 
     def taught(self, lane: Lane) -> None:
-        """Heed what a call of *lane* has shown, though its fallback is not over yet."""
+        """Apply the record of an ended call of *lane* whose fallback is still under way."""
         if lane.history.revised:
             self.revise(lane)
             self.changed(lane)
@@ -153,7 +153,7 @@ class LaneTable:
         self.drop_if_abandoned(lane)
 
     def changed(self, lane: Lane) -> None:
-        """Let *lane* take turns if it is due, else set its timer."""
+        """Enqueue *lane* for a slot if it is due, else set its timer."""
         if lane.due is None:
             self._rearm(lane)
             return

@@ -32,7 +32,7 @@ MAX_COUNTED_CHARS = 16_384
 _SLICES = 3
 _SLICE_CHARS = 4_096
 
-# What a chat template adds, in tokens, per message and per call: the rule of OpenAI's cookbook, with one token for the role.
+# Tokens that a chat template adds per message and per call: the rule of OpenAI's cookbook, with one token for the role.
 _MESSAGE_TOKENS = 4
 _PRIMING_TOKENS = 3
 
@@ -124,7 +124,7 @@ def measure_overhead(
     line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
     counted = content + shared_tokens(call.messages[:-1], count)
     scale = 1.0 if exact else usage.prompt_tokens / max(1, counted)
-    # What the endpoint reports beyond the items and the instruction is paid by every call, combined or not...
+    # The tokens reported beyond the items and the instruction are paid by every call, combined or not...
     shared = usage.prompt_tokens - content * scale
     schemas = [
         count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (call.schema, answer.single_schema)

@@ -81,7 +81,7 @@ class Scheduler(Generic[W]):
         return self.in_use >= self._slots
 
     def enqueue(self, queue: WaitQueue) -> None:
-        """Let *queue*, which is due, take turns."""
+        """Add *queue*, which is due, to the queues that take turns."""
         if not queue.queued:
             queue.queued = True
             self._turns.add(queue)

@@ -177,7 +177,7 @@ class TicketQueue(Protocol):
         ...
 
     def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
-        """Let *ticket* leave by *due_at*, in loop time, if that is sooner: a caller, perhaps of *bulk* work, is joining it."""
+        """Advance the time by which *ticket* leaves to *due_at* (loop time) for a joining caller; *bulk* if it is bulk work."""
         ...
 
     def flush(self, reason: FlushReason) -> None:

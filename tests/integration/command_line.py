@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import re
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from microbatch.testing import SimulatedEndpoint
 from microbatch.testing.reading import EndpointError
 
 QUESTION = ("--template", "Product: {name}")
@@ -72,26 +68,3 @@ def outage(count, after=0):
     """Return a condition for `refuse` that holds for *count* calls, after so many that it does not hold for."""
     calls = itertools.count()
     return lambda _: after <= next(calls) < after + count
-
-
-@contextmanager
-def serving(**options):
-    """Serve a simulated endpoint from a thread of its own, and yield it."""
-    started, loop = threading.Event(), asyncio.new_event_loop()
-    endpoint = SimulatedEndpoint(**options)
-    stop = asyncio.Event()
-
-    async def serve():
-        async with endpoint:
-            started.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield endpoint
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        loop.close()

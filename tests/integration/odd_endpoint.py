@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 _LINE = re.compile(r'^\[(\d+[a-z0-9]*)\] (".*")$', re.MULTILINE)
 
@@ -55,6 +55,18 @@ class OddEndpoint:
         self.asked: list[Asked] = []
 
 
+async def play(pieces: Iterable[Piece], writer: asyncio.StreamWriter) -> None:
+    """Send *pieces*: bytes as they are; a string resets the connection, a number is a pause in seconds."""
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            writer.write(piece)
+            await writer.drain()
+        elif isinstance(piece, str):
+            writer.transport.abort()
+        else:
+            await asyncio.sleep(piece)
+
+
 @contextlib.asynccontextmanager
 async def odd_endpoint(respond: Callable[[Asked], Sequence[Piece]], *, path: str = "/v1") -> AsyncIterator[OddEndpoint]:
     """Serve what *respond* returns for each request."""
@@ -73,14 +85,7 @@ async def odd_endpoint(respond: Callable[[Asked], Sequence[Piece]], *, path: str
                 raw = await reader.readexactly(int(found[1]) if found else 0)
                 asked = Asked(len(endpoint.asked), json.loads(raw or b"{}"))
                 endpoint.asked.append(asked)
-                for piece in respond(asked):
-                    if isinstance(piece, bytes):
-                        writer.write(piece)
-                        await writer.drain()
-                    elif isinstance(piece, str):
-                        writer.transport.abort()
-                    else:
-                        await asyncio.sleep(piece)
+                await play(respond(asked), writer)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:

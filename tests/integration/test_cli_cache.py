@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
+from command_line import QUESTION, given, here, output, products, summary, summary_with_reuse  # noqa: F401 a fixture
+from helpers import serving
 
 from microbatch.caching import guard
 from microbatch.cli.main import main

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import given, here, output, serving  # noqa: F401 a fixture
+from command_line import given, here, output  # noqa: F401 a fixture
+from helpers import serving
 
 pytestmark = pytest.mark.slow
 

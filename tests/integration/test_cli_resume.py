@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from command_line import QUESTION, given, here, output, products, serving, summary  # noqa: F401 a fixture
+from command_line import QUESTION, given, here, output, products, summary  # noqa: F401 a fixture
+from helpers import serving
 
 from microbatch.cli.main import main
 

@@ -10,7 +10,8 @@ import signal
 import time
 
 import pytest
-from command_line import QUESTION, here, output, products, serving, summary  # noqa: F401 a fixture
+from command_line import QUESTION, here, output, products, summary  # noqa: F401 a fixture
+from helpers import serving
 
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.main import main

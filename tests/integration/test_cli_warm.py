@@ -10,7 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from command_line import QUESTION, given, here, output, products, serving, summary, summary_with_reuse  # noqa: F401 a fixture
+from command_line import QUESTION, given, here, output, products, summary, summary_with_reuse  # noqa: F401 a fixture
+from helpers import serving
 
 from microbatch.caching import guard
 from microbatch.cli import plan

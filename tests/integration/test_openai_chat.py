@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from aiohttp import web
+from odd_endpoint import play
 
 from microbatch import errors
 from microbatch.messages import Usage
@@ -100,14 +101,7 @@ async def raw_server(*pieces: bytes | float | str, context: ssl.SSLContext | Non
         serving.add(asyncio.current_task())
         try:
             await reader.readuntil(b"\r\n\r\n")
-            for piece in pieces:
-                if isinstance(piece, bytes):
-                    writer.write(piece)
-                    await writer.drain()
-                elif isinstance(piece, str):
-                    writer.transport.abort()
-                else:
-                    await asyncio.sleep(piece)
+            await play(pieces, writer)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:

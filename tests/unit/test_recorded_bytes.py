@@ -17,17 +17,17 @@ import re
 import sqlite3
 import sys
 import tempfile
-import threading
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 import pytest
+from helpers import serving
 
 import microbatch as mb
 from microbatch.__main__ import main
-from microbatch.testing import ScriptedTransport, SimulatedEndpoint, VirtualClockLoop
+from microbatch.testing import ScriptedTransport, VirtualClockLoop
 
 RECORDED = Path(__file__).with_name("recorded_bytes.json")
 ENDINGS = ["".join(random.Random(n).choices("bcdfghjkmnpqrstvwxz", k=5)) for n in range(64)]
@@ -267,31 +267,9 @@ async def figures():
 # --- over HTTP, and from the command line
 
 
-@contextlib.contextmanager
-def serving(**options):
-    """Serve a simulated endpoint from a thread of its own, and yield it."""
-    started, loop, stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
-    endpoint = SimulatedEndpoint(record=True, **options)
-
-    async def serve():
-        async with endpoint:
-            started.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield endpoint
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
-        loop.close()
-
-
 async def bodies():
     """Return the bodies of requests over HTTP: a combined one, one alone, one with tools."""
-    with serving() as endpoint:
+    with serving(record=True) as endpoint:
         transport = mb.OpenAIChat("gpt-4.1-mini", api_key="sk-test", base_url=endpoint.base_url)
         alone = ({"output_type": bool}, CASES["tools"][0])
         together = ({"output_type": Verdict}, {"max_tokens": 9})
@@ -363,7 +341,7 @@ def batch_file():
         write_lines(f"{number}-", 3)
         command("spool", "s2.sqlite", "--put", "in.jsonl", *question, "--model", "m")
     uploads = []
-    with serving() as endpoint:
+    with serving(record=True) as endpoint:
         add = endpoint.files.add
 
         def recording(owner, name, purpose, content):
