@@ -20,26 +20,14 @@ FOUNDATION = (
 LAYERS = (
     *FOUNDATION,
     *("schema", "prompt", "accounting", "storage"),
-    "transports, caching, spool",
-    "batching",
+    "transports, batching",
+    "caching, spool",
     *("assembly", "client"),
     *("openai", "gateway"),
     "demo, testing",
     *("cli", "__main__"),
 )
 """Folders and top-level modules from the bottom up. Each may import those below, and none on its own level (one string)."""
-
-# Imports that go up today: how a request is read, and what a prompt may hold, is decided in batching/.
-UPWARDS = {
-    ("caching", "batching.request"),
-    ("caching", "batching.ticket"),
-    ("spool", "batching.batch_limits"),
-    ("spool", "batching.bounds"),
-    ("spool", "batching.estimates"),
-    ("spool", "batching.overhead"),
-    ("spool", "batching.lane_history"),
-    ("spool", "batching.request"),
-}
 
 CORE = {"msgspec"}
 VENDORS = {
@@ -157,14 +145,12 @@ def test_imports_go_down():
         (name, other)
         for name, others in ours().items()
         for other in others
-        if top(name) != top(other) and RANK[top(other)] >= RANK[top(name)] and (top(name), other) not in UPWARDS
+        if top(name) != top(other) and RANK[top(other)] >= RANK[top(name)]
     )
     assert upwards == []
 
 
 def test_the_lists_above_hold_nothing_that_is_gone():
-    used = {(top(name), other) for name, others in ours().items() for other in others}
-    assert used >= UPWARDS
     assert {
         ".".join(filter(None, (folder, name))) for folder, names in IMPURE.items() for name in names
     } <= MODULES.keys()
@@ -176,7 +162,7 @@ def test_some_folders_stand_on_the_foundation_alone(folder):
     others = {
         other for name, others in ours().items() if top(name) == folder for other in others if top(other) != folder
     }
-    assert {other for other in others if top(other) not in FOUNDATION and (folder, other) not in UPWARDS} == set()
+    assert {other for other in others if top(other) not in FOUNDATION} == set()
 
 
 def test_only_the_client_and_what_is_above_it_know_the_concrete_transport():
