@@ -217,16 +217,6 @@ async def test_prompts_keep_to_the_budgets(site):
     assert max(site.sizes) > 2
 
 
-async def test_a_counter_lets_more_requests_into_a_prompt_than_their_bytes(site):
-    await site.put(TEXTS[:16])
-    await drained(site.worker(policy=FlushPolicy(max_batch_tokens=2_000)))
-    by_bytes = max(site.sizes)
-    site.endpoint.requests.clear()
-    await site.put(TEXTS[:16], start=16)
-    await drained(site.worker(policy=FlushPolicy(max_batch_tokens=2_000), count=lambda text: len(text) // 4))
-    assert max(site.sizes) > by_bytes
-
-
 async def test_lines_use_up_no_quota_of_live_calls(tmp_path):
     async with opened(tmp_path, quota=Quota(rpm=1)) as site:
         names = await site.put(TEXTS[:40])

@@ -16,11 +16,11 @@ from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy
 from microbatch.prompt.compose import instruction, item_line
 from microbatch.schema.answer_type import answer_type
+from microbatch.spool.endpoint import Cause
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.provider.api import RemoteBatch
 from microbatch.spool.provider.input_file import Composer, Content, read
-from microbatch.spool.provider.output_file import read_output
-from microbatch.spool.provider.replies import Replies
+from microbatch.spool.provider.output_file import OutputReader
 from microbatch.spool.records import Delivery, Name
 from microbatch.transports.batch_wire import BatchWire
 
@@ -35,27 +35,26 @@ def delivery(text, number=0, *, deliveries=1, tenant=None, **asked):
 class Job:
     """A job of *texts*, and what its provider says."""
 
-    def __init__(self, draft, content, deliveries, count=None):
+    def __init__(self, draft, content, deliveries):
         self.lines = draft.lines
         self.content = content
         self.deliveries = deliveries
-        self.count = count
 
     @classmethod
-    async def of(cls, texts, *, count=None, deliveries=1, policy=None, canary=False, **asked):
+    async def of(cls, texts, *, deliveries=1, policy=None, canary=False, **asked):
         taken = [delivery(text, number, deliveries=deliveries, **asked) for number, text in enumerate(texts)]
         composer = Composer(BatchWire(None, where="x"), policy or FlushPolicy(), canary=canary)
         (draft,), rejected = await composer.drafts(taken)
         assert not rejected
-        return cls(draft, await draft.content(0.0), taken, count)
+        return cls(draft, await draft.content(0.0), taken)
 
     async def results(self, *files, status="completed", errors=None, tied=None):
         told = {"id": "b", "status": status, "errors": None if errors is None else {"data": errors}}
         batch = msgspec.convert(told, RemoteBatch)
-        replies = Replies(BatchWire(None, where="x"), lambda model: PRICE.cost, self.count)
+        reader = OutputReader(BatchWire(None, where="x"), lambda model: PRICE.cost)
         waiting = self.deliveries if tied is None else tied
         tied = {each.item.name.key: each for each in waiting}
-        return await read_output(batch, self.content, tied, files, replies)
+        return await reader.read(batch, self.content, tied, files)
 
 
 def row(custom_id, body=None, *, status=200, error=None):
@@ -81,6 +80,11 @@ def combined(line, answers):
 
 def texts_of(results):
     return {each.item.name.id: Answer.decode(raw).text for each, raw in results.answers}
+
+
+def counts(why):
+    """Whether the request may be the cause."""
+    return why.cause is not Cause.ENDPOINT
 
 
 def open_of(results):
@@ -153,7 +157,7 @@ async def test_damage_costs_only_what_is_damaged(said, answered, words):
     assert "".join(texts_of(results)) == answered
     ((name, why),) = open_of(results).items()
     assert name == "1"
-    assert why.counted
+    assert counts(why)
     assert re.match(words, why.error)
     assert results.trouble is None
 
@@ -195,7 +199,7 @@ async def test_a_reply_without_answers_leaves_all_open_and_counted(body, words):
     (line,) = job.lines
     found = open_of(await job.results(row(line.custom_id, body)))
     assert set(found) == {"0", "1"}
-    assert all(why.counted and why.error.startswith(words) for why in found.values()), found
+    assert all(counts(why) and why.error.startswith(words) for why in found.values()), found
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,7 @@ async def test_a_refused_line_counts_if_it_may_be_to_blame(status, error, counte
     job = await Job.of(["one", "two"])
     (line,) = job.lines
     results = await job.results(b"", row(line.custom_id, {"error": {"message": "secret", **error}}, status=status))
-    assert {why.counted for why in open_of(results).values()} == {counted}
+    assert {counts(why) for why in open_of(results).values()} == {counted}
     assert (results.trouble is None) == counted
     assert all("secret" not in why.error for why in results.open)
 
@@ -247,7 +251,7 @@ async def test_a_line_without_a_reply_counts_unless_the_batch_was_stopped(status
     (line,) = job.lines
     files = [b"" if error is None else row(line.custom_id, error=error)]
     found = open_of(await job.results(*files, status=status))
-    assert {why.counted for why in found.values()} == {counted}
+    assert {counts(why) for why in found.values()} == {counted}
     assert all(status in why.error for why in found.values())
 
 
@@ -266,7 +270,7 @@ async def test_a_line_without_a_reply_counts_unless_the_batch_was_stopped(status
 async def test_of_a_refused_batch_those_lines_are_to_blame_that_are_named(errors, blamed):
     job = await Job.of(["a", "b", "c", "d"], policy=FlushPolicy(max_batch_size=2))
     found = open_of(await job.results(status="failed", errors=errors))
-    assert "".join(name for name, why in found.items() if why.counted) == blamed
+    assert "".join(name for name, why in found.items() if counts(why)) == blamed
     assert len(found) == 4
 
 
@@ -294,7 +298,7 @@ async def test_single_calls_are_read_as_live_ones():
         (completion('{"answer":7}', "content_filter"), "Filtered"),
     ):
         ((why, _),) = (await typed.results(row(line.custom_id, body))).open.items()
-        assert why.counted
+        assert counts(why)
         assert why.error.startswith(words)
 
 
@@ -307,14 +311,6 @@ async def test_a_blank_answer_is_none_except_where_the_body_is_what_matters():
     (line,) = tools.lines
     ((_, raw),) = (await tools.results(row(line.custom_id, completion("", "tool_calls")))).answers
     assert Answer.decode(raw).body["choices"][0]["finish_reason"] == "tool_calls"
-
-
-async def test_an_answer_longer_than_allowed_is_asked_for_again_where_it_can_be_told():
-    for count, answered in ((len, {"0": "a"}), (None, {"0": "a", "1": "b" * 50})):
-        job = await Job.of(["one", "two"], count=count, max_tokens=9)
-        (line,) = job.lines
-        results = await job.results(row(line.custom_id, completion(combined(line, ["a", "b" * 50]))))
-        assert texts_of(results) == answered
 
 
 async def test_a_wrong_canary_distrusts_the_whole_reply_and_a_right_one_is_nobody_s_answer():
@@ -403,7 +399,7 @@ async def test_files_keep_to_the_provider_s_limits(monkeypatch):
     monkeypatch.setattr("microbatch.spool.provider.input_file.MAX_FILE_BYTES", 1_200)
     taken.append(delivery("x" * 2_000, 10, deliveries=3))
     drafts, rejected = await Composer(BatchWire(None, where="x"), FlushPolicy()).drafts(taken)
-    assert [one.delivery for one in rejected] == taken[10:]
+    assert [one for one, _ in rejected] == taken[10:]
     for draft in drafts:
         assert len(await (await draft.content(0.0)).file()) <= 1_200
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -15,8 +15,12 @@ from microbatch.policy import MAX_WAIT, RetryPolicy
 from microbatch.transience import Backoff, is_transient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractAsyncContextManager
+
+    from microbatch.transports.relay import Forwarded
+
+    Forward = Callable[..., AbstractAsyncContextManager[Forwarded]]
 
 T = TypeVar("T")
 
@@ -73,27 +77,6 @@ class _Id(msgspec.Struct):
     id: str
 
 
-class Response(Protocol):
-    """An HTTP response, as a transport's `forward` yields it."""
-
-    status: int
-    headers: Mapping[str, str]
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body."""
-        ...
-
-
-class Forward(Protocol):
-    """See `OpenAIChat.forward`."""
-
-    def __call__(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
-    ) -> AbstractAsyncContextManager[Response]:
-        """Make one request, and yield the response whatever its status."""
-        ...
-
-
 class OpenAIBatchApi:
     """OpenAI's files and batches, and compatible ones. Every method raises `RequestFailed` if it fails.
 
@@ -101,7 +84,7 @@ class OpenAIBatchApi:
     billed.
 
     Args:
-        forward: Makes one request.
+        forward: Makes one request; see `OpenAIChat.forward`.
         refusal: Returns the error for a response's status, headers and body.
         retry: Number of attempts and delays. There is no retry budget, as there are few requests.
         draw: Returns random numbers from 0 to 1, for the jitter.

@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import zlib
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
@@ -22,42 +22,27 @@ from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import check_messages, read_messages, spec_of
 from microbatch.errors import ConfigError, StorageError
 from microbatch.prompt.codec import ChatCodec
-from microbatch.prompt.compose import ID_TOKENS, draw_endings, item_line
+from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
 from microbatch.spool.payload import Payload
 from microbatch.spool.provider.api import ENDPOINT
 from microbatch.spool.records import Name, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from microbatch.batching.request import Options
     from microbatch.policy import FlushPolicy
-    from microbatch.protocols import ChatCall
     from microbatch.spool.records import Delivery
+    from microbatch.transports.batch_wire import BatchWire
+
+    Rejected = tuple[Delivery, str]
 
 MAX_LINES: Final = 50_000
 MAX_FILE_BYTES: Final = 200_000_000
 """OpenAI's limit for one file."""
 
-# Most bytes of a line without its body.
-_AROUND_BYTES: Final = 256
-
-# Requests read, or lines written, between turns of the event loop.
-_SLICE: Final = 64
-
-
-class Writes(Protocol):
-    """Writes the body of a line: see `BatchWire.body`.
-
-    Attributes:
-        model: The model asked where a request names none, or None.
-    """
-
-    model: str | None
-
-    def body(self, call: ChatCall) -> dict[str, Any]:
-        """Return the body of the line for *call*."""
-        ...
+_AROUND_BYTES: Final = 256  # most bytes of a line without its body
+_SLICE: Final = 64  # requests read, or lines written, between turns of the event loop
 
 
 class Line(msgspec.Struct, frozen=True, array_like=True):
@@ -79,12 +64,7 @@ class Line(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Content(msgspec.Struct, frozen=True, array_like=True):
-    """The record of a job, made before anything of it exists at the provider.
-
-    Attributes:
-        begun_at: The time of that, in seconds since 1970.
-        packed: The file's bytes, compressed.
-    """
+    """The record of a job, made at *begun_at* (seconds since 1970), before anything of it exists at the provider."""
 
     begun_at: float
     lines: list[Line]
@@ -92,11 +72,7 @@ class Content(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Return the content that was encoded as *raw*.
-
-        Raises:
-            StorageError: The bytes are damaged.
-        """
+        """Return the content that was encoded as *raw*; raise `StorageError` if it is damaged."""
         try:
             return msgspec.msgpack.decode(raw, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -107,12 +83,11 @@ class Content(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.msgpack.encode(self)
 
     async def file(self) -> bytes:
-        """Return the file."""
+        """Return the file's bytes."""
         return await asyncio.to_thread(zlib.decompress, self.packed)
 
     def __repr__(self) -> str:
-        """Return the size without any text."""
-        return f"Content(lines=<{len(self.lines)}>)"
+        return f"Content(lines=<{len(self.lines)}>)"  # without any text
 
 
 class Asked(msgspec.Struct):
@@ -167,20 +142,13 @@ class Draft:
         return Content(begun_at, self.lines, await asyncio.to_thread(zlib.compress, b"".join(self._rows)))
 
 
-class Rejected(msgspec.Struct, frozen=True):
-    """A request that cannot be sent, and why."""
-
-    delivery: Delivery
-    error: str
-
-
-def byte_count(text: str) -> int:
+def _byte_count(text: str) -> int:
     """Return the bytes of *text*, an upper bound of its tokens."""
     return len(text.encode())
 
 
-def read(delivery: Delivery, count: Callable[[str], int] = byte_count) -> Asked:
-    """Read a spooled request; *count* counts the tokens of its line.
+def read(delivery: Delivery) -> Asked:
+    """Read a spooled request.
 
     Raises:
         StorageError: It is damaged.
@@ -196,7 +164,7 @@ def read(delivery: Delivery, count: Callable[[str], int] = byte_count) -> Asked:
     line = item_line(text)
     if len(line) > MAX_COUNTED_CHARS:
         return Asked(delivery, payload.messages, options, line=line)
-    return Asked(delivery, payload.messages, options, key, line, count(f" {line.decode()}\n"))
+    return Asked(delivery, payload.messages, options, key, line, LINE_OVERHEAD_BYTES + len(line))
 
 
 class Composer:
@@ -205,29 +173,17 @@ class Composer:
     Args:
         wire: Writes the bodies of lines.
         policy: How much one prompt may hold.
-        count: Counts a text's tokens; None takes its bytes, which are an upper bound.
         canary: Whether each combined prompt ends in a canary.
-        draw: Returns as many id endings as it is asked for.
     """
 
-    def __init__(
-        self,
-        wire: Writes,
-        policy: FlushPolicy,
-        *,
-        count: Callable[[str], int] | None = None,
-        canary: bool = False,
-        draw: Callable[[int], Sequence[str]] = draw_endings,
-    ) -> None:
+    def __init__(self, wire: BatchWire, policy: FlushPolicy, *, canary: bool = False) -> None:
         self._wire = wire
-        self._count = count or byte_count
-        self._codec = ChatCodec(draw, canary=canary)
+        self._codec = ChatCodec(canary=canary)
         self._bounds = Bounds(wire.model, canary=canary)
-        estimates = Estimates(self._count, self._bounds, canary=canary)
-        self._limits = BatchLimits(policy, estimates)
+        self._limits = BatchLimits(policy, Estimates(_byte_count, self._bounds, canary=canary))
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
-        """Return the jobs for *deliveries*, and the requests that cannot be sent.
+        """Return the jobs for *deliveries*, and the requests that cannot be sent, with the reasons.
 
         All requests of a file ask the same model, so there is at least one job per model.
 
@@ -247,21 +203,21 @@ class Composer:
             if draft.has_room(body):
                 draft.add(batch, ids, canary, body)
             else:
-                rejected += [Rejected(each.delivery, "it is larger than a provider's whole file") for each in batch]
+                rejected += [(each.delivery, "it is larger than a provider's whole file") for each in batch]
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
         return [draft for draft in drafts if draft.lines], rejected
 
     async def _read(self, deliveries: Iterable[Delivery]) -> tuple[list[list[Asked]], list[Rejected]]:
-        """Return the groups of requests that may share a prompt, and the requests that cannot be read."""
+        """Return the groups of requests that may share a prompt, and the requests that cannot be read, with the reasons."""
         alone: list[list[Asked]] = []
         lanes: dict[tuple[Stage, Hashable], list[Asked]] = {}
         rejected: list[Rejected] = []
         for number, delivery in enumerate(deliveries, 1):
             try:
-                asked = read(delivery, self._count)
+                asked = read(delivery)
             except (ConfigError, StorageError) as error:
-                rejected.append(Rejected(delivery, str(error)))
+                rejected.append((delivery, str(error)))
             else:
                 if asked.key is None or asked.stage is Stage.ALONE:
                     alone.append([asked])

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import msgspec
 
 from microbatch.errors import BadRequest, RateLimited, RequestFailed, StorageError
+from microbatch.spool.endpoint import Cause
 from microbatch.spool.provider.api import is_ambiguous
 from microbatch.spool.provider.input_file import Content
-from microbatch.spool.provider.output_file import read_output
 from microbatch.spool.records import Job
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from microbatch.spool.provider.api import OpenAIBatchApi, RemoteBatch
     from microbatch.spool.provider.input_file import Draft
-    from microbatch.spool.provider.replies import Replies, Results
+    from microbatch.spool.provider.output_file import OutputReader, Results
     from microbatch.spool.records import Delivery, Spool
 
 logger = logging.getLogger("microbatch")
@@ -47,32 +47,18 @@ class Held(msgspec.Struct):
     """A job that this worker holds.
 
     Attributes:
-        attempted: Whether there may be a batch though none is known.
-        recorded: Whether the batch's id is recorded in the spool.
+        job: As recorded in the spool.
+        attempted: Whether there may be a batch though none is recorded.
         file_id: Its uploaded file, if known.
     """
 
     job: Job
     content: Content
     attempted: bool
-    recorded: bool
     file_id: str | None = None
 
-    @property
-    def token(self) -> str:
-        """The token of the job."""
-        return self.job.token
-
     def __repr__(self) -> str:
-        return f"Held({self.token}, batch_id={self.job.batch_id!r})"  # without content
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """A job that has ended; `requests` is the number of requests that waited for it."""
-
-    batch: RemoteBatch
-    requests: int
-    results: Results
+        return f"Held({self.job.token}, batch_id={self.job.batch_id!r})"  # without content
 
 
 class Jobs:
@@ -80,19 +66,19 @@ class Jobs:
 
     Args:
         spool: Records the jobs.
-        api: The provider's files and batches.
-        replies: Reads the replies to the lines of a batch.
+        api: The provider.
+        reader: Reads the files of finished batches.
         count: Takes numbers of requests: `answered`, `failed`, `returned`.
 
     Attributes:
         held: The jobs held here, by token.
     """
 
-    def __init__(self, spool: Spool, api: OpenAIBatchApi, replies: Replies, count: Callable[..., None]) -> None:
+    def __init__(self, spool: Spool, api: OpenAIBatchApi, reader: OutputReader, count: Callable[..., None]) -> None:
         self.held: dict[str, Held] = {}
         self._spool = spool
         self._api = api
-        self._replies = replies
+        self._reader = reader
         self._count = count
         self._lessons = 0  # consecutive jobs after which lines are written differently
         self._fruitless = 0  # consecutive jobs without an answer
@@ -102,7 +88,7 @@ class Jobs:
         content = await draft.content(_now())
         job = Job(draft.token, content.encode())
         await self._spool.begin_job(job, draft.deliveries, lease=lease)
-        held = self.held[job.token] = Held(job, content, attempted=False, recorded=False)
+        held = self.held[job.token] = Held(job, content, attempted=False)
         return held
 
     async def adopt(self, most: int, *, lease: float) -> None:
@@ -116,7 +102,7 @@ class Jobs:
                 logger.exception("the batch job %s is given up", job.token)
                 await self._spool.end_job(job.token, error=str(error))
             else:
-                self.held[job.token] = Held(job, content, attempted=True, recorded=job.batch_id is not None)
+                self.held[job.token] = Held(job, content, attempted=True)
 
     async def launch(self, held: Held) -> None:
         """Create the batch of a job, or find it if it was created.
@@ -132,14 +118,15 @@ class Jobs:
                 if not is_ambiguous(error) and not isinstance(error, RateLimited):
                     await self._withdraw(held, str(error))
                 raise
-        held.job = msgspec.structs.replace(held.job, batch_id=batch.id)
-        await self._record(held)
+        job = msgspec.structs.replace(held.job, batch_id=batch.id)
+        await self._spool.update_job(job)
+        held.job = job
 
     async def _create(self, held: Held) -> RemoteBatch:
         if held.file_id is None:
-            held.file_id = await self._api.upload(f"microbatch-{held.token}.jsonl", await held.content.file())
+            held.file_id = await self._api.upload(f"microbatch-{held.job.token}.jsonl", await held.content.file())
         held.attempted = True
-        return await self._api.create(held.file_id, {TOKEN: held.token})
+        return await self._api.create(held.file_id, {TOKEN: held.job.token})
 
     async def _find(self, held: Held) -> RemoteBatch | None:
         """Return the batch with a job's token among those created since the job was begun, or None."""
@@ -147,24 +134,19 @@ class Jobs:
         while True:
             page = await self._api.page(after)
             for batch in page.data:
-                if (batch.metadata or {}).get(TOKEN) == held.token:
+                if (batch.metadata or {}).get(TOKEN) == held.job.token:
                     return batch
             if not page.data or not page.has_more or 0 < page.data[-1].created_at < held.content.begun_at - _SKEW:
                 return None
             after = page.data[-1].id
 
-    async def _record(self, held: Held) -> None:
-        await self._spool.update_job(held.job)
-        held.recorded = True
-
     async def _withdraw(self, held: Held, why: str) -> None:
         """Give up a job that has no batch at the provider, and give its requests back uncounted."""
-        items = await self._spool.job_items(held.token)
-        await give_back(self._spool, items, why, counted=False, count=self._count)
+        await self.give_back(await self._spool.job_items(held.job.token), why, counted=False)
         await self._end(held, held.file_id)
 
-    async def look_after(self, held: Held) -> Ended | None:
-        """Take the next step of a job; return its end, or None if it has not ended.
+    async def look_after(self, held: Held) -> Results | None:
+        """Take the next step of a job; return its results, or None if it has not ended.
 
         Raises:
             RequestFailed: The request to the provider failed.
@@ -174,8 +156,6 @@ class Jobs:
         if batch_id is None:
             await self.launch(held)
             return None
-        if not held.recorded:
-            await self._record(held)
         try:
             batch = await self._api.get(batch_id)
         except BadRequest as error:
@@ -184,23 +164,28 @@ class Jobs:
             raise
         return await self._collect(held, batch) if batch.is_over else None
 
-    async def _collect(self, held: Held, batch: RemoteBatch) -> Ended:
+    async def _collect(self, held: Held, batch: RemoteBatch) -> Results:
         """Store the results of a finished batch, and end its job."""
-        deliveries = await self._spool.job_items(held.token)
-        tied = {delivery.item.name.key: delivery for delivery in deliveries}
+        tied = {delivery.item.name.key: delivery for delivery in await self._spool.job_items(held.job.token)}
         files = [await self._content(name) for name in (batch.output_file_id, batch.error_file_id) if name is not None]
-        results = await read_output(batch, held.content, tied, files, self._replies)
+        results = await self._reader.read(batch, held.content, tied, files)
         for answers in pieces(results.answers):
             await self._spool.finish(answers)
             self._count(answered=len(answers))
         for why, left in results.open.items():
-            fruitless = why.doubtful and self._fruitless >= MAX_LESSONS
+            fruitless = why.cause is Cause.EITHER and self._fruitless >= MAX_LESSONS
             counted = results.blames(why) or fruitless or (why.again and self._lessons >= MAX_LESSONS)
-            await give_back(self._spool, left, why.error, counted=counted, count=self._count)
+            await self.give_back(left, why.error, counted=counted)
         self._fruitless = 0 if results.answers else self._fruitless + 1
         self._lessons = self._lessons + 1 if results.learned else 0 if results.answers else self._lessons
         await self._end(held, batch.input_file_id)
-        return Ended(batch, len(deliveries), results)
+        return results
+
+    async def give_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
+        """Give *deliveries* back to the spool, in pieces."""
+        for piece in pieces(deliveries):
+            await self._spool.give_back(piece, error=error, counted=counted)
+            self._count(**{"failed" if counted else "returned": len(piece)})
 
     async def _content(self, file_id: str) -> bytes:
         try:
@@ -212,22 +197,13 @@ class Jobs:
             return b""
 
     async def _end(self, held: Held, file_id: str | None) -> None:
-        await self._spool.end_job(held.token, error="the batch job ended without an answer to this request")
-        self.held.pop(held.token, None)
+        await self._spool.end_job(held.job.token, error="the batch job ended without an answer to this request")
+        self.held.pop(held.job.token, None)
         if file_id is not None:
             try:
                 await self._api.delete(file_id)
             except RequestFailed as error:
-                logger.warning("the input of batch job %s could not be deleted: %s", held.token, error)
-
-
-async def give_back(
-    spool: Spool, deliveries: Sequence[Delivery], error: str, *, counted: bool, count: Callable[..., None]
-) -> None:
-    """Give *deliveries* back to *spool* in pieces, and pass the number of each piece to *count*."""
-    for piece in pieces(deliveries):
-        await spool.give_back(piece, error=error, counted=counted)
-        count(**{"failed" if counted else "returned": len(piece)})
+                logger.warning("the input of batch job %s could not be deleted: %s", held.job.token, error)
 
 
 def pieces(all_: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -1,23 +1,103 @@
-"""Reads the output and error files of a finished batch."""
+"""Reads the files of a finished batch: the answers of its requests, and the reasons why some have none.
+
+A combined reply is taken apart as a live one is, but at its end: damage costs only the damaged answer, and answers before the token
+limit are valid.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.spool.provider.replies import Response, Results, Why
+from microbatch.accounting.stats import divided
+from microbatch.errors import ConfigError, RequestFailed, StatusError, StorageError
+from microbatch.messages import Usage
+from microbatch.prompt.codec import ChatCodec
+from microbatch.prompt.outcome import complaint, ending
+from microbatch.spool.endpoint import ENOUGH, Cause, cause_of, may_refuse_all
+from microbatch.spool.payload import Answer
+from microbatch.spool.provider.input_file import read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from microbatch.protocols import Completion
     from microbatch.spool.provider.api import RemoteBatch
-    from microbatch.spool.provider.input_file import Content, Line
-    from microbatch.spool.provider.replies import Replies
+    from microbatch.spool.provider.input_file import Asked, Content, Line
     from microbatch.spool.records import Delivery
+    from microbatch.transports.batch_wire import BatchWire
 
+    Pricing = Callable[[str | None], Callable[[Usage], float] | None]
+
+DISCOUNT: Final = 0.5
+"""The price of a batch, as a part of the usual price."""
+
+_BYTES_A_TOKEN: Final = 4
 _SLICE: Final = 16  # lines between two turns of the event loop
+
+
+class Why(msgspec.Struct, frozen=True):
+    """Why a request was not answered.
+
+    Attributes:
+        cause: `EITHER` is decided by the other lines of the batch, see `Results.blames`.
+        again: Whether the next attempt will differ, because something was learned.
+    """
+
+    error: str
+    cause: Cause = Cause.REQUEST
+    again: bool = False
+
+
+class Results:
+    """The results of a batch, of which *requests* requests waited.
+
+    Attributes:
+        answers: The answers, encoded as they are stored.
+        open: The unanswered requests, by the reason.
+        usage: The tokens that the provider reported.
+        cost_usd: What they cost, in US dollars; None if a price is unknown.
+    """
+
+    def __init__(self, batch: RemoteBatch, requests: int) -> None:
+        self.batch = batch
+        self.requests = requests
+        self.answers: list[tuple[Delivery, bytes]] = []
+        self.open: dict[Why, list[Delivery]] = {}
+        self.usage = Usage()
+        self.cost_usd: float | None = 0.0
+        self._doubtful = 0  # lines
+
+    def leave(self, deliveries: Iterable[Delivery], why: Why) -> None:
+        """Note that *deliveries* were not answered."""
+        self.open.setdefault(why, []).extend(deliveries)
+        self._doubtful += why.cause is Cause.EITHER
+
+    def blames(self, why: Why) -> bool:
+        """Return whether the requests left open for *why* are the cause; not if in doubt, several lines failed and none succeeded."""
+        if why.cause is Cause.EITHER:
+            return bool(self.answers) or self._doubtful < ENOUGH
+        return why.cause is Cause.REQUEST
+
+    @property
+    def trouble(self) -> str | None:
+        """The first reason that no request has caused, so that trying again at once is of no use; None if there is none."""
+        return next((why.error for why in self.open if not self.blames(why) and not why.again), None)
+
+    @property
+    def learned(self) -> bool:
+        """True if lines will be written differently from now on."""
+        return any(why.again for why in self.open)
+
+
+class _Response(msgspec.Struct):
+    status_code: int = 200
+    request_id: str | None = None
+    body: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Error(msgspec.Struct):
@@ -27,7 +107,7 @@ class _Error(msgspec.Struct):
 
 class _Row(msgspec.Struct):
     custom_id: str
-    response: Response | None = None
+    response: _Response | None = None
     error: _Error | None = None
 
 
@@ -35,35 +115,136 @@ class _Sent(msgspec.Struct):
     body: dict[str, Any]
 
 
-async def read_output(
-    batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], files: Iterable[bytes], replies: Replies
-) -> Results:
-    """Return the results of a batch.
+class OutputReader:
+    """Reads the files of finished batches.
 
     Args:
-        batch: The batch, whose status is final.
-        content: The recorded content of its job.
-        tied: The requests that still wait for it, by the keys of their names.
-        files: Its output file and its error file.
-        replies: Reads the replies to the lines.
+        wire: Reads a reply's text and how it ended.
+        price: Returns what prices a model's usage, at the usual price.
     """
-    results = Results()
-    rows = await _rows(files)
-    sent = (await content.file()).split(b"\n") if rows else []
-    absent = _absence(batch, content)
-    for number, line in enumerate(content.lines):
-        deliveries = [tied.get(name.key) for name in line.names]
-        waiting = [delivery for delivery in deliveries if delivery is not None]
-        row = rows.get(line.custom_id)
-        if not waiting:
-            continue
-        if row is None or row.response is None:
-            results.leave(waiting, absent(line, row))
+
+    def __init__(self, wire: BatchWire, price: Pricing) -> None:
+        self._wire = wire
+        self._price = price
+        self._codec = ChatCodec()
+
+    async def read(
+        self, batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], files: Iterable[bytes]
+    ) -> Results:
+        """Return the results of a batch.
+
+        Args:
+            batch: The batch, whose status is final.
+            content: The recorded content of its job.
+            tied: The requests that still wait for it, by the keys of their names.
+            files: Its output file and its error file.
+        """
+        results = Results(batch, len(tied))
+        rows = await _rows(files)
+        sent = (await content.file()).split(b"\n") if rows else []
+        absence = _absence(batch, content)
+        for number, line in enumerate(content.lines):
+            waiting = {at: tied[name.key] for at, name in enumerate(line.names) if name.key in tied}
+            row = rows.get(line.custom_id)
+            if not waiting:
+                continue
+            if row is None or row.response is None:
+                results.leave(waiting.values(), absence(line, row))
+            else:
+                self._take(row.response, line, waiting, partial(_body_at, sent, number), results)
+            if number % _SLICE == 0:
+                await asyncio.sleep(0)
+        return results
+
+    def _take(
+        self,
+        response: _Response,
+        line: Line,
+        waiting: Mapping[int, Delivery],
+        sent: Callable[[], Mapping[str, Any]],
+        results: Results,
+    ) -> None:
+        """Add to *results* the answers in the reply to *line*, and the requests without one; *waiting* is keyed by position."""
+        asked: dict[int, Asked] = {}
+        for at, delivery in waiting.items():
+            try:
+                asked[at] = read(delivery)
+            except (ConfigError, StorageError) as error:  # it was sound when it was sent
+                results.leave([delivery], Why(str(error)))
+        if not asked:
+            return
+        try:
+            text, completion = self._wire.read(
+                response.status_code, bytes(response.body), request_id=response.request_id, sent=sent
+            )
+        except RequestFailed as error:
+            results.leave([each.delivery for each in asked.values()], _why(error))
+            return
+        texts = dict((self._combined if line.ids else self._single)(line, asked, text, completion, results))
+        self._store(line, asked, texts, completion, results)
+
+    def _combined(
+        self, line: Line, asked: Mapping[int, Asked], text: str, completion: Completion, results: Results
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the answers of a combined reply by their positions; note the requests that it leaves unanswered."""
+        # The requests of a line are alike, so that all answers are decoded in the same way.
+        decode = next(iter(asked.values())).options.answer.decode
+        reply = self._codec.demultiplex(line.ids, [decode] * len(line.names), line.canary, early=False)
+        found = reply.feed(text)
+        how = ending(completion, None, heard=True)
+        for at, (_, said) in found + reply.close(how):
+            if at in asked:
+                yield at, said
+        whole = complaint(completion)
+        for at, error in reply.unanswered(how):
+            if at in asked:
+                results.leave([asked[at].delivery], Why(_told(whole or error)))
+
+    def _single(
+        self, _line: Line, asked: Mapping[int, Asked], text: str, completion: Completion, results: Results
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the answer of a single reply, or note why there is none."""
+        one = asked[0]
+        reply = self._codec.read_alone(one.options.answer, completion, text, combinable=bool(one.line))
+        if reply.error is None:
+            yield 0, reply.text
         else:
-            replies.take(row.response, line, deliveries, _body_at(sent, number), results)
-        if number % _SLICE == 0:
-            await asyncio.sleep(0)
-    return results
+            cause = reply.error.__cause__  # without a word of the answer
+            detail = f": {cause}" if isinstance(cause, ValueError) else ""
+            results.leave([one.delivery], Why(_told(reply.error) + detail))
+
+    def _store(
+        self,
+        line: Line,
+        asked: Mapping[int, Asked],
+        texts: Mapping[int, str],
+        completion: Completion,
+        results: Results,
+    ) -> None:
+        """Encode the answers, each with its share of the call's cost."""
+        model = next(iter(asked.values())).options.model
+        price = self._price(completion.model) or self._price(model)
+        if completion.usage is not None:
+            results.usage += completion.usage
+            whole = None if price is None else price(completion.usage) * DISCOUNT
+            results.cost_usd = None if whole is None or results.cost_usd is None else results.cost_usd + whole
+        usages = _usages(completion.usage, line, texts)
+        now = time.time()  # noqa: TID251 answers outlive processes
+        for at, text in texts.items():
+            answer = Answer(
+                text=text,
+                answered_at=now,
+                is_json=not asked[at].options.answer.is_text,
+                route="batch" if line.ids else "single",
+                batch_size=len(line.names),
+                model=completion.model or model,
+                finish_reason=completion.finish_reason,
+                request_id=completion.request_id,
+                usage=usages[at],
+                cost_usd=None if price is None else price(usages[at]) * DISCOUNT,
+                body=None if line.ids else completion.body,
+            )
+            results.answers.append((asked[at].delivery, answer.encode()))
 
 
 async def _rows(files: Iterable[bytes]) -> dict[str, _Row]:
@@ -82,32 +263,53 @@ async def _rows(files: Iterable[bytes]) -> dict[str, _Row]:
     return rows
 
 
+def _body_at(rows: Sequence[bytes], number: int) -> Mapping[str, Any]:
+    return msgspec.json.decode(rows[number], type=_Sent).body
+
+
 def _absence(batch: RemoteBatch, content: Content) -> Callable[[Line, _Row | None], Why]:
-    """Return a function that returns why a line of *batch* has no reply."""
-    if batch.status == "failed":
-        return _rejection(batch, content)
+    """Return a function that returns why a line of *batch* has no reply.
 
-    def absent(_line: Line, row: _Row | None) -> Why:
-        code = row.error.code if row is not None and row.error is not None else None
-        message = f"the batch {batch.status} without a reply" + (f" ({code})" if code else "")
-        # A line of an expired or cancelled batch did not cause that.
-        return Why(message, counted=batch.status == "completed")
-
-    return absent
-
-
-def _rejection(batch: RemoteBatch, content: Content) -> Callable[[Line, _Row | None], Why]:
-    """As `_absence`, for a batch that was refused: the cause is the lines that its errors name, if any."""
+    If the batch was refused, the cause is the lines that its errors name, if any. A line of an expired or cancelled batch did not
+    cause that.
+    """
     blamed: dict[str, Why] = {}
     for error in batch.complaints:
         # An unavailable model is reported for one line, but was not caused by it.
         if error.line is not None and 0 < error.line <= len(content.lines) and error.param != "body.model":
             blamed[content.lines[error.line - 1].custom_id] = Why(f"the provider refused the line ({error.code})")
     codes = ", ".join(dict.fromkeys(str(error.code) for error in batch.complaints)) or "no reason was given"
-    others = Why(f"the provider refused the batch ({codes})", counted=False)
-    return lambda line, _row: blamed.get(line.custom_id, others)
+    refused = Why(f"the provider refused the batch ({codes})", Cause.ENDPOINT)
+
+    def absence(line: Line, row: _Row | None) -> Why:
+        if batch.status == "failed":
+            return blamed.get(line.custom_id, refused)
+        code = row.error.code if row is not None and row.error is not None else None
+        message = f"the batch {batch.status} without a reply" + (f" ({code})" if code else "")
+        return Why(message, Cause.REQUEST if batch.status == "completed" else Cause.ENDPOINT)
+
+    return absence
 
 
-def _body_at(rows: Sequence[bytes], number: int) -> Callable[[], Mapping[str, Any]]:
-    """Return a function that returns the body of a sent line."""
-    return lambda: msgspec.json.decode(rows[number], type=_Sent).body
+def _usages(usage: Usage | None, line: Line, texts: Mapping[int, str]) -> Mapping[int, Usage]:
+    """Divide *usage* as for a live call: the prompt by the bytes of the requests' texts, the rest by those of the answers."""
+    lengths = {at: len(text.encode("utf-8", "replace")) for at, text in texts.items()}
+    if usage is None:
+        sizes = line.sizes or [0]
+        return {
+            at: Usage(sizes[at] // _BYTES_A_TOKEN, length // _BYTES_A_TOKEN + 1, 0, True)
+            for at, length in lengths.items()
+        }
+    if not line.ids:
+        return dict.fromkeys(texts, usage)
+    return dict(enumerate(divided(usage, line.sizes, [lengths.get(at, 0) for at in range(len(line.names))])))
+
+
+def _why(error: RequestFailed) -> Why:
+    again = isinstance(error, StatusError) and error.again
+    cause = Cause.ENDPOINT if again or may_refuse_all(error) else cause_of(error)
+    return Why(_told(error), cause, again)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

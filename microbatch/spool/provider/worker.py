@@ -23,18 +23,17 @@ import contextlib
 import logging
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 
 from microbatch.errors import RequestFailed, StorageError
 from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy, at_least, whole
-from microbatch.prompt.compose import draw_endings
 from microbatch.spool.endpoint import Pause, wait
-from microbatch.spool.provider.input_file import Composer, Writes
-from microbatch.spool.provider.jobs import AT_ONCE, Jobs, give_back, pieces
-from microbatch.spool.provider.replies import Reads, Replies
+from microbatch.spool.provider.input_file import Composer
+from microbatch.spool.provider.jobs import AT_ONCE, Jobs, pieces
+from microbatch.spool.provider.output_file import OutputReader
 from microbatch.spool.records import LEASE, PARTING, Stage
 from microbatch.spool.worker import Done, renew_leases, run_with
 
@@ -42,9 +41,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from microbatch.spool.provider.api import OpenAIBatchApi
-    from microbatch.spool.provider.jobs import Ended, Held
-    from microbatch.spool.provider.replies import Pricing
+    from microbatch.spool.provider.jobs import Held
+    from microbatch.spool.provider.output_file import Pricing, Results
     from microbatch.spool.records import Delivery, Spool
+    from microbatch.transports.batch_wire import BatchWire
 
 logger = logging.getLogger("microbatch")
 
@@ -61,10 +61,6 @@ MAX_JOBS: Final = 8
 
 LONGEST_PAUSE: Final = 600.0
 """Seconds of the longest pause without a new job after failures that no request caused; the first is as long as a poll."""
-
-
-class Wire(Writes, Reads, Protocol):
-    """Writes and reads the bodies of lines: see `BatchWire`."""
 
 
 class Tally(Done):
@@ -92,7 +88,6 @@ class ProviderBatches:
         wire: Writes and reads the bodies of lines.
         policy: The size limits of one prompt; its other fields have no effect.
         price: Returns the price function of a model, at the usual price, of which batches cost half.
-        count: Counts a text's tokens; None for its bytes, an upper bound, which makes prompts smaller than necessary.
         canary: Whether each combined prompt ends in an item that asks for a random word; a reply with another answer to it is
             discarded as a whole.
         lease: Seconds for which requests and jobs are taken; renewed while `run` runs.
@@ -101,7 +96,6 @@ class ProviderBatches:
         max_jobs: Most jobs under way here.
         until_empty: End when the spool holds no unanswered requests, those of other workers included; otherwise run until stopped.
         progress: Called with the figures whenever they change.
-        draw: Source of id endings.
 
     Attributes:
         done: The figures.
@@ -114,11 +108,10 @@ class ProviderBatches:
         self,
         spool: Spool,
         api: OpenAIBatchApi,
-        wire: Wire,
+        wire: BatchWire,
         *,
         policy: FlushPolicy | None = None,
         price: Pricing = lambda _model: None,
-        count: Callable[[str], int] | None = None,
         canary: bool = False,
         lease: float = LEASE,
         poll_interval: float = POLL,
@@ -126,15 +119,14 @@ class ProviderBatches:
         max_jobs: int = MAX_JOBS,
         until_empty: bool = False,
         progress: Callable[[Tally], None] | None = None,
-        draw: Callable[[int], Sequence[str]] = draw_endings,
     ) -> None:
         at_least(0.001, lease=lease, poll_interval=poll_interval)
         whole(1, max_requests=max_requests, max_jobs=max_jobs)
         self.done = Tally()
         self._spool = spool
         self._api = api
-        self._composer = Composer(wire, policy or FlushPolicy(), count=count, canary=canary, draw=draw)
-        self._jobs = Jobs(spool, api, Replies(wire, price, count), self._count)
+        self._composer = Composer(wire, policy or FlushPolicy(), canary=canary)
+        self._jobs = Jobs(spool, api, OutputReader(wire, price), self._count)
         self._lease = lease
         self._poll_interval = poll_interval
         self._max_requests = self._most = max_requests
@@ -202,13 +194,12 @@ class ProviderBatches:
         try:
             await self._take()
             drafts, rejected = await self._composer.drafts(list(self._taken.values()))
-            for one in rejected:
-                await self._give_back([one.delivery], one.error, counted=True)
+            for delivery, why in rejected:
+                await self._give_back([delivery], why, counted=True)
             begun: list[Held] = []
             for draft in drafts:
                 begun.append(await self._jobs.begin(draft, lease=self._lease))
-                for delivery in draft.deliveries:
-                    self._taken.pop(delivery.item.name.key, None)
+                self._forget(draft.deliveries)
                 self.done.jobs += 1
                 self.done.lines += len(draft.lines)
                 self._count()
@@ -243,10 +234,10 @@ class ProviderBatches:
         await self._jobs.adopt(self._max_jobs, lease=self._lease)
         ended = False
         for held in list(self._jobs.held.values()):
-            end = await self._guarded(held, self._jobs.look_after(held))
-            if end is not None:
+            results = await self._guarded(held, self._jobs.look_after(held))
+            if results is not None:
                 ended = True
-                self._learn(end)
+                self._learn(results)
         return ended
 
     async def _guarded(self, held: Held, step: Coroutine[Any, Any, T]) -> T | None:
@@ -254,17 +245,17 @@ class ProviderBatches:
         try:
             return await step
         except RequestFailed as error:
-            self._pause.begin(f"batch job {held.token}: {type(error).__name__}: {error}")
+            self._pause.begin(f"batch job {held.job.token}: {type(error).__name__}: {error}")
             return None
 
-    def _learn(self, end: Ended) -> None:
+    def _learn(self, results: Results) -> None:
         """Adapt the size of jobs and the pause to how a job ended."""
-        if any(error.code == "token_limit_exceeded" for error in end.batch.complaints):
+        batch, done = results.batch, self.done
+        if any(error.code == "token_limit_exceeded" for error in batch.complaints):
             # More than the provider lets wait at once; nothing of it was run.
-            self._most = max(1, end.requests // 2)
-        elif end.batch.status == "completed":
+            self._most = max(1, results.requests // 2)
+        elif batch.status == "completed":
             self._most = min(self._max_requests, 2 * self._most)
-        results, done = end.results, self.done
         if results.answers:
             self._pause.reset()
         if results.trouble is not None:
@@ -276,9 +267,12 @@ class ProviderBatches:
 
     async def _give_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
         for piece in pieces(deliveries):
-            await give_back(self._spool, piece, error, counted=counted, count=self._count)
-            for delivery in piece:
-                self._taken.pop(delivery.item.name.key, None)
+            await self._jobs.give_back(piece, error, counted=counted)
+            self._forget(piece)
+
+    def _forget(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            self._taken.pop(delivery.item.name.key, None)
 
     def _count(self, **more: int) -> None:
         self.done.add(**more)
