@@ -26,8 +26,7 @@ T = TypeVar("T")
 
 ENDPOINT: Final = "/v1/chat/completions"
 PAGE: Final = 100
-# A transport does not decompress what it forwards.
-_HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity"}
+_HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity"}  # what is forwarded stays compressed
 
 
 class RequestError(msgspec.Struct, frozen=True):
@@ -104,28 +103,20 @@ class OpenAIBatchApi:
         self._draw = draw
 
     async def upload(self, name: str, content: bytes) -> str:
-        """Upload *content* as the input of a batch, under any *name*; return the file's id.
-
-        A file whose upload failed may exist all the same, under another id.
-        """
+        """Upload *content* as the input of a batch, under any *name*; return the file's id. After an error it may exist as well."""
         boundary = secrets.token_hex(16)
         parts = [
             _part(boundary, 'name="purpose"', b"batch"),
             _part(boundary, f'name="file"; filename="{name}"\r\nContent-Type: application/jsonl', content),
             f"--{boundary}--\r\n".encode(),
         ]
-        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        return _decoded(await self._ask("POST", "/files", b"".join(parts), headers), _Id).id
+        kind = f"multipart/form-data; boundary={boundary}"
+        return _decoded(await self._ask("POST", "/files", b"".join(parts), kind), _Id).id
 
     async def create(self, file_id: str, metadata: Mapping[str, str]) -> RemoteBatch:
-        """Create a batch.
-
-        Raises:
-            RequestFailed: It was not created, or may have been; see `is_ambiguous`.
-        """
+        """Create a batch; after an error for which `is_ambiguous` is true, it may exist as well."""
         asked = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h", "metadata": metadata}
-        headers = {"Content-Type": "application/json"}
-        raw = await self._ask("POST", "/batches", msgspec.json.encode(asked), headers, once=True)
+        raw = await self._ask("POST", "/batches", msgspec.json.encode(asked), "application/json", once=True)
         return _decoded(raw, RemoteBatch)
 
     async def get(self, batch_id: str) -> RemoteBatch:
@@ -146,25 +137,14 @@ class OpenAIBatchApi:
         await self._ask("DELETE", f"/files/{quote(file_id, safe='')}")
 
     async def _ask(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        *,
-        once: bool = False,
+        self, method: str, path: str, body: bytes | None = None, content_type: str | None = None, *, once: bool = False
     ) -> bytes:
-        """Return the body of a successful response.
-
-        With *once*, an attempt that may have succeeded is not followed by another.
-
-        Raises:
-            RequestFailed: The last attempt's error.
-        """
+        """Return the body of a successful response; with *once*, no attempt is made after one that may have succeeded."""
+        headers = _HEADERS if content_type is None else {**_HEADERS, "Content-Type": content_type}
         failures, backoff = 0, Backoff(self._retry.base, self._retry.cap, draw=self._draw)
         while True:
             try:
-                return await self._attempt(method, path, body, {**_HEADERS, **(headers or {})})
+                return await self._attempt(method, path, body, headers)
             except RequestFailed as error:
                 failures += 1
                 error.attempts = failures

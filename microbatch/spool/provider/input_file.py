@@ -1,7 +1,7 @@
 """Composes the input file of a provider batch from spooled requests.
 
-Requests share a prompt exactly where live ones would: all but the text of the last user message is equal, and so is the tenant.
-Nothing is learned here from earlier calls, so upper bounds keep prompts within their limits.
+Requests share a prompt exactly where live ones would. Nothing is learned here from earlier calls, so upper bounds keep prompts within
+their limits: a text's bytes are those of its tokens.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Asked(msgspec.Struct):
 
     @property
     def stage(self) -> Stage:
-        """The stage of combining, by the number of its deliveries."""
+        """The stage of its delivery."""
         return Stage.after(self.delivery.deliveries - 1)
 
 
@@ -143,7 +143,6 @@ class Draft:
 
 
 def _byte_count(text: str) -> int:
-    """Return the bytes of *text*, an upper bound of its tokens."""
     return len(text.encode())
 
 
@@ -257,10 +256,8 @@ class Composer:
         return self._wire.body(combined.call), combined.ids, combined.canary
 
     def _bound(self, options: Options, items: int) -> int | None:
-        """Return the most tokens that a combined reply may take; None for no bound.
-
-        There is one only for models whose limit is known by name: to learn it from refusals would take a job each time.
-        """
+        """Return the most tokens that a combined reply may take; None for no bound."""
+        # Only for models whose limit is known by name: to learn it from refusals would take a job each time.
         if self._bounds.of(options.model).output is None:
             return None
         return self._bounds.bound(options, LaneHistory(), items, prompt=lambda: 0, quota=None)

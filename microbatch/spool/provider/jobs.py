@@ -33,8 +33,8 @@ PATIENCE: Final = 3 * 86_400.0
 """Seconds after which a job is given up whose batch the provider does not know: batches take a day."""
 
 MAX_LESSONS: Final = 8
-"""Consecutive jobs with lines refused for features that the endpoint does not support, or without any answer for reasons that may be
-the endpoint's, after which such failures count for the requests."""
+"""Consecutive jobs with lines refused for unsupported features, or without any answer for reasons that may be the endpoint's, after
+which such failures count for the requests."""
 
 AT_ONCE: Final = 1_000
 """Most requests in one transaction of the spool."""
@@ -49,7 +49,6 @@ class Held(msgspec.Struct):
     Attributes:
         job: As recorded in the spool.
         attempted: Whether there may be a batch though none is recorded.
-        file_id: Its uploaded file, if known.
     """
 
     job: Job

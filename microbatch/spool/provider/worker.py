@@ -64,14 +64,7 @@ LONGEST_PAUSE: Final = 600.0
 
 
 class Tally(Done):
-    """Figures of a worker.
-
-    Attributes:
-        jobs: Jobs begun.
-        lines: Prompts in them.
-        usage: The usage that the provider reported.
-        cost_usd: Its price in US dollars; None once a price is unknown.
-    """
+    """Figures of a worker: also the jobs begun, the lines in them, and the reported usage with its price (None: unknown)."""
 
     jobs: int = 0
     lines: int = 0
@@ -185,9 +178,11 @@ class ProviderBatches:
     async def submit_some(self) -> bool:
         """Take requests from the spool and create batches of them; return whether there was anything to do.
 
+        After an error requests that were taken are given back, or free when their leases expire; recorded jobs continue.
+
         Raises:
-            ConfigError: Requests name no model, and neither does the transport; they are given back.
-            StorageError: The spool failed. Taken requests are given back, or free when their leases expire; recorded jobs continue.
+            ConfigError: Requests name no model, and neither does the transport.
+            StorageError: The spool failed.
         """
         if len(self._jobs.held) >= self._max_jobs or self._pause.left:
             return False
