@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from microbatch.batching.call_state import CallState
+    from microbatch.batching.request import Options
     from microbatch.batching.ticket import Spec, Ticket
     from microbatch.messages import Reply
     from microbatch.protocols import ChatCall, Completion
@@ -65,7 +66,7 @@ def called(
 
 
 def settled(
-    spec: Spec,
+    spec: Spec | Options,
     created: float,
     origin: Any,
     now: float,

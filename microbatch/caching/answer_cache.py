@@ -9,16 +9,18 @@ import asyncio
 import contextvars
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.accounting.events import Settled
+from microbatch.batching.events import settled
 from microbatch.batching.request import check_messages
 from microbatch.batching.ticket import CallerOptions
 from microbatch.caching import entry as entries
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
 from microbatch.caching.key import Keys
+from microbatch.containment import contained
 from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
@@ -66,10 +68,7 @@ class AnswerCache:
         ledger: Takes the counts.
         price: Returns the price function of a model, or None.
         listeners: Hooks to call for hits.
-        endpoint: Address of the endpoint.
-        model: Its model when a request names none.
-        normalize: See `Keys`.
-        now: Clock in seconds since 1970: entries outlive processes.
+        endpoint: See `Keys`, also for `model` and `normalize`.
     """
 
     def __init__(
@@ -82,16 +81,13 @@ class AnswerCache:
         endpoint: str,
         model: str | None,
         normalize: Callable[[str], str] | None,
-        now: Callable[[], float] = time.time,  # noqa: TID251 see above
     ) -> None:
         self._guard = cache if isinstance(cache, Guard) else Guard(cache)
         self._ledger = ledger
         self._price = price
         self._listeners = listeners
-        self._endpoint = endpoint
-        self._model = model
-        self._normalize = normalize
-        self._now = now
+        self._make_keys = partial(Keys, endpoint=endpoint, model=model, normalize=normalize)
+        self._now = time.time  # noqa: TID251 entries outlive processes
         self._keys: Keys | None = None
         self._secret_read_at = float("-inf")  # loop time
         self._fresh: dict[bytes, bytes] = {}
@@ -117,7 +113,7 @@ class AnswerCache:
     async def _read_secret(self, timeout: float) -> None:
         secret = await self._guard.secret(deadline=Deadline(timeout))
         if secret is not None and (self._keys is None or self._keys.secret != secret):
-            self._keys = Keys(secret, endpoint=self._endpoint, model=self._model, normalize=self._normalize)
+            self._keys = self._make_keys(secret)
 
     @property
     def bypassed(self) -> int:
@@ -147,10 +143,7 @@ class AnswerCache:
         return None
 
     def look_up(self, key: bytes, *, bulk: bool = False) -> asyncio.Future[bytes | None]:
-        """Return a future of the value of *key*, for `read`. It fails only when the batcher closes.
-
-        With *bulk* the look-up may take `BULK_TIMEOUT`.
-        """
+        """Return a future of the value of *key*, for `read`; it fails only when the batcher closes."""
         value = self._fresh.get(key)
         if value is None:
             return (self._bulk if bulk else self._live).submit(key)
@@ -182,26 +175,27 @@ class AnswerCache:
         if entry is None or _is_ahead(entry, now):
             self._ledger.cache_misses += 1
             return None
-        try:
+        with contained() as decoding:
             output, text = options.answer.decode_again(entry.text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # noqa: BLE001 a caller's validator may raise anything; a new answer may satisfy it
+        if decoding.error is not None:  # a caller's validator may raise anything; a new answer may satisfy it
             self._ledger.cache_misses += 1
             return None
         self._count_hit(entry, now)
+        ended = asyncio.get_running_loop().time()
         reply = Reply(
             output,
             text,
             "cache",
             Usage(),
             0.0,
-            latency=asyncio.get_running_loop().time() - created,
+            latency=ended - created,
             model=entry.model,
             finish_reason="stop",
             body=entry.json(),
         )
-        self._report(reply, options)
+        if self._listeners.settle is not None:
+            origin = None if self._listeners.submit is None else self._listeners.submit()
+            self._listeners.settle(settled(options, created, origin, ended, reply=reply))
         return reply
 
     def _count_hit(self, entry: entries.Entry, now: float) -> None:
@@ -211,24 +205,6 @@ class AnswerCache:
         ledger.cache_hits += 1
         ledger.cache_ages += max(0.0, now - entry.stored_at)
         ledger.pay(Usage(), entry.alone, self._price(entry.model))
-
-    def _report(self, reply: Reply[Any], options: Options) -> None:
-        if self._listeners.settle is None:
-            return
-        self._listeners.settle(
-            Settled(
-                route="cache",
-                error=None,
-                model=reply.model,
-                priority=options.priority,
-                waited=0.0,
-                latency=reply.latency,
-                batch_size=1,
-                usage=reply.usage,
-                cost_usd=0.0,
-                origin=None if self._listeners.submit is None else self._listeners.submit(),
-            )
-        )
 
     async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
         """Return the reply that is kept for a request, or the options with which it is to be asked.
@@ -255,25 +231,21 @@ class AnswerCache:
     # --- storing
 
     async def keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
-        """Store the answers of one reply, each with the usage of a call for it alone; never raises.
+        """Store the answers of one reply, which all have keys, each with the usage of a call for it alone; never raises.
 
         Return at once, as the call still holds its slot; for bulk work, when they are stored: otherwise answers could come faster than
         they can be stored.
         """
         now = self._now()
-        stored = [] if self._keys is None else [entry for each in answered for entry in self._entry(*each, now)]
-        if not stored:
-            return
+        stored = [self._entry(ticket, alone, now) for ticket, alone in answered]
         self._fresh.update((key, value) for key, value, _ in stored)
         storing = self._stores.submit_detached(stored)
         if all(ticket.bulk for ticket, _ in answered):
             await asyncio.wait([storing])
 
-    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> Stored:
-        """Return the entry of one answer; nothing if it is for its caller only, or was asked while there was no secret."""
+    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> tuple[bytes, bytes, float | None]:
         reply, key = ticket.reply, ticket.caller.key
-        if reply is None or key is None:
-            return []
+        assert reply is not None and key is not None  # noqa: S101, PT018 see `keep`
         ttl = self._guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
         if ttl is not None:
             ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
@@ -288,7 +260,7 @@ class AnswerCache:
             alone.cached_tokens,
             None if reply.body is None or ticket.combinable else msgspec.json.encode(reply.body),
         )
-        return [(key, entries.encode(entry), ttl)]
+        return key, entries.encode(entry), ttl
 
     async def _store(self, replies: list[Stored]) -> list[None]:
         stored = [entry for reply in replies for entry in reply]

@@ -54,13 +54,7 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 def read(value: bytes, key: bytes, now: float) -> Entry | None:
-    """Return the entry encoded in *value*; None if it is damaged, another key's, or expired.
-
-    Args:
-        value: The value stored under *key*.
-        key: The key.
-        now: Seconds since 1970.
-    """
+    """Return the entry stored as *value* under *key*; None if it is damaged, another key's, or expired."""
     try:
         entry = _decode(value)
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -40,13 +40,13 @@ _PROCESS_SECRET: Final = secrets.token_bytes(SECRET_BYTES)
 
 
 class Deadline:
-    """A time limit for an `async with` block in which delays of the event loop itself do not count.
+    """A time limit for an `async with` block, which ends with `TimeoutError` when it is reached.
 
-    While the loop is busy elsewhere, an answer may have arrived without being seen. The time is therefore counted in 25 steps, and a
-    step that ends late counts as one step. The object can be entered repeatedly; the time used is gone.
+    Delays of the event loop itself do not count: while the loop is busy elsewhere, an answer may have arrived without being seen. The
+    time is therefore counted in 25 steps, and a step that ends late counts as one step. The object can be entered repeatedly.
 
     Args:
-        seconds: The limit. When it is reached the block is cancelled and ends with `TimeoutError`.
+        seconds: The limit.
         of: The deadline of which this is a part: time used here is also used there.
 
     Attributes:
@@ -85,13 +85,12 @@ class Deadline:
             timeout.reschedule(self._since)
 
     def _count(self, now: float) -> None:
-        self._use(min(now - self._since, self._step))
+        used = min(now - self._since, self._step)
         self._since = now
-
-    def _use(self, seconds: float) -> None:
-        self.left = max(0.0, self.left - seconds)
-        if self._of is not None:
-            self._of._use(seconds)  # noqa: SLF001 of its own class
+        deadline: Deadline | None = self
+        while deadline is not None:
+            deadline.left = max(0.0, deadline.left - used)
+            deadline = deadline._of  # noqa: SLF001 of its own class
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -113,7 +112,7 @@ class Guard:
     For bulk work the guard can be given *patience*. No caller waits there, but each miss has to be paid for, so a failing call is
     repeated. When that fails too, stores, or after any other call the whole cache, are given up for good.
 
-    A guard is itself a `Cache` and may be shared by several batchers.
+    A guard is itself a `Cache` and may be shared by several batchers. Where no deadline is given, the limit is `LIVE_TIMEOUT`.
 
     Args:
         cache: The cache. If it has a true attribute `keeps_deadline`, its methods take a `Deadline` as `deadline` and enforce it.
@@ -175,10 +174,7 @@ class Guard:
         await self.cache.aclose()
 
     async def get_many(self, keys: Sequence[bytes], *, deadline: Deadline | None = None) -> list[bytes | None]:
-        """Return the value of each key; None where there is none, and for all keys if the cache is bypassed or fails.
-
-        Without a *deadline* the time limit is `LIVE_TIMEOUT`.
-        """
+        """Return the value of each key; None where there is none, and for all keys if the cache is bypassed or fails."""
         if not keys:
             return []
 
@@ -194,10 +190,7 @@ class Guard:
     async def store(
         self, entries: Sequence[tuple[bytes, bytes, float | None]], *, deadline: Deadline | None = None
     ) -> bool:
-        """Store *entries* (key, value, seconds to live) and return whether that succeeded.
-
-        Without a *deadline* the time limit is `LIVE_TIMEOUT`.
-        """
+        """Store *entries* (key, value, seconds to live) and return whether that succeeded."""
         if not entries:
             return True
 

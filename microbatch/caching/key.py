@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.messages import Message
 
@@ -20,8 +21,6 @@ FORMAT: Final = 1
 """Version of the digested content. Any change to that content makes all earlier entries misses."""
 
 SECRET_BYTES: Final = 32
-"""Length of the secret that keys the digests."""
-
 _DIGEST_BYTES: Final = 20  # 160 bits: no accidental collisions
 
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -38,9 +37,6 @@ class Keys:
         endpoint: Address of the endpoint.
         model: Its model when a request names none.
         normalize: Applied to the text of the last message, so that equivalent texts share an answer; or None.
-
-    Attributes:
-        secret: As given.
     """
 
     def __init__(
@@ -71,12 +67,10 @@ class Keys:
         content = last.content if isinstance(last, Message) else last.get("content") if isinstance(last, dict) else None
         if not isinstance(content, str):
             return list(messages)
-        try:
+        with contained() as normalizing:
             text = normalize(content)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a Rust panic is a BaseException
-            raise ConfigError(f"normalize raised {type(error).__name__}") from error
+        if normalizing.error is not None:
+            raise ConfigError(f"normalize raised {type(normalizing.error).__name__}") from normalizing.error
         if not isinstance(text, str):
             raise ConfigError(f"normalize must return a string, got {type(text).__name__}")
         return [*messages[:-1], msgspec.to_builtins(last) | {"content": text}]

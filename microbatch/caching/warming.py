@@ -34,11 +34,11 @@ class Warmed(msgspec.Struct, frozen=True):
 def lasting(
     requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages], ttl: float | None
 ) -> Iterator[Request] | AsyncIterator[Request]:
-    """Return *requests* with *ttl*, in seconds, set on those that have none; None sets nothing."""
+    """Return *requests* with *ttl*, in seconds, set on those that have none."""
 
     def with_ttl(item: Request | Messages) -> Request:
         request = item if isinstance(item, Request) else Request(item)
-        return request if ttl is None or request.ttl is not None else msgspec.structs.replace(request, ttl=ttl)
+        return request if request.ttl is not None else msgspec.structs.replace(request, ttl=ttl)
 
     if isinstance(requests, AsyncIterable):
         return (with_ttl(item) async for item in requests)
