@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -50,27 +49,20 @@ class PausingTransport:
             TransportError: The attempt failed.
         """
         endpoint = self._endpoint
-        tries = await endpoint.allow()
-        sent = asyncio.get_running_loop().time()
-        endpoint.begin()
-        try:
-            completion = await self._transport.send(call, on_text)
-        except RequestFailed as error:
-            if cause_of(error) is Cause.REQUEST:
-                endpoint.succeeded(sent)  # a refusal of this request is an answer
-            else:
-                endpoint.failed(error, sent)
-            raise
-        else:
+        async with endpoint.attempt() as sent:
+            try:
+                completion = await self._transport.send(call, on_text)
+            except RequestFailed as error:
+                if cause_of(error) is Cause.REQUEST:
+                    endpoint.succeeded(sent)  # a refusal of this request is an answer
+                else:
+                    endpoint.failed(error, sent)
+                raise
             if completion.finish_reason in (None, "error"):
                 endpoint.failed(TransportError("the reply was cut off"), sent)
             else:
                 endpoint.succeeded(sent)
             return completion
-        finally:
-            endpoint.end()
-            if tries:
-                endpoint.tried()
 
     async def aclose(self) -> None:
         """Close the inner transport after its last user."""

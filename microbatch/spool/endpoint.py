@@ -27,7 +27,7 @@ from microbatch.errors import (
 from microbatch.transience import Backoff, is_transient
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 logger = logging.getLogger("microbatch")
 
@@ -49,10 +49,8 @@ PACE: Final = 0.05
 """At most `BURST` attempts begin within `PACE` seconds: calls that end together are not followed by as many at once, all of which
 would be lost if an outage begins."""
 
-# Statuses of an endpoint that is overloaded or absent, whatever the request: bad gateway, unavailable, overloaded.
-_DOWN: Final = frozenset({502, 503, 529})
-# A wrong model or address if every request gets it; otherwise this request names something that does not exist.
-_NOT_FOUND: Final = 404
+_DOWN: Final = frozenset({502, 503, 529})  # an endpoint that is overloaded or absent, whatever the request
+_NOT_FOUND: Final = 404  # a wrong model or address if every request gets it; otherwise this request's
 _UNAUTHORIZED: Final = 401
 
 
@@ -89,10 +87,8 @@ def is_refusal(error: BaseException) -> bool:
 
 def may_refuse_all(error: BaseException) -> bool:
     """Return whether *error* means a wrong key, address or model if other requests get it as well and none is answered."""
-    return (
-        is_refusal(error)
-        or isinstance(error, AuthFailed)
-        or (isinstance(error, StatusError) and error.status == _NOT_FOUND)
+    return isinstance(error, AuthFailed | QuotaExhausted) or (
+        isinstance(error, StatusError) and error.status == _NOT_FOUND
     )
 
 
@@ -138,8 +134,7 @@ async def wait(event: asyncio.Event, seconds: float | None) -> None:
 class Endpoint:
     """State of an endpoint, judged by the attempts sent to it; delays attempts while it does not answer.
 
-    An attempt is `allow`ed, begun, and then either `succeeded` or `failed`. Attempts are compared by when they were sent: an answer
-    to one sent before an outage says nothing about those sent later.
+    Attempts are compared by when they were sent: an answer to one sent before an outage says nothing about those sent later.
 
     Args:
         what: What a pause means, for the log.
@@ -151,7 +146,7 @@ class Endpoint:
         stopped: Whether `stop` was called.
         error: The error of the latest failure that counted, or None.
         sent: Number of attempts begun.
-        on_wire: Number of attempts under way.
+        on_wire: Number of those that have not ended.
         probe: Sends a request that was answered before, bypassing this object, and returns whether it is answered now; None if there
             is no such request yet. Without it, or then, one of the waiting attempts serves as the probe.
     """
@@ -190,25 +185,35 @@ class Endpoint:
         return max(0.0, asyncio.get_running_loop().time() - self._failing_since)
 
     def stop(self, on_idle: Callable[[], object] | None = None) -> None:
-        """Refuse all further attempts.
-
-        Args:
-            on_idle: Called once, as soon as no attempt is under way.
-        """
+        """Refuse all further attempts; *on_idle* is called once, as soon as none is under way."""
         self.stopped = True
         self._on_idle = on_idle
         self._note_change()
         self._report_idle()
 
-    async def allow(self) -> bool:
-        """Wait until an attempt may be sent; while the endpoint is down, one at a time after each pause.
+    @contextlib.asynccontextmanager
+    async def attempt(self) -> AsyncIterator[float]:
+        """Wait until an attempt may be sent, and yield the loop time then; the block reports `succeeded` or `failed`.
 
-        Returns:
-            Whether the attempt is a probe, after which `tried` must be called.
+        While the endpoint is down, attempts are sent one at a time, each after a pause.
 
         Raises:
             ShutDown: Attempts are refused.
         """
+        probes = await self._allow()
+        self.sent += 1
+        self.on_wire += 1
+        try:
+            yield asyncio.get_running_loop().time()
+        finally:
+            self.on_wire -= 1
+            if probes:
+                self._probing = False
+            self._note_change()
+            self._report_idle()
+
+    async def _allow(self) -> bool:
+        """Wait until an attempt may be sent; return whether it is a probe."""
         while True:
             if self.stopped:
                 raise ShutDown("not sent: stopped before its turn")
@@ -259,29 +264,14 @@ class Endpoint:
         try:
             answered = None if self.probe is None else await self.probe()
         finally:
-            self.tried()
+            self._probing = False
+            self._note_change()
         if answered:
             self.succeeded(sent)
         elif answered is False:
             self._failing_since = min(self._failing_since, sent)
             self._begin_pause()
         return answered
-
-    def tried(self) -> None:
-        """Record the end of a probe."""
-        self._probing = False
-        self._note_change()
-
-    def begin(self) -> None:
-        """Record that an attempt is sent."""
-        self.sent += 1
-        self.on_wire += 1
-
-    def end(self) -> None:
-        """Record the end of an attempt, after its outcome."""
-        self.on_wire -= 1
-        self._note_change()
-        self._report_idle()
 
     def succeeded(self, sent: float) -> None:
         """Record an answer to an attempt sent at the loop time *sent*."""
