@@ -1,8 +1,7 @@
 """The content of a spooled request and of its answer, as bytes that are the same in every process.
 
-A request is stored as `submit` takes it, without what belongs to the caller's process: no headers, and of an output type only its JSON
-Schema. Equal requests have equal bytes: keys are sorted, except inside schemas, where the order of properties matters because models
-write them in that order.
+A request is stored as `submit` takes it, but without headers, and of an output type only with its JSON Schema. Equal requests have
+equal bytes: keys are sorted, except inside schemas, as models write properties in the order given there.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ DIGEST_BYTES: Final = 16
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 _HOLD_SCHEMAS: Final = ("functions", "response_format", "tools")
-
-# Fields of a reply that are stored.
 _OF_REPLY: Final = ("text", "route", "batch_size", "model", "finish_reason", "request_id", "usage", "cost_usd", "body")
 
 
@@ -69,11 +66,7 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         temperature: float | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Return the content of a request; the arguments are those of `submit`.
-
-        Raises:
-            ConfigError: `submit` would raise it for these arguments.
-        """
+        """Return the content of a request; the arguments are those of `submit`, and `ConfigError` is raised as there."""
         check_messages(messages)
         options = read_options(output_type, model, max_tokens, temperature, params, None, None, "low")
         fields = dict(params or {})
@@ -84,11 +77,7 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Return the payload encoded in *raw*.
-
-        Raises:
-            StorageError: The bytes are damaged.
-        """
+        """Return the payload encoded in *raw*; raise `StorageError` if it is damaged."""
         return _decoded(raw, cls, "request")
 
     def encode(self) -> bytes:
@@ -124,11 +113,7 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
     def options(self, tenant: str | None) -> Options:
-        """Return the request's options, as of a low-priority submit of *tenant*.
-
-        Raises:
-            ConfigError: They are invalid.
-        """
+        """Return the request's options, as of a low-priority submit of *tenant*; raise `ConfigError` if they are invalid."""
         params = self.params or None
         return read_options(str, self.model, self.max_tokens, self.temperature, params, None, tenant, "low")
 
@@ -141,13 +126,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The answer to a spooled request; its encoded form is passed to `Spool.finish`.
 
     Attributes:
-        text: As `Reply.text`: the text itself, or the answer's JSON.
         is_json: Whether `text` is JSON.
         answered_at: Seconds since 1970.
-        batch_size: Number of requests in the call.
-        usage: This request's share.
-        cost_usd: Price of that share; None if no price is known.
-        body: The endpoint's JSON of a single call, or None.
+
+    The other fields are those of `Reply`.
     """
 
     text: str
@@ -169,11 +151,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """Return the answer encoded in *raw*.
-
-        Raises:
-            StorageError: The bytes are damaged.
-        """
+        """Return the answer encoded in *raw*; raise `StorageError` if it is damaged."""
         return _decoded(raw, cls, "answer")
 
     def encode(self) -> bytes:

@@ -27,12 +27,6 @@ MAX_ALONE = 3
 LEASE = 60.0
 """Default duration of a lease in seconds; workers renew their leases."""
 
-RENEWALS = 3
-"""Renewals in the duration of a lease, so that one may fail."""
-
-PARTING = 5.0
-"""Seconds in which a cancelled worker gives back what it holds."""
-
 OVERDUE = 60.0
 """Seconds, or the duration of the longest lease if that is longer, after which an expired lease proves nothing: the clock was set, or
 all machines were asleep or off. It is granted once more, so that its worker can renew it."""
@@ -72,7 +66,7 @@ class Name(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def key(self) -> str:
-        """The name as one unambiguous string."""
+        """The name as one string."""
         return msgspec.json.encode(self).decode()
 
     @classmethod
@@ -157,9 +151,6 @@ class Counts(msgspec.Struct, frozen=True):
     Attributes:
         waiting: Requests that can be taken now, by stage.
         leased: Requests under a lease that has not expired.
-        in_job: Requests in a batch job at the provider.
-        done: Stored answers.
-        dead: Dead letters.
         oldest: Age in seconds of the oldest request that is neither done nor dead; None if there is none.
         lost: Requests that the server has dropped, or whose place in the queue or answer it has dropped. They are not answered unless
             put again.
@@ -183,7 +174,7 @@ class Job(msgspec.Struct, frozen=True):
     """A batch job at the provider, recorded before it is created there.
 
     Attributes:
-        token: Its name here, which the provider stores in the batch's metadata.
+        token: Its name here.
         content: What is needed to create it and to read its results; opaque to the spool.
         batch_id: The provider's name for it; None until its creation is recorded.
     """
@@ -201,11 +192,7 @@ class Spool(Protocol):
     """
 
     async def open(self) -> None:
-        """Open the spool.
-
-        Raises:
-            ConfigError: It cannot be used.
-        """
+        """Open the spool; raise `ConfigError` if it cannot be used."""
         ...
 
     async def aclose(self) -> None:
@@ -235,12 +222,9 @@ class Spool(Protocol):
         ...
 
     async def give_back(self, deliveries: Sequence[Delivery], *, error: str, counted: bool) -> None:
-        """Return requests that were not answered.
+        """Return requests that were not answered, except those done or held by another worker by now.
 
-        Args:
-            deliveries: The requests, except those done or held by another worker by now.
-            error: Their failure; kept with a dead letter.
-            counted: Whether the delivery counts, so that they move to the next stage or become dead letters.
+        If the delivery is *counted* they move to the next stage, or become dead letters with *error*.
         """
         ...
 

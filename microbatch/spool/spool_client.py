@@ -33,18 +33,11 @@ class SpoolClient:
     """Puts requests into a spool and fetches answers from it.
 
     Requests of concurrent callers share one commit, and their look-ups one query.
-
-    Args:
-        spool: The spool.
-
-    Attributes:
-        spool: As given.
-        counts: The number of requests by state, as last read.
     """
 
     def __init__(self, spool: Spool) -> None:
-        self.spool = spool
-        self.counts = Counts()
+        self._spool = spool
+        self._counts = Counts()  # as last read
         self._counted_at = float("-inf")  # loop time
         self._puts: Coalescer[Item, PutOutcome] = Coalescer(spool.put, max_items=MOST, max_trips=1)
         self._looks: Coalescer[Name, Found] = Coalescer(spool.find, max_items=MOST)
@@ -66,19 +59,9 @@ class SpoolClient:
             raise IdConflict(f"the spool holds another request under the id {item.name.id!r}")
 
     async def result(self, name: Name, output_type: Any, timeout: float | None) -> Reply[Any]:
-        """Return the answer to a request, waiting for it if necessary.
+        """Return the answer to a request, waiting for it at most *timeout* seconds after the first look-up; None for no limit.
 
-        Args:
-            name: The request's name.
-            output_type: The type to decode its text to.
-            timeout: Seconds to wait after the first look-up; None for no limit.
-
-        Raises:
-            ConfigError: The spool does not know the name, or the type cannot be used.
-            DeadlineExceeded: There is no answer yet.
-            MalformedAnswer: The answer does not fit the type.
-            RequestFailed: The request is a dead letter, or the server has lost it.
-            StorageError: The spool cannot be read.
+        The errors are those of `Microbatcher.result`.
         """
         found = await self._look(name)
         if found is None and timeout != 0:
@@ -118,8 +101,8 @@ class SpoolClient:
         if now - self._counted_at >= STALE:
             self._counted_at = now
             self._recounts.submit_detached(None)
-        return self.counts
+        return self._counts
 
     async def _recount(self, requests: list[None]) -> list[None]:
-        self.counts = await self.spool.counts()
+        self._counts = await self._spool.counts()
         return requests

@@ -2,10 +2,9 @@
 
 Theory of operation
 -------------------
-A worker serves one stage at a time: full batches while there is anything for them, then half batches, then requests alone, one by
-one. Requests in a later stage are suspects, as a worker that held them failed or died: they are sent only when nothing else is under
-way here, so that if they bring this worker down as well, they take no other request along. A stage that always has something to do
-gives way to the next one after a while.
+A worker serves one stage at a time: full batches, then half batches, then requests alone, one by one. Requests in a later stage are
+suspects, as a worker that held them failed or died: they are sent only when nothing else is under way here, so that if they bring
+this worker down as well, they take no other request along. A stage that always has something to do gives way after a while.
 
 Every request that was taken is *held* until its answer is stored or it is given back; until then its lease is renewed. If the worker
 dies, the lease expires and others take the request. Storing an answer twice does no harm: the first one stays.
@@ -33,7 +32,7 @@ import msgspec
 from microbatch.errors import BatcherClosed, ConfigError, ShutDown, StorageError
 from microbatch.spool.endpoint import FIRST_PAUSE, LONGEST_PAUSE, Cause, Pause, cause_of, is_refusal, wait
 from microbatch.spool.payload import Answer, Payload
-from microbatch.spool.records import LEASE, PARTING, RENEWALS, Stage
+from microbatch.spool.records import LEASE, Stage
 from microbatch.storage.coalescer import Coalescer
 from microbatch.transience import Backoff
 
@@ -47,6 +46,9 @@ logger = logging.getLogger("microbatch")
 
 MOST_AT_ONCE: Final = 256
 """Most requests taken from the spool in one step."""
+
+PARTING: Final = 5.0
+"""Seconds in which a cancelled worker gives back what it holds."""
 
 FIRST_LOOK: Final = 0.05
 RAREST_LOOK: Final = 1.0
@@ -71,13 +73,7 @@ class Asks(Protocol):
 
 
 class Done(msgspec.Struct):
-    """Figures of a worker.
-
-    Attributes:
-        answered: Requests whose answers it stored.
-        failed: Requests given back because they failed, once for each failure.
-        returned: Requests given back for other reasons.
-    """
+    """Figures of a worker: requests whose answers it stored, and those given back because they failed, or for other reasons."""
 
     answered: int = 0
     failed: int = 0
@@ -98,15 +94,13 @@ class Worker:
         batchers: For each stage, what answers its requests, and how many may be pending there. That of `Stage.ALONE` sends every
             request by itself.
         lease: Seconds for which requests are taken.
-        until_empty: End when the spool holds no unanswered requests, those of other workers included; otherwise run until stopped.
+        until_empty: End when the spool holds no unanswered requests, those of other workers included.
         needs_model: Whether only a request itself can name a model.
         prober: Answers the control; None for the batcher of `Stage.ALONE`.
-        progress: Called with the figures whenever they change.
+        progress: Called with the figures `done` whenever they change.
 
     Attributes:
-        done: The figures.
-        refused: The message of an error that refused the key or the account before anything was answered, after which `run` returns;
-            None if there was none.
+        refused: The message of an error that refused the key or the account before anything was answered, after which `run` returns.
     """
 
     def __init__(
@@ -326,9 +320,9 @@ async def run_with(work: Callable[[], Awaitable[None]], *services: Callable[[], 
 
 
 async def renew_leases(renew: Callable[[], Awaitable[None]], lease: float) -> None:
-    """Call *renew* `RENEWALS` times in each *lease* seconds, until cancelled."""
+    """Call *renew* three times in each *lease* seconds, so that one call may fail, until cancelled."""
     while True:
-        await asyncio.sleep(lease / RENEWALS)
+        await asyncio.sleep(lease / 3)
         try:
             await renew()
         except StorageError as error:

@@ -34,8 +34,8 @@ from microbatch.spool.endpoint import Pause, wait
 from microbatch.spool.provider.input_file import Composer
 from microbatch.spool.provider.jobs import AT_ONCE, Jobs, pieces
 from microbatch.spool.provider.output_file import OutputReader
-from microbatch.spool.records import LEASE, PARTING, Stage
-from microbatch.spool.worker import Done, renew_leases, run_with
+from microbatch.spool.records import LEASE, Stage
+from microbatch.spool.worker import PARTING, Done, renew_leases, run_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
