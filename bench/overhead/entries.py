@@ -189,9 +189,10 @@ class SameWork(Running):
         self.start = self._peer.start
 
     async def submit(self, number: int) -> str:
-        return (await self._peer.submit(chat(number, self._rest))).output
+        # A tuple, because batched takes a list for several items.
+        return (await self._peer.submit(tuple(chat(number, self._rest)))).output
 
-    async def _answer(self, batch: list[Messages]) -> list[Share]:
+    async def _answer(self, batch: list[tuple[Any, ...]]) -> list[Share]:
         """Make one call for all requests that differ in the last message only."""
         groups: list[tuple[Messages, dict[int, str]]] = []
         for place, (*shared, last) in enumerate(batch):
