@@ -1,7 +1,7 @@
 """The cost of `submit` beside bare futures and other collectors, over a backend that answers at once.
 
 Time under two loads, each run next to one of the bare floor; then, in one process each, latency, memory and wake-ups. Collectors
-run twice: handing an integer on, and on the same work as `submit`, composing the prompt and reading the reply.
+run twice: handing an integer on, and on the same work as `submit`: chat messages handed on, prompts composed, replies read.
 """
 
 from __future__ import annotations

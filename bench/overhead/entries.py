@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     Pause = Callable[[], Awaitable[object]] | None
+    Messages = list[dict[str, Any]]
 
 FLOOR = "floor-future"
 OURS = "microbatch"
@@ -40,6 +41,11 @@ NO_LIMIT = 10**6
 
 _ITEM = re.compile(r'\[(\d+[a-z]{5})\] "(\d+) ')
 """An item's id, and the number its text begins with."""
+
+
+def chat(number: int, rest: str) -> Messages:
+    """Return new messages for one call: what a caller keeps while it waits is no cost of a library."""
+    return [{"role": "system", "content": f"{SYSTEM}."}, {"role": "user", "content": f"{number} {rest}"}]
 
 
 class Running:
@@ -68,7 +74,7 @@ class Entry(NamedTuple):
         waits: Whether it holds the first request back for a time.
         make: Set it up for a batch size, a longest wait in seconds and the backend's pause.
         exact: Whether all batches of a burst have to be full.
-        same_work: Whether a peer composes prompts and reads replies, as `submit` does, instead of handing an integer on.
+        same_work: Whether a peer takes chat messages, composes prompts and reads replies, instead of handing an integer on.
     """
 
     kind: Literal["floor", "peer", "ours"]
@@ -158,10 +164,18 @@ class Integers(Running):
         return [-item for item in items]
 
 
-class SameWork(Running):
-    """A library whose batch function does what `submit` does: compose the numbered prompt, and take the same reply apart.
+class Share(msgspec.Struct):
+    """The answer to one item, and its share of the usage: of the prompt by its length, of the reply an equal part."""
 
-    Answers are matched by position, since peers have no ids: the cheapest way there is.
+    output: str
+    usage: mb.Usage
+
+
+class SameWork(Running):
+    """A library whose batch function makes combined calls, as `submit` does, of the chat messages that callers pass on.
+
+    Without the check of the other messages, a request would be answered under the instructions of another one. Messages are compared
+    rather than hashed and answers are matched by position, since peers have no ids: the cheapest way in both cases.
     """
 
     wanted = str
@@ -175,15 +189,36 @@ class SameWork(Running):
         self.start = self._peer.start
 
     async def submit(self, number: int) -> str:
-        return await self._peer.submit(f"{number} {self._rest}")
+        # A tuple, because batched takes a list for several items.
+        return (await self._peer.submit(tuple(chat(number, self._rest)))).output
 
-    async def _answer(self, texts: list[str]) -> list[str]:
-        prompt, _ = compose(self._preamble, [item_line(text, self._scratch) for text in texts])
-        messages = [{"role": "system", "content": f"{SYSTEM}."}, {"role": "user", "content": prompt}]
+    async def _answer(self, batch: list[tuple[Any, ...]]) -> list[Share]:
+        """Make one call for all requests that differ in the last message only."""
+        groups: list[tuple[Messages, dict[int, str]]] = []
+        for place, (*shared, last) in enumerate(batch):
+            texts = next((texts for others, texts in groups if others == shared), None)
+            if texts is None:
+                texts = {}
+                groups.append((shared, texts))
+            texts[place] = last["content"]
+        answers: dict[int, Share] = {}
+        for shared, texts in groups:
+            answers.update(zip(texts, await self._call(shared, list(texts.values())), strict=True))
+        return [answers[place] for place in range(len(batch))]
+
+    async def _call(self, shared: Messages, texts: list[str]) -> list[Share]:
+        lines = [item_line(text, self._scratch) for text in texts]
+        prompt, _ = compose(self._preamble, lines)
         pieces: list[str] = []
         self.calls += 1
-        await self._echo.send(mb.ChatCall(messages=messages), pieces.append)
-        return [element["answer"] for element in msgspec.json.decode("".join(pieces))["results"]]
+        call = mb.ChatCall(messages=[*shared, {"role": "user", "content": prompt}])
+        usage = (await self._echo.send(call, pieces.append)).usage
+        results = msgspec.json.decode("".join(pieces))["results"]
+        each, size = usage.completion_tokens // len(lines), sum(map(len, lines))
+        return [
+            Share(result["answer"], mb.Usage(usage.prompt_tokens * len(line) // size, each))
+            for result, line in zip(results, lines, strict=True)
+        ]
 
 
 class Ours(Running):
@@ -209,11 +244,7 @@ class Ours(Running):
         await self._batcher.open()
 
     async def submit(self, number: int) -> str:
-        # Messages are built in the call: what a caller keeps while it waits is no cost of submit.
-        reply = await self._batcher.submit(
-            [{"role": "system", "content": f"{SYSTEM}."}, {"role": "user", "content": f"{number} {self._rest}"}]
-        )
-        return reply.output
+        return (await self._batcher.submit(chat(number, self._rest))).output
 
     async def stop(self) -> None:
         self.calls = self._batcher.upstream_calls

@@ -37,9 +37,11 @@ SETUP = (
     "all other figures. No endpoint and no network: the backend answers at once. Modules are excluded from garbage collection."
 )
 CARRIED = (
-    f"Floors and peers carry an integer. microbatch carries two chat messages built for each call (300 tokens shared, {SMALL_BYTES} bytes "
-    f"of its own, {LARGE_BYTES:,} in the row that says so), finds equal requests in flight, composes prompts and reads replies. Same work: "
-    "the batch function composes the same numbered prompt, decodes the same reply with msgspec and matches answers by position."
+    f"microbatch and the rows of the same work are called with two chat messages built for each call (300 tokens shared, {SMALL_BYTES} "
+    f"bytes of its own, {LARGE_BYTES:,} in the row that says so), and return an output and its share of the usage; all other rows carry "
+    "an integer. Same work: the library hands the messages on; the batch function groups them by all but the last message, and for each "
+    "group composes the same numbered prompt, sends the same call, decodes the reply with msgspec and matches answers by position. It "
+    "does not find equal requests in flight, check ids, read a reply that is not whole, retry, ask again, limit or count; microbatch does."
 )
 BYTES = (
     "Bytes of resident memory for each of {pending:,} requests, the waiting task and its frames included: first while all wait, then at "
@@ -108,7 +110,7 @@ def findings(run: Run, tables: dict[str, Table]) -> list[str]:
 
 
 def _same_work(run: Run, where: str, runs: dict[str, Pairs]) -> Iterator[str]:
-    """Compare with peers whose batch function composes the same prompt and reads the same reply."""
+    """Compare with peers that get the same messages, and whose batch function composes the same prompt and reads the same reply."""
     facts, ours = run.samples["entries"], times_floor(runs[OURS])
     rivals = {
         name: times_floor(pairs) / ours
@@ -178,7 +180,7 @@ def draw(run: Run, tables: dict[str, Table]) -> Figure:
         legend = [Patch(color=color, label=kind) for kind, color in colors.items()]
         axis.legend(handles=[*legend, axis.axvline(1, color="black", linewidth=1, label="bare futures")], fontsize=7)
     figure.suptitle(
-        "The cost of submit, asyncio (pale: hands an integer on; same work: composes the prompt and reads the reply)"
+        "The cost of submit, asyncio (pale: hands an integer on; same work: messages to prompt, reply to answers)"
     )
     return figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -10,34 +11,37 @@ from aiohttp import web
 
 from microbatch.accounting.tokens import load_encoding
 from microbatch.errors import ConfigError
-from microbatch.testing.batch_api.batches import Batches
+from microbatch.testing.batch_api.batches import Batches, BatchModel
 from microbatch.testing.batch_api.files import Files
 from microbatch.testing.batch_api.routes import BatchRoutes
-from microbatch.testing.batch_api.worker import UNMETERED, BatchWork, check_options
 from microbatch.testing.counting import ENCODING
-from microbatch.testing.model import ModelOptions, SimulatedModel
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
-from microbatch.testing.responses import authorize, error_response, json_object
-from microbatch.testing.wire import CREATED, Events, completion_object, limit_headers, request_id
+from microbatch.testing.wire import (
+    CREATED,
+    Events,
+    authorize,
+    completion_object,
+    error_response,
+    json_object,
+    limit_headers,
+    request_id,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
     from types import TracebackType
-    from typing import Unpack
 
-    from microbatch.messages import Limits
     from microbatch.testing.reply import SimulatedReply
 
-# Counting the tokens of more than this takes milliseconds, which would block other requests.
-MAX_INLINE_BYTES = 65_536
 MAX_REQUEST_BYTES = 64 * 2**20
 
 # Handlers that wait for nothing but the clock are cut off this long after closing began.
 CLOSING_SECONDS = 0.1
 
 
-class SimulatedEndpoint(SimulatedModel):
+@dataclass(kw_only=True, eq=False, repr=False)
+class SimulatedEndpoint(BatchModel):
     """An OpenAI-compatible endpoint with a simulated model behind it.
 
     ```python
@@ -45,9 +49,9 @@ class SimulatedEndpoint(SimulatedModel):
         transport = OpenAIChat("any-model", base_url=endpoint.base_url, api_key="any")
     ```
     Serves `POST /v1/chat/completions`, `GET /v1/models`, and OpenAI's files and batches below `/v1/files` and `/v1/batches`.
-    The options and counters are those of `SimulatedModel`. The key whose quota is charged, and to which files and batches belong,
-    is the Authorization header. The lines of batches are no `calls` and use up no quota; as combined prompts, items and tokens
-    they count like any others, and the same faults befall them.
+    The other options and the counters are those of `SimulatedModel`. The key whose quota is charged, and to which files and
+    batches belong, is the Authorization header. The lines of batches are no `calls` and use up no quota; as combined prompts,
+    items and tokens they count like any others, and the same faults befall them.
 
     Args:
         host: Address to listen on.
@@ -58,7 +62,6 @@ class SimulatedEndpoint(SimulatedModel):
         batch_expires: Lines of a batch that expire unanswered: a whole number of lines, or a float from 0 to 1 for a share.
         batch_tokens: Most tokens that the batches of one key may hold while they are worked on, taking four bytes for a token;
             a batch beyond that fails with "token_limit_exceeded". None sets no limit.
-        options: As `SimulatedModel` takes them.
 
     Attributes:
         batch_lines: Lines of batches that were answered so far, those that failed included.
@@ -69,30 +72,15 @@ class SimulatedEndpoint(SimulatedModel):
         ConfigError: As `SimulatedModel`.
     """
 
-    def __init__(
-        self,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        api_keys: Collection[str] | None = None,
-        models: Sequence[str] = ("simulated",),
-        batch_seconds: float = 0.0,
-        batch_expires: float = 0,
-        batch_tokens: int | None = None,
-        **options: Unpack[ModelOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.host = host
-        self.port = port
-        self.api_keys = api_keys
-        self.models = tuple(models)
-        check_options(batch_seconds=batch_seconds, batch_expires=batch_expires, batch_tokens=batch_tokens)
-        self.batch_seconds = batch_seconds
-        self.batch_expires = batch_expires
-        self.batch_tokens = batch_tokens
-        self.batch_lines = 0
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_keys: Collection[str] | None = None
+    models: Sequence[str] = ("simulated",)
+
+    def __post_init__(self, cached_prefixes: bool) -> None:
+        super().__post_init__(cached_prefixes)
         self.files = Files()
-        self.batches = Batches(self.files, BatchWork(self, self.files).run)
+        self.batches = Batches(self, self.files)
         self._runner: web.AppRunner | None = None
         self._closing = asyncio.Event()
 
@@ -108,10 +96,6 @@ class SimulatedEndpoint(SimulatedModel):
     def batches_created(self) -> int:
         """Batches made so far."""
         return len(self.batches)
-
-    def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
-        """Charge a request as `SimulatedModel.charge` does; what is `UNMETERED` costs nothing."""
-        return None if key == UNMETERED else super().charge(body, key, tokens)
 
     async def open(self) -> None:
         """Listen, and go on with the batches that are not over.
@@ -164,7 +148,7 @@ class SimulatedEndpoint(SimulatedModel):
             raw = await request.read()
             body = json_object(raw)
             number = self.admit(body)
-            reply = await self._reply_to(body, len(raw), key)
+            reply = await self.respond(body, key, len(raw))
         except EndpointError as error:
             return error_response(error, number)
         try:
@@ -174,14 +158,6 @@ class SimulatedEndpoint(SimulatedModel):
         except asyncio.CancelledError:
             self.disconnects += not self._closing.is_set()
             raise
-
-    async def _reply_to(self, body: dict[str, Any], size: int, key: str) -> SimulatedReply:
-        try:
-            prompt = self.read(body) if size <= MAX_INLINE_BYTES else await asyncio.to_thread(self.read, body)
-        except EndpointError as error:
-            error.limits = self.charge(body, key)
-            raise
-        return self.reply(prompt, key)
 
     async def _stream(
         self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from microbatch.messages import Usage
 from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
-from microbatch.testing.lengths import RAMBLING_TOKENS, asked_max_tokens, check_length, reply_limit, usage_of, within
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
@@ -23,12 +22,14 @@ from microbatch.testing.reading import (
     EndpointError,
     Prompt,
     ResponseFormat,
+    asked_max_tokens,
+    check_length,
     check_messages,
     check_strict,
     response_format,
     understand,
 )
-from microbatch.testing.reply import Ending, Prefixes, SimulatedReply, cut, error_of, is_typed, results
+from microbatch.testing.reply import Ending, Prefixes, SimulatedReply, error_of, results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,34 +38,16 @@ if TYPE_CHECKING:
 
 NO_DELAY = Latency(first_token=None, tokens_per_second=None)
 
+MAX_INLINE_BYTES: Final = 65_536
+"""Counting the tokens of more than this takes milliseconds, which would block other requests."""
+
+RAMBLING_TOKENS: Final = 8_192
+"""The length of a reply that does not end by itself where no other limit applies."""
+
 Accepts = Literal["ok", "400"]
 Fails = Literal["ok", "400", "500"]
 MaxTokensName = Literal["max_tokens", "max_completion_tokens"]
 StreamOptions = Literal["ok", "400", "ignored"]
-
-
-class ModelOptions(TypedDict, total=False):
-    """The options of `SimulatedModel`, which `SimulatedEndpoint` takes as well."""
-
-    answer: Callable[[str, dict[str, Any] | None], Any]
-    latency: Latency
-    faults: Faults | None
-    quota: Quota | None
-    obey: bool
-    context_tokens: int | None
-    max_output_tokens: int | None
-    reasoning_tokens: int
-    indent: int | None
-    json_schema: Fails
-    json_object: Accepts
-    max_tokens_name: MaxTokensName | None
-    temperature_fixed: bool
-    stream_supported: bool
-    stream_options: StreamOptions
-    strict_schemas: bool
-    count_schema: bool
-    cached_prefixes: bool
-    record: bool
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -188,42 +171,39 @@ class SimulatedModel:
                 raise EndpointError(400, message, param=name, code="unsupported_parameter")
         temperature = body.get("temperature")
         if self.temperature_fixed and temperature is not None and temperature != 1:
-            message = (
-                f"Unsupported value: 'temperature' does not support {temperature} with this model. "
-                "Only the default (1) value is supported."
-            )
-            raise EndpointError(400, message, param="temperature", code="unsupported_value")
+            message = f"'temperature' does not support {temperature} with this model. Only the default (1) value is supported."
+            raise EndpointError(400, f"Unsupported value: {message}", param="temperature", code="unsupported_value")
         if body.get("stream") and not self.stream_supported:
             message = "Unsupported value: 'stream' does not support true with this model. Supported values are: false."
             raise EndpointError(400, message, param="stream", code="unsupported_value")
-        if body.get("stream_options") is not None:
-            if not body.get("stream"):
-                message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-                raise EndpointError(400, message, param="stream_options")
-            if self.stream_options == "400":
-                message = "Unsupported parameter: 'stream_options' is not supported with this model."
-                raise EndpointError(400, message, param="stream_options", code="unsupported_parameter")
+        if body.get("stream_options") is None:
+            return
+        if not body.get("stream"):
+            message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            raise EndpointError(400, message, param="stream_options")
+        if self.stream_options == "400":
+            message = "Unsupported parameter: 'stream_options' is not supported with this model."
+            raise EndpointError(400, message, param="stream_options", code="unsupported_parameter")
 
     def _check_format(self, form: ResponseFormat, messages: Sequence[Mapping[str, Any]]) -> None:
-        if form.kind == "json_schema":
-            if self.json_schema == "500":
-                message = (
-                    "[{'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), "
-                    "'msg': \"Input should be 'text' or 'json_object'\", 'input': 'json_schema'}]"
-                )
-                raise EndpointError(500, message, kind="internal_server_error")
-            if self.json_schema == "400":
-                message = "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."
-                raise EndpointError(400, message, param="response_format", code="unsupported_value")
-            if self.strict_schemas:
-                check_strict(form)
-        elif form.kind == "json_object":
-            if self.json_object == "400":
-                message = "Invalid parameter: 'response_format' of type 'json_object' is not supported with this model."
-                raise EndpointError(400, message, param="response_format", code="unsupported_value")
-            if not any("json" in content_text(message.get("content")).lower() for message in messages):
-                message = "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'."
-                raise EndpointError(400, message, param="messages")
+        if form.kind == "json_schema" and self.json_schema == "500":
+            message = (
+                "[{'type': 'literal_error', 'loc': ('body', 'response_format', 'type'), "
+                "'msg': \"Input should be 'text' or 'json_object'\", 'input': 'json_schema'}]"
+            )
+            raise EndpointError(500, message, kind="internal_server_error")
+        if {"json_schema": self.json_schema, "json_object": self.json_object}.get(form.kind) == "400":
+            message = f"Invalid parameter: 'response_format' of type '{form.kind}' is not supported with this model."
+            raise EndpointError(400, message, param="response_format", code="unsupported_value")
+        if form.kind == "json_schema" and self.strict_schemas:
+            check_strict(form)
+        if form.kind == "json_object" and not any(
+            "json" in content_text(message.get("content")).lower() for message in messages
+        ):
+            message = (
+                "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'."
+            )
+            raise EndpointError(400, message, param="messages")
 
     def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
         """Charge a request to the quota of its *key* and model, and return what is left; None without a quota.
@@ -245,8 +225,22 @@ class SimulatedModel:
             self.quota_refusals += 1
             raise
         finally:
-            self.peak_requests = max(self.peak_requests, meter.peak_requests)
-            self.peak_tokens = max(self.peak_tokens, meter.peak_tokens)
+            requests, tokens = meter.peaks
+            self.peak_requests = max(self.peak_requests, requests)
+            self.peak_tokens = max(self.peak_tokens, tokens)
+
+    async def respond(self, body: dict[str, Any], key: str, size: int = 0) -> SimulatedReply:
+        """Read a request, in a thread if its *size* in bytes is large, and reply to it.
+
+        Raises:
+            EndpointError: The request or the quota refuses it, or a fault is an error response.
+        """
+        try:
+            prompt = self.read(body) if size <= MAX_INLINE_BYTES else await asyncio.to_thread(self.read, body)
+        except EndpointError as error:
+            error.limits = self.charge(body, key)
+            raise
+        return self.reply(prompt, key)
 
     def reply(self, prompt: Prompt, key: str = "") -> SimulatedReply:
         """Charge what was read to the quota, answer it, and count it.
@@ -272,9 +266,10 @@ class SimulatedModel:
         return reply
 
     def _reply(self, prompt: Prompt, key: str) -> SimulatedReply:
-        drawn = self._draw(prompt)
-        fault = drawn if drawn is None or prompt.combined else drawn.for_single(typed=is_typed(prompt))
-        error = None if fault is None else error_of(fault, self.faults.retry_after if self.faults else None)
+        faults = self.faults if self.faults is not None and self.faults.concern(combined=prompt.combined) else None
+        drawn = None if faults is None else faults.draw(self._concerned, self.faulted)
+        fault = drawn if drawn is None or prompt.combined else drawn.for_single(typed=prompt.typed)
+        error = None if fault is None or faults is None else error_of(fault, faults.retry_after)
         reply = None
         completion = prompt.max_tokens or 0
         if error is None and prompt.max_tokens is None and self.quota is not None:
@@ -282,7 +277,11 @@ class SimulatedModel:
             reply = self._written(prompt, fault)
             completion = reply.usage.completion_tokens
         limits = self.charge(prompt.body, key, prompt.tokens + completion)
-        self._count(prompt, drawn)
+        self.combined_calls += prompt.combined
+        self.single_calls += not prompt.combined
+        self.items += len(prompt.items)
+        self.faulted += drawn is not None
+        self._concerned += faults is not None
         if error is not None:
             error.limits = limits
             raise error
@@ -291,19 +290,6 @@ class SimulatedModel:
         if self._prefixes is not None:
             reply.usage += Usage(cached_tokens=self._prefixes.seen(prompt.body["messages"]))
         return reply
-
-    def _draw(self, prompt: Prompt) -> Fault | None:
-        if self.faults is None or not self.faults.concern(combined=prompt.combined):
-            return None
-        return self.faults.draw(self._concerned, self.faulted)
-
-    def _count(self, prompt: Prompt, fault: Fault | None) -> None:
-        """Count a call that was let in."""
-        self.combined_calls += prompt.combined
-        self.single_calls += not prompt.combined
-        self.items += len(prompt.items)
-        self.faulted += fault is not None
-        self._concerned += self.faults is not None and self.faults.concern(combined=prompt.combined)
 
     def _written(self, prompt: Prompt, fault: Fault | None) -> SimulatedReply:
         text, ends = self._text(prompt, fault)
@@ -335,7 +321,9 @@ class SimulatedModel:
 
     def _reply_limit(self, prompt: Prompt) -> int | None:
         """Return the most tokens that the reply to *prompt* may have, or None for any number."""
-        return reply_limit(prompt, context=self.context_tokens, output=self.max_output_tokens)
+        window = None if self.context_tokens is None else self.context_tokens - prompt.tokens
+        limits = (prompt.max_tokens, window, self.max_output_tokens)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _order(self, prompt: Prompt) -> str | None:
         return answer_for_all(text for _, text in prompt.items) if self.obey else None
@@ -371,28 +359,31 @@ class SimulatedModel:
     def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
         """Cut the reply where limits and faults want it, and say how it ends."""
         finish_reason: str | None = "stop"
+        kind = None if fault is None else fault.kind
+        hidden = self.reasoning_tokens
         most = self._reply_limit(prompt)
-        if most is None and fault is not None and fault.kind == "rambling":
+        if most is None and kind == "rambling":
             most = RAMBLING_TOKENS
-        pieces, hidden, cut_off = within(pieces, self.reasoning_tokens, most)
-        if cut_off:
-            finish_reason = "length"
+        if most is not None and hidden + pieces.tokens > most:
+            pieces, hidden, finish_reason = pieces.within(max(0, most - hidden)), min(hidden, most), "length"
+        if fault is not None and kind in ("truncated", "filtered", "cut", "reset", "stall"):
+            pieces = pieces.head(fault.cut(len(pieces.texts)))
         ending: Ending = "done"
-        match fault.kind if fault is not None else None:
+        match kind:
             case "truncated":
-                pieces, finish_reason = cut(pieces, fault), "length"
+                finish_reason = "length"
             case "filtered":
-                pieces, finish_reason = cut(pieces, fault), "content_filter"
+                finish_reason = "content_filter"
             case "cut" | "reset" | "stall" as ending:
-                pieces, finish_reason = cut(pieces, fault), None
+                finish_reason = None
             case "hang" as ending:
                 pieces, finish_reason = pieces.head(0), None
         return SimulatedReply(
             pieces=pieces,
             times=self.latency.times(pieces, ends, hidden),
             finish_reason=finish_reason,
-            usage=usage_of(prompt, pieces, hidden),
+            usage=Usage(prompt.tokens, hidden + pieces.tokens, reasoning_tokens=hidden),
             thinking=self.latency.thinking(hidden),
             ending=ending,
-            refusal=fault is not None and fault.kind == "refusal",
+            refusal=kind == "refusal",
         )

@@ -8,7 +8,7 @@ waits or looks at a clock.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass
 
 from microbatch.errors import ConfigError
@@ -62,21 +62,12 @@ class Meter:
         self._tokens = _Window()
 
     @property
-    def peak_requests(self) -> int:
-        """Most requests that were let in within any 60 seconds."""
-        return self._admitted.peak
-
-    @property
-    def peak_tokens(self) -> int:
-        """Most tokens that were charged within any 60 seconds."""
-        return self._tokens.peak
+    def peaks(self) -> tuple[int, int]:
+        """Most requests that were let in, and most tokens that were charged, within any 60 seconds."""
+        return self._admitted.peak, self._tokens.peak
 
     def charge(self, tokens: int, now: float) -> Limits:
-        """Charge a request and return what is left.
-
-        Args:
-            tokens: What it costs beside being a request.
-            now: `loop.time()`, never less than before.
+        """Charge a request of *tokens* at the loop time *now*, which never goes back, and return what is left.
 
         Raises:
             EndpointError: It is refused, with 429.
@@ -131,54 +122,36 @@ class Meter:
 
 
 class _Window:
-    """The charges of the last 60 seconds, at a constant cost per charge.
-
-    Attributes:
-        peak: The largest sum so far.
-    """
-
-    __slots__ = ("_first", "_gone", "_times", "_total", "_totals", "peak")
+    """The charges of the last 60 seconds, and the largest sum so far."""
 
     def __init__(self) -> None:
-        self._times: list[float] = []
-        # All that was ever charged, up to and with each charge, so that any number of them is one subtraction.
-        self._totals: list[int] = []
-        self._first = 0
-        self._total = self._gone = 0
-        self.peak = 0
-
-    @property
-    def used(self) -> int:
-        return self._total - self._gone
+        self._charges: deque[tuple[float, int]] = deque()
+        self.used = self.peak = 0
 
     def forget(self, now: float) -> None:
         """Drop charges that no longer count."""
-        times = self._times
-        while self._first < len(times) and times[self._first] + WINDOW - now <= SLACK:
-            self._gone = self._totals[self._first]
-            self._first += 1
-        # Only once half has gone, or each charge would move all the others.
-        if 2 * self._first >= len(times):
-            del times[: self._first], self._totals[: self._first]
-            self._first = 0
+        while self._charges and self._charges[0][0] + WINDOW - now <= SLACK:
+            self.used -= self._charges.popleft()[1]
 
     def add(self, amount: int, now: float) -> None:
         if amount:
-            self._total += amount
-            self._times.append(now)
-            self._totals.append(self._total)
+            self._charges.append((now, amount))
+            self.used += amount
             self.peak = max(self.peak, self.used)
 
     def until_left(self, amount: int, now: float) -> float:
         """Return the seconds until *amount* of what counts has left; 0 if there is no need for any to."""
-        if amount <= 0:
-            return 0.0
-        last = bisect_left(self._totals, self._gone + amount, self._first)
-        return self._times[last] + WINDOW - now
+        wait = 0.0
+        for charged_at, charge in self._charges:
+            if amount <= 0:
+                break
+            amount -= charge
+            wait = charged_at + WINDOW - now
+        return wait
 
     def until_empty(self, now: float) -> float:
         """Return the seconds until nothing counts any more."""
-        return self._times[-1] + WINDOW - now if self.used else 0.0
+        return self._charges[-1][0] + WINDOW - now if self._charges else 0.0
 
 
 def milliseconds(seconds: float) -> int:

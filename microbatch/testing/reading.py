@@ -1,6 +1,7 @@
 """Parsing of requests by the simulated model, and the refusals of a strict endpoint.
 
-A combined prompt is recognized by its text alone, as by a real model; no code is shared with the composer.
+A combined prompt is recognized by its text alone, as by a real model; no code is shared with the composer. Every check raises
+`EndpointError`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class EndpointError(Exception):
         self.retry_after = retry_after
         self.limits = limits
 
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the response."""
+        return {"error": self.error}
+
 
 class Prompt(msgspec.Struct):
     """A request as the model understands it.
@@ -79,16 +85,14 @@ class Prompt(msgspec.Struct):
     tokens: int
     max_tokens: int | None
 
+    @property
+    def typed(self) -> bool:
+        """Whether answers are JSON of a schema."""
+        return self.schema is not None and not self.as_text
+
 
 class ResponseFormat(msgspec.Struct, frozen=True):
-    """A request's response_format.
-
-    Attributes:
-        kind: "text", "json_object" or "json_schema".
-        name: The schema's name.
-        schema: The schema, or None unless *kind* is "json_schema".
-        strict: Whether the schema is to be enforced.
-    """
+    """A request's response_format; the schema is None unless *kind* is "json_schema"."""
 
     kind: str = "text"
     name: str = ""
@@ -97,11 +101,7 @@ class ResponseFormat(msgspec.Struct, frozen=True):
 
 
 def check_messages(body: Mapping[str, Any]) -> None:
-    """Check the fields without which there is no call.
-
-    Raises:
-        EndpointError: Messages or model are missing.
-    """
+    """Check the fields without which there is no call."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise EndpointError(
@@ -111,12 +111,48 @@ def check_messages(body: Mapping[str, Any]) -> None:
         raise EndpointError(400, "you must provide a model parameter")
 
 
-def response_format(body: Mapping[str, Any]) -> ResponseFormat:
-    """Return the parsed response_format.
+def asked_max_tokens(body: Mapping[str, Any]) -> int | None:
+    """Return the limit that a request sets on its reply, under either name, or None."""
+    limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
+    for limit in limits:
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise EndpointError(
+                400, f"Invalid max_tokens: expected an integer >= 1, but got {limit!r}.", param="max_tokens"
+            )
+    return min(limits, default=None)
 
-    Raises:
-        EndpointError: It is malformed, or its schema is none of an object.
+
+def check_length(tokens: int, max_tokens: int | None, *, context: int | None, output: int | None) -> None:
+    """Check a prompt of *tokens* and the limit that it sets on its reply.
+
+    Args:
+        tokens: Tokens of the prompt.
+        max_tokens: The limit on the reply, or None.
+        context: Most tokens of both together, None for any number.
+        output: Most tokens of the reply, None for any number.
     """
+    if output is not None and max_tokens is not None and max_tokens > output:
+        message = (
+            f"max_tokens is too large: {max_tokens}. This model supports at most {output} completion tokens, whereas you "
+            f"provided {max_tokens}."
+        )
+        raise EndpointError(400, message, param="max_tokens", code="invalid_value")
+    if context is None or tokens + (max_tokens or 0) <= context:
+        return
+    asked = (
+        f"your messages resulted in {tokens} tokens"
+        if max_tokens is None
+        else f"you requested {tokens + max_tokens} tokens ({tokens} in the messages, {max_tokens} in the completion)"
+    )
+    message = (
+        f"This model's maximum context length is {context} tokens. However, {asked}. "
+        "Please reduce the length of the messages or completion."
+    )
+    raise EndpointError(400, message, param="messages", code="context_length_exceeded")
+
+
+def response_format(body: Mapping[str, Any]) -> ResponseFormat:
+    """Return the parsed response_format."""
     form = body.get("response_format")
     if form is None:
         return ResponseFormat()
@@ -139,17 +175,11 @@ def response_format(body: Mapping[str, Any]) -> ResponseFormat:
 
 
 def check_strict(form: ResponseFormat) -> None:
-    """Check that a strict schema keeps to the subset that OpenAI enforces.
-
-    Raises:
-        EndpointError: An object is open or has optional properties, or a keyword is not in the subset.
-    """
-    if form.strict and form.schema is not None:
-        complaint = _complaint(form.schema, ())
-        if complaint is not None:
-            raise EndpointError(
-                400, f"Invalid schema for response_format '{form.name}': {complaint}", param="response_format"
-            )
+    """Check that a strict schema keeps to the subset that OpenAI enforces: closed objects, no optional properties."""
+    complaint = _complaint(form.schema, ()) if form.strict else None
+    if complaint is not None:
+        message = f"Invalid schema for response_format '{form.name}': {complaint}"
+        raise EndpointError(400, message, param="response_format")
 
 
 def _complaint(schema: Any, context: tuple[str, ...]) -> str | None:

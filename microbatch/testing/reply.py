@@ -1,4 +1,4 @@
-"""A simulated reply, and the effects of faults and prefix caches on it."""
+"""A simulated reply, the faults that are error responses, and the prefix cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from microbatch.messages import Limits, Usage
     from microbatch.testing.faults import Element, Fault
-    from microbatch.testing.reading import Prompt
 
 Ending = Literal["done", "cut", "reset", "stall", "hang"]
 
@@ -49,16 +48,6 @@ class SimulatedReply(msgspec.Struct):
     def duration(self) -> float:
         """Seconds from the request's arrival until the reply is whole."""
         return self.times[-1] if self.times else self.thinking
-
-
-def cut(pieces: Pieces, fault: Fault | None) -> Pieces:
-    """Return the beginning of *pieces* that *fault* leaves; all of them if there is none."""
-    return pieces if fault is None else pieces.head(fault.cut(len(pieces.texts)))
-
-
-def is_typed(prompt: Prompt) -> bool:
-    """Return whether answers are JSON of a schema."""
-    return prompt.schema is not None and not prompt.as_text
 
 
 def error_of(fault: Fault, retry_after: float | None) -> EndpointError | None:

@@ -20,7 +20,7 @@ from microbatch.protocols import ChatCall, Completion
 from microbatch.testing.counting import compact
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
-from microbatch.testing.wire import completion_object, error_object, request_id
+from microbatch.testing.wire import completion_object, request_id
 from microbatch.transports.bound_refusals import lower, read_refusal
 
 if TYPE_CHECKING:
@@ -72,17 +72,18 @@ class SimulatedTransport:
         body = self._body(call)
         number = self.simulated.admit(body)
         try:
-            reply = self._reply_to(body, _key(call.headers))
+            reply = await self.simulated.respond(body, _key(call.headers))
         except EndpointError as error:
             raise _status_error(error, number, call) from error
         try:
-            if call.stream:
+            if call.stream and not reply.refusal:
                 async for first, end in paced(reply.times, start):
-                    for text in [] if reply.refusal else reply.pieces.texts[first:end]:
+                    for text in reply.pieces.texts[first:end]:
                         on_text(text)
-                await sleep_until(start + reply.duration)
-            else:
-                await self._whole(reply, on_text, start)
+            await sleep_until(start + reply.duration)
+            # Half a body that is not streamed is no JSON, so nothing of it can be read.
+            if not call.stream and reply.ending in ("done", "cut") and not reply.refusal and reply.pieces.texts:
+                on_text(reply.pieces.text)
             if reply.ending in ("stall", "hang"):
                 await asyncio.get_running_loop().create_future()
         except asyncio.CancelledError:
@@ -91,21 +92,6 @@ class SimulatedTransport:
         if reply.ending == "reset":
             raise ConnectFailed("the connection was reset in the middle of the reply")
         return self._completion(call, reply, number, body["model"])
-
-    def _reply_to(self, body: dict[str, Any], key: str) -> SimulatedReply:
-        try:
-            prompt = self.simulated.read(body)
-        except EndpointError as error:
-            error.limits = self.simulated.charge(body, key)
-            raise
-        return self.simulated.reply(prompt, key)
-
-    @staticmethod
-    async def _whole(reply: SimulatedReply, on_text: Callable[[str], None], start: float) -> None:
-        await sleep_until(start + reply.duration)
-        # Half a body that is not streamed is no JSON, so nothing of it can be read.
-        if reply.ending in ("done", "cut") and not reply.refusal and reply.pieces.texts:
-            on_text(reply.pieces.text)
 
     def _completion(self, call: ChatCall, reply: SimulatedReply, number: int, model: str) -> Completion:
         usage = (
@@ -170,7 +156,7 @@ def _status_error(error: EndpointError, number: int, call: ChatCall) -> StatusEr
         param=error.error["param"],
         request_id=request_id(number),
         retry_after=error.retry_after,
-        body=compact(error_object(error)),
+        body=compact(error.body),
         limits=error.limits,
         again=again,
         token_limits=said,

@@ -1,17 +1,21 @@
-"""The bytes and objects of OpenAI's chat completions, made from a simulated reply."""
+"""The HTTP side of the simulated endpoint: request bodies and keys, and the bytes and objects of OpenAI's responses."""
 
 from __future__ import annotations
 
+import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+from aiohttp import web
 
 from microbatch.testing.quota import go_duration, milliseconds
+from microbatch.testing.reading import EndpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from microbatch.messages import Limits, Usage
-    from microbatch.testing.reading import EndpointError
     from microbatch.testing.reply import SimulatedReply
 
 # Constant, so that two runs give the same bytes.
@@ -54,18 +58,11 @@ def completion_object(reply: SimulatedReply, number: int, model: str) -> dict[st
     }
 
 
-def error_object(error: EndpointError) -> dict[str, Any]:
-    """Return the body of an error response."""
-    return {"error": error.error}
-
-
 def limit_headers(limits: Limits | None) -> dict[str, str]:
     """Return the x-ratelimit headers that say *limits*; none for a dimension without a limit."""
     headers: dict[str, str] = {}
-    if limits is None:
-        return headers
     for kind in ("requests", "tokens"):
-        if getattr(limits, f"limit_{kind}") is not None:
+        if getattr(limits, f"limit_{kind}", None) is not None:
             headers[f"x-ratelimit-limit-{kind}"] = str(getattr(limits, f"limit_{kind}"))
             headers[f"x-ratelimit-remaining-{kind}"] = str(getattr(limits, f"remaining_{kind}"))
             headers[f"x-ratelimit-reset-{kind}"] = go_duration(getattr(limits, f"reset_{kind}"))
@@ -82,15 +79,66 @@ def wait_headers(error: EndpointError) -> dict[str, str]:
     return {"retry-after": f"{milliseconds(wait) / 1_000:g}", "retry-after-ms": str(milliseconds(wait))}
 
 
-class Events:
-    """The server-sent events of one streamed reply.
+def json_object(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object that a request's body holds."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise EndpointError(400, "We could not parse the JSON body of your request. The API expects a JSON payload.")
+    return cast("dict[str, Any]", body)
 
-    Args:
-        reply: What is streamed.
-        number: The request's number.
-        model: The name the client asked for.
-        include_usage: Whether usage is reported at the end.
+
+def error_response(error: EndpointError, number: int) -> web.Response:
+    """Return *error* as the answer to the request *number*."""
+    headers = {"x-request-id": request_id(number), **limit_headers(error.limits), **wait_headers(error)}
+    return web.json_response(error.body, status=error.status, headers=headers)
+
+
+def authorize(request: web.Request, api_keys: Collection[str] | None) -> str:
+    """Return who asks: the Authorization header, or ""; its key must be among *api_keys* unless that is None."""
+    given = request.headers.get("Authorization", "")
+    if api_keys is None:
+        return given
+    scheme, _, key = given.partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        message = "You didn't provide an API key. You need to provide your API key in an Authorization header."
+        raise EndpointError(401, message)
+    if key not in api_keys:
+        # As OpenAI does, echo the key with its middle blotted out.
+        message = f"Incorrect API key provided: {key[:4]}{'*' * 8}{key[-4:]}."
+        raise EndpointError(401, message, code="invalid_api_key")
+    return given
+
+
+def list_object(request: web.Request, objects: list[dict[str, Any]], *, most: int, usual: int) -> dict[str, Any]:
+    """Return the page of *objects*, newest first, that the query of *request* asks for.
+
+    The query may have `after`, the id that the page follows, and `limit`: up to *most*, by default *usual*.
     """
+    asked = request.query.get("limit", str(usual))
+    if not asked.isdecimal() or not 1 <= int(asked) <= most:
+        message = f"Invalid 'limit': expected an integer from 1 to {most}, but got {asked!r}."
+        raise EndpointError(400, message, param="limit", code="invalid_value")
+    after, start = request.query.get("after"), 0
+    if after is not None:
+        ids = [one["id"] for one in objects]
+        if after not in ids:
+            raise EndpointError(400, f"Invalid 'after': no such object: {after}", param="after", code="invalid_value")
+        start = ids.index(after) + 1
+    page = objects[start : start + int(asked)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + len(page) < len(objects),
+    }
+
+
+class Events:
+    """The server-sent events of one streamed reply, as for the request *number* to *model*."""
 
     def __init__(self, reply: SimulatedReply, number: int, model: str, *, include_usage: bool) -> None:
         self._reply = reply

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import enum
-import inspect
 import json
 import uuid
 from decimal import Decimal
@@ -35,7 +34,7 @@ from microbatch.schema.answer_type import answer_type
 from microbatch.testing.answers import json_type, simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, prompt_tokens, split
 from microbatch.testing.faults import Fault, Faults, Kind
-from microbatch.testing.model import ModelOptions, SimulatedModel
+from microbatch.testing.model import SimulatedModel
 from microbatch.testing.pace import Latency, paced
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.transport import SimulatedTransport
@@ -450,11 +449,6 @@ def test_cached_prefixes_count_from_1024_tokens_in_steps_of_128():
 
 
 # Options
-
-
-def test_the_endpoint_takes_every_option_of_the_model():
-    parameters = inspect.signature(SimulatedModel).parameters
-    assert set(parameters) == set(ModelOptions.__annotations__)
 
 
 @each(

@@ -3,123 +3,91 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final, Literal
+import contextlib
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.testing.batch_api.files import now
-from microbatch.testing.batch_api.input_file import ENDPOINT
+from microbatch.errors import ConfigError
+from microbatch.policy import at_least, whole
+from microbatch.testing.batch_api.batch import OVER, Batch, check_request
+from microbatch.testing.batch_api.input_file import InputError, Line, read_lines
+from microbatch.testing.model import SimulatedModel
 from microbatch.testing.reading import EndpointError
+from microbatch.testing.wire import completion_object, request_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Mapping
 
+    from microbatch.messages import Limits
     from microbatch.testing.batch_api.files import Files
-    from microbatch.testing.batch_api.input_file import InputError, Line
+    from microbatch.testing.reply import SimulatedReply
 
-Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
+_UNMETERED: Final = "\n"
+"""The key that lines are answered under: no header can be this, and no quota is kept of it. Batches have limits of their own."""
 
-OVER: Final = ("failed", "completed", "expired", "cancelled")
+# Of the time that a batch takes, the part before its first line and the part after its last one.
+_ENDS: Final = 0.1
 
-WINDOW_SECONDS: Final = 24 * 60 * 60
-
-_MAX_METADATA: Final = 16
-_MAX_KEY_CHARS: Final = 64
-_MAX_VALUE_CHARS: Final = 512
-
-_STAMPED: Final[tuple[Status, ...]] = (
-    "in_progress",
-    "finalizing",
-    "completed",
-    "failed",
-    "expired",
-    "cancelling",
-    "cancelled",
-)
+_BYTES_A_TOKEN: Final = 4
 
 
-class Batch:
-    """A batch.
+@dataclass(kw_only=True, eq=False, repr=False)
+class BatchModel(SimulatedModel):
+    """A simulated model that answers the lines of batches too; its options are those of `SimulatedEndpoint`."""
 
-    Attributes:
-        owner: The key that created it.
-        stamps: When it entered each status, in seconds since 1970.
-        start: Loop time of its creation.
-        size: Bytes of its input.
-        total: Its lines; 0 until they have been read.
-        errors: Why it failed.
-        output: The lines of its output file so far.
-        failures: The lines of its error file so far.
-        failed: Lines that were answered with an error.
-        waiting: Unanswered lines, the next one last.
-        expiring: How many of them will never be answered.
-        running: Whether its lines are being answered.
-        cancelled: Set when it is to be cancelled.
-    """
+    batch_seconds: float = 0.0
+    batch_expires: float = 0
+    batch_tokens: int | None = None
 
-    def __init__(self, name: str, owner: str, input_file_id: str, metadata: Any, *, size: int, start: float) -> None:
-        self.id = name
-        self.owner = owner
-        self.input_file_id = input_file_id
-        self.metadata = metadata
-        self.size = size
-        self.start = start
-        self.created_at = now()
-        self.stamps: dict[Status, int] = {}
-        self.status: Status = "validating"
-        self.total = 0
-        self.errors: list[InputError] = []
-        self.output: list[bytes] = []
-        self.failures: list[bytes] = []
-        self.output_file_id: str | None = None
-        self.error_file_id: str | None = None
-        self.waiting: list[Line] = []
-        self.expiring = 0
-        self.failed = 0
-        self.running = False
-        self.cancelled = asyncio.Event()
+    def __post_init__(self, cached_prefixes: bool) -> None:
+        super().__post_init__(cached_prefixes)
+        at_least(0, batch_seconds=self.batch_seconds, batch_expires=self.batch_expires)
+        whole(1, batch_tokens=self.batch_tokens)
+        if isinstance(self.batch_expires, float) and self.batch_expires > 1:
+            wanted = "a whole number of lines or a share up to 1.0"
+            raise ConfigError(f"batch_expires must be {wanted}, got {self.batch_expires!r}")
+        self.batch_lines = 0
 
-    def enter(self, status: Status) -> None:
-        """Go on to *status*."""
-        self.status = status
-        self.stamps[status] = now()
+    def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
+        """Charge a request as `SimulatedModel.charge` does; the line of a batch costs nothing."""
+        return None if key == _UNMETERED else super().charge(body, key, tokens)
 
-    def object(self) -> dict[str, Any]:
-        """Return it as the wire has it."""
-        errors = None
-        if self.errors:
-            errors = {"object": "list", "data": [msgspec.structs.asdict(error) for error in self.errors]}
-        return {
-            "id": self.id,
-            "object": "batch",
-            "endpoint": ENDPOINT,
-            "errors": errors,
-            "input_file_id": self.input_file_id,
-            "completion_window": "24h",
-            "status": self.status,
-            "output_file_id": self.output_file_id,
-            "error_file_id": self.error_file_id,
-            "created_at": self.created_at,
-            "expires_at": self.created_at + WINDOW_SECONDS,
-            **{f"{status}_at": self.stamps.get(status) for status in _STAMPED},
-            "request_counts": {"total": self.total, "completed": len(self.output), "failed": self.failed},
-            "metadata": self.metadata,
-        }
+    async def answer_line(self, line: Line) -> SimulatedReply | EndpointError:
+        """Answer a line like a call, without the quota; what breaks a connection is an error, for there is none to break."""
+        trouble = EndpointError(500, "The server had an error while processing your request.", kind="server_error")
+        answer: SimulatedReply | EndpointError
+        try:
+            answer = await self.respond(line.body, _UNMETERED, line.size)
+        except EndpointError as error:
+            answer = error
+        except Exception:  # noqa: BLE001 - an answer function's own; a live call gets a 500 as well
+            answer = trouble
+        self.batch_lines += 1
+        if self.record:
+            self.requests.append(line.body)
+        if isinstance(answer, EndpointError) or answer.ending in ("done", "cut"):
+            return answer
+        return trouble
 
 
 class Batches:
     """All batches of an endpoint.
 
     Args:
-        files: Where their inputs are.
-        run: Processes a batch from where it stands to its end.
+        model: Answers the lines, and says how long that takes.
+        files: Where inputs are read and outputs written.
     """
 
-    def __init__(self, files: Files, run: Callable[[Batch], Coroutine[Any, Any, None]]) -> None:
+    def __init__(self, model: BatchModel, files: Files) -> None:
+        self._model = model
         self._files = files
-        self._run = run
         self._batches: dict[str, Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._enqueued: Counter[str] = Counter()  # bytes that are worked on, by key
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -144,37 +112,18 @@ class Batches:
         Raises:
             EndpointError: What is *asked* for is malformed or not supported, or the file is not there for *owner*.
         """
-        name = asked.get("input_file_id")
-        if not isinstance(name, str):
-            raise _missing("input_file_id")
-        for field, only in (("endpoint", ENDPOINT), ("completion_window", "24h")):
-            if field not in asked:
-                raise _missing(field)
-            if asked[field] != only:
-                message = f"Invalid value: {asked[field]!r}. Supported values are: '{only}'."
-                raise EndpointError(400, message, param=field, code="invalid_value")
-        metadata = _checked_metadata(asked.get("metadata"))
+        name, metadata = check_request(asked)
         file = self._files.get(owner, name)
         if file.purpose != "batch":
             raise EndpointError(400, "The file's purpose must be 'batch'.", param="input_file_id", code="invalid_value")
-        batch = Batch(
-            f"batch_{len(self._batches) + 1:08d}",
-            owner,
-            name,
-            metadata,
-            size=len(file.content),
-            start=asyncio.get_running_loop().time(),
-        )
+        number, start = len(self._batches) + 1, asyncio.get_running_loop().time()
+        batch = Batch(f"batch_{number:08d}", owner, name, metadata, size=len(file.content), start=start)
         self._batches[batch.id] = batch
         self._work_on(batch)
         return batch
 
     def get(self, owner: str, name: str) -> Batch:
-        """Return a batch by its id.
-
-        Raises:
-            EndpointError: There is none, or it is another key's.
-        """
+        """Return the batch *name* of a key; those of other keys are not there for it."""
         batch = self._batches.get(name)
         if batch is None or batch.owner != owner:
             raise EndpointError(404, f"No batch found with id '{name}'.")
@@ -185,11 +134,7 @@ class Batches:
         return [batch for batch in self._batches.values() if batch.owner == owner][::-1]
 
     def cancel(self, owner: str, name: str) -> Batch:
-        """Begin to cancel a batch, and return it.
-
-        Raises:
-            EndpointError: It is not to be found, or it is over, or nearly.
-        """
+        """Begin to cancel a batch, unless it is over, or nearly, and return it."""
         batch = self.get(owner, name)
         if batch.status in (*OVER, "finalizing"):
             raise EndpointError(409, f"Cannot cancel a batch with status '{batch.status}'.")
@@ -203,23 +148,112 @@ class Batches:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _run(self, batch: Batch) -> None:
+        """Work on *batch*, from where it stands to its end."""
+        if batch.status == "validating":
+            await self._until(batch, _ENDS)
+            await self._validate(batch)
+        if batch.running:
+            await self._answer_all(batch)
+            self._enqueued[batch.owner] -= batch.size
+            batch.running = False
+        if batch.status == "cancelling":
+            self._write_files(batch)
+            batch.enter("cancelled")
+        elif batch.status != "failed":
+            await self._finalize(batch)
 
-def _missing(field: str) -> EndpointError:
-    return EndpointError(400, f"Missing required parameter: '{field}'.", param=field, code="missing_required_parameter")
+    async def _validate(self, batch: Batch) -> None:
+        lines: list[Line] = []
+        try:
+            content = self._files.get(batch.owner, batch.input_file_id).content
+        except EndpointError as gone:
+            errors = [InputError("invalid_input_file", str(gone))]
+        else:
+            lines, errors = await asyncio.to_thread(read_lines, content)
+        if batch.status == "cancelling":
+            return
+        batch.errors = errors or self._too_much(batch, lines)
+        if batch.errors:
+            batch.enter("failed")
+            return
+        batch.total = len(lines)
+        batch.waiting = _shuffled(lines, batch.id)
+        expires = self._model.batch_expires
+        left = round(len(lines) * expires) if isinstance(expires, float) else expires
+        batch.expiring = min(len(lines), left)
+        batch.running = True
+        self._enqueued[batch.owner] += batch.size
+        batch.enter("in_progress")
 
-
-def _checked_metadata(metadata: Any) -> dict[str, str] | None:
-    if metadata is None:
-        return None
-    try:
-        kept = msgspec.convert(metadata, dict[str, str])
-    except msgspec.ValidationError:
-        kept = {}
-    short = all(len(key) <= _MAX_KEY_CHARS and len(value) <= _MAX_VALUE_CHARS for key, value in kept.items())
-    if kept != metadata or not short or len(kept) > _MAX_METADATA:
+    def _too_much(self, batch: Batch, lines: list[Line]) -> list[InputError]:
+        """Return what is wrong with working on *batch* beside the others of its key."""
+        most = self._model.batch_tokens
+        if most is None or (batch.size + self._enqueued[batch.owner]) // _BYTES_A_TOKEN <= most:
+            return []
         message = (
-            f"Invalid 'metadata': expected at most {_MAX_METADATA} strings of at most {_MAX_VALUE_CHARS} characters, "
-            f"under keys of at most {_MAX_KEY_CHARS}."
+            f"Enqueued token limit reached for {lines[0].body['model']}. Limit: {most:,} enqueued tokens. "
+            "Please try again once some in_progress batches have been completed."
         )
-        raise EndpointError(400, message, param="metadata", code="invalid_value")
-    return kept
+        return [InputError("token_limit_exceeded", message)]
+
+    async def _answer_all(self, batch: Batch) -> None:
+        while len(batch.waiting) > batch.expiring and batch.status == "in_progress":
+            answered = batch.total - len(batch.waiting)
+            await self._until(batch, _ENDS + (1 - 2 * _ENDS) * answered / batch.total)
+            if batch.status == "in_progress":
+                await self._answer(batch, batch.waiting[-1])
+                batch.waiting.pop()
+
+    async def _answer(self, batch: Batch, line: Line) -> None:
+        answer = await self._model.answer_line(line)
+        number = self._model.batch_lines
+        if isinstance(answer, EndpointError):
+            batch.failed += 1
+            batch.failures.append(_answered(line, number, answer.status, answer.body))
+        else:
+            self._model.reported += answer.usage
+            batch.output.append(_answered(line, number, 200, completion_object(answer, number, line.body["model"])))
+
+    async def _until(self, batch: Batch, share: float) -> None:
+        """Wait until *share* of a batch's time has passed, or it is cancelled; others have their turn in any case."""
+        delay = batch.start + share * self._model.batch_seconds - asyncio.get_running_loop().time()
+        if delay <= 0:
+            await asyncio.sleep(0)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await batch.cancelled.wait()
+
+    async def _finalize(self, batch: Batch) -> None:
+        batch.enter("finalizing")
+        await self._until(batch, 1.0)
+        for number, line in enumerate(batch.waiting):
+            message = "This request could not be executed before the completion window expired."
+            error = {"code": "batch_expired", "message": message}
+            batch.failures.append(_encoded(f"{batch.id}_req_{number:08d}", line.custom_id, None, error))
+        self._write_files(batch)
+        batch.enter("expired" if batch.waiting else "completed")
+
+    def _write_files(self, batch: Batch) -> None:
+        if batch.output:
+            name = f"{batch.id}_output.jsonl"
+            batch.output_file_id = self._files.add(batch.owner, name, "batch_output", b"".join(batch.output)).id
+        if batch.failures:
+            name = f"{batch.id}_error.jsonl"
+            batch.error_file_id = self._files.add(batch.owner, name, "batch_output", b"".join(batch.failures)).id
+
+
+def _answered(line: Line, number: int, status: int, body: dict[str, Any]) -> bytes:
+    response = {"status_code": status, "request_id": f"batch_{request_id(number)}", "body": body}
+    return _encoded(f"batch_req_{number:08d}", line.custom_id, response, None)
+
+
+def _encoded(name: str, custom_id: str, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
+    return msgspec.json.encode({"id": name, "custom_id": custom_id, "response": response, "error": error}) + b"\n"
+
+
+def _shuffled(lines: list[Line], seed: str) -> list[Line]:
+    """Return *lines* in another order, to be answered from the last one on: nothing may rely on theirs."""
+    shuffled = random.Random(seed).sample(lines, len(lines))  # noqa: S311 - repeatable, not secret
+    return shuffled if shuffled != lines[::-1] else shuffled[1:] + shuffled[:1]

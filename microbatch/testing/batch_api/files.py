@@ -1,4 +1,4 @@
-"""The files of the simulated endpoint: each belongs to the key that made it. Nothing here does I/O."""
+"""The files of the simulated endpoint: each belongs to the key that made it. A refusal is an `EndpointError`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ class StoredFile(msgspec.Struct, frozen=True):
     """A file.
 
     Attributes:
-        id: Its id.
         owner: The key that made it.
-        name: What its maker calls it.
         purpose: "batch" for what batches read, "batch_output" for what they write.
-        content: Its bytes.
         created_at: When it was made, in seconds since 1970.
     """
 
@@ -44,11 +41,7 @@ class Files:
         self._made = 0
 
     def add(self, owner: str, name: str, purpose: str, content: bytes) -> StoredFile:
-        """Keep a file.
-
-        Raises:
-            EndpointError: It is empty, or for another purpose than batches.
-        """
+        """Keep a file, which must not be empty or for another purpose than batches."""
         if purpose not in ("batch", "batch_output"):
             message = f"'{purpose}' is not one of ['batch'] - 'purpose'"
             raise EndpointError(400, message, param="purpose", code="invalid_value")
@@ -60,22 +53,14 @@ class Files:
         return file
 
     def get(self, owner: str, name: str) -> StoredFile:
-        """Return a file by its id.
-
-        Raises:
-            EndpointError: There is none, or it is another key's.
-        """
+        """Return the file *name* of a key; those of other keys are not there for it."""
         file = self._files.get(name)
         if file is None or file.owner != owner:
             raise EndpointError(404, f"No such File object: {name}", param="id")
         return file
 
     def delete(self, owner: str, name: str) -> None:
-        """Forget a file.
-
-        Raises:
-            EndpointError: There is none, or it is another key's.
-        """
+        """Forget the file *name* of a key."""
         del self._files[self.get(owner, name).id]
 
     def of(self, owner: str, purpose: str | None = None) -> list[StoredFile]:

@@ -14,13 +14,7 @@ _MOST_ERRORS: Final = 50
 
 
 class Line(msgspec.Struct, frozen=True):
-    """A request of a batch.
-
-    Attributes:
-        custom_id: Its name, unique in its batch.
-        body: The JSON of the chat completions request.
-        size: Its length in bytes.
-    """
+    """A request of a batch, and its length in bytes."""
 
     custom_id: str
     body: dict[str, Any]
@@ -28,14 +22,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class InputError(msgspec.Struct, frozen=True):
-    """The reason why a batch is not run.
-
-    Attributes:
-        code: The endpoint's word for it.
-        message: What it says to people.
-        param: The field, or None.
-        line: Number of the line, from 1, or None.
-    """
+    """The reason why a batch is not run, with the field and the number of the line, from 1, if it is about one."""
 
     code: str
     message: str

@@ -9,7 +9,7 @@ from aiohttp import BodyPartReader, web
 
 from microbatch.testing.batch_api.files import MAX_FILE_BYTES, file_object
 from microbatch.testing.reading import EndpointError
-from microbatch.testing.responses import authorize, error_response, json_object, list_object
+from microbatch.testing.wire import authorize, error_response, json_object, list_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
