@@ -109,9 +109,6 @@ class Listeners:
 
     Attributes:
         submit: Returns what the hooks want to keep of a caller, called in the caller's context.
-        flush: Takes `Flushed`.
-        call: Takes `Called`.
-        settle: Takes `Settled`.
     """
 
     def __init__(self, hooks: Iterable[object] = ()) -> None:
@@ -121,35 +118,30 @@ class Listeners:
         if any(captures):
             self.submit = lambda: tuple(None if capture is None else _call(capture) for capture in captures)
         self.flush: Callable[[Flushed], None] | None = _sender(hooks, "on_flush")
-        self.call: Callable[[Called], None] | None = _sender(hooks, "on_call", _own_origins)
-        self.settle: Callable[[Settled], None] | None = _sender(hooks, "on_settle", _own_origin)
+        self.call: Callable[[Called], None] | None = _sender(hooks, "on_call")
+        self.settle: Callable[[Settled], None] | None = _sender(hooks, "on_settle")
 
 
-def _own_origins(event: Called, position: int) -> Called:
-    """Return *event* with the origins that the hook at *position* returned itself."""
-    origins = tuple(origin[position] for origin in event.origins if origin is not None)
-    return msgspec.structs.replace(event, origins=origins)
-
-
-def _own_origin(event: Settled, position: int) -> Settled:
-    origin = None if event.origin is None else event.origin[position]
-    return msgspec.structs.replace(event, origin=origin)
-
-
-def _sender(
-    hooks: list[object], name: str, own: Callable[[Any, int], Any] | None = None
-) -> Callable[[Any], None] | None:
+def _sender(hooks: list[object], name: str) -> Callable[[Any], None] | None:
     """Return a function that passes an event to the method *name* of all hooks; None if no hook has it."""
     found = [(position, getattr(hook, name, None)) for position, hook in enumerate(hooks)]
     methods = [(position, method) for position, method in found if method is not None]
-    if not methods:
-        return None
 
     def send(event: Any) -> None:
         for position, method in methods:
-            _call(method, event if own is None else own(event, position))
+            _call(method, _with_own_origin(event, position))
 
-    return send
+    return send if methods else None
+
+
+def _with_own_origin(event: Any, position: int) -> Any:
+    """Return *event* with what the hook at *position* returned itself from `on_submit`."""
+    if isinstance(event, Called):
+        origins = tuple(origin[position] for origin in event.origins if origin is not None)
+        return msgspec.structs.replace(event, origins=origins)
+    if isinstance(event, Settled) and event.origin is not None:
+        return msgspec.structs.replace(event, origin=event.origin[position])
+    return event
 
 
 def _call(hook: Callable[..., Any], *event: Any) -> Any:

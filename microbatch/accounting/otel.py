@@ -14,8 +14,10 @@ from microbatch.errors import ConfigError
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from opentelemetry.context import Context
-    from opentelemetry.metrics import Meter, MeterProvider
+    from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import Link, SpanContext, SpanKind, TracerProvider
 
     from microbatch.accounting.events import Called, Flushed, Settled
@@ -31,9 +33,30 @@ COST: Final = "microbatch.cost_usd"
 
 _CHAT: Final = "chat"
 _NANOSECONDS: Final = 1_000_000_000
-_TOKEN_BUCKETS: Final = [4**power for power in range(14)]
-_SECOND_BUCKETS: Final = [0.01 * 2**power for power in range(14)]
-_SIZE_BUCKETS: Final = [2**power for power in range(10)]
+_TOKENS: Final = [4**power for power in range(14)]
+_SECONDS: Final = [0.01 * 2**power for power in range(14)]
+_SIZES: Final = [2**power for power in range(10)]
+
+_INFERENCE: Final = "gen_ai.client.inference"
+_COUNTERS: Final = {
+    f"{_INFERENCE}.usage.input_tokens": ("{token}", "The number of input tokens used."),
+    f"{_INFERENCE}.usage.output_tokens": ("{token}", "The number of output tokens used."),
+    f"{_INFERENCE}.usage.cache_read.input_tokens": ("{token}", "The number of cached input tokens used."),
+    "microbatch.call.attempts": ("{attempt}", "HTTP attempts of calls."),
+    "microbatch.cost": ("{USD}", "Price of the tokens that calls used."),
+    "microbatch.requests": ("{request}", "Requests that have ended."),
+    "microbatch.flushes": ("{flush}", "Batches and single requests that left."),
+}
+_HISTOGRAMS: Final[dict[str, tuple[str, str, Sequence[float]]]] = {
+    f"{_INFERENCE}.operation.input_tokens": ("{token}", "Input tokens used per inference operation.", _TOKENS),
+    f"{_INFERENCE}.operation.output_tokens": ("{token}", "Output tokens used per inference operation.", _TOKENS),
+    f"{_INFERENCE}.duration": ("s", "GenAI client inference operation duration.", _SECONDS),
+    f"{_INFERENCE}.time_to_first_chunk": ("s", "Time to receive the first chunk.", _SECONDS),
+    BATCH_SIZE: ("{request}", "Requests in a call.", _SIZES),
+    "microbatch.request.wait": ("s", "Time from submit until the call that answered was sent.", _SECONDS),
+    "microbatch.request.duration": ("s", "Time from submit to the end.", _SECONDS),
+}
+"""Each instrument with its unit, its description and the bounds of its buckets."""
 
 
 class OpenTelemetryHooks:
@@ -74,7 +97,12 @@ class OpenTelemetryHooks:
         self._trace = trace
         self._root = context.Context()  # holds no span, so what starts in it has no parent
         self._tracer = trace.get_tracer("microbatch", tracer_provider=tracer_provider)
-        self._metrics = _Metrics(metrics.get_meter("microbatch", meter_provider=meter_provider))
+        meter = metrics.get_meter("microbatch", meter_provider=meter_provider)
+        self._add = {name: meter.create_counter(name, *described).add for name, described in _COUNTERS.items()}
+        self._record = {
+            name: meter.create_histogram(name, unit, text, explicit_bucket_boundaries_advisory=bounds).record
+            for name, (unit, text, bounds) in _HISTOGRAMS.items()
+        }
         self._submit_spans = submit_spans
         self._common: Attributes = {"gen_ai.operation.name": _CHAT, "gen_ai.provider.name": provider_name}
         if server_address is not None:
@@ -87,7 +115,7 @@ class OpenTelemetryHooks:
 
     def on_flush(self, event: Flushed) -> None:
         """Count a flush."""
-        self._metrics.flushes.add(1, {"microbatch.flush.reason": event.reason})
+        self._add["microbatch.flushes"](1, {"microbatch.flush.reason": event.reason})
 
     def on_call(self, event: Called) -> None:
         """Record the span and the metrics of a call."""
@@ -106,7 +134,24 @@ class OpenTelemetryHooks:
             event.error,
             [self._trace.Link(caller) for caller in callers.values()],
         )
-        self._metrics.count_call(event, self._common | of_call, failure)
+        self._count_call(event, self._common | of_call, failure)
+
+    def _count_call(self, event: Called, common: Attributes, failure: Attributes) -> None:
+        # Endpoints do not distinguish text from other tokens, and guesses would not add up.
+        unknown = common | {"gen_ai.token.modality": "unknown"}
+        for kind, tokens in _tokens(event.usage or Usage()).items():
+            self._add[f"{_INFERENCE}.usage.{kind}"](tokens, unknown)
+        if event.usage is not None:
+            self._record[f"{_INFERENCE}.operation.input_tokens"](event.usage.prompt_tokens, common)
+            self._record[f"{_INFERENCE}.operation.output_tokens"](event.usage.completion_tokens, common)
+        self._record[f"{_INFERENCE}.duration"](event.duration, common | failure)
+        if event.streamed and event.first_text is not None:
+            self._record[f"{_INFERENCE}.time_to_first_chunk"](event.first_text, common)
+        route: Attributes = {ROUTE: event.route}
+        self._record[BATCH_SIZE](event.size, route)
+        self._add["microbatch.call.attempts"](event.attempts, route)
+        if event.cost_usd is not None:
+            self._add["microbatch.cost"](event.cost_usd, route)
 
     def on_settle(self, event: Settled) -> None:
         """Record the metrics of a request and, with `submit_spans`, its span."""
@@ -118,7 +163,10 @@ class OpenTelemetryHooks:
                 ERROR_TYPE: _kind(event.error),
             }
         )
-        self._metrics.count_request(event, attributes)
+        self._add["microbatch.requests"](1, attributes)
+        self._record["microbatch.request.duration"](event.latency, attributes)
+        if event.route is not None:
+            self._record["microbatch.request.wait"](event.waited, attributes)
         if not self._submit_spans or event.origin is None or not event.origin.trace_flags.sampled:
             return
         attributes = attributes | _known(
@@ -155,73 +203,17 @@ class OpenTelemetryHooks:
         span.end(end)
 
 
-class _Metrics:
-    """The instruments of a meter."""
-
-    def __init__(self, meter: Meter) -> None:
-        counter = meter.create_counter
-
-        def histogram(name: str, unit: str, description: str, buckets: list[Any]) -> Any:
-            return meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
-
-        inference = "gen_ai.client.inference"
-        usage, operation = f"{inference}.usage", f"{inference}.operation"
-        self._input = counter(f"{usage}.input_tokens", "{token}", "The number of input tokens used.")
-        self._output = counter(f"{usage}.output_tokens", "{token}", "The number of output tokens used.")
-        self._cache_read = counter(
-            f"{usage}.cache_read.input_tokens", "{token}", "The number of cached input tokens used."
-        )
-        self._inputs = histogram(
-            f"{operation}.input_tokens", "{token}", "Input tokens used per inference operation.", _TOKEN_BUCKETS
-        )
-        self._outputs = histogram(
-            f"{operation}.output_tokens", "{token}", "Output tokens used per inference operation.", _TOKEN_BUCKETS
-        )
-        self._duration = histogram(
-            f"{inference}.duration", "s", "GenAI client inference operation duration.", _SECOND_BUCKETS
-        )
-        self._first_chunk = histogram(
-            f"{inference}.time_to_first_chunk", "s", "Time to receive the first chunk.", _SECOND_BUCKETS
-        )
-        self._batch_size = histogram("microbatch.batch.size", "{request}", "Requests in a call.", _SIZE_BUCKETS)
-        self._attempts = counter("microbatch.call.attempts", "{attempt}", "HTTP attempts of calls.")
-        self._cost = counter("microbatch.cost", "{USD}", "Price of the tokens that calls used.")
-        self._requests = counter("microbatch.requests", "{request}", "Requests that have ended.")
-        self._waited = histogram(
-            "microbatch.request.wait", "s", "Time from submit until the call that answered was sent.", _SECOND_BUCKETS
-        )
-        self._latency = histogram("microbatch.request.duration", "s", "Time from submit to the end.", _SECOND_BUCKETS)
-        self.flushes = counter("microbatch.flushes", "{flush}", "Batches and single requests that left.")
-
-    def count_call(self, event: Called, common: Attributes, failure: Attributes) -> None:
-        usage = event.usage if event.usage is not None else Usage()
-        # Endpoints do not distinguish text from other tokens, and guesses would not add up.
-        unknown = common | {"gen_ai.token.modality": "unknown"}
-        self._input.add(usage.prompt_tokens, unknown)
-        self._output.add(usage.completion_tokens, unknown)
-        self._cache_read.add(usage.cached_tokens, unknown)
-        if event.usage is not None:
-            self._inputs.record(usage.prompt_tokens, common)
-            self._outputs.record(usage.completion_tokens, common)
-        self._duration.record(event.duration, common | failure)
-        if event.streamed and event.first_text is not None:
-            self._first_chunk.record(event.first_text, common)
-        route: Attributes = {ROUTE: event.route}
-        self._batch_size.record(event.size, route)
-        self._attempts.add(event.attempts, route)
-        if event.cost_usd is not None:
-            self._cost.add(event.cost_usd, route)
-
-    def count_request(self, event: Settled, attributes: Attributes) -> None:
-        self._requests.add(1, attributes)
-        self._latency.record(event.latency, attributes)
-        if event.route is not None:
-            self._waited.record(event.waited, attributes)
+def _tokens(usage: Usage) -> dict[str, int]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "cache_read.input_tokens": usage.cached_tokens,
+    }
 
 
 def _of_span(event: Called) -> Attributes:
     """Return the attributes that are only on spans of calls: those with many values, or rarely queried."""
-    usage = event.usage
+    usage = {} if event.usage is None else _tokens(event.usage)
     return _known(
         {
             "gen_ai.request.max_tokens": event.max_tokens,
@@ -230,9 +222,7 @@ def _of_span(event: Called) -> Attributes:
             "gen_ai.response.id": event.request_id,
             "gen_ai.response.finish_reasons": None if event.finish_reason is None else [event.finish_reason],
             "gen_ai.response.time_to_first_chunk": event.first_text if event.streamed else None,
-            "gen_ai.usage.input_tokens": None if usage is None else usage.prompt_tokens,
-            "gen_ai.usage.output_tokens": None if usage is None else usage.completion_tokens,
-            "gen_ai.usage.cache_read.input_tokens": None if usage is None else usage.cached_tokens,
+            **{f"gen_ai.usage.{kind}": tokens for kind, tokens in usage.items()},
             BATCH_SIZE: event.size,
             ROUTE: event.route,
             "microbatch.attempts": event.attempts,

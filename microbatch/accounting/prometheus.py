@@ -9,9 +9,9 @@ from microbatch.accounting.stats import Stats, together
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from prometheus_client import CollectorRegistry, Counter, Histogram
+    from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
     from microbatch.accounting.events import Called, Flushed, Settled
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _SIZES: Final = tuple(2**power for power in range(10))
 
+_EVENTS: Final[dict[str, tuple[str, Sequence[str], Sequence[float] | None]]] = {
+    "requests": ("Requests that have ended.", ("route", "outcome"), None),
+    "wait_seconds": ("Time from submit until the call that answered was sent.", ("priority",), _SECONDS),
+    "latency_seconds": ("Time from submit to the answer.", ("priority",), _SECONDS),
+    "flushes": ("Batches and single requests that left their queue.", ("reason",), None),
+    "calls": ("Calls that have ended.", ("route", "outcome"), None),
+    "attempts": ("HTTP attempts of calls.", ("route",), None),
+    "batch_size": ("Requests in a call.", ("route",), _SIZES),
+    "call_seconds": ("Time from the first attempt of a call to its end.", ("route",), _SECONDS),
+    "first_text_seconds": ("Time until the first text came.", ("route",), _SECONDS),
+    "tokens": ("Tokens that endpoints reported.", ("kind",), None),
+    "cached_tokens": ("Prompt tokens that endpoints read from their prefix caches.", (), None),
+    "unreported_calls": ("Calls that ended without reporting tokens.", (), None),
+    "cost_usd": ("Price of the reported tokens in US dollars, where it is known.", (), None),
+}
+"""Metrics counted from events: description, labels, and the buckets of a histogram or None for a counter."""
+
+# Metrics read from `Stats` at each scrape.
 _GAUGES: Final = {
     "queued": "Requests accepted and not settled.",
     "in_flight": "Calls under way.",
@@ -75,32 +93,13 @@ class PrometheusHooks:
         self._render = prometheus_client.generate_latest
         self._watched = _Watched(namespace)
 
-        def counter(name: str, description: str, *labels: str) -> Counter:
-            return prometheus_client.Counter(name, description, labels, namespace, registry=self._registry)
-
-        def histogram(name: str, description: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return prometheus_client.Histogram(
-                name, description, labels, namespace, registry=self._registry, buckets=buckets
-            )
+        def metric(name: str, text: str, labels: Sequence[str], buckets: Sequence[float] | None) -> Any:
+            if buckets is None:
+                return prometheus_client.Counter(name, text, labels, namespace, registry=self._registry)
+            return prometheus_client.Histogram(name, text, labels, namespace, registry=self._registry, buckets=buckets)
 
         try:
-            self._requests = counter("requests", "Requests that have ended.", "route", "outcome")
-            self._waited = histogram(
-                "wait_seconds", "Time from submit until the call that answered was sent.", _SECONDS, "priority"
-            )
-            self._latency = histogram("latency_seconds", "Time from submit to the answer.", _SECONDS, "priority")
-            self._flushes = counter("flushes", "Batches and single requests that left their queue.", "reason")
-            self._calls = counter("calls", "Calls that have ended.", "route", "outcome")
-            self._attempts = counter("attempts", "HTTP attempts of calls.", "route")
-            self._batch_size = histogram("batch_size", "Requests in a call.", _SIZES, "route")
-            self._duration = histogram(
-                "call_seconds", "Time from the first attempt of a call to its end.", _SECONDS, "route"
-            )
-            self._first_text = histogram("first_text_seconds", "Time until the first text came.", _SECONDS, "route")
-            self._tokens = counter("tokens", "Tokens that endpoints reported.", "kind")
-            self._cached = counter("cached_tokens", "Prompt tokens that endpoints read from their prefix caches.")
-            self._unreported = counter("unreported_calls", "Calls that ended without reporting tokens.")
-            self._cost = counter("cost_usd", "Price of the reported tokens in US dollars, where it is known.")
+            self._metrics = {name: metric(name, *described) for name, described in _EVENTS.items()}
             self._registry.register(self._watched)
         except ValueError as error:
             raise ConfigError(
@@ -124,33 +123,35 @@ class PrometheusHooks:
 
     def on_flush(self, event: Flushed) -> None:
         """Count a flush."""
-        self._flushes.labels(event.reason).inc()
+        self._metrics["flushes"].labels(event.reason).inc()
 
     def on_call(self, event: Called) -> None:
         """Count a call that has ended."""
-        self._calls.labels(event.route, _outcome(event)).inc()
-        self._attempts.labels(event.route).inc(event.attempts)
-        self._batch_size.labels(event.route).observe(event.size)
-        self._duration.labels(event.route).observe(event.duration)
+        metrics, route = self._metrics, event.route
+        metrics["calls"].labels(route, _outcome(event)).inc()
+        metrics["attempts"].labels(route).inc(event.attempts)
+        metrics["batch_size"].labels(route).observe(event.size)
+        metrics["call_seconds"].labels(route).observe(event.duration)
         if event.first_text is not None:
-            self._first_text.labels(event.route).observe(event.first_text)
+            metrics["first_text_seconds"].labels(route).observe(event.first_text)
         if event.usage is None:
-            self._unreported.inc()
+            metrics["unreported_calls"].inc()
         else:
-            self._tokens.labels("prompt").inc(event.usage.prompt_tokens)
-            self._tokens.labels("completion").inc(event.usage.completion_tokens)
-            self._cached.inc(event.usage.cached_tokens)
+            metrics["tokens"].labels("prompt").inc(event.usage.prompt_tokens)
+            metrics["tokens"].labels("completion").inc(event.usage.completion_tokens)
+            metrics["cached_tokens"].inc(event.usage.cached_tokens)
         if event.cost_usd is not None:
-            self._cost.inc(event.cost_usd)
+            metrics["cost_usd"].inc(event.cost_usd)
 
     def on_settle(self, event: Settled) -> None:
         """Count a request that has ended."""
+        metrics = self._metrics
         if event.route is None:
-            self._requests.labels("none", type(event.error).__name__ if event.error else "cancelled").inc()
+            metrics["requests"].labels("none", type(event.error).__name__ if event.error else "cancelled").inc()
             return
-        self._requests.labels(event.route, "answered").inc()
-        self._waited.labels(event.priority).observe(event.waited)
-        self._latency.labels(event.priority).observe(event.latency)
+        metrics["requests"].labels(event.route, "answered").inc()
+        metrics["wait_seconds"].labels(event.priority).observe(event.waited)
+        metrics["latency_seconds"].labels(event.priority).observe(event.latency)
 
 
 class _Watched:

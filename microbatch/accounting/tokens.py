@@ -9,7 +9,7 @@ import threading
 from asyncio import CancelledError
 from importlib import resources
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal
 
 from anyio import to_thread
 
@@ -21,16 +21,10 @@ if TYPE_CHECKING:
     import tiktoken
 
 
-class _Table(NamedTuple):
-    """An encoding without its ranks."""
-
-    pattern: str
-    special_tokens: dict[str, int]
-
-
-# Copied from tiktoken 0.14, tiktoken_ext/openai_public.py (MIT, OpenAI): its own functions download the ranks.
+# Patterns and special tokens, copied from tiktoken 0.14, tiktoken_ext/openai_public.py (MIT, OpenAI): its own functions download
+# the ranks.
 _TABLES: Final = {
-    "cl100k_base": _Table(
+    "cl100k_base": (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
         {
             "<|endoftext|>": 100257,
@@ -40,10 +34,12 @@ _TABLES: Final = {
             "<|endofprompt|>": 100276,
         },
     ),
-    "o200k_base": _Table(
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "o200k_base": (
+        (
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
         {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
     ),
 }
@@ -70,6 +66,7 @@ def load_encoding(name: str) -> tiktoken.Encoding:
 
 
 def _build(name: str) -> tiktoken.Encoding:
+    pattern, special_tokens = _TABLES[name]
     try:
         import tiktoken  # noqa: PLC0415 - a compiled extension that tokens="bytes" does without
 
@@ -78,8 +75,7 @@ def _build(name: str) -> tiktoken.Encoding:
         raise ConfigError(
             f'cannot load the token table {name} ({type(error).__name__}); tokens="bytes" needs none'
         ) from error
-    table = _TABLES[name]
-    return tiktoken.Encoding(name, pat_str=table.pattern, mergeable_ranks=ranks, special_tokens=table.special_tokens)
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def _ranks(name: str) -> dict[bytes, int]:
@@ -104,14 +100,10 @@ _CL100K = re.compile(r"(?:gpt-4|gpt-3\.5|gpt-35-turbo)(?:-.*)?")
 
 
 def encoding_name(model: str | None) -> tuple[str, bool]:
-    """Return the encoding for a model, and whether it is known to be the model's own.
+    """Return the name of a model's encoding, and whether it is certain; "o200k_base" for unknown models and None.
 
-    Args:
-        model: A model name, also fine-tuned ("ft:gpt-4o-mini:..."), Azure's ("gpt-35-turbo") or with a provider in front
-            ("openai/gpt-4o"); None is an unknown model.
-
-    Returns:
-        "cl100k_base" or "o200k_base", the latter also for unknown models, and True only when it is certain.
+    Names may be those of fine-tuned models ("ft:gpt-4o-mini:..."), of Azure ("gpt-35-turbo"), or begin with a provider
+    ("openai/gpt-4o").
     """
     *providers, name = (model or "").split("/")
     # "ft:base:organisation::id" names its base model second; "base:variant" first.
@@ -160,10 +152,8 @@ class TokenCounter:
     async def open(self) -> None:
         """Load the table in a thread, unless this process has it already or none is needed.
 
-        Part of the load, up to 0.3 s, holds the interpreter lock. A cancelled `open` ends when the load has.
-
-        Raises:
-            ConfigError: The table or tiktoken cannot be loaded; the counter can be opened again.
+        Part of the load, up to 0.3 s, holds the interpreter lock. A cancelled `open` ends when the load has. After a `ConfigError`
+        (see `load_encoding`) it can be opened again.
         """
         if self.encoding is not None and self._table is None:
             self._table = _loaded.get(self.encoding) or await to_thread.run_sync(load_encoding, self.encoding)
@@ -174,8 +164,8 @@ class TokenCounter:
         Before `open` the first call loads the table and blocks.
 
         Raises:
-            ConfigError: The user's function raised, or returned something that is no count. Its error is the cause; the message
-                contains neither its words nor the text.
+            ConfigError: The user's function raised, or returned something that is no count. The message contains neither its words
+                nor the text.
         """
         if self._source is None:
             return self._count_by_table(text)
@@ -184,13 +174,9 @@ class TokenCounter:
         return _count_by_function(self._source, text)
 
     def upper(self, text: str) -> int:
-        """Return an upper bound of the tokens of *text* at next to no cost.
+        """Return an upper bound of the tokens of *text*: its length in UTF-8, since every token stands for at least one byte.
 
-        Every token stands for at least one byte, so it is the length in UTF-8; for a user's function, which may count anything, it is
-        the count itself.
-
-        Raises:
-            ConfigError: As in `count`.
+        A user's function may count anything, and is called; see `count`.
         """
         return _utf8_length(text) if self._source is None or isinstance(self._source, str) else self.count(text)
 

@@ -17,10 +17,6 @@ from microbatch.spool.endpoint import GIVE_UP_AFTER
 
 T = TypeVar("T")
 
-POLICY: Final = """\
-Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
---when-full are for live traffic and change nothing here.
-"""
 _ARGUMENT: Final = re.compile(r"^ {4}(\w+): ((?:.+\n?)(?: {8}.+\n?)*)", re.MULTILINE)
 
 # --- numbers
@@ -51,30 +47,35 @@ def whole_number(least: int, most: int | None = None) -> Any:
 # --- flags
 
 
+# In these functions *text* is the help of the flag.
+
+
 def add_option(group: argparse._ActionsContainer, name: str, metavar: str, text: str, **options: Any) -> None:
-    """Add a flag with a value; *text* is its help, *options* are further ones of argparse."""
+    """Add a flag with a value; *options* are further ones of argparse."""
     group.add_argument(name, metavar=metavar, help=text, **options)
 
 
 def add_switch(group: argparse._ActionsContainer, name: str, text: str) -> None:
-    """Add a flag without a value; *text* is its help."""
+    """Add a flag without a value."""
     group.add_argument(name, action="store_true", help=text)
 
 
 def add_seconds(
     group: argparse._ActionsContainer, name: str, text: str, *, least: float = 0, default: float | None = None
 ) -> None:
-    """Add a flag for a duration; *text* is its help, to which a *default* is added."""
-    shown = text if default is None else f"{text} (default: {default:g})"
-    add_option(group, name, "SECONDS", shown, type=number(least), default=default)
+    """Add a flag for a duration of at least *least*."""
+    add_option(group, name, "SECONDS", _with_default(text, default), type=number(least), default=default)
 
 
 def add_count(
     group: argparse._ActionsContainer, name: str, text: str, *, least: int = 1, default: int | None = None
 ) -> None:
-    """Add a flag for a whole number; *text* is its help, to which a *default* is added."""
-    shown = text if default is None else f"{text} (default: {default})"
-    add_option(group, name, "N", shown, type=whole_number(least), default=default)
+    """Add a flag for a whole number of at least *least*."""
+    add_option(group, name, "N", _with_default(text, default), type=whole_number(least), default=default)
+
+
+def _with_default(text: str, default: float | None) -> str:
+    return text if default is None else f"{text} (default: {default:g})"
 
 
 # --- settings
@@ -127,10 +128,28 @@ def _value_options(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
-    return {"type": hint, "metavar": "N" if hint is int else "SECONDS" if hint is float else "TEXT"}
+    return {"type": hint, "metavar": {int: "N", float: "SECONDS"}.get(hint, "TEXT")}
 
 
 # --- groups of flags
+
+
+def add_bulk(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Add the flags of a command that asks about every line of a file; return the group *title* of those about its course."""
+    parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
+    add_question(parser.add_argument_group("what is asked"))
+    add_endpoint(parser.add_argument_group("endpoint"))
+    group = parser.add_argument_group(title)
+    retries = "while nothing is answered, try again at growing intervals"
+    text = f"{retries}, and leave the rest unasked after so long without a single answer"
+    add_seconds(group, "--give-up-after", text, default=GIVE_UP_AFTER)
+    add_reports(group)
+    policy = """\
+Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
+--when-full are for live traffic and change nothing here.
+"""
+    add_policy(parser.add_argument_group("batching", policy))
+    return group
 
 
 def add_question(group: argparse._ArgumentGroup) -> None:
@@ -174,13 +193,6 @@ def add_policy(group: argparse._ArgumentGroup) -> None:
     add_switch(group, "--single", "one call for each item, to compare; same as --max-batch-size 1")
     add_switch(group, "--canary", f"{described(FallbackPolicy)['canary']} (default: off)")
     add_settings(group, FlushPolicy)
-
-
-def add_give_up_after(group: argparse._ArgumentGroup) -> None:
-    """Add `--give-up-after`."""
-    retries = "while nothing is answered, try again at growing intervals"
-    text = f"{retries}, and leave the rest unasked after so long without a single answer"
-    add_seconds(group, "--give-up-after", text, default=GIVE_UP_AFTER)
 
 
 def add_reports(group: argparse._ArgumentGroup) -> None:

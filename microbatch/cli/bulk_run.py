@@ -67,7 +67,7 @@ class BulkRun:
     """One run over an input.
 
     Args:
-        args: The flags of `add_give_up_after` and `add_reports`.
+        args: The flags of `add_bulk`.
         plan: Where requests are sent, and how.
         source: The input.
         sink: Takes the outcomes.
@@ -106,10 +106,9 @@ class BulkRun:
         self._source = source
         self._sink = sink
         self._ttl = ttl
-        self._shown = args.progress
         self._session = Session(plan, give_up_after=args.give_up_after)
         self._endpoint = self._session.endpoint
-        self._progress = Progress(0, Stats, shown=False)
+        self._progress = Progress(self.items, self._session.stats, shown=args.progress)
         self._settled = set(done)
         self._asked: dict[str, Request] = {}  # and not settled
         self._open: dict[str, Exception] = {}  # left open by this pass, with the error
@@ -162,7 +161,7 @@ class BulkRun:
             async with batcher, session.prober:
                 start = loop.time()
                 try:
-                    with Progress(self.items, session.stats, shown=self._shown) as self._progress:
+                    with self._progress:
                         while self.unasked and not self._endpoint.stopped:
                             await self._pass(batcher)
                 finally:
@@ -175,27 +174,21 @@ class BulkRun:
     async def _pass(self, batcher: Microbatcher) -> None:
         await self._endpoint.rested()
         answered, self._open = self.answered, {}
-        down, self._passes = self._endpoint.down, self._passes + 1
-        requests = self._one_request() if down else self._all_requests()
-        async for result in batcher.map(lasting(requests, self._ttl)):
+        self._passes += 1
+        async for result in batcher.map(lasting(self._requests(down=self._endpoint.down), self._ttl)):
             await self._settle(result)
         if self._open and not self._endpoint.stopped:
             await self._judge(progress=self.answered > answered)
 
-    def _all_requests(self) -> Iterator[Request]:
-        """Yield the requests that are not settled, until the endpoint is down or stopped."""
-        for request in self._unsettled():
-            # A suspect is sent alone.
-            suspect = self._failures[request.id or ""] >= MAX_COMBINED_FAILURES
-            yield self._noted(request, alone=suspect)
-            if self._endpoint.down or self._endpoint.stopped:
+    def _requests(self, *, down: bool) -> Iterator[Request]:
+        """Yield the requests that are not settled until the endpoint is down; with *down* one, a different one in each pass."""
+        for request in islice(self._unsettled(), self._passes % self.unasked if down else 0, None):
+            name = request.id or ""
+            alone = down or self._failures[name] >= MAX_COMBINED_FAILURES
+            self._asked[name] = msgspec.structs.replace(request, priority="high") if alone else request
+            yield self._asked[name]
+            if down or self._endpoint.down or self._endpoint.stopped:
                 return
-
-    def _one_request(self) -> Iterator[Request]:
-        """Yield one request, a different one in each pass."""
-        for request in islice(self._unsettled(), self._passes % self.unasked, None):
-            yield self._noted(request, alone=True)
-            return
 
     def _unsettled(self) -> Iterator[Request]:
         for row in self._source.requests(self._settled):
@@ -203,12 +196,6 @@ class BulkRun:
                 self._reject(row)
             else:
                 yield row[1]
-
-    def _noted(self, request: Request, *, alone: bool) -> Request:
-        if alone:
-            request = msgspec.structs.replace(request, priority="high")
-        self._asked[request.id or ""] = request
-        return request
 
     def _reject(self, line: BadLine) -> None:
         """Count *line* as failed, unless an earlier pass has."""
@@ -226,7 +213,7 @@ class BulkRun:
             self._settled.add(id_digest(name))
             self._control = self._asked.pop(name)
             self.answered += 1
-            self._progress.advance()
+            self._progress.show(self.answered + self.failed)
         elif isinstance(error, ConfigError) or error is None or cause_of(error) is Cause.REQUEST:
             self._give_up_item(name, error or RuntimeError("no reply"))
         else:
@@ -257,7 +244,7 @@ class BulkRun:
         self._settled.add(id_digest(name))
         self._asked.pop(name, None)
         self.failed += 1
-        self._progress.advance()
+        self._progress.show(self.answered + self.failed)
 
     async def _judge(self, *, progress: bool) -> None:
         """Decide which items that a pass has left open are given up."""

@@ -1,4 +1,9 @@
-"""`microbatch demo`: sorts a catalogue of products one by one and then in batches, against a simulated endpoint."""
+"""`microbatch demo`: see what batching saves, on a simulated endpoint.
+
+Sort the products of a bundled catalogue into departments, first one call each
+and then in combined prompts, and compare. The endpoint is simulated and runs
+within this process: no key, no network, nothing to pay.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +37,6 @@ SHOWN = 6
 _NAME_WIDTH = 52
 
 USAGE = "microbatch demo"
-HELP = "see what batching saves, on a simulated endpoint"
-DESCRIPTION = """\
-Sort the products of a bundled catalogue into departments, first one call each
-and then in combined prompts, and compare. The endpoint is simulated and runs
-within this process: no key, no network, nothing to pay.
-"""
-EXAMPLES = ""
 
 
 class Trial(msgspec.Struct):

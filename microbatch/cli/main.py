@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final
 
-from microbatch.cli import console, demo, dotenv, run, serve, simulate, spool, warm, worker
+from microbatch.cli import console, demo, environment, run, serve, simulate, spool, warm, worker
 from microbatch.cli.console import StdoutError, UsageError, note
 from microbatch.errors import ConfigError
 
@@ -32,15 +32,8 @@ OPENAI_API_KEY, OPENAI_BASE_URL and MICROBATCH_* are read from the environment,
 or from .env in this directory; an address in .env is used only if .env holds
 the key as well.
 """
-_COMMANDS: Final = {
-    "run": run,
-    "warm": warm,
-    "spool": spool,
-    "worker": worker,
-    "serve": serve,
-    "demo": demo,
-    "simulate": simulate,
-}
+_COMMANDS: Final = (run, warm, spool, worker, serve, demo, simulate)
+"""Modules with the functions `add_arguments` and `run`; the docstring of each is the help of its command."""
 
 
 def _version() -> str:
@@ -58,13 +51,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"microbatch {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, module in _COMMANDS.items():
+    for module in _COMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        summary, _, text = (module.__doc__ or "").partition("\n\n")
+        description, heading, examples = text.partition("Examples:\n")
         command = commands.add_parser(
             name,
             usage=module.USAGE,
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            epilog=module.EXAMPLES,
+            help=summary.partition(": ")[2].rstrip("."),
+            description=description,
+            epilog=heading.lower() + examples,
             formatter_class=form,
             allow_abbrev=False,
         )
@@ -87,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return console.USAGE
     args.argv = words
-    dotenv.load()
+    environment.load_dotenv()
     try:
         status: int = args.command(args)
     except (UsageError, ConfigError) as error:

@@ -19,12 +19,10 @@ from microbatch.errors import RequestFailed, StatusError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
-    from types import TracebackType
 
     from microbatch.messages import Reply
 
 SYNC_SECONDS: Final = 0.5
-_BLOCK: Final = 65_536
 
 
 class NotWritten(Exception):
@@ -33,54 +31,35 @@ class NotWritten(Exception):
 
 # --- lines
 
+_EMPTY: Final = dict.fromkeys(("custom_id", "output", "error", "route", "usage", "cost_usd"))
+_NOT_TEXT: Final = ("tool_calls", "function_call", "audio")
+
 
 def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = None) -> dict[str, Any]:
     """Return the output line of the item *name*; *digest* is that of its question, None leaves it out.
 
     A reply that holds more than its text (tool calls, several choices, log probabilities, audio) is added as `body`.
     """
-    line = {
-        "custom_id": name,
-        "output": output,
-        "error": None,
-        "route": reply.route,
-        "usage": msgspec.to_builtins(reply.usage),
-        "cost_usd": reply.cost_usd,
-    }
-    if digest is not None:
-        line["digest"] = digest
-    if reply.body is not None and _holds_more_than_text(reply.body):
-        line["body"] = reply.body
-    return line
+    usage = msgspec.to_builtins(reply.usage)
+    answer = {"custom_id": name, "output": output, "route": reply.route, "usage": usage, "cost_usd": reply.cost_usd}
+    line = _EMPTY | answer | ({} if digest is None else {"digest": digest})
+    return line if reply.body is None or _is_one_text(reply.body) else line | {"body": reply.body}
 
 
 def failure_line(name: str, error: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
     """Return the output line of an item without an answer; see `answer_line`."""
-    line = {"custom_id": name, "output": None, "error": error, "route": None, "usage": None, "cost_usd": None}
-    return line if digest is None else line | {"digest": digest}
+    return _EMPTY | {"custom_id": name, "error": error} | ({} if digest is None else {"digest": digest})
 
 
-class _Message(msgspec.Struct, frozen=True):
-    tool_calls: Any = None
-    function_call: Any = None
-    audio: Any = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message = _Message()
-    logprobs: Any = None
-
-
-class _Body(msgspec.Struct):
-    choices: list[_Choice] = []
-
-
-def _holds_more_than_text(body: dict[str, Any]) -> bool:
+def _is_one_text(body: dict[str, Any]) -> bool:
+    """Return whether an endpoint's reply holds nothing but one text."""
     try:
-        choices = msgspec.convert(body, _Body).choices
-    except msgspec.ValidationError:
-        return True
-    return len(choices) > 1 or any(choice.logprobs or choice.message != _Message() for choice in choices)
+        choices = body.get("choices", [])
+        others = [choice.get("message", {}).get(field) for choice in choices for field in _NOT_TEXT]
+        others += [choice.get("logprobs") or None for choice in choices]
+        return len(choices) <= 1 and all(other is None for other in others)
+    except (AttributeError, TypeError):
+        return False
 
 
 def error_object(error: Exception) -> dict[str, Any]:
@@ -116,6 +95,16 @@ class Rows(msgspec.Struct):
     by_question: dict[str, Row] = {}
     cut: int = 0
 
+    def add(self, line: dict[str, Any], start: int) -> None:
+        """Add the line at the offset *start*, which follows those that were added before."""
+        name, digest = id_digest(line["custom_id"]), line.get("digest")
+        if line["error"] is not None:
+            self.by_id.pop(name, None)
+            return
+        row = self.by_id[name] = Row(start, digest if isinstance(digest, str) else None)
+        if row.digest is not None:
+            self.by_question[row.digest] = row
+
 
 class OutputFile:
     """The output file, created if it is missing, and locked while it is open.
@@ -149,15 +138,7 @@ class OutputFile:
                     found.cut = len(raw)
                     os.ftruncate(self._file, start)
                     break
-                name, line = _parse(raw, f"{self.path}: line {number}")
-                if line["error"] is not None:
-                    found.by_id.pop(id_digest(name), None)
-                else:
-                    question = line.get("digest")
-                    row = Row(start, question if isinstance(question, str) else None)
-                    found.by_id[id_digest(name)] = row
-                    if row.digest is not None:
-                        found.by_question[row.digest] = row
+                found.add(_parse(raw, f"{self.path}: line {number}"), start)
                 start += len(raw)
         return found
 
@@ -240,9 +221,9 @@ class OutputFile:
             return
         name = next(free_names(self.path)) if replaced else path
         try:
-            with replacing(name) as file:
-                for start in range(0, ours.st_size, _BLOCK):
-                    file.write(os.pread(self._file, _BLOCK, start))
+            with replacing(name) as file, open(self._file, "rb", closefd=False) as answers:
+                answers.seek(0)
+                shutil.copyfileobj(answers, file)
         except OSError as error:
             what = f"{self.path!r} was deleted while it was written, and cannot be restored"
             raise NotWritten(f"{what}: {error.strerror}") from error
@@ -257,9 +238,7 @@ class OutputFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -289,13 +268,11 @@ def _write_all(file: int, data: bytes) -> None:
         rest = rest[os.write(file, rest) :]
 
 
-def _parse(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
-    """Return the id of an output line, and the line."""
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
     try:
         line = msgspec.json.decode(raw, type=dict[str, Any])
-        name = line["custom_id"]
-        if isinstance(name, str) and "output" in line and "error" in line:
-            return name, line
+        if isinstance(line["custom_id"], str) and line.keys() >= {"output", "error"}:
+            return line
     except (ValueError, LookupError, RecursionError):
         pass
     raise UsageError(f"{where} was not written by `microbatch run`; is -o the right file?")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from microbatch.cli.console import dollars, muted_on_error, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from microbatch.accounting.stats import Stats
+
+    Bar = Callable[[int, str, bool], None]
+    """Shows the items done and a text beside them, and ends the bar if its last argument is true."""
 
 REFRESH_SECONDS: Final = 0.2
 
@@ -27,14 +29,16 @@ class Progress:
     """
 
     def __init__(self, total: int, stats: Callable[[], Stats], *, shown: bool | None = None) -> None:
+        self._total = total
         self._stats = stats
+        self._shown = shown
         self._done = 0
         self._next = 0.0
-        self._bar = make_bar(total) if (sys.stderr.isatty() if shown is None else shown) else None
+        self._bar: Bar | None = None
 
-    def advance(self, count: int = 1) -> None:
-        """Count *count* more items as done."""
-        self._done += count
+    def show(self, done: int) -> None:
+        """Show that *done* items are done."""
+        self._done = done
         if self._bar is not None and time.monotonic() >= self._next:
             self._next = time.monotonic() + REFRESH_SECONDS
             self._draw()
@@ -43,35 +47,28 @@ class Progress:
         if self._bar is not None:
             stats = self._stats()
             tokens = stats.prompt_tokens + stats.completion_tokens
+            text = f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}"
             with muted_on_error(sys.stderr):
-                text = f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}"
                 self._bar(self._done, text, last)
 
     def __enter__(self) -> Self:
+        if sys.stderr.isatty() if self._shown is None else self._shown:
+            with muted_on_error(sys.stderr):
+                self._bar = _tqdm_bar(self._total) or _plain_bar(self._total)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._draw(last=True)
 
 
-def make_bar(total: int) -> Callable[[int, str, bool], None] | None:
-    """Return a function that shows the items done and a text beside them, and ends the bar if its last argument is true.
-
-    It is None if stderr is closed or full.
-    """
+def _tqdm_bar(total: int) -> Bar | None:
     try:
         from tqdm import tqdm  # noqa: PLC0415 of the extra `cli`
     except ImportError:
-        return _plain_bar(total)
+        return None
     tqdm.monitor_interval = 0  # no thread of its own: it would outlive the run
-    with muted_on_error(sys.stderr):
-        return _tqdm_bar(tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0))
-    return None
+    bar = tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0)
 
-
-def _tqdm_bar(bar: Any) -> Callable[[int, str, bool], None]:
     def draw(done: int, text: str, last: bool) -> None:
         bar.set_postfix_str(text, refresh=False)
         bar.update(done - bar.n)
@@ -82,7 +79,7 @@ def _tqdm_bar(bar: Any) -> Callable[[int, str, bool], None]:
     return draw
 
 
-def _plain_bar(total: int) -> Callable[[int, str, bool], None]:
+def _plain_bar(total: int) -> Bar:
     start, width = time.monotonic(), 0
 
     def draw(done: int, text: str, last: bool) -> None:

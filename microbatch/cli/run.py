@@ -1,4 +1,37 @@
-"""`microbatch run`: asks about every line of a file and writes the answers to another."""
+r"""`microbatch run`: ask about every line of a JSON Lines file.
+
+Ask a model about every line of a JSON Lines file, many lines in one prompt, and
+write one line for each answer:
+
+  {"custom_id", "output", "error", "route", "usage", "cost_usd", "digest"}
+
+Lines are any JSON objects, with a --template that makes a question of them, or
+OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
+id, else its number. The key is taken from OPENAI_API_KEY.
+
+The digest is that of the question. --resume asks about lines without an answer,
+and about lines whose question has changed; an answer follows a question that
+moved to another line.
+
+While the endpoint does not answer at all, nothing more is read or sent; the run
+goes on when it answers again. A key or an account that is refused from the
+start ends the run. Ctrl-C and SIGTERM let the calls under way end.
+
+Exit status: 0 all answered, 1 some failed or left unasked, 2 nothing sent
+because something is wrong with the command or its files, 130 stopped (go on
+with --resume).
+
+Examples:
+  microbatch run products.jsonl -o answers.jsonl --model gpt-4.1-mini \
+      --system @instructions.txt --labels electronics,clothing,home,other \
+      --template "Product: {name}\nDescription: {description}"
+
+  microbatch run products.jsonl -o answers.jsonl ... --resume    (after a crash)
+  microbatch run products.jsonl -o try.jsonl ... --simulate      (costs nothing)
+  microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
+                                    (what was asked before costs nothing)
+  microbatch run openai_batch.jsonl -o answers.jsonl
+"""
 
 from __future__ import annotations
 
@@ -24,51 +57,13 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply, Request
 
 USAGE = "microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]"
-HELP = "ask about every line of a JSON Lines file"
-DESCRIPTION = """\
-Ask a model about every line of a JSON Lines file, many lines in one prompt, and
-write one line for each answer:
-
-  {"custom_id", "output", "error", "route", "usage", "cost_usd", "digest"}
-
-Lines are any JSON objects, with a --template that makes a question of them, or
-OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
-id, else its number. The key is taken from OPENAI_API_KEY.
-
-The digest is that of the question. --resume asks about lines without an answer,
-and about lines whose question has changed; an answer follows a question that
-moved to another line.
-
-While the endpoint does not answer at all, nothing more is read or sent; the run
-goes on when it answers again. A key or an account that is refused from the
-start ends the run. Ctrl-C and SIGTERM let the calls under way end.
-
-Exit status: 0 all answered, 1 some failed or left unasked, 2 nothing sent
-because something is wrong with the command or its files, 130 stopped (go on
-with --resume).
-"""
-EXAMPLES = r"""
-examples:
-  microbatch run products.jsonl -o answers.jsonl --model gpt-4.1-mini \
-      --system @instructions.txt --labels electronics,clothing,home,other \
-      --template "Product: {name}\nDescription: {description}"
-
-  microbatch run products.jsonl -o answers.jsonl ... --resume    (after a crash)
-  microbatch run products.jsonl -o try.jsonl ... --simulate      (costs nothing)
-  microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
-                                    (what was asked before costs nothing)
-  microbatch run openai_batch.jsonl -o answers.jsonl
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
-    parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
     output = "where the answers go, as they come"
     parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
-    arguments.add_question(parser.add_argument_group("what is asked"))
-    arguments.add_endpoint(parser.add_argument_group("endpoint"))
-    group = parser.add_argument_group("the run")
+    group = arguments.add_bulk(parser, "the run")
     arguments.add_cache(group)
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
     arguments.add_switch(group, "--resume", resume)
@@ -77,9 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else: begin anew, keeping the old output under another name"
     )
     arguments.add_switch(group, "--force", force)
-    arguments.add_give_up_after(group)
-    arguments.add_reports(group)
-    arguments.add_policy(parser.add_argument_group("batching", arguments.POLICY))
 
 
 def run(args: argparse.Namespace) -> int:

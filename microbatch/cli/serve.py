@@ -1,4 +1,30 @@
-"""`microbatch serve`: the gateway, an OpenAI-compatible server that combines the requests of its clients."""
+r"""`microbatch serve`: serve the gateway, which combines the requests of any OpenAI client.
+
+Serve an OpenAI-compatible API in front of another. Chat completions of many
+clients leave as combined prompts, and each client gets its own answer, as JSON
+or as a stream; everything else under /v1 is relayed as it is. Clients change
+nothing but their base URL, and use their own keys: requests with different keys
+never share a prompt, a call or a cached answer.
+
+With OPENAI_API_KEY set, clients without a key (or with the key "microbatch")
+use that one, for chat completions and the list of models only; off loopback
+this needs --access-token-file.
+
+Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no,
+X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
+(requests of different tenants are never combined).
+
+Beside the API there are /healthz, /readyz and /stats. On Ctrl-C or SIGTERM no
+more requests are taken, and those under way are answered; a second signal stops
+at once. Every flag can be given as an environment variable too, --max-wait as
+MICROBATCH_MAX_WAIT; a flag takes precedence.
+
+Examples:
+  microbatch serve --upstream https://api.openai.com/v1 --port 8080
+  microbatch serve --upstream http://localhost:8000/v1 --max-wait 0.05 --rpm 500
+  microbatch serve --upstream https://api.openai.com/v1 --host 0.0.0.0 \
+      --access-token-file token.txt --cache redis://localhost:6379/0
+"""
 
 from __future__ import annotations
 
@@ -22,34 +48,6 @@ if TYPE_CHECKING:
     import argparse
 
 USAGE = "microbatch serve --upstream URL [options]"
-HELP = "serve the gateway, which combines the requests of any OpenAI client"
-DESCRIPTION = """\
-Serve an OpenAI-compatible API in front of another. Chat completions of many
-clients leave as combined prompts, and each client gets its own answer, as JSON
-or as a stream; everything else under /v1 is relayed as it is. Clients change
-nothing but their base URL, and use their own keys: requests with different keys
-never share a prompt, a call or a cached answer.
-
-With OPENAI_API_KEY set, clients without a key (or with the key "microbatch")
-use that one, for chat completions and the list of models only; off loopback
-this needs --access-token-file.
-
-Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no,
-X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
-(requests of different tenants are never combined).
-
-Beside the API there are /healthz, /readyz and /stats. On Ctrl-C or SIGTERM no
-more requests are taken, and those under way are answered; a second signal stops
-at once. Every flag can be given as an environment variable too, --max-wait as
-MICROBATCH_MAX_WAIT; a flag takes precedence.
-"""
-EXAMPLES = """
-examples:
-  microbatch serve --upstream https://api.openai.com/v1 --port 8080
-  microbatch serve --upstream http://localhost:8000/v1 --max-wait 0.05 --rpm 500
-  microbatch serve --upstream https://api.openai.com/v1 --host 0.0.0.0 \\
-      --access-token-file token.txt --cache redis://localhost:6379/0
-"""
 
 HOST: Final = "127.0.0.1"
 PORT: Final = 8080

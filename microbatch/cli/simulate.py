@@ -1,4 +1,19 @@
-"""`microbatch simulate`: serves the simulated endpoint, to develop and test against."""
+"""`microbatch simulate`: serve a simulated OpenAI-compatible endpoint.
+
+Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
+/v1/models, and OpenAI's files and batches below /v1/files and /v1/batches). It
+makes up answers that keep to the schema asked for and counts tokens as OpenAI
+does, takes its time as a model does, and can be told to keep to a quota, to
+lack features or to go wrong. Any key and any model name will do.
+
+Examples:
+  microbatch simulate --port 8000
+  microbatch simulate --first-token 0 --tokens-per-second 0       (no delay)
+  microbatch simulate --json-schema 400 --no-streaming         (a modest server)
+  microbatch simulate --rpm 500 --tpm 200000            (429 beyond these)
+  microbatch simulate --fault truncated --fault http_429 --fault-rate 0.1
+  microbatch simulate --batch-seconds 60 --batch-expires 20%   (/v1/batches)
+"""
 
 from __future__ import annotations
 
@@ -19,23 +34,6 @@ if TYPE_CHECKING:
     import argparse
 
 USAGE = "microbatch simulate [options]"
-HELP = "serve a simulated OpenAI-compatible endpoint"
-DESCRIPTION = """\
-Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
-/v1/models, and OpenAI's files and batches below /v1/files and /v1/batches). It
-makes up answers that keep to the schema asked for and counts tokens as OpenAI
-does, takes its time as a model does, and can be told to keep to a quota, to
-lack features or to go wrong. Any key and any model name will do.
-"""
-EXAMPLES = """
-examples:
-  microbatch simulate --port 8000
-  microbatch simulate --first-token 0 --tokens-per-second 0       (no delay)
-  microbatch simulate --json-schema 400 --no-streaming         (a modest server)
-  microbatch simulate --rpm 500 --tpm 200000            (429 beyond these)
-  microbatch simulate --fault truncated --fault http_429 --fault-rate 0.1
-  microbatch simulate --batch-seconds 60 --batch-expires 20%   (/v1/batches)
-"""
 
 _KINDS: Final = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in get_args(kinds)]
 

@@ -1,4 +1,30 @@
-"""`microbatch spool`: shows a spool and its dead letters, and moves requests in and answers out."""
+r"""`microbatch spool`: queue questions for later; see what waits, what failed, what was answered.
+
+A spool holds requests that can wait until a worker has answered them, and keeps
+the answers for 7 days. SPOOL is a file (SQLite), or the address of a Redis
+server, redis://HOST:PORT/DB. Without options this shows how many requests are
+in which state.
+
+A request that failed, or whose worker died, is asked again in half a batch,
+then alone. One that has failed 3 times alone is a dead letter: it is kept, with
+its error, until it is put back with --requeue.
+
+Exit status: 0 done, 1 some of it could not be done, 2 something is wrong with
+the command or its files, 130 stopped.
+
+Examples:
+  microbatch spool jobs.sqlite --put products.jsonl \
+      --system @instructions.txt --labels electronics,clothing,home,other \
+      --template "Product: {name}\nDescription: {description}"
+
+  microbatch worker jobs.sqlite --model gpt-4.1-mini    (answers them)
+  microbatch spool jobs.sqlite                          (what is where)
+  microbatch spool jobs.sqlite --dead                   (what failed, and why)
+  microbatch spool jobs.sqlite --requeue                (all of that, once more)
+  microbatch spool jobs.sqlite --requeue p17 p99        (only these)
+  microbatch spool jobs.sqlite --export answers.jsonl
+  microbatch spool jobs.sqlite --export - | jq '.output | fromjson?'
+"""
 
 from __future__ import annotations
 
@@ -47,34 +73,6 @@ USAGE = """\
 microbatch spool SPOOL [options]
        microbatch spool SPOOL --put INPUT.jsonl [options]
        microbatch spool SPOOL --dead | --requeue [ID ...] | --export FILE.jsonl"""
-HELP = "queue questions for later; see what waits, what failed, what was answered"
-DESCRIPTION = """\
-A spool holds requests that can wait until a worker has answered them, and keeps
-the answers for 7 days. SPOOL is a file (SQLite), or the address of a Redis
-server, redis://HOST:PORT/DB. Without options this shows how many requests are
-in which state.
-
-A request that failed, or whose worker died, is asked again in half a batch,
-then alone. One that has failed 3 times alone is a dead letter: it is kept, with
-its error, until it is put back with --requeue.
-
-Exit status: 0 done, 1 some of it could not be done, 2 something is wrong with
-the command or its files, 130 stopped.
-"""
-EXAMPLES = r"""
-examples:
-  microbatch spool jobs.sqlite --put products.jsonl \
-      --system @instructions.txt --labels electronics,clothing,home,other \
-      --template "Product: {name}\nDescription: {description}"
-
-  microbatch worker jobs.sqlite --model gpt-4.1-mini    (answers them)
-  microbatch spool jobs.sqlite                          (what is where)
-  microbatch spool jobs.sqlite --dead                   (what failed, and why)
-  microbatch spool jobs.sqlite --requeue                (all of that, once more)
-  microbatch spool jobs.sqlite --requeue p17 p99        (only these)
-  microbatch spool jobs.sqlite --export answers.jsonl
-  microbatch spool jobs.sqlite --export - | jq '.output | fromjson?'
-"""
 
 _QUESTION: Final = ("system", "template", "labels", "schema", "id_field", "max_tokens", "temperature", "model")
 

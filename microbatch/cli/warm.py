@@ -1,4 +1,27 @@
-"""`microbatch warm`: asks about every line of a file and keeps the answers in a cache."""
+r"""`microbatch warm`: fill a cache with the answers to every line of a file.
+
+Ask a model about every line of a JSON Lines file, many lines in one prompt, and
+keep the answers in a cache, for a service or a run that will ask the same. What
+the cache has already is not asked again.
+
+Lines are those of `microbatch run`: any JSON objects, with a --template that
+makes a question of them, or OpenAI Batch requests (custom_id, body). The key is
+taken from OPENAI_API_KEY. The answers are found only by requests that are equal
+in endpoint, model, messages, parameters and schema.
+
+Exit status: 0 all answers are there, 1 some are not, 2 nothing sent because
+something is wrong with the command or its files, 130 stopped.
+
+Examples:
+  microbatch warm products.jsonl --cache answers.sqlite --model gpt-4.1-mini \
+      --system @instructions.txt --labels electronics,clothing,home,other \
+      --template "Product: {name}\nDescription: {description}"
+
+  microbatch warm products.jsonl --cache redis://localhost:6379/0 ...
+  microbatch warm products.jsonl --cache answers.sqlite ... --ttl 86400  (a day)
+  microbatch run products.jsonl --cache answers.sqlite -o answers.jsonl ...
+                                              (the same flags: asks nothing)
+"""
 
 from __future__ import annotations
 
@@ -19,46 +42,15 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply, Request
 
 USAGE = "microbatch warm INPUT.jsonl --cache FILE|URL [options]"
-HELP = "fill a cache with the answers to every line of a file"
-DESCRIPTION = """\
-Ask a model about every line of a JSON Lines file, many lines in one prompt, and
-keep the answers in a cache, for a service or a run that will ask the same. What
-the cache has already is not asked again.
-
-Lines are those of `microbatch run`: any JSON objects, with a --template that
-makes a question of them, or OpenAI Batch requests (custom_id, body). The key is
-taken from OPENAI_API_KEY. The answers are found only by requests that are equal
-in endpoint, model, messages, parameters and schema.
-
-Exit status: 0 all answers are there, 1 some are not, 2 nothing sent because
-something is wrong with the command or its files, 130 stopped.
-"""
-EXAMPLES = r"""
-examples:
-  microbatch warm products.jsonl --cache answers.sqlite --model gpt-4.1-mini \
-      --system @instructions.txt --labels electronics,clothing,home,other \
-      --template "Product: {name}\nDescription: {description}"
-
-  microbatch warm products.jsonl --cache redis://localhost:6379/0 ...
-  microbatch warm products.jsonl --cache answers.sqlite ... --ttl 86400  (a day)
-  microbatch run products.jsonl --cache answers.sqlite -o answers.jsonl ...
-                                              (the same flags: asks nothing)
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `warm`."""
-    parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
     cache = parser.add_argument_group("the cache")
     arguments.add_cache(cache, required=True)
     ttl = "seconds for which the answers are good, less up to a tenth, so that they do not all expire together"
     arguments.add_seconds(cache, "--ttl", f"{ttl} (default: 604800, 7 days)", least=1)
-    arguments.add_question(parser.add_argument_group("what is asked"))
-    arguments.add_endpoint(parser.add_argument_group("endpoint"))
-    group = parser.add_argument_group("the warming")
-    arguments.add_give_up_after(group)
-    arguments.add_reports(group)
-    arguments.add_policy(parser.add_argument_group("batching", arguments.POLICY))
+    arguments.add_bulk(parser, "the warming")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,28 @@
-"""`microbatch worker`: answers the requests of a spool in combined prompts."""
+"""`microbatch worker`: answer what is in a spool.
+
+Take requests from a spool, have them answered in combined prompts, and store
+the answers, where `batcher.result(id)` and `microbatch spool --export` find
+them. SPOOL is a file, or Redis at redis://HOST:PORT/DB. Any number of workers
+may serve one spool; the requests of one that died are taken by the others.
+
+A worker runs until it is stopped. On Ctrl-C or SIGTERM it takes no more
+requests, lets the calls under way end, and reports what it did. A second signal
+stops it at once; no request is lost by that. The key is taken from
+OPENAI_API_KEY.
+
+While the endpoint does not answer, requests are put back without counting as
+failed, and the worker tries again at growing intervals. A key or an account
+that is refused from the start ends it.
+
+Exit status: 0, 1 if requests became dead letters, the server has lost some or
+the endpoint was given up, 2 if something is wrong with the command, or requests
+name no model and the command does not either, 130 stopped by a second signal.
+
+Examples:
+  microbatch worker spool.sqlite --model gpt-4.1-mini
+  microbatch worker redis://localhost:6379/0 --until-empty --json
+  microbatch worker spool.sqlite --provider-batch     (half price, within a day)
+"""
 
 from __future__ import annotations
 
@@ -36,32 +60,6 @@ if TYPE_CHECKING:
     from microbatch.spool.worker import Done
 
 USAGE = "microbatch worker SPOOL [options]"
-HELP = "answer what is in a spool"
-DESCRIPTION = """\
-Take requests from a spool, have them answered in combined prompts, and store
-the answers, where `batcher.result(id)` and `microbatch spool --export` find
-them. SPOOL is a file, or Redis at redis://HOST:PORT/DB. Any number of workers
-may serve one spool; the requests of one that died are taken by the others.
-
-A worker runs until it is stopped. On Ctrl-C or SIGTERM it takes no more
-requests, lets the calls under way end, and reports what it did. A second signal
-stops it at once; no request is lost by that. The key is taken from
-OPENAI_API_KEY.
-
-While the endpoint does not answer, requests are put back without counting as
-failed, and the worker tries again at growing intervals. A key or an account
-that is refused from the start ends it.
-
-Exit status: 0, 1 if requests became dead letters, the server has lost some or
-the endpoint was given up, 2 if something is wrong with the command, or requests
-name no model and the command does not either, 130 stopped by a second signal.
-"""
-EXAMPLES = """
-examples:
-  microbatch worker spool.sqlite --model gpt-4.1-mini
-  microbatch worker redis://localhost:6379/0 --until-empty --json
-  microbatch worker spool.sqlite --provider-batch     (half price, within a day)
-"""
 
 _BATCH_PRICE: Final = "half the price of live calls"
 
@@ -163,12 +161,8 @@ class WorkerRun:
         return None
 
     async def _make_worker(self, stack: AsyncExitStack, progress: Progress) -> Worker | ProviderBatches:
-        shown = 0
-
         def advance(done: Done | Tally) -> None:
-            nonlocal shown
-            progress.advance(done.answered - shown)
-            shown = done.answered
+            progress.show(done.answered)
             if self._endpoint.given_up:
                 self._end()
 

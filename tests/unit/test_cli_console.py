@@ -260,8 +260,8 @@ def test_failures_of_very_many_kinds_take_no_room():
 def test_progress_without_tqdm_shows_items_calls_tokens_dollars_and_the_time_left(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with progress.Progress(40, lambda: CHEAP, shown=True) as shown:
-        for _ in range(20):
-            shown.advance()
+        for done in range(1, 21):
+            shown.show(done)
     last = capsys.readouterr().err.rstrip("\n").rsplit("\r", 1)[1]
     for part in ("20 of 40 items", "items/s", "2 calls", "150 tokens", "$0.0010", "left"):
         assert part in last
@@ -269,12 +269,12 @@ def test_progress_without_tqdm_shows_items_calls_tokens_dollars_and_the_time_lef
 
 def test_the_bar_is_tqdms_where_there_is_tqdm(capsys):
     with progress.Progress(40, lambda: CHEAP, shown=True) as shown:
-        for _ in range(20):
-            shown.advance()
+        for done in range(1, 21):
+            shown.show(done)
     assert "20/40" in capsys.readouterr().err
 
 
 def test_progress_without_a_bar_says_nothing(capsys):
     with progress.Progress(1, Stats, shown=False) as shown:
-        shown.advance()
+        shown.show(1)
     assert capsys.readouterr() == ("", "")

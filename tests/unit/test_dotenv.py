@@ -7,7 +7,8 @@ from helpers import each
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microbatch.cli.dotenv import load, read
+from microbatch.cli.environment import load_dotenv as load
+from microbatch.cli.environment import read_dotenv as read
 
 BASE, KEY, MAX = "OPENAI_BASE_URL", "OPENAI_API_KEY", "MICROBATCH_MAX_WAIT"
 
