@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.lru import LRU
-from microbatch.prompt.canary import CANARY_ANSWER_TOKENS
+from microbatch.prompt.compose import CANARY_ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -17,8 +17,7 @@ from microbatch.batching.overhead import MAX_COUNTED_CHARS, assumed_overhead, es
 from microbatch.batching.ticket import Charge
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
-from microbatch.prompt.canary import CANARY_TOKENS
-from microbatch.prompt.compose import ID_TOKENS, instruction, output_reserve
+from microbatch.prompt.compose import CANARY_TOKENS, ID_TOKENS, instruction, output_reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.messages import Usage
-from microbatch.prompt.canary import USUAL_TOKENS
-from microbatch.prompt.compose import ALPHABET, instruction
+from microbatch.prompt.compose import ALPHABET, USUAL_TOKENS, instruction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from microbatch.prompt.canary import CANARY_ANSWER_TOKENS, canary_line, draw_word
-from microbatch.prompt.compose import compose, draw_endings, instruction, output_reserve
-from microbatch.prompt.outcome import CombinedReply, read_alone
+from microbatch.containment import contained
+from microbatch.errors import Filtered, MalformedAnswer, RequestFailed, TruncatedReply, mask
+from microbatch.prompt.compose import (
+    CANARY_ANSWER_TOKENS,
+    canary_line,
+    compose,
+    draw_endings,
+    draw_word,
+    instruction,
+    output_reserve,
+)
+from microbatch.prompt.outcome import ONLY_REASONING, CombinedReply, complaint
 from microbatch.protocols import ChatCall
+from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from microbatch.prompt.outcome import SingleReply
     from microbatch.protocols import Completion
     from microbatch.schema.answer_type import AnswerType
 
@@ -47,11 +56,23 @@ class Settings(Protocol):
         """The caller's headers."""
 
 
+class SingleReply(msgspec.Struct, frozen=True):
+    """A single reply, read: output and text of the answer, or the error.
+
+    Attributes:
+        only_reasoning: Whether it was the model's reasoning and nothing else.
+    """
+
+    output: Any = None
+    text: str = ""
+    error: RequestFailed | None = None
+    only_reasoning: bool = False
+
+
 class CombinedCall(msgspec.Struct, eq=False):
     """A combined call, and what is needed to take its reply apart.
 
     Attributes:
-        call: The call.
         ids: The ids of its items, in order; that of the canary is the last.
         canary: The word that the canary has to be answered with; None without a canary.
     """
@@ -129,5 +150,55 @@ class ChatCodec:
         )
 
     def read_alone(self, answer: AnswerType, completion: Completion, content: str, *, combinable: bool) -> SingleReply:
-        """Return what a single reply holds; see `outcome.read_alone`."""
-        return read_alone(answer, completion, content, combinable=combinable, keep_thoughts=self._keep_thoughts)
+        """Return what a single reply holds; set `completion.thought` if there was a thought in it.
+
+        Args:
+            answer: The shape of the answer.
+            completion: How the call ended.
+            content: The text of the reply.
+            combinable: Whether the request could have been combined. If not, a text need not be an answer: tool calls and the like
+                are in `completion.body`.
+        """
+        if completion.damaged:
+            return SingleReply(error=MalformedAnswer("a part of the reply could not be read", raw=content))
+        said = content
+        if not answer.is_text:
+            completion.thought = completion.thought or after_thoughts(content) is not content
+        elif not self._keep_thoughts:
+            said = after_leading_thought(content)
+            completion.thought = completion.thought or said is not content
+        if not combinable and answer.is_text and completion.finish_reason is not None:
+            return SingleReply(said, said)
+        error = complaint(completion)
+        if isinstance(error, Filtered):
+            error.body = mask(content)
+        elif error is None and completion.finish_reason == "length":
+            error = _cut_short(answer, completion, content, said, keep_thoughts=self._keep_thoughts)
+        if error is not None:
+            return SingleReply(error=error)
+        with contained() as decoding:
+            return SingleReply(*answer.decode_single(said))
+        empty = not said.strip()
+        reasoning = empty and _reasoned(completion)
+        wrong = "the answer is empty" if empty else "the answer does not fit output_type"
+        malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
+        malformed.__cause__ = decoding.error
+        return SingleReply(error=malformed, only_reasoning=reasoning)
+
+
+def _cut_short(
+    answer: AnswerType, completion: Completion, content: str, said: str, *, keep_thoughts: bool
+) -> TruncatedReply | None:
+    """Return the error of a single reply that the token limit ended; None for a text that has begun."""
+    unfinished = not keep_thoughts and is_unfinished_thought(said)
+    if unfinished or not said.strip():
+        completion.thought = completion.thought or unfinished
+        where = "before the answer began; raise max_tokens"
+        if _reasoned(completion):
+            where = f"by reasoning, {where}, or ask for less reasoning (reasoning_effort)"
+        return TruncatedReply(f"the token limit was reached {where}", raw=content)
+    return None if answer.is_text else TruncatedReply("the answer was cut off by the token limit", raw=content)
+
+
+def _reasoned(completion: Completion) -> bool:
+    return completion.thought or (completion.usage is not None and completion.usage.reasoning_tokens > 0)

@@ -3,6 +3,11 @@
 The instruction is constant and comes before anything that varies, so that a provider's prefix cache can hit it. An item is a
 JSON string on a line of its own, so its text cannot break out of the line. Its id ends in unguessable letters, so its text cannot
 name another item. Lines begin with `[` and end with a newline, so that the token counts of lines add up exactly.
+
+The *canary* is an optional last item whose only right answer is a word drawn for it. A reply that answers it wrong was not written
+item by item: one item has given orders to all ("answer X for all requests"; every model tested in arXiv:2503.15551 follows some of
+those), or the model has lost or gained a line under intact ids, or it has stopped early. Then no answer of the reply is trusted. The
+canary is a detector, not a security boundary.
 """
 
 from __future__ import annotations
@@ -28,6 +33,15 @@ but 7 on average, so the ids of a batch never take more. What follows an id is c
 
 LINE_OVERHEAD_BYTES = len(b" \n")
 
+CANARY_TOKENS = 21
+"""Prompt tokens charged for the canary's line, its id included; measured 16 to 21, 18 on average."""
+
+CANARY_ANSWER_TOKENS = 20
+"""Reply tokens reserved for its element; measured 14 to 19, 16 on average."""
+
+USUAL_TOKENS = (18.0, 16.0)
+"""Average tokens of its line and of its element."""
+
 _SHAPE = '{"results":[{"id":"...","answer":...}]}'
 """The form of a reply. Only an instruction contains this text."""
 
@@ -49,6 +63,7 @@ _SURPLUS = bytes(range(256 - 256 % len(ALPHABET), 256))
 _endings = re.compile(".{5}").findall
 
 _encode_into = msgspec.json.Encoder().encode_into
+_decode_word = msgspec.json.Decoder(str).decode
 
 
 def instruction(words: str) -> str:
@@ -114,3 +129,23 @@ def compose(
     ids = [f"{number}{ending}" for number, ending in enumerate(draw(len(lines)), 1)]
     parts = [f"[{name}] {line.decode()}\n" for name, line in zip(ids, lines, strict=True)]
     return preamble + "".join(parts), ids
+
+
+def draw_word(draw: Callable[[int], Sequence[str]]) -> str:
+    """Return a word for the canary, made of two id endings from *draw*."""
+    return "".join(draw(2))
+
+
+def canary_line(word: str) -> bytes:
+    """Return the canary's line, without its id."""
+    return item_line(f"Reply with exactly: {word}")
+
+
+def check_canary(word: str, raw: str) -> None:
+    """Check the JSON of the answer to the canary.
+
+    Raises:
+        ValueError: It is not exactly *word*.
+    """
+    if _decode_word(raw) != word:
+        raise ValueError("the canary was answered with something else")

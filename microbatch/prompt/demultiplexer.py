@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from microbatch.containment import contained
 from microbatch.prompt.scanner import BROKEN, MORE, SCALAR, SPACE, STRING, ObjectScanner
 from microbatch.thoughts import MARK, MARK_CHARS
 
@@ -69,7 +70,6 @@ _MAX_SCAFFOLDING = 200
 # piece by piece, so that no character is looked at more than a few times.
 _WINDOW = 512
 
-
 _ASTRAY = 2
 """Useless elements past those asked for after which nothing more is expected of a reply."""
 
@@ -86,12 +86,10 @@ class _Part(msgspec.Struct):
     """The elements found in one part of a reply: before, within or after a thought.
 
     Attributes:
-        next: The item expected next.
         elements: Elements that are sound JSON, whatever their id.
         held: The JSON of answers that wait for the end of the reply, by item.
         copies: Elements seen for an item that were not delivered at once.
         malformed: The beginning of the latest unusable element of an item.
-        unknown_ids: Elements whose id was not asked for.
         damaged: Whether anything but the elements asked for, in order, was found.
         prefaced: Whether prose stands before the first element.
         astray: Elements at the end that were not asked for, or not once more.
@@ -110,11 +108,6 @@ class _Part(msgspec.Struct):
     astray: int = 0
     latest: int = -1
     disordered: bool = False
-
-    @property
-    def found(self) -> bool:
-        """True if there was any element."""
-        return bool(self.copies) or self.next > 0 or self.damaged
 
 
 def _same(one: str, other: str) -> bool:
@@ -138,25 +131,6 @@ class Demultiplexer:
         thought: Whether the reply holds a thought.
         drafts: Whether a delivered answer may have been a draft: a thought ended after it, or a different answer followed.
     """
-
-    __slots__ = (
-        "_before",
-        "_decoders",
-        "_eager",
-        "_early",
-        "_ended",
-        "_gap",
-        "_given",
-        "_ids",
-        "_index",
-        "_kept",
-        "_kept_chars",
-        "_part",
-        "_scanner",
-        "drafts",
-        "late_duplicates",
-        "thought",
-    )
 
     def __init__(self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], *, early: bool = True) -> None:
         self._ids = ids
@@ -225,8 +199,9 @@ class Demultiplexer:
                 self._outside(text, 0, len(text))
                 break
             delivered += self._resume(BROKEN)
-        if self._before is not None and (self._before.found or not complete):
-            self._part = self._before
+        before = self._before
+        if before is not None and (before.copies or before.next or before.damaged or not complete):
+            self._part = before
         if not complete and (self._ended or self._part.prefaced):
             ended = False  # the end of a thought, or what follows it, was still to come
         if ended:
@@ -389,7 +364,7 @@ class Demultiplexer:
                 index += 1
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # noqa: BLE001 see _deliver
+        except BaseException:  # noqa: BLE001 as in _deliver, but for all the elements of a piece at once
             self._unfit(index, raw)
             part.copies[index] = 1
             part.elements += 1
@@ -471,15 +446,11 @@ class Demultiplexer:
             part.held[index] = raw
 
     def _deliver(self, index: int, raw: str, delivered: list[Answer]) -> bool:
-        try:
-            answer = self._decoders[index](raw)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # noqa: BLE001 a user's validator may raise anything; a Rust panic is no Exception
-            self._unfit(index, raw)
-            return False
-        delivered.append((index, answer))
-        return True
+        with contained():  # a user's validator may raise anything
+            delivered.append((index, self._decoders[index](raw)))
+            return True
+        self._unfit(index, raw)
+        return False
 
     def _unfit(self, index: int, raw: str) -> None:
         self._part.damaged = True

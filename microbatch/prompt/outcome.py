@@ -1,4 +1,4 @@
-"""Judgement of replies: the parts of a combined one, the ending of its call, and the usability of a single one. No side effects."""
+"""Judgement of combined replies: their answers, what is unanswered, how the call ended. No side effects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from microbatch.containment import contained
 from microbatch.errors import (
     AuthFailed,
     BadRequest,
@@ -20,11 +19,9 @@ from microbatch.errors import (
     RequestFailed,
     TransportError,
     TruncatedReply,
-    mask,
 )
-from microbatch.prompt.canary import check_canary
+from microbatch.prompt.compose import check_canary
 from microbatch.prompt.demultiplexer import Demultiplexer
-from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from microbatch.errors import ReplyError
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.protocols import Completion
-    from microbatch.schema.answer_type import AnswerType
 
 # Statuses of a refusal that one item may cause. 404 names the model, not the request; a 429 that is no RateLimited refuses the
 # request's size.
@@ -118,10 +114,8 @@ class CallOutcome(msgspec.Struct, frozen=True):
     """The outcome of a combined call.
 
     Attributes:
-        ending: See `Ending`.
         asked: Requests it carried.
         unanswered: The positions of those that still wait.
-        reply: Its reply.
         completion: The end of the reply as the endpoint reported it; None if it did not.
         error: The error that ended the call, or what is wrong with the reply as a whole; None for neither.
         bounded: Whether the call was composed with a bound.
@@ -208,74 +202,3 @@ def may_differ(error: RequestFailed | ConfigError | None, *, after_combined: boo
     if isinstance(error, Filtered):
         return after_combined and (error.status, error.code) == (_OK, _STOPPED) and bool(error.body)
     return isinstance(error, MalformedAnswer)
-
-
-class SingleReply(msgspec.Struct, frozen=True):
-    """A single reply, read: output and text of the answer, or the error.
-
-    Attributes:
-        only_reasoning: Whether it was the model's reasoning and nothing else.
-    """
-
-    output: Any = None
-    text: str = ""
-    error: RequestFailed | None = None
-    only_reasoning: bool = False
-
-
-def read_alone(
-    answer: AnswerType, completion: Completion, content: str, *, combinable: bool, keep_thoughts: bool = False
-) -> SingleReply:
-    """Return what a single reply holds; set `completion.thought` if there was a thought in it.
-
-    Args:
-        answer: The shape of the answer.
-        completion: How the call ended.
-        content: The text of the reply.
-        combinable: Whether the request could have been combined. If not, a text need not be an answer: tool calls and the like
-            are in `completion.body`.
-        keep_thoughts: Whether a text keeps the thought before it.
-    """
-    if completion.damaged:
-        return SingleReply(error=MalformedAnswer("a part of the reply could not be read", raw=content))
-    said = content
-    if not answer.is_text:
-        completion.thought = completion.thought or after_thoughts(content) is not content
-    elif not keep_thoughts:
-        said = after_leading_thought(content)
-        completion.thought = completion.thought or said is not content
-    if not combinable and answer.is_text and completion.finish_reason is not None:
-        return SingleReply(said, said)
-    error = complaint(completion)
-    if isinstance(error, Filtered):
-        error.body = mask(content)
-    elif error is None and completion.finish_reason == "length":
-        error = _cut_short(answer, completion, content, said, keep_thoughts=keep_thoughts)
-    if error is not None:
-        return SingleReply(error=error)
-    with contained() as decoding:
-        return SingleReply(*answer.decode_single(said))
-    empty = not said.strip()
-    reasoning = empty and _reasoned(completion)
-    wrong = "the answer is empty" if empty else "the answer does not fit output_type"
-    malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
-    malformed.__cause__ = decoding.error
-    return SingleReply(error=malformed, only_reasoning=reasoning)
-
-
-def _cut_short(
-    answer: AnswerType, completion: Completion, content: str, said: str, *, keep_thoughts: bool
-) -> TruncatedReply | None:
-    """Return the error of a single reply that the token limit ended; None for a text that has begun."""
-    unfinished = not keep_thoughts and is_unfinished_thought(said)
-    if unfinished or not said.strip():
-        completion.thought = completion.thought or unfinished
-        where = "before the answer began; raise max_tokens"
-        if _reasoned(completion):
-            where = f"by reasoning, {where}, or ask for less reasoning (reasoning_effort)"
-        return TruncatedReply(f"the token limit was reached {where}", raw=content)
-    return None if answer.is_text else TruncatedReply("the answer was cut off by the token limit", raw=content)
-
-
-def _reasoned(completion: Completion) -> bool:
-    return completion.thought or (completion.usage is not None and completion.usage.reasoning_tokens > 0)

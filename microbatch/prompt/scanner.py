@@ -31,12 +31,13 @@ SCALAR: Final = (
 )
 
 _string_body = re.compile(r'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+').match
+_begun_escape = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?").fullmatch
 _scalar_run = re.compile(f"{_SCALAR_CHAR}++").match
 _scalar = re.compile(SCALAR).fullmatch
 _space = re.compile(SPACE).match
 
-# What may come next. In a string or a scalar, what follows it is remembered beside it.
-_VALUE, _VALUE_OR_END, _KEY, _KEY_OR_END, _COLON, _COMMA_OR_END, _STRING, _ESCAPE, _HEX, _SCALAR_CHARS = range(10)
+# What may come next. In a string, what follows it is remembered beside it.
+_VALUE, _VALUE_OR_END, _KEY, _KEY_OR_END, _COLON, _COMMA_OR_END, _STRING = range(7)
 
 _CLOSING = {"{": "}", "[": "]"}
 
@@ -48,16 +49,13 @@ class ObjectScanner:
         opened: Offsets from the object's own brace at which the objects and arrays not closed yet began.
     """
 
-    __slots__ = ("_after_string", "_base", "_closers", "_expect", "_hex_left", "_scalar", "opened")
-
     def __init__(self) -> None:
         self.opened: list[int] = []
         self._base: int | None = None  # the object's place, counted from the start of the text at hand
         self._expect = _VALUE
         self._closers: list[str] = []
         self._after_string = _COLON
-        self._scalar = ""
-        self._hex_left = 0
+        self._unfinished = ""  # an escape or a scalar at the end of the text so far
 
     def feed(self, text: str, pos: int = 0) -> int:
         """Scan *text* from *pos*.
@@ -66,17 +64,19 @@ class ObjectScanner:
             The position just after the object's closing brace, `MORE`, or `BROKEN`. After the latter two all of *text* has
             been taken in; after an end or `BROKEN` the scanner is used up.
         """
-        length = len(text)
         if self._base is None:
             self._base = pos
+        held = len(self._unfinished)
+        if held:
+            text, self._unfinished = self._unfinished + text, ""
+            self._base += held
+        length = len(text)
         while pos < length:
-            if self._expect >= _STRING:
-                # Here and not in `_inside`, because most pieces of a long reply are in a string from end to end.
-                if self._expect == _STRING and (found := _string_body(text, pos)) is not None:
-                    pos = found.end()
-                    if pos == length:
-                        break
-                pos = self._inside(text, pos)
+            if self._expect == _STRING:
+                found = _string_body(text, pos)
+                pos = found.end() if found else pos
+                if pos < length:
+                    pos = self._leave_string(text, pos)
                 if pos == BROKEN:
                     return pos
                 continue
@@ -84,9 +84,11 @@ class ObjectScanner:
             pos = found.end() if found else pos
             if pos == length:
                 break
-            pos = self._token(text[pos], pos)
-            if pos < 0 or not self._closers:
+            pos = self._token(text, pos)
+            if pos == BROKEN:
                 return pos
+            if not self._closers:
+                return pos - held
         self._base -= length
         return MORE
 
@@ -104,9 +106,9 @@ class ObjectScanner:
         self._expect, self._after_string = _STRING, _COMMA_OR_END
         return self.feed(text, pos)
 
-    def _token(self, char: str, pos: int) -> int:
-        """Take the structural character *char*, or enter a string or scalar; return the next position or `BROKEN`."""
-        expect = self._expect
+    def _token(self, text: str, pos: int) -> int:
+        """Take a structural character or a scalar, or enter a string; return the next position or `BROKEN`."""
+        char, expect = text[pos], self._expect
         if char == '"':
             if expect in (_KEY, _KEY_OR_END):
                 self._after_string = _COLON
@@ -125,8 +127,7 @@ class ObjectScanner:
             elif char == "]" and expect == _VALUE_OR_END:
                 self._close()
             else:
-                self._expect, self._scalar = _SCALAR_CHARS, ""
-                return pos
+                return self._take_scalar(text, pos)
         elif expect == _COLON and char == ":":
             self._expect = _VALUE
         elif expect == _COMMA_OR_END and char == ",":
@@ -142,48 +143,26 @@ class ObjectScanner:
         self.opened.pop()
         self._expect = _COMMA_OR_END
 
-    def _inside(self, text: str, pos: int) -> int:
-        """Go on at the end of a string's plain part, in an escape or in a scalar; return the next position or `BROKEN`."""
-        if self._expect == _STRING:
-            return self._after_plain(text, pos)
-        if self._expect == _SCALAR_CHARS:
-            return self._in_scalar(text, pos)
-        return self._in_escape(text[pos], pos)
-
-    def _after_plain(self, text: str, pos: int) -> int:
+    def _leave_string(self, text: str, pos: int) -> int:
+        """Take the end of a string, or hold an escape that its text ends in; return the next position or `BROKEN`."""
         if text[pos] == '"':
             self._expect = self._after_string
-        elif text[pos] == "\\":  # bad, or cut off by the end of this piece
-            self._expect = _ESCAPE
-        else:
+            return pos + 1
+        if not _begun_escape(text, pos):
             return BROKEN
-        return pos + 1
+        self._unfinished = text[pos:]
+        return len(text)
 
-    def _in_escape(self, char: str, pos: int) -> int:
-        if self._expect == _HEX:
-            if char not in "0123456789abcdefABCDEF":
-                return BROKEN
-            self._hex_left -= 1
-            if not self._hex_left:
-                self._expect = _STRING
-        elif char == "u":
-            self._expect, self._hex_left = _HEX, 4
-        elif char in '"\\/bfnrt':
-            self._expect = _STRING
-        else:
-            return BROKEN
-        return pos + 1
-
-    def _in_scalar(self, text: str, pos: int) -> int:
+    def _take_scalar(self, text: str, pos: int) -> int:
+        """Take a scalar, or hold one that may go on in the next text; return the next position or `BROKEN`."""
         found = _scalar_run(text, pos)
-        if found:
-            self._scalar += found[0]
-            pos = found.end()
-        if len(self._scalar) > _MAX_SCALAR:
+        end = found.end() if found else pos
+        if end - pos > _MAX_SCALAR:
             return BROKEN
-        if pos == len(text):
-            return pos
-        if not _scalar(self._scalar):
+        if end == len(text):
+            self._unfinished = text[pos:]
+        elif _scalar(text, pos, end):
+            self._expect = _COMMA_OR_END
+        else:
             return BROKEN
-        self._expect = _COMMA_OR_END
-        return pos
+        return end

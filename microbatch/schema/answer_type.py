@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
+from microbatch.containment import contained
 from microbatch.errors import ConfigError
+from microbatch.lru import LRU
 from microbatch.schema.decode import candidates, decode_text, decoder, unwrapped
 from microbatch.schema.envelope import batch_schema, single_schema
 from microbatch.schema.expected import expected_tokens
-from microbatch.schema.python_types import blaming, compile_type, type_name
+from microbatch.schema.python_types import compile_type, is_type_like, type_name, unusable
 from microbatch.schema.response_format import compile_given, given_schema
 from microbatch.schema.traverse import Schema, canonical
 
@@ -34,33 +36,15 @@ class AnswerType:
 
     Attributes:
         key: Equal for types whose requests may share a prompt; b"" for plain text.
-        schema: JSON Schema of one answer.
         strict: False for a given schema that came with `"strict": false`.
         words: One line of a combined prompt that describes an answer.
         hint: One line for a single call whose schema is not enforced; None for plain text.
-        batch_schema: JSON Schema of a combined reply.
-        watched_schema: The same with a canary among the answers.
+        batch_schema: JSON Schema of a combined reply; `watched_schema` with a canary among the answers.
         single_schema: JSON Schema of a single reply, an object at its root; None for plain text.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
-        is_text: Whether the answer is plain text.
         expected_tokens: Expected tokens of the longest answer by its schema; None if the schema does not bound it.
         decode: `Decoder` of an answer in a combined reply. An attribute, because it is called for every answer and a method costs more.
     """
-
-    __slots__ = (
-        "batch_schema",
-        "decode",
-        "expected_tokens",
-        "hint",
-        "is_text",
-        "key",
-        "schema",
-        "single_schema",
-        "strict",
-        "watched_schema",
-        "words",
-        "wrapped",
-    )
 
     def __init__(self, schema: Schema, decode: Decoder, kind: Kind, *, strict: bool = True) -> None:
         self.schema = schema
@@ -127,8 +111,7 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
 
     Args:
         output_type: `str`, anything msgspec decodes, or anything with pydantic in it.
-        response_format: `{"type": "json_schema", "json_schema": {"schema": ...}}` or None. The answer is then the JSON text,
-            checked against that schema.
+        response_format: `{"type": "json_schema", ...}` or None. The answer is then the JSON text, checked against that schema.
 
     Raises:
         ConfigError: The type has no JSON form, *response_format* is malformed, or both are given.
@@ -138,61 +121,34 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
             raise ConfigError(
                 f"give output_type or response_format, not both (output_type is {type_name(output_type)})"
             )
-        return _from_response_format(response_format)
+        encoded, strict = given_schema(response_format)
+        return _formats.get_or_make((encoded, strict), lambda: _from_response_format(encoded, strict=strict))
     if output_type is str:
         return _TEXT
     try:
-        key = _identity(output_type)
-        found = _types.get(key)
+        # The type is kept, too: ids inside the key stay taken while their objects are held.
+        return _types.get_or_make(_identity(output_type), lambda: (output_type, _from_type(output_type)))[1]
     except TypeError:
         return _from_type(output_type)  # unhashable metadata: nothing to remember it by
-    return found if found is not None else _types.put(key, output_type, _from_type(output_type))
 
 
 def _from_type(output_type: Any) -> AnswerType:
-    with blaming(output_type):
+    if not is_type_like(output_type):
+        raise ConfigError(f"output_type must be a type, not {type_name(output_type)}")
+    with contained() as compiling:
         schema, read = compile_type(output_type)
         return AnswerType(schema, decoder(read, schema), "typed")
+    error = compiling.error
+    raise unusable(output_type, error) from (None if isinstance(error, ConfigError) else error)
 
 
-def _from_response_format(response_format: Any) -> AnswerType:
-    key = encoded, strict = given_schema(response_format)
-    found = _formats.get(key)
-    if found is not None:
-        return found
+def _from_response_format(encoded: bytes, *, strict: bool) -> AnswerType:
     schema, read = compile_given(encoded)
-    return _formats.put(key, None, AnswerType(schema, decoder(read, schema), "given", strict=strict))
+    return AnswerType(schema, decoder(read, schema), "given", strict=strict)
 
 
 def _compact(schema: Schema) -> str:
     return msgspec.json.encode(schema).decode()
-
-
-class _Memory:
-    """The compiled types used last. Old ones are dropped, so that classes made at run time are not kept alive."""
-
-    __slots__ = ("_entries",)
-
-    def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[Any, AnswerType]] = {}
-
-    def get(self, key: Hashable) -> AnswerType | None:
-        entry = self._entries.pop(key, None)
-        if entry is None:
-            return None
-        self._entries[key] = entry  # now the youngest
-        return entry[1]
-
-    def put(self, key: Hashable, pinned: Any, compiled: AnswerType) -> AnswerType:
-        """Keep *compiled*, and with it *pinned*: ids inside the key stay taken while their objects are held."""
-        self._entries[key] = (pinned, compiled)
-        while len(self._entries) > _MAX_REMEMBERED:
-            self._entries.pop(next(iter(self._entries)), None)
-        return compiled
-
-
-_types = _Memory()
-_formats = _Memory()
 
 
 def _identity(output_type: Any) -> Hashable:
@@ -215,5 +171,9 @@ def _identity(output_type: Any) -> Hashable:
         return ("Annotated", _identity(output_type.__origin__), *((type(m), m) for m in output_type.__metadata__))
     return (id(origin), *map(_identity, get_args(output_type)))
 
+
+# Old types are dropped, so that classes made at run time are not kept alive.
+_types: LRU[Hashable, tuple[Any, AnswerType]] = LRU(_MAX_REMEMBERED)
+_formats: LRU[tuple[bytes, bool], AnswerType] = LRU(_MAX_REMEMBERED)
 
 _TEXT = AnswerType({"type": "string"}, decode_text, "text")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import importlib
 import sys
@@ -16,7 +15,7 @@ from microbatch.schema.strict import to_strict
 from microbatch.schema.traverse import Schema, nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Iterator
 
     from microbatch.schema.decode import Reader
 
@@ -25,29 +24,26 @@ def type_name(output_type: Any) -> str:
     """Name the type without the `repr` of an instance, which may hold anything."""
     if isinstance(output_type, type):
         return output_type.__qualname__
-    return repr(output_type) if _is_type_like(output_type) else f"an instance of {type(output_type).__qualname__}"
+    return repr(output_type) if is_type_like(output_type) else f"an instance of {type(output_type).__qualname__}"
 
 
-@contextlib.contextmanager
-def blaming(output_type: Any) -> Generator[None]:
-    """Raise errors of the block as a `ConfigError` that names *output_type*.
+def is_type_like(output_type: Any) -> bool:
+    """Return whether *output_type* is a class or a form of `typing`."""
+    return (
+        isinstance(output_type, type)
+        or get_origin(output_type) is not None
+        or type(output_type).__module__ in {"typing", "typing_extensions"}
+    )
 
-    Raises:
-        ConfigError: *output_type* is not a type, or the block raised anything but an interrupt.
-    """
-    if not _is_type_like(output_type):
-        raise ConfigError(f"output_type must be a type, not {type_name(output_type)}")
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except ConfigError as error:
-        raise ConfigError(f"output_type {type_name(output_type)} {error}") from None
-    except BaseException as error:  # pydantic is Rust: its panics are no Exception
-        # msgspec states the problem in the last line; the lines before describe options of its own.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[-1] if isinstance(error, TypeError) else lines[0]
-        raise ConfigError(f"output_type {type_name(output_type)} cannot be used: {reason}") from error
+
+def unusable(output_type: Any, error: BaseException | None) -> ConfigError:
+    """Return *error*, raised while *output_type* was compiled, as a `ConfigError` that names the type."""
+    if isinstance(error, ConfigError):
+        return ConfigError(f"output_type {type_name(output_type)} {error}")
+    # msgspec states the problem in the last line; the lines before describe options of its own.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1] if isinstance(error, TypeError) else lines[0]
+    return ConfigError(f"output_type {type_name(output_type)} cannot be used: {reason}")
 
 
 def compile_type(output_type: Any) -> tuple[Schema, Reader]:
@@ -64,14 +60,6 @@ def compile_type(output_type: Any) -> tuple[Schema, Reader]:
         return to_strict(schema), read
     schema, read = _with_msgspec(output_type)
     return to_strict(schema, _choices(parts)), read
-
-
-def _is_type_like(output_type: Any) -> bool:
-    return (
-        isinstance(output_type, type)
-        or get_origin(output_type) is not None
-        or type(output_type).__module__ in {"typing", "typing_extensions"}
-    )
 
 
 def _with_msgspec(output_type: Any) -> tuple[Schema, Reader]:

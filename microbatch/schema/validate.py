@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_DEPTH = 200
 """Nesting of schemas, references and unions included, beyond which a value counts as too deep to check."""
@@ -49,21 +52,22 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "number": (int, float),
 }
 
+_COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not"})
 
-def misfit(value: Any, schema: Any, *, root: Any = None, steps: int = 100_000) -> str | None:
+
+def misfit(value: Any, schema: Any, *, steps: int = 100_000) -> str | None:
     """Return where and why *value* does not fit *schema*, or None if it does.
 
     Args:
         value: A decoded JSON value.
         schema: The schema, itself well-formed (see `WELL_FORMED`).
-        root: What references point into; None for *schema* itself.
         steps: Most applications of a schema, beyond which the value counts as a misfit: nested unions otherwise take time exponential
             in the value's depth. See `steps_for`.
 
     Returns:
         A path and a rule, with names from the schema only; neither strings nor keys of the value.
     """
-    reason = _Check(schema if root is None else root, steps).at(value, schema, 0)
+    reason = _Check(schema, steps).at(value, schema, 0)
     return None if reason is None else "$" + reason
 
 
@@ -93,9 +97,7 @@ def resolve(pointer: str, root: Any) -> Any:
 
 
 class _Check:
-    """One run of `misfit`. Paths are built on the way back, so a value that fits builds none."""
-
-    __slots__ = ("left", "root")
+    """One run of `misfit`."""
 
     def __init__(self, root: Any, steps: int) -> None:
         self.root = root
@@ -107,79 +109,58 @@ class _Check:
         self.left = self.left - 1 if depth <= MAX_DEPTH else -1
         if self.left < 0:
             return ": too deep to check"
-        reason = _wrong_kind(value, schema)
-        if reason is None:
-            if isinstance(value, dict):
-                reason = self.members(value, schema, depth)
-            elif isinstance(value, list):
-                reason = self.elements(value, schema, depth)
-            elif isinstance(value, str):
-                reason = _wrong_text(value, schema)
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                reason = _wrong_number(value, schema)
-        return reason if reason is not None else self.combined(value, schema, depth)
-
-    def members(self, value: dict[str, Any], schema: dict[str, Any], depth: int) -> str | None:
-        for name in schema.get("required", ()):
-            if name not in value:
-                return f".{name}: missing"
-        if reason := _wrong_count(len(value), schema, "minProperties", "maxProperties"):
+        if (reason := _wrong_kind(value, schema) or _wrong_value(value, schema)) is not None:
             return reason
-        properties = schema.get("properties", {})
-        patterns = schema.get("patternProperties", {})
-        others = schema.get("additionalProperties", True)
-        for name, member in value.items():
-            known = name in properties
-            if known and (reason := self.at(member, properties[name], depth + 1)) is not None:
-                return f".{name}{reason}"
-            for pattern, rule in patterns.items():
-                if _found(pattern, name):
-                    known = True
-                    if (reason := self.at(member, rule, depth + 1)) is not None:
-                        return f"[...]{reason}"
-            if not known and others is not True and (reason := self.at(member, others, depth + 1)) is not None:
-                return f"[...]{reason}"
+        if isinstance(value, dict | list):
+            for place, part, rule in _parts(value, schema):
+                if rule is not True and (reason := self.at(part, rule, depth + 1)) is not None:
+                    return place + reason
+        reason = None if _COMBINING.isdisjoint(schema) else self.combined(value, schema, depth)
+        # A branch that was given up failed for no fault of the value, which `not` and oneOf would take for success.
+        return ": too deep to check" if reason is None and self.left < 0 else reason
+
+    def combined(self, value: Any, schema: dict[str, Any], depth: int) -> str | None:
+        def fits(rule: Any) -> bool:
+            return self.at(value, rule, depth + 1) is None
+
+        referred = self.referred(schema["$ref"]) if "$ref" in schema else ()
+        for rule in (*referred, *schema.get("allOf", ())):
+            if (reason := self.at(value, rule, depth + 1)) is not None:
+                return reason
+        if "anyOf" in schema and not any(map(fits, schema["anyOf"])):
+            return ": fits none of anyOf"
+        if "oneOf" in schema and (fitting := sum(map(fits, schema["oneOf"]))) != 1:
+            return f": fits {fitting} of oneOf"
+        if "not" in schema and fits(schema["not"]):
+            return ": fits what it must not"
         return None
 
-    def elements(self, value: list[Any], schema: dict[str, Any], depth: int) -> str | None:
-        if reason := _wrong_count(len(value), schema, "minItems", "maxItems"):
-            return reason
+    def referred(self, pointer: str) -> list[Any]:
+        try:
+            return [resolve(pointer, self.root)]
+        except LookupError:
+            return []  # another document's schema cannot be read here
+
+
+def _parts(value: Any, schema: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each member or element of *value*, after its place, with each schema that applies to it."""
+    if isinstance(value, dict):
+        properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+        others = schema.get("additionalProperties", True)
+        for name, member in value.items():
+            rules = [rule for pattern, rule in patterns.items() if _found(pattern, name)]
+            if name in properties:
+                yield f".{name}", member, properties[name]
+            elif not rules:
+                yield "[...]", member, others
+            for rule in rules:
+                yield "[...]", member, rule
+    elif isinstance(value, list):
         first, rest = schema.get("prefixItems", []), schema.get("items", True)
         if isinstance(rest, list):  # the spelling of draft 7 and before
             first, rest = rest, schema.get("additionalItems", True)
         for index, element in enumerate(value):
-            rule = first[index] if index < len(first) else rest
-            if rule is not True and (reason := self.at(element, rule, depth + 1)) is not None:
-                return f"[{index}]{reason}"
-        return None
-
-    def combined(self, value: Any, schema: dict[str, Any], depth: int) -> str | None:
-        if "$ref" in schema:
-            try:
-                target = resolve(schema["$ref"], self.root)
-            except LookupError:
-                target = True  # another document's schema cannot be read here
-            if (reason := self.at(value, target, depth + 1)) is not None:
-                return reason
-        for rule in schema.get("allOf", ()):
-            if (reason := self.at(value, rule, depth + 1)) is not None:
-                return reason
-        if "anyOf" in schema:
-            for rule in schema["anyOf"]:
-                if self.at(value, rule, depth + 1) is None:
-                    break
-            else:
-                return ": fits none of anyOf"
-        if "oneOf" in schema:
-            fitting = 0
-            for rule in schema["oneOf"]:
-                fitting += self.at(value, rule, depth + 1) is None
-            if fitting != 1:
-                return f": fits {fitting} of oneOf"
-        if "not" in schema and self.at(value, schema["not"], depth + 1) is None:
-            return ": fits what it must not"
-        # A branch that was given up failed for no fault of the value, which `not` and oneOf would take for success.
-        return ": too deep to check" if self.left < 0 else None
+            yield f"[{index}]", element, first[index] if index < len(first) else rest
 
 
 def _wrong_kind(value: Any, schema: dict[str, Any]) -> str | None:
@@ -217,16 +198,26 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def _wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
+    """Return the rule of *schema* that *value* as a whole breaks, or None."""
+    if isinstance(value, dict):
+        for name in schema.get("required", ()):
+            if name not in value:
+                return f".{name}: missing"
+        return _wrong_count(len(value), schema, "minProperties", "maxProperties")
+    if isinstance(value, list):
+        return _wrong_count(len(value), schema, "minItems", "maxItems")
+    if isinstance(value, str):
+        if "pattern" in schema and not _found(schema["pattern"], value, broken=True):
+            return ": pattern"
+        return _wrong_count(len(value), schema, "minLength", "maxLength")
+    return _wrong_number(value, schema) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _wrong_count(count: int, schema: dict[str, Any], least: str, most: str) -> str | None:
     if count < schema.get(least, 0):
         return f": {least}"
     return f": {most}" if most in schema and count > schema[most] else None
-
-
-def _wrong_text(value: str, schema: dict[str, Any]) -> str | None:
-    if "pattern" in schema and not _found(schema["pattern"], value, broken=True):
-        return ": pattern"
-    return _wrong_count(len(value), schema, "minLength", "maxLength")
 
 
 def _found(pattern: str, text: str, *, broken: bool = False) -> bool:

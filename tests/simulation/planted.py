@@ -27,7 +27,7 @@ from microbatch.batching.admission import AdmissionQueue
 from microbatch.batching.fair_queue import FairQueue
 from microbatch.batching.lane import Lane
 from microbatch.batching.scheduler import Scheduler
-from microbatch.prompt.canary import check_canary
+from microbatch.prompt.compose import check_canary
 from microbatch.prompt.demultiplexer import Demultiplexer
 from microbatch.prompt.outcome import ending
 from microbatch.testing import ScriptedCall

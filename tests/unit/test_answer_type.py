@@ -77,7 +77,7 @@ def test_a_type_is_compiled_once_however_it_is_written() -> None:
 )
 def test_types_that_python_takes_for_equal_are_not_confused(one, other) -> None:
     for first, second in ((one, other), (other, one)):
-        admission._types._entries.clear()
+        admission._types.clear()
         assert answer_type(first) is not answer_type(second)
         assert answer_type(first).key != answer_type(second).key
 
@@ -144,7 +144,7 @@ def test_only_the_last_few_types_are_kept_alive() -> None:
     for number in range(admission._MAX_REMEMBERED):
         answer_type(Category)  # what is asked for stays
         answer_type(list[make_category(f"c{number}")])
-    kept = [pinned for pinned, _ in admission._types._entries.values()]
+    kept = [pinned for pinned, _ in admission._types._values.values()]
     assert len(kept) == admission._MAX_REMEMBERED
     assert Category in kept
     del made, kept

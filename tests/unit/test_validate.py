@@ -141,7 +141,8 @@ def test_a_value_that_does_not_fit_is_told_by_place_and_rule(value, schema, reas
 
 @each(("value", "schema", "reason"), BREAKS)
 def test_what_does_not_fit_fits_the_opposite(value, schema, reason) -> None:
-    assert misfit(value, {"not": schema}, root=schema) is None
+    shared = schema.get("$defs", {}) if schema else {}
+    assert misfit(value, {"not": schema, "$defs": shared}) is None
 
 
 json_values = st.recursive(
