@@ -103,10 +103,9 @@ class Assembly:
         self.tokens = TokenCounter(settings.tokens, self.model)
         self.prices = PriceBook(settings.prices)
         self.ledger = Ledger()
-        self.accounts = Accounts(transport, settings.retry, settings.rate_limit)
-        self.sender = Sender(transport, settings.retry)
         self.scheduler: Scheduler[Work] = Scheduler(policy.max_concurrent_batches)
-        self.accounts.serve(self.scheduler)
+        self.accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
+        self.sender = Sender(transport, settings.retry)
         self.admission = AdmissionQueue(
             policy.max_queued,
             policy.when_full,

@@ -99,7 +99,7 @@ def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCom
         raise TransportError("an event of the stream is no chunk of a completion")
     fault = read_fault(data, response.status) if members.get("error") or members.get("object") == "error" else None
     if fault is not None:
-        raise to_error(fault, where=_WHERE, headers=response.headers, raw=data, secrets=secrets)
+        raise to_error(fault, where=_WHERE, headers=response.headers, secrets=secrets)
     return ChatCompletionChunk(members)
 
 
@@ -150,4 +150,4 @@ async def _check(response: Forwarded, secrets: list[str]) -> None:
     fault = read_fault(raw, response.status)
     if fault is None:
         raise TransportError(f"{_WHERE} answered with one JSON object where a stream was asked for")
-    raise to_error(fault, where=_WHERE, headers=response.headers, raw=raw, secrets=secrets)
+    raise to_error(fault, where=_WHERE, headers=response.headers, secrets=secrets)

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from microbatch.errors import RateLimited, StatusError
+from microbatch.errors import RateLimited, RequestFailed, StatusError
 from microbatch.lru import SharedLRU
 from microbatch.messages import Limits
 from microbatch.policy import MAX_WAIT
+from microbatch.protocols import Completion
 from microbatch.transience import RetryBudget
 from microbatch.transports.breaker import Breaker
 from microbatch.transports.concurrency import Concurrency
@@ -25,8 +26,6 @@ from microbatch.transports.response_headers import read_limits
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-    from microbatch.errors import RequestFailed
-    from microbatch.messages import Usage
     from microbatch.policy import RetryPolicy
     from microbatch.transports.bucket import Bucket, Grant
     from microbatch.transports.rate_limit import RateLimit
@@ -37,7 +36,7 @@ _NEVER: Final = float("inf")
 
 @dataclass(slots=True, eq=False)
 class Permit:
-    """Permission to send one call.
+    """Permission to send one call, attempt by attempt.
 
     Attributes:
         tokens: Tokens charged for each attempt.
@@ -80,13 +79,11 @@ class Permit:
         Raises:
             StatusError: The breaker is open; nothing is held.
         """
-        loop, breaker, slots = asyncio.get_running_loop(), self.account.breaker, self.account.slots
-        if slots is None:
-            raise AssertionError("an account is used before it has a scheduler")
+        loop, breaker = asyncio.get_running_loop(), self.account.breaker
         try:
             breaker.check(loop.time())
             while not self.paid:
-                await slots.admit(self)
+                await self.account.slots.admit(self)
                 breaker.check(loop.time())
         except BaseException:
             self.cancel()
@@ -107,7 +104,7 @@ class Permit:
         if self.paid:
             self.account.cancel(self)
         elif self.slot:
-            self.account.release(self)  # granted so that the attempt could be refused
+            self.account.slots.released(self)  # granted so that the attempt could be refused
 
     def used(self) -> None:
         """Note that a borrower of the slot made the attempt, with unknown outcome."""
@@ -147,12 +144,12 @@ class Account:
         backing_off: Begun calls that wait after a transient failure.
     """
 
-    def __init__(self, retry: RetryPolicy, bucket: Bucket | None, *, adaptive: bool = False) -> None:
+    def __init__(self, retry: RetryPolicy, bucket: Bucket | None, slots: Slots, *, adaptive: bool = False) -> None:
         self.budget = RetryBudget(retry)
         self.breaker = Breaker()
         self.max_tokens = None if bucket is None else bucket.max_tokens
         self.has_worked = False
-        self.slots: Slots | None = None
+        self.slots = slots
         self.on_wire = self.begun = self.backing_off = 0
         self.used = 0.0
         self._bucket = bucket
@@ -161,10 +158,6 @@ class Account:
         self._paused_until = 0.0
         self._refused: int | None = None  # tokens of the latest attempt that was refused a permit
         self._timer: asyncio.TimerHandle | None = None
-
-    def __repr__(self) -> str:
-        """Return a summary of the load."""
-        return f"Account(on_wire={self.on_wire}, begun={self.begun}, bucket={self._bucket!r})"
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
         """Return an unpaid permit; *again* if the retry budget has paid for its first attempt."""
@@ -179,9 +172,9 @@ class Account:
         now = asyncio.get_running_loop().time()
         if self.breaker.is_open(now):
             return True
-        if self._wait(permit.tokens, now) > 0:
+        if (wait := self._wait(permit.tokens, now)) > 0:
             self._refused = permit.tokens
-            self._arm(now)
+            self._ask_again_at(now + wait)
             return False
         self._refused = None
         if self.breaker.needs_probe(now):
@@ -203,29 +196,21 @@ class Account:
             self._bucket.cancel(permit.grant)
         self.dropped(permit)
 
-    def ended(
-        self,
-        permit: Permit,
-        error: RequestFailed | None,
-        usage: Usage | None = None,
-        limits: Limits | Mapping[str, str] | None = None,
-        *,
-        reserved: bool = True,
-    ) -> None:
-        """Learn from an attempt that is over, with *error* None for an answer, and *usage* and *limits* as the endpoint reports them.
+    def ended(self, permit: Permit, outcome: Completion | RequestFailed, *, reserved: bool = True) -> None:
+        """Learn from an attempt that is over.
 
         With *reserved*, `max_tokens` was sent, which endpoints charge even if less is generated.
         """
         now = asyncio.get_running_loop().time()
+        error, usage = (outcome, None) if isinstance(outcome, RequestFailed) else (None, outcome.usage)
         self.has_worked |= error is None
         self.breaker.note(error, sent=permit.sent, now=now, combined=permit.combined, permit=permit)
         if self._concurrency is not None:
             self._concurrency.note(error, sent=permit.sent, in_flight=self.on_wire, now=now)
-        if isinstance(error, StatusError):
-            limits = error.limits
-            if isinstance(error, RateLimited) and error.retry_after is not None and error.retry_after <= MAX_WAIT:
-                self._paused_until = max(self._paused_until, now + error.retry_after)
+        if isinstance(error, RateLimited) and error.retry_after is not None and error.retry_after <= MAX_WAIT:
+            self._paused_until = max(self._paused_until, now + error.retry_after)
         if self._bucket is not None and permit.grant is not None:
+            limits = outcome.limits if isinstance(outcome, Completion | StatusError) else None
             reported = limits if limits is None or isinstance(limits, Limits) else read_limits(limits)
             self._bucket.ended(permit.grant, usage, reported, now, reserved=reserved)
             self.max_tokens = self._bucket.max_tokens
@@ -239,23 +224,18 @@ class Account:
     def finished(self) -> None:
         """Note the end of a call that had begun."""
         self.begun -= 1
-        self._changed()
+        self.slots.changed(self)
 
     @contextmanager
     def resting(self) -> Generator[None]:
         """Count a call as backing off while the block runs."""
         self.backing_off += 1
-        self._changed()
+        self.slots.changed(self)
         try:
             yield
         finally:
             self.backing_off -= 1
-            self._changed()
-
-    def release(self, permit: Permit) -> None:
-        """Return the slot of *permit*."""
-        if self.slots is not None:
-            self.slots.released(permit)
+            self.slots.changed(self)
 
     def close(self) -> None:
         """Stop the timer; the scheduler is not notified any more."""
@@ -263,14 +243,11 @@ class Account:
         if self._bucket is not None:
             self._bucket.disclaim(self._claimant)
 
-    def _changed(self) -> None:
-        if self.slots is not None:
-            self.slots.changed(self)
-
     def _attempt_ended(self, permit: Permit) -> None:
         self.on_wire -= 1
-        self.release(permit)
-        self._ask_again()
+        self.slots.released(permit)
+        if self._refused is not None:
+            self._ask_again()
 
     def _wait(self, tokens: int, now: float) -> float:
         """Return the seconds until a permit may be granted; infinite if only the end of a call can make it so."""
@@ -282,46 +259,40 @@ class Account:
         return pause if self._bucket is None else max(pause, self._bucket.wait(tokens, now, self._claimant))
 
     def _ask_again(self) -> None:
-        """Have the scheduler ask again if what was refused may be granted now, else set the timer."""
+        """Have the scheduler ask again as soon as it may be granted what it was refused."""
+        self._stop_timer()
         if self._refused is None:
             return
         now = asyncio.get_running_loop().time()
-        if self.breaker.is_open(now) or self._wait(self._refused, now) <= 0:
+        wait = 0.0 if self.breaker.is_open(now) else self._wait(self._refused, now)
+        if wait <= 0:
             self._refused = None
-            if self.slots is not None:
-                self.slots.ready(self)
-        self._arm(now)
+            self.slots.ready(self)
+        else:
+            self._ask_again_at(now + wait)
 
-    def _arm(self, now: float) -> None:
-        """Set the timer to when what was refused may be granted."""
+    def _ask_again_at(self, when: float) -> None:
         self._stop_timer()
-        wait = _NEVER if self._refused is None else self._wait(self._refused, now)
-        if wait < _NEVER:
+        if when < _NEVER:  # else the end of a call leads to it
             # An empty context: not that of the caller that happens to be refused.
-            self._timer = asyncio.get_running_loop().call_at(
-                now + wait, self._time_is_up, context=contextvars.Context()
-            )
+            self._timer = asyncio.get_running_loop().call_at(when, self._ask_again, context=contextvars.Context())
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _time_is_up(self) -> None:
-        self._timer = None
-        self._ask_again()
-
 
 class Accounts:
     """The accounts in use, and those used recently; `base_url` and `model` of *transport* identify them."""
 
-    def __init__(self, transport: object, retry: RetryPolicy, limit: RateLimit | None) -> None:
+    def __init__(self, transport: object, retry: RetryPolicy, limit: RateLimit | None, slots: Slots) -> None:
         self._base_url = getattr(transport, "base_url", "")
         self._model = getattr(transport, "model", None)
         self._retry = retry
         self._limit = limit
+        self._slots = slots
         self._kept: SharedLRU[object, Account] = SharedLRU(CAPACITY)
-        self._slots: Slots | None = None
 
     def __len__(self) -> int:
         """Return the number of accounts."""
@@ -333,10 +304,6 @@ class Accounts:
         now = asyncio.get_running_loop().time()
         return self._kept.get_or_make(key, lambda: self._make(key, now), now)
 
-    def serve(self, slots: Slots) -> None:
-        """Make *slots* the scheduler of all accounts created from now on."""
-        self._slots = slots
-
     def close(self) -> None:
         """Stop the timers of all accounts."""
         for account in self._kept.values():
@@ -345,6 +312,4 @@ class Accounts:
     def _make(self, key: object, now: float) -> Account:
         limit = self._limit
         bucket = limit.bucket(key, now) if limit is not None and (limit.rpm or limit.tpm) else None
-        account = Account(self._retry, bucket, adaptive=limit is not None and limit.adaptive)
-        account.slots = self._slots
-        return account
+        return Account(self._retry, bucket, self._slots, adaptive=limit is not None and limit.adaptive)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from microbatch.errors import BadRequest, ConnectFailed, ServerError, StatusError
-from microbatch.transports.bound_refusals import read_refusal, words_of
+from microbatch.errors import ConnectFailed, ServerError
 from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_parsing import Fault, read_fault, to_error, unanswered
+from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error, unanswered
 from microbatch.transports.http import Pacer, guarded, read_all, read_some
 from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.response_headers import read_limits
@@ -95,9 +94,9 @@ class Attempt:
 
     async def _receive(self, response: aiohttp.ClientResponse) -> None:
         kind = response.content_type if "Content-Type" in response.headers else ""
-        if not 200 <= response.status < 300:  # noqa: PLR2004 (the class of success)
+        if has_failed(response.status):
             raw = await read_some(response, MAX_ERROR_BYTES, ERROR_GRACE)
-            self._refuse(read_fault(raw, response.status), raw, response)
+            self._refuse(read_failure(raw, response.status), response)
         head = bytearray()
         form = "unclear"
         while form == "unclear" and len(head) < MAX_REPLY_BYTES:
@@ -119,7 +118,7 @@ class Attempt:
         except ServerError as error:
             self._no_answer(str(error), raw, kind, response)
         if isinstance(text, Fault):
-            self._refuse(text, raw, response)
+            self._refuse(text, response)
         self._deliver(text)
 
     async def _receive_stream(self, head: bytes, response: aiohttp.ClientResponse, kind: str) -> None:
@@ -150,7 +149,7 @@ class Attempt:
             text = reader.event(data, torso=torso)
             if isinstance(text, Fault):
                 self._deliver("".join(texts))
-                self._refuse(text, data, response)
+                self._refuse(text, response)
             if text:
                 texts.append(text)
                 # Some endpoints send a finish reason with every chunk, which does not mark the end then.
@@ -189,46 +188,18 @@ class Attempt:
             message, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
         )
 
-    def _refuse(self, fault: Fault | None, raw: bytes, response: aiohttp.ClientResponse) -> NoReturn:
+    def _refuse(self, fault: Fault, response: aiohttp.ClientResponse) -> NoReturn:
         """Raise the error for *fault*, and learn from it what the endpoint does not support."""
-        fault = fault or Fault(response.status)
         error = to_error(
             fault,
             where=self._where,
             headers=response.headers,
-            raw=raw,
             secrets=self._secrets(),
             keyless=not any(map(is_credential, self._headers)),
         )
         if not self._gave_text:
-            self._learn(fault, error)
-            if not error.again:
-                error = self._about_bound(error, fault, raw)
+            error = self._capabilities.learn(self._plan, fault, error, asyncio.get_running_loop().time())
         raise error
-
-    def _learn(self, fault: Fault, error: StatusError) -> None:
-        now = asyncio.get_running_loop().time()
-        if type(error) is BadRequest and error.status in (400, 422):
-            error.again = self._capabilities.refused(
-                self._plan, code=fault.code, param=fault.param, message=fault.message, now=now
-            )
-        elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
-            self._capabilities.failed(self._plan)
-
-    def _about_bound(self, error: StatusError, fault: Fault, raw: bytes) -> StatusError:
-        """Return *error*, or the error to raise instead because the call's bound is refused."""
-        if self._plan.call.max_tokens is not None:
-            return error
-        limits = read_refusal(f"{fault.message} {words_of(raw)}", error.status, self._plan.bound or 0)
-        if limits is None:
-            return error
-        if not self._capabilities.bound_refused(self._plan, limits):
-            error.token_limits = limits if self._plan.bound is not None else None
-            return error
-        # With a lower bound, a refusal for credit need not stop all calls, nor one for tokens per minute slow them down.
-        lowered = BadRequest(str(error))
-        vars(lowered).update(vars(error), again=True, token_limits=limits, retry_after=None, should_retry=None)
-        return lowered
 
     def _secrets(self) -> list[str]:
         """Return what errors must not quote: header values, the key inside Authorization, and secrets in the address."""

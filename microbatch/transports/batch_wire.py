@@ -9,7 +9,7 @@ from microbatch.errors import BadRequest, ConfigError
 from microbatch.protocols import ChatCall
 from microbatch.transports.capabilities import Capabilities, Plan, Rung
 from microbatch.transports.chat_wire import compose
-from microbatch.transports.error_parsing import Fault, read_fault, to_error
+from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error
 from microbatch.transports.lenient import as_object
 from microbatch.transports.reply_reader import ReplyReader
 
@@ -62,12 +62,13 @@ class BatchWire:
             StatusError: It is a refusal. With `again`, `body` returns something else for the same call from now on.
             ServerError: It is no chat completion, or one without an answer.
         """
-        if not 200 <= status < 300:  # noqa: PLR2004 (the class of success)
-            raise self._refusal(read_fault(raw, status) or Fault(status), raw, sent)
         reader = ReplyReader()
-        text = reader.whole(raw)
+        text = read_failure(raw, status) if has_failed(status) else reader.whole(raw)
         if isinstance(text, Fault):
-            raise self._refusal(text, raw, sent)
+            error = to_error(text, where=self._where, headers={})
+            if type(error) is BadRequest:
+                error = self._capabilities.learn(self._plan_of(sent()), text, error, asyncio.get_running_loop().time())
+            raise error
         completion = reader.completion(request_id)
         if reader.finish is None:
             completion.finish_reason = None  # a provider that writes files always gives a finish reason
@@ -75,17 +76,7 @@ class BatchWire:
 
     def refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> StatusError:
         """Return the error for a failed response of the provider's API."""
-        return to_error(read_fault(raw, status) or Fault(status), where=self._where, headers=headers, raw=raw)
-
-    def _refusal(self, fault: Fault, raw: bytes, sent: Callable[[], Mapping[str, Any]]) -> StatusError:
-        error = to_error(fault, where=self._where, headers={}, raw=raw)
-        if type(error) is BadRequest and error.status in (400, 422):
-            plan = self._plan_of(sent())
-            now = asyncio.get_running_loop().time()
-            error.again = self._capabilities.refused(
-                plan, code=fault.code, param=fault.param, message=fault.message, now=now
-            )
-        return error
+        return to_error(read_failure(raw, status), where=self._where, headers=headers)
 
     def _plan(self, call: ChatCall, model: str) -> Plan:
         now = asyncio.get_running_loop().time()

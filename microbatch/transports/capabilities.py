@@ -18,15 +18,18 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
+from microbatch.errors import BadRequest, ServerError
 from microbatch.lru import LRU
-from microbatch.transports.bound_refusals import lower
+from microbatch.transports.bound_refusals import lower, read_refusal, words_of
 from microbatch.transports.credentials import credentials_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from microbatch.errors import StatusError
     from microbatch.messages import TokenLimits
     from microbatch.protocols import ChatCall
+    from microbatch.transports.error_parsing import Fault
 
 CAPACITY: Final = 256
 RETRY_RUNG_AFTER: Final = 3600.0  # seconds at a lower rung after which one call tries the rung above
@@ -222,21 +225,40 @@ class Capabilities:
         own.works.add(rung)
         entry.general.works.add(rung)
 
-    def refused(self, plan: Plan, *, code: str | None, param: str | None, message: str, now: float) -> bool:
-        """Learn from a 400 or 422.
+    def learn(self, plan: Plan, fault: Fault, error: StatusError, now: float) -> StatusError:
+        """Learn from *error*, read from *fault*, what the endpoint does not support.
 
         Returns:
-            Whether the next attempt at the same call will be made differently.
+            The error to raise, with `again` if the next attempt at the same call will be made differently.
         """
-        names = _unsupported(code, param, message)
+        if type(error) is BadRequest and error.status in (400, 422):
+            error.again = self.refused(plan, fault, now)
+        elif type(error) is ServerError and error.status == 500:  # noqa: PLR2004
+            self.failed(plan)
+        if error.again or plan.call.max_tokens is not None:
+            return error
+        limits = read_refusal(f"{fault.message} {words_of(fault.raw)}", error.status, plan.bound or 0)
+        if limits is None:
+            return error
+        if not self.bound_refused(plan, limits):
+            error.token_limits = limits if plan.bound is not None else None
+            return error
+        # With a lower bound, a refusal for credit need not stop all calls, nor one for tokens per minute slow them down.
+        lowered = BadRequest(str(error))
+        vars(lowered).update(vars(error), again=True, token_limits=limits, retry_after=None, should_retry=None)
+        return lowered
+
+    def refused(self, plan: Plan, fault: Fault, now: float) -> bool:
+        """Learn from a 400 or 422; return whether the next attempt at the same call will be made differently."""
+        names = _unsupported(fault)
         learned = [self._learn_field(plan, name) for name in names & plan.sent]
-        if any(learned) or self._learn_to_stream(plan, message):
+        if any(learned) or self._learn_to_stream(plan, fault.message):
             return True
         if plan.rung is None or plan.rung is Rung.PLAIN:
             return False
-        if plan.rung is Rung.JSON_SCHEMA and _SCHEMA.search(message):
+        if plan.rung is Rung.JSON_SCHEMA and _SCHEMA.search(fault.message):
             self._step_down(plan, plan.entry.schema(plan.digest), now)
-        elif "response_format" in names or _FORMAT.search(f"{param} {message}"):
+        elif "response_format" in names or _FORMAT.search(f"{fault.param} {fault.message}"):
             self._step_down(plan, plan.entry.general, now)
         else:
             return False
@@ -339,11 +361,11 @@ class Capabilities:
         return self._histories.setdefault(plan.call, _CallHistory())
 
 
-def _unsupported(code: str | None, param: str | None, message: str) -> set[str]:
+def _unsupported(fault: Fault) -> set[str]:
     """Return the request fields that the endpoint says it does not know or does not take."""
-    names = set(_UNSUPPORTED_ONE.findall(message))
-    for group in _UNSUPPORTED_LIST.findall(message):
+    names = set(_UNSUPPORTED_ONE.findall(fault.message))
+    for group in _UNSUPPORTED_LIST.findall(fault.message):
         names.update(re.findall(r"\w+", group))
-    if code in _UNSUPPORTED_CODES and param:
-        names.add(param)
+    if fault.code in _UNSUPPORTED_CODES and fault.param:
+        names.add(fault.param)
     return names

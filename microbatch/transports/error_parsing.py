@@ -38,17 +38,10 @@ if TYPE_CHECKING:
 _SHOULD_RETRY: Final = {"true": True, "false": False}
 _WORD: Final = re.compile(r"[A-Za-z_][\w.$\[\]/:-]{0,99}")
 
-_QUOTA: Final = frozenset(
-    {
-        "insufficient_quota",
-        "credit_balance_exhausted",
-        "organization_spend_limit_exceeded",
-        "project_spend_limit_exceeded",
-        "organization_usage_limit_exceeded",
-        "billing_hard_limit_reached",
-        "billing_not_active",
-    }
-)
+_QUOTA: Final = frozenset({
+    *("insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "billing_not_active"),
+    *("organization_spend_limit_exceeded", "project_spend_limit_exceeded", "organization_usage_limit_exceeded"),
+})  # fmt: skip
 _CONTEXT: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
 _CONTEXT_TEXT: Final = re.compile(
     r"(?i)context.{0,10}(?:length|window|size)|ContextWindowExceeded|exceed_context_size|context_length_exceeded"
@@ -108,20 +101,12 @@ _LIMIT_AND_ASKED: Final = re.compile(
 )
 
 # For errors inside a 200 that name no status: OpenAI's and Anthropic's types, Google's status words.
-_BY_WORD: Final[Mapping[str, type[StatusError]]] = {
-    "invalid_request_error": BadRequest,
-    "badrequesterror": BadRequest,
-    "invalid_argument": BadRequest,
-    "not_found_error": BadRequest,
-    "authentication_error": AuthFailed,
-    "invalid_api_key": AuthFailed,
-    "permission_error": AuthFailed,
-    "permission_denied": AuthFailed,
-    "unauthenticated": AuthFailed,
-    "rate_limit_exceeded": RateLimited,
-    "rate_limit_error": RateLimited,
-    "slow_down": RateLimited,
-    "resource_exhausted": RateLimited,
+_BY_WORD: Final[Mapping[type[StatusError], set[str]]] = {
+    BadRequest: {"invalid_request_error", "badrequesterror", "invalid_argument", "not_found_error"},
+    AuthFailed: {
+        *("authentication_error", "invalid_api_key", "permission_error", "permission_denied", "unauthenticated"),
+    },
+    RateLimited: {"rate_limit_exceeded", "rate_limit_error", "slow_down", "resource_exhausted"},
 }
 # Statuses under which a message about the context window is about this request. (A 429 may speak of a "rate limit for long context",
 # and a 404 quotes the model's name.)
@@ -137,6 +122,7 @@ class Fault(msgspec.Struct, frozen=True):
         param: The request field at fault.
         message: Its message, which may quote the prompt.
         words: All its codes and types, in lower case.
+        raw: The body, or the stream event, that it was read from.
     """
 
     status: int
@@ -144,6 +130,7 @@ class Fault(msgspec.Struct, frozen=True):
     param: str | None = None
     message: str = ""
     words: frozenset[str] = frozenset()
+    raw: bytes = b""
 
     def __repr__(self) -> str:
         """Return the status and code, without the endpoint's words."""
@@ -155,15 +142,25 @@ def read_fault(raw: bytes, status: int, *, hollow: bool = False) -> Fault | None
 
     With *hollow*, it is known to hold no answer, so that a message in it is one of an error.
     """
+    return read_failure(raw, status) if has_failed(status) else _read(raw, status, failed=hollow)
+
+
+def read_failure(raw: bytes, status: int) -> Fault:
+    """Return the error in the body, JSON or not, of a response whose *status* is no success."""
+    return _read(raw, status, failed=True) or Fault(status, message=raw[:4096].decode("utf-8", "replace"), raw=raw)
+
+
+def has_failed(status: int) -> bool:
+    """Return whether *status* is none of HTTP's class of success."""
+    return not 200 <= status < 300  # noqa: PLR2004
+
+
+def _read(raw: bytes, status: int, *, failed: bool) -> Fault | None:
     try:
-        data = decode_body(raw)
+        found = _find(decode_body(raw), failed=failed)
     except ValueError:
-        data = None
-    failed = not 200 <= status < 300  # noqa: PLR2004 (the class of success)
-    found = _find(data, failed=failed or hollow)
-    if any(found.values()):
-        return _fault(found, status, failed=failed)
-    return Fault(status, message=raw[:4096].decode("utf-8", "replace")) if failed else None
+        return None
+    return _fault(found, status, raw) if any(found.values()) else None
 
 
 def _find(data: Any, *, failed: bool) -> dict[str, Any]:
@@ -208,7 +205,7 @@ def _from_detail(detail: Any) -> dict[str, Any]:
     }
 
 
-def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
+def _fault(error: dict[str, Any], status: int, raw: bytes) -> Fault:
     names = ("code", "type", "status", "statusCode", "status_code", "error_code")
     values: list[Any] = [*map(error.get, names), as_object(error.get("innererror")).get("code")]
     metadata = as_object(error.get("metadata"))
@@ -219,12 +216,13 @@ def _fault(error: dict[str, Any], status: int, *, failed: bool) -> Fault:
     # OpenRouter has a sentence of its own, and that of the provider beside it.
     messages = [part for part in (error.get("message"), metadata.get("raw")) if isinstance(part, str) and part]
     return Fault(
-        status if failed or not statuses else statuses[0],
+        statuses[0] if statuses and not has_failed(status) else status,
         code=words[0] if words else None,
         param=param if isinstance(param, str) and param else None,
         message="\n".join(messages),
         # OpenRouter's 403 for flagged input names it only in the metadata; the key is valid, and this one item is the cause.
         words=frozenset({*(word.lower() for word in words), *numbers, *({"flagged_input"} & metadata.keys())}),
+        raw=raw,
     )
 
 
@@ -252,7 +250,7 @@ def classify(fault: Fault) -> type[StatusError]:
     if status >= 300:  # noqa: PLR2004
         return BadRequest if status >= 400 else StatusError  # noqa: PLR2004
     # An error under a 200 that does not name itself is the endpoint's own trouble ("server_error", "overloaded").
-    return next((kind for word, kind in _BY_WORD.items() if word in words), ServerError)
+    return next((kind for kind, names in _BY_WORD.items() if words & names), ServerError)
 
 
 def _is_about_content(fault: Fault) -> bool:
@@ -275,13 +273,7 @@ def _is_about_size(message: str) -> bool:
 
 
 def to_error(
-    fault: Fault,
-    *,
-    where: str,
-    headers: Mapping[str, str],
-    raw: bytes,
-    secrets: Iterable[str] = (),
-    keyless: bool = False,
+    fault: Fault, *, where: str, headers: Mapping[str, str], secrets: Iterable[str] = (), keyless: bool = False
 ) -> StatusError:
     """Return the error to raise for *fault*.
 
@@ -289,7 +281,6 @@ def to_error(
         fault: The endpoint's error.
         where: Host and port, for the message.
         headers: The response headers, looked up in any case.
-        raw: The response body; it goes to `body`, masked.
         secrets: Texts that must not appear anywhere, such as the key that was sent.
         keyless: Whether no credentials were sent.
     """
@@ -310,7 +301,7 @@ def to_error(
         retry_after=wait,
         should_retry=None if final else _SHOULD_RETRY.get(headers.get("x-should-retry", "").lower()),
         limits=read_limits(headers),
-        body=_masked(raw, secrets),
+        body=_masked(fault.raw, secrets),
     )
 
 

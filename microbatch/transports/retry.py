@@ -151,7 +151,7 @@ class Sender:
         try:
             completion = await self._transport.send(call, attempts.hear)
             reserved = call.max_tokens is not None or completion.bound is not None
-            account.ended(permit, None, completion.usage, completion.limits, reserved=reserved)
+            account.ended(permit, completion, reserved=reserved)
         except RequestFailed as error:
             account.ended(permit, error)
             return error

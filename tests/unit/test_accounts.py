@@ -31,7 +31,7 @@ class Desk:
     def __init__(self, limit=None, *, estimates=(), slots=1_000):
         bucket = None if limit is None or not (limit.rpm or limit.tpm) else limit.bucket("key", 0.0)
         adaptive = limit is not None and limit.adaptive
-        self.account = Account(RetryPolicy(), bucket, adaptive=adaptive)
+        self.account = Account(RetryPolicy(), bucket, None, adaptive=adaptive)
         self.due = list(estimates)
         self.paid = []
         self.permits = []
@@ -86,7 +86,7 @@ async def test_nobody_is_woken_while_nobody_waits():
     desk.pump()
     for permit in desk.permits:
         permit.paid = False
-        desk.account.ended(permit, None)
+        desk.account.ended(permit, Completion("stop"))
     assert desk.account._timer is None
 
 
@@ -106,7 +106,7 @@ async def test_what_a_reply_gives_back_is_granted_at_once():
     desk.pump()
     await asyncio.sleep(5)
     desk.permits[0].paid = False
-    desk.account.ended(desk.permits[0], None, Usage(50, 50))
+    desk.account.ended(desk.permits[0], Completion("stop", usage=Usage(50, 50)))
     await asyncio.sleep(1)
     assert desk.paid == at([0, 5])
 
@@ -129,7 +129,7 @@ async def test_timers_run_in_no_callers_context():
     desk.pump()
     desk.scheduler.ready = lambda _: seen.append(variable.get())
     variable.set("a caller's")
-    desk.account._arm(0.0)  # as a caller's own task would
+    desk.account._ask_again()  # as a caller's own task would
     await asyncio.sleep(WINDOW + 1)
     assert seen == ["nobody's"]
 
@@ -285,7 +285,7 @@ async def test_a_lower_limit_told_by_the_endpoint_bounds_what_is_accepted():
     desk.pump()
     desk.permits[0].paid = False
     limits = Limits(limit_tokens=5_000, remaining_tokens=4_990, reset_tokens=0.1)
-    desk.account.ended(desk.permits[0], None, None, limits)
+    desk.account.ended(desk.permits[0], Completion("stop", limits=limits))
     assert desk.account.max_tokens == 5_000
 
 
@@ -327,7 +327,7 @@ async def test_the_end_of_a_call_however_it_ends_lets_in_the_next(how):
         permit.cancel()
     else:
         permit.paid = False
-        desk.account.ended(permit, None) if how == "ended" else desk.account.dropped(permit)
+        desk.account.ended(permit, Completion("stop")) if how == "ended" else desk.account.dropped(permit)
     await asyncio.sleep(0)
     assert len(desk.paid) == 21
 
@@ -338,7 +338,7 @@ async def test_the_end_of_a_call_however_it_ends_lets_in_the_next(how):
 async def accounts_of(**options):
     transport = ScriptedTransport()
     transport.base_url, transport.model = "http://x", "m"
-    return Accounts(transport, RetryPolicy(), options.get("limit"))
+    return Accounts(transport, RetryPolicy(), options.get("limit"), None)
 
 
 async def test_endpoint_model_and_credentials_make_an_account():
@@ -643,7 +643,7 @@ def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, 
             if ending == "leave":
                 account.dropped(permit)
             elif ending == "answer":
-                account.ended(permit, None, Usage(permit.tokens // 3, 0))
+                account.ended(permit, Completion("stop", usage=Usage(permit.tokens // 3, 0)))
             else:
                 kind = RateLimited if ending == "pause" else ServerError
                 account.ended(permit, kind("x", status=429, retry_after=lasts))

@@ -9,6 +9,7 @@ import pytest
 
 from microbatch.protocols import ChatCall
 from microbatch.transports.capabilities import CAPACITY, MAX_SCHEMAS, Capabilities, Plan, Rung
+from microbatch.transports.error_parsing import Fault
 
 HOUR = 3600.0
 ENDPOINT: dict[str, Any] = {"base_url": "http://x/v1", "model": "m", "credentials": [("Authorization", "Bearer one")]}
@@ -27,7 +28,7 @@ def plan(ladder: Capabilities, each: ChatCall | None = None, now: float = 0.0, *
 
 
 def refuse(ladder: Capabilities, attempt: Plan, message: str = NO_FORMAT, now: float = 0.0, **said: Any) -> bool:
-    return ladder.refused(attempt, **{"code": None, "param": None, **said}, message=message, now=now)
+    return ladder.refused(attempt, Fault(400, message=message, **said), now)
 
 
 def learn_field(ladder: Capabilities, attempt: Plan, param: str, code: str = "unsupported_parameter") -> bool:

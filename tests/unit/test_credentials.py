@@ -118,7 +118,7 @@ async def test_whoever_differs_in_one_header_that_says_who_asks_meets_nobody(oth
         return
     pair = [read_options(str, None, None, None, None, each, None, "normal") for each in (others, changed)]
     keys = Keys(b"s" * 32, endpoint="http://x/v1", model="m")
-    accounts = Accounts(ScriptedTransport(), RetryPolicy(), None)
+    accounts = Accounts(ScriptedTransport(), RetryPolicy(), None, None)
     assert pair[0].content != pair[1].content  # of which lanes and single flight are made
     assert keys.of(ask("x"), pair[0]) != keys.of(ask("x"), pair[1])
     assert accounts.of("m", pair[0].headers) is not accounts.of("m", pair[1].headers)

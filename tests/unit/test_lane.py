@@ -20,7 +20,7 @@ from microbatch.transports.accounts import Account
 
 TEXT = answer_type(str)
 SPEC = Spec((), (), None, [], None, TEXT, None, {}, {}, None, NORMAL, shared_chars=0)
-ACCOUNT = Account(RetryPolicy(), None)
+ACCOUNT = Account(RetryPolicy(), None, None)
 
 
 class Caller:

@@ -237,7 +237,7 @@ def test_a_429_about_the_size_of_the_request_is_no_limit_to_wait_for(message: st
     """However long one waits, it will not fit; whatever the endpoint's headers say of trying again."""
     fault = read_fault(msgspec.json.encode({"error": {"message": message, "code": "rate_limit_exceeded"}}), 429)
     assert fault is not None
-    error = to_error(fault, where="h:1", headers={"x-should-retry": "true"}, raw=b"")
+    error = to_error(fault, where="h:1", headers={"x-should-retry": "true"})
     assert (type(error), error.status, error.should_retry) == (errors.BadRequest, 429, None)
     assert "max_batch_tokens" in str(error)
 

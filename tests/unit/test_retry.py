@@ -44,7 +44,7 @@ class Sent:
         self.transport = ScriptedTransport(*script, **transport)
         self.sender = Sender(self.transport, self.policy, draw)
         bucket = None if limit is None else limit.bucket("key", 0.0)
-        self.account = Account(self.policy, bucket, adaptive=limit is not None and limit.adaptive)
+        self.account = Account(self.policy, bucket, None, adaptive=limit is not None and limit.adaptive)
         self.heard = []
         self.cuts = []
         self.attempts = 0
