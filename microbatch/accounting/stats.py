@@ -209,12 +209,15 @@ def split(total: int, weights: Sequence[int]) -> list[int]:
     """
     if not total:
         return [0] * len(weights)
-    if not any(weights):
-        weights = [1] * len(weights)
+    count = len(weights)
+    if len(set(weights)) == 1:  # often, and with every call
+        share, rest = divmod(total, count)
+        return [share + 1] * rest + [share] * (count - rest)
     whole = sum(weights)
     shares = [total * weight // whole for weight in weights]
-    remainders = [total * weight % whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
-    for index in by_remainder[: total - sum(shares)]:
-        shares[index] += 1
+    rest = total - sum(shares)
+    if rest:
+        remainders = [total * weight % whole for weight in weights]
+        for index in sorted(range(count), key=remainders.__getitem__, reverse=True)[:rest]:
+            shares[index] += 1
     return shares

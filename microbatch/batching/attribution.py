@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -159,25 +160,24 @@ class UsageAttribution:
     def _record(self, batch: Batch, call_cost: CallCost, *, each: bool) -> list[Usage]:
         """Record the cost of a combined call, and what its answered requests would have cost one by one; see `attribute`."""
         history, lines, usage, price = batch.history, batch.line_bytes, call_cost.usage, call_cost.price
-        answered = [ticket.reply is not None for ticket in batch.tickets]
-        weights = [line * got for line, got in zip(lines, answered, strict=True)]
-        alone = Usage()
-        if any(answered):
-            if (
-                not batch.reply.elements.past_the_end
-            ):  # its tokens would include those of elements that were not asked for
-                shares = zip(call_cost.shares, answered, strict=True)
-                history.record_answers([share.completion_tokens for share, got in shares if got])
+        alone, asked, shares = Usage(), len(batch.tickets), call_cost.shares
+        if call_cost.handed_out < asked:
+            answered = [ticket.reply is not None for ticket in batch.tickets]
+            shares = [*compress(shares, answered)]
+            lines = [line * got for line, got in zip(lines, answered, strict=True)]
+        if shares:
+            if not batch.reply.elements.past_the_end:  # else tokens of elements that were not asked for are among theirs
+                history.record_answers([share.completion_tokens for share in shares])
             history.record_thinking(usage)
             overhead = history.measured_overhead(lambda: self._measure(batch, usage))
-            text_share = sum(weights) / sum(lines)
-            alone = overhead.alone(usage, asked=len(answered), answered=sum(answered), answered_share=text_share)
+            text_share = sum(lines) / sum(batch.line_bytes)
+            alone = overhead.alone(usage, asked=asked, answered=len(shares), answered_share=text_share)
         self._ledger.pay(usage, alone, price)
         history.record_cost(usage, alone, price, again=batch.call_state.route == "fallback" and not batch.instead)
         self._warn_if_dearer()
-        if not (each and any(answered)):
+        if not (each and shares):
             return []
-        singles = divided(alone, weights, batch.answer_bytes)
+        singles = divided(alone, lines, batch.answer_bytes)
         for ticket, single in zip(batch.tickets, singles, strict=True):
             self._record_joined(ticket, single, price)
         return singles

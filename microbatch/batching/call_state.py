@@ -159,6 +159,7 @@ class Batch:
     def __init__(
         self,
         tickets: list[Ticket],
+        lines: list[bytes],
         codec: ChatCodec,
         combined: CombinedCall,
         history: LaneHistory,
@@ -172,7 +173,7 @@ class Batch:
         self.history = history
         self.permit = permit
         self.call_state = call_state
-        self.line_bytes = [len(ticket.line) for ticket in tickets]
+        self.line_bytes = [*map(len, lines)]
         self.bound = combined.call.bound
         self.early = self.tries = self.instead = self.repeated = False
         self.bug: BaseException | None = None

@@ -113,11 +113,12 @@ class Dispatcher:
         permit.combined = True
         spec, size = tickets[0].spec, len(tickets)
         bound, tries = self._bounds.tried(spec, history, size, self._bound(tickets, history, permit))
-        combined = self._codec.compose(spec, spec.shared, [ticket.line for ticket in tickets], bound)
+        lines = [ticket.line for ticket in tickets]
+        combined = self._codec.compose(spec, spec.shared, lines, bound)
         call, call_state = combined.call, self._begin(tickets, route, permit)
         call.stream = self._early and not all(ticket.bulk for ticket in tickets)
         call.timeout = self._remaining(tickets)
-        batch = Batch(tickets, self._codec, combined, history, permit, call_state)
+        batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
         batch.early, batch.tries, batch.instead = call.stream and not history.drafts, tries, instead
         batch.reset()
         self._bounds.begin(spec.model, tried=tries)
@@ -418,19 +419,20 @@ class Dispatcher:
         limit = spec.max_tokens if size > 1 else None  # the endpoint enforces that of a single call
         price, shared_chars = call_state.price, spec.shared_chars // size
         route, sent, wait = call_state.route, call_state.sent, call_state.wait
-        model, finish_reason, request_id = spec.model or self._default_model, None, None
+        model, finish_reason, request_id, shares = spec.model or self._default_model, None, None, None
         if call_cost is not None:
-            end, price = call_cost.completion, call_cost.price
+            end, price, shares = call_cost.completion, call_cost.price, call_cost.shares
             model, finish_reason, request_id = end.model or model, end.finish_reason, end.request_id
         for position, (output, text) in answers:
             ticket, length = tickets[position], sizes[position]
             if limit is not None and length > limit and self._estimates.exceeds(text, limit):
                 continue
-            if call_cost is not None and ticket.past is None:
-                usage = call_cost.shares[position]
+            if shares is not None and ticket.past is None:
+                usage = shares[position]
             else:
                 usage = _estimated_usage(ticket, shared_chars, length)
                 estimated += 1
+            created = ticket.first.created
             reply: Reply[Any] = Reply(
                 output=output,
                 text=text,
@@ -438,8 +440,8 @@ class Dispatcher:
                 usage=usage,
                 cost_usd=None if price is None else price(usage),
                 batch_size=size,
-                waited=sent - ticket.first.created,
-                latency=now - ticket.first.created,
+                waited=sent - created,
+                latency=now - created,
                 model=model,
                 finish_reason=finish_reason,
                 request_id=request_id,

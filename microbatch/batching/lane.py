@@ -240,17 +240,20 @@ class Lane:
         if reason is None:
             raise AssertionError("take() from a lane that is not due")
         tickets: list[Ticket] = []
-        pending, left = self._pending, self._fill
+        pending, left, awaited = self._pending, self._fill, 0
         while left:
             ticket = pending.popleft()
-            if ticket.queue is self:
-                left -= 1
-                if not ticket.done:
-                    self._awaited -= not ticket.bulk
-                    ticket.queue = None
-                    if ticket.bulk or ticket.waiters is not None:
-                        ticket.taken()
-                    tickets.append(ticket)
+            if ticket.queue is not self:
+                continue
+            left -= 1
+            if ticket.first.future.done() and ticket.done:  # mostly the first tells, and is no call of Python's
+                continue
+            awaited += not ticket.bulk
+            ticket.queue = None
+            if ticket.bulk or ticket.waiters is not None:
+                ticket.taken()
+            tickets.append(ticket)
+        self._awaited -= awaited
         self.live -= len(tickets)
         self._forget_owed(len(tickets))  # those just cancelled are subtracted when they are discarded
         self._refill()

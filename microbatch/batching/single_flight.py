@@ -68,19 +68,20 @@ class Settlement:
 
     def answer(self, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> int:
         """Hand each reply to the callers of its ticket that still wait; return the number of tickets that were answered."""
-        answered = 0
+        answered, reports = 0, self._listeners.settle is not None
         for ticket, reply in replies:
             waiter = ticket.first
+            future = waiter.future
             if ticket.waiters is not None:
                 answered += self._answer_each(ticket, reply, ticket.waiters)
-            elif not waiter.future.done():
+            elif not future.done():
                 if ticket.index is not None:
                     ticket.unlist()
                 ticket.reply = reply
-                waiter.future.set_result(reply)
+                future.set_result(reply)
                 if waiter.deadline is not None:
                     waiter.deadline.cancel()
-                if self._listeners.settle is not None:
+                if reports:
                     self._report(ticket, waiter, reply)
                 answered += 1
         self._ledger.answered += answered
