@@ -47,8 +47,7 @@ PAGE: Final = 128
 _MAX_LOOK_UPS: Final = 2  # under way; a cache that serves them one by one would only make more of them wait
 
 SECRET_REFRESH: Final = 1.0
-"""Seconds after which the secret is read again. If the store was emptied, other processes may have agreed on a new one, and entries
-under the old one would be found by this process only."""
+"""Seconds after which the secret is read again: if the store was emptied, other processes may have agreed on a new one."""
 
 MAX_CLOCK_SKEW: Final = 60.0
 """Seconds by which the clocks of processes that share a cache may differ."""
@@ -61,15 +60,7 @@ Stored = list[tuple[bytes, bytes, float | None]]
 
 
 class AnswerCache:
-    """The cache as the batcher uses it.
-
-    Args:
-        cache: The store of answers.
-        ledger: Takes the counts.
-        price: Returns the price function of a model, or None.
-        listeners: Hooks to call for hits.
-        endpoint: See `Keys`, also for `model` and `normalize`.
-    """
+    """The cache as the batcher uses it; for the arguments that make keys, see `Keys`."""
 
     def __init__(
         self,
@@ -128,11 +119,7 @@ class AnswerCache:
     # --- looking up
 
     def key(self, messages: Messages, options: Options) -> bytes | None:
-        """Return the key of a request; None, counted as a miss, while the secret is not available.
-
-        Raises:
-            ConfigError: The messages are not JSON values, or `normalize` failed.
-        """
+        """Return the key of a request (see `Keys.of`); None, counted as a miss, while the secret is not available."""
         now = asyncio.get_running_loop().time()
         if self._keys is None or now - self._secret_read_at >= SECRET_REFRESH:
             self._secret_read_at = now
@@ -164,11 +151,7 @@ class AnswerCache:
     def read(self, key: bytes, value: bytes | None, options: Options, created: float) -> Reply[Any] | None:
         """Return the reply stored in *value*, counted as a hit; None, counted as a miss, if there is no valid one.
 
-        Args:
-            key: The request's key.
-            value: The result of `look_up`.
-            options: The caller's options; the text is decoded to their output type.
-            created: Loop time of the caller's submit.
+        It is decoded to the output type of *options*; *created* is the loop time of the caller's submit.
         """
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
