@@ -12,6 +12,7 @@ from microbatch.caching.entry import DEFAULT_TTL
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import StorageError
 from microbatch.policy import at_least, whole
+from microbatch.protocols import Cache
 from microbatch.storage.sqlite import Database, json_array
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, content) WITHOUT ROWID;
 """
 
 
-class SQLiteCache:
+class SQLiteCache(Cache):
     """Keeps the most recently used entries in a file, up to a number of bytes.
 
     Reads have a thread and a connection of their own and do not wait for writers. Uses are recorded with the next write and when the
@@ -95,7 +96,6 @@ class SQLiteCache:
         return secret
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none."""
         now = self._now()
         ids = json_array({_id(key) for key in keys})
         rows = await self._database.read(
