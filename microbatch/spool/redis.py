@@ -150,8 +150,6 @@ class RedisSpool(RedisStore, Spool):
             return await run(args=(self._prefix, self._max_alone, *args))
 
     async def put(self, items: Sequence[Item]) -> list[PutOutcome]:
-        if not items:
-            return []
         rows = ((item.name.key, item.digest, item.payload) for item in items)
         return [outcome.decode() for outcome in await self._run("put", *_flat(rows))]
 
@@ -159,21 +157,17 @@ class RedisSpool(RedisStore, Spool):
         return _deliveries(await self._run("take", int(stage), most, milliseconds(lease), secrets.token_hex(8)))
 
     async def renew(self, deliveries: Sequence[Delivery], *, lease: float) -> None:
-        if deliveries:
-            await self._run("renew", milliseconds(lease), *_held(deliveries))
+        await self._run("renew", milliseconds(lease), *_held(deliveries))
 
     async def finish(self, results: Sequence[tuple[Delivery, bytes]]) -> None:
-        if results:
-            rows = ((delivery.item.name.key, delivery.item.digest, result) for delivery, result in results)
-            await self._run("finish", milliseconds(self._keep), *_flat(rows))
+        rows = ((delivery.item.name.key, delivery.item.digest, result) for delivery, result in results)
+        await self._run("finish", milliseconds(self._keep), *_flat(rows))
 
     async def give_back(self, deliveries: Sequence[Delivery], *, error: str, counted: bool) -> None:
-        if deliveries:
-            await self._run("give_back", as_kept(error), int(counted), *_held(deliveries))
+        await self._run("give_back", as_kept(error), int(counted), *_held(deliveries))
 
     async def find(self, names: Sequence[Name]) -> list[Found]:
-        rows = await self._run("find", *(name.key for name in names)) if names else []
-        return [_found(*row) for row in rows]
+        return [_found(*row) for row in await self._run("find", *(name.key for name in names))]
 
     async def counts(self) -> Counts:
         full, half, alone, leased, in_job, done, dead, age, lost = await self._run("counts", int(self._evicts))
@@ -233,8 +227,7 @@ class RedisSpool(RedisStore, Spool):
         ]
 
     async def renew_jobs(self, tokens: Sequence[str], *, lease: float) -> None:
-        if tokens:
-            await self._run("renew_jobs", milliseconds(lease), *tokens)
+        await self._run("renew_jobs", milliseconds(lease), *tokens)
 
     async def job_items(self, token: str) -> list[Delivery]:
         return _deliveries(await self._run("job_items", token))

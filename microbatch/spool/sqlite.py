@@ -120,7 +120,7 @@ class SQLiteSpool(Spool):
             _drop_old_answers(db, now, _MOST_DROPPED + len(items))
             return [_put(db, now, item) for item in items]
 
-        return await self._write(put) if items else []
+        return await self._write(put)
 
     async def take(self, stage: Stage, most: int, *, lease: float) -> list[Delivery]:
         def take(db: sqlite3.Connection, now: float) -> list[Delivery]:
@@ -147,8 +147,7 @@ class SQLiteSpool(Spool):
                 [(end, each.item.name.key, each.lease) for each in deliveries],
             )
 
-        if deliveries:
-            await self._write(renew)
+        await self._write(renew)
 
     async def finish(self, results: Sequence[tuple[Delivery, bytes]]) -> None:
         def finish(db: sqlite3.Connection, now: float) -> None:
@@ -157,8 +156,7 @@ class SQLiteSpool(Spool):
             for delivery, result in results:
                 _finish(db, delivery.item, result, end)
 
-        if results:
-            await self._write(finish)
+        await self._write(finish)
 
     async def give_back(self, deliveries: Sequence[Delivery], *, error: str, counted: bool) -> None:
         def give_back(db: sqlite3.Connection, now: float) -> None:
@@ -175,8 +173,7 @@ class SQLiteSpool(Spool):
                 [(Stage.after(times - 1), number) for number, times in rows.items()],
             )
 
-        if deliveries:
-            await self._write(give_back)
+        await self._write(give_back)
 
     def _pass_on_lost(self, db: sqlite3.Connection, now: float) -> None:
         """Move requests whose leases have expired to their next stage, or to the dead letters."""
@@ -211,7 +208,7 @@ class SQLiteSpool(Spool):
             found = {key: Found(*rest) for key, *rest in rows}
             return [found.get(key, Found("unknown")) for key in keys]
 
-        return await self._read(find) if names else []
+        return await self._read(find)
 
     async def counts(self) -> Counts:
         return await self._read(self._counts)
@@ -313,8 +310,7 @@ class SQLiteSpool(Spool):
         return await self._write(take)
 
     async def renew_jobs(self, tokens: Sequence[str], *, lease: float) -> None:
-        if tokens:
-            await self._write(lambda db, now: _renew_jobs(db, now, tokens, lease))
+        await self._write(lambda db, now: _renew_jobs(db, now, tokens, lease))
 
     async def job_items(self, token: str) -> list[Delivery]:
         query = (

@@ -164,13 +164,16 @@ class ProviderBatches:
                 await wait(self._stopping, self._poll_interval)
 
     async def _renew(self) -> None:
-        await self._spool.renew(list(self._taken.values()), lease=self._lease)
-        await self._spool.renew_jobs(list(self._jobs.held), lease=self._lease)
+        if self._taken:
+            await self._spool.renew(list(self._taken.values()), lease=self._lease)
+        if self._jobs.held:
+            await self._spool.renew_jobs(list(self._jobs.held), lease=self._lease)
 
     async def _let_go(self) -> None:
         try:
             await self._give_back(list(self._taken.values()), "the worker has stopped", counted=False)
-            await self._spool.renew_jobs(list(self._jobs.held), lease=0.0)
+            if self._jobs.held:
+                await self._spool.renew_jobs(list(self._jobs.held), lease=0.0)
         except StorageError as error:
             logger.warning("what was under way could not be given back, and is free when its leases expire: %s", error)
         self._jobs.held.clear()
