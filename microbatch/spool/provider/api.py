@@ -33,7 +33,6 @@ class RequestError(msgspec.Struct, frozen=True):
     """An error in the input of a batch; `line` counts from 1 and is None if the error concerns the whole input."""
 
     code: str | None = None
-    message: str | None = None
     param: str | None = None
     line: int | None = None
 

@@ -102,17 +102,12 @@ class _Response(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     code: str | None = None
-    message: str | None = None
 
 
 class _Row(msgspec.Struct):
     custom_id: str
     response: _Response | None = None
     error: _Error | None = None
-
-
-class _Sent(msgspec.Struct):
-    body: dict[str, Any]
 
 
 class OutputReader:
@@ -264,7 +259,8 @@ async def _rows(files: Iterable[bytes]) -> dict[str, _Row]:
 
 
 def _body_at(rows: Sequence[bytes], number: int) -> Mapping[str, Any]:
-    return msgspec.json.decode(rows[number], type=_Sent).body
+    body: dict[str, Any] = msgspec.json.decode(rows[number])["body"]
+    return body
 
 
 def _absence(batch: RemoteBatch, content: Content) -> Callable[[Line, _Row | None], Why]:

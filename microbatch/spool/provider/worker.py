@@ -206,7 +206,7 @@ class ProviderBatches:
                 await self._give_back(list(self._taken.values()), "the worker failed", counted=False)
             raise
         for held in begun:
-            await self._guarded(held, self._jobs.launch(held))
+            await self._guarded(held, self._jobs.launch(held, new=True))
         return bool(begun or rejected)
 
     async def _take(self) -> None:
@@ -226,8 +226,7 @@ class ProviderBatches:
     async def poll(self) -> bool:
         """Take the next step of all jobs, those left by dead workers included; return whether any of them has ended.
 
-        Raises:
-            StorageError: The spool failed; results that could not be stored are read again by the next poll.
+        After a `StorageError`, results that could not be stored are read again by the next poll.
         """
         await self._jobs.adopt(self._max_jobs, lease=self._lease)
         ended = False
