@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from microbatch.messages import Messages
     from microbatch.protocols import Cache
 
+    Stored = tuple[bytes, bytes, float | None]  # key, value, seconds to live
+
 JITTER: Final = 0.1
 """Largest share by which a time to live is shortened, so that answers stored together do not expire together."""
 
@@ -55,12 +57,13 @@ MAX_CLOCK_SKEW: Final = 60.0
 FRESH: Final = 0.075
 """Seconds for which stored entries also stay in memory: longer than a look-up that was under way when they were stored."""
 
-Stored = list[tuple[bytes, bytes, float | None]]
-"""Entries to store: key, value, seconds to live."""
-
 
 class AnswerCache:
-    """The cache as the batcher uses it; for the arguments that make keys, see `Keys`."""
+    """The cache as the batcher uses it; for the arguments that make keys, see `Keys`.
+
+    Attributes:
+        guard: The store of answers.
+    """
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class AnswerCache:
         model: str | None,
         normalize: Callable[[str], str] | None,
     ) -> None:
-        self._guard = cache if isinstance(cache, Guard) else Guard(cache)
+        self.guard = cache if isinstance(cache, Guard) else Guard(cache)
         self._ledger = ledger
         self._price = price
         self._listeners = listeners
@@ -102,19 +105,9 @@ class AnswerCache:
         return requests
 
     async def _read_secret(self, timeout: float) -> None:
-        secret = await self._guard.secret(deadline=Deadline(timeout))
+        secret = await self.guard.secret(deadline=Deadline(timeout))
         if secret is not None and (self._keys is None or self._keys.secret != secret):
             self._keys = self._make_keys(secret)
-
-    @property
-    def bypassed(self) -> int:
-        """Number of look-ups for which the cache was not asked, failed or took too long."""
-        return self._guard.bypassed
-
-    @property
-    def evictions(self) -> int:
-        """Number of answers that the cache dropped for lack of space."""
-        return self._guard.evictions
 
     # --- looking up
 
@@ -141,7 +134,7 @@ class AnswerCache:
     def _look_ups(self, timeout: float) -> Coalescer[bytes, bytes | None]:
         async def get_many(keys: list[bytes]) -> list[bytes | None]:
             distinct = list(dict.fromkeys(keys))
-            values = await self._guard.get_many(distinct, deadline=Deadline(timeout))
+            values = await self.guard.get_many(distinct, deadline=Deadline(timeout))
             found = dict(zip(distinct, values, strict=True))
             # If the value was stored during this look-up, its call has ended: without `_fresh` the caller would find neither.
             return [found[key] or self._fresh.get(key) for key in keys]
@@ -222,14 +215,14 @@ class AnswerCache:
         now = self._now()
         stored = [self._entry(ticket, alone, now) for ticket, alone in answered]
         self._fresh.update((key, value) for key, value, _ in stored)
-        storing = self._stores.submit_detached(stored)
+        storing = [self._stores.submit_detached(entry) for entry in stored]
         if all(ticket.bulk for ticket, _ in answered):
-            await asyncio.wait([storing])
+            await asyncio.wait(storing)
 
-    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> tuple[bytes, bytes, float | None]:
+    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> Stored:
         reply, key = ticket.reply, ticket.caller.key
         assert reply is not None and key is not None  # noqa: S101, PT018 see `keep`
-        ttl = self._guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
+        ttl = self.guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
         if ttl is not None:
             ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
         entry = entries.Entry(
@@ -245,15 +238,14 @@ class AnswerCache:
         )
         return key, entries.encode(entry), ttl
 
-    async def _store(self, replies: list[Stored]) -> list[None]:
-        stored = [entry for reply in replies for entry in reply]
+    async def _store(self, stored: list[Stored]) -> list[None]:
         try:
-            if await self._guard.store(stored, deadline=Deadline(BULK_TIMEOUT)):
+            if await self.guard.store(stored, deadline=Deadline(BULK_TIMEOUT)):
                 self._ledger.cache_stores += len(stored)
         finally:
             keys = [key for key, _, _ in stored]
             asyncio.get_running_loop().call_later(FRESH, self._forget, keys, context=contextvars.Context())
-        return [None] * len(replies)
+        return [None] * len(stored)
 
     def _forget(self, keys: list[bytes]) -> None:
         for key in keys:

@@ -110,11 +110,7 @@ class RedisSpool(RedisStore, Spool):
             raise
 
     async def _check(self, client: Any) -> None:
-        """Check the server's version and settings, as INFO shows them: managed servers often refuse CONFIG.
-
-        Raises:
-            ConfigError: The server is too old, part of a cluster, or drops keys when it is full and that is not allowed.
-        """
+        """Check the server's version and settings, as INFO shows them: managed servers often refuse CONFIG."""
         try:
             with translated():
                 await client.script_load(_scripts()["put"])
