@@ -84,7 +84,7 @@ class OpenAIBatchApi:
     Args:
         forward: Makes one request; see `OpenAIChat.forward`.
         refusal: Returns the error for a response's status, headers and body.
-        retry: Number of attempts and delays. There is no retry budget, as there are few requests.
+        retry: Number of attempts and delays; its budget has no effect, as there are few requests.
         draw: Returns random numbers from 0 to 1, for the jitter.
     """
 

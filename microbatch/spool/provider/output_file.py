@@ -111,12 +111,7 @@ class _Row(msgspec.Struct):
 
 
 class OutputReader:
-    """Reads the files of finished batches.
-
-    Args:
-        wire: Reads a reply's text and how it ended.
-        price: Returns what prices a model's usage, at the usual price.
-    """
+    """Reads the files of finished batches; *price* returns what prices a model's usage, at the usual price."""
 
     def __init__(self, wire: BatchWire, price: Pricing) -> None:
         self._wire = wire
@@ -126,10 +121,10 @@ class OutputReader:
     async def read(
         self, batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], files: Iterable[bytes]
     ) -> Results:
-        """Return the results of a batch.
+        """Return the results of a batch whose status is final.
 
         Args:
-            batch: The batch, whose status is final.
+            batch: The batch.
             content: The recorded content of its job.
             tied: The requests that still wait for it, by the keys of their names.
             files: Its output file and its error file.

@@ -81,17 +81,13 @@ class ProviderBatches:
         wire: Writes and reads the bodies of lines.
         policy: The size limits of one prompt; its other fields have no effect.
         price: Returns the price function of a model, at the usual price, of which batches cost half.
-        canary: Whether each combined prompt ends in an item that asks for a random word; a reply with another answer to it is
-            discarded as a whole.
+        canary: Whether each combined prompt ends in a canary.
         lease: Seconds for which requests and jobs are taken; renewed while `run` runs.
         poll_interval: Seconds between two looks at the batches under way, and into an empty spool.
         max_requests: Most requests of a job.
         max_jobs: Most jobs under way here.
-        until_empty: End when the spool holds no unanswered requests, those of other workers included; otherwise run until stopped.
-        progress: Called with the figures whenever they change.
-
-    Attributes:
-        done: The figures.
+        until_empty: End when the spool holds no unanswered requests, those of other workers included.
+        progress: Called with the figures `done` whenever they change.
 
     Raises:
         ConfigError: A number is out of range.
