@@ -187,8 +187,8 @@ class Assembly:
         ledger.retries_denied = self.sender.unpaid + self.fallback.unpaid
         ledger.rate_limited = self.sender.rate_limited
         if self.cache is not None:
-            ledger.cache_bypassed = self.cache.bypassed
-            ledger.cache_evictions = self.cache.evictions
+            ledger.cache_bypassed = self.cache.guard.bypassed
+            ledger.cache_evictions = self.cache.guard.evictions
         spooled = None if self.spool is None else self.spool.look()
         return ledger.snapshot(
             queued=self.admission.occupied,

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from microbatch.messages import Messages
     from microbatch.protocols import Cache
 
+    Stored = tuple[bytes, bytes, float | None]  # key, value, seconds to live
+
 JITTER: Final = 0.1
 """Largest share by which a time to live is shortened, so that answers stored together do not expire together."""
 
@@ -47,8 +49,7 @@ PAGE: Final = 128
 _MAX_LOOK_UPS: Final = 2  # under way; a cache that serves them one by one would only make more of them wait
 
 SECRET_REFRESH: Final = 1.0
-"""Seconds after which the secret is read again. If the store was emptied, other processes may have agreed on a new one, and entries
-under the old one would be found by this process only."""
+"""Seconds after which the secret is read again: if the store was emptied, other processes may have agreed on a new one."""
 
 MAX_CLOCK_SKEW: Final = 60.0
 """Seconds by which the clocks of processes that share a cache may differ."""
@@ -56,19 +57,12 @@ MAX_CLOCK_SKEW: Final = 60.0
 FRESH: Final = 0.075
 """Seconds for which stored entries also stay in memory: longer than a look-up that was under way when they were stored."""
 
-Stored = list[tuple[bytes, bytes, float | None]]
-"""Entries to store: key, value, seconds to live."""
-
 
 class AnswerCache:
-    """The cache as the batcher uses it.
+    """The cache as the batcher uses it; for the arguments that make keys, see `Keys`.
 
-    Args:
-        cache: The store of answers.
-        ledger: Takes the counts.
-        price: Returns the price function of a model, or None.
-        listeners: Hooks to call for hits.
-        endpoint: See `Keys`, also for `model` and `normalize`.
+    Attributes:
+        guard: The store of answers.
     """
 
     def __init__(
@@ -82,7 +76,7 @@ class AnswerCache:
         model: str | None,
         normalize: Callable[[str], str] | None,
     ) -> None:
-        self._guard = cache if isinstance(cache, Guard) else Guard(cache)
+        self.guard = cache if isinstance(cache, Guard) else Guard(cache)
         self._ledger = ledger
         self._price = price
         self._listeners = listeners
@@ -111,28 +105,14 @@ class AnswerCache:
         return requests
 
     async def _read_secret(self, timeout: float) -> None:
-        secret = await self._guard.secret(deadline=Deadline(timeout))
+        secret = await self.guard.secret(deadline=Deadline(timeout))
         if secret is not None and (self._keys is None or self._keys.secret != secret):
             self._keys = self._make_keys(secret)
-
-    @property
-    def bypassed(self) -> int:
-        """Number of look-ups for which the cache was not asked, failed or took too long."""
-        return self._guard.bypassed
-
-    @property
-    def evictions(self) -> int:
-        """Number of answers that the cache dropped for lack of space."""
-        return self._guard.evictions
 
     # --- looking up
 
     def key(self, messages: Messages, options: Options) -> bytes | None:
-        """Return the key of a request; None, counted as a miss, while the secret is not available.
-
-        Raises:
-            ConfigError: The messages are not JSON values, or `normalize` failed.
-        """
+        """Return the key of a request (see `Keys.of`); None, counted as a miss, while the secret is not available."""
         now = asyncio.get_running_loop().time()
         if self._keys is None or now - self._secret_read_at >= SECRET_REFRESH:
             self._secret_read_at = now
@@ -154,7 +134,7 @@ class AnswerCache:
     def _look_ups(self, timeout: float) -> Coalescer[bytes, bytes | None]:
         async def get_many(keys: list[bytes]) -> list[bytes | None]:
             distinct = list(dict.fromkeys(keys))
-            values = await self._guard.get_many(distinct, deadline=Deadline(timeout))
+            values = await self.guard.get_many(distinct, deadline=Deadline(timeout))
             found = dict(zip(distinct, values, strict=True))
             # If the value was stored during this look-up, its call has ended: without `_fresh` the caller would find neither.
             return [found[key] or self._fresh.get(key) for key in keys]
@@ -164,11 +144,7 @@ class AnswerCache:
     def read(self, key: bytes, value: bytes | None, options: Options, created: float) -> Reply[Any] | None:
         """Return the reply stored in *value*, counted as a hit; None, counted as a miss, if there is no valid one.
 
-        Args:
-            key: The request's key.
-            value: The result of `look_up`.
-            options: The caller's options; the text is decoded to their output type.
-            created: Loop time of the caller's submit.
+        It is decoded to the output type of *options*; *created* is the loop time of the caller's submit.
         """
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
@@ -239,14 +215,14 @@ class AnswerCache:
         now = self._now()
         stored = [self._entry(ticket, alone, now) for ticket, alone in answered]
         self._fresh.update((key, value) for key, value, _ in stored)
-        storing = self._stores.submit_detached(stored)
+        storing = [self._stores.submit_detached(entry) for entry in stored]
         if all(ticket.bulk for ticket, _ in answered):
-            await asyncio.wait([storing])
+            await asyncio.wait(storing)
 
-    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> tuple[bytes, bytes, float | None]:
+    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> Stored:
         reply, key = ticket.reply, ticket.caller.key
         assert reply is not None and key is not None  # noqa: S101, PT018 see `keep`
-        ttl = self._guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
+        ttl = self.guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
         if ttl is not None:
             ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
         entry = entries.Entry(
@@ -262,15 +238,14 @@ class AnswerCache:
         )
         return key, entries.encode(entry), ttl
 
-    async def _store(self, replies: list[Stored]) -> list[None]:
-        stored = [entry for reply in replies for entry in reply]
+    async def _store(self, stored: list[Stored]) -> list[None]:
         try:
-            if await self._guard.store(stored, deadline=Deadline(BULK_TIMEOUT)):
+            if await self.guard.store(stored, deadline=Deadline(BULK_TIMEOUT)):
                 self._ledger.cache_stores += len(stored)
         finally:
             keys = [key for key, _, _ in stored]
             asyncio.get_running_loop().call_later(FRESH, self._forget, keys, context=contextvars.Context())
-        return [None] * len(replies)
+        return [None] * len(stored)
 
     def _forget(self, keys: list[bytes]) -> None:
         for key in keys:

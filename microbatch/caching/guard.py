@@ -109,17 +109,14 @@ class Guard:
     bypassed for 1 s, after each further failure for twice as long, up to 30 s; after the pause one call probes it. Look-ups, stores
     and requests for the secret have a breaker each: a full server or a slow disk still has its answers.
 
-    For bulk work the guard can be given *patience*. No caller waits there, but each miss has to be paid for, so a failing call is
-    repeated. When that fails too, stores, or after any other call the whole cache, are given up for good.
-
     A guard is itself a `Cache` and may be shared by several batchers. Where no deadline is given, the limit is `LIVE_TIMEOUT`.
 
     Args:
         cache: The cache. If it has a true attribute `keeps_deadline`, its methods take a `Deadline` as `deadline` and enforce it.
-        patience: Seconds for which a failing call is repeated, whatever its deadline; None for no repetition.
+        patience: For bulk work, where each miss has to be paid for: seconds for which a failing call is repeated, whatever its
+            deadline. When that fails too, stores, or after any other call the whole cache, are given up for good.
 
     Attributes:
-        ttl: That of the cache.
         failure: Why the cache, or storing, was given up; None as long as it was not.
     """
 
@@ -153,11 +150,7 @@ class Guard:
         return 0
 
     async def open(self) -> None:
-        """Open the cache and check that it can be used.
-
-        Raises:
-            ConfigError: It cannot; it is closed again.
-        """
+        """Open the cache; if it cannot be used, close it and raise `ConfigError`."""
         opening: Callable[[], Awaitable[None]] | None = getattr(self.cache, "open", None)
         if opening is not None:
             await opening()
@@ -238,11 +231,7 @@ class Guard:
         return result
 
     async def _call(self, call: Callable[[dict[str, Any]], Awaitable[T]], deadline: Deadline) -> T:
-        """Return the result of *call*, which is repeated if the guard has patience.
-
-        Raises:
-            StorageError: It failed in any way, or the deadline has passed.
-        """
+        """Return the result of *call*, repeated if the guard has patience; raise `StorageError` if it fails in any way."""
         failure: StorageError | None = None
         options = {"deadline": deadline} if self._keeps_deadline else {}
         while True:
@@ -287,9 +276,6 @@ class BreakerState:
     """When calls are made, by how earlier ones ended.
 
     Calls belong to eras: the outcome of a call says nothing about a later era, so of many calls that fail together one counts.
-
-    Args:
-        backoff: Durations of the pauses after failures.
     """
 
     def __init__(self, backoff: Backoff) -> None:

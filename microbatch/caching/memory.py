@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from microbatch.caching.entry import DEFAULT_TTL
 from microbatch.lru import LRU
 from microbatch.policy import at_least, whole
+from microbatch.protocols import Cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,7 @@ ENTRY_BYTES: Final = 264
 measured)."""
 
 
-class MemoryCache:
+class MemoryCache(Cache):
     """Keeps the most recently used entries, up to a number of bytes; they are lost with the process.
 
     Closing has no effect: entries stay so that another batcher can use the cache.
@@ -55,7 +56,6 @@ class MemoryCache:
         return f"<MemoryCache: {len(self)} entries, {self._bytes} of {self._max_bytes} bytes>"
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none."""
         now = asyncio.get_running_loop().time()
         return [self._get(key, now) for key in keys]
 
@@ -67,7 +67,6 @@ class MemoryCache:
         return value
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
-        """Store *entries*: key, value and seconds to live each, None for no limit."""
         now = asyncio.get_running_loop().time()
         for key, value, ttl in entries:
             self._drop(key)

@@ -9,13 +9,14 @@ from microbatch.caching.entry import DEFAULT_TTL, checked_values
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import StorageError
 from microbatch.policy import at_least
+from microbatch.protocols import Cache
 from microbatch.storage.redis import RedisStore, milliseconds, results_of, translated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class RedisCache(RedisStore):
+class RedisCache(RedisStore, Cache):
     """Keeps answers on a Redis server, with one round trip for all entries read or stored together.
 
     What to drop when the server is full is the server's decision: set its `maxmemory`, and the policy `allkeys-lru`. Calls raise
@@ -74,7 +75,6 @@ class RedisCache(RedisStore):
         return self._secret or b""
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none."""
         client = self._opened()
         if not keys:
             return []

@@ -12,12 +12,15 @@ from microbatch.caching.entry import DEFAULT_TTL
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import StorageError
 from microbatch.policy import at_least, whole
+from microbatch.protocols import Cache
 from microbatch.storage.sqlite import Database, json_array
 
 if TYPE_CHECKING:
     import os
     import sqlite3
     from collections.abc import Sequence
+
+    _Row = tuple[bytes, bytes, float | None, float]  # key, value, expiry, use
 
 LEAST_BYTES: Final = 256 * 1024
 """Smallest `max_bytes`: an empty file has a few pages already, and space is freed by the page."""
@@ -33,8 +36,8 @@ _MOST_DROPPED: Final = 512  # entries in one transaction, to keep it short
 _DROPPED_AT_ONCE: Final = 4
 _MOST_TOUCHED: Final = 10_000
 
-# The row id is a digest of the key, so rows arrive in random order and fill space wherever it was freed. In order of arrival, a page
-# with one entry still in use would never be filled again. It also saves a second tree.
+# The row id is a digest of the key, so rows fill space wherever it was freed. In order of arrival, a page with one entry still in use
+# would never be filled again. It also saves a second tree.
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS entries
     (id INTEGER PRIMARY KEY, key BLOB NOT NULL, value BLOB NOT NULL, expires REAL, used REAL NOT NULL);
@@ -44,7 +47,7 @@ CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, content) WITHOUT ROWID;
 """
 
 
-class SQLiteCache:
+class SQLiteCache(Cache):
     """Keeps the most recently used entries in a file, up to a number of bytes.
 
     Reads have a thread and a connection of their own and do not wait for writers. Uses are recorded with the next write and when the
@@ -78,11 +81,7 @@ class SQLiteCache:
         self._secret: bytes | None = None  # as last read
 
     async def open(self) -> None:
-        """Open the file.
-
-        Raises:
-            ConfigError: It cannot be opened, is not a database, or is of another kind or version.
-        """
+        """Open the file; raise `ConfigError` if it cannot be opened, or is no cache of this version."""
         await self._database.open()
 
     async def secret(self) -> bytes:
@@ -97,7 +96,6 @@ class SQLiteCache:
         return secret
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key, None where there is none."""
         now = self._now()
         ids = json_array({_id(key) for key in keys})
         rows = await self._database.read(
@@ -134,18 +132,11 @@ class SQLiteCache:
 
     # --- in the thread of the writer
 
-    def _write(
-        self,
-        db: sqlite3.Connection,
-        rows: dict[int, tuple[bytes, bytes, float | None, float]],
-        touched: dict[int, float],
-        now: float,
-    ) -> int:
+    def _write(self, db: sqlite3.Connection, rows: dict[int, _Row], touched: dict[int, float], now: float) -> int:
         """Write *rows* and drop expired and superfluous entries; return the number of the latter."""
         if self._secret is not None:
-            _make_secret(
-                db, self._secret
-            )  # if the file has lost it: without it other processes would not find the entries
+            # The file may have lost it, without which other processes would not find the entries.
+            _make_secret(db, self._secret)
         db.executemany(
             "INSERT INTO entries (id, key, value, expires, used) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE "
             "SET key = excluded.key, value = excluded.value, expires = excluded.expires, used = excluded.used",

@@ -26,13 +26,12 @@ class TieredCache:
 
     Attributes:
         ttl: That of the last tier.
-        keeps_deadline: True: see `Guard`.
 
     Raises:
         ConfigError: There is no tier.
     """
 
-    keeps_deadline = True
+    keeps_deadline = True  # see `Guard`
 
     def __init__(self, *tiers: Cache) -> None:
         if not tiers:
@@ -56,11 +55,7 @@ class TieredCache:
         return sum(guard.evictions for guard in self._guards)
 
     async def open(self) -> None:
-        """Open the tiers.
-
-        Raises:
-            ConfigError: A tier cannot be opened; none is open then.
-        """
+        """Open the tiers; if one cannot be opened, close the others and raise its error."""
         await acquire(self.tiers)
         self._acquired = self.tiers
 
@@ -70,18 +65,13 @@ class TieredCache:
         return await (holders or self._guards)[-1].secret()
 
     async def get_many(self, keys: Sequence[bytes], *, deadline: Deadline | None = None) -> list[bytes | None]:
-        """Return the value of each key, None where there is none or its tier is down.
-
-        Args:
-            keys: The keys.
-            deadline: Time limit for all tiers together; None for 50 ms.
-        """
+        """Return the value of each key, None where there is none or its tier is down; *deadline* None means 50 ms in total."""
         deadline = deadline or Deadline(LIVE_TIMEOUT)
         found: dict[bytes, bytes] = {}
         gains: list[dict[bytes, bytes]] = []
         for position, guard in enumerate(self._guards):
             missing = [key for key in keys if key not in found]
-            values = await guard.get_many(missing, deadline=self._share(position, deadline))
+            values = await guard.get_many(missing, deadline=deadline.part(len(self._guards) - position))
             gains.append({key: value for key, value in zip(missing, values, strict=True) if value is not None})
             found.update(gains[-1])
         await self._fill(gains, deadline)
@@ -99,21 +89,13 @@ class TieredCache:
     async def set_many(
         self, entries: Sequence[tuple[bytes, bytes, float | None]], *, deadline: Deadline | None = None
     ) -> None:
-        """Store *entries* in all tiers.
-
-        Args:
-            entries: Key, value and seconds to live each; None for no limit.
-            deadline: Time limit for all tiers together; None for 50 ms.
-        """
+        """Store *entries* (key, value, seconds to live) in all tiers; *deadline* None means 50 ms in total."""
         deadline = deadline or Deadline(LIVE_TIMEOUT)
         last = len(self._guards) - 1
         for position, guard in enumerate(self._guards):
             own = None if position == last else guard.ttl
             kept = [(key, value, _shorter(ttl, own)) for key, value, ttl in entries]
-            await guard.store(kept, deadline=self._share(position, deadline))
-
-    def _share(self, position: int, deadline: Deadline) -> Deadline:
-        return deadline.part(len(self._guards) - position)
+            await guard.store(kept, deadline=deadline.part(len(self._guards) - position))
 
     async def aclose(self) -> None:
         """Close the tiers, all of them even if one fails."""

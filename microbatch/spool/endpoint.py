@@ -95,10 +95,7 @@ def may_refuse_all(error: BaseException) -> bool:
 class Pause:
     """Pauses after failures that no request caused, each twice as long as the one before, until something succeeds.
 
-    Args:
-        what: Start of the log message.
-        first: Seconds of the first pause.
-        longest: Seconds of the longest pause.
+    *what* is the start of the log message; *first* and *longest* are durations in seconds.
     """
 
     def __init__(self, what: str, *, first: float, longest: float) -> None:
@@ -138,12 +135,10 @@ class Endpoint:
 
     Args:
         what: What a pause means, for the log.
-        give_up_after: Seconds without an answer, counted from the first failed attempt, after which attempts are refused; None for
-            no limit.
+        give_up_after: Seconds without an answer, counted from the first failed attempt, after which attempts are refused.
 
     Attributes:
         answered: Whether any attempt has succeeded.
-        stopped: Whether `stop` was called.
         error: The error of the latest failure that counted, or None.
         sent: Number of attempts begun.
         on_wire: Number of those that have not ended.

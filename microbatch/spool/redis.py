@@ -27,6 +27,7 @@ from microbatch.spool.records import (
     Job,
     Kept,
     Name,
+    Spool,
     as_kept,
 )
 from microbatch.storage.redis import RedisStore, milliseconds, results_of, translated
@@ -47,7 +48,7 @@ _SAFE: Final = "noeviction"
 _SECTION: Final = re.compile(r"^--- (\w+) ?(.*)\n", re.MULTILINE)
 
 
-class RedisSpool(RedisStore):
+class RedisSpool(RedisStore, Spool):
     """A durable queue on a Redis server, 7.0 or later, but not a cluster. Each call is one script, which runs atomically.
 
     Each stage is a stream with a consumer group. Requests of a stage are taken in the order in which they came to it: those that
@@ -109,11 +110,7 @@ class RedisSpool(RedisStore):
             raise
 
     async def _check(self, client: Any) -> None:
-        """Check the server's version and settings, as INFO shows them: managed servers often refuse CONFIG.
-
-        Raises:
-            ConfigError: The server is too old, part of a cluster, or drops keys when it is full and that is not allowed.
-        """
+        """Check the server's version and settings, as INFO shows them: managed servers often refuse CONFIG."""
         try:
             with translated():
                 await client.script_load(_scripts()["put"])
@@ -149,39 +146,26 @@ class RedisSpool(RedisStore):
             return await run(args=(self._prefix, self._max_alone, *args))
 
     async def put(self, items: Sequence[Item]) -> list[PutOutcome]:
-        """Queue *items*; once this returns they are as durable as the server. The first of several with one name counts."""
-        if not items:
-            return []
         rows = ((item.name.key, item.digest, item.payload) for item in items)
         return [outcome.decode() for outcome in await self._run("put", *_flat(rows))]
 
     async def take(self, stage: Stage, most: int, *, lease: float) -> list[Delivery]:
-        """Lease up to *most* requests of *stage* for *lease* seconds, in the order in which they came to it."""
         return _deliveries(await self._run("take", int(stage), most, milliseconds(lease), secrets.token_hex(8)))
 
     async def renew(self, deliveries: Sequence[Delivery], *, lease: float) -> None:
-        """Extend the leases of *deliveries* to *lease* seconds from now, except those no longer held."""
-        if deliveries:
-            await self._run("renew", milliseconds(lease), *_held(deliveries))
+        await self._run("renew", milliseconds(lease), *_held(deliveries))
 
     async def finish(self, results: Sequence[tuple[Delivery, bytes]]) -> None:
-        """Store the results and acknowledge the requests, in one script; the first result of a request stays."""
-        if results:
-            rows = ((delivery.item.name.key, delivery.item.digest, result) for delivery, result in results)
-            await self._run("finish", milliseconds(self._keep), *_flat(rows))
+        rows = ((delivery.item.name.key, delivery.item.digest, result) for delivery, result in results)
+        await self._run("finish", milliseconds(self._keep), *_flat(rows))
 
     async def give_back(self, deliveries: Sequence[Delivery], *, error: str, counted: bool) -> None:
-        """Return unanswered requests: to their next stage if *counted*, otherwise to where they were."""
-        if deliveries:
-            await self._run("give_back", as_kept(error), int(counted), *_held(deliveries))
+        await self._run("give_back", as_kept(error), int(counted), *_held(deliveries))
 
     async def find(self, names: Sequence[Name]) -> list[Found]:
-        """Return the state of each of *names*."""
-        rows = await self._run("find", *(name.key for name in names)) if names else []
-        return [_found(*row) for row in rows]
+        return [_found(*row) for row in await self._run("find", *(name.key for name in names))]
 
     async def counts(self) -> Counts:
-        """Return the number of requests by state."""
         full, half, alone, leased, in_job, done, dead, age, lost = await self._run("counts", int(self._evicts))
         counts = Counts((full, half, alone), leased, in_job, done, dead, lost=lost)
         return msgspec.structs.replace(counts, oldest=max(0, age) / 1000) if counts.depth else counts
@@ -195,7 +179,6 @@ class RedisSpool(RedisStore):
                 yield Kept(Name.of(key), _found(state, result, error), int(deliveries), payload)
 
     async def dead_letters(self) -> AsyncIterator[DeadLetter]:
-        """Yield the dead letters, oldest first; those whose last lease has expired by now are included."""
         await self._run("pass_on_lost")
         async for key, (state, digest, payload, deliveries, error, died_at) in self._pages(
             "dead", "state", "digest", "payload", "deliveries", "error", "died_at"
@@ -224,36 +207,28 @@ class RedisSpool(RedisStore):
             last = f"({page[-1][1]:.0f}"
 
     async def requeue(self, names: Sequence[Name] | None = None) -> int:
-        """Queue the dead letters of *names*, or all, as if they had never been delivered; return their number."""
         keys = [] if names is None else [name.key for name in names]
         return int(await self._run("requeue", int(names is None), *keys))
 
     async def begin_job(self, job: Job, deliveries: Sequence[Delivery], *, lease: float) -> None:
-        """Record *job*, held for *lease* seconds, and tie *deliveries* to it, except those no longer held."""
         await self._run("begin_job", milliseconds(lease), *_job(job), *_held(deliveries))
 
     async def update_job(self, job: Job) -> None:
-        """Record the present state of *job*, unless it has ended."""
         await self._run("update_job", *_job(job))
 
     async def take_jobs(self, most: int, *, lease: float) -> list[Job]:
-        """Lease up to *most* jobs that no worker holds for *lease* seconds."""
         return [
             Job(token.decode(), content, None if batch_id is None else batch_id.decode())
             for token, content, batch_id in await self._run("take_jobs", most, milliseconds(lease))
         ]
 
     async def renew_jobs(self, tokens: Sequence[str], *, lease: float) -> None:
-        """Extend the leases of jobs to *lease* seconds from now."""
-        if tokens:
-            await self._run("renew_jobs", milliseconds(lease), *tokens)
+        await self._run("renew_jobs", milliseconds(lease), *tokens)
 
     async def job_items(self, token: str) -> list[Delivery]:
-        """Return the requests still tied to a job, in the order in which they were put."""
         return _deliveries(await self._run("job_items", token))
 
     async def end_job(self, token: str, *, error: str) -> None:
-        """Delete a job. Requests still tied to it are given back as counted, with *error*."""
         await self._run("end_job", token, as_kept(error))
 
 

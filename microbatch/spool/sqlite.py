@@ -32,6 +32,7 @@ from microbatch.spool.records import (
     Kept,
     Name,
     PutOutcome,
+    Spool,
     Stage,
     as_kept,
     is_dead,
@@ -74,7 +75,7 @@ CREATE TABLE IF NOT EXISTS longest (name TEXT PRIMARY KEY, seconds REAL NOT NULL
 """
 
 
-class SQLiteSpool:
+class SQLiteSpool(Spool):
     """A durable queue in a file. Each call is one transaction, on the disk when the call returns.
 
     Requests of a stage are always taken in the order in which they were put. Leases run by the wall clock, so processes on several
@@ -99,15 +100,9 @@ class SQLiteSpool:
         self._now = time.time  # noqa: TID251 requests outlive the process
 
     async def open(self) -> None:
-        """Open the file.
-
-        Raises:
-            ConfigError: It cannot be opened, is not a database, or is of another kind or version.
-        """
         await self._database.open()
 
     async def aclose(self) -> None:
-        """Finish the transactions under way and close the file."""
         await self._database.aclose()
 
     # The time is that of the transaction: a lease does not run while its transaction waits for others.
@@ -121,17 +116,13 @@ class SQLiteSpool:
     # --- requests
 
     async def put(self, items: Sequence[Item]) -> list[PutOutcome]:
-        """Queue *items*; once this returns they are on the disk. The first of several with one name counts."""
-
         def put(db: sqlite3.Connection, now: float) -> list[PutOutcome]:
             _drop_old_answers(db, now, _MOST_DROPPED + len(items))
             return [_put(db, now, item) for item in items]
 
-        return await self._write(put) if items else []
+        return await self._write(put)
 
     async def take(self, stage: Stage, most: int, *, lease: float) -> list[Delivery]:
-        """Lease up to *most* requests of *stage* for *lease* seconds, in the order in which they were put."""
-
         def take(db: sqlite3.Connection, now: float) -> list[Delivery]:
             self._pass_on_lost(db, now)
             rows = db.execute(
@@ -149,8 +140,6 @@ class SQLiteSpool:
         return await self._write(take)
 
     async def renew(self, deliveries: Sequence[Delivery], *, lease: float) -> None:
-        """Extend the leases of *deliveries* to *lease* seconds from now, except those no longer held."""
-
         def renew(db: sqlite3.Connection, now: float) -> None:
             end = _end(db, now, "lease", lease)
             db.executemany(
@@ -158,24 +147,18 @@ class SQLiteSpool:
                 [(end, each.item.name.key, each.lease) for each in deliveries],
             )
 
-        if deliveries:
-            await self._write(renew)
+        await self._write(renew)
 
     async def finish(self, results: Sequence[tuple[Delivery, bytes]]) -> None:
-        """Store the results and acknowledge the requests, in one transaction; the first result of a request stays."""
-
         def finish(db: sqlite3.Connection, now: float) -> None:
             end = _end(db, now, "keep", self._keep)
             _drop_old_answers(db, now, _MOST_DROPPED + len(results))
             for delivery, result in results:
                 _finish(db, delivery.item, result, end)
 
-        if results:
-            await self._write(finish)
+        await self._write(finish)
 
     async def give_back(self, deliveries: Sequence[Delivery], *, error: str, counted: bool) -> None:
-        """Return unanswered requests: to their next stage if *counted*, otherwise to where they were."""
-
         def give_back(db: sqlite3.Connection, now: float) -> None:
             query = "SELECT id, deliveries FROM items WHERE name = ? AND lease = ?"
             rows: dict[int, int] = {}  # number of deliveries by row; each row once
@@ -190,8 +173,7 @@ class SQLiteSpool:
                 [(Stage.after(times - 1), number) for number, times in rows.items()],
             )
 
-        if deliveries:
-            await self._write(give_back)
+        await self._write(give_back)
 
     def _pass_on_lost(self, db: sqlite3.Connection, now: float) -> None:
         """Move requests whose leases have expired to their next stage, or to the dead letters."""
@@ -215,7 +197,6 @@ class SQLiteSpool:
     # --- reading
 
     async def find(self, names: Sequence[Name]) -> list[Found]:
-        """Return the state of each of *names*."""
         keys = [name.key for name in names]
 
         def find(db: sqlite3.Connection, now: float) -> list[Found]:
@@ -227,10 +208,9 @@ class SQLiteSpool:
             found = {key: Found(*rest) for key, *rest in rows}
             return [found.get(key, Found("unknown")) for key in keys]
 
-        return await self._read(find) if names else []
+        return await self._read(find)
 
     async def counts(self) -> Counts:
-        """Return the number of requests by state."""
         return await self._read(self._counts)
 
     def _counts(self, db: sqlite3.Connection, now: float) -> Counts:
@@ -273,7 +253,6 @@ class SQLiteSpool:
                 yield Kept(Name.of(key), Found(state, result, error), deliveries, payload)
 
     async def dead_letters(self) -> AsyncIterator[DeadLetter]:
-        """Yield the dead letters, oldest first; those whose last lease has expired by now are included."""
         await self._write(self._pass_on_lost)
         after = 0.0, 0
 
@@ -290,8 +269,6 @@ class SQLiteSpool:
                 yield DeadLetter(Item(Name.of(key), digest, payload), deliveries, error, died_at)
 
     async def requeue(self, names: Sequence[Name] | None = None) -> int:
-        """Queue the dead letters of *names*, or all, as if they had never been delivered; return their number."""
-
         def requeue(db: sqlite3.Connection, now: float) -> int:
             self._pass_on_lost(db, now)
             change = (
@@ -307,8 +284,6 @@ class SQLiteSpool:
     # --- batch jobs at the provider
 
     async def begin_job(self, job: Job, deliveries: Sequence[Delivery], *, lease: float) -> None:
-        """Record *job*, held for *lease* seconds, and tie *deliveries* to it, except those no longer held."""
-
         def begin(db: sqlite3.Connection, now: float) -> None:
             end = _end(db, now, "lease", lease)
             db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)", (job.token, job.content, job.batch_id, end))
@@ -321,13 +296,10 @@ class SQLiteSpool:
         await self._write(begin)
 
     async def update_job(self, job: Job) -> None:
-        """Record the present state of *job*, unless it has ended."""
         values = job.content, job.batch_id, job.token
         await self._write(lambda db, _: db.execute("UPDATE jobs SET content = ?, batch_id = ? WHERE token = ?", values))
 
     async def take_jobs(self, most: int, *, lease: float) -> list[Job]:
-        """Lease up to *most* jobs that no worker holds for *lease* seconds, the longest unattended first."""
-
         def take(db: sqlite3.Connection, now: float) -> list[Job]:
             _mend_leases(db, now)
             query = "SELECT token, content, batch_id FROM jobs WHERE until <= ? ORDER BY until LIMIT ?"
@@ -338,12 +310,9 @@ class SQLiteSpool:
         return await self._write(take)
 
     async def renew_jobs(self, tokens: Sequence[str], *, lease: float) -> None:
-        """Extend the leases of jobs to *lease* seconds from now."""
-        if tokens:
-            await self._write(lambda db, now: _renew_jobs(db, now, tokens, lease))
+        await self._write(lambda db, now: _renew_jobs(db, now, tokens, lease))
 
     async def job_items(self, token: str) -> list[Delivery]:
-        """Return the requests still tied to a job, in the order in which they were put."""
         query = (
             "SELECT lease, name, digest, payload, deliveries, queued_at FROM items JOIN payloads USING (id) "
             "WHERE state = 'in_job' AND job = ? ORDER BY id"
@@ -351,8 +320,6 @@ class SQLiteSpool:
         return await self._read(lambda db, _: [_delivery(*row) for row in db.execute(query, (token,))])
 
     async def end_job(self, token: str, *, error: str) -> None:
-        """Delete a job. Requests still tied to it are given back as counted, with *error*."""
-
         def end(db: sqlite3.Connection, now: float) -> None:
             query = "SELECT id, deliveries FROM items WHERE state = 'in_job' AND job = ?"
             self._fail(db, now, [(*row, as_kept(error)) for row in db.execute(query, (token,)).fetchall()])

@@ -66,7 +66,11 @@ class Asks(Protocol):
     """Has requests answered: see `Microbatcher.map`."""
 
     def map(
-        self, requests: AsyncIterator[Request], *, max_pending: int | None = None, ordered: bool = False
+        self,
+        requests: Iterable[Request] | AsyncIterator[Request],
+        *,
+        max_pending: int | None = None,
+        ordered: bool = False,
     ) -> AsyncIterator[Result[Any]]:
         """Yield a result for each of *requests*."""
         ...
@@ -224,9 +228,9 @@ class Worker:
             self._control = msgspec.structs.replace(payload.request(delivery.item.name), use_cache=False)
             answer = Answer.of(reply, time.time(), is_json=payload.is_typed)  # noqa: TID251 answers outlive processes
             # Not awaited here: the next results come meanwhile, and share the next commit.
-            store = self._storing.submit((delivery, answer.encode()))
+            store = self._storing.submit_detached((delivery, answer.encode()))
             self._stores.add(store)
-            store.add_done_callback(self._stored)
+            store.add_done_callback(self._stores.discard)
             return
         error = result.error or BatcherClosed("no reply")
         message, cause = f"{type(error).__name__}: {error}", cause_of(error)
@@ -255,20 +259,18 @@ class Worker:
         """Return whether the endpoint answers the control; None if there is none yet."""
         if self._control is None:
             return None
-        results = [result async for result in self._prober.map(_only(self._control))]
-        return all(result.error is None or cause_of(result.error) is Cause.REQUEST for result in results)
-
-    def _stored(self, store: asyncio.Future[None]) -> None:
-        self._stores.discard(store)
-        if not store.cancelled() and store.exception() is not None:
-            logger.warning("an answer could not be stored, and will be asked for again: %s", store.exception())
+        errors = [result.error async for result in self._prober.map([self._control])]
+        return all(error is None or cause_of(error) is Cause.REQUEST for error in errors)
 
     async def _store(self, results: list[tuple[Delivery, bytes]]) -> list[None]:
         try:
             await self._spool.finish(results)
+        except Exception as error:  # noqa: BLE001 the worker continues
+            logger.warning("%d answers could not be stored, and will be asked for again: %s", len(results), error)
+        else:
+            self._count(answered=len(results))
         finally:
             self._drop(delivery for delivery, _ in results)
-        self._count(answered=len(results))
         return [None] * len(results)
 
     async def _give_back(self, deliveries: list[Delivery], error: str, *, counted: bool) -> None:
@@ -292,11 +294,8 @@ class Worker:
             self._progress(self.done)
 
     async def _renew(self) -> None:
-        await self._spool.renew(list(self._held.values()), lease=self._lease)
-
-
-async def _only(request: Request) -> AsyncIterator[Request]:
-    yield request
+        if self._held:
+            await self._spool.renew(list(self._held.values()), lease=self._lease)
 
 
 async def run_with(work: Callable[[], Awaitable[None]], *services: Callable[[], Coroutine[Any, Any, None]]) -> None:

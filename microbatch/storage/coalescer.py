@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
@@ -23,10 +24,9 @@ class Coalescer(Generic[A, R]):
 
     Args:
         work: Processes several items; returns as many results, in the same order.
-        max_items: Most items in one trip, or None for no limit.
-        max_trips: Most trips under way at a time, or None for no limit. Items submitted meanwhile share the next trip: with 1, many
-            share one commit to a disk.
-        lasting: Whether trips continue when `serve` is cancelled, which then returns after them; otherwise they are cancelled.
+        max_items: Most items in one trip.
+        max_trips: Most trips under way at a time. Items submitted meanwhile share the next one: with 1, many share one commit.
+        lasting: Whether `serve`, when cancelled, waits for trips under way; otherwise they are cancelled.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Coalescer(Generic[A, R]):
         work: Callable[[list[A]], Awaitable[Sequence[R]]],
         *,
         max_items: int | None = None,
-        max_trips: int | None = None,
+        max_trips: int = sys.maxsize,
         lasting: bool = False,
     ) -> None:
         self._work = work
@@ -45,10 +45,7 @@ class Coalescer(Generic[A, R]):
         self._submitted: asyncio.Event | None = None
 
     def submit(self, item: A) -> asyncio.Future[R]:
-        """Return a future of the result for *item*.
-
-        It fails with the error of its trip, or with `StorageError` if `serve` is not running or ends before the trip.
-        """
+        """Return a future of the result for *item*; it fails as its trip does, or with `StorageError` if `serve` is not running."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         if self._submitted is None:
             future.set_exception(StorageError("the batcher is not open"))
@@ -66,13 +63,12 @@ class Coalescer(Generic[A, R]):
     async def serve(self) -> None:
         """Make trips until cancelled."""
         self._submitted = asyncio.Event()
-        free = None if self._max_trips is None else asyncio.Semaphore(self._max_trips)
+        free = asyncio.Semaphore(self._max_trips)
         try:
             async with anyio.create_task_group() as tasks:
                 while True:
                     await self._submitted.wait()
-                    if free is not None:
-                        await free.acquire()
+                    await free.acquire()
                     trip = self._waiting[: self._max_items]
                     del self._waiting[: len(trip)]
                     if not self._waiting:
@@ -82,7 +78,7 @@ class Coalescer(Generic[A, R]):
             self._submitted = None
             _fail(self._waiting, StorageError("the batcher has closed"))
 
-    async def _run(self, trip: list[tuple[A, asyncio.Future[R]]], free: asyncio.Semaphore | None) -> None:
+    async def _run(self, trip: list[tuple[A, asyncio.Future[R]]], free: asyncio.Semaphore) -> None:
         try:
             with anyio.CancelScope(shield=self._lasting):
                 results = await self._work([item for item, _ in trip])
@@ -96,8 +92,7 @@ class Coalescer(Generic[A, R]):
                 if not future.done():
                     future.set_result(result)
         finally:
-            if free is not None:
-                free.release()
+            free.release()
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:

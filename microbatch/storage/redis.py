@@ -17,20 +17,11 @@ _LONGEST: Final = 100 * 365 * 86_400.0  # seconds; the server refuses times that
 
 
 class RedisStore:
-    """Base of a store on a Redis server.
+    """Base of a store on a Redis server; `RedisCache` documents the arguments.
 
     The client's defaults retry ten times with five seconds each (58.9 s for a server that accepts and never answers), and raise when
     all connections of the pool are in use. Here nothing is retried, and callers wait for a connection without a limit of its own: each
     is returned within a few times *timeout*.
-
-    Args:
-        url: `redis://`, `rediss://` or `unix://`, with the database number and credentials where needed.
-        prefix: Prefix of all keys.
-        timeout: Seconds for each of: connecting, each write, and each read.
-        max_connections: Most connections open at a time.
-
-    Raises:
-        ConfigError: The package redis is missing, the address is malformed, or a limit is below its minimum.
     """
 
     def __init__(self, url: str, *, prefix: str, timeout: float, max_connections: int) -> None:
@@ -67,8 +58,7 @@ class RedisStore:
                 # one command as that to the next; it also sends HELLO twice more.
                 protocol=2,
             )
-        except (ValueError, TypeError, AttributeError) as error:
-            # Not quoted: addresses hold passwords.
+        except (ValueError, TypeError, AttributeError) as error:  # not quoted: addresses hold passwords
             raise ConfigError(
                 f"the address of Redis is malformed ({type(error).__name__}): write redis://host:6379/0"
             ) from None
@@ -89,17 +79,13 @@ class RedisStore:
 
 @contextlib.contextmanager
 def translated() -> Generator[None]:
-    """Turn the client's exceptions into `StorageError`.
-
-    Raises:
-        StorageError: The server cannot be reached, did not answer in time, refused, or does not speak the protocol.
-    """
+    """Turn the client's exceptions into `StorageError`."""
     try:
         yield
     except MicrobatchError:
         raise
     except Exception as error:
-        # The client's parser lets through what its code raises for a malformed answer: ValueError, TypeError, ...
+        # For a malformed answer the client's parser raises ValueError, TypeError and others.
         # What follows a quote is dropped: commands, with keys and texts of callers, and broken answers.
         message = _QUOTE.split(str(error), maxsplit=1)[0].strip(" :")
         error.args = (message,)

@@ -49,10 +49,8 @@ class Database:
     Args:
         path: The file; created if missing.
         schema: Statements that create the tables if they are missing.
-        kind: One word; files of another kind are refused.
-        version: Version of the schema; files with another one are refused.
-        durable: Whether a commit waits for the disk (`synchronous=FULL`). If not, the last commits before a power cut may be lost,
-            but never the file.
+        kind: One word; files of another kind or *version* are refused.
+        durable: Whether a commit waits for the disk. If not, the last commits before a power cut may be lost, but never the file.
         busy: Seconds that a transaction waits for those of other processes.
     """
 
@@ -73,11 +71,7 @@ class Database:
         self._reopening = asyncio.Lock()
 
     async def open(self) -> None:
-        """Open the file, and create what is missing.
-
-        Raises:
-            ConfigError: It cannot be opened, is not a database, or is of another kind or version.
-        """
+        """Open the file, and create what is missing; raise `ConfigError` if it cannot be used."""
         writer = _Connection("microbatch-sqlite")
         try:
             await asyncio.shield(writer.run(partial(self._connect, writer)))
@@ -134,23 +128,16 @@ class Database:
         return await self._in_current_file("IMMEDIATE", work)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Return the result of *work*, which may only read, and sees one state of the file.
-
-        It waits neither for writers nor for the disk that they wait for.
-
-        Raises:
-            StorageError: The file could not be read, or is not open.
-        """
+        """Return the result of *work*, which may only read, sees one state of the file, and waits for no writer; otherwise as `run`."""
         return await self._in_current_file("DEFERRED", work)
 
     async def _in_current_file(self, kind: _Kind, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run a transaction; if the path no longer names the open file, reopen it and run the transaction again."""
         deadline = time.monotonic() + self._busy
         identity = self._identity
-        try:
+        with contextlib.suppress(_MovedError):
             return await self._in_thread(kind, work, deadline)
-        except _MovedError:
-            await self._reopen(identity)
+        await self._reopen(identity)
         try:
             return await self._in_thread(kind, work, deadline)
         except _MovedError:
@@ -234,10 +221,7 @@ class Database:
         return found.st_dev, found.st_ino
 
     def _trim_log(self, db: sqlite3.Connection) -> None:
-        """Truncate the log if it is large.
-
-        All processes that find it large do this and write nothing meanwhile, so that one of them succeeds soon.
-        """
+        """Truncate the log if it is large; all processes that find it so write nothing meanwhile, so that one succeeds soon."""
         with contextlib.suppress(OSError, sqlite3.Error):  # the transaction stands in any case
             size = self._log_size()
             if size < self._trim_at:
@@ -302,10 +286,8 @@ def json_array(values: Iterable[object]) -> str:
 
 
 def _create(path: str) -> None:
-    """Create the file if there is none, readable by its owner only.
-
-    An existing file is not opened here: closing it would drop the locks that SQLite holds on it for this process.
-    """
+    """Create the file if there is none, readable by its owner only."""
+    # An existing file is not opened: closing it would drop the locks that SQLite holds on it for this process.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _OWNER_ONLY))
 
@@ -316,10 +298,8 @@ def _is_busy(error: sqlite3.Error) -> bool:
 
 
 def _use_log(db: sqlite3.Connection) -> None:
-    """Make the journal a write-ahead log.
-
-    This needs an exclusive lock, for which SQLite does not wait whatever the timeout, as two processes might wait for each other.
-    """
+    """Make the journal a write-ahead log."""
+    # This needs an exclusive lock, for which SQLite does not wait whatever the timeout, as two processes might wait for each other.
     deadline = time.monotonic() + _OPENING
     while True:
         try:

@@ -33,7 +33,6 @@ class RequestError(msgspec.Struct, frozen=True):
     """An error in the input of a batch; `line` counts from 1 and is None if the error concerns the whole input."""
 
     code: str | None = None
-    message: str | None = None
     param: str | None = None
     line: int | None = None
 
@@ -85,7 +84,7 @@ class OpenAIBatchApi:
     Args:
         forward: Makes one request; see `OpenAIChat.forward`.
         refusal: Returns the error for a response's status, headers and body.
-        retry: Number of attempts and delays. There is no retry budget, as there are few requests.
+        retry: Number of attempts and delays; its budget has no effect, as there are few requests.
         draw: Returns random numbers from 0 to 1, for the jitter.
     """
 

@@ -1,7 +1,7 @@
 """Composes the input file of a provider batch from spooled requests.
 
 Requests share a prompt exactly where live ones would. Nothing is learned here from earlier calls, so upper bounds keep prompts within
-their limits: a text's bytes are those of its tokens.
+their limits: a text is counted as if each byte were a token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Line(msgspec.Struct, frozen=True, array_like=True):
     """A line of a batch's file.
 
     Attributes:
-        custom_id: Its name, unique among all batches.
         names: Its requests, in order.
         ids: Their ids in the prompt, that of the canary last; empty for a single call.
         sizes: The bytes of each request's text there, by which the cost is divided.
@@ -96,7 +95,6 @@ class Asked(msgspec.Struct):
     Attributes:
         key: Equal keys may share a prompt; None if the request is sent alone.
         line: Its text as a line of a prompt; b"" if it cannot be combined.
-        tokens: An upper bound of the tokens of that line without its id.
     """
 
     delivery: Delivery
@@ -104,7 +102,6 @@ class Asked(msgspec.Struct):
     options: Options
     key: Hashable = None
     line: bytes = b""
-    tokens: int = 0
 
     @property
     def stage(self) -> Stage:
@@ -147,12 +144,7 @@ def _byte_count(text: str) -> int:
 
 
 def read(delivery: Delivery) -> Asked:
-    """Read a spooled request.
-
-    Raises:
-        StorageError: It is damaged.
-        ConfigError: It cannot be sent.
-    """
+    """Read a spooled request; raise `StorageError` if it is damaged, and `ConfigError` if it cannot be sent."""
     payload = Payload.decode(delivery.item.payload)
     options = payload.options(delivery.item.name.tenant)
     check_messages(payload.messages)
@@ -161,19 +153,11 @@ def read(delivery: Delivery) -> Asked:
         return Asked(delivery, payload.messages, options)
     key, text = shared
     line = item_line(text)
-    if len(line) > MAX_COUNTED_CHARS:
-        return Asked(delivery, payload.messages, options, line=line)
-    return Asked(delivery, payload.messages, options, key, line, LINE_OVERHEAD_BYTES + len(line))
+    return Asked(delivery, payload.messages, options, key if len(line) <= MAX_COUNTED_CHARS else None, line)
 
 
 class Composer:
-    """Composes jobs.
-
-    Args:
-        wire: Writes the bodies of lines.
-        policy: How much one prompt may hold.
-        canary: Whether each combined prompt ends in a canary.
-    """
+    """Composes jobs; *policy* says how much one prompt may hold, *canary* whether each combined prompt ends in a canary."""
 
     def __init__(self, wire: BatchWire, policy: FlushPolicy, *, canary: bool = False) -> None:
         self._wire = wire
@@ -182,9 +166,7 @@ class Composer:
         self._limits = BatchLimits(policy, Estimates(_byte_count, self._bounds, canary=canary))
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
-        """Return the jobs for *deliveries*, and the requests that cannot be sent, with the reasons.
-
-        All requests of a file ask the same model, so there is at least one job per model.
+        """Return the jobs for *deliveries*, at least one per model, and the requests that cannot be sent, with the reasons.
 
         Raises:
             ConfigError: A request names no model, and the transport has none.
@@ -237,7 +219,7 @@ class Composer:
         batch: list[Asked] = []
         total = 0
         for each in lane:
-            needed = each.tokens + ID_TOKENS
+            needed = len(each.line) + LINE_OVERHEAD_BYTES + ID_TOKENS
             if batch and (len(batch) >= size or total + needed > budget.tokens):
                 yield batch
                 batch, total = [], 0

@@ -44,16 +44,10 @@ _NOT_FOUND: Final = 404
 
 
 class Held(msgspec.Struct):
-    """A job that this worker holds.
-
-    Attributes:
-        job: As recorded in the spool.
-        attempted: Whether there may be a batch though none is recorded.
-    """
+    """A job that this worker holds, as recorded in the spool, with its uploaded file if that is known."""
 
     job: Job
     content: Content
-    attempted: bool
     file_id: str | None = None
 
     def __repr__(self) -> str:
@@ -61,13 +55,7 @@ class Held(msgspec.Struct):
 
 
 class Jobs:
-    """Creates, polls and ends jobs.
-
-    Args:
-        spool: Records the jobs.
-        api: The provider.
-        reader: Reads the files of finished batches.
-        count: Takes numbers of requests: `answered`, `failed`, `returned`.
+    """Creates, polls and ends jobs; *count* takes numbers of requests: `answered`, `failed`, `returned`.
 
     Attributes:
         held: The jobs held here, by token.
@@ -87,7 +75,7 @@ class Jobs:
         content = await draft.content(_now())
         job = Job(draft.token, content.encode())
         await self._spool.begin_job(job, draft.deliveries, lease=lease)
-        held = self.held[job.token] = Held(job, content, attempted=False)
+        held = self.held[job.token] = Held(job, content)
         return held
 
     async def adopt(self, most: int, *, lease: float) -> None:
@@ -101,15 +89,15 @@ class Jobs:
                 logger.exception("the batch job %s is given up", job.token)
                 await self._spool.end_job(job.token, error=str(error))
             else:
-                self.held[job.token] = Held(job, content, attempted=True)
+                self.held[job.token] = Held(job, content)
 
-    async def launch(self, held: Held) -> None:
-        """Create the batch of a job, or find it if it was created.
+    async def launch(self, held: Held, *, new: bool) -> None:
+        """Create the batch of a job; unless the job is *new*, look first whether it was created.
 
         Raises:
             RequestFailed: The provider refused, and the job is given up; or it may have a batch, which `look_after` will look for.
         """
-        batch = await self._find(held) if held.attempted else None
+        batch = None if new else await self._find(held)
         if batch is None:
             try:
                 batch = await self._create(held)
@@ -124,7 +112,6 @@ class Jobs:
     async def _create(self, held: Held) -> RemoteBatch:
         if held.file_id is None:
             held.file_id = await self._api.upload(f"microbatch-{held.job.token}.jsonl", await held.content.file())
-        held.attempted = True
         return await self._api.create(held.file_id, {TOKEN: held.job.token})
 
     async def _find(self, held: Held) -> RemoteBatch | None:
@@ -147,13 +134,11 @@ class Jobs:
     async def look_after(self, held: Held) -> Results | None:
         """Take the next step of a job; return its results, or None if it has not ended.
 
-        Raises:
-            RequestFailed: The request to the provider failed.
-            StorageError: The spool failed; results that could not be stored are read again the next time.
+        After an error, `RequestFailed` or `StorageError`, it may be called again.
         """
         batch_id = held.job.batch_id
         if batch_id is None:
-            await self.launch(held)
+            await self.launch(held, new=False)
             return None
         try:
             batch = await self._api.get(batch_id)

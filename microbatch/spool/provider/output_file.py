@@ -102,7 +102,6 @@ class _Response(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     code: str | None = None
-    message: str | None = None
 
 
 class _Row(msgspec.Struct):
@@ -111,17 +110,8 @@ class _Row(msgspec.Struct):
     error: _Error | None = None
 
 
-class _Sent(msgspec.Struct):
-    body: dict[str, Any]
-
-
 class OutputReader:
-    """Reads the files of finished batches.
-
-    Args:
-        wire: Reads a reply's text and how it ended.
-        price: Returns what prices a model's usage, at the usual price.
-    """
+    """Reads the files of finished batches; *price* returns what prices a model's usage, at the usual price."""
 
     def __init__(self, wire: BatchWire, price: Pricing) -> None:
         self._wire = wire
@@ -131,10 +121,10 @@ class OutputReader:
     async def read(
         self, batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], files: Iterable[bytes]
     ) -> Results:
-        """Return the results of a batch.
+        """Return the results of a batch whose status is final.
 
         Args:
-            batch: The batch, whose status is final.
+            batch: The batch.
             content: The recorded content of its job.
             tied: The requests that still wait for it, by the keys of their names.
             files: Its output file and its error file.
@@ -264,7 +254,8 @@ async def _rows(files: Iterable[bytes]) -> dict[str, _Row]:
 
 
 def _body_at(rows: Sequence[bytes], number: int) -> Mapping[str, Any]:
-    return msgspec.json.decode(rows[number], type=_Sent).body
+    body: dict[str, Any] = msgspec.json.decode(rows[number])["body"]
+    return body
 
 
 def _absence(batch: RemoteBatch, content: Content) -> Callable[[Line, _Row | None], Why]:

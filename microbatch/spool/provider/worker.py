@@ -81,17 +81,13 @@ class ProviderBatches:
         wire: Writes and reads the bodies of lines.
         policy: The size limits of one prompt; its other fields have no effect.
         price: Returns the price function of a model, at the usual price, of which batches cost half.
-        canary: Whether each combined prompt ends in an item that asks for a random word; a reply with another answer to it is
-            discarded as a whole.
+        canary: Whether each combined prompt ends in a canary.
         lease: Seconds for which requests and jobs are taken; renewed while `run` runs.
         poll_interval: Seconds between two looks at the batches under way, and into an empty spool.
         max_requests: Most requests of a job.
         max_jobs: Most jobs under way here.
-        until_empty: End when the spool holds no unanswered requests, those of other workers included; otherwise run until stopped.
-        progress: Called with the figures whenever they change.
-
-    Attributes:
-        done: The figures.
+        until_empty: End when the spool holds no unanswered requests, those of other workers included.
+        progress: Called with the figures `done` whenever they change.
 
     Raises:
         ConfigError: A number is out of range.
@@ -164,13 +160,16 @@ class ProviderBatches:
                 await wait(self._stopping, self._poll_interval)
 
     async def _renew(self) -> None:
-        await self._spool.renew(list(self._taken.values()), lease=self._lease)
-        await self._spool.renew_jobs(list(self._jobs.held), lease=self._lease)
+        if self._taken:
+            await self._spool.renew(list(self._taken.values()), lease=self._lease)
+        if self._jobs.held:
+            await self._spool.renew_jobs(list(self._jobs.held), lease=self._lease)
 
     async def _let_go(self) -> None:
         try:
             await self._give_back(list(self._taken.values()), "the worker has stopped", counted=False)
-            await self._spool.renew_jobs(list(self._jobs.held), lease=0.0)
+            if self._jobs.held:
+                await self._spool.renew_jobs(list(self._jobs.held), lease=0.0)
         except StorageError as error:
             logger.warning("what was under way could not be given back, and is free when its leases expire: %s", error)
         self._jobs.held.clear()
@@ -203,7 +202,7 @@ class ProviderBatches:
                 await self._give_back(list(self._taken.values()), "the worker failed", counted=False)
             raise
         for held in begun:
-            await self._guarded(held, self._jobs.launch(held))
+            await self._guarded(held, self._jobs.launch(held, new=True))
         return bool(begun or rejected)
 
     async def _take(self) -> None:
@@ -223,8 +222,7 @@ class ProviderBatches:
     async def poll(self) -> bool:
         """Take the next step of all jobs, those left by dead workers included; return whether any of them has ended.
 
-        Raises:
-            StorageError: The spool failed; results that could not be stored are read again by the next poll.
+        After a `StorageError`, results that could not be stored are read again by the next poll.
         """
         await self._jobs.adopt(self._max_jobs, lease=self._lease)
         ended = False
