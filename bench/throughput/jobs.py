@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import microbatch as mb
 from bench.apart import measured
-from bench.metered import MeteredModel
 from bench.questions import Label
+from bench.quota import MeteredModel
 from bench.report import Table, met
 from bench.throughput import scene
 from bench.throughput.scene import Way, labels_of, messages, questions, together
