@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     common.add_argument("--quick", action="store_true", help="the short form: fewer rounds, rougher figures")
     common.add_argument("--seed", type=int, default=SEED, help="of all random numbers (default %(default)s)")
     common.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and figures (default bench/results)")
-    modules = {name: load(name) for name in NAMES}
+    # To run one of them, what the others need is not imported.
+    asked = (sys.argv[1:] if arguments is None else arguments)[:1]
+    modules = {name: load(name) for name in (asked if asked and asked[0] in NAMES else NAMES)}
     for name, module in modules.items():
         command = commands.add_parser(name, parents=[common], help=module.QUESTION, description=module.__doc__)
         for key, option in module.OPTIONS.items():

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import microbatch as mb
 from bench.benchmark import Option
-from bench.metered import MeteredModel
 from bench.report import Run, Table
-from microbatch.testing import Latency, Quota, SimulatedTransport, VirtualClockLoop
+from microbatch.testing import Latency, Quota, SimulatedModel, SimulatedTransport, VirtualClockLoop
 
 if TYPE_CHECKING:
     import argparse
@@ -37,6 +36,17 @@ LONG = "You sort the products of an online shop. Read the name and the descripti
 SHORT = "Sort."
 WORDS = LONG.split()
 LEARNING = "429s alone"
+
+
+class MeteredModel(SimulatedModel):
+    """A model that counts in `charged` the tokens of all requests that its quota let in: prompt and max_tokens, or else the reply."""
+
+    charged = 0
+
+    def charge(self, body: Any, key: str, tokens: int = 0) -> Any:
+        limits = super().charge(body, key, tokens)
+        self.charged += tokens  # a refused request has raised by now
+        return limits
 
 
 class Load(NamedTuple):

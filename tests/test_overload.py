@@ -11,7 +11,7 @@ from bench.apart import ROOT, command
 pytestmark = pytest.mark.slow
 
 
-COUNT, QUEUED = 100_000, 10_000
+COUNT, QUEUED = 20_000, 5_000
 
 
 def measured(function, **settings):
@@ -25,7 +25,7 @@ def measured(function, **settings):
 
 @pytest.fixture(scope="module")
 def held():
-    """Return the bytes that queued requests and waiting submits hold, of 100,000 submits against a stalled server."""
+    """Return the bytes that queued requests and waiting submits hold, of submits against a stalled server."""
     return measured(overload.waiting, count=COUNT, queued=QUEUED)
 
 

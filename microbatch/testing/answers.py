@@ -10,6 +10,16 @@ import re
 from hashlib import blake2b
 from typing import Any, TypeAlias, cast
 
+_JSON_TYPES = {
+    type(None): "null",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "string",
+    list: "array",
+    tuple: "array",
+}
+
 Schema: TypeAlias = "dict[str, Any]"
 
 # Recursive schemas end here: optional parts are left out and lists stay empty.
@@ -42,16 +52,14 @@ def simulated_answer(text: str, schema: Schema | None) -> Any:
 def resolve(schema: Schema, root: Schema) -> Schema:
     """Return *schema* with its outermost `$ref` (into *root*) followed and its `allOf` merged."""
     for _ in range(MAX_DEPTH):
+        rest = dict(schema)
         if "$ref" in schema:
-            schema = {
-                **_target(schema["$ref"], root),
-                **{name: rest for name, rest in schema.items() if name != "$ref"},
-            }
+            schema = {**_target(rest.pop("$ref"), root), **rest}
         elif "allOf" in schema:
             merged: Schema = {}
-            for part in schema["allOf"]:
+            for part in rest.pop("allOf"):
                 merged |= resolve(part, root)
-            schema = {**merged, **{name: rest for name, rest in schema.items() if name != "allOf"}}
+            schema = merged | rest
         else:
             break
     return schema
@@ -94,12 +102,7 @@ def json_types(schema: Schema, root: Schema) -> set[str]:
 
 def json_type(value: Any) -> str:
     """Return the name of the JSON type of *value*."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    kinds = {int: "number", float: "number", str: "string", list: "array", tuple: "array"}
-    return kinds.get(type(value), "object")
+    return _JSON_TYPES.get(type(value), "object")
 
 
 class _Writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +46,11 @@ def content_text(content: Any) -> str:
 
 
 def prompt_tokens(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Count the tokens of a chat prompt.
-
-    Each message costs 3 tokens, its role and its content (a name costs its tokens and 1 more); 3 tokens prime the reply.
-    """
+    """Count the tokens of a chat prompt: those of roles, contents and names, and those that frame them."""
     total = PRIMING_TOKENS
     for message in messages:
-        total += (
-            PER_MESSAGE_TOKENS
-            + text_tokens(str(message.get("role", "")))
-            + text_tokens(content_text(message.get("content")))
-        )
+        said = text_tokens(str(message.get("role", ""))) + text_tokens(content_text(message.get("content")))
+        total += PER_MESSAGE_TOKENS + said
         if message.get("name"):
             total += PER_NAME_TOKENS + text_tokens(str(message["name"]))
     return total
@@ -80,7 +75,7 @@ class Pieces(msgspec.Struct):
 
     Attributes:
         texts: The pieces in order. Each is one token, or the few tokens that only together make whole characters.
-        ends: How many tokens the text up to and with each piece has; the last is the text's count.
+        ends: How many tokens the text up to and with each piece has.
     """
 
     texts: list[str]
@@ -102,10 +97,7 @@ class Pieces(msgspec.Struct):
 
     def within(self, max_tokens: int) -> Pieces:
         """Return the pieces that fit in *max_tokens*; a character whose last token does not fit is left out."""
-        kept = len(self.ends)
-        while kept and self.ends[kept - 1] > max_tokens:
-            kept -= 1
-        return self.head(kept)
+        return self.head(bisect_right(self.ends, max_tokens))
 
 
 def split(text: str) -> Pieces:

@@ -77,8 +77,8 @@ class SimulatedEndpoint(BatchModel):
     api_keys: Collection[str] | None = None
     models: Sequence[str] = ("simulated",)
 
-    def __post_init__(self, cached_prefixes: bool) -> None:
-        super().__post_init__(cached_prefixes)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.files = Files()
         self.batches = Batches(self, self.files)
         self._runner: web.AppRunner | None = None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, one_of, whole
 from microbatch.testing.answers import json_types, resolve
+from microbatch.testing.reading import EndpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -107,12 +108,7 @@ class Faults:
         return self.on == "all" or (self.on == "combined") == combined
 
     def draw(self, number: int, spoiled: int) -> Fault | None:
-        """Decide about one reply.
-
-        Args:
-            number: How many replies of the kind concerned there were before.
-            spoiled: How many of them went wrong.
-        """
+        """Decide about one reply, before which there were *number* of the kind concerned, *spoiled* ones among them."""
         if self.limit is not None and spoiled >= self.limit:
             return None
         draw = random.Random(f"{self.seed}:{number}")  # noqa: S311 - repeatable, not secret
@@ -128,12 +124,12 @@ class Fault:
     """One fault of one reply.
 
     Attributes:
-        kind: What goes wrong.
+        kind: What goes wrong; None for nothing.
         random: Where; each use draws on.
     """
 
-    def __init__(self, kind: Kind, draw: random.Random) -> None:
-        self.kind: Kind = kind
+    def __init__(self, kind: Kind | None, draw: random.Random) -> None:
+        self.kind = kind
         self.random = draw
 
     def for_single(self, *, typed: bool) -> Fault:
@@ -142,16 +138,32 @@ class Fault:
             return Fault("whitespace", self.random)
         return self
 
+    def error(self, retry_after: float | None) -> EndpointError | None:
+        """Return the error response that this fault is, or None if it is none."""
+        match self.kind:
+            case "http_400":
+                message = "Invalid prompt: the request could not be processed."
+                return EndpointError(400, message, param="messages", code="invalid_value")
+            case "http_429":
+                message = "Rate limit reached for requests. Please slow down."
+                return EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
+            case "http_500":
+                message = "The server had an error while processing your request. Sorry!"
+                return EndpointError(500, message, kind="server_error")
+            case "filtered" if self.random.random() < 0.5:  # noqa: PLR2004 - a coin
+                return EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
+            case _:
+                return None
+
     def elements(
         self, elements: list[Element], schema: dict[str, Any] | None, words: Collection[str] = ()
     ) -> list[Element]:
-        """Return the elements of a combined reply with this fault.
+        """Return *elements*, those of a combined reply, with this fault.
 
-        Args:
-            elements: All of them.
-            schema: JSON Schema of their answers; None for strings.
-            words: Ids of those whose answers are strings all the same.
+        *schema* is that of their answers, None for strings; *words* are the ids of those whose answers are strings all the same.
         """
+        if self.kind is None:
+            return elements
         # These need an element after the one they begin at, or they would only be the last one missing.
         places = len(elements) - (self.kind in _NEIGHBOURLY and len(elements) > 1)
         at = self.random.randrange(places)
@@ -262,5 +274,6 @@ class Fault:
         return self.random.randint(min(1, length - 1), length - 1) if length else 0
 
 
+NO_FAULT: Final = Fault(None, random.Random(0))  # noqa: S311 - never drawn from
 WHITESPACE = "  \n "
 REFUSAL = "I'm sorry, but I can't help with that."

@@ -7,14 +7,15 @@ I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within the
 from __future__ import annotations
 
 import asyncio
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from microbatch.messages import Usage
 from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, prompt_tokens, split, text_tokens
-from microbatch.testing.faults import REFUSAL, WHITESPACE, Element, Fault, Faults
+from microbatch.testing.faults import NO_FAULT, REFUSAL, WHITESPACE, Element, Fault, Faults
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
@@ -29,7 +30,7 @@ from microbatch.testing.reading import (
     response_format,
     understand,
 )
-from microbatch.testing.reply import Ending, Prefixes, SimulatedReply, error_of, results
+from microbatch.testing.reply import Ending, Prefixes, SimulatedReply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,19 +56,17 @@ class SimulatedModel:
     """A model behind an OpenAI-compatible endpoint.
 
     Args:
-        answer: Takes the text of an item's last user message and the JSON Schema of one answer (None: free text) and returns
-            the answer. A schema `{"answer": S}`, which clients wrap around what is no object, is unwrapped before and the
-            answer wrapped after, so that it is asked the same for a single call as within a batch. It is not asked about a
-            text that is exactly "Reply with exactly: WORD", a word of letters and digits: the answer to that is the word, a
-            string whatever the schema.
+        answer: Takes the text of an item's last user message and the JSON Schema of one answer (None: free text) and returns the
+            answer. A schema `{"answer": S}`, which clients wrap around what is no object, is unwrapped before and the answer
+            wrapped after. It is not asked about a text that is exactly "Reply with exactly: WORD", a word of letters and
+            digits: the answer to that is the word, a string whatever the schema.
         latency: Its speed; no delay by default.
         faults: The selection of replies that go wrong; None for none.
         quota: Limits for each key and model, beyond which requests are refused with 429; None sets no limit. A quota needs a
             running event loop, whose clock it follows.
-        obey: A model that lets one item give orders to all: where an item of a combined prompt says "answer X for all requests"
-            (in any case, X in quotes or not), all answers of that reply become X, as far as their kind allows: strings,
-            labels that are not asked for included, and the strings inside objects and lists. The first such item wins. In a
-            single call it is that call's answer alone.
+        obey: Follow the first item of a prompt that says "answer X for all requests" (in any case, X in quotes or not): all answers
+            become X, as far as their kind allows: strings, labels that are not asked for included, and the strings inside objects
+            and lists.
         context_tokens: Most tokens of prompt and reply together; more is refused with "context_length_exceeded".
         max_output_tokens: Most tokens of a reply, thoughts included; a limit above that is refused as OpenAI does.
         reasoning_tokens: Hidden tokens generated before the reply. They count as completion tokens and take time.
@@ -120,10 +119,10 @@ class SimulatedModel:
     stream_options: StreamOptions = "ok"
     strict_schemas: bool = True
     count_schema: bool = True
-    cached_prefixes: InitVar[bool] = False
+    cached_prefixes: bool = False
     record: bool = False
 
-    def __post_init__(self, cached_prefixes: bool) -> None:
+    def __post_init__(self) -> None:
         one_of(Fails, json_schema=self.json_schema)
         one_of(Accepts, json_object=self.json_object)
         one_of(MaxTokensName, max_tokens_name=self.max_tokens_name)
@@ -138,7 +137,7 @@ class SimulatedModel:
         self.replies: list[str] = []
         self._concerned = 0
         self._meters: dict[tuple[str, str], Meter] = {}
-        self._prefixes = Prefixes() if cached_prefixes else None
+        self._prefixes = Prefixes()
 
     def admit(self, body: dict[str, Any]) -> int:
         """Count a request, record it if `record` is set, and return its number, from 1."""
@@ -148,11 +147,7 @@ class SimulatedModel:
         return self.calls
 
     def read(self, body: dict[str, Any]) -> Prompt:
-        """Check and understand a request; changes nothing, so a thread may do it.
-
-        Raises:
-            EndpointError: The request is malformed, asks for what this endpoint does not support, or is too long.
-        """
+        """Check and understand a request, or raise EndpointError; changes nothing, so a thread may do it."""
         check_messages(body)
         self._check_parameters(body)
         form = response_format(body)
@@ -208,8 +203,6 @@ class SimulatedModel:
     def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
         """Charge a request to the quota of its *key* and model, and return what is left; None without a quota.
 
-        Only for requests that `reply` does not get to see: those refused for their parameters count as requests too.
-
         Raises:
             EndpointError: The quota refuses it.
         """
@@ -238,16 +231,12 @@ class SimulatedModel:
         try:
             prompt = self.read(body) if size <= MAX_INLINE_BYTES else await asyncio.to_thread(self.read, body)
         except EndpointError as error:
-            error.limits = self.charge(body, key)
+            error.limits = self.charge(body, key)  # what is refused counts as a request
             raise
         return self.reply(prompt, key)
 
     def reply(self, prompt: Prompt, key: str = "") -> SimulatedReply:
-        """Charge what was read to the quota, answer it, and count it.
-
-        Args:
-            prompt: What `read` returned.
-            key: Whose quota is charged.
+        """Charge *prompt*, which `read` returned, to the quota of *key*, answer it, and count it.
 
         Raises:
             EndpointError: The quota refuses it, or the reply is spoiled by a fault that is an error response.
@@ -268,8 +257,10 @@ class SimulatedModel:
     def _reply(self, prompt: Prompt, key: str) -> SimulatedReply:
         faults = self.faults if self.faults is not None and self.faults.concern(combined=prompt.combined) else None
         drawn = None if faults is None else faults.draw(self._concerned, self.faulted)
-        fault = drawn if drawn is None or prompt.combined else drawn.for_single(typed=prompt.typed)
-        error = None if fault is None or faults is None else error_of(fault, faults.retry_after)
+        fault = drawn or NO_FAULT
+        if not prompt.combined:
+            fault = fault.for_single(typed=prompt.typed)
+        error = fault.error(None if faults is None else faults.retry_after)
         reply = None
         completion = prompt.max_tokens or 0
         if error is None and prompt.max_tokens is None and self.quota is not None:
@@ -287,58 +278,57 @@ class SimulatedModel:
             raise error
         reply = reply or self._written(prompt, fault)
         reply.limits = limits
-        if self._prefixes is not None:
+        if self.cached_prefixes:
             reply.usage += Usage(cached_tokens=self._prefixes.seen(prompt.body["messages"]))
         return reply
 
-    def _written(self, prompt: Prompt, fault: Fault | None) -> SimulatedReply:
+    def _written(self, prompt: Prompt, fault: Fault) -> SimulatedReply:
         text, ends = self._text(prompt, fault)
         return self._finish(prompt, split(text), ends, fault)
 
-    def _text(self, prompt: Prompt, fault: Fault | None) -> tuple[str, list[int]]:
+    def _text(self, prompt: Prompt, fault: Fault) -> tuple[str, list[int]]:
         """Return the reply's text and where each element ends in it."""
-        if fault is not None and fault.kind in ("whitespace", "refusal"):
+        if fault.kind in ("whitespace", "refusal"):
             return (WHITESPACE if fault.kind == "whitespace" else REFUSAL), []
+        order = answer_for_all(text for _, text in prompt.items) if self.obey else None
+        values = [self._value(text, prompt, order) for _, text in prompt.items]
         if prompt.combined:
-            text, ends = results(self._elements(prompt, fault), fault, self.indent)
+            text, ends = self._results(self._elements(prompt, values, fault), fault)
         else:
-            text = self._single(prompt, fault)
+            text = self._single(prompt, values[0], fault)
             ends = [len(text)]
-        if fault is not None and fault.kind == "fenced":
+        if fault.kind == "fenced":
             before, after = fault.fenced()
             return before + text + after, [end + len(before) for end in ends]
         return text, ends
 
-    def _elements(self, prompt: Prompt, fault: Fault | None) -> list[Element]:
-        order = self._order(prompt)
-        elements = [(name, self._value(text, prompt, order)) for name, text in prompt.items]
-        if fault is None:
-            return elements
+    def _elements(self, prompt: Prompt, values: list[Any], fault: Fault) -> list[Element]:
+        elements = [(name, value) for (name, _), value in zip(prompt.items, values, strict=True)]
         if fault.kind == "rambling":
             return fault.rambling(elements, self._reply_limit(prompt) or RAMBLING_TOKENS)
         words = {name for name, text in prompt.items if exact_word(text)}
         return fault.elements(elements, None if prompt.as_text else prompt.schema, words)
 
-    def _reply_limit(self, prompt: Prompt) -> int | None:
-        """Return the most tokens that the reply to *prompt* may have, or None for any number."""
-        window = None if self.context_tokens is None else self.context_tokens - prompt.tokens
-        limits = (prompt.max_tokens, window, self.max_output_tokens)
-        return min((limit for limit in limits if limit is not None), default=None)
+    def _results(self, elements: list[Element], fault: Fault) -> tuple[str, list[int]]:
+        """Return a combined reply, and where each element ends in it."""
+        texts = [compact({"id": name, "answer": answer}, self.indent) for name, answer in elements]
+        if fault.kind == "broken_json":
+            at = fault.random.randrange(len(texts))
+            texts[at] = fault.broken(texts[at])
+        head = '{"results":['
+        ends = [length + len(head) + place for place, length in enumerate(accumulate(map(len, texts)))]
+        return head + ",".join(texts) + "]}", ends
 
-    def _order(self, prompt: Prompt) -> str | None:
-        return answer_for_all(text for _, text in prompt.items) if self.obey else None
-
-    def _single(self, prompt: Prompt, fault: Fault | None) -> str:
-        value = self._value(prompt.items[0][1], prompt, self._order(prompt))
+    def _single(self, prompt: Prompt, value: Any, fault: Fault) -> str:
         if prompt.schema is None or prompt.as_text:
             return compact({"answer": value}) if prompt.bare else str(value)
-        if fault is not None and fault.kind == "wrong_type":
+        if fault.kind == "wrong_type":
             inner = unwrap(prompt.schema)
             value = (
                 fault.wrong(value, prompt.schema) if inner is None else {"answer": fault.wrong(value["answer"], inner)}
             )
         text = compact(value, self.indent)
-        return fault.broken(text) if fault is not None and fault.kind == "broken_json" else text
+        return fault.broken(text) if fault.kind == "broken_json" else text
 
     def _value(self, text: str, prompt: Prompt, order: str | None) -> Any:
         """Return the answer to one item; the same wherever it is asked, unless there is an *order* for all."""
@@ -356,20 +346,25 @@ class SimulatedModel:
             value = {"answer": value}
         return compact(value) if prompt.as_text else value
 
-    def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault | None) -> SimulatedReply:
+    def _reply_limit(self, prompt: Prompt) -> int | None:
+        """Return the most tokens that the reply to *prompt* may have, or None for any number."""
+        window = None if self.context_tokens is None else self.context_tokens - prompt.tokens
+        limits = (prompt.max_tokens, window, self.max_output_tokens)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _finish(self, prompt: Prompt, pieces: Pieces, ends: list[int], fault: Fault) -> SimulatedReply:
         """Cut the reply where limits and faults want it, and say how it ends."""
         finish_reason: str | None = "stop"
-        kind = None if fault is None else fault.kind
+        ending: Ending = "done"
         hidden = self.reasoning_tokens
         most = self._reply_limit(prompt)
-        if most is None and kind == "rambling":
+        if most is None and fault.kind == "rambling":
             most = RAMBLING_TOKENS
         if most is not None and hidden + pieces.tokens > most:
             pieces, hidden, finish_reason = pieces.within(max(0, most - hidden)), min(hidden, most), "length"
-        if fault is not None and kind in ("truncated", "filtered", "cut", "reset", "stall"):
+        if fault.kind in ("truncated", "filtered", "cut", "reset", "stall"):
             pieces = pieces.head(fault.cut(len(pieces.texts)))
-        ending: Ending = "done"
-        match kind:
+        match fault.kind:
             case "truncated":
                 finish_reason = "length"
             case "filtered":
@@ -385,5 +380,5 @@ class SimulatedModel:
             usage=Usage(prompt.tokens, hidden + pieces.tokens, reasoning_tokens=hidden),
             thinking=self.latency.thinking(hidden),
             ending=ending,
-            refusal=kind == "refusal",
+            refusal=fault.kind == "refusal",
         )

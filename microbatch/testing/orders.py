@@ -40,16 +40,13 @@ def obeying(order: str, answer: Any) -> Any:
     A string becomes the order, whether or not it is a label asked for; so do the strings inside an object or a list. Anything
     else becomes what the order says in JSON if that is of the same type, and stays as it is if not.
     """
-    return _obeying(order, msgspec.to_builtins(answer))
-
-
-def _obeying(order: str, answer: Any) -> Any:
+    answer = msgspec.to_builtins(answer)
     if isinstance(answer, str):
         return order
     if isinstance(answer, dict):
-        return {name: _obeying(order, value) for name, value in answer.items()}
+        return {name: obeying(order, value) for name, value in answer.items()}
     if isinstance(answer, list):
-        return [_obeying(order, value) for value in answer]
+        return [obeying(order, value) for value in answer]
     try:
         value = json.loads(order)
     except ValueError:

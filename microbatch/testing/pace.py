@@ -45,10 +45,8 @@ class Latency:
     def times(self, pieces: Pieces, element_ends: Sequence[int], hidden: int = 0) -> list[float]:
         """Return the instant each piece is due, in seconds after the request's arrival.
 
-        Args:
-            pieces: The reply.
-            element_ends: Where in the text each element ends. What follows the last one comes with it.
-            hidden: Tokens that the model thinks before.
+        *element_ends* says where in the text each element ends; what follows the last one comes with it. *hidden* are the tokens that
+        the model thinks before.
         """
         first = self.thinking(hidden) or self.first_token or 0.0
         if self.element:
@@ -72,13 +70,9 @@ class Latency:
 
 
 async def paced(times: Sequence[float], start: float) -> AsyncIterator[tuple[int, int]]:
-    """Yield ranges of pieces as they fall due, sleeping in between.
+    """Yield ranges of pieces as they fall due at *times*, ascending, in seconds after the loop time *start*; sleep in between.
 
     A late consumer receives everything that is due in one range, so that rates beyond the clock's resolution are kept.
-
-    Args:
-        times: The instant of each piece, ascending, in seconds after *start*.
-        start: `loop.time()` at the request's arrival.
     """
     loop = asyncio.get_running_loop()
     sent = 0

@@ -33,8 +33,6 @@ class EndpointError(Exception):
     """The endpoint answers with an error, in OpenAI's shape.
 
     Attributes:
-        status: HTTP status.
-        error: The object under "error".
         retry_after: Seconds to name in the retry-after header, or None for no header.
         limits: What is left of the quota, or None if there is none.
     """
@@ -66,9 +64,7 @@ class Prompt(msgspec.Struct):
     """A request as the model understands it.
 
     Attributes:
-        body: The request's JSON.
         items: Id and text of each item of a combined prompt; of a single call the one text, under the id "".
-        combined: Whether it is a combined prompt.
         schema: JSON Schema of one answer, or None for free text.
         as_text: The schema is in a caller's own words only, and the answer is text that holds JSON.
         bare: There is no schema, but the reply must be a JSON object all the same.
@@ -123,13 +119,9 @@ def asked_max_tokens(body: Mapping[str, Any]) -> int | None:
 
 
 def check_length(tokens: int, max_tokens: int | None, *, context: int | None, output: int | None) -> None:
-    """Check a prompt of *tokens* and the limit that it sets on its reply.
+    """Check a prompt of *tokens* and the limit *max_tokens* that it sets on its reply.
 
-    Args:
-        tokens: Tokens of the prompt.
-        max_tokens: The limit on the reply, or None.
-        context: Most tokens of both together, None for any number.
-        output: Most tokens of the reply, None for any number.
+    *context* is the most that both together may have, *output* the most that a reply may; None stands for any number.
     """
     if output is not None and max_tokens is not None and max_tokens > output:
         message = (

@@ -1,4 +1,4 @@
-"""A simulated reply, the faults that are error responses, and the prefix cache."""
+"""A simulated reply, and the prefix cache of the endpoint."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from microbatch.lru import LRU
-from microbatch.testing.counting import Pieces, compact, content_text, encode
-from microbatch.testing.reading import EndpointError
+from microbatch.testing.counting import Pieces, content_text, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from microbatch.messages import Limits, Usage
-    from microbatch.testing.faults import Element, Fault
 
 Ending = Literal["done", "cut", "reset", "stall", "hang"]
 
@@ -48,40 +46,6 @@ class SimulatedReply(msgspec.Struct):
     def duration(self) -> float:
         """Seconds from the request's arrival until the reply is whole."""
         return self.times[-1] if self.times else self.thinking
-
-
-def error_of(fault: Fault, retry_after: float | None) -> EndpointError | None:
-    """Return the error response that *fault* is, or None if it is none."""
-    match fault.kind:
-        case "http_400":
-            return EndpointError(
-                400, "Invalid prompt: the request could not be processed.", param="messages", code="invalid_value"
-            )
-        case "http_429":
-            message = "Rate limit reached for requests. Please slow down."
-            return EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
-        case "http_500":
-            return EndpointError(
-                500, "The server had an error while processing your request. Sorry!", kind="server_error"
-            )
-        case "filtered" if fault.random.random() < 0.5:  # noqa: PLR2004 - a coin
-            return EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
-        case _:
-            return None
-
-
-def results(elements: Iterable[Element], fault: Fault | None, indent: int | None) -> tuple[str, list[int]]:
-    """Return a combined reply, and where each element ends in it."""
-    texts = [compact({"id": name, "answer": answer}, indent) for name, answer in elements]
-    if fault is not None and fault.kind == "broken_json":
-        at = fault.random.randrange(len(texts))
-        texts[at] = fault.broken(texts[at])
-    ends = []
-    position = len('{"results":[')
-    for text in texts:
-        ends.append(position + len(text))
-        position = ends[-1] + 1
-    return '{"results":[' + ",".join(texts) + "]}", ends
 
 
 class Prefixes:

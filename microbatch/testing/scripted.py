@@ -110,17 +110,15 @@ class ScriptedTransport:
             raise completion
         if isinstance(completion, Completion):
             return completion
-        return Completion("stop", usage=self._count(call, text) if self._usage else None)
+        prompt = sum(len(str(message.get("content"))) for message in call.messages)
+        return Completion("stop", usage=Usage(prompt // 4, len(text) // 4) if self._usage else None)
 
     async def _say(self, text: str, on_text: Callable[[str], None], *, stream: bool) -> None:
-        if not stream or self._piece is None:
-            if text:
-                on_text(text)
-            return
-        for start in range(0, len(text), self._piece):
+        piece = self._piece if stream and self._piece is not None else len(text)
+        for start in range(0, len(text), piece or 1):
             if start and self._interval:
                 await asyncio.sleep(self._interval)
-            on_text(text[start : start + self._piece])
+            on_text(text[start : start + piece])
 
     def _usual(self, received: ScriptedCall) -> str:
         answers = [(name, self._answer(text)) for name, text in received.items]
@@ -131,10 +129,6 @@ class ScriptedTransport:
             return answer if isinstance(answer, str) else msgspec.json.encode(answer).decode()
         wrapped = list(received.call.schema.get("properties", {})) == ["answer"]
         return msgspec.json.encode({"answer": answer} if wrapped else answer).decode()
-
-    def _count(self, call: ChatCall, text: str) -> Usage:
-        prompt = sum(len(str(message.get("content"))) for message in call.messages)
-        return Usage(prompt // 4, len(text) // 4)
 
     async def aclose(self) -> None:
         """Count the closing."""

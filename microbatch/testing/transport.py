@@ -94,9 +94,8 @@ class SimulatedTransport:
         return self._completion(call, reply, number, body["model"])
 
     def _completion(self, call: ChatCall, reply: SimulatedReply, number: int, model: str) -> Completion:
-        usage = (
-            None if call.stream and (reply.ending == "cut" or self.simulated.stream_options != "ok") else reply.usage
-        )
+        unreported = call.stream and (reply.ending == "cut" or self.simulated.stream_options != "ok")
+        usage = None if unreported else reply.usage
         if usage is not None:
             self.simulated.reported += usage
         return Completion(

@@ -15,7 +15,7 @@ from microbatch.testing import ScriptedTransport
 pytestmark = pytest.mark.slow
 
 
-BURST = 20_000
+BURST = 10_000
 
 MAKERS = {
     "sqlite": lambda path, _: mb.SQLiteCache(path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
@@ -37,45 +38,30 @@ _STAMPED: Final[tuple[Status, ...]] = (
 )
 
 
+@dataclass(eq=False)
 class Batch:
-    """A batch.
+    """A batch, and how far it has come."""
 
-    Attributes:
-        owner: The key that created it.
-        size: Bytes of its input.
-        start: Loop time of its creation.
-        stamps: When it entered each status, in seconds since 1970.
-        total: Its lines; 0 until they have been read.
-        output: The lines of its output file so far.
-        failures: The lines of its error file so far.
-        failed: Lines that were answered with an error.
-        waiting: Unanswered lines, the next one last.
-        expiring: How many of them will never be answered.
-        running: Whether its lines are being answered.
-        cancelled: Set when it is to be cancelled.
-    """
-
-    def __init__(self, name: str, owner: str, input_file_id: str, metadata: Any, *, size: int, start: float) -> None:
-        self.id = name
-        self.owner = owner
-        self.input_file_id = input_file_id
-        self.metadata = metadata
-        self.size = size
-        self.start = start
-        self.created_at = now()
-        self.stamps: dict[Status, int] = {}
-        self.status: Status = "validating"
-        self.total = 0
-        self.errors: list[InputError] = []
-        self.output: list[bytes] = []
-        self.failures: list[bytes] = []
-        self.output_file_id: str | None = None
-        self.error_file_id: str | None = None
-        self.waiting: list[Line] = []
-        self.expiring = 0
-        self.failed = 0
-        self.running = False
-        self.cancelled = asyncio.Event()
+    id: str
+    owner: str  # the key that created it
+    input_file_id: str
+    metadata: dict[str, str] | None
+    size: int  # bytes of its input
+    start: float  # loop time of its creation
+    created_at: int = field(default_factory=now)
+    status: Status = "validating"
+    stamps: dict[Status, int] = field(default_factory=dict)  # when it entered each, in seconds since 1970
+    total: int = 0  # lines; 0 until they have been read
+    failed: int = 0  # lines that were answered with an error
+    errors: list[InputError] = field(default_factory=list)
+    output: list[bytes] = field(default_factory=list)
+    failures: list[bytes] = field(default_factory=list)
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    waiting: list[Line] = field(default_factory=list)  # unanswered lines, the next one last
+    expiring: int = 0  # how many of them will never be answered
+    running: bool = False
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def enter(self, status: Status) -> None:
         """Go on to *status*."""
@@ -111,20 +97,20 @@ def check_request(asked: Mapping[str, Any]) -> tuple[str, dict[str, str] | None]
     Raises:
         EndpointError: It is malformed, or asks for what is not supported.
     """
-    name = asked.get("input_file_id")
-    if not isinstance(name, str):
+    file_id = asked.get("input_file_id")
+    if not isinstance(file_id, str):
         raise _missing("input_file_id")
-    for field, only in (("endpoint", ENDPOINT), ("completion_window", "24h")):
-        if field not in asked:
-            raise _missing(field)
-        if asked[field] != only:
-            message = f"Invalid value: {asked[field]!r}. Supported values are: '{only}'."
-            raise EndpointError(400, message, param=field, code="invalid_value")
-    return name, _checked_metadata(asked.get("metadata"))
+    for name, only in (("endpoint", ENDPOINT), ("completion_window", "24h")):
+        if name not in asked:
+            raise _missing(name)
+        if asked[name] != only:
+            message = f"Invalid value: {asked[name]!r}. Supported values are: '{only}'."
+            raise EndpointError(400, message, param=name, code="invalid_value")
+    return file_id, _checked_metadata(asked.get("metadata"))
 
 
-def _missing(field: str) -> EndpointError:
-    return EndpointError(400, f"Missing required parameter: '{field}'.", param=field, code="missing_required_parameter")
+def _missing(name: str) -> EndpointError:
+    return EndpointError(400, f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str] | None:

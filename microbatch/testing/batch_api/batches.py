@@ -43,8 +43,8 @@ class BatchModel(SimulatedModel):
     batch_expires: float = 0
     batch_tokens: int | None = None
 
-    def __post_init__(self, cached_prefixes: bool) -> None:
-        super().__post_init__(cached_prefixes)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(0, batch_seconds=self.batch_seconds, batch_expires=self.batch_expires)
         whole(1, batch_tokens=self.batch_tokens)
         if isinstance(self.batch_expires, float) and self.batch_expires > 1:
@@ -117,7 +117,7 @@ class Batches:
         if file.purpose != "batch":
             raise EndpointError(400, "The file's purpose must be 'batch'.", param="input_file_id", code="invalid_value")
         number, start = len(self._batches) + 1, asyncio.get_running_loop().time()
-        batch = Batch(f"batch_{number:08d}", owner, name, metadata, size=len(file.content), start=start)
+        batch = Batch(f"batch_{number:08d}", owner, name, metadata, len(file.content), start)
         self._batches[batch.id] = batch
         self._work_on(batch)
         return batch
