@@ -39,7 +39,8 @@ import asyncio
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from microbatch.cli import arguments, console
+from microbatch.cli import console
+from microbatch.cli.arguments import add_bulk, add_cache, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.input import question_digest
@@ -63,15 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     output = "where the answers go, as they come"
     parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
-    group = arguments.add_bulk(parser, "the run")
-    arguments.add_cache(group)
+    group = add_bulk(parser, "the run")
+    add_cache(group)
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
-    arguments.add_switch(group, "--resume", resume)
+    add_flag(group, "--resume", resume)
     force = (
         "with --resume: go on although prompt or policy have changed, and keep the answers to the old prompt; "
         "else: begin anew, keeping the old output under another name"
     )
-    arguments.add_switch(group, "--force", force)
+    add_flag(group, "--force", force)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_count, add_option, add_question, add_switch, flag
+from microbatch.cli.arguments import add_flag, add_question, flag
 from microbatch.cli.console import (
     COLUMNS,
     StdoutError,
@@ -95,26 +95,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spool", metavar="SPOOL", help="a file, or redis://HOST:PORT/DB; --put makes a file")
     actions = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     put = "queue a request for every line, as `microbatch run` would ask it; one that is there already is left as it is"
-    add_option(actions, "--put", "INPUT.jsonl", put)
-    add_switch(actions, "--dead", "list the dead letters, oldest first")
+    add_flag(actions, "--put INPUT.jsonl", put)
+    add_flag(actions, "--dead", "list the dead letters, oldest first")
     requeue = "put dead letters back, all or those with these ids, as if they had never been asked"
-    add_option(actions, "--requeue", "ID", requeue, nargs="*")
+    add_flag(actions, "--requeue ID", requeue, nargs="*")
     line = "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970)"
     states = "the states are waiting, leased, in_job, done and dead"
     exported = f"write a line for every request that is kept: {line}; {states}; - is stdout"
-    add_option(actions, "--export", "FILE.jsonl", exported)
+    add_flag(actions, "--export FILE.jsonl", exported)
     tenant = (
         "with --put and --requeue ID: the tenant that the ids belong to (default: none); "
         "else: the tenant whose requests are shown, exported or put back (default: all)"
     )
-    add_option(parser, "--tenant", "NAME", tenant)
+    add_flag(parser, "--tenant NAME", tenant)
     max_alone = "the same as that of the workers: a request that failed N times alone is dead"
-    add_count(parser, "--max-alone", max_alone, default=MAX_ALONE)
-    figures = "print the figures as a JSON object, the last line of stdout; with --dead one object per letter"
-    add_switch(parser, "--json", figures)
+    add_flag(parser, "--max-alone N", max_alone, default=MAX_ALONE)
+    add_flag(
+        parser, "--json", "print the figures as a JSON object, the last line of stdout; with --dead one per letter"
+    )
     question = parser.add_argument_group("what is asked, with --put")
     add_question(question)
-    add_option(question, "--model", "NAME", "the model (default: the line's own, else the worker's)")
+    add_flag(question, "--model NAME", "the model (default: the line's own, else the worker's)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
-from microbatch.cli import arguments
+from microbatch.cli.arguments import add_bulk, add_cache, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.plan import prepare
@@ -47,10 +47,10 @@ USAGE = "microbatch warm INPUT.jsonl --cache FILE|URL [options]"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `warm`."""
     cache = parser.add_argument_group("the cache")
-    arguments.add_cache(cache, required=True)
+    add_cache(cache, required=True)
     ttl = "seconds for which the answers are good, less up to a tenth, so that they do not all expire together"
-    arguments.add_seconds(cache, "--ttl", f"{ttl} (default: 604800, 7 days)", least=1)
-    arguments.add_bulk(parser, "the warming")
+    add_flag(cache, "--ttl SECONDS", f"{ttl} (default: 604800, 7 days)", least=1)
+    add_bulk(parser, "the warming")
 
 
 def run(args: argparse.Namespace) -> int:
