@@ -57,7 +57,12 @@ def run(args: argparse.Namespace) -> int:
     """Fill the cache, and return the exit status."""
     plan, source = prepare(args)
     cache = cast("Guard", plan.cache)
-    bulk = BulkRun(args, plan, source, CacheSink(cache), ttl=args.ttl)
+
+    def take(_request: Request, _reply: Reply[Any]) -> None:
+        if cache.failure is not None:  # the batcher has put the answer into the cache, or tried to
+            raise cache.failure
+
+    bulk = BulkRun(args, plan, source, take, ttl=args.ttl)
     asyncio.run(bulk.go())
     if bulk.broken is None:
         bulk.broken = cache.failure  # storing the last answers may have failed
@@ -68,21 +73,6 @@ def run(args: argparse.Namespace) -> int:
     if bulk.unasked or bulk.broken is not None:
         note("Answers so far are in the cache. For the rest, run the same command again.")
     return bulk.status
-
-
-class CacheSink:
-    """Leaves the answers to the batcher, which puts them into the cache."""
-
-    def __init__(self, cache: Guard) -> None:
-        self._cache = cache
-
-    def take(self, request: Request, reply: Reply[Any]) -> None:  # noqa: ARG002 see `Sink`
-        """Check that the cache still takes answers. Raise `StorageError` if it does not."""
-        if self._cache.failure is not None:
-            raise self._cache.failure
-
-    def fail(self, name: str, error: dict[str, Any], request: Request | None) -> None:
-        """Do nothing: `BulkRun.failures` has the failure."""
 
 
 def summarize(bulk: BulkRun) -> dict[str, Any]:
