@@ -130,12 +130,13 @@ def _value_options(hint: Any) -> dict[str, Any]:
 # --- groups of flags
 
 
-def add_bulk(parser: argparse.ArgumentParser, title: str) -> Group:
+def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False) -> Group:
     """Add the flags of a command that asks about every line of a file; return the group *title* of those about its course."""
     parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
     add_question(parser.add_argument_group("what is asked"))
     add_endpoint(parser.add_argument_group("endpoint"))
     group = parser.add_argument_group(title)
+    add_cache(group, required=needs_cache)
     retries = "while nothing is answered, try again at growing intervals"
     text = f"{retries}, and leave the rest unasked after so long without a single answer"
     add_flag(group, "--give-up-after SECONDS", text, default=GIVE_UP_AFTER)

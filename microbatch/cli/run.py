@@ -1,4 +1,4 @@
-r"""`microbatch run`: ask about every line of a JSON Lines file.
+r"""`microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]`: ask about every line of a JSON Lines file.
 
 Ask a model about every line of a JSON Lines file, many lines in one prompt, and
 write one line for each answer:
@@ -40,7 +40,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_bulk, add_cache, add_flag
+from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.input import question_digest
@@ -56,15 +56,12 @@ if TYPE_CHECKING:
     from microbatch.cli.plan import Plan
     from microbatch.messages import Reply, Request
 
-USAGE = "microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     output = "where the answers go, as they come"
     parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
     group = add_bulk(parser, "the run")
-    add_cache(group)
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
     add_flag(group, "--resume", resume)
     force = (

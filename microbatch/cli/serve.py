@@ -1,4 +1,4 @@
-r"""`microbatch serve`: serve the gateway, which combines the requests of any OpenAI client.
+r"""`microbatch serve --upstream URL [options]`: serve the gateway, which combines the requests of any OpenAI client.
 
 Serve an OpenAI-compatible API in front of another. Chat completions of many
 clients leave as combined prompts, and each client gets its own answer, as JSON
@@ -47,23 +47,17 @@ from microbatch.policy import FallbackPolicy
 if TYPE_CHECKING:
     import argparse
 
-USAGE = "microbatch serve --upstream URL [options]"
-
-HOST: Final = "127.0.0.1"
-PORT: Final = 8080
-GRACE: Final = 30.0
-_LEAST_SECRET: Final = 16
-"""Bytes."""
+_LEAST_SECRET_BYTES: Final = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
     add_flag(parser, "--upstream URL", "address of the API to serve, up to /v1")
-    add_flag(parser, "--host ADDRESS", "address to listen on", default=HOST)
-    add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=PORT)
+    add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
+    add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
     add_flag(parser, "--model NAME", "the model for requests that name none (default: refuse these)")
-    add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=GRACE)
+    add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
     arguments.add_rate_limits(parser)
     arguments.add_cache(parser)
     _add_access(parser.add_argument_group("access"))
@@ -104,7 +98,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             model=args.model,
             api_key=_own_key(args),
             access_token=None if token is None else token.decode("utf-8", "replace"),
-            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET),
+            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES),
             lane_headers=args.lane_header,
             allowed_hosts=args.allowed_host,
             settings=settings,

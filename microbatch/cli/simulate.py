@@ -1,4 +1,4 @@
-"""`microbatch simulate`: serve a simulated OpenAI-compatible endpoint.
+"""`microbatch simulate [options]`: serve a simulated OpenAI-compatible endpoint.
 
 Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
 /v1/models, and OpenAI's files and batches below /v1/files and /v1/batches). It
@@ -32,8 +32,6 @@ from microbatch.testing.quota import Quota
 
 if TYPE_CHECKING:
     import argparse
-
-USAGE = "microbatch simulate [options]"
 
 _KINDS: Final = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in get_args(kinds)]
 

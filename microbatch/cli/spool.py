@@ -1,4 +1,4 @@
-r"""`microbatch spool`: queue questions for later; see what waits, what failed, what was answered.
+r"""`microbatch spool SPOOL [options]`: queue questions for later; see what waits, what failed, what was answered.
 
 A spool holds requests that can wait until a worker has answered them, and keeps
 the answers for 7 days. SPOOL is a file (SQLite), or the address of a Redis
@@ -42,18 +42,7 @@ import msgspec
 
 from microbatch.cli import console
 from microbatch.cli.arguments import add_flag, add_question, flag
-from microbatch.cli.console import (
-    COLUMNS,
-    StdoutError,
-    UsageError,
-    note,
-    plural,
-    print_result,
-    report,
-    report_json,
-    seconds,
-    table,
-)
+from microbatch.cli.console import StdoutError, UsageError, note, plural, print_result, report, report_json, seconds
 from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
 from microbatch.cli.output import NotWritten, replacing
 from microbatch.cli.plan import is_address, read_questions, spool_at
@@ -65,14 +54,9 @@ from microbatch.spool.records import MAX_ALONE, Name
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Iterator
 
     from microbatch.spool.records import DeadLetter, Item, Kept, Spool, State
-
-USAGE = """\
-microbatch spool SPOOL [options]
-       microbatch spool SPOOL --put INPUT.jsonl [options]
-       microbatch spool SPOOL --dead | --requeue [ID ...] | --export FILE.jsonl"""
 
 _QUESTION: Final = ("system", "template", "labels", "schema", "id_field", "max_tokens", "temperature", "model")
 
@@ -111,9 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--tenant NAME", tenant)
     max_alone = "the same as that of the workers: a request that failed N times alone is dead"
     add_flag(parser, "--max-alone N", max_alone, default=MAX_ALONE)
-    add_flag(
-        parser, "--json", "print the figures as a JSON object, the last line of stdout; with --dead one per letter"
-    )
+    figures = "print the figures as a JSON object, the last line of stdout; with --dead one object per letter"
+    add_flag(parser, "--json", figures)
     question = parser.add_argument_group("what is asked, with --put")
     add_question(question)
     add_flag(question, "--model NAME", "the model (default: the line's own, else the worker's)")
@@ -122,9 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do one thing with a spool."""
     _check(args)
-    action = _action(args)
+    put = None if args.put is None else Put(args)
     try:
-        return asyncio.run(_with_spool(args, action))
+        return asyncio.run(_act(args, put))
     except (NotWritten, StorageError) as error:
         note(f"microbatch spool: {error}")
         return console.SOME_FAILED
@@ -147,19 +130,17 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.export!r} exists already; choose another name, or - for stdout")
 
 
-def _action(args: argparse.Namespace) -> Callable[[Spool, argparse.Namespace], Awaitable[int]]:
-    if args.put is not None:
-        return Put(args).go
-    if args.export is not None:
-        return export
-    return _requeue if args.requeue is not None else _list_dead if args.dead else _show
-
-
-async def _with_spool(args: argparse.Namespace, action: Callable[[Spool, argparse.Namespace], Awaitable[int]]) -> int:
+async def _act(args: argparse.Namespace, put: Put | None) -> int:
     spool = spool_at(args.spool, max_alone=args.max_alone)
     await spool.open()
     try:
-        return await action(spool, args)
+        if put is not None:
+            return await put.go(spool)
+        if args.export is not None:
+            return await export(spool, args)
+        if args.requeue is not None:
+            return await _requeue(spool, args)
+        return await (_list_dead if args.dead else _show)(spool, args)
     finally:
         await spool.aclose()
 
@@ -188,7 +169,7 @@ async def _show(spool: Spool, args: argparse.Namespace) -> int:
         print_result(msgspec.json.encode(figures | {"oldest_s": oldest, "lost": counts.lost}).decode())
         return console.OK
     rows = [(text, f"{figures[name]:,}") for name, text in _FIGURES.items()]
-    print_result(table(("", "requests"), rows + ([("lost", f"{counts.lost:,}")] if counts.lost else [])))
+    print_result(console.table(("", "requests"), rows + ([("lost", f"{counts.lost:,}")] if counts.lost else [])))
     if counts.oldest is not None:
         print_result(f"\nThe oldest of those still to be answered was put {seconds(counts.oldest)} ago.")
     if counts.dead:
@@ -231,7 +212,7 @@ def _as_text(letter: DeadLetter) -> str:
     tenant = "" if name.tenant is None else f" of tenant {name.tenant}"
     died = datetime.fromtimestamp(letter.died_at, UTC).astimezone()
     head = f"{name.id}{tenant}: dead since {died:%Y-%m-%d %H:%M:%S}, asked {plural(letter.deliveries, 'time')}"
-    error = textwrap.fill(letter.error, COLUMNS, initial_indent="    ", subsequent_indent="    ")
+    error = textwrap.fill(letter.error, console.COLUMNS, initial_indent="    ", subsequent_indent="    ")
     return f"{head}\n{error}\n"
 
 
@@ -266,7 +247,7 @@ class Put:
         self._counts: Counter[str] = Counter()
         self._failures = Failures()
 
-    async def go(self, spool: Spool, _args: argparse.Namespace) -> int:
+    async def go(self, spool: Spool) -> int:
         """Queue them, report and return the exit status."""
         stopped, broken = True, None
         with stoppable():

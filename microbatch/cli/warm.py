@@ -1,4 +1,4 @@
-r"""`microbatch warm`: fill a cache with the answers to every line of a file.
+r"""`microbatch warm INPUT.jsonl --cache FILE|URL [options]`: fill a cache with the answers to every line of a file.
 
 Ask a model about every line of a JSON Lines file, many lines in one prompt, and
 keep the answers in a cache, for a service or a run that will ask the same. What
@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
-from microbatch.cli.arguments import add_bulk, add_cache, add_flag
+from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.plan import prepare
@@ -41,16 +41,12 @@ if TYPE_CHECKING:
     from microbatch.caching.guard import Guard
     from microbatch.messages import Reply, Request
 
-USAGE = "microbatch warm INPUT.jsonl --cache FILE|URL [options]"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `warm`."""
-    cache = parser.add_argument_group("the cache")
-    add_cache(cache, required=True)
+    group = add_bulk(parser, "the warming", needs_cache=True)
     ttl = "seconds for which the answers are good, less up to a tenth, so that they do not all expire together"
-    add_flag(cache, "--ttl SECONDS", f"{ttl} (default: 604800, 7 days)", least=1)
-    add_bulk(parser, "the warming")
+    add_flag(group, "--ttl SECONDS", f"{ttl} (default: 604800, 7 days)", least=1)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`microbatch worker`: answer what is in a spool.
+"""`microbatch worker SPOOL [options]`: answer what is in a spool.
 
 Take requests from a spool, have them answered in combined prompts, and store
 the answers, where `batcher.result(id)` and `microbatch spool --export` find
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
     from microbatch.messages import Usage
     from microbatch.spool.records import Counts
     from microbatch.spool.worker import Done
-
-USAGE = "microbatch worker SPOOL [options]"
 
 _BATCH_PRICE: Final = "half the price of live calls"
 
