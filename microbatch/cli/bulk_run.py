@@ -133,11 +133,7 @@ class BulkRun:
                 note(f"microbatch {args.name}: {lost}{why}")
 
     async def go(self) -> None:
-        """Run to the end, or until it is stopped or broken.
-
-        Raises:
-            ConfigError: The cache cannot be used; nothing was sent.
-        """
+        """Run to the end, or until it is stopped or broken. Raise `ConfigError` if the cache cannot be used; then nothing was sent."""
         with stoppable(self._stop) as self._leave:
             try:
                 await self._ask()
