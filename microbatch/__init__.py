@@ -13,9 +13,8 @@ testing         scripted transports, a simulated endpoint, virtual time
 """
 
 from microbatch.accounting.events import Called, Flushed, Settled
-from microbatch.accounting.genai_prices import genai_prices
 from microbatch.accounting.otel import OpenTelemetryHooks
-from microbatch.accounting.prices import Price
+from microbatch.accounting.prices import Price, genai_prices
 from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.accounting.stats import Stats
 from microbatch.caching.memory import MemoryCache

@@ -22,7 +22,6 @@ class Flushed(msgspec.Struct, frozen=True, kw_only=True):
         reason: The reason of the flush, or why a request goes alone.
         size: Number of requests.
         model: The model asked for; None for the transport's own.
-        priority: Their priority.
         waited: Seconds that the oldest of them waited.
     """
 
@@ -34,24 +33,22 @@ class Flushed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Called(msgspec.Struct, frozen=True, kw_only=True):
-    """The event of `on_call`: a call has ended, its repeated attempts included.
+    """The event of `on_call`: a call has ended, its repeated attempts included. What is None was not given, or is not known.
 
     Attributes:
         route: "batch", "single" or "fallback".
         size: Number of requests.
-        model: The model that answered, else the one asked for; None if neither is known.
-        requested_model: The model asked for; None if neither the caller nor the transport named one.
+        model: The model that answered, else the one asked for.
+        requested_model: The model that the caller, else the transport, named.
         duration: Seconds from its first attempt to its end.
-        first_text: Seconds until the first text; None if there was none.
+        first_text: Seconds until the first text.
         attempts: Number of HTTP attempts.
         streamed: Whether a stream was asked for.
-        max_tokens: The limit on generated tokens, or None.
-        temperature: As asked for, or None.
-        usage: The usage that the endpoint reported, or None.
-        cost_usd: Its price in US dollars, or None.
-        finish_reason: Why the model stopped, or None.
-        request_id: The endpoint's id of the call, or None.
-        error: The error it ended with, or None.
+        max_tokens: The limit on generated tokens.
+        usage: The usage that the endpoint reported.
+        cost_usd: Its price in US dollars.
+        request_id: The endpoint's id of the call.
+        error: The error it ended with.
         origins: What `on_submit` returned for each request.
     """
 
@@ -80,7 +77,6 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
         route: How the answer came; None if there is none.
         error: The error it ended with; None if it was answered, or its caller left.
         model: The model that answered, else the one asked for; None if neither is known.
-        priority: Its priority.
         waited: Seconds until the call that answered was sent.
         latency: Seconds from submit to the end.
         batch_size: Number of requests in the call that answered.

@@ -16,9 +16,8 @@ from microbatch.messages import Usage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from opentelemetry.context import Context
     from opentelemetry.metrics import MeterProvider
-    from opentelemetry.trace import Link, SpanContext, SpanKind, TracerProvider
+    from opentelemetry.trace import SpanContext, TracerProvider
 
     from microbatch.accounting.events import Called, Flushed, Settled
 
@@ -125,14 +124,14 @@ class OpenTelemetryHooks:
         failure = _known({ERROR_TYPE: _kind(event.error)})
         # A caller may have many requests in one batch, and needs one link.
         callers = {(origin.trace_id, origin.span_id): origin for origin in event.origins if origin is not None}
-        self._span(
+        self._record_span(
             f"{_CHAT} {event.requested_model}" if event.requested_model else _CHAT,
-            self._root,
-            self._trace.SpanKind.CLIENT,
-            self._common | of_call | failure | _of_span(event),
             event.duration,
             event.error,
-            [self._trace.Link(caller) for caller in callers.values()],
+            context=self._root,
+            kind=self._trace.SpanKind.CLIENT,
+            attributes=self._common | of_call | failure | _of_span(event),
+            links=[self._trace.Link(caller) for caller in callers.values()],
         )
         self._count_call(event, self._common | of_call, failure)
 
@@ -178,28 +177,15 @@ class OpenTelemetryHooks:
             }
         )
         parent = self._trace.set_span_in_context(self._trace.NonRecordingSpan(event.origin), self._root)
-        self._span(
-            "microbatch.submit", parent, self._trace.SpanKind.INTERNAL, attributes, event.latency, event.error, None
-        )
+        self._record_span("microbatch.submit", event.latency, event.error, context=parent, attributes=attributes)
 
-    def _span(
-        self,
-        name: str,
-        parent: Context,
-        kind: SpanKind,
-        attributes: Attributes,
-        duration: float,
-        error: Exception | None,
-        links: list[Link] | None,
-    ) -> None:
-        """Record a span of *duration* seconds that ends now."""
+    def _record_span(self, name: str, duration: float, error: Exception | None, **options: Any) -> None:
+        """Record a span of *duration* seconds that ends now; *options* are given here, not later, so that samplers see them."""
         end = time.time_ns()  # spans are dated by the wall clock
-        # Links and attributes are given here and not added later, so that samplers see them.
-        span = self._tracer.start_span(name, parent, kind, attributes, links, end - int(duration * _NANOSECONDS))
+        span = self._tracer.start_span(name, start_time=end - int(duration * _NANOSECONDS), **options)
         if error is not None:
-            span.set_status(
-                self._trace.StatusCode.ERROR
-            )  # without a description: an endpoint's words may quote a prompt
+            # Without a description: an endpoint's words may quote a prompt.
+            span.set_status(self._trace.StatusCode.ERROR)
         span.end(end)
 
 

@@ -1,4 +1,4 @@
-"""Prices of tokens, in US dollars."""
+"""Prices of tokens, in US dollars: the user's, those of the extra `prices`, and a table of well-known models."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import msgspec
 
@@ -87,7 +88,7 @@ Prices change; those that a user gives take precedence.
 _DATE = re.compile(r"-\d{4}-\d{2}-\d{2}\Z")
 
 
-def look_up(table: Mapping[str, Price], model: str) -> Price | None:
+def _look_up(table: Mapping[str, Price], model: str) -> Price | None:
     """Return the price of *model* in *table* under the most specific of its names, or None.
 
     The names are the model's own and those without a trailing -YYYY-MM-DD and a leading "openai/". A prefix is not enough:
@@ -98,12 +99,8 @@ def look_up(table: Mapping[str, Price], model: str) -> Price | None:
     return next((table[name] for name in names if name in table), None)
 
 
-def checked(prices: object) -> dict[str, Price]:
-    """Return a copy of a user's table.
-
-    Raises:
-        ConfigError: It is no mapping from names to `Price`s.
-    """
+def _checked(prices: object) -> dict[str, Price]:
+    """Return a copy of a user's table. Raise `ConfigError` if it is no mapping from names to `Price`s."""
     if not isinstance(prices, Mapping):
         raise ConfigError(f"prices must be a mapping, a function or None, got {type(prices).__name__}")
     table: dict[str, Price] = {}
@@ -117,30 +114,24 @@ def checked(prices: object) -> dict[str, Price]:
 
 
 class PriceBook:
-    """The prices of models: the user's first, then the built-in `PRICES`; see `look_up`.
+    """The prices of models: the user's first, then the built-in `PRICES`; see `_look_up`.
 
     The first model without a price is logged once.
 
     Args:
         prices: A table (copied), or a function that takes a model name and returns its price or None; None for the built-in table
-            alone.
-
-    Raises:
-        ConfigError: `prices` is neither, or the table contains something else than names and `Price`s.
+            alone. Anything else raises `ConfigError`.
     """
 
     def __init__(self, prices: Prices | None = None) -> None:
         self._ask: Callable[[str], object] | None = prices if callable(prices) else None
-        self._table = {} if prices is None or callable(prices) else checked(prices)
+        self._table = {} if prices is None or callable(prices) else _checked(prices)
         self._warned = False
         self._missed = False
         self._resolved = lru_cache(_MAX_REMEMBERED)(self._resolve)
 
     def for_model(self, model: str | None) -> Price | None:
-        """Return the price of a model, resolved once per name; None if it is unknown.
-
-        If the user's function raises, or returns anything but a `Price` or None, the price is unknown and one warning is logged.
-        """
+        """Return the price of a model, resolved once per name; None if it is unknown, or the user's function fails."""
         return self._resolved(model) if model else None
 
     @property
@@ -163,7 +154,7 @@ class PriceBook:
             if answer is not None:
                 self._warn(model, f"returned {type(answer).__name__} instead of a Price")
                 return None
-        price = look_up(self._table, model) or look_up(PRICES, model)
+        price = _look_up(self._table, model) or _look_up(PRICES, model)
         if price is None and not self._missed:
             self._missed = True
             words = "no price is known for model %r, so cost_usd is None for it and its like; give prices={...} or genai_prices()"
@@ -175,3 +166,64 @@ class PriceBook:
         if not self._warned:
             self._warned = True
             logger.warning("the prices function %s for model %r; costs of such models are unknown", what, model)
+
+
+def genai_prices(own: Mapping[str, Price] | None = None) -> GenaiPrices:
+    """Return a function from model names to list prices, for `Microbatcher(prices=genai_prices())`.
+
+    The data is that of the installed genai-prices package; nothing is downloaded. Prices are a model's standard ones at the time it
+    is first seen. Where they rise with the length of the prompt they are those of short prompts, so very long ones cost more.
+
+    Args:
+        own: Prices that take precedence, by model name; None for none.
+
+    Raises:
+        ConfigError: The package is not installed, or `own` is no mapping from names to `Price`s.
+    """
+    return GenaiPrices({} if own is None else own)
+
+
+class GenaiPrices:
+    """Prices from a table of the user, then from genai-prices; see `genai_prices`."""
+
+    def __init__(self, own: Mapping[str, Price]) -> None:
+        self._own = _checked(own)
+        self._package: Any = None
+        if find_spec("genai_prices") is None:
+            raise ConfigError("genai_prices() needs the package genai-prices: pip install 'microbatch[prices]'")
+
+    def load(self) -> None:
+        """Import the data, which takes some tenths of a second; a batcher that opens does so in a thread."""
+        import genai_prices  # noqa: PLC0415 optional, and slow
+
+        self._package = genai_prices
+
+    def __call__(self, model: str) -> Price | None:
+        """Return the price of *model*, or None. The name may contain the provider: `anthropic/claude-sonnet-4-5`."""
+        price = _look_up(self._own, model)
+        if price is not None:
+            return price
+        if self._package is None:
+            self.load()
+        provider, slash, name = model.partition("/")
+        return self._listed(model) or (self._listed(name, provider) if slash else None)
+
+    def _listed(self, model: str, provider: str | None = None) -> Price | None:
+        try:
+            found = self._package.calc_price(self._package.Usage(), model, provider_id=provider).model_price
+        except LookupError:
+            return None
+        paid, generated = _base(found.input_mtok), _base(found.output_mtok)
+        if paid is None or generated is None:
+            return None  # paid by the image, the second, the request
+        return Price(paid, generated, _base(found.cache_read_mtok))
+
+    def __repr__(self) -> str:
+        """Return the number of the user's prices."""
+        return f"genai_prices(own=<{len(self._own)}>)"
+
+
+def _base(price: Any) -> float | None:
+    """Return a price as a number; that of the first tier if it is tiered."""
+    price = getattr(price, "base", price)
+    return None if price is None else float(price)

@@ -91,7 +91,10 @@ class PrometheusHooks:
         self._registry = registry if registry is not None else prometheus_client.CollectorRegistry()
         self.content_type: str = prometheus_client.CONTENT_TYPE_LATEST
         self._render = prometheus_client.generate_latest
-        self._watched = _Watched(namespace)
+        self._namespace = namespace
+        self._families = prometheus_client.metrics_core
+        self._sources: list[Callable[[], Stats]] = []
+        self._latest: Stats | None = None
 
         def metric(name: str, text: str, labels: Sequence[str], buckets: Sequence[float] | None) -> Any:
             if buckets is None:
@@ -100,7 +103,7 @@ class PrometheusHooks:
 
         try:
             self._metrics = {name: metric(name, *described) for name, described in _EVENTS.items()}
-            self._registry.register(self._watched)
+            self._registry.register(self)
         except ValueError as error:
             raise ConfigError(
                 f"the registry has metrics named {namespace}_... already: give one PrometheusHooks to all batchers, "
@@ -115,7 +118,7 @@ class PrometheusHooks:
         Args:
             batcher: A `Microbatcher`. One with a spool is read only in its event loop, by `render`.
         """
-        self._watched.sources.append(batcher.stats)
+        self._sources.append(batcher.stats)
 
     def render(self) -> bytes:
         """Return all metrics of the registry in Prometheus' text format."""
@@ -153,33 +156,21 @@ class PrometheusHooks:
         metrics["wait_seconds"].labels(event.priority).observe(event.waited)
         metrics["latency_seconds"].labels(event.priority).observe(event.latency)
 
-
-class _Watched:
-    """A collector of the `Stats` of batchers, from the functions in `sources`."""
-
-    def __init__(self, namespace: str) -> None:
-        from prometheus_client import metrics_core  # noqa: PLC0415 of the extra `prometheus`
-
-        self._families = metrics_core
-        self._namespace = namespace
-        self._latest: Stats | None = None
-        self.sources: list[Callable[[], Stats]] = []
-
     def describe(self) -> Iterator[Metric]:
-        """Return all metrics, so that registries notice duplicate names."""
-        return self._metrics(Stats())
+        """Return all metrics of `Stats`, so that registries notice duplicate names."""
+        return self._stats_metrics(Stats())
 
     def collect(self) -> Iterator[Metric]:
-        """Return the metrics of the present figures."""
-        if self.sources:
+        """Return the metrics of the present figures, for a registry."""
+        if self._sources:
             # Scraped from a thread, as by prometheus_client's own server, a dict may grow while it is read, or a spool would have to
             # be counted where no event loop runs. Then the latest figures are returned.
             with contextlib.suppress(RuntimeError):
-                parts = [source() for source in self.sources]
+                parts = [source() for source in self._sources]
                 self._latest = parts[0] if len(parts) == 1 else together(parts)
-        return iter(()) if self._latest is None else self._metrics(self._latest)
+        return iter(()) if self._latest is None else self._stats_metrics(self._latest)
 
-    def _metrics(self, stats: Stats) -> Iterator[Metric]:
+    def _stats_metrics(self, stats: Stats) -> Iterator[Metric]:
         families = self._families
         for kind, names in ((families.GaugeMetricFamily, _GAUGES), (families.CounterMetricFamily, _COUNTERS)):
             for name, description in names.items():

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 import types
-from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.simulated import SIMULATED_MODEL
@@ -16,10 +16,45 @@ from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.spool.endpoint import GIVE_UP_AFTER
 
 T = TypeVar("T")
+Group: TypeAlias = argparse._ActionsContainer  # noqa: SLF001 a parser, or one of its groups
 
 _ARGUMENT: Final = re.compile(r"^ {4}(\w+): ((?:.+\n?)(?: {8}.+\n?)*)", re.MULTILINE)
 
-# --- numbers
+# --- flags
+
+
+def add_flag(
+    group: Group,
+    flag: str,
+    text: str,
+    *,
+    default: Any = None,
+    least: float | None = None,
+    most: float | None = None,
+    **options: Any,
+) -> None:
+    """Add a flag.
+
+    Args:
+        group: Where it is added.
+        flag: The flag and its value, as the help shows them. The value N is a whole number, SECONDS a number; without a value it is
+            a switch.
+        text: Its help.
+        default: The value if it is not given, which the help shows.
+        least: The smallest number; None for 1 if the value is N, else 0. Makes any other value a number too.
+        most: The largest number.
+        options: Further arguments of argparse.
+    """
+    name, _, value = flag.partition(" ")
+    if not value:
+        group.add_argument(name, action="store_true", help=text)
+        return
+    if default not in (None, []):
+        text += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+    if value in ("N", "SECONDS") or least is not None:
+        kind = int if value == "N" else float
+        options = {"type": number(kind is int if least is None else least, most, kind=kind), **options}
+    group.add_argument(name, metavar=value, help=text, default=default, **options)
 
 
 def number(least: float, most: float | None = None, *, kind: type[float] = float) -> Any:
@@ -39,45 +74,6 @@ def number(least: float, most: float | None = None, *, kind: type[float] = float
     return read
 
 
-def whole_number(least: int, most: int | None = None) -> Any:
-    """Return a function that reads a whole number between *least* and *most* from the command line."""
-    return number(least, most, kind=int)
-
-
-# --- flags
-
-
-# In these functions *text* is the help of the flag.
-
-
-def add_option(group: argparse._ActionsContainer, name: str, metavar: str, text: str, **options: Any) -> None:
-    """Add a flag with a value; *options* are further ones of argparse."""
-    group.add_argument(name, metavar=metavar, help=text, **options)
-
-
-def add_switch(group: argparse._ActionsContainer, name: str, text: str) -> None:
-    """Add a flag without a value."""
-    group.add_argument(name, action="store_true", help=text)
-
-
-def add_seconds(
-    group: argparse._ActionsContainer, name: str, text: str, *, least: float = 0, default: float | None = None
-) -> None:
-    """Add a flag for a duration of at least *least*."""
-    add_option(group, name, "SECONDS", _with_default(text, default), type=number(least), default=default)
-
-
-def add_count(
-    group: argparse._ActionsContainer, name: str, text: str, *, least: int = 1, default: int | None = None
-) -> None:
-    """Add a flag for a whole number of at least *least*."""
-    add_option(group, name, "N", _with_default(text, default), type=whole_number(least), default=default)
-
-
-def _with_default(text: str, default: float | None) -> str:
-    return text if default is None else f"{text} (default: {default:g})"
-
-
 # --- settings
 
 
@@ -86,7 +82,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_settings(group: argparse._ActionsContainer, settings: type) -> None:
+def add_settings(group: Group, settings: type) -> None:
     """Add a flag for every field of the dataclass *settings*, with the help of its docstring."""
     hints = get_type_hints(settings)
     helps = described(settings)
@@ -134,15 +130,16 @@ def _value_options(hint: Any) -> dict[str, Any]:
 # --- groups of flags
 
 
-def add_bulk(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False) -> Group:
     """Add the flags of a command that asks about every line of a file; return the group *title* of those about its course."""
     parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
     add_question(parser.add_argument_group("what is asked"))
     add_endpoint(parser.add_argument_group("endpoint"))
     group = parser.add_argument_group(title)
+    add_cache(group, required=needs_cache)
     retries = "while nothing is answered, try again at growing intervals"
     text = f"{retries}, and leave the rest unasked after so long without a single answer"
-    add_seconds(group, "--give-up-after", text, default=GIVE_UP_AFTER)
+    add_flag(group, "--give-up-after SECONDS", text, default=GIVE_UP_AFTER)
     add_reports(group)
     policy = """\
 Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
@@ -152,51 +149,51 @@ Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
     return group
 
 
-def add_question(group: argparse._ArgumentGroup) -> None:
+def add_question(group: Group) -> None:
     """Add the flags that decide what is asked about a line of the input."""
-    add_option(group, "--system", "TEXT|@FILE", "instructions, the same for every line")
+    add_flag(group, "--system TEXT|@FILE", "instructions, the same for every line")
     template = r"the question, with fields of the line in braces; \n and \t are newline and tab, {{ and }} are braces"
-    add_option(group, "--template", "TEXT", template)
+    add_flag(group, "--template TEXT", template)
     answers = group.add_mutually_exclusive_group()
     labels = "the only answers allowed; in a file one per line, or a JSON list"
-    add_option(answers, "--labels", "A,B,C|@FILE", labels)
-    add_option(answers, "--schema", "FILE", "a JSON Schema to which every answer conforms")
-    add_option(group, "--id-field", "FIELD", "the field that holds a line's id")
-    add_count(group, "--max-tokens", "at most N tokens per answer")
-    add_option(group, "--temperature", "T", "sampling temperature", type=number(0))
+    add_flag(answers, "--labels A,B,C|@FILE", labels)
+    add_flag(answers, "--schema FILE", "a JSON Schema to which every answer conforms")
+    add_flag(group, "--id-field FIELD", "the field that holds a line's id")
+    add_flag(group, "--max-tokens N", "at most N tokens per answer")
+    add_flag(group, "--temperature T", "sampling temperature", least=0)
 
 
-def add_endpoint(group: argparse._ArgumentGroup) -> None:
+def add_endpoint(group: Group) -> None:
     """Add the flags that decide where requests are sent, and how fast."""
-    add_option(group, "--model", "NAME", "the model; OpenAI Batch lines may name their own")
-    add_option(group, "--base-url", "URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
+    add_flag(group, "--model NAME", "the model; OpenAI Batch lines may name their own")
+    add_flag(group, "--base-url URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
     add_rate_limits(group)
     simulate = "use a simulated endpoint within this process: the answers are made up, and nothing is paid"
-    add_switch(group, "--simulate", f"{simulate} (default model: {SIMULATED_MODEL})")
+    add_flag(group, "--simulate", f"{simulate} (default model: {SIMULATED_MODEL})")
 
 
-def add_rate_limits(group: argparse._ActionsContainer) -> None:
+def add_rate_limits(group: Group) -> None:
     """Add `--rpm` and `--tpm`."""
     tokens = "send at most N tokens in any minute, prompts and the answers reserved for them together"
-    add_count(group, "--rpm", "send at most N requests in any minute")
-    add_count(group, "--tpm", tokens)
+    add_flag(group, "--rpm N", "send at most N requests in any minute")
+    add_flag(group, "--tpm N", tokens)
 
 
-def add_cache(group: argparse._ActionsContainer, *, required: bool = False) -> None:
+def add_cache(group: Group, *, required: bool = False) -> None:
     """Add `--cache`."""
     text = "keep answers in FILE (SQLite), or in Redis at redis://HOST:PORT/DB, and ask nothing twice"
-    add_option(group, "--cache", "FILE|URL", text, required=required)
+    add_flag(group, "--cache FILE|URL", text, required=required)
 
 
-def add_policy(group: argparse._ArgumentGroup) -> None:
+def add_policy(group: Group) -> None:
     """Add the flags that decide which requests share a prompt."""
-    add_switch(group, "--single", "one call for each item, to compare; same as --max-batch-size 1")
-    add_switch(group, "--canary", f"{described(FallbackPolicy)['canary']} (default: off)")
+    add_flag(group, "--single", "one call for each item, to compare; same as --max-batch-size 1")
+    add_flag(group, "--canary", f"{described(FallbackPolicy)['canary']} (default: off)")
     add_settings(group, FlushPolicy)
 
 
-def add_reports(group: argparse._ArgumentGroup) -> None:
+def add_reports(group: Group) -> None:
     """Add `--progress` and `--json`."""
     progress = "show progress (default: on a terminal)"
     group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None, help=progress)
-    add_switch(group, "--json", "print the summary as a JSON object, the last line of stdout")
+    add_flag(group, "--json", "print the summary as a JSON object, the last line of stdout")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -53,16 +53,6 @@ _QUIET_TURNS: Final = 100
 """Turns of the event loop without a settled item after which no answer is on its way from the wire to `_settle`."""
 
 
-class Sink(Protocol):
-    """Takes the outcome of each item. `NotWritten`, `OSError` and `StorageError` end the run."""
-
-    def take(self, request: Request, reply: Reply[Any]) -> None:
-        """Take an answer; *reply* is settled."""
-
-    def fail(self, name: str, error: dict[str, Any], request: Request | None) -> None:
-        """Take the error object of the item *name*; *request* is None if its line made none."""
-
-
 class BulkRun:
     """One run over an input.
 
@@ -70,7 +60,8 @@ class BulkRun:
         args: The flags of `add_bulk`.
         plan: Where requests are sent, and how.
         source: The input.
-        sink: Takes the outcomes.
+        take: Takes the request and the settled reply of each answered item. `NotWritten`, `OSError` and `StorageError` end the run.
+        fail: Takes the id, the error object and the request of each item that failed; the request is None if its line made none.
         done: Digests of the ids that are left out.
         ttl: Seconds for which the answers are good; None for the cache's own time.
 
@@ -88,7 +79,8 @@ class BulkRun:
         args: argparse.Namespace,
         plan: Plan,
         source: Input,
-        sink: Sink,
+        take: Callable[[Request, Reply[Any]], None],
+        fail: Callable[[str, dict[str, Any], Request | None], None] = lambda *_: None,
         *,
         done: Collection[int] = (),
         ttl: float | None = None,
@@ -104,7 +96,8 @@ class BulkRun:
         self.unanswering: str | None = None
         self._plan = plan
         self._source = source
-        self._sink = sink
+        self._take = take
+        self._report_failure = fail
         self._ttl = ttl
         self._session = Session(plan, give_up_after=args.give_up_after)
         self._endpoint = self._session.endpoint
@@ -140,11 +133,7 @@ class BulkRun:
                 note(f"microbatch {args.name}: {lost}{why}")
 
     async def go(self) -> None:
-        """Run to the end, or until it is stopped or broken.
-
-        Raises:
-            ConfigError: The cache cannot be used; nothing was sent.
-        """
+        """Run to the end, or until it is stopped or broken. Raise `ConfigError` if the cache cannot be used; then nothing was sent."""
         with stoppable(self._stop) as self._leave:
             try:
                 await self._ask()
@@ -209,7 +198,7 @@ class BulkRun:
     async def _settle(self, result: Result[Any]) -> None:
         name, error = result.id or "", result.error
         if result.reply is not None:
-            self._sink.take(self._asked[name], await result.reply.settled())
+            self._take(self._asked[name], await result.reply.settled())
             self._settled.add(id_digest(name))
             self._control = self._asked.pop(name)
             self.answered += 1
@@ -240,7 +229,7 @@ class BulkRun:
         self.failures.add(f"{described['type']}: {described['message']}", name, "id ")
 
     def _fail(self, name: str, error: dict[str, Any]) -> None:
-        self._sink.fail(name, error, self._asked.get(name))
+        self._report_failure(name, error, self._asked.get(name))
         self._settled.add(id_digest(name))
         self._asked.pop(name, None)
         self.failed += 1

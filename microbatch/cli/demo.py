@@ -36,8 +36,6 @@ LATENCY = Latency(first_token=0.5, tokens_per_second=80.0)
 SHOWN = 6
 _NAME_WIDTH = 52
 
-USAGE = "microbatch demo"
-
 
 class Trial(msgspec.Struct):
     """The outcome of asking about the whole catalogue in one way; *labels* are the answers by product id."""

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
 
 _BOM: Final = b"\xef\xbb\xbf"
-_ESCAPE: Final = re.compile(r"\\([nt\\])")
-_ESCAPED: Final = {"n": "\n", "t": "\t", "\\": "\\"}
+_ESCAPES: Final = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 _CHAT_URL: Final = "/v1/chat/completions"
 # These have a field of `Request`, or decide how an answer is delivered; the other fields of a body are passed on.
 _NOT_PARAMS: Final = frozenset(
@@ -55,7 +54,7 @@ class Template:
     """
 
     def __init__(self, text: str) -> None:
-        unescaped = _ESCAPE.sub(lambda found: _ESCAPED[found[1]], text)
+        unescaped = re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)
         self._parts: list[tuple[str, str | None]] = []
         try:
             parsed = list(Formatter().parse(unescaped))
@@ -75,14 +74,15 @@ class Template:
 
     def render(self, record: dict[str, Any]) -> str:
         """Return the question about *record*, with values that are not strings as JSON. Raise `LineError` if a field is missing."""
-        return "".join(literal if name is None else literal + _text(record, name) for literal, name in self._parts)
-
-
-def _text(record: dict[str, Any], name: str) -> str:
-    value = _value(record, name)
-    if value is msgspec.UNSET:
-        raise LineError(f'the field "{name}" is missing', name)
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        texts = []
+        for literal, name in self._parts:
+            texts.append(literal)
+            if name is not None:
+                value = _value(record, name)
+                if value is msgspec.UNSET:
+                    raise LineError(f'the field "{name}" is missing', name)
+                texts.append(value if isinstance(value, str) else msgspec.json.encode(value).decode())
+        return "".join(texts)
 
 
 def _value(record: dict[str, Any], name: str) -> Any:
@@ -147,11 +147,9 @@ class BatchLines:
             raise LineError(f'the field "url" must be "{_CHAT_URL}"', "url")
         body = self._checked(record.get("body"))
         options = dict(self._options)
-        for field in ("model", "max_tokens", "temperature"):
+        for field in ("model", "max_tokens", "max_completion_tokens", "temperature"):
             if body.get(field) is not None:
-                options[field] = body[field]
-        if body.get("max_completion_tokens") is not None:
-            options["max_tokens"] = body["max_completion_tokens"]
+                options["max_tokens" if field == "max_completion_tokens" else field] = body[field]
         params = {field: value for field, value in body.items() if field not in _NOT_PARAMS}
         return Request(body["messages"], id=name, params=params or None, **options)
 
@@ -379,19 +377,18 @@ class Input:
         if not text or text.isspace():
             return None
         try:
-            record = msgspec.json.decode(text, type=dict[str, Any])
+            record = msgspec.json.decode(text.decode(), type=dict[str, Any])
+            return self._name(record, number), record
+        except LineError as error:
+            return BadLine(number, None, str(error), error.field)
+        except UnicodeDecodeError:
+            return BadLine(number, None, "it is not UTF-8")
         except RecursionError:
             return BadLine(number, None, "the JSON is nested too deeply")
         except msgspec.ValidationError:
             return BadLine(number, None, "it is not a JSON object")
         except ValueError as error:
-            if not _is_utf8(text):
-                return BadLine(number, None, "it is not UTF-8")
             return BadLine(number, None, "it is not JSON", detail=str(error))
-        try:
-            return self._name(record, number), record
-        except LineError as error:
-            return BadLine(number, None, str(error), error.field)
 
     def _name(self, record: dict[str, Any], number: int) -> str:
         field = self._id_field or next((field for field in ("custom_id", "id") if field in record), None)
@@ -405,11 +402,3 @@ class Input:
                 f'the field "{field}" must be a non-empty string or a whole number, to serve as an id', field
             )
         return str(name)
-
-
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -33,7 +33,7 @@ or from .env in this directory; an address in .env is used only if .env holds
 the key as well.
 """
 _COMMANDS: Final = (run, warm, spool, worker, serve, demo, simulate)
-"""Modules with the functions `add_arguments` and `run`; the docstring of each is the help of its command."""
+"""Modules with the functions `add_arguments` and `run`; the docstring of each is the usage and help of its command."""
 
 
 def _version() -> str:
@@ -53,12 +53,13 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in _COMMANDS:
         name = module.__name__.rpartition(".")[2]
-        summary, _, text = (module.__doc__ or "").partition("\n\n")
+        head, _, text = (module.__doc__ or "").partition("\n\n")
+        usage, _, summary = head.partition(": ")
         description, heading, examples = text.partition("Examples:\n")
         command = commands.add_parser(
             name,
-            usage=module.USAGE,
-            help=summary.partition(": ")[2].rstrip("."),
+            usage=usage.strip("`"),
+            help=summary.rstrip("."),
             description=description,
             epilog=heading.lower() + examples,
             formatter_class=form,

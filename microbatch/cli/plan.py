@@ -35,7 +35,7 @@ _REDIS: Final = ("redis://", "rediss://", "unix://")
 _STEP_TIMEOUT: Final = 5.0
 """Seconds for each exchange with a Redis server that holds a cache."""
 CACHE_PATIENCE: Final = 10.0
-"""Seconds for which a failing call of a cache is repeated: a server may be about to come back, and each miss has to be paid for."""
+"""Seconds for which a failing call of a cache is repeated, because each miss has to be paid for."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -60,26 +60,20 @@ class Plan(msgspec.Struct, frozen=True):
 
 def read_plan(args: argparse.Namespace) -> Plan:
     """Return the settings of the flags."""
-    model = _model(args)
     return Plan(
         policy=read_policy(args),
         fallback=FallbackPolicy(canary=args.canary),
         rate_limit=read_rate_limit(args),
         cache=None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE),
-        transport=SimulatedChat(model) if args.simulate else _read_transport(args, model),
+        transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
     )
 
 
 def prepare(args: argparse.Namespace) -> tuple[Plan, Input]:
     """Return the settings and the checked input of `run` and `warm`."""
-    questions = read_questions(args, needs_model=_model(args) is None)
+    questions = read_questions(args, needs_model=not args.model and not args.simulate)
     plan = read_plan(args)
     return plan, Input(args.input, questions, id_field=args.id_field)
-
-
-def _model(args: argparse.Namespace) -> str | None:
-    """Return the model of requests that name none; None if there is none."""
-    return args.model or (SIMULATED_MODEL if args.simulate else None)
 
 
 def read_policy(args: argparse.Namespace) -> FlushPolicy:
@@ -96,14 +90,14 @@ def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
     return RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
 
 
-def _read_transport(args: argparse.Namespace, model: str | None) -> OpenAIChat:
+def _read_transport(args: argparse.Namespace) -> OpenAIChat:
     if not os.environ.get("OPENAI_API_KEY") and not args.base_url and not os.environ.get("OPENAI_BASE_URL"):
         raise UsageError(
             "no API key: set the environment variable OPENAI_API_KEY, give --base-url for an endpoint that needs none, "
             "or --simulate to try without one"
         )
     try:
-        return OpenAIChat(model, base_url=args.base_url)
+        return OpenAIChat(args.model or None, base_url=args.base_url)
     except ConfigError as error:
         message = str(error).replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")
         raise UsageError(message.replace("api_key", "OPENAI_API_KEY")) from error

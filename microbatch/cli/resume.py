@@ -32,9 +32,7 @@ Settings = dict[str, Any]
 _SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
 
 # These are part of a question, and so of its digest.
-_IN_QUESTION: Final = frozenset(
-    {"--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature"}
-)
+_IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature")
 
 
 class Resumed(msgspec.Struct):
@@ -107,8 +105,15 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
     else:
         for start, name in moved:
             output.write(output.row_at(start, name))
-    for line in _remarks(found, undated):
-        note(line)
+    if found.changed - undated:
+        note(f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count")
+    if undated:
+        note(
+            f"{plural(undated, 'answer')} of an older release, which did not record the question, will be asked for anew; "
+            "--resume --force keeps them"
+        )
+    if found.reused:
+        note(f"{plural(found.reused, 'question')} answered before under another id, and not asked again")
     return found
 
 
@@ -127,18 +132,6 @@ def _rewrite(output: OutputFile, rows: list[tuple[int, str]]) -> None:
     if settings_path(output.path).exists():
         shutil.copyfile(settings_path(output.path), settings_path(str(aside)))
     note(f"the output as it was is now {str(aside)!r}")
-
-
-def _remarks(found: Resumed, undated: int) -> Iterator[str]:
-    if found.changed - undated:
-        yield f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count"
-    if undated:
-        yield (
-            f"{plural(undated, 'answer')} of an older release, which did not record the question, will be asked for anew; "
-            "--resume --force keeps them"
-        )
-    if found.reused:
-        yield f"{plural(found.reused, 'question')} answered before under another id, and not asked again"
 
 
 # --- settings

@@ -1,4 +1,4 @@
-r"""`microbatch run`: ask about every line of a JSON Lines file.
+r"""`microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]`: ask about every line of a JSON Lines file.
 
 Ask a model about every line of a JSON Lines file, many lines in one prompt, and
 write one line for each answer:
@@ -39,11 +39,12 @@ import asyncio
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from microbatch.cli import arguments, console
+from microbatch.cli import console
+from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.input import question_digest
-from microbatch.cli.output import NotWritten, OutputFile, answer_line, failure_line
+from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
 from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
 from microbatch.cli.summary import comparison, fields, remarks, reuse
@@ -52,37 +53,41 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from microbatch.cli.input import Questions
     from microbatch.cli.plan import Plan
     from microbatch.messages import Reply, Request
-
-USAGE = "microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     output = "where the answers go, as they come"
     parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
-    group = arguments.add_bulk(parser, "the run")
-    arguments.add_cache(group)
+    group = add_bulk(parser, "the run")
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
-    arguments.add_switch(group, "--resume", resume)
+    add_flag(group, "--resume", resume)
     force = (
         "with --resume: go on although prompt or policy have changed, and keep the answers to the old prompt; "
         "else: begin anew, keeping the old output under another name"
     )
-    arguments.add_switch(group, "--force", force)
+    add_flag(group, "--force", force)
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask about every line, and return the exit status."""
     plan, source = prepare(args)
+    model = plan.transport.model
     try:
         with open_output(args) as output:
             resumed = resume(args, plan, source, output)
             keep_settings(args.output, settings(args, plan, source))
-            sink = OutputSink(output, source.questions, plan.transport.model)
-            bulk = BulkRun(args, plan, source, sink, done=resumed.done)
+
+            def take(request: Request, reply: Reply[Any]) -> None:
+                answer = source.questions.output(reply.output)
+                output.write(answer_line(request.id or "", answer, reply, question_digest(request, model)))
+
+            def fail(name: str, error: dict[str, Any], request: Request | None) -> None:
+                output.write(failure_line(name, error, None if request is None else question_digest(request, model)))
+
+            bulk = BulkRun(args, plan, source, take, fail, done=resumed.done)
             asyncio.run(bulk.go())
             bulk.report(args, summary_lines(bulk, plan), summarize(bulk, resumed))
             _note_rest(args, bulk)
@@ -100,25 +105,6 @@ def _note_rest(args: argparse.Namespace, bulk: BulkRun) -> None:
         words = [word for word in args.argv if word not in ("--force", "--resume")]
         note(f"{'Stopped; all' if bulk.stopped else 'All'} answers so far are in {args.output}. To ask for the rest:")
         note(f"  {shlex.join(['microbatch', *words, '--resume'])}")
-
-
-class OutputSink:
-    """Writes the outcome of each item to the output."""
-
-    def __init__(self, output: OutputFile, questions: Questions, model: str | None) -> None:
-        self._output = output
-        self._questions = questions
-        self._model = model
-
-    def take(self, request: Request, reply: Reply[Any]) -> None:
-        """Write an answer."""
-        answer = self._questions.output(reply.output)
-        self._output.write(answer_line(request.id or "", answer, reply, question_digest(request, self._model)))
-
-    def fail(self, name: str, error: dict[str, Any], request: Request | None) -> None:
-        """Write an error."""
-        digest = None if request is None else question_digest(request, self._model)
-        self._output.write(failure_line(name, error, digest))
 
 
 def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-r"""`microbatch serve`: serve the gateway, which combines the requests of any OpenAI client.
+r"""`microbatch serve --upstream URL [options]`: serve the gateway, which combines the requests of any OpenAI client.
 
 Serve an OpenAI-compatible API in front of another. Chat completions of many
 clients leave as combined prompts, and each client gets its own answer, as JSON
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from microbatch.cli import arguments, console
-from microbatch.cli.arguments import add_option, add_switch, flag, read_settings, whole_number
+from microbatch.cli.arguments import add_flag, flag, read_settings
 from microbatch.cli.console import UsageError, note, plural, report
 from microbatch.cli.environment import with_environment
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
@@ -47,24 +47,17 @@ from microbatch.policy import FallbackPolicy
 if TYPE_CHECKING:
     import argparse
 
-USAGE = "microbatch serve --upstream URL [options]"
-
-HOST: Final = "127.0.0.1"
-PORT: Final = 8080
-GRACE: Final = 30.0
-_LEAST_SECRET: Final = 16
-"""Bytes."""
+_LEAST_SECRET_BYTES: Final = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
-    add_option(parser, "--upstream", "URL", "address of the API to serve, up to /v1")
-    add_option(parser, "--host", "ADDRESS", f"address to listen on (default: {HOST})", default=HOST)
-    port = f"port, 0 for a free one (default: {PORT})"
-    add_option(parser, "--port", "N", port, type=whole_number(0, 65_535), default=PORT)
-    add_option(parser, "--model", "NAME", "the model for requests that name none (default: refuse these)")
-    arguments.add_seconds(parser, "--grace", "time to answer what is under way after a signal", default=GRACE)
+    add_flag(parser, "--upstream URL", "address of the API to serve, up to /v1")
+    add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
+    add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
+    add_flag(parser, "--model NAME", "the model for requests that name none (default: refuse these)")
+    add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
     arguments.add_rate_limits(parser)
     arguments.add_cache(parser)
     _add_access(parser.add_argument_group("access"))
@@ -72,16 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_policy(parser.add_argument_group("batching"))
 
 
-def _add_access(group: argparse._ArgumentGroup) -> None:
-    add_switch(group, "--no-own-key", "ignore OPENAI_API_KEY: clients without a key go without one")
+def _add_access(group: arguments.Group) -> None:
+    add_flag(group, "--no-own-key", "ignore OPENAI_API_KEY: clients without a key go without one")
     access = "holds the token that clients give in place of a key to use the gateway's, and off loopback to see /stats"
-    add_option(group, "--access-token-file", "FILE", access)
+    add_flag(group, "--access-token-file FILE", access)
     key = "holds the key of the digests that tell tenants apart (default: the cache's own secret, else a random one)"
-    add_option(group, "--secret-file", "FILE", key)
+    add_flag(group, "--secret-file FILE", key)
     header = "a header that goes with combined requests and must be equal in them; may be repeated"
-    add_option(group, "--lane-header", "NAME", header, action="append", default=[])
+    add_flag(group, "--lane-header NAME", header, action="append", default=[])
     host = "a further name under which clients address the gateway, * for any; may be repeated"
-    add_option(group, "--allowed-host", "NAME", host, action="append", default=[])
+    add_flag(group, "--allowed-host NAME", host, action="append", default=[])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +98,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             model=args.model,
             api_key=_own_key(args),
             access_token=None if token is None else token.decode("utf-8", "replace"),
-            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET),
+            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES),
             lane_headers=args.lane_header,
             allowed_hosts=args.allowed_host,
             settings=settings,

@@ -42,12 +42,7 @@ class PausingTransport:
         await acquire([self._transport])
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
-        """Make one attempt at *call* when it is allowed; see `Transport.send`.
-
-        Raises:
-            ShutDown: Nothing is sent any more.
-            TransportError: The attempt failed.
-        """
+        """Make one attempt at *call* when it is allowed; see `Transport.send`. Raise `ShutDown` if nothing is sent any more."""
         endpoint = self._endpoint
         async with endpoint.attempt() as sent:
             try:
@@ -70,11 +65,7 @@ class PausingTransport:
 
 
 class Session:
-    """The batchers of a command, which share a transport, a rate limit and a cache.
-
-    Args:
-        plan: The settings.
-        give_up_after: Seconds without an answer after which nothing is sent any more; None never gives up.
+    """The batchers of a command, which share a transport, a rate limit and a cache; see `Endpoint` for *give_up_after*.
 
     Attributes:
         prober: A batcher, not open, that makes one attempt per request, without a cache, also while the endpoint does not answer.

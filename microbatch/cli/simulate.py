@@ -1,4 +1,4 @@
-"""`microbatch simulate`: serve a simulated OpenAI-compatible endpoint.
+"""`microbatch simulate [options]`: serve a simulated OpenAI-compatible endpoint.
 
 Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
 /v1/models, and OpenAI's files and batches below /v1/files and /v1/batches). It
@@ -21,7 +21,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, get_args
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_count, add_option, add_seconds, add_switch, number, whole_number
+from microbatch.cli.arguments import Group, add_flag, number
 from microbatch.cli.console import note, plural, report
 from microbatch.cli.stopping import listening
 from microbatch.testing.endpoint import SimulatedEndpoint
@@ -33,10 +33,7 @@ from microbatch.testing.quota import Quota
 if TYPE_CHECKING:
     import argparse
 
-USAGE = "microbatch simulate [options]"
-
 _KINDS: Final = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in get_args(kinds)]
-
 
 _SAME_NAMES: Final = (
     *("host", "port", "batch_seconds", "batch_expires", "batch_tokens", "context_tokens", "max_output_tokens"),
@@ -48,50 +45,43 @@ _SAME_NAMES: Final = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `simulate`."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    port = "port to listen on (default: a free one)"
-    add_option(parser, "--port", "N", port, type=whole_number(0, 65_535), default=0)
-    key = "a key that is accepted; may be repeated (default: any key is)"
-    add_option(parser, "--api-key", "KEY", key, action="append")
+    add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
+    add_flag(parser, "--port N", "port to listen on, 0 for a free one", least=0, most=65_535, default=0)
+    add_flag(parser, "--api-key KEY", "a key that is accepted; may be repeated (default: any key is)", action="append")
     latency = parser.add_argument_group("latency")
-    add_seconds(latency, "--first-token", "time to the first token", default=0.5)
-    rate = "rate after that, 0 for no delay (default: 80)"
-    add_option(latency, "--tokens-per-second", "N", rate, type=number(0), default=80.0)
+    add_flag(latency, "--first-token SECONDS", "time to the first token", default=0.5)
+    add_flag(latency, "--tokens-per-second RATE", "rate after that, 0 for no delay", least=0, default=80.0)
     quota = parser.add_argument_group("quota, for each key and model")
-    add_count(quota, "--rpm", "at most N requests within any 60 seconds (default: no limit)")
-    add_count(
-        quota,
-        "--tpm",
-        "at most N tokens within any 60 seconds, those of a prompt and its max_tokens (default: no limit)",
-    )
+    tokens = "at most N tokens within any 60 seconds, those of a prompt and its max_tokens (default: no limit)"
+    add_flag(quota, "--rpm N", "at most N requests within any 60 seconds (default: no limit)")
+    add_flag(quota, "--tpm N", tokens)
     _add_batches(parser.add_argument_group("batches"))
     _add_capabilities(parser.add_argument_group("what the model can do"))
     _add_faults(parser.add_argument_group("what goes wrong"))
 
 
-def _add_batches(group: argparse._ArgumentGroup) -> None:
-    add_seconds(group, "--batch-seconds", "how long a batch takes", default=10.0)
-    expires = "lines of a batch that are not answered before its time is over, as a number or a percentage (default: 0)"
-    add_option(group, "--batch-expires", "N|P%", expires, type=_lines_or_share, default=0)
+def _add_batches(group: Group) -> None:
+    add_flag(group, "--batch-seconds SECONDS", "how long a batch takes", default=10.0)
+    expires = "lines of a batch that are not answered before its time is over, as a number or a percentage"
+    add_flag(group, "--batch-expires N|P%", expires, type=_lines_or_share, default=0)
     tokens = "at most N tokens in the batches of one key that are worked on (default: no limit)"
-    add_count(group, "--batch-tokens", tokens)
+    add_flag(group, "--batch-tokens N", tokens)
 
 
 def _lines_or_share(text: str) -> float:
     """Return a number of lines as a whole number, and a percentage as a share."""
-    if text.endswith("%"):
-        share: float = number(0, 100)(text.removesuffix("%"))
-        return share / 100
-    lines: int = whole_number(0)(text)
-    return lines
+    share = text.endswith("%")
+    read: float = number(0, 100)(text.removesuffix("%")) / 100 if share else number(0, kind=int)(text)
+    return read
 
 
-def _add_capabilities(group: argparse._ArgumentGroup) -> None:
-    add_count(group, "--context-tokens", "at most N tokens of prompt and reply together")
-    add_count(group, "--max-output-tokens", "at most N tokens of a reply; a higher max_tokens is refused")
-    reasoning = "tokens that the model thinks, unseen, before it answers"
-    add_count(group, "--reasoning-tokens", reasoning, least=0, default=0)
-    add_count(group, "--indent", "write JSON on many lines, indented by N", least=0)
+def _add_capabilities(group: Group) -> None:
+    add_flag(group, "--context-tokens N", "at most N tokens of prompt and reply together")
+    add_flag(group, "--max-output-tokens N", "at most N tokens of a reply; a higher max_tokens is refused")
+    add_flag(
+        group, "--reasoning-tokens N", "tokens that the model thinks, unseen, before it answers", least=0, default=0
+    )
+    add_flag(group, "--indent N", "write JSON on many lines, indented by N", least=0)
     for name, choices, what in (
         ("--json-schema", Fails, "response_format json_schema"),
         ("--json-object", Accepts, "response_format json_object"),
@@ -99,28 +89,23 @@ def _add_capabilities(group: argparse._ArgumentGroup) -> None:
     ):
         group.add_argument(name, choices=get_args(choices), default="ok", help=f"how {what} is treated (default: ok)")
     names = get_args(MaxTokensName)
-    add_option(
-        group,
-        "--max-tokens-name",
-        "NAME",
-        f"the only name of that limit: {' or '.join(names)} (default: both)",
-        choices=names,
-    )
-    add_switch(group, "--temperature-fixed", "refuse any temperature but 1, as reasoning models do")
-    add_switch(group, "--no-streaming", "refuse streaming")
-    add_switch(group, "--cached-prefixes", "report cached_tokens as OpenAI does")
+    only = f"the only name of that limit: {' or '.join(names)} (default: both)"
+    add_flag(group, "--max-tokens-name NAME", only, choices=names)
+    add_flag(group, "--temperature-fixed", "refuse any temperature but 1, as reasoning models do")
+    add_flag(group, "--no-streaming", "refuse streaming")
+    add_flag(group, "--cached-prefixes", "report cached_tokens as OpenAI does")
     order = '"answer X for all requests" makes X every answer of a combined reply'
-    add_switch(group, "--obey", f"let one item give orders to all: {order}")
+    add_flag(group, "--obey", f"let one item give orders to all: {order}")
 
 
-def _add_faults(group: argparse._ArgumentGroup) -> None:
+def _add_faults(group: Group) -> None:
     kinds = f"what may go wrong, may be repeated: {', '.join(_KINDS)}"
-    add_option(group, "--fault", "KIND", kinds, action="append", choices=_KINDS, default=[])
-    rate = "share of the replies that go wrong (default: 0.2)"
-    add_option(group, "--fault-rate", "R", rate, type=number(0, 1), default=0.2)
-    calls = "which calls may go wrong (default: all)"
-    group.add_argument("--fault-on", choices=get_args(On), default="all", help=calls)
-    add_option(group, "--seed", "N", "another seed makes other choices (default: 0)", type=int, default=0)
+    add_flag(group, "--fault KIND", kinds, action="append", choices=_KINDS, default=[])
+    add_flag(group, "--fault-rate R", "share of the replies that go wrong", least=0, most=1, default=0.2)
+    group.add_argument(
+        "--fault-on", choices=get_args(On), default="all", help="which calls may go wrong (default: all)"
+    )
+    add_flag(group, "--seed N", "another seed makes other choices", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:

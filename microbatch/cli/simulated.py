@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
 from microbatch.errors import ConnectFailed
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from microbatch.protocols import ChatCall, Completion
-    from microbatch.testing.endpoint import SimulatedEndpoint
     from microbatch.transports.relay import Forwarded
 
 SIMULATED_MODEL: Final = "gpt-4.1-mini"
@@ -28,8 +28,8 @@ class SimulatedChat:
 
     def __init__(self, model: str | None) -> None:
         self.model = model
-        self._endpoint: SimulatedEndpoint | None = None
         self._transport: OpenAIChat | None = None
+        self._stack = AsyncExitStack()
 
     @property
     def _chat(self) -> OpenAIChat:
@@ -41,28 +41,21 @@ class SimulatedChat:
         """Start to serve."""
         from microbatch.testing.endpoint import SimulatedEndpoint  # noqa: PLC0415 a server, which a real run does not need
 
-        endpoint = SimulatedEndpoint()
-        await endpoint.open()
-        self._endpoint = endpoint
+        endpoint = await self._stack.enter_async_context(SimulatedEndpoint())
         self._transport = OpenAIChat(self.model, base_url=endpoint.base_url, api_key="simulated")
+        self._stack.push_async_callback(self._transport.aclose)
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
         """Make one attempt at *call*; see `OpenAIChat.send`."""
         return await self._chat.send(call, on_text)
 
-    @asynccontextmanager
-    async def forward(
+    def forward(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
-    ) -> AsyncIterator[Forwarded]:
+    ) -> AbstractAsyncContextManager[Forwarded]:
         """Relay a request as it is; see `OpenAIChat.forward`."""
-        async with self._chat.forward(method, path, headers, body) as response:
-            yield response
+        return self._chat.forward(method, path, headers, body)
 
     async def aclose(self) -> None:
         """Stop serving."""
-        chat, self._transport = self._transport, None
-        endpoint, self._endpoint = self._endpoint, None
-        if chat is not None:
-            await chat.aclose()
-        if endpoint is not None:
-            await endpoint.aclose()
+        self._transport = None
+        await self._stack.aclose()

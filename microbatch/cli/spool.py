@@ -1,4 +1,4 @@
-r"""`microbatch spool`: queue questions for later; see what waits, what failed, what was answered.
+r"""`microbatch spool SPOOL [options]`: queue questions for later; see what waits, what failed, what was answered.
 
 A spool holds requests that can wait until a worker has answered them, and keeps
 the answers for 7 days. SPOOL is a file (SQLite), or the address of a Redis
@@ -41,19 +41,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_count, add_option, add_question, add_switch, flag
-from microbatch.cli.console import (
-    COLUMNS,
-    StdoutError,
-    UsageError,
-    note,
-    plural,
-    print_result,
-    report,
-    report_json,
-    seconds,
-    table,
-)
+from microbatch.cli.arguments import add_flag, add_question, flag
+from microbatch.cli.console import StdoutError, UsageError, note, plural, print_result, report, report_json, seconds
 from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
 from microbatch.cli.output import NotWritten, replacing
 from microbatch.cli.plan import is_address, read_questions, spool_at
@@ -65,19 +54,15 @@ from microbatch.spool.records import MAX_ALONE, Name
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Iterator
 
-    from microbatch.spool.records import Counts, DeadLetter, Item, Kept, PutOutcome, Spool, State
-
-USAGE = """\
-microbatch spool SPOOL [options]
-       microbatch spool SPOOL --put INPUT.jsonl [options]
-       microbatch spool SPOOL --dead | --requeue [ID ...] | --export FILE.jsonl"""
+    from microbatch.spool.records import DeadLetter, Item, Kept, Spool, State
 
 _QUESTION: Final = ("system", "template", "labels", "schema", "id_field", "max_tokens", "temperature", "model")
 
 _AT_ONCE: Final = 500
 """Requests put in one transaction."""
+_CONFLICT: Final = "the spool holds another request under this id; it stays, and this one was not queued"
 
 _STATES: Final[dict[State, str]] = {"leased": "with a worker", "in_job": "in a batch job", "done": "answered"}
 _NOT_DEAD: Final[dict[State, str]] = {
@@ -95,34 +80,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spool", metavar="SPOOL", help="a file, or redis://HOST:PORT/DB; --put makes a file")
     actions = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     put = "queue a request for every line, as `microbatch run` would ask it; one that is there already is left as it is"
-    add_option(actions, "--put", "INPUT.jsonl", put)
-    add_switch(actions, "--dead", "list the dead letters, oldest first")
+    add_flag(actions, "--put INPUT.jsonl", put)
+    add_flag(actions, "--dead", "list the dead letters, oldest first")
     requeue = "put dead letters back, all or those with these ids, as if they had never been asked"
-    add_option(actions, "--requeue", "ID", requeue, nargs="*")
+    add_flag(actions, "--requeue ID", requeue, nargs="*")
     line = "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970)"
     states = "the states are waiting, leased, in_job, done and dead"
     exported = f"write a line for every request that is kept: {line}; {states}; - is stdout"
-    add_option(actions, "--export", "FILE.jsonl", exported)
+    add_flag(actions, "--export FILE.jsonl", exported)
     tenant = (
         "with --put and --requeue ID: the tenant that the ids belong to (default: none); "
         "else: the tenant whose requests are shown, exported or put back (default: all)"
     )
-    add_option(parser, "--tenant", "NAME", tenant)
+    add_flag(parser, "--tenant NAME", tenant)
     max_alone = "the same as that of the workers: a request that failed N times alone is dead"
-    add_count(parser, "--max-alone", max_alone, default=MAX_ALONE)
+    add_flag(parser, "--max-alone N", max_alone, default=MAX_ALONE)
     figures = "print the figures as a JSON object, the last line of stdout; with --dead one object per letter"
-    add_switch(parser, "--json", figures)
+    add_flag(parser, "--json", figures)
     question = parser.add_argument_group("what is asked, with --put")
     add_question(question)
-    add_option(question, "--model", "NAME", "the model (default: the line's own, else the worker's)")
+    add_flag(question, "--model NAME", "the model (default: the line's own, else the worker's)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do one thing with a spool."""
     _check(args)
-    action = _action(args)
+    put = None if args.put is None else Put(args)
     try:
-        return asyncio.run(_with_spool(args, action))
+        return asyncio.run(_act(args, put))
     except (NotWritten, StorageError) as error:
         note(f"microbatch spool: {error}")
         return console.SOME_FAILED
@@ -145,34 +130,46 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.export!r} exists already; choose another name, or - for stdout")
 
 
-def _action(args: argparse.Namespace) -> Callable[[Spool], Awaitable[int]]:
-    if args.put is not None:
-        return Put(args).go
-    if args.export is not None:
-        return lambda spool: export(spool, args)
-    action = _requeue if args.requeue is not None else _list_dead if args.dead else _show
-    return lambda spool: action(spool, args)
-
-
-async def _with_spool(args: argparse.Namespace, action: Callable[[Spool], Awaitable[int]]) -> int:
+async def _act(args: argparse.Namespace, put: Put | None) -> int:
     spool = spool_at(args.spool, max_alone=args.max_alone)
     await spool.open()
     try:
-        return await action(spool)
+        if put is not None:
+            return await put.go(spool)
+        if args.export is not None:
+            return await export(spool, args)
+        if args.requeue is not None:
+            return await _requeue(spool, args)
+        return await (_list_dead if args.dead else _show)(spool, args)
     finally:
         await spool.aclose()
 
 
 # --- figures
 
+_FIGURES: Final = {
+    "waiting_full": "waiting for a full batch",
+    "waiting_half": "waiting for half a batch, after a failure",
+    "waiting_alone": "waiting to go alone, after two",
+    "leased": "with a worker",
+    "in_job": "at the provider, in a batch job",
+    "depth": "all still to be answered",
+    "done": "answered",
+    "dead": "dead letters",
+}
+
 
 async def _show(spool: Spool, args: argparse.Namespace) -> int:
     counts = await spool.counts()
-    figures = _figures(counts)
+    waiting = zip(("waiting_full", "waiting_half", "waiting_alone"), counts.waiting, strict=True)
+    others = {name: getattr(counts, name) for name in ("leased", "in_job", "depth", "done", "dead")}
+    figures = dict(waiting) | others
     if args.json:
-        print_result(msgspec.json.encode(figures).decode())
+        oldest = None if counts.oldest is None else round(counts.oldest, 3)
+        print_result(msgspec.json.encode(figures | {"oldest_s": oldest, "lost": counts.lost}).decode())
         return console.OK
-    print_result(_figures_table(figures))
+    rows = [(text, f"{figures[name]:,}") for name, text in _FIGURES.items()]
+    print_result(console.table(("", "requests"), rows + ([("lost", f"{counts.lost:,}")] if counts.lost else [])))
     if counts.oldest is not None:
         print_result(f"\nThe oldest of those still to be answered was put {seconds(counts.oldest)} ago.")
     if counts.dead:
@@ -190,40 +187,6 @@ def lost_requests(number: int) -> str:
     )
 
 
-def _figures(counts: Counts) -> dict[str, Any]:
-    """Return how many requests are in which state, as `--json` prints it."""
-    full, half, alone = counts.waiting
-    return {
-        "waiting_full": full,
-        "waiting_half": half,
-        "waiting_alone": alone,
-        "leased": counts.leased,
-        "in_job": counts.in_job,
-        "depth": counts.depth,
-        "done": counts.done,
-        "dead": counts.dead,
-        "oldest_s": None if counts.oldest is None else round(counts.oldest, 3),
-        "lost": counts.lost,
-    }
-
-
-_FIGURES: Final = {
-    "waiting_full": "waiting for a full batch",
-    "waiting_half": "waiting for half a batch, after a failure",
-    "waiting_alone": "waiting to go alone, after two",
-    "leased": "with a worker",
-    "in_job": "at the provider, in a batch job",
-    "depth": "all still to be answered",
-    "done": "answered",
-    "dead": "dead letters",
-}
-
-
-def _figures_table(figures: dict[str, Any]) -> str:
-    names = _FIGURES | ({"lost": "lost"} if figures["lost"] else {})
-    return table(("", "requests"), [(text, f"{figures[name]:,}") for name, text in names.items()])
-
-
 # --- dead letters
 
 
@@ -239,14 +202,8 @@ async def _list_dead(spool: Spool, args: argparse.Namespace) -> int:
 
 
 def _as_json(letter: DeadLetter) -> str:
-    name = letter.item.name
-    fields = {
-        "custom_id": name.id,
-        "tenant": name.tenant,
-        "deliveries": letter.deliveries,
-        "error": letter.error,
-        "died_at": letter.died_at,
-    }
+    name = {"custom_id": letter.item.name.id, "tenant": letter.item.name.tenant}
+    fields = name | {"deliveries": letter.deliveries, "error": letter.error, "died_at": letter.died_at}
     return msgspec.json.encode(fields).decode()
 
 
@@ -255,7 +212,7 @@ def _as_text(letter: DeadLetter) -> str:
     tenant = "" if name.tenant is None else f" of tenant {name.tenant}"
     died = datetime.fromtimestamp(letter.died_at, UTC).astimezone()
     head = f"{name.id}{tenant}: dead since {died:%Y-%m-%d %H:%M:%S}, asked {plural(letter.deliveries, 'time')}"
-    error = textwrap.fill(letter.error, COLUMNS, initial_indent="    ", subsequent_indent="    ")
+    error = textwrap.fill(letter.error, console.COLUMNS, initial_indent="    ", subsequent_indent="    ")
     return f"{head}\n{error}\n"
 
 
@@ -287,8 +244,7 @@ class Put:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._source = Input(args.put, read_questions(args, needs_model=False), id_field=args.id_field)
-        self._outcomes: Counter[PutOutcome] = Counter()
-        self._rejected = 0
+        self._counts: Counter[str] = Counter()
         self._failures = Failures()
 
     async def go(self, spool: Spool) -> int:
@@ -300,7 +256,7 @@ class Put:
                 while some := list(islice(items, _AT_ONCE)):
                     outcomes = await spool.put([item for _, item in some])
                     for (number, _), outcome in zip(some, outcomes, strict=True):
-                        self._count(number, outcome)
+                        self._count(number, outcome, _CONFLICT if outcome == "conflict" else None)
             except (InputChanged, OSError, StorageError) as error:
                 broken = error
             stopped = False
@@ -310,37 +266,32 @@ class Put:
         """Yield the number of each line and the request that is put for it."""
         for row in self._source.requests():
             if isinstance(row, BadLine):
-                self._reject(row.number, row.problem)
+                self._count(row.number, "failed", row.problem)
                 continue
             number, request = row
             try:
                 payload = payload_of(request, self._args.model)
             except ConfigError as error:
-                self._reject(number, str(error))
+                self._count(number, "failed", str(error))
             else:
                 yield number, payload.item(Name(self._args.tenant, request.id or ""))
 
-    def _reject(self, number: int, problem: str) -> None:
-        self._failures.add(problem, str(number), f"{self._source.path}, line ")
-        self._rejected += 1
-
-    def _count(self, number: int, outcome: PutOutcome) -> None:
-        self._outcomes[outcome] += 1
-        if outcome == "conflict":
-            problem = "the spool holds another request under this id; it stays, and this one was not queued"
+    def _count(self, number: int, outcome: str, problem: str | None) -> None:
+        self._counts[outcome] += 1
+        if problem is not None:
             self._failures.add(problem, str(number), f"{self._source.path}, line ")
 
     def _report(self, *, stopped: bool, broken: Exception | None) -> int:
         for line in self._failures.lines():
             note(line)
-        new, known, conflicts = (self._outcomes[outcome] for outcome in ("new", "known", "conflict"))
-        items, rejected = self._source.items, self._rejected
+        items = self._source.items
+        new, known, conflicts, failed = (self._counts[name] for name in ("new", "known", "conflict", "failed"))
         if self._args.json:
-            report_json({"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": rejected})
+            report_json({"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": failed})
         else:
             report(
                 f"{plural(items, 'item')}: {new:,} queued, {known:,} known already, {plural(conflicts, 'conflict')}, "
-                f"{rejected:,} cannot be asked"
+                f"{failed:,} cannot be asked"
             )
         if broken is not None:
             note(f"microbatch spool: {broken}")
@@ -348,7 +299,7 @@ class Put:
             note("Stopped. For the rest, run the same command again; what is queued is not queued twice.")
         if stopped:
             return console.STOPPED
-        return console.SOME_FAILED if conflicts or rejected or broken is not None else console.OK
+        return console.SOME_FAILED if conflicts or failed or broken is not None else console.OK
 
 
 async def export(spool: Spool, args: argparse.Namespace) -> int:

@@ -14,16 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_unsupported = contextlib.suppress(NotImplementedError, ValueError, RuntimeError)
 
 
 @contextlib.contextmanager
 def stoppable(*first: Callable[[], None]) -> Generator[Callable[[], None]]:
-    """Call one of *first* at each signal; at the next one cancel the running task and leave this block without an error.
-
-    Any further signal has its usual effect.
+    """Call one of *first* at each signal; at the next one leave this block, without an error. A further one has its usual effect.
 
     Yields:
-        A function that cancels the task and leaves the block in the same way.
+        A function that leaves the block in the same way: it cancels the running task.
     """
     task = asyncio.current_task()
     stopped = False
@@ -55,22 +54,21 @@ def at_signals(*actions: Callable[[], None]) -> Generator[None]:
     def act() -> None:
         action = left.pop(0)
         if not left:
-            _remove_handlers(loop)
+            usual()
         action()
 
-    with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
+    def usual() -> None:
+        with _unsupported:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    with _unsupported:
         for number in _SIGNALS:
             loop.add_signal_handler(number, act)
     try:
         yield
     finally:
-        _remove_handlers(loop)
-
-
-def _remove_handlers(loop: asyncio.AbstractEventLoop) -> None:
-    for number in _SIGNALS:
-        with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
-            loop.remove_signal_handler(number)
+        usual()
 
 
 @contextlib.asynccontextmanager
@@ -79,11 +77,7 @@ async def listening(
 ) -> AsyncGenerator[asyncio.Event]:
     """Open a server on `args.host` and `args.port` with *start*, and close it with *aclose* at the end of the block.
 
-    Yields:
-        An event that the first signal sets.
-
-    Raises:
-        UsageError: The server cannot listen there.
+    Yield an event that the first signal sets. Raise `UsageError` if the server cannot listen there.
     """
     stopped = asyncio.Event()
     with at_signals(stopped.set):

@@ -1,4 +1,4 @@
-r"""`microbatch warm`: fill a cache with the answers to every line of a file.
+r"""`microbatch warm INPUT.jsonl --cache FILE|URL [options]`: fill a cache with the answers to every line of a file.
 
 Ask a model about every line of a JSON Lines file, many lines in one prompt, and
 keep the answers in a cache, for a service or a run that will ask the same. What
@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
-from microbatch.cli import arguments
+from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.plan import prepare
@@ -41,23 +41,24 @@ if TYPE_CHECKING:
     from microbatch.caching.guard import Guard
     from microbatch.messages import Reply, Request
 
-USAGE = "microbatch warm INPUT.jsonl --cache FILE|URL [options]"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `warm`."""
-    cache = parser.add_argument_group("the cache")
-    arguments.add_cache(cache, required=True)
+    group = add_bulk(parser, "the warming", needs_cache=True)
     ttl = "seconds for which the answers are good, less up to a tenth, so that they do not all expire together"
-    arguments.add_seconds(cache, "--ttl", f"{ttl} (default: 604800, 7 days)", least=1)
-    arguments.add_bulk(parser, "the warming")
+    add_flag(group, "--ttl SECONDS", f"{ttl} (default: 604800, 7 days)", least=1)
 
 
 def run(args: argparse.Namespace) -> int:
     """Fill the cache, and return the exit status."""
     plan, source = prepare(args)
     cache = cast("Guard", plan.cache)
-    bulk = BulkRun(args, plan, source, CacheSink(cache), ttl=args.ttl)
+
+    def take(_request: Request, _reply: Reply[Any]) -> None:
+        if cache.failure is not None:  # the batcher has put the answer into the cache, or tried to
+            raise cache.failure
+
+    bulk = BulkRun(args, plan, source, take, ttl=args.ttl)
     asyncio.run(bulk.go())
     if bulk.broken is None:
         bulk.broken = cache.failure  # storing the last answers may have failed
@@ -68,21 +69,6 @@ def run(args: argparse.Namespace) -> int:
     if bulk.unasked or bulk.broken is not None:
         note("Answers so far are in the cache. For the rest, run the same command again.")
     return bulk.status
-
-
-class CacheSink:
-    """Leaves the answers to the batcher, which puts them into the cache."""
-
-    def __init__(self, cache: Guard) -> None:
-        self._cache = cache
-
-    def take(self, request: Request, reply: Reply[Any]) -> None:  # noqa: ARG002 see `Sink`
-        """Check that the cache still takes answers. Raise `StorageError` if it does not."""
-        if self._cache.failure is not None:
-            raise self._cache.failure
-
-    def fail(self, name: str, error: dict[str, Any], request: Request | None) -> None:
-        """Do nothing: `BulkRun.failures` has the failure."""
 
 
 def summarize(bulk: BulkRun) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`microbatch worker`: answer what is in a spool.
+"""`microbatch worker SPOOL [options]`: answer what is in a spool.
 
 Take requests from a spool, have them answered in combined prompts, and store
 the answers, where `batcher.result(id)` and `microbatch spool --export` find
@@ -29,12 +29,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from contextlib import AsyncExitStack, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Stats
 from microbatch.cli import arguments, console
+from microbatch.cli.arguments import add_flag
 from microbatch.cli.console import UsageError, note, plural, report_summary, seconds
 from microbatch.cli.plan import read_plan, spool_at
 from microbatch.cli.progress import Progress
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
     from microbatch.spool.records import Counts
     from microbatch.spool.worker import Done
 
-USAGE = "microbatch worker SPOOL [options]"
-
 _BATCH_PRICE: Final = "half the price of live calls"
 
 
@@ -69,21 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spool", metavar="SPOOL", help="a file (SQLite), or redis://HOST:PORT/DB")
     arguments.add_endpoint(parser.add_argument_group("endpoint"))
     group = parser.add_argument_group("the work")
-    arguments.add_switch(group, "--until-empty", "end when everything in the spool is answered or dead")
+    add_flag(group, "--until-empty", "end when everything in the spool is answered or dead")
     lease = "time after which other workers take the requests of this one if it died"
-    arguments.add_seconds(group, "--lease", lease, least=0.1, default=LEASE)
+    add_flag(group, "--lease SECONDS", lease, least=0.1, default=LEASE)
     max_alone = "a request that fails in full and half batches, and then N times alone, is dead"
-    arguments.add_count(group, "--max-alone", max_alone, default=MAX_ALONE)
+    add_flag(group, "--max-alone N", max_alone, default=MAX_ALONE)
     give_up = "end after so long without a single answer, while the endpoint fails"
     default = f"(default: {GIVE_UP_AFTER:g} with --until-empty, else never; not with --provider-batch)"
-    arguments.add_seconds(group, "--give-up-after", f"{give_up} {default}")
+    add_flag(group, "--give-up-after SECONDS", f"{give_up} {default}")
     arguments.add_cache(group)
-    provider = (
-        f"use the provider's batch API (/v1/files, /v1/batches): {_BATCH_PRICE}, and up to a day until the answers come"
-    )
-    arguments.add_switch(group, "--provider-batch", provider)
+    api = "use the provider's batch API (/v1/files, /v1/batches)"
+    add_flag(group, "--provider-batch", f"{api}: {_BATCH_PRICE}, and up to a day until the answers come")
     poll = "with --provider-batch: time between two looks at the batches under way"
-    arguments.add_seconds(group, "--poll", poll, least=0.01, default=POLL)
+    add_flag(group, "--poll SECONDS", poll, least=0.01, default=POLL)
     arguments.add_reports(group)
     arguments.add_policy(parser.add_argument_group("batching"))
 
@@ -111,7 +108,7 @@ class WorkerRun:
 
     async def go(self) -> int:
         """Work, report and return the exit status."""
-        start = asyncio.get_running_loop().time()
+        args, start = self._args, asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
             await self._spool.open()
             stack.push_async_callback(self._spool.aclose)
@@ -119,8 +116,15 @@ class WorkerRun:
                 await self._check_models()
             before = await self._spool.counts()
             stopped = True
-            with Progress(before.depth, self._session.stats, shown=self._args.progress) as progress:
-                worker = self._worker = await self._make_worker(stack, progress)
+            with Progress(before.depth, self._session.stats, shown=args.progress) as progress:
+
+                def advance(done: Done | Tally) -> None:
+                    progress.show(done.answered)
+                    if self._endpoint.given_up:
+                        self._end()
+
+                make = self._provider_worker if args.provider_batch else self._live_worker
+                worker = self._worker = await make(stack, advance)
                 with stoppable(self._stop):
                     await worker.run()
                     stopped = False
@@ -159,15 +163,6 @@ class WorkerRun:
         if self._endpoint.given_up:
             return f"nothing was answered for {seconds(self._endpoint.failing_for)}"
         return None
-
-    async def _make_worker(self, stack: AsyncExitStack, progress: Progress) -> Worker | ProviderBatches:
-        def advance(done: Done | Tally) -> None:
-            progress.show(done.answered)
-            if self._endpoint.given_up:
-                self._end()
-
-        make = self._provider_worker if self._args.provider_batch else self._live_worker
-        return await make(stack, advance)
 
     async def _live_worker(self, stack: AsyncExitStack, advance: Callable[[Done | Tally], None]) -> Worker:
         full = self._plan.policy
@@ -217,50 +212,38 @@ class WorkerRun:
         )
 
     def _report(self, done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> None:
-        lines = _summary_lines(done, stats, counts, wall_s)
+        answered = f"{plural(done.answered, 'request')} answered, {done.failed:,} failed"
+        dead = plural(counts.dead, "dead letter")
+        lines = [
+            f"{answered}, {done.returned:,} put back as they were, in {seconds(wall_s)}",
+            f"in the spool: {counts.depth:,} to be answered, {counts.done:,} answers, {dead}",
+        ]
+        if isinstance(done, Tally):
+            stats = Stats(
+                upstream_calls=done.lines,
+                prompt_tokens=done.usage.prompt_tokens,
+                completion_tokens=done.usage.completion_tokens,
+                cost_usd=done.cost_usd,
+            )
+            jobs, prompts = plural(done.jobs, "batch job"), plural(done.lines, "prompt")
+            lines.append(f"{jobs} with {prompts}: {console.dollars(done.cost_usd)}, {_BATCH_PRICE}")
+        elif stats.answered:
+            lines += [f"\n{comparison(stats)}\n", *reuse(stats)]
         if self._plan.simulated is not None:
             lines.append("The endpoint was simulated: the answers are made up, and nothing was paid.")
-        report_summary(self._args, lines, _summarize(done, stats, counts, wall_s))
+        figures = {
+            "answered": done.answered,
+            "failed": done.failed,  # this and `returned` count each time a request was put back
+            "returned": done.returned,
+            "depth": counts.depth,
+            "dead": counts.dead,
+            "jobs": done.jobs if isinstance(done, Tally) else 0,
+            **fields(stats, "upstream_calls", "prompt_tokens", "completion_tokens", "cost_usd"),
+            "wall_s": round(wall_s, 3),
+            "lost": counts.lost,
+        }
+        report_summary(self._args, lines, figures)
         if counts.dead:
             note(f"Dead letters: microbatch spool {self._args.spool} --dead")
         if counts.lost:
             note(lost_requests(counts.lost))
-
-
-def _summary_lines(done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> list[str]:
-    answered = f"{plural(done.answered, 'request')} answered, {done.failed:,} failed"
-    dead = plural(counts.dead, "dead letter")
-    lines = [
-        f"{answered}, {done.returned:,} put back as they were, in {seconds(wall_s)}",
-        f"in the spool: {counts.depth:,} to be answered, {counts.done:,} answers, {dead}",
-    ]
-    if isinstance(done, Tally):
-        jobs, prompts = plural(done.jobs, "batch job"), plural(done.lines, "prompt")
-        lines.append(f"{jobs} with {prompts}: {console.dollars(done.cost_usd)}, {_BATCH_PRICE}")
-    elif stats.answered:
-        lines += [f"\n{comparison(stats)}\n", *reuse(stats)]
-    return lines
-
-
-def _summarize(done: Done | Tally, stats: Stats, counts: Counts, wall_s: float) -> dict[str, Any]:
-    """Return what a worker did, as `--json` prints it; `failed` and `returned` count each time a request was put back."""
-    jobs = 0
-    if isinstance(done, Tally):
-        jobs, usage = done.jobs, done.usage
-        stats = Stats(
-            upstream_calls=done.lines,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cost_usd=done.cost_usd,
-        )
-    return {
-        "answered": done.answered,
-        "failed": done.failed,
-        "returned": done.returned,
-        "depth": counts.depth,
-        "dead": counts.dead,
-        "jobs": jobs,
-        **fields(stats, "upstream_calls", "prompt_tokens", "completion_tokens", "cost_usd"),
-        "wall_s": round(wall_s, 3),
-        "lost": counts.lost,
-    }

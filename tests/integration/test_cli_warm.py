@@ -15,9 +15,9 @@ from helpers import serving
 
 from microbatch.caching import guard
 from microbatch.cli import plan
+from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.main import main
 from microbatch.cli.simulated import SimulatedChat
-from microbatch.cli.warm import CacheSink
 from microbatch.testing import Faults
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -44,14 +44,14 @@ def once_taken(count, act, monkeypatch):
     """Let *act* happen when *count* answers have come."""
     taken = 0
 
-    def take(self, request, reply, real=CacheSink.take):
+    async def settle(self, result, real=BulkRun._settle):
         nonlocal taken
-        taken += 1
-        if taken == count:
+        taken += result.reply is not None
+        if taken == count and result.reply is not None:
             act()
-        real(self, request, reply)
+        await real(self, result)
 
-    monkeypatch.setattr(CacheSink, "take", take)
+    monkeypatch.setattr(BulkRun, "_settle", settle)
 
 
 def test_after_a_warming_a_run_asks_nothing(cache, capsys):

@@ -12,7 +12,7 @@ import pytest
 from helpers import ask
 
 import microbatch as mb
-from microbatch.accounting import genai_prices as module
+from microbatch.accounting import prices as module
 from microbatch.accounting.prices import PRICES, PriceBook
 from microbatch.testing import ScriptedTransport
 
