@@ -17,7 +17,6 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from microbatch.errors import ConfigError
-from microbatch.gateway.control_headers import PREFIX, TENANT_HEADER
 from microbatch.gateway.errors import GatewayError
 from microbatch.transports.credentials import AMBIENT, credentials_in, is_credential, says_who
 from microbatch.transports.http import FRAMING, checked
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from aiohttp import web
+
+PREFIX: Final = "x-microbatch-"
+"""Beginning of the headers that control the gateway, which are not relayed."""
 
 _LANE_HEADERS: Final = frozenset({"openai-beta"})
 """Headers that are sent with combined requests, like those that identify the caller and those in the settings. Others, such as trace
@@ -178,7 +180,7 @@ class Access:
         return self._token is not None and hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._token)
 
     def _tenant(self, request: web.Request, credentials: str) -> str | None:
-        tenant = request.headers.get(TENANT_HEADER, "") if credentials or self._trust_tenant_header else ""
+        tenant = request.headers.get("X-Microbatch-Tenant", "") if credentials or self._trust_tenant_header else ""
         if not credentials and not tenant:
             return None
         # Headers have no zero bytes, so different pairs never give the same text.

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from microbatch.errors import MicrobatchError
 from microbatch.gateway.access import not_json
-from microbatch.gateway.chat_request import read_chat_request
+from microbatch.gateway.chat_request import read_chat_request, read_control_headers
 from microbatch.gateway.completion import (
     DONE,
     completion_despite,
@@ -17,14 +17,13 @@ from microbatch.gateway.completion import (
     encode_events,
     encode_usage_event,
 )
-from microbatch.gateway.control_headers import read_control_headers
 from microbatch.gateway.errors import translate
-from microbatch.gateway.relay import read_body, relay, write_chunk
 
 if TYPE_CHECKING:
     from microbatch.client import Microbatcher
-    from microbatch.gateway.access import Access, Caller
+    from microbatch.gateway.access import Access
     from microbatch.gateway.chat_request import ChatRequest
+    from microbatch.gateway.relay import Relay
     from microbatch.gateway.settings import GatewaySettings
     from microbatch.messages import Reply
 
@@ -34,9 +33,12 @@ PATH: Final = "/chat/completions"
 class ChatRoute:
     """Serves chat completions; *model* is the one for requests that name none."""
 
-    def __init__(self, batcher: Microbatcher, access: Access, settings: GatewaySettings, model: str | None) -> None:
+    def __init__(
+        self, batcher: Microbatcher, access: Access, relay: Relay, settings: GatewaySettings, model: str | None
+    ) -> None:
         self._batcher = batcher
         self._access = access
+        self._relay = relay
         self._settings = settings
         self._model = model
 
@@ -45,21 +47,20 @@ class ChatRoute:
         caller = self._access.caller(request)
         if request.content_type != "application/json":
             raise not_json()
-        control = read_control_headers(request)
-        body = await read_body(request, timeout=self._settings.client_timeout)
-        if not control.batch or caller.in_address or "Content-Encoding" in request.headers:
-            return await self._relay(request, body, caller)
+        options, combine = read_control_headers(request)
+        body = await self._relay.read_body(request)
+        if not combine or caller.in_address or "Content-Encoding" in request.headers:
+            return await self._relay.serve(request, PATH, body, caller)
         chat = read_chat_request(body, model=self._model)
         if chat.relayed:
-            return await self._relay(request, body, caller)
+            return await self._relay.serve(request, PATH, body, caller)
         try:
             reply = await self._batcher.submit(
                 **chat.arguments,
+                **options,
                 headers=caller.headers or None,
                 tenant=caller.tenant,
-                priority=control.priority,
                 timeout=self._settings.request_timeout,
-                use_cache=control.use_cache,
             )
         except MicrobatchError as error:
             completion = completion_despite(error, chat.model or self._model)
@@ -69,9 +70,6 @@ class ChatRoute:
         if self._settings.exact_usage and not chat.stream:
             await reply.settled()
         return await self._send(request, chat, completion_for(chat, reply, self._model), reply)
-
-    async def _relay(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
-        return await relay(self._batcher, request, PATH, body, caller, timeout=self._settings.client_timeout)
 
     async def _send(
         self, request: web.Request, chat: ChatRequest, completion: dict[str, Any], reply: Reply[str] | None
@@ -88,10 +86,9 @@ class ChatRoute:
         # The usage follows when the endpoint has reported it; the answer need not wait for it.
         response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        await write_chunk(response, events, timeout=self._settings.client_timeout)
+        await self._relay.write(response, events)
         await reply.settled()
-        usage = encode_usage_event(completion, reply.usage)
-        await write_chunk(response, usage + DONE, timeout=self._settings.client_timeout)
+        await self._relay.write(response, encode_usage_event(completion, reply.usage) + DONE)
         await response.write_eof()
         return response
 

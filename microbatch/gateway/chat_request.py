@@ -1,15 +1,26 @@
-"""Reads the body of a chat completion request."""
+"""Reads chat completion requests: the headers that control them, and the body."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
 from microbatch.batching.request import check_messages, read_messages, read_options
 from microbatch.gateway.errors import GatewayError
+from microbatch.messages import Priority
 from microbatch.openai.chat_completion import submit_arguments
 from microbatch.transports.lenient import as_object
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+_CONTROLS: Final = {
+    "X-Microbatch-Priority": ("normal", get_args(Priority)),
+    "X-Microbatch-Cache": ("yes", ("yes", "no")),
+    "X-Microbatch-Batch": ("yes", ("yes", "no")),
+}
+"""Headers, their defaults, and the words that they may have."""
 
 
 class ChatRequest(msgspec.Struct, frozen=True):
@@ -43,6 +54,22 @@ class ChatRequest(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         """Return the shape, without text."""
         return f"ChatRequest(stream={self.stream}, combinable={self.combinable})"
+
+
+def read_control_headers(request: web.Request) -> tuple[dict[str, Any], bool]:
+    """Return the arguments of `submit` that the headers of *request* stand for, and whether it may be combined; if not, it is relayed.
+
+    Raises:
+        GatewayError: A header has an unknown value.
+    """
+    words: list[str] = []
+    for name, (default, known) in _CONTROLS.items():
+        word = request.headers.get(name, default).strip().lower()
+        if word not in known:
+            raise GatewayError(400, f"The header {name} must be one of {', '.join(known)}.", code="invalid_header")
+        words.append(word)
+    priority, cache, batch = words
+    return {"priority": priority, "use_cache": cache == "yes"}, batch == "yes"
 
 
 def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:

@@ -22,16 +22,12 @@ from microbatch.errors import (
     StatusError,
     TransportTimeout,
 )
-from microbatch.transports.lenient import as_object, is_array
+from microbatch.transports.lenient import as_object, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _TYPES: Final[Mapping[int, str]] = {429: "rate_limit_error", 403: "permission_error", 401: "authentication_error"}
-_UNUSABLE: Final[Mapping[type[ReplyError], str]] = {
-    MalformedAnswer: "malformed_answer",
-    MissingAnswer: "missing_answer",
-}
 _ERRORS: Final = range(400, 600)
 
 
@@ -75,17 +71,6 @@ class GatewayError(Exception):
         return response
 
 
-def overloaded() -> GatewayError:
-    """Return the error for too many requests at once."""
-    message = "The gateway has too many requests to answer; try again in a moment."
-    return GatewayError(503, message, code="overloaded", headers={"Retry-After": "1"})
-
-
-def shutting_down() -> GatewayError:
-    """Return the error while the gateway closes; another gateway may answer."""
-    return GatewayError(503, "The gateway is shutting down.", code="shutting_down", headers={"Retry-After": "1"})
-
-
 def translate(error: MicrobatchError, *, relayed: bool = False) -> GatewayError:
     """Return the error response for *error*, of a request that was *relayed*, hence tried only once, or submitted."""
     translated = _translate(error)
@@ -100,17 +85,23 @@ def _translate(error: MicrobatchError) -> GatewayError:
         case ConfigError():
             return GatewayError(400, str(error), code="invalid_request")
         case Overloaded():
-            return overloaded()
-        case BatcherClosed() | ShutDown():
-            return shutting_down()
+            message = "The gateway has too many requests to answer; try again in a moment."
+            return GatewayError(503, message, code="overloaded", headers={"Retry-After": "1"})
+        case BatcherClosed() | ShutDown():  # another gateway may answer
+            message = "The gateway is shutting down."
+            return GatewayError(503, message, code="shutting_down", headers={"Retry-After": "1"})
         case DeadlineExceeded():
             return GatewayError(504, str(error), code="deadline_exceeded")
         case TransportTimeout():
             return GatewayError(504, str(error), code="upstream_timeout")
         case StatusError():
             return _from_status(error)
+        case MalformedAnswer():
+            return GatewayError(502, str(error), code="malformed_answer")
+        case MissingAnswer():
+            return GatewayError(502, str(error), code="missing_answer")
         case ReplyError():
-            return GatewayError(502, str(error), code=_UNUSABLE.get(type(error), "unusable_reply"))
+            return GatewayError(502, str(error), code="unusable_reply")
         case _:
             return GatewayError(502, str(error), code="upstream_unreachable")
 
@@ -140,9 +131,7 @@ def _from_status(error: StatusError) -> GatewayError:
 def _error_object(body: str) -> dict[str, Any]:
     """Return the error object in *body*; empty if there is none, or the body was cut."""
     try:
-        data = msgspec.json.decode(body)
+        data = as_object(first_of(msgspec.json.decode(body)))  # Gemini's compatible endpoint sends an array
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return {}
-    if is_array(data) and data:  # Gemini's compatible endpoint sends an array
-        data = data[0]
-    return as_object(as_object(data).get("error", data))
+    return as_object(data.get("error", data))
