@@ -63,13 +63,13 @@ class ChatRoute:
                 timeout=self._settings.request_timeout,
             )
         except MicrobatchError as error:
-            completion = completion_despite(error, chat.model or self._model)
+            completion = completion_despite(error, chat.model)
             if completion is None:
                 raise translate(error) from error
             return await self._send(request, chat, completion, None)
         if self._settings.exact_usage and not chat.stream:
             await reply.settled()
-        return await self._send(request, chat, completion_for(chat, reply, self._model), reply)
+        return await self._send(request, chat, completion_for(chat, reply), reply)
 
     async def _send(
         self, request: web.Request, chat: ChatRequest, completion: dict[str, Any], reply: Reply[str] | None

@@ -31,7 +31,7 @@ _ALREADY_PAID: Final = frozenset({"cache", "shared"})
 encode: Final = msgspec.json.Encoder().encode
 
 
-def completion_for(request: ChatRequest, reply: Reply[str], model: str | None) -> dict[str, Any]:
+def completion_for(request: ChatRequest, reply: Reply[str]) -> dict[str, Any]:
     """Return the completion to send: the endpoint's own if the request was sent alone, else one of the same shape.
 
     The endpoint's content is replaced by the reply's text where it may have a code fence or an object around the requested JSON, and
@@ -39,7 +39,7 @@ def completion_for(request: ChatRequest, reply: Reply[str], model: str | None) -
     """
     body = reply.body
     if body is None:
-        return completion_of(reply, request.model or model)
+        return completion_of(reply, request.model)
     completion = dict(body)
     in_parts = request.stream and not isinstance(first_message(body).get("content"), str)
     if (request.typed or in_parts) and (first := first_choice(body)):
