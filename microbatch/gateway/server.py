@@ -26,7 +26,6 @@ from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
-    from types import TracebackType
 
     from microbatch.accounting.stats import Stats
 
@@ -229,9 +228,7 @@ class Gateway:
     async def __aenter__(self) -> Self:
         return await self.open()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_raised: object) -> None:
         await self.aclose(30.0 if kind is None else 0.0)
 
     async def _open_batcher(self, _application: web.Application) -> None:

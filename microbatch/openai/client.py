@@ -165,12 +165,9 @@ class Completions:
             The completion.
 
         Raises:
-            ConfigError: An argument is wrong; nothing was sent.
-            BatcherClosed: The batcher is not open.
-            Overloaded: Too many requests are pending.
             MalformedAnswer: The answer does not fit, also after it was asked for again.
             TruncatedReply: The answer was cut off by the token limit.
-            RequestFailed: The request failed otherwise.
+            MicrobatchError: As for `create`.
         """
         given = cast("dict[str, Any]", options)
         body = _body(given, messages=messages)
@@ -215,11 +212,7 @@ class Completions:
 
 
 class Chat:
-    """The SDK's `client.chat`.
-
-    Attributes:
-        completions: The completions.
-    """
+    """The SDK's `client.chat`, which holds `completions`."""
 
     def __init__(self, batcher: Microbatcher) -> None:
         self.completions = Completions(batcher)

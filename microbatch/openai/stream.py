@@ -18,7 +18,6 @@ from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
-    from types import TracebackType
 
     from microbatch.client import Microbatcher
     from microbatch.transports.relay import Forwarded
@@ -61,9 +60,7 @@ class AsyncStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_raised: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:

@@ -57,11 +57,7 @@ class Settings(Protocol):
 
 
 class SingleReply(msgspec.Struct, frozen=True):
-    """A single reply, read: output and text of the answer, or the error.
-
-    Attributes:
-        only_reasoning: Whether it was the model's reasoning and nothing else.
-    """
+    """A single reply, read: output and text of the answer, or the error, and whether it was only the model's reasoning."""
 
     output: Any = None
     text: str = ""
@@ -101,14 +97,7 @@ class ChatCodec:
     def compose(
         self, settings: Settings, shared: Sequence[Mapping[str, Any]], lines: Sequence[bytes], bound: int | None = None
     ) -> CombinedCall:
-        """Return a combined call.
-
-        Args:
-            settings: The settings of its requests.
-            shared: The messages before their own.
-            lines: The line of each request, from `item_line`.
-            bound: See `ChatCall.bound`.
-        """
+        """Return the call that asks for an answer to each of *lines*, from `item_line`, after the *shared* messages."""
         answer, max_tokens, schema = settings.answer, None, settings.answer.batch_schema
         if settings.max_tokens:
             max_tokens = len(lines) * output_reserve(settings.max_tokens)
@@ -150,14 +139,9 @@ class ChatCodec:
         )
 
     def read_alone(self, answer: AnswerType, completion: Completion, content: str, *, combinable: bool) -> SingleReply:
-        """Return what a single reply holds; set `completion.thought` if there was a thought in it.
+        """Return the answer in *content*, the text of a single reply; set `completion.thought` if there was a thought in it.
 
-        Args:
-            answer: The shape of the answer.
-            completion: How the call ended.
-            content: The text of the reply.
-            combinable: Whether the request could have been combined. If not, a text need not be an answer: tool calls and the like
-                are in `completion.body`.
+        If the request was not *combinable*, a text need not be an answer: tool calls and the like are in `completion.body`.
         """
         if completion.damaged:
             return SingleReply(error=MalformedAnswer("a part of the reply could not be read", raw=content))
