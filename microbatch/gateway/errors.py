@@ -25,9 +25,20 @@ from microbatch.errors import (
 from microbatch.transports.lenient import as_object, first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _TYPES: Final[Mapping[int, str]] = {429: "rate_limit_error", 403: "permission_error", 401: "authentication_error"}
+_SHOWN: Final[Sequence[tuple[type[MicrobatchError], int, str]]] = (
+    (ConfigError, 400, "invalid_request"),
+    (DeadlineExceeded, 504, "deadline_exceeded"),
+    (TransportTimeout, 504, "upstream_timeout"),
+    (MalformedAnswer, 502, "malformed_answer"),
+    (MissingAnswer, 502, "missing_answer"),
+    (ReplyError, 502, "unusable_reply"),
+    (MicrobatchError, 502, "upstream_unreachable"),
+)
+"""Errors that are answered with their own message, the first class that fits: class, status and code."""
+
 _ERRORS: Final = range(400, 600)
 
 
@@ -81,29 +92,16 @@ def translate(error: MicrobatchError, *, relayed: bool = False) -> GatewayError:
 
 
 def _translate(error: MicrobatchError) -> GatewayError:
-    match error:
-        case ConfigError():
-            return GatewayError(400, str(error), code="invalid_request")
-        case Overloaded():
-            message = "The gateway has too many requests to answer; try again in a moment."
-            return GatewayError(503, message, code="overloaded", headers={"Retry-After": "1"})
-        case BatcherClosed() | ShutDown():  # another gateway may answer
-            message = "The gateway is shutting down."
-            return GatewayError(503, message, code="shutting_down", headers={"Retry-After": "1"})
-        case DeadlineExceeded():
-            return GatewayError(504, str(error), code="deadline_exceeded")
-        case TransportTimeout():
-            return GatewayError(504, str(error), code="upstream_timeout")
-        case StatusError():
-            return _from_status(error)
-        case MalformedAnswer():
-            return GatewayError(502, str(error), code="malformed_answer")
-        case MissingAnswer():
-            return GatewayError(502, str(error), code="missing_answer")
-        case ReplyError():
-            return GatewayError(502, str(error), code="unusable_reply")
-        case _:
-            return GatewayError(502, str(error), code="upstream_unreachable")
+    if isinstance(error, StatusError):
+        return _from_status(error)
+    if isinstance(error, Overloaded):
+        message = "The gateway has too many requests to answer; try again in a moment."
+        return GatewayError(503, message, code="overloaded", headers={"Retry-After": "1"})
+    if isinstance(error, BatcherClosed | ShutDown):  # another gateway may answer
+        message = "The gateway is shutting down."
+        return GatewayError(503, message, code="shutting_down", headers={"Retry-After": "1"})
+    status, code = next((status, code) for kind, status, code in _SHOWN if isinstance(error, kind))
+    return GatewayError(status, str(error), code=code)
 
 
 def _from_status(error: StatusError) -> GatewayError:

@@ -6,7 +6,7 @@ provider batches use this one. It depends on neither queues nor files, so that a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,28 +32,22 @@ if TYPE_CHECKING:
     from microbatch.schema.answer_type import AnswerType
 
 
-class Settings(Protocol):
-    """The settings that the requests of a combined call have in common."""
+class Settings(msgspec.Struct, frozen=True):
+    """The settings that the requests of a combined call have in common.
 
-    @property
-    def model(self) -> str | None:
-        """The model asked, None for the transport's."""
+    Attributes:
+        model: The model asked; None for the transport's.
+        answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
+        max_tokens: Most tokens of an answer as callers have set it, or None.
+        params: Further request fields, temperature included.
+        headers: The caller's headers.
+    """
 
-    @property
-    def answer(self) -> AnswerType:
-        """The shape of an answer."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Most tokens of an answer as callers have set it, or None."""
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """Further request fields."""
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The caller's headers."""
+    model: str | None
+    answer: AnswerType
+    max_tokens: int | None
+    params: Mapping[str, Any]
+    headers: Mapping[str, str]
 
 
 class SingleReply(msgspec.Struct, frozen=True):
