@@ -187,19 +187,20 @@ class Access:
         text = f"{credentials}\0{tenant}".encode("utf-8", "surrogateescape")
         return hmac.digest(self.secret, text, "sha256").hex()
 
-    def check_content(self, request: web.Request, caller: Caller) -> None:
-        """Raise if a web page could have sent the body without a preflight, and there are no credentials."""
-        if request.method == "POST" and not caller.credentials and request.content_type != "application/json":
-            raise not_json()
+    def check_relayed(self, request: web.Request, path: str, caller: Caller) -> None:
+        """Raise if *request* for *path*, below /v1, may not be relayed.
 
-    def check_path(self, method: str, path: str, caller: Caller) -> None:
-        """Raise if *path*, below /v1, is not relayed with the gateway's key, and *caller* uses it."""
-        if caller.own_key and not (method == "GET" and _MODELS.fullmatch(path)):
+        It is not if *caller* uses the gateway's key, except to list models, nor if a web page could have sent the body without a
+        preflight and there are no credentials.
+        """
+        if caller.own_key and not (request.method == "GET" and _MODELS.fullmatch(path)):
             raise GatewayError(
                 403,
                 "With the gateway's key, only POST /v1/chat/completions and GET /v1/models are served; send your own key.",
                 code="own_key_only",
             )
+        if request.method == "POST" and not caller.credentials and request.content_type != "application/json":
+            raise not_json()
 
     def check_page(self, request: web.Request) -> None:
         """Raise if the gateway is open to other machines, and the request for one of its own pages has no access token."""

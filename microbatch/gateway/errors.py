@@ -46,12 +46,8 @@ class GatewayError(Exception):
     """An error response.
 
     Args:
-        status: The HTTP status.
-        message: The message, shown to the caller.
-        code: OpenAI's `code`, or None.
         kind: OpenAI's `type`; None for the usual one of the status.
         param: The request field at fault, or None.
-        headers: Further headers.
         close: Whether to close the connection.
     """
 

@@ -341,8 +341,7 @@ class Gateway:
         if not path.startswith(_API):  # the path that is checked must be the path that is sent
             raise GatewayError(404, "Spell /v1/ without percent signs.", code="not_found")
         path = path.removeprefix(_API.rstrip("/"))
-        self._access.check_path(request.method, path, caller)
-        self._access.check_content(request, caller)
+        self._access.check_relayed(request, path, caller)
         body = await self._relay.read_body(request) if request.body_exists else None
         return await self._relay.serve(request, path, body, caller)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from microbatch.client import Microbatcher
     from microbatch.messages import Messages, Priority, Reply, T
-    from microbatch.openai.objects import Choice, ToolCall
+    from microbatch.openai.objects import FunctionCall
     from microbatch.openai.stream import AsyncStream
 
 
@@ -284,30 +284,22 @@ def _parse_choices(completion: ChatCompletion[Any], output_type: Any, tools: Ite
     """Parse the contents of all choices, and the arguments of calls of strict tools, in place."""
     strict = {tool["function"].get("name") for tool in tools if tool.get("function", {}).get("strict") is True}
     for choice in completion.choices:
-        _check_ending(choice)
         message = choice.message
+        if choice.finish_reason == "length":
+            raise TruncatedReply("the answer was cut off by the token limit", raw=message.content or "")
+        if choice.finish_reason == "content_filter":
+            raise Filtered("the endpoint's content filter stopped the answer", status=200)
         for call in message.tool_calls or ():
-            _parse_arguments(call, strict)
+            if call.function and call.function.name in strict:
+                _parse_arguments(call.function)
         if message.content:
             with contained() as decoding:
                 message.parsed, message.content = answer_type(output_type).decode_single(message.content)
-            if decoding.error is not None:
-                raise MalformedAnswer(
-                    "the answer does not fit response_format", raw=message.content
-                ) from decoding.error
+            if (error := decoding.error) is not None:
+                raise MalformedAnswer("the answer does not fit response_format", raw=message.content) from error
 
 
-def _check_ending(choice: Choice[Any]) -> None:
-    if choice.finish_reason == "length":
-        raise TruncatedReply("the answer was cut off by the token limit", raw=choice.message.content or "")
-    if choice.finish_reason == "content_filter":
-        raise Filtered("the endpoint's content filter stopped the answer", status=200)
-
-
-def _parse_arguments(call: ToolCall, strict: set[Any]) -> None:
-    function = call.function
-    if not function or function.name not in strict:
-        return
+def _parse_arguments(function: FunctionCall) -> None:
     try:
         function.parsed_arguments = msgspec.json.decode(function.arguments)
     except (msgspec.DecodeError, TypeError) as reason:

@@ -30,10 +30,7 @@ class AsyncStream:
     """The chunks of a completion as they arrive: `async for chunk in stream`.
 
     The connection and the slot in the batcher are released at the end of the stream, by `close`, at the end of an `async with`
-    block, and when the last reference to the stream is dropped.
-
-    Attributes:
-        response: The endpoint's status and headers.
+    block, and when the last reference to the stream is dropped. `response` has the endpoint's status and headers.
     """
 
     def __init__(self, response: Forwarded, held: AsyncExitStack, secrets: list[str]) -> None:
@@ -108,8 +105,7 @@ async def open_stream(
     Raises:
         ConfigError: The body names no model, or is not JSON.
         DeadlineExceeded: The timeout has passed.
-        StatusError: The endpoint refused.
-        TransportError: It could not be reached, or its answer is not a stream.
+        TransportError: The endpoint could not be reached, refused (`StatusError`), or does not answer with a stream.
     """
     at_least(0, timeout=timeout)
     if not body.get("model"):
