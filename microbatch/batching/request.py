@@ -12,8 +12,9 @@ from microbatch.batching.ticket import NORMAL, Spec
 from microbatch.errors import ConfigError
 from microbatch.messages import Message, Priority
 from microbatch.policy import one_of, whole
+from microbatch.prompt.codec import Settings
 from microbatch.prompt.compose import is_combined
-from microbatch.schema.answer_type import AnswerType, answer_type
+from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -40,27 +41,20 @@ _PRIORITIES: tuple[object, ...] = get_args(Priority)
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
-class Options(msgspec.Struct, frozen=True):
+class Options(Settings, frozen=True):
     """`submit`'s options, checked and brought into the form that lanes compare.
 
     Attributes:
-        answer: The shape of the answer.
         content: All that two requests must have in common to be the same question, except their messages.
         priority: As given; two requests that share a prompt must have it in common as well.
         combinable: Whether the options allow a shared prompt.
-        params: Request fields to send, temperature included.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
         cold: Whether the temperature is 0, so that equal requests may well get equal answers.
     """
 
-    answer: AnswerType
     content: tuple[Hashable, ...]
     priority: Priority = "normal"
     combinable: bool = True
-    params: Mapping[str, Any] = {}
-    headers: Mapping[str, str] = {}
-    model: str | None = None
-    max_tokens: int | None = None
     tenant: str | None = None
     rank: int = NORMAL
     cold: bool = False

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from microbatch.errors import ConfigError
+from microbatch.prompt.codec import Settings
 from microbatch.prompt.compose import LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from collections.abc import Callable, Hashable, Iterable
 
     from microbatch.batching.permits import Permit
     from microbatch.messages import Reply, Usage
@@ -55,7 +56,7 @@ class AloneReason(enum.StrEnum):
     FALLBACK = "fallback"
 
 
-class Spec(msgspec.Struct, frozen=True, eq=False):
+class Spec(Settings, frozen=True, eq=False):
     """All of a request but its last user message: what the requests of a lane have in common.
 
     Attributes:
@@ -63,20 +64,14 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         content: The key without the priority: what two requests ask of the model, except the last message.
         shared: The messages before the last one, as given; of a request that goes alone, all of them.
         plain: The same if each is a role and a text and nothing else, otherwise None.
-        answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
         rank: Priority: 0 high, 1 normal, 2 low.
         shared_chars: Length of the shared messages' texts, for estimates.
     """
 
     key: tuple[Hashable, ...]
     content: Hashable
-    model: str | None
     shared: list[dict[str, Any]]
     plain: list[dict[str, Any]] | None
-    answer: AnswerType
-    max_tokens: int | None
-    params: Mapping[str, Any]
-    headers: Mapping[str, str]
     tenant: str | None
     rank: int
     shared_chars: int

@@ -17,7 +17,6 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from microbatch.errors import ConfigError
-from microbatch.gateway.control_headers import PREFIX, TENANT_HEADER
 from microbatch.gateway.errors import GatewayError
 from microbatch.transports.credentials import AMBIENT, credentials_in, is_credential, says_who
 from microbatch.transports.http import FRAMING, checked
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from aiohttp import web
+
+PREFIX: Final = "x-microbatch-"
+"""Beginning of the headers that control the gateway, which are not relayed."""
 
 _LANE_HEADERS: Final = frozenset({"openai-beta"})
 """Headers that are sent with combined requests, like those that identify the caller and those in the settings. Others, such as trace
@@ -178,26 +180,27 @@ class Access:
         return self._token is not None and hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._token)
 
     def _tenant(self, request: web.Request, credentials: str) -> str | None:
-        tenant = request.headers.get(TENANT_HEADER, "") if credentials or self._trust_tenant_header else ""
+        tenant = request.headers.get("X-Microbatch-Tenant", "") if credentials or self._trust_tenant_header else ""
         if not credentials and not tenant:
             return None
         # Headers have no zero bytes, so different pairs never give the same text.
         text = f"{credentials}\0{tenant}".encode("utf-8", "surrogateescape")
         return hmac.digest(self.secret, text, "sha256").hex()
 
-    def check_content(self, request: web.Request, caller: Caller) -> None:
-        """Raise if a web page could have sent the body without a preflight, and there are no credentials."""
-        if request.method == "POST" and not caller.credentials and request.content_type != "application/json":
-            raise not_json()
+    def check_relayed(self, request: web.Request, path: str, caller: Caller) -> None:
+        """Raise if *request* for *path*, below /v1, may not be relayed.
 
-    def check_path(self, method: str, path: str, caller: Caller) -> None:
-        """Raise if *path*, below /v1, is not relayed with the gateway's key, and *caller* uses it."""
-        if caller.own_key and not (method == "GET" and _MODELS.fullmatch(path)):
+        It is not if *caller* uses the gateway's key, except to list models, nor if a web page could have sent the body without a
+        preflight and there are no credentials.
+        """
+        if caller.own_key and not (request.method == "GET" and _MODELS.fullmatch(path)):
             raise GatewayError(
                 403,
                 "With the gateway's key, only POST /v1/chat/completions and GET /v1/models are served; send your own key.",
                 code="own_key_only",
             )
+        if request.method == "POST" and not caller.credentials and request.content_type != "application/json":
+            raise not_json()
 
     def check_page(self, request: web.Request) -> None:
         """Raise if the gateway is open to other machines, and the request for one of its own pages has no access token."""

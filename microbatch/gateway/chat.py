@@ -1,42 +1,53 @@
-"""POST /v1/chat/completions: submitted to the batcher, or relayed."""
+"""POST /v1/chat/completions: submitted to the batcher and answered with a completion or its events, or relayed."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from aiohttp import web
 
-from microbatch.errors import MicrobatchError
+from microbatch.errors import Filtered, MicrobatchError, Refused, RequestFailed, TruncatedReply
 from microbatch.gateway.access import not_json
-from microbatch.gateway.chat_request import read_chat_request
-from microbatch.gateway.completion import (
-    DONE,
-    completion_despite,
-    completion_for,
-    encode,
-    encode_events,
-    encode_usage_event,
-)
-from microbatch.gateway.control_headers import read_control_headers
+from microbatch.gateway.chat_request import read_chat_request, read_control_headers
 from microbatch.gateway.errors import translate
-from microbatch.gateway.relay import read_body, relay, write_chunk
+from microbatch.messages import Usage
+from microbatch.openai.chat_completion import (
+    completion_object,
+    completion_of,
+    first_choice,
+    first_message,
+    usage_object,
+)
+from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
     from microbatch.client import Microbatcher
-    from microbatch.gateway.access import Access, Caller
+    from microbatch.gateway.access import Access
     from microbatch.gateway.chat_request import ChatRequest
+    from microbatch.gateway.relay import Relay
     from microbatch.gateway.settings import GatewaySettings
     from microbatch.messages import Reply
 
 PATH: Final = "/chat/completions"
 
+_DONE: Final = b"data: [DONE]\n\n"
+_OF_A_DELTA: Final = ("role", "content", "refusal")
+_ALREADY_PAID: Final = frozenset({"cache", "shared"})
+"""Routes of answers whose calls another request has paid for."""
+
+_encode: Final = msgspec.json.Encoder().encode
+
 
 class ChatRoute:
     """Serves chat completions; *model* is the one for requests that name none."""
 
-    def __init__(self, batcher: Microbatcher, access: Access, settings: GatewaySettings, model: str | None) -> None:
+    def __init__(
+        self, batcher: Microbatcher, access: Access, relay: Relay, settings: GatewaySettings, model: str | None
+    ) -> None:
         self._batcher = batcher
         self._access = access
+        self._relay = relay
         self._settings = settings
         self._model = model
 
@@ -45,53 +56,48 @@ class ChatRoute:
         caller = self._access.caller(request)
         if request.content_type != "application/json":
             raise not_json()
-        control = read_control_headers(request)
-        body = await read_body(request, timeout=self._settings.client_timeout)
-        if not control.batch or caller.in_address or "Content-Encoding" in request.headers:
-            return await self._relay(request, body, caller)
+        options, combine = read_control_headers(request)
+        body = await self._relay.read_body(request)
+        if not combine or caller.in_address or "Content-Encoding" in request.headers:
+            return await self._relay.serve(request, PATH, body, caller)
         chat = read_chat_request(body, model=self._model)
         if chat.relayed:
-            return await self._relay(request, body, caller)
+            return await self._relay.serve(request, PATH, body, caller)
         try:
             reply = await self._batcher.submit(
                 **chat.arguments,
+                **options,
                 headers=caller.headers or None,
                 tenant=caller.tenant,
-                priority=control.priority,
                 timeout=self._settings.request_timeout,
-                use_cache=control.use_cache,
             )
         except MicrobatchError as error:
-            completion = completion_despite(error, chat.model or self._model)
+            completion = _completion_despite(error, chat.model)
             if completion is None:
                 raise translate(error) from error
             return await self._send(request, chat, completion, None)
         if self._settings.exact_usage and not chat.stream:
             await reply.settled()
-        return await self._send(request, chat, completion_for(chat, reply, self._model), reply)
-
-    async def _relay(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
-        return await relay(self._batcher, request, PATH, body, caller, timeout=self._settings.client_timeout)
+        return await self._send(request, chat, _completion_for(chat, reply), reply)
 
     async def _send(
         self, request: web.Request, chat: ChatRequest, completion: dict[str, Any], reply: Reply[str] | None
     ) -> web.StreamResponse:
         headers = {} if reply is None else _reply_headers(reply)
         if not chat.stream:
-            return web.Response(body=encode(completion), content_type="application/json", headers=headers)
-        events = encode_events(completion, include_usage=chat.include_usage)
+            return web.Response(body=_encode(completion), content_type="application/json", headers=headers)
+        events = _encode_events(completion, include_usage=chat.include_usage)
         headers["Cache-Control"] = "no-cache"
         if not (chat.include_usage and reply is not None and self._settings.exact_usage and reply.usage.estimated):
             if chat.include_usage:
-                events += encode_usage_event(completion)
-            return web.Response(body=events + DONE, content_type="text/event-stream", charset="utf-8", headers=headers)
+                events += _encode_usage_event(completion)
+            return web.Response(body=events + _DONE, content_type="text/event-stream", charset="utf-8", headers=headers)
         # The usage follows when the endpoint has reported it; the answer need not wait for it.
         response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        await write_chunk(response, events, timeout=self._settings.client_timeout)
+        await self._relay.write(response, events)
         await reply.settled()
-        usage = encode_usage_event(completion, reply.usage)
-        await write_chunk(response, usage + DONE, timeout=self._settings.client_timeout)
+        await self._relay.write(response, _encode_usage_event(completion, reply.usage) + _DONE)
         await response.write_eof()
         return response
 
@@ -101,3 +107,81 @@ def _reply_headers(reply: Reply[str]) -> dict[str, str]:
     if reply.request_id is not None:
         headers["x-request-id"] = reply.request_id
     return headers
+
+
+def _completion_for(request: ChatRequest, reply: Reply[str]) -> dict[str, Any]:
+    """Return the completion to send: the endpoint's own if the request was sent alone, else one of the same shape.
+
+    The endpoint's content is replaced by the reply's text where it may have a code fence or an object around the requested JSON, and
+    where it is a list of parts but events need text. Its usage is replaced where several calls carried the request.
+    """
+    body = reply.body
+    if body is None:
+        return completion_of(reply, request.model)
+    completion = dict(body)
+    in_parts = request.stream and not isinstance(first_message(body).get("content"), str)
+    if (request.typed or in_parts) and (first := first_choice(body)):
+        message = {**first_message(body), "content": reply.text}
+        completion["choices"] = [{**first, "message": message}, *body["choices"][1:]]
+    usage, reported = reply.usage, as_object(body.get("usage"))
+    if reply.route in _ALREADY_PAID:
+        completion["usage"] = usage_object(usage)
+    elif not usage.estimated and reported.get("prompt_tokens", usage.prompt_tokens) != usage.prompt_tokens:
+        # Only prompts are compared: endpoints differ in what they count as completion and total.
+        completion["usage"] = {**reported, **_with_details(usage_object(usage), reported)}
+    return completion
+
+
+def _completion_despite(error: MicrobatchError, model: str | None) -> dict[str, Any] | None:
+    """Return the completion that an endpoint would have sent where microbatch has an error, or None if clients get an error, too.
+
+    Refusals, filtered and truncated answers have status 200; clients tell them by their fields.
+    """
+    match error:
+        case Refused():
+            made = completion_object(None, model=model, refusal=error.raw or str(error))
+        case TruncatedReply():
+            made = completion_object(error.raw, model=model, finish_reason="length")
+        case Filtered() if error.status < 400:  # noqa: PLR2004 (the first class of HTTP's errors)
+            made = completion_object(None, model=model, finish_reason="content_filter")
+        case _:
+            return None
+    own = error.completion if isinstance(error, RequestFailed) else None
+    return made if own is None else dict(own)
+
+
+def _encode_events(completion: dict[str, Any], *, include_usage: bool) -> bytes:
+    """Return a completion as the events of a stream, without the usage and the end mark."""
+    message = first_message(completion)
+    content, refusal = message.get("content"), message.get("refusal")
+    deltas: list[tuple[dict[str, Any], str | None]] = [
+        ({"role": "assistant", "content": "" if refusal is None else None, "refusal": None}, None)
+    ]
+    # Further members that endpoints send: reasoning, citations.
+    further = {name: value for name, value in message.items() if name not in _OF_A_DELTA and value}
+    deltas += [(part, None) for part in (further, {"content": content}, {"refusal": refusal}) if any(part.values())]
+    deltas.append(({}, first_choice(completion).get("finish_reason")))
+    # As OpenAI does: with include_usage, every chunk has the field, and it is null in all but the last one.
+    rest: dict[str, Any] = {"usage": None} if include_usage else {}
+    choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason} for delta, reason in deltas]
+    return b"".join(_event(completion, choices=[choice], **rest) for choice in choices)
+
+
+def _encode_usage_event(completion: dict[str, Any], usage: Usage | None = None) -> bytes:
+    """Return the event that holds the usage: *usage* if it became known later, else the completion's."""
+    known = completion.get("usage") if usage is None else usage_object(usage)
+    return _event(completion, choices=[], usage=known or usage_object(Usage(estimated=True)))
+
+
+def _event(completion: dict[str, Any], **fields: Any) -> bytes:
+    """Return an event with the *fields* of a chunk of *completion*."""
+    head = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
+    return b"data: " + _encode({**head, "object": "chat.completion.chunk", **fields}) + b"\n\n"
+
+
+def _with_details(usage: dict[str, Any], reported: dict[str, Any]) -> dict[str, Any]:
+    """Return *usage* with the details that only *reported* has."""
+    return {
+        name: {**as_object(reported.get(name)), **value} if isinstance(value, dict) else value
+        for name, value in usage.items()
+    }

@@ -1,15 +1,26 @@
-"""Reads the body of a chat completion request."""
+"""Reads chat completion requests: the headers that control them, and the body."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
 from microbatch.batching.request import check_messages, read_messages, read_options
 from microbatch.gateway.errors import GatewayError
+from microbatch.messages import Priority
 from microbatch.openai.chat_completion import submit_arguments
 from microbatch.transports.lenient import as_object
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+_CONTROLS: Final = {
+    "X-Microbatch-Priority": ("normal", get_args(Priority)),
+    "X-Microbatch-Cache": ("yes", ("yes", "no")),
+    "X-Microbatch-Batch": ("yes", ("yes", "no")),
+}
+"""Headers, their defaults, and the words that they may have."""
 
 
 class ChatRequest(msgspec.Struct, frozen=True):
@@ -17,32 +28,39 @@ class ChatRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         arguments: What the body says as arguments of `submit`.
+        model: The model to ask: that of the body, else the gateway's.
         stream: Whether the answer is sent as events.
         include_usage: Whether the last event holds the usage.
-        combinable: Whether the request may share a prompt; if not, its answer may hold more than text.
         typed: Whether it has a schema for its answer.
+        relayed: Whether only the endpoint's own bytes can answer: events that hold more than text, or tool calls in place of JSON.
     """
 
     arguments: dict[str, Any]
+    model: str
     stream: bool
     include_usage: bool
-    combinable: bool
     typed: bool
-
-    @property
-    def relayed(self) -> bool:
-        """True if only the endpoint's own bytes can answer: events that hold more than text, or tool calls in place of JSON."""
-        return not self.combinable and (self.stream or self.typed)
-
-    @property
-    def model(self) -> str | None:
-        """The model that the body names, or None."""
-        model: str | None = self.arguments["model"]
-        return model
+    relayed: bool
 
     def __repr__(self) -> str:
         """Return the shape, without text."""
-        return f"ChatRequest(stream={self.stream}, combinable={self.combinable})"
+        return f"ChatRequest(stream={self.stream}, relayed={self.relayed})"
+
+
+def read_control_headers(request: web.Request) -> tuple[dict[str, Any], bool]:
+    """Return the arguments of `submit` that the headers of *request* stand for, and whether it may be combined; if not, it is relayed.
+
+    Raises:
+        GatewayError: A header has an unknown value.
+    """
+    words: list[str] = []
+    for name, (default, known) in _CONTROLS.items():
+        word = request.headers.get(name, default).strip().lower()
+        if word not in known:
+            raise GatewayError(400, f"The header {name} must be one of {', '.join(known)}.", code="invalid_header")
+        words.append(word)
+    priority, cache, batch = words
+    return {"priority": priority, "use_cache": cache == "yes"}, batch == "yes"
 
 
 def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
@@ -57,20 +75,18 @@ def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
     options = body.pop("stream_options", None)
     if options is not None and not isinstance(options, dict):
         raise GatewayError(400, "stream_options must be an object.", code="invalid_type", param="stream_options")
-    if not (body.get("model") or model):
+    asked = body.get("model") or model
+    if not asked:
         raise GatewayError(400, "you must provide a model parameter", code="missing_model", param="model")
     arguments = submit_arguments(body)
     messages = arguments["messages"]
     check_messages(messages)
     limit, temperature, params = arguments["max_tokens"], arguments["temperature"], arguments["params"]
     read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal")
-    return ChatRequest(
-        arguments,
-        stream,
-        stream and _flag(as_object(options).get("include_usage"), "stream_options.include_usage"),
-        combinable=read.combinable and read_messages(messages, read) is not None,
-        typed=not read.answer.is_text,
-    )
+    typed = not read.answer.is_text
+    combinable = read.combinable and read_messages(messages, read) is not None
+    include_usage = stream and _flag(as_object(options).get("include_usage"), "stream_options.include_usage")
+    return ChatRequest(arguments, asked, stream, include_usage, typed, relayed=not combinable and (stream or typed))
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:

@@ -22,16 +22,23 @@ from microbatch.errors import (
     StatusError,
     TransportTimeout,
 )
-from microbatch.transports.lenient import as_object, is_array
+from microbatch.transports.lenient import as_object, first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _TYPES: Final[Mapping[int, str]] = {429: "rate_limit_error", 403: "permission_error", 401: "authentication_error"}
-_UNUSABLE: Final[Mapping[type[ReplyError], str]] = {
-    MalformedAnswer: "malformed_answer",
-    MissingAnswer: "missing_answer",
-}
+_SHOWN: Final[Sequence[tuple[type[MicrobatchError], int, str]]] = (
+    (ConfigError, 400, "invalid_request"),
+    (DeadlineExceeded, 504, "deadline_exceeded"),
+    (TransportTimeout, 504, "upstream_timeout"),
+    (MalformedAnswer, 502, "malformed_answer"),
+    (MissingAnswer, 502, "missing_answer"),
+    (ReplyError, 502, "unusable_reply"),
+    (MicrobatchError, 502, "upstream_unreachable"),
+)
+"""Errors that are answered with their own message, the first class that fits: class, status and code."""
+
 _ERRORS: Final = range(400, 600)
 
 
@@ -39,12 +46,8 @@ class GatewayError(Exception):
     """An error response.
 
     Args:
-        status: The HTTP status.
-        message: The message, shown to the caller.
-        code: OpenAI's `code`, or None.
         kind: OpenAI's `type`; None for the usual one of the status.
         param: The request field at fault, or None.
-        headers: Further headers.
         close: Whether to close the connection.
     """
 
@@ -75,17 +78,6 @@ class GatewayError(Exception):
         return response
 
 
-def overloaded() -> GatewayError:
-    """Return the error for too many requests at once."""
-    message = "The gateway has too many requests to answer; try again in a moment."
-    return GatewayError(503, message, code="overloaded", headers={"Retry-After": "1"})
-
-
-def shutting_down() -> GatewayError:
-    """Return the error while the gateway closes; another gateway may answer."""
-    return GatewayError(503, "The gateway is shutting down.", code="shutting_down", headers={"Retry-After": "1"})
-
-
 def translate(error: MicrobatchError, *, relayed: bool = False) -> GatewayError:
     """Return the error response for *error*, of a request that was *relayed*, hence tried only once, or submitted."""
     translated = _translate(error)
@@ -96,23 +88,16 @@ def translate(error: MicrobatchError, *, relayed: bool = False) -> GatewayError:
 
 
 def _translate(error: MicrobatchError) -> GatewayError:
-    match error:
-        case ConfigError():
-            return GatewayError(400, str(error), code="invalid_request")
-        case Overloaded():
-            return overloaded()
-        case BatcherClosed() | ShutDown():
-            return shutting_down()
-        case DeadlineExceeded():
-            return GatewayError(504, str(error), code="deadline_exceeded")
-        case TransportTimeout():
-            return GatewayError(504, str(error), code="upstream_timeout")
-        case StatusError():
-            return _from_status(error)
-        case ReplyError():
-            return GatewayError(502, str(error), code=_UNUSABLE.get(type(error), "unusable_reply"))
-        case _:
-            return GatewayError(502, str(error), code="upstream_unreachable")
+    if isinstance(error, StatusError):
+        return _from_status(error)
+    if isinstance(error, Overloaded):
+        message = "The gateway has too many requests to answer; try again in a moment."
+        return GatewayError(503, message, code="overloaded", headers={"Retry-After": "1"})
+    if isinstance(error, BatcherClosed | ShutDown):  # another gateway may answer
+        message = "The gateway is shutting down."
+        return GatewayError(503, message, code="shutting_down", headers={"Retry-After": "1"})
+    status, code = next((status, code) for kind, status, code in _SHOWN if isinstance(error, kind))
+    return GatewayError(status, str(error), code=code)
 
 
 def _from_status(error: StatusError) -> GatewayError:
@@ -140,9 +125,7 @@ def _from_status(error: StatusError) -> GatewayError:
 def _error_object(body: str) -> dict[str, Any]:
     """Return the error object in *body*; empty if there is none, or the body was cut."""
     try:
-        data = msgspec.json.decode(body)
+        data = as_object(first_of(msgspec.json.decode(body)))  # Gemini's compatible endpoint sends an array
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return {}
-    if is_array(data) and data:  # Gemini's compatible endpoint sends an array
-        data = data[0]
-    return as_object(as_object(data).get("error", data))
+    return as_object(data.get("error", data))

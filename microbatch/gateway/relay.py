@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from microbatch.errors import MicrobatchError
-from microbatch.gateway.access import is_private
-from microbatch.gateway.control_headers import PREFIX
+from microbatch.gateway.access import PREFIX, is_private
 from microbatch.gateway.errors import GatewayError, translate
 from microbatch.transports.credentials import is_credential, says_who
 from microbatch.transports.http import FRAMING, without
@@ -26,60 +25,67 @@ _NOT_RELAYED: Final = frozenset({"alt-svc", "set-cookie", "set-cookie2", "strict
 _NO_BODY: Final = frozenset({204, 304})
 
 
-async def read_body(request: web.Request, *, timeout: float) -> bytes:
-    """Return the body of *request*; raise if it is too long, broken, or takes more than *timeout* seconds."""
-    try:
-        async with asyncio.timeout(timeout):
-            return await request.read()
-    except TimeoutError:
-        raise GatewayError(
-            408, f"The body did not arrive within {timeout:g} s.", code="slow_body", close=True
-        ) from None
-    except web.HTTPRequestEntityTooLarge as error:
-        raise GatewayError(413, error.text or "The body is too long.", code="body_too_long", close=True) from None
-    except (web.RequestPayloadError, ValueError):
-        raise GatewayError(400, "The body is broken.", code="broken_body", close=True) from None
+class Relay:
+    """Reads from clients, writes to them, and relays requests unchanged.
 
-
-async def write_chunk(response: web.StreamResponse, chunk: bytes, *, timeout: float) -> None:
-    """Write *chunk*; raise `ConnectionError` if the client is gone, or has not read most of the earlier ones in *timeout* seconds."""
-    try:
-        async with asyncio.timeout(timeout):
-            await response.write(chunk)
-    except TimeoutError:
-        raise ConnectionAbortedError("the client does not read") from None
-
-
-async def relay(
-    batcher: Microbatcher, request: web.Request, path: str, body: bytes | None, caller: Caller, *, timeout: float
-) -> web.StreamResponse:
-    """Relay *request*, query included, to *path* below the upstream's address, and the answer to the client.
-
-    Raises:
-        GatewayError: The upstream cannot be reached.
-        ConnectionError: The client is gone, or the answer broke off; the client's connection has been cut.
+    Args:
+        batcher: Forwards the requests.
+        timeout: Longest time a client may take to send a body, or to read a piece of an answer, in seconds.
     """
-    response: web.StreamResponse | None = None
-    if query := request.rel_url.raw_query_string:
-        path += f"?{query}"
-    try:
-        async with batcher.forward(request.method, path, _request_headers(request, caller), body) as answer:
-            response = _response(answer)
-            await response.prepare(request)
-            if request.method != "HEAD" and answer.status not in _NO_BODY:
-                async for chunk in answer:
-                    await write_chunk(response, chunk, timeout=timeout)
-    except MicrobatchError as error:
-        if response is None:
-            raise translate(error, relayed=True) from error
-        _abort(request)
-        raise ConnectionAbortedError("the upstream's answer broke off") from None
-    except ConnectionError:
-        _abort(request)
-        raise
-    with suppress(ConnectionError):
-        await response.write_eof()
-    return response
+
+    def __init__(self, batcher: Microbatcher, timeout: float) -> None:
+        self._batcher = batcher
+        self._timeout = timeout
+
+    async def read_body(self, request: web.Request) -> bytes:
+        """Return the body of *request*; raise if it is too long, broken, or slow."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await request.read()
+        except TimeoutError:
+            status, message, code = 408, f"The body did not arrive within {self._timeout:g} s.", "slow_body"
+        except web.HTTPRequestEntityTooLarge as error:
+            status, message, code = 413, error.text or "The body is too long.", "body_too_long"
+        except (web.RequestPayloadError, ValueError):
+            status, message, code = 400, "The body is broken.", "broken_body"
+        raise GatewayError(status, message, code=code, close=True)
+
+    async def write(self, response: web.StreamResponse, chunk: bytes) -> None:
+        """Write *chunk*; raise `ConnectionError` if the client is gone, or has not read most of the earlier ones in time."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await response.write(chunk)
+        except TimeoutError:
+            raise ConnectionAbortedError("the client does not read") from None
+
+    async def serve(self, request: web.Request, path: str, body: bytes | None, caller: Caller) -> web.StreamResponse:
+        """Relay *request*, query included, to *path* below the upstream's address, and the answer to the client.
+
+        Raises:
+            GatewayError: The upstream cannot be reached.
+            ConnectionError: The client is gone, or the answer broke off; the client's connection has been cut.
+        """
+        response: web.StreamResponse | None = None
+        if query := request.rel_url.raw_query_string:
+            path += f"?{query}"
+        try:
+            async with self._batcher.forward(request.method, path, _request_headers(request, caller), body) as answer:
+                response = _response(answer)
+                await response.prepare(request)
+                if request.method != "HEAD" and answer.status not in _NO_BODY:
+                    async for chunk in answer:
+                        await self.write(response, chunk)
+        except MicrobatchError as error:
+            if response is None:
+                raise translate(error, relayed=True) from error
+            _abort(request)
+            raise ConnectionAbortedError("the upstream's answer broke off") from None
+        except ConnectionError:
+            _abort(request)
+            raise
+        with suppress(ConnectionError):
+            await response.write_eof()
+        return response
 
 
 def _abort(request: web.Request) -> None:

@@ -1,4 +1,4 @@
-"""`Gateway`: the routes and the lifecycle of the server."""
+"""`Gateway`: the routes and the lifecycle of the server, and what holds for all requests: host, limit, and the form of errors."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import asyncio
 import hmac
 import logging
 import secrets
+import traceback
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiohttp import web
+from aiohttp.http import SERVER_SOFTWARE
 
 from microbatch.accounting.live import LiveFigures
 from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.client import Microbatcher
-from microbatch.errors import BatcherClosed, ConfigError
+from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
 from microbatch.gateway.access import Access
 from microbatch.gateway.chat import PATH, ChatRoute
 from microbatch.gateway.dashboard import figures, show_dashboard
-from microbatch.gateway.errors import GatewayError
-from microbatch.gateway.middleware import API, Middleware, silent
-from microbatch.gateway.relay import read_body, relay
+from microbatch.gateway.errors import GatewayError, translate
+from microbatch.gateway.relay import Relay
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
-    from types import TracebackType
 
     from microbatch.accounting.stats import Stats
 
-    Page = Callable[[web.Request], Awaitable[web.StreamResponse]]
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger = logging.getLogger("microbatch")
+
+_API: Final = "/v1/"
+
+# aiohttp's own log quotes what it cannot parse, including headers with keys.
+_silent: Final = logging.Logger("microbatch.gateway.silent")  # noqa: LOG001 it must have no parent to pass records to
+_silent.addHandler(logging.NullHandler())
 
 CLOSING_SECONDS: Final = 5.0
 """Seconds in which clients have to read their answers when the gateway closes."""
@@ -92,7 +98,7 @@ class Gateway:
         lane_headers: Sequence[str] = (),
         allowed_hosts: Collection[str] = (),
         settings: GatewaySettings | None = None,
-        pages: dict[str, Page] | None = None,
+        pages: dict[str, Handler] | None = None,
         **batcher: Any,
     ) -> None:
         self.host = host
@@ -116,9 +122,11 @@ class Gateway:
         self._cache = batcher.get("cache")
         self._secret = secret
         own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
-        self._pages: dict[str, Page] = {**own, **(pages or {})}
-        self._middleware = Middleware(self._access, self._settings.max_requests)
-        self._chat = ChatRoute(self.batcher, self._access, self._settings, model)
+        self._pages: dict[str, Handler] = {**own, **(pages or {})}
+        self._relay = Relay(self.batcher, self._settings.client_timeout)
+        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model)
+        self._serving = 0  # requests of the API
+        self._draining = False  # the gateway is closing and takes no further requests of the API
         self._runner: web.AppRunner | None = None
 
     def _transport(self, upstream: str, model: str | None, api_key: str | None, policy: Any) -> OpenAIChat:
@@ -134,8 +142,8 @@ class Gateway:
 
     def __repr__(self) -> str:
         """Return the address and the state, without keys."""
-        state = "closing" if self._middleware.draining else "open" if self._runner is not None else "not listening"
-        return f"Gateway({self.host}:{self.port}, {state}, serving={self._middleware.serving})"
+        state = "closing" if self._draining else "open" if self._runner is not None else "not listening"
+        return f"Gateway({self.host}:{self.port}, {state}, serving={self._serving})"
 
     @property
     def base_url(self) -> str:
@@ -163,14 +171,15 @@ class Gateway:
         log that contains headers.
         """
         application = web.Application(client_max_size=self._settings.max_body_bytes)
-        self._middleware.add_to(application)
+        application.middlewares.append(self._handle)
+        application.on_response_prepare.append(self._prepare)
         router = application.router
         router.add_get("/healthz", self._health)
         router.add_get("/readyz", self._ready)
         for path, page in self._pages.items():
             router.add_get(path, self._guarded(page))
-        router.add_post(f"{API.rstrip('/')}{PATH}", self._chat.serve)
-        router.add_route("*", f"{API}{{path:.*}}", self._relay)
+        router.add_post(f"{_API.rstrip('/')}{PATH}", self._chat.serve)
+        router.add_route("*", f"{_API}{{path:.*}}", self._serve_relayed)
         application.on_startup.append(self._open_batcher)
         application.on_cleanup.append(self._close_batcher)
         return application
@@ -189,7 +198,7 @@ class Gateway:
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
-            logger=silent,
+            logger=_silent,
             keepalive_timeout=KEEPALIVE,
             shutdown_timeout=CLOSING_SECONDS,
         )
@@ -211,7 +220,7 @@ class Gateway:
         Args:
             grace: Seconds to wait for answers, after which the remaining requests fail. None waits as long as their deadlines allow.
         """
-        self._middleware.draining = True
+        self._draining = True
         await self.batcher.aclose(grace)
         if self._runner is not None:
             await self._runner.cleanup()
@@ -219,9 +228,7 @@ class Gateway:
     async def __aenter__(self) -> Self:
         return await self.open()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_raised: object) -> None:
         await self.aclose(30.0 if kind is None else 0.0)
 
     async def _open_batcher(self, _application: web.Application) -> None:
@@ -233,7 +240,7 @@ class Gateway:
             raise
 
     async def _close_batcher(self, _application: web.Application) -> None:
-        self._middleware.draining = True
+        self._draining = True
         await self.batcher.aclose()
 
     async def _shared_secret(self) -> bytes | None:
@@ -252,17 +259,66 @@ class Gateway:
             )
             return None
 
+    # --- all requests
+
+    @web.middleware
+    async def _handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await self._answer(request, handler)
+        if self._draining:
+            response.force_close()  # a stream that began before draining has sent its headers
+        return response
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            self._access.check_host(request)
+            return await (self._admit(request, handler) if request.path.startswith(_API) else handler(request))
+        except GatewayError as error:
+            return error.response()
+        except MicrobatchError as error:
+            return translate(error).response()
+        except web.HTTPException as error:
+            return _from_aiohttp(error, request).response()
+        except (ConnectionError, asyncio.CancelledError):
+            raise  # the client is gone
+        except Exception as error:  # noqa: BLE001 aiohttp would answer a bug in its own words
+            # Without the exception's text, which may quote the request.
+            logger.error(  # noqa: TRY400 see above
+                "a bug in the gateway: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
+            )
+            return GatewayError(500, "The gateway failed; its log says where.", code="gateway_error").response()
+
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer a request of the API, unless the gateway is closing or full."""
+        if self._draining:
+            raise BatcherClosed
+        if self._serving >= self._settings.max_requests:
+            raise Overloaded
+        self._serving += 1
+        try:
+            return await handler(request)
+        finally:
+            self._serving -= 1
+
+    async def _prepare(self, _request: web.Request, response: web.StreamResponse) -> None:
+        # Versions are not disclosed; an upstream's own Server header is relayed.
+        if response.headers.get("Server") == SERVER_SOFTWARE:
+            del response.headers["Server"]
+        if self._draining:
+            # force_close alone closes without announcing it, and the client may be sending its next request already.
+            response.headers["Connection"] = "close"
+            response.force_close()
+
     # --- routes
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        if self._middleware.draining:
+        if self._draining:
             return web.json_response({"status": "draining"}, status=503)
         return web.json_response({"status": "ready"})
 
-    def _guarded(self, page: Page) -> Page:
+    def _guarded(self, page: Handler) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
             self._access.check_page(request)
             return await page(request)
@@ -279,17 +335,15 @@ class Gateway:
             raise GatewayError(501, message, code="no_metrics")
         return web.Response(body=self._metrics.render(), headers={"Content-Type": self._metrics.content_type})
 
-    async def _relay(self, request: web.Request) -> web.StreamResponse:
+    async def _serve_relayed(self, request: web.Request) -> web.StreamResponse:
         caller = self._access.caller(request)
         path = request.rel_url.raw_path
-        if not path.startswith(API):  # the path that is checked must be the path that is sent
+        if not path.startswith(_API):  # the path that is checked must be the path that is sent
             raise GatewayError(404, "Spell /v1/ without percent signs.", code="not_found")
-        path = path.removeprefix(API.rstrip("/"))
-        self._access.check_path(request.method, path, caller)
-        self._access.check_content(request, caller)
-        timeout = self._settings.client_timeout
-        body = await read_body(request, timeout=timeout) if request.body_exists else None
-        return await relay(self.batcher, request, path, body, caller, timeout=timeout)
+        path = path.removeprefix(_API.rstrip("/"))
+        self._access.check_relayed(request, path, caller)
+        body = await self._relay.read_body(request) if request.body_exists else None
+        return await self._relay.serve(request, path, body, caller)
 
 
 def _prometheus() -> PrometheusHooks | None:
@@ -297,3 +351,10 @@ def _prometheus() -> PrometheusHooks | None:
         return PrometheusHooks()
     except ConfigError:  # the package is missing, which /metrics reports
         return None
+
+
+def _from_aiohttp(error: web.HTTPException, request: web.Request) -> GatewayError:
+    """Return one of aiohttp's own errors (404, 405, 413) in OpenAI's shape."""
+    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+    message = f"Invalid URL or method ({request.method} {request.path})"
+    return GatewayError(error.status, message, code="not_found", headers=headers)

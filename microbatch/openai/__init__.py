@@ -14,8 +14,7 @@ To keep the SDK itself (its error classes, its other endpoints, another language
 by itself, with one budget for all requests.
 """
 
-from microbatch.openai.client import AsyncOpenAI, Chat
-from microbatch.openai.completions import Completions
+from microbatch.openai.client import AsyncOpenAI, Chat, Completions
 from microbatch.openai.objects import (
     ChatCompletion,
     ChatCompletionChunk,

@@ -1,23 +1,218 @@
-"""`AsyncOpenAI`: a batcher with the interface of OpenAI's client."""
+"""`AsyncOpenAI`: a batcher with the interface of OpenAI's client, for `chat.completions.create` and `parse`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast, overload
 
-from microbatch.openai.completions import Completions
+import msgspec
+
+from microbatch.containment import contained
+from microbatch.errors import ConfigError, Filtered, MalformedAnswer, TruncatedReply
+from microbatch.openai.chat_completion import completion_of, submit_arguments, usage_share
+from microbatch.openai.objects import ChatCompletion, CompletionUsage
+from microbatch.openai.stream import open_stream
+from microbatch.protocols import ChatCall
+from microbatch.schema.answer_type import answer_type
+from microbatch.transports.chat_wire import can_stream
+from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
 
+    from typing_extensions import TypeForm
+
     from microbatch.client import Microbatcher
+    from microbatch.messages import Messages, Priority, Reply, T
+    from microbatch.openai.objects import FunctionCall
+    from microbatch.openai.stream import AsyncStream
+
+
+class RequestOptions(TypedDict, total=False):
+    """Arguments that `create` and `parse` share, all optional: fields of the API, and options of the SDK and of `submit`.
+
+    Other fields are sent, too; for type checkers they belong in `extra_body`.
+    """
+
+    model: str | None
+    temperature: float | None
+    max_tokens: int | None
+    max_completion_tokens: int | None
+
+    timeout: float | None
+    extra_headers: Mapping[str, str] | None
+    extra_body: Mapping[str, Any] | None
+    extra_query: Mapping[str, Any] | None
+    tenant: str | None
+    priority: Priority
+    use_cache: bool
+    ttl: float | None
+
+    audio: Any
+    frequency_penalty: float | None
+    function_call: Any
+    functions: Any
+    logit_bias: Mapping[str, int] | None
+    logprobs: bool | None
+    metadata: Mapping[str, str] | None
+    modalities: Any
+    n: int | None
+    parallel_tool_calls: bool | None
+    prediction: Any
+    presence_penalty: float | None
+    prompt_cache_key: str | None
+    prompt_cache_options: Any
+    prompt_cache_retention: Any
+    reasoning_effort: Any
+    safety_identifier: str | None
+    seed: int | None
+    service_tier: Any
+    stop: Any
+    store: bool | None
+    stream_options: Any
+    tool_choice: Any
+    tools: Any
+    top_logprobs: int | None
+    top_p: float | None
+    user: str | None
+    verbosity: Any
+    web_search_options: Any
+
+
+class CreateOptions(RequestOptions, total=False):
+    """Arguments of `create`."""
+
+    response_format: Mapping[str, Any] | None
+
+
+_OF_SUBMIT: Final = ("timeout", "tenant", "priority", "use_cache", "ttl")
+_OF_SDK: Final = ("extra_headers", "extra_body", "extra_query")
+
+
+class Completions:
+    """Asks for chat completions, with the arguments and results of the SDK.
+
+    Args:
+        batcher: Coalesces the requests.
+    """
+
+    def __init__(self, batcher: Microbatcher) -> None:
+        self._batcher = batcher
+
+    @overload
+    async def create(
+        self, *, messages: Messages, stream: Literal[False] | None = None, **options: Unpack[CreateOptions]
+    ) -> ChatCompletion[None]: ...
+
+    @overload
+    async def create(
+        self, *, messages: Messages, stream: Literal[True], **options: Unpack[CreateOptions]
+    ) -> AsyncStream: ...
+
+    @overload
+    async def create(
+        self, *, messages: Messages, stream: bool, **options: Unpack[CreateOptions]
+    ) -> ChatCompletion[None] | AsyncStream: ...
+
+    async def create(
+        self, *, messages: Messages, stream: bool | None = None, **options: Unpack[CreateOptions]
+    ) -> ChatCompletion[None] | AsyncStream:
+        """Ask for a completion. None means "not given" for every field of the API.
+
+        Args:
+            messages: The chat messages.
+            stream: Return an `AsyncStream`: the request is then sent alone, unchanged, at once, and is not retried.
+            **options: See `RequestOptions`. `response_format` is JSON; requests with the same json_schema may be combined, and answers
+                are validated against it. The model defaults to the transport's, and either name of the token limit will do.
+                `timeout` covers retries too; for a stream it ends when the answer begins. With a credential in `extra_headers` the
+                transport's own key is not sent. `extra_body` takes precedence over other fields. `tenant`, `priority`,
+                `use_cache` and `ttl` are those of `Microbatcher.submit`, and have no effect on a stream. With some fields
+                (`tools`, `n`, `logprobs`, `seed`...) the request is sent alone and the endpoint's own answer is returned.
+
+        Returns:
+            The completion, or the stream.
+
+        Raises:
+            ConfigError: An argument is wrong; nothing was sent.
+            BatcherClosed: The batcher is not open.
+            Overloaded: Too many requests are pending.
+            RequestFailed: The request failed, as in `submit`. A refusal is an error (`Refused`) unless the request was sent alone.
+        """
+        given = cast("dict[str, Any]", options)
+        if isinstance(kind := given.get("response_format"), type):
+            raise ConfigError(f"create() takes a response_format as JSON; parse() takes the type {kind.__name__}")
+        body = _body(given, messages=messages, stream=stream)
+        if body.get("stream"):
+            return await open_stream(self._batcher, body, given.get("extra_headers"), given.get("timeout"))
+        body.pop("stream", None)
+        is_text = as_object(body.get("response_format")).get("type") != "json_schema"
+        whole, completion = await self._ask(body, str, given)
+        if not whole and not is_text:
+            completion.choices[0].message.content = completion.microbatch.text
+        return completion
+
+    async def parse(
+        self, *, messages: Messages, response_format: TypeForm[T], **options: Unpack[RequestOptions]
+    ) -> ChatCompletion[T]:
+        """Ask for a completion whose content is JSON of a type: `completion.choices[0].message.parsed`.
+
+        Args:
+            messages: The chat messages.
+            response_format: A pydantic model, or a type that msgspec decodes: a Struct, a dataclass, a Literal, a list...
+            **options: As for `create`. If the model calls a strict tool, `function.parsed_arguments` holds its arguments.
+
+        Returns:
+            The completion.
+
+        Raises:
+            MalformedAnswer: The answer does not fit, also after it was asked for again.
+            TruncatedReply: The answer was cut off by the token limit.
+            MicrobatchError: As for `create`.
+        """
+        given = cast("dict[str, Any]", options)
+        body = _body(given, messages=messages)
+        if body.pop("stream", None):
+            raise ConfigError("parse() waits for the whole answer; create(stream=True) streams")
+        tools = body.get("tools") or ()
+        whole, completion = await self._ask(body, response_format, given)
+        if whole:
+            _parse_choices(completion, response_format, tools)
+        else:
+            # The content becomes the JSON of the answer itself, without code fences and without the object put around a bare value.
+            message = completion.choices[0].message
+            message.content, message.parsed = completion.microbatch.text, completion.microbatch.output
+        return completion
+
+    async def _ask(
+        self, body: dict[str, Any], output_type: Any, given: Mapping[str, Any]
+    ) -> tuple[bool, ChatCompletion[Any]]:
+        """Submit *body*; return whether the reply may hold more than one text, so that all of it matters, and the completion."""
+        if {"max_tokens", "max_completion_tokens"} <= body.keys():
+            raise ConfigError("give max_tokens or max_completion_tokens, not both")
+        whole = not can_stream(ChatCall(messages=(), params=body))
+        if whole:
+            if output_type is not str:
+                schema = {"name": "answers", "strict": True, "schema": answer_type(output_type).single_schema}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
+                output_type = str
+            if "response_format" in body:
+                # As raw JSON it is sent unchanged; `submit` would apply the schema to the only text that it looks at.
+                body["response_format"] = msgspec.Raw(_encode(body["response_format"]))
+        reply: Reply[Any] = await self._batcher.submit(
+            **submit_arguments(body),
+            output_type=output_type,
+            headers=given.get("extra_headers"),
+            **{name: given[name] for name in _OF_SUBMIT if name in given},
+        )
+        members = reply.body if reply.body is not None else completion_of(reply, body.get("model"))
+        completion: ChatCompletion[Any] = ChatCompletion(members)
+        completion.microbatch = reply
+        completion.usage = CompletionUsage(usage_share(reply))
+        return whole, completion
 
 
 class Chat:
-    """The SDK's `client.chat`.
-
-    Attributes:
-        completions: The completions.
-    """
+    """The SDK's `client.chat`, which holds `completions`."""
 
     def __init__(self, batcher: Microbatcher) -> None:
         self.completions = Completions(batcher)
@@ -60,3 +255,52 @@ class AsyncOpenAI:
     def __repr__(self) -> str:
         """Return the batcher's state."""
         return f"AsyncOpenAI({self.batcher!r})"
+
+
+def _body(options: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """Return the request body: *fields* and the fields among *options*, overridden by `extra_body`, as in the SDK."""
+    if _is_given(options.get("extra_query")):
+        raise ConfigError("extra_query belongs to the endpoint: pass OpenAIChat(query=...)")
+    fields |= {name: value for name, value in options.items() if name not in (*_OF_SUBMIT, *_OF_SDK)}
+    return {name: value for name, value in fields.items() if _is_given(value)} | dict(options.get("extra_body") or {})
+
+
+def _is_given(value: object) -> bool:
+    # The SDK's own "not given" values are recognised without importing it.
+    kind = type(value)
+    return value is not None and not (
+        kind.__name__ in ("NotGiven", "Omit") and kind.__module__.partition(".")[0] == "openai"
+    )
+
+
+def _encode(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"response_format must be JSON: {error}") from error
+
+
+def _parse_choices(completion: ChatCompletion[Any], output_type: Any, tools: Iterable[Mapping[str, Any]]) -> None:
+    """Parse the contents of all choices, and the arguments of calls of strict tools, in place."""
+    strict = {tool["function"].get("name") for tool in tools if tool.get("function", {}).get("strict") is True}
+    for choice in completion.choices:
+        message = choice.message
+        if choice.finish_reason == "length":
+            raise TruncatedReply("the answer was cut off by the token limit", raw=message.content or "")
+        if choice.finish_reason == "content_filter":
+            raise Filtered("the endpoint's content filter stopped the answer", status=200)
+        for call in message.tool_calls or ():
+            if call.function and call.function.name in strict:
+                _parse_arguments(call.function)
+        if message.content:
+            with contained() as decoding:
+                message.parsed, message.content = answer_type(output_type).decode_single(message.content)
+            if (error := decoding.error) is not None:
+                raise MalformedAnswer("the answer does not fit response_format", raw=message.content) from error
+
+
+def _parse_arguments(function: FunctionCall) -> None:
+    try:
+        function.parsed_arguments = msgspec.json.decode(function.arguments)
+    except (msgspec.DecodeError, TypeError) as reason:
+        raise MalformedAnswer("the arguments of a tool call are not JSON", raw=str(function.arguments)) from reason

@@ -18,7 +18,6 @@ from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
-    from types import TracebackType
 
     from microbatch.client import Microbatcher
     from microbatch.transports.relay import Forwarded
@@ -31,10 +30,7 @@ class AsyncStream:
     """The chunks of a completion as they arrive: `async for chunk in stream`.
 
     The connection and the slot in the batcher are released at the end of the stream, by `close`, at the end of an `async with`
-    block, and when the last reference to the stream is dropped.
-
-    Attributes:
-        response: The endpoint's status and headers.
+    block, and when the last reference to the stream is dropped. `response` has the endpoint's status and headers.
     """
 
     def __init__(self, response: Forwarded, held: AsyncExitStack, secrets: list[str]) -> None:
@@ -61,9 +57,7 @@ class AsyncStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_raised: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:
@@ -111,8 +105,7 @@ async def open_stream(
     Raises:
         ConfigError: The body names no model, or is not JSON.
         DeadlineExceeded: The timeout has passed.
-        StatusError: The endpoint refused.
-        TransportError: It could not be reached, or its answer is not a stream.
+        TransportError: The endpoint could not be reached, refused (`StatusError`), or does not answer with a stream.
     """
     at_least(0, timeout=timeout)
     if not body.get("model"):

@@ -6,7 +6,7 @@ provider batches use this one. It depends on neither queues nor files, so that a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,36 +32,26 @@ if TYPE_CHECKING:
     from microbatch.schema.answer_type import AnswerType
 
 
-class Settings(Protocol):
-    """The settings that the requests of a combined call have in common."""
+class Settings(msgspec.Struct, frozen=True):
+    """The settings that the requests of a combined call have in common.
 
-    @property
-    def model(self) -> str | None:
-        """The model asked, None for the transport's."""
+    Attributes:
+        model: The model asked; None for the transport's.
+        answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
+        max_tokens: Most tokens of an answer as callers have set it, or None.
+        params: Further request fields, temperature included.
+        headers: The caller's headers.
+    """
 
-    @property
-    def answer(self) -> AnswerType:
-        """The shape of an answer."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Most tokens of an answer as callers have set it, or None."""
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """Further request fields."""
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The caller's headers."""
+    model: str | None
+    answer: AnswerType
+    max_tokens: int | None
+    params: Mapping[str, Any]
+    headers: Mapping[str, str]
 
 
 class SingleReply(msgspec.Struct, frozen=True):
-    """A single reply, read: output and text of the answer, or the error.
-
-    Attributes:
-        only_reasoning: Whether it was the model's reasoning and nothing else.
-    """
+    """A single reply, read: output and text of the answer, or the error, and whether it was only the model's reasoning."""
 
     output: Any = None
     text: str = ""
@@ -101,14 +91,7 @@ class ChatCodec:
     def compose(
         self, settings: Settings, shared: Sequence[Mapping[str, Any]], lines: Sequence[bytes], bound: int | None = None
     ) -> CombinedCall:
-        """Return a combined call.
-
-        Args:
-            settings: The settings of its requests.
-            shared: The messages before their own.
-            lines: The line of each request, from `item_line`.
-            bound: See `ChatCall.bound`.
-        """
+        """Return the call that asks for an answer to each of *lines*, from `item_line`, after the *shared* messages."""
         answer, max_tokens, schema = settings.answer, None, settings.answer.batch_schema
         if settings.max_tokens:
             max_tokens = len(lines) * output_reserve(settings.max_tokens)
@@ -150,14 +133,9 @@ class ChatCodec:
         )
 
     def read_alone(self, answer: AnswerType, completion: Completion, content: str, *, combinable: bool) -> SingleReply:
-        """Return what a single reply holds; set `completion.thought` if there was a thought in it.
+        """Return the answer in *content*, the text of a single reply; set `completion.thought` if there was a thought in it.
 
-        Args:
-            answer: The shape of the answer.
-            completion: How the call ended.
-            content: The text of the reply.
-            combinable: Whether the request could have been combined. If not, a text need not be an answer: tool calls and the like
-                are in `completion.body`.
+        If the request was not *combinable*, a text need not be an answer: tool calls and the like are in `completion.body`.
         """
         if completion.damaged:
             return SingleReply(error=MalformedAnswer("a part of the reply could not be read", raw=content))

@@ -82,10 +82,7 @@ def is_combined(text: str) -> bool:
 def item_line(text: str, scratch: bytearray | None = None) -> bytes:
     """Return *text* as it appears in its line: a JSON string in UTF-8.
 
-    Args:
-        text: The text.
-        scratch: A buffer to encode into, reused between calls of one thread. Without it the result occupies half as much memory
-            again as it needs.
+    *scratch* is a buffer to encode into, reused between calls of one thread.
 
     Raises:
         ConfigError: The text contains a lone surrogate, which no JSON request can carry.
@@ -119,12 +116,9 @@ def draw_endings(count: int) -> list[str]:
 def compose(
     preamble: str, lines: Sequence[bytes], draw: Callable[[int], Sequence[str]] = draw_endings
 ) -> tuple[str, list[str]]:
-    """Return the user message for *lines* and the ids it gave them, in order.
+    """Return the user message for *lines*, from `item_line`, after *preamble*, and the ids it gave them, in order.
 
-    Args:
-        preamble: What `instruction` returned.
-        lines: What `item_line` returned for each item.
-        draw: Returns as many id endings as it is asked for.
+    *draw* returns as many id endings as it is asked for.
     """
     ids = [f"{number}{ending}" for number, ending in enumerate(draw(len(lines)), 1)]
     parts = [f"[{name}] {line.decode()}\n" for name, line in zip(ids, lines, strict=True)]

@@ -177,7 +177,9 @@ class Demultiplexer:
             end = self._scanner.feed(text)
             if end == MORE:
                 return []
-            return self._resume(end if end == BROKEN else self._kept_chars - len(text) + end)
+            if end != BROKEN:
+                end += self._kept_chars - len(text)
+            return self._resume(self._take_kept(), end)
         if self._kept_chars <= _WINDOW and "}" not in text:
             return []  # nothing can have ended
         return self._search(self._take_kept(), 0)
@@ -191,14 +193,12 @@ class Demultiplexer:
             complete: Whether it was not the token limit that ended it.
         """
         delivered: list[Answer] = []
-        while self._kept:
-            # An unfinished element will not end now. Look inside it, as after any damage.
-            unfinished = self._scanner is not None or _marker(self._peek_kept()) is not None
-            if not unfinished:
-                text = self._take_kept()
+        while text := self._take_kept():
+            if self._scanner is not None or _marker(text):
+                # An unfinished element will not end now. Look inside it, as after any damage.
+                delivered += self._resume(text, BROKEN)
+            else:
                 self._outside(text, 0, len(text))
-                break
-            delivered += self._resume(BROKEN)
         before = self._before
         if before is not None and (before.copies or before.next or before.damaged or not complete):
             self._part = before
@@ -276,13 +276,8 @@ class Demultiplexer:
         """Return a part without elements; delivered answers stay delivered."""
         return _Part(len(self._given), len(self._given))
 
-    def _peek_kept(self) -> str:
-        if len(self._kept) > 1:
-            self._kept = ["".join(self._kept)]
-        return self._kept[0] if self._kept else ""
-
     def _take_kept(self) -> str:
-        text = self._peek_kept()
+        text = "".join(self._kept)
         self._kept, self._kept_chars = [], 0
         return text
 
@@ -290,9 +285,8 @@ class Demultiplexer:
         if text:
             self._kept, self._kept_chars = [text], len(text)
 
-    def _resume(self, end: int) -> list[Answer]:
-        """The kept text begins with an element that ended at *end*, or is BROKEN: decide it and search on behind it."""
-        text = self._take_kept()
+    def _resume(self, text: str, end: int) -> list[Answer]:
+        """Decide the element that *text* begins with, which ended at *end* or is BROKEN, and search on behind it."""
         scanner, self._scanner = self._scanner, None
         delivered: list[Answer] = []
         if end == BROKEN:

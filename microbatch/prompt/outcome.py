@@ -54,9 +54,9 @@ class CombinedReply:
     """The reply to a combined call, taken apart as it arrives.
 
     Args:
-        ids: The ids of the items, that of the canary last.
+        ids: See `CombinedCall`.
         decoders: For each request, what decodes the JSON of its answer; raises if it does not fit.
-        canary: The canary's word, or None.
+        canary: See `CombinedCall`.
         early: Whether answers are delivered before the end of the reply; not with a canary.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -29,10 +30,6 @@ _STEPS: Final = 2_000
 """Schemas visited at most. By references a short schema can stand for any number of them, without end as well."""
 
 
-class _Unbounded(Exception):
-    """A part of the schema does not bound its length."""
-
-
 def expected_tokens(schema: Schema) -> int | None:
     """Return about how many tokens the longest answer takes that fits *schema*; None if the schema does not bound it.
 
@@ -41,9 +38,9 @@ def expected_tokens(schema: Schema) -> int | None:
     """
     try:
         tokens = _Walk(schema).longest(schema)
-    except (_Unbounded, RecursionError):
+    except RecursionError:
         return None
-    return tokens if tokens <= _MOST else None
+    return int(tokens) if tokens <= _MOST else None
 
 
 class _Walk:
@@ -51,16 +48,16 @@ class _Walk:
         self._root = root
         self._left = _STEPS
 
-    def longest(self, node: Any) -> int:
-        """Return the tokens of the longest value of *node*; raise `_Unbounded` if there is none."""
+    def longest(self, node: Any) -> float:
+        """Return the tokens of the longest value of *node*, infinity if there is none."""
         self._left -= 1
         if not isinstance(node, dict) or self._left < 0:
-            raise _Unbounded
+            return inf
         if "$ref" in node:
             try:
                 return self.longest(resolve(node["$ref"], self._root))
-            except (LookupError, TypeError) as error:
-                raise _Unbounded from error
+            except (LookupError, TypeError):
+                return inf
         if "const" in node:
             return _written(node["const"])
         for choices in (node.get("anyOf"), node.get("oneOf")):
@@ -71,7 +68,7 @@ class _Walk:
         kinds = node.get("type")
         return max(self._of_kind(kind, node) for kind in (kinds if isinstance(kinds, list) and kinds else [kinds]))
 
-    def _of_kind(self, kind: Any, node: Schema) -> int:
+    def _of_kind(self, kind: Any, node: Schema) -> float:
         match kind:
             case "boolean" | "null":
                 return _WORD
@@ -86,26 +83,26 @@ class _Walk:
             case "object":
                 return self._of_object(node)
             case _:
-                raise _Unbounded
+                return inf
 
-    def _of_array(self, node: Schema) -> int:
+    def _of_array(self, node: Schema) -> float:
         first, rest, most = node.get("prefixItems", []), node.get("items"), node.get("maxItems")
         if most is None and first and not rest:
             most = len(first)
         if not isinstance(most, int) or not isinstance(first, list):
-            raise _Unbounded
+            return inf
         more = most - len(first)
         tokens = _framed(map(self.longest, first[:most]))
         return tokens if more <= 0 else tokens + more * (self.longest(rest) + _WORD)
 
-    def _of_object(self, node: Schema) -> int:
+    def _of_object(self, node: Schema) -> float:
         properties = node.get("properties")
         if not isinstance(properties, dict) or node.get("additionalProperties") or node.get("patternProperties"):
-            raise _Unbounded
+            return inf
         return _framed(_written(name) + self.longest(value) for name, value in properties.items())
 
 
-def _framed(sizes: Iterable[int]) -> int:
+def _framed(sizes: Iterable[float]) -> float:
     return _WORD + sum(size + _WORD for size in sizes)
 
 

@@ -55,11 +55,11 @@ async def test_slow_clients_are_cut_off_and_harm_nobody():
         half = post(CHAT)
         for number, (_, writer) in enumerate(connections):
             writer.write([b"", half[:30], half[:-20]][number % 3])  # nothing, half a head, half a body
-        await until(lambda: served._middleware.serving == 20)
+        await until(lambda: served._serving == 20)
         await well_served(served)
         answers = [await reader.readline() for reader, _ in connections[2::3]]
         assert set(answers) == {b"HTTP/1.1 408 Request Timeout\r\n"}
-        await until(lambda: served._middleware.serving == 0)
+        await until(lambda: served._serving == 0)
         assert upstream.calls == 1
 
 
@@ -128,7 +128,7 @@ async def test_clients_that_leave_or_half_close_harm_nobody():
         answers = await asyncio.gather(*staying)
         assert [status(answer) for answer in answers] == [200] * 4
         assert all(b"re: x" in answer for answer in answers)
-        await until(lambda: served._middleware.serving == 0)
+        await until(lambda: served._serving == 0)
         assert served.stats().in_flight == 0
 
 

@@ -19,7 +19,7 @@ from microbatch.schema.answer_type import answer_type
 from microbatch.transports.accounts import Account
 
 TEXT = answer_type(str)
-SPEC = Spec((), (), None, [], None, TEXT, None, {}, {}, None, NORMAL, shared_chars=0)
+SPEC = Spec(None, TEXT, None, {}, {}, (), (), [], None, None, NORMAL, shared_chars=0)
 ACCOUNT = Account(RetryPolicy(), None, None)
 
 
