@@ -79,7 +79,7 @@ IMPURE = {
         "provider.worker",
     },
     "storage": {"coalescer", "redis", "sqlite"},
-    "transports": {"accounts", "attempt", "batch_wire", "http", "openai_chat", "relay", "retry"},
+    "transports": {"accounts", "attempt", "chat_wire", "http", "openai_chat", "relay", "retry"},
 }
 
 MAX_MODULE_LINES = 500

@@ -1,7 +1,7 @@
 """The state of each (endpoint, model, credentials): its limits, its retry budget, its breaker, and its calls under way.
 
-A *permit* pays for the attempts of one call, one by one. The scheduler grants each attempt its permit and its slot in one step. An
-account only answers whether it can pay now, and notifies the scheduler when asking again may succeed.
+The scheduler grants each attempt of a call its permit and its slot in one step. An account only answers whether it can pay now, and
+notifies the scheduler when asking again may succeed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from microbatch.messages import Limits
 from microbatch.policy import MAX_WAIT
 from microbatch.protocols import Completion
 from microbatch.transience import RetryBudget
-from microbatch.transports.breaker import Breaker
-from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.credentials import credentials_digest
+from microbatch.transports.guards import Breaker, Concurrency
 from microbatch.transports.response_headers import read_limits
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
     from microbatch.policy import RetryPolicy
-    from microbatch.transports.bucket import Bucket, Grant
-    from microbatch.transports.rate_limit import RateLimit
+    from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
 
 CAPACITY: Final = 1_024
 _NEVER: Final = float("inf")
@@ -40,13 +38,11 @@ class Permit:
 
     Attributes:
         tokens: Tokens charged for each attempt.
-        rank: Priority of the requests in the call; 0 is the highest.
         again: Whether the retry budget has paid for the first attempt, because it repeats a call that was cut off.
         combined: Whether the call carries several requests.
         begun: Whether the call has begun and not finished.
         paid: Whether the next attempt may be made: it has its permit and its slot.
-        slot: Whether it holds a slot; set by the scheduler.
-        overdrawn: Whether that slot belongs to the overdraft of high priority; set by the scheduler.
+        slot: Whether it holds a slot; with `overdrawn`, one of the overdraft of high priority. Set by the scheduler.
         drawn: Whether the retry budget has paid for the next attempt.
         error: Error of the latest attempt.
         sent: Loop time of the latest grant.
@@ -70,15 +66,11 @@ class Permit:
         self.drawn = self.again
 
     def pay(self) -> bool:
-        """Pay for the next attempt; see `Account.pay`."""
+        """See `Account.pay`."""
         return self.account.pay(self)
 
     async def admit(self) -> None:
-        """Wait until the next attempt is paid and has a slot.
-
-        Raises:
-            StatusError: The breaker is open; nothing is held.
-        """
+        """Wait until the next attempt is paid and has a slot; raise a `StatusError`, holding nothing, while the breaker is open."""
         loop, breaker = asyncio.get_running_loop(), self.account.breaker
         try:
             breaker.check(loop.time())
@@ -197,10 +189,7 @@ class Account:
         self.dropped(permit)
 
     def ended(self, permit: Permit, outcome: Completion | RequestFailed, *, reserved: bool = True) -> None:
-        """Learn from an attempt that is over.
-
-        With *reserved*, `max_tokens` was sent, which endpoints charge even if less is generated.
-        """
+        """Learn from an attempt that is over; *reserved* if it had a `max_tokens`, which endpoints charge even if less is generated."""
         now = asyncio.get_running_loop().time()
         error, usage = (outcome, None) if isinstance(outcome, RequestFailed) else (None, outcome.usage)
         self.has_worked |= error is None
@@ -295,7 +284,6 @@ class Accounts:
         self._kept: SharedLRU[object, Account] = SharedLRU(CAPACITY)
 
     def __len__(self) -> int:
-        """Return the number of accounts."""
         return len(self._kept)
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:

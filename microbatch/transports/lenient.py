@@ -28,7 +28,6 @@ class Number(float):
         return number
 
     def __str__(self) -> str:
-        """Return the number as it was written."""
         return self._written
 
 
@@ -50,11 +49,7 @@ def first_of(value: Any) -> Any:
 
 
 def decode(data: bytes) -> Any:
-    """Return the JSON value of *data*. Its strings may contain halves of surrogate pairs; see `Joiner`.
-
-    Raises:
-        ValueError: It is no JSON even leniently.
-    """
+    """Return the JSON value of *data*, whose strings may contain halves of surrogate pairs; raise ValueError if there is none."""
     try:
         text = data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
@@ -66,11 +61,7 @@ def decode(data: bytes) -> Any:
 
 
 def decode_body(data: bytes) -> Any:
-    """Return the JSON value of *data* in plain types, with strings that can be encoded as UTF-8.
-
-    Raises:
-        ValueError: It is no JSON even leniently.
-    """
+    """Return the JSON value of *data* in plain types, with strings that can be encoded as UTF-8; raise ValueError if there is none."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, *_UNREADABLE):

@@ -18,8 +18,8 @@ from microbatch.policy import at_least, one_of, whole
 from microbatch.transports.addresses import DEFAULT_BASE_URL, checked_address, checked_path, host_and_port, secrets_in
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities
-from microbatch.transports.chat_wire import can_stream, compose
-from microbatch.transports.credentials import credentials_in, in_place_of, says_who
+from microbatch.transports.chat_wire import can_stream, request_body
+from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of
 from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
 from microbatch.transports.relay import Forwarded
 
@@ -124,7 +124,6 @@ class OpenAIChat:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
-        """Return the model and the address, without keys and headers."""
         address = self.base_url
         for secret in self._address_secrets:
             address = address.replace(secret, "***")
@@ -180,19 +179,23 @@ class OpenAIChat:
         wants_stream = call.stream if self._stream is None else self._stream
         plan = self._capabilities.plan(
             call,
-            base_url=self.base_url,
-            model=model,
-            credentials=[pair for pair in headers.items() if says_who(pair[0])],
+            (self.base_url, model, credentials_digest(headers.items())),
+            asyncio.get_running_loop().time(),
             stream=bool(wants_stream) and can_stream(call),
             may_stream=self._stream is None and can_stream(call),
-            now=asyncio.get_running_loop().time(),
         )
         request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})
-        body = _encoded(compose(call, model, plan))
+        body = _encoded(request_body(call, model, plan))
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         clock = Clock(max(0.0, total), self._idle_timeout, self._stream_interval)
         attempt = Attempt(
-            plan, self._capabilities, clock, on_text, where=self._where, headers=request, secrets=self._address_secrets
+            plan,
+            self._capabilities,
+            clock,
+            on_text,
+            self._where,
+            headers=request,
+            address_secrets=self._address_secrets,
         )
         return await attempt.run(
             self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)

@@ -16,13 +16,10 @@ stream), Gemini (`thoughts_token_count`, and the names of `usageMetadata`).
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from microbatch.messages import Usage
 from microbatch.transports.lenient import as_object
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Finish = Literal["stop", "length", "content_filter", "tool_calls", "broken"]
 """The meanings. "broken": the reply was broken off for a reason that may be transient."""
@@ -97,20 +94,19 @@ def read_finish(value: Any) -> Finish | None:
     return "broken"
 
 
-_PROMPT: Final = ("prompt_tokens", "input_tokens", "prompt_token_count", "promptTokenCount")
-_COMPLETION: Final = ("completion_tokens", "output_tokens", "candidates_token_count", "candidatesTokenCount")
-_CACHED: Final = (
-    "cached_tokens",
-    "cache_read_input_tokens",
-    "prompt_cache_hit_tokens",
-    "cached_content_token_count",
-    "cachedContentTokenCount",
-)
-_CACHE_WRITE: Final = ("cache_write_tokens", "cache_creation_input_tokens", "cache_creation_tokens")
-_REASONING: Final = ("reasoning_tokens", "thinking_tokens", "thoughts_token_count", "thoughtsTokenCount")
-_TOTAL: Final = ("total_tokens", "total_token_count", "totalTokenCount")
-_PROMPT_DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
-_COMPLETION_DETAILS: Final = ("completion_tokens_details", "output_tokens_details")
+_COUNTS: Final = {
+    "prompt": "prompt_tokens input_tokens prompt_token_count promptTokenCount",
+    "completion": "completion_tokens output_tokens candidates_token_count candidatesTokenCount",
+    "cached": (
+        "cached_tokens cache_read_input_tokens prompt_cache_hit_tokens cached_content_token_count cachedContentTokenCount"
+    ),
+    "cache_write": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens",
+    "reasoning": "reasoning_tokens thinking_tokens thoughts_token_count thoughtsTokenCount",
+    "total": "total_tokens total_token_count totalTokenCount",
+    "prompt_details": "prompt_tokens_details input_tokens_details",
+    "completion_details": "completion_tokens_details output_tokens_details",
+}
+_NAMES: Final = {count: names.split() for count, names in _COUNTS.items()}
 
 
 def read_usage(*reported: Any) -> Usage | None:
@@ -119,27 +115,31 @@ def read_usage(*reported: Any) -> Usage | None:
         fields = as_object(each)
         if not fields:
             continue  # as in every event of a stream but its last
-        prompt, completion = _first(_PROMPT, fields), _first(_COMPLETION, fields)
-        reasoning = _first(_REASONING, fields, *(as_object(fields.get(name)) for name in _COMPLETION_DETAILS))
+        prompt, completion = _first("prompt", fields), _first("completion", fields)
+        reasoning = _first("reasoning", fields, *_objects("completion_details", fields))
         if not (prompt or completion or reasoning):
             continue
-        details = [as_object(fields.get(name)) for name in _PROMPT_DETAILS]
+        details = _objects("prompt_details", fields)
         # xAI and Gemini count reasoning beside the completion, OpenAI and most others within it.
-        if reasoning and (reasoning > completion or _first(_TOTAL, fields) == prompt + completion + reasoning):
+        if reasoning and (reasoning > completion or _first("total", fields) == prompt + completion + reasoning):
             completion += reasoning
         return Usage(
             prompt,
             completion,
-            _first(_CACHED, *details, fields),
-            cache_write_tokens=_first(_CACHE_WRITE, *details, fields),
+            _first("cached", *details, fields),
+            cache_write_tokens=_first("cache_write", *details, fields),
             reasoning_tokens=reasoning,
         )
     return None
 
 
-def _first(names: Sequence[str], *objects: dict[str, Any]) -> int:
-    """Return the first count above zero under one of *names* in one of *objects*, or 0."""
-    return next((count for each in objects for name in names if (count := _count(each.get(name)))), 0)
+def _objects(name: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    return [as_object(fields.get(each)) for each in _NAMES[name]]
+
+
+def _first(name: str, *objects: dict[str, Any]) -> int:
+    """Return the first count above zero under one of the names of *name* in one of *objects*, or 0."""
+    return next((count for each in objects for key in _NAMES[name] if (count := _count(each.get(key)))), 0)
 
 
 def _count(value: Any) -> int:

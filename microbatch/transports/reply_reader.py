@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
     from microbatch.transports.reply_fields import Finish
 
-GAP: Final = "\0"
-"""Takes the place of an event that could not be read."""
+GAP: Final = "\0"  # takes the place of an event that could not be read
 
 # Event data of proxies that keep the connection open.
 _KEEP_ALIVES: Final = frozenset({b"", b"ping", b"keepalive", b"heartbeat"})

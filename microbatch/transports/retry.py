@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from microbatch.errors import UNPAID, ConfigError, RateLimited, RequestFailed, StatusError, TransportError
 from microbatch.policy import MAX_WAIT
 from microbatch.transience import Backoff, is_transient
-from microbatch.transports.bucket import WINDOW
+from microbatch.transports.rate_limit import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +24,6 @@ _MAX_LESSONS: Final = 8
 
 
 class _Attempts:
-    """The attempts of one call so far."""
-
     def __init__(self, call: ChatCall, on_text: Callable[[str], None], permit: Permit, backoff: Backoff) -> None:
         self.call = call
         self.permit = permit
@@ -33,7 +31,7 @@ class _Attempts:
         self.heard = False  # whether the latest attempt has brought text
         self.failures = 0
         self.lessons = 0  # refusals from which the transport learned, which are no failures
-        self.excused_until: float | None = None
+        self.paced_until: float | None = None
         self._on_text = on_text
         self._end = None if call.timeout is None else asyncio.get_running_loop().time() + call.timeout
 
@@ -46,26 +44,21 @@ class _Attempts:
         if self._end is not None:
             self.call.timeout = max(0.0, self._end - asyncio.get_running_loop().time())
 
-    def is_excused(self, failure: RequestFailed) -> bool:
-        """Return whether *failure* does not count: refused for the pace with a bound of ours.
+    def is_paced(self, failure: RequestFailed) -> bool:
+        """Return whether *failure* only asks to wait for what our own bounds have reserved of this minute's tokens.
 
-        Such a call waits for what our bounds have reserved of this minute's tokens.
+        It counts as no failure of the call, but not for longer than the minute.
         """
         if not (isinstance(failure, RateLimited) and failure.token_limits is not None):
             return False
         now = asyncio.get_running_loop().time()
-        if self.excused_until is None:
-            self.excused_until = now + WINDOW
-        return now < self.excused_until
+        if self.paced_until is None:
+            self.paced_until = now + WINDOW
+        return now < self.paced_until
 
 
 class Sender:
-    """Sends calls through *transport*, repeating failed attempts as the policy allows.
-
-    Args:
-        transport: Makes one attempt.
-        policy: When a failed call is made again.
-        draw: Returns random numbers from 0 to 1, for the jitter.
+    """Sends calls through *transport*, repeating failed attempts as *policy* allows; *draw* returns random numbers from 0 to 1.
 
     Attributes:
         repeats: Attempts that repeated a failed attempt of the same call.
@@ -90,16 +83,11 @@ class Sender:
         on_cut: Callable[[Completion | None], bool],
         permit: Permit,
     ) -> Completion:
-        """Send *call* until it succeeds or fails for good.
+        """Send *call* until it succeeds or fails for good; its timeout is that of all attempts together.
 
-        Args:
-            call: The call. Its timeout is that of all attempts together.
-            on_text: Takes the pieces of the answer.
-            on_attempt: Called before each attempt.
-            on_cut: Called when an attempt broke off after its first piece, or ended without a finish reason (then with its
-                completion); returns whether nothing of it was used, so that the call may be repeated as it is. What was used
-                stands, and the call is not repeated.
-            permit: Pays for the attempts.
+        *on_attempt* is called before each attempt. *on_cut* is called when an attempt broke off after its first piece, or ended without
+        a finish reason (then with its completion); it returns whether nothing of it was used, so that the call may be repeated as it
+        is. What was used stands, and the call is not repeated.
 
         Returns:
             How the call ended; with a `finish_reason` of None if it was cut off and part of it was used.
@@ -132,12 +120,7 @@ class Sender:
                 await self._back_off(attempts, failure, worth=cut or is_transient(failure))
 
     async def _attempt(self, attempts: _Attempts, on_attempt: Callable[[], None]) -> Completion | RequestFailed:
-        """Make one attempt; return the error if it failed.
-
-        Raises:
-            ConfigError: It was not made.
-            TransportError: The transport raised something else.
-        """
+        """Make one attempt; return the error if it failed, raise `ConfigError` if it was not made."""
         call, permit = attempts.call, attempts.permit
         account = permit.account
         drawn, earned = permit.drawn, 0.0
@@ -172,22 +155,18 @@ class Sender:
         return completion
 
     async def _back_off(self, attempts: _Attempts, error: RequestFailed, *, worth: bool) -> None:
-        """Wait before the next attempt, which is *worth* it or not.
-
-        Raises:
-            RequestFailed: *error* itself, if there is to be no further attempt.
-        """
+        """Wait before the next attempt; raise *error* if it is not *worth* one, or there may be none."""
         permit, budget = attempts.permit, attempts.permit.account.budget
         attempts.failures += 1
-        excused = attempts.is_excused(error)
+        paced = attempts.is_paced(error)
         asked = (error.retry_after or 0.0) if isinstance(error, StatusError) else 0.0
-        if not worth or (attempts.failures >= self._policy.max_attempts and not excused) or asked > MAX_WAIT:
+        if not worth or (attempts.failures >= self._policy.max_attempts and not paced) or asked > MAX_WAIT:
             raise error
-        if not excused and not budget.draw():
+        if not paced and not budget.draw():
             self.unpaid += 1
             error.add_note(UNPAID)
             raise error
-        permit.drawn = not excused
+        permit.drawn = not paced
         # The delay that the endpoint asks for is the minimum; the random part spreads clients that were told the same.
         try:
             with permit.account.resting():
