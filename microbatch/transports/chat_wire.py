@@ -64,16 +64,9 @@ def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:
 
 
 class BatchWire:
-    """Writes and reads the lines of batch files.
+    """Writes and reads the lines of batch files; *model* is that of calls that name none.
 
     What the endpoint does not support is learned from refused lines, and left out of the lines of later files.
-
-    Args:
-        model: Model of calls that name none.
-        where: Host and port of the endpoint, for errors.
-
-    Attributes:
-        model: As given.
     """
 
     def __init__(self, model: str | None, *, where: str) -> None:
@@ -82,11 +75,7 @@ class BatchWire:
         self._capabilities = Capabilities()
 
     def body(self, call: ChatCall) -> dict[str, Any]:
-        """Return the body of the line for *call*.
-
-        Raises:
-            ConfigError: No model is named anywhere.
-        """
+        """Return the body of the line for *call*; raise `ConfigError` if no model is named anywhere."""
         model = call.model or self.model
         if not model:
             raise ConfigError("no model: name one for the worker, or in the requests")
