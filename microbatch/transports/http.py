@@ -223,11 +223,7 @@ async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) 
 
 
 def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -> dict[str, str]:
-    """Return *headers* after validation.
-
-    Raises:
-        ConfigError: A name or a value cannot be sent as one header, or a name is *reserved*. The message does not quote values.
-    """
+    """Return *headers*; raise `ConfigError`, which quotes no value, if one cannot be sent as one header, or has a *reserved* name."""
     for name, value in headers.items():
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
             raise ConfigError("headers= has a name that is no HTTP header name")

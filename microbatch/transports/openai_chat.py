@@ -67,9 +67,7 @@ class OpenAIChat:
             JSON, in combined and typed replies, are always removed.
 
     Attributes:
-        model: As given.
         base_url: The address in use.
-        thoughts: As given.
 
     Raises:
         ConfigError: There is neither a key nor a base_url, or a setting is out of range.
@@ -153,11 +151,7 @@ class OpenAIChat:
             await session.close()
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
-        """Make one attempt at *call*.
-
-        Args:
-            call: The call.
-            on_text: Takes each piece of the answer's text.
+        """Make one attempt at *call*; *on_text* takes each piece of the answer's text.
 
         Returns:
             How it ended. `finish_reason` is None for a stream that ended without one: the answer is cut off.
@@ -205,16 +199,10 @@ class OpenAIChat:
     async def forward(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncGenerator[Forwarded]:
-        """Relay a request unchanged and yield the answer, whatever its status.
+        """Relay a request to *path*, which is below `base_url` and may have a query, and yield the answer, whatever its status.
 
         Bodies are neither changed nor decompressed. Hop-by-hop headers are left out; the transport's key is added unless *headers*
         have a credential.
-
-        Args:
-            method: The HTTP method.
-            path: The path below `base_url`, with a query if there is one.
-            headers: The request's headers.
-            body: The request's body, or None.
 
         Raises:
             ConfigError: The path leads out of `base_url`, or a header cannot be sent.
@@ -255,7 +243,7 @@ class OpenAIChat:
         return self._session
 
     def _request_headers(self, own: Mapping[str, str], who: Iterable[str]) -> dict[str, str]:
-        """Return all headers of a request; *own* are the caller's, and *who* the names of those and of credentials in the query."""
+        """Return all headers of a request with the caller's *own*; *who* are the names of those and of credentials in the query."""
         return merged(in_place_of(merged(self._key_headers, self._headers), who), own)
 
     async def _request(

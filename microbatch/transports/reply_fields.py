@@ -143,6 +143,8 @@ def _first(name: str, *objects: dict[str, Any]) -> int:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:  # noqa: PLR2004 (below 2**53)
-        value = int(value)
-    return int(value) if isinstance(value, int | float) and 0 < value < 2**53 else 0
+    try:
+        count = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return int(count) if 0 < count < 2**53 else 0

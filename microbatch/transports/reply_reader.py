@@ -215,11 +215,7 @@ class ReplyReader:
 
 
 def _read_leniently(data: bytes) -> _Reply:
-    """Return an event or a body that is not of the documented types.
-
-    Raises:
-        ValueError: It is no object, or its choices are none.
-    """
+    """Return an event or a body that is not of the documented types; raise ValueError if it is no object, or its choices are none."""
     fields = _object(decode(data))
     listed = fields.get("choices")
     if listed is not None and not is_array(listed):
@@ -252,11 +248,7 @@ def _read_index(value: Any) -> int:
 
 
 def _written(value: Any) -> str:
-    """Return a string; a number or a constant as it was written, since some proxies send the JSON that a text happens to be.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Return a string; a number or a constant as it was written, since some proxies send the JSON that a text happens to be."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or isinstance(value, str | int | float):
