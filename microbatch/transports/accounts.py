@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from microbatch.errors import RateLimited, RequestFailed, StatusError
@@ -23,7 +22,7 @@ from microbatch.transports.guards import Breaker, Concurrency
 from microbatch.transports.response_headers import read_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Mapping
 
     from microbatch.policy import RetryPolicy
     from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
@@ -57,13 +56,10 @@ class Permit:
     paid: bool = False
     slot: bool = False
     overdrawn: bool = False
-    drawn: bool = field(init=False)
+    drawn: bool = False
     error: RequestFailed | None = None
     grant: Grant | None = None
     sent: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.drawn = self.again
 
     def pay(self) -> bool:
         """See `Account.pay`."""
@@ -81,12 +77,27 @@ class Permit:
             self.cancel()
             raise
 
+    async def back_off(self, seconds: float) -> None:
+        """Wait before the next attempt, counted as backing off."""
+        account = self.account
+        account.backing_off += 1
+        account.slots.changed(account)
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            account.backing_off -= 1
+            account.slots.changed(account)
+
     def finish(self) -> None:
         """Refund what was paid for an attempt that will not be made, and end the call. Idempotent."""
         self.cancel()
         if self.begun:
             self.begun = False
-            self.account.finished()
+            self.account.begun -= 1
+            self.account.slots.changed(self.account)
 
     def cancel(self) -> None:
         """Refund what was paid for the next attempt, which will not be made."""
@@ -153,7 +164,7 @@ class Account:
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
         """Return an unpaid permit; *again* if the retry budget has paid for its first attempt."""
-        return Permit(self, tokens, rank, again=again)
+        return Permit(self, tokens, rank, again=again, drawn=again)
 
     def pay(self, permit: Permit) -> bool:
         """Pay for the next attempt of *permit*; return whether it need not wait.
@@ -209,22 +220,6 @@ class Account:
         """Note the end of an attempt that was cancelled: nothing can be learned from it."""
         self.breaker.forget(permit)
         self._attempt_ended(permit)
-
-    def finished(self) -> None:
-        """Note the end of a call that had begun."""
-        self.begun -= 1
-        self.slots.changed(self)
-
-    @contextmanager
-    def resting(self) -> Generator[None]:
-        """Count a call as backing off while the block runs."""
-        self.backing_off += 1
-        self.slots.changed(self)
-        try:
-            yield
-        finally:
-            self.backing_off -= 1
-            self.slots.changed(self)
 
     def close(self) -> None:
         """Stop the timer; the scheduler is not notified any more."""

@@ -151,9 +151,4 @@ class Sender:
             raise error
         permit.drawn = not free
         # The delay that the endpoint asks for is the minimum; the random part spreads clients that were told the same.
-        try:
-            with permit.account.resting():
-                await asyncio.sleep(asked + backoff.next())
-        except asyncio.CancelledError:
-            permit.cancel()
-            raise
+        await permit.back_off(asked + backoff.next())
