@@ -222,14 +222,14 @@ async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) 
     return bytes(body[:limit])
 
 
-def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -> dict[str, str]:
-    """Return *headers*; raise `ConfigError`, which quotes no value, if one cannot be sent as one header, or has a *reserved* name."""
+def checked(headers: Mapping[Any, Any]) -> dict[str, str]:
+    """Return *headers*; raise `ConfigError`, which quotes no value, if one cannot be sent as one header, or is of `FRAMING`."""
     for name, value in headers.items():
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
             raise ConfigError("headers= has a name that is no HTTP header name")
         if not isinstance(value, str) or not _VALUE.fullmatch(value):
             raise ConfigError(f"the header {name} must be text of one line, without line breaks or control characters")
-        if name.lower() in reserved:
+        if name.lower() in FRAMING:
             raise ConfigError(f"the header {name} cannot be set, the transport writes it itself")
     return dict(headers)
 

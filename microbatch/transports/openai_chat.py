@@ -128,7 +128,6 @@ class OpenAIChat:
         return f"{type(self).__name__}(model={self.model!r}, base_url={address!r})"
 
     def __reduce__(self) -> NoReturn:
-        """Raise: a pickle would contain the key, and could not contain the connections."""
         raise TypeError(
             "an OpenAIChat cannot be pickled or copied: it holds a key and connections; make one where it is used"
         )
@@ -211,7 +210,7 @@ class OpenAIChat:
         """
         session = self._pool()
         path = checked_path(path)
-        relayed = checked(dict(without(headers.items(), FRAMING)), reserved=frozenset())
+        relayed = checked(dict(without(headers.items(), FRAMING)))
         clock = Clock(self._timeout, None)
         who = {**relayed, **credentials_in(path)}
         sent = self._request_headers(relayed, who)

@@ -19,6 +19,7 @@ Nothing here waits or reads a clock.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from heapq import merge
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -51,6 +52,7 @@ _CLAIM_LATENESS: Final = 1.0
 _TOLERANCE: Final = 1e-6
 
 
+@dataclass(kw_only=True, eq=False)
 class RateLimit:
     """Limits on requests and tokens per minute, for each endpoint, model and key.
 
@@ -72,36 +74,24 @@ class RateLimit:
         ConfigError: A setting is out of range, there is none, or not even one request a minute is left.
     """
 
-    def __init__(
-        self,
-        *,
-        rpm: int | None = None,
-        tpm: int | None = None,
-        share: float = 1.0,
-        charge: Charge = "reserved",
-        adaptive: bool = False,
-    ) -> None:
-        whole(1, rpm=rpm, tpm=tpm)
-        at_least(0, share=share)
-        one_of(Charge, charge=charge)
-        if not 0 < share <= 1:
-            raise ConfigError(f"share must be above 0 and at most 1, got {share!r}")
-        if rpm is None and tpm is None and not adaptive:
-            raise ConfigError("a RateLimit needs rpm=, tpm= or adaptive=True")
-        if rpm is not None and rpm * share < 1:
-            raise ConfigError(f"rpm={rpm} times share={share} leaves less than one request a minute")
-        if tpm is not None and tpm * share < 1:
-            raise ConfigError(f"tpm={tpm} times share={share} leaves less than one token a minute")
-        self.rpm = rpm
-        self.tpm = tpm
-        self.share = share
-        self.charge: Charge = charge
-        self.adaptive = adaptive
-        self._buckets: SharedLRU[Hashable, Bucket] = SharedLRU(_CAPACITY)
+    rpm: int | None = None
+    tpm: int | None = None
+    share: float = 1.0
+    charge: Charge = "reserved"
+    adaptive: bool = False
 
-    def __repr__(self) -> str:
-        settings = f"rpm={self.rpm}, tpm={self.tpm}, share={self.share:g}, charge={self.charge!r}"
-        return f"RateLimit({settings}, adaptive={self.adaptive})"
+    def __post_init__(self) -> None:
+        whole(1, rpm=self.rpm, tpm=self.tpm)
+        at_least(0, share=self.share)
+        one_of(Charge, charge=self.charge)
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share must be above 0 and at most 1, got {self.share!r}")
+        if self.rpm is None and self.tpm is None and not self.adaptive:
+            raise ConfigError("a RateLimit needs rpm=, tpm= or adaptive=True")
+        for name, limit, one in (("rpm", self.rpm, "request"), ("tpm", self.tpm, "token")):
+            if limit is not None and limit * self.share < 1:
+                raise ConfigError(f"{name}={limit} times share={self.share} leaves less than one {one} a minute")
+        self._buckets: SharedLRU[Hashable, Bucket] = SharedLRU(_CAPACITY)
 
     @property
     def max_tokens(self) -> int | None:
@@ -110,9 +100,7 @@ class RateLimit:
 
     def bucket(self, key: Hashable, now: float) -> Bucket:
         """Return the bucket of one (endpoint, model, credentials)."""
-        return self._buckets.get_or_make(
-            key, lambda: Bucket(self.rpm, self.tpm, share=self.share, charge=self.charge), now
-        )
+        return self._buckets.get_or_make(key, lambda: Bucket(self), now)
 
 
 class Grant(msgspec.Struct, eq=False):
@@ -170,13 +158,13 @@ class _Meter:
 
 
 class Bucket:
-    """The rate limits of one (endpoint, model, credentials); the arguments are those of `RateLimit`."""
+    """The rate limits of one (endpoint, model, credentials)."""
 
-    def __init__(self, rpm: int | None, tpm: int | None, *, share: float, charge: Charge) -> None:
-        self._share = share
-        self._charge: Charge = charge
-        self._requests = None if rpm is None else _Meter(rpm * share, 1.0)
-        self._tokens = None if tpm is None else _Meter(tpm * share, 0.0)
+    def __init__(self, limit: RateLimit) -> None:
+        self._share = limit.share
+        self._charge = limit.charge
+        self._requests = None if limit.rpm is None else _Meter(limit.rpm * limit.share, 1.0)
+        self._tokens = None if limit.tpm is None else _Meter(limit.tpm * limit.share, 0.0)
         self._log: deque[Grant] = deque()  # grants of the last window
         self._latest: deque[Grant] = deque()  # those so recent that every endpoint still counts them
         self._latest_tokens = 0
