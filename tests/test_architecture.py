@@ -66,7 +66,7 @@ IMPURE = {
         *("provider.api", "provider.input_file", "provider.jobs", "provider.output_file", "provider.worker"),
     },
     "storage": {"coalescer", "redis", "sqlite"},
-    "transports": {"accounts", "attempt", "batch_wire", "http", "openai_chat", "relay", "retry"},
+    "transports": {"accounts", "attempt", "chat_wire", "http", "openai_chat", "relay", "retry"},
 }
 
 MAX_MODULE_LINES = 500

@@ -50,7 +50,7 @@ from microbatch.spool.provider.api import OpenAIBatchApi
 from microbatch.spool.provider.worker import POLL, ProviderBatches, Tally
 from microbatch.spool.records import LEASE, MAX_ALONE, Stage
 from microbatch.spool.worker import NO_MODEL, Worker
-from microbatch.transports.batch_wire import BatchWire
+from microbatch.transports.chat_wire import BatchWire
 
 if TYPE_CHECKING:
     import argparse

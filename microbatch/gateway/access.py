@@ -94,7 +94,7 @@ class Access:
             not access_token.isascii() or not access_token.isprintable() or not access_token.strip()
         ):
             raise ConfigError("the access token must be one line of printable ASCII")
-        checked(dict.fromkeys(lane_headers, ""), reserved=FRAMING)
+        checked(dict.fromkeys(lane_headers, ""))
         self._own_key = f"Bearer {api_key}" if api_key else None
         self._token = access_token.strip().encode() if access_token else None
         self._lane_headers = _LANE_HEADERS | {name.lower() for name in lane_headers}

@@ -1,15 +1,14 @@
 """The state of each (endpoint, model, credentials): its limits, its retry budget, its breaker, and its calls under way.
 
-A *permit* pays for the attempts of one call, one by one. The scheduler grants each attempt its permit and its slot in one step. An
-account only answers whether it can pay now, and notifies the scheduler when asking again may succeed.
+The scheduler grants each attempt of a call its permit and its slot in one step. An account only answers whether it can pay now, and
+notifies the scheduler when asking again may succeed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from microbatch.errors import RateLimited, RequestFailed, StatusError
@@ -18,17 +17,15 @@ from microbatch.messages import Limits
 from microbatch.policy import MAX_WAIT
 from microbatch.protocols import Completion
 from microbatch.transience import RetryBudget
-from microbatch.transports.breaker import Breaker
-from microbatch.transports.concurrency import Concurrency
 from microbatch.transports.credentials import credentials_digest
+from microbatch.transports.guards import Breaker, Concurrency
 from microbatch.transports.response_headers import read_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Mapping
 
     from microbatch.policy import RetryPolicy
-    from microbatch.transports.bucket import Bucket, Grant
-    from microbatch.transports.rate_limit import RateLimit
+    from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
 
 CAPACITY: Final = 1_024
 _NEVER: Final = float("inf")
@@ -40,13 +37,11 @@ class Permit:
 
     Attributes:
         tokens: Tokens charged for each attempt.
-        rank: Priority of the requests in the call; 0 is the highest.
         again: Whether the retry budget has paid for the first attempt, because it repeats a call that was cut off.
         combined: Whether the call carries several requests.
         begun: Whether the call has begun and not finished.
         paid: Whether the next attempt may be made: it has its permit and its slot.
-        slot: Whether it holds a slot; set by the scheduler.
-        overdrawn: Whether that slot belongs to the overdraft of high priority; set by the scheduler.
+        slot: Whether it holds a slot; with `overdrawn`, one of the overdraft of high priority. Set by the scheduler.
         drawn: Whether the retry budget has paid for the next attempt.
         error: Error of the latest attempt.
         sent: Loop time of the latest grant.
@@ -61,24 +56,17 @@ class Permit:
     paid: bool = False
     slot: bool = False
     overdrawn: bool = False
-    drawn: bool = field(init=False)
+    drawn: bool = False
     error: RequestFailed | None = None
     grant: Grant | None = None
     sent: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.drawn = self.again
-
     def pay(self) -> bool:
-        """Pay for the next attempt; see `Account.pay`."""
+        """See `Account.pay`."""
         return self.account.pay(self)
 
     async def admit(self) -> None:
-        """Wait until the next attempt is paid and has a slot.
-
-        Raises:
-            StatusError: The breaker is open; nothing is held.
-        """
+        """Wait until the next attempt is paid and has a slot; raise a `StatusError`, holding nothing, while the breaker is open."""
         loop, breaker = asyncio.get_running_loop(), self.account.breaker
         try:
             breaker.check(loop.time())
@@ -89,12 +77,27 @@ class Permit:
             self.cancel()
             raise
 
+    async def back_off(self, seconds: float) -> None:
+        """Wait before the next attempt, counted as backing off."""
+        account = self.account
+        account.backing_off += 1
+        account.slots.changed(account)
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            account.backing_off -= 1
+            account.slots.changed(account)
+
     def finish(self) -> None:
         """Refund what was paid for an attempt that will not be made, and end the call. Idempotent."""
         self.cancel()
         if self.begun:
             self.begun = False
-            self.account.finished()
+            self.account.begun -= 1
+            self.account.slots.changed(self.account)
 
     def cancel(self) -> None:
         """Refund what was paid for the next attempt, which will not be made."""
@@ -161,7 +164,7 @@ class Account:
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
         """Return an unpaid permit; *again* if the retry budget has paid for its first attempt."""
-        return Permit(self, tokens, rank, again=again)
+        return Permit(self, tokens, rank, again=again, drawn=again)
 
     def pay(self, permit: Permit) -> bool:
         """Pay for the next attempt of *permit*; return whether it need not wait.
@@ -197,10 +200,7 @@ class Account:
         self.dropped(permit)
 
     def ended(self, permit: Permit, outcome: Completion | RequestFailed, *, reserved: bool = True) -> None:
-        """Learn from an attempt that is over.
-
-        With *reserved*, `max_tokens` was sent, which endpoints charge even if less is generated.
-        """
+        """Learn from an attempt that is over; *reserved* if it had a `max_tokens`, which endpoints charge even if less is generated."""
         now = asyncio.get_running_loop().time()
         error, usage = (outcome, None) if isinstance(outcome, RequestFailed) else (None, outcome.usage)
         self.has_worked |= error is None
@@ -220,22 +220,6 @@ class Account:
         """Note the end of an attempt that was cancelled: nothing can be learned from it."""
         self.breaker.forget(permit)
         self._attempt_ended(permit)
-
-    def finished(self) -> None:
-        """Note the end of a call that had begun."""
-        self.begun -= 1
-        self.slots.changed(self)
-
-    @contextmanager
-    def resting(self) -> Generator[None]:
-        """Count a call as backing off while the block runs."""
-        self.backing_off += 1
-        self.slots.changed(self)
-        try:
-            yield
-        finally:
-            self.backing_off -= 1
-            self.slots.changed(self)
 
     def close(self) -> None:
         """Stop the timer; the scheduler is not notified any more."""
@@ -295,7 +279,6 @@ class Accounts:
         self._kept: SharedLRU[object, Account] = SharedLRU(CAPACITY)
 
     def __len__(self) -> int:
-        """Return the number of accounts."""
         return len(self._kept)
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:

@@ -44,11 +44,7 @@ def checked_address(name: str, address: object, *, credentials: bool = False) ->
 
 
 def checked_path(path: str) -> str:
-    """Return *path* with one leading slash.
-
-    Raises:
-        ConfigError: It could lead out of the base address.
-    """
+    """Return *path* with one leading slash; raise `ConfigError` if it could lead out of the base address."""
     segments = re.split(r"[/\\]", unquote(path.partition("?")[0]))
     if not _PRINTABLE.fullmatch(path) or "#" in path or any(segment in (".", "..") for segment in segments):
         raise ConfigError("the path to forward must be a plain path below base_url")

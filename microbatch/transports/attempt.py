@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from microbatch.errors import ConnectFailed, ServerError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import aiohttp
 
     from microbatch.errors import TransportTimeout
-    from microbatch.messages import Limits
     from microbatch.protocols import Completion
     from microbatch.transports.capabilities import Capabilities, Plan
     from microbatch.transports.http import Clock
@@ -36,110 +36,106 @@ _BOM: Final = b"\xef\xbb\xbf"
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
+@dataclass(eq=False, repr=False)
 class Attempt:
-    """One attempt at one call, from the first byte sent to the last one read."""
+    """One attempt at one call, from the first byte sent to the last one read.
 
-    def __init__(
-        self,
-        plan: Plan,
-        capabilities: Capabilities,
-        clock: Clock,
-        on_text: Callable[[str], None],
-        *,
-        where: str,
-        headers: Mapping[str, str],
-        secrets: Sequence[str] = (),
-    ) -> None:
-        self._plan = plan
-        self._capabilities = capabilities
-        self._clock = clock
-        self._on_text = on_text
-        self._where = where
-        self._headers = headers
-        self._known_secrets = secrets
+    Attributes:
+        headers: Those of the request.
+        address_secrets: Parts of the address that may be keys.
+    """
+
+    plan: Plan
+    capabilities: Capabilities
+    clock: Clock
+    on_text: Callable[[str], None]
+    where: str
+    headers: Mapping[str, str]
+    address_secrets: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self._response: aiohttp.ClientResponse
         self._reader = ReplyReader()
-        self._accepted = False
-        self._gave_text = False
-        self._finished_early = False
+        self._accepted = self._gave_text = self._finished_early = False
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* returns the response when its headers have arrived."""
-        request_id: str | None = None
-        limits: Limits | None = None
         timeout: TransportTimeout | None = None
         try:
-            async with self._clock.scope:
-                response = await guarded(sending, self._where)
+            async with self.clock.scope:
+                self._response = await guarded(sending, self.where)
                 try:
-                    request_id = response.headers.get("x-request-id")
-                    limits = read_limits(response.headers)
-                    await self._receive(response)
+                    await self._receive()
                 finally:
                     # A half-read connection must not return to the pool: the next call would read the rest of this answer. Read to its
                     # end it has returned already, and this has no effect.
-                    response.close()
+                    self._response.close()
         except TimeoutError:
-            if not self._clock.scope.expired():
+            if not self.clock.scope.expired():
                 raise  # not the clock's
             if not self._reader.complete:
-                timeout = self._clock.error(self._where)
+                timeout = self.clock.error(self.where)
         except ConnectFailed:
             if not self._reader.complete:
                 raise
         if timeout is not None:
             raise timeout  # outside the except block, so that no error of aiohttp is attached
-        completion = self._reader.completion(request_id, limits)
-        completion.bound = self._plan.bound
+        headers = self._response.headers
+        completion = self._reader.completion(headers.get("x-request-id"), read_limits(headers))
+        completion.bound = self.plan.bound
         return completion
 
-    async def _receive(self, response: aiohttp.ClientResponse) -> None:
-        kind = response.content_type if "Content-Type" in response.headers else ""
+    @property
+    def _content_type(self) -> str:
+        return self._response.content_type if "Content-Type" in self._response.headers else ""
+
+    async def _receive(self) -> None:
+        response = self._response
         if has_failed(response.status):
             raw = await read_some(response, MAX_ERROR_BYTES, ERROR_GRACE)
-            self._refuse(read_failure(raw, response.status), response)
+            self._refuse(read_failure(raw, response.status))
         head = bytearray()
         form = "unclear"
         while form == "unclear" and len(head) < MAX_REPLY_BYTES:
-            chunk = await guarded(response.content.readany(), self._where)
+            chunk = await guarded(response.content.readany(), self.where)
             if not chunk:
                 break
             head += chunk
             form = _form(head)
         # The content type is often wrong (openclaw#97454: JSON for a stream; one-api: an event stream for JSON), the text never.
-        if form == "events" or (form != "json" and (kind == "text/event-stream" or self._plan.stream)):
-            await self._receive_stream(bytes(head), response, kind)
+        if form == "events" or (form != "json" and (self._content_type == "text/event-stream" or self.plan.stream)):
+            await self._receive_stream(bytes(head))
         else:
-            raw = await read_all(response, MAX_REPLY_BYTES, self._where, begun=head)
-            self._take_whole(raw, kind, response)
+            self._take_whole(await read_all(response, MAX_REPLY_BYTES, self.where, begun=head))
 
-    def _take_whole(self, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> None:
+    def _take_whole(self, raw: bytes) -> None:
         try:
             text = self._reader.whole(raw)
         except ServerError as error:
-            self._no_answer(str(error), raw, kind, response)
+            self._no_answer(str(error), raw)
         if isinstance(text, Fault):
-            self._refuse(text, response)
+            self._refuse(text)
         self._deliver(text)
 
-    async def _receive_stream(self, head: bytes, response: aiohttp.ClientResponse, kind: str) -> None:
+    async def _receive_stream(self, head: bytes) -> None:
         decoder = SSEDecoder()
-        pacer = Pacer(response, self._clock.interval, self._clock.end)
+        pacer = Pacer(self._response, self.clock.interval, self.clock.end)
         received = bytearray()
         chunk = head
         while chunk:
             if not self._reader.answering and len(received) < MAX_ERROR_BYTES:
                 received += chunk
-            self._take_events(decoder.feed(chunk), response)
+            self._take_events(decoder.feed(chunk))
             if (self._gave_text or self._reader.thought) and not self._reader.complete:
                 pacer.pause()
-            chunk = await guarded(pacer.read(), self._where)
-        self._take_events(decoder.close(), response, torso=True)
+            chunk = await guarded(pacer.read(), self.where)
+        self._take_events(decoder.close(), torso=True)
         self._deliver(self._reader.rest())
         if not self._reader.answering:
             message = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
-            self._no_answer(message, bytes(received), kind, response)
+            self._no_answer(message, bytes(received))
 
-    def _take_events(self, events: Sequence[bytes], response: aiohttp.ClientResponse, *, torso: bool = False) -> None:
+    def _take_events(self, events: Sequence[bytes], *, torso: bool = False) -> None:
         """Take the data of events; with *torso* they may be incomplete, because the stream was cut."""
         reader = self._reader
         was_complete, was_done = reader.complete, reader.done
@@ -149,7 +145,7 @@ class Attempt:
             text = reader.event(data, torso=torso)
             if isinstance(text, Fault):
                 self._deliver("".join(texts))
-                self._refuse(text, response)
+                self._refuse(text)
             if text:
                 texts.append(text)
                 # Some endpoints send a finish reason with every chunk, which does not mark the end then.
@@ -157,55 +153,54 @@ class Attempt:
         self._deliver("".join(texts))
         if reader.done:
             if not was_done:
-                self._clock.grace(DONE_GRACE)
+                self.clock.grace(DONE_GRACE)
         elif reader.complete and not self._finished_early and self._gave_text:
             if not was_complete:
-                self._clock.grace(FINISH_GRACE)
+                self.clock.grace(FINISH_GRACE)
         elif any(events) and (self._gave_text or reader.thought):
             # Not before the first words: until then an endpoint may be silent while the model reasons.
-            self._clock.feed()
+            self.clock.feed()
 
     def _deliver(self, text: str) -> None:
         if self._reader.answering and not self._accepted:
             # At the first sign and not at the end: a call whose callers have all been answered is cancelled before it.
             self._accepted = True
-            self._capabilities.accepted(self._plan, asyncio.get_running_loop().time())
+            self.capabilities.accepted(self.plan, asyncio.get_running_loop().time())
         if text:
             self._gave_text = True
-            self._on_text(text)
+            self.on_text(text)
 
-    def _no_answer(self, message: str, raw: bytes, kind: str, response: aiohttp.ClientResponse) -> NoReturn:
+    def _no_answer(self, message: str, raw: bytes) -> NoReturn:
         """Raise the error for a status 200 without an answer.
 
         It is a failure of the endpoint or of a proxy, as a 502 is. But Gemini sends no choices, and no reason, for a prompt that its
         filter has blocked, each time that it is asked (BerriAI/litellm#40252).
         """
-        message += f"; it sent {kind or 'no content type'}, {len(raw)} bytes"
-        if not self._capabilities.answered:
+        message += f"; it sent {self._content_type or 'no content type'}, {len(raw)} bytes"
+        if not self.capabilities.answered:
             message += ". base_url usually ends in /v1"
-        blocked = self._reader.spoke and self._capabilities.unanswered(self._plan)
-        raise unanswered(
-            message, blocked=blocked, where=self._where, headers=response.headers, raw=raw, secrets=self._secrets()
-        )
+        blocked = self._reader.spoke and self.capabilities.unanswered(self.plan)
+        secrets, headers = self._secrets(), self._response.headers
+        raise unanswered(message, blocked=blocked, where=self.where, headers=headers, raw=raw, secrets=secrets)
 
-    def _refuse(self, fault: Fault, response: aiohttp.ClientResponse) -> NoReturn:
+    def _refuse(self, fault: Fault) -> NoReturn:
         """Raise the error for *fault*, and learn from it what the endpoint does not support."""
         error = to_error(
             fault,
-            where=self._where,
-            headers=response.headers,
+            where=self.where,
+            headers=self._response.headers,
             secrets=self._secrets(),
-            keyless=not any(map(is_credential, self._headers)),
+            keyless=not any(map(is_credential, self.headers)),
         )
         if not self._gave_text:
-            error = self._capabilities.learn(self._plan, fault, error, asyncio.get_running_loop().time())
+            error = self.capabilities.learn(self.plan, fault, error, asyncio.get_running_loop().time())
         raise error
 
     def _secrets(self) -> list[str]:
         """Return what errors must not quote: header values, the key inside Authorization, and secrets in the address."""
-        values = {part for value in self._headers.values() for part in (value, value.rpartition(" ")[2])}
+        values = {part for value in self.headers.values() for part in (value, value.rpartition(" ")[2])}
         public = {"application/json", "microbatch"}
-        known = {*(value for value in values - public if len(value) >= 8), *self._known_secrets}  # noqa: PLR2004
+        known = {*(value for value in values - public if len(value) >= 8), *self.address_secrets}  # noqa: PLR2004
         return sorted(known, key=len, reverse=True)  # one may be a part of another
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -21,15 +21,15 @@ import msgspec
 from microbatch.errors import BadRequest, ServerError
 from microbatch.lru import LRU
 from microbatch.transports.bound_refusals import lower, read_refusal, words_of
-from microbatch.transports.credentials import credentials_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from microbatch.errors import StatusError
     from microbatch.messages import TokenLimits
     from microbatch.protocols import ChatCall
     from microbatch.transports.error_parsing import Fault
+
+Endpoint: TypeAlias = tuple[str, str, bytes]
+"""Address, model and a digest of the credentials."""
 
 CAPACITY: Final = 256
 RETRY_RUNG_AFTER: Final = 3600.0  # seconds at a lower rung after which one call tries the rung above
@@ -81,14 +81,13 @@ class _RungState(msgspec.Struct):
     works: set[Rung] = msgspec.field(default_factory=set[Rung])
 
     def down_to(self, rung: Rung, now: float) -> None:
-        """Step down to *rung*, unless a concurrent call already stepped there or further."""
-        if self.rung < rung:
+        if self.rung < rung:  # else a concurrent call has stepped there or further
             self.rung = rung
             self.since = now
 
 
 class _Entry:
-    """The features of one (base_url, model, credentials)."""
+    """The features of one endpoint."""
 
     def __init__(self) -> None:
         self.general = _RungState()
@@ -110,21 +109,15 @@ class _Entry:
         return [own] if own.rung > self.general.rung else [self.general, own]
 
 
-class _CallHistory:
-    """Per-call notes, dropped with the call (weak key).
+class _CallHistory(msgspec.Struct):
+    """Notes about one call, dropped with it."""
 
-    Attributes:
-        floor: The highest rung to try, after a 500.
-        bounds: Refusals of its bound.
-        refused: Fields that were refused. A call learns once from each, so that sending it again comes to an end.
-    """
-
-    def __init__(self) -> None:
-        self.floor = Rung.JSON_SCHEMA
-        self.tried_lower = False
-        self.unanswered = False
-        self.bounds = 0
-        self.refused: set[str] = set()
+    floor: Rung = Rung.JSON_SCHEMA  # the highest rung to try, after a 500
+    tried_lower: bool = False
+    unanswered: bool = False
+    bounds: int = 0  # refusals of its bound
+    # Fields that were refused. A call learns once from each, so that sending it again comes to an end.
+    refused: set[str] = msgspec.field(default_factory=set[str])
 
 
 class Plan(msgspec.Struct, eq=False):
@@ -134,8 +127,7 @@ class Plan(msgspec.Struct, eq=False):
         rung: What to ask of the reply's form; None for a call without a schema.
         sent: The optional fields that are sent, under the endpoint's names: `stream`, `stream_options`, `temperature` and one of
             `max_tokens` and `max_completion_tokens`.
-        stream: Whether the reply is to be streamed.
-        may_stream: Whether it may be streamed though it is not wanted.
+        may_stream: Whether the reply may be streamed though that is not wanted.
         lower: Whether the rung is one lower than known to be needed, because of a 500.
         probe: Whether the rung is one higher than known to work, because an hour has passed.
         bound: The call's bound, if it is sent because the call has no `max_tokens`; else None.
@@ -152,8 +144,7 @@ class Plan(msgspec.Struct, eq=False):
     probe: bool = False
     bound: int | None = None
 
-    def __repr__(self) -> str:
-        """Return what is sent, without the call's texts."""
+    def __repr__(self) -> str:  # without the call's texts
         return f"Plan(rung={self.rung!r}, sent={sorted(self.sent)}, lower={self.lower}, probe={self.probe})"
 
 
@@ -166,30 +157,20 @@ class Capabilities:
 
     def __init__(self) -> None:
         self.answered = False
-        self._entries: LRU[tuple[str, str, bytes], _Entry] = LRU(CAPACITY)
+        self._entries: LRU[Endpoint, _Entry] = LRU(CAPACITY)
         self._histories: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
-        """Return the number of endpoints."""
         return f"Capabilities(endpoints={len(self._entries)})"
 
     def plan(
-        self,
-        call: ChatCall,
-        *,
-        base_url: str,
-        model: str,
-        credentials: Iterable[tuple[str, str]],
-        stream: bool | None,
-        now: float,
-        may_stream: bool = False,
+        self, call: ChatCall, endpoint: Endpoint, now: float, *, stream: bool | None, may_stream: bool = False
     ) -> Plan:
         """Return how to make the next attempt at *call*, in view of how the last one at the same object ended.
 
-        Of *credentials* only a digest is kept. *stream* is None to leave the field out; with *may_stream* the reply may be streamed
-        though it is not wanted.
+        *stream* is None to leave the field out; with *may_stream* the reply may be streamed though it is not wanted.
         """
-        entry = self._entries.get_or_make((base_url, model, credentials_digest(credentials)), _Entry)
+        entry = self._entries.get_or_make(endpoint, _Entry)
         if stream is False and may_stream and entry.streams_only:
             stream = True
         # False is sent as well: some proxies stream by default.

@@ -1,20 +1,28 @@
-"""The request body of a chat completion; `reply_reader` reads the replies."""
+"""The request bodies of chat completions, in live calls and as lines of a provider's batch file; `reply_reader` reads the replies."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
-from microbatch.transports.capabilities import Rung
+from microbatch.errors import BadRequest, ConfigError
+from microbatch.protocols import ChatCall
+from microbatch.transports.capabilities import Capabilities, Plan, Rung
+from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error
 from microbatch.transports.lenient import as_object, is_array
+from microbatch.transports.reply_reader import ReplyReader
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from microbatch.protocols import ChatCall
-    from microbatch.transports.capabilities import Plan
+    from microbatch.errors import StatusError
+    from microbatch.protocols import Completion
 
 # Fields whose replies hold more than one text; only the JSON body of a reply that is not streamed carries it all.
 _MORE_THAN_TEXT: Final = ("tools", "functions", "logprobs", "top_logprobs", "modalities", "audio")
+# Fields that may be left out or renamed.
+_OPTIONAL: Final = ("temperature", "max_tokens", "max_completion_tokens")
+_RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJECT}
 
 
 def can_stream(call: ChatCall) -> bool:
@@ -23,7 +31,7 @@ def can_stream(call: ChatCall) -> bool:
     return params.get("n") in (None, 1) and not any(params.get(name) for name in _MORE_THAN_TEXT)
 
 
-def compose(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
+def request_body(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
     """Return the request body of one attempt, without what the endpoint does not support according to *plan*."""
     messages: list[Mapping[str, Any]] = list(call.messages)
     body: dict[str, Any] = {"model": model, "messages": messages, **call.params}
@@ -47,15 +55,69 @@ def compose(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
     return body
 
 
-def _joined(content: Any) -> str:
-    """Return content that may come in parts as one text, without parts that are no text."""
-    if not is_array(content):
-        return content if isinstance(content, str) else ""
-    parts = [as_object(part) for part in content]
-    texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
 def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:
-    # OpenAI and DeepSeek answer json_object with a 400 unless the word is somewhere in the messages.
-    return any("json" in _joined(message.get("content")).lower() for message in messages)
+    """Return whether the word is in the messages; without it OpenAI and DeepSeek answer json_object with a 400."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents for part in (content if is_array(content) else [{"text": content}])]
+    texts = [as_object(part).get("text") for part in parts]
+    return any(isinstance(text, str) and "json" in text.lower() for text in texts)
+
+
+class BatchWire:
+    """Writes and reads the lines of batch files; *model* is that of calls that name none.
+
+    What the endpoint does not support is learned from refused lines, and left out of the lines of later files.
+    """
+
+    def __init__(self, model: str | None, *, where: str) -> None:
+        self.model = model
+        self._where = where
+        self._capabilities = Capabilities()
+
+    def body(self, call: ChatCall) -> dict[str, Any]:
+        """Return the body of the line for *call*; raise `ConfigError` if no model is named anywhere."""
+        model = call.model or self.model
+        if not model:
+            raise ConfigError("no model: name one for the worker, or in the requests")
+        return request_body(call, model, self._plan(call, model))
+
+    def read(
+        self, status: int, raw: bytes, *, request_id: str | None, sent: Callable[[], Mapping[str, Any]]
+    ) -> tuple[str, Completion]:
+        """Return the text of a reply, and how it ended; *sent* returns the request body, and is called for refusals only.
+
+        Raises:
+            StatusError: It is a refusal. With `again`, `body` returns something else for the same call from now on.
+            ServerError: It is no chat completion, or one without an answer.
+        """
+        reader = ReplyReader()
+        text = read_failure(raw, status) if has_failed(status) else reader.whole(raw)
+        if isinstance(text, Fault):
+            error = to_error(text, where=self._where, headers={})
+            if type(error) is BadRequest:
+                error = self._capabilities.learn(self._plan_of(sent()), text, error, asyncio.get_running_loop().time())
+            raise error
+        completion = reader.completion(request_id)
+        if reader.finish is None:
+            completion.finish_reason = None  # a provider that writes files always gives a finish reason
+        return text, completion
+
+    def refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> StatusError:
+        """Return the error for a failed response of the provider's API."""
+        return to_error(read_failure(raw, status), where=self._where, headers=headers)
+
+    def _plan(self, call: ChatCall, model: str) -> Plan:
+        now = asyncio.get_running_loop().time()
+        return self._capabilities.plan(call, (self._where, model, b""), now, stream=None)
+
+    def _plan_of(self, body: Mapping[str, Any]) -> Plan:
+        """Return the plan by which *body* was made, however long ago."""
+        form = as_object(body.get("response_format"))
+        schema = as_object(form.get("json_schema")).get("schema")
+        call = ChatCall(messages=(), model=body["model"], schema=schema)
+        today = self._plan(call, body["model"])
+        sent = frozenset(name for name in _OPTIONAL if name in body)
+        return Plan(call, today.entry, _RUNGS.get(form.get("type", "")), sent, today.digest)
+
+    def __repr__(self) -> str:
+        return f"BatchWire(model={self.model!r}, where={self._where!r})"

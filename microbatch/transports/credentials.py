@@ -31,20 +31,15 @@ _OTHERS: Final = re.compile(
 # Names that choose beside a credential who pays and whose limits apply.
 _ON_BEHALF: Final = re.compile(r"(?:^|-)(?:client-id|(?:account|org|organization|project|tenant|workspace)(?:-id)?)\Z")
 
-_OF_A_PROXY: Final = frozenset(
-    {
-        "cf-access-client-id",
-        "cf-access-client-secret",
-        "cf-access-token",
-        "cf-aig-authorization",
-        "helicone-auth",
-        "x-portkey-api-key",
-    }
-)
-"""Credentials for a proxy in front of the endpoint, which come beside the endpoint's own key."""
-
+# Credentials for a proxy in front of the endpoint, which come beside the endpoint's own key.
+_OF_A_PROXY: Final = frozenset({
+    *("cf-access-client-id", "cf-access-client-secret", "cf-access-token", "cf-aig-authorization"),
+    *("helicone-auth", "x-portkey-api-key"),
+})  # fmt: skip
 AMBIENT: Final = frozenset({"cookie", "cookie2"})
 """Credentials that browsers send by themselves, to the host that they belong to."""
+
+_SALT: Final = secrets.token_bytes(16)
 
 
 def is_credential(name: str) -> bool:
@@ -68,9 +63,6 @@ def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str
     if not any(map(is_credential, callers)):
         return dict(own)
     return {name: value for name, value in own.items() if name.lower() in _OF_A_PROXY or not says_who(name)}
-
-
-_SALT: Final = secrets.token_bytes(16)
 
 
 def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:

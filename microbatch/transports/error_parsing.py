@@ -132,8 +132,7 @@ class Fault(msgspec.Struct, frozen=True):
     words: frozenset[str] = frozenset()
     raw: bytes = b""
 
-    def __repr__(self) -> str:
-        """Return the status and code, without the endpoint's words."""
+    def __repr__(self) -> str:  # without the endpoint's words
         return f"Fault(status={self.status}, code={self.code!r}, param={self.param!r})"
 
 

@@ -8,7 +8,6 @@ import re
 import socket
 import ssl
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
@@ -32,18 +31,13 @@ FRAMING: Final = HOP_BY_HOP | {"content-length", "expect", "host"}
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\ud7ff\ue000-\U0010ffff]*")
 
-
-PAUSE_SHARE: Final = 4
-"""A pause is at most this part of the time since the first one, so that short answers are hardly delayed."""
-
-SHORTEST_PAUSE: Final = 0.001
-"""Shorter pauses, in seconds, cost more than they save."""
-
-LOW_WATER: Final = 65_536
-"""Bytes in a socket's buffer that end a pause early."""
-
+PAUSE_SHARE: Final = (
+    4  # a pause is at most this part of the time since the first one, so that short answers are hardly delayed
+)
+SHORTEST_PAUSE: Final = 0.001  # shorter pauses, in seconds, cost more than they save
+LOW_WATER: Final = 65_536  # bytes in a socket's buffer that end a pause early
+# Whether lowering a socket's low-water mark makes it readable at once: in Linux since 4.18 (tcp_set_rcvlowat).
 LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+", os.uname().release)[:2])] >= [4, 18]
-"""True if lowering a socket's low-water mark makes it readable at once: in Linux since 4.18 (tcp_set_rcvlowat)."""
 
 
 class Clock:
@@ -95,7 +89,7 @@ class Pacer:
 
     Args:
         response: The answer.
-        interval: Longest pause, in seconds; 0 disables pauses.
+        interval: Longest pause, in seconds.
         end: Loop time at which the answer has to be complete; there are no pauses just before it.
     """
 
@@ -123,7 +117,7 @@ class Pacer:
         pause = min(self._interval, (now - self._since) / PAUSE_SHARE)
         connection = self._response.connection
         transport = None if connection is None else connection.transport
-        if transport is None or pause < SHORTEST_PAUSE or now + 2 * pause > self._end or not _hold(transport):
+        if transport is None or pause < SHORTEST_PAUSE or now + 2 * pause > self._end or not _hold(transport, True):
             return
         self._paused = transport
         # Full pauses of all streams end at the same moments, so that one iteration of the loop serves them all.
@@ -133,38 +127,27 @@ class Pacer:
     def _resume(self) -> None:
         transport, self._paused = self._paused, None
         if transport is not None:
-            _release(transport)
+            _hold(transport, False)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
 
-# The transport has no socket or no flow control, or is closing.
-_NO_PAUSE: Final = (AttributeError, NotImplementedError, OSError, RuntimeError)
-
-
-def _hold(transport: asyncio.Transport) -> bool:
-    """Pause the reading of a connection; return whether that is possible."""
+def _hold(transport: asyncio.Transport, held: bool) -> bool:
+    """Pause the reading of a connection, or resume it; return whether that is possible."""
     if transport.is_closing():
         return False
     try:
         if LOW_WATER_WAKES:
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, LOW_WATER)
-        else:
+            mark = LOW_WATER if held else 1
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+        elif held:
             transport.pause_reading()
-    except _NO_PAUSE:
-        return False
-    return True
-
-
-def _release(transport: asyncio.Transport) -> None:
-    if transport.is_closing():
-        return
-    with suppress(*_NO_PAUSE):
-        if LOW_WATER_WAKES:
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         else:
             transport.resume_reading()
+    except (AttributeError, NotImplementedError, OSError, RuntimeError):
+        return False  # the transport has no socket or no flow control, or is closing
+    return True
 
 
 async def guarded(step: Awaitable[T], where: str) -> T:
@@ -239,18 +222,14 @@ async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) 
     return bytes(body[:limit])
 
 
-def checked(headers: Mapping[Any, Any], *, reserved: frozenset[str] = FRAMING) -> dict[str, str]:
-    """Return *headers* after validation.
-
-    Raises:
-        ConfigError: A name or a value cannot be sent as one header, or a name is *reserved*. The message does not quote values.
-    """
+def checked(headers: Mapping[Any, Any]) -> dict[str, str]:
+    """Return *headers*; raise `ConfigError`, which quotes no value, if one cannot be sent as one header, or is of `FRAMING`."""
     for name, value in headers.items():
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
             raise ConfigError("headers= has a name that is no HTTP header name")
         if not isinstance(value, str) or not _VALUE.fullmatch(value):
             raise ConfigError(f"the header {name} must be text of one line, without line breaks or control characters")
-        if name.lower() in reserved:
+        if name.lower() in FRAMING:
             raise ConfigError(f"the header {name} cannot be set, the transport writes it itself")
     return dict(headers)
 

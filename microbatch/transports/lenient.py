@@ -8,28 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final, Self, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import msgspec
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _UNREADABLE: Final = (ValueError, RecursionError)
-
-
-class Number(float):
-    """A number whose `str` is the JSON text it was read from."""
-
-    _written: str
-
-    def __new__(cls, written: str) -> Self:
-        """Return the number that *written* stands for."""
-        number = super().__new__(cls, written)
-        number._written = written
-        return number
-
-    def __str__(self) -> str:
-        """Return the number as it was written."""
-        return self._written
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -49,32 +36,27 @@ def first_of(value: Any) -> Any:
     return value[0] if value else None
 
 
-def decode(data: bytes) -> Any:
-    """Return the JSON value of *data*. Its strings may contain halves of surrogate pairs; see `Joiner`.
+def decode(data: bytes, *, number: Callable[[str], float | str] = str) -> Any:
+    """Return the JSON value of *data*, whose strings may contain halves of surrogate pairs; raise ValueError if there is none.
 
-    Raises:
-        ValueError: It is no JSON even leniently.
+    *number* reads what has a decimal point or an exponent, which stays as it was written otherwise.
     """
     try:
         text = data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         text = data.decode("utf-8", "replace")
     try:
-        return json.loads(text.removeprefix("\ufeff"), parse_float=Number, parse_constant=str, strict=False)
+        return json.loads(text.removeprefix("\ufeff"), parse_float=number, parse_constant=str, strict=False)
     except _UNREADABLE as error:
         raise ValueError(type(error).__name__) from None  # the error holds the text
 
 
 def decode_body(data: bytes) -> Any:
-    """Return the JSON value of *data* in plain types, with strings that can be encoded as UTF-8.
-
-    Raises:
-        ValueError: It is no JSON even leniently.
-    """
+    """Return the JSON value of *data* in plain types, with strings that can be encoded as UTF-8; raise ValueError if there is none."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, *_UNREADABLE):
-        return _plain(decode(data))
+        return _plain(decode(data, number=float))
 
 
 class Joiner:
@@ -105,8 +87,6 @@ def _whole(text: str) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return _whole(value) if _SURROGATE.search(value) else value
-    if isinstance(value, Number):
-        return float(value)
     if isinstance(value, list):
         return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, dict):

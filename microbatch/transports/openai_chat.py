@@ -18,8 +18,8 @@ from microbatch.policy import at_least, one_of, whole
 from microbatch.transports.addresses import DEFAULT_BASE_URL, checked_address, checked_path, host_and_port, secrets_in
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities
-from microbatch.transports.chat_wire import can_stream, compose
-from microbatch.transports.credentials import credentials_in, in_place_of, says_who
+from microbatch.transports.chat_wire import can_stream, request_body
+from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of
 from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
 from microbatch.transports.relay import Forwarded
 
@@ -67,9 +67,7 @@ class OpenAIChat:
             JSON, in combined and typed replies, are always removed.
 
     Attributes:
-        model: As given.
         base_url: The address in use.
-        thoughts: As given.
 
     Raises:
         ConfigError: There is neither a key nor a base_url, or a setting is out of range.
@@ -124,14 +122,12 @@ class OpenAIChat:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
-        """Return the model and the address, without keys and headers."""
         address = self.base_url
         for secret in self._address_secrets:
             address = address.replace(secret, "***")
         return f"{type(self).__name__}(model={self.model!r}, base_url={address!r})"
 
     def __reduce__(self) -> NoReturn:
-        """Raise: a pickle would contain the key, and could not contain the connections."""
         raise TypeError(
             "an OpenAIChat cannot be pickled or copied: it holds a key and connections; make one where it is used"
         )
@@ -154,11 +150,7 @@ class OpenAIChat:
             await session.close()
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
-        """Make one attempt at *call*.
-
-        Args:
-            call: The call.
-            on_text: Takes each piece of the answer's text.
+        """Make one attempt at *call*; *on_text* takes each piece of the answer's text.
 
         Returns:
             How it ended. `finish_reason` is None for a stream that ended without one: the answer is cut off.
@@ -180,19 +172,23 @@ class OpenAIChat:
         wants_stream = call.stream if self._stream is None else self._stream
         plan = self._capabilities.plan(
             call,
-            base_url=self.base_url,
-            model=model,
-            credentials=[pair for pair in headers.items() if says_who(pair[0])],
+            (self.base_url, model, credentials_digest(headers.items())),
+            asyncio.get_running_loop().time(),
             stream=bool(wants_stream) and can_stream(call),
             may_stream=self._stream is None and can_stream(call),
-            now=asyncio.get_running_loop().time(),
         )
         request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})
-        body = _encoded(compose(call, model, plan))
+        body = _encoded(request_body(call, model, plan))
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         clock = Clock(max(0.0, total), self._idle_timeout, self._stream_interval)
         attempt = Attempt(
-            plan, self._capabilities, clock, on_text, where=self._where, headers=request, secrets=self._address_secrets
+            plan,
+            self._capabilities,
+            clock,
+            on_text,
+            self._where,
+            headers=request,
+            address_secrets=self._address_secrets,
         )
         return await attempt.run(
             self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)
@@ -202,16 +198,10 @@ class OpenAIChat:
     async def forward(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncGenerator[Forwarded]:
-        """Relay a request unchanged and yield the answer, whatever its status.
+        """Relay a request to *path*, which is below `base_url` and may have a query, and yield the answer, whatever its status.
 
         Bodies are neither changed nor decompressed. Hop-by-hop headers are left out; the transport's key is added unless *headers*
         have a credential.
-
-        Args:
-            method: The HTTP method.
-            path: The path below `base_url`, with a query if there is one.
-            headers: The request's headers.
-            body: The request's body, or None.
 
         Raises:
             ConfigError: The path leads out of `base_url`, or a header cannot be sent.
@@ -220,7 +210,7 @@ class OpenAIChat:
         """
         session = self._pool()
         path = checked_path(path)
-        relayed = checked(dict(without(headers.items(), FRAMING)), reserved=frozenset())
+        relayed = checked(dict(without(headers.items(), FRAMING)))
         clock = Clock(self._timeout, None)
         who = {**relayed, **credentials_in(path)}
         sent = self._request_headers(relayed, who)
@@ -252,7 +242,7 @@ class OpenAIChat:
         return self._session
 
     def _request_headers(self, own: Mapping[str, str], who: Iterable[str]) -> dict[str, str]:
-        """Return all headers of a request; *own* are the caller's, and *who* the names of those and of credentials in the query."""
+        """Return all headers of a request with the caller's *own*; *who* are the names of those and of credentials in the query."""
         return merged(in_place_of(merged(self._key_headers, self._headers), who), own)
 
     async def _request(

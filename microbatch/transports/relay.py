@@ -26,15 +26,12 @@ _read_body = msgspec.json.Decoder(_Body).decode
 
 _BYTES_PER_TOKEN: Final = 4  # of English
 
+# Beginnings of an event stream that is not compressed.
 _EVENT_FIELDS: Final = (b":", b"data", b"event", b"id", b"retry", b"\n", b"\r", b"\xef\xbb\xbf")
-"""Beginnings of an event stream that is not compressed."""
-
+# Text of an answer or a thought in the event of any API. Earlier events (keep-alives, the begin of an answer, its role) may come long
+# before the model has read the prompt.
 _WORDS: Final = re.compile(rb'"(?:arguments|content|delta|reasoning\w*|refusal|text|thinking)"\s*:\s*"[^"]')
-"""Text of an answer or a thought in the event of any API. Earlier events (keep-alives, the begin of an answer, its role) may come long
-before the model has read the prompt."""
-
-_WORDS_BYTES: Final = 64
-"""Bytes of the previous chunk in which a match of `_WORDS` may begin."""
+_WORDS_BYTES: Final = 64  # of the previous chunk, in which a match may begin
 
 
 def read_charge(body: bytes | None) -> tuple[str | None, int]:
@@ -97,9 +94,7 @@ class Forwarded:
             yield chunk
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        """Iterate over `chunks()`."""
         return self.chunks()
 
     def __repr__(self) -> str:
-        """Return the status."""
         return f"Forwarded(status={self.status})"

@@ -3,9 +3,9 @@
 Finish reasons have one of five meanings. Words are compared in lower case, with underscores between their parts, whatever they came
 with (`STOP`, `MAX_TOKENS`, `FinishReason.SAFETY`, `maxPredictedTokensReached`, `content-filter`). Sources: the API references of OpenAI
 (chat completions and Responses), Anthropic, Google, Amazon Bedrock, Azure, Mistral, Cohere, DeepSeek, Zhipu, Baidu, Tencent, IBM
-watsonx, Aleph Alpha, AI21 and Together, and the code of vLLM, SGLang, TensorRT-LLM, TGI, llama.cpp, Ollama and LM Studio. An unknown
-word is read by its parts ("token_limit_reached" means the limit). If they are unknown too, the reply counts as broken off: asking again
-costs a call, but returning a text that was cut as if it were complete costs more.
+watsonx, Aleph Alpha, AI21 and Together, and the code of vLLM, SGLang, TensorRT-LLM, TGI, llama.cpp, Ollama and LM Studio. Most words
+are read by their parts ("token_limit_reached" means the limit). If no part is known, the reply counts as broken off: asking again costs
+a call, but returning a text that was cut as if it were complete costs more.
 
 Sources of the names of token counts, beside OpenAI's chat completions: the Responses API and Anthropic (`input_tokens`,
 `output_tokens`, `output_tokens_details`, `cache_creation_input_tokens`), Perplexity (`reasoning_tokens` beside the sums), DeepSeek
@@ -16,49 +16,25 @@ stream), Gemini (`thoughts_token_count`, and the names of `usageMetadata`).
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from microbatch.messages import Usage
 from microbatch.transports.lenient import as_object
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 Finish = Literal["stop", "length", "content_filter", "tool_calls", "broken"]
 """The meanings. "broken": the reply was broken off for a reason that may be transient."""
 
+# OpenAI's own words, and those of others that their parts do not tell.
 _WORDS: Final[dict[Finish, str]] = {
-    "stop": (
-        "stop stopped stop_sequence stop_word stop_words stop_token stop_str stop_string stop_string_found stop_criteria stop_limit "
-        "stop_sequence_reached eos eos_token eos_found eog eog_token eot eom end end_id end_turn end_of_turn end_of_text endoftext "
-        "end_of_sentence end_of_message complete completed completion finish finished done success succeeded normal word "
-        "natural_stop ok"
-    ),
-    "length": (
-        "length max_length max_len max_tokens maximum_tokens max_token max_new_tokens max_output_tokens max_completion_tokens "
-        "max_predicted_tokens_reached token_limit limit model_length context context_length context_window context_limit "
-        "context_length_reached context_length_exceeded context_window_exceeded model_context_window_exceeded error_limit length_limit "
-        "length_capped truncated incomplete"
-    ),
-    "content_filter": (
-        "content_filter content_filtered content_filtering contentfilter filter filtered safety image_safety sensitive refusal "
-        "refused recitation image_recitation language blocklist prohibited_content image_prohibited_content spii model_armor "
-        "guardrail guardrails guardrail_intervened guardrail_intervention moderation moderated blocked flagged error_toxic toxic "
-        "content_policy content_policy_violation policy_violation violation unsafe risk high_risk censored copyright"
-    ),
-    "tool_calls": "tool_calls tool_call tool_use tools tool function_call function_calls function action",
-    "broken": (
-        "error errored fail failed failure abort aborted cancel canceled cancelled user_cancel user_cancelled user_stopped interrupt "
-        "interrupted preempted preemption timeout timed_out time_limit deadline_exceeded network_error server_error internal_error "
-        "insufficient_system_resource overloaded unavailable disconnect disconnected connection_lost incomplete_stream unload load "
-        "model_unloaded not_finished pause_turn malformed_function_call malformed_model_output malformed_tool_use malformed_response "
-        "unexpected_tool_call too_many_tool_calls missing_thought_signature no_image image_other other unknown "
-        "repetition"
-    ),
+    "stop": "stop stop_limit eog eog_token eom end end_id endoftext succeeded normal word ok",
+    "length": "length error_limit incomplete",
+    "content_filter": "content_filter recitation image_recitation language spii model_armor risk high_risk copyright",
+    "tool_calls": "tool_calls function_call action",
+    "broken": "user_stopped time_limit incomplete_stream too_many_tool_calls",
 }
 _MEANING: Final[dict[str, Finish]] = {word: finish for finish, words in _WORDS.items() for word in words.split()}
 
-# For unknown words, the first pattern that matches: an error about a limit is an error, a filter that stopped something a filter.
+# For other words, the first pattern that matches: an error about a limit is an error, a filter that stopped something a filter.
 _PARTS: Final[dict[Finish, str]] = {
     "content_filter": "filter|safe|sensitiv|polic|prohibit|blocklist|blocked|moderat|guardrail|refus|toxic|flagged|violat|censor",
     "broken": "err|fail|abort|cancel|interrupt|preempt|time_?out|malform|unexpected|overload|unavail|disconn|resource|unload|not_",
@@ -84,9 +60,7 @@ def read_finish(value: Any) -> Finish | None:
     if not isinstance(value, str):
         return "broken"
     word = _CAMEL.sub("_", value) if not value.isupper() else value
-    word = _BETWEEN.sub("_", word.lower().replace(".", "_")).strip("_")
-    if word not in _MEANING:
-        word = _PREFIX.sub("", word)
+    word = _PREFIX.sub("", _BETWEEN.sub("_", word.lower()).strip("_"))
     if word in _NOTHING:
         return None
     if word in _MEANING:
@@ -97,20 +71,19 @@ def read_finish(value: Any) -> Finish | None:
     return "broken"
 
 
-_PROMPT: Final = ("prompt_tokens", "input_tokens", "prompt_token_count", "promptTokenCount")
-_COMPLETION: Final = ("completion_tokens", "output_tokens", "candidates_token_count", "candidatesTokenCount")
-_CACHED: Final = (
-    "cached_tokens",
-    "cache_read_input_tokens",
-    "prompt_cache_hit_tokens",
-    "cached_content_token_count",
-    "cachedContentTokenCount",
-)
-_CACHE_WRITE: Final = ("cache_write_tokens", "cache_creation_input_tokens", "cache_creation_tokens")
-_REASONING: Final = ("reasoning_tokens", "thinking_tokens", "thoughts_token_count", "thoughtsTokenCount")
-_TOTAL: Final = ("total_tokens", "total_token_count", "totalTokenCount")
-_PROMPT_DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
-_COMPLETION_DETAILS: Final = ("completion_tokens_details", "output_tokens_details")
+_COUNTS: Final = {
+    "prompt": "prompt_tokens input_tokens prompt_token_count promptTokenCount",
+    "completion": "completion_tokens output_tokens candidates_token_count candidatesTokenCount",
+    "cached": (
+        "cached_tokens cache_read_input_tokens prompt_cache_hit_tokens cached_content_token_count cachedContentTokenCount"
+    ),
+    "cache_write": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens",
+    "reasoning": "reasoning_tokens thinking_tokens thoughts_token_count thoughtsTokenCount",
+    "total": "total_tokens total_token_count totalTokenCount",
+    "prompt_details": "prompt_tokens_details input_tokens_details",
+    "completion_details": "completion_tokens_details output_tokens_details",
+}
+_NAMES: Final = {count: names.split() for count, names in _COUNTS.items()}
 
 
 def read_usage(*reported: Any) -> Usage | None:
@@ -119,30 +92,36 @@ def read_usage(*reported: Any) -> Usage | None:
         fields = as_object(each)
         if not fields:
             continue  # as in every event of a stream but its last
-        prompt, completion = _first(_PROMPT, fields), _first(_COMPLETION, fields)
-        reasoning = _first(_REASONING, fields, *(as_object(fields.get(name)) for name in _COMPLETION_DETAILS))
+        prompt, completion = _first("prompt", fields), _first("completion", fields)
+        reasoning = _first("reasoning", fields, *_objects("completion_details", fields))
         if not (prompt or completion or reasoning):
             continue
-        details = [as_object(fields.get(name)) for name in _PROMPT_DETAILS]
+        details = _objects("prompt_details", fields)
         # xAI and Gemini count reasoning beside the completion, OpenAI and most others within it.
-        if reasoning and (reasoning > completion or _first(_TOTAL, fields) == prompt + completion + reasoning):
+        if reasoning and (reasoning > completion or _first("total", fields) == prompt + completion + reasoning):
             completion += reasoning
         return Usage(
             prompt,
             completion,
-            _first(_CACHED, *details, fields),
-            cache_write_tokens=_first(_CACHE_WRITE, *details, fields),
+            _first("cached", *details, fields),
+            cache_write_tokens=_first("cache_write", *details, fields),
             reasoning_tokens=reasoning,
         )
     return None
 
 
-def _first(names: Sequence[str], *objects: dict[str, Any]) -> int:
-    """Return the first count above zero under one of *names* in one of *objects*, or 0."""
-    return next((count for each in objects for name in names if (count := _count(each.get(name)))), 0)
+def _objects(name: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    return [as_object(fields.get(each)) for each in _NAMES[name]]
+
+
+def _first(name: str, *objects: dict[str, Any]) -> int:
+    """Return the first count above zero under one of the names of *name* in one of *objects*, or 0."""
+    return next((count for each in objects for key in _NAMES[name] if (count := _count(each.get(key)))), 0)
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:  # noqa: PLR2004 (below 2**53)
-        value = int(value)
-    return int(value) if isinstance(value, int | float) and 0 < value < 2**53 else 0
+    try:
+        count = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return int(count) if 0 < count < 2**53 else 0

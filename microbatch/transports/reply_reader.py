@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
     from microbatch.transports.reply_fields import Finish
 
-GAP: Final = "\0"
-"""Takes the place of an event that could not be read."""
+GAP: Final = "\0"  # takes the place of an event that could not be read
 
 # Event data of proxies that keep the connection open.
 _KEEP_ALIVES: Final = frozenset({b"", b"ping", b"keepalive", b"heartbeat"})
@@ -216,11 +215,7 @@ class ReplyReader:
 
 
 def _read_leniently(data: bytes) -> _Reply:
-    """Return an event or a body that is not of the documented types.
-
-    Raises:
-        ValueError: It is no object, or its choices are none.
-    """
+    """Return an event or a body that is not of the documented types; raise ValueError if it is no object, or its choices are none."""
     fields = _object(decode(data))
     listed = fields.get("choices")
     if listed is not None and not is_array(listed):
@@ -253,11 +248,7 @@ def _read_index(value: Any) -> int:
 
 
 def _written(value: Any) -> str:
-    """Return a string; a number or a constant as it was written, since some proxies send the JSON that a text happens to be.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Return a string; a number or a constant as it was written, since some proxies send the JSON that a text happens to be."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or isinstance(value, str | int | float):

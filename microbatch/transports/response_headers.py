@@ -62,11 +62,9 @@ def duration(value: str | None) -> float | None:
 
 
 def _until(value: str | None, date: str | None) -> float | None:
-    """Return the seconds until an HTTP date, counted from the response's own Date, so that a skewed clock does no harm."""
-    moment = _moment(value)
-    if moment is None:
-        return None
-    return max(0.0, (moment - (_moment(date) or datetime.now(UTC))).total_seconds())
+    """Return the seconds until an HTTP date, counted from the response's own *date*, so that a skewed clock does no harm."""
+    moment, now = _moment(value), _moment(date) or datetime.now(UTC)
+    return None if moment is None else max(0.0, (moment - now).total_seconds())
 
 
 def _moment(value: str | None) -> datetime | None:

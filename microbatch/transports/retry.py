@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from microbatch.errors import UNPAID, ConfigError, RateLimited, RequestFailed, StatusError, TransportError
 from microbatch.policy import MAX_WAIT
 from microbatch.transience import Backoff, is_transient
-from microbatch.transports.bucket import WINDOW
+from microbatch.transports.rate_limit import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,49 +23,8 @@ if TYPE_CHECKING:
 _MAX_LESSONS: Final = 8
 
 
-class _Attempts:
-    """The attempts of one call so far."""
-
-    def __init__(self, call: ChatCall, on_text: Callable[[str], None], permit: Permit, backoff: Backoff) -> None:
-        self.call = call
-        self.permit = permit
-        self.backoff = backoff
-        self.heard = False  # whether the latest attempt has brought text
-        self.failures = 0
-        self.lessons = 0  # refusals from which the transport learned, which are no failures
-        self.excused_until: float | None = None
-        self._on_text = on_text
-        self._end = None if call.timeout is None else asyncio.get_running_loop().time() + call.timeout
-
-    def hear(self, text: str) -> None:
-        self.heard = True
-        self._on_text(text)
-
-    def set_timeout(self) -> None:
-        """Give the next attempt what is left of the call's time."""
-        if self._end is not None:
-            self.call.timeout = max(0.0, self._end - asyncio.get_running_loop().time())
-
-    def is_excused(self, failure: RequestFailed) -> bool:
-        """Return whether *failure* does not count: refused for the pace with a bound of ours.
-
-        Such a call waits for what our bounds have reserved of this minute's tokens.
-        """
-        if not (isinstance(failure, RateLimited) and failure.token_limits is not None):
-            return False
-        now = asyncio.get_running_loop().time()
-        if self.excused_until is None:
-            self.excused_until = now + WINDOW
-        return now < self.excused_until
-
-
 class Sender:
-    """Sends calls through *transport*, repeating failed attempts as the policy allows.
-
-    Args:
-        transport: Makes one attempt.
-        policy: When a failed call is made again.
-        draw: Returns random numbers from 0 to 1, for the jitter.
+    """Sends calls through *transport*, repeating failed attempts as *policy* allows; *draw* returns random numbers from 0 to 1.
 
     Attributes:
         repeats: Attempts that repeated a failed attempt of the same call.
@@ -90,16 +49,11 @@ class Sender:
         on_cut: Callable[[Completion | None], bool],
         permit: Permit,
     ) -> Completion:
-        """Send *call* until it succeeds or fails for good.
+        """Send *call* until it succeeds or fails for good; its timeout is that of all attempts together.
 
-        Args:
-            call: The call. Its timeout is that of all attempts together.
-            on_text: Takes the pieces of the answer.
-            on_attempt: Called before each attempt.
-            on_cut: Called when an attempt broke off after its first piece, or ended without a finish reason (then with its
-                completion); returns whether nothing of it was used, so that the call may be repeated as it is. What was used
-                stands, and the call is not repeated.
-            permit: Pays for the attempts.
+        *on_attempt* is called before each attempt. *on_cut* is called when an attempt broke off after its first piece, or ended without
+        a finish reason (then with its completion); it returns whether nothing of it was used, so that the call may be repeated as it
+        is. What was used stands, and the call is not repeated.
 
         Returns:
             How the call ended; with a `finish_reason` of None if it was cut off and part of it was used.
@@ -108,13 +62,19 @@ class Sender:
             RequestFailed: The last attempt's error. Anything else that a transport raises comes as a `TransportError` from it.
             ConfigError: The transport cannot send the call: the last attempt, though announced by *on_attempt*, was not made.
         """
-        attempts = _Attempts(call, on_text, permit, Backoff(self._policy.base, self._policy.cap, draw=self._draw))
+        now = asyncio.get_running_loop().time
+        end = None if call.timeout is None else now() + call.timeout
+        backoff = Backoff(self._policy.base, self._policy.cap, draw=self._draw)
+        failures = lessons = 0  # a lesson is a refusal from which the transport has learned
+        paced_until: float | None = None
         while True:
             await permit.admit()
-            outcome = await self._attempt(attempts, on_attempt)
+            if end is not None:
+                call.timeout = max(0.0, end - now())
+            outcome, heard = await self._attempt(call, on_text, on_attempt, permit)
             if isinstance(outcome, RequestFailed):
                 completion, failure = None, outcome
-                cut = attempts.heard and (type(failure) is TransportError or is_transient(failure))
+                cut = heard and (type(failure) is TransportError or is_transient(failure))
             elif outcome.finish_reason not in (None, "error"):
                 return outcome
             else:
@@ -122,41 +82,50 @@ class Sender:
                 failure = TransportError("the reply was cut off: it ended without a finish_reason")
             permit.error = failure
             self.rate_limited += isinstance(failure, RateLimited)
-            if (attempts.heard and not cut) or (cut and not on_cut(completion)):
+            if (heard and not cut) or (cut and not on_cut(completion)):
                 if completion is None:
                     raise failure
                 return completion
-            if isinstance(failure, StatusError) and failure.again and attempts.lessons < _MAX_LESSONS:
-                attempts.lessons += 1
-            else:
-                await self._back_off(attempts, failure, worth=cut or is_transient(failure))
+            if isinstance(failure, StatusError) and failure.again and lessons < _MAX_LESSONS:
+                lessons += 1
+                continue
+            if paced := isinstance(failure, RateLimited) and failure.token_limits is not None:
+                # It only asks to wait for what our own bounds have reserved of this minute's tokens.
+                paced_until = paced_until or now() + WINDOW
+                paced = now() < paced_until
+            failures += 1
+            if not (cut or is_transient(failure)) or (failures >= self._policy.max_attempts and not paced):
+                raise failure
+            await self._back_off(permit, failure, backoff, free=paced)
 
-    async def _attempt(self, attempts: _Attempts, on_attempt: Callable[[], None]) -> Completion | RequestFailed:
-        """Make one attempt; return the error if it failed.
+    async def _attempt(
+        self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None], permit: Permit
+    ) -> tuple[Completion | RequestFailed, bool]:
+        """Make one attempt; return how it ended, and whether it brought text. Raise `ConfigError` if it was not made."""
+        heard = False
 
-        Raises:
-            ConfigError: It was not made.
-            TransportError: The transport raised something else.
-        """
-        call, permit = attempts.call, attempts.permit
+        def hear(text: str) -> None:
+            nonlocal heard
+            heard = True
+            on_text(text)
+
         account = permit.account
         drawn, earned = permit.drawn, 0.0
-        permit.paid = permit.drawn = attempts.heard = False
+        permit.paid = permit.drawn = False
         if permit.error is not None:
             self.repeats += 1
         elif not permit.again:
             earned = account.budget.first()
-        attempts.set_timeout()
         on_attempt()
         try:
-            completion = await self._transport.send(call, attempts.hear)
+            completion = await self._transport.send(call, hear)
             reserved = call.max_tokens is not None or completion.bound is not None
             account.ended(permit, completion, reserved=reserved)
         except RequestFailed as error:
             account.ended(permit, error)
-            return error
+            return error, heard
         except Exception as error:
-            if isinstance(error, ConfigError) and not attempts.heard:
+            if isinstance(error, ConfigError) and not heard:
                 # Refund the attempt and uncount it.
                 self.repeats -= permit.error is not None
                 account.budget.take_back(earned)
@@ -169,29 +138,17 @@ class Sender:
         except BaseException:
             account.dropped(permit)
             raise
-        return completion
+        return completion, heard
 
-    async def _back_off(self, attempts: _Attempts, error: RequestFailed, *, worth: bool) -> None:
-        """Wait before the next attempt, which is *worth* it or not.
-
-        Raises:
-            RequestFailed: *error* itself, if there is to be no further attempt.
-        """
-        permit, budget = attempts.permit, attempts.permit.account.budget
-        attempts.failures += 1
-        excused = attempts.is_excused(error)
+    async def _back_off(self, permit: Permit, error: RequestFailed, backoff: Backoff, *, free: bool) -> None:
+        """Wait before the next attempt, which is *free* or drawn from the retry budget; raise *error* if there may be none."""
         asked = (error.retry_after or 0.0) if isinstance(error, StatusError) else 0.0
-        if not worth or (attempts.failures >= self._policy.max_attempts and not excused) or asked > MAX_WAIT:
+        if asked > MAX_WAIT:
             raise error
-        if not excused and not budget.draw():
+        if not free and not permit.account.budget.draw():
             self.unpaid += 1
             error.add_note(UNPAID)
             raise error
-        permit.drawn = not excused
+        permit.drawn = not free
         # The delay that the endpoint asks for is the minimum; the random part spreads clients that were told the same.
-        try:
-            with permit.account.resting():
-                await asyncio.sleep(asked + attempts.backoff.next())
-        except asyncio.CancelledError:
-            permit.cancel()
-            raise
+        await permit.back_off(asked + backoff.next())

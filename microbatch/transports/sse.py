@@ -11,14 +11,9 @@ _BOM: Final = b"\xef\xbb\xbf"
 
 
 class SSEDecoder:
-    """An incremental decoder, linear in the bytes fed. It holds one event at most.
+    """An incremental decoder, linear in the bytes fed. It holds one event at most."""
 
-    Args:
-        max_event_bytes: Most bytes of one event, or of one line.
-    """
-
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self._max_event_bytes = max_event_bytes
+    def __init__(self) -> None:
         self._line = bytearray()  # the unfinished line
         self._data: list[bytes] = []  # data lines of the unfinished event
         self._held = 0  # bytes in `_data`
@@ -32,22 +27,22 @@ class SSEDecoder:
         with an empty data line is `b""`.
 
         Raises:
-            TransportError: An event is longer than `max_event_bytes`. The decoder must not be used any more.
+            TransportError: An event, or one line, is longer than `MAX_EVENT_BYTES`. The decoder must not be used any more.
         """
         if not chunk:
             return []
-        if self._after_cr and chunk.startswith(b"\n"):
-            chunk = chunk[1:]
-            self._after_cr = False
-        if chunk:
-            # A carriage return ends its line at once: a line feed may never follow.
-            self._after_cr = chunk.endswith(b"\r")
-        if b"\r" in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if self._after_cr:
+            chunk = chunk.removeprefix(b"\n")
+        # A carriage return ends its line at once: a line feed may never follow.
+        self._after_cr = chunk.endswith(b"\r")
         events: list[bytes] = []
-        *ended, rest = chunk.split(b"\n")
-        for line in ended:
-            self._end_line(self._whole(line) if self._line else line, events)
+        *ended, rest = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        for end in ended:
+            line = end
+            if self._line:
+                line = bytes(self._line + end)
+                self._line.clear()
+            self._end_line(line, events)
         self._line += rest
         self._check(self._line)
         return events
@@ -56,23 +51,17 @@ class SSEDecoder:
         """End the stream; return the data of an event without its closing blank line, if there is one.
 
         The standard discards such an event, but some servers close the connection after their last line. It may be incomplete, so use
-        it only if it decodes. The decoder is empty afterwards.
+        it only if it decodes. The decoder must not be used any more.
         """
         events: list[bytes] = []
         if self._line:
-            self._end_line(self._whole(b""), events)
+            self._end_line(bytes(self._line), events)
         self._end_event(events)
-        self._after_cr = False
         return events
 
-    def _whole(self, rest: bytes) -> bytes:
-        line = bytes(self._line + rest)
-        self._line.clear()
-        return line
-
     def _check(self, line: bytes | bytearray) -> None:
-        if self._held + len(line) > self._max_event_bytes:
-            raise TransportError(f"the stream holds an event of more than {self._max_event_bytes} bytes")
+        if self._held + len(line) > MAX_EVENT_BYTES:
+            raise TransportError(f"the stream holds an event of more than {MAX_EVENT_BYTES} bytes")
 
     def _end_line(self, line: bytes, events: list[bytes]) -> None:
         self._check(line)

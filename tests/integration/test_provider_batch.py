@@ -28,7 +28,7 @@ from microbatch.spool.sqlite import SQLiteSpool
 from microbatch.testing import Faults, SimulatedEndpoint
 from microbatch.testing.quota import Quota
 from microbatch.testing.reading import EndpointError
-from microbatch.transports.batch_wire import BatchWire
+from microbatch.transports.chat_wire import BatchWire
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:

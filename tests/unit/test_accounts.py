@@ -19,8 +19,7 @@ from microbatch.protocols import Completion
 from microbatch.testing import ScriptedTransport
 from microbatch.testing.clock import VirtualClockLoop
 from microbatch.transports.accounts import CAPACITY, Account, Accounts
-from microbatch.transports.bucket import WINDOW
-from microbatch.transports.rate_limit import RateLimit
+from microbatch.transports.rate_limit import WINDOW, RateLimit
 
 
 class Desk:

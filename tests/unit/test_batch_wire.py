@@ -16,7 +16,7 @@ from microbatch.errors import (
     TransportError,
 )
 from microbatch.protocols import ChatCall
-from microbatch.transports.batch_wire import BatchWire
+from microbatch.transports.chat_wire import BatchWire
 
 SCHEMA = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
 COMPLETION = {

@@ -138,7 +138,7 @@ def test_nested_words_are_found_and_echoes_of_the_request_are_not(body):
 
 
 def plan(ladder, call):
-    return ladder.plan(call, base_url="http://x", model="m", credentials=(), stream=False, now=0.0)
+    return ladder.plan(call, ("http://x", "m", b""), 0.0, stream=False)
 
 
 def test_a_caller_s_limit_goes_out_under_the_same_name_and_the_bound_stays_at_home():

@@ -8,13 +8,18 @@ from helpers import ask
 import microbatch as mb
 from microbatch.errors import AuthFailed, QuotaExhausted, RateLimited, ServerError
 from microbatch.testing import ScriptedTransport
-from microbatch.transports.breaker import COOL_DOWN, Breaker
+from microbatch.transports.guards import COOL_DOWN, Breaker
 
 BROKE = QuotaExhausted("You exceeded your current quota", status=429, code="insufficient_quota", request_id="r1")
 
 
 def note(breaker, error, *, sent, now, combined=False, permit="other"):
     breaker.note(error, sent=sent, now=now, combined=combined, permit=permit)
+
+
+def closed(breaker):
+    """Whether no refusal is held against any call."""
+    return breaker._error is None and not breaker._forbidden
 
 
 def refuses(breaker, now):
@@ -65,7 +70,7 @@ def test_after_the_cool_down_one_call_probes_and_its_outcome_decides():
     assert breaker.needs_probe(2 * COOL_DOWN + 2)
     breaker.probe = "another"
     note(breaker, None, sent=2 * COOL_DOWN + 2, now=2 * COOL_DOWN + 3, permit="another")
-    assert breaker.closed
+    assert closed(breaker)
     assert breaker.probe is None
 
 
@@ -180,7 +185,7 @@ def test_403s_of_combined_calls_do_not_count():
     breaker = Breaker()
     for at in range(10):
         note(breaker, FORBIDDEN, sent=at, now=at, combined=True)
-    assert breaker.closed
+    assert closed(breaker)
 
 
 def test_a_403_of_the_probe_opens_it_anew():
@@ -197,7 +202,7 @@ def test_a_probe_that_fails_for_another_reason_gives_way_to_the_next():
     breaker.probe = "probe"
     note(breaker, ServerError("busy", status=503), sent=COOL_DOWN, now=COOL_DOWN + 2, permit="probe")
     assert breaker.needs_probe(COOL_DOWN + 2)
-    assert not breaker.closed
+    assert not closed(breaker)
 
 
 async def test_after_the_cool_down_the_others_wait_for_the_probe():
@@ -252,7 +257,7 @@ async def test_a_403_of_a_combined_call_stops_nothing_and_three_of_single_calls_
             errors = await asyncio.gather(*(outcome(batcher, f"{number}{i}") for i in range(3)))
             assert {type(error) for error in errors} == {AuthFailed}
         (account,) = batcher._parts.accounts._kept.values()
-        assert account.breaker.closed
+        assert closed(account.breaker)
         calls = len(transport.calls)
         for number in range(4):
             await outcome(batcher, f"{number}", priority="high")

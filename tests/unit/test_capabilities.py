@@ -9,6 +9,7 @@ import pytest
 
 from microbatch.protocols import ChatCall
 from microbatch.transports.capabilities import CAPACITY, MAX_SCHEMAS, Capabilities, Plan, Rung
+from microbatch.transports.credentials import credentials_digest
 from microbatch.transports.error_parsing import Fault
 
 HOUR = 3600.0
@@ -24,7 +25,9 @@ def call(schema: Any = None, **options: Any) -> ChatCall:
 
 
 def plan(ladder: Capabilities, each: ChatCall | None = None, now: float = 0.0, **changes: Any) -> Plan:
-    return ladder.plan(each or call(), **{**ENDPOINT, "stream": None, **changes}, now=now)
+    endpoint = {name: changes.pop(name, usual) for name, usual in ENDPOINT.items()}
+    key = endpoint["base_url"], endpoint["model"], credentials_digest(endpoint["credentials"])
+    return ladder.plan(each or call(), key, now, **{"stream": None, **changes})
 
 
 def refuse(ladder: Capabilities, attempt: Plan, message: str = NO_FORMAT, now: float = 0.0, **said: Any) -> bool:

@@ -8,7 +8,7 @@ from helpers import ask
 import microbatch as mb
 from microbatch.errors import BadRequest, ConnectFailed, RateLimited, ServerError, TransportTimeout
 from microbatch.testing import ScriptedTransport
-from microbatch.transports.concurrency import INITIAL, Concurrency
+from microbatch.transports.guards import INITIAL, Concurrency
 
 
 def round_of(concurrency, sent, now, error=None):

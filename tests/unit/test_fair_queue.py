@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import microbatch as mb
 from microbatch.batching.fair_queue import WEIGHTS, Attempt, FairQueue
 from microbatch.testing import ScriptedTransport
-from microbatch.transports.bucket import WINDOW
+from microbatch.transports.rate_limit import WINDOW
 
 
 class Load:

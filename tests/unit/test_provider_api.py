@@ -20,7 +20,7 @@ from microbatch.errors import (
 )
 from microbatch.policy import RetryPolicy
 from microbatch.spool.provider.api import OpenAIBatchApi, is_ambiguous
-from microbatch.transports.batch_wire import BatchWire
+from microbatch.transports.chat_wire import BatchWire
 
 BATCH = {"id": "batch_1", "status": "validating", "created_at": 5, "metadata": {"a": "b"}}
 

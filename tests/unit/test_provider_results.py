@@ -22,7 +22,7 @@ from microbatch.spool.provider.api import RemoteBatch
 from microbatch.spool.provider.input_file import Composer, Content, read
 from microbatch.spool.provider.output_file import OutputReader
 from microbatch.spool.records import Delivery, Name
-from microbatch.transports.batch_wire import BatchWire
+from microbatch.transports.chat_wire import BatchWire
 
 PRICE = Price(1.0, 4.0)
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from microbatch.errors import ConfigError
 from microbatch.messages import Limits, Usage
-from microbatch.transports.bucket import MINUTE, WINDOW
-from microbatch.transports.rate_limit import RateLimit
+from microbatch.transports.rate_limit import MINUTE, WINDOW, RateLimit
 
 # What one waits at most: until a minute's grants no longer count, and others' do not either; then until the debt is paid.
 LONGEST_WAIT = 2 * WINDOW + MINUTE

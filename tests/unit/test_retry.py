@@ -28,7 +28,7 @@ from microbatch.policy import MAX_WAIT, RetryPolicy
 from microbatch.protocols import ChatCall, Completion
 from microbatch.testing import ScriptedTransport
 from microbatch.transience import RetryBudget, is_transient
-from microbatch.transports.accounts import Account, Permit
+from microbatch.transports.accounts import Account
 from microbatch.transports.rate_limit import RateLimit
 from microbatch.transports.response_headers import retry_after
 from microbatch.transports.retry import Sender
@@ -65,7 +65,7 @@ class Sent:
 
     async def send(self, *, timeout=None, stream=False, again=False, tokens=0):
         self.schedule()
-        self.permit = Permit(self.account, tokens, 1, again=again)
+        self.permit = self.account.permit(tokens, 1, again=again)
         return await self.sender.send(
             ChatCall(**CALL, timeout=timeout, stream=stream),
             self.heard.append,

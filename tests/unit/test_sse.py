@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microbatch.errors import TransportError
+from microbatch.transports import sse
 from microbatch.transports.sse import SSEDecoder
 
 
@@ -98,12 +99,13 @@ def test_close_hands_out_an_event_without_its_blank_line() -> None:
     assert decode(b"data: a\n\n: bye") == ([b"a"], [])
 
 
-def test_an_event_beyond_the_limit_is_an_error_however_it_is_made() -> None:
+def test_an_event_beyond_the_limit_is_an_error_however_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 64)
     for stream in (b"data: " + b"x" * 100, b"data: xxxxxxxxxx\n" * 9, b"data\n" * 100, b":" + b"x" * 100):
-        decoder = SSEDecoder(max_event_bytes=64)
+        decoder = SSEDecoder()
         with pytest.raises(TransportError, match="64 bytes"):
             decoder.feed(stream)
-    many = SSEDecoder(max_event_bytes=64)
+    many = SSEDecoder()
     assert len(many.feed(b"data: xxxxxxxxxx\n\n" * 1000)) == 1000  # the limit is for one event, not for the stream
 
 

@@ -1,19 +1,25 @@
-"""A circuit breaker for calls that can only be refused: the key is wrong, or the account is out of credit."""
+"""Two guards of an account, which learn from how its calls ended.
+
+A circuit breaker stops calls that can only be refused: the key is wrong, or the account is out of credit. A limit on calls under way
+finds out how many the endpoint can handle, by additive increase and multiplicative decrease.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import AuthFailed, QuotaExhausted
+from microbatch.errors import AuthFailed, QuotaExhausted, RateLimited, ServerError, TransportTimeout
 
 if TYPE_CHECKING:
     from microbatch.errors import RequestFailed, StatusError
 
-COOL_DOWN: Final = 30.0
-"""Seconds after which one call tries again."""
-
+COOL_DOWN: Final = 30.0  # seconds after which one call tries again
 _FORBIDDEN: Final = 403
 _ENOUGH_FORBIDDEN: Final = 3
+
+INITIAL: Final = 20.0  # as in Netflix's concurrency-limits
+_DECREASE: Final = 0.5
+_OVERLOADED: Final = frozenset({503, 529})
 
 
 class Breaker:
@@ -34,11 +40,6 @@ class Breaker:
         self._opened = self._until = 0.0
         self._forbidden = 0  # 403s of single calls since the latest answer
 
-    @property
-    def closed(self) -> bool:
-        """True if no refusal is held against any call."""
-        return self._error is None and not self._forbidden
-
     def is_open(self, now: float) -> bool:
         """Return whether calls fail at once."""
         return self._error is not None and now < self._until
@@ -48,11 +49,7 @@ class Breaker:
         return self._error is not None and now >= self._until and self.probe is None
 
     def check(self, now: float) -> None:
-        """Raise the error of calls while the breaker is open.
-
-        Raises:
-            StatusError: A copy of the refusal that opened the breaker, which says so.
-        """
+        """Raise a copy of the refusal that opened the breaker, which says so, while it is open."""
         if self._error is None or now >= self._until:
             return
         error = self._error.replica()
@@ -80,3 +77,30 @@ class Breaker:
             return False
         self.probe = None
         return True
+
+
+class Concurrency:
+    """A limit on calls under way that grows by one with each round of successes and halves on overload."""
+
+    def __init__(self) -> None:
+        self.limit = INITIAL
+        self._cut_at = self._full_at = float("-inf")
+
+    def allows(self, in_flight: int) -> bool:
+        """Return whether one more call may start."""
+        return in_flight < max(1, int(self.limit))
+
+    def note(self, error: RequestFailed | None, *, sent: float, in_flight: int, now: float) -> None:
+        """Learn from the end of a call, with *error* None for an answer, and itself included in *in_flight*."""
+        if isinstance(error, RateLimited | TransportTimeout) or (
+            isinstance(error, ServerError) and error.status in _OVERLOADED
+        ):
+            if sent > self._cut_at:  # calls sent before the last cut are of the same overload
+                self.limit = max(1.0, self.limit * _DECREASE)
+                self._cut_at = now
+            return
+        if in_flight >= int(self.limit):
+            self._full_at = now
+        # Of calls that end together only the first sees the limit reached, but it was reached during all of them.
+        if error is None and sent <= self._full_at:
+            self.limit += 1 / self.limit
