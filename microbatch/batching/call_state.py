@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route, T, Usage
     from microbatch.prompt.codec import ChatCodec, CombinedCall
     from microbatch.prompt.demultiplexer import Answer
+    from microbatch.transports.accounts import Permit
 
 USAGE_PATIENCE = 2.0
 """Seconds for which the rest of a reply is read, for its usage, once every caller has been answered."""

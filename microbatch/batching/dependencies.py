@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from microbatch.batching.admission import AdmissionQueue
     from microbatch.batching.batch_limits import BatchLimits
     from microbatch.batching.estimates import Estimates
-    from microbatch.batching.permits import Accounts
     from microbatch.batching.scheduler import Scheduler
     from microbatch.batching.single_flight import InFlight, Settlement
     from microbatch.policy import FlushPolicy
+    from microbatch.transports.accounts import Accounts
 
 
 @dataclass(frozen=True, slots=True)

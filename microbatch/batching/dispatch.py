@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from microbatch.batching.bounds import Bounds
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route
     from microbatch.prompt.codec import ChatCodec
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.prompt.outcome import Ending
     from microbatch.protocols import ChatCall, Completion
+    from microbatch.transports.accounts import Permit
 
     Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
     Keep = Callable[[Sequence[tuple[Ticket, Usage]]], Awaitable[None]]  # `AnswerCache.keep`
@@ -121,11 +121,12 @@ class Dispatcher:
         batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
         batch.early, batch.tries, batch.instead = call.stream and not history.drafts, tries, instead
         batch.reset()
-        self._bounds.begin(spec.model, tried=tries)
+        self._bounds.of(spec.model).trying += tries
         self._ledger.batches += 1
         self._ledger.batched_items += size
         if route != "fallback":
-            history.begin_batch(size)
+            history.alone = 0
+            history.economics.begin(size)
         return batch
 
     async def batch(self, batch: Batch) -> CallOutcome:
@@ -144,7 +145,7 @@ class Dispatcher:
             alone = self._take_end(batch, how, completion)
         finally:
             call_state.end()
-            self._bounds.end(call.model, tried=batch.tries)
+            self._bounds.of(call.model).trying -= batch.tries
         self._note_called(call_state, call, tickets, completion, error)
         # A reply with any fault answers the callers that wait, but is not cached.
         if how == "complete" and reply.trusted and not reply.elements.damaged:
@@ -185,7 +186,7 @@ class Dispatcher:
         self._hand_out(batch)
         if batch.repeated or batch.call_state.waiting <= 0 or any(ticket.reply is not None for ticket in batch.tickets):
             return False
-        self._attribution.attribute(batch, completion, self._attribution.cost(batch, completion))
+        self._attribution.attribute(batch, completion, self._cost(batch, completion))
         batch.reset()
         batch.repeated = True
         return True
@@ -196,16 +197,18 @@ class Dispatcher:
         answers = reply.close(how)
         if completion is not None:
             completion.thought = completion.thought or elements.thought
-        if elements.drafts:
-            batch.history.note_drafts()
+        batch.history.drafts |= elements.drafts
         ledger.canaries_failed += not reply.trusted and how == "complete"
         ledger.late_duplicates += elements.late_duplicates
         ledger.unknown_ids += elements.unknown_ids
         _measure(answers, batch.answer_bytes)
         batch.answers += answers
-        call_cost = self._attribution.cost(batch, completion)
+        call_cost = self._cost(batch, completion)
         self._hand_out(batch, call_cost)
         return self._attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
+
+    def _cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
+        return self._attribution.cost(batch.call_state, completion, batch.line_bytes, batch.answer_bytes)
 
     def _bound(self, tickets: Sequence[Ticket], history: LaneHistory, permit: Permit) -> int | None:
         """Return the bound of a combined call for *tickets* by what is known now."""
@@ -288,7 +291,7 @@ class Dispatcher:
 
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
-            call_cost = self._attribution.cost_alone(completion, call_state)
+            call_cost = self._attribution.cost(call_state, completion)
             self._attribution.attribute_alone(ticket, completion, call_cost, history)
             return True
 
@@ -315,7 +318,7 @@ class Dispatcher:
         """Answer *ticket* from a single reply and attribute its cost; return the error if it cannot be used."""
         reply = self._codec.read_alone(ticket.answer, completion, content, combinable=ticket.combinable)
         call_state.only_reasoning = reply.only_reasoning
-        call_cost = self._attribution.cost_alone(completion, call_state)
+        call_cost = self._attribution.cost(call_state, completion)
         if reply.error is None:
             answers, sizes = [(0, (reply.output, reply.text))], [0]
             _measure(answers, sizes)
@@ -361,7 +364,7 @@ class Dispatcher:
         if first and call_state.route == "fallback":
             self._ledger.fallback_calls += count
             if history is not None:
-                history.count_calls(count)
+                history.economics.calls += count
 
     def _note_called(
         self,

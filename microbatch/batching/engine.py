@@ -21,9 +21,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from microbatch.batching.events import flushed
-from microbatch.batching.permits import SlotLease
-from microbatch.batching.single_queue import SlotQueue
-from microbatch.batching.ticket import AloneReason, FlushReason
+from microbatch.batching.ticket import AloneReason, FlushReason, SlotLease
 from microbatch.containment import contained
 from microbatch.errors import BatcherClosed, RequestFailed, ShutDown
 
@@ -39,9 +37,9 @@ if TYPE_CHECKING:
     from microbatch.batching.fallback import Fallback
     from microbatch.batching.lane import Lane
     from microbatch.batching.lane_table import LaneTable
-    from microbatch.batching.permits import Account, Permit
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import Ticket
+    from microbatch.transports.accounts import Permit
 
 logger = logging.getLogger("microbatch")
 
@@ -93,7 +91,6 @@ class Engine:
         self._ledger = given.ledger
         self._dispatcher = dispatcher
         self._fallback = fallback
-        self._slot_queues: dict[Account, SlotQueue] = {}
         self._tasks: TaskGroup
         self._close_asked: asyncio.Event
         self._grace: float | None = None
@@ -163,8 +160,8 @@ class Engine:
         """End every ticket and every lease that waits in a queue."""
         for queue in (*self.singles, *self.lanes):
             self._fail(queue.waiting(), ShutDown(_NEVER_SENT))
-        for leases in [*self._slot_queues.values()]:
-            leases.refuse(ShutDown("the batcher closed before a slot was free"))
+        for singles in self.singles:
+            singles.refuse_leases(ShutDown("the batcher closed before a slot was free"))
 
     def _fail(self, tickets: Sequence[Ticket], error: RequestFailed) -> None:
         for ticket in tickets:
@@ -298,24 +295,19 @@ class Engine:
         """
         try:
             account = self._given.accounts.of(model, headers)
-            queue = self._slot_queues.get(account)
-            if queue is None:
-                queue = self._slot_queues[account] = SlotQueue(account, self._forget_slot_queue)
             cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
             lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event())
-            queue.add(lease)
-            self.scheduler.enqueue(queue)
+            self.singles.add(lease, None, account)
             try:
                 await lease.granted
                 lease.used = True
                 yield lease
             finally:
+                if lease.queue is not None:
+                    lease.queue.discard(lease)
                 lease.returned.set()
         finally:
             self.admission.release()
-
-    def _forget_slot_queue(self, queue: SlotQueue) -> None:
-        self._slot_queues.pop(queue.account, None)
 
 
 def _bug(cause: BaseException | None) -> RequestFailed:

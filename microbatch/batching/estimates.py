@@ -91,7 +91,8 @@ class Estimates:
 
     def measure(self, spec: Spec, history: LaneHistory) -> None:
         """Count the messages that the requests of a lane share, once."""
-        history.measure_shared(lambda: shared_tokens(spec.shared, self._count))
+        if history.shared_tokens is None:
+            history.shared_tokens = shared_tokens(spec.shared, self._count)
 
     def prompt_of(self, spec: Spec, history: LaneHistory, tokens: int) -> int:
         """Return the prompt's tokens of a combined call whose lines have *tokens*, by our own count."""

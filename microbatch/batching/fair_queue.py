@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from microbatch.batching.lane import Taken
-    from microbatch.batching.permits import Account, Permit
+    from microbatch.transports.accounts import Account, Permit
 
 WEIGHTS: Final = (16, 4, 1)
 """Turns of the priorities high, normal and low, while all of them wait."""
@@ -106,7 +106,7 @@ class WaitQueue(Protocol):
         """Remove and return its next work. It must be due."""
         ...
 
-    def rested(self) -> None:
+    def rested(self) -> object:
         """Note that it takes no turns any more, because it was not due."""
         ...
 

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from microbatch.batching.call_state import Batch
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.estimates import Estimates
-    from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
     from microbatch.errors import ConfigError, RequestFailed
     from microbatch.policy import FallbackPolicy
     from microbatch.prompt.outcome import CallOutcome
+    from microbatch.transports.accounts import Permit
 
     Fail = Callable[[Ticket, RequestFailed | ConfigError], None]
 

@@ -200,7 +200,8 @@ class Intake:
         return len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= room or ticket.count(self._given.count) <= room)
 
     def _note_alone(self, lane: Lane, why: str) -> None:
-        if lane.history.note_alone() == _ALONE_WARNING:
+        lane.history.alone += 1
+        if lane.history.alone == _ALONE_WARNING:
             logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
 
     # --- requests that go alone by their form

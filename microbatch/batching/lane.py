@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from microbatch.batching.bounds import ModelLimits
     from microbatch.batching.estimates import Estimates
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.permits import Account, SlotLease
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import InFlightIndex, Spec, Ticket
+    from microbatch.batching.ticket import InFlightIndex, SlotLease, Spec, Ticket
+    from microbatch.transports.accounts import Account
 
 _AT_FIRST = 2
 """Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while

@@ -13,7 +13,7 @@ from microbatch.batching.overhead import LaneEconomics
 from microbatch.lru import LRU
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
 
     from microbatch.batching.overhead import PromptOverhead
     from microbatch.messages import TokenLimits, Usage
@@ -72,7 +72,7 @@ class TokenScale(msgspec.Struct):
 
 
 class LaneHistory(msgspec.Struct):
-    """The record of a lane, changed by its methods only.
+    """The record of a lane.
 
     Attributes:
         batch_size: Most requests of a batch, lowered when replies are damaged or hit the token limit; None until then.
@@ -120,22 +120,6 @@ class LaneHistory(msgspec.Struct):
     affordable: int | None = None
     per_minute: int | None = None
 
-    def take_revision(self) -> bool:
-        """Return whether anything has changed since the last call of this method, so that the lane's budget is outdated."""
-        revised, self.revised = self.revised, False
-        return revised
-
-    def measure_shared(self, count: Callable[[], int]) -> None:
-        """Count the messages that the requests share, once."""
-        if self.shared_tokens is None:
-            self.shared_tokens = count()
-
-    def measured_overhead(self, measure: Callable[[], PromptOverhead]) -> PromptOverhead:
-        """Return what surrounds the requests, measured once."""
-        if self.overhead is None:
-            self.overhead = measure()
-        return self.overhead
-
     # --- lengths
 
     def record_answers(self, tokens: Sequence[int]) -> None:
@@ -179,14 +163,6 @@ class LaneHistory(msgspec.Struct):
         self.per_minute = self.per_minute if limits.per_minute is None else limits.per_minute
         self.revised = True
 
-    def double_bound(self, *, doubled: bool = True) -> None:
-        """Double the bound on combined replies, or no longer."""
-        self.doubled = doubled
-
-    def note_reasoning(self) -> None:
-        """Note that the model reasons although it was told not to."""
-        self.reasons = True
-
     # --- sizes
 
     def shrink(self, tokens: int) -> None:
@@ -213,28 +189,6 @@ class LaneHistory(msgspec.Struct):
             self.revised = True
 
     # --- whether combining is of use
-
-    def begin_batch(self, items: int) -> None:
-        """Note that a combined call of *items* is being made."""
-        self.alone = 0
-        self.economics.begin(items)
-
-    def count_calls(self, count: int) -> None:
-        """Add *count* calls that asked again."""
-        self.economics.calls += count
-
-    def record_cost(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
-        """Record what a call has cost; see `LaneEconomics.record`."""
-        self.economics.record(usage, alone, price, again=again)
-
-    def note_alone(self) -> int:
-        """Note that a request was too long, or not cheaper, to be combined; return how many in a row were."""
-        self.alone += 1
-        return self.alone
-
-    def note_drafts(self) -> None:
-        """Note that the first answers of a reply may be drafts."""
-        self.drafts = True
 
     def record_outcome(self, *, good: bool, judged: bool) -> None:
         """Record whether a combined reply was *good*: it had a sound element, and the model stopped. Cut replies are not *judged*."""

@@ -132,7 +132,8 @@ class LaneTable:
 
     def revise(self, lane: Lane) -> None:
         """Update the budget of *lane* from its history."""
-        if lane.history.take_revision():
+        if lane.history.revised:
+            lane.history.revised = False
             lane.rebudget(self._given.limits.of(lane.spec, lane.history, lane.account.max_tokens))
             self._set_fast_path(lane)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from microbatch.batching.fair_queue import WaitQueue
-    from microbatch.batching.permits import Account, Permit
+    from microbatch.transports.accounts import Account, Permit
 
 logger = logging.getLogger("microbatch")
 

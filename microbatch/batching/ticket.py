@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
-    from microbatch.batching.permits import Permit
     from microbatch.messages import Reply, Usage
     from microbatch.schema.answer_type import AnswerType
+    from microbatch.transports.accounts import Permit
 
 NEVER = float("inf")
 
@@ -172,7 +172,7 @@ class TicketQueue(Protocol):
         """Something true if it has work to give now."""
         ...
 
-    def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
+    def discard(self, ticket: Any, *, moved: bool = False) -> None:
         """Forget *ticket*, which has ended, or has *moved* to another queue."""
         ...
 
@@ -377,3 +377,37 @@ class Ticket(msgspec.Struct, eq=False):
         """Return the state, without any text."""
         state = "settled" if self.done else "waiting" if self.queue is not None else "in flight"
         return f"Ticket({state}, tokens={self.tokens}, attempts={self.attempts})"
+
+
+class SlotLease(msgspec.Struct, eq=False):
+    """A slot and a permit for code outside, which makes one attempt of its own.
+
+    Attributes:
+        cost: Tokens that the permit is charged.
+        granted: Done when the slot is granted; fails if it never will be.
+        returned: Set by the holder in the end.
+        used: Whether the holder sent something.
+        queue: Where it waits, or None.
+    """
+
+    cost: int
+    granted: asyncio.Future[None]
+    returned: asyncio.Event
+    used: bool = False
+    queue: TicketQueue | None = None
+
+    @property
+    def done(self) -> bool:
+        """True if it is granted, or its holder has left."""
+        return self.granted.done()
+
+    def taken(self) -> None:
+        """Note that it has left its queue: grant it, unless its holder has left."""
+        self.queue = None
+        if not self.done:
+            self.granted.set_result(None)
+
+    def refuse(self, error: Exception) -> None:
+        """Fail it with *error*, if it still waits."""
+        if not self.done:
+            self.granted.set_exception(error)

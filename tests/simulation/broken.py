@@ -37,7 +37,7 @@ BODY = (
             "_remaining",
         ),
     ),
-    (UsageAttribution, ("cost", "cost_alone", "attribute", "attribute_alone", "_book", "_record")),
+    (UsageAttribution, ("cost", "attribute", "attribute_alone", "_book", "_record")),
     (ChatCodec, ("compose", "demultiplex", "compose_alone", "read_alone")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
     (Fallback, ("recover",)),
