@@ -17,14 +17,11 @@ from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.admission import AdmissionQueue
-from microbatch.batching.attribution import UsageAttribution
-from microbatch.batching.batch_limits import BatchLimits
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.dependencies import Dependencies
 from microbatch.batching.dispatch import Dispatcher
 from microbatch.batching.engine import CLOSED_EARLY, Engine, Work
 from microbatch.batching.estimates import Estimates
-from microbatch.batching.fallback import Fallback
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
 from microbatch.batching.overhead import UNKNOWN_RATIO
@@ -116,19 +113,23 @@ class Assembly:
         self.in_flight = InFlight()
         listeners = Listeners(settings.hooks)
         self.settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
-        bounds = Bounds(self.model, canary=settings.fallback.canary)
-        estimates = Estimates(self.tokens.count, bounds, canary=settings.fallback.canary)
+        canary = settings.fallback.canary
+        bounds = Bounds(self.model, canary=canary)
         self.given = given = Dependencies(
             policy=policy,
+            fallback=settings.fallback,
+            default_model=self.model,
             ledger=self.ledger,
             listeners=listeners,
             accounts=self.accounts,
             count=self.tokens.count,
+            exact=self.tokens.exact_for,
             upper=self.tokens.upper if callable(settings.tokens) else None,
+            price=self._price,
             ratio=self._ratio,
             now=_loop_time,
-            limits=BatchLimits(policy, estimates),
-            estimates=estimates,
+            bounds=bounds,
+            estimates=Estimates(self.tokens.count, bounds, canary=canary),
             scheduler=self.scheduler,
             admission=self.admission,
             in_flight=self.in_flight,
@@ -137,10 +138,11 @@ class Assembly:
         self.cache = None if settings.cache is None else self._make_cache(settings.cache)
         self.spool = None if settings.spool is None else SpoolClient(settings.spool)
         lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
-        dispatcher = self._make_dispatcher(bounds)
-        self.fallback = Fallback(dispatcher, given.estimates, settings.fallback, self.settlement.fail)
+        keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
+        codec = ChatCodec(settings.draw_ids, canary=canary, keep_thoughts=keep_thoughts)
+        dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
         self.intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
-        self.engine = Engine(given, lanes, singles, dispatcher, self.fallback)
+        self.engine = Engine(given, lanes, singles, dispatcher)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -151,26 +153,6 @@ class Assembly:
             endpoint=getattr(self.settings.transport, "base_url", ""),
             model=self.model,
             normalize=self.settings.normalize,
-        )
-
-    def _make_dispatcher(self, bounds: Bounds) -> Dispatcher:
-        given, fallback = self.given, self.settings.fallback
-        return Dispatcher(
-            given,
-            send=self.sender.send,
-            codec=ChatCodec(
-                self.settings.draw_ids,
-                canary=fallback.canary,
-                keep_thoughts=getattr(self.settings.transport, "thoughts", "strip") == "keep",
-            ),
-            attribution=UsageAttribution(
-                given.ledger, given.estimates, given.count, self.tokens.exact_for, self._price
-            ),
-            bounds=bounds,
-            keep=None if self.cache is None else self.cache.keep,
-            price=self._price,
-            default_model=self.model,
-            early=fallback.early,
         )
 
     def _price(self, model: str | None) -> Callable[[Usage], float] | None:
@@ -185,13 +167,13 @@ class Assembly:
         """Return the figures so far."""
         ledger = self.ledger
         ledger.retries = self.sender.repeats
-        ledger.retries_denied = self.sender.unpaid + self.fallback.unpaid
         ledger.rate_limited = self.sender.rate_limited
         if self.cache is not None:
             ledger.cache_bypassed = self.cache.bypassed
             ledger.cache_evictions = self.cache.evictions
         spooled = None if self.spool is None else self.spool.look()
         return ledger.snapshot(
+            retries_denied=ledger.retries_denied + self.sender.unpaid,
             queued=self.admission.occupied,
             in_flight=self.scheduler.in_use,
             spool_depth=None if spooled is None else spooled.depth,

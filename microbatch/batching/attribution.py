@@ -16,14 +16,11 @@ from microbatch.messages import Usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from microbatch.accounting.stats import Ledger
     from microbatch.batching.call_state import Batch, CallState
-    from microbatch.batching.estimates import Estimates
+    from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import Completion
-
-    Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 
 logger = logging.getLogger("microbatch")
 
@@ -47,29 +44,12 @@ class CallCost(msgspec.Struct, eq=False):
 
 
 class UsageAttribution:
-    """Attributes the cost of ended calls.
+    """Attributes the cost of ended calls."""
 
-    Args:
-        ledger: The counts of the batcher.
-        estimates: Learns how the endpoint counts.
-        count: Counts a text's tokens.
-        exact: Returns whether *count* is the encoding of a model; None stands for the transport's.
-        price: Returns what prices a model's usage.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        estimates: Estimates,
-        count: Callable[[str], int],
-        exact: Callable[[str | None], bool],
-        price: Pricing,
-    ) -> None:
-        self._ledger = ledger
-        self._estimates = estimates
-        self._count = count
-        self._exact = exact
-        self._price = price
+    def __init__(self, given: Dependencies) -> None:
+        self._given = given
+        self._ledger = given.ledger
+        self._estimates = given.estimates
         self._batches = 0
 
     def cost(
@@ -84,7 +64,7 @@ class UsageAttribution:
             return None
         shares = divided(completion.usage, line_bytes, answer_bytes)
         # The price of the model that answered, else of the one that was asked.
-        price = (completion.model is not None and self._price(completion.model)) or call_state.price
+        price = (completion.model is not None and self._given.price(completion.model)) or call_state.price
         return CallCost(completion, completion.usage, shares, price)
 
     def attribute(
@@ -167,8 +147,10 @@ class UsageAttribution:
                 history.record_answers([share.completion_tokens for share in shares])
             history.record_thinking(usage)
             if history.overhead is None:
-                exact = self._exact(batch.call.model)
-                history.overhead = measure_overhead(batch.combined, batch.tickets, usage, self._count, exact=exact)
+                exact = self._given.exact(batch.call.model)
+                history.overhead = measure_overhead(
+                    batch.combined, batch.tickets, usage, self._given.count, exact=exact
+                )
             text_share = sum(lines) / sum(batch.line_bytes)
             alone = history.overhead.alone(usage, asked=asked, answered=len(shares), answered_share=text_share)
         self._ledger.pay(usage, alone, price)

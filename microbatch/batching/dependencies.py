@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.admission import AdmissionQueue
-    from microbatch.batching.batch_limits import BatchLimits
+    from microbatch.batching.bounds import Bounds
     from microbatch.batching.estimates import Estimates
     from microbatch.batching.scheduler import Scheduler
     from microbatch.batching.single_flight import InFlight, Settlement
-    from microbatch.policy import FlushPolicy
+    from microbatch.messages import Usage
+    from microbatch.policy import FallbackPolicy, FlushPolicy
     from microbatch.transports.accounts import Accounts
 
 
@@ -24,21 +25,28 @@ class Dependencies:
     """The objects that the parts of one batcher share.
 
     Attributes:
+        default_model: The transport's model, where neither caller nor endpoint names one; None if it has none.
         count: Returns the number of tokens of a text.
+        exact: Returns whether *count* is the encoding of a model; None stands for the transport's.
         upper: Bounds the tokens of a text from above; None if its bytes do.
+        price: Returns what prices a model's usage, None if its price is unknown.
         ratio: Returns the price of a generated token of a model in prompt tokens.
         now: Returns the loop time, in seconds.
     """
 
     policy: FlushPolicy
+    fallback: FallbackPolicy
+    default_model: str | None
     ledger: Ledger
     listeners: Listeners
     accounts: Accounts
     count: Callable[[str], int]
+    exact: Callable[[str | None], bool]
     upper: Callable[[str], int] | None
+    price: Callable[[str | None], Callable[[Usage], float] | None]
     ratio: Callable[[str | None], float]
     now: Callable[[], float]
-    limits: BatchLimits
+    bounds: Bounds
     estimates: Estimates
     scheduler: Scheduler[Any]
     admission: AdmissionQueue

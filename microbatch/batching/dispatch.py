@@ -6,6 +6,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.call_state import Batch, CallState
 from microbatch.batching.events import called
 from microbatch.batching.ticket import AloneReason
@@ -17,8 +18,7 @@ from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
-    from microbatch.batching.attribution import CallCost, Pricing, UsageAttribution
-    from microbatch.batching.bounds import Bounds
+    from microbatch.batching.attribution import CallCost
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Ticket
@@ -40,40 +40,23 @@ class Dispatcher:
         given: What the parts of the batcher share.
         send: Makes the attempts of a call.
         codec: Composes calls and reads their replies.
-        attribution: Attributes the cost of ended calls.
-        bounds: Judges replies that are longer than expected.
         keep: Stores answers in the cache, after their callers have them; None without a cache.
-        price: Returns what prices a model's usage.
-        default_model: The transport's model, for prices when neither caller nor endpoint names one.
-        early: Whether callers are answered while the reply is still streamed.
     """
 
-    def __init__(
-        self,
-        given: Dependencies,
-        *,
-        send: Send,
-        codec: ChatCodec,
-        attribution: UsageAttribution,
-        bounds: Bounds,
-        keep: Keep | None,
-        price: Pricing,
-        default_model: str | None,
-        early: bool,
-    ) -> None:
+    def __init__(self, given: Dependencies, send: Send, codec: ChatCodec, keep: Keep | None) -> None:
         self._ledger = given.ledger
         self._estimates = given.estimates
+        self._bounds = given.bounds
         self._listeners = given.listeners
         self._settlement = given.settlement
         self._now = given.now
+        self._price = given.price
+        self._default_model = given.default_model
+        self._early = given.fallback.early
+        self._attribution = UsageAttribution(given)
         self._send = send
         self._codec = codec
-        self._attribution = attribution
-        self._bounds = bounds
         self._keep = keep
-        self._price = price
-        self._default_model = default_model
-        self._early = early
 
     async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | ConfigError | None:
         """Wait for the slot of *permit* as long as any caller of *tickets* waits; return the error if it is refused."""

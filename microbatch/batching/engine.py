@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from microbatch.batching.events import flushed
+from microbatch.batching.fallback import Recovery
 from microbatch.batching.ticket import AloneReason, FlushReason, SlotLease
 from microbatch.containment import contained
 from microbatch.errors import BatcherClosed, RequestFailed, ShutDown
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.fair_queue import WaitQueue
-    from microbatch.batching.fallback import Fallback
     from microbatch.batching.lane import Lane
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.single_queue import SingleQueues
@@ -77,7 +77,6 @@ class Engine:
         lanes: LaneTable,
         singles: SingleQueues,
         dispatcher: Dispatcher,
-        fallback: Fallback,
     ) -> None:
         self.admission = given.admission
         self.scheduler = given.scheduler
@@ -90,7 +89,6 @@ class Engine:
         self._policy = given.policy
         self._ledger = given.ledger
         self._dispatcher = dispatcher
-        self._fallback = fallback
         self._tasks: TaskGroup
         self._close_asked: asyncio.Event
         self._grace: float | None = None
@@ -251,7 +249,8 @@ class Engine:
         if not outcome.again:  # else what is asked now is the same call
             self._heed(lane)
         if outcome.unanswered or outcome.ending == "length":
-            await self._fallback.recover(outcome, batch, lambda: self._heed(lane))
+            recovery = Recovery(self._given, self._dispatcher, batch, lambda: self._heed(lane))
+            await recovery.after(outcome, batch.tickets, may_combine=True)
             self._heed(lane, mended=True)
 
     def _heed(self, lane: Lane, *, mended: bool = False) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from microbatch.batching.batch_limits import batch_budget
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
@@ -69,7 +70,7 @@ class LaneTable:
         model = self._estimates.model(spec)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._estimates.measure(spec, history)
-        budget = self._given.limits.of(spec, history, account.max_tokens)
+        budget = batch_budget(self._policy, self._estimates, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
         self._by_key[key] = lane
@@ -134,7 +135,8 @@ class LaneTable:
         """Update the budget of *lane* from its history."""
         if lane.history.revised:
             lane.history.revised = False
-            lane.rebudget(self._given.limits.of(lane.spec, lane.history, lane.account.max_tokens))
+            quota = lane.account.max_tokens
+            lane.rebudget(batch_budget(self._policy, self._estimates, lane.spec, lane.history, quota))
             self._set_fast_path(lane)
 
     def taught(self, lane: Lane) -> None:
