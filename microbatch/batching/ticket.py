@@ -64,7 +64,6 @@ class Spec(msgspec.Struct, frozen=True, eq=False):
         shared: The messages before the last one, as given; of a request that goes alone, all of them.
         plain: The same if each is a role and a text and nothing else, otherwise None.
         answer: The shape of an answer. Requests of one lane have equal schemas, though perhaps other Python types.
-        rank: Priority: 0 high, 1 normal, 2 low.
         shared_chars: Length of the shared messages' texts, for estimates.
     """
 
@@ -90,7 +89,6 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
     """The options of one caller.
 
     Attributes:
-        timeout: Seconds until it gives up, or None.
         shared: Whether the answer to an equal request will do, and its own may serve others.
         key: The request's digest, by which the cache and equal requests find it; None to compare the whole request.
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
@@ -140,7 +138,7 @@ class Past(msgspec.Struct):
 
     Attributes:
         attempts: Upstream calls that carried it before its present `call`.
-        usage: Its shares of the calls that have ended; None if none of them has reported any.
+        usage: Its shares of the calls that have ended and are on no reply; None if none has reported any.
         cost_usd: Their price; None once one of them had no known price.
         unclaimed: Callers that left at the moment they were answered, while the call was still going on.
     """
@@ -152,7 +150,7 @@ class Past(msgspec.Struct):
 
 
 class Call(Protocol):
-    """The upstream call that carries a ticket; see `microbatch.batching.call_state.CallState`."""
+    """The upstream call that carries a ticket; see `CallState`."""
 
     attempts: int
     ended: bool
@@ -161,7 +159,6 @@ class Call(Protocol):
 
     def abandoned(self) -> None:
         """Note that one request it carries has ended without an answer."""
-        ...
 
 
 class TicketQueue(Protocol):
@@ -170,23 +167,15 @@ class TicketQueue(Protocol):
     @property
     def due(self) -> object:
         """Something true if it has work to give now."""
-        ...
 
     def discard(self, ticket: Any, *, moved: bool = False) -> None:
         """Forget *ticket*, which has ended, or has *moved* to another queue."""
-        ...
 
     def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
         """Advance the time by which *ticket* leaves to *due_at* (loop time) for a joining caller; *bulk* if it is bulk work."""
-        ...
 
     def flush(self, reason: FlushReason) -> None:
         """Make everything that waits due now."""
-        ...
-
-    def waiting(self) -> list[Ticket]:
-        """Return the tickets that wait, oldest first."""
-        ...
 
 
 class InFlightIndex(dict["Hashable", "Ticket"]):
@@ -202,11 +191,9 @@ class Waiter(msgspec.Struct, eq=False):
     """One caller of a ticket.
 
     Attributes:
-        future: The caller's; settled exactly once, by an answer, an error or the caller itself.
-        answer: How its answer is decoded.
-        created: Loop time of its submit, in seconds.
+        future: Settled exactly once, by an answer, an error or the caller itself.
+        created: Loop time of its submit.
         on_taken: For bulk work, which waits for full batches: called when the ticket leaves its queue.
-        deadline: When it gives up, or None.
         origin: The value that hooks keep for it.
     """
 
@@ -231,21 +218,17 @@ class Ticket(msgspec.Struct, eq=False):
     `charge`, `past` and `waiters`.
 
     Attributes:
-        spec: All but its last message, shared with its lane; its own if it goes alone.
         first: Its first caller, which may have left.
         line: The last user message as its line will hold it, or b"" if it cannot be combined.
         counted: The line's tokens without its id; None while they are known by their bound only.
         patience: Seconds that it waits for other requests; `NEVER` for bulk work, which waits for a full batch.
-        caller: The options of its first caller.
         bulk: Whether all of its callers are bulk work.
         index: Where equal requests find it, None if they do not.
         waiters: All of its callers that have not left, in order of arrival, once there have been several; after the answer those
             that were answered. A dict that serves as an ordered set, because many may leave at once.
-        queue: Where it waits to be sent, or None once it was.
-        call: The latest call that carried it; None before the first.
+        call: The latest call that carried it.
         reply: Its answer. With one caller it is the caller's own; with several each has a copy with a share of the cost.
         charge: The charge of a single call for it; None where tokens are not limited.
-        past: See `Past`; None for most.
     """
 
     spec: Spec
@@ -383,11 +366,9 @@ class SlotLease(msgspec.Struct, eq=False):
     """A slot and a permit for code outside, which makes one attempt of its own.
 
     Attributes:
-        cost: Tokens that the permit is charged.
         granted: Done when the slot is granted; fails if it never will be.
         returned: Set by the holder in the end.
         used: Whether the holder sent something.
-        queue: Where it waits, or None.
     """
 
     cost: int
