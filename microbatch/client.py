@@ -206,7 +206,7 @@ class Microbatcher:
             try:
                 await place
             except BaseException:
-                self._admission.cancel(place, options.rank, options.tenant)
+                self._admission.cancel(place, options.rank)
                 raise
         ticket, waiter = self._intake.accept(messages, options, caller)
         # Many submits may wait: what is of no more use is not kept.

@@ -10,7 +10,7 @@ settled, or releases it.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 from microbatch.batching.fair_queue import WEIGHTS, Stride
@@ -31,31 +31,44 @@ _RESERVE_SHARE = 50
 class _Line:
     """The callers of one priority that wait for a place."""
 
-    __slots__ = ("tenants",)
+    __slots__ = ("_gone", "_places", "_tenants")
 
     def __init__(self) -> None:
-        self.tenants: dict[Hashable, OrderedDict[Place, None]] = {}  # serves as a ring: the first tenant is next
+        # The dict serves as a ring: the first tenant is next. Places of callers that left stay until they come up, or are too many.
+        self._tenants: dict[Hashable, deque[Place]] = {}
+        self._places = 0  # in those queues
+        self._gone = 0  # callers that left, minus places removed because they were done: below 0 while one is leaving
+
+    @property
+    def live(self) -> int:
+        """Number of callers that wait, or have not yet noticed that their wait is over."""
+        return self._places - self._gone
 
     def add(self, tenant: Hashable, place: Place) -> None:
-        self.tenants.setdefault(tenant, OrderedDict())[place] = None
+        self._tenants.setdefault(tenant, deque()).append(place)
+        self._places += 1
 
-    def leave(self, tenant: Hashable, place: Place) -> None:
-        places = self.tenants.get(tenant)
-        if places is not None:
-            places.pop(place, None)
-            if not places:
-                del self.tenants[tenant]
+    def leave(self) -> None:
+        """Note that a caller whose wait ended without a place is gone."""
+        self._gone += 1
+        if 2 * self._gone > self._places:
+            lines = {tenant: deque(each for each in line if not each.done()) for tenant, line in self._tenants.items()}
+            self._tenants = {tenant: line for tenant, line in lines.items() if line}
+            before, self._places = self._places, sum(map(len, self._tenants.values()))
+            self._gone -= before - self._places
 
     def take(self) -> Place | None:
         """Remove and return the place that is next; None if no caller waits any more."""
-        while self.tenants:
-            tenant, places = next(iter(self.tenants.items()))
-            place, _ = places.popitem(last=False)
-            del self.tenants[tenant]
-            if places:
-                self.tenants[tenant] = places
+        while self._tenants:
+            tenant, line = next(iter(self._tenants.items()))
+            place = line.popleft()
+            self._places -= 1
+            del self._tenants[tenant]
+            if line:
+                self._tenants[tenant] = line
             if not place.done():
                 return place
+            self._gone -= 1
         return None
 
 
@@ -100,7 +113,7 @@ class AdmissionQueue:
 
     def must_wait(self, rank: int) -> bool:
         """Return whether no place is free for priority *rank*, or other callers have been waiting for one."""
-        return self._full(rank) or bool(self._lines[HIGH].tenants if rank == HIGH else self.waiting)
+        return self._full(rank) or bool(self._lines[HIGH].live if rank == HIGH else self.waiting)
 
     def _full(self, rank: int) -> bool:
         return self.occupied >= self._sizes[rank]
@@ -134,7 +147,7 @@ class AdmissionQueue:
         loop = asyncio.get_running_loop()
         place: Place = loop.create_future()
         line = self._lines[rank]
-        if not line.tenants:
+        if not line.live:
             self._stride.enter(rank)
         line.add(tenant, place)
         self.waiting += 1
@@ -158,16 +171,16 @@ class AdmissionQueue:
         try:
             await place
         except BaseException:
-            self.cancel(place, rank, tenant)
+            self.cancel(place, rank)
             raise
 
-    def cancel(self, place: Place, rank: int, tenant: Hashable) -> None:
+    def cancel(self, place: Place, rank: int) -> None:
         """Forget the caller that waited for *place*; a place granted at the same moment is released."""
         if place.done() and not place.cancelled() and place.exception() is None:
             self.release()
         elif self.waiting:  # else the batcher has closed
             self.waiting -= 1
-            self._lines[rank].leave(tenant, place)
+            self._lines[rank].leave()
             self._grant()  # callers may have queued behind it while places were free
 
     def release(self, count: int = 1) -> None:
@@ -183,13 +196,13 @@ class AdmissionQueue:
         """Grant the free places in turn."""
         while self.waiting:
             rank = self._stride.first(
-                rank for rank, line in enumerate(self._lines) if line.tenants and not self._full(rank)
+                rank for rank, line in enumerate(self._lines) if line.live and not self._full(rank)
             )
             if rank is None:
                 return
             place = self._lines[rank].take()
             if place is None:
-                continue  # all who waited there are leaving
+                return  # the last one that waited is leaving, and `cancel` grants again then
             self._stride.served(rank)
             self.waiting -= 1
             self.occupied += 1

@@ -174,7 +174,7 @@ async def test_callers_that_left_take_no_turn_and_no_memory():
         task.cancel()
     await asyncio.wait(crowd)
     assert admission.waiting == 1
-    assert sum(map(len, admission._lines[NORMAL].tenants.values())) <= 2
+    assert sum(map(len, admission._lines[NORMAL]._tenants.values())) <= 2
     admission.release()
     await last
 
