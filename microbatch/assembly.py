@@ -20,7 +20,7 @@ from microbatch.batching.admission import AdmissionQueue
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.dependencies import Dependencies
 from microbatch.batching.dispatch import Dispatcher
-from microbatch.batching.engine import CLOSED_EARLY, Engine, Work
+from microbatch.batching.engine import CLOSED_EARLY, Engine
 from microbatch.batching.estimates import Estimates
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
@@ -67,12 +67,7 @@ class Settings:
     hooks: Sequence[object]
     draw_ids: Callable[[int], Sequence[str]]
 
-    def check(self) -> None:
-        """Check what has no check of its own.
-
-        Raises:
-            ConfigError: The transport, the cache or the spool lacks a method.
-        """
+    def __post_init__(self) -> None:
         if not isinstance(self.transport, Transport):
             raise ConfigError(f"transport must have send() and aclose(), got {type(self.transport).__name__}")
         if self.cache is not None and not isinstance(self.cache, Cache):
@@ -84,16 +79,11 @@ class Settings:
 class Assembly:
     """The parts of one batcher; see `Microbatcher` for the arguments.
 
-    Attributes:
-        model: The transport's model; None if it has none.
-        given: The objects that the parts share.
-
     Raises:
         ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.
     """
 
     def __init__(self, settings: Settings) -> None:
-        settings.check()
         policy, transport = settings.policy, settings.transport
         self.settings = settings
         self.model: str | None = getattr(transport, "model", None)
@@ -102,7 +92,7 @@ class Assembly:
         self.ledger = Ledger()
         self.accounts = Accounts(transport, settings.retry, settings.rate_limit)
         self.sender = Sender(transport, settings.retry)
-        self.scheduler: Scheduler[Work] = Scheduler(policy.max_concurrent_batches)
+        self.scheduler = Scheduler(policy.max_concurrent_batches)
         self.accounts.serve(self.scheduler)
         self.admission = AdmissionQueue(
             policy.max_queued,
@@ -187,12 +177,6 @@ class Host:
 
     The scope of a task group has to be entered and left by one task, while opening and closing a batcher may be done by two, as test
     fixtures do.
-
-    Args:
-        parts: The parts.
-
-    Attributes:
-        loop: The event loop; None before `open`.
     """
 
     def __init__(self, parts: Assembly) -> None:
@@ -206,12 +190,7 @@ class Host:
         self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed
 
     async def open(self) -> None:
-        """Start. If it fails or is cancelled, everything is closed again, and it may be called once more.
-
-        Raises:
-            BatcherClosed: It was opened before, or closed while it was opening.
-            ConfigError: The transport, the cache or the spool cannot be used.
-        """
+        """See `Microbatcher.open`."""
         if self._undone is not None and not self._undone.done():
             await asyncio.wait([self._undone])
         if self._task is not None:

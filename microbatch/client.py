@@ -318,7 +318,7 @@ class Microbatcher:
             temperature=temperature,
             params=params,
         )
-        self._admission.occupy()  # so that closing waits for it
+        self._admission.occupied += 1  # so that closing waits for it
         try:
             await spool.put(payload.item(name))
         finally:

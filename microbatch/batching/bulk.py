@@ -54,10 +54,7 @@ class BulkRun:
     """One `map`.
 
     Attributes:
-        engine: Answers the requests.
-        intake: Queues them.
         cache: Asked first; None if there is none.
-        source: The requests.
         max_pending: Most requests taken from the source and not yet taken by the consumer.
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.
@@ -138,7 +135,7 @@ class BulkRun:
             for _ in range(_SLICE):
                 if not self._has_room or (request := self._next_of(self._sync)) is None:
                     return
-                self.engine.admission.occupy()
+                self.engine.admission.occupied += 1
                 self._queue(request)
             await asyncio.sleep(0)
             if self._results:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ class Dependencies:
     now: Callable[[], float]
     bounds: Bounds
     estimates: Estimates
-    scheduler: Scheduler[Any]
+    scheduler: Scheduler
     admission: AdmissionQueue
     in_flight: InFlight
     settlement: Settlement

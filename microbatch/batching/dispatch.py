@@ -84,14 +84,9 @@ class Dispatcher:
         route: Route = "batch",
         instead: bool = False,
     ) -> Batch:
-        """Compose a combined call.
+        """Compose a combined call for *tickets*, of one lane, which all still wait.
 
-        Args:
-            tickets: Its requests, of one lane; all still wait.
-            history: What is known of the lane.
-            permit: Pays the call.
-            route: The route that replies name.
-            instead: Whether it is made instead of one whose bound was too low; its cost is not held against combining.
+        *instead* if it is made instead of one whose bound was too low: then its cost is not held against combining.
         """
         permit.combined = True
         spec, size = tickets[0].spec, len(tickets)
@@ -235,12 +230,8 @@ class Dispatcher:
     ) -> RequestFailed | ConfigError | None:
         """Send *ticket* alone and answer it; return the error if it cannot be answered.
 
-        An answer that is empty or does not fit is asked for once more; see `may_differ`.
-
-        Args:
-            ticket: The request.
-            permit: Pays the call.
-            history: What is known of its lane, if a combined call has left it unanswered; else None.
+        An answer that is empty or does not fit is asked for once more; see `may_differ`. *history* is that of its lane, if a combined
+        call has left it unanswered, else None.
         """
         if ticket.done:
             return None  # its caller left before this call got its turn
@@ -253,12 +244,6 @@ class Dispatcher:
             finally:
                 other.finish()
         return error
-
-    def compose_alone(self, ticket: Ticket) -> ChatCall:
-        """Return the call that carries *ticket* alone, with its own messages."""
-        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
-        call.timeout = self._remaining([ticket])
-        return call
 
     async def _ask_alone(
         self, ticket: Ticket, permit: Permit, history: LaneHistory | None
@@ -280,7 +265,8 @@ class Dispatcher:
 
         completion: Completion | None = None
         error: RequestFailed | ConfigError | None = None
-        call = self.compose_alone(ticket)
+        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
+        call.timeout = self._remaining([ticket])
         try:
             completion, error = await self._exchange(call_state, call, on_text, on_cut, history)
             if completion is None:
@@ -396,7 +382,7 @@ class Dispatcher:
             answers: Position, output and text of each answer.
             call_state: The call.
             sizes: The bytes of the answers' texts, by position.
-            body: The endpoint's JSON of a single call, or None.
+            body: The endpoint's JSON of a single call.
             call_cost: The cost of the call, if it is over; None to hand out estimates.
         """
         now, estimated = self._now(), 0

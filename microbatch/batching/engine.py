@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.fair_queue import WaitQueue
-    from microbatch.batching.lane import Lane
+    from microbatch.batching.lane import Lane, Work
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import Ticket
@@ -48,27 +47,11 @@ _NEVER_SENT = "the batcher closed before this request was sent"
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 
-@dataclass(slots=True, eq=False)
-class Work:
-    """The use of one slot: a composed batch, one ticket alone, or a lease."""
-
-    permit: Permit
-    tickets: list[Ticket]
-    lane: Lane | None = None
-    batch: Batch | None = None
-    lease: SlotLease | None = None
-
-    def __post_init__(self) -> None:
-        if self.lane is not None:
-            self.lane.call_began(combined=self.batch is not None)
-
-
 class Engine:
     """Runs the calls of a batcher.
 
     Attributes:
         accepting_loop: The event loop whose callers may come in; None before `admit` and after `close`.
-        closing: Whether it is closed for good.
     """
 
     def __init__(
@@ -96,10 +79,7 @@ class Engine:
     # --- life
 
     async def serve(self, ready: Callable[[], None]) -> None:
-        """Run until `close` is asked for and done. One task runs this, and it alone enters and leaves the task group.
-
-        It may be run again if it ends before `admit` and `close` were called.
-        """
+        """Run until `close` is asked for and done; it may be run again if it ends before `admit` and `close` were called."""
         self._close_asked = asyncio.Event()
         try:
             async with anyio.create_task_group() as self._tasks:
@@ -155,7 +135,6 @@ class Engine:
             self.scheduler.unwatch(changed.set)
 
     def _end_waiting(self) -> None:
-        """End every ticket and every lease that waits in a queue."""
         for queue in (*self.singles, *self.lanes):
             self._fail(queue.waiting(), ShutDown(_NEVER_SENT))
         for singles in self.singles:
@@ -177,25 +156,27 @@ class Engine:
 
     def _begin(self, queue: WaitQueue, permit: Permit) -> Work | None:
         """Take the next work from *queue*, a batch already composed; None if all of its callers have just left."""
-        taken = queue.take()
-        tickets, lane, reason = taken.tickets, taken.lane, taken.reason
-        if taken.lease is not None:
-            return Work(permit, [], lease=taken.lease)
+        work = queue.take(permit)
+        tickets, lane, reason = work.tickets, work.lane, work.reason
+        if work.lease is not None:
+            return work
         if not tickets or reason is None:
             return None
         if lane is None:
             self._note_flush(tickets, reason)
-            return Work(permit, tickets)
-        if len(tickets) == 1:
-            self._note_flush(tickets, self._why_alone(lane, reason))
-            return Work(permit, tickets, lane)
-        if self._policy.merge == "when-cheaper" and not self.lanes.pays(lane, len(tickets)):
+            return work
+        combined = len(tickets) > 1
+        if combined and self._policy.merge == "when-cheaper" and not self.lanes.pays(lane, len(tickets)):
             for ticket in tickets:
                 self.singles.add(ticket, AloneReason.NOT_CHEAPER, lane.account)
             return None
-        self._note_flush(tickets, reason)
+        self._note_flush(tickets, reason if combined else self._why_alone(lane, reason))
         with contained() as composing:
-            return Work(permit, tickets, lane, self._dispatcher.compose(tickets, lane.history, permit))
+            if combined:
+                work.batch = self._dispatcher.compose(tickets, lane.history, permit)
+            lane.in_flight += 1
+            lane.combined += combined
+            return work
         self._fail(tickets, _bug(composing.error))
         return None
 
@@ -277,14 +258,9 @@ class Engine:
 
     @asynccontextmanager
     async def lease_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[SlotLease]:
-        """Hold a slot and a permit for work that is not a request, in the place that the caller occupies.
+        """Hold a slot and a permit for work that is not a request, in the place that the caller occupies, which is released in the end.
 
-        It is pending, waits its turn, and closing waits for it. The place is released in the end.
-
-        Args:
-            model: Whose limits count, together with *headers*; None for the transport's.
-            headers: The headers that will be sent.
-            cost: Tokens it will be charged, by estimate.
+        The limits of *model*, None for the transport's, and of the credentials in *headers* count; *cost* is an estimate in tokens.
 
         Yields:
             The lease; if nothing was sent after all, it is to be marked as not used.

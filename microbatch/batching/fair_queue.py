@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Hashable, Iterable
 
-    from microbatch.batching.lane import Taken
+    from microbatch.batching.lane import Work
     from microbatch.transports.accounts import Account, Permit
 
 WEIGHTS: Final = (16, 4, 1)
@@ -95,8 +95,8 @@ class WaitQueue(Protocol):
     def next_cost(self) -> int:
         """Return the tokens that its next work is charged. It must be due."""
 
-    def take(self) -> Taken:
-        """Remove and return its next work. It must be due."""
+    def take(self, permit: Permit) -> Work:
+        """Remove and return its next work, which *permit* pays. It must be due."""
 
     def rested(self) -> object:
         """Note that it takes no turns any more, because it was not due."""

@@ -43,11 +43,7 @@ _shuffle = secrets.SystemRandom().shuffle
 class Recovery:
     """The fallback of one batch: ends every request that its call left unanswered, with an answer or an error.
 
-    Args:
-        given: What the parts of the batcher share.
-        dispatcher: Makes the calls.
-        batch: The batch.
-        revised: Called when the lane's history has changed, for its next batches; it returns how many requests they hold.
+    *revised* is called when the lane's history has changed, for its next batches; it returns how many requests they hold.
     """
 
     def __init__(self, given: Dependencies, dispatcher: Dispatcher, batch: Batch, revised: Callable[[], int]) -> None:

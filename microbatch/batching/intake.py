@@ -76,14 +76,8 @@ class Intake:
         If the admission queue is overfull, the request goes alone at once, past those that wait. If it is not accepted, its place is
         released.
 
-        Args:
-            messages: The chat messages, checked here.
-            options: The checked options.
-            caller: How the caller wants its answer.
-            on_taken: For bulk work, which waits for full batches: called when the request leaves its queue.
-
-        Returns:
-            The ticket, which may have other callers, and this caller of it.
+        *on_taken* makes it bulk work, which waits for full batches; it is called when the request leaves its queue. Return the ticket,
+        which may have other callers, and this caller of it.
 
         Raises:
             ConfigError: The messages cannot be sent; nothing was queued.

@@ -75,14 +75,13 @@ class LaneHistory(msgspec.Struct):
     """The record of a lane.
 
     Attributes:
-        batch_size: Most requests of a batch, lowered when replies are damaged or hit the token limit; None until then.
-        max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then.
+        batch_size: Most requests of a batch, None until replies are damaged or hit the token limit.
+        max_line_tokens: Most tokens of a batch's lines, None until a prompt was refused for its size.
         answer_tokens: The 95th percentile of the latest answers, as of the latest ranking.
         unranked: Answers recorded since.
         thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
         thinking: Their part of that reply, from 0 to 1.
         single_tokens: An upper estimate of the tokens of single replies; None until the first.
-        overhead: What surrounds its requests; None until its first batch has ended.
         shared_tokens: Tokens of the messages that its requests share; None until they are counted.
         suspended_for: Requests that still go alone before combining is tried again; 0 while it is not suspended.
         revised: Whether the lane's budget is outdated.
@@ -92,8 +91,8 @@ class LaneHistory(msgspec.Struct):
         fruitless: Combined replies in a row without one sound element, or of a model that did not stop.
         doubled: Whether the bound on combined replies is doubled, because it was too low.
         reasons: Whether the model reasons although it was told not to.
-        affordable: The most tokens of a reply that the account's credit pays for; None if unknown.
-        per_minute: Tokens allowed a minute according to a refusal; None until then. From then on the bound is close.
+        affordable: The most tokens of a reply that the account's credit pays for.
+        per_minute: Tokens allowed a minute according to a refusal. From then on the bound is close.
     """
 
     batch_size: int | None = None

@@ -124,7 +124,8 @@ class LaneTable:
 
     def call_ended(self, lane: Lane, *, combined: bool) -> None:
         """Note that a call of *lane* and its fallback are over."""
-        lane.call_ended(combined=combined)
+        lane.in_flight -= 1
+        lane.combined -= combined
         self.revise(lane)
         if lane.live:
             self._flush_if_idle(lane)

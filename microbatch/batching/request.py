@@ -44,9 +44,7 @@ class Options(msgspec.Struct, frozen=True):
     """`submit`'s options, checked and brought into the form that lanes compare.
 
     Attributes:
-        answer: The shape of the answer.
         content: All that two requests must have in common to be the same question, except their messages.
-        priority: As given; two requests that share a prompt must have it in common as well.
         combinable: Whether the options allow a shared prompt.
         params: Request fields to send, temperature included.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
@@ -230,12 +228,9 @@ def _kind(value: object) -> str:
 
 
 def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...] = ()) -> Spec:
-    """Return a spec with *messages*, as a copy that the caller cannot change any more.
+    """Return a spec with *messages*, as a copy that the caller cannot change any more; see `Spec`.
 
-    Args:
-        messages: The messages of a request but the last; of one that goes alone, all of them.
-        options: Its options.
-        key: What `read_messages` returned for it; of a request that goes alone, what equal ones find it by, () if they do not.
+    *key* is what `read_messages` returned; of a request that goes alone, what equal ones find it by, () if they do not.
     """
     shared = copy_of(messages)
     plain = all(len(message) == _PLAIN_FIELDS and set(map(type, message.values())) == {str} for message in shared)

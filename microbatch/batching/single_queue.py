@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from microbatch.batching.lane import Taken
+from microbatch.batching.lane import Work
 from microbatch.batching.ticket import NORMAL, SlotLease, Ticket
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from microbatch.batching.fair_queue import WaitQueue
     from microbatch.batching.ticket import AloneReason, FlushReason
-    from microbatch.transports.accounts import Account
+    from microbatch.transports.accounts import Account, Permit
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -65,16 +65,16 @@ class SingleQueue:
     def flush(self, reason: FlushReason) -> None:
         """Do nothing: it is due already."""
 
-    def take(self) -> Taken:
-        """Remove the oldest and return it; nothing if its caller was cancelled in this very step. The queue must be due."""
+    def take(self, permit: Permit) -> Work:
+        """Remove the oldest, which *permit* pays; no ticket if its caller left in this very step. The queue must be due."""
         if not self.due:
             raise AssertionError("take() from a queue that is not due")
         work, reason = self._waiting.popleft()
         if work.done:
-            return Taken([], reason)
+            return Work(permit, [], reason)
         self._live -= 1
         work.taken()
-        return Taken([work], reason) if isinstance(work, Ticket) else Taken([], lease=work)
+        return Work(permit, [work], reason) if isinstance(work, Ticket) else Work(permit, [], lease=work)
 
     def waiting(self) -> list[Ticket]:
         """Return the requests that wait, oldest first."""

@@ -29,7 +29,6 @@ BODY = (
             "_take_end",
             "_hand_out",
             "single",
-            "compose_alone",
             "_ask_alone",
             "_answer_alone",
             "_exchange",
