@@ -17,14 +17,11 @@ from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.admission import AdmissionQueue
-from microbatch.batching.attribution import UsageAttribution
-from microbatch.batching.batch_limits import BatchLimits
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.dependencies import Dependencies
 from microbatch.batching.dispatch import Dispatcher
-from microbatch.batching.engine import CLOSED_EARLY, Engine, Work
+from microbatch.batching.engine import CLOSED_EARLY, Engine
 from microbatch.batching.estimates import Estimates
-from microbatch.batching.fallback import Fallback
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
 from microbatch.batching.overhead import UNKNOWN_RATIO
@@ -70,12 +67,7 @@ class Settings:
     hooks: Sequence[object]
     draw_ids: Callable[[int], Sequence[str]]
 
-    def check(self) -> None:
-        """Check what has no check of its own.
-
-        Raises:
-            ConfigError: The transport, the cache or the spool lacks a method.
-        """
+    def __post_init__(self) -> None:
         if not isinstance(self.transport, Transport):
             raise ConfigError(f"transport must have send() and aclose(), got {type(self.transport).__name__}")
         if self.cache is not None and not isinstance(self.cache, Cache):
@@ -87,23 +79,18 @@ class Settings:
 class Assembly:
     """The parts of one batcher; see `Microbatcher` for the arguments.
 
-    Attributes:
-        model: The transport's model; None if it has none.
-        given: The objects that the parts share.
-
     Raises:
         ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.
     """
 
     def __init__(self, settings: Settings) -> None:
-        settings.check()
         policy, transport = settings.policy, settings.transport
         self.settings = settings
         self.model: str | None = getattr(transport, "model", None)
         self.tokens = TokenCounter(settings.tokens, self.model)
         self.prices = PriceBook(settings.prices)
         self.ledger = Ledger()
-        self.scheduler: Scheduler[Work] = Scheduler(policy.max_concurrent_batches)
+        self.scheduler = Scheduler(policy.max_concurrent_batches)
         self.accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
         self.sender = Sender(transport, settings.retry)
         self.admission = AdmissionQueue(
@@ -115,19 +102,23 @@ class Assembly:
         self.in_flight = InFlight()
         listeners = Listeners(settings.hooks)
         self.settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
-        bounds = Bounds(self.model, canary=settings.fallback.canary)
-        estimates = Estimates(self.tokens.count, bounds, canary=settings.fallback.canary)
+        canary = settings.fallback.canary
+        bounds = Bounds(self.model, canary=canary)
         self.given = given = Dependencies(
             policy=policy,
+            fallback=settings.fallback,
+            default_model=self.model,
             ledger=self.ledger,
             listeners=listeners,
             accounts=self.accounts,
             count=self.tokens.count,
+            exact=self.tokens.exact_for,
             upper=self.tokens.upper if callable(settings.tokens) else None,
+            price=self._price,
             ratio=self._ratio,
             now=_loop_time,
-            limits=BatchLimits(policy, estimates),
-            estimates=estimates,
+            bounds=bounds,
+            estimates=Estimates(self.tokens.count, bounds, canary=canary),
             scheduler=self.scheduler,
             admission=self.admission,
             in_flight=self.in_flight,
@@ -136,10 +127,11 @@ class Assembly:
         self.cache = None if settings.cache is None else self._make_cache(settings.cache)
         self.spool = None if settings.spool is None else SpoolClient(settings.spool)
         lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
-        dispatcher = self._make_dispatcher(bounds)
-        self.fallback = Fallback(dispatcher, given.estimates, settings.fallback, self.settlement.fail)
+        keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
+        codec = ChatCodec(settings.draw_ids, canary=canary, keep_thoughts=keep_thoughts)
+        dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
         self.intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
-        self.engine = Engine(given, lanes, singles, dispatcher, self.fallback)
+        self.engine = Engine(given, lanes, singles, dispatcher)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -150,26 +142,6 @@ class Assembly:
             endpoint=getattr(self.settings.transport, "base_url", ""),
             model=self.model,
             normalize=self.settings.normalize,
-        )
-
-    def _make_dispatcher(self, bounds: Bounds) -> Dispatcher:
-        given, fallback = self.given, self.settings.fallback
-        return Dispatcher(
-            given,
-            send=self.sender.send,
-            codec=ChatCodec(
-                self.settings.draw_ids,
-                canary=fallback.canary,
-                keep_thoughts=getattr(self.settings.transport, "thoughts", "strip") == "keep",
-            ),
-            attribution=UsageAttribution(
-                given.ledger, given.estimates, given.count, self.tokens.exact_for, self._price
-            ),
-            bounds=bounds,
-            keep=None if self.cache is None else self.cache.keep,
-            price=self._price,
-            default_model=self.model,
-            early=fallback.early,
         )
 
     def _price(self, model: str | None) -> Callable[[Usage], float] | None:
@@ -184,13 +156,13 @@ class Assembly:
         """Return the figures so far."""
         ledger = self.ledger
         ledger.retries = self.sender.repeats
-        ledger.retries_denied = self.sender.unpaid + self.fallback.unpaid
         ledger.rate_limited = self.sender.rate_limited
         if self.cache is not None:
             ledger.cache_bypassed = self.cache.guard.bypassed
             ledger.cache_evictions = self.cache.guard.evictions
         spooled = None if self.spool is None else self.spool.look()
         return ledger.snapshot(
+            retries_denied=ledger.retries_denied + self.sender.unpaid,
             queued=self.admission.occupied,
             in_flight=self.scheduler.in_use,
             spool_depth=None if spooled is None else spooled.depth,
@@ -204,12 +176,6 @@ class Host:
 
     The scope of a task group has to be entered and left by one task, while opening and closing a batcher may be done by two, as test
     fixtures do.
-
-    Args:
-        parts: The parts.
-
-    Attributes:
-        loop: The event loop; None before `open`.
     """
 
     def __init__(self, parts: Assembly) -> None:
@@ -223,12 +189,7 @@ class Host:
         self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed
 
     async def open(self) -> None:
-        """Start. If it fails or is cancelled, everything is closed again, and it may be called once more.
-
-        Raises:
-            BatcherClosed: It was opened before, or closed while it was opening.
-            ConfigError: The transport, the cache or the spool cannot be used.
-        """
+        """See `Microbatcher.open`."""
         if self._undone is not None and not self._undone.done():
             await asyncio.wait([self._undone])
         if self._task is not None:

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from microbatch.assembly import Assembly, Host, Settings
 from microbatch.batching.bulk import BulkRun
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from typing_extensions import TypeForm
+    from typing_extensions import TypeForm, TypeVar
 
     from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Stats
-    from microbatch.messages import Messages, Priority, Reply, Request, Result, T
+    from microbatch.messages import Messages, Priority, Reply, Request, Result
     from microbatch.protocols import Cache, Transport
     from microbatch.spool.records import Spool
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
+
+    T = TypeVar("T", default=str)
 
 
 class Microbatcher:
@@ -155,11 +157,11 @@ class Microbatcher:
 
     # --- asking
 
-    @overload
     async def submit(
         self,
         messages: Messages,
         *,
+        output_type: TypeForm[T] = str,  # type: ignore[assignment]
         model: str | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
@@ -170,42 +172,7 @@ class Microbatcher:
         timeout: float | None = None,
         use_cache: bool = True,
         ttl: float | None = None,
-    ) -> Reply[str]: ...
-
-    @overload
-    async def submit(
-        self,
-        messages: Messages,
-        *,
-        output_type: TypeForm[T],
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        tenant: str | None = None,
-        priority: Priority = "normal",
-        timeout: float | None = None,
-        use_cache: bool = True,
-        ttl: float | None = None,
-    ) -> Reply[T]: ...
-
-    async def submit(
-        self,
-        messages: Messages,
-        *,
-        output_type: Any = str,
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        tenant: str | None = None,
-        priority: Priority = "normal",
-        timeout: float | None = None,
-        use_cache: bool = True,
-        ttl: float | None = None,
-    ) -> Reply[Any]:
+    ) -> Reply[T]:
         """Return the answer to *messages*, asked together with requests of the same kind, and this caller's share of the cost.
 
         They are OpenAI chat messages, dicts or `Message`. Requests share a prompt only if all but the text of the last user message
@@ -351,40 +318,21 @@ class Microbatcher:
             temperature=temperature,
             params=params,
         )
-        self._admission.occupy()  # so that closing waits for it
+        self._admission.occupied += 1  # so that closing waits for it
         try:
             await spool.put(payload.item(name))
         finally:
             self._admission.release()
         return name.id
 
-    @overload
-    async def result(
-        self,
-        id: str,
-        *,
-        tenant: str | None = None,
-        timeout: float | None = None,
-    ) -> Reply[str]: ...
-
-    @overload
-    async def result(
-        self,
-        id: str,
-        *,
-        tenant: str | None = None,
-        output_type: TypeForm[T],
-        timeout: float | None = None,
-    ) -> Reply[T]: ...
-
     async def result(
         self,
         id: str,  # noqa: A002 see `enqueue`
         *,
         tenant: str | None = None,
-        output_type: Any = str,
+        output_type: TypeForm[T] = str,  # type: ignore[assignment]
         timeout: float | None = None,
-    ) -> Reply[Any]:
+    ) -> Reply[T]:
         """Return the answer to a spooled request as soon as there is one. It can be fetched again as long as the spool keeps it.
 
         Args:

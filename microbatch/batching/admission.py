@@ -82,7 +82,6 @@ class AdmissionQueue:
         slot_free: Returns whether a request could be sent at once.
 
     Attributes:
-        occupied: Number of occupied places.
         waiting: Number of callers that wait for a place.
         watchers: Called when a place is free after `release`. A dict that serves as an ordered set.
     """
@@ -118,32 +117,26 @@ class AdmissionQueue:
     def _full(self, rank: int) -> bool:
         return self.occupied >= self._sizes[rank]
 
-    def enter(self, rank: int, tenant: Hashable, caller: CallerOptions) -> Place | None:
-        """Occupy a place, or return the place to wait for as `reserve` does.
+    def enter(self, rank: int, tenant: Hashable, caller: CallerOptions, *, patient: bool = False) -> Place | None:
+        """Occupy a place and return None, or return a future that is done when a place is granted, which is occupied from then on.
+
+        The caller awaits it, and calls `cancel` if the wait ends with an exception. It is not awaited here, because the frame of
+        another coroutine would be most of what a waiting caller costs. *patient* waits whatever the policy.
+
+        The future fails with `DeadlineExceeded` when the caller's timeout has passed, and with `BatcherClosed` when the batcher closes.
 
         Raises:
             Overloaded: No place is free, and the policy is not to wait.
         """
         if (self.waiting or self.occupied >= self._sizes[rank]) and self.must_wait(rank):
-            if self._when_full == "wait":
-                return self.reserve(rank, tenant, caller)
+            if patient or self._when_full == "wait":
+                return self._reserve(rank, tenant, caller)
             if self.occupied >= self.size + self._bypass or not self._slot_free():
                 raise Overloaded(f"max_queued={self.size} requests are pending")
         self.occupied += 1
         return None
 
-    def occupy(self) -> None:
-        """Occupy a place whatever the bound."""
-        self.occupied += 1
-
-    def reserve(self, rank: int, tenant: Hashable, caller: CallerOptions) -> Place:
-        """Return a future that is done when a place is granted, which is occupied from then on.
-
-        The caller awaits it, and calls `cancel` if the wait ends with an exception. It is not awaited here, because the frame of
-        another coroutine would be most of what a waiting caller costs.
-
-        It fails with `DeadlineExceeded` when the caller's timeout has passed, and with `BatcherClosed` when the batcher closes.
-        """
+    def _reserve(self, rank: int, tenant: Hashable, caller: CallerOptions) -> Place:
         loop = asyncio.get_running_loop()
         place: Place = loop.create_future()
         line = self._lines[rank]
@@ -158,14 +151,8 @@ class AdmissionQueue:
         return place
 
     async def acquire(self, rank: int, tenant: Hashable, caller: CallerOptions, *, patient: bool = False) -> None:
-        """Occupy a place as `enter` does, waiting for it if need be; *patient* waits whatever the policy.
-
-        Raises:
-            Overloaded: No place is free, and the policy is not to wait.
-            BatcherClosed: The batcher closed first.
-        """
-        must_wait = patient and self.must_wait(rank)
-        place = self.reserve(rank, tenant, caller) if must_wait else self.enter(rank, tenant, caller)
+        """Occupy a place as `enter` does, waiting for it if need be."""
+        place = self.enter(rank, tenant, caller, patient=patient)
         if place is None:
             return
         try:

@@ -16,15 +16,11 @@ from microbatch.messages import Usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from microbatch.accounting.stats import Ledger
     from microbatch.batching.call_state import Batch, CallState
-    from microbatch.batching.estimates import Estimates
+    from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.overhead import PromptOverhead
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import Completion
-
-    Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 
 logger = logging.getLogger("microbatch")
 
@@ -48,49 +44,28 @@ class CallCost(msgspec.Struct, eq=False):
 
 
 class UsageAttribution:
-    """Attributes the cost of ended calls.
+    """Attributes the cost of ended calls."""
 
-    Args:
-        ledger: The counts of the batcher.
-        estimates: Learns how the endpoint counts.
-        count: Counts a text's tokens.
-        exact: Returns whether *count* is the encoding of a model; None stands for the transport's.
-        price: Returns what prices a model's usage.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        estimates: Estimates,
-        count: Callable[[str], int],
-        exact: Callable[[str | None], bool],
-        price: Pricing,
-    ) -> None:
-        self._ledger = ledger
-        self._estimates = estimates
-        self._count = count
-        self._exact = exact
-        self._price = price
+    def __init__(self, given: Dependencies) -> None:
+        self._given = given
+        self._ledger = given.ledger
+        self._estimates = given.estimates
         self._batches = 0
 
-    def cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
-        """Return the cost of a combined call, divided by the bytes of each request's line and answer; None if it is unknown."""
+    def cost(
+        self,
+        call_state: CallState,
+        completion: Completion | None,
+        line_bytes: Sequence[int] = (1,),
+        answer_bytes: Sequence[int] = (1,),
+    ) -> CallCost | None:
+        """Return the cost of a call, divided by the bytes of each request's line and answer; None if it is unknown."""
         if completion is None or completion.usage is None:
             return None
-        shares = divided(completion.usage, batch.line_bytes, batch.answer_bytes)
-        return CallCost(completion, completion.usage, shares, self._price_of(completion, batch.call_state))
-
-    def cost_alone(self, completion: Completion | None, call_state: CallState) -> CallCost | None:
-        """Return the cost of a single call; None if it is unknown."""
-        if completion is None or completion.usage is None:
-            return None
-        usage = completion.usage
-        return CallCost(completion, usage, [usage], self._price_of(completion, call_state))
-
-    def _price_of(self, completion: Completion, call_state: CallState) -> Callable[[Usage], float] | None:
-        """Return the price of the model that answered, else of the one that was asked."""
-        answered = None if completion.model is None else self._price(completion.model)
-        return answered or call_state.price
+        shares = divided(completion.usage, line_bytes, answer_bytes)
+        # The price of the model that answered, else of the one that was asked.
+        price = (completion.model is not None and self._given.price(completion.model)) or call_state.price
+        return CallCost(completion, completion.usage, shares, price)
 
     def attribute(
         self, batch: Batch, completion: Completion | None, call_cost: CallCost | None, *, each: bool = False
@@ -131,7 +106,7 @@ class UsageAttribution:
             self._record_joined(ticket, alone, price)
             self._estimates.learn_alone(ticket, usage.prompt_tokens)
             if history is not None:
-                history.record_cost(usage, alone, price, again=True)
+                history.economics.record(usage, alone, price, again=True)
         if completion is not None:
             _finish([ticket], completion)
         finish_cost(ticket, self._ledger)
@@ -166,14 +141,20 @@ class UsageAttribution:
             shares = [*compress(shares, answered)]
             lines = [line * got for line, got in zip(lines, answered, strict=True)]
         if shares:
-            if not batch.reply.elements.past_the_end:  # else tokens of elements that were not asked for are among theirs
+            if (
+                not batch.reply.elements.past_the_end
+            ):  # else tokens of elements that were not asked for are among theirs
                 history.record_answers([share.completion_tokens for share in shares])
             history.record_thinking(usage)
-            overhead = history.measured_overhead(lambda: self._measure(batch, usage))
+            if history.overhead is None:
+                exact = self._given.exact(batch.call.model)
+                history.overhead = measure_overhead(
+                    batch.combined, batch.tickets, usage, self._given.count, exact=exact
+                )
             text_share = sum(lines) / sum(batch.line_bytes)
-            alone = overhead.alone(usage, asked=asked, answered=len(shares), answered_share=text_share)
+            alone = history.overhead.alone(usage, asked=asked, answered=len(shares), answered_share=text_share)
         self._ledger.pay(usage, alone, price)
-        history.record_cost(usage, alone, price, again=batch.call_state.route == "fallback" and not batch.instead)
+        history.economics.record(usage, alone, price, again=batch.call_state.route == "fallback" and not batch.instead)
         self._warn_if_dearer()
         if not (each and shares):
             return []
@@ -181,10 +162,6 @@ class UsageAttribution:
         for ticket, single in zip(batch.tickets, singles, strict=True):
             self._record_joined(ticket, single, price)
         return singles
-
-    def _measure(self, batch: Batch, usage: Usage) -> PromptOverhead:
-        exact = self._exact(batch.call.model)
-        return measure_overhead(batch.combined, batch.tickets, usage, self._count, exact=exact)
 
     def _record_joined(self, ticket: Ticket, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Record what the requests that have joined *ticket* would have cost, each as much as *alone*."""

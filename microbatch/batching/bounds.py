@@ -218,14 +218,6 @@ class Bounds:
 
     # --- what is learned
 
-    def begin(self, model: str | None, *, tried: bool) -> None:
-        """Note that a call to *model* begins, and whether its bound is larger than any that was accepted."""
-        self.of(model).trying += tried
-
-    def end(self, model: str | None, *, tried: bool) -> None:
-        """Note that a call which `begin` was told of is over."""
-        self.of(model).trying -= tried
-
     def refused(self, spec: Settings, history: LaneHistory, limits: TokenLimits) -> None:
         """Learn the limits that an endpoint named when it refused a bound."""
         model = self.of(spec.model)
@@ -266,7 +258,7 @@ class Bounds:
         thought = completion.thought or (completion.usage is not None and completion.usage.reasoning_tokens > 0)
         if thought or (outcome.ending == "length" and sent is not None and not outcome.reply.heard):
             if asked_reasoning(spec.params) is False:
-                history.note_reasoning()  # it was told not to; with other parameters it may not
+                history.reasons = True  # it was told not to; with other parameters it may not
             else:
                 model.reasons = True
 
@@ -285,10 +277,10 @@ class Bounds:
         if longer():
             return True, False  # the bound has been lifted since, by this reply or by another
         if not history.doubled:
-            history.double_bound()
+            history.doubled = True
             if longer():
                 return True, False
-            history.double_bound(doubled=False)
+            history.doubled = False
         limit = fresh()
         # A reply as long as possible: the batch is too large. With room left, twice the expected length was not enough.
         return False, limit is not None and limit >= self.wanted(spec, history, outcome.asked)

@@ -13,7 +13,7 @@ import functools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -24,12 +24,11 @@ from microbatch.messages import Request, Result
 from microbatch.policy import at_least
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from microbatch.batching.engine import Engine
     from microbatch.batching.intake import Intake
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket, Waiter
+    from microbatch.caching.answer_cache import AnswerCache
     from microbatch.messages import Messages, Reply
 
     Answered = tuple[Ticket, Waiter]
@@ -40,32 +39,14 @@ _SLICE = 256
 _CLOSED = "the batcher closed while map() was reading its source"
 
 
-class LookUps(Protocol):
-    """The cache as `map` uses it; see `microbatch.caching.answer_cache.AnswerCache`."""
+class _Item(msgspec.Struct):
+    """A request whose options have been checked, at loop time *created*; `caller.key` is None if the cache is not asked."""
 
-    def key(self, messages: Messages, options: Options) -> bytes | None: ...  # noqa: D102
-
-    def look_up(self, key: bytes, *, bulk: bool) -> asyncio.Future[bytes | None]: ...  # noqa: D102
-
-    def read(  # noqa: D102
-        self, key: bytes, value: bytes | None, options: Options, created: float
-    ) -> Reply[Any] | None: ...
-
-
-class _Prepared(msgspec.Struct):
-    """A request whose options have been checked.
-
-    Attributes:
-        options: The options.
-        caller: How the caller wants its answer.
-        looking: Done with the cache's entry for it; None if the cache is not asked.
-        read: Returns the reply in the entry, or None. It is called once.
-    """
-
+    index: int
+    request: Request
     options: Options
     caller: CallerOptions
-    looking: asyncio.Future[bytes | None] | None = None
-    read: Callable[[bytes | None], Reply[Any] | None] | None = None
+    created: float
 
 
 @dataclass(eq=False, repr=False)
@@ -73,10 +54,7 @@ class BulkRun:
     """One `map`.
 
     Attributes:
-        engine: Answers the requests.
-        intake: Queues them.
         cache: Asked first; None if there is none.
-        source: The requests.
         max_pending: Most requests taken from the source and not yet taken by the consumer.
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.
@@ -84,7 +62,7 @@ class BulkRun:
 
     engine: Engine
     intake: Intake
-    cache: LookUps | None
+    cache: AnswerCache | None
     source: Iterable[Request | Messages] | AsyncIterable[Request | Messages]
     max_pending: int
     ordered: bool
@@ -157,7 +135,7 @@ class BulkRun:
             for _ in range(_SLICE):
                 if not self._has_room or (request := self._next_of(self._sync)) is None:
                     return
-                self.engine.admission.occupy()
+                self.engine.admission.occupied += 1
                 self._queue(request)
             await asyncio.sleep(0)
             if self._results:
@@ -240,21 +218,23 @@ class BulkRun:
     def _queue(self, request: Request) -> None:
         """Queue *request*, for which a place is occupied; the error of a bad one is its result."""
         index, self._taken = self._taken, self._taken + 1
+        looking: asyncio.Future[bytes | None] | None = None
         try:
-            prepared = self._prepare(request)
+            item = self._read(index, request)
+            if self.cache is not None and item.caller.key is not None:
+                looking = self.cache.look_up(item.caller.key, bulk=True)
         except Exception as error:  # noqa: BLE001 misuse raises whatever it makes go wrong, and is this item's alone
             self._add(Result(index, request.id, None, error), None)
             self.engine.admission.release()
             return
-        if prepared.looking is None:
-            self._enter(index, request, prepared)
+        if looking is None:
+            self._enter(item)
             return
         self._looking += 1
-        found = functools.partial(self._looked_up, index, request, prepared)
-        prepared.looking.add_done_callback(found, context=NO_CONTEXT)
+        looking.add_done_callback(functools.partial(self._looked_up, item), context=NO_CONTEXT)
 
-    def _prepare(self, request: Request) -> _Prepared:
-        """Check the options of *request*, and begin to look it up in the cache.
+    def _read(self, index: int, request: Request) -> _Item:
+        """Return *request* with its options.
 
         Raises:
             ConfigError: An option is wrong.
@@ -271,52 +251,46 @@ class BulkRun:
         )
         at_least(0, timeout=request.timeout, ttl=request.ttl)
         shared = request.use_cache and (self.intake.shares or options.cold)
-        cache, key = self.cache, None
-        if cache is not None and request.use_cache:
+        key: bytes | None = None
+        if self.cache is not None and request.use_cache:
             check_messages(request.messages)
-            key = cache.key(request.messages, options)
+            key = self.cache.key(request.messages, options)
         caller = CallerOptions(request.timeout, shared, key, request.ttl)
-        if cache is None or key is None:
-            return _Prepared(options, caller)
-        read = functools.partial(cache.read, key, options=options, created=asyncio.get_running_loop().time())
-        return _Prepared(options, caller, cache.look_up(key, bulk=True), read)
+        return _Item(index, request, options, caller, asyncio.get_running_loop().time())
 
-    def _looked_up(
-        self, index: int, request: Request, prepared: _Prepared, looking: asyncio.Future[bytes | None]
-    ) -> None:
+    def _looked_up(self, item: _Item, looking: asyncio.Future[bytes | None]) -> None:
         """Hand out the answer that the cache has, or ask the model."""
         self._looking -= 1
-        result: Result[Any] | None = None
-        if looking.exception() is not None or self._left or prepared.read is None:
-            result = Result(index, request.id, None, ShutDown(_CLOSED))
-        else:
+        reply: Reply[Any] | None = None
+        error: Exception | None = None
+        if looking.exception() is not None or self._left:
+            error = ShutDown(_CLOSED)
+        elif self.cache is not None and item.caller.key is not None:
             try:
-                reply = prepared.read(looking.result())
-            except Exception as error:  # noqa: BLE001 see `_queue`
-                result = Result(index, request.id, None, error)
-            else:
-                if reply is not None:
-                    result = Result(index, request.id, reply)
-                elif self.engine.closing:
-                    result = Result(index, request.id, None, ShutDown(_CLOSED))
-        if result is None:
-            self._enter(index, request, prepared)
+                reply = self.cache.read(item.caller.key, looking.result(), item.options, item.created)
+            except Exception as unreadable:  # noqa: BLE001 see `_queue`
+                error = unreadable
+        if reply is None and error is None and self.engine.closing:
+            error = ShutDown(_CLOSED)
+        if reply is None and error is None:
+            self._enter(item)
         else:
             self.engine.admission.release()
-            self._add(result, None)
+            self._add(Result(item.index, item.request.id, reply, error), None)
         self._check()
 
-    def _enter(self, index: int, request: Request, prepared: _Prepared) -> None:
-        """Queue *request*; if it cannot be sent, the error is its result."""
+    def _enter(self, item: _Item) -> None:
+        """Queue the request of *item*; if it cannot be sent, the error is its result."""
+        request = item.request
         try:
-            ticket, waiter = self.intake.accept(request.messages, prepared.options, prepared.caller, self._note_taken)
+            ticket, waiter = self.intake.accept(request.messages, item.options, item.caller, self._note_taken)
         except Exception as error:  # noqa: BLE001 see `_queue`
-            self._add(Result(index, request.id, None, error), None)
+            self._add(Result(item.index, request.id, None, error), None)
             return
         if ticket.queue is not None:
             self._unsent[waiter] = ticket
         self._open[waiter] = ticket
-        done = functools.partial(self._done, waiter, index, request.id)
+        done = functools.partial(self._done, waiter, item.index, request.id)
         waiter.future.add_done_callback(done, context=NO_CONTEXT)
 
     def _note_taken(self, waiter: Waiter) -> None:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route, T, Usage
     from microbatch.prompt.codec import ChatCodec, CombinedCall
     from microbatch.prompt.demultiplexer import Answer
+    from microbatch.transports.accounts import Permit
 
 USAGE_PATIENCE = 2.0
 """Seconds for which the rest of a reply is read, for its usage, once every caller has been answered."""
@@ -30,12 +30,9 @@ class CallState:
         waiting: Callers that have neither been answered nor left.
         size: Requests it carries.
         found: Answers found in its reply so far.
-        route: The route that its replies name.
         sent: Loop time at which it was sent.
-        attempts: HTTP attempts so far.
-        first_text: Loop time at which the first text came, or None.
+        first_text: Loop time at which the first text came.
         permit: Pays its attempts; None once it is over, because replies refer to this object and must not keep the batcher alive.
-        price: Prices its usage; None if the price is unknown.
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
         ended: Whether it is over and its cost attributed.
     """
@@ -150,9 +147,8 @@ class Batch:
         tries: Whether the bound is larger than any that the model is known to accept.
         instead: Whether it is made instead of a call whose bound was too low.
         repeated: Whether it was sent again as it is, after a cut that left nothing.
-        bug: An error of handing out answers, or None.
-        reply: Takes the reply apart.
-        answers: Answers found and not handed out yet: pairs of position and decoded answer.
+        bug: An error of handing out answers.
+        answers: Answers found and not handed out yet.
         answer_bytes: The length of each answer so far.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.admission import AdmissionQueue
-    from microbatch.batching.batch_limits import BatchLimits
+    from microbatch.batching.bounds import Bounds
     from microbatch.batching.estimates import Estimates
-    from microbatch.batching.permits import Accounts
     from microbatch.batching.scheduler import Scheduler
     from microbatch.batching.single_flight import InFlight, Settlement
-    from microbatch.policy import FlushPolicy
+    from microbatch.messages import Usage
+    from microbatch.policy import FallbackPolicy, FlushPolicy
+    from microbatch.transports.accounts import Accounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +25,30 @@ class Dependencies:
     """The objects that the parts of one batcher share.
 
     Attributes:
+        default_model: The transport's model, where neither caller nor endpoint names one; None if it has none.
         count: Returns the number of tokens of a text.
+        exact: Returns whether *count* is the encoding of a model; None stands for the transport's.
         upper: Bounds the tokens of a text from above; None if its bytes do.
+        price: Returns what prices a model's usage, None if its price is unknown.
         ratio: Returns the price of a generated token of a model in prompt tokens.
         now: Returns the loop time, in seconds.
     """
 
     policy: FlushPolicy
+    fallback: FallbackPolicy
+    default_model: str | None
     ledger: Ledger
     listeners: Listeners
     accounts: Accounts
     count: Callable[[str], int]
+    exact: Callable[[str | None], bool]
     upper: Callable[[str], int] | None
+    price: Callable[[str | None], Callable[[Usage], float] | None]
     ratio: Callable[[str | None], float]
     now: Callable[[], float]
-    limits: BatchLimits
+    bounds: Bounds
     estimates: Estimates
-    scheduler: Scheduler[Any]
+    scheduler: Scheduler
     admission: AdmissionQueue
     in_flight: InFlight
     settlement: Settlement

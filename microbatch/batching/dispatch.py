@@ -6,6 +6,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.call_state import Batch, CallState
 from microbatch.batching.events import called
 from microbatch.batching.ticket import AloneReason
@@ -17,17 +18,16 @@ from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
-    from microbatch.batching.attribution import CallCost, Pricing, UsageAttribution
-    from microbatch.batching.bounds import Bounds
+    from microbatch.batching.attribution import CallCost
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route
     from microbatch.prompt.codec import ChatCodec
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.prompt.outcome import Ending
     from microbatch.protocols import ChatCall, Completion
+    from microbatch.transports.accounts import Permit
 
     Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
     Keep = Callable[[Sequence[tuple[Ticket, Usage]]], Awaitable[None]]  # `AnswerCache.keep`
@@ -40,40 +40,23 @@ class Dispatcher:
         given: What the parts of the batcher share.
         send: Makes the attempts of a call.
         codec: Composes calls and reads their replies.
-        attribution: Attributes the cost of ended calls.
-        bounds: Judges replies that are longer than expected.
         keep: Stores answers in the cache, after their callers have them; None without a cache.
-        price: Returns what prices a model's usage.
-        default_model: The transport's model, for prices when neither caller nor endpoint names one.
-        early: Whether callers are answered while the reply is still streamed.
     """
 
-    def __init__(
-        self,
-        given: Dependencies,
-        *,
-        send: Send,
-        codec: ChatCodec,
-        attribution: UsageAttribution,
-        bounds: Bounds,
-        keep: Keep | None,
-        price: Pricing,
-        default_model: str | None,
-        early: bool,
-    ) -> None:
+    def __init__(self, given: Dependencies, send: Send, codec: ChatCodec, keep: Keep | None) -> None:
         self._ledger = given.ledger
         self._estimates = given.estimates
+        self._bounds = given.bounds
         self._listeners = given.listeners
         self._settlement = given.settlement
         self._now = given.now
+        self._price = given.price
+        self._default_model = given.default_model
+        self._early = given.fallback.early
+        self._attribution = UsageAttribution(given)
         self._send = send
         self._codec = codec
-        self._attribution = attribution
-        self._bounds = bounds
         self._keep = keep
-        self._price = price
-        self._default_model = default_model
-        self._early = early
 
     async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | ConfigError | None:
         """Wait for the slot of *permit* as long as any caller of *tickets* waits; return the error if it is refused."""
@@ -101,14 +84,9 @@ class Dispatcher:
         route: Route = "batch",
         instead: bool = False,
     ) -> Batch:
-        """Compose a combined call.
+        """Compose a combined call for *tickets*, of one lane, which all still wait.
 
-        Args:
-            tickets: Its requests, of one lane; all still wait.
-            history: What is known of the lane.
-            permit: Pays the call.
-            route: The route that replies name.
-            instead: Whether it is made instead of one whose bound was too low; its cost is not held against combining.
+        *instead* if it is made instead of one whose bound was too low: then its cost is not held against combining.
         """
         permit.combined = True
         spec, size = tickets[0].spec, len(tickets)
@@ -121,11 +99,12 @@ class Dispatcher:
         batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
         batch.early, batch.tries, batch.instead = call.stream and not history.drafts, tries, instead
         batch.reset()
-        self._bounds.begin(spec.model, tried=tries)
+        self._bounds.of(spec.model).trying += tries
         self._ledger.batches += 1
         self._ledger.batched_items += size
         if route != "fallback":
-            history.begin_batch(size)
+            history.alone = 0
+            history.economics.begin(size)
         return batch
 
     async def batch(self, batch: Batch) -> CallOutcome:
@@ -144,7 +123,7 @@ class Dispatcher:
             alone = self._take_end(batch, how, completion)
         finally:
             call_state.end()
-            self._bounds.end(call.model, tried=batch.tries)
+            self._bounds.of(call.model).trying -= batch.tries
         self._note_called(call_state, call, tickets, completion, error)
         # A reply with any fault answers the callers that wait, but is not cached.
         if how == "complete" and reply.trusted and not reply.elements.damaged:
@@ -185,7 +164,7 @@ class Dispatcher:
         self._hand_out(batch)
         if batch.repeated or batch.call_state.waiting <= 0 or any(ticket.reply is not None for ticket in batch.tickets):
             return False
-        self._attribution.attribute(batch, completion, self._attribution.cost(batch, completion))
+        self._attribution.attribute(batch, completion, self._cost(batch, completion))
         batch.reset()
         batch.repeated = True
         return True
@@ -196,16 +175,18 @@ class Dispatcher:
         answers = reply.close(how)
         if completion is not None:
             completion.thought = completion.thought or elements.thought
-        if elements.drafts:
-            batch.history.note_drafts()
+        batch.history.drafts |= elements.drafts
         ledger.canaries_failed += not reply.trusted and how == "complete"
         ledger.late_duplicates += elements.late_duplicates
         ledger.unknown_ids += elements.unknown_ids
         _measure(answers, batch.answer_bytes)
         batch.answers += answers
-        call_cost = self._attribution.cost(batch, completion)
+        call_cost = self._cost(batch, completion)
         self._hand_out(batch, call_cost)
         return self._attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
+
+    def _cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
+        return self._attribution.cost(batch.call_state, completion, batch.line_bytes, batch.answer_bytes)
 
     def _bound(self, tickets: Sequence[Ticket], history: LaneHistory, permit: Permit) -> int | None:
         """Return the bound of a combined call for *tickets* by what is known now."""
@@ -249,12 +230,8 @@ class Dispatcher:
     ) -> RequestFailed | ConfigError | None:
         """Send *ticket* alone and answer it; return the error if it cannot be answered.
 
-        An answer that is empty or does not fit is asked for once more; see `may_differ`.
-
-        Args:
-            ticket: The request.
-            permit: Pays the call.
-            history: What is known of its lane, if a combined call has left it unanswered; else None.
+        An answer that is empty or does not fit is asked for once more; see `may_differ`. *history* is that of its lane, if a combined
+        call has left it unanswered, else None.
         """
         if ticket.done:
             return None  # its caller left before this call got its turn
@@ -267,12 +244,6 @@ class Dispatcher:
             finally:
                 other.finish()
         return error
-
-    def compose_alone(self, ticket: Ticket) -> ChatCall:
-        """Return the call that carries *ticket* alone, with its own messages."""
-        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
-        call.timeout = self._remaining([ticket])
-        return call
 
     async def _ask_alone(
         self, ticket: Ticket, permit: Permit, history: LaneHistory | None
@@ -288,13 +259,14 @@ class Dispatcher:
 
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
-            call_cost = self._attribution.cost_alone(completion, call_state)
+            call_cost = self._attribution.cost(call_state, completion)
             self._attribution.attribute_alone(ticket, completion, call_cost, history)
             return True
 
         completion: Completion | None = None
         error: RequestFailed | ConfigError | None = None
-        call = self.compose_alone(ticket)
+        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
+        call.timeout = self._remaining([ticket])
         try:
             completion, error = await self._exchange(call_state, call, on_text, on_cut, history)
             if completion is None:
@@ -315,7 +287,7 @@ class Dispatcher:
         """Answer *ticket* from a single reply and attribute its cost; return the error if it cannot be used."""
         reply = self._codec.read_alone(ticket.answer, completion, content, combinable=ticket.combinable)
         call_state.only_reasoning = reply.only_reasoning
-        call_cost = self._attribution.cost_alone(completion, call_state)
+        call_cost = self._attribution.cost(call_state, completion)
         if reply.error is None:
             answers, sizes = [(0, (reply.output, reply.text))], [0]
             _measure(answers, sizes)
@@ -361,7 +333,7 @@ class Dispatcher:
         if first and call_state.route == "fallback":
             self._ledger.fallback_calls += count
             if history is not None:
-                history.count_calls(count)
+                history.economics.calls += count
 
     def _note_called(
         self,
@@ -410,7 +382,7 @@ class Dispatcher:
             answers: Position, output and text of each answer.
             call_state: The call.
             sizes: The bytes of the answers' texts, by position.
-            body: The endpoint's JSON of a single call, or None.
+            body: The endpoint's JSON of a single call.
             call_cost: The cost of the call, if it is over; None to hand out estimates.
         """
         now, estimated = self._now(), 0

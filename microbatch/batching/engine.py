@@ -15,15 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from microbatch.batching.events import flushed
-from microbatch.batching.permits import SlotLease
-from microbatch.batching.single_queue import SlotQueue
-from microbatch.batching.ticket import AloneReason, FlushReason
+from microbatch.batching.fallback import Recovery
+from microbatch.batching.ticket import AloneReason, FlushReason, SlotLease
 from microbatch.containment import contained
 from microbatch.errors import BatcherClosed, RequestFailed, ShutDown
 
@@ -36,12 +34,11 @@ if TYPE_CHECKING:
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.fair_queue import WaitQueue
-    from microbatch.batching.fallback import Fallback
-    from microbatch.batching.lane import Lane
+    from microbatch.batching.lane import Lane, Work
     from microbatch.batching.lane_table import LaneTable
-    from microbatch.batching.permits import Account, Permit
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import Ticket
+    from microbatch.transports.accounts import Permit
 
 logger = logging.getLogger("microbatch")
 
@@ -50,27 +47,11 @@ _NEVER_SENT = "the batcher closed before this request was sent"
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 
-@dataclass(slots=True, eq=False)
-class Work:
-    """The use of one slot: a composed batch, one ticket alone, or a lease."""
-
-    permit: Permit
-    tickets: list[Ticket]
-    lane: Lane | None = None
-    batch: Batch | None = None
-    lease: SlotLease | None = None
-
-    def __post_init__(self) -> None:
-        if self.lane is not None:
-            self.lane.call_began(combined=self.batch is not None)
-
-
 class Engine:
     """Runs the calls of a batcher.
 
     Attributes:
         accepting_loop: The event loop whose callers may come in; None before `admit` and after `close`.
-        closing: Whether it is closed for good.
     """
 
     def __init__(
@@ -79,7 +60,6 @@ class Engine:
         lanes: LaneTable,
         singles: SingleQueues,
         dispatcher: Dispatcher,
-        fallback: Fallback,
     ) -> None:
         self.admission = given.admission
         self.scheduler = given.scheduler
@@ -92,8 +72,6 @@ class Engine:
         self._policy = given.policy
         self._ledger = given.ledger
         self._dispatcher = dispatcher
-        self._fallback = fallback
-        self._slot_queues: dict[Account, SlotQueue] = {}
         self._tasks: TaskGroup
         self._close_asked: asyncio.Event
         self._grace: float | None = None
@@ -101,10 +79,7 @@ class Engine:
     # --- life
 
     async def serve(self, ready: Callable[[], None]) -> None:
-        """Run until `close` is asked for and done. One task runs this, and it alone enters and leaves the task group.
-
-        It may be run again if it ends before `admit` and `close` were called.
-        """
+        """Run until `close` is asked for and done; it may be run again if it ends before `admit` and `close` were called."""
         self._close_asked = asyncio.Event()
         try:
             async with anyio.create_task_group() as self._tasks:
@@ -160,11 +135,10 @@ class Engine:
             self.scheduler.unwatch(changed.set)
 
     def _end_waiting(self) -> None:
-        """End every ticket and every lease that waits in a queue."""
         for queue in (*self.singles, *self.lanes):
             self._fail(queue.waiting(), ShutDown(_NEVER_SENT))
-        for leases in [*self._slot_queues.values()]:
-            leases.refuse(ShutDown("the batcher closed before a slot was free"))
+        for singles in self.singles:
+            singles.refuse_leases(ShutDown("the batcher closed before a slot was free"))
 
     def _fail(self, tickets: Sequence[Ticket], error: RequestFailed) -> None:
         for ticket in tickets:
@@ -182,25 +156,27 @@ class Engine:
 
     def _begin(self, queue: WaitQueue, permit: Permit) -> Work | None:
         """Take the next work from *queue*, a batch already composed; None if all of its callers have just left."""
-        taken = queue.take()
-        tickets, lane, reason = taken.tickets, taken.lane, taken.reason
-        if taken.lease is not None:
-            return Work(permit, [], lease=taken.lease)
+        work = queue.take(permit)
+        tickets, lane, reason = work.tickets, work.lane, work.reason
+        if work.lease is not None:
+            return work
         if not tickets or reason is None:
             return None
         if lane is None:
             self._note_flush(tickets, reason)
-            return Work(permit, tickets)
-        if len(tickets) == 1:
-            self._note_flush(tickets, self._why_alone(lane, reason))
-            return Work(permit, tickets, lane)
-        if self._policy.merge == "when-cheaper" and not self.lanes.pays(lane, len(tickets)):
+            return work
+        combined = len(tickets) > 1
+        if combined and self._policy.merge == "when-cheaper" and not self.lanes.pays(lane, len(tickets)):
             for ticket in tickets:
                 self.singles.add(ticket, AloneReason.NOT_CHEAPER, lane.account)
             return None
-        self._note_flush(tickets, reason)
+        self._note_flush(tickets, reason if combined else self._why_alone(lane, reason))
         with contained() as composing:
-            return Work(permit, tickets, lane, self._dispatcher.compose(tickets, lane.history, permit))
+            if combined:
+                work.batch = self._dispatcher.compose(tickets, lane.history, permit)
+            lane.in_flight += 1
+            lane.combined += combined
+            return work
         self._fail(tickets, _bug(composing.error))
         return None
 
@@ -254,7 +230,8 @@ class Engine:
         if not outcome.again:  # else what is asked now is the same call
             self._heed(lane)
         if outcome.unanswered or outcome.ending == "length":
-            await self._fallback.recover(outcome, batch, lambda: self._heed(lane))
+            recovery = Recovery(self._given, self._dispatcher, batch, lambda: self._heed(lane))
+            await recovery.after(outcome, batch.tickets, may_combine=True)
             self._heed(lane, mended=True)
 
     def _heed(self, lane: Lane, *, mended: bool = False) -> int:
@@ -281,14 +258,9 @@ class Engine:
 
     @asynccontextmanager
     async def lease_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[SlotLease]:
-        """Hold a slot and a permit for work that is not a request, in the place that the caller occupies.
+        """Hold a slot and a permit for work that is not a request, in the place that the caller occupies, which is released in the end.
 
-        It is pending, waits its turn, and closing waits for it. The place is released in the end.
-
-        Args:
-            model: Whose limits count, together with *headers*; None for the transport's.
-            headers: The headers that will be sent.
-            cost: Tokens it will be charged, by estimate.
+        The limits of *model*, None for the transport's, and of the credentials in *headers* count; *cost* is an estimate in tokens.
 
         Yields:
             The lease; if nothing was sent after all, it is to be marked as not used.
@@ -298,24 +270,19 @@ class Engine:
         """
         try:
             account = self._given.accounts.of(model, headers)
-            queue = self._slot_queues.get(account)
-            if queue is None:
-                queue = self._slot_queues[account] = SlotQueue(account, self._forget_slot_queue)
             cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
             lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event())
-            queue.add(lease)
-            self.scheduler.enqueue(queue)
+            self.singles.add(lease, None, account)
             try:
                 await lease.granted
                 lease.used = True
                 yield lease
             finally:
+                if lease.queue is not None:
+                    lease.queue.discard(lease)
                 lease.returned.set()
         finally:
             self.admission.release()
-
-    def _forget_slot_queue(self, queue: SlotQueue) -> None:
-        self._slot_queues.pop(queue.account, None)
 
 
 def _bug(cause: BaseException | None) -> RequestFailed:

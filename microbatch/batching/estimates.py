@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.lane_history import TokenScale
-from microbatch.batching.overhead import MAX_COUNTED_CHARS, assumed_overhead, estimate, message_tokens, shared_tokens
+from microbatch.batching.overhead import (
+    ELEMENT,
+    MAX_COUNTED_CHARS,
+    WRAPPER,
+    PromptOverhead,
+    estimate,
+    message_tokens,
+    shared_tokens,
+)
 from microbatch.batching.ticket import Charge
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
@@ -90,7 +98,8 @@ class Estimates:
 
     def measure(self, spec: Spec, history: LaneHistory) -> None:
         """Count the messages that the requests of a lane share, once."""
-        history.measure_shared(lambda: shared_tokens(spec.shared, self._count))
+        if history.shared_tokens is None:
+            history.shared_tokens = shared_tokens(spec.shared, self._count)
 
     def prompt_of(self, spec: Spec, history: LaneHistory, tokens: int) -> int:
         """Return the prompt's tokens of a combined call whose lines have *tokens*, by our own count."""
@@ -115,9 +124,8 @@ class Estimates:
             # Schemas are counted, as OpenAI charges them; the first reply shows whether the endpoint does not.
             single, combined = self._schema_tokens(spec.answer)
             alone_prompt = (history.shared_tokens or 0) + single
-            overhead = assumed_overhead(
-                alone_prompt, self.prompt_of(spec, history, combined), wrapped=spec.answer.wrapped
-            )
+            element = ELEMENT - WRAPPER if spec.answer.wrapped else ELEMENT
+            overhead = PromptOverhead(alone_prompt, self.prompt_of(spec, history, combined), element=element)
         return overhead.is_cheaper_combined(items, ratio)
 
     # --- charges

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Hashable, Iterable
 
-    from microbatch.batching.lane import Taken
-    from microbatch.batching.permits import Account, Permit
+    from microbatch.batching.lane import Work
+    from microbatch.transports.accounts import Account, Permit
 
 WEIGHTS: Final = (16, 4, 1)
 """Turns of the priorities high, normal and low, while all of them wait."""
@@ -74,41 +74,32 @@ class WaitQueue(Protocol):
 
     Attributes:
         queued: Whether it takes turns now; the scheduler's mark.
+        rank: Its priority, an index into `WEIGHTS`.
+        due: Something true while it has work to give.
     """
 
     queued: bool
 
     @property
-    def account(self) -> Account:
-        """The account whose permits its work needs."""
-        ...
+    def account(self) -> Account: ...  # noqa: D102
 
     @property
-    def tenant(self) -> Hashable:
-        """The trust domain of its work."""
-        ...
+    def tenant(self) -> Hashable: ...  # noqa: D102
 
     @property
-    def rank(self) -> int:
-        """Its priority, an index into `WEIGHTS`."""
-        ...
+    def rank(self) -> int: ...  # noqa: D102
 
     @property
-    def due(self) -> object:
-        """Something true while it has work to give."""
-        ...
+    def due(self) -> object: ...  # noqa: D102
 
     def next_cost(self) -> int:
         """Return the tokens that its next work is charged. It must be due."""
-        ...
 
-    def take(self) -> Taken:
-        """Remove and return its next work. It must be due."""
-        ...
+    def take(self, permit: Permit) -> Work:
+        """Remove and return its next work, which *permit* pays. It must be due."""
 
-    def rested(self) -> None:
+    def rested(self) -> object:
         """Note that it takes no turns any more, because it was not due."""
-        ...
 
 
 class Attempt:
@@ -131,12 +122,12 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class _AccountTurn:
-    """The due queues and waiting attempts of one account and priority.
+    """The due queues and waiting attempts of one account and priority, oldest first.
 
     Attributes:
         since: When it was served last, or came.
-        retries: Attempts of calls that have begun, oldest first.
-        fallbacks: First attempts of fallback calls, oldest first.
+        retries: Attempts of calls that have begun.
+        fallbacks: First attempts of fallback calls.
         tenants: Queues by tenant. The dict serves as a ring: the first is next.
         entry: Its valid entry in the heap, None while it may not be served; other entries of it are outdated.
     """
@@ -169,6 +160,10 @@ class _Load:
     turns: list[_AccountTurn | None] = field(default_factory=lambda: [None] * len(WEIGHTS))
     head: WaitQueue | Attempt | None = None
     blocked: bool = False
+
+    def forget(self, item: WaitQueue | Attempt) -> None:
+        if self.head is item:
+            self.head = None
 
 
 _Entry = tuple[bool, int, int, int, _AccountTurn]
@@ -235,7 +230,7 @@ class FairQueue:
         queues.remove(queue)  # mostly the first
         if not queues:
             del turn.tenants[queue.tenant]
-        self._forget(load, queue)
+        load.forget(queue)
         self._place(load, turn)
 
     def discard(self, attempt: Attempt) -> None:
@@ -253,11 +248,7 @@ class FairQueue:
     # --- whose turn it is
 
     def next(self, in_use: int = 0) -> WaitQueue | Attempt | None:
-        """Return what is served next, which stays where it is; None if nothing may be.
-
-        Args:
-            in_use: Slots in use.
-        """
+        """Return what is served next with *in_use* slots, which stays where it is; None if nothing may be."""
         rank = self._stride.first(
             rank
             for rank, priority in enumerate(self._priorities)
@@ -279,7 +270,7 @@ class FairQueue:
                 queues.append(item)
             if queues:
                 turn.tenants[item.tenant] = queues
-        self._forget(load, item)
+        load.forget(item)
         self._place_all(load)
 
     # --- what holds accounts back
@@ -334,10 +325,6 @@ class FairQueue:
         if turn is None:
             turn = load.turns[rank] = _AccountTurn(account, rank, self._clock())
         return load, turn
-
-    def _forget(self, load: _Load, item: WaitQueue | Attempt) -> None:
-        if load.head is item:
-            load.head = None
 
     def _may_begin(self, turn: _AccountTurn) -> bool:
         begun, resting = turn.account.begun, turn.account.backing_off

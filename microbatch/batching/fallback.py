@@ -26,15 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.batching.call_state import Batch
+    from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
-    from microbatch.batching.estimates import Estimates
-    from microbatch.batching.permits import Permit
     from microbatch.batching.ticket import Ticket
     from microbatch.errors import ConfigError, RequestFailed
-    from microbatch.policy import FallbackPolicy
     from microbatch.prompt.outcome import CallOutcome
-
-    Fail = Callable[[Ticket, RequestFailed | ConfigError], None]
+    from microbatch.transports.accounts import Permit
 
 _WORTH_ASKING_TOGETHER = 1 / 4
 
@@ -43,41 +40,22 @@ _TOO_LARGE = (413, 429)  # a 429 that is no RateLimited
 _shuffle = secrets.SystemRandom().shuffle
 
 
-class Fallback:
-    """Asks again for what combined calls left unanswered.
+class Recovery:
+    """The fallback of one batch: ends every request that its call left unanswered, with an answer or an error.
 
-    Attributes:
-        fail: Ends a ticket with a copy of an error.
-        unpaid: Calls for what a cut had lost that were not made, because the retry budget was used up.
+    *revised* is called when the lane's history has changed, for its next batches; it returns how many requests they hold.
     """
 
-    def __init__(self, dispatcher: Dispatcher, estimates: Estimates, policy: FallbackPolicy, fail: Fail) -> None:
-        self.dispatcher = dispatcher
-        self.estimates = estimates
-        self.policy = policy
-        self.fail = fail
-        self.unpaid = 0
-
-    async def recover(self, outcome: CallOutcome, batch: Batch, revised: Callable[[], int]) -> None:
-        """End every request of *batch* that *outcome* left unanswered, with an answer or an error.
-
-        *revised* is called when the lane's history has changed, for its next batches; it returns how many requests they hold.
-        """
-        await _Recovery(self, batch, revised).after(outcome, batch.tickets, may_combine=True)
-
-
-class _Recovery:
-    """The fallback of one batch."""
-
-    def __init__(self, fallback: Fallback, batch: Batch, revised: Callable[[], int]) -> None:
-        self._fallback = fallback
-        self._dispatcher = fallback.dispatcher
-        self._fail = fallback.fail
+    def __init__(self, given: Dependencies, dispatcher: Dispatcher, batch: Batch, revised: Callable[[], int]) -> None:
+        self._dispatcher = dispatcher
+        self._estimates = given.estimates
+        self._ledger = given.ledger
+        self._fail = given.settlement.fail
         self._history = batch.history
         self._account = batch.permit.account
         self._rank = batch.permit.rank
         self._revised = revised
-        self._at_once = anyio.Semaphore(fallback.policy.max_concurrent)
+        self._at_once = anyio.Semaphore(given.fallback.max_concurrent)
 
     async def after(self, outcome: CallOutcome, asked: list[Ticket], *, may_combine: bool) -> None:
         """Deal with the *asked* requests that a call left unanswered; *may_combine* allows one smaller combined call."""
@@ -131,14 +109,14 @@ class _Recovery:
             if not group:
                 return
             if cut is not None and not self._account.budget.draw():
-                self._fallback.unpaid += 1
+                self._ledger.retries_denied += 1
                 error = cut.replica()
                 error.add_note(UNPAID)
                 self._fail_all(group, error)
                 return
             cost = group[0].cost
             if len(group) > 1:
-                cost = self._fallback.estimates.of_tickets(group, self._history, self._account.max_tokens)
+                cost = self._estimates.of_tickets(group, self._history, self._account.max_tokens)
             permit = self._account.permit(cost, self._rank, again=cut is not None)
             try:
                 if not instead:

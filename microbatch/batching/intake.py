@@ -76,14 +76,8 @@ class Intake:
         If the admission queue is overfull, the request goes alone at once, past those that wait. If it is not accepted, its place is
         released.
 
-        Args:
-            messages: The chat messages, checked here.
-            options: The checked options.
-            caller: How the caller wants its answer.
-            on_taken: For bulk work, which waits for full batches: called when the request leaves its queue.
-
-        Returns:
-            The ticket, which may have other callers, and this caller of it.
+        *on_taken* makes it bulk work, which waits for full batches; it is called when the request leaves its queue. Return the ticket,
+        which may have other callers, and this caller of it.
 
         Raises:
             ConfigError: The messages cannot be sent; nothing was queued.
@@ -200,7 +194,8 @@ class Intake:
         return len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= room or ticket.count(self._given.count) <= room)
 
     def _note_alone(self, lane: Lane, why: str) -> None:
-        if lane.history.note_alone() == _ALONE_WARNING:
+        lane.history.alone += 1
+        if lane.history.alone == _ALONE_WARNING:
             logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
 
     # --- requests that go alone by their form

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
     from microbatch.batching.batch_limits import Budget
     from microbatch.batching.bounds import ModelLimits
+    from microbatch.batching.call_state import Batch
     from microbatch.batching.estimates import Estimates
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.permits import Account, SlotLease
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import InFlightIndex, Spec, Ticket
+    from microbatch.batching.ticket import InFlightIndex, SlotLease, Spec, Ticket
+    from microbatch.transports.accounts import Account, Permit
 
 _AT_FIRST = 2
 """Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while
@@ -34,23 +35,25 @@ it is being tried how long a reply the model allows, it is one."""
 _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
 
-class Taken(msgspec.Struct):
-    """The next work of a queue: requests that travel in one call, or a lease.
+class Work(msgspec.Struct, eq=False):
+    """The use of one slot: requests that travel in one call, or a lease.
 
     Attributes:
         tickets: The requests; none for a lease, or if all of their callers were cancelled in this very step.
         reason: Why they leave; None for a lease.
-        lane: The lane that they waited in, or None.
+        batch: The combined call, once it is composed.
     """
 
+    permit: Permit
     tickets: list[Ticket]
     reason: FlushReason | AloneReason | None = None
     lane: Lane | None = None
     lease: SlotLease | None = None
+    batch: Batch | None = None
 
 
 class LaneOwner(Protocol):
-    """The table of lanes, which sets their timers and lets them take turns; see `LaneTable`."""
+    """See `LaneTable`."""
 
     def changed(self, lane: Lane) -> None: ...  # noqa: D102
 
@@ -71,10 +74,9 @@ class Lane:
     Attributes:
         options: Options that are known to be served here; most requests come with the same.
         max_wait: Seconds that its requests wait for others at most; set by the owner, as are `model` to `timer_at`.
-        needs_inspection: Whether each request has to be inspected before it may join.
         fast_path_max_bytes: Length of a line up to which a request joins without inspection; -1 for none.
-        in_flight: Calls under way.
-        combined: Those of them that are combined calls, fallback included.
+        in_flight: Calls under way, each with its fallback.
+        combined: Those of them that are combined calls.
         live: Requests waiting.
     """
 
@@ -231,8 +233,8 @@ class Lane:
         """Note that it takes no turns any more."""
         self.owner.rested(self)
 
-    def take(self) -> Taken:
-        """Remove the next batch and return it. The lane must be due.
+    def take(self, permit: Permit) -> Work:
+        """Remove the next batch, which *permit* pays, and return it. The lane must be due.
 
         The batch is empty if all of its callers were cancelled in this very step and have not been discarded yet.
         """
@@ -257,7 +259,7 @@ class Lane:
         self.live -= len(tickets)
         self._forget_owed(len(tickets))  # those just cancelled are subtracted when they are discarded
         self._refill()
-        return Taken(tickets, reason, self)
+        return Work(permit, tickets, reason, self)
 
     def _forget_owed(self, count: int) -> None:
         """Subtract *count* tickets from those that are to be flushed."""
@@ -265,16 +267,6 @@ class Lane:
             self._owed_count -= count
             if self._owed_count <= 0:
                 self._owed = None
-
-    def call_began(self, *, combined: bool) -> None:
-        """Note that a call of its requests is under way."""
-        self.in_flight += 1
-        self.combined += combined
-
-    def call_ended(self, *, combined: bool) -> None:
-        """Note that such a call and its fallback are over."""
-        self.in_flight -= 1
-        self.combined -= combined
 
     def waiting(self) -> list[Ticket]:
         """Return the tickets that wait, oldest first."""
@@ -323,15 +315,12 @@ class Lane:
         fill = list(islice((waiting for waiting in self._pending if waiting.queue is self), self._fill))
         fill.append(ticket)
         total = self._fill_tokens + ticket.tokens + ID_TOKENS
-        for bounded in sorted(fill, key=_bound, reverse=True):
-            if total <= self.budget.tokens or bounded.counted is not None:
+        bounded_only = [waiting for waiting in fill if waiting.counted is None]
+        for bounded in sorted(bounded_only, key=lambda waiting: waiting.tokens, reverse=True):
+            if total <= self.budget.tokens:
                 break
             bound = bounded.tokens
             total -= bound - bounded.count(self.count)
         fits = total <= self.budget.tokens
         self._fill_tokens = total if fits else total - ticket.tokens - ID_TOKENS
         return fits
-
-
-def _bound(ticket: Ticket) -> int:
-    return ticket.tokens if ticket.counted is None else -1

@@ -13,7 +13,7 @@ from microbatch.batching.overhead import LaneEconomics
 from microbatch.lru import LRU
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
 
     from microbatch.batching.overhead import PromptOverhead
     from microbatch.messages import TokenLimits, Usage
@@ -72,17 +72,16 @@ class TokenScale(msgspec.Struct):
 
 
 class LaneHistory(msgspec.Struct):
-    """The record of a lane, changed by its methods only.
+    """The record of a lane.
 
     Attributes:
-        batch_size: Most requests of a batch, lowered when replies are damaged or hit the token limit; None until then.
-        max_line_tokens: Most tokens of a batch's lines, lowered when a prompt was refused for its size; None until then.
+        batch_size: Most requests of a batch, None until replies are damaged or hit the token limit.
+        max_line_tokens: Most tokens of a batch's lines, None until a prompt was refused for its size.
         answer_tokens: The 95th percentile of the latest answers, as of the latest ranking.
         unranked: Answers recorded since.
         thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
         thinking: Their part of that reply, from 0 to 1.
         single_tokens: An upper estimate of the tokens of single replies; None until the first.
-        overhead: What surrounds its requests; None until its first batch has ended.
         shared_tokens: Tokens of the messages that its requests share; None until they are counted.
         suspended_for: Requests that still go alone before combining is tried again; 0 while it is not suspended.
         revised: Whether the lane's budget is outdated.
@@ -92,8 +91,8 @@ class LaneHistory(msgspec.Struct):
         fruitless: Combined replies in a row without one sound element, or of a model that did not stop.
         doubled: Whether the bound on combined replies is doubled, because it was too low.
         reasons: Whether the model reasons although it was told not to.
-        affordable: The most tokens of a reply that the account's credit pays for; None if unknown.
-        per_minute: Tokens allowed a minute according to a refusal; None until then. From then on the bound is close.
+        affordable: The most tokens of a reply that the account's credit pays for.
+        per_minute: Tokens allowed a minute according to a refusal. From then on the bound is close.
     """
 
     batch_size: int | None = None
@@ -119,22 +118,6 @@ class LaneHistory(msgspec.Struct):
     reasons: bool = False
     affordable: int | None = None
     per_minute: int | None = None
-
-    def take_revision(self) -> bool:
-        """Return whether anything has changed since the last call of this method, so that the lane's budget is outdated."""
-        revised, self.revised = self.revised, False
-        return revised
-
-    def measure_shared(self, count: Callable[[], int]) -> None:
-        """Count the messages that the requests share, once."""
-        if self.shared_tokens is None:
-            self.shared_tokens = count()
-
-    def measured_overhead(self, measure: Callable[[], PromptOverhead]) -> PromptOverhead:
-        """Return what surrounds the requests, measured once."""
-        if self.overhead is None:
-            self.overhead = measure()
-        return self.overhead
 
     # --- lengths
 
@@ -179,14 +162,6 @@ class LaneHistory(msgspec.Struct):
         self.per_minute = self.per_minute if limits.per_minute is None else limits.per_minute
         self.revised = True
 
-    def double_bound(self, *, doubled: bool = True) -> None:
-        """Double the bound on combined replies, or no longer."""
-        self.doubled = doubled
-
-    def note_reasoning(self) -> None:
-        """Note that the model reasons although it was told not to."""
-        self.reasons = True
-
     # --- sizes
 
     def shrink(self, tokens: int) -> None:
@@ -213,28 +188,6 @@ class LaneHistory(msgspec.Struct):
             self.revised = True
 
     # --- whether combining is of use
-
-    def begin_batch(self, items: int) -> None:
-        """Note that a combined call of *items* is being made."""
-        self.alone = 0
-        self.economics.begin(items)
-
-    def count_calls(self, count: int) -> None:
-        """Add *count* calls that asked again."""
-        self.economics.calls += count
-
-    def record_cost(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
-        """Record what a call has cost; see `LaneEconomics.record`."""
-        self.economics.record(usage, alone, price, again=again)
-
-    def note_alone(self) -> int:
-        """Note that a request was too long, or not cheaper, to be combined; return how many in a row were."""
-        self.alone += 1
-        return self.alone
-
-    def note_drafts(self) -> None:
-        """Note that the first answers of a reply may be drafts."""
-        self.drafts = True
 
     def record_outcome(self, *, good: bool, judged: bool) -> None:
         """Record whether a combined reply was *good*: it had a sound element, and the model stopped. Cut replies are not *judged*."""

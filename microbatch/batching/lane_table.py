@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from microbatch.batching.batch_limits import batch_budget
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
@@ -69,7 +70,7 @@ class LaneTable:
         model = self._estimates.model(spec)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._estimates.measure(spec, history)
-        budget = self._given.limits.of(spec, history, account.max_tokens)
+        budget = batch_budget(self._policy, self._estimates, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
         self._by_key[key] = lane
@@ -123,7 +124,8 @@ class LaneTable:
 
     def call_ended(self, lane: Lane, *, combined: bool) -> None:
         """Note that a call of *lane* and its fallback are over."""
-        lane.call_ended(combined=combined)
+        lane.in_flight -= 1
+        lane.combined -= combined
         self.revise(lane)
         if lane.live:
             self._flush_if_idle(lane)
@@ -132,8 +134,10 @@ class LaneTable:
 
     def revise(self, lane: Lane) -> None:
         """Update the budget of *lane* from its history."""
-        if lane.history.take_revision():
-            lane.rebudget(self._given.limits.of(lane.spec, lane.history, lane.account.max_tokens))
+        if lane.history.revised:
+            lane.history.revised = False
+            quota = lane.account.max_tokens
+            lane.rebudget(batch_budget(self._policy, self._estimates, lane.spec, lane.history, quota))
             self._set_fast_path(lane)
 
     def taught(self, lane: Lane) -> None:

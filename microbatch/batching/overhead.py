@@ -49,9 +49,9 @@ _SCHEMA_CHARGED = 0.7
 # Until a lane's first batch has been measured: an item's line without its text, an element without its answer, the array around the
 # elements, and the object around a single answer that is none. Measured on the bundled catalogue.
 _LINE = 9.0
-_ELEMENT = 11.0
+ELEMENT = 11.0
 _REPLY = 7.0
-_WRAPPER = 5.0
+WRAPPER = 5.0
 
 _FORGET = 0.95
 """The weight that each batch leaves to those before it: about the last twenty count."""
@@ -79,7 +79,7 @@ class PromptOverhead(msgspec.Struct, gc=False):
     batch_prompt: float
     line: float = _LINE
     reply: float = _REPLY
-    element: float = _ELEMENT
+    element: float = ELEMENT
     carried: float = 0.0
 
     def is_cheaper_combined(self, items: int, ratio: float) -> bool:
@@ -100,11 +100,6 @@ class PromptOverhead(msgspec.Struct, gc=False):
         prompt = round(texts * answered_share + answered * self.alone_prompt)
         # A provider caches the beginning of a combined prompt, with which the single prompts would begin too.
         return Usage(prompt, completion, min(prompt, answered * usage.cached_tokens))
-
-
-def assumed_overhead(alone_prompt: float, batch_prompt: float, *, wrapped: bool) -> PromptOverhead:
-    """Return the overhead of a lane without a measured batch; *wrapped* if a single reply wraps the answer in an object."""
-    return PromptOverhead(alone_prompt, batch_prompt, element=_ELEMENT - wrapped * _WRAPPER)
 
 
 def measure_overhead(

@@ -46,7 +46,6 @@ class Options(Settings, frozen=True):
 
     Attributes:
         content: All that two requests must have in common to be the same question, except their messages.
-        priority: As given; two requests that share a prompt must have it in common as well.
         combinable: Whether the options allow a shared prompt.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
         cold: Whether the temperature is 0, so that equal requests may well get equal answers.
@@ -224,12 +223,9 @@ def _kind(value: object) -> str:
 
 
 def spec_of(messages: Messages, options: Options, key: tuple[Hashable, ...] = ()) -> Spec:
-    """Return a spec with *messages*, as a copy that the caller cannot change any more.
+    """Return a spec with *messages*, as a copy that the caller cannot change any more; see `Spec`.
 
-    Args:
-        messages: The messages of a request but the last; of one that goes alone, all of them.
-        options: Its options.
-        key: What `read_messages` returned for it; of a request that goes alone, what equal ones find it by, () if they do not.
+    *key* is what `read_messages` returned; of a request that goes alone, what equal ones find it by, () if they do not.
     """
     shared = copy_of(messages)
     plain = all(len(message) == _PLAIN_FIELDS and set(map(type, message.values())) == {str} for message in shared)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from microbatch.batching.fair_queue import Attempt, FairQueue
 from microbatch.batching.ticket import NO_CONTEXT
@@ -27,45 +27,40 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from microbatch.batching.fair_queue import WaitQueue
-    from microbatch.batching.permits import Account, Permit
+    from microbatch.batching.lane import Work
+    from microbatch.transports.accounts import Account, Permit
 
 logger = logging.getLogger("microbatch")
 
 _RETRY_AFTER_BUG = 1.0
 """Seconds after a bug in scheduling until it is tried again: not at once, or one that stays would fill the log."""
 
-W = TypeVar("W")
 
-
-class Scheduler(Generic[W]):
+class Scheduler:
     """The slots, the turns of due queues and waiting attempts, and the tasks.
 
     Args:
         slots: Most calls on the wire at once, but for the overdraft; see `microbatch.batching.fair_queue`.
 
     Attributes:
-        in_use: Slots in use.
         under_way: Work that was taken and is not done, by identity.
     """
 
     def __init__(self, slots: int) -> None:
         self.in_use = 0
-        self.under_way: dict[int, W] = {}
+        self.under_way: dict[int, Work] = {}
         self._slots = slots
         self._turns = FairQueue(slots)
         self._watchers: dict[Callable[[], None], None] = {}  # an ordered set
-        self._parked: list[asyncio.Future[W]] = []  # tasks that wait for work
+        self._parked: list[asyncio.Future[Work]] = []  # tasks that wait for work
         self._pumping = False
         self._asked: asyncio.Event
-        self._begin: Callable[[WaitQueue, Permit], W | None]
-        self._do: Callable[[W], Awaitable[None]]
+        self._begin: Callable[[WaitQueue, Permit], Work | None]
+        self._do: Callable[[Work], Awaitable[None]]
         self._tasks: TaskGroup
 
     def start(
-        self,
-        tasks: TaskGroup,
-        begin: Callable[[WaitQueue, Permit], W | None],
-        do: Callable[[W], Awaitable[None]],
+        self, tasks: TaskGroup, begin: Callable[[WaitQueue, Permit], Work | None], do: Callable[[Work], Awaitable[None]]
     ) -> None:
         """Run in *tasks* from now on.
 
@@ -155,7 +150,7 @@ class Scheduler(Generic[W]):
             else:
                 self._tasks.start_soon(self._run, work)
 
-    def _next(self) -> W | None:
+    def _next(self) -> Work | None:
         """Grant attempts and take work in turn; return work as soon as there is some, None if nothing more can start now."""
         turns = self._turns
         while (item := turns.next(self.in_use)) is not None:
@@ -204,7 +199,7 @@ class Scheduler(Generic[W]):
         queue.queued = False
         queue.rested()
 
-    async def _run(self, work: W) -> None:
+    async def _run(self, work: Work) -> None:
         """Do *work*, then wait for more: starting a task costs several times as much as waking one."""
         while True:
             try:
@@ -214,7 +209,7 @@ class Scheduler(Generic[W]):
                 self._asked.set()
             if len(self._parked) >= self._slots:
                 return
-            parked: asyncio.Future[W] = asyncio.get_running_loop().create_future()
+            parked: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
             self._parked.append(parked)
             work = await parked
 

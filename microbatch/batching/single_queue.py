@@ -4,50 +4,52 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from microbatch.batching.lane import Taken
-from microbatch.batching.ticket import NORMAL
+from microbatch.batching.lane import Work
+from microbatch.batching.ticket import NORMAL, SlotLease, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
     from microbatch.batching.fair_queue import WaitQueue
-    from microbatch.batching.permits import Account, SlotLease
-    from microbatch.batching.ticket import AloneReason, FlushReason, Ticket
+    from microbatch.batching.ticket import AloneReason, FlushReason
+    from microbatch.transports.accounts import Account, Permit
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class SingleQueue:
-    """Requests of one account, tenant and priority that go alone, in order of arrival; due whenever one waits."""
+    """Requests of one account, tenant and priority that go alone, or leases, in order of arrival; due whenever one waits."""
 
     account: Account
     tenant: Hashable
     rank: int
-    on_rested: Callable[[SingleQueue], None]
+    rested: Callable[[], object]
+    """Called when it takes no turns any more."""
     queued: bool = False
-    _waiting: deque[tuple[Ticket, AloneReason]] = field(default_factory=deque)
+    _waiting: deque[tuple[Ticket | SlotLease, AloneReason | None]] = field(default_factory=deque)
     """Discarded ones stay until they come up, or are too many."""
     _live: int = 0
 
     @property
     def due(self) -> bool:
-        """True if a request waits."""
+        """True if a request or a lease waits."""
         while self._waiting and self._waiting[0][0].queue is not self:
             self._waiting.popleft()
         return bool(self._waiting)
 
     def next_cost(self) -> int:
-        """Return the tokens that the oldest request is charged; the queue must be due."""
+        """Return the tokens that the oldest is charged; the queue must be due."""
         return self._waiting[0][0].cost
 
-    def add(self, ticket: Ticket, reason: AloneReason) -> None:
-        """Queue *ticket*, which goes alone for *reason*."""
-        ticket.queue = self
-        self._waiting.append((ticket, reason))
+    def add(self, work: Ticket | SlotLease, reason: AloneReason | None) -> None:
+        """Queue *work*; a request goes alone for *reason*."""
+        work.queue = self
+        self._waiting.append((work, reason))
         self._live += 1
 
-    def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
+    def discard(self, ticket: Ticket | SlotLease, *, moved: bool = False) -> None:
         """See `TicketQueue`."""
         if moved:
             ticket.queue = None
@@ -63,28 +65,31 @@ class SingleQueue:
     def flush(self, reason: FlushReason) -> None:
         """Do nothing: it is due already."""
 
-    def take(self) -> Taken:
-        """Remove the oldest request and return it; nothing if its caller was cancelled in this very step. The queue must be due."""
+    def take(self, permit: Permit) -> Work:
+        """Remove the oldest, which *permit* pays; no ticket if its caller left in this very step. The queue must be due."""
         if not self.due:
             raise AssertionError("take() from a queue that is not due")
-        ticket, reason = self._waiting.popleft()
-        if ticket.done:
-            return Taken([], reason)
+        work, reason = self._waiting.popleft()
+        if work.done:
+            return Work(permit, [], reason)
         self._live -= 1
-        ticket.taken()
-        return Taken([ticket], reason)
-
-    def rested(self) -> None:
-        """Note that it takes no turns any more."""
-        self.on_rested(self)
+        work.taken()
+        return Work(permit, [work], reason) if isinstance(work, Ticket) else Work(permit, [], lease=work)
 
     def waiting(self) -> list[Ticket]:
-        """Return the tickets that wait, oldest first."""
-        return [ticket for ticket, _ in self._waiting if ticket.queue is self and not ticket.done]
+        """Return the requests that wait, oldest first."""
+        waiting = (work for work, _ in self._waiting if work.queue is self and not work.done)
+        return [work for work in waiting if isinstance(work, Ticket)]
+
+    def refuse_leases(self, error: Exception) -> None:
+        """Fail every lease that waits with *error*."""
+        for work, _ in self._waiting:
+            if isinstance(work, SlotLease):
+                work.refuse(error)
 
 
 class SingleQueues:
-    """The queues of requests that go alone, one for each account, tenant and priority.
+    """The queues of requests that go alone, one for each account, tenant and priority, and of leases, one for each account.
 
     Args:
         enqueue: Lets a queue that is due take its turns.
@@ -95,64 +100,20 @@ class SingleQueues:
         self._queues: dict[Hashable, SingleQueue] = {}
 
     def __len__(self) -> int:
-        """Return the number of queues in which requests wait."""
+        """Return the number of queues in which something waits."""
         return len(self._queues)
 
     def __iter__(self) -> Iterator[SingleQueue]:
-        """Yield the queues in which requests wait now."""
+        """Yield the queues in which something waits now."""
         return iter([*self._queues.values()])
 
-    def add(self, ticket: Ticket, reason: AloneReason, account: Account) -> None:
-        """Queue *ticket*, which goes alone for *reason* and needs a permit of *account*."""
-        spec = ticket.spec
-        key = (account, spec.tenant, spec.rank)
+    def add(self, work: Ticket | SlotLease, reason: AloneReason | None, account: Account) -> None:
+        """Queue *work*, which needs a permit of *account*; a request goes alone for *reason*."""
+        tenant, rank = (work.spec.tenant, work.spec.rank) if isinstance(work, Ticket) else (None, NORMAL)
+        key = (account, tenant, rank, reason is None)
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = SingleQueue(account, spec.tenant, spec.rank, self._forget)
-        queue.add(ticket, reason)
+            rested = partial(self._queues.pop, key, None)
+            queue = self._queues[key] = SingleQueue(account, tenant, rank, rested)
+        queue.add(work, reason)
         self._enqueue(queue)
-
-    def _forget(self, queue: SingleQueue) -> None:
-        self._queues.pop((queue.account, queue.tenant, queue.rank), None)
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class SlotQueue:
-    """The leases that wait for a slot and a permit of one account, in order of arrival."""
-
-    account: Account
-    on_rested: Callable[[SlotQueue], None]
-    tenant: Hashable = None
-    rank: int = NORMAL
-    queued: bool = False
-    _waiting: deque[SlotLease] = field(default_factory=deque)
-
-    @property
-    def due(self) -> bool:
-        """True if a lease waits."""
-        while self._waiting and self._waiting[0].granted.done():
-            self._waiting.popleft()
-        return bool(self._waiting)
-
-    def next_cost(self) -> int:
-        """Return the tokens that the oldest lease is charged; the queue must be due."""
-        return self._waiting[0].cost
-
-    def add(self, lease: SlotLease) -> None:
-        """Queue *lease*."""
-        self._waiting.append(lease)
-
-    def take(self) -> Taken:
-        """Grant the oldest lease and return it. The queue must be due."""
-        lease = self._waiting.popleft()
-        lease.granted.set_result(None)
-        return Taken([], lease=lease)
-
-    def rested(self) -> None:
-        """Note that it takes no turns any more."""
-        self.on_rested(self)
-
-    def refuse(self, error: Exception) -> None:
-        """Fail every lease that waits with *error*."""
-        while self.due:
-            self._waiting.popleft().granted.set_exception(error)

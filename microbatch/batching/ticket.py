@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Hashable, Iterable
 
-    from microbatch.batching.permits import Permit
     from microbatch.messages import Reply, Usage
     from microbatch.schema.answer_type import AnswerType
+    from microbatch.transports.accounts import Permit
 
 NEVER = float("inf")
 
@@ -85,7 +85,6 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
     """The options of one caller.
 
     Attributes:
-        timeout: Seconds until it gives up, or None.
         shared: Whether the answer to an equal request will do, and its own may serve others.
         key: The request's digest, by which the cache and equal requests find it; None to compare the whole request.
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
@@ -135,7 +134,7 @@ class Past(msgspec.Struct):
 
     Attributes:
         attempts: Upstream calls that carried it before its present `call`.
-        usage: Its shares of the calls that have ended; None if none of them has reported any.
+        usage: Its shares of the calls that have ended and are on no reply; None if none has reported any.
         cost_usd: Their price; None once one of them had no known price.
         unclaimed: Callers that left at the moment they were answered, while the call was still going on.
     """
@@ -147,7 +146,7 @@ class Past(msgspec.Struct):
 
 
 class Call(Protocol):
-    """The upstream call that carries a ticket; see `microbatch.batching.call_state.CallState`."""
+    """The upstream call that carries a ticket; see `CallState`."""
 
     attempts: int
     ended: bool
@@ -156,7 +155,6 @@ class Call(Protocol):
 
     def abandoned(self) -> None:
         """Note that one request it carries has ended without an answer."""
-        ...
 
 
 class TicketQueue(Protocol):
@@ -165,23 +163,15 @@ class TicketQueue(Protocol):
     @property
     def due(self) -> object:
         """Something true if it has work to give now."""
-        ...
 
-    def discard(self, ticket: Ticket, *, moved: bool = False) -> None:
+    def discard(self, ticket: Any, *, moved: bool = False) -> None:
         """Forget *ticket*, which has ended, or has *moved* to another queue."""
-        ...
 
     def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
         """Advance the time by which *ticket* leaves to *due_at* (loop time) for a joining caller; *bulk* if it is bulk work."""
-        ...
 
     def flush(self, reason: FlushReason) -> None:
         """Make everything that waits due now."""
-        ...
-
-    def waiting(self) -> list[Ticket]:
-        """Return the tickets that wait, oldest first."""
-        ...
 
 
 class InFlightIndex(dict["Hashable", "Ticket"]):
@@ -197,11 +187,9 @@ class Waiter(msgspec.Struct, eq=False):
     """One caller of a ticket.
 
     Attributes:
-        future: The caller's; settled exactly once, by an answer, an error or the caller itself.
-        answer: How its answer is decoded.
-        created: Loop time of its submit, in seconds.
+        future: Settled exactly once, by an answer, an error or the caller itself.
+        created: Loop time of its submit.
         on_taken: For bulk work, which waits for full batches: called when the ticket leaves its queue.
-        deadline: When it gives up, or None.
         origin: The value that hooks keep for it.
     """
 
@@ -226,21 +214,17 @@ class Ticket(msgspec.Struct, eq=False):
     `charge`, `past` and `waiters`.
 
     Attributes:
-        spec: All but its last message, shared with its lane; its own if it goes alone.
         first: Its first caller, which may have left.
         line: The last user message as its line will hold it, or b"" if it cannot be combined.
         counted: The line's tokens without its id; None while they are known by their bound only.
         patience: Seconds that it waits for other requests; `NEVER` for bulk work, which waits for a full batch.
-        caller: The options of its first caller.
         bulk: Whether all of its callers are bulk work.
         index: Where equal requests find it, None if they do not.
         waiters: All of its callers that have not left, in order of arrival, once there have been several; after the answer those
             that were answered. A dict that serves as an ordered set, because many may leave at once.
-        queue: Where it waits to be sent, or None once it was.
-        call: The latest call that carried it; None before the first.
+        call: The latest call that carried it.
         reply: Its answer. With one caller it is the caller's own; with several each has a copy with a share of the cost.
         charge: The charge of a single call for it; None where tokens are not limited.
-        past: See `Past`; None for most.
     """
 
     spec: Spec
@@ -372,3 +356,35 @@ class Ticket(msgspec.Struct, eq=False):
         """Return the state, without any text."""
         state = "settled" if self.done else "waiting" if self.queue is not None else "in flight"
         return f"Ticket({state}, tokens={self.tokens}, attempts={self.attempts})"
+
+
+class SlotLease(msgspec.Struct, eq=False):
+    """A slot and a permit for code outside, which makes one attempt of its own.
+
+    Attributes:
+        granted: Done when the slot is granted; fails if it never will be.
+        returned: Set by the holder in the end.
+        used: Whether the holder sent something.
+    """
+
+    cost: int
+    granted: asyncio.Future[None]
+    returned: asyncio.Event
+    used: bool = False
+    queue: TicketQueue | None = None
+
+    @property
+    def done(self) -> bool:
+        """True if it is granted, or its holder has left."""
+        return self.granted.done()
+
+    def taken(self) -> None:
+        """Note that it has left its queue: grant it, unless its holder has left."""
+        self.queue = None
+        if not self.done:
+            self.granted.set_result(None)
+
+    def refuse(self, error: Exception) -> None:
+        """Fail it with *error*, if it still waits."""
+        if not self.done:
+            self.granted.set_exception(error)

@@ -11,7 +11,7 @@ import microbatch.batching.dispatch as call_module
 from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.dispatch import Dispatcher
 from microbatch.batching.engine import Engine
-from microbatch.batching.fallback import Fallback, _Recovery
+from microbatch.batching.fallback import Recovery
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.demultiplexer import Demultiplexer
 
@@ -29,7 +29,6 @@ BODY = (
             "_take_end",
             "_hand_out",
             "single",
-            "compose_alone",
             "_ask_alone",
             "_answer_alone",
             "_exchange",
@@ -37,11 +36,10 @@ BODY = (
             "_remaining",
         ),
     ),
-    (UsageAttribution, ("cost", "cost_alone", "attribute", "attribute_alone", "_book", "_record")),
+    (UsageAttribution, ("cost", "attribute", "attribute_alone", "_book", "_record")),
     (ChatCodec, ("compose", "demultiplex", "compose_alone", "read_alone")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
-    (Fallback, ("recover",)),
-    (_Recovery, ("after", "_together", "_ask", "_send")),
+    (Recovery, ("after", "_together", "_ask", "_send")),
     (call_module, ("_measure", "ending", "complaint")),
 )
 """What a call's body is made of, between taking its requests and making sure that each of them has ended."""
@@ -107,7 +105,7 @@ def broken_awaits(breaker: Breaker) -> Iterator[None]:
 
         return wrapper
 
-    with _wrapped(((Engine, ("_answer_batch", "_answer_alone")), (_Recovery, ("_ask",))), driven):
+    with _wrapped(((Engine, ("_answer_batch", "_answer_alone")), (Recovery, ("_ask",))), driven):
         yield
 
 

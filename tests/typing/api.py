@@ -60,7 +60,7 @@ async def options(batcher: mb.Microbatcher) -> None:
         timeout=3.0,
     )
     assert_type(reply.usage, mb.Usage)
-    await batcher.submit([], priority="urgent")  # type: ignore[call-overload]
+    await batcher.submit([], priority="urgent")  # type: ignore[arg-type]
     async for result in batcher.map([mb.Request([mb.Message("user", "Hello")], id="1")], ordered=True):
         assert_type(result.error, Exception | None)
     assert_type(batcher.stats(), mb.Stats)

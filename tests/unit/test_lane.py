@@ -72,7 +72,7 @@ def lane_of(*, size=16, tokens=1_000, count=None, reason=FlushReason.SIZE):
 
 
 def take(lane):
-    taken = lane.take()
+    taken = lane.take(None)
     return taken.tickets, taken.reason
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
-from microbatch.batching.batch_limits import BatchLimits
+from microbatch.batching.batch_limits import batch_budget
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.estimates import Estimates
 from microbatch.batching.lane_history import LaneHistory
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from microbatch.batching.request import Options
     from microbatch.policy import FlushPolicy
     from microbatch.spool.records import Delivery
-    from microbatch.transports.batch_wire import BatchWire
+    from microbatch.transports.chat_wire import BatchWire
 
     Rejected = tuple[Delivery, str]
 
@@ -163,7 +163,7 @@ class Composer:
         self._wire = wire
         self._codec = ChatCodec(canary=canary)
         self._bounds = Bounds(wire.model, canary=canary)
-        self._limits = BatchLimits(policy, Estimates(_byte_count, self._bounds, canary=canary))
+        self._policy, self._estimates = policy, Estimates(_byte_count, self._bounds, canary=canary)
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
         """Return the jobs for *deliveries*, at least one per model, and the requests that cannot be sent, with the reasons.
@@ -214,7 +214,7 @@ class Composer:
             yield lane
             return
         spec = spec_of(lane[0].messages[:-1], lane[0].options)
-        budget = self._limits.of(spec, LaneHistory())
+        budget = batch_budget(self._policy, self._estimates, spec, LaneHistory())
         size = max(1, budget.size // 2) if lane[0].stage is Stage.HALF else budget.size
         batch: list[Asked] = []
         total = 0

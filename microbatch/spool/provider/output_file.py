@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from microbatch.spool.provider.api import RemoteBatch
     from microbatch.spool.provider.input_file import Asked, Content, Line
     from microbatch.spool.records import Delivery
-    from microbatch.transports.batch_wire import BatchWire
+    from microbatch.transports.chat_wire import BatchWire
 
     Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from microbatch.spool.provider.jobs import Held
     from microbatch.spool.provider.output_file import Pricing, Results
     from microbatch.spool.records import Delivery, Spool
-    from microbatch.transports.batch_wire import BatchWire
+    from microbatch.transports.chat_wire import BatchWire
 
 logger = logging.getLogger("microbatch")
 
