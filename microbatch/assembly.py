@@ -124,7 +124,7 @@ class Assembly:
             listeners=listeners,
             accounts=self.accounts,
             count=self.tokens.count,
-            upper=self.tokens.upper if callable(settings.tokens) else None,
+            upper=self.tokens.count if callable(settings.tokens) else None,
             ratio=self._ratio,
             now=_loop_time,
             limits=BatchLimits(policy, estimates),

@@ -173,13 +173,6 @@ class TokenCounter:
             return _utf8_length(text)
         return _count_by_function(self._source, text)
 
-    def upper(self, text: str) -> int:
-        """Return an upper bound of the tokens of *text*: its length in UTF-8, since every token stands for at least one byte.
-
-        A user's function may count anything, and is called; see `count`.
-        """
-        return _utf8_length(text) if self._source is None or isinstance(self._source, str) else self.count(text)
-
     def exact_for(self, model: str | None) -> bool:
         """Return whether counts are those of *model*'s own encoding; None for the model given at construction."""
         return self.exact if model is None else encoding_name(model) == (self.encoding, True)

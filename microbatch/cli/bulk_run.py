@@ -58,8 +58,6 @@ class BulkRun:
 
     Args:
         args: The flags of `add_bulk`.
-        plan: Where requests are sent, and how.
-        source: The input.
         take: Takes the request and the settled reply of each answered item. `NotWritten`, `OSError` and `StorageError` end the run.
         fail: Takes the id, the error object and the request of each item that failed; the request is None if its line made none.
         done: Digests of the ids that are left out.
