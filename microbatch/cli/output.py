@@ -117,6 +117,7 @@ class OutputFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.written = 0
         self._file = _open_locked(path)
         self._unsynced = threading.Event()
         self._closing = threading.Event()
@@ -177,6 +178,7 @@ class OutputFile:
             _write_all(self._file, msgspec.json.encode(line) + b"\n")
         except OSError as error:
             raise NotWritten(f"cannot write {self.path!r}: {error.strerror}") from error
+        self.written += 1
         self._unsynced.set()
         if self._syncing is None:
             self._syncing = threading.Thread(target=self._keep_synced, name="microbatch-fsync", daemon=True)
@@ -215,7 +217,7 @@ class OutputFile:
         """Write the file again if it was deleted or replaced."""
         path, ours = Path(self.path), os.fstat(self._file)
         replaced = path.exists()
-        if self._syncing is None or (replaced and os.path.samestat(path.stat(), ours)):
+        if not self.written or (replaced and os.path.samestat(path.stat(), ours)):
             return
         name = next(free_names(self.path)) if replaced else path
         try:
