@@ -140,15 +140,10 @@ def together(parts: Sequence[Stats]) -> Stats:
 
 
 class Ledger(_Figures, kw_only=True):
-    """The running counters behind `Stats`, incremented by the batcher.
+    """The running counters behind `Stats`, incremented by the batcher."""
 
-    Attributes:
-        batched_items: Requests in combined calls.
-        cache_ages: Sum of the ages of all answers that were hit, in seconds.
-    """
-
-    batched_items: int = 0
-    cache_ages: float = 0.0
+    batched_items: int = 0  # requests in combined calls
+    cache_ages: float = 0.0  # sum of the ages of all answers that were hit, in seconds
 
     def __post_init__(self) -> None:
         self.batches_by_reason = Counter()

@@ -52,10 +52,8 @@ _loading = threading.Lock()
 def load_encoding(name: str) -> tiktoken.Encoding:
     """Return the encoding "o200k_base" or "cl100k_base", built from the packaged table at its first use in this process.
 
-    Thread-safe. The first call blocks for up to half a second.
-
-    Raises:
-        ConfigError: There is no such table, or it or tiktoken cannot be loaded; the next call tries again.
+    Thread-safe. The first call blocks for up to half a second. Raise `ConfigError` if there is no such table, or it or tiktoken
+    cannot be loaded; the next call tries again.
     """
     if name not in _TABLES:
         raise ConfigError(f"no token table named {name!r}; there are {', '.join(sorted(_TABLES))}")
@@ -161,11 +159,8 @@ class TokenCounter:
     def count(self, text: str) -> int:
         """Return the tokens of *text*; words that look like special tokens are counted as plain text.
 
-        Before `open` the first call loads the table and blocks.
-
-        Raises:
-            ConfigError: The user's function raised, or returned something that is no count. The message contains neither its words
-                nor the text.
+        Before `open` the first call loads the table and blocks. Raise `ConfigError` if the user's function raised, or returned
+        something that is no count; the message contains neither its words nor the text.
         """
         if self._source is None:
             return self._count_by_table(text)

@@ -66,7 +66,6 @@ class BulkRun:
     Attributes:
         items: Lines to ask about, those that cannot be read included.
         failed: Items that failed for reasons of their own.
-        wall_s: Seconds from the first question to the last answer.
         stopped: True if a signal ended the run.
         broken: The error that ended it early, or None.
         unanswering: Why the endpoint was given up; None if it was not.

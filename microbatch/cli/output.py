@@ -110,9 +110,7 @@ class OutputFile:
     """The output file, created if it is missing, and locked while it is open.
 
     Each line is written whole and at once. A thread calls fsync every half second, because the event loop must not wait for that.
-
-    Raises:
-        UsageError: The file cannot be written, or another run is writing to it.
+    Raise `UsageError` if the file cannot be written, or another run is writing to it.
     """
 
     def __init__(self, path: str) -> None:
