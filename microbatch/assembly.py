@@ -113,7 +113,7 @@ class Assembly:
             accounts=self.accounts,
             count=self.tokens.count,
             exact=self.tokens.exact_for,
-            upper=self.tokens.upper if callable(settings.tokens) else None,
+            upper=self.tokens.count if callable(settings.tokens) else None,
             price=self._price,
             ratio=self._ratio,
             now=_loop_time,

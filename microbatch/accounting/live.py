@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from microbatch.accounting.events import Called, Settled
 
 WINDOW: Final = 60.0
-"""Seconds that recent figures cover."""
-
 MOST_KEPT: Final = 4_096
-"""Maximum number of requests, and of calls, that recent figures cover: the latest ones."""
+"""Recent figures cover so many seconds, and at most so many requests, and calls: the latest ones."""
 
 _SIZES: Final = (*range(1, 17), 32, 64, 128, 256, 512, 1_024)
 
@@ -30,10 +28,8 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         window: Seconds that the recent figures cover; less than a minute after the start, or with very many requests.
         requests_per_second: Answered requests in that time.
-        latency_p50: Median seconds from submit to the answer.
-        latency_p99: 99th percentile of the same.
-        call_p50: Median seconds of calls.
-        call_p99: 99th percentile of the same.
+        latency_p50: Median seconds from submit to the answer; `latency_p99` is the 99th percentile.
+        call_p50: Median seconds of calls; `call_p99` is the 99th percentile.
         batch_sizes: Calls since the start by their number of requests: pairs of the largest size counted and how many, in order of
             size. Larger calls are counted in the last pair.
         routes: Answered requests since the start, by route.
@@ -52,11 +48,7 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveFigures:
-    """Hooks of a `Microbatcher` that collect the figures of `Live`, in less than 1 MB.
-
-    Args:
-        now: Returns the time in seconds.
-    """
+    """Hooks of a `Microbatcher` that collect the figures of `Live`, in less than 1 MB; *now* returns the time in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now

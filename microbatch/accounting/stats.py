@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
@@ -128,8 +129,7 @@ def together(parts: Sequence[Stats]) -> Stats:
         values = [getattr(part, name) for part in parts]
         if name in _MEANS:
             weights = [getattr(part, _MEANS[name]) for part in parts]
-            weighted = sum(value * weight for value, weight in zip(values, weights, strict=True))
-            totals[name] = weighted / (sum(weights) or 1)
+            totals[name] = sum(map(operator.mul, values, weights)) / (sum(weights) or 1)
         elif isinstance(values[0], dict):
             totals[name] = dict(sum(map(Counter[str], values), Counter[str]()))
         elif isinstance(values[0], Usage):
@@ -140,15 +140,10 @@ def together(parts: Sequence[Stats]) -> Stats:
 
 
 class Ledger(_Figures, kw_only=True):
-    """The running counters behind `Stats`, incremented by the batcher.
+    """The running counters behind `Stats`, incremented by the batcher."""
 
-    Attributes:
-        batched_items: Requests in combined calls.
-        cache_ages: Sum of the ages of all answers that were hit, in seconds.
-    """
-
-    batched_items: int = 0
-    cache_ages: float = 0.0
+    batched_items: int = 0  # requests in combined calls
+    cache_ages: float = 0.0  # sum of the ages of all answers that were hit, in seconds
 
     def __post_init__(self) -> None:
         self.batches_by_reason = Counter()

@@ -52,10 +52,8 @@ _loading = threading.Lock()
 def load_encoding(name: str) -> tiktoken.Encoding:
     """Return the encoding "o200k_base" or "cl100k_base", built from the packaged table at its first use in this process.
 
-    Thread-safe. The first call blocks for up to half a second.
-
-    Raises:
-        ConfigError: There is no such table, or it or tiktoken cannot be loaded; the next call tries again.
+    Thread-safe. The first call blocks for up to half a second. Raise `ConfigError` if there is no such table, or it or tiktoken
+    cannot be loaded; the next call tries again.
     """
     if name not in _TABLES:
         raise ConfigError(f"no token table named {name!r}; there are {', '.join(sorted(_TABLES))}")
@@ -161,24 +159,14 @@ class TokenCounter:
     def count(self, text: str) -> int:
         """Return the tokens of *text*; words that look like special tokens are counted as plain text.
 
-        Before `open` the first call loads the table and blocks.
-
-        Raises:
-            ConfigError: The user's function raised, or returned something that is no count. The message contains neither its words
-                nor the text.
+        Before `open` the first call loads the table and blocks. Raise `ConfigError` if the user's function raised, or returned
+        something that is no count; the message contains neither its words nor the text.
         """
         if self._source is None:
             return self._count_by_table(text)
         if isinstance(self._source, str):
             return _utf8_length(text)
         return _count_by_function(self._source, text)
-
-    def upper(self, text: str) -> int:
-        """Return an upper bound of the tokens of *text*: its length in UTF-8, since every token stands for at least one byte.
-
-        A user's function may count anything, and is called; see `count`.
-        """
-        return _utf8_length(text) if self._source is None or isinstance(self._source, str) else self.count(text)
 
     def exact_for(self, model: str | None) -> bool:
         """Return whether counts are those of *model*'s own encoding; None for the model given at construction."""

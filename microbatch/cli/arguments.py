@@ -33,14 +33,13 @@ def add_flag(
     most: float | None = None,
     **options: Any,
 ) -> None:
-    """Add a flag.
+    """Add a flag with the help *text*.
 
     Args:
         group: Where it is added.
-        flag: The flag and its value, as the help shows them. The value N is a whole number, SECONDS a number; without a value it is
-            a switch.
-        text: Its help.
-        default: The value if it is not given, which the help shows.
+        flag: The flag and its value, as the help shows them. N is a whole number, SECONDS a number; without a value it is a switch.
+        text: Its help, to which the default is added.
+        default: The value if it is not given.
         least: The smallest number; None for 1 if the value is N, else 0. Makes any other value a number too.
         most: The largest number.
         options: Further arguments of argparse.
@@ -100,11 +99,7 @@ def described(settings: type) -> dict[str, str]:
 
 
 def read_settings(args: argparse.Namespace, settings: type[T], **fixed: Any) -> T:
-    """Return *settings* with the values of the flags; *fixed* takes precedence.
-
-    Raises:
-        UsageError: A value is out of range; the message names the flag.
-    """
+    """Return *settings* with the values of the flags; *fixed* takes precedence. Raise `UsageError` if a value is out of range."""
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:

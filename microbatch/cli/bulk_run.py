@@ -58,8 +58,6 @@ class BulkRun:
 
     Args:
         args: The flags of `add_bulk`.
-        plan: Where requests are sent, and how.
-        source: The input.
         take: Takes the request and the settled reply of each answered item. `NotWritten`, `OSError` and `StorageError` end the run.
         fail: Takes the id, the error object and the request of each item that failed; the request is None if its line made none.
         done: Digests of the ids that are left out.
@@ -68,7 +66,6 @@ class BulkRun:
     Attributes:
         items: Lines to ask about, those that cannot be read included.
         failed: Items that failed for reasons of their own.
-        wall_s: Seconds from the first question to the last answer.
         stopped: True if a signal ended the run.
         broken: The error that ended it early, or None.
         unanswering: Why the endpoint was given up; None if it was not.

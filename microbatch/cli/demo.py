@@ -51,16 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:  # noqa: ARG001 every command takes them
     """Ask both ways, print the comparison and return the exit status."""
-    return asyncio.run(_demo())
+    return asyncio.run(_demo(catalogue()))
 
 
-async def _demo() -> int:
-    with stoppable():
-        return await _compare(catalogue())
-    return STOPPED
-
-
-async def _compare(products: Sequence[Product]) -> int:
+async def _demo(products: Sequence[Product]) -> int:
     print_result(f"""\
 A shop sorts {len(products)} products into {len(LABELS)} departments. Each question needs the
 same instructions; one call each sends them again every time, a combined
@@ -74,13 +68,15 @@ The endpoint is SIMULATED, in this process, over real HTTP: it needs
     def look_up(text: str, _schema: dict[str, Any] | None) -> str:
         return labels[text]
 
-    async with SimulatedEndpoint(answer=look_up, latency=LATENCY) as endpoint:
-        print_result("one call each ...")
-        single = await _ask(endpoint, products, 1)
-        print_result("in batches ...")
-        batched = await _ask(endpoint, products, BATCH_SIZE)
-    print_result(f"\n{_sample(products, batched)}\n\n{_comparison(products, single, batched)}")
-    return OK if len(single.labels) == len(batched.labels) == len(products) else SOME_FAILED
+    with stoppable():
+        async with SimulatedEndpoint(answer=look_up, latency=LATENCY) as endpoint:
+            print_result("one call each ...")
+            single = await _ask(endpoint, products, 1)
+            print_result("in batches ...")
+            batched = await _ask(endpoint, products, BATCH_SIZE)
+        print_result(f"\n{_sample(products, batched)}\n\n{_comparison(products, single, batched)}")
+        return OK if len(single.labels) == len(batched.labels) == len(products) else SOME_FAILED
+    return STOPPED
 
 
 async def _ask(endpoint: SimulatedEndpoint, products: Sequence[Product], batch_size: int) -> Trial:

@@ -47,10 +47,7 @@ class Template:
     r"""The text of a question with the names of fields in it, as in `Product: {name}`.
 
     `\n`, `\t` and `\\` are a newline, a tab and a backslash; `{{` and `}}` are braces. A name with dots reaches into nested
-    objects, unless a field has exactly that name.
-
-    Raises:
-        UsageError: The template is malformed or names no field.
+    objects, unless a field has exactly that name. Raise `UsageError` if the template is malformed or names no field.
     """
 
     def __init__(self, text: str) -> None:
@@ -203,12 +200,9 @@ def id_digest(name: str) -> int:
 
 
 class BadLine(msgspec.Struct):
-    """A line that cannot be asked about.
+    """A line that cannot be asked about, by its number (from 1) and its id, None if it has none.
 
-    Attributes:
-        number: Its number in the file, from 1.
-        name: Its id, or None if it has none.
-        problem: The error, in the same words for all lines of the kind; `detail` is about this one.
+    The problem is told in the same words for all lines of the kind; the detail is about this one.
     """
 
     number: int
@@ -309,10 +303,7 @@ class Input:
         self.check()
 
     def rows(self, skip: Container[int] = ()) -> Iterator[tuple[int, Request] | BadLine]:
-        """Yield the number and the request of every line that was checked, or what is wrong with it.
-
-        Blank lines are left out, and those whose id has its digest in *skip*.
-        """
+        """Yield the number and the request of every line that was checked, or what is wrong with it; *skip* has digests of ids."""
         for number, raw in self._raw_lines():
             if number > self._last:
                 return
@@ -327,12 +318,7 @@ class Input:
                     yield BadLine(number, name, str(error), error.field)
 
     def check(self, *, appended: bool = False) -> None:
-        """Check that the file has the same content as at the start; with *appended* further lines are accepted.
-
-        Raises:
-            InputChanged: The content differs.
-            OSError: It cannot be read.
-        """
+        """Raise `InputChanged` if the content is not that of the start; with *appended* further lines are accepted."""
         content, items, read = blake2b(digest_size=16), 0, 0
         try:
             version = self._stat()

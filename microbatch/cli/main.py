@@ -71,11 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; `UsageError` and `ConfigError` mean that nothing was sent.
-
-    Args:
-        argv: The words after `microbatch`; None takes those of the process.
-    """
+    """Run the command in *argv*, the words after `microbatch` (None: those of the process), and return its exit status."""
     console.open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
@@ -87,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment.load_dotenv()
     try:
         status: int = args.command(args)
-    except (UsageError, ConfigError) as error:
+    except (UsageError, ConfigError) as error:  # nothing was sent
         note(f"microbatch {args.name}: {error}")
         return console.USAGE
     except KeyboardInterrupt:

@@ -110,13 +110,12 @@ class OutputFile:
     """The output file, created if it is missing, and locked while it is open.
 
     Each line is written whole and at once. A thread calls fsync every half second, because the event loop must not wait for that.
-
-    Raises:
-        UsageError: The file cannot be written, or another run is writing to it.
+    Raise `UsageError` if the file cannot be written, or another run is writing to it.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.written = 0
         self._file = _open_locked(path)
         self._unsynced = threading.Event()
         self._closing = threading.Event()
@@ -177,6 +176,7 @@ class OutputFile:
             _write_all(self._file, msgspec.json.encode(line) + b"\n")
         except OSError as error:
             raise NotWritten(f"cannot write {self.path!r}: {error.strerror}") from error
+        self.written += 1
         self._unsynced.set()
         if self._syncing is None:
             self._syncing = threading.Thread(target=self._keep_synced, name="microbatch-fsync", daemon=True)
@@ -215,7 +215,7 @@ class OutputFile:
         """Write the file again if it was deleted or replaced."""
         path, ours = Path(self.path), os.fstat(self._file)
         replaced = path.exists()
-        if self._syncing is None or (replaced and os.path.samestat(path.stat(), ours)):
+        if not self.written or (replaced and os.path.samestat(path.stat(), ours)):
             return
         name = next(free_names(self.path)) if replaced else path
         try:

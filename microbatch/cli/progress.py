@@ -20,12 +20,9 @@ REFRESH_SECONDS: Final = 0.2
 
 
 class Progress:
-    """Shows the items that are done, items per second, calls, tokens, dollars and the time left, until its block ends.
+    """Shows how many of *total* items are done, items per second, calls, tokens, dollars and the time left, until its block ends.
 
-    Args:
-        total: Items in all.
-        stats: Returns the figures so far.
-        shown: True to show it, False not to; None shows it if stderr is a terminal.
+    The figures are those that *stats* returns. If *shown* is None, it is shown if stderr is a terminal.
     """
 
     def __init__(self, total: int, stats: Callable[[], Stats], *, shown: bool | None = None) -> None:

@@ -110,14 +110,8 @@ def _add_faults(group: Group) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes, and return the exit status."""
-    return asyncio.run(_serve(args))
-
-
-def _make_endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
-    faults = None
-    if args.fault:
-        faults = Faults(args.fault, rate=args.fault_rate, on=args.fault_on, seed=args.seed)
-    return SimulatedEndpoint(
+    faults = Faults(args.fault, rate=args.fault_rate, on=args.fault_on, seed=args.seed) if args.fault else None
+    endpoint = SimulatedEndpoint(
         api_keys=args.api_key,
         latency=Latency(first_token=args.first_token, tokens_per_second=args.tokens_per_second),
         faults=faults,
@@ -125,10 +119,10 @@ def _make_endpoint(args: argparse.Namespace) -> SimulatedEndpoint:
         stream_supported=not args.no_streaming,
         **{name: getattr(args, name) for name in _SAME_NAMES},
     )
+    return asyncio.run(_serve(args, endpoint))
 
 
-async def _serve(args: argparse.Namespace) -> int:
-    endpoint = _make_endpoint(args)
+async def _serve(args: argparse.Namespace, endpoint: SimulatedEndpoint) -> int:
     async with listening(args, endpoint.open, endpoint.aclose) as stopped:
         report(endpoint.base_url)
         note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")

@@ -36,7 +36,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -304,12 +304,18 @@ class Put:
 
 async def export(spool: Spool, args: argparse.Namespace) -> int:
     """Write a line for every request that is kept, and return the exit status. After an error nothing is left of a file."""
-    to_stdout = args.export == "-"
-    opened = False
+    to_stdout, opened = args.export == "-", False
+    states: Counter[State] = Counter()
+    damaged = 0
     try:
         with nullcontext(sys.stdout.buffer) if to_stdout else replacing(Path(args.export)) as file:
             opened = True
-            states, damaged = await _write_lines(spool, file, args.tenant)
+            async for kept in spool.export():
+                if args.tenant in (None, kept.name.tenant):
+                    line = _export_line(kept)
+                    file.write(msgspec.json.encode(line) + b"\n")
+                    states[kept.found.state] += 1
+                    damaged += kept.found.state == "done" and line["error"] is not None
             file.flush()
     except OSError as error:
         if to_stdout:
@@ -326,19 +332,6 @@ async def export(spool: Spool, args: argparse.Namespace) -> int:
         if damaged:
             note(f"{plural(damaged, 'answer')} cannot be read any more; the export has an error in place of each")
     return console.SOME_FAILED if damaged else console.OK
-
-
-async def _write_lines(spool: Spool, file: BinaryIO, tenant: str | None) -> tuple[Counter[State], int]:
-    """Write the requests of *tenant*, or of all; return how many there are of each state, and how many answers are damaged."""
-    states: Counter[State] = Counter()
-    damaged = 0
-    async for kept in spool.export():
-        if tenant in (None, kept.name.tenant):
-            line = _export_line(kept)
-            file.write(msgspec.json.encode(line) + b"\n")
-            states[kept.found.state] += 1
-            damaged += kept.found.state == "done" and line["error"] is not None
-    return states, damaged
 
 
 def _export_line(kept: Kept) -> dict[str, Any]:

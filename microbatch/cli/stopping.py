@@ -21,8 +21,7 @@ _unsupported = contextlib.suppress(NotImplementedError, ValueError, RuntimeError
 def stoppable(*first: Callable[[], None]) -> Generator[Callable[[], None]]:
     """Call one of *first* at each signal; at the next one leave this block, without an error. A further one has its usual effect.
 
-    Yields:
-        A function that leaves the block in the same way: it cancels the running task.
+    Yield a function that leaves the block in the same way: it cancels the running task.
     """
     task = asyncio.current_task()
     stopped = False

@@ -87,13 +87,7 @@ class Failures:
         self._others = 0
 
     def add(self, problem: str, example: str, place: str = "") -> None:
-        """Add a failure.
-
-        Args:
-            problem: The error, in the same words for all failures of a kind.
-            example: The line or id that failed.
-            place: A text before the examples.
-        """
+        """Add a failure of the line or id *example*: *problem*, in the same words for all of a kind; *place* precedes examples."""
         kind = place, problem
         if kind not in self._counts and len(self._counts) >= MAX_KINDS:
             self._others += 1

@@ -140,15 +140,12 @@ def test_a_line_costs_its_id_and_its_text_and_an_id_at_most_eight(counter, id_, 
 
 
 @given(texts | st.text(st.characters(categories=["Cs", "Lu", "So"])))
-def test_upper_is_never_below_the_count(counter, text):
-    assert counter.count(text) <= counter.upper(text)
+def test_bytes_are_never_below_the_count(counter, text):
     assert counter.count(text) <= TokenCounter("bytes").count(text)
 
 
-def test_upper_and_bytes_are_the_utf8_length(counter):
-    assert [counter.upper(text) for text in ("", "abc", "é世🤷", "\ud800")] == [0, 3, 9, 3]
+def test_bytes_are_the_utf8_length():
     assert [TokenCounter("bytes").count(text) for text in ("", "abc", "é世🤷", "\ud800")] == [0, 3, 9, 3]
-    assert TokenCounter("bytes").upper("é世🤷") == 9
 
 
 class Broken:
@@ -241,9 +238,9 @@ def test_counts_of_a_function_or_of_bytes_are_never_called_exact():
     assert not TokenCounter(len, model="gpt-4o").exact
 
 
-def test_a_function_counts_and_bounds():
+def test_a_function_counts():
     words = TokenCounter(lambda text: len(text.split()))
-    assert (words.count("one two three"), words.upper("one two three"), words.encoding) == (3, 3, None)
+    assert (words.count("one two three"), words.encoding) == (3, None)
 
 
 class Index:
@@ -263,10 +260,9 @@ def test_whatever_a_function_raises_becomes_a_config_error_that_names_it(error):
     def broken(_text):
         raise error
 
-    for call in (TokenCounter(broken).count, TokenCounter(broken).upper):
-        with pytest.raises(ConfigError, match=rf"^the `tokens` function raised {type(error).__name__}$") as caught:
-            call("secret text")
-        assert caught.value.__cause__ is error
+    with pytest.raises(ConfigError, match=rf"^the `tokens` function raised {type(error).__name__}$") as caught:
+        TokenCounter(broken).count("secret text")
+    assert caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
@@ -347,7 +343,7 @@ def test_counting_before_open_loads_the_table_where_it_stands(builds):
 async def test_no_table_is_loaded_for_bytes_or_a_function(builds, source):
     counter = TokenCounter(source)
     await counter.open()
-    assert (counter.count("text"), counter.upper("text"), builds) == (4, 4, [])
+    assert (counter.count("text"), builds) == (4, [])
 
 
 @pytest.mark.parametrize("error", [ImportError("no wheel"), FileNotFoundError("stripped"), lzma.LZMAError("damaged")])
