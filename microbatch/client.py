@@ -9,8 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from microbatch.assembly import Assembly, Host, Settings
-from microbatch.batching.bulk import BulkRun
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions
+from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole

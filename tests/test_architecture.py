@@ -20,9 +20,9 @@ FOUNDATION = (
 LAYERS = (
     *FOUNDATION,
     *("schema", "prompt", "accounting", "storage"),
-    "transports, batching",
+    *("transports", "batching"),
     "caching, spool",
-    *("assembly", "client"),
+    *("assembly", "bulk", "client"),
     *("openai", "gateway"),
     "demo, testing",
     *("cli", "__main__"),
@@ -50,7 +50,6 @@ IMPURE = {
     "accounting": {"live", "otel", "tokens"},
     "batching": {
         "admission",
-        "bulk",
         "call_state",
         "dispatch",
         "engine",
@@ -59,6 +58,7 @@ IMPURE = {
         "lane_table",
         "scheduler",
     },
+    "bulk": {""},
     "caching": {"answer_cache", "guard", "memory", "sqlite"},
     "resources": {""},
     "spool": {
