@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import msgspec
 
 from microbatch.batching.request import check_messages, copy_of, read_options
-from microbatch.errors import ConfigError, MalformedAnswer, StorageError
+from microbatch.containment import contained
+from microbatch.errors import MalformedAnswer, StorageError
 from microbatch.messages import Reply, Request, Route, Usage
 from microbatch.schema.answer_type import answer_type
 from microbatch.spool.records import Item
@@ -175,12 +176,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """
         output: Any = self.text
         if output_type is not str:
-            try:
-                output, _ = answer_type(output_type).decode(self.text)
-            except (KeyboardInterrupt, SystemExit, ConfigError):
-                raise
-            except BaseException as reason:  # a user's validator may raise anything; a Rust panic is a BaseException
-                raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from reason
+            kind = answer_type(output_type)
+            with contained() as decoding:
+                output, _ = kind.decode(self.text)
+            if decoding.error is not None:
+                raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from decoding.error
         return Reply(output, **{name: getattr(self, name) for name in _OF_REPLY})
 
     def __repr__(self) -> str:

@@ -77,8 +77,12 @@ class Asks(Protocol):
 
 
 class Done(msgspec.Struct):
-    """Figures of a worker: requests whose answers it stored, and those given back because they failed, or for other reasons."""
+    """Figures of a worker: requests whose answers it stored, and those given back because they failed, or for other reasons.
 
+    *report* is called with the figures whenever they change.
+    """
+
+    report: Callable[[Any], None] | None = None
     answered: int = 0
     failed: int = 0
     returned: int = 0
@@ -88,6 +92,8 @@ class Done(msgspec.Struct):
         self.answered += answered
         self.failed += failed
         self.returned += returned
+        if self.report is not None:
+            self.report(self)
 
 
 class Worker:
@@ -118,7 +124,7 @@ class Worker:
         prober: Asks | None = None,
         progress: Callable[[Done], None] | None = None,
     ) -> None:
-        self.done = Done()
+        self.done = Done(progress)
         self.refused: str | None = None
         self._spool = spool
         self._batchers = batchers
@@ -126,7 +132,6 @@ class Worker:
         self._until_empty = until_empty
         self._needs_model = needs_model
         self._prober = prober or batchers[Stage.ALONE][0]
-        self._progress = progress
         self._held: dict[str, Delivery] = {}
         self._doubtful: list[tuple[Delivery, str]] = []
         self._control: Request | None = None
@@ -268,7 +273,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 the worker continues
             logger.warning("%d answers could not be stored, and will be asked for again: %s", len(results), error)
         else:
-            self._count(answered=len(results))
+            self.done.add(answered=len(results))
         finally:
             self._drop(delivery for delivery, _ in results)
         return [None] * len(results)
@@ -282,16 +287,11 @@ class Worker:
             logger.warning("requests could not be given back, and are free when their leases expire: %s", problem)
         finally:
             self._drop(deliveries)
-        self._count(**{"failed" if counted else "returned": len(deliveries)})
+        self.done.add(**{"failed" if counted else "returned": len(deliveries)})
 
     def _drop(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
             self._held.pop(delivery.item.name.key, None)
-
-    def _count(self, **more: int) -> None:
-        self.done.add(**more)
-        if self._progress is not None:
-            self._progress(self.done)
 
     async def _renew(self) -> None:
         if self._held:

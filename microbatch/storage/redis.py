@@ -64,6 +64,10 @@ class RedisStore:
             ) from None
         return redis.Redis.from_pool(pool)
 
+    async def open(self) -> None:
+        """Prepare the client. Nothing is sent, so a server that is down delays no start."""
+        self._client = self._connect()
+
     def _opened(self) -> Any:
         if self._client is None:
             raise StorageError(f"the {type(self).__name__} is not open")

@@ -15,12 +15,13 @@ from microbatch.spool.provider.input_file import Content
 from microbatch.spool.records import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from microbatch.spool.provider.api import OpenAIBatchApi, RemoteBatch
     from microbatch.spool.provider.input_file import Draft
     from microbatch.spool.provider.output_file import OutputReader, Results
     from microbatch.spool.records import Delivery, Spool
+    from microbatch.spool.worker import Done
 
 logger = logging.getLogger("microbatch")
 
@@ -55,18 +56,18 @@ class Held(msgspec.Struct):
 
 
 class Jobs:
-    """Creates, polls and ends jobs; *count* takes numbers of requests: `answered`, `failed`, `returned`.
+    """Creates, polls and ends jobs.
 
     Attributes:
         held: The jobs held here, by token.
     """
 
-    def __init__(self, spool: Spool, api: OpenAIBatchApi, reader: OutputReader, count: Callable[..., None]) -> None:
+    def __init__(self, spool: Spool, api: OpenAIBatchApi, reader: OutputReader, done: Done) -> None:
         self.held: dict[str, Held] = {}
         self._spool = spool
         self._api = api
         self._reader = reader
-        self._count = count
+        self._done = done
         self._lessons = 0  # consecutive jobs after which lines are written differently
         self._fruitless = 0  # consecutive jobs without an answer
 
@@ -155,7 +156,7 @@ class Jobs:
         results = await self._reader.read(batch, held.content, tied, files)
         for answers in pieces(results.answers):
             await self._spool.finish(answers)
-            self._count(answered=len(answers))
+            self._done.add(answered=len(answers))
         for why, left in results.open.items():
             fruitless = why.cause is Cause.EITHER and self._fruitless >= MAX_LESSONS
             counted = results.blames(why) or fruitless or (why.again and self._lessons >= MAX_LESSONS)
@@ -169,7 +170,7 @@ class Jobs:
         """Give *deliveries* back to the spool, in pieces."""
         for piece in pieces(deliveries):
             await self._spool.give_back(piece, error=error, counted=counted)
-            self._count(**{"failed" if counted else "returned": len(piece)})
+            self._done.add(**{"failed" if counted else "returned": len(piece)})
 
     async def _content(self, file_id: str) -> bytes:
         try:

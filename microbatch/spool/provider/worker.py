@@ -111,17 +111,16 @@ class ProviderBatches:
     ) -> None:
         at_least(0.001, lease=lease, poll_interval=poll_interval)
         whole(1, max_requests=max_requests, max_jobs=max_jobs)
-        self.done = Tally()
+        self.done = Tally(progress)
         self._spool = spool
         self._api = api
         self._composer = Composer(wire, policy or FlushPolicy(), canary=canary)
-        self._jobs = Jobs(spool, api, OutputReader(wire, price), self._count)
+        self._jobs = Jobs(spool, api, OutputReader(wire, price), self.done)
         self._lease = lease
         self._poll_interval = poll_interval
         self._max_requests = self._most = max_requests
         self._max_jobs = max_jobs
         self._until_empty = until_empty
-        self._progress = progress
         self._turns = deque(Stage)
         self._taken: dict[str, Delivery] = {}
         self._stopping = asyncio.Event()
@@ -196,7 +195,7 @@ class ProviderBatches:
                 self._forget(draft.deliveries)
                 self.done.jobs += 1
                 self.done.lines += len(draft.lines)
-                self._count()
+                self.done.add()
         except Exception:
             with contextlib.suppress(StorageError):
                 await self._give_back(list(self._taken.values()), "the worker failed", counted=False)
@@ -256,7 +255,7 @@ class ProviderBatches:
         done.usage += results.usage
         known = results.cost_usd is not None and done.cost_usd is not None
         done.cost_usd = (done.cost_usd or 0.0) + (results.cost_usd or 0.0) if known else None
-        self._count()
+        self.done.add()
 
     async def _give_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
         for piece in pieces(deliveries):
@@ -266,8 +265,3 @@ class ProviderBatches:
     def _forget(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
             self._taken.pop(delivery.item.name.key, None)
-
-    def _count(self, **more: int) -> None:
-        self.done.add(**more)
-        if self._progress is not None:
-            self._progress(self.done)
