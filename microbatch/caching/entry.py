@@ -10,8 +10,7 @@ import msgspec
 from microbatch.errors import StorageError
 from microbatch.messages import Usage
 
-DEFAULT_TTL: Final = 7 * 24 * 3600.0
-"""Seconds for which answers are valid by default."""
+DEFAULT_TTL: Final = 7 * 24 * 3600.0  # seconds for which answers are valid by default
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microbatch")
 
-PAGE: Final = 100
-"""Most requests whose texts are read at once."""
-
+PAGE: Final = 100  # most requests whose texts are read at once
 _MAX_CONNECTIONS: Final = 16
 _DELIVERY_FIELDS: Final = 6
 _SAFE: Final = "noeviction"

@@ -22,11 +22,8 @@ FIRST_LOOK: Final = 0.02
 RAREST_LOOK: Final = 1.0
 """Seconds between two look-ups of an awaited answer, doubling from the one to the other: an answer may take hours."""
 
-MOST: Final = 500
-"""Most requests put or looked up in one step, to keep steps short."""
-
-STALE: Final = 1.0
-"""Seconds after which the counts are read again."""
+MOST: Final = 500  # most requests put or looked up in one step, to keep steps short
+STALE: Final = 1.0  # seconds after which the counts are read again
 
 
 class SpoolClient:

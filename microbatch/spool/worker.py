@@ -44,19 +44,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microbatch")
 
-MOST_AT_ONCE: Final = 256
-"""Most requests taken from the spool in one step."""
-
-PARTING: Final = 5.0
-"""Seconds in which a cancelled worker gives back what it holds."""
-
+MOST_AT_ONCE: Final = 256  # most requests taken from the spool in one step
+PARTING: Final = 5.0  # seconds in which a cancelled worker gives back what it holds
 FIRST_LOOK: Final = 0.05
-RAREST_LOOK: Final = 1.0
-"""Seconds between two looks into an empty spool, doubling from the one to the other."""
-
-TURN: Final = 30.0
-"""Seconds after which a stage that always has something to do gives way to the next."""
-
+RAREST_LOOK: Final = 1.0  # seconds between two looks into an empty spool, doubling from the one to the other
+TURN: Final = 30.0  # seconds after which a stage that always has something to do gives way to the next
 NO_MODEL: Final = (
     "requests in the spool name no model: give the worker one with --model NAME; they are left as they were"
 )

@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     Rejected = tuple[Delivery, str]
 
 MAX_LINES: Final = 50_000
-MAX_FILE_BYTES: Final = 200_000_000
-"""OpenAI's limit for one file."""
-
+MAX_FILE_BYTES: Final = 200_000_000  # OpenAI's limits for one file
 _AROUND_BYTES: Final = 256  # most bytes of a line without its body
 _SLICE: Final = 64  # requests read, or lines written, between turns of the event loop
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
@@ -12,6 +13,7 @@ from microbatch.errors import BadRequest, RateLimited, RequestFailed, StorageErr
 from microbatch.spool.endpoint import Cause
 from microbatch.spool.provider.api import is_ambiguous
 from microbatch.spool.provider.input_file import Content
+from microbatch.spool.provider.output_file import Results
 from microbatch.spool.records import Job
 
 if TYPE_CHECKING:
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 
     from microbatch.spool.provider.api import OpenAIBatchApi, RemoteBatch
     from microbatch.spool.provider.input_file import Draft
-    from microbatch.spool.provider.output_file import OutputReader, Results
+    from microbatch.spool.provider.output_file import Pricing
     from microbatch.spool.records import Delivery, Spool
     from microbatch.spool.worker import Done
+    from microbatch.transports.batch_wire import BatchWire
 
 logger = logging.getLogger("microbatch")
 
@@ -37,9 +40,7 @@ MAX_LESSONS: Final = 8
 """Consecutive jobs with lines refused for unsupported features, or without any answer for reasons that may be the endpoint's, after
 which such failures count for the requests."""
 
-AT_ONCE: Final = 1_000
-"""Most requests in one transaction of the spool."""
-
+AT_ONCE: Final = 1_000  # most requests in one transaction of the spool
 _SKEW: Final = 3_600.0  # seconds by which the provider's clock and ours may differ
 _NOT_FOUND: Final = 404
 
@@ -62,11 +63,11 @@ class Jobs:
         held: The jobs held here, by token.
     """
 
-    def __init__(self, spool: Spool, api: OpenAIBatchApi, reader: OutputReader, done: Done) -> None:
+    def __init__(self, spool: Spool, api: OpenAIBatchApi, wire: BatchWire, price: Pricing, done: Done) -> None:
         self.held: dict[str, Held] = {}
         self._spool = spool
         self._api = api
-        self._reader = reader
+        self._results = partial(Results, wire=wire, price=price)
         self._done = done
         self._lessons = 0  # consecutive jobs after which lines are written differently
         self._fruitless = 0  # consecutive jobs without an answer
@@ -153,7 +154,8 @@ class Jobs:
         """Store the results of a finished batch, and end its job."""
         tied = {delivery.item.name.key: delivery for delivery in await self._spool.job_items(held.job.token)}
         files = [await self._content(name) for name in (batch.output_file_id, batch.error_file_id) if name is not None]
-        results = await self._reader.read(batch, held.content, tied, files)
+        results = self._results(batch, held.content, tied)
+        await results.read(files)
         for answers in pieces(results.answers):
             await self._spool.finish(answers)
             self._done.add(answered=len(answers))

@@ -33,7 +33,6 @@ from microbatch.policy import FlushPolicy, at_least, whole
 from microbatch.spool.endpoint import Pause, wait
 from microbatch.spool.provider.input_file import Composer
 from microbatch.spool.provider.jobs import AT_ONCE, Jobs, pieces
-from microbatch.spool.provider.output_file import OutputReader
 from microbatch.spool.records import LEASE, Stage
 from microbatch.spool.worker import PARTING, Done, renew_leases, run_with
 
@@ -50,15 +49,9 @@ logger = logging.getLogger("microbatch")
 
 T = TypeVar("T")
 
-POLL: Final = 30.0
-"""Seconds between two looks at a batch."""
-
-MAX_REQUESTS: Final = 20_000
-"""Most requests of a job."""
-
-MAX_JOBS: Final = 8
-"""Most jobs that one worker has under way."""
-
+POLL: Final = 30.0  # seconds between two looks at a batch
+MAX_REQUESTS: Final = 20_000  # most requests of a job
+MAX_JOBS: Final = 8  # most jobs that one worker has under way
 LONGEST_PAUSE: Final = 600.0
 """Seconds of the longest pause without a new job after failures that no request caused; the first is as long as a poll."""
 
@@ -115,7 +108,7 @@ class ProviderBatches:
         self._spool = spool
         self._api = api
         self._composer = Composer(wire, policy or FlushPolicy(), canary=canary)
-        self._jobs = Jobs(spool, api, OutputReader(wire, price), self.done)
+        self._jobs = Jobs(spool, api, wire, price, self.done)
         self._lease = lease
         self._poll_interval = poll_interval
         self._max_requests = self._most = max_requests
@@ -245,7 +238,7 @@ class ProviderBatches:
         batch, done = results.batch, self.done
         if any(error.code == "token_limit_exceeded" for error in batch.complaints):
             # More than the provider lets wait at once; nothing of it was run.
-            self._most = max(1, results.requests // 2)
+            self._most = max(1, len(results.tied) // 2)
         elif batch.status == "completed":
             self._most = min(self._max_requests, 2 * self._most)
         if results.answers:
