@@ -18,7 +18,6 @@ requests tied to the job that are still open.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -26,7 +25,6 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import anyio
 import msgspec
 
 from microbatch.errors import BadRequest, RateLimited, RequestFailed, StorageError
@@ -37,7 +35,7 @@ from microbatch.spool.provider.api import is_ambiguous
 from microbatch.spool.provider.input_file import Composer, Content
 from microbatch.spool.provider.output_file import Results
 from microbatch.spool.records import LEASE, Job, Stage
-from microbatch.spool.worker import PARTING, Done, renew_leases, run_with
+from microbatch.spool.worker import Done, SpoolWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -87,21 +85,18 @@ class Tally(Done):
     cost_usd: float | None = 0.0
 
 
-class ProviderBatches:
-    """Drains a spool through a provider's batch API.
+class ProviderBatches(SpoolWorker):
+    """Has the requests of a spool answered by a provider's batch API; for the further arguments, see `SpoolWorker`.
 
     Args:
-        spool: The spool, open.
         api: The provider's files and batches.
         wire: Writes and reads the bodies of lines.
         policy: The size limits of one prompt; its other fields have no effect.
         price: Returns the price function of a model, at the usual price, of which batches cost half.
         canary: Whether each combined prompt ends in a canary.
-        lease: Seconds for which requests and jobs are taken; renewed while `run` runs.
         poll_interval: Seconds between two looks at the batches under way, and into an empty spool.
         max_requests: Most requests of a job.
         max_jobs: Most jobs under way here.
-        until_empty: End when the spool holds no unanswered requests, those of other workers included.
         progress: Called with the figures `done` whenever they change.
 
     Raises:
@@ -126,42 +121,19 @@ class ProviderBatches:
     ) -> None:
         at_least(0.001, lease=lease, poll_interval=poll_interval)
         whole(1, max_requests=max_requests, max_jobs=max_jobs)
+        pause = Pause("no new batch job", first=poll_interval, longest=LONGEST_PAUSE)
+        super().__init__(spool, pause, lease=lease, until_empty=until_empty)
         self.done = Tally(progress)
-        self._spool = spool
         self._api = api
         self._composer = Composer(wire, policy or FlushPolicy(), canary=canary)
         self._results = partial(Results, wire=wire, price=price)
-        self._lease = lease
         self._poll_interval = poll_interval
         self._max_requests = self._most = max_requests
         self._max_jobs = max_jobs
-        self._until_empty = until_empty
         self._turns = deque(Stage)
-        self._taken: dict[str, Delivery] = {}
-        self._held: dict[str, _Held] = {}  # by token
+        self._jobs: dict[str, _Held] = {}  # by token
         self._lessons = 0  # consecutive jobs after which lines are written differently
         self._fruitless = 0  # consecutive jobs without an answer
-        self._stopping = asyncio.Event()
-        self._pause = Pause("no new batch job", first=poll_interval, longest=LONGEST_PAUSE)
-
-    def stop(self) -> None:
-        """Begin nothing more; `run` returns soon. Batches under way continue, and the next worker reads them."""
-        self._stopping.set()
-
-    async def run(self) -> None:
-        """Submit and poll until stopped, or until the spool is empty if that is wanted.
-
-        At the end, and when cancelled, requests that were taken are given back uncounted, and jobs are free for others. A spool or a
-        provider that fails is tried again after a pause.
-
-        Raises:
-            ConfigError: Requests name no model, and neither does the transport.
-        """
-        try:
-            await run_with(self._work, partial(renew_leases, self._renew, self._lease))
-        finally:
-            with anyio.move_on_after(PARTING, shield=True):
-                await self._let_go()
 
     async def _work(self) -> None:
         while not self._stopping.is_set():
@@ -169,7 +141,7 @@ class ProviderBatches:
             try:
                 submitted = await self.submit_some()
                 await self.poll()
-                if self._until_empty and not self._held and not (await self._spool.counts()).depth:
+                if self._until_empty and not self._jobs and not (await self._spool.counts()).depth:
                     return
             except StorageError as error:
                 self._pause.begin(str(error))
@@ -177,19 +149,18 @@ class ProviderBatches:
                 await wait(self._stopping, self._poll_interval)
 
     async def _renew(self) -> None:
-        if self._taken:
-            await self._spool.renew(list(self._taken.values()), lease=self._lease)
-        if self._held:
-            await self._spool.renew_jobs(list(self._held), lease=self._lease)
+        await super()._renew()
+        if self._jobs:
+            await self._spool.renew_jobs(list(self._jobs), lease=self._lease)
 
     async def _let_go(self) -> None:
         try:
-            await self._give_back(list(self._taken.values()), "the worker has stopped", counted=False)
-            if self._held:
-                await self._spool.renew_jobs(list(self._held), lease=0.0)
+            await self._give_back(list(self._held.values()), "the worker has stopped", counted=False)
+            if self._jobs:
+                await self._spool.renew_jobs(list(self._jobs), lease=0.0)
         except StorageError as error:
             logger.warning("what was under way could not be given back, and is free when its leases expire: %s", error)
-        self._held.clear()
+        self._jobs.clear()
 
     # --- new jobs
 
@@ -202,17 +173,17 @@ class ProviderBatches:
             ConfigError: Requests name no model, and neither does the transport.
             StorageError: The spool failed.
         """
-        if len(self._held) >= self._max_jobs or self._pause.left:
+        if len(self._jobs) >= self._max_jobs or self._pause.left:
             return False
         try:
             await self._take()
-            drafts, rejected = await self._composer.drafts(list(self._taken.values()))
+            drafts, rejected = await self._composer.drafts(list(self._held.values()))
             for delivery, why in rejected:
                 await self._give_back([delivery], why, counted=True)
             begun = [await self._begin(draft) for draft in drafts]
         except Exception:
             with contextlib.suppress(StorageError):
-                await self._give_back(list(self._taken.values()), "the worker failed", counted=False)
+                await self._give_back(list(self._held.values()), "the worker failed", counted=False)
             raise
         for held in begun:
             await self._guarded(held, self._launch(held, new=True))
@@ -223,13 +194,13 @@ class ProviderBatches:
         for _ in Stage:
             stage = self._turns[0]
             self._turns.rotate(-1)
-            while len(self._taken) < self._most:
-                most = min(AT_ONCE, self._most - len(self._taken))
+            while len(self._held) < self._most:
+                most = min(AT_ONCE, self._most - len(self._held))
                 taken = await self._spool.take(stage, most, lease=self._lease)
-                self._taken.update((delivery.item.name.key, delivery) for delivery in taken)
+                self._hold(taken)
                 if len(taken) < most:
                     break
-            if self._taken:
+            if self._held:
                 return
 
     async def _begin(self, draft: Draft) -> _Held:
@@ -237,8 +208,8 @@ class ProviderBatches:
         content = await draft.content(_now())
         job = Job(draft.token, content.encode())
         await self._spool.begin_job(job, draft.deliveries, lease=self._lease)
-        held = self._held[job.token] = _Held(job, content)
-        self._forget(draft.deliveries)
+        held = self._jobs[job.token] = _Held(job, content)
+        self._drop(draft.deliveries)
         self.done.jobs += 1
         self.done.lines += len(draft.lines)
         self.done.add()
@@ -253,14 +224,14 @@ class ProviderBatches:
         """
         await self._adopt()
         ended = False
-        for held in list(self._held.values()):
+        for held in list(self._jobs.values()):
             ended |= await self._guarded(held, self._look_after(held))
         return ended
 
     async def _adopt(self) -> None:
         """Take over jobs that no worker holds any more."""
         for job in await self._spool.take_jobs(self._max_jobs, lease=self._lease):
-            if job.token in self._held:
+            if job.token in self._jobs:
                 continue  # its lease had expired
             try:
                 content = Content.decode(job.content)
@@ -268,7 +239,7 @@ class ProviderBatches:
                 logger.exception("the batch job %s is given up", job.token)
                 await self._spool.end_job(job.token, error=str(error))
             else:
-                self._held[job.token] = _Held(job, content)
+                self._jobs[job.token] = _Held(job, content)
 
     async def _guarded(self, held: _Held, step: Coroutine[Any, Any, bool | None]) -> bool:
         """Take a step of one job, and return whether that has ended; if the provider fails, pause."""
@@ -362,7 +333,7 @@ class ProviderBatches:
 
     async def _end(self, held: _Held, file_id: str | None) -> None:
         await self._spool.end_job(held.job.token, error="the batch job ended without an answer to this request")
-        self._held.pop(held.job.token, None)
+        self._jobs.pop(held.job.token, None)
         if file_id is not None:
             try:
                 await self._api.delete(file_id)
@@ -389,12 +360,8 @@ class ProviderBatches:
     async def _give_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
         for piece in _pieces(deliveries):
             await self._spool.give_back(piece, error=error, counted=counted)
-            self._forget(piece)
+            self._drop(piece)
             self.done.add(**{"failed" if counted else "returned": len(piece)})
-
-    def _forget(self, deliveries: Sequence[Delivery]) -> None:
-        for delivery in deliveries:
-            self._taken.pop(delivery.item.name.key, None)
 
 
 def _pieces(all_: Sequence[T]) -> Iterator[Sequence[T]]:
