@@ -46,11 +46,7 @@ class Keys:
         self._normalize = normalize
 
     def of(self, messages: Messages, options: Options) -> bytes:
-        """Return the key of a request.
-
-        Raises:
-            ConfigError: The messages are not JSON values, or `normalize` failed.
-        """
+        """Return the key of a request; raise `ConfigError` if the messages are not JSON values, or `normalize` failed."""
         answer, model, *rest = options.content
         keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
         try:

@@ -43,12 +43,7 @@ def _decoded(raw: bytes, kind: type[T], what: str) -> T:
 
 
 class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The content of a request.
-
-    Attributes:
-        model: The model to ask; None for that of the worker's transport.
-        params: Further request fields. The schema of a typed answer is in `response_format`.
-    """
+    """The content of a request; `params` are further request fields, with the schema of a typed answer in `response_format`."""
 
     messages: list[dict[str, Any]]
     model: str | None = None
@@ -165,10 +160,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.json.decode(self.text) if self.is_json else self.text
 
     def reply(self, output_type: Any = str) -> Reply[Any]:
-        """Return the answer as `submit` would.
-
-        Args:
-            output_type: The type to decode the text to; str leaves it as it is. It need not be that of the request.
+        """Return the answer as `submit` would, decoded to *output_type*, which need not be that of the request.
 
         Raises:
             ConfigError: The type cannot be used.

@@ -91,7 +91,7 @@ class Delivery(msgspec.Struct, frozen=True):
     Attributes:
         deliveries: Number of deliveries, this one included.
         lease: Token that distinguishes the deliveries of one request.
-        queued_at: When it was put, in seconds since 1970.
+        queued_at: Seconds since 1970.
     """
 
     item: Item

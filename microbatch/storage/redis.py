@@ -97,10 +97,8 @@ def translated() -> Generator[None]:
 
 
 async def results_of(pipeline: Any) -> list[Any]:
-    """Send the commands in *pipeline*; return their results, or raise the first error among them.
-
-    The client's own method puts the failed command, with its arguments, before the server's message.
-    """
+    """Send the commands in *pipeline*; return their results, or raise the first error among them."""
+    # The client's own method puts the failed command, with its arguments, before the server's message.
     results: list[Any] = await pipeline.execute(raise_on_error=False)
     for result in results:
         if isinstance(result, Exception):
