@@ -63,7 +63,7 @@ IMPURE = {
     "resources": {""},
     "spool": {
         *("endpoint", "spool_client", "sqlite", "worker"),
-        *("provider.api", "provider.input_file", "provider.jobs", "provider.output_file", "provider.worker"),
+        *("provider.api", "provider.input_file", "provider.output_file", "provider.worker"),
     },
     "storage": {"coalescer", "redis", "sqlite"},
     "transports": {"accounts", "attempt", "chat_wire", "http", "openai_chat", "relay", "retry"},

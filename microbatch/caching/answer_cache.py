@@ -43,17 +43,13 @@ JITTER: Final = 0.1
 BULK_TIMEOUT: Final = 2.0
 """Seconds that a store or a look-up of bulk work may take: no caller waits for it, and a miss has to be paid for."""
 
-PAGE: Final = 128
-"""Most keys in one look-up. A burst is looked up in pages, each with a deadline of its own."""
-
+PAGE: Final = 128  # most keys in one look-up; the pages of a burst have a deadline each
 _MAX_LOOK_UPS: Final = 2  # under way; a cache that serves them one by one would only make more of them wait
 
 SECRET_REFRESH: Final = 1.0
 """Seconds after which the secret is read again: if the store was emptied, other processes may have agreed on a new one."""
 
-MAX_CLOCK_SKEW: Final = 60.0
-"""Seconds by which the clocks of processes that share a cache may differ."""
-
+MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that share a cache may differ
 FRESH: Final = 0.075
 """Seconds for which stored entries also stay in memory: longer than a look-up that was under way when they were stored."""
 

@@ -10,8 +10,7 @@ import msgspec
 from microbatch.errors import StorageError
 from microbatch.messages import Usage
 
-DEFAULT_TTL: Final = 7 * 24 * 3600.0
-"""Seconds for which answers are valid by default."""
+DEFAULT_TTL: Final = 7 * 24 * 3600.0  # seconds for which answers are valid by default
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -19,8 +18,6 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     Attributes:
         key: Its key. It shows when a store returns another key's value, as a connection out of step does.
-        text: The answer as the model wrote it.
-        model: The model that answered, or None.
         stored_at: Seconds since 1970.
         expires_at: Seconds since 1970; None for never.
         prompt_tokens: Of a call for this answer alone, as are the next two.
@@ -65,11 +62,7 @@ def read(value: bytes, key: bytes, now: float) -> Entry | None:
 
 
 def checked_values(found: object, count: int) -> list[bytes | None]:
-    """Return the values that a store has returned, as a list.
-
-    Raises:
-        StorageError: They are not *count* values, each bytes or None.
-    """
+    """Return what a store has *found* as a list; raise `StorageError` if it is not *count* values, each bytes or None."""
     values: list[Any] = list(found) if isinstance(found, Iterable) else []
     if len(values) != count or not all(value is None or isinstance(value, bytes) for value in values):
         raise StorageError(f"it did not answer with {count} values, each bytes or None")

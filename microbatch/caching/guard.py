@@ -23,9 +23,7 @@ logger = logging.getLogger("microbatch")
 
 T = TypeVar("T")
 
-LIVE_TIMEOUT: Final = 0.05
-"""Seconds that a cache call may take while a caller waits for it."""
-
+LIVE_TIMEOUT: Final = 0.05  # seconds that a cache call may take while a caller waits for it
 _CHECK_PATIENCE: Final = 2.0  # seconds for which the first contact is repeated by `Guard.open`
 _RETRY_PAUSE: Final = 0.1
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from microbatch.batching.request import Options
     from microbatch.messages import Messages
 
-FORMAT: Final = 1
-"""Version of the digested content. Any change to that content makes all earlier entries misses."""
-
+FORMAT: Final = 1  # version of the digested content, any change of which makes all earlier entries misses
 SECRET_BYTES: Final = 32
 _DIGEST_BYTES: Final = 20  # 160 bits: no accidental collisions
 
@@ -48,11 +46,7 @@ class Keys:
         self._normalize = normalize
 
     def of(self, messages: Messages, options: Options) -> bytes:
-        """Return the key of a request.
-
-        Raises:
-            ConfigError: The messages are not JSON values, or `normalize` failed.
-        """
+        """Return the key of a request; raise `ConfigError` if the messages are not JSON values, or `normalize` failed."""
         answer, model, *rest = options.content
         keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
         try:

@@ -55,10 +55,6 @@ class RedisCache(RedisStore, Cache):
         self._prefix = f"{prefix}cache:"
         self._secret: bytes | None = None  # as last read
 
-    async def open(self) -> None:
-        """Prepare the client. Nothing is sent, so a server that is down delays no start."""
-        self._client = self._connect()
-
     async def secret(self) -> bytes:
         """Return the 32 random bytes that the first process has left on the server.
 

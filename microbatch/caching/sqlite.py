@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 LEAST_BYTES: Final = 256 * 1024
 """Smallest `max_bytes`: an empty file has a few pages already, and space is freed by the page."""
 
-TOUCH_AFTER: Final = 60.0
-"""Seconds after which a use is recorded again: the order of use is exact to the minute."""
-
+TOUCH_AFTER: Final = 60.0  # seconds after which a use is recorded again: the order of use is exact to the minute
 MAX_CLOCK_SKEW: Final = 60.0
 """Seconds in the future at which an entry may have been used, as clocks differ. If it is more, the clock was set back since."""
 

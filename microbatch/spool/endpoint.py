@@ -32,18 +32,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microbatch")
 
 FIRST_PAUSE: Final = 1.0
-LONGEST_PAUSE: Final = 60.0
-"""Seconds of the first and the longest pause after failures that no request caused."""
-
-GIVE_UP_AFTER: Final = 600.0
-"""Default number of seconds without a single answer after which a command stops."""
-
+LONGEST_PAUSE: Final = 60.0  # seconds of the first and the longest pause after failures that no request caused
+GIVE_UP_AFTER: Final = 600.0  # default number of seconds without a single answer after which a command stops
 ENOUGH: Final = 3
 """Number of consecutive failures, with no answer to a later attempt, after which the endpoint counts as down."""
 
-UNTRIED: Final = 8
-"""Most attempts under way until the first one is answered."""
-
+UNTRIED: Final = 8  # most attempts under way until the first one is answered
 BURST: Final = 32
 PACE: Final = 0.05
 """At most `BURST` attempts begin within `PACE` seconds: calls that end together are not followed by as many at once, all of which

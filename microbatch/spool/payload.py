@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import msgspec
 
 from microbatch.batching.request import check_messages, copy_of, read_options
-from microbatch.errors import ConfigError, MalformedAnswer, StorageError
+from microbatch.containment import contained
+from microbatch.errors import MalformedAnswer, StorageError
 from microbatch.messages import Reply, Request, Route, Usage
 from microbatch.schema.answer_type import answer_type
 from microbatch.spool.records import Item
@@ -42,12 +43,7 @@ def _decoded(raw: bytes, kind: type[T], what: str) -> T:
 
 
 class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The content of a request.
-
-    Attributes:
-        model: The model to ask; None for that of the worker's transport.
-        params: Further request fields. The schema of a typed answer is in `response_format`.
-    """
+    """The content of a request; `params` are further request fields, with the schema of a typed answer in `response_format`."""
 
     messages: list[dict[str, Any]]
     model: str | None = None
@@ -164,10 +160,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.json.decode(self.text) if self.is_json else self.text
 
     def reply(self, output_type: Any = str) -> Reply[Any]:
-        """Return the answer as `submit` would.
-
-        Args:
-            output_type: The type to decode the text to; str leaves it as it is. It need not be that of the request.
+        """Return the answer as `submit` would, decoded to *output_type*, which need not be that of the request.
 
         Raises:
             ConfigError: The type cannot be used.
@@ -175,12 +168,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """
         output: Any = self.text
         if output_type is not str:
-            try:
-                output, _ = answer_type(output_type).decode(self.text)
-            except (KeyboardInterrupt, SystemExit, ConfigError):
-                raise
-            except BaseException as reason:  # a user's validator may raise anything; a Rust panic is a BaseException
-                raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from reason
+            kind = answer_type(output_type)
+            with contained() as decoding:
+                output, _ = kind.decode(self.text)
+            if decoding.error is not None:
+                raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from decoding.error
         return Reply(output, **{name: getattr(self, name) for name in _OF_REPLY})
 
     def __repr__(self) -> str:

@@ -18,15 +18,9 @@ from microbatch.errors import mask
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-KEEP: float = 7 * 86_400.0
-"""Default number of seconds for which answers are kept."""
-
-MAX_ALONE = 3
-"""Default number of single deliveries after which a request is dead."""
-
-LEASE = 60.0
-"""Default duration of a lease in seconds; workers renew their leases."""
-
+KEEP: float = 7 * 86_400.0  # default number of seconds for which answers are kept
+MAX_ALONE = 3  # default number of single deliveries after which a request is dead
+LEASE = 60.0  # default duration of a lease in seconds; workers renew their leases
 OVERDUE = 60.0
 """Seconds, or the duration of the longest lease if that is longer, after which an expired lease proves nothing: the clock was set, or
 all machines were asleep or off. It is granted once more, so that its worker can renew it."""
@@ -97,7 +91,7 @@ class Delivery(msgspec.Struct, frozen=True):
     Attributes:
         deliveries: Number of deliveries, this one included.
         lease: Token that distinguishes the deliveries of one request.
-        queued_at: When it was put, in seconds since 1970.
+        queued_at: Seconds since 1970.
     """
 
     item: Item

@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microbatch")
 
-PAGE: Final = 100
-"""Most requests whose texts are read at once."""
-
+PAGE: Final = 100  # most requests whose texts are read at once
 _MAX_CONNECTIONS: Final = 16
 _DELIVERY_FIELDS: Final = 6
 _SAFE: Final = "noeviction"
@@ -98,7 +96,8 @@ class RedisSpool(RedisStore, Spool):
         Raises:
             ConfigError: The server cannot be reached or used, or drops keys when it is full.
         """
-        self._client, self._scripts = self._connect(), {}
+        self._client = self._connect()
+        self._scripts = {name: self._client.register_script(text) for name, text in _scripts().items()}
         try:
             with translated():
                 await self._client.ping()
@@ -119,11 +118,9 @@ class RedisSpool(RedisStore, Spool):
         try:
             with translated():
                 info = await client.info()
-        except StorageError as error:
-            info = {}
-            dangers = [f"whether it keeps its data could not be checked ({error})"]
-        else:
             dangers = list(_dangers(info))
+        except StorageError as error:
+            info, dangers = {}, [f"whether it keeps its data could not be checked ({error})"]
         if info.get("redis_mode") == "cluster":
             raise ConfigError("the spool cannot be used: it needs a Redis server that is not part of a cluster")
         policy = info.get("maxmemory_policy", _SAFE)
@@ -138,12 +135,9 @@ class RedisSpool(RedisStore, Spool):
             logger.warning("the spool in Redis may lose data: %s", "; ".join(dangers))
 
     async def _run(self, name: str, *args: str | bytes | int) -> Any:
-        client = self._opened()
-        run = self._scripts.get(name)
-        if run is None:
-            run = self._scripts[name] = client.register_script(_scripts()[name])
+        self._opened()
         with translated():
-            return await run(args=(self._prefix, self._max_alone, *args))
+            return await self._scripts[name](args=(self._prefix, self._max_alone, *args))
 
     async def put(self, items: Sequence[Item]) -> list[PutOutcome]:
         rows = ((item.name.key, item.digest, item.payload) for item in items)

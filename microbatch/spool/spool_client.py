@@ -22,11 +22,8 @@ FIRST_LOOK: Final = 0.02
 RAREST_LOOK: Final = 1.0
 """Seconds between two look-ups of an awaited answer, doubling from the one to the other: an answer may take hours."""
 
-MOST: Final = 500
-"""Most requests put or looked up in one step, to keep steps short."""
-
-STALE: Final = 1.0
-"""Seconds after which the counts are read again."""
+MOST: Final = 500  # most requests put or looked up in one step, to keep steps short
+STALE: Final = 1.0  # seconds after which the counts are read again
 
 
 class SpoolClient:
@@ -63,11 +60,12 @@ class SpoolClient:
 
         The errors are those of `Microbatcher.result`.
         """
-        found = await self._look(name)
-        if found is None and timeout != 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    found = await self._wait_for(name)
+        found, looks = await self._look(name), Backoff(FIRST_LOOK, RAREST_LOOK)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while found is None:
+                    await asyncio.sleep(looks.next())
+                    found = await self._look(name)
         if found is None:
             raise DeadlineExceeded(f"no answer to the spooled request within the timeout of {timeout:g} s")
         if found.state == "lost":
@@ -86,14 +84,6 @@ class SpoolClient:
                 f"the spool knows no request with the id {name.id!r}: it was never queued, or its answer was dropped"
             )
         return found if found.state in ("done", "dead", "lost") else None
-
-    async def _wait_for(self, name: Name) -> Found:
-        looks = Backoff(FIRST_LOOK, RAREST_LOOK)
-        while True:
-            await asyncio.sleep(looks.next())
-            found = await self._look(name)
-            if found is not None:
-                return found
 
     def look(self) -> Counts:
         """Return the latest counts, and have them read again if they are older than `STALE`."""

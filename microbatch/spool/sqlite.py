@@ -46,9 +46,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PAGE: Final = 100
-"""Most rows with texts that are read at once."""
-
+PAGE: Final = 100  # most rows with texts that are read at once
 _BUSY: Final = 30.0  # seconds; a request is not lost because many processes write
 _MOST_DROPPED: Final = 64  # answers, beyond as many as are written, to keep transactions short
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from functools import partial
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
@@ -37,26 +37,18 @@ from microbatch.storage.coalescer import Coalescer
 from microbatch.transience import Backoff
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 
     from microbatch.messages import Request, Result
     from microbatch.spool.records import Delivery, Spool
 
 logger = logging.getLogger("microbatch")
 
-MOST_AT_ONCE: Final = 256
-"""Most requests taken from the spool in one step."""
-
-PARTING: Final = 5.0
-"""Seconds in which a cancelled worker gives back what it holds."""
-
+MOST_AT_ONCE: Final = 256  # most requests taken from the spool in one step
+PARTING: Final = 5.0  # seconds in which a cancelled worker gives back what it holds
 FIRST_LOOK: Final = 0.05
-RAREST_LOOK: Final = 1.0
-"""Seconds between two looks into an empty spool, doubling from the one to the other."""
-
-TURN: Final = 30.0
-"""Seconds after which a stage that always has something to do gives way to the next."""
-
+RAREST_LOOK: Final = 1.0  # seconds between two looks into an empty spool, doubling from the one to the other
+TURN: Final = 30.0  # seconds after which a stage that always has something to do gives way to the next
 NO_MODEL: Final = (
     "requests in the spool name no model: give the worker one with --model NAME; they are left as they were"
 )
@@ -77,8 +69,12 @@ class Asks(Protocol):
 
 
 class Done(msgspec.Struct):
-    """Figures of a worker: requests whose answers it stored, and those given back because they failed, or for other reasons."""
+    """Figures of a worker: requests whose answers it stored, and those given back because they failed, or for other reasons.
 
+    *report* is called with the figures whenever they change.
+    """
+
+    report: Callable[[Any], None] | None = None
     answered: int = 0
     failed: int = 0
     returned: int = 0
@@ -88,17 +84,92 @@ class Done(msgspec.Struct):
         self.answered += answered
         self.failed += failed
         self.returned += returned
+        if self.report is not None:
+            self.report(self)
 
 
-class Worker:
-    """Drains a spool.
+class SpoolWorker(ABC):
+    """Base of what drains a spool: it holds requests under leases, renews these, and gives back at the end what it still holds.
 
     Args:
         spool: The spool, open.
-        batchers: For each stage, what answers its requests, and how many may be pending there. That of `Stage.ALONE` sends every
-            request by itself.
+        pause: The pause after failures that no request caused.
         lease: Seconds for which requests are taken.
         until_empty: End when the spool holds no unanswered requests, those of other workers included.
+    """
+
+    _services: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = ()  # what runs while it works
+
+    def __init__(self, spool: Spool, pause: Pause, *, lease: float, until_empty: bool) -> None:
+        self._spool = spool
+        self._pause = pause
+        self._lease = lease
+        self._until_empty = until_empty
+        self._held: dict[str, Delivery] = {}
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take no more requests; `run` returns when calls under way have ended. A provider's batches continue without it."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Work until stopped, or until the spool is empty if that is wanted.
+
+        At the end, and when cancelled, what is still held is given back uncounted. A spool or an endpoint that fails is tried again
+        after a pause.
+
+        Raises:
+            ConfigError: A request names no model, and no model is configured.
+        """
+        failure: Exception | None = None  # raised as it is, not in an exception group
+        try:
+            async with anyio.create_task_group() as tasks:
+                for service in (self._renew_leases, *self._services):
+                    tasks.start_soon(service)
+                await asyncio.sleep(0)  # so that they have begun
+                try:
+                    await self._work()
+                except Exception as error:  # noqa: BLE001 raised below
+                    failure = error
+                tasks.cancel_scope.cancel()
+        finally:
+            with anyio.move_on_after(PARTING, shield=True):
+                await self._let_go()
+        if failure is not None:
+            raise failure
+
+    @abstractmethod
+    async def _work(self) -> None: ...
+
+    @abstractmethod
+    async def _let_go(self) -> None: ...
+
+    async def _renew_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease / 3)  # so that one renewal may fail
+            try:
+                await self._renew()
+            except StorageError as error:
+                logger.warning("leases could not be renewed, others may take what is under way here: %s", error)
+
+    async def _renew(self) -> None:
+        if self._held:
+            await self._spool.renew(list(self._held.values()), lease=self._lease)
+
+    def _hold(self, deliveries: Iterable[Delivery]) -> None:
+        self._held.update((delivery.item.name.key, delivery) for delivery in deliveries)
+
+    def _drop(self, deliveries: Iterable[Delivery]) -> None:
+        for delivery in deliveries:
+            self._held.pop(delivery.item.name.key, None)
+
+
+class Worker(SpoolWorker):
+    """Has the requests of a spool answered by batchers; for the further arguments, see `SpoolWorker`.
+
+    Args:
+        batchers: For each stage, what answers its requests, and how many may be pending there. That of `Stage.ALONE` sends every
+            request by itself.
         needs_model: Whether only a request itself can name a model.
         prober: Answers the control; None for the batcher of `Stage.ALONE`.
         progress: Called with the figures `done` whenever they change.
@@ -118,40 +189,18 @@ class Worker:
         prober: Asks | None = None,
         progress: Callable[[Done], None] | None = None,
     ) -> None:
-        self.done = Done()
+        pause = Pause("the worker pauses", first=FIRST_PAUSE, longest=LONGEST_PAUSE)
+        super().__init__(spool, pause, lease=lease, until_empty=until_empty)
+        self.done = Done(progress)
         self.refused: str | None = None
-        self._spool = spool
         self._batchers = batchers
-        self._lease = lease
-        self._until_empty = until_empty
         self._needs_model = needs_model
         self._prober = prober or batchers[Stage.ALONE][0]
-        self._progress = progress
-        self._held: dict[str, Delivery] = {}
         self._doubtful: list[tuple[Delivery, str]] = []
         self._control: Request | None = None
         self._stores: set[asyncio.Future[None]] = set()
-        self._stopping = asyncio.Event()
         self._storing: Coalescer[tuple[Delivery, bytes], None] = Coalescer(self._store, max_trips=1)
-        self._pause = Pause("the worker pauses", first=FIRST_PAUSE, longest=LONGEST_PAUSE)
-
-    def stop(self) -> None:
-        """Take no more requests; `run` returns when all that are held have been answered or given back."""
-        self._stopping.set()
-
-    async def run(self) -> None:
-        """Work until stopped, or until the spool is empty if that is wanted.
-
-        When cancelled, held requests are given back uncounted. A spool that fails is tried again after a pause, like an endpoint.
-
-        Raises:
-            ConfigError: A request names no model, and no model is configured.
-        """
-        try:
-            await run_with(self._work, self._storing.serve, partial(renew_leases, self._renew, self._lease))
-        finally:
-            with anyio.move_on_after(PARTING, shield=True):
-                await self._give_back(list(self._held.values()), "the worker has stopped", counted=False)
+        self._services = (self._storing.serve,)
 
     async def _work(self) -> None:
         looks = Backoff(FIRST_LOOK, RAREST_LOOK)
@@ -194,7 +243,7 @@ class Worker:
         looks = Backoff(FIRST_LOOK, RAREST_LOOK)
         while not self._stopping.is_set() and loop.time() < end:
             taken = await self._take(stage, most)
-            self._held.update((delivery.item.name.key, delivery) for delivery in taken)
+            self._hold(taken)
             for delivery in taken:
                 try:
                     request = Payload.decode(delivery.item.payload).request(delivery.item.name)
@@ -268,7 +317,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 the worker continues
             logger.warning("%d answers could not be stored, and will be asked for again: %s", len(results), error)
         else:
-            self._count(answered=len(results))
+            self.done.add(answered=len(results))
         finally:
             self._drop(delivery for delivery, _ in results)
         return [None] * len(results)
@@ -282,47 +331,7 @@ class Worker:
             logger.warning("requests could not be given back, and are free when their leases expire: %s", problem)
         finally:
             self._drop(deliveries)
-        self._count(**{"failed" if counted else "returned": len(deliveries)})
+        self.done.add(**{"failed" if counted else "returned": len(deliveries)})
 
-    def _drop(self, deliveries: Iterable[Delivery]) -> None:
-        for delivery in deliveries:
-            self._held.pop(delivery.item.name.key, None)
-
-    def _count(self, **more: int) -> None:
-        self.done.add(**more)
-        if self._progress is not None:
-            self._progress(self.done)
-
-    async def _renew(self) -> None:
-        if self._held:
-            await self._spool.renew(list(self._held.values()), lease=self._lease)
-
-
-async def run_with(work: Callable[[], Awaitable[None]], *services: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run *work* while *services* run in the background.
-
-    Raises:
-        Exception: The error of *work* itself, not in an exception group.
-    """
-    failure: Exception | None = None
-    async with anyio.create_task_group() as tasks:
-        for service in services:
-            tasks.start_soon(service)
-        await asyncio.sleep(0)  # so that they have begun
-        try:
-            await work()
-        except Exception as error:  # noqa: BLE001 raised below
-            failure = error
-        tasks.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-
-
-async def renew_leases(renew: Callable[[], Awaitable[None]], lease: float) -> None:
-    """Call *renew* three times in each *lease* seconds, so that one call may fail, until cancelled."""
-    while True:
-        await asyncio.sleep(lease / 3)
-        try:
-            await renew()
-        except StorageError as error:
-            logger.warning("leases could not be renewed, others may take what is under way here: %s", error)
+    async def _let_go(self) -> None:
+        await self._give_back(list(self._held.values()), "the worker has stopped", counted=False)

@@ -64,6 +64,10 @@ class RedisStore:
             ) from None
         return redis.Redis.from_pool(pool)
 
+    async def open(self) -> None:
+        """Prepare the client. Nothing is sent, so a server that is down delays no start."""
+        self._client = self._connect()
+
     def _opened(self) -> Any:
         if self._client is None:
             raise StorageError(f"the {type(self).__name__} is not open")
@@ -93,10 +97,8 @@ def translated() -> Generator[None]:
 
 
 async def results_of(pipeline: Any) -> list[Any]:
-    """Send the commands in *pipeline*; return their results, or raise the first error among them.
-
-    The client's own method puts the failed command, with its arguments, before the server's message.
-    """
+    """Send the commands in *pipeline*; return their results, or raise the first error among them."""
+    # The client's own method puts the failed command, with its arguments, before the server's message.
     results: list[Any] = await pipeline.execute(raise_on_error=False)
     for result in results:
         if isinstance(result, Exception):

@@ -24,9 +24,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("microbatch")
 
-MOST_LOG: Final = 4 * 1024 * 1024
-"""Size of the log, in bytes, from which it is copied into the file and truncated."""
-
+MOST_LOG: Final = 4 * 1024 * 1024  # size of the log, in bytes, from which it is copied into the file and truncated
 _OWNER_ONLY: Final = 0o600
 _OPENING: Final = 5.0  # seconds to wait for other processes that open the file at the same time
 _BUSY_STEP: Final = 0.02  # seconds that SQLite itself waits for locks before the deadline is checked

@@ -20,8 +20,7 @@ from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy, RetryPolicy
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.provider.api import OpenAIBatchApi
-from microbatch.spool.provider.jobs import MAX_LESSONS
-from microbatch.spool.provider.worker import ProviderBatches
+from microbatch.spool.provider.worker import MAX_LESSONS, ProviderBatches
 from microbatch.spool.records import Name, Spool
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
@@ -687,7 +686,7 @@ async def test_a_batch_that_the_provider_has_forgotten_is_given_up_only_after_da
     batch.owner = "another"
     assert not await worker.poll()
     assert (await site.spool.counts()).in_job == 5
-    monkeypatch.setattr("microbatch.spool.provider.jobs.PATIENCE", -1.0)
+    monkeypatch.setattr("microbatch.spool.provider.worker.PATIENCE", -1.0)
     await worker.poll()
     assert (await site.spool.counts()).waiting == (5, 0, 0)
     await drained(worker)

@@ -20,7 +20,7 @@ from microbatch.spool.endpoint import Cause
 from microbatch.spool.payload import Answer, Payload
 from microbatch.spool.provider.api import RemoteBatch
 from microbatch.spool.provider.input_file import Composer, Content, read
-from microbatch.spool.provider.output_file import OutputReader
+from microbatch.spool.provider.output_file import Results
 from microbatch.spool.records import Delivery, Name
 from microbatch.transports.chat_wire import BatchWire
 
@@ -51,10 +51,11 @@ class Job:
     async def results(self, *files, status="completed", errors=None, tied=None):
         told = {"id": "b", "status": status, "errors": None if errors is None else {"data": errors}}
         batch = msgspec.convert(told, RemoteBatch)
-        reader = OutputReader(BatchWire(None, where="x"), lambda model: PRICE.cost)
         waiting = self.deliveries if tied is None else tied
         tied = {each.item.name.key: each for each in waiting}
-        return await reader.read(batch, self.content, tied, files)
+        results = Results(batch, self.content, tied, BatchWire(None, where="x"), lambda model: PRICE.cost)
+        await results.read(files)
+        return results
 
 
 def row(custom_id, body=None, *, status=200, error=None):

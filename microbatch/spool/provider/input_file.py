@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     Rejected = tuple[Delivery, str]
 
 MAX_LINES: Final = 50_000
-MAX_FILE_BYTES: Final = 200_000_000
-"""OpenAI's limit for one file."""
-
+MAX_FILE_BYTES: Final = 200_000_000  # OpenAI's limits for one file
 _AROUND_BYTES: Final = 256  # most bytes of a line without its body
 _SLICE: Final = 64  # requests read, or lines written, between turns of the event loop
 
@@ -191,8 +189,7 @@ class Composer:
 
     async def _read(self, deliveries: Iterable[Delivery]) -> tuple[list[list[Asked]], list[Rejected]]:
         """Return the groups of requests that may share a prompt, and the requests that cannot be read, with the reasons."""
-        alone: list[list[Asked]] = []
-        lanes: dict[tuple[Stage, Hashable], list[Asked]] = {}
+        groups: dict[Hashable, list[Asked]] = {}
         rejected: list[Rejected] = []
         for number, delivery in enumerate(deliveries, 1):
             try:
@@ -200,13 +197,11 @@ class Composer:
             except (ConfigError, StorageError) as error:
                 rejected.append((delivery, str(error)))
             else:
-                if asked.key is None or asked.stage is Stage.ALONE:
-                    alone.append([asked])
-                else:
-                    lanes.setdefault((asked.stage, asked.key), []).append(asked)
+                alone = asked.key is None or asked.stage is Stage.ALONE
+                groups.setdefault(delivery.item.name if alone else (asked.stage, asked.key), []).append(asked)
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
-        return alone + list(lanes.values()), rejected
+        return list(groups.values()), rejected
 
     def _filled(self, lane: list[Asked]) -> Iterator[list[Asked]]:
         """Yield batches of *lane* within its limits; a request that exceeds them by itself is yielded alone."""

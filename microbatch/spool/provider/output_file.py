@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
     Pricing = Callable[[str | None], Callable[[Usage], float] | None]
 
-DISCOUNT: Final = 0.5
-"""The price of a batch, as a part of the usual price."""
-
+DISCOUNT: Final = 0.5  # the price of a batch, as a part of the usual price
 _BYTES_A_TOKEN: Final = 4
 _SLICE: Final = 16  # lines between two turns of the event loop
 
@@ -51,47 +49,6 @@ class Why(msgspec.Struct, frozen=True):
     error: str
     cause: Cause = Cause.REQUEST
     again: bool = False
-
-
-class Results:
-    """The results of a batch, of which *requests* requests waited.
-
-    Attributes:
-        answers: The answers, encoded as they are stored.
-        open: The unanswered requests, by the reason.
-        usage: The tokens that the provider reported.
-        cost_usd: What they cost, in US dollars; None if a price is unknown.
-    """
-
-    def __init__(self, batch: RemoteBatch, requests: int) -> None:
-        self.batch = batch
-        self.requests = requests
-        self.answers: list[tuple[Delivery, bytes]] = []
-        self.open: dict[Why, list[Delivery]] = {}
-        self.usage = Usage()
-        self.cost_usd: float | None = 0.0
-        self._doubtful = 0  # lines
-
-    def leave(self, deliveries: Iterable[Delivery], why: Why) -> None:
-        """Note that *deliveries* were not answered."""
-        self.open.setdefault(why, []).extend(deliveries)
-        self._doubtful += why.cause is Cause.EITHER
-
-    def blames(self, why: Why) -> bool:
-        """Return whether the requests left open for *why* are the cause; not if in doubt, several lines failed and none succeeded."""
-        if why.cause is Cause.EITHER:
-            return bool(self.answers) or self._doubtful < ENOUGH
-        return why.cause is Cause.REQUEST
-
-    @property
-    def trouble(self) -> str | None:
-        """The first reason that no request has caused, so that trying again at once is of no use; None if there is none."""
-        return next((why.error for why in self.open if not self.blames(why) and not why.again), None)
-
-    @property
-    def learned(self) -> bool:
-        """True if lines will be written differently from now on."""
-        return any(why.again for why in self.open)
 
 
 class _Response(msgspec.Struct):
@@ -110,57 +67,85 @@ class _Row(msgspec.Struct):
     error: _Error | None = None
 
 
-class OutputReader:
-    """Reads the files of finished batches; *price* returns what prices a model's usage, at the usual price."""
+class Results:
+    """The results of a batch whose status is final; empty before `read`.
 
-    def __init__(self, wire: BatchWire, price: Pricing) -> None:
+    Args:
+        batch: The batch.
+        content: The recorded content of its job.
+        tied: The requests that still wait for it, by the keys of their names.
+        wire: Reads a reply's text and how it ended.
+        price: Returns what prices a model's usage, at the usual price.
+
+    Attributes:
+        answers: The answers, encoded as they are stored.
+        open: The unanswered requests, by the reason.
+        usage: The tokens that the provider reported.
+        cost_usd: What they cost, in US dollars; None if a price is unknown.
+    """
+
+    def __init__(
+        self, batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], wire: BatchWire, price: Pricing
+    ) -> None:
+        self.batch = batch
+        self.tied = tied
+        self.answers: list[tuple[Delivery, bytes]] = []
+        self.open: dict[Why, list[Delivery]] = {}
+        self.usage = Usage()
+        self.cost_usd: float | None = 0.0
+        self._content = content
         self._wire = wire
         self._price = price
         self._codec = ChatCodec()
+        self._doubtful = 0  # lines
 
-    async def read(
-        self, batch: RemoteBatch, content: Content, tied: Mapping[str, Delivery], files: Iterable[bytes]
-    ) -> Results:
-        """Return the results of a batch whose status is final.
+    def blames(self, why: Why) -> bool:
+        """Return whether the requests left open for *why* are the cause; not if in doubt, several lines failed and none succeeded."""
+        if why.cause is Cause.EITHER:
+            return bool(self.answers) or self._doubtful < ENOUGH
+        return why.cause is Cause.REQUEST
 
-        Args:
-            batch: The batch.
-            content: The recorded content of its job.
-            tied: The requests that still wait for it, by the keys of their names.
-            files: Its output file and its error file.
-        """
-        results = Results(batch, len(tied))
+    @property
+    def trouble(self) -> str | None:
+        """The first reason that no request has caused, so that trying again at once is of no use; None if there is none."""
+        return next((why.error for why in self.open if not self.blames(why) and not why.again), None)
+
+    @property
+    def learned(self) -> bool:
+        """True if lines will be written differently from now on."""
+        return any(why.again for why in self.open)
+
+    async def read(self, files: Iterable[bytes]) -> None:
+        """Read the output file and the error file of the batch."""
         rows = await _rows(files)
-        sent = (await content.file()).split(b"\n") if rows else []
-        absence = _absence(batch, content)
-        for number, line in enumerate(content.lines):
-            waiting = {at: tied[name.key] for at, name in enumerate(line.names) if name.key in tied}
+        sent = (await self._content.file()).split(b"\n") if rows else []
+        absence = _absence(self.batch, self._content)
+        for number, line in enumerate(self._content.lines):
+            waiting = {at: self.tied[name.key] for at, name in enumerate(line.names) if name.key in self.tied}
             row = rows.get(line.custom_id)
             if not waiting:
                 continue
             if row is None or row.response is None:
-                results.leave(waiting.values(), absence(line, row))
+                self._leave(waiting.values(), absence(line, row))
             else:
-                self._take(row.response, line, waiting, partial(_body_at, sent, number), results)
+                self._take(line, row.response, waiting, partial(_body_at, sent, number))
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
-        return results
+
+    def _leave(self, deliveries: Iterable[Delivery], why: Why) -> None:
+        self.open.setdefault(why, []).extend(deliveries)
+        self._doubtful += why.cause is Cause.EITHER
 
     def _take(
-        self,
-        response: _Response,
-        line: Line,
-        waiting: Mapping[int, Delivery],
-        sent: Callable[[], Mapping[str, Any]],
-        results: Results,
+        self, line: Line, response: _Response, waiting: Mapping[int, Delivery], sent: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """Add to *results* the answers in the reply to *line*, and the requests without one; *waiting* is keyed by position."""
+        """Take the answers in the reply to *line*; *waiting* are its requests by position."""
         asked: dict[int, Asked] = {}
         for at, delivery in waiting.items():
             try:
                 asked[at] = read(delivery)
             except (ConfigError, StorageError) as error:  # it was sound when it was sent
-                results.leave([delivery], Why(str(error)))
+                self._leave([delivery], Why(str(error)))
         if not asked:
             return
         try:
@@ -168,13 +153,13 @@ class OutputReader:
                 response.status_code, bytes(response.body), request_id=response.request_id, sent=sent
             )
         except RequestFailed as error:
-            results.leave([each.delivery for each in asked.values()], _why(error))
+            self._leave([each.delivery for each in asked.values()], _why(error))
             return
-        texts = dict((self._combined if line.ids else self._single)(line, asked, text, completion, results))
-        self._store(line, asked, texts, completion, results)
+        found = self._combined(line, asked, text, completion) if line.ids else self._single(asked[0], text, completion)
+        self._store(line, asked, dict(found), completion)
 
     def _combined(
-        self, line: Line, asked: Mapping[int, Asked], text: str, completion: Completion, results: Results
+        self, line: Line, asked: Mapping[int, Asked], text: str, completion: Completion
     ) -> Iterator[tuple[int, str]]:
         """Yield the answers of a combined reply by their positions; note the requests that it leaves unanswered."""
         # The requests of a line are alike, so that all answers are decoded in the same way.
@@ -188,36 +173,26 @@ class OutputReader:
         whole = complaint(completion)
         for at, error in reply.unanswered(how):
             if at in asked:
-                results.leave([asked[at].delivery], Why(_told(whole or error)))
+                self._leave([asked[at].delivery], Why(_told(whole or error)))
 
-    def _single(
-        self, _line: Line, asked: Mapping[int, Asked], text: str, completion: Completion, results: Results
-    ) -> Iterator[tuple[int, str]]:
+    def _single(self, asked: Asked, text: str, completion: Completion) -> Iterator[tuple[int, str]]:
         """Yield the answer of a single reply, or note why there is none."""
-        one = asked[0]
-        reply = self._codec.read_alone(one.options.answer, completion, text, combinable=bool(one.line))
+        reply = self._codec.read_alone(asked.options.answer, completion, text, combinable=bool(asked.line))
         if reply.error is None:
             yield 0, reply.text
         else:
             cause = reply.error.__cause__  # without a word of the answer
             detail = f": {cause}" if isinstance(cause, ValueError) else ""
-            results.leave([one.delivery], Why(_told(reply.error) + detail))
+            self._leave([asked.delivery], Why(_told(reply.error) + detail))
 
-    def _store(
-        self,
-        line: Line,
-        asked: Mapping[int, Asked],
-        texts: Mapping[int, str],
-        completion: Completion,
-        results: Results,
-    ) -> None:
+    def _store(self, line: Line, asked: Mapping[int, Asked], texts: Mapping[int, str], completion: Completion) -> None:
         """Encode the answers, each with its share of the call's cost."""
         model = next(iter(asked.values())).options.model
         price = self._price(completion.model) or self._price(model)
         if completion.usage is not None:
-            results.usage += completion.usage
+            self.usage += completion.usage
             whole = None if price is None else price(completion.usage) * DISCOUNT
-            results.cost_usd = None if whole is None or results.cost_usd is None else results.cost_usd + whole
+            self.cost_usd = None if whole is None or self.cost_usd is None else self.cost_usd + whole
         usages = _usages(completion.usage, line, texts)
         now = time.time()  # noqa: TID251 answers outlive processes
         for at, text in texts.items():
@@ -234,7 +209,7 @@ class OutputReader:
                 cost_usd=None if price is None else price(usages[at]) * DISCOUNT,
                 body=None if line.ids else completion.body,
             )
-            results.answers.append((asked[at].delivery, answer.encode()))
+            self.answers.append((asked[at].delivery, answer.encode()))
 
 
 async def _rows(files: Iterable[bytes]) -> dict[str, _Row]:
