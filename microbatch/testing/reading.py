@@ -205,7 +205,7 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
     messages = body["messages"]
     form = response_format(body)
     last = content_text(messages[-1].get("content"))
-    instruction, items = _combined(last) if messages[-1].get("role") == "user" else ("", [])
+    instruction, items = read_combined(last) if messages[-1].get("role") == "user" else ("", [])
     schema = _in_words(instruction) if items else None
     if schema is None and form.schema is not None:
         schema = _of_one_answer(form.schema, items) if items else form.schema
@@ -227,7 +227,7 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
     )
 
 
-def _combined(text: str) -> tuple[str, list[tuple[str, str]]]:
+def read_combined(text: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the instruction and the items of a combined prompt; no items for any other text."""
     if REPLY_SHAPE not in text:
         return "", []
