@@ -191,10 +191,8 @@ def _complaint(schema: Any, context: tuple[str, ...]) -> str | None:
                 f"In context={context}, 'required' is required to be supplied and to be an array including every key "
                 f"in properties. Missing '{missing[0]}'."
             )
-    parts = [(("properties", name), part) for name, part in properties.items()]
-    parts += [(("$defs", name), part) for name, part in schema.get("$defs", {}).items()]
-    parts += [(("anyOf", str(i)), part) for i, part in enumerate(schema.get("anyOf", ()))]
-    parts += [(("prefixItems", str(i)), part) for i, part in enumerate(schema.get("prefixItems", ()))]
+    parts = [((key, name), part) for key in ("properties", "$defs") for name, part in schema.get(key, {}).items()]
+    parts += [((key, str(i)), part) for key in ("anyOf", "prefixItems") for i, part in enumerate(schema.get(key, ()))]
     parts.append((("items", ""), schema.get("items")))
     complaints = (_complaint(part, context + tuple(filter(None, names))) for names, part in parts)
     return next(filter(None, complaints), None)
