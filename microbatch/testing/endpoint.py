@@ -24,8 +24,7 @@ from microbatch.testing.wire import (
     completion_object,
     error_response,
     json_object,
-    limit_headers,
-    request_id,
+    own_headers,
 )
 
 if TYPE_CHECKING:
@@ -152,9 +151,11 @@ class SimulatedEndpoint(BatchModel):
         except EndpointError as error:
             return error_response(error, number)
         try:
-            if body.get("stream"):
-                return await self._stream(request, body, reply, start, number)
-            return await self._whole(request, body, reply, start, number)
+            if reply.ending == "hang":
+                await self._break(request, reply)
+                return web.Response()
+            respond = self._stream if body.get("stream") else self._whole
+            return await respond(request, body, reply, start, number)
         except asyncio.CancelledError:
             self.disconnects += not self._closing.is_set()
             raise
@@ -162,19 +163,11 @@ class SimulatedEndpoint(BatchModel):
     async def _stream(
         self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int
     ) -> web.StreamResponse:
-        if reply.ending == "hang":
-            return await self._hang(request)
         options = body.get("stream_options") or {}
         include_usage = bool(options.get("include_usage")) and self.stream_options == "ok"
         events = Events(reply, number, body["model"], include_usage=include_usage)
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "x-request-id": request_id(number),
-                **limit_headers(reply.limits),
-            }
-        )
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        response = web.StreamResponse(headers=headers | own_headers(number, reply.limits))
         tail = events.tail() if reply.ending == "done" else b""
         # The head and the tail travel with the pieces next to them, so that a reply without delay is one write.
         held = events.head()
@@ -199,14 +192,8 @@ class SimulatedEndpoint(BatchModel):
         self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int
     ) -> web.StreamResponse:
         await sleep_until(start + reply.duration)
-        if reply.ending == "hang":
-            return await self._hang(request)
         content = msgspec.json.encode(completion_object(reply, number, body["model"]))
-        headers = {
-            "Content-Type": "application/json",
-            "x-request-id": request_id(number),
-            **limit_headers(reply.limits),
-        }
+        headers = {"Content-Type": "application/json", **own_headers(number, reply.limits)}
         if reply.ending in ("done", "cut"):
             self.reported += reply.usage
             return web.Response(body=content, headers=headers)
@@ -218,17 +205,11 @@ class SimulatedEndpoint(BatchModel):
         return response
 
     async def _break(self, request: web.Request, reply: SimulatedReply) -> None:
-        """Break the connection of a reply that ends so."""
-        if reply.ending == "stall":
+        """Break the connection of a reply that ends so; of one that stops, when either side closes."""
+        if reply.ending in ("stall", "hang"):
             await self._closing.wait()
-        if reply.ending in ("reset", "stall"):
-            _abort(request)
-
-    async def _hang(self, request: web.Request) -> web.StreamResponse:
-        """Send nothing until either side closes."""
-        await self._closing.wait()
-        _abort(request)
-        return web.Response()
+        if reply.ending in ("reset", "stall", "hang") and request.transport is not None:
+            request.transport.abort()
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -240,8 +221,3 @@ class SimulatedEndpoint(BatchModel):
 
     async def _unknown(self, request: web.Request) -> web.StreamResponse:
         return error_response(EndpointError(404, f"Invalid URL ({request.method} {request.path})"), self.calls)
-
-
-def _abort(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()

@@ -84,9 +84,9 @@ class SimulatedModel:
 
     Attributes:
         calls: Requests that were well-formed JSON, refused ones included.
-        combined_calls: Combined prompts that were understood and refused neither for their parameters nor for the quota.
-        single_calls: The other calls that were.
-        items: Items of the combined prompts and single calls.
+        combined_calls: Combined prompts that were refused neither for their parameters nor for the quota.
+        single_calls: The other calls that were not.
+        items: Items of both.
         prompt_tokens: Tokens of the answered prompts, whether or not the client read the answer.
         completion_tokens: Tokens generated for them.
         reported: The usage sent to clients. It excludes streams that break off or end without usage.

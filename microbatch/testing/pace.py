@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from microbatch.policy import at_least
@@ -50,23 +51,15 @@ class Latency:
         """
         first = self.thinking(hidden) or self.first_token or 0.0
         if self.element:
-            return self._by_element(pieces, element_ends, first, self.element)
+            starts = accumulate(map(len, pieces.texts), initial=0)
+            last = max(0, len(element_ends) - 1)
+            # A token may hold the end of one element and the start of the next; it is due when the former is.
+            ended = [min(bisect_right(element_ends, start), last) for start in starts]
+            return [first + (count + 1) * self.element for count in ended[: len(pieces.texts)]]
         if not self.tokens_per_second:
             return [first] * len(pieces.texts)
         before = [0, *pieces.ends]
         return [first + count / self.tokens_per_second for count in before[: len(pieces.texts)]]
-
-    @staticmethod
-    def _by_element(pieces: Pieces, element_ends: Sequence[int], first: float, element: float) -> list[float]:
-        times: list[float] = []
-        done, position = 0, 0
-        for text in pieces.texts:
-            # A token may hold the end of one element and the start of the next; it is due when the former is.
-            while done < len(element_ends) - 1 and position >= element_ends[done]:
-                done += 1
-            times.append(first + (done + 1) * element)
-            position += len(text)
-        return times
 
 
 async def paced(times: Sequence[float], start: float) -> AsyncIterator[tuple[int, int]]:

@@ -191,10 +191,8 @@ def _complaint(schema: Any, context: tuple[str, ...]) -> str | None:
                 f"In context={context}, 'required' is required to be supplied and to be an array including every key "
                 f"in properties. Missing '{missing[0]}'."
             )
-    parts = [(("properties", name), part) for name, part in properties.items()]
-    parts += [(("$defs", name), part) for name, part in schema.get("$defs", {}).items()]
-    parts += [(("anyOf", str(i)), part) for i, part in enumerate(schema.get("anyOf", ()))]
-    parts += [(("prefixItems", str(i)), part) for i, part in enumerate(schema.get("prefixItems", ()))]
+    parts = [((key, name), part) for key in ("properties", "$defs") for name, part in schema.get(key, {}).items()]
+    parts += [((key, str(i)), part) for key in ("anyOf", "prefixItems") for i, part in enumerate(schema.get(key, ()))]
     parts.append((("items", ""), schema.get("items")))
     complaints = (_complaint(part, context + tuple(filter(None, names))) for names, part in parts)
     return next(filter(None, complaints), None)
@@ -205,7 +203,7 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
     messages = body["messages"]
     form = response_format(body)
     last = content_text(messages[-1].get("content"))
-    instruction, items = _combined(last) if messages[-1].get("role") == "user" else ("", [])
+    instruction, items = read_combined(last) if messages[-1].get("role") == "user" else ("", [])
     schema = _in_words(instruction) if items else None
     if schema is None and form.schema is not None:
         schema = _of_one_answer(form.schema, items) if items else form.schema
@@ -227,7 +225,7 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
     )
 
 
-def _combined(text: str) -> tuple[str, list[tuple[str, str]]]:
+def read_combined(text: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the instruction and the items of a combined prompt; no items for any other text."""
     if REPLY_SHAPE not in text:
         return "", []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,10 @@ import msgspec
 
 from microbatch.messages import Usage
 from microbatch.protocols import ChatCall, Completion
+from microbatch.testing.reading import read_combined
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-_LINE = re.compile(r'^\[(\d+[a-z]{5})\] (".*")$', re.MULTILINE)
 
 
 class ScriptedCall:
@@ -35,9 +33,9 @@ class ScriptedCall:
         self.cancelled = False
         last = call.messages[-1]["content"] if call.messages else ""
         text = last if isinstance(last, str) else ""
-        lines = _LINE.findall(text) if '{"results":[{"id"' in text else []
-        self.combined = bool(lines)
-        self.items: list[tuple[str, str]] = [(name, msgspec.json.decode(line)) for name, line in lines] or [("", text)]
+        _, items = read_combined(text)
+        self.combined = bool(items)
+        self.items = items or [("", text)]
 
     def reply(self, answers: Iterable[tuple[str, Any]]) -> str:
         """Return the combined reply that holds *answers*, pairs of id and answer, in this order."""

@@ -69,6 +69,11 @@ def limit_headers(limits: Limits | None) -> dict[str, str]:
     return headers
 
 
+def own_headers(number: int, limits: Limits | None) -> dict[str, str]:
+    """Return the headers of every response to the request *number*."""
+    return {"x-request-id": request_id(number), **limit_headers(limits)}
+
+
 def wait_headers(error: EndpointError) -> dict[str, str]:
     """Return the headers that say when to try again, if *error* does."""
     wait = error.retry_after
@@ -92,7 +97,7 @@ def json_object(raw: bytes) -> dict[str, Any]:
 
 def error_response(error: EndpointError, number: int) -> web.Response:
     """Return *error* as the answer to the request *number*."""
-    headers = {"x-request-id": request_id(number), **limit_headers(error.limits), **wait_headers(error)}
+    headers = own_headers(number, error.limits) | wait_headers(error)
     return web.json_response(error.body, status=error.status, headers=headers)
 
 

@@ -22,7 +22,7 @@ import microbatch as mb
 pytestmark = pytest.mark.slow
 
 
-CALLS = 3_000
+CALLS = 1_500
 ENOUGH = 8 * CALLS  # requests, should the calls of a broken client never get through
 PATIENCE = 60.0
 FIRST = 10**6

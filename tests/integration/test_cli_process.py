@@ -33,7 +33,7 @@ def start(*words, **options):
     return subprocess.Popen([*MICROBATCH, *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def endpoint():
     """Return the base URL of a slow simulated endpoint that runs as a process; check that it ends well."""
     process = start(

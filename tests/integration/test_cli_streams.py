@@ -62,10 +62,10 @@ def shell(words, streams, **options):
 
 @pytest.mark.parametrize("streams", STREAMS)
 def test_a_run_writes_every_answer_and_its_status_is_that_of_the_answers(streams):
-    products(600)
+    products(200)
     ended = shell((*RUN, "--progress", *(["--json"] if "stdout" in streams else [])), STREAMS[streams])
     assert ended.returncode == 0, ended.stderr
-    assert {line["custom_id"] for line in output()} == {f"p{number}" for number in range(600)}
+    assert {line["custom_id"] for line in output()} == {f"p{number}" for number in range(200)}
     assert "Traceback" not in ended.stderr
     assert "Exception ignored" not in ended.stderr
 
@@ -78,22 +78,22 @@ def test_a_run_with_failures_says_so_by_its_status(streams):
 
 
 def test_progress_without_tqdm_may_be_left_too(monkeypatch):
-    products(600)
+    products(200)
     Path("tqdm.py").write_text("raise ImportError\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])]))
     assert shell((*RUN, "--progress"), "2>&1 >/dev/null | head -c 1").returncode == 0
-    assert len(output()) == 600
+    assert len(output()) == 200
 
 
 def test_a_warming_and_a_worker_go_on_too(capsys):
-    products(300)
+    products(100)
     assert shell((*WARM, "--progress"), STREAMS["both full"]).returncode == 0
     assert shell(PUT, STREAMS["all closed"]).returncode == 0
     assert shell((*WORKER, "--progress", "--json"), STREAMS["both left"]).returncode == 0
     assert main([*WARM, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["known"] == 300
+    assert json.loads(capsys.readouterr().out)["known"] == 100
     assert main(["spool", "s.sqlite", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["done"] == 300
+    assert json.loads(capsys.readouterr().out)["done"] == 100
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_no_request_finds_a_500(caplog):
                 await reader.readline()
             return line
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @example(("POST", COMPLETIONS, ANSWERABLE, JSON_TYPE))
     @example(("POST", COMPLETIONS, b"{", JSON_TYPE))
     @example(("GET", "/v1/files", b"", {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import msgspec
 
@@ -26,16 +26,6 @@ WINDOW_SECONDS: Final = 24 * 60 * 60
 _MAX_METADATA: Final = 16
 _MAX_KEY_CHARS: Final = 64
 _MAX_VALUE_CHARS: Final = 512
-
-_STAMPED: Final[tuple[Status, ...]] = (
-    "in_progress",
-    "finalizing",
-    "completed",
-    "failed",
-    "expired",
-    "cancelling",
-    "cancelled",
-)
 
 
 @dataclass(eq=False)
@@ -85,7 +75,7 @@ class Batch:
             "error_file_id": self.error_file_id,
             "created_at": self.created_at,
             "expires_at": self.created_at + WINDOW_SECONDS,
-            **{f"{status}_at": self.stamps.get(status) for status in _STAMPED},
+            **{f"{status}_at": self.stamps.get(status) for status in get_args(Status)[1:]},
             "request_counts": {"total": self.total, "completed": len(self.output), "failed": self.failed},
             "metadata": self.metadata,
         }
