@@ -93,10 +93,6 @@ class Templated:
                 texts.append(value if isinstance(value, str) else msgspec.json.encode(value).decode())
         return "".join(texts)
 
-    def output(self, answer: Any) -> Any:
-        """Return *answer* as it is written to the output: parsed if there is a schema."""
-        return answer if self.schema is None else msgspec.json.decode(answer)
-
 
 def _parts(template: str) -> list[tuple[str, str | None]]:
     """Return the texts of *template*, each with the field that follows it."""
@@ -157,11 +153,6 @@ class BatchLines:
         if body.get("stream"):
             raise LineError('the field "body.stream" must be false: an output line holds a whole answer', "body.stream")
         return body
-
-    @staticmethod
-    def output(answer: Any) -> Any:
-        """Return *answer* as it is written to the output: the text that the endpoint would have sent."""
-        return answer
 
 
 Questions = Templated | BatchLines

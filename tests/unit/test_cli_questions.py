@@ -64,13 +64,11 @@ def test_labels_become_a_literal_and_a_system_text_comes_first():
     request = questions.request({"a": "q"}, "17")
     assert request.messages == [{"role": "system", "content": "Sort."}, {"role": "user", "content": "q"}]
     assert (request.id, request.output_type, request.max_tokens) == ("17", Literal["x", "y"], 5)
-    assert questions.output("x") == "x"
 
 
-def test_an_answer_with_a_schema_is_put_out_as_json_and_not_as_text():
-    questions = Templated("{a}", schema={"type": "json_schema", "json_schema": {"schema": {}}})
-    assert questions.request({"a": "q"}, "1").params is not None
-    assert questions.output('{"n": 1}') == {"n": 1}
+def test_a_schema_becomes_a_response_format():
+    schema = {"type": "json_schema", "json_schema": {"schema": {}}}
+    assert Templated("{a}", schema=schema).request({"a": "q"}, "1").params == {"response_format": schema}
 
 
 def test_a_batch_line_asks_what_its_body_says():
@@ -80,7 +78,6 @@ def test_a_batch_line_asks_what_its_body_says():
     assert (request.model, request.max_tokens, request.temperature) == ("m", 3, 0)
     assert request.messages == MESSAGES
     assert request.params == {"top_p": 0.5}
-    assert BatchLines.output('{"n":1}') == '{"n":1}'
 
 
 def test_max_completion_tokens_is_the_newer_name_of_max_tokens():
