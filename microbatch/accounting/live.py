@@ -6,9 +6,7 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Final
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,33 +20,8 @@ MOST_KEPT: Final = 4_096
 _SIZES: Final = (*range(1, 17), 32, 64, 128, 256, 512, 1_024)
 
 
-class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """Recent figures; an immutable snapshot. Latencies are None if there were none.
-
-    Attributes:
-        window: Seconds that the recent figures cover; less than a minute after the start, or with very many requests.
-        requests_per_second: Answered requests in that time.
-        latency_p50: Median seconds from submit to the answer; `latency_p99` is the 99th percentile.
-        call_p50: Median seconds of calls; `call_p99` is the 99th percentile.
-        batch_sizes: Calls since the start by their number of requests: pairs of the largest size counted and how many, in order of
-            size. Larger calls are counted in the last pair.
-        routes: Answered requests since the start, by route.
-        errors: Failed requests since the start, by class of error.
-    """
-
-    window: float
-    requests_per_second: float
-    latency_p50: float | None
-    latency_p99: float | None
-    call_p50: float | None
-    call_p99: float | None
-    batch_sizes: list[tuple[int, int]]
-    routes: dict[str, int]
-    errors: dict[str, int]
-
-
 class LiveFigures:
-    """Hooks of a `Microbatcher` that collect the figures of `Live`, in less than 1 MB; *now* returns the time in seconds."""
+    """Hooks of a `Microbatcher` that collect recent figures, in less than 1 MB; *now* returns the time in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -72,8 +45,15 @@ class LiveFigures:
             self._routes[event.route] += 1
             self._latencies.append((self._now(), event.latency))
 
-    def snapshot(self) -> Live:
-        """Return the figures as they are now."""
+    def snapshot(self) -> dict[str, Any]:
+        """Return the figures as they are now.
+
+        `window` is the time in seconds that recent figures cover: less than a minute after the start, or with very many requests. In
+        it, `requests_per_second` were answered; `latency_*` are percentiles of the seconds from submit to the answer, and `call_*` of
+        those of calls, None if there were none. Since the start: `batch_sizes` counts calls by their number of requests, in pairs of
+        the largest size counted and how many, the last one for all larger calls; `routes` counts answered requests by route, `errors`
+        failed ones by class.
+        """
         now = self._now()
         start = max(self._started, now - WINDOW)
         latencies = _since(start, self._latencies)
@@ -81,17 +61,17 @@ class LiveFigures:
             start = self._latencies[0][0]  # there were more before it
         window = now - start
         calls = _since(now - WINDOW, self._calls)
-        return Live(
-            window=window,
-            requests_per_second=len(latencies) / window if window > 0 else 0.0,
-            latency_p50=_percentile(latencies, 0.50),
-            latency_p99=_percentile(latencies, 0.99),
-            call_p50=_percentile(calls, 0.50),
-            call_p99=_percentile(calls, 0.99),
-            batch_sizes=list(zip(_SIZES, self._sizes, strict=True)),
-            routes=dict(self._routes),
-            errors=dict(self._errors),
-        )
+        return {
+            "window": window,
+            "requests_per_second": len(latencies) / window if window > 0 else 0.0,
+            "latency_p50": _percentile(latencies, 0.50),
+            "latency_p99": _percentile(latencies, 0.99),
+            "call_p50": _percentile(calls, 0.50),
+            "call_p99": _percentile(calls, 0.99),
+            "batch_sizes": list(zip(_SIZES, self._sizes, strict=True)),
+            "routes": dict(self._routes),
+            "errors": dict(self._errors),
+        }
 
 
 def _since(start: float, kept: deque[tuple[float, float]]) -> list[float]:

@@ -50,9 +50,10 @@ def add_flag(
         return
     if default not in (None, []):
         text += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
-    if value in ("N", "SECONDS") or least is not None:
-        kind = int if value == "N" else float
-        options = {"type": number(kind is int if least is None else least, most, kind=kind), **options}
+    if least is None and value in ("N", "SECONDS"):
+        least = 1 if value == "N" else 0
+    if least is not None:
+        options.setdefault("type", number(least, most, kind=int if value == "N" else float))
     group.add_argument(name, metavar=value, help=text, default=default, **options)
 
 

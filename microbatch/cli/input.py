@@ -43,31 +43,43 @@ class InputChanged(Exception):
 # --- requests
 
 
-class Template:
-    r"""The text of a question with the names of fields in it, as in `Product: {name}`.
+class Templated:
+    r"""Makes requests from a template, as `Product: {name}`, and instructions that all lines share.
 
-    `\n`, `\t` and `\\` are a newline, a tab and a backslash; `{{` and `}}` are braces. A name with dots reaches into nested
-    objects, unless a field has exactly that name. Raise `UsageError` if the template is malformed or names no field.
+    In the template, `\n`, `\t` and `\\` are a newline, a tab and a backslash; `{{` and `}}` are braces. A name with dots reaches into
+    nested objects, unless a field has exactly that name. *options* are further fields of `Request`. Raise `UsageError` if the
+    template is malformed or names no field.
     """
 
-    def __init__(self, text: str) -> None:
-        unescaped = re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)
-        self._parts: list[tuple[str, str | None]] = []
-        try:
-            parsed = list(Formatter().parse(unescaped))
-        except ValueError as error:
-            raise UsageError(f"--template {text!r}: {error}; a brace itself is written {{{{ or }}}}") from None
-        for literal, name, form, conversion in parsed:
-            if name is not None and (not name.strip() or form or conversion):
-                raise UsageError(
-                    f"--template {text!r}: braces hold the name of a field and nothing else, as in {{name}}"
-                )
-            self._parts.append((literal, name))
+    def __init__(
+        self,
+        template: str,
+        *,
+        system: str | None = None,
+        labels: Sequence[str] | None = None,
+        schema: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.system = system
+        self.labels = labels
+        self.schema = schema
+        self._parts = _parts(template)
         self.fields = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.fields:
             raise UsageError(
-                f"--template {text!r} names no field: every line would be the same question; write {{name}}"
+                f"--template {template!r} names no field: every line would be the same question; write {{name}}"
             )
+        self._shared = [] if system is None else [{"role": "system", "content": system}]
+        self._options: dict[str, Any] = dict(options or {})
+        if labels is not None:
+            self._options["output_type"] = Literal[tuple(labels)]
+        if schema is not None:
+            self._options["params"] = {"response_format": schema}
+
+    def request(self, record: dict[str, Any], name: str) -> Request:
+        """Return the request about *record*, whose id is *name*. Raise `LineError` if a field is missing."""
+        question = {"role": "user", "content": self.render(record)}
+        return Request([*self._shared, question], id=name, **self._options)
 
     def render(self, record: dict[str, Any]) -> str:
         """Return the question about *record*, with values that are not strings as JSON. Raise `LineError` if a field is missing."""
@@ -82,6 +94,20 @@ class Template:
         return "".join(texts)
 
 
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """Return the texts of *template*, each with the field that follows it."""
+    try:
+        parsed = list(Formatter().parse(re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], template)))
+    except ValueError as error:
+        raise UsageError(f"--template {template!r}: {error}; a brace itself is written {{{{ or }}}}") from None
+    for _, name, form, conversion in parsed:
+        if name is not None and (not name.strip() or form or conversion):
+            raise UsageError(
+                f"--template {template!r}: braces hold the name of a field and nothing else, as in {{name}}"
+            )
+    return [(literal, name) for literal, name, _, _ in parsed]
+
+
 def _value(record: dict[str, Any], name: str) -> Any:
     """Return a field of *record*; UNSET if there is none."""
     if name in record:
@@ -90,40 +116,6 @@ def _value(record: dict[str, Any], name: str) -> Any:
     for part in name.split("."):
         value = value.get(part, msgspec.UNSET) if isinstance(value, dict) else msgspec.UNSET
     return value
-
-
-class Templated:
-    """Makes requests from a template and instructions that all lines share; *options* are further fields of `Request`."""
-
-    def __init__(
-        self,
-        template: Template,
-        *,
-        system: str | None = None,
-        labels: Sequence[str] | None = None,
-        schema: dict[str, Any] | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        self.fields = template.fields
-        self.system = system
-        self.labels = labels
-        self.schema = schema
-        self._template = template
-        self._shared = [] if system is None else [{"role": "system", "content": system}]
-        self._options: dict[str, Any] = dict(options or {})
-        if labels is not None:
-            self._options["output_type"] = Literal[tuple(labels)]
-        if schema is not None:
-            self._options["params"] = {"response_format": schema}
-
-    def request(self, record: dict[str, Any], name: str) -> Request:
-        """Return the request about *record*, whose id is *name*. Raise `LineError` if a field is missing."""
-        question = {"role": "user", "content": self._template.render(record)}
-        return Request([*self._shared, question], id=name, **self._options)
-
-    def output(self, answer: Any) -> Any:
-        """Return *answer* as it is written to the output: parsed if there is a schema."""
-        return answer if self.schema is None else msgspec.json.decode(answer)
 
 
 class BatchLines:
@@ -161,11 +153,6 @@ class BatchLines:
         if body.get("stream"):
             raise LineError('the field "body.stream" must be false: an output line holds a whole answer', "body.stream")
         return body
-
-    @staticmethod
-    def output(answer: Any) -> Any:
-        """Return *answer* as it is written to the output: the text that the endpoint would have sent."""
-        return answer
 
 
 Questions = Templated | BatchLines

@@ -16,7 +16,7 @@ from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
 from microbatch.cli.arguments import read_settings
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import BatchLines, Input, Questions, Template, Templated, payload_of
+from microbatch.cli.input import BatchLines, Input, Questions, Templated, payload_of
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
@@ -137,7 +137,7 @@ def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
     if needs_model:
         raise UsageError("no model: give --model NAME, or --simulate to try without one")
     return Templated(
-        Template(args.template),
+        args.template,
         labels=None if args.labels is None else read_labels(args.labels),
         schema=None if args.schema is None else read_schema(args.schema),
         system=None if args.system is None else read_text(args.system, "--system"),

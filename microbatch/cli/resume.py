@@ -50,25 +50,9 @@ class Resumed(msgspec.Struct):
 
 
 def open_output(args: argparse.Namespace) -> OutputFile:
-    """Open the output; one that holds answers needs --resume, or --force, which moves it aside."""
+    """Open the output."""
     if Path(args.output).exists() and Path(args.output).samefile(args.input):
         raise UsageError(f"-o {args.output!r} is the input itself")
-    output = OutputFile(args.output)
-    if not output.size or args.resume:
-        return output
-    try:
-        if not args.force:
-            raise UsageError(
-                f"{args.output!r} already holds answers: go on with --resume, choose another -o, or begin anew with --force "
-                "(the old file is kept under another name)"
-            )
-        aside = next(free_names(args.output))
-        Path(args.output).rename(aside)
-        if settings_path(args.output).exists():
-            settings_path(args.output).rename(settings_path(str(aside)))
-    finally:
-        output.close()
-    note(f"the old output is now {str(aside)!r}")
     return OutputFile(args.output)
 
 
@@ -77,9 +61,18 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
 
     An answer counts if its id and the digest of its question are those of a line of the input. If the question of a line was
     answered under another id, the answer is written under its own id too. If an answer belongs to another question, the output is
-    rewritten without it, and a copy of the old file is kept. Settings that differ from those of the output need --force.
+    rewritten without it, and a copy of the old file is kept. Settings that differ from those of the output need --force. Without
+    --resume an output that holds answers is refused, or emptied with --force, which keeps a copy too.
     """
     if not output.size:
+        return Resumed()
+    if not args.resume:
+        if not args.force:
+            raise UsageError(
+                f"{args.output!r} already holds answers: go on with --resume, choose another -o, or begin anew with --force "
+                "(the old file is kept under another name)"
+            )
+        _rewrite(output, [])
         return Resumed()
     trusts_ids = _check_settings(args, plan, source)
     rows = output.rows()
@@ -127,6 +120,7 @@ def _questions(plan: Plan, source: Input) -> Iterator[tuple[str, str | None]]:
 
 
 def _rewrite(output: OutputFile, rows: list[tuple[int, str]]) -> None:
+    """Leave only *rows* in the output, and keep the output and its settings as they were under another name."""
     aside = next(free_names(output.path))
     output.replace(rows, aside)
     if settings_path(output.path).exists():

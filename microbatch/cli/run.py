@@ -39,6 +39,8 @@ import asyncio
 import shlex
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from microbatch.cli import console
 from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             keep_settings(args.output, settings(args, plan, source))
 
             def take(request: Request, reply: Reply[Any]) -> None:
-                answer = source.questions.output(reply.output)
+                answer = reply.output if source.questions.schema is None else msgspec.json.decode(reply.output)
                 output.write(answer_line(request.id or "", answer, reply, question_digest(request, model)))
 
             def fail(name: str, error: dict[str, Any], request: Request | None) -> None:

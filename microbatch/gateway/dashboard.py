@@ -6,13 +6,12 @@ import base64
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from microbatch.accounting.live import Live
     from microbatch.accounting.stats import Stats
 
 _PAGE: Final = Path(__file__).with_name("dashboard.html").read_text("utf-8")
@@ -46,7 +45,7 @@ async def show_dashboard(_request: web.Request) -> web.Response:
     return web.Response(text=_PAGE, content_type="text/html", charset="utf-8", headers=_HEADERS)
 
 
-def figures(stats: Stats, live: Live) -> bytes:
+def figures(stats: Stats, live: dict[str, Any]) -> bytes:
     """Return the JSON that the page reads: all fields of *stats*, the cache hit rate, and *live*."""
     return msgspec.json.encode(
         {**msgspec.structs.asdict(stats), "cache_hit_rate": stats.cache_hit_rate, "live": live},

@@ -149,7 +149,7 @@ async def test_the_page_reads_once_a_second():
 @pytest.mark.chromium
 async def test_what_is_in_the_figures_is_text_and_never_runs():
     hostile = mb.Stats(batches_by_reason={IMAGE: 3, "<script>document.title='run'</script>": 2})
-    live = msgspec.structs.replace(LiveFigures().snapshot(), errors={IMAGE: 1}, routes={"<b>bold</b>": 1})
+    live = LiveFigures().snapshot() | {"errors": {IMAGE: 1}, "routes": {"<b>bold</b>": 1}}
     async with (
         site(lambda: figures(hostile, live)) as served,
         browser() as opened,

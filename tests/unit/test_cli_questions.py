@@ -9,68 +9,66 @@ import msgspec
 import pytest
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import BatchLines, LineError, Template, Templated
+from microbatch.cli.input import BatchLines, LineError, Templated
 from microbatch.cli.plan import read_labels, read_schema, read_text
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 def test_a_template_puts_fields_in_place_of_their_names():
-    assert Template("Product: {name}, {price}").render({"name": "Lamp", "price": "9"}) == "Product: Lamp, 9"
+    assert Templated("Product: {name}, {price}").render({"name": "Lamp", "price": "9"}) == "Product: Lamp, 9"
 
 
 def test_backslash_n_and_t_are_newline_and_tab_and_two_backslashes_are_one():
-    assert Template(r"{a}\n\t\\n\d").render({"a": "x"}) == "x\n\t\\n\\d"
+    assert Templated(r"{a}\n\t\\n\d").render({"a": "x"}) == "x\n\t\\n\\d"
 
 
 def test_a_backslash_in_a_field_stays_as_it_is():
-    assert Template("{a}").render({"a": r"C:\new"}) == r"C:\new"
+    assert Templated("{a}").render({"a": r"C:\new"}) == r"C:\new"
 
 
 def test_double_braces_are_braces():
-    assert Template("{{{a}}}").render({"a": "x"}) == "{x}"
+    assert Templated("{{{a}}}").render({"a": "x"}) == "{x}"
 
 
 def test_what_is_no_text_is_written_as_json():
-    template = Template("{a} {b} {c} {d}")
+    template = Templated("{a} {b} {c} {d}")
     assert template.render({"a": 1.5, "b": None, "c": True, "d": {"é": [1]}}) == '1.5 null true {"é":[1]}'
 
 
 def test_dots_reach_into_objects_unless_a_field_has_just_that_name():
-    assert Template("{a.b}").render({"a": {"b": "inner"}}) == "inner"
-    assert Template("{a.b}").render({"a": {"b": "inner"}, "a.b": "outer"}) == "outer"
+    assert Templated("{a.b}").render({"a": {"b": "inner"}}) == "inner"
+    assert Templated("{a.b}").render({"a": {"b": "inner"}, "a.b": "outer"}) == "outer"
 
 
 def test_a_template_cannot_reach_attributes():
     with pytest.raises(LineError, match="__class__"):
-        Template("{a.__class__}").render({"a": "x"})
+        Templated("{a.__class__}").render({"a": "x"})
 
 
 @pytest.mark.parametrize("record", [{}, {"a": "text"}, {"a": [1]}, {"a": {"c": 1}}])
 def test_a_missing_field_is_named(record):
     with pytest.raises(LineError, match=r'the field "a.b" is missing') as caught:
-        Template("{a.b}").render(record)
+        Templated("{a.b}").render(record)
     assert caught.value.field == "a.b"
 
 
 @pytest.mark.parametrize("text", ["{a", "a}", "{}", "{a:>3}", "{a!r}", "no field", ""])
 def test_a_template_that_means_nothing_is_a_usage_error(text):
     with pytest.raises(UsageError, match="--template"):
-        Template(text)
+        Templated(text)
 
 
 def test_labels_become_a_literal_and_a_system_text_comes_first():
-    questions = Templated(Template("{a}"), system="Sort.", labels=["x", "y"], options={"max_tokens": 5})
+    questions = Templated("{a}", system="Sort.", labels=["x", "y"], options={"max_tokens": 5})
     request = questions.request({"a": "q"}, "17")
     assert request.messages == [{"role": "system", "content": "Sort."}, {"role": "user", "content": "q"}]
     assert (request.id, request.output_type, request.max_tokens) == ("17", Literal["x", "y"], 5)
-    assert questions.output("x") == "x"
 
 
-def test_an_answer_with_a_schema_is_put_out_as_json_and_not_as_text():
-    questions = Templated(Template("{a}"), schema={"type": "json_schema", "json_schema": {"schema": {}}})
-    assert questions.request({"a": "q"}, "1").params is not None
-    assert questions.output('{"n": 1}') == {"n": 1}
+def test_a_schema_becomes_a_response_format():
+    schema = {"type": "json_schema", "json_schema": {"schema": {}}}
+    assert Templated("{a}", schema=schema).request({"a": "q"}, "1").params == {"response_format": schema}
 
 
 def test_a_batch_line_asks_what_its_body_says():
@@ -80,7 +78,6 @@ def test_a_batch_line_asks_what_its_body_says():
     assert (request.model, request.max_tokens, request.temperature) == ("m", 3, 0)
     assert request.messages == MESSAGES
     assert request.params == {"top_p": 0.5}
-    assert BatchLines.output('{"n":1}') == '{"n":1}'
 
 
 def test_max_completion_tokens_is_the_newer_name_of_max_tokens():

@@ -12,9 +12,9 @@ import pytest
 from helpers import each
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import BadLine, BatchLines, Input, InputChanged, Template, Templated, id_digest
+from microbatch.cli.input import BadLine, BatchLines, Input, InputChanged, Templated, id_digest
 
-QUESTIONS = Templated(Template("{q}"))
+QUESTIONS = Templated("{q}")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Recent figures: exact while they are few, bounded when they are many, and gone when they are old."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from helpers import ask
@@ -55,7 +56,7 @@ def called(size=1, duration=1.0):
 
 
 def test_before_anything_has_happened_there_are_no_percentiles():
-    live = LiveFigures(Clock()).snapshot()
+    live = SimpleNamespace(**LiveFigures(Clock()).snapshot())
     assert (live.window, live.requests_per_second) == (0.0, 0.0)
     assert (live.latency_p50, live.latency_p99, live.call_p50, live.call_p99) == (None, None, None, None)
     assert sum(calls for _, calls in live.batch_sizes) == 0
@@ -68,7 +69,7 @@ def test_percentiles_are_those_of_the_nearest_rank():
         figures.on_settle(settled(milliseconds / 1_000))
         figures.on_call(called(duration=milliseconds / 100))
     clock.now += 10.0
-    live = figures.snapshot()
+    live = SimpleNamespace(**figures.snapshot())
     assert (live.latency_p50, live.latency_p99) == (0.1, 0.198)
     assert (live.call_p50, live.call_p99) == (1.0, 1.98)
     assert (live.window, live.requests_per_second) == (10.0, 20.0)
@@ -78,13 +79,13 @@ def test_the_median_of_three_is_the_one_in_the_middle():
     figures = LiveFigures(Clock())
     for seconds in (3.0, 1.0, 2.0):
         figures.on_settle(settled(seconds))
-    assert (figures.snapshot().latency_p50, figures.snapshot().latency_p99) == (2.0, 3.0)
+    assert (figures.snapshot()["latency_p50"], figures.snapshot()["latency_p99"]) == (2.0, 3.0)
 
 
 def test_one_request_is_its_own_percentile():
     figures = LiveFigures(Clock())
     figures.on_settle(settled(0.25))
-    assert (figures.snapshot().latency_p50, figures.snapshot().latency_p99) == (0.25, 0.25)
+    assert (figures.snapshot()["latency_p50"], figures.snapshot()["latency_p99"]) == (0.25, 0.25)
 
 
 def test_what_is_older_than_the_window_no_longer_counts():
@@ -94,7 +95,7 @@ def test_what_is_older_than_the_window_no_longer_counts():
     figures.on_call(called(duration=9.0))
     clock.now += WINDOW + 1
     figures.on_settle(settled(1.0))
-    live = figures.snapshot()
+    live = SimpleNamespace(**figures.snapshot())
     assert (live.latency_p99, live.call_p99, live.window) == (1.0, None, WINDOW)
     assert live.requests_per_second == pytest.approx(1 / WINDOW)
     assert live.routes == {"batch": 2}  # from the start
@@ -107,7 +108,7 @@ def test_only_so_much_is_kept_and_the_rate_stays_right():
         clock.now += 0.001
         figures.on_settle(settled(float(number)))
         figures.on_call(called())
-    live = figures.snapshot()
+    live = SimpleNamespace(**figures.snapshot())
     assert live.requests_per_second == pytest.approx(1_000, rel=0.01)
     assert live.latency_p50 >= 2 * MOST_KEPT
     assert len(figures._latencies) == len(figures._calls) == MOST_KEPT
@@ -119,14 +120,14 @@ def test_only_so_much_is_kept_and_the_rate_stays_right():
 def test_calls_are_counted_by_size(size, counted):
     figures = LiveFigures(Clock())
     figures.on_call(called(size))
-    assert [pair for pair in figures.snapshot().batch_sizes if pair[1]] == [(counted, 1)]
+    assert [pair for pair in figures.snapshot()["batch_sizes"] if pair[1]] == [(counted, 1)]
 
 
 def test_failures_are_counted_by_kind_and_those_who_left_not_at_all():
     figures = LiveFigures(Clock())
     figures.on_settle(settled(route=None, error=mb.RateLimited("secret words")))
     figures.on_settle(settled(route=None))
-    live = figures.snapshot()
+    live = SimpleNamespace(**figures.snapshot())
     assert (live.errors, live.routes, live.latency_p50) == ({"RateLimited": 1}, {}, None)
 
 
@@ -136,6 +137,6 @@ async def test_a_batcher_tells_it_all():
     transport = ScriptedTransport(delay=1.0)
     async with mb.Microbatcher(transport, hooks=[figures], tokens="bytes", policy=policy) as batcher:
         await asyncio.gather(*(batcher.submit(ask(text)) for text in "abc"))
-    live = figures.snapshot()
+    live = SimpleNamespace(**figures.snapshot())
     assert (live.latency_p50, live.call_p50, live.routes) == (1.5, 1.0, {"batch": 3})
     assert (3, 1) in live.batch_sizes
