@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from microbatch.schema.validate import misfit, steps_for
+from microbatch.schema.validate import misfit_in
 from microbatch.thoughts import after_thoughts
 
 Reader = Callable[[str], Any]
@@ -38,7 +38,6 @@ _QUOTE = re.compile('"')
 _scan = json.JSONDecoder().raw_decode
 _UNFIT = (msgspec.MsgspecError, RecursionError, UnicodeError)
 _string = msgspec.json.Decoder(str).decode
-_any = msgspec.json.Decoder().decode
 
 
 class _Wrapper(msgspec.Struct):
@@ -120,8 +119,8 @@ def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
     if error.__cause__ is not None:
         return "the answer is refused by a validator of the type"
     try:
-        reason = misfit(_any(raw), schema, steps=steps_for(len(raw)))
+        reason = misfit_in(raw, schema)
     except (msgspec.MsgspecError, RecursionError, TypeError, ValueError):
-        # Types may add keywords to their schema that `misfit` does not expect, and may be refused before the JSON is read to its end.
+        # Types may add keywords that `misfit` does not expect, and may be refused before the JSON is read to its end.
         reason = None
     return reason or "the answer does not fit the type"
