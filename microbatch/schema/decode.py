@@ -56,7 +56,7 @@ def decode_text(raw: str) -> tuple[str, str]:
     try:
         text = _string(raw)
     except _UNFIT as error:
-        raise ValueError(_reason(error, raw, {"type": "string"})) from _cause(error)
+        raise ValueError(_reason(error, raw, {"type": "string"})) from error.__cause__
     if not text or text.isspace():
         raise ValueError("the answer is blank")
     return text, text
@@ -68,8 +68,8 @@ def decoder(read: Reader, schema: dict[str, Any]) -> Decoder:
     def decode(raw: str) -> tuple[Any, str]:
         try:
             return read(raw), raw
-        except _UNFIT as error:
-            raise ValueError(_reason(error, raw, schema)) from _cause(error)
+        except _UNFIT as error:  # msgspec chains the error of a validator to its own
+            raise ValueError(_reason(error, raw, schema)) from error.__cause__
 
     return decode
 
@@ -101,11 +101,6 @@ def unwrapped(raw: str) -> Iterator[str]:
     with contextlib.suppress(ValueError, RecursionError):
         yield bytes(_wrapper(raw).answer).decode()
     yield raw
-
-
-def _cause(error: Exception) -> BaseException | None:
-    """Return the error of the caller's validator, which msgspec chains to its own."""
-    return error.__cause__ if isinstance(error, msgspec.MsgspecError) else None
 
 
 def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
