@@ -1,9 +1,9 @@
 """A client with the interface of OpenAI's SDK, for code written against it; the SDK is not imported.
 
 ```python
-client = AsyncOpenAI(batcher)  # was: openai.AsyncOpenAI()
-completion = await client.chat.completions.create(model="gpt-4.1-mini", messages=messages)
-completion.choices[0].message.content, completion.usage.total_tokens, completion.microbatch.route
+async with AsyncOpenAI(mb.Microbatcher(mb.OpenAIChat("gpt-4.1-mini"))) as client:  # was: openai.AsyncOpenAI()
+    completion = await client.chat.completions.create(model="gpt-4.1-mini", messages=messages)
+    completion.choices[0].message.content, completion.usage.total_tokens, completion.microbatch.route
 ```
 Objects have the SDK's attributes and `model_dump`. Errors are this library's (`microbatch.RequestFailed` and its subclasses): a
 refusal, a filtered and a truncated answer are errors unless the request was sent alone. `usage` is the caller's share of a combined

@@ -221,12 +221,6 @@ class Chat:
 class AsyncOpenAI:
     """A client with the SDK's interface for chat completions; its requests may be combined with others.
 
-    ```python
-    async with AsyncOpenAI(mb.Microbatcher(mb.OpenAIChat("gpt-4.1-mini"))) as client:
-        completion = await client.chat.completions.create(model="gpt-4.1-mini", messages=messages)
-        print(completion.choices[0].message.content, completion.microbatch.cost_usd)
-    ```
-
     Args:
         batcher: An open batcher, which its owner closes, or a new one, which `async with` opens and closes.
 

@@ -151,7 +151,7 @@ class ChatCodec:
         if isinstance(error, Filtered):
             error.body = mask(content)
         elif error is None and completion.finish_reason == "length":
-            error = _cut_short(answer, completion, content, said, keep_thoughts=self._keep_thoughts)
+            error = self._cut_short(answer, completion, content, said)
         if error is not None:
             return SingleReply(error=error)
         with contained() as decoding:
@@ -163,19 +163,16 @@ class ChatCodec:
         malformed.__cause__ = decoding.error
         return SingleReply(error=malformed, only_reasoning=reasoning)
 
-
-def _cut_short(
-    answer: AnswerType, completion: Completion, content: str, said: str, *, keep_thoughts: bool
-) -> TruncatedReply | None:
-    """Return the error of a single reply that the token limit ended; None for a text that has begun."""
-    unfinished = not keep_thoughts and is_unfinished_thought(said)
-    if unfinished or not said.strip():
-        completion.thought = completion.thought or unfinished
-        where = "before the answer began; raise max_tokens"
-        if _reasoned(completion):
-            where = f"by reasoning, {where}, or ask for less reasoning (reasoning_effort)"
-        return TruncatedReply(f"the token limit was reached {where}", raw=content)
-    return None if answer.is_text else TruncatedReply("the answer was cut off by the token limit", raw=content)
+    def _cut_short(self, answer: AnswerType, completion: Completion, content: str, said: str) -> TruncatedReply | None:
+        """Return the error of a single reply that the token limit ended; None for a text that has begun."""
+        unfinished = not self._keep_thoughts and is_unfinished_thought(said)
+        if unfinished or not said.strip():
+            completion.thought = completion.thought or unfinished
+            where = "before the answer began; raise max_tokens"
+            if _reasoned(completion):
+                where = f"by reasoning, {where}, or ask for less reasoning (reasoning_effort)"
+            return TruncatedReply(f"the token limit was reached {where}", raw=content)
+        return None if answer.is_text else TruncatedReply("the answer was cut off by the token limit", raw=content)
 
 
 def _reasoned(completion: Completion) -> bool:

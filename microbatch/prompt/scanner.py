@@ -66,25 +66,20 @@ class ObjectScanner:
         """
         if self._base is None:
             self._base = pos
-        held = len(self._unfinished)
-        if held:
+        held = 0
+        if self._unfinished:
+            held = len(self._unfinished)
             text, self._unfinished = self._unfinished + text, ""
             self._base += held
         length = len(text)
         while pos < length:
-            if self._expect == _STRING:
-                found = _string_body(text, pos)
-                pos = found.end() if found else pos
-                if pos < length:
-                    pos = self._leave_string(text, pos)
-                if pos == BROKEN:
-                    return pos
-                continue
-            found = _space(text, pos)
-            pos = found.end() if found else pos
+            in_string = self._expect == _STRING
+            found = _string_body(text, pos) if in_string else _space(text, pos)
+            if found:
+                pos = found.end()
             if pos == length:
                 break
-            pos = self._token(text, pos)
+            pos = self._leave_string(text, pos) if in_string else self._token(text, pos)
             if pos == BROKEN:
                 return pos
             if not self._closers:

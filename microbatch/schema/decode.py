@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from microbatch.schema.validate import misfit, steps_for
+from microbatch.schema.validate import misfit_in
 from microbatch.thoughts import after_thoughts
 
 Reader = Callable[[str], Any]
@@ -38,7 +38,6 @@ _QUOTE = re.compile('"')
 _scan = json.JSONDecoder().raw_decode
 _UNFIT = (msgspec.MsgspecError, RecursionError, UnicodeError)
 _string = msgspec.json.Decoder(str).decode
-_any = msgspec.json.Decoder().decode
 
 
 class _Wrapper(msgspec.Struct):
@@ -57,7 +56,7 @@ def decode_text(raw: str) -> tuple[str, str]:
     try:
         text = _string(raw)
     except _UNFIT as error:
-        raise ValueError(_reason(error, raw, {"type": "string"})) from _cause(error)
+        raise ValueError(_reason(error, raw, {"type": "string"})) from error.__cause__
     if not text or text.isspace():
         raise ValueError("the answer is blank")
     return text, text
@@ -69,8 +68,8 @@ def decoder(read: Reader, schema: dict[str, Any]) -> Decoder:
     def decode(raw: str) -> tuple[Any, str]:
         try:
             return read(raw), raw
-        except _UNFIT as error:
-            raise ValueError(_reason(error, raw, schema)) from _cause(error)
+        except _UNFIT as error:  # msgspec chains the error of a validator to its own
+            raise ValueError(_reason(error, raw, schema)) from error.__cause__
 
     return decode
 
@@ -104,11 +103,6 @@ def unwrapped(raw: str) -> Iterator[str]:
     yield raw
 
 
-def _cause(error: Exception) -> BaseException | None:
-    """Return the error of the caller's validator, which msgspec chains to its own."""
-    return error.__cause__ if isinstance(error, msgspec.MsgspecError) else None
-
-
 def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
     """Return why *raw* was refused with *error*: a path and a rule of *schema* where possible, without quoting *raw*."""
     if isinstance(error, RecursionError):
@@ -120,8 +114,8 @@ def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
     if error.__cause__ is not None:
         return "the answer is refused by a validator of the type"
     try:
-        reason = misfit(_any(raw), schema, steps=steps_for(len(raw)))
+        reason = misfit_in(raw, schema)
     except (msgspec.MsgspecError, RecursionError, TypeError, ValueError):
-        # Types may add keywords to their schema that `misfit` does not expect, and may be refused before the JSON is read to its end.
+        # Types may add keywords that `misfit` does not expect, and may be refused before the JSON is read to its end.
         reason = None
     return reason or "the answer does not fit the type"

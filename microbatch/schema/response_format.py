@@ -9,12 +9,10 @@ import msgspec
 
 from microbatch.errors import ConfigError
 from microbatch.schema.traverse import Schema, refs
-from microbatch.schema.validate import WELL_FORMED, misfit, resolve, steps_for
+from microbatch.schema.validate import WELL_FORMED, misfit_in, resolve
 
 if TYPE_CHECKING:
     from microbatch.schema.decode import Reader
-
-_any = msgspec.json.Decoder().decode
 
 
 def given_schema(response_format: Any) -> tuple[bytes, bool]:
@@ -52,8 +50,8 @@ def compile_given(encoded: bytes) -> tuple[Schema, Reader]:
     Raises:
         ConfigError: The schema is malformed, or has a reference that leads nowhere.
     """
-    schema: Schema = _any(encoded)  # a copy, since the caller may change its dicts later
-    reason = misfit(schema, WELL_FORMED, steps=steps_for(len(encoded)))
+    schema: Schema = msgspec.json.decode(encoded)  # a copy, since the caller may change its dicts later
+    reason = misfit_in(encoded, WELL_FORMED)
     if reason is not None:
         raise ConfigError(f"response_format.json_schema.schema is malformed at {reason}")
     for ref in refs(schema):
@@ -64,8 +62,7 @@ def compile_given(encoded: bytes) -> tuple[Schema, Reader]:
             raise ConfigError(f"response_format.json_schema.schema refers to {ref}, which is not in it") from None
 
     def read(raw: str) -> str:
-        reason = misfit(_any(raw), schema, steps=steps_for(len(raw)))
-        if reason is not None:
+        if (reason := misfit_in(raw, schema)) is not None:
             raise ValueError(reason)
         return raw
 

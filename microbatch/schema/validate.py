@@ -10,6 +10,8 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -52,6 +54,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "number": (int, float),
 }
 
+_decode = msgspec.json.Decoder().decode
+
 _COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not"})
 
 
@@ -62,7 +66,7 @@ def misfit(value: Any, schema: Any, *, steps: int = 100_000) -> str | None:
         value: A decoded JSON value.
         schema: The schema, itself well-formed (see `WELL_FORMED`).
         steps: Most applications of a schema, beyond which the value counts as a misfit: nested unions otherwise take time exponential
-            in the value's depth. See `steps_for`.
+            in the value's depth.
 
     Returns:
         A path and a rule, with names from the schema only; neither strings nor keys of the value.
@@ -71,9 +75,10 @@ def misfit(value: Any, schema: Any, *, steps: int = 100_000) -> str | None:
     return None if reason is None else "$" + reason
 
 
-def steps_for(size: int) -> int:
-    """Return the steps allowed for JSON of *size* characters: linear, with room for a union or two at every value."""
-    return 10_000 + 8 * size
+def misfit_in(raw: str | bytes, schema: Any) -> str | None:
+    """Return where and why the value of the JSON *raw* does not fit *schema*, or None; see `misfit`."""
+    # Steps linear in the length, with room for a union or two at every value.
+    return misfit(_decode(raw), schema, steps=10_000 + 8 * len(raw))
 
 
 def resolve(pointer: str, root: Any) -> Any:
