@@ -278,9 +278,6 @@ class Accounts:
         self._slots = slots
         self._kept: SharedLRU[object, Account] = SharedLRU(CAPACITY)
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:
         """Return the account of calls to *model* with *headers*."""
         key = (self._base_url, model or self._model, credentials_digest(headers.items()) if headers else b"")

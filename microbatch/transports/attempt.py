@@ -211,6 +211,4 @@ def _form(head: bytearray) -> Literal["json", "events", "neither", "unclear"]:
         return "json"
     if text.startswith(_FIELDS):
         return "events"
-    if _BOM.startswith(bytes(head)) or any(field.startswith(text) for field in _FIELDS):
-        return "unclear"
-    return "neither"
+    return "unclear" if len(text) < max(map(len, _FIELDS)) else "neither"
