@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.errors import ServerError
 from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
@@ -93,6 +92,11 @@ class ReplyReader:
         """True if the answer is complete, whatever happens to the connection."""
         return self.done or self.finish is not None
 
+    @property
+    def lack(self) -> str:
+        """What is wrong with a reply that is not `answering`."""
+        return "the answer has no choices" if self.spoke else "the answer is no chat completion"
+
     def event(self, data: bytes, *, torso: bool = False) -> str | Fault:
         """Read the data of one stream event; return its text, which may be empty, or its error.
 
@@ -115,11 +119,7 @@ class ReplyReader:
             return self._joiner.rest() + GAP
 
     def whole(self, data: bytes) -> str | Fault:
-        """Read a whole JSON body; return its text, which may be empty, or its error.
-
-        Raises:
-            ServerError: It is no chat completion, or one without an answer.
-        """
+        """Read a whole JSON body; return its text, which is empty if it is not `answering`, or its error."""
         try:
             text = self._take(data)
         except ValueError:
@@ -127,10 +127,7 @@ class ReplyReader:
         if isinstance(text, Fault):
             return text
         if not self.answering:
-            fault = read_fault(data, 200, hollow=True)
-            if fault is not None:
-                return fault
-            raise ServerError(f"the answer {'has no choices' if self.spoke else 'is no chat completion'}", status=200)
+            return read_fault(data, 200, hollow=True) or ""
         self._completion.body = decode_body(data)
         self.done = True
         return text + self._joiner.rest()
