@@ -60,7 +60,7 @@ class Attempt:
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* returns the response when its headers have arrived."""
-        timeout: TransportTimeout | None = None
+        failure: TransportTimeout | ConnectFailed | None = None
         try:
             async with self.clock.scope:
                 self._response = await guarded(sending, self.where)
@@ -73,13 +73,11 @@ class Attempt:
         except TimeoutError:
             if not self.clock.scope.expired():
                 raise  # not the clock's
-            if not self._reader.complete:
-                timeout = self.clock.error(self.where)
-        except ConnectFailed:
-            if not self._reader.complete:
-                raise
-        if timeout is not None:
-            raise timeout  # outside the except block, so that no error of aiohttp is attached
+            failure = self.clock.error(self.where)
+        except ConnectFailed as error:
+            failure = error
+        if failure is not None and not self._reader.complete:
+            raise failure  # outside the except block, so that no error of aiohttp is attached
         headers = self._response.headers
         completion = self._reader.completion(headers.get("x-request-id"), read_limits(headers))
         completion.bound = self.plan.bound

@@ -116,8 +116,7 @@ class _CallHistory(msgspec.Struct):
     tried_lower: bool = False
     unanswered: bool = False
     bounds: int = 0  # refusals of its bound
-    # Fields that were refused. A call learns once from each, so that sending it again comes to an end.
-    refused: set[str] = msgspec.field(default_factory=set[str])
+    renamed: bool = False  # whether a name of `max_tokens` was refused
 
 
 class Plan(msgspec.Struct, eq=False):
@@ -318,16 +317,13 @@ class Capabilities:
 
     def _learn_field(self, plan: Plan, name: str) -> bool:
         history = self._history(plan)
-        if name in history.refused:
-            return False
-        history.refused.add(name)
         if name in _OPTIONAL:
             plan.entry.unsupported.add(name)
             return True
-        other = _MAX_TOKENS_NAMES[1 - _MAX_TOKENS_NAMES.index(name)]
-        if other in history.refused:
+        if history.renamed:
             return False  # the endpoint takes neither name
-        plan.entry.max_tokens_name = other
+        history.renamed = True
+        plan.entry.max_tokens_name = _MAX_TOKENS_NAMES[1 - _MAX_TOKENS_NAMES.index(name)]
         return True
 
     @staticmethod

@@ -209,18 +209,17 @@ def _fault(error: dict[str, Any], status: int, raw: bytes) -> Fault:
     values: list[Any] = [*map(error.get, names), as_object(error.get("innererror")).get("code")]
     metadata = as_object(error.get("metadata"))
     statuses = [number for number in map(_as_status, values) if number is not None]
-    words = [value for value in values if isinstance(value, str) and _as_status(value) is None and value]
-    numbers = {str(value) for value in values if isinstance(value, int) and _as_status(value) is None}
+    codes = [value for value in values if isinstance(value, str | int) and value and _as_status(value) is None]
     param = error.get("param")
     # OpenRouter has a sentence of its own, and that of the provider beside it.
     messages = [part for part in (error.get("message"), metadata.get("raw")) if isinstance(part, str) and part]
     return Fault(
         statuses[0] if statuses and not has_failed(status) else status,
-        code=words[0] if words else None,
+        code=next((code for code in codes if isinstance(code, str)), None),
         param=param if isinstance(param, str) and param else None,
         message="\n".join(messages),
         # OpenRouter's 403 for flagged input names it only in the metadata; the key is valid, and this one item is the cause.
-        words=frozenset({*(word.lower() for word in words), *numbers, *({"flagged_input"} & metadata.keys())}),
+        words=frozenset({*(str(code).lower() for code in codes), *({"flagged_input"} & metadata.keys())}),
         raw=raw,
     )
 

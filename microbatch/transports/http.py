@@ -8,6 +8,7 @@ import re
 import socket
 import ssl
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
@@ -53,7 +54,6 @@ class Clock:
         self._loop = asyncio.get_running_loop()
         self._total = total
         self._idle = idle
-        self._silent = False
         self.interval = interval
         self.end = self._loop.time() + total
         self.scope = asyncio.timeout_at(self.end)
@@ -61,23 +61,18 @@ class Clock:
     def feed(self) -> None:
         """Record activity of the endpoint."""
         if self._idle is not None:
-            silent = self._loop.time() + self._idle + self.interval
-            self._silent = silent < self.end
-            self._set(min(silent, self.end))
+            self.grace(self._idle + self.interval)
 
     def grace(self, seconds: float) -> None:
         """Allow at most *seconds* more, unless there is further activity."""
-        self._set(min(self.end, self._loop.time() + seconds))
+        if not self.scope.expired():
+            self.scope.reschedule(min(self.end, self._loop.time() + seconds))
 
     def error(self, where: str) -> TransportTimeout:
         """Return the error to raise when the time is up."""
-        if self._silent:
+        if self.scope.when() != self.end:
             return TransportTimeout(f"{where} sent nothing for {self._idle:g} s (idle_timeout)")
         return TransportTimeout(f"{where} did not finish within {self._total:g} s (timeout)")
-
-    def _set(self, when: float) -> None:
-        if not self.scope.expired():
-            self.scope.reschedule(when)
 
 
 class Pacer:
@@ -213,12 +208,10 @@ async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, beg
 async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) -> bytes:
     """Return the part of a body that arrives in *grace* seconds, at most *limit* bytes; never raise."""
     body = bytearray()
-    try:
+    with suppress(aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
         async with asyncio.timeout(grace):
             while len(body) < limit and (chunk := await response.content.readany()):
                 body += chunk
-    except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
-        pass
     return bytes(body[:limit])
 
 
