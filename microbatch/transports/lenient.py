@@ -58,12 +58,8 @@ def decode_body(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, *_UNREADABLE):
-        value = decode(data, number=float)
-    try:
-        text = json.dumps(value, ensure_ascii=False).encode(_UTF_16, "surrogatepass").decode(_UTF_16, "replace")
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        text = json.dumps(decode(data, number=float), ensure_ascii=False)
+        return json.loads(text.encode(_UTF_16, "surrogatepass").decode(_UTF_16, "replace"))
 
 
 class Joiner:
