@@ -5,7 +5,7 @@ about the response format steps down one rung; after an hour one call tries the 
 fields that an endpoint refuses and its name of `max_tokens` are remembered.
 
 The transport asks for a `Plan` before each attempt and reports how it went; an attempt that is cancelled or fails for other reasons
-needs no report. Nothing here waits or reads a clock.
+needs no report.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ Endpoint: TypeAlias = tuple[str, str, bytes]
 CAPACITY: Final = 256
 RETRY_RUNG_AFTER: Final = 3600.0  # seconds at a lower rung after which one call tries the rung above
 MAX_SCHEMAS: Final = 64
-
 _MAX_BOUNDS: Final = 3  # refusals of a call's bound after which it is sent without one
 
 _MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens")
