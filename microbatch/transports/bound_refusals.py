@@ -24,7 +24,7 @@ STATUSES: Final = frozenset({200, 400, 402, 403, 413, 422, 429})
 _ABOUT: Final = re.compile(
     r"(?i)max[_ ]?(?:completion_?|output_?|new_?)?tokens|length of .{0,30}\bcompletion\b|maximum (?:output |completion )?tokens|"
     r"\b(?:completion|output|generated) tokens|\btokens?\b.{0,20}\bcompletion\b|"
-    r"context.{0,10}(?:length|window|size|limit)|context_length_exceeded|token limit|\bcredits?\b|\bafford"
+    r"context.{0,10}(?:length|window|size|limit)|token limit|\bcredits?\b|\bafford"
 )
 # Of a 429, which is usually about the rate: this request is too large by itself.
 _TOO_LARGE: Final = re.compile(r"(?i)\b(?:request|prompt|input)\b.{0,20}\btoo (?:large|long)|must be reduced")

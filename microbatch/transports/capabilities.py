@@ -142,9 +142,6 @@ class Plan(msgspec.Struct, eq=False):
     probe: bool = False
     bound: int | None = None
 
-    def __repr__(self) -> str:  # without the call's texts
-        return f"Plan(rung={self.rung!r}, sent={sorted(self.sent)}, lower={self.lower}, probe={self.probe})"
-
 
 class Capabilities:
     """The capabilities of the most recently used endpoints.
@@ -157,9 +154,6 @@ class Capabilities:
         self.answered = False
         self._entries: LRU[Endpoint, _Entry] = LRU(CAPACITY)
         self._histories: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()
-
-    def __repr__(self) -> str:
-        return f"Capabilities(endpoints={len(self._entries)})"
 
     def plan(
         self, call: ChatCall, endpoint: Endpoint, now: float, *, stream: bool | None, may_stream: bool = False

@@ -120,6 +120,3 @@ class BatchWire:
         today = self._plan(call, body["model"])
         sent = frozenset(name for name in _OPTIONAL if name in body)
         return Plan(call, today.entry, _RUNGS.get(form.get("type", "")), sent, today.digest)
-
-    def __repr__(self) -> str:
-        return f"BatchWire(model={self.model!r}, where={self._where!r})"

@@ -43,10 +43,7 @@ _QUOTA: Final = frozenset({
     *("organization_spend_limit_exceeded", "project_spend_limit_exceeded", "organization_usage_limit_exceeded"),
 })  # fmt: skip
 _CONTEXT: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
-_CONTEXT_TEXT: Final = re.compile(
-    r"(?i)context.{0,10}(?:length|window|size)|ContextWindowExceeded|exceed_context_size|context_length_exceeded"
-    r"|\b(?:prompt|input) is too long\b"
-)
+_CONTEXT_TEXT: Final = re.compile(r"(?i)context.{0,10}(?:length|window|size)|\b(?:prompt|input) is too long\b")
 _QUOTA_TEXT: Final = re.compile("|".join(sorted(_QUOTA)))
 
 # Codes of filters, without their underscores: OpenAI, Azure, DashScope (`DataInspectionFailed`), Volcengine
