@@ -183,15 +183,7 @@ class OpenAIChat:
         body = _encoded(request_body(call, model, plan))
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         clock = Clock(max(0.0, total), self._idle_timeout, self._stream_interval)
-        attempt = Attempt(
-            plan,
-            self._capabilities,
-            clock,
-            on_text,
-            self._where,
-            headers=request,
-            address_secrets=self._address_secrets,
-        )
+        attempt = Attempt(plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets)
         return await attempt.run(
             self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)
         )
