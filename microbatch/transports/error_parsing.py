@@ -270,14 +270,9 @@ def _is_about_size(message: str) -> bool:
 def to_error(
     fault: Fault, *, where: str, headers: Mapping[str, str], secrets: Iterable[str] = (), keyless: bool = False
 ) -> StatusError:
-    """Return the error to raise for *fault*.
+    """Return the error to raise for *fault* in a response with *headers*, which are looked up in any case.
 
-    Args:
-        fault: The endpoint's error.
-        where: Host and port, for the message.
-        headers: The response headers, looked up in any case.
-        secrets: Texts that must not appear anywhere, such as the key that was sent.
-        keyless: Whether no credentials were sent.
+    *where* is host and port. *secrets* must not appear anywhere, such as the key that was sent; *keyless* if there was none.
     """
     kind = classify(fault)
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)

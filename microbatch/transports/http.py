@@ -42,12 +42,9 @@ LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+
 
 
 class Clock:
-    """The time limits of one attempt, which runs in `scope`.
+    """The time limits of one attempt, which runs in `scope`: *total* seconds, and *idle* seconds of silence after the first activity.
 
-    Args:
-        total: Seconds until its end.
-        idle: Longest silence in seconds after the first activity, or None.
-        interval: Longest pause of a `Pacer`, in seconds, by which activity may be noticed late.
+    Activity may be noticed late by *interval* seconds, the longest pause of a `Pacer`.
     """
 
     def __init__(self, total: float, idle: float | None, interval: float = 0.0) -> None:
@@ -82,10 +79,7 @@ class Pacer:
     stream. During a pause, bytes wait in the socket's buffer: the socket's low-water mark is raised, below TLS, and the flow control of
     aiohttp works as before. Without a usable mark the transport is paused, which saves less under TLS.
 
-    Args:
-        response: The answer.
-        interval: Longest pause, in seconds.
-        end: Loop time at which the answer has to be complete; there are no pauses just before it.
+    Pauses take at most *interval* seconds. There are none just before *end*, the loop time at which the answer has to be complete.
     """
 
     def __init__(self, response: aiohttp.ClientResponse, interval: float, end: float) -> None:
