@@ -37,7 +37,6 @@ class Permit:
 
     Attributes:
         tokens: Tokens charged for each attempt.
-        again: Whether the retry budget has paid for the first attempt, because it repeats a call that was cut off.
         combined: Whether the call carries several requests.
         begun: Whether the call has begun and not finished.
         paid: Whether the next attempt may be made: it has its permit and its slot.
@@ -50,7 +49,6 @@ class Permit:
     account: Account
     tokens: int
     rank: int
-    again: bool = False
     combined: bool = False
     begun: bool = False
     paid: bool = False
@@ -163,8 +161,8 @@ class Account:
         self._timer: asyncio.TimerHandle | None = None
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
-        """Return an unpaid permit; *again* if the retry budget has paid for its first attempt."""
-        return Permit(self, tokens, rank, again=again, drawn=again)
+        """Return an unpaid permit; *again* if the retry budget has paid for its first attempt, which repeats a call."""
+        return Permit(self, tokens, rank, drawn=again)
 
     def pay(self, permit: Permit) -> bool:
         """Pay for the next attempt of *permit*; return whether it need not wait.
@@ -277,9 +275,6 @@ class Accounts:
         self._limit = limit
         self._slots = slots
         self._kept: SharedLRU[object, Account] = SharedLRU(CAPACITY)
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def of(self, model: str | None, headers: Mapping[str, str]) -> Account:
         """Return the account of calls to *model* with *headers*."""

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
-from microbatch.errors import ConnectFailed, ServerError
+from microbatch.errors import ConnectFailed
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error, unanswered
 from microbatch.transports.http import Pacer, guarded, read_all, read_some
@@ -60,7 +60,7 @@ class Attempt:
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* returns the response when its headers have arrived."""
-        timeout: TransportTimeout | None = None
+        failure: TransportTimeout | ConnectFailed | None = None
         try:
             async with self.clock.scope:
                 self._response = await guarded(sending, self.where)
@@ -73,13 +73,11 @@ class Attempt:
         except TimeoutError:
             if not self.clock.scope.expired():
                 raise  # not the clock's
-            if not self._reader.complete:
-                timeout = self.clock.error(self.where)
-        except ConnectFailed:
-            if not self._reader.complete:
-                raise
-        if timeout is not None:
-            raise timeout  # outside the except block, so that no error of aiohttp is attached
+            failure = self.clock.error(self.where)
+        except ConnectFailed as error:
+            failure = error
+        if failure is not None and not self._reader.complete:
+            raise failure  # outside the except block, so that no error of aiohttp is attached
         headers = self._response.headers
         completion = self._reader.completion(headers.get("x-request-id"), read_limits(headers))
         completion.bound = self.plan.bound
@@ -104,20 +102,18 @@ class Attempt:
             form = _form(head)
         # The content type is often wrong (openclaw#97454: JSON for a stream; one-api: an event stream for JSON), the text never.
         if form == "events" or (form != "json" and (self._content_type == "text/event-stream" or self.plan.stream)):
-            await self._receive_stream(bytes(head))
+            raw = await self._receive_stream(bytes(head))
         else:
-            self._take_whole(await read_all(response, MAX_REPLY_BYTES, self.where, begun=head))
-
-    def _take_whole(self, raw: bytes) -> None:
-        try:
+            raw = await read_all(response, MAX_REPLY_BYTES, self.where, begun=head)
             text = self._reader.whole(raw)
-        except ServerError as error:
-            self._no_answer(str(error), raw)
-        if isinstance(text, Fault):
-            self._refuse(text)
-        self._deliver(text)
+            if isinstance(text, Fault):
+                self._refuse(text)
+            self._deliver(text)
+        if not self._reader.answering:
+            self._no_answer(raw)
 
-    async def _receive_stream(self, head: bytes) -> None:
+    async def _receive_stream(self, head: bytes) -> bytes:
+        """Take a stream; return what of it came before it began to answer."""
         decoder = SSEDecoder()
         pacer = Pacer(self._response, self.clock.interval, self.clock.end)
         received = bytearray()
@@ -131,9 +127,7 @@ class Attempt:
             chunk = await guarded(pacer.read(), self.where)
         self._take_events(decoder.close(), torso=True)
         self._deliver(self._reader.rest())
-        if not self._reader.answering:
-            message = "the stream has no choices" if self._reader.spoke else "the answer is no chat completion"
-            self._no_answer(message, bytes(received))
+        return bytes(received)
 
     def _take_events(self, events: Sequence[bytes], *, torso: bool = False) -> None:
         """Take the data of events; with *torso* they may be incomplete, because the stream was cut."""
@@ -170,13 +164,13 @@ class Attempt:
             self._gave_text = True
             self.on_text(text)
 
-    def _no_answer(self, message: str, raw: bytes) -> NoReturn:
+    def _no_answer(self, raw: bytes) -> NoReturn:
         """Raise the error for a status 200 without an answer.
 
         It is a failure of the endpoint or of a proxy, as a 502 is. But Gemini sends no choices, and no reason, for a prompt that its
         filter has blocked, each time that it is asked (BerriAI/litellm#40252).
         """
-        message += f"; it sent {self._content_type or 'no content type'}, {len(raw)} bytes"
+        message = f"{self._reader.lack}; it sent {self._content_type or 'no content type'}, {len(raw)} bytes"
         if not self.capabilities.answered:
             message += ". base_url usually ends in /v1"
         blocked = self._reader.spoke and self.capabilities.unanswered(self.plan)
@@ -211,6 +205,4 @@ def _form(head: bytearray) -> Literal["json", "events", "neither", "unclear"]:
         return "json"
     if text.startswith(_FIELDS):
         return "events"
-    if _BOM.startswith(bytes(head)) or any(field.startswith(text) for field in _FIELDS):
-        return "unclear"
-    return "neither"
+    return "unclear" if len(text) < max(map(len, _FIELDS)) else "neither"

@@ -24,7 +24,7 @@ STATUSES: Final = frozenset({200, 400, 402, 403, 413, 422, 429})
 _ABOUT: Final = re.compile(
     r"(?i)max[_ ]?(?:completion_?|output_?|new_?)?tokens|length of .{0,30}\bcompletion\b|maximum (?:output |completion )?tokens|"
     r"\b(?:completion|output|generated) tokens|\btokens?\b.{0,20}\bcompletion\b|"
-    r"context.{0,10}(?:length|window|size|limit)|context_length_exceeded|token limit|\bcredits?\b|\bafford"
+    r"context.{0,10}(?:length|window|size|limit)|token limit|\bcredits?\b|\bafford"
 )
 # Of a 429, which is usually about the rate: this request is too large by itself.
 _TOO_LARGE: Final = re.compile(r"(?i)\b(?:request|prompt|input)\b.{0,20}\btoo (?:large|long)|must be reduced")
@@ -32,8 +32,8 @@ _TOO_LARGE: Final = re.compile(r"(?i)\b(?:request|prompt|input)\b.{0,20}\btoo (?
 _N: Final = r"[`'\"\[(]?(\d[\d,_]*)"
 _PER_MINUTE: Final = re.compile(rf"(?i)tokens? per min.{{0,40}}?limit:? {_N},? (?:used:? \d+,? )?requested:? {_N}")
 _AFFORDABLE: Final = re.compile(rf"(?i)afford (?:up to )?{_N}")
-_SUM: Final = re.compile(rf"{_N} \+ {_N} > {_N}")
 _CONTEXT: Final = (
+    rf"\d \+ \d[\d,_]* > {_N}",
     rf"context[ _-]?(?:length|limit|window|size)\D{{0,40}}?{_N}",
     rf"{_N}(?: tokens?)? (?:is the )?(?:maximum|max) context",
     rf"max_new_tokens\S? must be <= {_N}",
@@ -41,6 +41,7 @@ _CONTEXT: Final = (
     rf"current length is \d+ while limit is {_N}",
 )
 _PROMPT: Final = (
+    rf"{_N} \+ \d[\d,_]* > \d",
     rf"{_N}(?: tokens?)? (?:(?:in|from|of) (?:the )?(?:input )?(?:messages|prompt|input|text input)|[`'\"]?inputs?[`'\"]? tokens)",
     rf"(?:messages resulted in|prompt contains)(?: at least)? {_N}",
     rf"\brequest \({_N} tokens",
@@ -81,8 +82,6 @@ def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
         return None
     if found := _AFFORDABLE.search(message):
         return TokenLimits(affordable=_value(found[1]))
-    if found := _SUM.search(message):
-        return TokenLimits(context=_value(found[3]), prompt=_value(found[1]))
     context = _first(_CONTEXT, message)
     if context is not None:
         return TokenLimits(context=context, prompt=_first(_PROMPT, message))

@@ -5,7 +5,7 @@ about the response format steps down one rung; after an hour one call tries the 
 fields that an endpoint refuses and its name of `max_tokens` are remembered.
 
 The transport asks for a `Plan` before each attempt and reports how it went; an attempt that is cancelled or fails for other reasons
-needs no report. Nothing here waits or reads a clock.
+needs no report.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ Endpoint: TypeAlias = tuple[str, str, bytes]
 CAPACITY: Final = 256
 RETRY_RUNG_AFTER: Final = 3600.0  # seconds at a lower rung after which one call tries the rung above
 MAX_SCHEMAS: Final = 64
-
 _MAX_BOUNDS: Final = 3  # refusals of a call's bound after which it is sent without one
 
 _MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens")
@@ -116,8 +115,7 @@ class _CallHistory(msgspec.Struct):
     tried_lower: bool = False
     unanswered: bool = False
     bounds: int = 0  # refusals of its bound
-    # Fields that were refused. A call learns once from each, so that sending it again comes to an end.
-    refused: set[str] = msgspec.field(default_factory=set[str])
+    renamed: bool = False  # whether a name of `max_tokens` was refused
 
 
 class Plan(msgspec.Struct, eq=False):
@@ -144,9 +142,6 @@ class Plan(msgspec.Struct, eq=False):
     probe: bool = False
     bound: int | None = None
 
-    def __repr__(self) -> str:  # without the call's texts
-        return f"Plan(rung={self.rung!r}, sent={sorted(self.sent)}, lower={self.lower}, probe={self.probe})"
-
 
 class Capabilities:
     """The capabilities of the most recently used endpoints.
@@ -159,9 +154,6 @@ class Capabilities:
         self.answered = False
         self._entries: LRU[Endpoint, _Entry] = LRU(CAPACITY)
         self._histories: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()
-
-    def __repr__(self) -> str:
-        return f"Capabilities(endpoints={len(self._entries)})"
 
     def plan(
         self, call: ChatCall, endpoint: Endpoint, now: float, *, stream: bool | None, may_stream: bool = False
@@ -318,16 +310,13 @@ class Capabilities:
 
     def _learn_field(self, plan: Plan, name: str) -> bool:
         history = self._history(plan)
-        if name in history.refused:
-            return False
-        history.refused.add(name)
         if name in _OPTIONAL:
             plan.entry.unsupported.add(name)
             return True
-        other = _MAX_TOKENS_NAMES[1 - _MAX_TOKENS_NAMES.index(name)]
-        if other in history.refused:
+        if history.renamed:
             return False  # the endpoint takes neither name
-        plan.entry.max_tokens_name = other
+        history.renamed = True
+        plan.entry.max_tokens_name = _MAX_TOKENS_NAMES[1 - _MAX_TOKENS_NAMES.index(name)]
         return True
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
-from microbatch.errors import BadRequest, ConfigError
+from microbatch.errors import BadRequest, ConfigError, ServerError
 from microbatch.protocols import ChatCall
 from microbatch.transports.capabilities import Capabilities, Plan, Rung
 from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error
@@ -97,6 +97,8 @@ class BatchWire:
             if type(error) is BadRequest:
                 error = self._capabilities.learn(self._plan_of(sent()), text, error, asyncio.get_running_loop().time())
             raise error
+        if not reader.answering:
+            raise ServerError(reader.lack, status=200)
         completion = reader.completion(request_id)
         if reader.finish is None:
             completion.finish_reason = None  # a provider that writes files always gives a finish reason
@@ -118,6 +120,3 @@ class BatchWire:
         today = self._plan(call, body["model"])
         sent = frozenset(name for name in _OPTIONAL if name in body)
         return Plan(call, today.entry, _RUNGS.get(form.get("type", "")), sent, today.digest)
-
-    def __repr__(self) -> str:
-        return f"BatchWire(model={self.model!r}, where={self._where!r})"

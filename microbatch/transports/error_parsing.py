@@ -43,10 +43,7 @@ _QUOTA: Final = frozenset({
     *("organization_spend_limit_exceeded", "project_spend_limit_exceeded", "organization_usage_limit_exceeded"),
 })  # fmt: skip
 _CONTEXT: Final = frozenset({"context_length_exceeded", "exceed_context_size_error"})
-_CONTEXT_TEXT: Final = re.compile(
-    r"(?i)context.{0,10}(?:length|window|size)|ContextWindowExceeded|exceed_context_size|context_length_exceeded"
-    r"|\b(?:prompt|input) is too long\b"
-)
+_CONTEXT_TEXT: Final = re.compile(r"(?i)context.{0,10}(?:length|window|size)|\b(?:prompt|input) is too long\b")
 _QUOTA_TEXT: Final = re.compile("|".join(sorted(_QUOTA)))
 
 # Codes of filters, without their underscores: OpenAI, Azure, DashScope (`DataInspectionFailed`), Volcengine
@@ -209,18 +206,17 @@ def _fault(error: dict[str, Any], status: int, raw: bytes) -> Fault:
     values: list[Any] = [*map(error.get, names), as_object(error.get("innererror")).get("code")]
     metadata = as_object(error.get("metadata"))
     statuses = [number for number in map(_as_status, values) if number is not None]
-    words = [value for value in values if isinstance(value, str) and _as_status(value) is None and value]
-    numbers = {str(value) for value in values if isinstance(value, int) and _as_status(value) is None}
+    codes = [value for value in values if isinstance(value, str | int) and value and _as_status(value) is None]
     param = error.get("param")
     # OpenRouter has a sentence of its own, and that of the provider beside it.
     messages = [part for part in (error.get("message"), metadata.get("raw")) if isinstance(part, str) and part]
     return Fault(
         statuses[0] if statuses and not has_failed(status) else status,
-        code=words[0] if words else None,
+        code=next((code for code in codes if isinstance(code, str)), None),
         param=param if isinstance(param, str) and param else None,
         message="\n".join(messages),
         # OpenRouter's 403 for flagged input names it only in the metadata; the key is valid, and this one item is the cause.
-        words=frozenset({*(word.lower() for word in words), *numbers, *({"flagged_input"} & metadata.keys())}),
+        words=frozenset({*(str(code).lower() for code in codes), *({"flagged_input"} & metadata.keys())}),
         raw=raw,
     )
 
@@ -274,14 +270,9 @@ def _is_about_size(message: str) -> bool:
 def to_error(
     fault: Fault, *, where: str, headers: Mapping[str, str], secrets: Iterable[str] = (), keyless: bool = False
 ) -> StatusError:
-    """Return the error to raise for *fault*.
+    """Return the error to raise for *fault* in a response with *headers*, which are looked up in any case.
 
-    Args:
-        fault: The endpoint's error.
-        where: Host and port, for the message.
-        headers: The response headers, looked up in any case.
-        secrets: Texts that must not appear anywhere, such as the key that was sent.
-        keyless: Whether no credentials were sent.
+    *where* is host and port. *secrets* must not appear anywhere, such as the key that was sent; *keyless* if there was none.
     """
     kind = classify(fault)
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)

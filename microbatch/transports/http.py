@@ -8,6 +8,7 @@ import re
 import socket
 import ssl
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiohttp
@@ -41,19 +42,15 @@ LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+
 
 
 class Clock:
-    """The time limits of one attempt, which runs in `scope`.
+    """The time limits of one attempt, which runs in `scope`: *total* seconds, and *idle* seconds of silence after the first activity.
 
-    Args:
-        total: Seconds until its end.
-        idle: Longest silence in seconds after the first activity, or None.
-        interval: Longest pause of a `Pacer`, in seconds, by which activity may be noticed late.
+    Activity may be noticed late by *interval* seconds, the longest pause of a `Pacer`.
     """
 
     def __init__(self, total: float, idle: float | None, interval: float = 0.0) -> None:
         self._loop = asyncio.get_running_loop()
         self._total = total
         self._idle = idle
-        self._silent = False
         self.interval = interval
         self.end = self._loop.time() + total
         self.scope = asyncio.timeout_at(self.end)
@@ -61,23 +58,18 @@ class Clock:
     def feed(self) -> None:
         """Record activity of the endpoint."""
         if self._idle is not None:
-            silent = self._loop.time() + self._idle + self.interval
-            self._silent = silent < self.end
-            self._set(min(silent, self.end))
+            self.grace(self._idle + self.interval)
 
     def grace(self, seconds: float) -> None:
         """Allow at most *seconds* more, unless there is further activity."""
-        self._set(min(self.end, self._loop.time() + seconds))
+        if not self.scope.expired():
+            self.scope.reschedule(min(self.end, self._loop.time() + seconds))
 
     def error(self, where: str) -> TransportTimeout:
         """Return the error to raise when the time is up."""
-        if self._silent:
+        if self.scope.when() != self.end:
             return TransportTimeout(f"{where} sent nothing for {self._idle:g} s (idle_timeout)")
         return TransportTimeout(f"{where} did not finish within {self._total:g} s (timeout)")
-
-    def _set(self, when: float) -> None:
-        if not self.scope.expired():
-            self.scope.reschedule(when)
 
 
 class Pacer:
@@ -87,10 +79,7 @@ class Pacer:
     stream. During a pause, bytes wait in the socket's buffer: the socket's low-water mark is raised, below TLS, and the flow control of
     aiohttp works as before. Without a usable mark the transport is paused, which saves less under TLS.
 
-    Args:
-        response: The answer.
-        interval: Longest pause, in seconds.
-        end: Loop time at which the answer has to be complete; there are no pauses just before it.
+    Pauses take at most *interval* seconds. There are none just before *end*, the loop time at which the answer has to be complete.
     """
 
     def __init__(self, response: aiohttp.ClientResponse, interval: float, end: float) -> None:
@@ -213,12 +202,10 @@ async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, beg
 async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) -> bytes:
     """Return the part of a body that arrives in *grace* seconds, at most *limit* bytes; never raise."""
     body = bytearray()
-    try:
+    with suppress(aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
         async with asyncio.timeout(grace):
             while len(body) < limit and (chunk := await response.content.readany()):
                 body += chunk
-    except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
-        pass
     return bytes(body[:limit])
 
 

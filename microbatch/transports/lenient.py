@@ -6,6 +6,7 @@ the Basic Multilingual Plane as two halves in two events (elizaOS/eliza#30904). 
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _UNREADABLE: Final = (ValueError, RecursionError)
+_UTF_16: Final = "utf-16-le"
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -56,39 +58,26 @@ def decode_body(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, *_UNREADABLE):
-        return _plain(decode(data, number=float))
+        text = json.dumps(decode(data, number=float), ensure_ascii=False)
+        return json.loads(text.encode(_UTF_16, "surrogatepass").decode(_UTF_16, "replace"))
 
 
 class Joiner:
     """Joins halves of surrogate pairs that came in two pieces of a text; an unpaired half becomes U+FFFD."""
 
     def __init__(self) -> None:
-        self._half = ""
+        self._decoder = codecs.getincrementaldecoder(_UTF_16)("replace")
+        self._holds = False  # whether the latest piece ended with a first half
 
     def join(self, text: str) -> str:
         """Return *text* with the half held back before it, without a half at its end that may still be completed."""
-        if not self._half and (text.isascii() or _SURROGATE.search(text) is None):
+        if not self._holds and (text.isascii() or _SURROGATE.search(text) is None):
             return text
-        text, self._half = self._half + text, ""
-        if "\ud800" <= text[-1:] <= "\udbff":
-            text, self._half = text[:-1], text[-1]
-        return _whole(text)
+        joined = self._decoder.decode(text.encode(_UTF_16, "surrogatepass"))
+        self._holds = self._decoder.getstate()[0] != b""
+        return joined
 
     def rest(self) -> str:
         """Return what is held back, now that nothing follows."""
-        half, self._half = self._half, ""
-        return "\ufffd" if half else ""
-
-
-def _whole(text: str) -> str:
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str):
-        return _whole(value) if _SURROGATE.search(value) else value
-    if isinstance(value, list):
-        return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, dict):
-        return {_plain(name): _plain(each) for name, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
-    return value
+        self._holds = False
+        return self._decoder.decode(b"", final=True)

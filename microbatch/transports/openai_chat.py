@@ -104,15 +104,17 @@ class OpenAIChat:
         self.model = model
         self.base_url = checked_address("base_url", address or DEFAULT_BASE_URL).rstrip("/")
         self._where = host_and_port(self.base_url)
-        self._key_headers = {"Authorization": f"Bearer {_checked_key(key)}"} if key else {}
-        self._headers = checked(headers or {})
+        authorization = {"Authorization": f"Bearer {_checked_key(key)}"} if key else {}
+        self._headers = merged(authorization, checked(headers or {}))
         self._query = dict(query or {})
         self._address_secrets = secrets_in(self.base_url, self._query)
         self._timeout = timeout
         self._idle_timeout = idle_timeout
         self._max_connections = max_connections
         self._proxy = None if proxy is None else checked_address("proxy", proxy, credentials=True)
-        self._ssl = _checked_ssl(ssl)
+        if not isinstance(ssl, bool | tls.SSLContext | None):
+            raise ConfigError("ssl must be an ssl.SSLContext, a bool or None")
+        self._ssl = True if ssl is None else ssl
         self.thoughts = thoughts
         self._stream = stream
         self._stream_interval = stream_interval
@@ -168,7 +170,7 @@ class OpenAIChat:
             raise ConfigError("no model: name one in OpenAIChat(model=...) or in the call")
         session = self._pool()
         own = checked(call.headers)
-        headers = self._request_headers(own, own)
+        headers = merged(in_place_of(self._headers, own), own)
         wants_stream = call.stream if self._stream is None else self._stream
         plan = self._capabilities.plan(
             call,
@@ -181,15 +183,7 @@ class OpenAIChat:
         body = _encoded(request_body(call, model, plan))
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         clock = Clock(max(0.0, total), self._idle_timeout, self._stream_interval)
-        attempt = Attempt(
-            plan,
-            self._capabilities,
-            clock,
-            on_text,
-            self._where,
-            headers=request,
-            address_secrets=self._address_secrets,
-        )
+        attempt = Attempt(plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets)
         return await attempt.run(
             self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)
         )
@@ -213,7 +207,7 @@ class OpenAIChat:
         relayed = checked(dict(without(headers.items(), FRAMING)))
         clock = Clock(self._timeout, None)
         who = {**relayed, **credentials_in(path)}
-        sent = self._request_headers(relayed, who)
+        sent = merged(in_place_of(self._headers, who), relayed)
         sending = self._request(session, method, path, headers=sent, who=who, body=body, relay=True)
         response = await timed(clock, sending, self._where)
         try:
@@ -240,10 +234,6 @@ class OpenAIChat:
             trust_env=False,
         )
         return self._session
-
-    def _request_headers(self, own: Mapping[str, str], who: Iterable[str]) -> dict[str, str]:
-        """Return all headers of a request with the caller's *own*; *who* are the names of those and of credentials in the query."""
-        return merged(in_place_of(merged(self._key_headers, self._headers), who), own)
 
     async def _request(
         self,
@@ -277,14 +267,6 @@ def _encoded(body: dict[str, Any]) -> bytes:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         # The original is not attached: some of these errors quote the text.
         raise ConfigError(f"a message or a parameter cannot be written as JSON ({type(error).__name__})") from None
-
-
-def _checked_ssl(ssl: object) -> tls.SSLContext | bool:
-    if ssl is None:
-        return True
-    if not isinstance(ssl, bool | tls.SSLContext):
-        raise ConfigError("ssl must be an ssl.SSLContext, a bool or None")
-    return ssl
 
 
 def _checked_key(key: object) -> str:

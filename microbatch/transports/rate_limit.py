@@ -12,8 +12,6 @@ the oldest claim, so that small requests of one batcher cannot starve a large on
 The endpoint's own count is followed where it reports it. If it has seen more than we can have sent, others use the same quota (or
 our estimates are low): the surplus counts as used until the endpoint says otherwise. If it has seen less, it has given back what
 `max_tokens` reserved and the reply did not use, and so do we.
-
-Nothing here waits or reads a clock.
 """
 
 from __future__ import annotations

@@ -22,8 +22,6 @@ class _Body(msgspec.Struct):
     max_completion_tokens: int | None = None
 
 
-_read_body = msgspec.json.Decoder(_Body).decode
-
 _BYTES_PER_TOKEN: Final = 4  # of English
 
 # Beginnings of an event stream that is not compressed.
@@ -39,7 +37,7 @@ def read_charge(body: bytes | None) -> tuple[str | None, int]:
     if not body:
         return None, 0
     try:
-        read = _read_body(body)
+        read = msgspec.json.decode(body, type=_Body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None, 0  # no chat completion
     return read.model, len(body) // _BYTES_PER_TOKEN + (read.max_completion_tokens or read.max_tokens or 0)

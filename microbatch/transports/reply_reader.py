@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.errors import ServerError
 from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
 from microbatch.transports.reply_fields import read_finish, read_usage
 
 if TYPE_CHECKING:
-    from microbatch.messages import Limits, Usage
+    from microbatch.messages import Limits
     from microbatch.transports.reply_fields import Finish
 
 GAP: Final = "\0"  # takes the place of an event that could not be read
@@ -83,18 +82,20 @@ class ReplyReader:
         self.spoke = False
         self.answering = False
         self.thought = False
-        self._damaged = False
         self._ending: Finish | None = None  # how it ended if the endpoint does not say
         self._joiner = Joiner()
-        self._usage: Usage | None = None
-        self._model: str | None = None
         self._refusal: list[str] = []
-        self._body: dict[str, Any] | None = None
+        self._completion = Completion(None)  # as far as it is known
 
     @property
     def complete(self) -> bool:
         """True if the answer is complete, whatever happens to the connection."""
         return self.done or self.finish is not None
+
+    @property
+    def lack(self) -> str:
+        """What is wrong with a reply that is not `answering`."""
+        return "the answer has no choices" if self.spoke else "the answer is no chat completion"
 
     def event(self, data: bytes, *, torso: bool = False) -> str | Fault:
         """Read the data of one stream event; return its text, which may be empty, or its error.
@@ -114,15 +115,11 @@ class ReplyReader:
                 return fault
             if torso or self.complete or data.lower().translate(None, _AROUND_WORDS) in _KEEP_ALIVES:
                 return ""
-            self._damaged = True
+            self._completion.damaged = True
             return self._joiner.rest() + GAP
 
     def whole(self, data: bytes) -> str | Fault:
-        """Read a whole JSON body; return its text, which may be empty, or its error.
-
-        Raises:
-            ServerError: It is no chat completion, or one without an answer.
-        """
+        """Read a whole JSON body; return its text, which is empty if it is not `answering`, or its error."""
         try:
             text = self._take(data)
         except ValueError:
@@ -130,11 +127,8 @@ class ReplyReader:
         if isinstance(text, Fault):
             return text
         if not self.answering:
-            fault = read_fault(data, 200, hollow=True)
-            if fault is not None:
-                return fault
-            raise ServerError(f"the answer {'has no choices' if self.spoke else 'is no chat completion'}", status=200)
-        self._body = decode_body(data)
+            return read_fault(data, 200, hollow=True) or ""
+        self._completion.body = decode_body(data)
         self.done = True
         return text + self._joiner.rest()
 
@@ -147,20 +141,15 @@ class ReplyReader:
 
         A complete reply without a finish reason counts as stopped, or as broken off if it has no text or a part could not be read.
         """
-        finish = self.finish
-        if finish is None and self.done and not self._damaged:
+        completion, finish = self._completion, self.finish
+        if finish is None and self.done and not completion.damaged:
             finish = self._ending
-        return Completion(
-            finish_reason=None if finish == "broken" else finish,
-            usage=self._usage,
-            model=self._model,
-            refusal="".join(self._refusal) or None,
-            request_id=request_id,
-            body=self._body,
-            limits=limits,
-            thought=self.thought,
-            damaged=self._damaged,
-        )
+        completion.finish_reason = None if finish == "broken" else finish
+        completion.refusal = "".join(self._refusal) or None
+        completion.request_id = request_id
+        completion.limits = limits
+        completion.thought = self.thought
+        return completion
 
     def _take(self, data: bytes) -> str | Fault:
         """Read the JSON of an event or a body; raise ValueError if it is unreadable."""
@@ -175,9 +164,9 @@ class ReplyReader:
                 return fault
         self.spoke = True
         places = (reply.usage, *(choice.usage for choice in choices[:1]), as_object(reply.x_groq).get("usage"))
-        self._usage = read_usage(*places, reply.usage_metadata) or self._usage
+        self._completion.usage = read_usage(*places, reply.usage_metadata) or self._completion.usage
         if isinstance(reply.model, str) and reply.model:
-            self._model = reply.model
+            self._completion.model = reply.model
         return "".join(map(self._text, choices))
 
     def _text(self, choice: _Choice) -> str:

@@ -114,7 +114,7 @@ class Sender:
         permit.paid = permit.drawn = False
         if permit.error is not None:
             self.repeats += 1
-        elif not permit.again:
+        elif not drawn:
             earned = account.budget.first()
         on_attempt()
         try:

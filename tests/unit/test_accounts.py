@@ -358,11 +358,11 @@ async def test_what_nobody_uses_is_forgotten_after_a_while():
     accounts.of("a", {})
     await asyncio.sleep(IDLE_EXPIRY - 1)
     accounts.of("b", {})
-    assert len(accounts) == 2
+    assert len(accounts._kept) == 2
     await asyncio.sleep(2)
     accounts.of("b", {})
     gc.collect()
-    assert len(accounts) == 1
+    assert len(accounts._kept) == 1
 
 
 async def test_what_was_used_lately_is_not_forgotten_though_it_was_asked_for_long_ago():
@@ -385,7 +385,7 @@ async def test_as_many_as_there_may_be_are_kept_and_those_in_use_beyond():
     for number in range(3 * CAPACITY):
         accounts.of(f"{number}", {})
     gc.collect()
-    assert len(accounts) == CAPACITY + 1
+    assert len(accounts._kept) == CAPACITY + 1
     assert accounts.of("held", {}) is held
     assert permit.account is held
 

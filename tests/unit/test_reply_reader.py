@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from microbatch.messages import Usage
+from microbatch.transports.lenient import decode_body
 from microbatch.transports.reply_reader import GAP, ReplyReader
 
 
@@ -58,3 +59,12 @@ def test_bookkeeping_is_kept_whatever_the_rest_is_like() -> None:
     assert reader.event(event) == "3"
     completion = reader.completion("r-1")
     assert (completion.model, completion.usage, completion.request_id) == ("m", Usage(3, 0), "r-1")
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_a_deeply_nested_body_is_read_or_is_no_json(depth: int) -> None:
+    body = b"[" * depth + b"NaN" + b"]" * depth
+    try:
+        assert decode_body(body)
+    except ValueError:
+        assert depth == 100_000
