@@ -31,4 +31,4 @@ class contained:  # noqa: N801 used like `contextlib.suppress`
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         self.error = error
-        return not isinstance(error, KeyboardInterrupt | SystemExit)
+        return error is None or not isinstance(error, KeyboardInterrupt | SystemExit)

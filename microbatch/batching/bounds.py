@@ -148,10 +148,11 @@ class Bounds:
 
     def of(self, model: str | None) -> ModelLimits:
         """Return what is known of *model*, None for the transport's; the same object as long as it is remembered."""
-        name = model or self._default_model
-        return self._models.get_or_make(
-            model, lambda: ModelLimits(output=output_limit(name), reasons=reasons_by_name(name))
-        )
+        known = self._models.get(model)
+        if known is None:
+            name = model or self._default_model
+            known = self._models.put(model, ModelLimits(output=output_limit(name), reasons=reasons_by_name(name)))
+        return known
 
     def bound(
         self, spec: Settings, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None
@@ -246,7 +247,8 @@ class Bounds:
                 good=outcome.reply.sound and not runaway,
                 judged=runaway or outcome.ending == "complete" or bounded_length,
             )
-        return msgspec.structs.replace(outcome, again=again, runaway=runaway)
+        outcome.again, outcome.runaway = again, runaway
+        return outcome
 
     def _learn(self, spec: Settings, history: LaneHistory, outcome: CallOutcome, completion: Completion) -> None:
         """Learn from a reply whether its model accepts bounds, and whether it reasons."""
