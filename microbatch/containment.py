@@ -19,10 +19,7 @@ class contained:  # noqa: N801 used like `contextlib.suppress`
         error: What the block raised; None if it ended normally.
     """
 
-    __slots__ = ("error",)
-
-    def __init__(self) -> None:
-        self.error: BaseException | None = None
+    error: BaseException | None = None
 
     def __enter__(self) -> Self:
         return self
