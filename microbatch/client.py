@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from microbatch.assembly import Assembly, Host, Settings
 from microbatch.batching.bulk import BulkRun
-from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions
+from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
@@ -366,7 +366,7 @@ class Microbatcher:
             BatcherClosed: The batcher is not open, or this is another event loop.
         """
         self._host.check_open()
-        self._engine.flush()
+        self._engine.lanes.flush(FlushReason.EXPLICIT)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done

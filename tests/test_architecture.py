@@ -33,7 +33,6 @@ LAYERS = (
 UPWARDS = {
     ("caching", "batching.request"),
     ("caching", "batching.ticket"),
-    ("spool", "batching.batch_limits"),
     ("spool", "batching.bounds"),
     ("spool", "batching.estimates"),
     ("spool", "batching.overhead"),

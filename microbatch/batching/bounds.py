@@ -117,8 +117,8 @@ class ModelLimits(msgspec.Struct):
     """The known and learned limits of one model.
 
     Attributes:
-        output: The most tokens it generates, or None.
-        context: Its context window in tokens, or None.
+        output: The most tokens it generates.
+        context: Its context window in tokens.
         reasons: Whether it reasons unless it is told not to.
         unbounded: Whether its calls go without a bound: the transport does not send it, or the endpoint refuses any.
         accepted: The largest bound that a call was answered with.
@@ -134,12 +134,7 @@ class ModelLimits(msgspec.Struct):
 
 
 class Bounds:
-    """Works out the bounds of combined replies, and learns from how they end.
-
-    Args:
-        default_model: The transport's model, for calls that name none.
-        canary: Whether each combined prompt ends in a canary.
-    """
+    """Works out the bounds of combined replies, and learns from how they end; with a *canary*, each combined prompt ends in one."""
 
     def __init__(self, default_model: str | None = None, *, canary: bool = False) -> None:
         self._default_model = default_model

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from microbatch.batching.batch_limits import Budget
     from microbatch.batching.bounds import ModelLimits
     from microbatch.batching.call_state import Batch
-    from microbatch.batching.estimates import Estimates
+    from microbatch.batching.estimates import Budget, Estimates
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import InFlightIndex, SlotLease, Spec, Ticket

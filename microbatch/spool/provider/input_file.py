@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import msgspec
 
-from microbatch.batching.batch_limits import batch_budget
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.estimates import Estimates
 from microbatch.batching.lane_history import LaneHistory
@@ -223,8 +222,7 @@ class Composer:
         self._count = count or byte_count
         self._codec = ChatCodec(draw, canary=canary)
         self._bounds = Bounds(wire.model, canary=canary)
-        estimates = Estimates(self._count, self._bounds, canary=canary)
-        self._policy, self._estimates = policy, estimates
+        self._policy, self._estimates = policy, Estimates(self._count, self._bounds, canary=canary)
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
         """Return the jobs for *deliveries*, and the requests that cannot be sent.
@@ -277,7 +275,7 @@ class Composer:
             yield lane
             return
         spec = spec_of(lane[0].messages[:-1], lane[0].options)
-        budget = batch_budget(self._policy, self._estimates, spec, LaneHistory())
+        budget = self._estimates.budget(self._policy, spec, LaneHistory())
         size = max(1, budget.size // 2) if lane[0].stage is Stage.HALF else budget.size
         batch: list[Asked] = []
         total = 0
