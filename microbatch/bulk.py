@@ -93,7 +93,7 @@ class BulkRun:
             self.engine.start_feeder(functools.partial(self._feed, aiter(self.source)))
         else:
             self._sync = iter(self.source)
-        self.engine.scheduler.watch(self._check)
+        self.engine.scheduler.watchers[self._check] = None
         self.engine.admission.watchers[self._note_room] = None
         try:
             while True:
@@ -347,7 +347,7 @@ class BulkRun:
     def _leave(self) -> None:
         """Cancel what is pending, because the consumer is gone."""
         self._left = True
-        self.engine.scheduler.unwatch(self._check)
+        self.engine.scheduler.watchers.pop(self._check, None)
         self.engine.admission.watchers.pop(self._note_room, None)
         if self._silence is not None:
             self._silence.cancel()

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from microbatch.assembly import Assembly, Host, Settings
-from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions
+from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.errors import ConfigError
@@ -366,7 +366,7 @@ class Microbatcher:
             BatcherClosed: The batcher is not open, or this is another event loop.
         """
         self._host.check_open()
-        self._engine.flush()
+        self._engine.lanes.flush(FlushReason.EXPLICIT)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done

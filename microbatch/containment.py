@@ -19,10 +19,7 @@ class contained:  # noqa: N801 used like `contextlib.suppress`
         error: What the block raised; None if it ended normally.
     """
 
-    __slots__ = ("error",)
-
-    def __init__(self) -> None:
-        self.error: BaseException | None = None
+    error: BaseException | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -31,4 +28,4 @@ class contained:  # noqa: N801 used like `contextlib.suppress`
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         self.error = error
-        return not isinstance(error, KeyboardInterrupt | SystemExit)
+        return error is None or not isinstance(error, KeyboardInterrupt | SystemExit)

@@ -21,7 +21,6 @@ class Resource(Protocol):
 
     async def aclose(self) -> None:
         """Release what it holds."""
-        ...
 
 
 class _Shared:
@@ -29,7 +28,7 @@ class _Shared:
 
     Attributes:
         users: Number of users, those that wait for the opening included.
-        opening: The task that opens it for the present users, or None.
+        opening: The task that opens it for the present users.
         steps: Openings and closings that have not ended, oldest first.
     """
 

@@ -26,15 +26,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 class Backoff:
-    """Exponential back-off.
+    """Exponential back-off from *first* to *longest* seconds.
 
-    With a *draw*, delays have full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter"): they are random between 0 and
-    the exponential value.
-
-    Args:
-        first: Upper bound of the first delay, in seconds.
-        longest: Upper bound of any delay, in seconds.
-        draw: Return random numbers from 0 to 1; None for no jitter.
+    With a *draw* of random numbers from 0 to 1, delays have full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter"):
+    they are random between 0 and the exponential value.
 
     Attributes:
         limit: Upper bound of the latest delay; 0.0 before the first one and after `reset`.
@@ -60,9 +55,6 @@ class RetryBudget:
     """Retries that all calls of an account share, so that an outage is not answered with a multiple of the load.
 
     As in Finagle and gRPC (proposal A6) each first attempt earns part of a retry, and there is a small reserve for low traffic.
-
-    Args:
-        policy: The rules.
     """
 
     def __init__(self, policy: RetryPolicy) -> None:

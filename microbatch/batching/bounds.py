@@ -117,8 +117,8 @@ class ModelLimits(msgspec.Struct):
     """The known and learned limits of one model.
 
     Attributes:
-        output: The most tokens it generates, or None.
-        context: Its context window in tokens, or None.
+        output: The most tokens it generates.
+        context: Its context window in tokens.
         reasons: Whether it reasons unless it is told not to.
         unbounded: Whether its calls go without a bound: the transport does not send it, or the endpoint refuses any.
         accepted: The largest bound that a call was answered with.
@@ -134,12 +134,7 @@ class ModelLimits(msgspec.Struct):
 
 
 class Bounds:
-    """Works out the bounds of combined replies, and learns from how they end.
-
-    Args:
-        default_model: The transport's model, for calls that name none.
-        canary: Whether each combined prompt ends in a canary.
-    """
+    """Works out the bounds of combined replies, and learns from how they end; with a *canary*, each combined prompt ends in one."""
 
     def __init__(self, default_model: str | None = None, *, canary: bool = False) -> None:
         self._default_model = default_model
@@ -148,10 +143,11 @@ class Bounds:
 
     def of(self, model: str | None) -> ModelLimits:
         """Return what is known of *model*, None for the transport's; the same object as long as it is remembered."""
-        name = model or self._default_model
-        return self._models.get_or_make(
-            model, lambda: ModelLimits(output=output_limit(name), reasons=reasons_by_name(name))
-        )
+        known = self._models.get(model)
+        if known is None:
+            name = model or self._default_model
+            known = self._models.put(model, ModelLimits(output=output_limit(name), reasons=reasons_by_name(name)))
+        return known
 
     def bound(
         self, spec: Settings, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None
@@ -246,7 +242,8 @@ class Bounds:
                 good=outcome.reply.sound and not runaway,
                 judged=runaway or outcome.ending == "complete" or bounded_length,
             )
-        return msgspec.structs.replace(outcome, again=again, runaway=runaway)
+        outcome.again, outcome.runaway = again, runaway
+        return outcome
 
     def _learn(self, spec: Settings, history: LaneHistory, outcome: CallOutcome, completion: Completion) -> None:
         """Learn from a reply whether its model accepts bounds, and whether it reasons."""

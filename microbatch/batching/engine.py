@@ -118,21 +118,21 @@ class Engine:
         if admitted:
             self._grace = grace
             self.admission.close()
-            self.flush(FlushReason.DRAIN)
+            self.lanes.flush(FlushReason.DRAIN)
             self._close_asked.set()
 
     async def _wait_until_quiet(self) -> None:
         """Wait until no request is pending and no slot in use."""
         changed = asyncio.Event()
         self.admission.watchers[changed.set] = None
-        self.scheduler.watch(changed.set)
+        self.scheduler.watchers[changed.set] = None
         try:
             while self.admission.occupied or self.scheduler.under_way:
                 changed.clear()
                 await changed.wait()
         finally:
             del self.admission.watchers[changed.set]
-            self.scheduler.unwatch(changed.set)
+            del self.scheduler.watchers[changed.set]
 
     def _end_waiting(self) -> None:
         for queue in (*self.singles, *self.lanes):
@@ -147,10 +147,6 @@ class Engine:
     def start_feeder(self, feeder: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run *feeder* in the batcher's task group, in the context of its caller: it runs the caller's own code."""
         self._tasks.start_soon(feeder)
-
-    def flush(self, reason: FlushReason = FlushReason.EXPLICIT) -> None:
-        """Make all lanes due with everything that waits in them now."""
-        self.lanes.flush(reason)
 
     # --- work
 

@@ -1,4 +1,4 @@
-"""Estimates of what a call will be charged, and of the tokens that its prompt takes.
+"""Estimates of what a call will be charged, of the tokens that its prompt takes, and of how large a batch may be.
 
 An endpoint that limits tokens a minute charges a call's prompt and the answer reserved for it. Tokens are counted only where that or a
 context window matters: an item once, when it is queued, and what surrounds it once per lane. The endpoint's reports then correct the
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microbatch.batching.bounds import QUOTA_SHARE
 from microbatch.batching.lane_history import TokenScale
 from microbatch.batching.overhead import (
     ELEMENT,
@@ -22,7 +23,7 @@ from microbatch.batching.overhead import (
     message_tokens,
     shared_tokens,
 )
-from microbatch.batching.ticket import Charge
+from microbatch.batching.ticket import Charge, FlushReason
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
 from microbatch.prompt.compose import CANARY_TOKENS, ID_TOKENS, instruction, output_reserve
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Spec, Ticket
     from microbatch.messages import TokenLimits
+    from microbatch.policy import FlushPolicy
     from microbatch.schema.answer_type import AnswerType
 
 _MARGIN = 1.05
@@ -46,14 +48,22 @@ _REMEMBERED = 256
 _UNKNOWN_ANSWER = 256
 
 
-class Estimates:
-    """Estimates charges and prompts, in tokens.
+class Budget(msgspec.Struct, frozen=True, gc=False):
+    """The limits of one batch of a lane.
 
-    Args:
-        count: Counts a text's tokens.
-        bounds: Works out how long combined replies may be.
-        canary: Whether each combined prompt ends in a canary.
+    Attributes:
+        size: Most requests.
+        tokens: Most tokens of the items' lines, ids included.
+        size_reason: What binds the size: SIZE, or OUTPUT when the expected reply does.
     """
+
+    size: int
+    tokens: int
+    size_reason: FlushReason = FlushReason.SIZE
+
+
+class Estimates:
+    """Estimates charges and prompts, in tokens; with a *canary*, each combined prompt ends in one."""
 
     def __init__(self, count: Callable[[str], int], bounds: Bounds, *, canary: bool = False) -> None:
         self._count = count
@@ -183,6 +193,36 @@ class Estimates:
 
         return self._bounds.bound(spec, history, len(tickets), prompt=prompt, quota=quota)
 
+    def budget(self, policy: FlushPolicy, spec: Spec, history: LaneHistory, quota: int | None = None) -> Budget:
+        """Return the budget of the lane with *spec*, by the policy and the lane's history.
+
+        *quota* is the most tokens that one call can be charged, prompt and answers together; None for no limit.
+        """
+        model = self.model(spec)
+        reserve = output_reserve(spec.max_tokens) if spec.max_tokens else history.written
+        limits = [policy.max_output_tokens]
+        if spec.max_tokens is None:
+            limits += [limit for limit in (model.output, history.affordable) if limit is not None]
+        by_output = max(1, min(limits) // reserve)
+        size = min(policy.max_batch_size, history.batch_size or policy.max_batch_size)
+        preamble, tokens = self.preamble_tokens(spec.answer), policy.max_batch_tokens
+        if policy.max_prompt_tokens is not None:
+            shared = "".join(str(message["content"]) for message in spec.shared)
+            tokens = min(tokens, policy.max_prompt_tokens - self.tokens_of(shared))
+        tokens -= preamble
+        around = (history.shared_tokens or 0) + preamble + (history.thought if spec.max_tokens is None else 0)
+        for window in _windows(model.context, spec, history, quota, around + 4 * reserve):
+            left = window - around
+            size = max(1, min(size, left // (2 * reserve)))  # half of a small one for the answers
+            tokens = min(tokens, left - size * reserve)
+        if history.max_line_tokens is not None:
+            tokens = min(tokens, history.max_line_tokens)
+        if history.suspended_for:
+            return Budget(1, tokens)
+        if by_output < size:
+            return Budget(by_output, tokens, FlushReason.OUTPUT)
+        return Budget(size, tokens)
+
     # --- what is learned
 
     def learn_together(self, tickets: Sequence[Ticket], history: LaneHistory, prompt_tokens: int) -> None:
@@ -206,3 +246,17 @@ class Estimates:
 def line_tokens(tickets: Iterable[Ticket]) -> int:
     """Return the tokens that the lines of *tickets* take, ids included."""
     return sum(ticket.tokens + ID_TOKENS for ticket in tickets)
+
+
+def _windows(context: int | None, spec: Spec, history: LaneHistory, quota: int | None, least: int) -> list[int]:
+    """Return the limits on prompt and reply of one call together: the context window, and a part of the quota.
+
+    The part is what one call may be charged at most, unless that is less than *least* tokens, or callers have set the length of
+    their answers: then it is the whole quota.
+    """
+    windows = [] if context is None or spec.max_tokens is not None else [context]
+    quotas = [limit for limit in (quota, history.per_minute) if limit is not None]
+    if quotas:
+        share = min(quotas) // QUOTA_SHARE
+        windows.append(share if spec.max_tokens is None and share >= least else min(quotas))
+    return windows

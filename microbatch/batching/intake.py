@@ -41,12 +41,7 @@ _ALONE_WARNING = 100
 
 
 class Intake:
-    """The way in.
-
-    Attributes:
-        read_options: Checks and reads the options of `submit`.
-        shares: Whether equal requests may share an answer unless they say otherwise.
-    """
+    """The way in; *shares* if equal requests may share an answer unless they say otherwise."""
 
     def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
         self.read_options = remembering(read_options)

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from microbatch.batching.batch_limits import Budget
     from microbatch.batching.bounds import ModelLimits
     from microbatch.batching.call_state import Batch
-    from microbatch.batching.estimates import Estimates
+    from microbatch.batching.estimates import Budget, Estimates
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import InFlightIndex, SlotLease, Spec, Ticket
@@ -99,7 +98,7 @@ class Lane:
     in_flight: int = 0
     combined: int = 0
     live: int = 0
-    _awaited: int = 0  # waiting requests that are no bulk work
+    _bulk: int = 0  # those of them that are bulk work
     _pending: deque[Ticket] = field(default_factory=deque)  # discarded ones stay until they come up, or are too many
     _stale: bool = False  # whether requests have left since the fill was worked out
     _fill: int = 0
@@ -141,7 +140,7 @@ class Lane:
             return False
         if self.combined < _AT_FIRST and not (self.model is not None and self.model.trying):
             return False
-        return self.rank == LOW or not self._awaited
+        return self.rank == LOW or self.live == self._bulk
 
     @property
     def due_at(self) -> float:
@@ -176,10 +175,10 @@ class Lane:
         ticket.queue = self
         self._pending.append(ticket)
         self.live += 1
-        if not ticket.bulk:
-            self._awaited += 1
-            if self._awaited == 1 and self._full is not None:
-                return self.combined > 0  # what was held for want of such a request is not held any more
+        if ticket.bulk:
+            self._bulk += 1
+        elif self._full is not None and self.live == self._bulk + 1:
+            return self.combined > 0  # what was held for want of such a request is not held any more
         return self._full is None and self._admit(ticket)
 
     def rebudget(self, budget: Budget) -> None:
@@ -206,7 +205,7 @@ class Lane:
         awaited, sooner = ticket.bulk and not bulk, due_at < ticket.due_at
         if awaited:
             ticket.bulk = False
-            self._awaited += 1
+            self._bulk -= 1
         if sooner:
             ticket.patience = due_at - ticket.first.created
             if not self._stale and self._full is None:
@@ -222,7 +221,7 @@ class Lane:
         else:
             ticket.taken()
         self.live -= 1
-        self._awaited -= not ticket.bulk
+        self._bulk -= ticket.bulk
         self._forget_owed(self._owed_count - self.live)
         if len(self._pending) > 2 * self.live + 64:
             self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
@@ -242,7 +241,7 @@ class Lane:
         if reason is None:
             raise AssertionError("take() from a lane that is not due")
         tickets: list[Ticket] = []
-        pending, left, awaited = self._pending, self._fill, 0
+        pending, left = self._pending, self._fill
         while left:
             ticket = pending.popleft()
             if ticket.queue is not self:
@@ -250,12 +249,11 @@ class Lane:
             left -= 1
             if ticket.first.future.done() and ticket.done:  # mostly the first tells, and is no call of Python's
                 continue
-            awaited += not ticket.bulk
             ticket.queue = None
             if ticket.bulk or ticket.waiters is not None:
+                self._bulk -= ticket.bulk
                 ticket.taken()
             tickets.append(ticket)
-        self._awaited -= awaited
         self.live -= len(tickets)
         self._forget_owed(len(tickets))  # those just cancelled are subtracted when they are discarded
         self._refill()
@@ -280,8 +278,9 @@ class Lane:
         self._due_at = NEVER
         pending, place = self._pending, 0
         while place < len(pending) and self._full is None:
-            if pending[place].queue is self:
-                self._admit(pending[place])
+            ticket = pending[place]
+            if ticket.queue is self:
+                self._admit(ticket)
                 place += 1
             else:
                 del pending[place]  # once and for all, or those who have left would be passed over again and again

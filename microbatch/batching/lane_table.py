@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from microbatch.batching.batch_limits import batch_budget
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
@@ -70,7 +69,7 @@ class LaneTable:
         model = self._estimates.model(spec)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._estimates.measure(spec, history)
-        budget = batch_budget(self._policy, self._estimates, spec, history, account.max_tokens)
+        budget = self._estimates.budget(self._policy, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
         self._by_key[key] = lane
@@ -137,7 +136,7 @@ class LaneTable:
         if lane.history.revised:
             lane.history.revised = False
             quota = lane.account.max_tokens
-            lane.rebudget(batch_budget(self._policy, self._estimates, lane.spec, lane.history, quota))
+            lane.rebudget(self._estimates.budget(self._policy, lane.spec, lane.history, quota))
             self._set_fast_path(lane)
 
     def taught(self, lane: Lane) -> None:

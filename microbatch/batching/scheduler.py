@@ -44,6 +44,7 @@ class Scheduler:
 
     Attributes:
         under_way: Work that was taken and is not done, by identity.
+        watchers: Called after each pump; they may enqueue. A dict that serves as an ordered set.
     """
 
     def __init__(self, slots: int) -> None:
@@ -51,7 +52,7 @@ class Scheduler:
         self.under_way: dict[int, Work] = {}
         self._slots = slots
         self._turns = FairQueue(slots)
-        self._watchers: dict[Callable[[], None], None] = {}  # an ordered set
+        self.watchers: dict[Callable[[], None], None] = {}
         self._parked: list[asyncio.Future[Work]] = []  # tasks that wait for work
         self._pumping = False
         self._asked: asyncio.Event
@@ -213,16 +214,6 @@ class Scheduler:
             self._parked.append(parked)
             work = await parked
 
-    # --- watchers
-
-    def watch(self, watcher: Callable[[], None]) -> None:
-        """Call *watcher* after each pump; it may enqueue."""
-        self._watchers[watcher] = None
-
-    def unwatch(self, watcher: Callable[[], None]) -> None:
-        """Stop calling *watcher*."""
-        self._watchers.pop(watcher, None)
-
     def _notify(self) -> None:
-        for watcher in list(self._watchers):
+        for watcher in list(self.watchers):
             watcher()

@@ -91,8 +91,7 @@ class SingleQueue:
 class SingleQueues:
     """The queues of requests that go alone, one for each account, tenant and priority, and of leases, one for each account.
 
-    Args:
-        enqueue: Lets a queue that is due take its turns.
+    *enqueue* lets a queue that is due take its turns.
     """
 
     def __init__(self, enqueue: Callable[[WaitQueue], None]) -> None:

@@ -110,7 +110,7 @@ class CombinedReply:
                 yield position, MalformedAnswer("the answer in the combined reply does not fit its schema", raw=raw)
 
 
-class CallOutcome(msgspec.Struct, frozen=True):
+class CallOutcome(msgspec.Struct):
     """The outcome of a combined call.
 
     Attributes:

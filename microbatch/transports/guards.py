@@ -66,7 +66,7 @@ class Breaker:
             self._forbidden += 1
             if self._forbidden < _ENOUGH_FORBIDDEN and not probed:
                 return
-        if isinstance(error, AuthFailed | QuotaExhausted):
+        if error is not None and isinstance(error, AuthFailed | QuotaExhausted):
             self._error, self._opened, self._until = error, now, now + COOL_DOWN
         elif error is None and sent >= self._opened:  # an earlier call was answered before the refusal
             self._error, self._forbidden = None, 0

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microbatch.batching.batch_limits import Budget, FlushReason
+from microbatch.batching.estimates import Budget
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories, LaneHistory, TokenScale
-from microbatch.batching.ticket import NEVER, NORMAL, InFlightIndex, Spec, Ticket, Waiter
+from microbatch.batching.ticket import NEVER, NORMAL, FlushReason, InFlightIndex, Spec, Ticket, Waiter
 from microbatch.errors import ConfigError
 from microbatch.policy import RetryPolicy
 from microbatch.prompt.compose import ID_TOKENS, item_line, output_reserve

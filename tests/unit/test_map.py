@@ -129,7 +129,7 @@ async def test_leaving_early_cancels_what_is_pending():
         stats = batcher.stats()
         assert stats.queued == 0
         assert stats.cancelled == stats.items - stats.answered
-    assert not batcher._engine.scheduler._watchers
+    assert not batcher._engine.scheduler.watchers
 
 
 async def test_map_shares_lanes_with_submit():

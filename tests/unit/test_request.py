@@ -12,11 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import microbatch as mb
-from microbatch.batching.batch_limits import Budget, FlushReason
+from microbatch.batching.estimates import Budget
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistory
 from microbatch.batching.request import PLAIN, own_text, read_messages, read_options, remembering, spec_of
-from microbatch.batching.ticket import InFlightIndex
+from microbatch.batching.ticket import FlushReason, InFlightIndex
 from microbatch.testing import ScriptedTransport
 
 # Few words, so that messages are often equal, and values that are equal in Python but not in JSON.

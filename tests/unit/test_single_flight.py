@@ -236,11 +236,11 @@ async def test_who_waits_without_limit_may_join_bulk_work():
         (joined,) = start(batcher, 1)
         await asyncio.sleep(0.1)
         (lane,) = batcher._engine.lanes
-        assert (lane.live, lane._awaited) == (1, 1)
+        assert (lane.live, lane._bulk) == (1, 0)
         batcher.flush()
         assert (await joined).output == "SAME"
         assert (await bulk).unwrap().output == "SAME"
-        assert (lane.live, lane._awaited) == (0, 0)
+        assert (lane.live, lane._bulk) == (0, 0)
 
 
 @pytest.mark.promise(of="timeout")

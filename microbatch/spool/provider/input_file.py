@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
-from microbatch.batching.batch_limits import batch_budget
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.estimates import Estimates
 from microbatch.batching.lane_history import LaneHistory
@@ -209,7 +208,7 @@ class Composer:
             yield lane
             return
         spec = spec_of(lane[0].messages[:-1], lane[0].options)
-        budget = batch_budget(self._policy, self._estimates, spec, LaneHistory())
+        budget = self._estimates.budget(self._policy, spec, LaneHistory())
         size = max(1, budget.size // 2) if lane[0].stage is Stage.HALF else budget.size
         batch: list[Asked] = []
         total = 0
