@@ -1,4 +1,4 @@
-"""Tests run on virtual time; those in `integration` use real sockets and real time."""
+"""Tests run on virtual time; those in `integration` and `frameworks` use real sockets and real time."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
-REAL_TIME = Path(__file__).parent / "integration"
+REAL_TIME = {Path(__file__).parent / "integration", Path(__file__).parent / "frameworks"}
 
 
 def pytest_asyncio_loop_factories(config, item):
-    if REAL_TIME in item.path.parents:
+    if not REAL_TIME.isdisjoint(item.path.parents):
         return {"real": asyncio.new_event_loop}
     return {"virtual": VirtualClockLoop}

@@ -21,7 +21,8 @@ ASKED = [
     for group in (
         PROJECT["project"]["dependencies"],
         PROJECT["build-system"]["requires"],
-        *PROJECT["project"]["optional-dependencies"].values(),
+        # The frameworks cannot be installed beside the rest, so the constraints are not theirs.
+        *(asked for extra, asked in PROJECT["project"]["optional-dependencies"].items() if extra != "frameworks"),
     )
     for each in group
 ]

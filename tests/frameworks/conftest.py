@@ -1,0 +1,31 @@
+"""Prints what was measured as one table after all tests, also where they run in several processes."""
+
+import pytest
+
+ROWS = "microbatch frameworks"
+HEAD = ("framework", "mode", "through", "right", "calls", "first error")
+
+
+@pytest.fixture
+def record(record_property):
+    """Return a function that takes the cells of a row."""
+
+    def add(*cells):
+        record_property(ROWS, cells)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [
+        report for kind in terminalreporter.stats.values() for report in kind if getattr(report, "when", "") == "call"
+    ]
+    rows = [value for report in reports for name, value in report.user_properties if name == ROWS]
+    if not rows:
+        return
+    lines = [HEAD, *sorted(map(tuple, rows))]
+    widths = [max(len(str(line[column])) for line in lines) for column in range(len(HEAD))]
+    terminalreporter.section("16 concurrent callers of each framework")
+    for line in lines:
+        cells = (str(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
+        terminalreporter.write_line("  ".join(cells).rstrip())
