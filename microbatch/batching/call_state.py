@@ -176,7 +176,7 @@ class Batch:
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""
-        combined, decoders = self.combined, [ticket.first.answer.decode for ticket in self.tickets]
+        combined, decoders = self.combined, [ticket.answer.decode for ticket in self.tickets]
         self.reply = self.codec.demultiplex(combined.ids, decoders, combined.canary, early=self.early)
         self.answers: list[Answer] = []
         self.answer_bytes = [0] * len(self.tickets)

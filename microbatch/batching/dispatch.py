@@ -360,7 +360,7 @@ class Dispatcher:
         """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
         latest = 0.0
         for ticket in tickets:
-            deadline = ticket.deadline
+            deadline = ticket.last_deadline
             if deadline is None:
                 return None
             latest = max(latest, deadline.at)
@@ -404,7 +404,7 @@ class Dispatcher:
             else:
                 usage = _estimated_usage(ticket, shared_chars, length)
                 estimated += 1
-            created = ticket.first.created
+            created = ticket.created
             reply: Reply[Any] = Reply(
                 output=output,
                 text=text,
