@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from microbatch.batching.call_state import CallState
-    from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.batching.ticket import Ticket, Waiter
     from microbatch.messages import Reply
     from microbatch.protocols import ChatCall, Completion
 
@@ -64,25 +64,17 @@ def called(
     )
 
 
-def settled(
-    spec: Spec,
-    created: float,
-    origin: Any,
-    now: float,
-    *,
-    reply: Reply[Any] | None = None,
-    error: Exception | None = None,
-) -> Settled:
-    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left."""
+def settled(ticket: Ticket, waiter: Waiter, now: float, reply: Reply[Any] | None, error: Exception | None) -> Settled:
+    """Return the event that *waiter* of *ticket* has ended: with *reply*, with *error*, or because it has left."""
     return Settled(
         route=None if reply is None else reply.route,
         error=error,
-        model=spec.model if reply is None else reply.model,
-        priority=_PRIORITIES[spec.rank],
+        model=ticket.spec.model if reply is None else reply.model,
+        priority=_PRIORITIES[ticket.spec.rank],
         waited=0.0 if reply is None else reply.waited,
-        latency=now - created,
+        latency=now - waiter.created,
         batch_size=0 if reply is None else reply.batch_size,
         usage=Usage() if reply is None else reply.usage,
         cost_usd=None if reply is None else reply.cost_usd,
-        origin=origin,
+        origin=waiter.origin,
     )

@@ -205,8 +205,7 @@ class Settlement:
     ) -> None:
         """Report that *waiter* was answered with *reply*, ended with *error*, or left."""
         if self._listeners.settle is not None:
-            event = settled(ticket.spec, waiter.created, waiter.origin, self._now(), reply=reply, error=error)
-            self._listeners.settle(event)
+            self._listeners.settle(settled(ticket, waiter, self._now(), reply, error))
 
 
 def share_cost(ticket: Ticket) -> None:
@@ -241,10 +240,10 @@ def _give_up_share(ticket: Ticket, waiter: Waiter, ledger: Ledger) -> None:
         return
     if not reply.usage.estimated:
         ledger.unclaimed += reply.usage
-    elif ticket.usage is not None:
+    elif ticket.past is not None and ticket.past.usage is not None:
         # The last call reported nothing: only what earlier calls have reported is known.
         waiters = [*ticket.callers]
-        ledger.unclaimed += _divided(ticket.usage, len(waiters))[waiters.index(waiter)]
+        ledger.unclaimed += _divided(ticket.past.usage, len(waiters))[waiters.index(waiter)]
 
 
 def _copy_of(body: dict[str, Any] | None) -> dict[str, Any] | None:

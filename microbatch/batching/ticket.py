@@ -134,7 +134,7 @@ class Charge(msgspec.Struct, frozen=True):
 
 
 class Past(msgspec.Struct):
-    """Data of a ticket that few need: its earlier calls, and callers that left at the moment of the answer.
+    """Data of a ticket that few need.
 
     Attributes:
         attempts: Upstream calls that carried it before its present `call`.
@@ -194,7 +194,7 @@ class Waiter(msgspec.Struct, eq=False):
         future: Settled exactly once, by an answer, an error or the caller itself.
         created: Loop time of its submit.
         on_taken: For bulk work, which waits for full batches: called when the ticket leaves its queue.
-        origin: The value that hooks keep for it.
+        origin: What hooks keep for it.
     """
 
     future: asyncio.Future[Reply[Any]]
@@ -302,11 +302,6 @@ class Ticket(Waiter, eq=False):
     def attempts(self) -> int:
         """Upstream calls that carried it so far."""
         return (0 if self.past is None else self.past.attempts) + (0 if self.call is None else self.call.attempts)
-
-    @property
-    def usage(self) -> Usage | None:
-        """Its shares of the calls that have ended and are on no reply; None before the first."""
-        return None if self.past is None else self.past.usage
 
     def join(self, waiter: Waiter) -> None:
         """Add another caller."""
