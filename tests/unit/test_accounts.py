@@ -629,7 +629,7 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@example([(0, 501, "answer", 0.5, 0), (0, 500, "never mind", 0.5, 0)], adaptive=False, rpm=None, slots=4)
+@example(events=[(0, 501, "answer", 0.5, 0), (0, 500, "never mind", 0.5, 0)], adaptive=False, rpm=None, slots=4)
 @given(events=EVENTS, adaptive=st.booleans(), rpm=st.sampled_from([None, 2, 10]), slots=st.sampled_from([1, 4, 64]))
 def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, rpm, slots):
     async def run():
