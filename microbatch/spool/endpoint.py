@@ -61,6 +61,8 @@ class Cause(enum.Enum):
 
 def cause_of(error: BaseException) -> Cause:
     """Return the cause of *error*."""
+    if isinstance(error, StatusError) and error.again:
+        return Cause.REQUEST
     if isinstance(error, ConnectFailed | RateLimited | QuotaExhausted | ShutDown | BatcherClosed):
         return Cause.ENDPOINT
     if isinstance(error, AuthFailed):

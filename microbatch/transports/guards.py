@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import AuthFailed, QuotaExhausted, RateLimited, ServerError, TransportTimeout
+from microbatch.errors import AuthFailed, QuotaExhausted, RateLimited, ServerError, StatusError, TransportTimeout
 
 if TYPE_CHECKING:
-    from microbatch.errors import RequestFailed, StatusError
+    from microbatch.errors import RequestFailed
 
 COOL_DOWN: Final = 30.0  # seconds after which one call tries again
 _FORBIDDEN: Final = 403
@@ -60,6 +60,8 @@ class Breaker:
     def note(self, error: RequestFailed | None, *, sent: float, now: float, combined: bool, permit: object) -> None:
         """Learn from the end of a call that was *sent* at that time, with *error* None for an answer."""
         probed = self.forget(permit)
+        if isinstance(error, StatusError) and error.again:
+            return  # it is sent differently, with another key for one
         if isinstance(error, AuthFailed) and error.status == _FORBIDDEN:
             if combined:
                 return
