@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _API: Final = "/v1/"
 
@@ -105,7 +105,7 @@ class Gateway:
         **batcher: Any,
     ) -> None:
         self.host = host
-        self.port = port
+        self.port: int = port
         self._settings = settings if settings is not None else GatewaySettings()
         self._access = Access(
             host=host,
@@ -119,7 +119,9 @@ class Gateway:
         self._live = LiveFigures()
         self._metrics = _prometheus()
         listeners = [self._live] if self._metrics is None else [self._live, self._metrics]
-        self.batcher = Microbatcher(transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]})
+        self.batcher: Microbatcher = Microbatcher(
+            transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]}
+        )
         if self._metrics is not None:
             self._metrics.watch(self.batcher)
         self._cache = batcher.get("cache")

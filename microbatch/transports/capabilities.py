@@ -93,12 +93,12 @@ class _Entry:
     """The features of one endpoint."""
 
     def __init__(self) -> None:
-        self.general = _RungState()
+        self.general: _RungState = _RungState()
         self.schemas: LRU[bytes, _RungState] = LRU(MAX_SCHEMAS)
         self.unsupported: set[str] = set()
-        self.max_tokens_name = _MAX_TOKENS_NAMES[0]
-        self.streams_only = False
-        self.blameless = False  # whether a call was refused in the same words without its bound as with it
+        self.max_tokens_name: str = _MAX_TOKENS_NAMES[0]
+        self.streams_only: bool = False
+        self.blameless: bool = False  # whether a call was refused in the same words without its bound as with it
 
     def schema(self, digest: bytes) -> _RungState:
         """Return the state of one schema, to be changed."""
@@ -157,7 +157,7 @@ class Capabilities:
     """
 
     def __init__(self, structured: Structured | None = None) -> None:
-        self.answered = False
+        self.answered: bool = False
         self._rung = None if structured is None else Rung(get_args(Structured).index(structured))
         self._entries: LRU[Endpoint, _Entry] = LRU(CAPACITY)
         self._histories: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()

@@ -47,7 +47,7 @@ class Connection:
             raise ConfigError("uds must be the path of a Unix socket, or None")
         if uds is not None and (proxy is not None or not base_url.startswith("http://")):
             raise ConfigError("uds needs a base_url with http://, and no proxy")
-        self.where = host_and_port(base_url) if uds is None else os.fspath(uds)
+        self.where: str = host_and_port(base_url) if uds is None else os.fspath(uds)
         self.proxy = None if proxy is None else checked_address("proxy", proxy, credentials=True)
         if trust_env and proxy is None and uds is None:
             self.proxy = _environment_proxy(base_url)

@@ -85,7 +85,7 @@ class Concurrency:
     """A limit on calls under way that grows by one with each round of successes and halves on overload."""
 
     def __init__(self) -> None:
-        self.limit = INITIAL
+        self.limit: float = INITIAL
         self._cut_at = self._full_at = float("-inf")
 
     def allows(self, in_flight: int) -> bool:

@@ -55,8 +55,8 @@ class Clock:
         self._first = first
         self.interval = interval
         now = self._loop.time()
-        self.end = now + total
-        self.scope = asyncio.timeout_at(self.end if first is None else min(self.end, now + first))
+        self.end: float = now + total
+        self.scope: asyncio.Timeout = asyncio.timeout_at(self.end if first is None else min(self.end, now + first))
 
     def begin(self) -> None:
         """Record the beginning of the reply, which may be long before its first words."""

@@ -123,6 +123,7 @@ class OpenAIChat:
         at_least(0, optional=False, stream_interval=stream_interval)
         one_of(Thoughts, thoughts=str(thoughts))
         one_of(Structured, structured=structured)
+        self.base_url: str
         self.base_url, self._key = _endpoint(base_url, api_key, local=uds is not None)
         self.model = model
         self._connection = Connection(

@@ -54,7 +54,7 @@ class Forwarded:
     def __init__(
         self, response: aiohttp.ClientResponse, where: str, end: float, idle: float | None, interval: float
     ) -> None:
-        self.status = response.status
+        self.status: int = response.status
         headers = response.headers.copy()
         headers.clear()
         headers.extend(without(response.headers.items(), HOP_BY_HOP))
