@@ -22,7 +22,7 @@ from microbatch.transports.chat_wire import can_stream, request_body
 from microbatch.transports.connection import Connection
 from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of, is_credential
 from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
-from microbatch.transports.relay import Forwarded
+from microbatch.transports.relay import Forwarded, asks_for_stream
 
 if TYPE_CHECKING:
     import ssl as tls
@@ -64,7 +64,7 @@ class OpenAIChat:
         idle_timeout: Longest silence of a stream that has begun to answer, in seconds; keep-alive comments count as silence. Before
             the first words only `timeout` counts, since models that reason may be silent for minutes.
         first_timeout: Longest time until the first event of a streamed reply, in seconds; keep-alive comments are no events. With
-            None only `timeout` counts. Relayed requests have no such limit.
+            None only `timeout` counts.
         connect_timeout: Longest time to open a connection, TLS included, in seconds.
         max_connections: Most open connections; further calls wait for one within their own `timeout`.
         max_header_bytes: Longest status line and longest header of a response, in bytes; a longer one fails the call.
@@ -241,16 +241,17 @@ class OpenAIChat:
         Raises:
             ConfigError: The path leads out of `base_url`, or a header cannot be sent.
             ConnectFailed: The endpoint could not be reached, or closed the connection without an answer.
-            TransportTimeout: No answer began within `timeout`.
+            TransportTimeout: No answer began within `timeout`, or within `first_timeout` where *body* asks for a stream.
         """
         session = self._pool()
         path = checked_path(path)
         relayed = checked(dict(without(headers.items(), FRAMING)))
         who = {**relayed, **credentials_in(path)}
         left, repeated = self._timeout, False
+        first = self._first_timeout if self._first_timeout is not None and asks_for_stream(body) else None
         while True:
             key, left = await self._authorization(who, left)
-            clock = Clock(left, None)
+            clock = Clock(left, None, first=first)
             sending = self._request(
                 session, method, path, headers=self._signed(key, relayed, who), who=who, body=body, relay=True
             )
@@ -261,8 +262,10 @@ class OpenAIChat:
             response.close()
             left = max(0.0, clock.end - asyncio.get_running_loop().time())
         try:
-            idle = self._idle_timeout if response.content_type == "text/event-stream" else None
-            yield Forwarded(response, self._where, clock.end, idle, self._stream_interval)
+            streams = response.content_type == "text/event-stream"
+            idle = self._idle_timeout if streams else None
+            limit = (first, clock.since) if first is not None and streams else None
+            yield Forwarded(response, self._where, clock.end, idle, self._stream_interval, limit)
         finally:
             response.close()  # no effect on the connection of an answer read to its end
 

@@ -367,6 +367,28 @@ async def test_a_stream_whose_first_event_does_not_come_is_given_up(endpoint: En
             await ask(transport, timeout=0.06)  # not streamed
 
 
+async def test_a_relayed_stream_is_given_up_as_well(endpoint: Endpoint) -> None:
+    hold = asyncio.Event()
+
+    async def silent(request: web.Request) -> web.StreamResponse | None:
+        return await stream(request, ": waiting\n\n", hold)
+
+    async def begun(request: web.Request) -> web.StreamResponse | None:
+        asyncio.get_running_loop().call_later(0.3, hold.set)
+        return await stream(request, ROLE, hold, TEXT)
+
+    body = json.dumps({"model": "m", "messages": QUESTION, "stream": True}).encode()
+    async with chat(endpoint, first_timeout=0.1) as transport:
+        endpoint.step = silent
+        with pytest.raises(errors.TransportTimeout, match=r"within 0\.1 s \(first_timeout\)"):
+            async with transport.forward("POST", "/chat/completions", {}, body) as response:
+                async for _chunk in response.chunks():
+                    pass
+        endpoint.step = begun
+        async with transport.forward("POST", "/chat/completions", {}, body) as response:
+            assert b"ok" in b"".join([chunk async for chunk in response.chunks()])
+
+
 @pytest.mark.slow
 async def test_after_the_first_event_a_model_may_think(endpoint: Endpoint) -> None:
     think = asyncio.Event()
@@ -417,10 +439,31 @@ async def test_a_unix_socket_is_an_endpoint_like_any_other(tmp_path: Path) -> No
         async with mb.Microbatcher(transport) as batcher:
             assert (await batcher.submit(QUESTION)).output == "ok"
     assert transport.base_url == "http://localhost/v1"
+    assert (await paced_over(tmp_path / "stream.sock")) < 20
     async with chat(Endpoint(), base_url="http://llm/v1", uds=str(path)) as transport:
         with pytest.raises(errors.ConnectFailed, match=r"llm\.sock"):
             await ask(transport)
     assert len(endpoint.bodies) == 1
+
+
+async def paced_over(path: Path) -> int:
+    """Return how often the text of a stream of 100 words, 5 ms apart, is handed over."""
+
+    async def words(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(100):
+            await response.write(b'data: {"choices": [{"index": 0, "delta": {"content": "x"}}]}\n\n')
+            await asyncio.sleep(0.005)
+        await response.write(TEXT.encode())
+        return response
+
+    texts: list[str] = []
+    async with serving(path) as endpoint, chat(endpoint, base_url=None, uds=path, stream_interval=0.1) as transport:
+        endpoint.step = words
+        await transport.send(ChatCall(messages=QUESTION, stream=True), texts.append)
+    assert "".join(texts) == "x" * 100 + "ok"
+    return len(texts)
 
 
 async def test_the_environment_names_the_proxy_if_it_is_trusted(
