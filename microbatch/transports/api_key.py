@@ -24,9 +24,13 @@ KEY_TIMEOUT: Final = 30.0
 
 
 def environment_key(base_url: str) -> str | None:
-    """Return OPENAI_API_KEY if it may be sent to *base_url*: to OpenAI's host, and to that of OPENAI_BASE_URL, which is set with it."""
-    own = (DEFAULT_BASE_URL, os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL)
-    return os.environ.get("OPENAI_API_KEY") if _origin(base_url) in map(_origin, own) else None
+    """Return OPENAI_API_KEY if it may be sent to *base_url*: to OpenAI's hosts, and to OPENAI_BASE_URL's, set with it."""
+    scheme, host = _origin(base_url)
+    own = scheme == "https" and f".{host}".endswith(
+        f".{host_and_port(DEFAULT_BASE_URL)}"
+    )  # there are hosts of regions, too
+    beside = os.environ.get("OPENAI_BASE_URL")
+    return os.environ.get("OPENAI_API_KEY") if own or (beside and _origin(beside) == (scheme, host)) else None
 
 
 class ApiKey:
@@ -116,8 +120,8 @@ def _checked(key: object) -> str:
     return key
 
 
-def _origin(address: str) -> tuple[str, str] | None:
+def _origin(address: str) -> tuple[str, str]:
     try:
         return urlsplit(address).scheme, host_and_port(address)
     except ValueError:
-        return None  # no address at all
+        return "", ""  # no address at all

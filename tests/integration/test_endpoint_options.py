@@ -272,6 +272,8 @@ async def test_what_is_no_key_is_a_mistake_of_the_settings(endpoint: Endpoint, k
     ("base_url", "beside", "sent"),
     [
         ("https://api.openai.com/v1", None, True),
+        ("https://EU.api.openai.com:443/v1", None, True),
+        ("https://evilapi.openai.com/v1", None, False),
         ("https://api.groq.com/openai/v1", None, False),
         ("https://api.openai.com.evil.example/v1", None, False),
         ("http://api.openai.com/v1", None, False),
