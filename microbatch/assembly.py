@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from microbatch.resources import Resource
     from microbatch.transports.rate_limit import RateLimit
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,24 @@ class Assembly:
         policy, transport = settings.policy, settings.transport
         self.settings = settings
         self.model: str | None = getattr(transport, "model", None)
-        self.tokens = TokenCounter(settings.tokens, self.model)
-        self.prices = PriceBook(settings.prices)
-        self.ledger = Ledger()
-        self.scheduler = Scheduler(policy.max_concurrent_batches)
-        self.accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
-        self.sender = Sender(transport, settings.retry)
-        self.admission = AdmissionQueue(
+        self.tokens: TokenCounter = TokenCounter(settings.tokens, self.model)
+        self.prices: PriceBook = PriceBook(settings.prices)
+        self.ledger: Ledger = Ledger()
+        self.scheduler: Scheduler = Scheduler(policy.max_concurrent_batches)
+        self.accounts: Accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
+        self.sender: Sender = Sender(transport, settings.retry)
+        self.admission: AdmissionQueue = AdmissionQueue(
             policy.max_queued,
             policy.when_full,
             bypass=policy.max_concurrent_batches,
             slot_free=lambda: not self.scheduler.full,
         )
-        self.in_flight = InFlight()
+        self.in_flight: InFlight = InFlight()
         listeners = Listeners(settings.hooks)
-        self.settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
+        self.settlement: Settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
         canary = settings.fallback.canary
         bounds = Bounds(self.model, canary=canary)
+        self.given: Dependencies
         self.given = given = Dependencies(
             policy=policy,
             fallback=settings.fallback,
@@ -124,14 +125,14 @@ class Assembly:
             in_flight=self.in_flight,
             settlement=self.settlement,
         )
-        self.cache = None if settings.cache is None else self._make_cache(settings.cache)
-        self.spool = None if settings.spool is None else SpoolClient(settings.spool)
+        self.cache: AnswerCache | None = None if settings.cache is None else self._make_cache(settings.cache)
+        self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
         lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
         codec = ChatCodec(settings.draw_ids, canary=canary, keep_thoughts=keep_thoughts)
         dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
-        self.intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
-        self.engine = Engine(given, lanes, singles, dispatcher)
+        self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
+        self.engine: Engine = Engine(given, lanes, singles, dispatcher)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from microbatch.assembly import Assembly, Host, Settings
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Stats
-    from microbatch.messages import Messages, Priority, Reply, Request, Result
+    from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result
     from microbatch.protocols import Cache, Transport
     from microbatch.spool.records import Spool
     from microbatch.spool.spool_client import SpoolClient
@@ -217,12 +217,31 @@ class Microbatcher:
             self._settlement.leave(ticket, waiter)
             raise
 
+    @overload
     def map(
         self,
-        requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
+        requests: Iterable[Request[T]] | AsyncIterable[Request[T]],
         *,
         max_pending: int | None = None,
         ordered: bool = False,
+    ) -> AsyncIterator[Result[T]]: ...
+
+    @overload
+    def map(
+        self,
+        requests: Iterable[Messages] | AsyncIterable[Messages],
+        *,
+        max_pending: int | None = None,
+        ordered: bool = False,
+    ) -> AsyncIterator[Result[str]]: ...
+
+    @overload
+    def map(
+        self, requests: Requests, *, max_pending: int | None = None, ordered: bool = False
+    ) -> AsyncIterator[Result[Any]]: ...
+
+    def map(
+        self, requests: Requests, *, max_pending: int | None = None, ordered: bool = False
     ) -> AsyncIterator[Result[Any]]:
         """Answer any number of requests in full batches and bounded memory.
 
@@ -250,7 +269,7 @@ class Microbatcher:
 
     async def warm(
         self,
-        requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
+        requests: Requests,
         *,
         ttl: float | None = None,
         progress: Callable[[Warmed], None] | None = None,

@@ -156,7 +156,7 @@ class StatusError(TransportError):
         self.param = param
         self.request_id = request_id
         self.retry_after = retry_after
-        self.body = mask(body)
+        self.body: str = mask(body)
         self.again = again
         self.should_retry = should_retry
         self.limits = limits
@@ -203,7 +203,7 @@ class ReplyError(RequestFailed):
 
     def __init__(self, message: str = "", *, raw: str = "", attempts: int = 0) -> None:
         super().__init__(message, attempts=attempts)
-        self.raw = mask(raw)
+        self.raw: str = mask(raw)
 
 
 class MissingAnswer(ReplyError):

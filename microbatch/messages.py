@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 
+    import typing_extensions as future
+
+    Output_co = future.TypeVar("Output_co", covariant=True, default=str)
+else:
+    Output_co = TypeVar("Output_co", covariant=True)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -107,8 +112,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 Messages: TypeAlias = "Sequence[Mapping[str, Any] | Message]"
 
 
-class Request(msgspec.Struct):
-    """An item of `Microbatcher.map`: messages, and any options of `submit`.
+class Request(msgspec.Struct, Generic[Output_co]):
+    """An item of `Microbatcher.map`: messages, and any options of `submit`. Its type argument is that of the answer.
 
     Attributes:
         messages: The chat messages; may be given by position.
@@ -118,7 +123,7 @@ class Request(msgspec.Struct):
 
     messages: Messages
     id: str | None = None
-    output_type: Any = str
+    output_type: future.TypeForm[Output_co] = str  # type: ignore[assignment]
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -133,6 +138,9 @@ class Request(msgspec.Struct):
     def __repr__(self) -> str:
         """Return the id and the number of messages."""
         return f"Request(id={self.id!r}, messages=<{len(self.messages)}>)"
+
+
+Requests: TypeAlias = "Iterable[Request[Any] | Messages] | AsyncIterable[Request[Any] | Messages]"
 
 
 class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):

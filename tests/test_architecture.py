@@ -38,7 +38,7 @@ VENDORS = {
     "spool": {"anyio"},
     "storage": {"anyio", "redis"},
     "testing": {"aiohttp", "tiktoken"},
-    "transports": {"aiohttp", "multidict", "yarl"},
+    "transports": {"aiohttp", "anyio", "multidict", "yarl"},
 }
 OPTIONAL = {"genai_prices", "opentelemetry", "prometheus_client", "pydantic", "redis", "tqdm", "uvloop"}
 
@@ -66,7 +66,17 @@ IMPURE = {
         *("provider.api", "provider.input_file", "provider.output_file", "provider.worker"),
     },
     "storage": {"coalescer", "redis", "sqlite"},
-    "transports": {"accounts", "attempt", "chat_wire", "http", "openai_chat", "relay", "retry"},
+    "transports": {
+        "accounts",
+        "api_key",
+        "attempt",
+        "chat_wire",
+        "connection",
+        "http",
+        "openai_chat",
+        "relay",
+        "retry",
+    },
 }
 
 MAX_MODULE_LINES = 500

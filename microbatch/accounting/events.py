@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from microbatch.messages import Priority, Route, Usage
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 
 class Flushed(msgspec.Struct, frozen=True, kw_only=True):

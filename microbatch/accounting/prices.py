@@ -19,7 +19,7 @@ from microbatch.policy import at_least
 if TYPE_CHECKING:
     from microbatch.messages import Usage
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _PER_MILLION: Final = 1_000_000
 _MAX_REMEMBERED: Final = 1_024  # callers may make up model names, so memory must not grow with them

@@ -146,16 +146,18 @@ class Ledger(_Figures, kw_only=True):
     cache_ages: float = 0.0  # sum of the ages of all answers that were hit, in seconds
 
     def __post_init__(self) -> None:
-        self.batches_by_reason = Counter()
-        self.singles_by_reason = Counter()
+        figures: _Figures = self  # whose fields these are, also for type checkers
+        figures.batches_by_reason = Counter()
+        figures.singles_by_reason = Counter()
 
     def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add a call that reported *usage*; one by one, its answered requests would have used *alone*."""
-        self.prompt_tokens += usage.prompt_tokens
-        self.cached_tokens += usage.cached_tokens
-        self.completion_tokens += usage.completion_tokens
-        self.unbatched_prompt_tokens += alone.prompt_tokens
-        self.unbatched_completion_tokens += alone.completion_tokens
+        figures: _Figures = self
+        figures.prompt_tokens += usage.prompt_tokens
+        figures.cached_tokens += usage.cached_tokens
+        figures.completion_tokens += usage.completion_tokens
+        figures.unbatched_prompt_tokens += alone.prompt_tokens
+        figures.unbatched_completion_tokens += alone.completion_tokens
         if price is None:
             self.cost_usd = self.unbatched_cost_usd = None
         elif self.cost_usd is not None and self.unbatched_cost_usd is not None:

@@ -137,8 +137,8 @@ class TokenCounter:
         if source is not None and source != "bytes" and (not callable(source) or iscoroutinefunction(source)):
             raise ConfigError('tokens must be None, "bytes" or a plain function from str to int')
         name, known = encoding_name(model)
-        self.encoding = name if source is None else None
-        self.exact = source is None and known
+        self.encoding: str | None = name if source is None else None
+        self.exact: bool = source is None and known
         self._source = source
         self._table: tiktoken.Encoding | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import Completion
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _ENOUGH_BATCHES = 20
 """Batches after which combining is judged for the log."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from microbatch.messages import Route, T, Usage
     from microbatch.prompt.codec import ChatCodec, CombinedCall
     from microbatch.prompt.demultiplexer import Answer
+    from microbatch.prompt.outcome import CombinedReply
+    from microbatch.protocols import ChatCall
     from microbatch.transports.accounts import Permit
 
 USAGE_PATIENCE = 2.0
@@ -58,16 +60,17 @@ class CallState:
     def __init__(
         self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None, permit: Permit
     ) -> None:
-        self.waiting = self.size = size
-        self.found = 0
+        self.waiting: int = size
+        self.size: int = size
+        self.found: int = 0
         self.route: Route = route
-        self.sent = sent
-        self.attempts = 0
+        self.sent: float = sent
+        self.attempts: int = 0
         self.first_text: float | None = None
         self.permit: Permit | None = permit
-        self.price = price
-        self.only_reasoning = False
-        self.ended = False
+        self.price: Callable[[Usage], float] | None = price
+        self.only_reasoning: bool = False
+        self.ended: bool = False
         self._ended: anyio.Event | None = None
         self._task: asyncio.Task[Any] | None = None  # while it is sent
         self._timer: asyncio.Handle | None = None
@@ -177,19 +180,19 @@ class Batch:
         self.tickets = tickets
         self.codec = codec
         self.combined = combined
-        self.call = combined.call
+        self.call: ChatCall = combined.call
         self.history = history
         self.permit = permit
         self.call_state = call_state
-        self.line_bytes = [*map(len, lines)]
-        self.bound = combined.call.bound
+        self.line_bytes: list[int] = [*map(len, lines)]
+        self.bound: int | None = combined.call.bound
         self.early = self.tries = self.instead = self.repeated = False
         self.bug: BaseException | None = None
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""
         combined, decoders = self.combined, [ticket.answer.decode for ticket in self.tickets]
-        self.reply = self.codec.demultiplex(combined.ids, decoders, combined.canary, early=self.early)
+        self.reply: CombinedReply = self.codec.demultiplex(combined.ids, decoders, combined.canary, early=self.early)
         self.answers: list[Answer] = []
-        self.answer_bytes = [0] * len(self.tickets)
+        self.answer_bytes: list[int] = [0] * len(self.tickets)
         self.call_state.found = 0

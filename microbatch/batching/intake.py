@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from microbatch.batching.lane_table import MAX_LINE_BYTES
 from microbatch.batching.request import (
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import CallerOptions, Charge, Deadline, InFlightIndex, Spec
     from microbatch.messages import Messages
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _ALONE_WARNING = 100
 """Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
@@ -44,7 +44,7 @@ class Intake:
     """The way in; *shares* if equal requests may share an answer unless they say otherwise."""
 
     def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
-        self.read_options = remembering(read_options)
+        self.read_options: Callable[..., Options] = remembering(read_options)
         self.shares = shares
         self._given = given
         self._policy = given.policy

@@ -38,7 +38,7 @@ class InFlight:
     """The indexes of tickets that may be joined: one of those that have a digest, and one for each kind of content."""
 
     def __init__(self) -> None:
-        self.digests = InFlightIndex()
+        self.digests: InFlightIndex = InFlightIndex()
         self._by_content: WeakValueDictionary[Hashable, InFlightIndex] = WeakValueDictionary()
 
     def __len__(self) -> int:

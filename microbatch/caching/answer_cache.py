@@ -72,7 +72,7 @@ class AnswerCache:
         model: str | None,
         normalize: Callable[[str], str] | None,
     ) -> None:
-        self.guard = cache if isinstance(cache, Guard) else Guard(cache)
+        self.guard: Guard = cache if isinstance(cache, Guard) else Guard(cache)
         self._ledger = ledger
         self._price = price
         self._listeners = listeners

@@ -42,7 +42,7 @@ class MemoryCache(Cache):
         whole(1, max_bytes=max_bytes, max_entries=max_entries)
         at_least(0, ttl=ttl)
         self.ttl = ttl
-        self.evictions = 0
+        self.evictions: int = 0
         self._max_bytes = max_bytes
         self._max_entries = max_entries
         self._entries: LRU[bytes, tuple[bytes, float]] = LRU(None)  # value, and loop time of its expiry

@@ -68,7 +68,7 @@ class SQLiteCache(Cache):
         whole(LEAST_BYTES, max_bytes=max_bytes)
         at_least(0, ttl=ttl)
         self.ttl = ttl
-        self.evictions = 0
+        self.evictions: int = 0
         self._max_bytes = max_bytes
         self._database = Database(path, _SCHEMA, kind="cache", version=1, durable=False, busy=_BUSY)
         self._touched: dict[int, float] = {}  # time of use by row, since the last write

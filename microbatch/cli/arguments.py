@@ -5,18 +5,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
+import os
 import re
 import types
-from typing import Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.spool.endpoint import GIVE_UP_AFTER
+from microbatch.transports.capabilities import Structured
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 T = TypeVar("T")
 Group: TypeAlias = argparse._ActionsContainer  # noqa: SLF001 a parser, or one of its groups
+
+CONNECTION: Final = (
+    *("structured", "stream_options", "first_timeout", "connect_timeout", "max_header_bytes", "trust_env", "uds"),
+)
+"""Arguments of `OpenAIChat` that have flags of the same name."""
 
 _ARGUMENT: Final = re.compile(r"^ {4}(\w+): ((?:.+\n?)(?: {8}.+\n?)*)", re.MULTILINE)
 
@@ -106,10 +117,14 @@ def read_settings(args: argparse.Namespace, settings: type[T], **fixed: Any) -> 
     try:
         return settings(**{**given, **fixed})
     except ConfigError as error:
-        message = str(error)
-        for name in sorted(names, key=len, reverse=True):
-            message = re.sub(rf"(?<![\w-]){name}(?!\w)", flag(name), message)
-        raise UsageError(message) from error
+        raise UsageError(with_flags(str(error), names)) from error
+
+
+def with_flags(message: str, names: Iterable[str]) -> str:
+    """Return *message* with flags in place of the settings *names*."""
+    for name in sorted(names, key=len, reverse=True):
+        message = re.sub(rf"(?<![\w-]){name}(?!\w)", flag(name), message)
+    return message
 
 
 def _value_options(hint: Any) -> dict[str, Any]:
@@ -163,9 +178,46 @@ def add_endpoint(group: Group) -> None:
     """Add the flags that decide where requests are sent, and how fast."""
     add_flag(group, "--model NAME", "the model; OpenAI Batch lines may name their own")
     add_flag(group, "--base-url URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
+    add_connection(group, "OPENAI_API_KEY, which is sent only to OpenAI and OPENAI_BASE_URL")
     add_rate_limits(group)
     simulate = "use a simulated endpoint within this process: the answers are made up, and nothing is paid"
     add_flag(group, "--simulate", f"{simulate} (default model: {SIMULATED_MODEL})")
+
+
+def add_connection(group: Group, key: str) -> None:
+    """Add the flags for the key, by default *key*, and the connections; see `OpenAIChat`."""
+    add_flag(group, "--api-key-env NAME", f"the environment variable that holds the key (default: {key})")
+    form = "how a form of the answers is asked for (default: by a schema, and from then on as the endpoint takes it)"
+    add_flag(group, "--structured FORM", form, choices=get_args(Structured))
+    options = "fields of stream_options beside include_usage, as a JSON object; false sends none"
+    add_flag(group, "--stream-options JSON", options, type=_json)
+    add_flag(
+        group, "--first-timeout SECONDS", "longest time until the first event of a stream (default: none)", least=0.001
+    )
+    add_flag(group, "--connect-timeout SECONDS", "longest time to open a connection", least=0.001, default=10.0)
+    add_flag(group, "--max-header-bytes N", "longest header of a response", default=65_536)
+    add_flag(group, "--trust-env", "take the proxy from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY")
+    add_flag(group, "--uds PATH", "connect to a Unix socket; the address is a name only then")
+
+
+def read_connection(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `OpenAIChat` for the flags of `add_connection`, without the key."""
+    return {name: getattr(args, name) for name in CONNECTION}
+
+
+def read_key(args: argparse.Namespace) -> str | None:
+    """Return the key that `--api-key-env` names, None without the flag; raise `UsageError` if there is none."""
+    key = os.environ.get(args.api_key_env) if args.api_key_env else None
+    if args.api_key_env and not key:
+        raise UsageError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
+    return key
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from None
 
 
 def add_rate_limits(group: Group) -> None:

@@ -7,7 +7,8 @@ write one line for each answer:
 
 Lines are any JSON objects, with a --template that makes a question of them, or
 OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
-id, else its number. The key is taken from OPENAI_API_KEY.
+id, else its number. The key is taken from OPENAI_API_KEY, which is sent to
+OpenAI and OPENAI_BASE_URL only, or from the variable of --api-key-env.
 
 The digest is that of the question. --resume asks about lines without an answer,
 and about lines whose question has changed; an answer follows a question that

@@ -6,9 +6,9 @@ or as a stream; everything else under /v1 is relayed as it is. Clients change
 nothing but their base URL, and use their own keys: requests with different keys
 never share a prompt, a call or a cached answer.
 
-With OPENAI_API_KEY set, clients without a key (or with the key "microbatch")
-use that one, for chat completions and the list of models only; off loopback
-this needs --access-token-file.
+With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
+(or with the key "microbatch") use that one, for chat completions and the list of
+models only; off loopback this needs --access-token-file.
 
 Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no,
 X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
     add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
     add_flag(parser, "--model NAME", "the model for requests that name none (default: refuse these)")
+    arguments.add_connection(parser.add_argument_group("upstream"), "OPENAI_API_KEY")
     add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
     arguments.add_rate_limits(parser)
     arguments.add_cache(parser)
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_access(group: arguments.Group) -> None:
-    add_flag(group, "--no-own-key", "ignore OPENAI_API_KEY: clients without a key go without one")
+    add_flag(group, "--no-own-key", "clients without a key go without one, whatever the environment has")
     access = "holds the token that clients give in place of a key to use the gateway's, and off loopback to see /stats"
     add_flag(group, "--access-token-file FILE", access)
     key = "holds the key of the digests that tell tenants apart (default: the cache's own secret, else a random one)"
@@ -97,6 +98,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             port=args.port,
             model=args.model,
             api_key=_own_key(args),
+            connection=arguments.read_connection(args),
             access_token=None if token is None else token.decode("utf-8", "replace"),
             secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES),
             lane_headers=args.lane_header,
@@ -108,11 +110,14 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             cache=None if args.cache is None else cache_at(args.cache),
         )
     except ConfigError as error:
-        raise UsageError(str(error).replace("base_url", "--upstream").replace("api_key", "OPENAI_API_KEY")) from error
+        message = arguments.with_flags(str(error), arguments.CONNECTION).replace("base_url", "--upstream")
+        raise UsageError(message.replace("api_key", args.api_key_env or "OPENAI_API_KEY")) from error
 
 
 def _own_key(args: argparse.Namespace) -> str | None:
-    return None if args.no_own_key else os.environ.get("OPENAI_API_KEY") or None
+    if args.no_own_key:
+        return None
+    return arguments.read_key(args) or os.environ.get("OPENAI_API_KEY") or None
 
 
 def _read_secret(args: argparse.Namespace, name: str, *, least: int) -> bytes | None:
@@ -136,7 +141,9 @@ async def _serve(args: argparse.Namespace) -> int:
         note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
         if _own_key(args):
             clients = "with the access token" if args.access_token_file else "without a key"
-            note(f"Clients {clients} use OPENAI_API_KEY, for chat completions and the list of models.")
+            note(
+                f"Clients {clients} use {args.api_key_env or 'OPENAI_API_KEY'}, for chat completions and the list of models."
+            )
         await stopped.wait()
         note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
     note(_summary(gateway))

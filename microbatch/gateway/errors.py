@@ -65,8 +65,13 @@ class GatewayError(Exception):
         super().__init__(message)
         self.status = status
         usual = "server_error" if status >= 500 else "invalid_request_error"  # noqa: PLR2004
-        self.error = {"message": message, "type": kind or _TYPES.get(status, usual), "param": param, "code": code}
-        self.headers = dict(headers or {})
+        self.error: dict[str, str | object | None] = {
+            "message": message,
+            "type": kind or _TYPES.get(status, usual),
+            "param": param,
+            "code": code,
+        }
+        self.headers: dict[str, str] = dict(headers or {})
         self.close = close
 
     def response(self) -> web.Response:

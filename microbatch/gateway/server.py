@@ -25,13 +25,13 @@ from microbatch.gateway.settings import GatewaySettings
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
     from microbatch.accounting.stats import Stats
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _API: Final = "/v1/"
 
@@ -73,6 +73,8 @@ class Gateway:
         lane_headers: Further headers to send with combined requests, which share a prompt only if these are equal.
         allowed_hosts: Further names under which clients address the gateway; "*" allows any.
         settings: Limits for clients.
+        connection: Further arguments of `OpenAIChat`: `structured`, `stream_options`, `first_timeout`, `connect_timeout`,
+            `max_header_bytes`, `trust_env`, `uds`...
         pages: Further pages by path, protected like /stats.
         batcher: Further arguments of `Microbatcher`: `policy`, `retry`, `cache`, `rate_limit`...
 
@@ -98,11 +100,12 @@ class Gateway:
         lane_headers: Sequence[str] = (),
         allowed_hosts: Collection[str] = (),
         settings: GatewaySettings | None = None,
+        connection: Mapping[str, Any] | None = None,
         pages: dict[str, Handler] | None = None,
         **batcher: Any,
     ) -> None:
         self.host = host
-        self.port = port
+        self.port: int = port
         self._settings = settings if settings is not None else GatewaySettings()
         self._access = Access(
             host=host,
@@ -112,11 +115,13 @@ class Gateway:
             allowed_hosts=allowed_hosts,
             trust_tenant_header=self._settings.trust_tenant_header,
         )
-        transport = self._transport(upstream, model, api_key, batcher.get("policy"))
+        transport = self._transport(upstream, model, api_key, batcher.get("policy"), connection or {})
         self._live = LiveFigures()
         self._metrics = _prometheus()
         listeners = [self._live] if self._metrics is None else [self._live, self._metrics]
-        self.batcher = Microbatcher(transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]})
+        self.batcher: Microbatcher = Microbatcher(
+            transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]}
+        )
         if self._metrics is not None:
             self._metrics.watch(self.batcher)
         self._cache = batcher.get("cache")
@@ -129,7 +134,9 @@ class Gateway:
         self._draining = False  # the gateway is closing and takes no further requests of the API
         self._runner: web.AppRunner | None = None
 
-    def _transport(self, upstream: str, model: str | None, api_key: str | None, policy: Any) -> OpenAIChat:
+    def _transport(
+        self, upstream: str, model: str | None, api_key: str | None, policy: Any, connection: Mapping[str, Any]
+    ) -> OpenAIChat:
         OpenAIChat(base_url=upstream, api_key=api_key or "")  # validates the key
         return OpenAIChat(
             model,
@@ -138,6 +145,7 @@ class Gateway:
             timeout=self._settings.upstream_timeout,
             idle_timeout=self._settings.idle_timeout,
             max_connections=max(100, policy.max_concurrent_batches if policy is not None else 0),
+            **connection,
         )
 
     def __repr__(self) -> str:

@@ -215,7 +215,7 @@ class Chat:
     """The SDK's `client.chat`, which holds `completions`."""
 
     def __init__(self, batcher: Microbatcher) -> None:
-        self.completions = Completions(batcher)
+        self.completions: Completions = Completions(batcher)
 
 
 class AsyncOpenAI:
@@ -231,7 +231,7 @@ class AsyncOpenAI:
 
     def __init__(self, batcher: Microbatcher) -> None:
         self.batcher = batcher
-        self.chat = Chat(batcher)
+        self.chat: Chat = Chat(batcher)
 
     async def __aenter__(self) -> Self:
         await self.batcher.open()

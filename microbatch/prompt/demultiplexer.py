@@ -146,8 +146,9 @@ class Demultiplexer:
         self._kept_chars = 0
         self._scanner: ObjectScanner | None = None  # at work on the element that `_kept` begins with
         self._gap = ""  # the text between the last element or mark and the next, without separators
-        self.thought = self.drafts = False
-        self.late_duplicates = 0
+        self.thought: bool = False
+        self.drafts: bool = False
+        self.late_duplicates: int = 0
 
     @property
     def damaged(self) -> bool:

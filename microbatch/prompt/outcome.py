@@ -72,9 +72,10 @@ class CombinedReply:
         self._size = len(decoders)
         if canary is not None:
             decoders = [*decoders, partial(check_canary, canary)]
-        self.elements = Demultiplexer(ids, decoders, early=early)
-        self.heard = self.sound = False
-        self.trusted = canary is None
+        self.elements: Demultiplexer = Demultiplexer(ids, decoders, early=early)
+        self.heard: bool = False
+        self.sound: bool = False
+        self.trusted: bool = canary is None
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""

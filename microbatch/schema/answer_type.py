@@ -50,14 +50,17 @@ class AnswerType:
         self.schema = schema
         self.strict = strict
         self.decode = decode
-        self.is_text = kind == "text"
-        self.expected_tokens = expected_tokens(schema)
-        self.batch_schema = batch_schema(schema)
-        self.watched_schema = batch_schema(schema, canary=True)
+        self.is_text: bool = kind == "text"
+        self.expected_tokens: int | None = expected_tokens(schema)
+        self.batch_schema: Schema = batch_schema(schema)
+        self.watched_schema: Schema = batch_schema(schema, canary=True)
+        self.key: bytes
+        self.words: str
+        self.hint: str | None
         if kind == "text":
             self.key, self.words, self.hint = b"", _TEXT_WORDS, None
             self.single_schema: Schema | None = None
-            self.wrapped = False
+            self.wrapped: bool = False
         else:
             self.key = f"{kind}{'' if strict else ' loosely'}:".encode() + msgspec.json.encode(canonical(schema))
             self.words = _TYPED_WORDS + _compact(schema)

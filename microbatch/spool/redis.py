@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from microbatch.spool.records import PutOutcome, Stage
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 PAGE: Final = 100  # most requests whose texts are read at once
 _MAX_CONNECTIONS: Final = 16

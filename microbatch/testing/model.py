@@ -129,15 +129,27 @@ class SimulatedModel:
         one_of(StreamOptions, stream_options=self.stream_options)
         whole(1, context_tokens=self.context_tokens, max_output_tokens=self.max_output_tokens)
         whole(0, reasoning_tokens=self.reasoning_tokens, indent=self.indent)
-        self.calls = self.combined_calls = self.single_calls = self.items = 0
-        self.prompt_tokens = self.completion_tokens = self.faulted = self.disconnects = 0
-        self.quota_refusals = self.peak_requests = self.peak_tokens = 0
-        self.reported = Usage()
+        self.calls: int = 0
+        self.combined_calls: int = 0
+        self.single_calls: int = 0
+        self.items: int = 0
+        self.prompt_tokens: int = 0
+        self.completion_tokens: int = 0
+        self.faulted: int = 0
+        self.disconnects = 0
+        self.quota_refusals: int = 0
+        self.peak_requests: int = 0
+        self.peak_tokens: int = 0
+        self.reported: Usage = Usage()
         self.requests: list[dict[str, Any]] = []
         self.replies: list[str] = []
         self._concerned = 0
         self._meters: dict[tuple[str, str], Meter] = {}
         self._prefixes = Prefixes()
+
+    def report(self, usage: Usage) -> None:
+        """Count *usage* as sent to a client."""
+        self.reported += usage
 
     def admit(self, body: dict[str, Any]) -> int:
         """Count a request, record it if `record` is set, and return its number, from 1."""

@@ -50,7 +50,7 @@ class EndpointError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.error = {"message": message, "type": kind, "param": param, "code": code}
+        self.error: dict[str, str | None] = {"message": message, "type": kind, "param": param, "code": code}
         self.retry_after = retry_after
         self.limits = limits
 

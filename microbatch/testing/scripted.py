@@ -34,8 +34,8 @@ class ScriptedCall:
         last = call.messages[-1]["content"] if call.messages else ""
         text = last if isinstance(last, str) else ""
         _, items = read_combined(text)
-        self.combined = bool(items)
-        self.items = items or [("", text)]
+        self.combined: bool = bool(items)
+        self.items: list[tuple[str, str]] = items or [("", text)]
 
     def reply(self, answers: Iterable[tuple[str, Any]]) -> str:
         """Return the combined reply that holds *answers*, pairs of id and answer, in this order."""
@@ -74,7 +74,7 @@ class ScriptedTransport:
         usage: bool = True,
     ) -> None:
         self.calls: list[ScriptedCall] = []
-        self.closed = 0
+        self.closed: int = 0
         self.model: str | None = None
         self._script = list(script)
         self._answer = answer

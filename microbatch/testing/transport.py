@@ -97,7 +97,7 @@ class SimulatedTransport:
         unreported = call.stream and (reply.ending == "cut" or self.simulated.stream_options != "ok")
         usage = None if unreported else reply.usage
         if usage is not None:
-            self.simulated.reported += usage
+            self.simulated.report(usage)
         return Completion(
             reply.finish_reason,
             usage=usage,

@@ -90,6 +90,7 @@ class Attempt:
     async def _receive(self) -> None:
         response = self._response
         if has_failed(response.status):
+            self.clock.begin()
             raw = await read_some(response, MAX_ERROR_BYTES, ERROR_GRACE)
             self._refuse(read_failure(raw, response.status))
         head = bytearray()
@@ -104,6 +105,7 @@ class Attempt:
         if form == "events" or (form != "json" and (self._content_type == "text/event-stream" or self.plan.stream)):
             raw = await self._receive_stream(bytes(head))
         else:
+            self.clock.begin()
             raw = await read_all(response, MAX_REPLY_BYTES, self.where, begun=head)
             text = self._reader.whole(raw)
             if isinstance(text, Fault):
@@ -135,6 +137,7 @@ class Attempt:
         was_complete, was_done = reader.complete, reader.done
         texts: list[str] = []
         for data in filter(None, events):  # an empty event only keeps the connection alive
+            self.clock.begin()
             complete = reader.complete
             text = reader.event(data, torso=torso)
             if isinstance(text, Fault):

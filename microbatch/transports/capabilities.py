@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -72,6 +72,10 @@ class Rung(enum.IntEnum):
     PLAIN = 2
 
 
+Structured = Literal["json_schema", "json_object", "none"]
+"""The names of the rungs for users."""
+
+
 class _RungState(msgspec.Struct):
     """The rung in use, since when, and the rungs on which an answer came."""
 
@@ -89,12 +93,12 @@ class _Entry:
     """The features of one endpoint."""
 
     def __init__(self) -> None:
-        self.general = _RungState()
+        self.general: _RungState = _RungState()
         self.schemas: LRU[bytes, _RungState] = LRU(MAX_SCHEMAS)
         self.unsupported: set[str] = set()
-        self.max_tokens_name = _MAX_TOKENS_NAMES[0]
-        self.streams_only = False
-        self.blameless = False  # whether a call was refused in the same words without its bound as with it
+        self.max_tokens_name: str = _MAX_TOKENS_NAMES[0]
+        self.streams_only: bool = False
+        self.blameless: bool = False  # whether a call was refused in the same words without its bound as with it
 
     def schema(self, digest: bytes) -> _RungState:
         """Return the state of one schema, to be changed."""
@@ -146,12 +150,15 @@ class Plan(msgspec.Struct, eq=False):
 class Capabilities:
     """The capabilities of the most recently used endpoints.
 
+    With *structured* that is the rung of all calls, and nothing is learned about rungs.
+
     Attributes:
         answered: Whether any call was ever answered, so that the address is right.
     """
 
-    def __init__(self) -> None:
-        self.answered = False
+    def __init__(self, structured: Structured | None = None) -> None:
+        self.answered: bool = False
+        self._rung = None if structured is None else Rung(get_args(Structured).index(structured))
         self._entries: LRU[Endpoint, _Entry] = LRU(CAPACITY)
         self._histories: WeakKeyDictionary[ChatCall, _CallHistory] = WeakKeyDictionary()
 
@@ -227,7 +234,7 @@ class Capabilities:
         learned = [self._learn_field(plan, name) for name in names & plan.sent]
         if any(learned) or self._learn_to_stream(plan, fault.message):
             return True
-        if plan.rung is None or plan.rung is Rung.PLAIN:
+        if plan.rung is None or plan.rung is Rung.PLAIN or self._rung is not None:
             return False
         if plan.rung is Rung.JSON_SCHEMA and _SCHEMA.search(fault.message):
             self._step_down(plan, plan.entry.schema(plan.digest), now)
@@ -264,7 +271,7 @@ class Capabilities:
         The next attempt at the same call goes one rung lower. Each call does so once, and not if its very schema has been answered
         on this rung before: then the endpoint is down, not refusing.
         """
-        if plan.rung is None:
+        if plan.rung is None or self._rung is not None:
             return
         history = self._history(plan)
         if plan.lower:
@@ -284,6 +291,9 @@ class Capabilities:
 
     def _choose_rung(self, plan: Plan, now: float) -> None:
         plan.digest = hashlib.blake2b(msgspec.json.encode(plan.call.schema), digest_size=16).digest()
+        if self._rung is not None:
+            plan.rung = self._rung
+            return
         states = plan.entry.deciding(plan.digest)
         plan.rung = states[0].rung
         history = self._histories.get(plan.call)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from microbatch.errors import StatusError
     from microbatch.protocols import Completion
+    from microbatch.transports.capabilities import Structured
 
 # Fields whose replies hold more than one text; only the JSON body of a reply that is not streamed carries it all.
 _MORE_THAN_TEXT: Final = ("tools", "functions", "logprobs", "top_logprobs", "modalities", "audio")
@@ -64,15 +65,15 @@ def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:
 
 
 class BatchWire:
-    """Writes and reads the lines of batch files; *model* is that of calls that name none.
+    """Writes and reads the lines of batch files; *model* is that of calls that name none. See `Capabilities` for *structured*.
 
     What the endpoint does not support is learned from refused lines, and left out of the lines of later files.
     """
 
-    def __init__(self, model: str | None, *, where: str) -> None:
+    def __init__(self, model: str | None, *, where: str, structured: Structured | None = None) -> None:
         self.model = model
         self._where = where
-        self._capabilities = Capabilities()
+        self._capabilities = Capabilities(structured)
 
     def body(self, call: ChatCall) -> dict[str, Any]:
         """Return the body of the line for *call*; raise `ConfigError` if no model is named anywhere."""

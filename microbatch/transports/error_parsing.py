@@ -325,7 +325,8 @@ def _clean(word: str | None, secrets: Iterable[str]) -> str | None:
 
 def _advice(kind: type[StatusError], status: int, wait: float | None, *, keyless: bool) -> str:
     if kind is AuthFailed and keyless:
-        return "no key was sent; set api_key= or OPENAI_API_KEY, or the header that the endpoint wants in headers="
+        where = "OPENAI_API_KEY is sent only to OpenAI and to OPENAI_BASE_URL"
+        return f"no key was sent; pass api_key=, or the header that the endpoint wants in headers= ({where})"
     if kind is RateLimited and wait is not None:
         return f"{_ADVICE[kind]} It asks to wait {wait:g} s."
     if kind is BadRequest and status == 404:  # noqa: PLR2004

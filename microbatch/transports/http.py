@@ -44,16 +44,35 @@ LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+
 class Clock:
     """The time limits of one attempt, which runs in `scope`: *total* seconds, and *idle* seconds of silence after the first activity.
 
-    Activity may be noticed late by *interval* seconds, the longest pause of a `Pacer`.
+    Activity may be noticed late by *interval* seconds, the longest pause of a `Pacer`. With *first*, `begin` has to be called within so
+    many seconds, which are counted from the loop time *since*, None for now.
     """
 
-    def __init__(self, total: float, idle: float | None, interval: float = 0.0) -> None:
+    def __init__(
+        self,
+        total: float,
+        idle: float | None,
+        interval: float = 0.0,
+        first: float | None = None,
+        since: float | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._total = total
         self._idle = idle
+        self._first = first
         self.interval = interval
-        self.end = self._loop.time() + total
-        self.scope = asyncio.timeout_at(self.end)
+        now = self._loop.time()
+        self.since: float = now if since is None else since
+        self.end: float = now + total
+        self.scope: asyncio.Timeout = asyncio.timeout_at(
+            self.end if first is None else min(self.end, self.since + first)
+        )
+
+    def begin(self) -> None:
+        """Record the beginning of the reply, which may be long before its first words."""
+        if self._first is not None:
+            self._first = None
+            self.grace(self._total)
 
     def feed(self) -> None:
         """Record activity of the endpoint."""
@@ -68,6 +87,8 @@ class Clock:
     def error(self, where: str) -> TransportTimeout:
         """Return the error to raise when the time is up."""
         if self.scope.when() != self.end:
+            if self._first is not None:
+                return TransportTimeout(f"{where} did not begin to answer within {self._first:g} s (first_timeout)")
             return TransportTimeout(f"{where} sent nothing for {self._idle:g} s (idle_timeout)")
         return TransportTimeout(f"{where} did not finish within {self._total:g} s (timeout)")
 
@@ -127,9 +148,9 @@ def _hold(transport: asyncio.Transport, held: bool) -> bool:
     if transport.is_closing():
         return False
     try:
-        if LOW_WATER_WAKES:
-            mark = LOW_WATER if held else 1
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+        connection = transport.get_extra_info("socket")
+        if LOW_WATER_WAKES and connection.family != socket.AF_UNIX:  # where the mark has no effect
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, LOW_WATER if held else 1)
         elif held:
             transport.pause_reading()
         else:

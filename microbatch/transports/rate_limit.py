@@ -168,7 +168,7 @@ class Bucket:
         self._latest_tokens = 0
         self._given_back = 0  # tokens ever given back
         self._newest = float("-inf")  # time of the grant whose reply reported the endpoint's count
-        self.used = 0.0  # for `SharedLRU`
+        self.used: float = 0.0  # for `SharedLRU`
         self._claims: dict[object, tuple[int, float]] = {}  # tokens and expiry by claimant, the oldest first
 
     def __repr__(self) -> str:

@@ -78,10 +78,10 @@ class ReplyReader:
 
     def __init__(self) -> None:
         self.finish: Finish | None = None
-        self.done = False
-        self.spoke = False
-        self.answering = False
-        self.thought = False
+        self.done: bool = False
+        self.spoke: bool = False
+        self.answering: bool = False
+        self.thought: bool = False
         self._ending: Finish | None = None  # how it ended if the endpoint does not say
         self._joiner = Joiner()
         self._refusal: list[str] = []

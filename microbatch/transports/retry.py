@@ -36,9 +36,9 @@ class Sender:
         self._transport = transport
         self._policy = policy
         self._draw = draw
-        self.repeats = 0
-        self.unpaid = 0
-        self.rate_limited = 0
+        self.repeats: int = 0
+        self.unpaid: int = 0
+        self.rate_limited: int = 0
 
     async def send(
         self,

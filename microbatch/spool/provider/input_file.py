@@ -110,7 +110,7 @@ class Draft:
     """A job that is being composed; `token` is its unique name."""
 
     def __init__(self) -> None:
-        self.token = secrets.token_hex(8)
+        self.token: str = secrets.token_hex(8)
         self.lines: list[Line] = []
         self.deliveries: list[Delivery] = []
         self._rows: list[bytes] = []

@@ -91,7 +91,7 @@ class Results:
         self.tied = tied
         self.answers: list[tuple[Delivery, bytes]] = []
         self.open: dict[Why, list[Delivery]] = {}
-        self.usage = Usage()
+        self.usage: Usage = Usage()
         self.cost_usd: float | None = 0.0
         self._content = content
         self._wire = wire
