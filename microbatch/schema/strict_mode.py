@@ -79,10 +79,10 @@ def typed(node: Schema) -> Schema:
 
 
 def for_strict_mode(schema: Schema) -> Schema:
-    """Return *schema* as far as possible in the keywords of strict mode; whatever fits *schema* fits the result, too.
+    """Return *schema* as far as possible in the keywords of strict mode.
 
     Annotations that strict mode does not know are left out; so are rules that the answer is held to afterwards, which the
-    description then names.
+    description then names. Objects that do not say so are closed.
     """
     node = plain(schema)
     if "$ref" in node and not node.keys() & _ESSENTIAL:
@@ -147,7 +147,7 @@ def _complaint(node: Any, *, is_root: bool) -> str | None:
     unknown = [key for key in node if key not in KEYWORDS] if isinstance(node, dict) else []
     if unknown:
         return f"'{unknown[0]}' is not permitted."
-    if not isinstance(node, dict) or not node.keys() & {"type", "anyOf", "$ref"}:
+    if not isinstance(node, dict) or not node.keys() & {"type", "anyOf", "$ref", "enum"}:
         return "schema must have a 'type' key."
     if "$ref" in node:
         beside = set(node) - {"$ref", *(SHARED if is_root else ())}
