@@ -81,7 +81,7 @@ def decode_text(raw: str) -> tuple[str, str]:
     return text, text
 
 
-def decoder(read: Reader, schema: dict[str, Any], name: str) -> Decoder:
+def decoder(read: Reader, schema: dict[str, Any], name: str = "its schema") -> Decoder:
     """Return a `Decoder` that reads with *read*; the text of an output is its JSON. *schema* and *name* are used in error messages.
 
     *read* does not see the nulls that stand for the absence of a property; see `schema/optional.py`.
@@ -92,7 +92,7 @@ def decoder(read: Reader, schema: dict[str, Any], name: str) -> Decoder:
         try:
             return read(raw if without_nulls is None else without_nulls(raw)), raw
         except _UNFIT as error:  # msgspec chains the error of a validator to its own
-            raise _unfit(_reason(error, raw, schema), name) from error.__cause__
+            raise _unfit(_reason(error, raw, schema), name, _place(error, schema)) from error.__cause__
         except Unfit as error:
             raise _unfit(str(error), name) from error.__cause__
 
@@ -103,11 +103,13 @@ class Unfit(Exception):
     """The JSON does not fit; the message is a path and a rule. Raised by a `Reader` that knows them."""
 
 
-def _unfit(reason: str, name: str) -> ValueError:
+def _unfit(reason: str, name: str, place: str | None = None) -> ValueError:
     error = ValueError(reason)
     # Known by this to be from here: a ValueError from the caller's type may quote the answer.
     vars(error)[_MESSAGE] = (
-        f"the answer does not fit {name}: {reason}" if reason.startswith("$") else f"{reason} (output type {name})"
+        f"the answer does not fit {name}: {reason}"
+        if reason.startswith("$")
+        else f"{reason} ({name}{'' if place is None else ' at ' + place})"
     )
     return error
 
@@ -161,13 +163,14 @@ def _reason(error: Exception, raw: str, schema: dict[str, Any]) -> str:
     except (msgspec.MsgspecError, RecursionError, TypeError, ValueError):
         # Types may add keywords that `misfit` does not expect, and may be refused before the JSON is read to its end.
         reason = None
-    return reason or _place(error, schema) or "the answer does not fit the type"
+    place = _place(error, schema)
+    return reason or (f"{place}: not of its type" if place is not None else "the answer does not fit the type")
 
 
-def _place(error: msgspec.ValidationError, schema: dict[str, Any]) -> str | None:
+def _place(error: Exception, schema: dict[str, Any]) -> str | None:
     """Return where msgspec found *error*, if its message says so in names of *schema*."""
     found = _PLACE.search(str(error))
     if found is None:
         return None
     names = {name for node in nodes(schema) for name in node.get("properties", ())}
-    return f"{found[1]}: not of its type" if names.issuperset(re.findall(r"\.(\w+)", found[1])) else None
+    return found[1] if names.issuperset(re.findall(r"\.(\w+)", found[1])) else None

@@ -116,11 +116,27 @@ async def test_the_type_the_field_and_the_rule_are_named_and_nobodys_text_is(out
         assert msgspec.json.encode(value).decode() in error.raw
 
 
-@each("value", ["SECRET", {"word": "SECRET"}])
-async def test_a_validators_own_words_are_the_cause_only(value):
-    error = await error_of(Checked, value, count=1)
+@each(
+    "output_type, value, words",
+    [
+        (Checked, "SECRET", "the answer does not fit Checked: $: wrong type"),
+        (Checked, {"word": "SECRET"}, "the answer is refused by a validator of the type (Checked)"),
+        (list[Checked], [{"word": "a"}, {"word": "SECRET"}], "Checked] at $[1])"),
+        (Checked, "{", "the answer does not fit Checked: $: wrong type"),
+    ],
+)
+async def test_a_validators_own_words_are_the_cause_only(output_type, value, words):
+    error = await error_of(output_type, value, count=1)
     assert "SECRET" not in str(error)
-    assert "Checked" in str(error)
+    assert words in str(error)
+
+
+async def test_what_is_no_json_is_told_with_the_types_name():
+    transport = ScriptedTransport("SECRET", "SECRET")
+    async with mb.Microbatcher(transport, tokens="bytes") as batcher:
+        with pytest.raises(mb.MalformedAnswer) as caught:
+            await batcher.submit([{"role": "user", "content": "hi"}], output_type=Order)
+    assert str(caught.value) == "the answer is not JSON (Order)"
 
 
 async def test_an_error_from_the_callers_code_is_not_quoted():
