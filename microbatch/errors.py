@@ -211,7 +211,7 @@ class MissingAnswer(ReplyError):
 
 
 class MalformedAnswer(ReplyError):
-    """The answer is empty, is not JSON, or does not fit `output_type`."""
+    """The answer is empty, is not JSON, or does not fit `output_type`: the message names the type, the field and the rule."""
 
 
 class TruncatedReply(ReplyError):

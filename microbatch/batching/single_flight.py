@@ -23,6 +23,7 @@ from microbatch.batching.events import settled
 from microbatch.batching.ticket import InFlightIndex
 from microbatch.containment import contained
 from microbatch.errors import ConfigError, DeadlineExceeded, MalformedAnswer, RequestFailed
+from microbatch.schema.decode import misfit_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -111,7 +112,7 @@ class Settlement:
             with contained() as decoding:
                 output, text = waiter.answer.decode_again(reply.text)
             if decoding.error is not None:
-                error = MalformedAnswer("the answer does not fit output_type", raw=reply.text)
+                error = MalformedAnswer(misfit_message(decoding.error), raw=reply.text)
                 error.__cause__ = decoding.error
                 self._end(ticket, waiter, error)
                 return False

@@ -13,6 +13,7 @@ from microbatch.openai.objects import ChatCompletion, CompletionUsage
 from microbatch.openai.stream import open_stream
 from microbatch.protocols import ChatCall
 from microbatch.schema.answer_type import answer_type
+from microbatch.schema.decode import misfit_message
 from microbatch.transports.chat_wire import can_stream
 from microbatch.transports.lenient import as_object
 
@@ -192,7 +193,8 @@ class Completions:
         whole = not can_stream(ChatCall(messages=(), params=body))
         if whole:
             if output_type is not str:
-                schema = {"name": "answers", "strict": True, "schema": answer_type(output_type).single_schema}
+                answer = answer_type(output_type)
+                schema = {"name": "answers", "strict": answer.strict, "schema": answer.single_schema}
                 body["response_format"] = {"type": "json_schema", "json_schema": schema}
                 output_type = str
             if "response_format" in body:
@@ -290,7 +292,7 @@ def _parse_choices(completion: ChatCompletion[Any], output_type: Any, tools: Ite
             with contained() as decoding:
                 message.parsed, message.content = answer_type(output_type).decode_single(message.content)
             if (error := decoding.error) is not None:
-                raise MalformedAnswer("the answer does not fit response_format", raw=message.content) from error
+                raise MalformedAnswer(misfit_message(error), raw=message.content) from error
 
 
 def _parse_arguments(function: FunctionCall) -> None:

@@ -23,6 +23,7 @@ from microbatch.prompt.compose import (
 )
 from microbatch.prompt.outcome import ONLY_REASONING, CombinedReply, complaint
 from microbatch.protocols import ChatCall
+from microbatch.schema.decode import misfit_message
 from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class ChatCodec:
             return SingleReply(*answer.decode_single(said))
         empty = not said.strip()
         reasoning = empty and _reasoned(completion)
-        wrong = "the answer is empty" if empty else "the answer does not fit output_type"
+        wrong = "the answer is empty" if empty else misfit_message(decoding.error)
         malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
         malformed.__cause__ = decoding.error
         return SingleReply(error=malformed, only_reasoning=reasoning)

@@ -22,6 +22,7 @@ from microbatch.errors import (
 )
 from microbatch.prompt.compose import check_canary
 from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.schema.decode import misfit_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +109,8 @@ class CombinedReply:
             elif fault == "repeated":
                 yield position, MalformedAnswer("the combined reply held several answers to this request")
             else:
-                yield position, MalformedAnswer("the answer in the combined reply does not fit its schema", raw=raw)
+                wrong = misfit_message(self.elements.errors.get(position))
+                yield position, MalformedAnswer(f"{wrong}, in the combined reply", raw=raw)
 
 
 class CallOutcome(msgspec.Struct):

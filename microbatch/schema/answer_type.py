@@ -13,8 +13,10 @@ from microbatch.lru import LRU
 from microbatch.schema.decode import candidates, decode_text, decoder, unwrapped
 from microbatch.schema.envelope import batch_schema, single_schema
 from microbatch.schema.expected import expected_tokens
+from microbatch.schema.optional import as_asked
 from microbatch.schema.python_types import compile_type, is_type_like, type_name, unusable
 from microbatch.schema.response_format import compile_given, given_schema
+from microbatch.schema.strict_mode import for_strict_mode, refusal, without_closed_tuples
 from microbatch.schema.traverse import Schema, canonical
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     Kind = Literal["text", "typed", "given"]
 
 _MAX_REMEMBERED = 256
+_MAX_NAME = 100  # characters in messages; a Literal's name is as long as its choices
 
 _TEXT_WORDS = "Each answer is a JSON string holding the full reply to that request."
 _TYPED_WORDS = "Each answer is JSON matching this JSON Schema: "
@@ -36,24 +39,29 @@ class AnswerType:
 
     Attributes:
         key: Equal for types whose requests may share a prompt; b"" for plain text.
-        strict: False for a given schema that came with `"strict": false`.
-        words: One line of a combined prompt that describes an answer.
+        schema: JSON Schema of one answer, in full.
+        strict: Whether the three schemas that are sent keep to strict mode: False for a given one that came with `"strict": false`, and
+            for one with an essential part that strict mode does not take, such as a dict with any keys or a tuple.
+        words: One line of a combined prompt that describes an answer, with the schema in full.
         hint: One line for a single call whose schema is not enforced; None for plain text.
-        batch_schema: JSON Schema of a combined reply; `watched_schema` with a canary among the answers.
-        single_schema: JSON Schema of a single reply, an object at its root; None for plain text.
+        batch_schema: JSON Schema of a combined reply, as it is sent; `watched_schema` with a canary among the answers.
+        single_schema: JSON Schema of a single reply, as it is sent, an object at its root; None for plain text.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         expected_tokens: Expected tokens of the longest answer by its schema; None if the schema does not bound it.
         decode: `Decoder` of an answer in a combined reply. An attribute, because it is called for every answer and a method costs more.
     """
 
-    def __init__(self, schema: Schema, decode: Decoder, kind: Kind, *, strict: bool = True) -> None:
-        self.schema = schema
-        self.strict = strict
+    def __init__(self, compiled: Schema, decode: Decoder, kind: Kind, *, strict: bool = True) -> None:
+        self.schema = schema = as_asked(compiled) if kind == "typed" else compiled
         self.decode = decode
         self.is_text: bool = kind == "text"
         self.expected_tokens: int | None = expected_tokens(schema)
-        self.batch_schema: Schema = batch_schema(schema)
-        self.watched_schema: Schema = batch_schema(schema, canary=True)
+        sent = for_strict_mode(schema) if strict else schema
+        self.strict: bool = strict and refusal(batch_schema(sent, canary=True)) is None
+        if not self.strict:
+            sent = without_closed_tuples(schema)
+        self.batch_schema: Schema = batch_schema(sent)
+        self.watched_schema: Schema = batch_schema(sent, canary=True)
         self.key: bytes
         self.words: str
         self.hint: str | None
@@ -64,8 +72,10 @@ class AnswerType:
         else:
             self.key = f"{kind}{'' if strict else ' loosely'}:".encode() + msgspec.json.encode(canonical(schema))
             self.words = _TYPED_WORDS + _compact(schema)
-            self.single_schema, self.wrapped = single_schema(schema)
-            self.hint = _HINT_WORDS + _compact(self.single_schema)
+            whole, wrapped = single_schema(schema)
+            self.hint = _HINT_WORDS + _compact(whole)
+            self.single_schema, self.wrapped = single_schema(sent)
+            self.wrapped |= wrapped
 
     def decode_single(self, text: str) -> tuple[Any, str]:
         """Decode the text of a single reply, skipping code fences and prose around the JSON.
@@ -139,15 +149,15 @@ def _from_type(output_type: Any) -> AnswerType:
     if not is_type_like(output_type):
         raise ConfigError(f"output_type must be a type, not {type_name(output_type)}")
     with contained() as compiling:
-        schema, read = compile_type(output_type)
-        return AnswerType(schema, decoder(read, schema), "typed")
+        compiled, read = compile_type(output_type)
+        return AnswerType(compiled, decoder(read, compiled, type_name(output_type)[:_MAX_NAME]), "typed")
     error = compiling.error
     raise unusable(output_type, error) from (None if isinstance(error, ConfigError) else error)
 
 
 def _from_response_format(encoded: bytes, *, strict: bool) -> AnswerType:
     schema, read = compile_given(encoded)
-    return AnswerType(schema, decoder(read, schema), "given", strict=strict)
+    return AnswerType(schema, decoder(read, schema, "response_format"), "given", strict=strict)
 
 
 def _compact(schema: Schema) -> str:

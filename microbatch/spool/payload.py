@@ -16,6 +16,7 @@ from microbatch.containment import contained
 from microbatch.errors import MalformedAnswer, StorageError
 from microbatch.messages import Reply, Request, Route, Usage
 from microbatch.schema.answer_type import answer_type
+from microbatch.schema.decode import misfit_message
 from microbatch.spool.records import Item
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         options = read_options(output_type, model, max_tokens, temperature, params, None, None, "low")
         fields = dict(params or {})
         if output_type is not str:
-            schema = {"name": "answer", "schema": options.answer.schema, "strict": options.answer.strict}
+            schema = {"name": "answer", "schema": options.answer.schema, "strict": True}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         return cls(copy_of(messages), model, max_tokens, temperature, fields)
 
@@ -172,7 +173,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             with contained() as decoding:
                 output, _ = kind.decode(self.text)
             if decoding.error is not None:
-                raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from decoding.error
+                raise MalformedAnswer(misfit_message(decoding.error), raw=self.text) from decoding.error
         return Reply(output, **{name: getattr(self, name) for name in _OF_REPLY})
 
     def __repr__(self) -> str:

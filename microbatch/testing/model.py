@@ -77,7 +77,8 @@ class SimulatedModel:
         temperature_fixed: Refuse any temperature but 1, as reasoning models do.
         stream_supported: Whether "stream": true is accepted.
         stream_options: "400" refuses stream_options; "ignored" never reports usage in a stream.
-        strict_schemas: Refuse a strict schema outside the subset that OpenAI enforces (closed objects, no optional properties).
+        strict_schemas: Refuse a strict schema outside the subset that OpenAI documents (closed objects, no optional properties, known
+            keywords and formats, limits of size and depth), in OpenAI's words.
         count_schema: Count a response_format's schema as part of the prompt, as providers do.
         cached_prefixes: Report cached_tokens as OpenAI does: prefixes seen before, from 1,024 tokens in steps of 128.
         record: Keep the bodies of all requests in `requests` and the texts of all replies in `replies`.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microbatch.schema.strict_mode import refusal
 from microbatch.testing.counting import content_text
 from microbatch.testing.orders import exact_word
 
@@ -167,35 +168,10 @@ def response_format(body: Mapping[str, Any]) -> ResponseFormat:
 
 
 def check_strict(form: ResponseFormat) -> None:
-    """Check that a strict schema keeps to the subset that OpenAI enforces: closed objects, no optional properties."""
-    complaint = _complaint(form.schema, ()) if form.strict else None
-    if complaint is not None:
-        message = f"Invalid schema for response_format '{form.name}': {complaint}"
+    """Check that a strict schema keeps to the subset of JSON Schema that OpenAI enforces."""
+    message = refusal(form.schema, form.name) if form.strict and form.schema is not None else None
+    if message is not None:
         raise EndpointError(400, message, param="response_format")
-
-
-def _complaint(schema: Any, context: tuple[str, ...]) -> str | None:
-    """Return what is wrong with a strict schema, in OpenAI's words, or None."""
-    if not isinstance(schema, dict):
-        return None
-    for keyword in ("allOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas"):
-        if keyword in schema:
-            return f"In context={context}, '{keyword}' is not permitted."
-    properties = schema.get("properties", {})
-    if schema.get("type") == "object" or properties:
-        if schema.get("additionalProperties") is not False:
-            return f"In context={context}, 'additionalProperties' is required to be supplied and to be false."
-        missing = [name for name in properties if name not in schema.get("required", ())]
-        if missing:
-            return (
-                f"In context={context}, 'required' is required to be supplied and to be an array including every key "
-                f"in properties. Missing '{missing[0]}'."
-            )
-    parts = [((key, name), part) for key in ("properties", "$defs") for name, part in schema.get(key, {}).items()]
-    parts += [((key, str(i)), part) for key in ("anyOf", "prefixItems") for i, part in enumerate(schema.get(key, ()))]
-    parts.append((("items", ""), schema.get("items")))
-    complaints = (_complaint(part, context + tuple(filter(None, names))) for names, part in parts)
-    return next(filter(None, complaints), None)
 
 
 def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> Prompt:
