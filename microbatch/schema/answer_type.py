@@ -10,6 +10,7 @@ import msgspec
 from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
+from microbatch.schema.asked_form import asked_form, asking_fields
 from microbatch.schema.decode import candidates, decode_text, decoder, unwrapped
 from microbatch.schema.envelope import batch_schema, single_schema
 from microbatch.schema.expected import expected_tokens
@@ -20,6 +21,7 @@ from microbatch.schema.traverse import Schema, canonical
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
+    from microbatch.schema.asked_form import AskedForm
     from microbatch.schema.decode import Decoder
 
     Kind = Literal["text", "typed", "given"]
@@ -35,27 +37,34 @@ class AnswerType:
     """The form of one answer, compiled once per output type. The schemas are shared and must not be changed.
 
     Attributes:
-        key: Equal for types whose requests may share a prompt; b"" for plain text.
+        key: Equal for types whose requests may share a prompt; b"" for plain text, and for a form, whose request fields tell.
+        form: The form that the request's own fields ask for, or None. Its single calls keep these fields and have no schema.
+        tool: That of the form, or None.
         strict: False for a given schema that came with `"strict": false`.
         words: One line of a combined prompt that describes an answer.
         hint: One line for a single call whose schema is not enforced; None for plain text.
         batch_schema: JSON Schema of a combined reply; `watched_schema` with a canary among the answers.
-        single_schema: JSON Schema of a single reply, an object at its root; None for plain text.
+        single_schema: JSON Schema of a single reply, an object at its root; None for plain text and for a form.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         expected_tokens: Expected tokens of the longest answer by its schema; None if the schema does not bound it.
         decode: `Decoder` of an answer in a combined reply. An attribute, because it is called for every answer and a method costs more.
     """
 
-    def __init__(self, schema: Schema, decode: Decoder, kind: Kind, *, strict: bool = True) -> None:
+    def __init__(
+        self, schema: Schema, decode: Decoder, kind: Kind, *, strict: bool = True, form: AskedForm | None = None
+    ) -> None:
         self.schema = schema
+        self.form = form
+        self.tool = None if form is None else form.tool
         self.strict = strict
         self.decode = decode
         self.is_text = kind == "text"
         self.expected_tokens = expected_tokens(schema)
         self.batch_schema = batch_schema(schema)
         self.watched_schema = batch_schema(schema, canary=True)
-        if kind == "text":
-            self.key, self.words, self.hint = b"", _TEXT_WORDS, None
+        if kind == "text" or form is not None:
+            self.key, self.hint = b"", None
+            self.words = _TEXT_WORDS if form is None else form.words + _compact(schema)
             self.single_schema: Schema | None = None
             self.wrapped = False
         else:
@@ -99,7 +108,8 @@ class AnswerType:
             ValueError: It does not fit, because this type's validators require more than its schema. The message does not quote it.
             Exception: An error of a validator of the caller's type.
         """
-        return (text, text) if self.is_text else self.decode(text)
+        # A single reply to a form is an answer whatever it holds; one in a combined reply was checked.
+        return (text, text) if self.is_text or self.form is not None else self.decode(text)
 
     def __repr__(self) -> str:
         """Show the schema, which is code of the caller and no prompt."""
@@ -130,6 +140,22 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
         return _types.get_or_make(_identity(output_type), lambda: (output_type, _from_type(output_type)))[1]
     except TypeError:
         return _from_type(output_type)  # unhashable metadata: nothing to remember it by
+
+
+def asked_answer_type(fields: Mapping[str, Any]) -> AnswerType | None:
+    """Return the compiled form of an answer that request *fields* ask for, see `AskedForm`; None if they ask for none."""
+    asking = asking_fields(fields)
+    return _forms.get_or_make(asking, lambda: _from_form(asked_form(asking))) if asking else None
+
+
+def _from_form(form: AskedForm | None) -> AnswerType | None:
+    if form is None:
+        return None
+    try:
+        schema, read = compile_given(msgspec.json.encode(form.schema))
+    except ConfigError:
+        return None  # the endpoint judges it
+    return AnswerType(schema, decoder(read, schema), "given", strict=form.strict, form=form)
 
 
 def _from_type(output_type: Any) -> AnswerType:
@@ -175,5 +201,6 @@ def _identity(output_type: Any) -> Hashable:
 # Old types are dropped, so that classes made at run time are not kept alive.
 _types: LRU[Hashable, tuple[Any, AnswerType]] = LRU(_MAX_REMEMBERED)
 _formats: LRU[tuple[bytes, bool], AnswerType] = LRU(_MAX_REMEMBERED)
+_forms: LRU[bytes, AnswerType | None] = LRU(_MAX_REMEMBERED)
 
 _TEXT = AnswerType({"type": "string"}, decode_text, "text")

@@ -373,6 +373,8 @@ class SimulatedModel:
                 finish_reason = None
             case "hang" as ending:
                 pieces, finish_reason = pieces.head(0), None
+        if prompt.tool is not None and not prompt.named and finish_reason == "stop":
+            finish_reason = "tool_calls"  # as OpenAI has it; a call that the request names ends with "stop"
         return SimulatedReply(
             pieces=pieces,
             times=self.latency.times(pieces, ends, hidden),
@@ -381,4 +383,5 @@ class SimulatedModel:
             thinking=self.latency.thinking(hidden),
             ending=ending,
             refusal=fault.kind == "refusal",
+            tool=None if fault.kind == "refusal" else prompt.tool,
         )

@@ -37,45 +37,13 @@ AI_SDK = "ai-sdk"
 AI_SDK_MODES = re.findall(r"^  '(.+?)': async", SCRIPT.read_text(), re.MULTILINE)
 AI_SDK_NEEDS = "needs Node.js, and MICROBATCH_NODE_MODULES: where ai, @ai-sdk/openai, @ai-sdk/openai-compatible and zod are installed"
 
-TOOL = "a tool that must be called"
-OBJECT = "json_object"
-NO_TOOLS = "tool_choice without tools"
 RELAYED = "a stream, relayed at once"
 
 NOT_COMBINED = {
     GATEWAY: {
-        "openai tools, named": TOOL,
-        "openai tools, required": TOOL,
-        "openai tools, named, stream": TOOL,
-        "openai parse, strict tool": TOOL,
-        "instructor TOOLS": TOOL,
-        "instructor create_partial, TOOLS": TOOL,
-        "pydantic-ai output_type": TOOL,
-        "pydantic-ai run_stream, output_type": TOOL,
-        "langchain-openai function_calling": TOOL,
-        "langchain-openai function_calling, astream": TOOL,
-        "litellm tools": TOOL,
-        "llama-index OpenAILike, tools": TOOL,
-        "ai-sdk tools, named": TOOL,
-        "ai-sdk tools, required": TOOL,
-        "ai-sdk streamText, tools, named": TOOL,
-        "ai-sdk streamText, tools, required": TOOL,
-        "openai json_object": OBJECT,
-        "instructor JSON": OBJECT,
-        "pydantic-ai PromptedOutput": OBJECT,
-        "langchain-openai json_mode": OBJECT,
-        "ai-sdk generateObject, json_object": OBJECT,
         "langchain-openai text parts": "text in parts",
-        "llama-index OpenAILike, text": NO_TOOLS,
     },
     CLIENT: {
-        "openai tools, named": TOOL,
-        "openai tools, required": TOOL,
-        "instructor TOOLS": TOOL,
-        "llama-index OpenAILike, tools": TOOL,
-        "openai json_object": OBJECT,
-        "instructor JSON": OBJECT,
-        "llama-index OpenAILike, text": NO_TOOLS,
         "openai create(stream)": RELAYED,
         "openai tools, named, stream": RELAYED,
         "instructor create_partial, TOOLS": RELAYED,
