@@ -45,6 +45,7 @@ class AnswerType:
         hint: One line for a single call whose schema is not enforced; None for plain text.
         batch_schema: JSON Schema of a combined reply; `watched_schema` with a canary among the answers.
         single_schema: JSON Schema of a single reply, an object at its root; None for plain text and for a form.
+        charged_schema: The schema for which a single call may be charged: `single_schema`, or the parameters of the tool; else None.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         expected_tokens: Expected tokens of the longest answer by its schema; None if the schema does not bound it.
         decode: `Decoder` of an answer in a combined reply. An attribute, because it is called for every answer and a method costs more.
@@ -66,11 +67,13 @@ class AnswerType:
             self.key, self.hint = b"", None
             self.words = _TEXT_WORDS if form is None else form.words + _compact(schema)
             self.single_schema: Schema | None = None
+            self.charged_schema = None if self.tool is None else schema
             self.wrapped = False
         else:
             self.key = f"{kind}{'' if strict else ' loosely'}:".encode() + msgspec.json.encode(canonical(schema))
             self.words = _TYPED_WORDS + _compact(schema)
             self.single_schema, self.wrapped = single_schema(schema)
+            self.charged_schema = self.single_schema
             self.hint = _HINT_WORDS + _compact(self.single_schema)
 
     def decode_single(self, text: str) -> tuple[Any, str]:

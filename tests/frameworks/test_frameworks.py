@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from callers import CASES, KEY
 from cities import MODEL, TEXT, TYPED, City, is_right
+from table import AI_SDK, CLIENT, GATEWAY, NO_ANSWER, WRITE, cell, documented
 from tool_endpoint import ToolEndpoint
 
 import microbatch as mb
@@ -29,11 +30,7 @@ CALLERS = 16
 MOST_CALLS = 3
 PATIENCE = 120
 
-GATEWAY = "gateway"
-CLIENT = "AsyncOpenAI"
-
 SCRIPT = Path(__file__).parent / "ai_sdk.mjs"
-AI_SDK = "ai-sdk"
 AI_SDK_MODES = re.findall(r"^  '(.+?)': async", SCRIPT.read_text(), re.MULTILINE)
 AI_SDK_NEEDS = "needs Node.js, and MICROBATCH_NODE_MODULES: where ai, @ai-sdk/openai, @ai-sdk/openai-compatible and zod are installed"
 
@@ -99,6 +96,8 @@ def check(record, endpoint, name, through, answers, kind):
     right = sum(is_right(answer, number, kind) for number, answer in enumerate(answers))
     errors = [answer for answer in answers if isinstance(answer, BaseException)]
     record(framework, mode, through, right, endpoint.calls, type(errors[0]).__name__ if errors else "")
+    if WRITE not in os.environ:
+        compare(documented().get((framework, mode, through)), cell(right, endpoint.calls))
     if why := BROKEN[through].get(name):
         assert right == 0
         pytest.xfail(why)
@@ -109,6 +108,13 @@ def check(record, endpoint, name, through, answers, kind):
         assert endpoint.calls > MOST_CALLS
         pytest.xfail(why)
     assert endpoint.calls <= MOST_CALLS
+
+
+def compare(said, found):
+    """Fail if the documentation's table says otherwise: no answer, or many calls where it has few, or none of the case."""
+    assert said is not None, f"the table lacks it; set {WRITE}=1 to write the table anew"
+    assert (said == NO_ANSWER) == (found == NO_ANSWER)
+    assert said == NO_ANSWER or (int(said) <= MOST_CALLS) == (int(found) <= MOST_CALLS)
 
 
 every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
