@@ -98,7 +98,7 @@ def read_options(
             response_format = fields.pop("response_format")
         elif isinstance(asked, Mapping) and asked.get("type") == "text":
             del fields["response_format"]
-    form = asked_answer_type(fields) if output_type is str and response_format is None else None
+    form = asked_answer_type(fields) if fields and output_type is str and response_format is None else None
     own = _beside(fields, form)
     combinable = not any(_means_one_answer(name, value) for name, value in own.items())
     if temperature is not None:

@@ -30,6 +30,13 @@ OBJECT = {"response_format": {"type": "json_object"}}
 TEXTS = ["a", "b", "c"]
 
 
+NODE = {
+    "type": "object",
+    "properties": {"word": {"type": "string"}, "next": {"$ref": "#/$defs/Node"}},
+    "required": ["word"],
+}
+
+
 def word(text: str) -> dict[str, Any]:
     return {"word": text}
 
@@ -68,6 +75,7 @@ def function_in(reply: mb.Reply[Any]) -> dict[str, Any]:
         {**FORCED, "parallel_tool_calls": None, "functions": None},
         {"tools": [OTHER, TOOL], "tool_choice": NAMED},
         {"tools": [tool_with(parameters={"$ref": "#/$defs/A", "$defs": {"A": PARAMETERS}})], "tool_choice": NAMED},
+        {"tools": [tool_with(parameters={"$defs": {"Node": NODE}, **NODE})], "tool_choice": "required"},
         {**FORCED, "top_p": 0.5},
         LEGACY,
         OBJECT,
@@ -151,8 +159,10 @@ async def test_a_combined_call_says_which_function_its_answers_call() -> None:
 @pytest.mark.parametrize("strict", [None, False, True])
 async def test_only_a_strict_tool_is_enforced_strictly(strict: bool | None) -> None:
     transport = ScriptedTransport(answer=word)
+    closed = {**PARAMETERS, "required": ["word", "note"], "additionalProperties": False}
+    tool = tool_with(strict=strict, parameters=closed)
     async with batcher_for(transport) as batcher:
-        await submit_all(batcher, TEXTS, params={"tools": [tool_with(strict=strict)], "tool_choice": NAMED})
+        await submit_all(batcher, TEXTS, params={"tools": [tool], "tool_choice": NAMED})
     assert transport.calls[0].call.strict is (strict is True)
 
 
