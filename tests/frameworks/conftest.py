@@ -6,6 +6,9 @@ import os
 import pytest
 import table
 
+# Otherwise the import of litellm asks a server of theirs for prices.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
 ROWS = "microbatch frameworks"
 HEAD = ("framework", "mode", "through", "right", "calls", "first error")
 
