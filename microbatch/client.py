@@ -71,7 +71,9 @@ class Microbatcher:
         max_tokens: Most tokens of the answer; a longer one in a combined reply is asked for again alone. None sets no limit.
         temperature: Sampling temperature; None for the endpoint's default.
         params: Any other request field. Those that mean one answer (tools, n, logprobs, stop, seed...) make the request go alone, with
-            the endpoint's JSON in `Reply.body`. `response_format` with a json_schema becomes the answer's schema.
+            the endpoint's JSON in `Reply.body`. `response_format` with a json_schema becomes the answer's schema. Requests with
+            `response_format` json_object are combined, and so are those with a tool that must be called (`tool_choice` names it, or is
+            "required" and there is one): the answer is the tool's arguments as JSON text, and `Reply.body` has the call.
         headers: This caller's headers. With a credential among them, in any header, the transport's own key is not sent.
         tenant: Name of a trust domain; requests of different tenants never share a prompt. None for the batcher's own.
         priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.

@@ -148,7 +148,7 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
 
     Attributes:
         output: The answer, decoded to `output_type`.
-        text: The answer as the model wrote it: text, or JSON.
+        text: The answer as the model wrote it: text, or JSON; the arguments, if the request asks for the call of a tool.
         route: The way of the answer: "batch", "single", "fallback" (asked again after an earlier reply lacked it), "cache", or
             "shared" (an equal request was under way).
         usage: This request's share of the tokens of all calls that carried it. An estimate (`usage.estimated`) until the last of them
@@ -160,7 +160,8 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
         model: The model as the endpoint names it; the requested one until the call has ended; None if both are unknown.
         finish_reason: "stop", "length", "content_filter" or "tool_calls", or None while the rest of a combined reply is arriving.
         request_id: The endpoint's id of the call, or None.
-        body: The endpoint's JSON of a single call, else None.
+        body: The endpoint's JSON of a single call. Of an answer in a combined call the same shape, without usage, if the request asks
+            for the call of a tool; else None.
     """
 
     output: T_co

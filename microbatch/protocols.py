@@ -29,6 +29,8 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         bound: Most tokens to generate if no caller has set `max_tokens`: the batcher's guard against runaway replies, or None. A
             transport that sends it uses the same field as for `max_tokens`, and sets `Completion.bound`. If the endpoint refuses it,
             the transport lowers this field, or sets it to None, and raises a `StatusError` with `again`. A transport may ignore it.
+        json_object: Whether callers ask for any JSON object, so that `response_format` json_object says it all; a transport may ignore
+            it and have the schema enforced.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,6 +44,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     stream: bool = False
     timeout: float | None = None
     bound: int | None = None
+    json_object: bool = False
 
     def __repr__(self) -> str:
         """Return the fields without text and credentials."""

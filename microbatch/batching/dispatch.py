@@ -14,6 +14,7 @@ from microbatch.containment import contained
 from microbatch.errors import ConfigError, RequestFailed, StatusError
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
+from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.prompt.outcome import Ending
     from microbatch.protocols import ChatCall, Completion
+    from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.accounts import Permit
 
     Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
@@ -418,6 +420,7 @@ class Dispatcher:
                 wait,
             )
             replies.append((ticket, reply))
+        _hand_back(spec.answer.tool if size > 1 else None, replies)
         answered = self._settlement.answer(replies)
         if call_cost is not None:
             call_cost.handed_out = answered - estimated
@@ -430,6 +433,15 @@ def _estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Us
     if ticket.past is not None and ticket.past.usage is not None:
         usage = ticket.past.usage + usage
     return usage
+
+
+def _hand_back(tool: ForcedTool | None, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> None:
+    """Hand the answers of a combined reply back as calls of *tool*, if that is what was asked for."""
+    if tool is None:
+        return
+    for _, reply in replies:
+        members, reason = tool.call(reply.text), tool.finish_reason
+        reply.body = completion_object(None, model=reply.model, finish_reason=reason, members=members)
 
 
 def _measure(answers: Iterable[Answer], sizes: list[int]) -> None:

@@ -14,12 +14,14 @@ from microbatch.messages import Message, Priority
 from microbatch.policy import one_of, whole
 from microbatch.prompt.codec import Settings
 from microbatch.prompt.compose import is_combined
-from microbatch.schema.answer_type import answer_type
+from microbatch.schema.answer_type import answer_type, asked_answer_type
+from microbatch.schema.asked_form import FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from microbatch.messages import Messages
+    from microbatch.schema.answer_type import AnswerType
 
 OURS = frozenset(
     {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "stream", "stream_options"}
@@ -30,8 +32,11 @@ ALONE = frozenset({
     "audio", "function_call", "functions", "logit_bias", "logprobs", "modalities", "n", "parallel_tool_calls", "prediction",
     "response_format", "seed", "stop", "tool_choice", "tools", "top_logprobs", "web_search_options",
 })  # fmt: skip
-"""Request fields whose meaning is one answer's, so that a request with one of them goes alone. An answer's schema is taken out of
-`response_format` before; what is left there (json_object) counts."""
+"""Request fields whose meaning is one answer's, so that a request with one of them goes alone, unless it asks for the form of an
+answer: a schema, any object, or a tool that must be called."""
+
+_ABOUT_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
+"""Fields that mean nothing without tools."""
 
 _PLAIN_FIELDS = 2
 """Fields of the usual message: a role and a content."""
@@ -93,12 +98,14 @@ def read_options(
             response_format = fields.pop("response_format")
         elif isinstance(asked, Mapping) and asked.get("type") == "text":
             del fields["response_format"]
-    combinable = not any(_means_one_answer(name, value) for name, value in fields.items())
+    form = asked_answer_type(fields) if fields and output_type is str and response_format is None else None
+    own = _beside(fields, form)
+    combinable = not any(_means_one_answer(name, value) for name, value in own.items())
     if temperature is not None:
         if isinstance(temperature, bool) or not isinstance(temperature, int | float) or math.isnan(temperature):
             raise ConfigError(f"temperature must be a number, got {temperature!r}")
         fields["temperature"] = temperature
-    answer = answer_type(output_type, response_format)
+    answer = form or answer_type(output_type, response_format)
     sent = _headers(headers)
     return Options(
         answer=answer,
@@ -118,6 +125,14 @@ def read_options(
 def rank_of(priority: object) -> int:
     """Return *priority* as a number, 0 for the most urgent; that of "normal" if it is not one of them."""
     return _PRIORITIES.index(priority) if priority in _PRIORITIES else NORMAL
+
+
+def _beside(fields: Mapping[str, Any], form: AnswerType | None) -> Mapping[str, Any]:
+    """Return *fields* without those that only ask for the *form* of an answer, or mean nothing as there are no tools."""
+    if form is None and fields.get("tools"):
+        return fields
+    idle = _ABOUT_TOOLS if form is None else FIELDS
+    return {name: value for name, value in fields.items() if name not in idle}
 
 
 def _means_one_answer(name: str, value: Any) -> bool:

@@ -12,14 +12,9 @@ from microbatch.gateway.access import not_json
 from microbatch.gateway.chat_request import read_chat_request, read_control_headers
 from microbatch.gateway.errors import translate
 from microbatch.messages import Usage
-from microbatch.openai.chat_completion import (
-    completion_object,
-    completion_of,
-    first_choice,
-    first_message,
-    usage_object,
-)
-from microbatch.transports.lenient import as_object
+from microbatch.openai.chat_completion import completion_of, first_choice, first_message
+from microbatch.transports.chat_wire import completion_object, usage_object
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from microbatch.client import Microbatcher
@@ -119,12 +114,12 @@ def _completion_for(request: ChatRequest, reply: Reply[str]) -> dict[str, Any]:
     if body is None:
         return completion_of(reply, request.model)
     completion = dict(body)
-    in_parts = request.stream and not isinstance(first_message(body).get("content"), str)
+    in_parts = request.stream and is_array(first_message(body).get("content"))
     if (request.typed or in_parts) and (first := first_choice(body)):
         message = {**first_message(body), "content": reply.text}
         completion["choices"] = [{**first, "message": message}, *body["choices"][1:]]
     usage, reported = reply.usage, as_object(body.get("usage"))
-    if reply.route in _ALREADY_PAID:
+    if reply.route in _ALREADY_PAID or reply.batch_size > 1:
         completion["usage"] = usage_object(usage)
     elif not usage.estimated and reported.get("prompt_tokens", usage.prompt_tokens) != usage.prompt_tokens:
         # Only prompts are compared: endpoints differ in what they count as completion and total.
@@ -159,6 +154,9 @@ def _encode_events(completion: dict[str, Any], *, include_usage: bool) -> bytes:
     ]
     # Further members that endpoints send: reasoning, citations.
     further = {name: value for name, value in message.items() if name not in _OF_A_DELTA and value}
+    if is_array(calls := further.get("tool_calls")):
+        # In a stream each names its place, since its arguments may come in pieces.
+        further["tool_calls"] = [{"index": index, **as_object(call)} for index, call in enumerate(calls)]
     deltas += [(part, None) for part in (further, {"content": content}, {"refusal": refusal}) if any(part.values())]
     deltas.append(({}, first_choice(completion).get("finish_reason")))
     # As OpenAI does: with include_usage, every chunk has the field, and it is null in all but the last one.

@@ -31,7 +31,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
         model: The model to ask: that of the body, else the gateway's.
         stream: Whether the answer is sent as events.
         include_usage: Whether the last event holds the usage.
-        typed: Whether it has a schema for its answer.
+        typed: Whether it has a schema for its answer, and no tool for it.
         relayed: Whether only the endpoint's own bytes can answer: events that hold more than text, or tool calls in place of JSON.
     """
 
@@ -83,7 +83,7 @@ def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
     check_messages(messages)
     limit, temperature, params = arguments["max_tokens"], arguments["temperature"], arguments["params"]
     read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal")
-    typed = not read.answer.is_text
+    typed = not read.answer.is_text and read.answer.form is None
     combinable = read.combinable and read_messages(messages, read) is not None
     include_usage = stream and _flag(as_object(options).get("include_usage"), "stream_options.include_usage")
     return ChatRequest(arguments, asked, stream, include_usage, typed, relayed=not combinable and (stream or typed))

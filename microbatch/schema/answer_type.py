@@ -10,6 +10,7 @@ import msgspec
 from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
+from microbatch.schema.asked_form import asked_form, asking_fields
 from microbatch.schema.decode import candidates, decode_text, decoder, unwrapped
 from microbatch.schema.envelope import batch_schema, single_schema
 from microbatch.schema.expected import expected_tokens
@@ -22,6 +23,7 @@ from microbatch.schema.traverse import Schema, canonical
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
+    from microbatch.schema.asked_form import AskedForm
     from microbatch.schema.decode import Decoder
 
     Kind = Literal["text", "typed", "given"]
@@ -38,21 +40,28 @@ class AnswerType:
     """The form of one answer, compiled once per output type. The schemas are shared and must not be changed.
 
     Attributes:
-        key: Equal for types whose requests may share a prompt; b"" for plain text.
+        key: Equal for types whose requests may share a prompt; b"" for plain text, and for a form, whose request fields tell.
         schema: JSON Schema of one answer, in full.
+        form: The form that the request's own fields ask for, or None. Its single calls keep these fields and have no schema.
+        tool: That of the form, or None.
         strict: Whether the three schemas that are sent keep to strict mode: False for a given one that came with `"strict": false`, and
             for one with an essential part that strict mode does not take, such as a dict with any keys or a tuple.
         words: One line of a combined prompt that describes an answer, with the schema in full.
         hint: One line for a single call whose schema is not enforced; None for plain text.
         batch_schema: JSON Schema of a combined reply, as it is sent; `watched_schema` with a canary among the answers.
-        single_schema: JSON Schema of a single reply, as it is sent, an object at its root; None for plain text.
+        single_schema: JSON Schema of a single reply, as it is sent, an object at its root; None for plain text and for a form.
+        charged_schema: The schema for which a single call may be charged: `single_schema`, or the parameters of the tool; else None.
         wrapped: Whether `single_schema` holds the answer as the member "answer" of an object.
         expected_tokens: Expected tokens of the longest answer by its schema; None if the schema does not bound it.
         decode: `Decoder` of an answer in a combined reply. An attribute, because it is called for every answer and a method costs more.
     """
 
-    def __init__(self, compiled: Schema, decode: Decoder, kind: Kind, *, strict: bool = True) -> None:
+    def __init__(
+        self, compiled: Schema, decode: Decoder, kind: Kind, *, strict: bool = True, form: AskedForm | None = None
+    ) -> None:
         self.schema = schema = as_asked(compiled) if kind == "typed" else compiled
+        self.form = form
+        self.tool = None if form is None else form.tool
         self.decode = decode
         self.is_text: bool = kind == "text"
         self.expected_tokens: int | None = expected_tokens(schema)
@@ -65,9 +74,11 @@ class AnswerType:
         self.key: bytes
         self.words: str
         self.hint: str | None
-        if kind == "text":
-            self.key, self.words, self.hint = b"", _TEXT_WORDS, None
+        if kind == "text" or form is not None:
+            self.key, self.hint = b"", None
+            self.words = _TEXT_WORDS if form is None else form.words + _compact(schema)
             self.single_schema: Schema | None = None
+            self.charged_schema: Schema | None = None if self.tool is None else schema
             self.wrapped: bool = False
         else:
             self.key = f"{kind}{'' if strict else ' loosely'}:".encode() + msgspec.json.encode(canonical(schema))
@@ -75,6 +86,7 @@ class AnswerType:
             whole, wrapped = single_schema(schema)
             self.hint = _HINT_WORDS + _compact(whole)
             self.single_schema, self.wrapped = single_schema(sent)
+            self.charged_schema = self.single_schema
             self.wrapped |= wrapped
 
     def decode_single(self, text: str) -> tuple[Any, str]:
@@ -112,7 +124,8 @@ class AnswerType:
             ValueError: It does not fit, because this type's validators require more than its schema. The message does not quote it.
             Exception: An error of a validator of the caller's type.
         """
-        return (text, text) if self.is_text else self.decode(text)
+        # A single reply to a form is an answer whatever it holds; one in a combined reply was checked.
+        return (text, text) if self.is_text or self.form is not None else self.decode(text)
 
     def __repr__(self) -> str:
         """Show the schema, which is code of the caller and no prompt."""
@@ -143,6 +156,22 @@ def answer_type(output_type: Any = str, response_format: Mapping[str, Any] | Non
         return _types.get_or_make(_identity(output_type), lambda: (output_type, _from_type(output_type)))[1]
     except TypeError:
         return _from_type(output_type)  # unhashable metadata: nothing to remember it by
+
+
+def asked_answer_type(fields: Mapping[str, Any]) -> AnswerType | None:
+    """Return the compiled form of an answer that request *fields* ask for, see `AskedForm`; None if they ask for none."""
+    asking = asking_fields(fields)
+    return _forms.get_or_make(asking, lambda: _from_form(asked_form(asking))) if asking else None
+
+
+def _from_form(form: AskedForm | None) -> AnswerType | None:
+    if form is None:
+        return None
+    try:
+        schema, read = compile_given(msgspec.json.encode(form.schema))
+    except ConfigError:
+        return None  # the endpoint judges it
+    return AnswerType(schema, decoder(read, schema), "given", strict=form.strict, form=form)
 
 
 def _from_type(output_type: Any) -> AnswerType:
@@ -188,5 +217,6 @@ def _identity(output_type: Any) -> Hashable:
 # Old types are dropped, so that classes made at run time are not kept alive.
 _types: LRU[Hashable, tuple[Any, AnswerType]] = LRU(_MAX_REMEMBERED)
 _formats: LRU[tuple[bytes, bool], AnswerType] = LRU(_MAX_REMEMBERED)
+_forms: LRU[bytes, AnswerType | None] = LRU(_MAX_REMEMBERED)
 
 _TEXT = AnswerType({"type": "string"}, decode_text, "text")

@@ -7,6 +7,7 @@ I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within the
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -334,7 +335,7 @@ class SimulatedModel:
 
     def _single(self, prompt: Prompt, value: Any, fault: Fault) -> str:
         if prompt.schema is None or prompt.as_text:
-            return compact({"answer": value}) if prompt.bare else str(value)
+            return _as_object(value) if prompt.bare else str(value)
         if fault.kind == "wrong_type":
             inner = unwrap(prompt.schema)
             value = (
@@ -352,7 +353,8 @@ class SimulatedModel:
             return said if inner is None or prompt.combined else {"answer": said}
         value = self.answer(text, prompt.schema if inner is None else inner)
         if prompt.schema is None:
-            return str(value) if order is None else order
+            said = compact(value) if prompt.bare and isinstance(value, dict) else str(value)
+            return said if order is None else order
         if order is not None:
             value = obeying(order, value)
         if inner is not None:
@@ -386,6 +388,8 @@ class SimulatedModel:
                 finish_reason = None
             case "hang" as ending:
                 pieces, finish_reason = pieces.head(0), None
+        if prompt.tool is not None and not prompt.named and finish_reason == "stop":
+            finish_reason = "tool_calls"  # as OpenAI has it; a call that the request names ends with "stop"
         return SimulatedReply(
             pieces=pieces,
             times=self.latency.times(pieces, ends, hidden),
@@ -394,4 +398,14 @@ class SimulatedModel:
             thinking=self.latency.thinking(hidden),
             ending=ending,
             refusal=fault.kind == "refusal",
+            tool=None if fault.kind == "refusal" else prompt.tool,
         )
+
+
+def _as_object(said: str) -> str:
+    """Return what the model says where it must write an object: that, if it is one, else one that holds it."""
+    try:
+        is_object = isinstance(json.loads(said), dict)
+    except ValueError:
+        is_object = False
+    return said if is_object else compact({"answer": said})

@@ -71,6 +71,8 @@ class Prompt(msgspec.Struct):
         bare: There is no schema, but the reply must be a JSON object all the same.
         tokens: Tokens of the prompt, the schema's included if the endpoint counts them.
         max_tokens: Most tokens to generate, or None.
+        tool: The function that the request wants called, or None; its parameters are the schema.
+        named: Whether the request names it.
     """
 
     body: dict[str, Any]
@@ -81,6 +83,8 @@ class Prompt(msgspec.Struct):
     bare: bool
     tokens: int
     max_tokens: int | None
+    tool: str | None = None
+    named: bool = False
 
     @property
     def typed(self) -> bool:
@@ -183,6 +187,9 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
     schema = _in_words(instruction) if items else None
     if schema is None and form.schema is not None:
         schema = _of_one_answer(form.schema, items) if items else form.schema
+    tool, named = (None, False) if items else forced_tool(body)
+    if tool is not None:
+        schema = tool.get("parameters") or {"type": "object"}
     # The words just before the question: a client's hint, or a caller's own prompt.
     before = messages[-2] if len(messages) > 1 else {}
     own_words = (
@@ -198,7 +205,22 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
         bare=form.kind == "json_object" and not items and schema is None and own_words is None,
         tokens=tokens,
         max_tokens=max_tokens,
+        tool=None if tool is None else tool["name"],
+        named=named,
     )
+
+
+def forced_tool(body: Mapping[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+    """Return the function that a request wants called, the first of its tools if any will do, and whether the request names it."""
+    choice = body.get("tool_choice")
+    tools = [tool.get("function") for tool in body.get("tools") or () if isinstance(tool, dict)]
+    functions = [function for function in tools if isinstance(function, dict) and isinstance(function.get("name"), str)]
+    if not isinstance(choice, dict):
+        return (functions[0] if functions and choice in ("required", "any") else None), False
+    for function in functions:
+        if choice.get("function") == {"name": function["name"]}:
+            return function, True
+    raise EndpointError(400, "Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
 
 
 def read_combined(text: str) -> tuple[str, list[tuple[str, str]]]:

@@ -239,7 +239,8 @@ class Capabilities:
         if plan.rung is Rung.JSON_SCHEMA and _SCHEMA.search(fault.message):
             self._step_down(plan, plan.entry.schema(plan.digest), now)
         elif "response_format" in names or _FORMAT.search(f"{fault.param} {fault.message}"):
-            self._step_down(plan, plan.entry.general, now)
+            # Where this schema alone is on a lower rung, nothing is known of the others.
+            self._step_down(plan, plan.entry.deciding(plan.digest)[0], now)
         else:
             return False
         return True
@@ -292,8 +293,12 @@ class Capabilities:
     def _choose_rung(self, plan: Plan, now: float) -> None:
         plan.digest = hashlib.blake2b(msgspec.json.encode(plan.call.schema), digest_size=16).digest()
         if self._rung is not None:
-            plan.rung = self._rung
+            plan.rung = max(self._rung, Rung.JSON_OBJECT) if plan.call.json_object else self._rung
             return
+        if plan.call.json_object:
+            # Open objects are refused by strict mode and by Gemini. Never a probe of the rung above.
+            plan.digest += b"object"
+            plan.entry.schema(plan.digest).down_to(Rung.JSON_OBJECT, float("inf"))
         states = plan.entry.deciding(plan.digest)
         plan.rung = states[0].rung
         history = self._histories.get(plan.call)

@@ -1,8 +1,13 @@
-"""The request bodies of chat completions, in live calls and as lines of a provider's batch file; `reply_reader` reads the replies."""
+"""The request bodies of chat completions, in live calls and as lines of a provider's batch file; `reply_reader` reads the replies.
+
+Also chat completions for answers that have none of the endpoint's own.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import BadRequest, ConfigError, ServerError
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from microbatch.errors import StatusError
+    from microbatch.messages import Usage
     from microbatch.protocols import Completion
     from microbatch.transports.capabilities import Structured
 
@@ -62,6 +68,42 @@ def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:
     parts = [part for content in contents for part in (content if is_array(content) else [{"text": content}])]
     texts = [as_object(part).get("text") for part in parts]
     return any(isinstance(text, str) and "json" in text.lower() for text in texts)
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Return OpenAI's `usage` object; an estimate is marked `microbatch_estimated`."""
+    fields: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+    if usage.reasoning_tokens:
+        fields["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    if usage.estimated:
+        fields["microbatch_estimated"] = True
+    return fields
+
+
+def completion_object(
+    content: str | None,
+    *,
+    model: str | None,
+    usage: Usage | None = None,
+    finish_reason: str = "stop",
+    refusal: str | None = None,
+    members: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a chat completion; *members* are further ones of its message, such as calls of tools."""
+    message = {"role": "assistant", "content": content, "refusal": refusal, **(members or {})}
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),  # noqa: TID251 the field is a date
+        "model": model or "",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
+        "usage": None if usage is None else usage_object(usage),
+    }
 
 
 class BatchWire:

@@ -190,7 +190,7 @@ async def test_different_shared_messages_never_share_a_prompt():
         {"logprobs": True},
         {"stop": ["x"]},
         {"seed": 1},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_object", "schema": {}}},
     ],
     ids=lambda params: next(iter(params)),
 )
