@@ -19,7 +19,8 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         messages: OpenAI chat messages, as they are sent.
         model: Model name, or None for the transport's own.
         params: Further request fields (temperature, top_p, tools...), sent unchanged.
-        headers: The caller's headers; with a credential among them the transport's own key is not sent.
+        headers: The caller's headers; with a credential among them the transport's own key is not sent. `:path`, the name that HTTP/2
+            has for it, holds the path below `base_url`, and its query, of calls that do not go to the usual one.
         schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
         strict: Whether the endpoint has to enforce the schema; False only if the caller's own schema says so.
         hint: System message to insert before the last message if the schema cannot be enforced, or None.
@@ -29,6 +30,8 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         bound: Most tokens to generate if no caller has set `max_tokens`: the batcher's guard against runaway replies, or None. A
             transport that sends it uses the same field as for `max_tokens`, and sets `Completion.bound`. If the endpoint refuses it,
             the transport lowers this field, or sets it to None, and raises a `StatusError` with `again`. A transport may ignore it.
+        on_event: With `stream`, takes an empty value once the endpoint has accepted the call, and then the data of each event of the
+            reply, unchanged, before `on_text` takes its text, which may be empty; or None. A transport may ignore it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,6 +45,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     stream: bool = False
     timeout: float | None = None
     bound: int | None = None
+    on_event: Callable[[bytes], None] | None = None
 
     def __repr__(self) -> str:
         """Return the fields without text and credentials."""

@@ -11,6 +11,7 @@ import msgspec
 from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.policy import at_least
+from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import read_fault, to_error
 from microbatch.transports.lenient import decode_body
@@ -120,7 +121,7 @@ async def open_stream(
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
-                response = await held.enter_async_context(batcher.forward("POST", "/chat/completions", sent, encoded))
+                response = await held.enter_async_context(batcher.forward("POST", CHAT_COMPLETIONS, sent, encoded))
         except TimeoutError:
             if not limit.expired():
                 raise

@@ -8,6 +8,7 @@ import os
 import ssl as tls
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from urllib.parse import unquote_plus
 from weakref import WeakSet
 
 import aiohttp
@@ -15,7 +16,14 @@ import msgspec
 
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, one_of, whole
-from microbatch.transports.addresses import DEFAULT_BASE_URL, checked_address, checked_path, host_and_port, secrets_in
+from microbatch.transports.addresses import (
+    CHAT_COMPLETIONS,
+    DEFAULT_BASE_URL,
+    checked_address,
+    checked_path,
+    host_and_port,
+    secrets_in,
+)
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities
 from microbatch.transports.chat_wire import can_stream, request_body
@@ -169,7 +177,9 @@ class OpenAIChat:
         if not model:
             raise ConfigError("no model: name one in OpenAIChat(model=...) or in the call")
         session = self._pool()
-        own = checked(call.headers)
+        named = dict(call.headers)
+        path = checked_path(named.pop(":path", CHAT_COMPLETIONS))
+        own = checked(named)
         headers = merged(in_place_of(self._headers, own), own)
         wants_stream = call.stream if self._stream is None else self._stream
         plan = self._capabilities.plan(
@@ -183,10 +193,10 @@ class OpenAIChat:
         body = _encoded(request_body(call, model, plan))
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         clock = Clock(max(0.0, total), self._idle_timeout, self._stream_interval)
-        attempt = Attempt(plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets)
-        return await attempt.run(
-            self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)
+        attempt = Attempt(
+            plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets, call.on_event
         )
+        return await attempt.run(self._request(session, "POST", path, headers=request, who=own, body=body))
 
     @asynccontextmanager
     async def forward(
@@ -251,7 +261,7 @@ class OpenAIChat:
             self.base_url + path,
             data=io.BytesIO(body) if body is not None and len(body) > LARGE_BODY_BYTES else body,
             headers=headers,
-            params=in_place_of(self._query, who),
+            params=_beside(path, in_place_of(self._query, who)),
             proxy=self._proxy,
             allow_redirects=False,
             auto_decompress=not relay,
@@ -259,6 +269,12 @@ class OpenAIChat:
         )
         self._responses.add(response)
         return response
+
+
+def _beside(path: str, query: Mapping[str, str]) -> dict[str, str]:
+    """Return those parameters of *query* that *path* does not give itself."""
+    given = {unquote_plus(pair.partition("=")[0]) for pair in path.partition("?")[2].split("&")}
+    return {name: value for name, value in query.items() if name not in given}
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
