@@ -450,6 +450,11 @@ class Microbatcher:
     # --- looking
 
     @property
+    def base_url(self) -> str:
+        """The transport's address, "" if it has none."""
+        return getattr(self._parts.settings.transport, "base_url", "")
+
+    @property
     def upstream_calls(self) -> int:
         """HTTP attempts so far, refused and repeated ones included."""
         return self._parts.ledger.upstream_calls
