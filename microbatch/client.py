@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from microbatch.assembly import Assembly, Host, Settings
+from microbatch.batching.live_answer import LiveAnswer
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
@@ -218,6 +219,40 @@ class Microbatcher:
         except asyncio.CancelledError:
             self._settlement.leave(ticket, waiter)
             raise
+
+    @asynccontextmanager
+    async def open_answer(
+        self, messages: Messages, *, streamed: bool, timeout: float | None, use_cache: bool, **options: Any
+    ) -> AsyncIterator[LiveAnswer]:
+        """Ask as `submit` does, for a front end such as the gateway, which hands answers on as they are.
+
+        An answer of a call that carries only this request is not asked for again because it is empty or does not fit: its JSON is in
+        the error (`RequestFailed.completion`). With *streamed* the events of such a call can be read as they arrive.
+
+        Yields:
+            The answer to be; leaving the block gives the request up unless its reply was read.
+
+        Raises:
+            MicrobatchError: The request was not accepted; what ends it afterwards is raised by `LiveAnswer.reply`.
+        """
+        asked = self._intake.read_options(str, **options)
+        at_least(0, timeout=timeout)
+        self._host.check_open()
+        live = LiveAnswer(streamed=streamed)
+        shared = use_cache and (self._intake.shares or asked.cold)
+        caller: CallerOptions | Reply[Any]
+        caller = CallerOptions(timeout, shared, since=asyncio.get_running_loop().time(), live=live)
+        if use_cache and self._cache is not None:
+            caller = await self._cache.find(messages, asked, caller)
+        if isinstance(caller, CallerOptions):
+            await self._admission.acquire(asked.rank, asked.tenant, caller)
+            live.accepted(*self._intake.accept(messages, asked, caller))
+        else:
+            live.found(caller)
+        try:
+            yield live
+        finally:
+            live.close(self._settlement)
 
     @overload
     def map(
@@ -434,6 +469,11 @@ class Microbatcher:
             yield response
 
     # --- looking
+
+    @property
+    def base_url(self) -> str:
+        """The transport's address, "" if it has none."""
+        return getattr(self._parts.settings.transport, "base_url", "")
 
     @property
     def upstream_calls(self) -> int:

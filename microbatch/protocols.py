@@ -19,7 +19,8 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         messages: OpenAI chat messages, as they are sent.
         model: Model name, or None for the transport's own.
         params: Further request fields (temperature, top_p, tools...), sent unchanged.
-        headers: The caller's headers; with a credential among them the transport's own key is not sent.
+        headers: The caller's headers; with a credential among them the transport's own key is not sent. `:path`, the name that HTTP/2
+            has for it, holds the path below `base_url`, and its query, of calls that do not go to the usual one.
         schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
         strict: Whether the endpoint has to enforce the schema; False only if the caller's own schema says so.
         hint: System message to insert before the last message if the schema cannot be enforced, or None.
@@ -31,6 +32,8 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
             the transport lowers this field, or sets it to None, and raises a `StatusError` with `again`. A transport may ignore it.
         json_object: Whether callers ask for any JSON object, so that `response_format` json_object says it all; a transport may ignore
             it and have the schema enforced.
+        on_event: With `stream`, takes an empty value once the endpoint has accepted the call, and then the data of each event of the
+            reply, unchanged, before `on_text` takes its text, which may be empty; or None. A transport may ignore it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -45,6 +48,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     timeout: float | None = None
     bound: int | None = None
     json_object: bool = False
+    on_event: Callable[[bytes], None] | None = None
 
     def __repr__(self) -> str:
         """Return the fields without text and credentials."""

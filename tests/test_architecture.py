@@ -56,6 +56,7 @@ IMPURE = {
         "fallback",
         "intake",
         "lane_table",
+        "live_answer",
         "scheduler",
     },
     "bulk": {""},

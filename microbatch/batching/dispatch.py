@@ -232,13 +232,15 @@ class Dispatcher:
     ) -> RequestFailed | ConfigError | None:
         """Send *ticket* alone and answer it; return the error if it cannot be answered.
 
-        An answer that is empty or does not fit is asked for once more; see `may_differ`. *history* is that of its lane, if a combined
-        call has left it unanswered, else None.
+        An answer that is empty or does not fit is asked for once more (see `may_differ`), unless its caller takes whatever it is.
+        *history* is that of its lane, if a combined call has left it unanswered, else None.
         """
         if ticket.done:
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, history)
-        if may_differ(error, after_combined=history is not None) and not ticket.done:
+        live = ticket.caller.live
+        final = live is not None and (history is None or live.begun)
+        if not final and may_differ(error, after_combined=history is not None) and not ticket.done:
             permit.finish()  # or the second call might wait for this one to end
             other = permit.account.permit(permit.tokens, permit.rank)
             try:
@@ -256,10 +258,13 @@ class Dispatcher:
         call_state = self._begin([ticket], "single" if history is None else "fallback", permit)
 
         def on_text(text: str) -> None:
-            pieces.append(text)
-            self._note_text(call_state)
+            if text:
+                pieces.append(text)
+                self._note_text(call_state)
 
         def on_cut(completion: Completion | None) -> bool:
+            if live is not None and live.begun:
+                return False
             pieces.clear()
             call_cost = self._attribution.cost(call_state, completion)
             self._attribution.attribute_alone(ticket, completion, call_cost, history)
@@ -269,6 +274,9 @@ class Dispatcher:
         error: RequestFailed | ConfigError | None = None
         call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
         call.timeout = self._remaining([ticket])
+        live = ticket.caller.live
+        if live is not None and live.streamed and not ticket.answer.wrapped:
+            call.stream, call.on_event = True, live.take
         try:
             completion, error = await self._exchange(call_state, call, on_text, on_cut, history)
             if completion is None:

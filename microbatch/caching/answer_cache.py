@@ -203,7 +203,7 @@ class AnswerCache:
         except StorageError:
             pass  # the batcher is closing
         reply = self.read(key, value, options, created)
-        return CallerOptions(caller.timeout, True, key, caller.ttl, created) if reply is None else reply
+        return CallerOptions(caller.timeout, True, key, caller.ttl, created, caller.live) if reply is None else reply
 
     # --- storing
 

@@ -4,7 +4,8 @@ Serve an OpenAI-compatible API in front of another. Chat completions of many
 clients leave as combined prompts, and each client gets its own answer, as JSON
 or as a stream; everything else under /v1 is relayed as it is. Clients change
 nothing but their base URL, and use their own keys: requests with different keys
-never share a prompt, a call or a cached answer.
+never share a prompt, a call or a cached answer. Azure's clients take the
+gateway as their azure_endpoint, whatever the upstream is.
 
 With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
 (or with the key "microbatch") use that one, for chat completions and the list of
@@ -22,6 +23,7 @@ MICROBATCH_MAX_WAIT; a flag takes precedence.
 Examples:
   microbatch serve --upstream https://api.openai.com/v1 --port 8080
   microbatch serve --upstream http://localhost:8000/v1 --max-wait 0.05 --rpm 500
+  microbatch serve --upstream https://NAME.openai.azure.com
   microbatch serve --upstream https://api.openai.com/v1 --host 0.0.0.0 \
       --access-token-file token.txt --cache redis://localhost:6379/0
 """
@@ -40,8 +42,10 @@ from microbatch.cli.environment import with_environment
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
+from microbatch.gateway.errors import in_flags
 from microbatch.gateway.server import Gateway
 from microbatch.gateway.settings import GatewaySettings
+from microbatch.gateway.upstream import lacks_version
 from microbatch.policy import FallbackPolicy
 
 if TYPE_CHECKING:
@@ -54,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
     add_flag(parser, "--upstream URL", "address of the API to serve, up to /v1")
+    query = "a query parameter of every call, such as Azure's api-version=VERSION; may be repeated"
+    add_flag(parser, "--query NAME=VALUE", query, action="append", default=[])
     add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
     add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
     add_flag(parser, "--model NAME", "the model for requests that name none (default: refuse these)")
@@ -97,6 +103,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             host=args.host,
             port=args.port,
             model=args.model,
+            query=dict(map(_read_pair, args.query)),
             api_key=_own_key(args),
             connection=arguments.read_connection(args),
             access_token=None if token is None else token.decode("utf-8", "replace"),
@@ -110,8 +117,15 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             cache=None if args.cache is None else cache_at(args.cache),
         )
     except ConfigError as error:
-        message = arguments.with_flags(str(error), arguments.CONNECTION).replace("base_url", "--upstream")
+        message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))
         raise UsageError(message.replace("api_key", args.api_key_env or "OPENAI_API_KEY")) from error
+
+
+def _read_pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UsageError(f"--query {text}: must be NAME=VALUE")
+    return name, value
 
 
 def _own_key(args: argparse.Namespace) -> str | None:
@@ -139,6 +153,8 @@ async def _serve(args: argparse.Namespace) -> int:
     async with listening(args, gateway.open, lambda: gateway.aclose(args.grace)) as stopped:
         report(gateway.base_url)
         note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
+        if lacks_version(args.upstream):
+            note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
         if _own_key(args):
             clients = "with the access token" if args.access_token_file else "without a key"
             note(

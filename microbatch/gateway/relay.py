@@ -59,15 +59,13 @@ class Relay:
             raise ConnectionAbortedError("the client does not read") from None
 
     async def serve(self, request: web.Request, path: str, body: bytes | None, caller: Caller) -> web.StreamResponse:
-        """Relay *request*, query included, to *path* below the upstream's address, and the answer to the client.
+        """Relay *request* to *path*, which has its query, below the upstream's address, and the answer to the client.
 
         Raises:
             GatewayError: The upstream cannot be reached.
             ConnectionError: The client is gone, or the answer broke off; the client's connection has been cut.
         """
         response: web.StreamResponse | None = None
-        if query := request.rel_url.raw_query_string:
-            path += f"?{query}"
         try:
             async with self._batcher.forward(request.method, path, _request_headers(request, caller), body) as answer:
                 response = _response(answer)

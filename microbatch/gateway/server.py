@@ -17,11 +17,13 @@ from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
 from microbatch.gateway.access import Access
-from microbatch.gateway.chat import PATH, ChatRoute
+from microbatch.gateway.chat import ChatRoute
 from microbatch.gateway.dashboard import figures, show_dashboard
 from microbatch.gateway.errors import GatewayError, translate
 from microbatch.gateway.relay import Relay
 from microbatch.gateway.settings import GatewaySettings
+from microbatch.gateway.upstream import API, AZURE, Upstream
+from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger: Final = logging.getLogger("microbatch")
-
-_API: Final = "/v1/"
 
 # aiohttp's own log quotes what it cannot parse, including headers with keys.
 _silent: Final = logging.Logger("microbatch.gateway.silent")  # noqa: LOG001 it must have no parent to pass records to
@@ -60,10 +60,12 @@ class Gateway:
     caller's requests only: callers with different keys share no prompt, no call and no cached answer.
 
     Args:
-        upstream: Address of the upstream API, up to and without `/chat/completions`.
+        upstream: Address of the upstream API, up to and without `/chat/completions`. Azure OpenAI: that of the resource, or of one
+            deployment.
         host: Address to listen on.
         port: Port to listen on; 0 for a free one.
         model: Model for requests that name none; None refuses those.
+        query: Query parameters of every call to the upstream, such as Azure's `api-version`; those of a client take precedence.
         api_key: Key for callers without one, who may use chat completions and the list of models only. With None their requests are
             sent without a key.
         access_token: Token that callers send in place of a key to use *api_key* and, off loopback, to see the gateway's own pages.
@@ -94,6 +96,7 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 0,
         model: str | None = None,
+        query: Mapping[str, str] | None = None,
         api_key: str | None = None,
         access_token: str | None = None,
         secret: bytes | None = None,
@@ -115,7 +118,8 @@ class Gateway:
             allowed_hosts=allowed_hosts,
             trust_tenant_header=self._settings.trust_tenant_header,
         )
-        transport = self._transport(upstream, model, api_key, batcher.get("policy"), connection or {})
+        self._upstream = Upstream(upstream)
+        transport = self._transport(model, api_key, query, batcher.get("policy"), connection or {})
         self._live = LiveFigures()
         self._metrics = _prometheus()
         listeners = [self._live] if self._metrics is None else [self._live, self._metrics]
@@ -135,12 +139,18 @@ class Gateway:
         self._runner: web.AppRunner | None = None
 
     def _transport(
-        self, upstream: str, model: str | None, api_key: str | None, policy: Any, connection: Mapping[str, Any]
+        self,
+        model: str | None,
+        api_key: str | None,
+        query: Mapping[str, str] | None,
+        policy: Any,
+        connection: Mapping[str, Any],
     ) -> OpenAIChat:
-        OpenAIChat(base_url=upstream, api_key=api_key or "")  # validates the key
+        OpenAIChat(base_url=self._upstream.base_url, api_key=api_key or "")  # validates the key
         return OpenAIChat(
             model,
-            base_url=upstream,
+            base_url=self._upstream.base_url,
+            query=query,
             api_key="",  # `Access` chooses the key of each request
             timeout=self._settings.upstream_timeout,
             idle_timeout=self._settings.idle_timeout,
@@ -186,8 +196,8 @@ class Gateway:
         router.add_get("/readyz", self._ready)
         for path, page in self._pages.items():
             router.add_get(path, self._guarded(page))
-        router.add_post(f"{_API.rstrip('/')}{PATH}", self._chat.serve)
-        router.add_route("*", f"{_API}{{path:.*}}", self._serve_relayed)
+        for api in (API, AZURE):
+            router.add_route("*", f"{api}{{path:.*}}", self._serve_api)
         application.on_startup.append(self._open_batcher)
         application.on_cleanup.append(self._close_batcher)
         return application
@@ -279,7 +289,7 @@ class Gateway:
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             self._access.check_host(request)
-            return await (self._admit(request, handler) if request.path.startswith(_API) else handler(request))
+            return await (self._admit(request, handler) if request.path.startswith((API, AZURE)) else handler(request))
         except GatewayError as error:
             return error.response()
         except MicrobatchError as error:
@@ -343,15 +353,14 @@ class Gateway:
             raise GatewayError(501, message, code="no_metrics")
         return web.Response(body=self._metrics.render(), headers={"Content-Type": self._metrics.content_type})
 
-    async def _serve_relayed(self, request: web.Request) -> web.StreamResponse:
+    async def _serve_api(self, request: web.Request) -> web.StreamResponse:
+        place = self._upstream.place(request)
+        if request.method == "POST" and place.api_path == CHAT_COMPLETIONS:
+            return await self._chat.serve(request, place)
         caller = self._access.caller(request)
-        path = request.rel_url.raw_path
-        if not path.startswith(_API):  # the path that is checked must be the path that is sent
-            raise GatewayError(404, "Spell /v1/ without percent signs.", code="not_found")
-        path = path.removeprefix(_API.rstrip("/"))
-        self._access.check_relayed(request, path, caller)
+        self._access.check_relayed(request, place.api_path, caller)
         body = await self._relay.read_body(request) if request.body_exists else None
-        return await self._relay.serve(request, path, body, caller)
+        return await self._relay.serve(request, place.path, body, caller)
 
 
 def _prometheus() -> PrometheusHooks | None:
@@ -364,5 +373,5 @@ def _prometheus() -> PrometheusHooks | None:
 def _from_aiohttp(error: web.HTTPException, request: web.Request) -> GatewayError:
     """Return one of aiohttp's own errors (404, 405, 413) in OpenAI's shape."""
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-    message = f"Invalid URL or method ({request.method} {request.path})"
+    message = f"Invalid URL or method ({request.method} {request.path}); the API is below {API}"
     return GatewayError(error.status, message, code="not_found", headers=headers)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from microbatch.errors import ConfigError
-from microbatch.policy import at_least, whole
+from microbatch.policy import at_least, one_of, whole
+
+Streams = Literal["auto", "combine", "relay"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,8 @@ class GatewaySettings:
             `upstream_timeout` counts, since a model that reasons may be silent for minutes.
         exact_usage: Whether an answer waits until the endpoint has reported its usage. Otherwise the usage may be an estimate, marked
             `microbatch_estimated`.
+        streams: What a streamed request that could be combined gets: "auto" combines it if it has company, and hands on the endpoint's
+            own events as they arrive if it goes alone; "combine" sends its text when it is complete; "relay" never combines it.
         trust_tenant_header: Whether `X-Microbatch-Tenant` is respected without credentials of the caller's own.
 
     Raises:
@@ -38,11 +43,13 @@ class GatewaySettings:
     idle_timeout: float = 60.0
     exact_usage: bool = False
     trust_tenant_header: bool = False
+    streams: Streams = "auto"
 
     def __post_init__(self) -> None:
         whole(1, max_body_bytes=self.max_body_bytes, max_requests=self.max_requests)
         at_least(0.001, client_timeout=self.client_timeout, request_timeout=self.request_timeout)
         at_least(0.001, optional=False, upstream_timeout=self.upstream_timeout, idle_timeout=self.idle_timeout)
+        one_of(Streams, streams=self.streams)
         for name in ("exact_usage", "trust_tenant_header"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, cast
 
 import msgspec
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply
 
 
+def sdk_class(module: str, name: str) -> type | None:
+    """Return a class of OpenAI's SDK, or None if its *module* is not loaded.
+
+    Objects that stand for the SDK's give it as their `__class__`, as mocks do, because frameworks check with `isinstance`.
+    """
+    return getattr(sys.modules.get(module), name, None)
+
+
 class Object(dict[str, Any]):
     """A JSON object whose members can be read and set as attributes as well.
 
@@ -26,15 +35,15 @@ class Object(dict[str, Any]):
         members: The object; copied, and so are the objects and arrays in it.
     """
 
-    # Classes of the objects in members; members that the SDK declares; attributes that are no members and are never sent.
+    # Members that the SDK declares, under pydantic's name; classes of the objects in members; attributes that are never sent.
+    model_fields: ClassVar[Mapping[str, Any]] = {}
     _shapes: ClassVar[Mapping[str, type[Object]]] = {}
-    _names: ClassVar[frozenset[str]] = frozenset()
     _attributes: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, *, attribute: str | None = None, **shapes: type[Object]) -> None:
         super().__init_subclass__()
         cls._shapes = shapes
-        cls._names = frozenset(name for name in cls.__annotations__ if not name.startswith("_"))
+        cls.model_fields = {name: kind for name, kind in cls.__annotations__.items() if not name.startswith("_")}
         cls._attributes = frozenset() if attribute is None else frozenset({attribute})
 
     def __init__(self, members: Mapping[str, Any]) -> None:
@@ -44,7 +53,7 @@ class Object(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            if name in self._names:
+            if name in self.model_fields:
                 return None
             raise AttributeError(f"{type(self).__name__} has no {name!r}: the endpoint did not send it") from None
 
@@ -66,7 +75,7 @@ class Object(dict[str, Any]):
         """
         members = self._dumped(mode)
         if not exclude_unset:
-            members |= dict.fromkeys(sorted(self._names - self._attributes - members.keys()))
+            members |= dict.fromkeys(sorted(self.model_fields.keys() - self._attributes - members.keys()))
         return {
             name: _plain(value, mode=mode, exclude_unset=exclude_unset, exclude_none=exclude_none)
             for name, value in members.items()
@@ -92,11 +101,18 @@ class Object(dict[str, Any]):
         """Return the members that the endpoint sent, as JSON."""
         return self.model_dump_json(indent=indent, exclude_unset=True)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (type(self),), self.__dict__, None, iter(self.items())
+
     def __repr__(self) -> str:
         """Return the names of the members, without their values."""
         return f"{type(self).__name__}({', '.join(self)})"
 
     __str__ = __repr__
+
+
+def _empty(kind: type[Object]) -> Object:
+    return kind.__new__(kind)
 
 
 def _shaped(value: Any, kind: type[Object]) -> Any:
@@ -196,6 +212,10 @@ class ChatCompletion(Object, Generic[T], attribute="microbatch", choices=Choice,
     metadata: Object | None
     moderation: Object | None
     microbatch: Reply[Any]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return sdk_class("openai.types.chat", "ChatCompletion") or type(self)
 
     @property
     def _request_id(self) -> str | None:

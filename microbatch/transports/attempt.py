@@ -43,6 +43,7 @@ class Attempt:
     Attributes:
         headers: Those of the request.
         address_secrets: Parts of the address that may be keys.
+        on_event: See `ChatCall`.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class Attempt:
     where: str
     headers: Mapping[str, str]
     address_secrets: Sequence[str]
+    on_event: Callable[[bytes], None] | None = None
 
     def __post_init__(self) -> None:
         self._response: aiohttp.ClientResponse
@@ -93,6 +95,8 @@ class Attempt:
             self.clock.begin()
             raw = await read_some(response, MAX_ERROR_BYTES, ERROR_GRACE)
             self._refuse(read_failure(raw, response.status))
+        if self.on_event is not None:
+            self.on_event(b"")
         head = bytearray()
         form = "unclear"
         while form == "unclear" and len(head) < MAX_REPLY_BYTES:
@@ -143,6 +147,9 @@ class Attempt:
             if isinstance(text, Fault):
                 self._deliver("".join(texts))
                 self._refuse(text)
+            if self.on_event is not None and not torso and not reader.done and data.lstrip()[:1] == b"{":
+                self.on_event(data)
+                self.on_text("")  # it cannot be taken back, as a text cannot
             if text:
                 texts.append(text)
                 # Some endpoints send a finish reason with every chunk, which does not mark the end then.

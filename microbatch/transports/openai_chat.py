@@ -8,13 +8,20 @@ import os
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from urllib.parse import unquote_plus
 from weakref import WeakSet
 
 import msgspec
 
 from microbatch.errors import AuthFailed, ConfigError
 from microbatch.policy import at_least, one_of
-from microbatch.transports.addresses import DEFAULT_BASE_URL, checked_address, checked_path, secrets_in
+from microbatch.transports.addresses import (
+    CHAT_COMPLETIONS,
+    DEFAULT_BASE_URL,
+    checked_address,
+    checked_path,
+    secrets_in,
+)
 from microbatch.transports.api_key import ApiKey, environment_key
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities, Structured
@@ -200,7 +207,9 @@ class OpenAIChat:
         if not model:
             raise ConfigError("no model: name one in OpenAIChat(model=...) or in the call")
         session = self._pool()
-        own = checked(call.headers)
+        named = dict(call.headers)
+        path = checked_path(named.pop(":path", CHAT_COMPLETIONS))
+        own = checked(named)
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         key, total = await self._authorization(own, total)
         headers = self._signed(key, own)
@@ -218,10 +227,12 @@ class OpenAIChat:
             body["stream_options"] = self._stream_options
         first = self._first_timeout if plan.stream else None
         clock = Clock(total, self._idle_timeout, self._stream_interval, first)
-        attempt = Attempt(plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets)
+        attempt = Attempt(
+            plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets, call.on_event
+        )
         try:
             return await attempt.run(
-                self._request(session, "POST", "/chat/completions", headers=request, who=own, body=_encoded(body))
+                self._request(session, "POST", path, headers=request, who=own, body=_encoded(body))
             )
         except AuthFailed as error:
             if error.status == UNAUTHORIZED and self._key.refused(key):
@@ -311,7 +322,7 @@ class OpenAIChat:
             self.base_url + path,
             data=io.BytesIO(body) if body is not None and len(body) > LARGE_BODY_BYTES else body,
             headers=headers,
-            params=in_place_of(self._query, who),
+            params=_beside(path, in_place_of(self._query, who)),
             proxy=self._connection.proxy,
             allow_redirects=False,
             auto_decompress=not relay,
@@ -339,6 +350,12 @@ def _stream_fields(given: object) -> dict[str, Any] | None:
     if not isinstance(given, Mapping | bool | None):
         raise ConfigError("stream_options must be a mapping of its fields, a bool or None")
     return None if given is False else {"include_usage": True, **(given if isinstance(given, Mapping) else {})}
+
+
+def _beside(path: str, query: Mapping[str, str]) -> dict[str, str]:
+    """Return those parameters of *query* that *path* does not give itself."""
+    given = {unquote_plus(pair.partition("=")[0]) for pair in path.partition("?")[2].split("&")}
+    return {name: value for name, value in query.items() if name not in given}
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
