@@ -22,14 +22,14 @@ from microbatch.transports.credentials import credentials_in
 from microbatch.transports.relay import read_charge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import TypeForm, TypeVar
 
     from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Stats
-    from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result
+    from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source
     from microbatch.protocols import Cache, Transport
     from microbatch.spool.records import Spool
     from microbatch.spool.spool_client import SpoolClient
@@ -240,8 +240,8 @@ class Microbatcher:
         self._host.check_open()
         live = LiveAnswer(streamed=streamed)
         shared = use_cache and (self._intake.shares or asked.cold)
-        caller: CallerOptions | Reply[Any]
-        caller = CallerOptions(timeout, shared, since=asyncio.get_running_loop().time(), live=live)
+        since = asyncio.get_running_loop().time()
+        caller: CallerOptions | Reply[Any] = CallerOptions(timeout, shared, since=since, live=live)
         if use_cache and self._cache is not None:
             caller = await self._cache.find(messages, asked, caller)
         if isinstance(caller, CallerOptions):
@@ -256,20 +256,12 @@ class Microbatcher:
 
     @overload
     def map(
-        self,
-        requests: Iterable[Request[T]] | AsyncIterable[Request[T]],
-        *,
-        max_pending: int | None = None,
-        ordered: bool = False,
+        self, requests: Source[Request[T]], *, max_pending: int | None = None, ordered: bool = False
     ) -> AsyncIterator[Result[T]]: ...
 
     @overload
     def map(
-        self,
-        requests: Iterable[Messages] | AsyncIterable[Messages],
-        *,
-        max_pending: int | None = None,
-        ordered: bool = False,
+        self, requests: Source[Messages], *, max_pending: int | None = None, ordered: bool = False
     ) -> AsyncIterator[Result[str]]: ...
 
     @overload
@@ -299,17 +291,13 @@ class Microbatcher:
         if not hasattr(requests, "__aiter__") and not hasattr(requests, "__iter__"):
             raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
         self._host.check_open()
-        slots_hold = self._policy.max_batch_size * self._policy.max_concurrent_batches
-        pending = max_pending or 2 * slots_hold
-        patience = self._policy.low_max_wait
-        return BulkRun(self._engine, self._intake, self._cache, requests, pending, ordered, patience).results()
+        policy = self._policy
+        pending = max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches
+        bulk = BulkRun(self._engine, self._intake, self._cache, requests, pending, ordered, policy.low_max_wait)
+        return bulk.results()
 
     async def warm(
-        self,
-        requests: Requests,
-        *,
-        ttl: float | None = None,
-        progress: Callable[[Warmed], None] | None = None,
+        self, requests: Requests, *, ttl: float | None = None, progress: Callable[[Warmed], None] | None = None
     ) -> Warmed:
         """Fill the cache with the answers to *requests*, in full batches, and return the figures; what is in it is not asked again.
 

@@ -140,7 +140,8 @@ class Request(msgspec.Struct, Generic[Output_co]):
         return f"Request(id={self.id!r}, messages=<{len(self.messages)}>)"
 
 
-Requests: TypeAlias = "Iterable[Request[Any] | Messages] | AsyncIterable[Request[Any] | Messages]"
+Source: TypeAlias = "Iterable[T] | AsyncIterable[T]"
+Requests: TypeAlias = "Source[Request[Any] | Messages]"
 
 
 class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
