@@ -54,7 +54,6 @@ class BulkRun:
     """One `map`.
 
     Attributes:
-        cache: Asked first; None if there is none.
         max_pending: Most requests taken from the source and not yet taken by the consumer.
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.

@@ -27,7 +27,7 @@ def flushed(tickets: Sequence[Ticket], reason: str, now: float) -> Flushed:
         size=len(tickets),
         model=spec.model,
         priority=_PRIORITIES[spec.rank],
-        waited=now - min(ticket.first.created for ticket in tickets),
+        waited=now - min(ticket.created for ticket in tickets),
     )
 
 

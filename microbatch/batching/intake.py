@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.request import Options
     from microbatch.batching.single_queue import SingleQueues
-    from microbatch.batching.ticket import CallerOptions, Charge, InFlightIndex, Spec
+    from microbatch.batching.ticket import CallerOptions, Charge, Deadline, InFlightIndex, Spec
     from microbatch.messages import Messages
 
 logger: Final = logging.getLogger("microbatch")
@@ -81,19 +81,15 @@ class Intake:
             if type(messages) is not list or not messages:
                 check_messages(messages)
             loop = asyncio.get_running_loop()
-            now = loop.time()
-            waiter = Waiter(loop.create_future(), options.answer, now, on_taken)
-            if caller.timeout is not None:
-                waiter.deadline = caller.deadline(now)
             lane, text = self._lanes.latest, None
             if lane is not None and (options is lane.options or lane.serves(options)):
                 text = own_text(messages, lane.spec.plain)
             if text is None:
                 lane, text = self._read(messages, options)
             if lane is None or text is None:
-                ticket = self._accept_alone(messages, options, caller, waiter)
+                ticket, waiter = self._accept_alone(messages, options, caller, loop, on_taken)
             else:
-                ticket = self._accept_combinable(text, lane, caller, waiter)
+                ticket, waiter = self._accept_combinable(text, lane, options, caller, loop, on_taken)
             if self._capture is not None:
                 waiter.origin = self._capture()
             self._ledger.items += 1
@@ -114,13 +110,24 @@ class Intake:
 
     # --- requests that may share a prompt
 
-    def _accept_combinable(self, text: str, lane: Lane, caller: CallerOptions, waiter: Waiter) -> Ticket:
+    def _accept_combinable(
+        self,
+        text: str,
+        lane: Lane,
+        options: Options,
+        caller: CallerOptions,
+        loop: asyncio.AbstractEventLoop,
+        on_taken: Callable[[Waiter], None] | None,
+    ) -> tuple[Ticket, Waiter]:
         line = item_line(text, self._scratch)
+        now, bulk = loop.time(), on_taken is not None
         bypass = self._bypasses and self._admission.overfull(lane.rank)
-        bulk = waiter.on_taken is not None
         patience = NEVER if bulk else lane.max_wait
-        if waiter.deadline is not None and not bulk:
-            patience = min(patience, max(0.0, waiter.deadline.at - waiter.created) / 2)
+        deadline: Deadline | None = None
+        if caller.timeout is not None:
+            deadline = caller.deadline(now)
+            if deadline is not None and not bulk:
+                patience = min(patience, max(0.0, deadline.at - now) / 2)
         index: InFlightIndex | None = None
         name: Hashable = line
         if caller.shared:
@@ -128,17 +135,34 @@ class Intake:
             if caller.key is not None:
                 index, name = self._given.in_flight.digests, caller.key
             equal = index.get(name)
-            if equal is not None and not bypass and self._join(equal, waiter, lane.spec, patience, lane):
-                return equal
+            if equal is not None and not bypass:
+                waiter = Waiter(loop.create_future(), options.answer, now, on_taken, deadline, None)
+                if self._join(equal, waiter, lane.spec, patience, lane):
+                    return equal, waiter
         counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
-        ticket = Ticket(lane.spec, waiter, line, counted, patience, caller, bulk, index)
+        future = loop.create_future()
+        ticket = Ticket(
+            future,
+            options.answer,
+            now,
+            on_taken,
+            deadline,
+            None,
+            lane.spec,
+            line,
+            counted,
+            patience,
+            caller,
+            bulk,
+            index,
+        )
         if bypass or len(line) > lane.fast_path_max_bytes:
             self._inspect_and_queue(ticket, lane, bypass=bypass)
         elif lane.add(ticket) and not lane.queued:
             self._lanes.joined(lane)
         if index is not None:
             index[name] = ticket
-        return ticket
+        return ticket, ticket
 
     def _inspect_and_queue(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
         """Queue *ticket* in *lane*, or alone if it is better off so."""
@@ -195,7 +219,14 @@ class Intake:
 
     # --- requests that go alone by their form
 
-    def _accept_alone(self, messages: Messages, options: Options, caller: CallerOptions, waiter: Waiter) -> Ticket:
+    def _accept_alone(
+        self,
+        messages: Messages,
+        options: Options,
+        caller: CallerOptions,
+        loop: asyncio.AbstractEventLoop,
+        on_taken: Callable[[Waiter], None] | None,
+    ) -> tuple[Ticket, Waiter]:
         check_messages(messages)
         index: InFlightIndex | None = None
         name: Hashable = None
@@ -206,18 +237,23 @@ class Intake:
             index = self._given.in_flight.index_of(options.content)
             name = key = (canonical_messages(messages),)
         spec = spec_of(messages, options, key)
+        now = loop.time()
+        deadline = caller.deadline(now)
         if index is not None:
             equal = index.get(name)
-            if equal is not None and self._join(equal, waiter, spec, NEVER):
-                return equal
-        ticket = Ticket(spec, waiter, caller=caller, bulk=waiter.on_taken is not None, index=index)
+            if equal is not None:
+                waiter = Waiter(loop.create_future(), options.answer, now, on_taken, deadline, None)
+                if self._join(equal, waiter, spec, NEVER):
+                    return equal, waiter
+        ticket = Ticket(loop.create_future(), options.answer, now, on_taken, deadline, None, spec)
+        ticket.caller, ticket.bulk, ticket.index = caller, on_taken is not None, index
         account = self._given.accounts.of(options.model, options.headers)
         if account.max_tokens is not None:
             ticket.charge = _fitting(self._estimates.of_any(spec), account.max_tokens)
         self._singles.add(ticket, AloneReason.NOT_COMBINABLE, account)
         if index is not None:
             index[name] = ticket
-        return ticket
+        return ticket, ticket
 
     # --- requests that are under way already
 
@@ -233,7 +269,7 @@ class Intake:
             if ticket.queue is None:
                 return False  # it is under way at the pace of its own priority
             ticket.queue.discard(ticket, moved=True)
-            ticket.spec, ticket.patience = spec, min(ticket.patience, due_at - ticket.first.created)
+            ticket.spec, ticket.patience = spec, min(ticket.patience, due_at - ticket.created)
             ticket.bulk = ticket.bulk and bulk
             if lane is None:
                 account = self._given.accounts.of(spec.model, spec.headers)

@@ -207,7 +207,7 @@ class Lane:
             ticket.bulk = False
             self._bulk -= 1
         if sooner:
-            ticket.patience = due_at - ticket.first.created
+            ticket.patience = due_at - ticket.created
             if not self._stale and self._full is None:
                 # Else the lane is due, and looks at the times again when the next batch has left.
                 self._due_at = min(self._due_at, ticket.due_at)
@@ -247,7 +247,7 @@ class Lane:
             if ticket.queue is not self:
                 continue
             left -= 1
-            if ticket.first.future.done() and ticket.done:  # mostly the first tells, and is no call of Python's
+            if ticket.future.done() and ticket.done:  # mostly the former tells, which is no call of Python's
                 continue
             ticket.queue = None
             if ticket.bulk or ticket.waiters is not None:
@@ -303,7 +303,7 @@ class Lane:
         if fill >= budget.size:
             self._full = budget.size_reason
             return True
-        due_at = ticket.first.created + ticket.patience
+        due_at = ticket.created + ticket.patience
         if due_at < self._due_at:
             self._due_at = due_at
             return True

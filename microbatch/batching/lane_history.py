@@ -77,8 +77,7 @@ class LaneHistory(msgspec.Struct):
     Attributes:
         batch_size: Most requests of a batch, None until replies are damaged or hit the token limit.
         max_line_tokens: Most tokens of a batch's lines, None until a prompt was refused for its size.
-        answer_tokens: The 95th percentile of the latest answers, as of the latest ranking.
-        unranked: Answers recorded since.
+        answer_tokens: The 95th percentile of the latest answers, as of the latest ranking; `unranked` were recorded since.
         thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
         thinking: Their part of that reply, from 0 to 1.
         single_tokens: An upper estimate of the tokens of single replies; None until the first.

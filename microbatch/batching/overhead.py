@@ -185,15 +185,12 @@ class LaneEconomics(msgspec.Struct):
 
     def record(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
         """Record the *usage* of a call, and that of single calls for its answers; *again* if it asked again."""
-        cost, cost_alone = (
-            each.prompt_tokens + UNKNOWN_RATIO * each.completion_tokens if price is None else price(each)
-            for each in (usage, alone)
-        )
-        self.alone += cost_alone
+        price = price or _in_prompt_tokens
+        self.alone += price(alone)
         if again:
-            self.again += cost
+            self.again += price(usage)
         else:
-            self.combined += cost
+            self.combined += price(usage)
 
     @property
     def lost(self) -> bool:
@@ -203,6 +200,10 @@ class LaneEconomics(msgspec.Struct):
         # Where combining costs more by itself, that is the caller's choice; judged is what damage adds.
         saving = max(self.alone - self.combined, self.alone * _SMALL_SAVING)
         return self.calls >= self.items or self.again > saving > 0
+
+
+def _in_prompt_tokens(usage: Usage) -> float:
+    return usage.prompt_tokens + UNKNOWN_RATIO * usage.completion_tokens
 
 
 def estimate(text: str, count: Callable[[str], int]) -> int:

@@ -70,8 +70,7 @@ class Settlement:
         """Hand each reply to the callers of its ticket that still wait; return the number of tickets that were answered."""
         answered, reports = 0, self._listeners.settle is not None
         for ticket, reply in replies:
-            waiter = ticket.first
-            future = waiter.future
+            future = ticket.future
             if ticket.waiters is not None:
                 answered += self._answer_each(ticket, reply, ticket.waiters)
             elif not future.done():
@@ -79,10 +78,10 @@ class Settlement:
                     ticket.unlist()
                 ticket.reply = reply
                 future.set_result(reply)
-                if waiter.deadline is not None:
-                    waiter.deadline.cancel()
+                if ticket.deadline is not None:
+                    ticket.deadline.cancel()
                 if reports:
-                    self._report(ticket, waiter, reply)
+                    self._report(ticket, ticket, reply)
                 answered += 1
         self._ledger.answered += answered
         self._admission.release(answered)
@@ -107,9 +106,8 @@ class Settlement:
 
     def _answer_copy(self, ticket: Ticket, waiter: Waiter, reply: Reply[Any]) -> bool:
         """Answer one of several callers with a reply object of its own; return False if the answer does not fit its type."""
-        first = ticket.first
         output, text = reply.output, reply.text
-        if waiter is not first:
+        if waiter is not ticket:
             with contained() as decoding:
                 output, text = waiter.answer.decode_again(reply.text)
             if decoding.error is not None:
@@ -121,10 +119,10 @@ class Settlement:
             reply,
             output=output,
             text=text,
-            route=reply.route if waiter is first else "shared",
-            waited=max(0.0, first.created + reply.waited - waiter.created),
-            latency=first.created + reply.latency - waiter.created,
-            body=reply.body if waiter is first else _copy_of(reply.body),
+            route=reply.route if waiter is ticket else "shared",
+            waited=max(0.0, ticket.created + reply.waited - waiter.created),
+            latency=ticket.created + reply.latency - waiter.created,
+            body=reply.body if waiter is ticket else _copy_of(reply.body),
         )
         waiter.future.set_result(mine)
         if waiter.deadline is not None:
@@ -173,7 +171,7 @@ class Settlement:
                 waiter.deadline.cancel()
             self._report(ticket, waiter)
             self._remove(ticket, [waiter])
-        elif waiter.reply is not None:
+        elif waiter.own_reply is not None:
             # Answered in the very step in which it was cancelled: its share of the cost belongs to no reply. An error was retrieved by
             # this look, so that asyncio does not complain of it.
             self._ledger.answered -= 1
@@ -219,7 +217,7 @@ def share_cost(ticket: Ticket) -> None:
     count = len(ticket.waiters)
     cost_usd = None if whole.cost_usd is None else whole.cost_usd / count
     for waiter, share in zip(ticket.waiters, _divided(whole.usage, count), strict=True):
-        reply = waiter.reply
+        reply = waiter.own_reply
         if reply is not None:
             reply.usage, reply.cost_usd = share, cost_usd
             reply.finish_reason, reply.request_id, reply.model = whole.finish_reason, whole.request_id, whole.model
@@ -238,15 +236,15 @@ def finish_cost(ticket: Ticket, ledger: Ledger) -> None:
 
 def _give_up_share(ticket: Ticket, waiter: Waiter, ledger: Ledger) -> None:
     """Count the share of *waiter*, which left after its answer, as unclaimed."""
-    reply = waiter.reply
+    reply = waiter.own_reply
     if reply is None:
         return
     if not reply.usage.estimated:
         ledger.unclaimed += reply.usage
-    elif ticket.usage is not None:
+    elif ticket.past is not None and ticket.past.usage is not None:
         # The last call reported nothing: only what earlier calls have reported is known.
-        waiters = [ticket.first] if ticket.waiters is None else [*ticket.waiters]
-        ledger.unclaimed += _divided(ticket.usage, len(waiters))[waiters.index(waiter)]
+        waiters = [*ticket.callers]
+        ledger.unclaimed += _divided(ticket.past.usage, len(waiters))[waiters.index(waiter)]
 
 
 def _copy_of(body: dict[str, Any] | None) -> dict[str, Any] | None:

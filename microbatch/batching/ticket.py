@@ -130,7 +130,7 @@ class Charge(msgspec.Struct, frozen=True):
 
 
 class Past(msgspec.Struct):
-    """Data of a ticket that few need: its earlier calls, and callers that left at the moment of the answer.
+    """Data of a ticket that few need.
 
     Attributes:
         attempts: Upstream calls that carried it before its present `call`.
@@ -190,31 +190,30 @@ class Waiter(msgspec.Struct, eq=False):
         future: Settled exactly once, by an answer, an error or the caller itself.
         created: Loop time of its submit.
         on_taken: For bulk work, which waits for full batches: called when the ticket leaves its queue.
-        origin: The value that hooks keep for it.
+        origin: What hooks keep for it.
     """
 
     future: asyncio.Future[Reply[Any]]
     answer: AnswerType
     created: float
-    on_taken: Callable[[Waiter], None] | None = None
-    deadline: Deadline | None = None
-    origin: Any = None
+    on_taken: Callable[[Waiter], None] | None
+    deadline: Deadline | None
+    origin: Any
 
     @property
-    def reply(self) -> Reply[Any] | None:
+    def own_reply(self) -> Reply[Any] | None:
         """Its answer; None if it has none (yet)."""
         future = self.future
         return future.result() if future.done() and not future.cancelled() and future.exception() is None else None
 
 
-class Ticket(msgspec.Struct, eq=False):
+class Ticket(Waiter, eq=False):
     """One accepted request: the unit that waits in a queue and travels in a prompt.
 
-    It has one caller, or several once equal requests have joined it. Many tickets wait, so what few of them need is kept apart, in
-    `charge`, `past` and `waiters`.
+    It is its own first caller, which may have left, and has others once equal requests have joined it. Many tickets wait, so what few
+    of them need is kept apart, in `charge`, `past` and `waiters`.
 
     Attributes:
-        first: Its first caller, which may have left.
         line: The last user message as its line will hold it, or b"" if it cannot be combined.
         counted: The line's tokens without its id; None while they are known by their bound only.
         patience: Seconds that it waits for other requests; `NEVER` for bulk work, which waits for a full batch.
@@ -228,7 +227,6 @@ class Ticket(msgspec.Struct, eq=False):
     """
 
     spec: Spec
-    first: Waiter
     line: bytes = b""
     counted: int | None = None
     patience: float = NEVER
@@ -243,24 +241,19 @@ class Ticket(msgspec.Struct, eq=False):
     past: Past | None = None
 
     @property
-    def answer(self) -> AnswerType:
-        """The decoder of a reply to it."""
-        return self.first.answer
-
-    @property
     def callers(self) -> Iterable[Waiter]:
         """Its callers; see `waiters`."""
-        return (self.first,) if self.waiters is None else self.waiters
+        return (self,) if self.waiters is None else self.waiters
 
     @property
     def done(self) -> bool:
         """True if no caller waits for it any more, even if a cancelled one has not been noticed yet."""
         if self.waiters is None:
-            return self.first.future.done()
+            return self.future.done()
         return all(waiter.future.done() for waiter in self.waiters)
 
     @property
-    def deadline(self) -> Deadline | None:
+    def last_deadline(self) -> Deadline | None:
         """When the last caller gives up; None if one never does."""
         latest: Deadline | None = None
         for waiter in self.callers:
@@ -299,22 +292,17 @@ class Ticket(msgspec.Struct, eq=False):
     @property
     def due_at(self) -> float:
         """Loop time until which it waits for other requests."""
-        return self.first.created + self.patience
+        return self.created + self.patience
 
     @property
     def attempts(self) -> int:
         """Upstream calls that carried it so far."""
         return (0 if self.past is None else self.past.attempts) + (0 if self.call is None else self.call.attempts)
 
-    @property
-    def usage(self) -> Usage | None:
-        """Its shares of the calls that have ended and are on no reply; None before the first."""
-        return None if self.past is None else self.past.usage
-
     def join(self, waiter: Waiter) -> None:
         """Add another caller."""
         if self.waiters is None:
-            self.waiters = {self.first: None}
+            self.waiters = {self: None}
         self.waiters[waiter] = None
         self.bulk = self.bulk and waiter.on_taken is not None
 
@@ -328,8 +316,8 @@ class Ticket(msgspec.Struct, eq=False):
         """Note that it has left its queue."""
         self.queue = None
         if self.waiters is None:
-            if self.first.on_taken is not None:
-                self.first.on_taken(self.first)
+            if self.on_taken is not None:
+                self.on_taken(self)
             return
         for waiter in self.waiters:
             if waiter.on_taken is not None:

@@ -18,6 +18,7 @@ from microbatch.batching.events import settled
 from microbatch.batching.request import check_messages
 from microbatch.batching.ticket import CallerOptions
 from microbatch.caching import entry as entries
+from microbatch.caching.entry import MAX_CLOCK_SKEW
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
 from microbatch.caching.key import Keys
 from microbatch.containment import contained
@@ -49,7 +50,6 @@ _MAX_LOOK_UPS: Final = 2  # under way; a cache that serves them one by one would
 SECRET_REFRESH: Final = 1.0
 """Seconds after which the secret is read again: if the store was emptied, other processes may have agreed on a new one."""
 
-MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that share a cache may differ
 FRESH: Final = 0.075
 """Seconds for which stored entries also stay in memory: longer than a look-up that was under way when they were stored."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_TTL: Final = 7 * 24 * 3600.0  # seconds for which answers are valid by default
+MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that share a cache may differ
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -8,7 +8,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Final
 
-from microbatch.caching.entry import DEFAULT_TTL
+from microbatch.caching.entry import DEFAULT_TTL, MAX_CLOCK_SKEW
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.errors import StorageError
 from microbatch.policy import at_least, whole
@@ -26,9 +26,6 @@ LEAST_BYTES: Final = 256 * 1024
 """Smallest `max_bytes`: an empty file has a few pages already, and space is freed by the page."""
 
 TOUCH_AFTER: Final = 60.0  # seconds after which a use is recorded again: the order of use is exact to the minute
-MAX_CLOCK_SKEW: Final = 60.0
-"""Seconds in the future at which an entry may have been used, as clocks differ. If it is more, the clock was set back since."""
-
 _BUSY: Final = 3.0  # seconds that a transaction may wait for other processes; no caller waits for a store
 _MOST_DROPPED: Final = 512  # entries in one transaction, to keep it short
 _DROPPED_AT_ONCE: Final = 4
@@ -136,8 +133,7 @@ class SQLiteCache(Cache):
             # The file may have lost it, without which other processes would not find the entries.
             _make_secret(db, self._secret)
         db.executemany(
-            "INSERT INTO entries (id, key, value, expires, used) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE "
-            "SET key = excluded.key, value = excluded.value, expires = excluded.expires, used = excluded.used",
+            "INSERT OR REPLACE INTO entries (id, key, value, expires, used) VALUES (?, ?, ?, ?, ?)",
             [(number, *row) for number, row in rows.items()],
         )
         _touch(db, touched)

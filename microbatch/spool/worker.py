@@ -315,7 +315,7 @@ class Worker(SpoolWorker):
         try:
             await self._spool.finish(results)
         except Exception as error:  # noqa: BLE001 the worker continues
-            logger.warning("%d answers could not be stored, and will be asked for again: %s", len(results), error)
+            logger.warning("answers could not be stored, and will be asked for again (%d): %s", len(results), error)
         else:
             self.done.add(answered=len(results))
         finally:

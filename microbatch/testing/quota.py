@@ -122,11 +122,11 @@ class Meter:
 
 
 class _Window:
-    """The charges of the last 60 seconds, and the largest sum so far."""
+    """The charges of the last 60 seconds, the largest sum so far, and the sum of all."""
 
     def __init__(self) -> None:
         self._charges: deque[tuple[float, int]] = deque()
-        self.used = self.peak = 0
+        self.used = self.peak = self.total = 0
 
     def forget(self, now: float) -> None:
         """Drop charges that no longer count."""
@@ -137,6 +137,7 @@ class _Window:
         if amount:
             self._charges.append((now, amount))
             self.used += amount
+            self.total += amount
             self.peak = max(self.peak, self.used)
 
     def until_left(self, amount: int, now: float) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from microbatch.batching.estimates import Budget
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories, LaneHistory, TokenScale
-from microbatch.batching.ticket import NEVER, NORMAL, FlushReason, InFlightIndex, Spec, Ticket, Waiter
+from microbatch.batching.ticket import NEVER, NORMAL, FlushReason, InFlightIndex, Spec, Ticket
 from microbatch.errors import ConfigError
 from microbatch.policy import RetryPolicy
 from microbatch.prompt.compose import ID_TOKENS, item_line, output_reserve
@@ -56,7 +56,7 @@ class Counted:
 
 def ticket(text, due_at=NEVER):
     line = item_line(text)
-    return Ticket(SPEC, Waiter(Caller(), TEXT, 0.0), line, patience=due_at)
+    return Ticket(Caller(), TEXT, 0.0, None, None, None, SPEC, line, patience=due_at)
 
 
 def sized(number, size):
@@ -93,7 +93,7 @@ def drained(lane):
 
 def leave(lane, *tickets):
     for each in tickets:
-        each.first.future.gone = True
+        each.future.gone = True
         lane.discard(each)
 
 
@@ -304,12 +304,12 @@ def test_another_budget_makes_a_waiting_lane_due_or_not():
 def test_taking_a_ticket_tells_bulk_work_and_its_caller_that_it_is_no_longer_queued():
     told = []
     each = ticket("a")
-    each.bulk, each.first.on_taken = True, told.append
+    each.bulk, each.on_taken = True, told.append
     lane = filled([each])
     lane.schedule_flush(FlushReason.IDLE)
     take(lane)
     assert each.queue is None
-    assert told == [each.first]
+    assert told == [each]
 
 
 # --- callers who leave
@@ -344,7 +344,7 @@ def test_a_caller_who_left_in_this_very_turn_is_passed_over(gone):
     lane = filled(tickets)
     lane.schedule_flush(FlushReason.IDLE, everything=True)
     for number in gone:
-        tickets[number].first.future.gone = True
+        tickets[number].future.gone = True
     taken = take(lane)[0] if lane.due is not None else []
     assert taken == [each for number, each in enumerate(tickets) if number not in gone]
     assert lane.due is None
@@ -354,7 +354,7 @@ def test_a_caller_who_left_in_this_very_turn_makes_no_room_beyond_the_budget():
     tickets = [sized(0, 20), sized(1, 100), sized(2, 200)]
     lane = filled(tickets, tokens=250, count=Counted(len))
     assert lane.due is FlushReason.TOKENS
-    tickets[0].first.future.gone = True
+    tickets[0].future.gone = True
     assert take(lane)[0] == [tickets[1]]
 
 

@@ -154,7 +154,7 @@ async def followers_in_the_moment_of_their_answer(count, order):
                 task.cancel()
             cancelled.set_result(None)
 
-        ticket.first.future.add_done_callback(leave)
+        ticket.future.add_done_callback(leave)
         with Counted() as counted:
             await cancelled
             await settle()

@@ -97,12 +97,14 @@ async def test_a_batch_is_made_with_its_metadata():
 
 
 async def test_everything_else_is_asked_where_it_is():
-    page = {"data": [BATCH], "has_more": True}
-    forward = Forward(BATCH, page, page, b"content", {"deleted": True})
+    found = {**BATCH, "id": "batch_2", "metadata": {"job": "x"}}
+    pages = {"data": [BATCH], "has_more": True}, {"data": [found], "has_more": True}
+    forward = Forward(BATCH, *pages, b"content", {"deleted": True})
     asks = api(forward)
     assert (await asks.get("batch/1")).id == "batch_1"
-    assert (await asks.page()).has_more
-    assert [batch.id for batch in (await asks.page("batch_1")).data] == ["batch_1"]
+    batch = await asks.find("job", "x", since=0.0)
+    assert batch is not None
+    assert batch.id == "batch_2"
     assert await asks.content("file-1") == b"content"
     await asks.delete("file-1")
     assert [(method, path) for method, path, _, _ in forward.asked] == [

@@ -86,7 +86,7 @@ class Watch:
     def look(self):
         if asyncio.get_running_loop().time() >= 60 * (len(self.marks) + 1):
             meters = list(self.model._meters.values())
-            total = sum(meter._admitted._total for meter in meters), sum(meter._tokens._total for meter in meters)
+            total = sum(meter._admitted.total for meter in meters), sum(meter._tokens.total for meter in meters)
             self.marks.append((asyncio.get_running_loop().time(), *total))
             if len(self.marks) <= self.learns:
                 self.refused_first = self.model.quota_refusals

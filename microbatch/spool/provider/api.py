@@ -64,10 +64,8 @@ class RemoteBatch(msgspec.Struct, frozen=True):
         return (self.errors.data or []) if self.errors is not None else []
 
 
-class BatchPage(msgspec.Struct, frozen=True):
-    """Some batches, newest first; `has_more` if there are older ones."""
-
-    data: list[RemoteBatch]
+class _Page(msgspec.Struct):
+    data: list[RemoteBatch]  # newest first
     has_more: bool = False
 
 
@@ -122,10 +120,17 @@ class OpenAIBatchApi:
         """Return the present state of a batch."""
         return _decoded(await self._ask("GET", f"/batches/{quote(batch_id, safe='')}"), RemoteBatch)
 
-    async def page(self, after: str | None = None) -> BatchPage:
-        """Return a page of the batches created before *after*, or of the newest."""
-        query = urlencode({"limit": PAGE, **({} if after is None else {"after": after})})
-        return _decoded(await self._ask("GET", f"/batches?{query}"), BatchPage)
+    async def find(self, key: str, value: str, *, since: float) -> RemoteBatch | None:
+        """Return the batch created after *since* (seconds since 1970) whose metadata has that *value* for *key*, or None."""
+        query: dict[str, str | int] = {"limit": PAGE}
+        while True:
+            page = _decoded(await self._ask("GET", f"/batches?{urlencode(query)}"), _Page)
+            for batch in page.data:
+                if (batch.metadata or {}).get(key) == value:
+                    return batch
+            if not page.data or not page.has_more or 0 < page.data[-1].created_at < since:
+                return None
+            query["after"] = page.data[-1].id
 
     async def content(self, file_id: str) -> bytes:
         """Return the content of a file."""

@@ -270,10 +270,13 @@ class ProviderBatches(SpoolWorker):
 
         If the provider refuses, give the job up; after another failure it may have a batch, which the next poll will look for.
         """
-        batch = None if new else await self._find(held)
+        token = held.job.token
+        batch = None if new else await self._api.find(TOKEN, token, since=held.content.begun_at - _SKEW)
         if batch is None:
             try:
-                batch = await self._create(held)
+                if held.file_id is None:
+                    held.file_id = await self._api.upload(f"microbatch-{token}.jsonl", await held.content.file())
+                batch = await self._api.create(held.file_id, {TOKEN: token})
             except RequestFailed as error:
                 if not is_ambiguous(error) and not isinstance(error, RateLimited):
                     await self._withdraw(held, str(error))
@@ -281,23 +284,6 @@ class ProviderBatches(SpoolWorker):
         job = msgspec.structs.replace(held.job, batch_id=batch.id)
         await self._spool.update_job(job)
         held.job = job
-
-    async def _create(self, held: _Held) -> RemoteBatch:
-        if held.file_id is None:
-            held.file_id = await self._api.upload(f"microbatch-{held.job.token}.jsonl", await held.content.file())
-        return await self._api.create(held.file_id, {TOKEN: held.job.token})
-
-    async def _find(self, held: _Held) -> RemoteBatch | None:
-        """Return the batch with a job's token among those created since the job was begun, or None."""
-        after: str | None = None
-        while True:
-            page = await self._api.page(after)
-            for batch in page.data:
-                if (batch.metadata or {}).get(TOKEN) == held.job.token:
-                    return batch
-            if not page.data or not page.has_more or 0 < page.data[-1].created_at < held.content.begun_at - _SKEW:
-                return None
-            after = page.data[-1].id
 
     async def _withdraw(self, held: _Held, why: str) -> None:
         """Give up a job that has no batch at the provider, and give its requests back uncounted."""
