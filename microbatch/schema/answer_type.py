@@ -171,7 +171,21 @@ def _from_form(form: AskedForm | None) -> AnswerType | None:
         schema, read = compile_given(msgspec.json.encode(form.schema))
     except ConfigError:
         return None  # the endpoint judges it
-    return AnswerType(schema, decoder(read, schema), "given", strict=form.strict, form=form)
+    return AnswerType(schema, _unquoting(decoder(read, schema)), "given", strict=form.strict, form=form)
+
+
+def _unquoting(decode: Decoder) -> Decoder:
+    """Return *decode* for objects that may be in a string, as models write what they were told is text where nothing is enforced."""
+
+    def decode_either(raw: str) -> tuple[Any, str]:
+        try:
+            return decode(raw)
+        except ValueError:
+            if not raw.lstrip().startswith('"'):
+                raise
+        return decode(decode_text(raw)[0])
+
+    return decode_either
 
 
 def _from_type(output_type: Any) -> AnswerType:

@@ -15,6 +15,9 @@ CONSTRAINTS = Path(__file__).parent / "constraints.txt"
 WRITE = "MICROBATCH_WRITE_TABLE"
 """Environment variable with which the table is written."""
 
+MOST_CALLS = 3
+"""Upstream calls for all callers of a case, if it is combined."""
+
 NO_ANSWER = "no answer"
 NOT_MEASURED = "-"
 _PACKAGES = {
@@ -27,7 +30,7 @@ _PACKAGES = {
 }
 _NODE_VERSIONS = "ai 6.0, @ai-sdk/openai 3.0, @ai-sdk/openai-compatible 2.0"
 _HEAD = f"| framework | mode | {' | '.join(COLUMNS.values())} | versions |"
-_TABLE = re.compile(re.escape(_HEAD) + r"\n(?:\|.*\n)+")
+_TABLE = re.compile(re.escape(_HEAD) + r"\n(?:\|.*\n)*")
 
 
 def versions(framework: str) -> str:
@@ -63,7 +66,7 @@ def write(rows: list[tuple[str, str, str, int, int, str]]) -> None:
 def documented() -> dict[tuple[str, str, str], str]:
     """Return the cells of the table, by framework, mode and way."""
     found = _TABLE.search(PAGE.read_text())
-    assert found is not None
+    assert found is not None, f"{PAGE.name} has no table; with {WRITE}=1 and its head it is written"
     cells = {}
     for line in found[0].splitlines()[2:]:
         framework, mode, *counts, pins = (part.strip() for part in line.strip("|").split("|"))

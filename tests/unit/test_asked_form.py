@@ -235,6 +235,15 @@ async def test_any_object_is_an_answer_to_json_object_and_nothing_else_is() -> N
     assert transport.calls[1].call.params == OBJECT
 
 
+@pytest.mark.parametrize("params", [OBJECT, FORCED], ids=["object", "tool"])
+async def test_an_object_in_a_string_is_the_object(params: dict[str, Any]) -> None:
+    transport = ScriptedTransport(answer=lambda text: json.dumps(word(text)))
+    async with batcher_for(transport) as batcher:
+        replies = await submit_all(batcher, TEXTS, params=params)
+    assert [json.loads(reply.text) for reply in replies] == [word(text) for text in TEXTS]
+    assert len(transport.calls) == 1
+
+
 async def test_the_cache_hands_a_tools_answer_back_as_a_call_and_to_no_other_request() -> None:
     transport = ScriptedTransport(answer=word)
     schema = {"type": "json_schema", "json_schema": {"name": "look", "schema": PARAMETERS, "strict": False}}
