@@ -22,13 +22,15 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         headers: The caller's headers; with a credential among them the transport's own key is not sent.
         schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
         strict: Whether the endpoint has to enforce the schema; False only if the caller's own schema says so.
-        hint: System message to insert before the last message if the schema cannot be enforced, or None.
+        hint: System message to insert before the last message if the schema cannot be enforced, or None. A transport may join it to
+            another message instead.
         max_tokens: Most tokens to generate, or None for the endpoint's own limit.
         stream: Whether to stream the reply.
         timeout: Seconds this call may take, or None for the transport's own limit.
         bound: Most tokens to generate if no caller has set `max_tokens`: the batcher's guard against runaway replies, or None. A
             transport that sends it uses the same field as for `max_tokens`, and sets `Completion.bound`. If the endpoint refuses it,
             the transport lowers this field, or sets it to None, and raises a `StatusError` with `again`. A transport may ignore it.
+        unenforced: Whether an answer to the same request did not fit `schema`, so that the endpoint does not enforce it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,6 +44,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     stream: bool = False
     timeout: float | None = None
     bound: int | None = None
+    unenforced: bool = False
 
     def __repr__(self) -> str:
         """Return the fields without text and credentials."""

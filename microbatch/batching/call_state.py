@@ -34,6 +34,7 @@ class CallState:
         first_text: Loop time at which the first text came.
         permit: Pays its attempts; None once it is over, because replies refer to this object and must not keep the batcher alive.
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
+        unenforced: Whether nothing in its reply, a single one, fits the schema.
         ended: Whether it is over and its cost attributed.
     """
 
@@ -50,6 +51,7 @@ class CallState:
         "route",
         "sent",
         "size",
+        "unenforced",
         "waiting",
     )
 
@@ -64,7 +66,7 @@ class CallState:
         self.first_text: float | None = None
         self.permit: Permit | None = permit
         self.price = price
-        self.only_reasoning = False
+        self.only_reasoning = self.unenforced = False
         self.ended = False
         self._ended: anyio.Event | None = None
         self._scope: asyncio.Timeout | None = None

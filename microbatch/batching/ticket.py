@@ -151,6 +151,7 @@ class Call(Protocol):
     attempts: int
     ended: bool
     only_reasoning: bool
+    unenforced: bool
     permit: Permit | None
 
     def abandoned(self) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import ssl as tls
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 from weakref import WeakSet
 
@@ -20,7 +21,7 @@ from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities
 from microbatch.transports.chat_wire import can_stream, request_body
 from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of
-from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
+from microbatch.transports.http import FRAMING, Clock, checked, merged, requested, timed, without
 from microbatch.transports.relay import Forwarded
 
 if TYPE_CHECKING:
@@ -246,7 +247,8 @@ class OpenAIChat:
         body: bytes | None,
         relay: bool = False,
     ) -> aiohttp.ClientResponse:
-        response = await session.request(
+        request = session.request if relay else partial(requested, session)
+        response = await request(
             method,
             self.base_url + path,
             data=io.BytesIO(body) if body is not None and len(body) > LARGE_BODY_BYTES else body,
