@@ -241,14 +241,15 @@ class Microbatcher:
         live = LiveAnswer(streamed=streamed)
         shared = use_cache and (self._intake.shares or asked.cold)
         since = asyncio.get_running_loop().time()
-        caller: CallerOptions | Reply[Any] = CallerOptions(timeout, shared, since=since, live=live)
+        caller = CallerOptions(timeout, shared, since=since, live=live)
+        found: CallerOptions | Reply[Any] = caller
         if use_cache and self._cache is not None:
-            caller = await self._cache.find(messages, asked, caller)
-        if isinstance(caller, CallerOptions):
-            await self._admission.acquire(asked.rank, asked.tenant, caller)
-            live.accepted(*self._intake.accept(messages, asked, caller))
+            found = await self._cache.find(messages, asked, caller)
+        if isinstance(found, CallerOptions):
+            await self._admission.acquire(asked.rank, asked.tenant, found)
+            live.accepted(*self._intake.accept(messages, asked, found))
         else:
-            live.found(caller)
+            live.found(found)
         try:
             yield live
         finally:

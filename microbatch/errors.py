@@ -110,7 +110,14 @@ class TransportError(RequestFailed):
 
 
 class ConnectFailed(TransportError):
-    """The endpoint could not be reached, or the connection broke."""
+    """The endpoint could not be reached, or the connection broke.
+
+    Attributes:
+        again: Whether it broke because the endpoint closed a connection that was kept open, most likely before it read the request.
+            Sending it at once is not a retry.
+    """
+
+    again: bool = False
 
 
 class TransportTimeout(TransportError, TimeoutError):

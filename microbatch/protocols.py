@@ -23,7 +23,8 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
             has for it, holds the path below `base_url`, and its query, of calls that do not go to the usual one.
         schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
         strict: Whether the endpoint has to enforce the schema; False only if the caller's own schema says so.
-        hint: System message to insert before the last message if the schema cannot be enforced, or None.
+        hint: System message to insert before the last message if the schema cannot be enforced, or None. A transport may join it to
+            another message instead.
         max_tokens: Most tokens to generate, or None for the endpoint's own limit.
         stream: Whether to stream the reply.
         timeout: Seconds this call may take, or None for the transport's own limit.
@@ -34,6 +35,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
             it and have the schema enforced.
         on_event: With `stream`, takes an empty value once the endpoint has accepted the call, and then the data of each event of the
             reply, unchanged, before `on_text` takes its text, which may be empty; or None. A transport may ignore it.
+        unenforced: Whether an answer to the same request did not fit `schema`, so that the endpoint does not enforce it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -49,6 +51,7 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     bound: int | None = None
     json_object: bool = False
     on_event: Callable[[bytes], None] | None = None
+    unenforced: bool = False
 
     def __repr__(self) -> str:
         """Return the fields without text and credentials."""

@@ -36,6 +36,7 @@ class CallState:
         first_text: Loop time at which the first text came.
         permit: Pays its attempts; None once it is over, because replies refer to this object and must not keep the batcher alive.
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
+        unenforced: Whether nothing in its reply, a single one, fits the schema.
         ended: Whether it is over and its cost attributed.
     """
 
@@ -54,6 +55,7 @@ class CallState:
         "route",
         "sent",
         "size",
+        "unenforced",
         "waiting",
     )
 
@@ -70,6 +72,7 @@ class CallState:
         self.permit: Permit | None = permit
         self.price: Callable[[Usage], float] | None = price
         self.only_reasoning: bool = False
+        self.unenforced: bool = False
         self.ended: bool = False
         self._ended: anyio.Event | None = None
         self._task: asyncio.Task[Any] | None = None  # while it is sent

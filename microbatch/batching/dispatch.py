@@ -238,19 +238,20 @@ class Dispatcher:
         if ticket.done:
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, history)
+        unenforced = ticket.call is not None and ticket.call.unenforced
         live = ticket.caller.live
         final = live is not None and (history is None or live.begun)
         if not final and may_differ(error, after_combined=history is not None) and not ticket.done:
             permit.finish()  # or the second call might wait for this one to end
             other = permit.account.permit(permit.tokens, permit.rank)
             try:
-                error = await self._ask_alone(ticket, other, history)
+                error = await self._ask_alone(ticket, other, history, unenforced=unenforced)
             finally:
                 other.finish()
         return error
 
     async def _ask_alone(
-        self, ticket: Ticket, permit: Permit, history: LaneHistory | None
+        self, ticket: Ticket, permit: Permit, history: LaneHistory | None, *, unenforced: bool = False
     ) -> RequestFailed | ConfigError | None:
         if history is not None:
             self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
@@ -272,7 +273,7 @@ class Dispatcher:
 
         completion: Completion | None = None
         error: RequestFailed | ConfigError | None = None
-        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
+        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages, unenforced=unenforced)
         call.timeout = self._remaining([ticket])
         live = ticket.caller.live
         if live is not None and live.streamed and not ticket.answer.wrapped:
@@ -296,7 +297,7 @@ class Dispatcher:
     ) -> RequestFailed | None:
         """Answer *ticket* from a single reply and attribute its cost; return the error if it cannot be used."""
         reply = self._codec.read_alone(ticket.answer, completion, content, combinable=ticket.combinable)
-        call_state.only_reasoning = reply.only_reasoning
+        call_state.only_reasoning, call_state.unenforced = reply.only_reasoning, reply.unenforced
         call_cost = self._attribution.cost(call_state, completion)
         if reply.error is None:
             answers, sizes = [(0, (reply.output, reply.text))], [0]

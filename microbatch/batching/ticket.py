@@ -163,6 +163,7 @@ class Call(Protocol):
     ended: bool
     only_reasoning: bool
     size: int
+    unenforced: bool
     permit: Permit | None
 
     def abandoned(self) -> None:

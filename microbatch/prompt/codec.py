@@ -53,12 +53,18 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class SingleReply(msgspec.Struct, frozen=True):
-    """A single reply, read: output and text of the answer, or the error, and whether it was only the model's reasoning."""
+    """A single reply, read: output and text of the answer, or the error.
+
+    Attributes:
+        only_reasoning: Whether it was only the model's reasoning.
+        unenforced: Whether nothing in it fits the schema, which the endpoint ignores then.
+    """
 
     output: Any = None
     text: str = ""
     error: RequestFailed | None = None
     only_reasoning: bool = False
+    unenforced: bool = False
 
 
 class CombinedCall(msgspec.Struct, eq=False):
@@ -122,8 +128,18 @@ class ChatCodec:
         """Return what takes the reply to a combined call apart; see `CombinedReply`."""
         return CombinedReply(ids, decoders, canary, early=early)
 
-    def compose_alone(self, settings: Settings, answer: AnswerType, messages: Sequence[Mapping[str, Any]]) -> ChatCall:
-        """Return the call that carries one request, with *settings* but for its own *answer*, and its own messages."""
+    def compose_alone(
+        self,
+        settings: Settings,
+        answer: AnswerType,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        unenforced: bool = False,
+    ) -> ChatCall:
+        """Return the call that carries one request, with *settings* but for its own *answer*, and its own messages.
+
+        *unenforced* if an answer to it was `SingleReply.unenforced`.
+        """
         return ChatCall(
             messages=messages,
             model=settings.model,
@@ -133,6 +149,7 @@ class ChatCodec:
             strict=answer.strict,
             hint=answer.hint,
             max_tokens=settings.max_tokens,
+            unenforced=unenforced,
         )
 
     def read_alone(self, answer: AnswerType, completion: Completion, content: str, *, combinable: bool) -> SingleReply:
@@ -167,7 +184,9 @@ class ChatCodec:
         wrong = "the answer is empty" if empty else misfit_message(decoding.error)
         malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
         malformed.__cause__ = decoding.error
-        return SingleReply(error=malformed, only_reasoning=reasoning)
+        return SingleReply(
+            error=malformed, only_reasoning=reasoning, unenforced=not empty and not answer.follows_schema(said)
+        )
 
     def _cut_short(self, answer: AnswerType, completion: Completion, content: str, said: str) -> TruncatedReply | None:
         """Return the error of a single reply that the token limit ended; None for a text that has begun."""

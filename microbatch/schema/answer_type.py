@@ -11,7 +11,7 @@ from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
 from microbatch.schema.asked_form import asked_form, asking_fields
-from microbatch.schema.decode import candidates, decode_text, decoder, unwrapped
+from microbatch.schema.decode import candidates, decode_text, decoder, follows, unwrapped
 from microbatch.schema.envelope import batch_schema, single_schema
 from microbatch.schema.expected import expected_tokens
 from microbatch.schema.optional import as_asked
@@ -113,6 +113,10 @@ class AnswerType:
                     problem = error if problem is None else problem
         assert problem is not None  # noqa: S101 - the text itself is always tried
         raise problem
+
+    def follows_schema(self, text: str) -> bool:
+        """Return whether there is JSON in the text of a single reply that fits the schema, if not the caller's type."""
+        return follows(text, self.single_schema)
 
     def decode_again(self, text: str) -> tuple[Any, str]:
         """Decode the text of an accepted answer again, for another caller.

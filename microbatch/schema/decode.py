@@ -119,6 +119,15 @@ def misfit_message(error: BaseException | None) -> str:
     return str(getattr(error, _MESSAGE, "the answer does not fit output_type"))
 
 
+def follows(text: str, schema: Any) -> bool:
+    """Return whether something in the text of a single reply is JSON that fits *schema*."""
+    for raw in candidates(text):
+        with contextlib.suppress(*_UNFIT):
+            if misfit_in(raw, schema) is None:
+                return True
+    return False
+
+
 def candidates(text: str) -> Iterator[str]:
     """Yield what may be the JSON of a single reply: its text after any thoughts, each fenced block, each value in brackets."""
     text = after_thoughts(text).strip().removeprefix("\ufeff")

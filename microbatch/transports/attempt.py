@@ -195,6 +195,7 @@ class Attempt:
             headers=self._response.headers,
             secrets=self._secrets(),
             keyless=not any(map(is_credential, self.headers)),
+            asked=[message.get("content") for message in self.plan.call.messages],
         )
         if not self._gave_text:
             error = self.capabilities.learn(self.plan, fault, error, asyncio.get_running_loop().time())

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _MORE_THAN_TEXT: Final = ("tools", "functions", "logprobs", "top_logprobs", "modalities", "audio")
 # Fields that may be left out or renamed.
 _OPTIONAL: Final = ("temperature", "max_tokens", "max_completion_tokens")
+_SYSTEM_ROLES: Final = ("system", "developer")
 _RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJECT}
 
 
@@ -51,8 +52,8 @@ def request_body(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
         named = {"name": "answers", "strict": call.strict, "schema": call.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": named}
     elif plan.rung is not None:
-        if call.hint is not None:
-            messages.insert(max(0, len(messages) - 1), {"role": "system", "content": call.hint})
+        if plan.hint and call.hint is not None:
+            _insert(call.hint, messages, joined=plan.hint == "joined")
         if plan.rung is Rung.JSON_OBJECT and _mentions_json(messages):
             body["response_format"] = {"type": "json_object"}
     if "stream" in plan.sent:
@@ -60,6 +61,21 @@ def request_body(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
     if "stream_options" in plan.sent:
         body["stream_options"] = {"include_usage": True}
     return body
+
+
+def _insert(hint: str, messages: list[Mapping[str, Any]], *, joined: bool) -> None:
+    """Insert *hint* before the last message, or join it to the first one if that is a system message, else to the user's last text.
+
+    Many chat templates take a system message in the first place only, some none (Gemma's, Mistral's older ones).
+    """
+    users = [at for at, message in enumerate(messages) if message.get("role") == "user"]
+    at = 0 if messages and messages[0].get("role") in _SYSTEM_ROLES else users[-1] if users else None
+    if not joined or at is None:
+        messages.insert(max(0, len(messages) - 1), {"role": "system", "content": hint})
+        return
+    content = messages[at].get("content")
+    joint = [*content, {"type": "text", "text": hint}] if is_array(content) else f"{content}\n\n{hint}"
+    messages[at] = {**messages[at], "content": joint}
 
 
 def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:

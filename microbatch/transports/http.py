@@ -17,6 +17,7 @@ from microbatch.errors import ConfigError, ConnectFailed, TransportError, Transp
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Mapping
+    from types import SimpleNamespace
 
 T = TypeVar("T")
 
@@ -39,6 +40,10 @@ SHORTEST_PAUSE: Final = 0.001  # shorter pauses, in seconds, cost more than they
 LOW_WATER: Final = 65_536  # bytes in a socket's buffer that end a pause early
 # Whether lowering a socket's low-water mark makes it readable at once: in Linux since 4.18 (tcp_set_rcvlowat).
 LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+", os.uname().release)[:2])] >= [4, 18]
+
+
+# Seconds. A connection that the endpoint has closed while it was idle fails at once; later failures have another cause.
+STALE_WITHIN: Final = 2.0
 
 
 class Clock:
@@ -160,6 +165,37 @@ def _hold(transport: asyncio.Transport, held: bool) -> bool:
     return True
 
 
+class StaleConnection(aiohttp.ServerDisconnectedError):
+    """A connection that was kept open was closed when the next request was written. Most likely it was not read (RFC 9112, 9.3.1)."""
+
+
+class _Use:
+    """Whether a request went out on a connection that was open before."""
+
+    reused = False
+
+
+async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    context.trace_request_ctx.reused = True
+
+
+async def requested(session: aiohttp.ClientSession, method: str, url: str, **options: Any) -> aiohttp.ClientResponse:
+    """Make a request; raise `StaleConnection` if it failed on a connection that the endpoint was just closing."""
+    if not session.trace_configs:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        trace.freeze()
+        session.trace_configs.append(trace)
+    now = asyncio.get_running_loop().time
+    use, begun = _Use(), now()
+    try:
+        return await session.request(method, url, trace_request_ctx=use, **options)
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
+        if not use.reused or now() - begun > STALE_WITHIN:
+            raise
+    raise StaleConnection
+
+
 async def guarded(step: Awaitable[T], where: str) -> T:
     """Await *step*, a call of aiohttp; raise `ConnectFailed` for its errors."""
     try:
@@ -186,6 +222,10 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
             message = f"could not connect to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ConnectionTimeoutError():
             message = f"could not connect to {where}: no answer in time"
+        case StaleConnection():
+            stale = ConnectFailed(f"{where} closed the connection, which was kept open, without an answer")
+            stale.again = True
+            return stale
         case aiohttp.ServerDisconnectedError():
             message = f"{where} closed the connection without an answer"
         case aiohttp.ClientPayloadError():

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 from urllib.parse import unquote_plus
 from weakref import WeakSet
@@ -28,7 +29,7 @@ from microbatch.transports.capabilities import Capabilities, Structured
 from microbatch.transports.chat_wire import can_stream, request_body
 from microbatch.transports.connection import Connection
 from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of, is_credential
-from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
+from microbatch.transports.http import FRAMING, Clock, checked, merged, requested, timed, without
 from microbatch.transports.relay import Forwarded, asks_for_stream
 
 if TYPE_CHECKING:
@@ -317,7 +318,8 @@ class OpenAIChat:
         body: bytes | None,
         relay: bool = False,
     ) -> aiohttp.ClientResponse:
-        response = await session.request(
+        request = session.request if relay else partial(requested, session)
+        response = await request(
             method,
             self.base_url + path,
             data=io.BytesIO(body) if body is not None and len(body) > LARGE_BODY_BYTES else body,
