@@ -253,7 +253,9 @@ class Capabilities:
             return self._join_hint(plan)
         if said.format and plan.rung not in (None, Rung.PLAIN) and self._rung is None:
             its_own = said.format == "schema" and plan.rung is Rung.JSON_SCHEMA
-            self._step_down(plan, entry.schema(plan.digest) if its_own else entry.general, now)
+            # Where this schema alone is on a lower rung, nothing is known of the others.
+            state = entry.schema(plan.digest) if its_own else entry.deciding(plan.digest)[0]
+            self._step_down(plan, state, now)
             return True
         if said.bad_reply and plan.live:
             history = self._history(plan)

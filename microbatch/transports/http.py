@@ -176,7 +176,9 @@ class _Use:
 
 
 async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    context.trace_request_ctx.reused = True
+    use: _Use | None = context.trace_request_ctx
+    if use is not None:  # of a relayed request there is none
+        use.reused = True
 
 
 async def requested(session: aiohttp.ClientSession, method: str, url: str, **options: Any) -> aiohttp.ClientResponse:
