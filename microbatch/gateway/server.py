@@ -118,7 +118,7 @@ class Gateway:
             allowed_hosts=allowed_hosts,
             trust_tenant_header=self._settings.trust_tenant_header,
         )
-        self._upstream = Upstream(upstream)
+        self._upstream = Upstream(upstream, query)
         transport = self._transport(model, api_key, query, batcher.get("policy"), connection or {})
         self._live = LiveFigures()
         self._metrics = _prometheus()

@@ -102,18 +102,21 @@ async def test_the_gateways_own_query_goes_with_every_call_unless_the_client_giv
     ],
 )
 async def test_azures_client_is_served_whatever_the_upstream_is(address, chat, others):
-    query = {"api-version": VERSION} if "deployments" in address else None
+    query = {"api-version": VERSION} if "v1" not in address else None
     async with world(address, query=query) as (upstream, served):
-        if query:
+        if "deployments" in address:
             chat, others = (f"{path}?api-version={VERSION}" for path in (chat, others))
         root = served.base_url.removesuffix("/v1")
         async with openai.AsyncAzureOpenAI(azure_endpoint=root, api_key="theirs", api_version=VERSION) as client:
             assert await texts(client) == RIGHT
             assert await texts(client, 1, tools=[TOOL]) == RIGHT[:1]
+        # Where others write their base_url.
+        async with openai.AsyncAzureOpenAI(base_url=served.base_url, api_key="theirs", api_version=VERSION) as client:
+            assert await texts(client) == RIGHT
             upstream.answer = embed
             embedded = await client.embeddings.create(model=MODEL, input="x", encoding_format="float")
             assert embedded.data[0].embedding == [0.5]
-    assert paths(upstream) == [chat, chat, others]
+    assert paths(upstream) == [chat, chat, chat, others]
     assert {headers.get("api-key") for _, _, headers, _ in upstream.requests} == {"theirs"}
 
 
@@ -136,9 +139,17 @@ async def test_another_deployment_than_the_upstreams_is_refused_with_the_mend():
 
 
 async def test_other_clients_reach_the_api_of_an_azure_resource():
-    async with world("{}/openai") as (upstream, served), sdk(served) as client:
+    query = {"api-version": "preview"}
+    async with world("{}/openai", query=query) as (upstream, served), sdk(served) as client:
         assert await texts(client) == RIGHT
-    assert paths(upstream) == ["/openai/v1/chat/completions"]
+    assert paths(upstream) == ["/openai/v1/chat/completions?api-version=preview"]
+
+
+@pytest.mark.parametrize("path", ["/v1beta/openai", "/openai", ""])
+async def test_other_addresses_are_not_taken_for_azures(path):
+    async with world(f"{{}}{path}/") as (upstream, served), sdk(served) as client:
+        assert await texts(client) == RIGHT
+    assert paths(upstream) == [f"{path}/chat/completions"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +160,11 @@ async def test_other_clients_reach_the_api_of_an_azure_resource():
         ("https://x.example/v1/chat/completions/", "https://x.example/v1"),
         ("https://x.example/v1", "https://x.example/v1"),
         ("https://x.example", "https://x.example"),
+        ("https://models.inference.ai.azure.com", "https://models.inference.ai.azure.com"),
+        (
+            "https://generativelanguage.googleapis.com/v1beta/openai/",
+            "https://generativelanguage.googleapis.com/v1beta/openai",
+        ),
     ],
 )
 def test_addresses_that_are_meant_are_taken(given, taken):

@@ -16,6 +16,7 @@ from helpers import ask, until
 
 import microbatch as mb
 from microbatch.gateway import GatewaySettings, event_stream
+from microbatch.testing import Latency, SimulatedEndpoint
 
 pytestmark = pytest.mark.slow
 
@@ -196,6 +197,29 @@ async def test_requests_that_meet_in_a_lane_that_waits_get_headers_before_it_lea
             texts = [text_in([event async for event in events_of(each)]) for each in (one, two, three)]
     assert texts == ["re: a", "re: b", "re: c"]
     assert len(model.calls) == 1
+
+
+async def test_of_eight_at_once_the_first_text_comes_long_before_the_end():
+    words = " ".join(["word"] * 40)
+    latency = Latency(first_token=0.5, tokens_per_second=80)
+    loop = asyncio.get_running_loop()
+    async with (
+        SimulatedEndpoint(latency=latency, answer=lambda text, schema: words) as endpoint,
+        gateway(endpoint, policy={"idle": "flush", "max_wait": 0.1}) as served,
+        sdk(served) as client,
+    ):
+
+        async def ask_one(number):
+            asked = {"model": MODEL, "messages": ask(f"thing {number}"), "stream": True}
+            stream = await client.chat.completions.create(**asked)
+            times = [loop.time() async for event in stream if event.choices[0].delta.content]
+            return times[0], loop.time()
+
+        await ask_one(100)  # which opens connections
+        before = loop.time()
+        firsts, ends = zip(*await asyncio.gather(*map(ask_one, range(8))), strict=True)
+    whole = max(ends) - before
+    assert sum(first - before for first in firsts) / 8 <= 0.65 * whole
 
 
 async def test_comments_are_sent_while_nothing_else_is(monkeypatch):
