@@ -1,7 +1,8 @@
 """Exceptions.
 
 All derive from `MicrobatchError`; those that can end an accepted submit derive from `RequestFailed`. Data is in attributes; `str`,
-`repr` and pickles never contain a provider's body, a key or a prompt.
+`repr` and pickles never contain a provider's body, a key or a prompt. They have the words of a refusal, at most 300 characters, without
+keys and without what they quote of the prompt.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class AuthFailed(StatusError):
 
 
 class QuotaExhausted(StatusError):
-    """The account is out of credit or over a spending limit (402, and 429 with a billing code); retrying does not help."""
+    """The account is out of credit or over a spending limit (402, and other statuses in such words); retrying does not help."""
 
 
 class RateLimited(StatusError):
@@ -198,7 +199,7 @@ class RateLimited(StatusError):
 
 
 class ServerError(StatusError):
-    """The endpoint failed (408, 409, 5xx), or a status 200 holds no answer (200, or the status that it names)."""
+    """The endpoint failed (408, 409, 424, 425, 498, 499, 5xx), or a status 200 holds no answer (200, or the status that it names)."""
 
 
 class ReplyError(RequestFailed):

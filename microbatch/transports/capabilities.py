@@ -224,7 +224,7 @@ class Capabilities:
             The error to raise, with `again` if the next attempt at the same call will be made differently.
         """
         if type(error) is ServerError and error.status == 500:  # noqa: PLR2004
-            error.again = plan.hint == "system" and names_system(fault) and self._join_hint(plan)
+            error.again = plan.hint == "system" and names_system(fault, plan.call) and self._join_hint(plan)
             if not error.again:
                 self.failed(plan)
         elif type(error) in (BadRequest, ServerError) and error.status in STATUSES:
@@ -245,11 +245,11 @@ class Capabilities:
     def refused(self, plan: Plan, fault: Fault, now: float) -> bool:
         """Learn from a refusal of the request; return whether the next attempt at the same call will be made differently."""
         entry, limit = plan.entry, plan.bound or plan.call.max_tokens or 0
-        said = read_fields(fault, plan.sent, plan.call.params, streams=plan.stream, bound=limit)
+        said = read_fields(fault, plan.sent, plan.call, streams=plan.stream, bound=limit)
         learned = [self._learn_field(plan, name) for name in said.fields]
         if any(learned) or (said.streams_only and self._learn_to_stream(plan)):
             return True
-        if plan.hint == "system" and names_system(fault):
+        if plan.hint == "system" and names_system(fault, plan.call):
             return self._join_hint(plan)
         if said.format and plan.rung not in (None, Rung.PLAIN) and self._rung is None:
             its_own = said.format == "schema" and plan.rung is Rung.JSON_SCHEMA

@@ -36,9 +36,14 @@ def shown(message: str, secrets: Iterable[str], asked: Iterable[Any]) -> str:
         title = _TITLE.search(message)
         message = title[1] if title else _TAG.sub(" ", message)
     message = " ".join(mask(message).split())[: 2 * MAX_CHARS]
-    message = _without(message, " ".join(" ".join(_texts(asked)).split())[:_MAX_PROMPT])
+    message = _without(message, prompt_of(asked))
     printable = "".join(char if char.isprintable() else " " for char in message)
     return printable if len(printable) <= MAX_CHARS else printable[: MAX_CHARS - 1] + _ELLIPSIS
+
+
+def prompt_of(asked: Iterable[Any]) -> str:
+    """Return the texts in the contents of messages on one line, as far as quotations of them are looked for."""
+    return " ".join(" ".join(_texts(asked)).split())[:_MAX_PROMPT]
 
 
 def _without(message: str, prompt: str) -> str:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from microbatch.transports.bound_refusals import read_refusal
+from microbatch.transports.error_text import prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from microbatch.protocols import ChatCall
     from microbatch.transports.error_parsing import Fault
 
 STATUSES: Final = frozenset({200, 400, 404, 422, 501})
@@ -24,6 +26,7 @@ OPTIONAL: Final = frozenset({"stream", "stream_options", "temperature"})
 """Fields without which a call is much the same."""
 
 _NOT_FOUND, _NOT_IMPLEMENTED = 404, 501
+_AROUND: Final = 8  # characters before or after a name that make it part of a quotation
 
 _UNSUPPORTED_CODES: Final = frozenset(
     {"unsupported_parameter", "unsupported_value", "unknown_parameter", "extra_forbidden", "UnsupportedParamsError"}
@@ -100,24 +103,41 @@ class Refusal(msgspec.Struct, frozen=True):
     unclear: Literal["", "some", "all"] = ""
 
 
-def read_fields(fault: Fault, sent: Iterable[str], params: Mapping[str, Any], *, streams: bool, bound: int) -> Refusal:
+class _Words:
+    """The words of a refusal, without those that it quotes of the prompt: users write about temperatures and streams, too."""
+
+    def __init__(self, text: str, messages: Iterable[Mapping[str, Any]]) -> None:
+        self._text = " ".join(text.split())
+        self._prompt = prompt_of(message.get("content") for message in messages)
+
+    def have(self, pattern: re.Pattern[str]) -> bool:
+        """Return whether *pattern* is found outside quotations."""
+        return any(not self._is_quoted(*found.span()) for found in pattern.finditer(self._text))
+
+    def _is_quoted(self, start: int, end: int) -> bool:
+        before, after = self._text[max(0, start - _AROUND) : end], self._text[start : end + _AROUND]
+        whole = end - start + _AROUND  # else there is too little around it to tell
+        return any(len(part) == whole and part in self._prompt for part in (before, after))
+
+
+def read_fields(fault: Fault, sent: Iterable[str], call: ChatCall, *, streams: bool, bound: int) -> Refusal:
     """Return what *fault* is about.
 
     Args:
         fault: The refusal.
         sent: The fields in question that were sent.
-        params: The caller's own fields.
+        call: The call that was refused.
         streams: Whether a stream was asked for.
         bound: The limit on the reply that was sent, or 0.
     """
-    text = fault.text
+    text, params, words = fault.text, call.params, _Words(fault.text, call.messages)
     if _BAD_REPLY.search(text):
         return Refusal(bad_reply=True)
     told = _told(fault)
     foreign = fault.param is not None and not any(
         pattern.search(fault.param) for pattern in (*_NAMED.values(), _FORMAT)
     )
-    fields = {name for name in sent if name in told or (not foreign and _NAMED[name].search(text))}
+    fields = {name for name in sent if name in told or (not foreign and words.have(_NAMED[name]))}
     unknown = _UNKNOWN.search(text) is not None
     if len(fields) > 1:
         fields.discard("stream")  # of several, the word that may be about something else
@@ -131,9 +151,7 @@ def read_fields(fault: Fault, sent: Iterable[str], params: Mapping[str, Any], *,
         limits = read_refusal(fault.message, fault.status, bound)
         if not unknown or (limits is not None and any(limit is not None for limit in msgspec.structs.astuple(limits))):
             fields.discard(name)  # the number is too large
-    form = "schema" if _SCHEMA.search(fault.message) else "format" if told & {"response_format"} else ""
-    if not form and _FORMAT.search(text):
-        form = "format"
+    form = "schema" if words.have(_SCHEMA) else "format" if told & {"response_format"} or words.have(_FORMAT) else ""
     known = bool(form) or fault.param is not None or any(pattern.search(text) for pattern in _NAMED.values())
     known = known or any(re.search(rf"\b{re.escape(name)}\b", text) for name in params if name not in _NAMED)
     known = known or read_refusal(text, fault.status, bound) is not None
@@ -146,9 +164,9 @@ def read_fields(fault: Fault, sent: Iterable[str], params: Mapping[str, Any], *,
     )
 
 
-def names_system(fault: Fault) -> bool:
-    """Return whether *fault* is about a system message, or about the template that places it."""
-    return _SYSTEM.search(fault.text) is not None
+def names_system(fault: Fault, call: ChatCall) -> bool:
+    """Return whether the refusal of *call* is about a system message, or about the template that places it."""
+    return _Words(fault.text, call.messages).have(_SYSTEM)
 
 
 def _told(fault: Fault) -> set[str]:
