@@ -413,8 +413,8 @@ class Dispatcher:
                 finish_reason=finish_reason,
                 request_id=request_id,
                 body=body,
-                _wait=wait,
             )
+            reply._wait = wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
         answered = self._settlement.answer(replies)
         if call_cost is not None:

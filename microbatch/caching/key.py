@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.batching.message_forms import known
 from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.messages import Message
@@ -21,7 +22,7 @@ FORMAT: Final = 1  # version of the digested content, any change of which makes 
 SECRET_BYTES: Final = 32
 _DIGEST_BYTES: Final = 20  # 160 bits: no accidental collisions
 
-_encode = msgspec.json.Encoder(order="sorted").encode
+_encode = msgspec.json.Encoder(order="sorted", enc_hook=known).encode
 
 
 class Keys:

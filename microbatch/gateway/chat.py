@@ -22,6 +22,8 @@ from microbatch.openai.chat_completion import (
 from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from microbatch.client import Microbatcher
     from microbatch.gateway.access import Access
     from microbatch.gateway.chat_request import ChatRequest
@@ -40,16 +42,23 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class ChatRoute:
-    """Serves chat completions; *model* is the one for requests that name none."""
+    """Serves chat completions; *model* is the one for requests that name none, *harmless* parameters are combined."""
 
     def __init__(
-        self, batcher: Microbatcher, access: Access, relay: Relay, settings: GatewaySettings, model: str | None
+        self,
+        batcher: Microbatcher,
+        access: Access,
+        relay: Relay,
+        settings: GatewaySettings,
+        model: str | None,
+        harmless: Collection[str],
     ) -> None:
         self._batcher = batcher
         self._access = access
         self._relay = relay
         self._settings = settings
         self._model = model
+        self._harmless = harmless
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Answer *request*."""
@@ -60,9 +69,9 @@ class ChatRoute:
         body = await self._relay.read_body(request)
         if not combine or caller.in_address or "Content-Encoding" in request.headers:
             return await self._relay.serve(request, PATH, body, caller)
-        chat = read_chat_request(body, model=self._model)
+        chat = read_chat_request(body, model=self._model, harmless=self._harmless)
         if chat.relayed:
-            return await self._relay.serve(request, PATH, body, caller)
+            return await self._relay.serve(request, PATH, body, caller, alone=chat.alone)
         try:
             reply = await self._batcher.submit(
                 **chat.arguments,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
+from microbatch.batching.parameters import HARMLESS
 from microbatch.batching.request import check_messages, read_messages, read_options
 from microbatch.gateway.errors import GatewayError
 from microbatch.messages import Priority
@@ -13,6 +14,8 @@ from microbatch.openai.chat_completion import submit_arguments
 from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from aiohttp import web
 
 _CONTROLS: Final = {
@@ -33,6 +36,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
         include_usage: Whether the last event holds the usage.
         typed: Whether it has a schema for its answer.
         relayed: Whether only the endpoint's own bytes can answer: events that hold more than text, or tool calls in place of JSON.
+        alone: What keeps it out of combined prompts, as in `Stats.alone_by_field`.
     """
 
     arguments: dict[str, Any]
@@ -41,6 +45,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     include_usage: bool
     typed: bool
     relayed: bool
+    alone: tuple[str, ...]
 
     def __repr__(self) -> str:
         """Return the shape, without text."""
@@ -63,8 +68,8 @@ def read_control_headers(request: web.Request) -> tuple[dict[str, Any], bool]:
     return {"priority": priority, "use_cache": cache == "yes"}, batch == "yes"
 
 
-def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
-    """Return the request in the body *raw*; *model* is the one for requests that name none.
+def read_chat_request(raw: bytes, *, model: str | None, harmless: Collection[str] = HARMLESS) -> ChatRequest:
+    """Return the request in the body *raw*; *model* is the one for requests that name none, *harmless* parameters are combined.
 
     Raises:
         GatewayError: The body is no JSON object, or there is no model.
@@ -82,11 +87,13 @@ def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
     messages = arguments["messages"]
     check_messages(messages)
     limit, temperature, params = arguments["max_tokens"], arguments["temperature"], arguments["params"]
-    read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal")
+    read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal", harmless)
     typed = not read.answer.is_text
-    combinable = read.combinable and read_messages(messages, read) is not None
+    alone = read.alone
+    if not alone and isinstance(found := read_messages(messages, read), str):
+        alone = (found,)
     include_usage = stream and _flag(as_object(options).get("include_usage"), "stream_options.include_usage")
-    return ChatRequest(arguments, asked, stream, include_usage, typed, relayed=not combinable and (stream or typed))
+    return ChatRequest(arguments, asked, stream, include_usage, typed, bool(alone) and (stream or typed), alone)
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:

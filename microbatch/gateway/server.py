@@ -7,6 +7,7 @@ import hmac
 import logging
 import secrets
 import traceback
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiohttp import web
@@ -14,6 +15,8 @@ from aiohttp.http import SERVER_SOFTWARE
 
 from microbatch.accounting.live import LiveFigures
 from microbatch.accounting.prometheus import PrometheusHooks
+from microbatch.batching.parameters import HARMLESS
+from microbatch.checking import checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
 from microbatch.gateway.access import Access
@@ -22,10 +25,11 @@ from microbatch.gateway.dashboard import figures, show_dashboard
 from microbatch.gateway.errors import GatewayError, translate
 from microbatch.gateway.relay import Relay
 from microbatch.gateway.settings import GatewaySettings
+from microbatch.policy import FlushPolicy
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable
 
     from microbatch.accounting.stats import Stats
 
@@ -85,6 +89,7 @@ class Gateway:
         ConfigError: A setting is wrong, or would let other machines use *api_key*.
     """
 
+    @checks_arguments
     def __init__(
         self,
         upstream: str,
@@ -124,7 +129,9 @@ class Gateway:
         own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
         self._pages: dict[str, Handler] = {**own, **(pages or {})}
         self._relay = Relay(self.batcher, self._settings.client_timeout)
-        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model)
+        policy = batcher.get("policy") or FlushPolicy()
+        harmless = HARMLESS.union(policy.combine_params)
+        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model, harmless)
         self._serving = 0  # requests of the API
         self._draining = False  # the gateway is closing and takes no further requests of the API
         self._runner: web.AppRunner | None = None

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, 
 
 import msgspec
 
+from microbatch.checking import checks_arguments
+from microbatch.client import Microbatcher
 from microbatch.containment import contained
 from microbatch.errors import ConfigError, Filtered, MalformedAnswer, TruncatedReply
 from microbatch.openai.chat_completion import completion_of, submit_arguments, usage_share
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeForm
 
-    from microbatch.client import Microbatcher
     from microbatch.messages import Messages, Priority, Reply, T
     from microbatch.openai.objects import FunctionCall
     from microbatch.openai.stream import AsyncStream
@@ -229,6 +230,7 @@ class AsyncOpenAI:
         chat: Holds `completions`.
     """
 
+    @checks_arguments
     def __init__(self, batcher: Microbatcher) -> None:
         self.batcher = batcher
         self.chat = Chat(batcher)

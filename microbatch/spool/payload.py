@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
-from microbatch.batching.request import check_messages, copy_of, read_options
+from microbatch.batching.message_forms import copy_of
+from microbatch.batching.parameters import HARMLESS
+from microbatch.batching.request import check_messages, read_options
 from microbatch.containment import contained
 from microbatch.errors import MalformedAnswer, StorageError
 from microbatch.messages import Reply, Request, Route, Usage
@@ -19,7 +21,7 @@ from microbatch.schema.answer_type import answer_type
 from microbatch.spool.records import Item
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from microbatch.batching.request import Options
     from microbatch.messages import Messages
@@ -108,10 +110,13 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
             priority="low",
         )
 
-    def options(self, tenant: str | None) -> Options:
-        """Return the request's options, as of a low-priority submit of *tenant*; raise `ConfigError` if they are invalid."""
+    def options(self, tenant: str | None, harmless: Collection[str] = HARMLESS) -> Options:
+        """Return the request's options, as of a low-priority submit of *tenant*; raise `ConfigError` if they are invalid.
+
+        Parameters other than the *harmless* keep it alone.
+        """
         params = self.params or None
-        return read_options(str, self.model, self.max_tokens, self.temperature, params, None, tenant, "low")
+        return read_options(str, self.model, self.max_tokens, self.temperature, params, None, tenant, "low", harmless)
 
     def __repr__(self) -> str:
         # Without content.

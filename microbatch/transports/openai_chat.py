@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import ssl as tls
+from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 from weakref import WeakSet
@@ -13,6 +14,7 @@ from weakref import WeakSet
 import aiohttp
 import msgspec
 
+from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, one_of, whole
 from microbatch.transports.addresses import DEFAULT_BASE_URL, checked_address, checked_path, host_and_port, secrets_in
@@ -24,7 +26,7 @@ from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, w
 from microbatch.transports.relay import Forwarded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterable
 
     from microbatch.protocols import ChatCall, Completion
 
@@ -73,6 +75,7 @@ class OpenAIChat:
         ConfigError: There is neither a key nor a base_url, or a setting is out of range.
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: str | None = None,
