@@ -31,7 +31,7 @@ from microbatch.prompt.compose import CANARY_TOKENS, ID_TOKENS, instruction, out
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from microbatch.batching.bounds import Bounds, ModelLimits
+    from microbatch.batching.bounds import Bounds
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Spec, Ticket
     from microbatch.messages import TokenLimits
@@ -140,10 +140,6 @@ class Estimates:
 
     # --- charges
 
-    def model(self, spec: Spec) -> ModelLimits:
-        """Return what is known of the model that requests with *spec* ask."""
-        return self._bounds.of(spec.model)
-
     def alone(self, ticket: Ticket, history: LaneHistory) -> Charge:
         """Return the charge of a single call for *ticket*, which is of a lane that has been measured."""
         spec = ticket.spec
@@ -180,10 +176,6 @@ class Estimates:
             bound = history.reply_tokens(items)
         return round(history.prompt_scale.of(ours)) + bound
 
-    def of_tickets(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int:
-        """Return the charge of a combined call for *tickets*; see `together`."""
-        return self.together(tickets[0].spec, history, len(tickets), line_tokens(tickets), quota)
-
     def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:
         """Return the most tokens that the combined reply to *tickets*, of one lane, may take; None for no bound."""
         spec = tickets[0].spec
@@ -198,7 +190,7 @@ class Estimates:
 
         *quota* is the most tokens that one call can be charged, prompt and answers together; None for no limit.
         """
-        model = self.model(spec)
+        model = self._bounds.of(spec.model)
         reserve = output_reserve(spec.max_tokens) if spec.max_tokens else history.written
         limits = [policy.max_output_tokens]
         if spec.max_tokens is None:

@@ -116,7 +116,8 @@ class Recovery:
                 return
             cost = group[0].cost
             if len(group) > 1:
-                cost = self._estimates.of_tickets(group, self._history, self._account.max_tokens)
+                spec, tokens, quota = group[0].spec, line_tokens(group), self._account.max_tokens
+                cost = self._estimates.together(spec, self._history, len(group), tokens, quota)
             permit = self._account.permit(cost, self._rank, again=cut is not None)
             try:
                 if not instead:

@@ -66,7 +66,7 @@ class LaneTable:
         spec = spec_of(messages[:-1], options, key)
         history = self._histories.of(key)
         account = self._given.accounts.of(spec.model, spec.headers)
-        model = self._estimates.model(spec)
+        model = self._given.bounds.of(spec.model)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._estimates.measure(spec, history)
         budget = self._estimates.budget(self._policy, spec, history, account.max_tokens)

@@ -249,6 +249,8 @@ class Account:
         wait = 0.0 if self.breaker.is_open(now) else self._wait(self._refused, now)
         if wait <= 0:
             self._refused = None
+            if self._bucket is not None:
+                self._bucket.disclaim(self._claimant)  # the request that was refused may have been withdrawn
             self.slots.ready(self)
         else:
             self._ask_again_at(now + wait)

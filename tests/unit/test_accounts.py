@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 from helpers import ask, scheduler_for
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import microbatch as mb
@@ -629,6 +629,7 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
+@example(events=[(0, 501, "answer", 0.5, 0), (0, 500, "never mind", 0.5, 0)], adaptive=False, rpm=None, slots=4)
 @given(events=EVENTS, adaptive=st.booleans(), rpm=st.sampled_from([None, 2, 10]), slots=st.sampled_from([1, 4, 64]))
 def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, rpm, slots):
     async def run():
