@@ -55,14 +55,20 @@ def checks_arguments(init: F) -> F:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
             given = {}  # Python says it better
-        for name, hint in hints_of(init).items():
-            if name in given:
-                several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
-                for value in given[name] if several else (given[name],):
-                    check(name, value, hint)
+        check_given(init, given)
         init(*args, **kwargs)
 
     return cast("F", wrapper)
+
+
+def check_given(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Check the arguments *given* of *function* by name; raise `ConfigError` if one does not fit."""
+    parameters = inspect.signature(function).parameters
+    for name, hint in hints_of(function).items():
+        if name in given:
+            several = parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            for value in given[name] if several else (given[name],):
+                check(name, value, hint)
 
 
 def check_fields(instance: object) -> None:

@@ -16,7 +16,7 @@ from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
+from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, as_seconds, at_least, whole
 from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
 from microbatch.spool.payload import Payload
@@ -196,8 +196,7 @@ class Microbatcher:
         caller: CallerOptions | Reply[Any]
         caller = SHARED if use_cache and (self._intake.shares or options.cold) else UNSHARED
         if timeout is not None or ttl is not None:
-            at_least(0, timeout=timeout, ttl=ttl)
-            timeout = None if timeout is None else float(timeout)  # of numpy's types
+            timeout, ttl = as_seconds("timeout", timeout), as_seconds("ttl", ttl)
             caller = CallerOptions(timeout, caller.shared, None, ttl, asyncio.get_running_loop().time())
         if use_cache and self._cache is not None:
             self._host.check_open()

@@ -30,6 +30,12 @@ def at_least(minimum: float, *, optional: bool = True, **settings: float | None)
             raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
 
 
+def as_seconds(name: str, value: float | None) -> float | None:
+    """Return a caller's number of seconds, of any class, as a float; raise `ConfigError` if it is none or negative."""
+    at_least(0, **{name: value})
+    return None if value is None else float(value)
+
+
 def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> None:
     """Check that whole numbers, given by name, are at least *minimum*, or None if *optional*.
 

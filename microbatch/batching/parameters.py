@@ -20,7 +20,7 @@ HARMLESS: Final = frozenset({
     "reasoning_effort", "verbosity", "reasoning", "include_reasoning", "reasoning_format", "thinking", "enable_thinking",
     "thinking_budget", "chat_template_kwargs", "separate_reasoning", "think", "thinking_config",
     # who answers, and at what price
-    "provider", "models", "route", "service_tier", "priority", "keep_alive", "lora_path", "id_slot",
+    "provider", "models", "fallbacks", "route", "service_tier", "priority", "keep_alive", "lora_path", "id_slot",
     # prefix caches
     "prompt_cache_key", "prompt_cache_retention", "cached_content", "cache_prompt", "cache_salt",
     # what is recorded
@@ -35,9 +35,12 @@ DEFAULTS: Final[Mapping[str, tuple[object, ...]]] = {
     "add_generation_prompt": (True,),
     "best_of": (1,),
     "continue_final_message": (False,),
+    "early_stopping": (False,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "logprobs": (False,),
     "min_tokens": (0,),
     "modalities": (["text"],),
@@ -45,6 +48,8 @@ DEFAULTS: Final[Mapping[str, tuple[object, ...]]] = {
     "parallel_tool_calls": (False,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "top_logprobs": (0,),
     "use_beam_search": (False,),
 }

@@ -16,7 +16,7 @@ from aiohttp.http import SERVER_SOFTWARE
 from microbatch.accounting.live import LiveFigures
 from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.batching.parameters import HARMLESS
-from microbatch.checking import checks_arguments
+from microbatch.checking import check_given, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
 from microbatch.gateway.access import Access
@@ -106,6 +106,7 @@ class Gateway:
         pages: dict[str, Handler] | None = None,
         **batcher: Any,
     ) -> None:
+        check_given(Microbatcher.__init__, batcher)
         self.host = host
         self.port = port
         self._settings = settings if settings is not None else GatewaySettings()

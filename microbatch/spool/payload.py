@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
-from microbatch.batching.message_forms import copy_of
+from microbatch.batching.message_forms import copy_of, plainly
 from microbatch.batching.parameters import HARMLESS
 from microbatch.batching.request import check_messages, read_options
 from microbatch.containment import contained
@@ -67,11 +67,11 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         """Return the content of a request; the arguments are those of `submit`, and `ConfigError` is raised as there."""
         check_messages(messages)
         options = read_options(output_type, model, max_tokens, temperature, params, None, None, "low")
-        fields = dict(params or {})
+        fields: dict[str, Any] = plainly(dict(params or {}), "params")
         if output_type is not str:
             schema = {"name": "answer", "schema": options.answer.schema, "strict": options.answer.strict}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return cls(copy_of(messages), model, max_tokens, temperature, fields)
+        return cls(copy_of(messages), options.model, options.max_tokens, options.params.get("temperature"), fields)
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:

@@ -76,6 +76,11 @@ WRONG = [
     ),
     (lambda: microbatch.gateway.Gateway(None), "upstream must be a string, got None"),
     (lambda: microbatch.gateway.Gateway("http://x/v1", settings={}), "settings must be a GatewaySettings, got dict"),
+    (
+        lambda: microbatch.gateway.Gateway("http://x/v1", policy={"max_wait": 1}),
+        "policy must be a FlushPolicy, got dict",
+    ),
+    (lambda: microbatch.gateway.Gateway("http://x/v1", hooks=print), "hooks must be a sequence"),
     (lambda: microbatch.gateway.GatewaySettings(max_requests=None), "max_requests must be a whole number, got None"),
     (lambda: ScriptedTransport(5), "script must be .* got 5"),
     (lambda: ScriptedTransport(delay="1"), "delay must be a number, got '1'"),

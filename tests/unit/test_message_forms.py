@@ -18,6 +18,7 @@ from pydantic import BaseModel
 import microbatch as mb
 from microbatch.batching.message_forms import as_texts, copy_of
 from microbatch.batching.request import PLAIN, read_messages
+from microbatch.spool.payload import Payload
 from microbatch.testing import ScriptedTransport
 
 
@@ -99,11 +100,18 @@ async def test_alone_the_own_messages_are_sent_as_given(name):
 
 
 @each("name", FORMS)
-async def test_a_cache_finds_the_answer_again_and_a_spool_takes_it(name):
+async def test_a_cache_finds_the_answer_again(name):
     async with batcher_for(ScriptedTransport(), mb.MemoryCache()) as batcher:
         await batcher.submit(FORMS[name]("one"))
         assert (await batcher.submit(FORMS[name]("one"))).route == "cache"
         assert [result.unwrap().route async for result in batcher.map([FORMS[name]("one")])] == ["cache"]
+
+
+@each("name", FORMS)
+def test_a_spool_keeps_the_messages_as_given(name):
+    payload = Payload.of(FORMS[name]("one"), max_tokens=np.int64(5), model=Text("m"), params={"user": Text("u")})
+    kept = Payload.decode(payload.encode())
+    assert (kept.messages, kept.model, kept.max_tokens) == (copy_of(FORMS[name]("one")), "m", 5)
 
 
 async def test_later_changes_of_the_callers_objects_do_not_reach_what_waits():

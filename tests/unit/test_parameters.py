@@ -154,6 +154,7 @@ async def test_numbers_and_texts_of_other_classes_are_taken_for_what_they_are():
         replies = await asyncio.gather(*asking)
     assert [reply.output for reply in replies] == ["A", "B"]
     (call,) = transport.calls
+    assert type(replies[1].latency) is float
     assert msgspec.json.encode(call.call.params) == b'{"top_p":0.5,"user":"u","temperature":0.5}'
 
 
