@@ -313,7 +313,7 @@ class Microbatcher:
             BatcherClosed: The batcher is not open.
         """
         spool = self._spooling()
-        name = _name(tenant, id if id is not None else uuid.uuid4().hex)
+        name = Name.checked(tenant, id if id is not None else uuid.uuid4().hex)
         payload = Payload.of(
             messages,
             output_type=output_type,
@@ -355,7 +355,7 @@ class Microbatcher:
         """
         spool = self._spooling()
         at_least(0, timeout=timeout)
-        return await spool.result(_name(tenant, id), output_type, timeout)
+        return await spool.result(Name.checked(tenant, id), output_type, timeout)
 
     def _spooling(self) -> SpoolClient:
         if self._parts.spool is None:
@@ -449,17 +449,3 @@ class Microbatcher:
         """Return the state and the load."""
         state = "closed" if self._engine.closing else "new" if self._engine.accepting_loop is None else "open"
         return f"Microbatcher({state}, queued={self._admission.occupied}, in_flight={self._engine.scheduler.in_use})"
-
-
-def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.enqueue`
-    for word, value in (("id", id), ("tenant", tenant)):
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{word} must be a string, got {type(value).__name__}")
-    if not id:
-        raise ConfigError("id must not be empty")
-    name = Name(tenant, id)
-    try:
-        _ = name.key
-    except UnicodeEncodeError:
-        raise ConfigError("id and tenant must be texts that UTF-8 can say") from None
-    return name

@@ -11,8 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from microbatch.batching.lane_table import MAX_LINE_BYTES
-from microbatch.batching.message_forms import copy_of
-from microbatch.batching.parameters import HARMLESS
 from microbatch.batching.request import (
     canonical_messages,
     check_messages,
@@ -25,6 +23,8 @@ from microbatch.batching.request import (
 from microbatch.batching.ticket import HIGH, NEVER, NO_CONTEXT, AloneReason, Ticket, Waiter
 from microbatch.errors import ConfigError
 from microbatch.prompt.compose import ID_TOKENS, item_line
+from microbatch.prompt.message_forms import copy_of
+from microbatch.prompt.parameters import HARMLESS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
-from microbatch.batching.message_forms import COMBINED, as_texts, copy_of, encoded, plainly
-from microbatch.batching.parameters import HARMLESS, kept_alone, without_defaults
 from microbatch.batching.ticket import NORMAL, Spec
 from microbatch.errors import ConfigError
 from microbatch.messages import Message, Priority
 from microbatch.policy import one_of, whole
 from microbatch.prompt.codec import Settings
 from microbatch.prompt.compose import is_combined
+from microbatch.prompt.message_forms import COMBINED, as_texts, copy_of, encoded, plainly
+from microbatch.prompt.parameters import HARMLESS, kept_alone, without_defaults
 from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:

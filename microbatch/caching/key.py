@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.batching.message_forms import known
 from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.messages import Message
+from microbatch.prompt.message_forms import known
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
-from microbatch.batching.parameters import HARMLESS
 from microbatch.batching.request import check_messages, read_messages, read_options
 from microbatch.gateway.errors import GatewayError
 from microbatch.messages import Priority
 from microbatch.openai.chat_completion import submit_arguments
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:

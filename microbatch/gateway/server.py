@@ -15,7 +15,6 @@ from aiohttp.http import SERVER_SOFTWARE
 
 from microbatch.accounting.live import LiveFigures
 from microbatch.accounting.prometheus import PrometheusHooks
-from microbatch.batching.parameters import HARMLESS
 from microbatch.checking import check_given, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
@@ -26,6 +25,7 @@ from microbatch.gateway.errors import GatewayError, translate
 from microbatch.gateway.relay import Relay
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.policy import FlushPolicy
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:

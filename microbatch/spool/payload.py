@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
-from microbatch.batching.message_forms import copy_of, plainly
-from microbatch.batching.parameters import HARMLESS
 from microbatch.batching.request import check_messages, read_options
 from microbatch.containment import contained
 from microbatch.errors import MalformedAnswer, StorageError
 from microbatch.messages import Reply, Request, Route, Usage
+from microbatch.prompt.message_forms import copy_of, plainly
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.schema.answer_type import answer_type
 from microbatch.spool.records import Item
 

@@ -16,8 +16,8 @@ from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 from pydantic import BaseModel
 
 import microbatch as mb
-from microbatch.batching.message_forms import as_texts, copy_of
 from microbatch.batching.request import PLAIN, read_messages
+from microbatch.prompt.message_forms import as_texts, copy_of
 from microbatch.spool.payload import Payload
 from microbatch.testing import ScriptedTransport
 

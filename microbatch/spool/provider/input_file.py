@@ -17,13 +17,13 @@ import msgspec
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.estimates import Estimates
 from microbatch.batching.lane_history import LaneHistory
-from microbatch.batching.message_forms import copy_of
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
-from microbatch.batching.parameters import HARMLESS
 from microbatch.batching.request import check_messages, read_messages, spec_of
 from microbatch.errors import ConfigError, StorageError
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
+from microbatch.prompt.message_forms import copy_of
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.spool.payload import Payload
 from microbatch.spool.provider.api import ENDPOINT
 from microbatch.spool.records import Name, Stage
