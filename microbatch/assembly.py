@@ -31,9 +31,7 @@ from microbatch.batching.single_queue import SingleQueues
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
-from microbatch.protocols import Cache, Transport
 from microbatch.resources import acquire, release
-from microbatch.spool.records import Spool
 from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.retry import Sender
@@ -44,7 +42,9 @@ if TYPE_CHECKING:
     from microbatch.accounting.prices import Price
     from microbatch.messages import Usage
     from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+    from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
+    from microbatch.spool.records import Spool
     from microbatch.transports.rate_limit import RateLimit
 
 logger: Final = logging.getLogger("microbatch")
@@ -67,20 +67,12 @@ class Settings:
     hooks: Sequence[object]
     draw_ids: Callable[[int], Sequence[str]]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.transport, Transport):
-            raise ConfigError(f"transport must have send() and aclose(), got {type(self.transport).__name__}")
-        if self.cache is not None and not isinstance(self.cache, Cache):
-            raise ConfigError(f"cache must have get_many(), set_many() and aclose(), got {type(self.cache).__name__}")
-        if self.spool is not None and not isinstance(self.spool, Spool):
-            raise ConfigError(f"spool must have the methods of Spool, got {type(self.spool).__name__}")
-
 
 class Assembly:
     """The parts of one batcher; see `Microbatcher` for the arguments.
 
     Raises:
-        ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.
+        ConfigError: A setting is wrong.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -195,7 +187,10 @@ class Host:
             await asyncio.wait([self._undone])
         if self._task is not None:
             raise BatcherClosed("a Microbatcher is opened once; make a new one")
-        self.loop = asyncio.get_running_loop()
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigError("a Microbatcher needs an event loop of asyncio, and none is running here") from None
         ready: asyncio.Future[None] = self.loop.create_future()
         task = self._task = self.loop.create_task(self._run(ready), name="microbatch", context=contextvars.Context())
         task.add_done_callback(lambda _: _end(ready))

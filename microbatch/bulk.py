@@ -21,7 +21,7 @@ from microbatch.batching.request import check_messages, rank_of
 from microbatch.batching.ticket import NO_CONTEXT, NORMAL, UNSHARED, CallerOptions, FlushReason
 from microbatch.errors import BatcherClosed, ShutDown
 from microbatch.messages import Request, Result
-from microbatch.policy import at_least
+from microbatch.policy import as_seconds
 
 if TYPE_CHECKING:
     from microbatch.batching.engine import Engine
@@ -248,13 +248,13 @@ class BulkRun:
             request.tenant,
             request.priority,
         )
-        at_least(0, timeout=request.timeout, ttl=request.ttl)
+        timeout, ttl = as_seconds("timeout", request.timeout), as_seconds("ttl", request.ttl)
         shared = request.use_cache and (self.intake.shares or options.cold)
         key: bytes | None = None
         if self.cache is not None and request.use_cache:
             check_messages(request.messages)
             key = self.cache.key(request.messages, options)
-        caller = CallerOptions(request.timeout, shared, key, request.ttl)
+        caller = CallerOptions(timeout, shared, key, ttl)
         return _Item(index, request, options, caller, asyncio.get_running_loop().time())
 
     def _looked_up(self, item: _Item, looking: asyncio.Future[bytes | None]) -> None:

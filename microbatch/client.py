@@ -5,35 +5,36 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
+from microbatch.accounting.prices import Price
 from microbatch.assembly import Assembly, Host, Settings
 from microbatch.batching.live_answer import LiveAnswer
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
+from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
+from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, as_seconds, at_least, whole
 from microbatch.prompt.compose import draw_endings
+from microbatch.protocols import Cache, Transport
 from microbatch.spool.payload import Payload
-from microbatch.spool.records import Name
+from microbatch.spool.records import Name, Spool
 from microbatch.transports.credentials import credentials_in
+from microbatch.transports.rate_limit import RateLimit
 from microbatch.transports.relay import read_charge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
     from typing_extensions import TypeForm, TypeVar
 
-    from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Stats
     from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source
-    from microbatch.protocols import Cache, Transport
-    from microbatch.spool.records import Spool
     from microbatch.spool.spool_client import SpoolClient
-    from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
     T = TypeVar("T", default=str)
@@ -71,8 +72,10 @@ class Microbatcher:
         model: Model name; None for the transport's.
         max_tokens: Most tokens of the answer; a longer one in a combined reply is asked for again alone. None sets no limit.
         temperature: Sampling temperature; None for the endpoint's default.
-        params: Any other request field. Those that mean one answer (tools, n, logprobs, stop, seed...) make the request go alone, with
-            the endpoint's JSON in `Reply.body`. `response_format` with a json_schema becomes the answer's schema. Requests with
+        params: Any other request field; the fields of an `extra_body` among them are request fields too, as in OpenAI's SDK. Those that
+            act on a whole reply (n, logprobs, stop, seed, grammars, penalties...), and any that is not known to act on each of
+            several answers alike, make the request go alone, with the endpoint's JSON in `Reply.body`; see
+            `FlushPolicy.combine_params`. `response_format` with a json_schema becomes the answer's schema. Requests with
             `response_format` json_object are combined, and so are those with a tool that must be called (`tool_choice` names it, or is
             "required" and there is one): the answer is the tool's arguments as JSON text, and `Reply.body` has the call.
         headers: This caller's headers. With a credential among them, in any header, the transport's own key is not sent.
@@ -87,6 +90,7 @@ class Microbatcher:
         ConfigError: A setting is wrong.
     """
 
+    @checks_arguments
     def __init__(
         self,
         transport: Transport,
@@ -195,7 +199,7 @@ class Microbatcher:
         caller: CallerOptions | Reply[Any]
         caller = SHARED if use_cache and (self._intake.shares or options.cold) else UNSHARED
         if timeout is not None or ttl is not None:
-            at_least(0, timeout=timeout, ttl=ttl)
+            timeout, ttl = as_seconds("timeout", timeout), as_seconds("ttl", ttl)
             caller = CallerOptions(timeout, caller.shared, None, ttl, asyncio.get_running_loop().time())
         if use_cache and self._cache is not None:
             self._host.check_open()
@@ -354,7 +358,7 @@ class Microbatcher:
             BatcherClosed: The batcher is not open.
         """
         spool = self._spooling()
-        name = _name(tenant, id if id is not None else uuid.uuid4().hex)
+        name = Name.checked(tenant, id if id is not None else uuid.uuid4().hex)
         payload = Payload.of(
             messages,
             output_type=output_type,
@@ -396,7 +400,7 @@ class Microbatcher:
         """
         spool = self._spooling()
         at_least(0, timeout=timeout)
-        return await spool.result(_name(tenant, id), output_type, timeout)
+        return await spool.result(Name.checked(tenant, id), output_type, timeout)
 
     def _spooling(self) -> SpoolClient:
         if self._parts.spool is None:
@@ -418,7 +422,13 @@ class Microbatcher:
 
     @asynccontextmanager
     async def forward(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        *,
+        alone: Sequence[str] = (),
     ) -> AsyncIterator[Forwarded]:
         """Relay a request to the endpoint and its answer back, byte for byte. It takes a slot and a permit like any call.
 
@@ -427,6 +437,7 @@ class Microbatcher:
             path: Path below the transport's base_url, with its query.
             headers: The request's headers; a credential among them, in any header, stands in place of the transport's own key.
             body: The request's body, or None.
+            alone: What keeps the request out of combined prompts, to be counted in `Stats.alone_by_field`.
 
         Yields:
             The response: `status`, `headers`, and its bytes by `async for` or `chunks()`.
@@ -448,6 +459,7 @@ class Microbatcher:
         async with self._engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
             ledger.upstream_calls += 1
             ledger.forwarded += 1
+            self._intake.note_alone(alone)
             try:
                 response = await relayed.enter_async_context(relay(method, path, headers, body))
             except ConfigError:
@@ -478,21 +490,12 @@ class Microbatcher:
         """Return the figures so far, as a snapshot that never changes."""
         return self._parts.stats()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Microbatcher cannot be pickled or copied: it belongs to one event loop; make one where it is used"
+        )
+
     def __repr__(self) -> str:
         """Return the state and the load."""
         state = "closed" if self._engine.closing else "new" if self._engine.accepting_loop is None else "open"
         return f"Microbatcher({state}, queued={self._admission.occupied}, in_flight={self._engine.scheduler.in_use})"
-
-
-def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.enqueue`
-    for word, value in (("id", id), ("tenant", tenant)):
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{word} must be a string, got {type(value).__name__}")
-    if not id:
-        raise ConfigError("id must not be empty")
-    name = Name(tenant, id)
-    try:
-        _ = name.key
-    except UnicodeEncodeError:
-        raise ConfigError("id and tenant must be texts that UTF-8 can say") from None
-    return name

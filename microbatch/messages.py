@@ -144,7 +144,14 @@ Source: TypeAlias = "Iterable[T] | AsyncIterable[T]"
 Requests: TypeAlias = "Source[Request[Any] | Messages]"
 
 
-class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
+class _Waiting:
+    """What of a reply is no field, and so is not encoded, copied or pickled: the function that waits for its call, for `settled`."""
+
+    __slots__ = ("_wait",)
+    _wait: Callable[[], Awaitable[object]] | None
+
+
+class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
     """The answer to one request, and its cost.
 
     Attributes:
@@ -177,7 +184,6 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
     finish_reason: str | None = None
     request_id: str | None = None
     body: dict[str, Any] | None = None
-    _wait: Callable[[], Awaitable[object]] | None = None
 
     async def settled(self) -> Reply[T_co]:
         """Wait until `usage` and `cost_usd` are final, and return this reply.
@@ -185,8 +191,9 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
         They are final when the last call that carried the request has ended. If one ended without reporting its usage, they remain an
         estimate.
         """
-        if self._wait is not None:
-            await self._wait()
+        wait = getattr(self, "_wait", None)
+        if wait is not None:
+            await wait()
         return self
 
     def __repr__(self) -> str:

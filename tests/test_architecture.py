@@ -14,7 +14,7 @@ import microbatch
 HOME = Path(microbatch.__file__).parent
 
 FOUNDATION = (
-    *("messages", "errors", "policy", "protocols"),
+    *("messages", "errors", "checking", "policy", "protocols"),
     *("lru", "transience", "containment", "resources", "thoughts"),
 )
 LAYERS = (

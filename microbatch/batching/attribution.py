@@ -59,12 +59,13 @@ class UsageAttribution:
         line_bytes: Sequence[int] = (1,),
         answer_bytes: Sequence[int] = (1,),
     ) -> CallCost | None:
-        """Return the cost of a call, divided by the bytes of each request's line and answer; None if it is unknown."""
+        """Return the cost of an ended attempt, divided by the bytes of each request's line and answer; None if it is unknown."""
         if completion is None or completion.usage is None:
             return None
         shares = divided(completion.usage, line_bytes, answer_bytes)
         # The price of the model that answered, else of the one that was asked.
         price = (completion.model is not None and self._given.price(completion.model)) or call_state.price
+        call_state.paid(completion.usage, price)
         return CallCost(completion, completion.usage, shares, price)
 
     def attribute(

@@ -38,6 +38,8 @@ class CallState:
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
         unenforced: Whether nothing in its reply, a single one, fits the schema.
         ended: Whether it is over and its cost attributed.
+        usage: What the endpoint has reported of all its attempts; None before the first report.
+        cost_usd: The price of that in US dollars; None if a price is unknown.
     """
 
     __slots__ = (
@@ -46,6 +48,7 @@ class CallState:
         "_task",
         "_timer",
         "attempts",
+        "cost_usd",
         "ended",
         "first_text",
         "found",
@@ -56,6 +59,7 @@ class CallState:
         "sent",
         "size",
         "unenforced",
+        "usage",
         "waiting",
     )
 
@@ -74,6 +78,8 @@ class CallState:
         self.only_reasoning: bool = False
         self.unenforced: bool = False
         self.ended: bool = False
+        self.usage: Usage | None = None
+        self.cost_usd: float | None = None
         self._ended: anyio.Event | None = None
         self._task: asyncio.Task[Any] | None = None  # while it is sent
         self._timer: asyncio.Handle | None = None
@@ -109,6 +115,12 @@ class CallState:
             if self._cancelled:
                 task.uncancel()
             self._task = self._timer = None
+
+    def paid(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Note that an attempt used *usage*, at *price*."""
+        before = 0.0 if self.usage is None else self.cost_usd
+        self.usage = usage if self.usage is None else self.usage + usage
+        self.cost_usd = None if price is None or before is None else before + price(usage)
 
     def abandoned(self) -> None:
         """Note that a caller left without an answer; the last one ends the call, unless only the reply's end is missing."""

@@ -426,8 +426,8 @@ class Dispatcher:
                 finish_reason,
                 request_id,
                 body,
-                wait,
             )
+            reply._wait = wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
         _hand_back(spec.answer.tool if size > 1 else None, replies)
         answered = self._settlement.answer(replies)

@@ -125,6 +125,7 @@ class Settlement:
             latency=ticket.created + reply.latency - waiter.created,
             body=reply.body if waiter is ticket else _copy_of(reply.body),
         )
+        mine._wait = reply._wait  # noqa: SLF001 no field, see `Reply`
         waiter.future.set_result(mine)
         if waiter.deadline is not None:
             waiter.deadline.cancel()

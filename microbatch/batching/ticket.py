@@ -241,6 +241,7 @@ class Ticket(Waiter, eq=False):
         call: The latest call that carried it.
         reply: Its answer. With one caller it is the caller's own; with several each has a copy with a share of the cost.
         charge: The charge of a single call for it; None where tokens are not limited.
+        own: Its messages as given, which a single call carries, if they have another form than those of its spec and line.
     """
 
     spec: Spec
@@ -256,6 +257,7 @@ class Ticket(Waiter, eq=False):
     reply: Reply[Any] | None = None
     charge: Charge | None = None
     past: Past | None = None
+    own: list[dict[str, Any]] | None = None
 
     @property
     def callers(self) -> Iterable[Waiter]:
@@ -293,6 +295,8 @@ class Ticket(Waiter, eq=False):
     @property
     def messages(self) -> list[dict[str, Any]]:
         """Its messages as its caller gave them."""
+        if self.own is not None:
+            return self.own
         shared = self.spec.shared
         return [*shared, {"role": "user", "content": self.text}] if self.combinable else shared
 

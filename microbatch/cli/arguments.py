@@ -9,6 +9,7 @@ import json
 import os
 import re
 import types
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from microbatch.cli.console import UsageError
@@ -87,10 +88,12 @@ def number(least: float, most: float | None = None, *, kind: type[float] = float
 
 # --- settings
 
+_SEVERAL: Final = {"combine_params": "combine_param"}
+
 
 def flag(name: str) -> str:
-    """Return the flag of a setting."""
-    return "--" + name.replace("_", "-")
+    """Return the flag of a setting; one that may be given several times is named in the singular."""
+    return "--" + _SEVERAL.get(name, name).replace("_", "-")
 
 
 def add_settings(group: Group, settings: type) -> None:
@@ -98,9 +101,10 @@ def add_settings(group: Group, settings: type) -> None:
     hints = get_type_hints(settings)
     helps = described(settings)
     for field in dataclasses.fields(settings):
-        default = "none" if field.default is None else str(field.default)
+        default = "none" if field.default in (None, ()) else str(field.default)
         text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
-        group.add_argument(flag(field.name), default=None, help=text, **_value_options(hints[field.name]))
+        options = _value_options(hints[field.name])
+        group.add_argument(flag(field.name), help=text, **options)
 
 
 def described(settings: type) -> dict[str, str]:
@@ -113,7 +117,8 @@ def described(settings: type) -> dict[str, str]:
 def read_settings(args: argparse.Namespace, settings: type[T], **fixed: Any) -> T:
     """Return *settings* with the values of the flags; *fixed* takes precedence. Raise `UsageError` if a value is out of range."""
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    values = {name: getattr(args, _SEVERAL.get(name, name)) for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
     try:
         return settings(**{**given, **fixed})
     except ConfigError as error:
@@ -131,6 +136,8 @@ def _value_options(hint: Any) -> dict[str, Any]:
     """Return the options with which argparse reads a value of the type *hint*."""
     if get_origin(hint) in (types.UnionType, Union):
         hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Collection:
+        return {"action": "append", "metavar": "NAME", "default": []}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is Literal:

@@ -27,6 +27,8 @@ from microbatch.transports.chat_wire import completion_object, usage_object
 from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from microbatch.batching.live_answer import LiveAnswer
     from microbatch.client import Microbatcher
     from microbatch.gateway.access import Access
@@ -44,16 +46,23 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class ChatRoute:
-    """Serves chat completions; *model* is the one for requests that name none."""
+    """Serves chat completions; *model* is the one for requests that name none, *harmless* parameters are combined."""
 
     def __init__(
-        self, batcher: Microbatcher, access: Access, relay: Relay, settings: GatewaySettings, model: str | None
+        self,
+        batcher: Microbatcher,
+        access: Access,
+        relay: Relay,
+        settings: GatewaySettings,
+        model: str | None,
+        harmless: Collection[str],
     ) -> None:
         self._batcher = batcher
         self._access = access
         self._relay = relay
         self._settings = settings
         self._model = model
+        self._harmless = harmless
 
     async def serve(self, request: web.Request, place: Place) -> web.StreamResponse:
         """Answer *request*, which goes to *place*."""
@@ -64,9 +73,9 @@ class ChatRoute:
         body = await self._relay.read_body(request)
         if not combine or caller.in_address or "Content-Encoding" in request.headers:
             return await self._relay.serve(request, place.path, body, caller)
-        chat = read_chat_request(body, model=place.model or self._model)
+        chat = read_chat_request(body, model=place.model or self._model, harmless=self._harmless)
         if chat.arguments is None or (chat.stream and self._settings.streams == "relay"):
-            return await self._relay.serve(request, place.path, chat.body, caller)
+            return await self._relay.serve(request, place.path, chat.body, caller, alone=chat.alone)
         asked = {**chat.arguments, "model": chat.model} if place.model else chat.arguments
         async with self._batcher.open_answer(
             **asked,

@@ -12,9 +12,12 @@ from microbatch.gateway.errors import GatewayError
 from microbatch.gateway.json_faults import json_fault
 from microbatch.messages import Priority
 from microbatch.openai.chat_completion import submit_arguments
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.transports.lenient import as_object, decode
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from aiohttp import web
 
 _CONTROLS: Final = {
@@ -36,6 +39,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
         stream: Whether the answer is sent as events.
         include_usage: Whether the last event holds the usage.
         typed: Whether it has a schema for its answer, and no tool for it.
+        alone: What keeps it out of combined prompts, as in `Stats.alone_by_field`.
     """
 
     body: bytes
@@ -44,6 +48,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     stream: bool = False
     include_usage: bool = False
     typed: bool = False
+    alone: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Return the shape, without text."""
@@ -66,8 +71,8 @@ def read_control_headers(request: web.Request) -> tuple[dict[str, Any], bool]:
     return {"priority": priority, "use_cache": cache == "yes"}, batch == "yes"
 
 
-def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
-    """Return the request in the body *raw*; *model* is the one for requests that name none.
+def read_chat_request(raw: bytes, *, model: str | None, harmless: Collection[str] = HARMLESS) -> ChatRequest:
+    """Return the request in the body *raw*; *model* is the one for requests that name none, *harmless* parameters are combined.
 
     Raises:
         GatewayError: The body is no JSON object, or there is no model.
@@ -86,9 +91,12 @@ def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
     limit, temperature, params = arguments["max_tokens"], arguments["temperature"], arguments["params"]
     try:
         check_messages(messages)
-        read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal")
-        if not read.combinable or read_messages(messages, read) is None:
-            return relayed
+        read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal", harmless)
+        alone = read.alone
+        if not alone and isinstance(found := read_messages(messages, read), str):
+            alone = (found,)
+        if alone:
+            return msgspec.structs.replace(relayed, alone=alone)
     except ConfigError:
         return relayed  # the endpoint says what is wrong with it, or takes it
     streamed, typed = bool(stream), not read.answer.is_text and read.answer.form is None

@@ -7,6 +7,7 @@ import hmac
 import logging
 import secrets
 import traceback
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiohttp import web
@@ -14,6 +15,7 @@ from aiohttp.http import SERVER_SOFTWARE
 
 from microbatch.accounting.live import LiveFigures
 from microbatch.accounting.prometheus import PrometheusHooks
+from microbatch.checking import check_given, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
 from microbatch.gateway.access import Access
@@ -23,11 +25,13 @@ from microbatch.gateway.errors import GatewayError, translate
 from microbatch.gateway.relay import Relay
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.gateway.upstream import API, AZURE, Upstream
+from microbatch.policy import FlushPolicy
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+    from collections.abc import Awaitable, Callable
 
     from microbatch.accounting.stats import Stats
 
@@ -89,6 +93,7 @@ class Gateway:
         ConfigError: A setting is wrong, or would let other machines use *api_key*.
     """
 
+    @checks_arguments
     def __init__(
         self,
         upstream: str,
@@ -107,6 +112,7 @@ class Gateway:
         pages: dict[str, Handler] | None = None,
         **batcher: Any,
     ) -> None:
+        check_given(Microbatcher.__init__, batcher)
         self.host = host
         self.port: int = port
         self._settings = settings if settings is not None else GatewaySettings()
@@ -133,7 +139,9 @@ class Gateway:
         own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
         self._pages: dict[str, Handler] = {**own, **(pages or {})}
         self._relay = Relay(self.batcher, self._settings.client_timeout)
-        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model)
+        policy = batcher.get("policy") or FlushPolicy()
+        harmless = HARMLESS.union(policy.combine_params)
+        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model, harmless)
         self._serving = 0  # requests of the API
         self._draining = False  # the gateway is closing and takes no further requests of the API
         self._runner: web.AppRunner | None = None

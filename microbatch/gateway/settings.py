@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
-from microbatch.errors import ConfigError
-from microbatch.policy import at_least, one_of, whole
+from microbatch.checking import AtLeast, Count, check_fields
+
+Positive: TypeAlias = Annotated[float, AtLeast(0.001)]
 
 Streams = Literal["auto", "combine", "relay"]
 
@@ -35,21 +36,15 @@ class GatewaySettings:
         ConfigError: A limit is below its minimum.
     """
 
-    max_body_bytes: int = 32 * 1024 * 1024
-    max_requests: int = 4_096
-    client_timeout: float = 60.0
-    request_timeout: float | None = None
-    upstream_timeout: float = 600.0
-    idle_timeout: float = 60.0
+    max_body_bytes: Count = 32 * 1024 * 1024
+    max_requests: Count = 4_096
+    client_timeout: Positive = 60.0
+    request_timeout: Positive | None = None
+    upstream_timeout: Positive = 600.0
+    idle_timeout: Positive = 60.0
     exact_usage: bool = False
     trust_tenant_header: bool = False
     streams: Streams = "auto"
 
     def __post_init__(self) -> None:
-        whole(1, max_body_bytes=self.max_body_bytes, max_requests=self.max_requests)
-        at_least(0.001, client_timeout=self.client_timeout, request_timeout=self.request_timeout)
-        at_least(0.001, optional=False, upstream_timeout=self.upstream_timeout, idle_timeout=self.idle_timeout)
-        one_of(Streams, streams=self.streams)
-        for name in ("exact_usage", "trust_tenant_header"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_fields(self)

@@ -22,12 +22,15 @@ _NAMED: Final = frozenset({"messages", "model", "temperature", "max_tokens", "ma
 def submit_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `submit` that a request body stands for; fields without an argument of their own are in `params`."""
     limit = body.get("max_completion_tokens")
+    params = {name: value for name, value in body.items() if name not in _NAMED}
+    if "extra_body" in params:
+        params["extra_body"] = {"extra_body": params["extra_body"]}  # a field of Gemini's, not the argument of the SDK
     return {
         "messages": body.get("messages"),
         "model": body.get("model"),
         "temperature": body.get("temperature"),
         "max_tokens": body.get("max_tokens") if limit is None else limit,
-        "params": {name: value for name, value in body.items() if name not in _NAMED} or None,
+        "params": params or None,
     }
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, 
 
 import msgspec
 
+from microbatch.checking import checks_arguments
+from microbatch.client import Microbatcher
 from microbatch.containment import contained
 from microbatch.errors import ConfigError, Filtered, MalformedAnswer, TruncatedReply
 from microbatch.openai.chat_completion import completion_of, submit_arguments, usage_share
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeForm
 
-    from microbatch.client import Microbatcher
     from microbatch.messages import Messages, Priority, Reply, T
     from microbatch.openai.objects import FunctionCall
     from microbatch.openai.stream import AsyncStream
@@ -271,6 +272,7 @@ class AsyncOpenAI:
     api_key = "microbatch"
     max_retries = 0
 
+    @checks_arguments
     def __init__(self, batcher: Microbatcher, *, defaults: Mapping[str, Any] | None = None) -> None:
         self.batcher = batcher
         self._defaults = dict(defaults or {})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from microbatch.checking import check_fields
 from microbatch.messages import Usage
 from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
@@ -125,6 +126,7 @@ class SimulatedModel:
     record: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         one_of(Fails, json_schema=self.json_schema)
         one_of(Accepts, json_object=self.json_object)
         one_of(MaxTokensName, max_tokens_name=self.max_tokens_name)

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import inspect
 import os
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import urlsplit
 
@@ -15,9 +16,9 @@ from microbatch.errors import ConfigError, ConnectFailed, MicrobatchError
 from microbatch.transports.addresses import DEFAULT_BASE_URL, host_and_port
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
 
-    KeyFunction: TypeAlias = Callable[[], str] | Callable[[], Awaitable[str]]
+KeyFunction: TypeAlias = Callable[[], str] | Callable[[], Awaitable[str]]
 
 KEY_TIMEOUT: Final = 30.0
 """Longest time that a function may take to return a key, in seconds."""

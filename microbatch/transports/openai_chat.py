@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import ssl as tls
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from weakref import WeakSet
 
 import msgspec
 
+from microbatch.checking import checks_arguments
 from microbatch.errors import AuthFailed, ConfigError
 from microbatch.policy import at_least, one_of
 from microbatch.transports.addresses import (
@@ -23,7 +25,7 @@ from microbatch.transports.addresses import (
     checked_path,
     secrets_in,
 )
-from microbatch.transports.api_key import ApiKey, environment_key
+from microbatch.transports.api_key import ApiKey, KeyFunction, environment_key
 from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities, Structured
 from microbatch.transports.chat_wire import can_stream, request_body
@@ -33,13 +35,11 @@ from microbatch.transports.http import FRAMING, Clock, checked, merged, requeste
 from microbatch.transports.relay import Forwarded, asks_for_stream
 
 if TYPE_CHECKING:
-    import ssl as tls
     from collections.abc import AsyncGenerator, Callable, Iterable
 
     import aiohttp
 
     from microbatch.protocols import ChatCall, Completion
-    from microbatch.transports.api_key import KeyFunction
 
 Thoughts = Literal["strip", "keep"]
 # aiohttp warns of longer bytes, which it writes in one piece; a BytesIO is written in several.
@@ -102,6 +102,7 @@ class OpenAIChat:
         ConfigError: There is neither a key nor a base_url, or a setting is out of range.
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: str | None = None,

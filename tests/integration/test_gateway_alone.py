@@ -232,3 +232,25 @@ def test_an_error_with_the_endpoints_answer_tells_nothing_of_it():
     error.completion = body("secret words")
     assert "secret" not in f"{error!r} {error} {error.__reduce__()!r}"
     assert error.replica().completion == error.completion
+
+
+async def test_what_keeps_requests_alone_is_counted_relayed_ones_too():
+    async def answer(_request):
+        return web.json_response(body("x"))
+
+    async with recorder() as upstream, gateway(upstream.url, policy={"combine_params": ["seed"]}) as served:
+        upstream.answer = answer
+        async with aiohttp.ClientSession(served.base_url + "/") as client:
+            for more in (
+                {"stop": "x"},
+                {"stop": "x", "stream": True},
+                {"seed": 7},
+                {"extra_body": {"google": {"n": 2}}},
+            ):
+                sent = {"model": MODEL, "messages": ask("x"), **more}
+                async with client.post(
+                    "chat/completions", json=sent, headers={"Authorization": "Bearer sk-own"}
+                ) as response:
+                    assert response.status == 200
+        assert served.stats().alone_by_field == {"stop": 2, "n": 1}
+    assert json.loads(upstream.requests[-1][3])["extra_body"] == {"google": {"n": 2}}

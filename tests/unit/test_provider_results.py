@@ -444,8 +444,9 @@ async def test_the_whole_prompt_has_a_budget_too(most, lines):
 def test_a_request_that_cannot_be_combined_has_no_line():
     assert read(delivery("one")).line == b'"one"'
     assert read(delivery("one", params={"n": 2})).line == b""
-    parts = [{"role": "user", "content": [{"type": "text", "text": "one"}]}]
-    assert read(delivery(parts)).line == b""
+    text, image = {"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "data:,"}}
+    assert read(delivery([{"role": "user", "content": [text]}])).line == b'"one"'
+    assert read(delivery([{"role": "user", "content": [text, image]}])).line == b""
 
 
 @pytest.mark.parametrize("thought", ["<think>Perhaps {}?</think>\n", "Perhaps {}?\n</think>\n\n"])
