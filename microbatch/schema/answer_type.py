@@ -52,17 +52,16 @@ class AnswerType:
     """
 
     def __init__(self, compiled: Schema, decode: Decoder, kind: Kind, *, strict: bool = True) -> None:
-        schema = as_asked(compiled) if kind == "typed" else compiled
+        self.schema = schema = as_asked(compiled) if kind == "typed" else compiled
+        self.decode = decode
+        self.is_text = kind == "text"
+        self.expected_tokens = expected_tokens(schema)
         sent = for_strict_mode(schema) if strict else schema
-        self.schema: Schema = schema
-        self.strict: bool = strict and refusal(batch_schema(sent, canary=True)) is None
+        self.strict = strict and refusal(batch_schema(sent, canary=True)) is None
         if not self.strict:
             sent = without_closed_tuples(schema)
-        self.decode: Decoder = decode
-        self.is_text: bool = kind == "text"
-        self.expected_tokens: int | None = expected_tokens(schema)
-        self.batch_schema: Schema = batch_schema(sent)
-        self.watched_schema: Schema = batch_schema(sent, canary=True)
+        self.batch_schema = batch_schema(sent)
+        self.watched_schema = batch_schema(sent, canary=True)
         if kind == "text":
             self.key, self.words, self.hint = b"", _TEXT_WORDS, None
             self.single_schema: Schema | None = None
