@@ -701,6 +701,7 @@ PYDANTIC: list[tuple[Any, list[tuple[Any, Any]]]] = [
     (Simple | None, [(None, None), (_NULLED, _NULLED_READ)]),
     (list[Simple], [([_SIMPLE, _NULLED], [_SIMPLE_READ, _NULLED_READ])]),
     (dict[str, Simple], [({"k": _NULLED}, {"k": _NULLED_READ})]),
+    (dict[Annotated[str, Field(pattern="^k")], Simple], [({"k": _NULLED}, {"k": _NULLED_READ})]),
     (tuple[int, Simple], [([1, _NULLED], (1, _NULLED_READ))]),
     (Simple | Recursive, [(_NULLED, _NULLED_READ), ({"value": 1, "child": None}, Recursive(value=1))]),
     (

@@ -27,7 +27,9 @@ def violations(schema: Any) -> list[str]:
         found.append("the root must be an object and not anyOf")
     every = list(_each(schema))
     for one in every:
-        found += _broken(one, is_root=one is schema)
+        found += _broken(one)
+        if isinstance(one, dict) and "$ref" in one and not _is_definition(one["$ref"], schema):
+            found.append("a reference to no definition")
     if found:
         return found
     names = [name for one in every for name in one.get("properties", {})]
@@ -49,11 +51,15 @@ def violations(schema: Any) -> list[str]:
     return found
 
 
-def _broken(one: Any, *, is_root: bool) -> list[str]:
+def _is_definition(ref: str, schema: dict[str, Any]) -> bool:
+    return ref == "#" or ref in {f"#/{key}/{name}" for key in ("$defs", "definitions") for name in schema.get(key, {})}
+
+
+def _broken(one: Any) -> list[str]:
     if not isinstance(one, dict):
         return ["a schema is no object"]
     found = [f"keyword {key}" for key in one if key not in EVERYWHERE.union(*BY_TYPE.values())]
-    if "$ref" in one and not one.keys() <= {"$ref", *(("$defs", "definitions") if is_root else ())}:
+    if "$ref" in one and len(one) > 1:
         found.append("a reference has company")
     kinds = one.get("type", [])
     kinds = {kinds} if isinstance(kinds, str) else set(kinds)

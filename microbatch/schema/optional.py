@@ -63,7 +63,8 @@ def _without_nulls(raw: bytes, node: Any, root: Schema) -> bytes:
         rules = [first[index] if index < len(first) else rest for index in range(len(elements))]
         kept = [_without_nulls(bytes(one), rule, root) for one, rule in zip(elements, rules, strict=True)]
         return raw if kept == list(map(bytes, elements)) else b"[" + b",".join(kept) + b"]"
-    properties, others = node.get("properties", {}), node.get("additionalProperties")
+    properties = node.get("properties", {})
+    others = next(iter(node.get("patternProperties", {}).values()), node.get("additionalProperties"))
     members = {name: bytes(one) for name, one in _members(raw).items()}
     left = {
         name: _without_nulls(one, properties.get(name, others), root)

@@ -72,7 +72,7 @@ class _Cleaning:
         return {**node, OPTIONAL: optional} if optional else node
 
     def _is_given(self, name: str, node: Schema) -> bool:
-        """Return whether an optional property can be asked for like a required one: null is a value of its own, or the only one."""
+        """Return whether null cannot stand for the absence of a property: null is one of its values, or its default the only one."""
         if name in self._tags or misfit(None, node, root=self._root) is None:
             return True
         if "$ref" in node:

@@ -50,10 +50,13 @@ _CHECKED: Final = (
     *("minLength", "maxLength", "pattern", "format", "contentEncoding", "contentMediaType"),
     *("minProperties", "maxProperties", "uniqueItems", "not"),
 )
+# Left out beside a reference, which takes no company.
+_BESIDE_REFERENCES: Final = frozenset({"$ref", *SHARED, "$schema", "title", "description"})
 NOTE: Final = "Must also match "
 """Before the rules, as JSON, that end a description."""
 
 _LOOKAROUND: Final = re.compile(r"(?<!\\)(?:\\\\)*\(\?<?[=!]")
+_DEFINITION: Final = re.compile(r"#(?:/(\$defs|definitions)/([^/%~]+))?")
 _NAME_OF: Final = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
@@ -85,7 +88,7 @@ def for_strict_mode(schema: Schema) -> Schema:
     description then names. Objects that do not say so are closed.
     """
     node = plain(schema)
-    if "$ref" in node and not node.keys() & _ESSENTIAL:
+    if "$ref" in node and node.keys() & (KEYWORDS | _ESSENTIAL) <= _BESIDE_REFERENCES:
         node = {key: node[key] for key in ("$ref", *SHARED) if key in node}
     node = typed(mapped(node, for_strict_mode))
     if node.get("properties") and "additionalProperties" not in node:
@@ -119,7 +122,7 @@ def refusal(schema: Schema, name: str = "answers") -> str | None:
     if schema.get("type") != "object" or schema.keys() & {"anyOf", "enum"}:
         return f"{prefix}schema must be a JSON Schema of 'type: \"object\"'."
     for place, node in _nodes(schema, ()):
-        if (reason := _complaint(node, is_root=not place)) is not None:
+        if (reason := _complaint(node, schema)) is not None:
             return f"{prefix}In context={place}, {reason}"
         if isinstance(pattern := node.get("pattern"), str) and _LOOKAROUND.search(pattern):
             found = ".".join(("$", *place, "pattern"))
@@ -142,7 +145,7 @@ def _nodes(node: Any, place: Place) -> Iterator[tuple[Place, Any]]:
         yield from _nodes(node["items"], (*place, "items"))
 
 
-def _complaint(node: Any, *, is_root: bool) -> str | None:
+def _complaint(node: Any, root: Schema) -> str | None:
     """Return what is wrong with one schema, its parts left aside; None if nothing is."""
     unknown = [key for key in node if key not in KEYWORDS] if isinstance(node, dict) else []
     if unknown:
@@ -150,8 +153,8 @@ def _complaint(node: Any, *, is_root: bool) -> str | None:
     if not isinstance(node, dict) or not node.keys() & {"type", "anyOf", "$ref", "enum"}:
         return "schema must have a 'type' key."
     if "$ref" in node:
-        beside = set(node) - {"$ref", *(SHARED if is_root else ())}
-        return f"$ref cannot have keywords {beside}." if beside else None
+        beside = set(node) - {"$ref"}
+        return f"$ref cannot have keywords {beside}." if beside else _astray(node["$ref"], root)
     if "format" in node and node["format"] not in FORMATS:
         return f"'{node['format']}' is not a valid format."
     kinds = node.get("type", [])
@@ -162,6 +165,13 @@ def _complaint(node: Any, *, is_root: bool) -> str | None:
     if "array" in kinds and not isinstance(node.get("items"), dict):
         return "array schema missing items."
     return _open(node) if "object" in kinds or "properties" in node else None
+
+
+def _astray(ref: str, root: Schema) -> str | None:
+    found = _DEFINITION.fullmatch(ref)
+    if found is not None and (found[1] is None or isinstance(root.get(found[1], {}).get(found[2]), dict)):
+        return None
+    return "reference can only point to definitions defined at the top level of the schema."
 
 
 def _open(node: Schema) -> str | None:
@@ -211,10 +221,7 @@ def _levels(node: Schema, root: Schema, seen: dict[str, int]) -> int:
     if ref is not None:
         if ref not in seen:
             seen[ref] = 0  # while it is at work
-            try:
-                seen[ref] = _levels(resolve(ref, root), root, seen)
-            except (LookupError, AttributeError):
-                seen[ref] = MAX_LEVELS + 1  # another document's
+            seen[ref] = _levels(resolve(ref, root), root, seen)
         return seen[ref]
     inner = [*node.get("properties", {}).values(), *filter(None, (node.get("items"),))]
     within = [_levels(part, root, seen) for part in inner]

@@ -126,9 +126,10 @@ class _Check:
             return ": too deep to check"
         if (reason := _wrong_kind(value, schema) or _wrong_value(value, schema)) is not None:
             return reason
-        kind = schema.get("format", schema.get("contentEncoding"))
-        if isinstance(value, str) and isinstance(kind, str) and kind in self.formats:
-            return self.formatted(value, kind)
+        if self.formats and isinstance(value, str):
+            kind = schema.get("format", schema.get("contentEncoding"))
+            if isinstance(kind, str) and kind in self.formats:
+                return self.formatted(value, kind)
         if isinstance(value, dict | list):
             for place, part, rule in _parts(value, schema):
                 if rule is not True and (reason := self.at(part, rule, depth + 1)) is not None:

@@ -268,10 +268,12 @@ def _of_one_answer(reply: dict[str, Any], items: list[tuple[str, str]]) -> dict[
         schema = reply["properties"]["results"]["items"]["properties"]["answer"]
     except (KeyError, TypeError):
         return None
-    choices = schema.get("anyOf") if isinstance(schema, dict) else None
-    # Room for an item that wants one word exactly is no choice that the other items have.
-    if choices and schema == {"anyOf": [choices[0], _STRING]} and any(exact_word(text) for _, text in items):
-        schema = choices[0]
+    match schema:
+        # Room for an item that wants one word exactly is no choice that the other items have.
+        case {"anyOf": [dict(one), {"type": "string", **rule}], **beside} if (
+            not beside and rule.keys() <= {"pattern"} and any(exact_word(text) for _, text in items)
+        ):
+            schema = one
     if schema == _STRING:
         return None
     return {**schema, **{key: reply[key] for key in ("$defs", "definitions") if key in reply}}

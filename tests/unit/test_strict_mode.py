@@ -100,6 +100,10 @@ REFUSED = [
         r"\$ref cannot have keywords {'description'}",
     ),
     (holding({"$ref": "#/$defs/A"}, **{"$defs": {"A": {"type": "object"}}}), r"In context=\('\$defs', 'A'\)"),
+    *(
+        (holding({"$ref": ref}, **{"$defs": {"A": TEXT}}), "reference can only point to definitions defined at the top")
+        for ref in ("#/$defs/B", "#/properties/p0", "#/$defs/A/items", "https://example.com/a.json", "#A")
+    ),
     (nested(10), "11 levels of nesting exceeds limit of 10"),
     (chain(11), "12 levels of nesting exceeds limit of 10"),
     (holding(*[TEXT] * 5_001), "5001 parameters exceeds limit of 5000"),
@@ -251,6 +255,8 @@ def test_what_was_left_out_is_still_asked_of_the_answer() -> None:
         holding(TEXT, TEXT, required=["p0"]),
         nested(7),
         holding({"allOf": [TEXT, {"pattern": "a"}]}),
+        holding({"allOf": [{"$ref": "#"}], "properties": {"q": TEXT}, "required": ["q"]}),
+        holding({"$ref": "#", "minimum": 5}),
     ],
 )
 def test_what_strict_mode_cannot_say_is_sent_in_full_with_strict_false(schema) -> None:
