@@ -7,8 +7,8 @@ nothing but their base URL, and use their own keys: requests with different keys
 never share a prompt, a call or a cached answer.
 
 With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
-(or with the key "microbatch") use that one, for chat completions and the list of
-models only; off loopback this needs --access-token-file.
+(or with the key "microbatch") use that one, for chat completions and the list
+of models only; off loopback this needs --access-token-file.
 
 Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no,
 X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
