@@ -79,12 +79,12 @@ class LiveAnswer:
 
     async def reply(self) -> Reply[Any]:
         """Return the reply when it is there; raise what `Microbatcher.submit` does."""
-        await asyncio.wait([self._future])
+        reply = await self._future
         self._waiter = None
-        return self._future.result()
+        return reply
 
     def close(self, settlement: Settlement) -> None:
-        """Note that the caller is gone; if it has not had the reply, the request is given up."""
+        """Note that the caller is gone; a request whose reply it has not had is given up."""
         if self._ticket is not None and self._waiter is not None:
             self._future.cancel()
             settlement.leave(self._ticket, self._waiter)

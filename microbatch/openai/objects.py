@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Self, cast
 
 import msgspec
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from microbatch.messages import Reply
+
+
+_SDK_MODEL: Final = ("openai", "BaseModel")
 
 
 def sdk_class(module: str, name: str) -> type | None:
@@ -38,16 +41,24 @@ class Object(dict[str, Any]):
     # Members that the SDK declares, under pydantic's name; classes of the objects in members; attributes that are never sent.
     model_fields: ClassVar[Mapping[str, Any]] = {}
     _shapes: ClassVar[Mapping[str, type[Object]]] = {}
+    _sdk: ClassVar[tuple[str, str]] = _SDK_MODEL  # module and name of the class that it passes for
     _attributes: ClassVar[frozenset[str]] = frozenset()
 
-    def __init_subclass__(cls, *, attribute: str | None = None, **shapes: type[Object]) -> None:
+    def __init_subclass__(
+        cls, *, attribute: str | None = None, sdk: tuple[str, str] = _SDK_MODEL, **shapes: type[Object]
+    ) -> None:
         super().__init_subclass__()
+        cls._sdk = sdk
         cls._shapes = shapes
         cls.model_fields = {name: kind for name, kind in cls.__annotations__.items() if not name.startswith("_")}
         cls._attributes = frozenset() if attribute is None else frozenset({attribute})
 
     def __init__(self, members: Mapping[str, Any]) -> None:
         super().__init__({name: _shaped(value, self._shapes.get(name, Object)) for name, value in members.items()})
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return sdk_class(*self._sdk) or type(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,6 +73,13 @@ class Object(dict[str, Any]):
             super().__setattr__(name, value)
         else:
             self[name] = value
+
+    @property
+    def model_extra(self) -> dict[str, Any]:
+        """The members that the SDK does not declare."""
+        return {name: value for name, value in self.items() if name not in self.model_fields}
+
+    __pydantic_extra__ = model_extra
 
     def model_dump(
         self, *, mode: Literal["python", "json"] = "python", exclude_unset: bool = False, exclude_none: bool = False
@@ -193,7 +211,14 @@ class CompletionUsage(Object):
         return bool(self.get("microbatch_estimated"))
 
 
-class ChatCompletion(Object, Generic[T], attribute="microbatch", choices=Choice, usage=CompletionUsage):
+class ChatCompletion(
+    Object,
+    Generic[T],
+    attribute="microbatch",
+    sdk=("openai.types.chat", "ChatCompletion"),
+    choices=Choice,
+    usage=CompletionUsage,
+):
     """The answer to a request.
 
     Attributes:
@@ -212,10 +237,6 @@ class ChatCompletion(Object, Generic[T], attribute="microbatch", choices=Choice,
     metadata: Object | None
     moderation: Object | None
     microbatch: Reply[Any]
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return sdk_class("openai.types.chat", "ChatCompletion") or type(self)
 
     @property
     def _request_id(self) -> str | None:
@@ -249,7 +270,9 @@ class ChunkChoice(Object, delta=ChoiceDelta):
     logprobs: Object | None
 
 
-class ChatCompletionChunk(Object, choices=ChunkChoice, usage=CompletionUsage):
+class ChatCompletionChunk(
+    Object, sdk=("openai.types.chat", "ChatCompletionChunk"), choices=ChunkChoice, usage=CompletionUsage
+):
     """One event of a streamed completion."""
 
     id: str

@@ -220,7 +220,7 @@ class OpenAIChat:
             call,
             (self.base_url, model, credentials_digest(own.items())),
             asyncio.get_running_loop().time(),
-            stream=bool(wants_stream) and can_stream(call),
+            stream=bool(wants_stream) and (can_stream(call) or call.on_event is not None),
             may_stream=self._stream is None and can_stream(call),
         )
         request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})

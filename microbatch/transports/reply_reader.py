@@ -15,6 +15,7 @@ from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
 from microbatch.transports.reply_fields import read_finish, read_usage, total_usage
+from microbatch.transports.tool_calls import ToolCalls
 
 if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
@@ -90,6 +91,7 @@ class ReplyReader:
         self.thought: bool = False
         self._ending: Finish | None = None  # how it ended if the endpoint does not say
         self._joiner = Joiner()
+        self._calls = ToolCalls()
         self._refusal: list[str] = []
         self._completion = Completion(None)  # as far as it is known
         self._reports: list[tuple[Usage, bool]] = []  # usage, and whether text came with it
@@ -153,6 +155,7 @@ class ReplyReader:
             finish = self._ending
         completion.finish_reason = None if finish == "broken" else finish
         completion.usage = total_usage(self._reports)
+        completion.body = completion.body or self._calls.body(finish)
         completion.refusal = "".join(self._refusal) or None
         completion.request_id = request_id
         completion.limits = limits
@@ -192,6 +195,8 @@ class ReplyReader:
             self._ending = "stop"
         if part.tool_calls or part.function_call:
             self._ending = "tool_calls"
+            if choice.delta is not None:
+                self._calls.take(part.tool_calls)
         content = part.content
         if content is None:
             return ""

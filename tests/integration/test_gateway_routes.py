@@ -262,6 +262,25 @@ async def test_a_wrong_path_is_told_with_the_api_to_clients_and_with_the_flag_to
 
 
 @pytest.mark.parametrize(
+    ("message", "code", "hinted"),
+    [
+        ("Invalid URL (POST /chat/completions)", None, True),
+        ("The model `m` does not exist", "model_not_found", False),
+        ('model "m" not found, try pulling it first', None, False),
+    ],
+)
+async def test_the_hint_is_for_wrong_paths_and_not_for_unknown_models(message, code, hinted):
+    async def refuse(_request):
+        return web.json_response({"error": {"message": message, "type": "t", "param": None, "code": code}}, status=404)
+
+    async with world("{}") as (upstream, served):
+        upstream.answer = refuse
+        answered = await talk(served.port, post(json.dumps({"model": "m", "messages": ask("x")}).encode()))
+    assert error_in(answered)["message"].startswith(message)
+    assert ("/v1" in error_in(answered)["message"]) == hinted
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--upstream", "localhost:8000/v1"], "--upstream must be an address"),

@@ -275,13 +275,14 @@ async def test_a_refusal_after_the_headers_is_an_event_and_ends_the_stream():
         (await first).close()
 
 
-async def test_a_stream_that_breaks_off_is_not_asked_for_again():
+@pytest.mark.parametrize("count", [1, 2, 3], ids=["role", "thought", "text"])
+async def test_a_stream_that_breaks_off_is_not_asked_for_again(count):
     async with world() as (model, served, session):
-        model.lone = [*LONE[:3], None]
+        model.lone = [*LONE[:count], None]
         model.go()
         async with post(session, served, "x") as response:
             *events, last = [event async for event in events_of(response)]
-    assert events == LONE[:3]
+    assert events == LONE[:count]
     assert last["error"]["code"] == "upstream_unreachable"
     assert len(model.calls) == 1
 

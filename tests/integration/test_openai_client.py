@@ -108,6 +108,8 @@ async def test_it_passes_for_the_sdks_where_that_is_loaded():
     assert isinstance(ours, AsyncOpenAI)
     assert isinstance(completion, SDKCompletion)
     assert isinstance(completion, dict)
+    assert isinstance(completion.choices[0].message, pydantic.BaseModel)
+    assert completion.model_extra == {}
     SDKCompletion.model_validate(completion.model_dump())
     del completion.__dict__["microbatch"]  # which holds the call
     assert pickle.loads(pickle.dumps(completion)) == copy.deepcopy(completion) == completion

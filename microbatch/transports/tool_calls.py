@@ -1,0 +1,40 @@
+"""Joins the pieces in which a stream brings calls of tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from microbatch.transports.lenient import as_object, is_array
+
+
+class ToolCalls:
+    """The calls of tools in a streamed reply, as far as they have arrived."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, dict[str, Any]] = {}
+        self._arguments: dict[int, list[str]] = {}
+
+    def take(self, pieces: Any) -> None:
+        """Take the `tool_calls` of one event."""
+        for place, piece in enumerate(pieces if is_array(pieces) else ()):
+            members = as_object(piece)
+            given = members.pop("index", None)
+            index = given if isinstance(given, int) else place
+            function = as_object(members.pop("function", None))
+            arguments = function.pop("arguments", None)
+            call = self._calls.setdefault(index, {"function": {}})
+            call |= {name: value for name, value in members.items() if value is not None}
+            call["function"] |= {name: value for name, value in function.items() if value is not None}
+            if isinstance(arguments, str):
+                self._arguments.setdefault(index, []).append(arguments)
+
+    def body(self, finish_reason: str | None) -> dict[str, Any] | None:
+        """Return a completion with the calls, or None if there are none."""
+        if not self._calls:
+            return None
+        calls = [
+            {**call, "function": {**call["function"], "arguments": "".join(self._arguments.get(index, ()))}}
+            for index, call in sorted(self._calls.items())
+        ]
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
