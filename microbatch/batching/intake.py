@@ -85,6 +85,7 @@ class Intake:
         try:
             if type(messages) is not list or not messages:
                 check_messages(messages)
+                messages = list(messages)
             loop = asyncio.get_running_loop()
             lane, text, own = self._lanes.latest, None, None
             if lane is not None and (options is lane.options or lane.serves(options)):

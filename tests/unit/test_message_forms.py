@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ class Turn(BaseModel):
     name: str | None = None
 
 
+@dataclasses.dataclass
+class Line:
+    role: str
+    content: str
+
+
 def part(text, **more):
     return {"type": "text", "text": text, **more}
 
@@ -54,6 +61,8 @@ MARK = {"cache_control": {"type": "ephemeral"}}
 FORMS = {
     "dicts": lambda text: [SYSTEM, {"role": "user", "content": text}],
     "a tuple": lambda text: (SYSTEM, {"role": "user", "content": text}),
+    "a deque": lambda text: deque([SYSTEM, {"role": "user", "content": text}]),
+    "dataclasses": lambda text: [Line("system", "Shout."), Line("user", text)],
     "other order": lambda text: [{"content": "Shout.", "role": "system"}, {"content": text, "role": "user"}],
     "ordered": lambda text: [OrderedDict(SYSTEM), OrderedDict(role="user", content=text)],
     "default": lambda text: [defaultdict(str, SYSTEM), defaultdict(str, role="user", content=text)],
