@@ -219,3 +219,14 @@ def test_parts_are_joined_as_servers_join_them(texts):
     assert as_texts(parts) == [{"role": "user", "content": "\n".join(texts)}]
     read = read_messages(parts, PLAIN)
     assert isinstance(read, str) or read[1] == "\n".join(texts)
+
+
+async def test_what_is_equal_in_python_but_not_in_json_is_kept_apart():
+    transport = ScriptedTransport()
+    given = [
+        [{**SYSTEM, "cache_control": {"ttl": value}}, {"role": "user", "content": "x"}] for value in (1, True, 1.0)
+    ]
+    async with batcher_for(transport) as batcher:
+        for messages in given:
+            await batcher.submit(messages)
+    assert [repr(call.call.messages) for call in transport.calls] == [repr(messages) for messages in given]
