@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Collection  # noqa: TC003 the flags of the command line are made from it
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from microbatch.checking import AtLeast, Count, Seconds, check_fields
 from microbatch.errors import ConfigError
@@ -32,7 +32,8 @@ def at_least(minimum: float, *, optional: bool = True, **settings: float | None)
 
 def as_seconds(name: str, value: float | None) -> float | None:
     """Return a caller's number of seconds, of any class, as a float; raise `ConfigError` if it is none or negative."""
-    at_least(0, **{name: value})  # type: ignore[arg-type]
+    settings: dict[str, Any] = {name: value}
+    at_least(0, **settings)
     return None if value is None else float(value)
 
 

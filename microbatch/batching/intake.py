@@ -85,6 +85,7 @@ class Intake:
         try:
             if type(messages) is not list or not messages:
                 check_messages(messages)
+                messages = list(messages)
             loop = asyncio.get_running_loop()
             lane, text, own = self._lanes.latest, None, None
             if lane is not None and (options is lane.options or lane.serves(options)):
@@ -125,7 +126,7 @@ class Intake:
     def _own(self, messages: Messages) -> list[dict[str, Any]]:
         """Return a copy of *messages*, which shares those before the last with the copy before if they are equal."""
         *shared, last = copy_of(messages)
-        if shared != self._shared:
+        if repr(shared) != repr(self._shared):  # 1 and True are equal, but not in JSON
             self._shared = shared
         return [*self._shared, last]
 
@@ -134,7 +135,7 @@ class Intake:
         for reason in reasons:
             if self._ledger.note_alone(reason):
                 logger.warning(
-                    "%s: such requests are never combined, but go alone; stats().alone_by_field counts them", reason
+                    "requests go alone that might be combined but for this: %s; see stats().alone_by_field", reason
                 )
 
     # --- requests that may share a prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
@@ -263,7 +264,9 @@ def check_messages(messages: Messages) -> None:
 
 
 def _may_be_message(message: object) -> bool:
-    return isinstance(message, Mapping | Message) or (hasattr(message, "model_dump") and not isinstance(message, type))
+    if isinstance(message, type):
+        return False
+    return isinstance(message, Mapping | msgspec.Struct) or hasattr(message, "model_dump") or is_dataclass(message)
 
 
 def _kind(value: object) -> str:

@@ -107,6 +107,8 @@ def test_the_summary_says_why_items_went_alone(capsys):
     assert "alone: 2 items, not combinable (seed: 2, stop: 1)" in shown.err
     assert run("--simulate", "--json", "--combine-param", "seed", "--combine-param", "stop", out="o2.jsonl") == 0
     assert summary(capsys)["alone_by_field"] == {}
+    assert run("--simulate", "--resume", out="o2.jsonl") == 2
+    assert "--combine-param" in capsys.readouterr().err
 
 
 def test_bad_lines_fail_with_file_line_and_field_and_the_others_are_answered(capsys):

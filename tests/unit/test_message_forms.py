@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ class Turn(BaseModel):
     name: str | None = None
 
 
+@dataclasses.dataclass
+class Line:
+    role: str
+    content: str
+
+
 def part(text, **more):
     return {"type": "text", "text": text, **more}
 
@@ -54,6 +61,8 @@ MARK = {"cache_control": {"type": "ephemeral"}}
 FORMS = {
     "dicts": lambda text: [SYSTEM, {"role": "user", "content": text}],
     "a tuple": lambda text: (SYSTEM, {"role": "user", "content": text}),
+    "a deque": lambda text: deque([SYSTEM, {"role": "user", "content": text}]),
+    "dataclasses": lambda text: [Line("system", "Shout."), Line("user", text)],
     "other order": lambda text: [{"content": "Shout.", "role": "system"}, {"content": text, "role": "user"}],
     "ordered": lambda text: [OrderedDict(SYSTEM), OrderedDict(role="user", content=text)],
     "default": lambda text: [defaultdict(str, SYSTEM), defaultdict(str, role="user", content=text)],
@@ -210,3 +219,14 @@ def test_parts_are_joined_as_servers_join_them(texts):
     assert as_texts(parts) == [{"role": "user", "content": "\n".join(texts)}]
     read = read_messages(parts, PLAIN)
     assert isinstance(read, str) or read[1] == "\n".join(texts)
+
+
+async def test_what_is_equal_in_python_but_not_in_json_is_kept_apart():
+    transport = ScriptedTransport()
+    given = [
+        [{**SYSTEM, "cache_control": {"ttl": value}}, {"role": "user", "content": "x"}] for value in (1, True, 1.0)
+    ]
+    async with batcher_for(transport) as batcher:
+        for messages in given:
+            await batcher.submit(messages)
+    assert [repr(call.call.messages) for call in transport.calls] == [repr(messages) for messages in given]
