@@ -5,7 +5,7 @@ about the response format steps down one rung; after an hour one call tries the 
 fields that an endpoint refuses, its name of `max_tokens` and the place of a hint are remembered.
 
 A refusal that does not say what it is about may be about the form. So a call whose form was never answered is tried one rung lower,
-or without `stream_options`, and if that is refused too in the barest form: if the refusal speaks of some field, or if the call
+without `stream_options`, without a stream, and at last in the barest form: if the refusal speaks of some field, or if the call
 carries one request. A batch is halved first, since one of its requests is the likely cause. If several batches in a row are refused
 without a reason while other calls are answered, as its requests are alone, the form is at fault, and the next batch is tried so.
 What the endpoint answers is remembered.
@@ -97,13 +97,20 @@ class _Entry:
         return [own] if own.rung > self.general.rung else [self.general, own]
 
 
+_Form: TypeAlias = tuple[Rung, frozenset[str], bool]
+"""The highest rung, the fields to leave out, and whether the hint is joined to another message."""
+
+_AS_KNOWN: Final[_Form] = (Rung.JSON_SCHEMA, frozenset(), False)
+
+
 class _CallHistory(msgspec.Struct):
     """Notes about one call, dropped with it."""
 
     floor: Rung = Rung.JSON_SCHEMA  # the highest rung to try, after a refusal that did not say why
     without: frozenset[str] = frozenset()  # fields to leave out, likewise
-    barest: bool = False
-    tried: int = 0  # forms tried because of such refusals
+    joins_hint: bool = False  # likewise
+    tried: bool = False  # whether another form was tried because of such a refusal
+    forms: list[_Form] = []  # further ones to try
     rejected: bool = False  # whether the endpoint has rejected what its model wrote
     unanswered: bool = False
     bounds: int = 0  # refusals of its bound
@@ -186,7 +193,7 @@ class Capabilities:
         if call.schema is not None:
             self._choose_rung(plan, history, now)
             if call.hint is not None and plan.rung is not Rung.JSON_SCHEMA:
-                plan.hint = "joined" if entry.joins_hint or (history is not None and history.barest) else "system"
+                plan.hint = "joined" if entry.joins_hint or (history is not None and history.joins_hint) else "system"
         return plan
 
     def accepted(self, plan: Plan, now: float) -> None:
@@ -290,7 +297,7 @@ class Capabilities:
         own = plan.entry.schemas.get(plan.digest)
         if plan.rung is Rung.PLAIN or history.tried or (own is not None and plan.rung in own.works):
             return
-        history.tried = 1
+        history.tried = True
         history.floor = Rung(plan.rung + 1)
 
     def _is_doubtful(self, plan: Plan, *, some: bool) -> bool:
@@ -308,24 +315,16 @@ class Capabilities:
 
     def _try_barer(self, plan: Plan, *, some: bool) -> bool:
         """Choose a barer form for the next attempt at a call that was refused without a reason; return whether there is one to try."""
-        entry, history = plan.entry, self._history(plan)
-        if not history.tried and not self._is_doubtful(plan, some=some):
-            return False
-        history.tried += 1
-        if history.tried == 1 and plan.hint != "system":
-            if plan.rung not in (None, Rung.PLAIN):
-                history.floor = Rung(plan.rung + 1)
-                return True
-            if "stream_options" in plan.sent:
-                history.without = frozenset({"stream_options"})
-                return True
-        if not history.barest and (
-            plan.sent & OPTIONAL or plan.rung not in (None, Rung.PLAIN) or plan.hint == "system"
-        ):
-            history.floor, history.without, history.barest = Rung.PLAIN, OPTIONAL, True
+        history = self._history(plan)
+        if not history.tried:
+            if not self._is_doubtful(plan, some=some):
+                return False
+            history.tried, history.forms = True, _barer_forms(plan, some=some)
+        if history.forms:
+            history.floor, history.without, history.joins_hint = history.forms.pop(0)
             return True
-        entry.fruitless += 1
-        history.floor, history.without, history.barest = Rung.JSON_SCHEMA, frozenset(), False
+        plan.entry.fruitless += plan.lower
+        history.floor, history.without, history.joins_hint = _AS_KNOWN
         return False
 
     def _join_hint(self, plan: Plan) -> bool:
@@ -386,3 +385,18 @@ class Capabilities:
 
     def _history(self, plan: Plan) -> _CallHistory:
         return self._histories.setdefault(plan.call, _CallHistory())
+
+
+def _barer_forms(plan: Plan, *, some: bool) -> list[_Form]:
+    """Return the forms to try in place of that of *plan*; the one that lacks most is the last."""
+    forms: list[_Form] = []
+    ours = frozenset({"stream", "stream_options"}) if plan.stream else frozenset[str]()
+    lacking = ours | {"temperature"} if some else ours  # the caller has asked for a temperature
+    has_rung = plan.rung is not None and plan.rung is not Rung.PLAIN
+    if plan.rung is not None and has_rung and plan.hint != "system":
+        forms.append((Rung(plan.rung + 1), frozenset(), False))
+    if ours:
+        forms += [(Rung.JSON_SCHEMA, frozenset({"stream_options"}), False), (Rung.JSON_SCHEMA, ours, False)]
+    if has_rung or plan.hint == "system" or plan.sent & (lacking - ours):
+        forms.append((Rung.PLAIN, lacking, True))
+    return forms

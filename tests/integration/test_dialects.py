@@ -69,7 +69,7 @@ async def test_a_form_that_is_refused_without_a_word_is_found_out(name: str) -> 
             assert await outputs(batched) == ["A!", "B!", "C!", "D!"]
             calls.append(len(endpoint.asked) - before)
     assert calls[0] == 7
-    assert calls[1] <= 3
+    assert calls[1] <= 5
     assert calls[2] == 1
 
 

@@ -224,3 +224,10 @@ def test_an_outage_is_not_taken_for_a_refusal_of_the_form() -> None:
     fault = read_failure(b"", 503)
     error = known.learn(plan(known, call), fault, to_error(fault, where="h", headers={}), 0.0)
     assert (type(error), error.again) == (ServerError, False)
+
+
+def test_a_validation_error_is_shown_with_its_place() -> None:
+    raw = json.dumps({"detail": [{"loc": ["body", "top_k"], "msg": EXTRA, "input": ECHO}]}).encode()
+    assert str(to_error(read_failure(raw, 422), where="h", headers={}, asked=[])).endswith(f"it says: {EXTRA}")
+    nested = json.dumps({"message": {"detail": [{"loc": ["body", "top_k"], "msg": EXTRA}]}}).encode()
+    assert str(to_error(read_failure(nested, 422), where="h", headers={}, asked=[])).endswith(f"body.top_k {EXTRA}")
