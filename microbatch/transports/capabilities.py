@@ -7,7 +7,8 @@ fields that an endpoint refuses, its name of `max_tokens` and the place of a hin
 A refusal that does not say what it is about may be about the form. So a call whose form was never answered is tried one rung lower,
 without `stream_options`, without a stream, and at last in the barest form: if the refusal speaks of some field, or if the call
 carries one request. A batch is halved first, since one of its requests is the likely cause. If several batches in a row are refused
-without a reason while other calls are answered, as its requests are alone, the form is at fault, and the next batch is tried so.
+without a reason while other calls are answered, as its requests are alone, the form is at fault, and the next batch is tried so;
+if that was in vain, only after four times as many.
 What the endpoint answers is remembered.
 
 The transport asks for a `Plan` before each attempt and reports how it went; an attempt that is cancelled or fails for other reasons
@@ -62,6 +63,7 @@ class _RungState(msgspec.Struct):
     works: set[Rung] = msgspec.field(default_factory=set[Rung])
     doubts: int = 0
     doubted_at: int = 0  # answers of the endpoint before the first of them
+    patience: int = MAX_DOUBTS
 
     def down_to(self, rung: Rung, now: float) -> None:
         if self.rung < rung:  # else a concurrent call has stepped there or further
@@ -305,13 +307,16 @@ class Capabilities:
         entry, own = plan.entry, plan.entry.schema(plan.digest)
         own.doubted_at = own.doubted_at if own.doubts else entry.answers
         own.doubts += 1
-        if own.doubts > MAX_DOUBTS and entry.answers > own.doubted_at:
-            own.works.clear()
+        if entry.fruitless >= _MAX_FRUITLESS:
+            return False
+        if own.doubts > own.patience and entry.answers > own.doubted_at:
             entry.works.clear()
-        elif not some and (plan.call.hint is None if plan.rung is not None else not plan.stream):
+            return True
+        if not some and (plan.call.hint is None if plan.rung is not None else not plan.stream):
             return False  # a batch, or a text without anything that the caller has not asked for
-        proved = plan.sent - set(MAX_TOKENS_NAMES) <= entry.works and (plan.rung is None or plan.rung in own.works)
-        return not proved and entry.fruitless < _MAX_FRUITLESS
+        # A field that is not named may be one of this schema; else an answer for any schema shows that the form is sound.
+        rungs = own.works if some else entry.general.works
+        return not (plan.sent - set(MAX_TOKENS_NAMES) <= entry.works and (plan.rung is None or plan.rung in rungs))
 
     def _try_barer(self, plan: Plan, *, some: bool) -> bool:
         """Choose a barer form for the next attempt at a call that was refused without a reason; return whether there is one to try."""
@@ -324,6 +329,9 @@ class Capabilities:
             history.floor, history.without, history.joins_hint = history.forms.pop(0)
             return True
         plan.entry.fruitless += plan.lower
+        plan.entry.schema(
+            plan.digest
+        ).patience *= 4  # a lane with many requests that are refused themselves looks like it
         history.floor, history.without, history.joins_hint = _AS_KNOWN
         return False
 

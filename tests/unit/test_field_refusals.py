@@ -200,6 +200,17 @@ def test_batches_that_are_refused_while_their_requests_are_answered_alone_blame_
     assert (lower.rung, plan(known, typed()).rung) == (Rung.JSON_OBJECT, Rung.JSON_OBJECT)
 
 
+def test_batches_that_are_refused_in_every_form_are_tried_less_and_less() -> None:
+    """Their requests may be refused themselves, as poison is; an answer in between does not start it all again."""
+    known, tried = Capabilities(), 0
+    for _ in range(4 * MAX_DOUBTS):
+        batch = typed()
+        while learn(known, plan(known, batch), SILENT):
+            tried += 1
+        known.accepted(plan(known, ChatCall(messages=[])), 0.0)
+    assert 1 <= tried <= 3
+
+
 def test_the_place_of_the_hint_is_learned_from_either_status_of_a_template_error() -> None:
     for status in (400, 500):
         known, call = Capabilities(), typed(hint="JSON")
