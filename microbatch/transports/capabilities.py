@@ -195,7 +195,9 @@ class Capabilities:
         if call.schema is not None:
             self._choose_rung(plan, history, now)
             if call.hint is not None and plan.rung is not Rung.JSON_SCHEMA:
-                plan.hint = "joined" if entry.joins_hint or (history is not None and history.joins_hint) else "system"
+                on_trial = history is not None and history.joins_hint and not entry.joins_hint
+                plan.hint = "joined" if entry.joins_hint or on_trial else "system"
+                plan.lower = plan.lower or on_trial
         return plan
 
     def accepted(self, plan: Plan, now: float) -> None:
@@ -285,22 +287,22 @@ class Capabilities:
         return True
 
     def failed(self, plan: Plan) -> None:
-        """Learn from a plain 500, with which llama-cpp-python's server refuses a JSON schema.
+        """Learn from a plain 500, with which llama-cpp-python's server refuses a JSON schema, and SGLang's a system message.
 
-        The next attempt at the same call goes one rung lower. Each call does so once, and not if its very schema has been answered
-        on this rung before: then the endpoint is down, not refusing.
+        The next attempt at the same call goes one rung lower, with its hint joined to another message. Each call does so once, and not
+        if its very schema has been answered on this rung before: then the endpoint is down, not refusing.
         """
         if plan.rung is None:
             return
         history = self._history(plan)
         if plan.lower:
-            history.floor = Rung.JSON_SCHEMA  # it was not the format, so go on as before
+            history.floor, history.without, history.joins_hint = _AS_KNOWN  # it was not the form, so go on as before
             return
-        own = plan.entry.schemas.get(plan.digest)
-        if plan.rung is Rung.PLAIN or history.tried or (own is not None and plan.rung in own.works):
+        own, lowest = plan.entry.schemas.get(plan.digest), plan.rung is Rung.PLAIN
+        if (lowest and plan.hint != "system") or history.tried or (own is not None and plan.rung in own.works):
             return
-        history.tried = True
-        history.floor = Rung(plan.rung + 1)
+        history.tried, history.joins_hint = True, plan.hint == "system"
+        history.floor = plan.rung if lowest else Rung(plan.rung + 1)
 
     def _is_doubtful(self, plan: Plan, *, some: bool) -> bool:
         """Note a refusal without a reason, of *some* field or of none; return whether the form may be at fault."""

@@ -220,6 +220,18 @@ def test_the_place_of_the_hint_is_learned_from_either_status_of_a_template_error
         assert plan(known, typed(hint="JSON")).hint == "joined"
 
 
+@pytest.mark.parametrize("rungs", [1, 2])
+def test_the_place_of_the_hint_is_found_out_where_a_500_says_nothing(rungs: int) -> None:
+    """Servers whose chat template raises an exception answer so."""
+    known, call = Capabilities(), typed(hint="JSON")
+    for _ in range(rungs):
+        learn(known, plan(known, call), {"error": {"message": "response_format is not supported"}})
+    assert plan(known, call).hint == "system"
+    assert not learn(known, plan(known, call), b"Internal Server Error", 500)
+    known.accepted(plan(known, call), 0.0)
+    assert (plan(known, typed(hint="JSON")).hint, plan(known, typed(hint="JSON")).rung) == ("joined", Rung.PLAIN)
+
+
 def test_an_answer_that_ignores_the_schema_lowers_the_rung_of_that_schema() -> None:
     known = Capabilities()
     known.accepted(plan(known, typed(hint="JSON")), 0.0)
