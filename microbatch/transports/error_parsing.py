@@ -410,7 +410,7 @@ def _advice(kind: type[StatusError], status: int, wait: float | None, *, keyless
     if kind is AuthFailed and keyless:
         return "no key was sent; set api_key= or OPENAI_API_KEY, or the header that the endpoint wants in headers="
     if kind is RateLimited and wait is not None:
-        return f"{_ADVICE[kind]} It asks to wait {wait:g} s."
+        return f"{_ADVICE[kind]}, it asks to wait {wait:g} s"
     if kind is BadRequest and status == 404:  # noqa: PLR2004
         return "check model and base_url, which usually ends in /v1"
     if kind is BadRequest and status in (413, 429):
@@ -424,7 +424,7 @@ _ADVICE: Final[Mapping[type[StatusError], str]] = {
     ContextTooLong: "the prompt does not fit the model's context window; lower max_prompt_tokens, or shorten the item",
     Filtered: "a content filter stopped it",
     QuotaExhausted: "the account is out of credit or over a spending limit; waiting does not help",
-    RateLimited: "too many requests or tokens just now.",
+    RateLimited: "too many requests or tokens just now",
     ServerError: "the endpoint has trouble of its own",
     StatusError: "redirects are not followed, they could carry the key elsewhere; set base_url to the final address",
 }
