@@ -43,6 +43,7 @@ STREAM_OPTIONS: dict[str, tuple[int, Any]] = {
     "in Python's notation": (400, {"object": "error", "message": f"[{{'type': 'extra_forbidden', 'loc': ('body', 'stream_options'), 'msg': '{EXTRA}', 'input': {ECHO}}}]"}),
     "in JSON inside a text": (400, {"error": {"message": "Provider returned error", "metadata": {"raw": json.dumps({"message": "include_usage is unknown"})}}}),
     "in another library's error": (400, {"error": {"message": "litellm.BadRequestError: Error code: 400 - {'error': {'message': 'stream_options: no'}}"}}),
+    "in plain words": (400, {"detail": "Stream options are not available"}),
     "in camel case": (400, {"message": "streamOptions: unknown field"}),
     "as text": (400, b'json: unknown field "stream_options"'),
     "as not implemented": (501, {"error": "stream_options is missing"}),
@@ -59,6 +60,7 @@ def test_a_field_is_found_wherever_it_is_named(name: str) -> None:
 
 
 FORMATS: dict[str, tuple[int, Any]] = {
+    "in plain words": (400, {"error": {"message": "JSON schemas are not available for this model"}}),
     "SiliconFlow": (400, {"code": 20024, "message": "Json mode is not supported for this model.", "data": None}),
     "Fireworks": (400, {"error": {"message": "Structured response generation is not supported"}}),
     "TGI": (422, b"Failed to deserialize the JSON body into the target type: response_format: unknown variant `json_schema`"),
