@@ -155,7 +155,9 @@ class _Use:
 
 
 async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    context.trace_request_ctx.reused = True
+    use = context.trace_request_ctx
+    if use is not None:  # as it is for relayed requests, which are not made again
+        use.reused = True
 
 
 async def requested(session: aiohttp.ClientSession, method: str, url: str, **options: Any) -> aiohttp.ClientResponse:

@@ -126,6 +126,14 @@ async def test_a_connection_that_was_just_closed_costs_no_retry() -> None:
     assert stats.retries == 0
 
 
+async def test_a_relayed_request_goes_out_on_a_connection_of_calls() -> None:
+    async with odd_endpoint(answer) as endpoint, batcher(endpoint.url) as batched:
+        for _ in range(2):
+            assert await outputs(batched, "a") == ["A!"]
+            async with batched.forward("POST", "/chat/completions", {}, b'{"messages": []}') as forwarded:
+                assert forwarded.status == 200
+
+
 async def test_a_wait_in_the_body_is_kept() -> None:
     """As Gemini asks for one; `RetryPolicy` alone would be done in a few milliseconds."""
     loop, begun = asyncio.get_running_loop(), 0.0
