@@ -5,9 +5,10 @@ about the response format steps down one rung; after an hour one call tries the 
 fields that an endpoint refuses, its name of `max_tokens` and the place of a hint are remembered.
 
 A refusal that does not say what it is about may be about the form. So a call whose form was never answered is tried one rung lower,
-or without `stream_options`, and if that is refused too in the barest form: if the refusal speaks of some field, or if the call
+without `stream_options`, without a stream, and at last in the barest form: if the refusal speaks of some field, or if the call
 carries one request. A batch is halved first, since one of its requests is the likely cause. If several batches in a row are refused
-without a reason while other calls are answered, as its requests are alone, the form is at fault, and the next batch is tried so.
+without a reason while other calls are answered, as its requests are alone, the form is at fault, and the next batch is tried so;
+if that was in vain, only after four times as many.
 What the endpoint answers is remembered.
 
 The transport asks for a `Plan` before each attempt and reports how it went; an attempt that is cancelled or fails for other reasons
@@ -66,6 +67,7 @@ class _RungState(msgspec.Struct):
     works: set[Rung] = msgspec.field(default_factory=set[Rung])
     doubts: int = 0
     doubted_at: int = 0  # answers of the endpoint before the first of them
+    patience: int = MAX_DOUBTS
 
     def down_to(self, rung: Rung, now: float) -> None:
         if self.rung < rung:  # else a concurrent call has stepped there or further
@@ -101,13 +103,20 @@ class _Entry:
         return [own] if own.rung > self.general.rung else [self.general, own]
 
 
+_Form: TypeAlias = tuple[Rung, frozenset[str], bool]
+"""The highest rung, the fields to leave out, and whether the hint is joined to another message."""
+
+_AS_KNOWN: Final[_Form] = (Rung.JSON_SCHEMA, frozenset(), False)
+
+
 class _CallHistory(msgspec.Struct):
     """Notes about one call, dropped with it."""
 
     floor: Rung = Rung.JSON_SCHEMA  # the highest rung to try, after a refusal that did not say why
     without: frozenset[str] = frozenset()  # fields to leave out, likewise
-    barest: bool = False
-    tried: int = 0  # forms tried because of such refusals
+    joins_hint: bool = False  # likewise
+    tried: bool = False  # whether another form was tried because of such a refusal
+    forms: list[_Form] = []  # further ones to try
     rejected: bool = False  # whether the endpoint has rejected what its model wrote
     unanswered: bool = False
     bounds: int = 0  # refusals of its bound
@@ -193,7 +202,9 @@ class Capabilities:
         if call.schema is not None:
             self._choose_rung(plan, history, now)
             if call.hint is not None and plan.rung is not Rung.JSON_SCHEMA:
-                plan.hint = "joined" if entry.joins_hint or (history is not None and history.barest) else "system"
+                on_trial = history is not None and history.joins_hint and not entry.joins_hint
+                plan.hint = "joined" if entry.joins_hint or on_trial else "system"
+                plan.lower = plan.lower or on_trial
         return plan
 
     def accepted(self, plan: Plan, now: float) -> None:
@@ -285,55 +296,56 @@ class Capabilities:
         return True
 
     def failed(self, plan: Plan) -> None:
-        """Learn from a plain 500, with which llama-cpp-python's server refuses a JSON schema.
+        """Learn from a plain 500, with which llama-cpp-python's server refuses a JSON schema, and SGLang's a system message.
 
-        The next attempt at the same call goes one rung lower. Each call does so once, and not if its very schema has been answered
-        on this rung before: then the endpoint is down, not refusing.
+        The next attempt at the same call goes one rung lower, with its hint joined to another message. Each call does so once, and not
+        if its very schema has been answered on this rung before: then the endpoint is down, not refusing.
         """
         if plan.rung is None or self._rung is not None:
             return
         history = self._history(plan)
         if plan.lower:
-            history.floor = Rung.JSON_SCHEMA  # it was not the format, so go on as before
+            history.floor, history.without, history.joins_hint = _AS_KNOWN  # it was not the form, so go on as before
             return
-        own = plan.entry.schemas.get(plan.digest)
-        if plan.rung is Rung.PLAIN or history.tried or (own is not None and plan.rung in own.works):
+        own, lowest = plan.entry.schemas.get(plan.digest), plan.rung is Rung.PLAIN
+        if (lowest and plan.hint != "system") or history.tried or (own is not None and plan.rung in own.works):
             return
-        history.tried = 1
-        history.floor = Rung(plan.rung + 1)
+        history.tried, history.joins_hint = True, plan.hint == "system"
+        history.floor = plan.rung if lowest else Rung(plan.rung + 1)
 
     def _is_doubtful(self, plan: Plan, *, some: bool) -> bool:
         """Note a refusal without a reason, of *some* field or of none; return whether the form may be at fault."""
         entry, own = plan.entry, plan.entry.schema(plan.digest)
         own.doubted_at = own.doubted_at if own.doubts else entry.answers
         own.doubts += 1
-        if own.doubts > MAX_DOUBTS and entry.answers > own.doubted_at:
-            own.works.clear()
+        if entry.fruitless >= _MAX_FRUITLESS:
+            return False
+        if own.doubts > own.patience and entry.answers > own.doubted_at:
             entry.works.clear()
-        elif not some and (plan.call.hint is None if plan.rung is not None else not plan.stream):
+            return True
+        if not some and (plan.call.hint is None if plan.rung is not None else not plan.stream):
             return False  # a batch, or a text without anything that the caller has not asked for
-        proved = plan.sent - set(MAX_TOKENS_NAMES) <= entry.works and (plan.rung is None or plan.rung in own.works)
-        return not proved and entry.fruitless < _MAX_FRUITLESS
+        # A field that is not named may be one of this schema; else an answer for any schema shows that the form is sound.
+        rungs = own.works if some else entry.general.works
+        return not (plan.sent - set(MAX_TOKENS_NAMES) <= entry.works and (plan.rung is None or plan.rung in rungs))
 
     def _try_barer(self, plan: Plan, *, some: bool) -> bool:
         """Choose a barer form for the next attempt at a call that was refused without a reason; return whether there is one to try."""
-        entry, history = plan.entry, self._history(plan)
-        if not history.tried and not self._is_doubtful(plan, some=some):
-            return False
-        history.tried += 1
-        can_step_down = self._rung is None and plan.rung not in (None, Rung.PLAIN)
-        if history.tried == 1 and plan.hint != "system":
-            if plan.rung is not None and can_step_down:
-                history.floor = Rung(plan.rung + 1)
-                return True
-            if "stream_options" in plan.sent:
-                history.without = frozenset({"stream_options"})
-                return True
-        if not history.barest and (plan.sent & OPTIONAL or can_step_down or plan.hint == "system"):
-            history.floor, history.without, history.barest = Rung.PLAIN, OPTIONAL, True
+        history = self._history(plan)
+        if not history.tried:
+            if not self._is_doubtful(plan, some=some):
+                return False
+            forms = _barer_forms(plan, some=some)
+            if self._rung is not None:  # a declared rung stays
+                forms = [form for form in forms if form[1] or (form[2] and plan.hint == "system")]
+            history.tried, history.forms = True, forms
+        if history.forms:
+            history.floor, history.without, history.joins_hint = history.forms.pop(0)
             return True
-        entry.fruitless += 1
-        history.floor, history.without, history.barest = Rung.JSON_SCHEMA, frozenset(), False
+        plan.entry.fruitless += plan.lower
+        # A lane with many requests that are refused themselves looks like it.
+        plan.entry.schema(plan.digest).patience *= 4
+        history.floor, history.without, history.joins_hint = _AS_KNOWN
         return False
 
     def _join_hint(self, plan: Plan) -> bool:
@@ -401,3 +413,18 @@ class Capabilities:
 
     def _history(self, plan: Plan) -> _CallHistory:
         return self._histories.setdefault(plan.call, _CallHistory())
+
+
+def _barer_forms(plan: Plan, *, some: bool) -> list[_Form]:
+    """Return the forms to try in place of that of *plan*; the one that lacks most is the last."""
+    forms: list[_Form] = []
+    ours = frozenset({"stream", "stream_options"}) if plan.stream else frozenset[str]()
+    lacking = ours | {"temperature"} if some else ours  # the caller has asked for a temperature
+    has_rung = plan.rung is not None and plan.rung is not Rung.PLAIN
+    if plan.rung is not None and has_rung and plan.hint != "system":
+        forms.append((Rung(plan.rung + 1), frozenset(), False))
+    if ours:
+        forms += [(Rung.JSON_SCHEMA, frozenset({"stream_options"}), False), (Rung.JSON_SCHEMA, ours, False)]
+    if has_rung or plan.hint == "system" or plan.sent & (lacking - ours):
+        forms.append((Rung.PLAIN, lacking, True))
+    return forms

@@ -175,7 +175,8 @@ class BatchWire:
         """Return the plan by which *body* was made, however long ago."""
         form = as_object(body.get("response_format"))
         schema = as_object(form.get("json_schema")).get("schema")
-        call = ChatCall(messages=(), model=body["model"], schema=schema)
+        params = {name: body[name] for name in ("temperature",) if name in body}
+        call = ChatCall(messages=body.get("messages", ()), model=body["model"], schema=schema, params=params)
         today = self._plan(call, body["model"])
         sent = frozenset(name for name in _OPTIONAL if name in body)
         return Plan(call, today.entry, _RUNGS.get(form.get("type", "")), sent, today.digest)

@@ -30,12 +30,12 @@ from microbatch.errors import (
     mask,
 )
 from microbatch.transports.bound_refusals import messages_in, words_of
-from microbatch.transports.error_text import shown
+from microbatch.transports.error_text import prompt_of, shown
 from microbatch.transports.lenient import as_object, decode_body, first_of, is_array
 from microbatch.transports.response_headers import read_limits, retry_after, stated_wait
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 _SHOULD_RETRY: Final = {"true": True, "false": False}
 _WORD: Final = re.compile(r"[A-Za-z_][\w.$\[\]/:-]{0,99}")
@@ -291,16 +291,22 @@ def _as_status(value: Any) -> int | None:
     return value if isinstance(value, int) and 400 <= value <= 599 else None  # noqa: PLR2004 (HTTP's own errors)
 
 
-def classify(fault: Fault) -> type[StatusError]:
-    """Return the class of the error tree that *fault* belongs to."""
+def classify(fault: Fault, prompt: str = "") -> type[StatusError]:
+    """Return the class of the error tree that *fault* belongs to; *prompt* is what its message may quote."""
     status, words, message = fault.status, fault.words, fault.message
     if words & _CONTEXT or (status in _ABOUT_THE_REQUEST and _CONTEXT_TEXT.search(message)):
         return ContextTooLong
     if _is_about_content(fault):
         return Filtered
     wait = stated_wait(fault.raw) if status == 429 else None  # noqa: PLR2004 Gemini says "check your billing" of minutes, too
-    if status == 402 or words & _QUOTA or (wait is None and status in _ABOUT_CREDIT and _QUOTA_TEXT.search(message)):  # noqa: PLR2004
+    if status == 402 or words & _QUOTA:  # noqa: PLR2004
         return QuotaExhausted
+    if (
+        wait is None
+        and status in _ABOUT_CREDIT
+        and any(said[0] not in prompt for said in _QUOTA_TEXT.finditer(message))
+    ):
+        return QuotaExhausted  # it stops all calls of the account, so words of one item must not cause it
     if status in (400, 403) and words & _BY_WORD[RateLimited]:
         return RateLimited
     if status in (401, 403):
@@ -341,14 +347,14 @@ def to_error(
     headers: Mapping[str, str],
     secrets: Iterable[str] = (),
     keyless: bool = False,
-    asked: Iterable[Any] | None = None,
+    asked: Sequence[Any] | None = None,
 ) -> StatusError:
     """Return the error to raise for *fault* in a response with *headers*, which are looked up in any case.
 
     *where* is host and port. *secrets* must not appear anywhere, such as the key that was sent; *keyless* if there was none. *asked*
     are the contents of the request's messages, which the error's text must not quote; None leaves the endpoint's words out of it.
     """
-    kind = classify(fault)
+    kind = classify(fault, "" if asked is None else prompt_of(asked))
     code, param = _clean(fault.code, secrets), _clean(fault.param, secrets)
     wait = retry_after(headers)
     if wait is None and kind in (RateLimited, ServerError):
@@ -405,7 +411,7 @@ def _advice(kind: type[StatusError], status: int, wait: float | None, *, keyless
         where = "OPENAI_API_KEY is sent only to OpenAI and to OPENAI_BASE_URL"
         return f"no key was sent; pass api_key=, or the header that the endpoint wants in headers= ({where})"
     if kind is RateLimited and wait is not None:
-        return f"{_ADVICE[kind]} It asks to wait {wait:g} s."
+        return f"{_ADVICE[kind]}, it asks to wait {wait:g} s"
     if kind is BadRequest and status == 404:  # noqa: PLR2004
         return "check model and base_url, which usually ends in /v1"
     if kind is BadRequest and status in (413, 429):
@@ -419,7 +425,7 @@ _ADVICE: Final[Mapping[type[StatusError], str]] = {
     ContextTooLong: "the prompt does not fit the model's context window; lower max_prompt_tokens, or shorten the item",
     Filtered: "a content filter stopped it",
     QuotaExhausted: "the account is out of credit or over a spending limit; waiting does not help",
-    RateLimited: "too many requests or tokens just now.",
+    RateLimited: "too many requests or tokens just now",
     ServerError: "the endpoint has trouble of its own",
     StatusError: "redirects are not followed, they could carry the key elsewhere; set base_url to the final address",
 }

@@ -42,16 +42,16 @@ _UNKNOWN: Final = re.compile(
     r"|\bno such\b|\binvalid (?:parameter|argument|field|name)|\bremoved\b|\bnot a valid (?:parameter|field)"
 )
 _NAMED: Final[Mapping[str, re.Pattern[str]]] = {
-    "stream_options": re.compile(r"(?i)\bstream_?options\b|\binclude_?usage\b"),
+    "stream_options": re.compile(r"(?i)\bstream[_ -]?options\b|\binclude[_ -]?usage\b"),
     "temperature": re.compile(r"(?i)\btemperature\b"),
     "max_tokens": re.compile(r"\bmax_tokens\b"),
     "max_completion_tokens": re.compile(r"\bmax_completion_tokens\b"),
     "stream": re.compile(r"(?i)(?<![-\w])stream(?:s|ing|ed)?(?![-\w])"),
 }
 _FORMAT: Final = re.compile(
-    r"(?i)response[ _]?format|json_(?:schema|object)|\bjson[ _-]?mode|\bjson (?:output|format|response)|\bgrammars?\b"
-    r"|structured[ _-]?(?:outputs?|generation|responses?|decoding)|\bguided[ _-](?:json|decoding)|response_?schema|\boutput[ _]format\b"
-    r"|\b(?:invalid|unknown|unsupported) format\b"
+    r"(?i)response[ _-]?(?:format|schema)|\bjson[ _-]?(?:schemas?|objects?|mode)\b|\bjson (?:output|format|response)|\bgrammars?\b"
+    r"|structured[ _-]?(?:outputs?|generation|responses?|decoding)|\bguided[ _-](?:json|decoding)"
+    r"|\bconstrained[ _-](?:decoding|generation)|\boutput[ _]format\b|\b(?:invalid|unknown|unsupported) format\b"
 )
 # Response formats are supported and this schema is not. OpenAI: "Invalid schema for response_format 'answers': ..."; llama-server:
 # "JSON schema conversion failed"; Groq: "minItems is not supported"; vLLM: "The provided JSON schema contains features not supported

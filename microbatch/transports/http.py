@@ -176,8 +176,8 @@ class _Use:
 
 
 async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    use: _Use | None = context.trace_request_ctx
-    if use is not None:  # of a relayed request there is none
+    use = context.trace_request_ctx
+    if use is not None:  # as it is for relayed requests, which are not made again
         use.reused = True
 
 

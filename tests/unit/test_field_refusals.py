@@ -43,6 +43,7 @@ STREAM_OPTIONS: dict[str, tuple[int, Any]] = {
     "in Python's notation": (400, {"object": "error", "message": f"[{{'type': 'extra_forbidden', 'loc': ('body', 'stream_options'), 'msg': '{EXTRA}', 'input': {ECHO}}}]"}),
     "in JSON inside a text": (400, {"error": {"message": "Provider returned error", "metadata": {"raw": json.dumps({"message": "include_usage is unknown"})}}}),
     "in another library's error": (400, {"error": {"message": "litellm.BadRequestError: Error code: 400 - {'error': {'message': 'stream_options: no'}}"}}),
+    "in plain words": (400, {"detail": "Stream options are not available"}),
     "in camel case": (400, {"message": "streamOptions: unknown field"}),
     "as text": (400, b'json: unknown field "stream_options"'),
     "as not implemented": (501, {"error": "stream_options is missing"}),
@@ -59,6 +60,7 @@ def test_a_field_is_found_wherever_it_is_named(name: str) -> None:
 
 
 FORMATS: dict[str, tuple[int, Any]] = {
+    "in plain words": (400, {"error": {"message": "JSON schemas are not available for this model"}}),
     "SiliconFlow": (400, {"code": 20024, "message": "Json mode is not supported for this model.", "data": None}),
     "Fireworks": (400, {"error": {"message": "Structured response generation is not supported"}}),
     "TGI": (422, b"Failed to deserialize the JSON body into the target type: response_format: unknown variant `json_schema`"),
@@ -200,6 +202,17 @@ def test_batches_that_are_refused_while_their_requests_are_answered_alone_blame_
     assert (lower.rung, plan(known, typed()).rung) == (Rung.JSON_OBJECT, Rung.JSON_OBJECT)
 
 
+def test_batches_that_are_refused_in_every_form_are_tried_less_and_less() -> None:
+    """Their requests may be refused themselves, as poison is; an answer in between does not start it all again."""
+    known, tried = Capabilities(), 0
+    for _ in range(4 * MAX_DOUBTS):
+        batch = typed()
+        while learn(known, plan(known, batch), SILENT):
+            tried += 1
+        known.accepted(plan(known, ChatCall(messages=[])), 0.0)
+    assert 1 <= tried <= 3
+
+
 def test_the_place_of_the_hint_is_learned_from_either_status_of_a_template_error() -> None:
     for status in (400, 500):
         known, call = Capabilities(), typed(hint="JSON")
@@ -207,6 +220,18 @@ def test_the_place_of_the_hint_is_learned_from_either_status_of_a_template_error
         assert plan(known, call).hint == "system"
         assert learn(known, plan(known, call), {"error": {"message": "Roles must alternate user/assistant"}}, status)
         assert plan(known, typed(hint="JSON")).hint == "joined"
+
+
+@pytest.mark.parametrize("rungs", [1, 2])
+def test_the_place_of_the_hint_is_found_out_where_a_500_says_nothing(rungs: int) -> None:
+    """Servers whose chat template raises an exception answer so."""
+    known, call = Capabilities(), typed(hint="JSON")
+    for _ in range(rungs):
+        learn(known, plan(known, call), {"error": {"message": "response_format is not supported"}})
+    assert plan(known, call).hint == "system"
+    assert not learn(known, plan(known, call), b"Internal Server Error", 500)
+    known.accepted(plan(known, call), 0.0)
+    assert (plan(known, typed(hint="JSON")).hint, plan(known, typed(hint="JSON")).rung) == ("joined", Rung.PLAIN)
 
 
 def test_an_answer_that_ignores_the_schema_lowers_the_rung_of_that_schema() -> None:
@@ -224,3 +249,10 @@ def test_an_outage_is_not_taken_for_a_refusal_of_the_form() -> None:
     fault = read_failure(b"", 503)
     error = known.learn(plan(known, call), fault, to_error(fault, where="h", headers={}), 0.0)
     assert (type(error), error.again) == (ServerError, False)
+
+
+def test_a_validation_error_is_shown_with_its_place() -> None:
+    raw = json.dumps({"detail": [{"loc": ["body", "top_k"], "msg": EXTRA, "input": ECHO}]}).encode()
+    assert str(to_error(read_failure(raw, 422), where="h", headers={}, asked=[])).endswith(f"it says: {EXTRA}")
+    nested = json.dumps({"message": {"detail": [{"loc": ["body", "top_k"], "msg": EXTRA}]}}).encode()
+    assert str(to_error(read_failure(nested, 422), where="h", headers={}, asked=[])).endswith(f"body.top_k {EXTRA}")

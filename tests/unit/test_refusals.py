@@ -290,6 +290,17 @@ def test_an_account_without_credit_is_told_whatever_the_status(name: str) -> Non
     assert kind_of(*NO_CREDIT[name]) is errors.QuotaExhausted
 
 
+def test_what_an_item_says_about_credit_stops_nobody() -> None:
+    """An endpoint that echoes a text must not open the breaker for all callers."""
+    said = msgspec.json.encode({"error": {"message": "Unreadable: my credit balance is too low"}})
+    fault = read_fault(said, 400)
+    assert fault is not None
+    assert (
+        type(to_error(fault, where="h", headers={}, asked=["Help, my credit balance is too low"])) is errors.BadRequest
+    )
+    assert type(to_error(fault, where="h", headers={}, asked=["Help"])) is errors.QuotaExhausted
+
+
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_a_prompt_that_is_too_long_is_told_in_every_vendors_words(name: str) -> None:
     assert kind_of(*TOO_LONG[name]) is errors.ContextTooLong
