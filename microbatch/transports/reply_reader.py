@@ -15,6 +15,7 @@ from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
 from microbatch.transports.reply_fields import read_finish, read_usage, total_usage
+from microbatch.transports.tool_calls import CallPieces
 
 if TYPE_CHECKING:
     from microbatch.messages import Limits, Usage
@@ -80,6 +81,7 @@ class ReplyReader:
         spoke: Whether any JSON was read that is not an error.
         answering: Whether a choice was read, so that the endpoint has begun to answer.
         thought: Whether a part of the model's reasoning was read.
+        calls: The calls of tools.
     """
 
     def __init__(self) -> None:
@@ -88,6 +90,7 @@ class ReplyReader:
         self.spoke: bool = False
         self.answering: bool = False
         self.thought: bool = False
+        self.calls: CallPieces = CallPieces()
         self._ending: Finish | None = None  # how it ended if the endpoint does not say
         self._joiner = Joiner()
         self._refusal: list[str] = []
@@ -192,6 +195,7 @@ class ReplyReader:
             self._ending = "stop"
         if part.tool_calls or part.function_call:
             self._ending = "tool_calls"
+            self.calls.take(part.tool_calls)
         content = part.content
         if content is None:
             return ""
