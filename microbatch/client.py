@@ -73,11 +73,10 @@ class Microbatcher:
         max_tokens: Most tokens of the answer; a longer one in a combined reply is asked for again alone. None sets no limit.
         temperature: Sampling temperature; None for the endpoint's default.
         params: Any other request field; the fields of an `extra_body` among them are request fields too, as in OpenAI's SDK. Those that
-            act on a whole reply (n, logprobs, stop, seed, grammars, penalties...), and any that is not known to act on each of
-            several answers alike, make the request go alone, with the endpoint's JSON in `Reply.body`; see
-            `FlushPolicy.combine_params`. `response_format` with a json_schema becomes the answer's schema. Requests with
-            `response_format` json_object are combined, and so are those with a tool that must be called (`tool_choice` names it, or is
-            "required" and there is one): the answer is the tool's arguments as JSON text, and `Reply.body` has the call.
+            act on a whole reply (n, logprobs, stop, seed, grammars, penalties...), and any that is not known to act on each of several
+            answers alike, make the request go alone, with the endpoint's JSON in `Reply.body`; see `FlushPolicy.combine_params`.
+            `response_format` becomes the answer's schema, json_object that of any object. So do those of a tool if it must be called
+            (`tool_choice` names it, or is "required" with one tool): then `Reply.text` has its arguments, and `Reply.body` its call.
         headers: This caller's headers. With a credential among them, in any header, the transport's own key is not sent.
         tenant: Name of a trust domain; requests of different tenants never share a prompt. None for the batcher's own.
         priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.

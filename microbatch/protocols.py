@@ -71,7 +71,7 @@ class Completion(msgspec.Struct):
         model: The model that answered, or None.
         refusal: The model's text of a refusal, or None.
         request_id: The endpoint's id of the call, or None.
-        body: The endpoint's JSON of a call that was not streamed; a completion with the calls of tools in a stream; else None.
+        body: The endpoint's JSON of a call that was not streamed, or of the same shape if tools were called in a stream, or None.
         limits: The endpoint's rate limits: `Limits`, or the headers to read them from; None if it sent none.
         thought: Whether the reply had a thought or reasoning in addition to its answer.
         damaged: Whether a part of the reply could not be read; a NUL replaces it in the text.

@@ -96,12 +96,7 @@ def read_options(
             response_format = fields.pop("response_format")
         elif isinstance(asked, Mapping) and asked.get("type") == "text":
             del fields["response_format"]
-    form = asked_answer_type(fields) if fields and output_type is str and response_format is None else None
-    own = _beside(fields, form)
-    alone = kept_alone(own, harmless)
-    if fields and not alone:
-        asking = {} if form is None else {name: fields[name] for name in FIELDS if name in fields}
-        fields = without_defaults(own, harmless) | asking
+    form, fields, alone = _read_form(fields, harmless, may_ask=output_type is str and response_format is None)
     if temperature is not None:
         if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real) or math.isnan(temperature):
             raise ConfigError(f"temperature must be a number, got {temperature!r}")
@@ -163,12 +158,20 @@ def rank_of(priority: object) -> int:
     return _PRIORITIES.index(priority) if priority in _PRIORITIES else NORMAL
 
 
-def _beside(fields: Mapping[str, Any], form: AnswerType | None) -> Mapping[str, Any]:
-    """Return *fields* without those that only ask for the *form* of an answer, or mean nothing as there are no tools."""
-    if form is None and fields.get("tools"):
-        return fields
-    idle = _ABOUT_TOOLS if form is None else FIELDS
-    return {name: value for name, value in fields.items() if name not in idle}
+def _read_form(
+    fields: dict[str, Any], harmless: Collection[str], *, may_ask: bool
+) -> tuple[AnswerType | None, dict[str, Any], tuple[str, ...]]:
+    """Return the form of an answer that *fields* ask for, if they do and may, what to send, and what keeps the request alone."""
+    if not fields:
+        return None, fields, ()
+    form = asked_answer_type(fields) if may_ask else None
+    idle: Collection[str] = FIELDS if form is not None else () if fields.get("tools") else _ABOUT_TOOLS
+    own = {name: value for name, value in fields.items() if name not in idle}
+    alone = kept_alone(own, harmless)
+    if not alone:
+        asking = {} if form is None else {name: fields[name] for name in FIELDS if name in fields}
+        fields = without_defaults(own, harmless) | asking
+    return form, fields, alone
 
 
 def _headers(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:

@@ -23,7 +23,7 @@ from microbatch.schema.traverse import Schema, canonical
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
-    from microbatch.schema.asked_form import AskedForm
+    from microbatch.schema.asked_form import AskedForm, ForcedTool
     from microbatch.schema.decode import Decoder
 
     Kind = Literal["text", "typed", "given"]
@@ -60,8 +60,8 @@ class AnswerType:
         self, compiled: Schema, decode: Decoder, kind: Kind, *, strict: bool = True, form: AskedForm | None = None
     ) -> None:
         self.schema = schema = as_asked(compiled) if kind == "typed" else compiled
-        self.form = form
-        self.tool = None if form is None else form.tool
+        self.form: AskedForm | None = form
+        self.tool: ForcedTool | None = None if form is None else form.tool
         self.decode = decode
         self.is_text: bool = kind == "text"
         self.expected_tokens: int | None = expected_tokens(schema)

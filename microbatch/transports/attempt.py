@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from microbatch.errors import ConnectFailed
+from microbatch.transports.chat_wire import completion_object
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error, unanswered
 from microbatch.transports.http import Pacer, guarded, read_all, read_some
@@ -83,6 +84,9 @@ class Attempt:
         headers = self._response.headers
         completion = self._reader.completion(headers.get("x-request-id"), read_limits(headers))
         completion.bound = self.plan.bound
+        if completion.body is None and (calls := self._reader.calls.joined()):
+            reason, members = completion.finish_reason or "tool_calls", {"tool_calls": calls}
+            completion.body = completion_object(None, model=completion.model, finish_reason=reason, members=members)
         return completion
 
     @property

@@ -34,8 +34,8 @@ _RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJEC
 
 
 def can_stream(call: ChatCall) -> bool:
-    """Return whether the reply to *call* can hold nothing but one text."""
-    params = call.params
+    """Return whether the reply to *call* can hold nothing but one text, or calls of tools whose events go on as they are."""
+    params = call.params if call.on_event is None else {**call.params, "tools": None}
     return params.get("n") in (None, 1) and not any(params.get(name) for name in _MORE_THAN_TEXT)
 
 

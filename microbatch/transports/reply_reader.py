@@ -81,6 +81,7 @@ class ReplyReader:
         spoke: Whether any JSON was read that is not an error.
         answering: Whether a choice was read, so that the endpoint has begun to answer.
         thought: Whether a part of the model's reasoning was read.
+        calls: The calls of tools.
     """
 
     def __init__(self) -> None:
@@ -89,9 +90,9 @@ class ReplyReader:
         self.spoke: bool = False
         self.answering: bool = False
         self.thought: bool = False
+        self.calls: ToolCalls = ToolCalls()
         self._ending: Finish | None = None  # how it ended if the endpoint does not say
         self._joiner = Joiner()
-        self._calls = ToolCalls()
         self._refusal: list[str] = []
         self._completion = Completion(None)  # as far as it is known
         self._reports: list[tuple[Usage, bool]] = []  # usage, and whether text came with it
@@ -155,7 +156,6 @@ class ReplyReader:
             finish = self._ending
         completion.finish_reason = None if finish == "broken" else finish
         completion.usage = total_usage(self._reports)
-        completion.body = completion.body or self._calls.body(finish)
         completion.refusal = "".join(self._refusal) or None
         completion.request_id = request_id
         completion.limits = limits
@@ -196,7 +196,7 @@ class ReplyReader:
         if part.tool_calls or part.function_call:
             self._ending = "tool_calls"
             if choice.delta is not None:
-                self._calls.take(part.tool_calls)
+                self.calls.take(part.tool_calls)
         content = part.content
         if content is None:
             return ""

@@ -15,26 +15,22 @@ class ToolCalls:
         self._arguments: dict[int, list[str]] = {}
 
     def take(self, pieces: Any) -> None:
-        """Take the `tool_calls` of one event."""
+        """Take the `tool_calls` of one event; a piece without an index belongs to the call at its place."""
         for place, piece in enumerate(pieces if is_array(pieces) else ()):
-            members = as_object(piece)
+            members = {**as_object(piece)}
             given = members.pop("index", None)
-            index = given if isinstance(given, int) else place
-            function = as_object(members.pop("function", None))
+            index = int(given) if isinstance(given, int) or (isinstance(given, str) and given.isdecimal()) else place
+            function = {**as_object(members.pop("function", None))}
             arguments = function.pop("arguments", None)
-            call = self._calls.setdefault(index, {"function": {}})
-            call |= {name: value for name, value in members.items() if value is not None}
-            call["function"] |= {name: value for name, value in function.items() if value is not None}
+            call = self._calls.setdefault(index, {"type": "function", "function": {}})
+            call |= {name: value for name, value in members.items() if value}
+            call["function"] |= {name: value for name, value in function.items() if value}
             if isinstance(arguments, str):
                 self._arguments.setdefault(index, []).append(arguments)
 
-    def body(self, finish_reason: str | None) -> dict[str, Any] | None:
-        """Return a completion with the calls, or None if there are none."""
-        if not self._calls:
-            return None
-        calls = [
+    def joined(self) -> list[dict[str, Any]]:
+        """Return the calls as a whole message has them."""
+        return [
             {**call, "function": {**call["function"], "arguments": "".join(self._arguments.get(index, ()))}}
             for index, call in sorted(self._calls.items())
         ]
-        message = {"role": "assistant", "content": None, "tool_calls": calls}
-        return {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}

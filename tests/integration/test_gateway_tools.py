@@ -13,7 +13,7 @@ from helpers import ask
 import microbatch as mb
 from microbatch.gateway import Gateway
 from microbatch.openai import AsyncOpenAI
-from microbatch.testing import SimulatedEndpoint
+from microbatch.testing import Latency, SimulatedEndpoint
 
 PARAMETERS = {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look up.", "parameters": PARAMETERS}}
@@ -25,8 +25,8 @@ TEXTS = [f"json {number}" for number in range(8)]
 TOGETHER = mb.FlushPolicy(idle="wait", max_wait=0.5, max_batch_size=len(TEXTS))
 
 
-def endpoint(**options):
-    return SimulatedEndpoint(answer=lambda text, _: {"word": text}, latency=QUICK, record=True, **options)
+def endpoint(pace=QUICK, **options):
+    return SimulatedEndpoint(answer=lambda text, _: {"word": text}, latency=pace, record=True, **options)
 
 
 def gateway(upstream, **options):
@@ -143,3 +143,21 @@ async def test_json_object_is_combined_without_it_where_the_endpoint_refuses_it_
             await asyncio.gather(*(batcher.submit(ask(text), params=FORCED) for text in TEXTS))
     kinds = [request.get("response_format", {}).get("type") for request in upstream.requests]
     assert kinds == ["json_object", None, "json_schema"]
+
+
+async def test_a_call_of_a_tool_for_one_caller_alone_is_streamed_as_it_is_written():
+    async with (
+        endpoint(pace=Latency(first_token=0, tokens_per_second=50)) as upstream,
+        gateway(upstream, policy=mb.FlushPolicy(), cache=mb.MemoryCache()) as served,
+        client(served) as asking,
+    ):
+        text = "many words " * 20
+        chunks = [chunk async for chunk in await create(asking, text, stream=True, temperature=0, **FORCED)]
+        whole = await create(asking, text, temperature=0, **FORCED)
+    pieces = [call.function.arguments for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert len(pieces) > 10
+    assert json.loads("".join(pieces)) == {"word": text}
+    assert upstream.requests[0]["tools"] == [TOOL]
+    # What was streamed is also an answer for others.
+    assert len(upstream.requests) == 1
+    assert function_of(whole, "stop") == {"word": text}
