@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
@@ -31,9 +31,7 @@ from microbatch.batching.single_queue import SingleQueues
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
-from microbatch.protocols import Cache, Transport
 from microbatch.resources import acquire, release
-from microbatch.spool.records import Spool
 from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.retry import Sender
@@ -44,10 +42,12 @@ if TYPE_CHECKING:
     from microbatch.accounting.prices import Price
     from microbatch.messages import Usage
     from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+    from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
+    from microbatch.spool.records import Spool
     from microbatch.transports.rate_limit import RateLimit
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 
 @dataclass(frozen=True)
@@ -67,43 +67,36 @@ class Settings:
     hooks: Sequence[object]
     draw_ids: Callable[[int], Sequence[str]]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.transport, Transport):
-            raise ConfigError(f"transport must have send() and aclose(), got {type(self.transport).__name__}")
-        if self.cache is not None and not isinstance(self.cache, Cache):
-            raise ConfigError(f"cache must have get_many(), set_many() and aclose(), got {type(self.cache).__name__}")
-        if self.spool is not None and not isinstance(self.spool, Spool):
-            raise ConfigError(f"spool must have the methods of Spool, got {type(self.spool).__name__}")
-
 
 class Assembly:
     """The parts of one batcher; see `Microbatcher` for the arguments.
 
     Raises:
-        ConfigError: The transport, the cache or the spool lacks a method, or a setting is wrong.
+        ConfigError: A setting is wrong.
     """
 
     def __init__(self, settings: Settings) -> None:
         policy, transport = settings.policy, settings.transport
         self.settings = settings
         self.model: str | None = getattr(transport, "model", None)
-        self.tokens = TokenCounter(settings.tokens, self.model)
-        self.prices = PriceBook(settings.prices)
-        self.ledger = Ledger()
-        self.scheduler = Scheduler(policy.max_concurrent_batches)
-        self.accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
-        self.sender = Sender(transport, settings.retry)
-        self.admission = AdmissionQueue(
+        self.tokens: TokenCounter = TokenCounter(settings.tokens, self.model)
+        self.prices: PriceBook = PriceBook(settings.prices)
+        self.ledger: Ledger = Ledger()
+        self.scheduler: Scheduler = Scheduler(policy.max_concurrent_batches)
+        self.accounts: Accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
+        self.sender: Sender = Sender(transport, settings.retry)
+        self.admission: AdmissionQueue = AdmissionQueue(
             policy.max_queued,
             policy.when_full,
             bypass=policy.max_concurrent_batches,
             slot_free=lambda: not self.scheduler.full,
         )
-        self.in_flight = InFlight()
+        self.in_flight: InFlight = InFlight()
         listeners = Listeners(settings.hooks)
-        self.settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
+        self.settlement: Settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
         canary = settings.fallback.canary
         bounds = Bounds(self.model, canary=canary)
+        self.given: Dependencies
         self.given = given = Dependencies(
             policy=policy,
             fallback=settings.fallback,
@@ -124,14 +117,14 @@ class Assembly:
             in_flight=self.in_flight,
             settlement=self.settlement,
         )
-        self.cache = None if settings.cache is None else self._make_cache(settings.cache)
-        self.spool = None if settings.spool is None else SpoolClient(settings.spool)
+        self.cache: AnswerCache | None = None if settings.cache is None else self._make_cache(settings.cache)
+        self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
         lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
         codec = ChatCodec(settings.draw_ids, canary=canary, keep_thoughts=keep_thoughts)
         dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
-        self.intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
-        self.engine = Engine(given, lanes, singles, dispatcher)
+        self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
+        self.engine: Engine = Engine(given, lanes, singles, dispatcher)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -194,7 +187,10 @@ class Host:
             await asyncio.wait([self._undone])
         if self._task is not None:
             raise BatcherClosed("a Microbatcher is opened once; make a new one")
-        self.loop = asyncio.get_running_loop()
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigError("a Microbatcher needs an event loop of asyncio, and none is running here") from None
         ready: asyncio.Future[None] = self.loop.create_future()
         task = self._task = self.loop.create_task(self._run(ready), name="microbatch", context=contextvars.Context())
         task.add_done_callback(lambda _: _end(ready))

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from microbatch.batching.request import check_messages, rank_of
 from microbatch.batching.ticket import NO_CONTEXT, NORMAL, UNSHARED, CallerOptions, FlushReason
 from microbatch.errors import BatcherClosed, ShutDown
 from microbatch.messages import Request, Result
-from microbatch.policy import at_least
+from microbatch.policy import as_seconds
 
 if TYPE_CHECKING:
     from microbatch.batching.engine import Engine
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket, Waiter
     from microbatch.caching.answer_cache import AnswerCache
-    from microbatch.messages import Messages, Reply
+    from microbatch.messages import Messages, Reply, Requests
 
     Answered = tuple[Ticket, Waiter]
 
@@ -43,7 +43,7 @@ class _Item(msgspec.Struct):
     """A request whose options have been checked, at loop time *created*; `caller.key` is None if the cache is not asked."""
 
     index: int
-    request: Request
+    request: Request[Any]
     options: Options
     caller: CallerOptions
     created: float
@@ -62,7 +62,7 @@ class BulkRun:
     engine: Engine
     intake: Intake
     cache: AnswerCache | None
-    source: Iterable[Request | Messages] | AsyncIterable[Request | Messages]
+    source: Requests
     max_pending: int
     ordered: bool
     patience: float
@@ -84,7 +84,7 @@ class BulkRun:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _feeder: asyncio.Task[Any] | None = None
     _feeder_room: asyncio.Event = field(default_factory=asyncio.Event)
-    _sync: Iterator[Request | Messages] | None = None
+    _sync: Iterator[Request[Any] | Messages] | None = None
 
     async def results(self) -> AsyncIterator[Result[Any]]:
         """Yield a `Result` for each request of the source."""
@@ -140,7 +140,7 @@ class BulkRun:
             if self._results:
                 return
 
-    def _next_of(self, source: Iterator[Request | Messages]) -> Request | None:
+    def _next_of(self, source: Iterator[Request[Any] | Messages]) -> Request[Any] | None:
         """Return the next request of *source*; None if it has ended."""
         if self._exhausted:
             return None
@@ -152,7 +152,7 @@ class BulkRun:
             self._end_source(error)
         return None
 
-    async def _acquire_place(self, request: Request) -> None:
+    async def _acquire_place(self, request: Request[Any]) -> None:
         tenant = request.tenant if isinstance(request.tenant, str) else None  # what else it is is refused later
         await self.engine.admission.acquire(rank_of(request.priority), tenant, UNSHARED, patient=True)
 
@@ -161,7 +161,7 @@ class BulkRun:
             self._exhausted = True
             self._source_error = error
 
-    async def _feed(self, iterator: AsyncIterator[Request | Messages]) -> None:
+    async def _feed(self, iterator: AsyncIterator[Request[Any] | Messages]) -> None:
         """Take from an async iterator as long as there is room."""
         self._feeder = asyncio.current_task()
         try:
@@ -214,7 +214,7 @@ class BulkRun:
         self._silent = True
         self._check()
 
-    def _queue(self, request: Request) -> None:
+    def _queue(self, request: Request[Any]) -> None:
         """Queue *request*, for which a place is occupied; the error of a bad one is its result."""
         index, self._taken = self._taken, self._taken + 1
         looking: asyncio.Future[bytes | None] | None = None
@@ -232,7 +232,7 @@ class BulkRun:
         self._looking += 1
         looking.add_done_callback(functools.partial(self._looked_up, item), context=NO_CONTEXT)
 
-    def _read(self, index: int, request: Request) -> _Item:
+    def _read(self, index: int, request: Request[Any]) -> _Item:
         """Return *request* with its options.
 
         Raises:
@@ -248,13 +248,13 @@ class BulkRun:
             request.tenant,
             request.priority,
         )
-        at_least(0, timeout=request.timeout, ttl=request.ttl)
+        timeout, ttl = as_seconds("timeout", request.timeout), as_seconds("ttl", request.ttl)
         shared = request.use_cache and (self.intake.shares or options.cold)
         key: bytes | None = None
         if self.cache is not None and request.use_cache:
             check_messages(request.messages)
             key = self.cache.key(request.messages, options)
-        caller = CallerOptions(request.timeout, shared, key, request.ttl)
+        caller = CallerOptions(timeout, shared, key, ttl)
         return _Item(index, request, options, caller, asyncio.get_running_loop().time())
 
     def _looked_up(self, item: _Item, looking: asyncio.Future[bytes | None]) -> None:
@@ -362,5 +362,5 @@ class BulkRun:
         self._feeder_room.set()
 
 
-def _request_of(item: Request | Messages) -> Request:
+def _request_of(item: Request[Any] | Messages) -> Request[Any]:
     return item if isinstance(item, Request) else Request(item)

@@ -5,34 +5,36 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
+from microbatch.accounting.prices import Price
 from microbatch.assembly import Assembly, Host, Settings
+from microbatch.batching.live_answer import LiveAnswer
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
+from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, at_least, whole
+from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, as_seconds, at_least, whole
 from microbatch.prompt.compose import draw_endings
+from microbatch.protocols import Cache, Transport
 from microbatch.spool.payload import Payload
-from microbatch.spool.records import Name
+from microbatch.spool.records import Name, Spool
 from microbatch.transports.credentials import credentials_in
+from microbatch.transports.rate_limit import RateLimit
 from microbatch.transports.relay import read_charge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
     from typing_extensions import TypeForm, TypeVar
 
-    from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Stats
-    from microbatch.messages import Messages, Priority, Reply, Request, Result
-    from microbatch.protocols import Cache, Transport
-    from microbatch.spool.records import Spool
+    from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source
     from microbatch.spool.spool_client import SpoolClient
-    from microbatch.transports.rate_limit import RateLimit
     from microbatch.transports.relay import Forwarded
 
     T = TypeVar("T", default=str)
@@ -70,8 +72,11 @@ class Microbatcher:
         model: Model name; None for the transport's.
         max_tokens: Most tokens of the answer; a longer one in a combined reply is asked for again alone. None sets no limit.
         temperature: Sampling temperature; None for the endpoint's default.
-        params: Any other request field. Those that mean one answer (tools, n, logprobs, stop, seed...) make the request go alone, with
-            the endpoint's JSON in `Reply.body`. `response_format` with a json_schema becomes the answer's schema.
+        params: Any other request field; the fields of an `extra_body` among them are request fields too, as in OpenAI's SDK. Those that
+            act on a whole reply (n, logprobs, stop, seed, grammars, penalties...), and any that is not known to act on each of several
+            answers alike, make the request go alone, with the endpoint's JSON in `Reply.body`; see `FlushPolicy.combine_params`.
+            `response_format` becomes the answer's schema, json_object that of any object. So do those of a tool if it must be called
+            (`tool_choice` names it, or is "required" with one tool): then `Reply.text` has its arguments, and `Reply.body` its call.
         headers: This caller's headers. With a credential among them, in any header, the transport's own key is not sent.
         tenant: Name of a trust domain; requests of different tenants never share a prompt. None for the batcher's own.
         priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.
@@ -84,6 +89,7 @@ class Microbatcher:
         ConfigError: A setting is wrong.
     """
 
+    @checks_arguments
     def __init__(
         self,
         transport: Transport,
@@ -192,7 +198,7 @@ class Microbatcher:
         caller: CallerOptions | Reply[Any]
         caller = SHARED if use_cache and (self._intake.shares or options.cold) else UNSHARED
         if timeout is not None or ttl is not None:
-            at_least(0, timeout=timeout, ttl=ttl)
+            timeout, ttl = as_seconds("timeout", timeout), as_seconds("ttl", ttl)
             caller = CallerOptions(timeout, caller.shared, None, ttl, asyncio.get_running_loop().time())
         if use_cache and self._cache is not None:
             self._host.check_open()
@@ -217,12 +223,58 @@ class Microbatcher:
             self._settlement.leave(ticket, waiter)
             raise
 
+    @asynccontextmanager
+    async def open_answer(
+        self, messages: Messages, *, streamed: bool, timeout: float | None, use_cache: bool, **options: Any
+    ) -> AsyncIterator[LiveAnswer]:
+        """Ask as `submit` does, for a front end such as the gateway, which hands answers on as they are.
+
+        An answer of a call that carries only this request is not asked for again because it is empty or does not fit: its JSON is in
+        the error (`RequestFailed.completion`). With *streamed* the events of such a call can be read as they arrive.
+
+        Yields:
+            The answer to be; leaving the block gives the request up unless its reply was read.
+
+        Raises:
+            MicrobatchError: The request was not accepted; what ends it afterwards is raised by `LiveAnswer.reply`.
+        """
+        asked = self._intake.read_options(str, **options)
+        at_least(0, timeout=timeout)
+        self._host.check_open()
+        live = LiveAnswer(streamed=streamed)
+        shared = use_cache and (self._intake.shares or asked.cold)
+        since = asyncio.get_running_loop().time()
+        caller = CallerOptions(timeout, shared, since=since, live=live)
+        found: CallerOptions | Reply[Any] = caller
+        if use_cache and self._cache is not None:
+            found = await self._cache.find(messages, asked, caller)
+        if isinstance(found, CallerOptions):
+            await self._admission.acquire(asked.rank, asked.tenant, found)
+            live.accepted(*self._intake.accept(messages, asked, found))
+        else:
+            live.found(found)
+        try:
+            yield live
+        finally:
+            live.close(self._settlement)
+
+    @overload
     def map(
-        self,
-        requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
-        *,
-        max_pending: int | None = None,
-        ordered: bool = False,
+        self, requests: Source[Request[T]], *, max_pending: int | None = None, ordered: bool = False
+    ) -> AsyncIterator[Result[T]]: ...
+
+    @overload
+    def map(
+        self, requests: Source[Messages], *, max_pending: int | None = None, ordered: bool = False
+    ) -> AsyncIterator[Result[str]]: ...
+
+    @overload
+    def map(
+        self, requests: Requests, *, max_pending: int | None = None, ordered: bool = False
+    ) -> AsyncIterator[Result[Any]]: ...
+
+    def map(
+        self, requests: Requests, *, max_pending: int | None = None, ordered: bool = False
     ) -> AsyncIterator[Result[Any]]:
         """Answer any number of requests in full batches and bounded memory.
 
@@ -243,17 +295,13 @@ class Microbatcher:
         if not hasattr(requests, "__aiter__") and not hasattr(requests, "__iter__"):
             raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
         self._host.check_open()
-        slots_hold = self._policy.max_batch_size * self._policy.max_concurrent_batches
-        pending = max_pending or 2 * slots_hold
-        patience = self._policy.low_max_wait
-        return BulkRun(self._engine, self._intake, self._cache, requests, pending, ordered, patience).results()
+        policy = self._policy
+        pending = max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches
+        bulk = BulkRun(self._engine, self._intake, self._cache, requests, pending, ordered, policy.low_max_wait)
+        return bulk.results()
 
     async def warm(
-        self,
-        requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages],
-        *,
-        ttl: float | None = None,
-        progress: Callable[[Warmed], None] | None = None,
+        self, requests: Requests, *, ttl: float | None = None, progress: Callable[[Warmed], None] | None = None
     ) -> Warmed:
         """Fill the cache with the answers to *requests*, in full batches, and return the figures; what is in it is not asked again.
 
@@ -309,7 +357,7 @@ class Microbatcher:
             BatcherClosed: The batcher is not open.
         """
         spool = self._spooling()
-        name = _name(tenant, id if id is not None else uuid.uuid4().hex)
+        name = Name.checked(tenant, id if id is not None else uuid.uuid4().hex)
         payload = Payload.of(
             messages,
             output_type=output_type,
@@ -351,7 +399,7 @@ class Microbatcher:
         """
         spool = self._spooling()
         at_least(0, timeout=timeout)
-        return await spool.result(_name(tenant, id), output_type, timeout)
+        return await spool.result(Name.checked(tenant, id), output_type, timeout)
 
     def _spooling(self) -> SpoolClient:
         if self._parts.spool is None:
@@ -373,7 +421,13 @@ class Microbatcher:
 
     @asynccontextmanager
     async def forward(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        *,
+        alone: Sequence[str] = (),
     ) -> AsyncIterator[Forwarded]:
         """Relay a request to the endpoint and its answer back, byte for byte. It takes a slot and a permit like any call.
 
@@ -382,6 +436,7 @@ class Microbatcher:
             path: Path below the transport's base_url, with its query.
             headers: The request's headers; a credential among them, in any header, stands in place of the transport's own key.
             body: The request's body, or None.
+            alone: What keeps the request out of combined prompts, to be counted in `Stats.alone_by_field`.
 
         Yields:
             The response: `status`, `headers`, and its bytes by `async for` or `chunks()`.
@@ -403,6 +458,7 @@ class Microbatcher:
         async with self._engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
             ledger.upstream_calls += 1
             ledger.forwarded += 1
+            self._intake.note_alone(alone)
             try:
                 response = await relayed.enter_async_context(relay(method, path, headers, body))
             except ConfigError:
@@ -413,6 +469,11 @@ class Microbatcher:
             yield response
 
     # --- looking
+
+    @property
+    def base_url(self) -> str:
+        """The transport's address, "" if it has none."""
+        return getattr(self._parts.settings.transport, "base_url", "")
 
     @property
     def upstream_calls(self) -> int:
@@ -428,21 +489,12 @@ class Microbatcher:
         """Return the figures so far, as a snapshot that never changes."""
         return self._parts.stats()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Microbatcher cannot be pickled or copied: it belongs to one event loop; make one where it is used"
+        )
+
     def __repr__(self) -> str:
         """Return the state and the load."""
         state = "closed" if self._engine.closing else "new" if self._engine.accepting_loop is None else "open"
         return f"Microbatcher({state}, queued={self._admission.occupied}, in_flight={self._engine.scheduler.in_use})"
-
-
-def _name(tenant: str | None, id: str) -> Name:  # noqa: A002 see `Microbatcher.enqueue`
-    for word, value in (("id", id), ("tenant", tenant)):
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{word} must be a string, got {type(value).__name__}")
-    if not id:
-        raise ConfigError("id must not be empty")
-    name = Name(tenant, id)
-    try:
-        _ = name.key
-    except UnicodeEncodeError:
-        raise ConfigError("id and tenant must be texts that UTF-8 can say") from None
-    return name

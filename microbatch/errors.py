@@ -1,7 +1,8 @@
 """Exceptions.
 
 All derive from `MicrobatchError`; those that can end an accepted submit derive from `RequestFailed`. Data is in attributes; `str`,
-`repr` and pickles never contain a provider's body, a key or a prompt.
+`repr` and pickles never contain a provider's body, a key or a prompt. They have the words of a refusal, at most 300 characters, without
+keys and without what they quote of the prompt.
 """
 
 from __future__ import annotations
@@ -110,7 +111,14 @@ class TransportError(RequestFailed):
 
 
 class ConnectFailed(TransportError):
-    """The endpoint could not be reached, or the connection broke."""
+    """The endpoint could not be reached, or the connection broke.
+
+    Attributes:
+        again: Whether it broke because the endpoint closed a connection that was kept open, most likely before it read the request.
+            Sending it at once is not a retry.
+    """
+
+    again: bool = False
 
 
 class TransportTimeout(TransportError, TimeoutError):
@@ -156,7 +164,7 @@ class StatusError(TransportError):
         self.param = param
         self.request_id = request_id
         self.retry_after = retry_after
-        self.body = mask(body)
+        self.body: str = mask(body)
         self.again = again
         self.should_retry = should_retry
         self.limits = limits
@@ -183,7 +191,7 @@ class AuthFailed(StatusError):
 
 
 class QuotaExhausted(StatusError):
-    """The account is out of credit or over a spending limit (402, and 429 with a billing code); retrying does not help."""
+    """The account is out of credit or over a spending limit (402, and other statuses in such words); retrying does not help."""
 
 
 class RateLimited(StatusError):
@@ -191,7 +199,7 @@ class RateLimited(StatusError):
 
 
 class ServerError(StatusError):
-    """The endpoint failed (408, 409, 5xx), or a status 200 holds no answer (200, or the status that it names)."""
+    """The endpoint failed (408, 409, 424, 425, 498, 499, 5xx), or a status 200 holds no answer (200, or the status that it names)."""
 
 
 class ReplyError(RequestFailed):
@@ -203,7 +211,7 @@ class ReplyError(RequestFailed):
 
     def __init__(self, message: str = "", *, raw: str = "", attempts: int = 0) -> None:
         super().__init__(message, attempts=attempts)
-        self.raw = mask(raw)
+        self.raw: str = mask(raw)
 
 
 class MissingAnswer(ReplyError):
@@ -211,7 +219,7 @@ class MissingAnswer(ReplyError):
 
 
 class MalformedAnswer(ReplyError):
-    """The answer is empty, is not JSON, or does not fit `output_type`."""
+    """The answer is empty, is not JSON, or does not fit `output_type`: the message names the type, the field and the rule."""
 
 
 class TruncatedReply(ReplyError):

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 
+    import typing_extensions as future
+
+    Output_co = future.TypeVar("Output_co", covariant=True, default=str)
+else:
+    Output_co = TypeVar("Output_co", covariant=True)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -107,8 +112,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 Messages: TypeAlias = "Sequence[Mapping[str, Any] | Message]"
 
 
-class Request(msgspec.Struct):
-    """An item of `Microbatcher.map`: messages, and any options of `submit`.
+class Request(msgspec.Struct, Generic[Output_co]):
+    """An item of `Microbatcher.map`: messages, and any options of `submit`. Its type argument is that of the answer.
 
     Attributes:
         messages: The chat messages; may be given by position.
@@ -118,7 +123,7 @@ class Request(msgspec.Struct):
 
     messages: Messages
     id: str | None = None
-    output_type: Any = str
+    output_type: future.TypeForm[Output_co] = str  # type: ignore[assignment]
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -135,12 +140,23 @@ class Request(msgspec.Struct):
         return f"Request(id={self.id!r}, messages=<{len(self.messages)}>)"
 
 
-class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
+Source: TypeAlias = "Iterable[T] | AsyncIterable[T]"
+Requests: TypeAlias = "Source[Request[Any] | Messages]"
+
+
+class _Waiting:
+    """What of a reply is no field, and so is not encoded, copied or pickled: the function that waits for its call, for `settled`."""
+
+    __slots__ = ("_wait",)
+    _wait: Callable[[], Awaitable[object]] | None
+
+
+class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
     """The answer to one request, and its cost.
 
     Attributes:
         output: The answer, decoded to `output_type`.
-        text: The answer as the model wrote it: text, or JSON.
+        text: The answer as the model wrote it: text, or JSON; the arguments, if the request asks for the call of a tool.
         route: The way of the answer: "batch", "single", "fallback" (asked again after an earlier reply lacked it), "cache", or
             "shared" (an equal request was under way).
         usage: This request's share of the tokens of all calls that carried it. An estimate (`usage.estimated`) until the last of them
@@ -152,7 +168,8 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
         model: The model as the endpoint names it; the requested one until the call has ended; None if both are unknown.
         finish_reason: "stop", "length", "content_filter" or "tool_calls", or None while the rest of a combined reply is arriving.
         request_id: The endpoint's id of the call, or None.
-        body: The endpoint's JSON of a single call, else None.
+        body: The endpoint's JSON of a single call. Of an answer in a combined call the same shape, without usage, if the request asks
+            for the call of a tool; else None.
     """
 
     output: T_co
@@ -167,7 +184,6 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
     finish_reason: str | None = None
     request_id: str | None = None
     body: dict[str, Any] | None = None
-    _wait: Callable[[], Awaitable[object]] | None = None
 
     async def settled(self) -> Reply[T_co]:
         """Wait until `usage` and `cost_usd` are final, and return this reply.
@@ -175,8 +191,9 @@ class Reply(msgspec.Struct, Generic[T_co], eq=False, gc=False):
         They are final when the last call that carried the request has ended. If one ended without reporting its usage, they remain an
         estimate.
         """
-        if self._wait is not None:
-            await self._wait()
+        wait = getattr(self, "_wait", None)
+        if wait is not None:
+            await wait()
         return self
 
     def __repr__(self) -> str:

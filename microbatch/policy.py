@@ -1,11 +1,14 @@
-"""Settings: when requests are combined, retried and asked again. And the validation of settings."""
+"""Settings: when requests are combined, retried and asked again. And the validation of single arguments."""
 
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Collection  # noqa: TC003 the flags of the command line are made from it
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
+from microbatch.checking import AtLeast, Count, Seconds, check_fields
 from microbatch.errors import ConfigError
 
 WhenFull = Literal["wait", "reject", "bypass"]
@@ -23,8 +26,15 @@ def at_least(minimum: float, *, optional: bool = True, **settings: float | None)
     for name, value in settings.items():
         if value is None and optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < minimum:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or value < minimum:
             raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
+
+
+def as_seconds(name: str, value: float | None) -> float | None:
+    """Return a caller's number of seconds, of any class, as a float; raise `ConfigError` if it is none or negative."""
+    settings: dict[str, Any] = {name: value}
+    at_least(0, **settings)
+    return None if value is None else float(value)
 
 
 def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> None:
@@ -34,7 +44,7 @@ def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> Non
         ConfigError: One is no int or is below the minimum.
     """
     for name, value in settings.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
             raise ConfigError(f"{name} must be a whole number, got {value!r}")
     at_least(minimum, optional=optional, **settings)
 
@@ -75,40 +85,30 @@ class FlushPolicy:
         share: Whether equal requests under way at the same time get one answer, each its own copy, at any temperature. Without it
             they do at temperature 0, and always with a cache.
         low_max_wait: `max_wait` of low-priority requests, which ignore `idle`, in seconds.
+        combine_params: Names of further request parameters that may be combined. By themselves only those are that do to each of
+            several answers what they do to one, such as `top_p` and `reasoning_effort`; any other sends its request alone.
 
     Raises:
         ConfigError: A limit is below its minimum, or a value is unknown.
     """
 
-    max_batch_size: int = 16
-    max_wait: float = 0.1
-    max_batch_tokens: int = 8_000
-    max_prompt_tokens: int | None = None
-    max_output_tokens: int = 2_000
-    max_concurrent_batches: int = 64
-    max_queued: int = 10_000
+    max_batch_size: Count = 16
+    max_wait: Seconds = 0.1
+    max_batch_tokens: Count = 8_000
+    max_prompt_tokens: Count | None = None
+    max_output_tokens: Count = 2_000
+    max_concurrent_batches: Count = 64
+    max_queued: Count = 10_000
     when_full: WhenFull = "wait"
     idle: Idle = "flush"
     merge: Merge = "always"
     share: bool = False
-    low_max_wait: float = 2.0
+    low_max_wait: Seconds = 2.0
+    combine_params: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        whole(
-            1,
-            max_batch_size=self.max_batch_size,
-            max_batch_tokens=self.max_batch_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            max_output_tokens=self.max_output_tokens,
-            max_concurrent_batches=self.max_concurrent_batches,
-            max_queued=self.max_queued,
-        )
-        at_least(0, max_wait=self.max_wait, low_max_wait=self.low_max_wait)
-        if not isinstance(self.share, bool):
-            raise ConfigError(f"share must be True or False, got {self.share!r}")
-        one_of(WhenFull, when_full=self.when_full)
-        one_of(Idle, idle=self.idle)
-        one_of(Merge, merge=self.merge)
+        check_fields(self)
+        object.__setattr__(self, "combine_params", tuple(self.combine_params))  # a copy, and hashable
 
 
 MAX_WAIT: Final = 120.0
@@ -136,16 +136,14 @@ class RetryPolicy:
         ConfigError: A limit is below its minimum.
     """
 
-    max_attempts: int = 4
-    base: float = 0.5
-    cap: float = 20.0
-    budget: float = 0.2
-    reserve: int = 10
+    max_attempts: Count = 4
+    base: Seconds = 0.5
+    cap: Seconds = 20.0
+    budget: Annotated[float, AtLeast(0)] = 0.2
+    reserve: Annotated[int, AtLeast(0)] = 10
 
     def __post_init__(self) -> None:
-        whole(1, max_attempts=self.max_attempts)
-        whole(0, reserve=self.reserve)
-        at_least(0, base=self.base, cap=self.cap, budget=self.budget)
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,11 +165,10 @@ class FallbackPolicy:
 
     resolve: Resolve | None = None
     canary: bool = False
-    max_concurrent: int = 4
+    max_concurrent: Count = 4
 
     def __post_init__(self) -> None:
-        one_of(Resolve, resolve=self.resolve)
-        whole(1, max_concurrent=self.max_concurrent)
+        check_fields(self)
         if self.canary and self.resolve == "stream":
             raise ConfigError('canary=True needs resolve="verified": the canary is the last answer of a reply')
 

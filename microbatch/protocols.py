@@ -19,16 +19,23 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         messages: OpenAI chat messages, as they are sent.
         model: Model name, or None for the transport's own.
         params: Further request fields (temperature, top_p, tools...), sent unchanged.
-        headers: The caller's headers; with a credential among them the transport's own key is not sent.
+        headers: The caller's headers; with a credential among them the transport's own key is not sent. `:path`, the name that HTTP/2
+            has for it, holds the path below `base_url`, and its query, of calls that do not go to the usual one.
         schema: JSON Schema of the whole reply, or None for free text; the transport adds a name.
         strict: Whether the endpoint has to enforce the schema; False only if the caller's own schema says so.
-        hint: System message to insert before the last message if the schema cannot be enforced, or None.
+        hint: System message to insert before the last message if the schema cannot be enforced, or None. A transport may join it to
+            another message instead.
         max_tokens: Most tokens to generate, or None for the endpoint's own limit.
         stream: Whether to stream the reply.
         timeout: Seconds this call may take, or None for the transport's own limit.
         bound: Most tokens to generate if no caller has set `max_tokens`: the batcher's guard against runaway replies, or None. A
             transport that sends it uses the same field as for `max_tokens`, and sets `Completion.bound`. If the endpoint refuses it,
             the transport lowers this field, or sets it to None, and raises a `StatusError` with `again`. A transport may ignore it.
+        json_object: Whether callers ask for any JSON object, so that `response_format` json_object says it all; a transport may ignore
+            it and have the schema enforced.
+        on_event: With `stream`, takes an empty value once the endpoint has accepted the call, and then the data of each event of the
+            reply, unchanged, before `on_text` takes its text, which may be empty; or None. A transport may ignore it.
+        unenforced: Whether an answer to the same request did not fit `schema`, so that the endpoint does not enforce it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,6 +49,9 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
     stream: bool = False
     timeout: float | None = None
     bound: int | None = None
+    json_object: bool = False
+    on_event: Callable[[bytes], None] | None = None
+    unenforced: bool = False
 
     def __repr__(self) -> str:
         """Return the fields without text and credentials."""
@@ -61,7 +71,7 @@ class Completion(msgspec.Struct):
         model: The model that answered, or None.
         refusal: The model's text of a refusal, or None.
         request_id: The endpoint's id of the call, or None.
-        body: The endpoint's JSON of a call that was not streamed, or None.
+        body: The endpoint's JSON of a call that was not streamed, or of the same shape if tools were called in a stream, or None.
         limits: The endpoint's rate limits: `Limits`, or the headers to read them from; None if it sent none.
         thought: Whether the reply had a thought or reasoning in addition to its answer.
         damaged: Whether a part of the reply could not be read; a NUL replaces it in the text.

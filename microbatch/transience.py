@@ -36,7 +36,7 @@ class Backoff:
     """
 
     def __init__(self, first: float, longest: float, *, draw: Callable[[], float] | None = None) -> None:
-        self.limit = 0.0
+        self.limit: float = 0.0
         self._first = min(first, longest)
         self._longest = longest
         self._draw = draw

@@ -14,7 +14,7 @@ import microbatch
 HOME = Path(microbatch.__file__).parent
 
 FOUNDATION = (
-    *("messages", "errors", "policy", "protocols"),
+    *("messages", "errors", "checking", "policy", "protocols"),
     *("lru", "transience", "containment", "resources", "thoughts"),
 )
 LAYERS = (
@@ -38,7 +38,7 @@ VENDORS = {
     "spool": {"anyio"},
     "storage": {"anyio", "redis"},
     "testing": {"aiohttp", "tiktoken"},
-    "transports": {"aiohttp", "multidict", "yarl"},
+    "transports": {"aiohttp", "anyio", "multidict", "yarl"},
 }
 OPTIONAL = {"genai_prices", "opentelemetry", "prometheus_client", "pydantic", "redis", "tqdm", "uvloop"}
 
@@ -56,6 +56,7 @@ IMPURE = {
         "fallback",
         "intake",
         "lane_table",
+        "live_answer",
         "scheduler",
     },
     "bulk": {""},
@@ -66,7 +67,17 @@ IMPURE = {
         *("provider.api", "provider.input_file", "provider.output_file", "provider.worker"),
     },
     "storage": {"coalescer", "redis", "sqlite"},
-    "transports": {"accounts", "attempt", "chat_wire", "http", "openai_chat", "relay", "retry"},
+    "transports": {
+        "accounts",
+        "api_key",
+        "attempt",
+        "chat_wire",
+        "connection",
+        "http",
+        "openai_chat",
+        "relay",
+        "retry",
+    },
 }
 
 MAX_MODULE_LINES = 500

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+
+from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from microbatch.messages import Priority, Route, Usage
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
+
+_METHODS: Final = ("on_submit", "on_flush", "on_call", "on_settle")
 
 
 class Flushed(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +49,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
         attempts: Number of HTTP attempts.
         streamed: Whether a stream was asked for.
         max_tokens: The limit on generated tokens.
-        usage: The usage that the endpoint reported.
+        usage: The usage that the endpoint reported, of all attempts.
         cost_usd: Its price in US dollars.
         request_id: The endpoint's id of the call.
         error: The error it ended with.
@@ -109,6 +113,13 @@ class Listeners:
 
     def __init__(self, hooks: Iterable[object] = ()) -> None:
         hooks = list(hooks)
+        for position, hook in enumerate(hooks):
+            kind = type(hook)
+            if isinstance(hook, type) or (kind.__module__ == "builtins" and kind is not object):  # a function, None...
+                what = f"the class {hook.__name__}" if isinstance(hook, type) else type(hook).__name__
+                raise ConfigError(
+                    f"hooks[{position}] must be an object with {', '.join(_METHODS)} or some of them, got {what}"
+                )
         captures = [getattr(hook, "on_submit", None) for hook in hooks]
         self.submit: Callable[[], Any] | None = None
         if any(captures):

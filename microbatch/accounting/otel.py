@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from opentelemetry.metrics import MeterProvider
-    from opentelemetry.trace import SpanContext, TracerProvider
+    from opentelemetry.metrics import MeterProvider  # noqa: TC004 an optional package
+    from opentelemetry.trace import SpanContext, TracerProvider  # noqa: TC004 an optional package
 
     from microbatch.accounting.events import Called, Flushed, Settled
 
@@ -77,6 +78,7 @@ class OpenTelemetryHooks:
         ConfigError: The package opentelemetry-api is missing.
     """
 
+    @checks_arguments
     def __init__(
         self,
         *,

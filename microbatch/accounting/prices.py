@@ -9,17 +9,19 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
 
 import msgspec
 
+from microbatch.checking import AtLeast, check_fields
 from microbatch.errors import ConfigError
-from microbatch.policy import at_least
 
 if TYPE_CHECKING:
     from microbatch.messages import Usage
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
+
+Dollars: TypeAlias = Annotated[float, AtLeast(0)]
 
 _PER_MILLION: Final = 1_000_000
 _MAX_REMEMBERED: Final = 1_024  # callers may make up model names, so memory must not grow with them
@@ -37,14 +39,14 @@ class Price(msgspec.Struct, frozen=True):
         ConfigError: A price is no number, negative, NaN or infinite.
     """
 
-    input: float
-    output: float
-    cached_input: float | None = None
+    input: Dollars
+    output: Dollars
+    cached_input: Dollars | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in self.__struct_fields__:
             price = getattr(self, name)
-            at_least(0, **{name: price})
             if price is not None and math.isinf(price):
                 raise ConfigError(f"{name} must be a finite number, got {price!r}")
 

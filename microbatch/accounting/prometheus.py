@@ -6,12 +6,13 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.accounting.stats import Stats, together
+from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from prometheus_client import CollectorRegistry
+    from prometheus_client import CollectorRegistry  # noqa: TC004 an optional package
     from prometheus_client.metrics_core import Metric
 
     from microbatch.accounting.events import Called, Flushed, Settled
@@ -62,12 +63,14 @@ _COUNTERS: Final = {
     "unbatched_completion_tokens": "Completion tokens that would have taken.",
     "unbatched_cost_usd": "Price of that in US dollars.",
 }
+_ALONE: Final = "Requests that a field or a message of theirs kept out of combined prompts."
 
 
 class PrometheusHooks:
     """Hooks of one or several `Microbatcher`s that record metrics.
 
-    Labels hold routes, reasons, priorities and classes of errors: few, and none that a caller can make up.
+    Labels hold routes, reasons, priorities and classes of errors, which are few and which no caller can make up, and the names of at
+    most 64 request fields.
 
     Args:
         registry: Registry of the metrics: `prometheus_client.REGISTRY` puts them beside those of the process; None for a registry of
@@ -81,6 +84,7 @@ class PrometheusHooks:
         ConfigError: The package prometheus-client is missing, or the registry has metrics under this namespace already.
     """
 
+    @checks_arguments
     def __init__(self, *, registry: CollectorRegistry | None = None, namespace: str = "microbatch") -> None:
         try:
             import prometheus_client  # noqa: PLC0415 of the extra `prometheus`
@@ -177,6 +181,10 @@ class PrometheusHooks:
                 value = getattr(stats, name)
                 if value is not None:
                     yield kind(f"{self._namespace}_{name}", description, value=value)
+        alone = families.CounterMetricFamily(f"{self._namespace}_alone", _ALONE, labels=["field"])
+        for field, requests in stats.alone_by_field.items():
+            alone.add_metric([field], requests)
+        yield alone
 
 
 def _outcome(event: Called) -> str:

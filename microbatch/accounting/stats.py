@@ -56,6 +56,7 @@ class _Figures(msgspec.Struct, kw_only=True):
     spool_depth: int | None = None
     spool_dead: int | None = None
     spool_oldest: float | None = None
+    alone_by_field: dict[str, int] = {}
 
     @property
     def costs_more(self) -> bool:
@@ -88,7 +89,7 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         cached_tokens: Those of them read from its prefix cache.
         completion_tokens: Generated tokens that it reported.
         unreported_calls: Calls that ended without reporting tokens; nothing is added for them.
-        cost_usd: Price of the reported tokens in US dollars; None if a model's price is unknown.
+        cost_usd: Price of the reported tokens in US dollars; None if a model's price is unknown, or no call has reported any tokens.
         unclaimed: The tokens that belong to no reply: of cancelled, failed or damaged requests.
         unbatched_calls: Calls that the answered requests would have taken one by one.
         unbatched_prompt_tokens: Prompt tokens of those calls.
@@ -110,6 +111,8 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         spool_depth: Requests in the spool that are neither answered nor dead, up to a second ago; None without a spool.
         spool_dead: Dead letters in it; None without a spool.
         spool_oldest: Age in seconds of the oldest that is neither answered nor dead; None if there is none.
+        alone_by_field: Requests that their form kept out of combined prompts, by the field or the kind of message that did: "seed",
+            "messages: image part", "last message is not the user's"... A request with several such fields counts for each.
     """
 
     @property
@@ -120,6 +123,12 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
 
 _MEANS: Final = {"batch_size_mean": "batches", "cache_age": "cache_hits"}
 """Figures that are means, and the counts they are means of."""
+
+
+_MAX_FIELDS: Final = 64
+"""Most names in `alone_by_field`: callers may make them up."""
+
+OTHER_FIELDS: Final = "other fields"
 
 
 def together(parts: Sequence[Stats]) -> Stats:
@@ -146,16 +155,27 @@ class Ledger(_Figures, kw_only=True):
     cache_ages: float = 0.0  # sum of the ages of all answers that were hit, in seconds
 
     def __post_init__(self) -> None:
-        self.batches_by_reason = Counter()
-        self.singles_by_reason = Counter()
+        figures: _Figures = self  # whose fields these are, also for type checkers
+        figures.batches_by_reason = Counter()
+        figures.singles_by_reason = Counter()
+        figures.alone_by_field = Counter()
+
+    def note_alone(self, field: str) -> bool:
+        """Count a request that *field* keeps alone; return whether it is the first."""
+        counts = self.alone_by_field
+        if field not in counts and len(counts) >= _MAX_FIELDS:
+            field = OTHER_FIELDS
+        counts[field] += 1
+        return counts[field] == 1
 
     def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add a call that reported *usage*; one by one, its answered requests would have used *alone*."""
-        self.prompt_tokens += usage.prompt_tokens
-        self.cached_tokens += usage.cached_tokens
-        self.completion_tokens += usage.completion_tokens
-        self.unbatched_prompt_tokens += alone.prompt_tokens
-        self.unbatched_completion_tokens += alone.completion_tokens
+        figures: _Figures = self
+        figures.prompt_tokens += usage.prompt_tokens
+        figures.cached_tokens += usage.cached_tokens
+        figures.completion_tokens += usage.completion_tokens
+        figures.unbatched_prompt_tokens += alone.prompt_tokens
+        figures.unbatched_completion_tokens += alone.completion_tokens
         if price is None:
             self.cost_usd = self.unbatched_cost_usd = None
         elif self.cost_usd is not None and self.unbatched_cost_usd is not None:
@@ -177,9 +197,12 @@ class Ledger(_Figures, kw_only=True):
             "batch_size_mean": self.batched_items / (self.batches or 1),
             "batches_by_reason": dict(self.batches_by_reason),
             "singles_by_reason": dict(self.singles_by_reason),
+            "alone_by_field": dict(self.alone_by_field),
             "unbatched_calls": self.answered,
             "cache_age": self.cache_ages / (self.cache_hits or 1),
         }
+        if self.unreported_calls and not self.prompt_tokens and not self.completion_tokens:
+            figures |= {"cost_usd": None, "unbatched_cost_usd": None}
         return Stats(**figures | others)
 
 

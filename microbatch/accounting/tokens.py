@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import lzma
 import operator
 import re
 import threading
-from asyncio import CancelledError
 from importlib import resources
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Final, Literal
-
-from anyio import to_thread
 
 from microbatch.errors import ConfigError
 
@@ -137,8 +135,8 @@ class TokenCounter:
         if source is not None and source != "bytes" and (not callable(source) or iscoroutinefunction(source)):
             raise ConfigError('tokens must be None, "bytes" or a plain function from str to int')
         name, known = encoding_name(model)
-        self.encoding = name if source is None else None
-        self.exact = source is None and known
+        self.encoding: str | None = name if source is None else None
+        self.exact: bool = source is None and known
         self._source = source
         self._table: tiktoken.Encoding | None = None
 
@@ -150,11 +148,11 @@ class TokenCounter:
     async def open(self) -> None:
         """Load the table in a thread, unless this process has it already or none is needed.
 
-        Part of the load, up to 0.3 s, holds the interpreter lock. A cancelled `open` ends when the load has. After a `ConfigError`
-        (see `load_encoding`) it can be opened again.
+        Part of the load, up to 0.3 s, holds the interpreter lock. It goes on if `open` is cancelled. After a `ConfigError` (see
+        `load_encoding`) it can be opened again.
         """
         if self.encoding is not None and self._table is None:
-            self._table = _loaded.get(self.encoding) or await to_thread.run_sync(load_encoding, self.encoding)
+            self._table = _loaded.get(self.encoding) or await asyncio.to_thread(load_encoding, self.encoding)
 
     def count(self, text: str) -> int:
         """Return the tokens of *text*; words that look like special tokens are counted as plain text.
@@ -188,7 +186,7 @@ class TokenCounter:
 def _count_by_function(function: Callable[[str], int], text: str) -> int:
     try:
         count = function(text)
-    except (KeyboardInterrupt, SystemExit, CancelledError):
+    except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
         raise
     except BaseException as error:  # a tokenizer written in Rust panics outside Exception
         raise ConfigError(f"the `tokens` function raised {type(error).__name__}") from error

@@ -94,9 +94,9 @@ class AdmissionQueue:
         bypass: int = 0,
         slot_free: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.occupied = 0
+        self.occupied: int = 0
         self.size = size
-        self.waiting = 0
+        self.waiting: int = 0
         self.watchers: dict[Callable[[], None], None] = {}
         self._when_full = when_full
         self._bypass = bypass if when_full == "bypass" else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import Ticket
     from microbatch.protocols import Completion
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _ENOUGH_BATCHES = 20
 """Batches after which combining is judged for the log."""
@@ -59,12 +59,13 @@ class UsageAttribution:
         line_bytes: Sequence[int] = (1,),
         answer_bytes: Sequence[int] = (1,),
     ) -> CallCost | None:
-        """Return the cost of a call, divided by the bytes of each request's line and answer; None if it is unknown."""
+        """Return the cost of an ended attempt, divided by the bytes of each request's line and answer; None if it is unknown."""
         if completion is None or completion.usage is None:
             return None
         shares = divided(completion.usage, line_bytes, answer_bytes)
         # The price of the model that answered, else of the one that was asked.
         price = (completion.model is not None and self._given.price(completion.model)) or call_state.price
+        call_state.paid(completion.usage, price)
         return CallCost(completion, completion.usage, shares, price)
 
     def attribute(

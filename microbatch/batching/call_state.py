@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from microbatch.messages import Route, T, Usage
     from microbatch.prompt.codec import ChatCodec, CombinedCall
     from microbatch.prompt.demultiplexer import Answer
+    from microbatch.prompt.outcome import CombinedReply
+    from microbatch.protocols import ChatCall
     from microbatch.transports.accounts import Permit
 
 USAGE_PATIENCE = 2.0
@@ -34,7 +36,10 @@ class CallState:
         first_text: Loop time at which the first text came.
         permit: Pays its attempts; None once it is over, because replies refer to this object and must not keep the batcher alive.
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
+        unenforced: Whether nothing in its reply, a single one, fits the schema.
         ended: Whether it is over and its cost attributed.
+        usage: What the endpoint has reported of all its attempts; None before the first report.
+        cost_usd: The price of that in US dollars; None if a price is unknown.
     """
 
     __slots__ = (
@@ -43,6 +48,7 @@ class CallState:
         "_task",
         "_timer",
         "attempts",
+        "cost_usd",
         "ended",
         "first_text",
         "found",
@@ -52,22 +58,28 @@ class CallState:
         "route",
         "sent",
         "size",
+        "unenforced",
+        "usage",
         "waiting",
     )
 
     def __init__(
         self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None, permit: Permit
     ) -> None:
-        self.waiting = self.size = size
-        self.found = 0
+        self.waiting: int = size
+        self.size: int = size
+        self.found: int = 0
         self.route: Route = route
-        self.sent = sent
-        self.attempts = 0
+        self.sent: float = sent
+        self.attempts: int = 0
         self.first_text: float | None = None
         self.permit: Permit | None = permit
-        self.price = price
-        self.only_reasoning = False
-        self.ended = False
+        self.price: Callable[[Usage], float] | None = price
+        self.only_reasoning: bool = False
+        self.unenforced: bool = False
+        self.ended: bool = False
+        self.usage: Usage | None = None
+        self.cost_usd: float | None = None
         self._ended: anyio.Event | None = None
         self._task: asyncio.Task[Any] | None = None  # while it is sent
         self._timer: asyncio.Handle | None = None
@@ -103,6 +115,12 @@ class CallState:
             if self._cancelled:
                 task.uncancel()
             self._task = self._timer = None
+
+    def paid(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Note that an attempt used *usage*, at *price*."""
+        before = 0.0 if self.usage is None else self.cost_usd
+        self.usage = usage if self.usage is None else self.usage + usage
+        self.cost_usd = None if price is None or before is None else before + price(usage)
 
     def abandoned(self) -> None:
         """Note that a caller left without an answer; the last one ends the call, unless only the reply's end is missing."""
@@ -177,19 +195,19 @@ class Batch:
         self.tickets = tickets
         self.codec = codec
         self.combined = combined
-        self.call = combined.call
+        self.call: ChatCall = combined.call
         self.history = history
         self.permit = permit
         self.call_state = call_state
-        self.line_bytes = [*map(len, lines)]
-        self.bound = combined.call.bound
+        self.line_bytes: list[int] = [*map(len, lines)]
+        self.bound: int | None = combined.call.bound
         self.early = self.tries = self.instead = self.repeated = False
         self.bug: BaseException | None = None
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""
         combined, decoders = self.combined, [ticket.answer.decode for ticket in self.tickets]
-        self.reply = self.codec.demultiplex(combined.ids, decoders, combined.canary, early=self.early)
+        self.reply: CombinedReply = self.codec.demultiplex(combined.ids, decoders, combined.canary, early=self.early)
         self.answers: list[Answer] = []
-        self.answer_bytes = [0] * len(self.tickets)
+        self.answer_bytes: list[int] = [0] * len(self.tickets)
         self.call_state.found = 0

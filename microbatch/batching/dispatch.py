@@ -14,6 +14,7 @@ from microbatch.containment import contained
 from microbatch.errors import ConfigError, RequestFailed, StatusError
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
+from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.prompt.outcome import Ending
     from microbatch.protocols import ChatCall, Completion
+    from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.accounts import Permit
 
     Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
@@ -230,23 +232,26 @@ class Dispatcher:
     ) -> RequestFailed | ConfigError | None:
         """Send *ticket* alone and answer it; return the error if it cannot be answered.
 
-        An answer that is empty or does not fit is asked for once more; see `may_differ`. *history* is that of its lane, if a combined
-        call has left it unanswered, else None.
+        An answer that is empty or does not fit is asked for once more (see `may_differ`), unless its caller takes whatever it is.
+        *history* is that of its lane, if a combined call has left it unanswered, else None.
         """
         if ticket.done:
             return None  # its caller left before this call got its turn
         error = await self._ask_alone(ticket, permit, history)
-        if may_differ(error, after_combined=history is not None) and not ticket.done:
+        unenforced = ticket.call is not None and ticket.call.unenforced
+        live = ticket.caller.live
+        final = live is not None and (history is None or live.begun)
+        if not final and may_differ(error, after_combined=history is not None) and not ticket.done:
             permit.finish()  # or the second call might wait for this one to end
             other = permit.account.permit(permit.tokens, permit.rank)
             try:
-                error = await self._ask_alone(ticket, other, history)
+                error = await self._ask_alone(ticket, other, history, unenforced=unenforced)
             finally:
                 other.finish()
         return error
 
     async def _ask_alone(
-        self, ticket: Ticket, permit: Permit, history: LaneHistory | None
+        self, ticket: Ticket, permit: Permit, history: LaneHistory | None, *, unenforced: bool = False
     ) -> RequestFailed | ConfigError | None:
         if history is not None:
             self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
@@ -254,10 +259,13 @@ class Dispatcher:
         call_state = self._begin([ticket], "single" if history is None else "fallback", permit)
 
         def on_text(text: str) -> None:
-            pieces.append(text)
-            self._note_text(call_state)
+            if text:
+                pieces.append(text)
+                self._note_text(call_state)
 
         def on_cut(completion: Completion | None) -> bool:
+            if live is not None and live.begun:
+                return False
             pieces.clear()
             call_cost = self._attribution.cost(call_state, completion)
             self._attribution.attribute_alone(ticket, completion, call_cost, history)
@@ -265,8 +273,11 @@ class Dispatcher:
 
         completion: Completion | None = None
         error: RequestFailed | ConfigError | None = None
-        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages)
+        call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages, unenforced=unenforced)
         call.timeout = self._remaining([ticket])
+        live = ticket.caller.live
+        if live is not None and live.streamed and not ticket.answer.wrapped:
+            call.stream, call.on_event = True, live.take
         try:
             completion, error = await self._exchange(call_state, call, on_text, on_cut, history)
             if completion is None:
@@ -286,7 +297,7 @@ class Dispatcher:
     ) -> RequestFailed | None:
         """Answer *ticket* from a single reply and attribute its cost; return the error if it cannot be used."""
         reply = self._codec.read_alone(ticket.answer, completion, content, combinable=ticket.combinable)
-        call_state.only_reasoning = reply.only_reasoning
+        call_state.only_reasoning, call_state.unenforced = reply.only_reasoning, reply.unenforced
         call_cost = self._attribution.cost(call_state, completion)
         if reply.error is None:
             answers, sizes = [(0, (reply.output, reply.text))], [0]
@@ -415,9 +426,10 @@ class Dispatcher:
                 finish_reason,
                 request_id,
                 body,
-                wait,
             )
+            reply._wait = wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
+        _hand_back(spec.answer.tool if size > 1 else None, replies)
         answered = self._settlement.answer(replies)
         if call_cost is not None:
             call_cost.handed_out = answered - estimated
@@ -430,6 +442,15 @@ def _estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Us
     if ticket.past is not None and ticket.past.usage is not None:
         usage = ticket.past.usage + usage
     return usage
+
+
+def _hand_back(tool: ForcedTool | None, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> None:
+    """Hand the answers of a combined reply back as calls of *tool*, if that is what was asked for."""
+    if tool is None:
+        return
+    for _, reply in replies:
+        members, reason = tool.call(reply.text), tool.finish_reason
+        reply.body = completion_object(None, model=reply.model, finish_reason=reason, members=members)
 
 
 def _measure(answers: Iterable[Answer], sizes: list[int]) -> None:

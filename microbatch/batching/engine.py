@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -30,17 +30,20 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
+    from microbatch.batching.admission import AdmissionQueue
     from microbatch.batching.call_state import Batch
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.fair_queue import WaitQueue
     from microbatch.batching.lane import Lane, Work
     from microbatch.batching.lane_table import LaneTable
+    from microbatch.batching.scheduler import Scheduler
+    from microbatch.batching.single_flight import Settlement
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import Ticket
     from microbatch.transports.accounts import Permit
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 CLOSED_EARLY = "the batcher was closed while it was opening"
 _NEVER_SENT = "the batcher closed before this request was sent"
@@ -61,13 +64,13 @@ class Engine:
         singles: SingleQueues,
         dispatcher: Dispatcher,
     ) -> None:
-        self.admission = given.admission
-        self.scheduler = given.scheduler
-        self.settlement = given.settlement
+        self.admission: AdmissionQueue = given.admission
+        self.scheduler: Scheduler = given.scheduler
+        self.settlement: Settlement = given.settlement
         self.lanes = lanes
         self.singles = singles
         self.accepting_loop: asyncio.AbstractEventLoop | None = None
-        self.closing = False
+        self.closing: bool = False
         self._given = given
         self._policy = given.policy
         self._ledger = given.ledger

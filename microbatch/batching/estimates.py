@@ -93,7 +93,7 @@ class Estimates:
 
     def _schema_tokens(self, answer: AnswerType) -> tuple[int, int]:
         """Return the tokens of the schemas of a single and of a combined reply, counted once for each shape of answer."""
-        schemas = (answer.single_schema, answer.batch_schema)
+        schemas = (answer.charged_schema, answer.batch_schema)
 
         def count() -> tuple[int, int]:
             single, combined = (

@@ -43,7 +43,6 @@ def called(
 ) -> Called:
     """Return the event that *call*, which carried *tickets*, has ended."""
     requested = call.model if call.model is not None else default_model
-    usage = None if completion is None else completion.usage
     temperature = call.params.get("temperature")
     return Called(
         route=call_state.route,
@@ -56,8 +55,8 @@ def called(
         streamed=call.stream,
         max_tokens=call.bound if call.max_tokens is None else call.max_tokens,
         temperature=temperature if isinstance(temperature, int | float) else None,
-        usage=usage,
-        cost_usd=None if usage is None or call_state.price is None else call_state.price(usage),
+        usage=call_state.usage,
+        cost_usd=call_state.cost_usd,
         finish_reason=None if completion is None else completion.finish_reason,
         request_id=None if completion is None else completion.request_id,
         error=error,

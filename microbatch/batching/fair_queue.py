@@ -113,11 +113,11 @@ class Attempt:
     __slots__ = ("account", "begun", "granted", "permit", "rank")
 
     def __init__(self, permit: Permit, granted: asyncio.Future[None]) -> None:
-        self.permit = permit
-        self.account = permit.account
-        self.rank = permit.rank
-        self.begun = permit.begun
-        self.granted = granted
+        self.permit: Permit = permit
+        self.account: Account = permit.account
+        self.rank: int = permit.rank
+        self.begun: bool = permit.begun
+        self.granted: asyncio.Future[None] = granted
 
 
 @dataclass(slots=True, eq=False)

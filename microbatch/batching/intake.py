@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.batching.lane_table import MAX_LINE_BYTES
 from microbatch.batching.request import (
@@ -22,9 +23,11 @@ from microbatch.batching.request import (
 from microbatch.batching.ticket import HIGH, NEVER, NO_CONTEXT, AloneReason, Ticket, Waiter
 from microbatch.errors import ConfigError
 from microbatch.prompt.compose import ID_TOKENS, item_line
+from microbatch.prompt.message_forms import copy_of
+from microbatch.prompt.parameters import HARMLESS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Sequence
 
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane import Lane
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import CallerOptions, Charge, Deadline, InFlightIndex, Spec
     from microbatch.messages import Messages
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _ALONE_WARNING = 100
 """Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
@@ -44,7 +47,8 @@ class Intake:
     """The way in; *shares* if equal requests may share an answer unless they say otherwise."""
 
     def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
-        self.read_options = remembering(read_options)
+        harmless = HARMLESS.union(given.policy.combine_params)
+        self.read_options: Callable[..., Options] = remembering(partial(read_options, harmless=harmless))
         self.shares = shares
         self._given = given
         self._policy = given.policy
@@ -58,6 +62,7 @@ class Intake:
         self._singles = singles
         self._bypasses = given.policy.when_full == "bypass"
         self._scratch = bytearray()
+        self._shared: list[dict[str, Any]] = []  # of the latest request in an unusual form
 
     def accept(
         self,
@@ -80,16 +85,19 @@ class Intake:
         try:
             if type(messages) is not list or not messages:
                 check_messages(messages)
+                messages = list(messages)
             loop = asyncio.get_running_loop()
-            lane, text = self._lanes.latest, None
+            lane, text, own = self._lanes.latest, None, None
             if lane is not None and (options is lane.options or lane.serves(options)):
                 text = own_text(messages, lane.spec.plain)
             if text is None:
-                lane, text = self._read(messages, options)
+                lane, text, own = self._read(messages, options)
             if lane is None or text is None:
                 ticket, waiter = self._accept_alone(messages, options, caller, loop, on_taken)
             else:
                 ticket, waiter = self._accept_combinable(text, lane, options, caller, loop, on_taken)
+                if own is not None and waiter is ticket:
+                    ticket.own = own
             if self._capture is not None:
                 waiter.origin = self._capture()
             self._ledger.items += 1
@@ -101,12 +109,34 @@ class Intake:
             raise
         return ticket, waiter
 
-    def _read(self, messages: Messages, options: Options) -> tuple[Lane | None, str | None]:
-        """Return the lane of *messages* and their own text; None and None if they go alone."""
-        read = read_messages(messages, options) if options.combinable else None
-        if read is None:
-            return None, None
-        return self._lanes.find(read[0], messages, options), read[1]
+    def _read(
+        self, messages: Messages, options: Options
+    ) -> tuple[Lane | None, str | None, list[dict[str, Any]] | None]:
+        """Return the lane of *messages*, their own text, and a copy of them if they are in an unusual form; None if they go alone."""
+        if options.alone:
+            self.note_alone(options.alone)
+            return None, None, None
+        read = read_messages(messages, options)
+        if isinstance(read, str):
+            self.note_alone((read,))
+            return None, None, None
+        key, text, texts = read
+        return self._lanes.find(key, texts, options), text, None if texts is messages else self._own(messages)
+
+    def _own(self, messages: Messages) -> list[dict[str, Any]]:
+        """Return a copy of *messages*, which shares those before the last with the copy before if they are equal."""
+        *shared, last = copy_of(messages)
+        if repr(shared) != repr(self._shared):  # 1 and True are equal, but not in JSON
+            self._shared = shared
+        return [*self._shared, last]
+
+    def note_alone(self, reasons: Sequence[str]) -> None:
+        """Count what keeps a request alone by its form: *reasons*, each told once."""
+        for reason in reasons:
+            if self._ledger.note_alone(reason):
+                logger.warning(
+                    "requests go alone that might be combined but for this: %s; see stats().alone_by_field", reason
+                )
 
     # --- requests that may share a prompt
 

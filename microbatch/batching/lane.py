@@ -143,6 +143,11 @@ class Lane:
         return self.rank == LOW or self.live == self._bulk
 
     @property
+    def has_company(self) -> bool:
+        """See `TicketQueue`: others wait, or a call is under way, during which others come."""
+        return self.live > 1 or self.in_flight > 0
+
+    @property
     def due_at(self) -> float:
         """Loop time at which the lane falls due; `NEVER` if nothing waits for other requests."""
         if self._stale:

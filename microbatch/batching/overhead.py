@@ -121,7 +121,7 @@ def measure_overhead(
     # The tokens reported beyond the items and the instruction are paid by every call, combined or not...
     shared = usage.prompt_tokens - content * scale
     schemas = [
-        count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (call.schema, answer.single_schema)
+        count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (call.schema, answer.charged_schema)
     ]
     # ... except the schema, which differs for a single call, and which only some endpoints charge.
     charged = exact and usage.prompt_tokens - counted >= schemas[0] * _SCHEMA_CHARGED

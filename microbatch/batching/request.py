@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+import numbers
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
@@ -14,31 +16,32 @@ from microbatch.messages import Message, Priority
 from microbatch.policy import one_of, whole
 from microbatch.prompt.codec import Settings
 from microbatch.prompt.compose import is_combined
-from microbatch.schema.answer_type import answer_type
+from microbatch.prompt.message_forms import COMBINED, as_texts, copy_of, encoded, plainly
+from microbatch.prompt.parameters import HARMLESS, kept_alone, without_defaults
+from microbatch.schema.answer_type import answer_type, asked_answer_type
+from microbatch.schema.asked_form import FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from microbatch.messages import Messages
+    from microbatch.schema.answer_type import AnswerType
 
 OURS = frozenset(
     {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "stream", "stream_options"}
 )
 """Request fields that `submit` has an argument for or decides itself, and that `params` must not hold."""
 
-ALONE = frozenset({
-    "audio", "function_call", "functions", "logit_bias", "logprobs", "modalities", "n", "parallel_tool_calls", "prediction",
-    "response_format", "seed", "stop", "tool_choice", "tools", "top_logprobs", "web_search_options",
-})  # fmt: skip
-"""Request fields whose meaning is one answer's, so that a request with one of them goes alone. An answer's schema is taken out of
-`response_format` before; what is left there (json_object) counts."""
+_ABOUT_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
+"""Fields that mean nothing without tools."""
+
+_SDKS: Final = {"extra_headers": "headers=", "extra_query": "OpenAIChat(query=)"}
+"""Arguments of OpenAI's SDK that are no request fields, and what stands for them here."""
 
 _PLAIN_FIELDS = 2
 """Fields of the usual message: a role and a content."""
 
 _PRIORITIES: tuple[object, ...] = get_args(Priority)
-
-_encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
 class Options(Settings, frozen=True):
@@ -46,17 +49,22 @@ class Options(Settings, frozen=True):
 
     Attributes:
         content: All that two requests must have in common to be the same question, except their messages.
-        combinable: Whether the options allow a shared prompt.
+        alone: What keeps the request out of a combined prompt: names of request fields. None of them if it is combinable.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
         cold: Whether the temperature is 0, so that equal requests may well get equal answers.
     """
 
     content: tuple[Hashable, ...]
     priority: Priority = "normal"
-    combinable: bool = True
+    alone: tuple[str, ...] = ()
     tenant: str | None = None
     rank: int = NORMAL
     cold: bool = False
+
+    @property
+    def combinable(self) -> bool:
+        """Whether the options allow a shared prompt."""
+        return not self.alone
 
 
 def read_options(
@@ -68,43 +76,46 @@ def read_options(
     headers: Mapping[str, str] | None,
     tenant: str | None,
     priority: Priority,
+    harmless: Collection[str] = HARMLESS,
 ) -> Options:
-    """Check the options of `submit`, and return them as `Options`.
+    """Check the options of `submit`, and return them as `Options`; parameters other than the *harmless* keep the request alone.
 
     Raises:
         ConfigError: One is wrong; the message names it.
     """
+    if isinstance(max_tokens, numbers.Integral):
+        max_tokens = plainly(max_tokens, "max_tokens")
     whole(1, max_tokens=max_tokens)
     one_of(Priority, priority=priority)
-    for name, word in (("model", model), ("tenant", tenant)):
-        if word is not None and not isinstance(word, str):
-            raise ConfigError(f"{name} must be a string, got {type(word).__name__}")
-    fields: dict[str, Any] = {}
+    model, tenant = _word("model", model), _word("tenant", tenant)
+    fields = {} if params is None else _fields(params)
     response_format = None
-    if params is not None:
-        if not isinstance(params, Mapping):
-            raise ConfigError(f"params must be a mapping of request fields, got {type(params).__name__}")
-        taken = sorted(OURS & params.keys())
-        if taken:
-            raise ConfigError(f"params: {', '.join(taken)}: submit() has an argument for this or decides it itself")
-        fields.update(params)
+    if fields:
         asked = fields.get("response_format")
         if isinstance(asked, Mapping) and asked.get("type") == "json_schema":
             response_format = fields.pop("response_format")
         elif isinstance(asked, Mapping) and asked.get("type") == "text":
             del fields["response_format"]
-    combinable = not any(_means_one_answer(name, value) for name, value in fields.items())
+    form, fields, alone = _read_form(fields, harmless, may_ask=output_type is str and response_format is None)
     if temperature is not None:
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or math.isnan(temperature):
+        if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real) or math.isnan(temperature):
             raise ConfigError(f"temperature must be a number, got {temperature!r}")
+        temperature = plainly(temperature, "temperature")
         fields["temperature"] = temperature
-    answer = answer_type(output_type, response_format)
+    answer = form or answer_type(output_type, response_format)
     sent = _headers(headers)
     return Options(
         answer=answer,
-        content=(answer.key, model, max_tokens, _canonical(fields, "params"), sent, tenant),
+        content=(
+            answer.key,
+            model,
+            max_tokens,
+            encoded(fields, "params", ordered=True) if fields else b"",
+            sent,
+            tenant,
+        ),
         priority=priority,
-        combinable=combinable,
+        alone=alone,
         params=fields,
         headers=dict(sent),
         model=model,
@@ -115,14 +126,52 @@ def read_options(
     )
 
 
+def _word(name: str, value: object) -> str | None:
+    if value is None or type(value) is str:
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be a string, got {type(value).__name__}")
+    return str.__str__(value)
+
+
+def _fields(params: object) -> dict[str, Any]:
+    """Return the request fields that *params* stands for, a copy."""
+    if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
+        raise ConfigError(f"params must be a mapping of request fields, got {type(params).__name__}")
+    # JSON that is given as such is sent as such.
+    fields = {name: value if type(value) is msgspec.Raw else plainly(value, "params") for name, value in params.items()}
+    extra = fields.pop("extra_body", None)
+    if extra is not None:
+        if not isinstance(extra, dict):
+            raise ConfigError(f"params: extra_body must be a mapping of request fields, got {type(extra).__name__}")
+        fields |= extra  # as OpenAI's SDK does
+    taken = sorted(OURS & fields.keys())
+    if taken:
+        raise ConfigError(f"params: {', '.join(taken)}: submit() has an argument for this or decides it itself")
+    for name in _SDKS.keys() & fields.keys():
+        raise ConfigError(f"params: {name} is no request field: use {_SDKS[name]}")
+    return fields
+
+
 def rank_of(priority: object) -> int:
     """Return *priority* as a number, 0 for the most urgent; that of "normal" if it is not one of them."""
     return _PRIORITIES.index(priority) if priority in _PRIORITIES else NORMAL
 
 
-def _means_one_answer(name: str, value: Any) -> bool:
-    # `n: 1` and `logprobs: false` only spell out a default.
-    return name in ALONE and not (value is None or value is False or (name == "n" and value == 1))
+def _read_form(
+    fields: dict[str, Any], harmless: Collection[str], *, may_ask: bool
+) -> tuple[AnswerType | None, dict[str, Any], tuple[str, ...]]:
+    """Return the form of an answer that *fields* ask for, if they do and may, what to send, and what keeps the request alone."""
+    if not fields:
+        return None, fields, ()
+    form = asked_answer_type(fields) if may_ask else None
+    idle: Collection[str] = FIELDS if form is not None else () if fields.get("tools") else _ABOUT_TOOLS
+    own = {name: value for name, value in fields.items() if name not in idle}
+    alone = kept_alone(own, harmless)
+    if not alone:
+        asking = {} if form is None else {name: fields[name] for name in FIELDS if name in fields}
+        fields = without_defaults(own, harmless) | asking
+    return form, fields, alone
 
 
 def _headers(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
@@ -135,46 +184,56 @@ def _headers(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name.lower(), value) for name, value in headers.items()))
 
 
-def _canonical(value: Any, name: str) -> bytes:
-    """Return *value* as JSON that is equal for equal values only; 1, 1.0 and true differ."""
-    if not value:
-        return b""
-    try:
-        return _encode_sorted(value)
-    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
-        raise ConfigError(f"{name} must be JSON values: {error}") from error
+Shared = tuple[tuple["Hashable", ...], str, "Messages"]
 
 
-def read_messages(messages: Messages, options: Options) -> tuple[tuple[Hashable, ...], str] | None:
-    """Return all that *messages* must share with others to travel with them, and their own text; None if they go alone.
+def read_messages(messages: Messages, options: Options) -> Shared | str:
+    """Return what *messages* share with those they may travel with, or what keeps them alone.
 
-    They can travel with others if every message is plain text and the last one is the user's, and no combined prompt itself.
+    They can travel with others if every message is a text and the last one is the user's, and no combined prompt itself.
+
+    Returns:
+        The key of their lane, their own text, and the messages as texts: *messages* itself if they are in the usual form.
     """
     # The usual case first, and the texts are referred to, never copied.
-    last = messages[-1]
-    if type(last) is dict and len(last) == _PLAIN_FIELDS:
-        text = last.get("content")
-        if last.get("role") != "user" or type(text) is not str:
-            return None
-    elif isinstance(last, Message) and last.role == "user" and last.name is None and isinstance(last.content, str):
-        text = last.content
-    else:
-        return None
-    if is_combined(text):
-        return None
+    role, text = _usual(messages[-1])
     # The priority is in the key: a lane of low-priority work must not delay others.
     key: list[Hashable] = [options.priority, options.content]
-    for message in messages[:-1]:
-        if type(message) is dict and len(message) == _PLAIN_FIELDS:
-            role, content = message.get("role"), message.get("content")
-            if type(role) is str and type(content) is str:
-                key.append(role)
-                key.append(content)
-                continue
-        if not _is_text(message):
-            return None
-        key.append(_canonical(message, "messages"))
-    return tuple(key), text
+    for message in messages[:-1] if role == "user" else ():
+        pair = _usual(message)
+        if pair is _UNUSUAL:
+            return _read_unusual(messages, options)
+        key += pair
+    if text is None or role != "user":
+        return _read_unusual(messages, options)
+    return COMBINED if is_combined(text) else (tuple(key), text, messages)
+
+
+_UNUSUAL: Final = (None, None)
+
+
+def _usual(message: Mapping[str, Any] | Message) -> tuple[str, str] | tuple[None, None]:
+    """Return role and text of a message that is nothing but these."""
+    if type(message) is dict and len(message) == _PLAIN_FIELDS:
+        role, content = message.get("role"), message.get("content")
+    elif isinstance(message, Message) and message.name is None:
+        role, content = message.role, message.content
+    else:
+        return _UNUSUAL
+    return (role, content) if type(role) is str and type(content) is str else _UNUSUAL
+
+
+def _read_unusual(messages: Messages, options: Options) -> Shared | str:
+    check_messages(messages)
+    texts = as_texts(copy_of(messages))
+    if isinstance(texts, str):
+        return texts
+    key: list[Hashable] = [options.priority, options.content]
+    for message in texts[:-1]:
+        usual = len(message) == _PLAIN_FIELDS and isinstance(message["content"], str)
+        key += (message["role"], message["content"]) if usual else (encoded(message, "messages", ordered=True),)
+    text: str = texts[-1]["content"]
+    return COMBINED if is_combined(text) else (tuple(key), text, texts)
 
 
 def own_text(messages: Messages, plain: list[dict[str, Any]] | None) -> str | None:
@@ -190,16 +249,6 @@ def own_text(messages: Messages, plain: list[dict[str, Any]] | None) -> str | No
     return None
 
 
-def _is_text(message: Mapping[str, Any] | Message) -> bool:
-    if isinstance(message, Message):
-        return isinstance(message.content, str)
-    return (
-        isinstance(message, Mapping)
-        and isinstance(message.get("content"), str)
-        and message.keys() <= {"role", "content", "name"}
-    )
-
-
 def check_messages(messages: Messages) -> None:
     """Check that *messages* are a non-empty sequence of messages.
 
@@ -212,10 +261,15 @@ def check_messages(messages: Messages) -> None:
             'a single text is [{"role": "user", "content": text}]'
         )
     for position, message in enumerate(messages):
-        if not isinstance(message, Message) and not (
-            isinstance(message, Mapping) and isinstance(message.get("role"), str)
-        ):
+        role = message.get("role") if isinstance(message, Mapping) else getattr(message, "role", None)
+        if not isinstance(role, str) or not _may_be_message(message):
             raise ConfigError(f"messages[{position}] must be a Message or a dict with a role, got {_kind(message)}")
+
+
+def _may_be_message(message: object) -> bool:
+    if isinstance(message, type):
+        return False
+    return isinstance(message, Mapping | msgspec.Struct) or hasattr(message, "model_dump") or is_dataclass(message)
 
 
 def _kind(value: object) -> str:
@@ -251,20 +305,7 @@ def canonical_messages(messages: Messages) -> bytes:
     Raises:
         ConfigError: They hold something that JSON cannot carry.
     """
-    return _canonical(messages, "messages")
-
-
-def copy_of(messages: Messages) -> list[dict[str, Any]]:
-    """Return *messages* as plain dicts of their own, keys in the order given.
-
-    Raises:
-        ConfigError: They hold something that JSON cannot carry.
-    """
-    try:
-        copies: list[dict[str, Any]] = msgspec.json.decode(msgspec.json.encode(messages))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"messages must be JSON values: {error}") from error
-    return copies
+    return encoded(messages, "messages", ordered=True)
 
 
 def remembering(read: Callable[..., Options]) -> Callable[..., Options]:

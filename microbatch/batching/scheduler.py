@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from microbatch.batching.fair_queue import Attempt, FairQueue
 from microbatch.batching.ticket import NO_CONTEXT
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from microbatch.batching.lane import Work
     from microbatch.transports.accounts import Account, Permit
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 _RETRY_AFTER_BUG = 1.0
 """Seconds after a bug in scheduling until it is tried again: not at once, or one that stays would fill the log."""
@@ -48,7 +48,7 @@ class Scheduler:
     """
 
     def __init__(self, slots: int) -> None:
-        self.in_use = 0
+        self.in_use: int = 0
         self.under_way: dict[int, Work] = {}
         self._slots = slots
         self._turns = FairQueue(slots)

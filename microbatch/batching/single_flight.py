@@ -23,6 +23,7 @@ from microbatch.batching.events import settled
 from microbatch.batching.ticket import InFlightIndex
 from microbatch.containment import contained
 from microbatch.errors import ConfigError, DeadlineExceeded, MalformedAnswer, RequestFailed
+from microbatch.schema.decode import misfit_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -38,7 +39,7 @@ class InFlight:
     """The indexes of tickets that may be joined: one of those that have a digest, and one for each kind of content."""
 
     def __init__(self) -> None:
-        self.digests = InFlightIndex()
+        self.digests: InFlightIndex = InFlightIndex()
         self._by_content: WeakValueDictionary[Hashable, InFlightIndex] = WeakValueDictionary()
 
     def __len__(self) -> int:
@@ -111,7 +112,7 @@ class Settlement:
             with contained() as decoding:
                 output, text = waiter.answer.decode_again(reply.text)
             if decoding.error is not None:
-                error = MalformedAnswer("the answer does not fit output_type", raw=reply.text)
+                error = MalformedAnswer(misfit_message(decoding.error), raw=reply.text)
                 error.__cause__ = decoding.error
                 self._end(ticket, waiter, error)
                 return False
@@ -124,6 +125,7 @@ class Settlement:
             latency=ticket.created + reply.latency - waiter.created,
             body=reply.body if waiter is ticket else _copy_of(reply.body),
         )
+        mine._wait = reply._wait  # noqa: SLF001 no field, see `Reply`
         waiter.future.set_result(mine)
         if waiter.deadline is not None:
             waiter.deadline.cancel()

@@ -39,6 +39,11 @@ class SingleQueue:
             self._waiting.popleft()
         return bool(self._waiting)
 
+    @property
+    def has_company(self) -> bool:
+        """See `TicketQueue`: each goes alone."""
+        return False
+
     def next_cost(self) -> int:
         """Return the tokens that the oldest is charged; the queue must be due."""
         return self._waiting[0][0].cost

@@ -81,6 +81,15 @@ class Spec(Settings, frozen=True, eq=False):
         return f"Spec(model={self.model!r}, shared=<{len(self.shared)}>, params={sorted(self.params)})"
 
 
+class Live(Protocol):
+    """See `LiveAnswer`."""
+
+    streamed: bool
+    begun: bool
+
+    def take(self, data: bytes) -> None: ...  # noqa: D102
+
+
 class CallerOptions(msgspec.Struct, frozen=True, gc=False):
     """The options of one caller.
 
@@ -89,6 +98,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
         key: The request's digest, by which the cache and equal requests find it; None to compare the whole request.
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
         since: Loop time from which `timeout` counts; None for the time at which the request is accepted.
+        live: What takes the answer while it arrives, and whatever it is; None to take it when it is complete and fits.
     """
 
     timeout: float | None = None
@@ -96,6 +106,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
     key: bytes | None = None
     ttl: float | None = None
     since: float | None = None
+    live: Live | None = None
 
     def deadline(self, now: float) -> Deadline | None:
         """Return when the caller gives up if it is accepted *now*; None for never."""
@@ -151,6 +162,8 @@ class Call(Protocol):
     attempts: int
     ended: bool
     only_reasoning: bool
+    size: int
+    unenforced: bool
     permit: Permit | None
 
     def abandoned(self) -> None:
@@ -163,6 +176,10 @@ class TicketQueue(Protocol):
     @property
     def due(self) -> object:
         """Something true if it has work to give now."""
+
+    @property
+    def has_company(self) -> bool:
+        """True if what waits in it is likely to share a call."""
 
     def discard(self, ticket: Any, *, moved: bool = False) -> None:
         """Forget *ticket*, which has ended, or has *moved* to another queue."""
@@ -224,6 +241,7 @@ class Ticket(Waiter, eq=False):
         call: The latest call that carried it.
         reply: Its answer. With one caller it is the caller's own; with several each has a copy with a share of the cost.
         charge: The charge of a single call for it; None where tokens are not limited.
+        own: Its messages as given, which a single call carries, if they have another form than those of its spec and line.
     """
 
     spec: Spec
@@ -239,6 +257,7 @@ class Ticket(Waiter, eq=False):
     reply: Reply[Any] | None = None
     charge: Charge | None = None
     past: Past | None = None
+    own: list[dict[str, Any]] | None = None
 
     @property
     def callers(self) -> Iterable[Waiter]:
@@ -276,6 +295,8 @@ class Ticket(Waiter, eq=False):
     @property
     def messages(self) -> list[dict[str, Any]]:
         """Its messages as its caller gave them."""
+        if self.own is not None:
+            return self.own
         shared = self.spec.shared
         return [*shared, {"role": "user", "content": self.text}] if self.combinable else shared
 

@@ -25,6 +25,7 @@ from microbatch.containment import contained
 from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
+from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -72,7 +73,7 @@ class AnswerCache:
         model: str | None,
         normalize: Callable[[str], str] | None,
     ) -> None:
-        self.guard = cache if isinstance(cache, Guard) else Guard(cache)
+        self.guard: Guard = cache if isinstance(cache, Guard) else Guard(cache)
         self._ledger = ledger
         self._price = price
         self._listeners = listeners
@@ -154,6 +155,10 @@ class AnswerCache:
             return None
         self._count_hit(entry, now)
         ended = asyncio.get_running_loop().time()
+        body, tool = entry.json(), options.answer.tool
+        if body is None and tool is not None:
+            reason, members = tool.finish_reason, tool.call(text)
+            body = completion_object(None, model=entry.model, finish_reason=reason, members=members)
         reply = Reply(
             output,
             text,
@@ -163,7 +168,7 @@ class AnswerCache:
             latency=ended - created,
             model=entry.model,
             finish_reason="stop",
-            body=entry.json(),
+            body=body,
         )
         if self._listeners.settle is not None:
             origin = None if self._listeners.submit is None else self._listeners.submit()
@@ -198,7 +203,7 @@ class AnswerCache:
         except StorageError:
             pass  # the batcher is closing
         reply = self.read(key, value, options, created)
-        return CallerOptions(caller.timeout, True, key, caller.ttl, created) if reply is None else reply
+        return CallerOptions(caller.timeout, True, key, caller.ttl, created, caller.live) if reply is None else reply
 
     # --- storing
 
@@ -221,6 +226,7 @@ class AnswerCache:
         ttl = self.guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
         if ttl is not None:
             ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
+        as_it_came = not ticket.combinable or (reply.batch_size == 1 and ticket.answer.form is not None)
         entry = entries.Entry(
             key,
             reply.text,
@@ -230,7 +236,7 @@ class AnswerCache:
             alone.prompt_tokens,
             alone.completion_tokens,
             alone.cached_tokens,
-            None if reply.body is None or ticket.combinable else msgspec.json.encode(reply.body),
+            msgspec.json.encode(reply.body) if reply.body is not None and as_it_came else None,
         )
         return key, entries.encode(entry), ttl
 

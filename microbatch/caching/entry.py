@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from microbatch.errors import StorageError
 from microbatch.messages import Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 DEFAULT_TTL: Final = 7 * 24 * 3600.0  # seconds for which answers are valid by default
 MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that share a cache may differ
@@ -47,7 +51,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
-encode = msgspec.msgpack.Encoder().encode
+encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
 """Return an `Entry` as bytes."""
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from microbatch.protocols import Cache
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ import msgspec
 from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.messages import Message
+from microbatch.prompt.message_forms import known
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +22,7 @@ FORMAT: Final = 1  # version of the digested content, any change of which makes 
 SECRET_BYTES: Final = 32
 _DIGEST_BYTES: Final = 20  # 160 bits: no accidental collisions
 
-_encode = msgspec.json.Encoder(order="sorted").encode
+_encode = msgspec.json.Encoder(order="sorted", enc_hook=known).encode
 
 
 class Keys:

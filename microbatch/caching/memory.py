@@ -6,8 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from microbatch.caching.entry import DEFAULT_TTL
+from microbatch.checking import Count, Seconds, checks_arguments
 from microbatch.lru import LRU
-from microbatch.policy import at_least, whole
 from microbatch.protocols import Cache
 
 if TYPE_CHECKING:
@@ -36,13 +36,16 @@ class MemoryCache(Cache):
         ConfigError: A limit is below its minimum.
     """
 
+    @checks_arguments
     def __init__(
-        self, *, max_bytes: int = 64 * 1024 * 1024, max_entries: int | None = None, ttl: float | None = DEFAULT_TTL
+        self,
+        *,
+        max_bytes: Count = 64 * 1024 * 1024,
+        max_entries: Count | None = None,
+        ttl: Seconds | None = DEFAULT_TTL,
     ) -> None:
-        whole(1, max_bytes=max_bytes, max_entries=max_entries)
-        at_least(0, ttl=ttl)
         self.ttl = ttl
-        self.evictions = 0
+        self.evictions: int = 0
         self._max_bytes = max_bytes
         self._max_entries = max_entries
         self._entries: LRU[bytes, tuple[bytes, float]] = LRU(None)  # value, and loop time of its expiry

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from microbatch.caching.entry import DEFAULT_TTL, checked_values
 from microbatch.caching.key import SECRET_BYTES
+from microbatch.checking import Seconds, checks_arguments
 from microbatch.errors import StorageError
-from microbatch.policy import at_least
 from microbatch.protocols import Cache
 from microbatch.storage.redis import RedisStore, milliseconds, results_of, translated
 
@@ -38,16 +38,16 @@ class RedisCache(RedisStore, Cache):
         ConfigError: The package redis is missing, the address is malformed, or a limit is below its minimum.
     """
 
+    @checks_arguments
     def __init__(
         self,
         url: str,
         *,
-        ttl: float | None = DEFAULT_TTL,
+        ttl: Seconds | None = DEFAULT_TTL,
         prefix: str = "microbatch:",
         timeout: float = 5.0,
         max_connections: int = 16,
     ) -> None:
-        at_least(0, ttl=ttl)
         super().__init__(url, prefix=prefix, timeout=timeout, max_connections=max_connections)
         self.ttl = ttl
         self.evictions = 0

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import secrets
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from microbatch.caching.entry import DEFAULT_TTL, MAX_CLOCK_SKEW
 from microbatch.caching.key import SECRET_BYTES
+from microbatch.checking import AtLeast, Seconds, checks_arguments
 from microbatch.errors import StorageError
-from microbatch.policy import at_least, whole
 from microbatch.protocols import Cache
 from microbatch.storage.sqlite import Database, json_array
 
 if TYPE_CHECKING:
-    import os
     import sqlite3
     from collections.abc import Sequence
 
@@ -62,13 +62,16 @@ class SQLiteCache(Cache):
         ConfigError: A limit is below its minimum.
     """
 
+    @checks_arguments
     def __init__(
-        self, path: str | os.PathLike[str], *, max_bytes: int = 1024 * 1024 * 1024, ttl: float | None = DEFAULT_TTL
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: Annotated[int, AtLeast(LEAST_BYTES)] = 1024 * 1024 * 1024,
+        ttl: Seconds | None = DEFAULT_TTL,
     ) -> None:
-        whole(LEAST_BYTES, max_bytes=max_bytes)
-        at_least(0, ttl=ttl)
         self.ttl = ttl
-        self.evictions = 0
+        self.evictions: int = 0
         self._max_bytes = max_bytes
         self._database = Database(path, _SCHEMA, kind="cache", version=1, durable=False, busy=_BUSY)
         self._touched: dict[int, float] = {}  # time of use by row, since the last write

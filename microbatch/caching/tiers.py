@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
+from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
+from microbatch.protocols import Cache
 from microbatch.resources import acquire, release
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from microbatch.protocols import Cache
 
 
 class TieredCache:
@@ -33,6 +33,7 @@ class TieredCache:
 
     keeps_deadline = True  # see `Guard`
 
+    @checks_arguments
     def __init__(self, *tiers: Cache) -> None:
         if not tiers:
             raise ConfigError("a TieredCache needs at least one tier")

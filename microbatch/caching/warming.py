@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from microbatch.messages import Request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
-    from microbatch.messages import Messages
+    from microbatch.messages import Messages, Requests
 
 
 class Warmed(msgspec.Struct, frozen=True):
@@ -31,12 +31,10 @@ class Warmed(msgspec.Struct, frozen=True):
     failed: int = 0
 
 
-def lasting(
-    requests: Iterable[Request | Messages] | AsyncIterable[Request | Messages], ttl: float | None
-) -> Iterator[Request] | AsyncIterator[Request]:
+def lasting(requests: Requests, ttl: float | None) -> Iterator[Request[Any]] | AsyncIterator[Request[Any]]:
     """Return *requests* with *ttl*, in seconds, set on those that have none."""
 
-    def with_ttl(item: Request | Messages) -> Request:
+    def with_ttl(item: Request[Any] | Messages) -> Request[Any]:
         request = item if isinstance(item, Request) else Request(item)
         return request if request.ttl is not None else msgspec.structs.replace(request, ttl=ttl)
 

@@ -5,18 +5,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
+import os
 import re
 import types
-from typing import Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
 from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.spool.endpoint import GIVE_UP_AFTER
+from microbatch.transports.capabilities import Structured
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 T = TypeVar("T")
 Group: TypeAlias = argparse._ActionsContainer  # noqa: SLF001 a parser, or one of its groups
+
+CONNECTION: Final = (
+    *("structured", "stream_options", "first_timeout", "connect_timeout", "max_header_bytes", "trust_env", "uds"),
+)
+"""Arguments of `OpenAIChat` that have flags of the same name."""
 
 _ARGUMENT: Final = re.compile(r"^ {4}(\w+): ((?:.+\n?)(?: {8}.+\n?)*)", re.MULTILINE)
 
@@ -76,10 +88,12 @@ def number(least: float, most: float | None = None, *, kind: type[float] = float
 
 # --- settings
 
+_SEVERAL: Final = {"combine_params": "combine_param"}
+
 
 def flag(name: str) -> str:
-    """Return the flag of a setting."""
-    return "--" + name.replace("_", "-")
+    """Return the flag of a setting; one that may be given several times is named in the singular."""
+    return "--" + _SEVERAL.get(name, name).replace("_", "-")
 
 
 def add_settings(group: Group, settings: type) -> None:
@@ -87,9 +101,10 @@ def add_settings(group: Group, settings: type) -> None:
     hints = get_type_hints(settings)
     helps = described(settings)
     for field in dataclasses.fields(settings):
-        default = "none" if field.default is None else str(field.default)
+        default = "none" if field.default in (None, ()) else str(field.default)
         text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
-        group.add_argument(flag(field.name), default=None, help=text, **_value_options(hints[field.name]))
+        options = _value_options(hints[field.name])
+        group.add_argument(flag(field.name), help=text, **options)
 
 
 def described(settings: type) -> dict[str, str]:
@@ -102,20 +117,27 @@ def described(settings: type) -> dict[str, str]:
 def read_settings(args: argparse.Namespace, settings: type[T], **fixed: Any) -> T:
     """Return *settings* with the values of the flags; *fixed* takes precedence. Raise `UsageError` if a value is out of range."""
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    values = {name: getattr(args, _SEVERAL.get(name, name)) for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
     try:
         return settings(**{**given, **fixed})
     except ConfigError as error:
-        message = str(error)
-        for name in sorted(names, key=len, reverse=True):
-            message = re.sub(rf"(?<![\w-]){name}(?!\w)", flag(name), message)
-        raise UsageError(message) from error
+        raise UsageError(with_flags(str(error), names)) from error
+
+
+def with_flags(message: str, names: Iterable[str]) -> str:
+    """Return *message* with flags in place of the settings *names*."""
+    for name in sorted(names, key=len, reverse=True):
+        message = re.sub(rf"(?<![\w-]){name}(?!\w)", flag(name), message)
+    return message
 
 
 def _value_options(hint: Any) -> dict[str, Any]:
     """Return the options with which argparse reads a value of the type *hint*."""
     if get_origin(hint) in (types.UnionType, Union):
         hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Collection:
+        return {"action": "append", "metavar": "NAME", "default": []}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is Literal:
@@ -163,9 +185,46 @@ def add_endpoint(group: Group) -> None:
     """Add the flags that decide where requests are sent, and how fast."""
     add_flag(group, "--model NAME", "the model; OpenAI Batch lines may name their own")
     add_flag(group, "--base-url URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
+    add_connection(group, "OPENAI_API_KEY, which is sent only to OpenAI and OPENAI_BASE_URL")
     add_rate_limits(group)
     simulate = "use a simulated endpoint within this process: the answers are made up, and nothing is paid"
     add_flag(group, "--simulate", f"{simulate} (default model: {SIMULATED_MODEL})")
+
+
+def add_connection(group: Group, key: str) -> None:
+    """Add the flags for the key, by default *key*, and the connections; see `OpenAIChat`."""
+    add_flag(group, "--api-key-env NAME", f"the environment variable that holds the key (default: {key})")
+    form = "how a form of the answers is asked for (default: by a schema, and from then on as the endpoint takes it)"
+    add_flag(group, "--structured FORM", form, choices=get_args(Structured))
+    options = "fields of stream_options beside include_usage, as a JSON object; false sends none"
+    add_flag(group, "--stream-options JSON", options, type=_json)
+    add_flag(
+        group, "--first-timeout SECONDS", "longest time until the first event of a stream (default: none)", least=0.001
+    )
+    add_flag(group, "--connect-timeout SECONDS", "longest time to open a connection", least=0.001, default=10.0)
+    add_flag(group, "--max-header-bytes N", "longest header of a response", default=65_536)
+    add_flag(group, "--trust-env", "take the proxy from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY")
+    add_flag(group, "--uds PATH", "connect to a Unix socket; the address is a name only then")
+
+
+def read_connection(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `OpenAIChat` for the flags of `add_connection`, without the key."""
+    return {name: getattr(args, name) for name in CONNECTION}
+
+
+def read_key(args: argparse.Namespace) -> str | None:
+    """Return the key that `--api-key-env` names, None without the flag; raise `UsageError` if there is none."""
+    key = os.environ.get(args.api_key_env) if args.api_key_env else None
+    if args.api_key_env and not key:
+        raise UsageError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
+    return key
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from None
 
 
 def add_rate_limits(group: Group) -> None:

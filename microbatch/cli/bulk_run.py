@@ -82,13 +82,13 @@ class BulkRun:
         done: Collection[int] = (),
         ttl: float | None = None,
     ) -> None:
-        self.items = source.items - len(done)
-        self.answered = 0
-        self.failed = 0
-        self.failures = Failures()
-        self.stats = Stats()
-        self.wall_s = 0.0
-        self.stopped = False
+        self.items: int = source.items - len(done)
+        self.answered: int = 0
+        self.failed: int = 0
+        self.failures: Failures = Failures()
+        self.stats: Stats = Stats()
+        self.wall_s: float = 0.0
+        self.stopped: bool = False
         self.broken: Exception | None = None
         self.unanswering: str | None = None
         self._plan = plan

@@ -84,8 +84,9 @@ async def _ask(endpoint: SimulatedEndpoint, products: Sequence[Product], batch_s
     transport = OpenAIChat(MODEL, base_url=endpoint.base_url, api_key="simulated")
     policy = FlushPolicy(max_batch_size=batch_size, max_concurrent_batches=MAX_CALLS)
     system = {"role": "system", "content": instructions()}
+    label: Any = Literal[LABELS]
     questions = [
-        Request([system, {"role": "user", "content": product.question}], id=product.id, output_type=Literal[LABELS])
+        Request([system, {"role": "user", "content": product.question}], id=product.id, output_type=label)
         for product in products
     ]
     labels: dict[str, str] = {}

@@ -7,7 +7,7 @@ import stat
 from hashlib import blake2b
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import msgspec
 
@@ -64,7 +64,7 @@ class Templated:
         self.labels = labels
         self.schema = schema
         self._parts = _parts(template)
-        self.fields = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
+        self.fields: tuple[str, ...] = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.fields:
             raise UsageError(
                 f"--template {template!r} names no field: every line would be the same question; write {{name}}"
@@ -121,7 +121,7 @@ def _value(record: dict[str, Any], name: str) -> Any:
 class BatchLines:
     """Makes requests from the lines of an OpenAI Batch file; *options* are fields of `Request` that a body may override."""
 
-    fields = ("body",)
+    fields: ClassVar[tuple[str, ...]] = ("body",)
     system = labels = schema = None
 
     def __init__(self, *, options: dict[str, Any] | None = None, needs_model: bool = False) -> None:
@@ -222,7 +222,7 @@ class Input:
     def __init__(self, path: str, questions: Questions, *, id_field: str | None = None) -> None:
         self.path = path
         self.questions = questions
-        self.items = 0
+        self.items: int = 0
         self._id_field = id_field
         try:
             mode = Path(path).stat().st_mode

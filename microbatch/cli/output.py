@@ -115,7 +115,7 @@ class OutputFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.written = 0
+        self.written: int = 0
         self._file = _open_locked(path)
         self._unsynced = threading.Event()
         self._closing = threading.Event()

@@ -14,7 +14,7 @@ import msgspec
 from microbatch.caching.guard import Guard
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
-from microbatch.cli.arguments import read_settings
+from microbatch.cli.arguments import CONNECTION, read_connection, read_key, read_settings, with_flags
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BatchLines, Input, Questions, Templated, payload_of
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
@@ -91,16 +91,18 @@ def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
 
 
 def _read_transport(args: argparse.Namespace) -> OpenAIChat:
-    if not os.environ.get("OPENAI_API_KEY") and not args.base_url and not os.environ.get("OPENAI_BASE_URL"):
+    key = read_key(args) or os.environ.get("OPENAI_API_KEY")
+    if not key and not args.base_url and not args.uds and not os.environ.get("OPENAI_BASE_URL"):
         raise UsageError(
             "no API key: set the environment variable OPENAI_API_KEY, give --base-url for an endpoint that needs none, "
             "or --simulate to try without one"
         )
     try:
-        return OpenAIChat(args.model or None, base_url=args.base_url)
+        return OpenAIChat(args.model or None, base_url=args.base_url, api_key=read_key(args), **read_connection(args))
     except ConfigError as error:
-        message = str(error).replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")
-        raise UsageError(message.replace("api_key", "OPENAI_API_KEY")) from error
+        message = with_flags(str(error), CONNECTION)
+        message = message.replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")
+        raise UsageError(message.replace("api_key", args.api_key_env or "OPENAI_API_KEY")) from error
 
 
 # --- places

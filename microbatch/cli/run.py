@@ -7,7 +7,8 @@ write one line for each answer:
 
 Lines are any JSON objects, with a --template that makes a question of them, or
 OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
-id, else its number. The key is taken from OPENAI_API_KEY.
+id, else its number. The key is taken from OPENAI_API_KEY, which is sent to
+OpenAI and OPENAI_BASE_URL only, or from the variable of --api-key-env.
 
 The digest is that of the question. --resume asks about lines without an answer,
 and about lines whose question has changed; an answer follows a question that
@@ -49,7 +50,7 @@ from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
 from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
-from microbatch.cli.summary import comparison, fields, remarks, reuse
+from microbatch.cli.summary import alone, comparison, fields, remarks, reuse
 
 if TYPE_CHECKING:
     import argparse
@@ -122,6 +123,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "changed": resumed.changed,
         "reused": resumed.reused,
         "unasked": bulk.unasked,
+        "alone_by_field": stats.alone_by_field,
     }
 
 
@@ -132,7 +134,7 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     yield f"{answered}{unasked}, in {seconds(bulk.wall_s)}"
     if bulk.stats.answered:
         yield f"\n{comparison(bulk.stats)}\n"
-    reused = [*reuse(bulk.stats)]
+    reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats))]
     if reused:
         yield from (*reused, "")
     yield from remarks(bulk.stats, plan)

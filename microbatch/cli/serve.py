@@ -4,11 +4,12 @@ Serve an OpenAI-compatible API in front of another. Chat completions of many
 clients leave as combined prompts, and each client gets its own answer, as JSON
 or as a stream; everything else under /v1 is relayed as it is. Clients change
 nothing but their base URL, and use their own keys: requests with different keys
-never share a prompt, a call or a cached answer.
+never share a prompt, a call or a cached answer. Azure's clients take the
+gateway as their azure_endpoint, whatever the upstream is.
 
-With OPENAI_API_KEY set, clients without a key (or with the key "microbatch")
-use that one, for chat completions and the list of models only; off loopback
-this needs --access-token-file.
+With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
+(or with the key "microbatch") use that one, for chat completions and the list
+of models only; off loopback this needs --access-token-file.
 
 Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no,
 X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
@@ -22,6 +23,7 @@ MICROBATCH_MAX_WAIT; a flag takes precedence.
 Examples:
   microbatch serve --upstream https://api.openai.com/v1 --port 8080
   microbatch serve --upstream http://localhost:8000/v1 --max-wait 0.05 --rpm 500
+  microbatch serve --upstream https://NAME.openai.azure.com
   microbatch serve --upstream https://api.openai.com/v1 --host 0.0.0.0 \
       --access-token-file token.txt --cache redis://localhost:6379/0
 """
@@ -40,8 +42,10 @@ from microbatch.cli.environment import with_environment
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
+from microbatch.gateway.errors import in_flags
 from microbatch.gateway.server import Gateway
 from microbatch.gateway.settings import GatewaySettings
+from microbatch.gateway.upstream import lacks_version
 from microbatch.policy import FallbackPolicy
 
 if TYPE_CHECKING:
@@ -54,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
     add_flag(parser, "--upstream URL", "address of the API to serve, up to /v1")
+    query = "a query parameter of every call, such as Azure's api-version=VERSION; may be repeated"
+    add_flag(parser, "--query NAME=VALUE", query, action="append", default=[])
     add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
     add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
     add_flag(parser, "--model NAME", "the model for requests that name none (default: refuse these)")
+    arguments.add_connection(parser.add_argument_group("upstream"), "OPENAI_API_KEY")
     add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
     arguments.add_rate_limits(parser)
     arguments.add_cache(parser)
@@ -66,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_access(group: arguments.Group) -> None:
-    add_flag(group, "--no-own-key", "ignore OPENAI_API_KEY: clients without a key go without one")
+    add_flag(group, "--no-own-key", "clients without a key go without one, whatever the environment has")
     access = "holds the token that clients give in place of a key to use the gateway's, and off loopback to see /stats"
     add_flag(group, "--access-token-file FILE", access)
     key = "holds the key of the digests that tell tenants apart (default: the cache's own secret, else a random one)"
@@ -96,7 +103,9 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             host=args.host,
             port=args.port,
             model=args.model,
+            query=dict(map(_read_pair, args.query)),
             api_key=_own_key(args),
+            connection=arguments.read_connection(args),
             access_token=None if token is None else token.decode("utf-8", "replace"),
             secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES),
             lane_headers=args.lane_header,
@@ -108,11 +117,21 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             cache=None if args.cache is None else cache_at(args.cache),
         )
     except ConfigError as error:
-        raise UsageError(str(error).replace("base_url", "--upstream").replace("api_key", "OPENAI_API_KEY")) from error
+        message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))
+        raise UsageError(message.replace("api_key", args.api_key_env or "OPENAI_API_KEY")) from error
+
+
+def _read_pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UsageError(f"--query {text}: must be NAME=VALUE")
+    return name, value
 
 
 def _own_key(args: argparse.Namespace) -> str | None:
-    return None if args.no_own_key else os.environ.get("OPENAI_API_KEY") or None
+    if args.no_own_key:
+        return None
+    return arguments.read_key(args) or os.environ.get("OPENAI_API_KEY") or None
 
 
 def _read_secret(args: argparse.Namespace, name: str, *, least: int) -> bytes | None:
@@ -134,9 +153,13 @@ async def _serve(args: argparse.Namespace) -> int:
     async with listening(args, gateway.open, lambda: gateway.aclose(args.grace)) as stopped:
         report(gateway.base_url)
         note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
+        if lacks_version(args.upstream):
+            note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
         if _own_key(args):
             clients = "with the access token" if args.access_token_file else "without a key"
-            note(f"Clients {clients} use OPENAI_API_KEY, for chat completions and the list of models.")
+            note(
+                f"Clients {clients} use {args.api_key_env or 'OPENAI_API_KEY'}, for chat completions and the list of models."
+            )
         await stopped.wait()
         note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
     note(_summary(gateway))

@@ -72,8 +72,8 @@ class Session:
     """
 
     def __init__(self, plan: Plan, *, give_up_after: float | None) -> None:
-        self.endpoint = Endpoint("the endpoint is left alone", give_up_after=give_up_after)
-        self.prober = Microbatcher(plan.transport, retry=RetryPolicy(max_attempts=1))
+        self.endpoint: Endpoint = Endpoint("the endpoint is left alone", give_up_after=give_up_after)
+        self.prober: Microbatcher = Microbatcher(plan.transport, retry=RetryPolicy(max_attempts=1))
         self._plan = plan
         self._transport = PausingTransport(plan.transport, self.endpoint)
         self._batchers: list[Microbatcher] = []

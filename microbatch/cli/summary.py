@@ -54,6 +54,18 @@ def reuse(stats: Stats) -> Iterator[str]:
         yield f"shared: {plural(stats.shared, 'item')} answered by an equal one under way"
 
 
+def alone(stats: Stats) -> Iterator[str]:
+    """Yield a line for each reason for which requests went alone, other than that an earlier call had left them unanswered."""
+    for reason, count in sorted(stats.singles_by_reason.items(), key=lambda each: -each[1]):
+        what = ""
+        if reason == "not_combinable" and stats.alone_by_field:
+            fields = sorted(stats.alone_by_field.items(), key=lambda each: -each[1])
+            what = f" ({', '.join(f'{name}: {times:,}' for name, times in fields)})"
+        if reason != "fallback":
+            line = f"alone: {plural(count, 'item')}, {reason.replace('_', ' ')}{what}"
+            yield textwrap.fill(line, COLUMNS, subsequent_indent="       ")
+
+
 def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
     """Yield wrapped remarks on the figures of a run with *plan*."""
     found = []

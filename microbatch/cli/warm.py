@@ -6,7 +6,7 @@ the cache has already is not asked again.
 
 Lines are those of `microbatch run`: any JSON objects, with a --template that
 makes a question of them, or OpenAI Batch requests (custom_id, body). The key is
-taken from OPENAI_API_KEY. The answers are found only by requests that are equal
+taken as by `run`. The answers are found only by requests that are equal
 in endpoint, model, messages, parameters and schema.
 
 Exit status: 0 all answers are there, 1 some are not, 2 nothing sent because

@@ -8,7 +8,7 @@ may serve one spool; the requests of one that died are taken by the others.
 A worker runs until it is stopped. On Ctrl-C or SIGTERM it takes no more
 requests, lets the calls under way end, and reports what it did. A second signal
 stops it at once; no request is lost by that. The key is taken from
-OPENAI_API_KEY.
+OPENAI_API_KEY, for OpenAI and OPENAI_BASE_URL, or --api-key-env.
 
 While the endpoint does not answer, requests are put back without counting as
 failed, and the worker tries again at growing intervals. A key or an account
@@ -191,7 +191,8 @@ class WorkerRun:
         args, transport = self._args, self._plan.transport
         await transport.open()
         stack.push_async_callback(transport.aclose)
-        wire = BatchWire(transport.model, where=urlsplit(transport.base_url).netloc or transport.base_url)
+        where = urlsplit(transport.base_url).netloc or transport.base_url
+        wire = BatchWire(transport.model, where=where, structured=args.structured)
         prices = PriceBook()
 
         def price(model: str | None) -> Callable[[Usage], float] | None:

@@ -84,7 +84,7 @@ class Access:
         allowed_hosts: Collection[str],
         trust_tenant_header: bool,
     ) -> None:
-        self.loopback = _is_loopback(host)
+        self.loopback: bool = _is_loopback(host)
         if api_key and not access_token and not self.loopback:
             raise ConfigError(
                 f"with a key of its own and on {host}, the gateway would let other machines use that key: give it an access token "

@@ -7,31 +7,37 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from aiohttp import web
 
-from microbatch.errors import Filtered, MicrobatchError, Refused, RequestFailed, TruncatedReply
+from microbatch.errors import (
+    MAX_BODY_CHARS,
+    Filtered,
+    MalformedAnswer,
+    MicrobatchError,
+    Refused,
+    ReplyError,
+    RequestFailed,
+    TruncatedReply,
+)
 from microbatch.gateway.access import not_json
 from microbatch.gateway.chat_request import read_chat_request, read_control_headers
 from microbatch.gateway.errors import translate
+from microbatch.gateway.event_stream import DONE, EventStream
 from microbatch.messages import Usage
-from microbatch.openai.chat_completion import (
-    completion_object,
-    completion_of,
-    first_choice,
-    first_message,
-    usage_object,
-)
-from microbatch.transports.lenient import as_object
+from microbatch.openai.chat_completion import completion_of, first_choice, first_message
+from microbatch.transports.chat_wire import completion_object, usage_object
+from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from microbatch.batching.live_answer import LiveAnswer
     from microbatch.client import Microbatcher
     from microbatch.gateway.access import Access
     from microbatch.gateway.chat_request import ChatRequest
     from microbatch.gateway.relay import Relay
     from microbatch.gateway.settings import GatewaySettings
+    from microbatch.gateway.upstream import Place
     from microbatch.messages import Reply
 
-PATH: Final = "/chat/completions"
-
-_DONE: Final = b"data: [DONE]\n\n"
 _OF_A_DELTA: Final = ("role", "content", "refusal")
 _ALREADY_PAID: Final = frozenset({"cache", "shared"})
 """Routes of answers whose calls another request has paid for."""
@@ -40,69 +46,88 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class ChatRoute:
-    """Serves chat completions; *model* is the one for requests that name none."""
+    """Serves chat completions; *model* is the one for requests that name none, *harmless* parameters are combined."""
 
     def __init__(
-        self, batcher: Microbatcher, access: Access, relay: Relay, settings: GatewaySettings, model: str | None
+        self,
+        batcher: Microbatcher,
+        access: Access,
+        relay: Relay,
+        settings: GatewaySettings,
+        model: str | None,
+        harmless: Collection[str],
     ) -> None:
         self._batcher = batcher
         self._access = access
         self._relay = relay
         self._settings = settings
         self._model = model
+        self._harmless = harmless
 
-    async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Answer *request*."""
+    async def serve(self, request: web.Request, place: Place) -> web.StreamResponse:
+        """Answer *request*, which goes to *place*."""
         caller = self._access.caller(request)
         if request.content_type != "application/json":
             raise not_json()
         options, combine = read_control_headers(request)
         body = await self._relay.read_body(request)
         if not combine or caller.in_address or "Content-Encoding" in request.headers:
-            return await self._relay.serve(request, PATH, body, caller)
-        chat = read_chat_request(body, model=self._model)
-        if chat.relayed:
-            return await self._relay.serve(request, PATH, body, caller)
+            return await self._relay.serve(request, place.path, body, caller)
+        chat = read_chat_request(body, model=place.model or self._model, harmless=self._harmless)
+        if chat.arguments is None or (chat.stream and self._settings.streams == "relay"):
+            return await self._relay.serve(request, place.path, chat.body, caller, alone=chat.alone)
+        asked = {**chat.arguments, "model": chat.model} if place.model else chat.arguments
+        async with self._batcher.open_answer(
+            **asked,
+            **options,
+            streamed=chat.stream and self._settings.streams == "auto",
+            headers=caller.headers | place.headers or None,
+            tenant=caller.tenant,
+            timeout=self._settings.request_timeout,
+        ) as live:
+            if chat.stream:
+                return await self._stream(request, chat, live)
+            reply: Reply[str] | None = None
+            try:
+                reply = await live.reply()
+                if self._settings.exact_usage:
+                    await reply.settled()
+                completion = _completion_for(chat, reply)
+            except MicrobatchError as error:
+                completion = _completion_despite(error, chat.model) or {}
+                if not completion:
+                    raise
+        return web.Response(body=_encode(completion), content_type="application/json", headers=_reply_headers(reply))
+
+    async def _stream(self, request: web.Request, chat: ChatRequest, live: LiveAnswer) -> web.StreamResponse:
+        """Answer *request* with a stream."""
+        stream = EventStream(request, self._relay, include_usage=chat.include_usage)
+        await stream.follow(live)
+        reply: Reply[str] | None = None
         try:
-            reply = await self._batcher.submit(
-                **chat.arguments,
-                **options,
-                headers=caller.headers or None,
-                tenant=caller.tenant,
-                timeout=self._settings.request_timeout,
-            )
+            reply = await live.reply()
+            completion = _completion_for(chat, reply)
         except MicrobatchError as error:
-            completion = _completion_despite(error, chat.model)
-            if completion is None:
-                raise translate(error) from error
-            return await self._send(request, chat, completion, None)
-        if self._settings.exact_usage and not chat.stream:
-            await reply.settled()
-        return await self._send(request, chat, _completion_for(chat, reply), reply)
-
-    async def _send(
-        self, request: web.Request, chat: ChatRequest, completion: dict[str, Any], reply: Reply[str] | None
-    ) -> web.StreamResponse:
-        headers = {} if reply is None else _reply_headers(reply)
-        if not chat.stream:
-            return web.Response(body=_encode(completion), content_type="application/json", headers=headers)
-        events = _encode_events(completion, include_usage=chat.include_usage)
-        headers["Cache-Control"] = "no-cache"
-        if not (chat.include_usage and reply is not None and self._settings.exact_usage and reply.usage.estimated):
-            if chat.include_usage:
-                events += _encode_usage_event(completion)
-            return web.Response(body=events + _DONE, content_type="text/event-stream", charset="utf-8", headers=headers)
-        # The usage follows when the endpoint has reported it; the answer need not wait for it.
-        response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream; charset=utf-8"})
-        await response.prepare(request)
-        await self._relay.write(response, events)
-        await reply.settled()
-        await self._relay.write(response, _encode_usage_event(completion, reply.usage) + _DONE)
-        await response.write_eof()
-        return response
+            completion = _completion_despite(error, chat.model) or {}
+            if stream.response is None and not completion:
+                raise
+            if not completion or (stream.relayed and not isinstance(error, ReplyError | Filtered)):
+                return await stream.fail(translate(error))
+        await stream.begin(_reply_headers(reply))
+        events = b"" if stream.relayed else _encode_events(completion, include_usage=chat.include_usage)
+        if not chat.include_usage or stream.told_usage:
+            return await stream.end(events + DONE)
+        usage = None
+        if reply is not None and self._settings.exact_usage and reply.usage.estimated:
+            # The usage follows when the endpoint has reported it; the answer need not wait for it.
+            await stream.send(events)
+            events, usage = b"", (await reply.settled()).usage
+        return await stream.end(events + _encode_usage_event(completion, usage) + DONE)
 
 
-def _reply_headers(reply: Reply[str]) -> dict[str, str]:
+def _reply_headers(reply: Reply[str] | None) -> dict[str, str]:
+    if reply is None:
+        return {}
     headers = {"X-Microbatch-Route": reply.route, "X-Microbatch-Batch-Size": str(reply.batch_size)}
     if reply.request_id is not None:
         headers["x-request-id"] = reply.request_id
@@ -119,12 +144,12 @@ def _completion_for(request: ChatRequest, reply: Reply[str]) -> dict[str, Any]:
     if body is None:
         return completion_of(reply, request.model)
     completion = dict(body)
-    in_parts = request.stream and not isinstance(first_message(body).get("content"), str)
+    in_parts = request.stream and is_array(first_message(body).get("content"))
     if (request.typed or in_parts) and (first := first_choice(body)):
         message = {**first_message(body), "content": reply.text}
         completion["choices"] = [{**first, "message": message}, *body["choices"][1:]]
     usage, reported = reply.usage, as_object(body.get("usage"))
-    if reply.route in _ALREADY_PAID:
+    if reply.route in _ALREADY_PAID or reply.batch_size > 1:
         completion["usage"] = usage_object(usage)
     elif not usage.estimated and reported.get("prompt_tokens", usage.prompt_tokens) != usage.prompt_tokens:
         # Only prompts are compared: endpoints differ in what they count as completion and total.
@@ -135,7 +160,8 @@ def _completion_for(request: ChatRequest, reply: Reply[str]) -> dict[str, Any]:
 def _completion_despite(error: MicrobatchError, model: str | None) -> dict[str, Any] | None:
     """Return the completion that an endpoint would have sent where microbatch has an error, or None if clients get an error, too.
 
-    Refusals, filtered and truncated answers have status 200; clients tell them by their fields.
+    Refusals, filtered and truncated answers have status 200; clients tell them by their fields. An answer that does not fit is theirs
+    to judge.
     """
     match error:
         case Refused():
@@ -144,6 +170,8 @@ def _completion_despite(error: MicrobatchError, model: str | None) -> dict[str, 
             made = completion_object(error.raw, model=model, finish_reason="length")
         case Filtered() if error.status < 400:  # noqa: PLR2004 (the first class of HTTP's errors)
             made = completion_object(None, model=model, finish_reason="content_filter")
+        case MalformedAnswer() if error.completion is not None or len(error.raw) < MAX_BODY_CHARS:
+            made = completion_object(error.raw, model=model)
         case _:
             return None
     own = error.completion if isinstance(error, RequestFailed) else None
@@ -159,6 +187,9 @@ def _encode_events(completion: dict[str, Any], *, include_usage: bool) -> bytes:
     ]
     # Further members that endpoints send: reasoning, citations.
     further = {name: value for name, value in message.items() if name not in _OF_A_DELTA and value}
+    if is_array(calls := further.get("tool_calls")):
+        # In a stream each names its place, since its arguments may come in pieces.
+        further["tool_calls"] = [{"index": index, **as_object(call)} for index, call in enumerate(calls)]
     deltas += [(part, None) for part in (further, {"content": content}, {"refusal": refusal}) if any(part.values())]
     deltas.append(({}, first_choice(completion).get("finish_reason")))
     # As OpenAI does: with include_usage, every chunk has the field, and it is null in all but the last one.

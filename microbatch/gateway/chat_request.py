@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 import msgspec
 
 from microbatch.batching.request import check_messages, read_messages, read_options
+from microbatch.errors import ConfigError
 from microbatch.gateway.errors import GatewayError
+from microbatch.gateway.json_faults import json_fault
 from microbatch.messages import Priority
 from microbatch.openai.chat_completion import submit_arguments
-from microbatch.transports.lenient import as_object
+from microbatch.prompt.parameters import HARMLESS
+from microbatch.transports.lenient import as_object, decode
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from aiohttp import web
 
 _CONTROLS: Final = {
@@ -27,24 +32,27 @@ class ChatRequest(msgspec.Struct, frozen=True):
     """A client's request for a chat completion.
 
     Attributes:
-        arguments: What the body says as arguments of `submit`.
+        body: What is sent if it is relayed.
         model: The model to ask: that of the body, else the gateway's.
+        arguments: What the body says as arguments of `submit`; None for a request that is relayed, because it cannot be combined, or
+            because only the endpoint can judge a field of it.
         stream: Whether the answer is sent as events.
         include_usage: Whether the last event holds the usage.
-        typed: Whether it has a schema for its answer.
-        relayed: Whether only the endpoint's own bytes can answer: events that hold more than text, or tool calls in place of JSON.
+        typed: Whether it has a schema for its answer, and no tool for it.
+        alone: What keeps it out of combined prompts, as in `Stats.alone_by_field`.
     """
 
-    arguments: dict[str, Any]
+    body: bytes
     model: str
-    stream: bool
-    include_usage: bool
-    typed: bool
-    relayed: bool
+    arguments: dict[str, Any] | None = None
+    stream: bool = False
+    include_usage: bool = False
+    typed: bool = False
+    alone: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Return the shape, without text."""
-        return f"ChatRequest(stream={self.stream}, relayed={self.relayed})"
+        return f"ChatRequest(stream={self.stream}, relayed={self.arguments is None})"
 
 
 def read_control_headers(request: web.Request) -> tuple[dict[str, Any], bool]:
@@ -63,43 +71,54 @@ def read_control_headers(request: web.Request) -> tuple[dict[str, Any], bool]:
     return {"priority": priority, "use_cache": cache == "yes"}, batch == "yes"
 
 
-def read_chat_request(raw: bytes, *, model: str | None) -> ChatRequest:
-    """Return the request in the body *raw*; *model* is the one for requests that name none.
+def read_chat_request(raw: bytes, *, model: str | None, harmless: Collection[str] = HARMLESS) -> ChatRequest:
+    """Return the request in the body *raw*; *model* is the one for requests that name none, *harmless* parameters are combined.
 
     Raises:
         GatewayError: The body is no JSON object, or there is no model.
-        ConfigError: A field is wrong.
     """
-    body = _json_object(raw)
-    stream = _flag(body.pop("stream", None), "stream")
-    options = body.pop("stream_options", None)
-    if options is not None and not isinstance(options, dict):
-        raise GatewayError(400, "stream_options must be an object.", code="invalid_type", param="stream_options")
+    body, readable = _json_object(raw)
     asked = body.get("model") or model
     if not asked:
         raise GatewayError(400, "you must provide a model parameter", code="missing_model", param="model")
+    relayed = ChatRequest(raw if body.get("model") else msgspec.json.encode({**body, "model": asked}), asked)
+    stream, options = body.pop("stream", None), body.pop("stream_options", None)
+    include_usage = as_object(options).get("include_usage")
+    if not (readable and _is_flag(stream) and _is_flag(include_usage) and isinstance(options, dict | None)):
+        return relayed
     arguments = submit_arguments(body)
     messages = arguments["messages"]
-    check_messages(messages)
     limit, temperature, params = arguments["max_tokens"], arguments["temperature"], arguments["params"]
-    read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal")
-    typed = not read.answer.is_text
-    combinable = read.combinable and read_messages(messages, read) is not None
-    include_usage = stream and _flag(as_object(options).get("include_usage"), "stream_options.include_usage")
-    return ChatRequest(arguments, asked, stream, include_usage, typed, relayed=not combinable and (stream or typed))
+    try:
+        check_messages(messages)
+        read = read_options(str, arguments["model"], limit, temperature, params, None, None, "normal", harmless)
+        alone = read.alone
+        if not alone and isinstance(found := read_messages(messages, read), str):
+            alone = (found,)
+        if alone:
+            return msgspec.structs.replace(relayed, alone=alone)
+    except ConfigError:
+        return relayed  # the endpoint says what is wrong with it, or takes it
+    streamed, typed = bool(stream), not read.answer.is_text and read.answer.form is None
+    return ChatRequest(raw, asked, arguments, streamed, streamed and bool(include_usage), typed)
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
+def _json_object(raw: bytes) -> tuple[dict[str, Any], bool]:
+    """Return the object in *raw*, and whether all of its values can be kept."""
+    readable = True
     try:
         body = msgspec.json.decode(raw)
+    except msgspec.ValidationError:
+        # A number beyond the range of floats, which only the endpoint can judge.
+        body, readable = decode(raw, number=float), False
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        body = None
+        raise GatewayError(400, f"The body is no JSON: {json_fault(raw)}.", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise GatewayError(400, "The body must be a JSON object.", code="invalid_json")
-    return as_object(body)
+        raise GatewayError(
+            400, f"The body must be a JSON object, and is of type {type(body).__name__}.", code="invalid_json"
+        )
+    return as_object(body), readable
 
 
-def _flag(value: object, name: str) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise GatewayError(400, f"{name} must be true or false.", code="invalid_type", param=name)
-    return bool(value)
+def _is_flag(value: object) -> bool:
+    return value is None or isinstance(value, bool)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -22,6 +24,8 @@ from microbatch.errors import (
     StatusError,
     TransportTimeout,
 )
+from microbatch.gateway.settings import GatewaySettings
+from microbatch.policy import FlushPolicy
 from microbatch.transports.lenient import as_object, first_of
 
 if TYPE_CHECKING:
@@ -40,6 +44,22 @@ _SHOWN: Final[Sequence[tuple[type[MicrobatchError], int, str]]] = (
 """Errors that are answered with their own message, the first class that fits: class, status and code."""
 
 _ERRORS: Final = range(400, 600)
+NOT_FOUND: Final = 404
+
+_SETTINGS: Final = [
+    field.name for kind in (FlushPolicy, GatewaySettings) for field in fields_of(kind) if "_" in field.name
+]
+_WORDS: Final[Sequence[tuple[str, str]]] = (
+    (r"\bapi_key= ?(?:or|,) OPENAI_API_KEY", "OPENAI_API_KEY"),
+    (r"\bapi_key\b=?", "OPENAI_API_KEY"),
+    (r"\bbase_url\b=?", "--upstream"),
+    (r"\bquery=", "--query"),
+    (r"\b(rpm|tpm)=", r"--\1"),
+    (r"\(timeout\)", "(--upstream-timeout)"),
+    (r" ?in headers=|; use headers= for credentials", ""),
+    (r"\boutput_type\b", "response_format"),
+)
+"""Python's names of what has a flag, or a name of its own in requests, as regular expressions, and what is said instead."""
 
 
 class GatewayError(Exception):
@@ -65,8 +85,13 @@ class GatewayError(Exception):
         super().__init__(message)
         self.status = status
         usual = "server_error" if status >= 500 else "invalid_request_error"  # noqa: PLR2004
-        self.error = {"message": message, "type": kind or _TYPES.get(status, usual), "param": param, "code": code}
-        self.headers = dict(headers or {})
+        self.error: dict[str, str | object | None] = {
+            "message": message,
+            "type": kind or _TYPES.get(status, usual),
+            "param": param,
+            "code": code,
+        }
+        self.headers: dict[str, str] = dict(headers or {})
         self.close = close
 
     def response(self) -> web.Response:
@@ -97,13 +122,24 @@ def _translate(error: MicrobatchError) -> GatewayError:
         message = "The gateway is shutting down."
         return GatewayError(503, message, code="shutting_down", headers={"Retry-After": "1"})
     status, code = next((status, code) for kind, status, code in _SHOWN if isinstance(error, kind))
-    return GatewayError(status, str(error), code=code)
+    return GatewayError(status, in_flags(str(error)), code=code)
+
+
+def in_flags(message: str) -> str:
+    """Return a message about arguments in Python with the names of the flags of `microbatch serve` and of the fields of requests."""
+    for pattern, word in _WORDS:
+        message = re.sub(pattern, word, message)
+    return re.sub(rf"\b(?:{'|'.join(_SETTINGS)})\b", lambda found: "--" + found[0].replace("_", "-"), message)
 
 
 def _from_status(error: StatusError) -> GatewayError:
     """Return the endpoint's own error, as far as it can be read."""
     fields = _error_object(error.body)
     message, kind, param = fields.get("message"), fields.get("type"), fields.get("param")
+    if not isinstance(message, str) or not message:
+        message = in_flags(str(error))
+    elif error.status == NOT_FOUND and not fields.get("code") and "model" not in message.lower():
+        message += " (the gateway's --upstream usually ends in /v1)"
     code = fields.get("code", error.code)
     headers: dict[str, str] = {}
     if error.request_id is not None:
@@ -114,7 +150,7 @@ def _from_status(error: StatusError) -> GatewayError:
     return GatewayError(
         # A redirect, and an error in a 200, mean nothing to the client.
         error.status if error.status in _ERRORS else 502,
-        message if isinstance(message, str) and message else str(error),
+        message,
         code=code if isinstance(code, str | int | None) else error.code,
         kind=kind if isinstance(kind, str) and kind else None,
         param=param if isinstance(param, str) else error.param,

@@ -15,6 +15,8 @@ from microbatch.transports.credentials import is_credential, says_who
 from microbatch.transports.http import FRAMING, without
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from microbatch.client import Microbatcher
     from microbatch.gateway.access import Caller
     from microbatch.transports.relay import Forwarded
@@ -58,18 +60,21 @@ class Relay:
         except TimeoutError:
             raise ConnectionAbortedError("the client does not read") from None
 
-    async def serve(self, request: web.Request, path: str, body: bytes | None, caller: Caller) -> web.StreamResponse:
-        """Relay *request*, query included, to *path* below the upstream's address, and the answer to the client.
+    async def serve(
+        self, request: web.Request, path: str, body: bytes | None, caller: Caller, *, alone: Sequence[str] = ()
+    ) -> web.StreamResponse:
+        """Relay *request* to *path*, which has its query, below the upstream's address, and the answer to the client.
+
+        *alone* is what keeps it out of combined prompts, to be counted.
 
         Raises:
             GatewayError: The upstream cannot be reached.
             ConnectionError: The client is gone, or the answer broke off; the client's connection has been cut.
         """
         response: web.StreamResponse | None = None
-        if query := request.rel_url.raw_query_string:
-            path += f"?{query}"
         try:
-            async with self._batcher.forward(request.method, path, _request_headers(request, caller), body) as answer:
+            headers = _request_headers(request, caller)
+            async with self._batcher.forward(request.method, path, headers, body, alone=alone) as answer:
                 response = _response(answer)
                 await response.prepare(request)
                 if request.method != "HEAD" and answer.status not in _NO_BODY:

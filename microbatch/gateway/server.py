@@ -7,6 +7,7 @@ import hmac
 import logging
 import secrets
 import traceback
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiohttp import web
@@ -14,26 +15,29 @@ from aiohttp.http import SERVER_SOFTWARE
 
 from microbatch.accounting.live import LiveFigures
 from microbatch.accounting.prometheus import PrometheusHooks
+from microbatch.checking import check_given, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
 from microbatch.gateway.access import Access
-from microbatch.gateway.chat import PATH, ChatRoute
+from microbatch.gateway.chat import ChatRoute
 from microbatch.gateway.dashboard import figures, show_dashboard
 from microbatch.gateway.errors import GatewayError, translate
 from microbatch.gateway.relay import Relay
 from microbatch.gateway.settings import GatewaySettings
+from microbatch.gateway.upstream import API, AZURE, Upstream
+from microbatch.policy import FlushPolicy
+from microbatch.prompt.parameters import HARMLESS
+from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable
 
     from microbatch.accounting.stats import Stats
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-logger = logging.getLogger("microbatch")
-
-_API: Final = "/v1/"
+logger: Final = logging.getLogger("microbatch")
 
 # aiohttp's own log quotes what it cannot parse, including headers with keys.
 _silent: Final = logging.Logger("microbatch.gateway.silent")  # noqa: LOG001 it must have no parent to pass records to
@@ -60,10 +64,12 @@ class Gateway:
     caller's requests only: callers with different keys share no prompt, no call and no cached answer.
 
     Args:
-        upstream: Address of the upstream API, up to and without `/chat/completions`.
+        upstream: Address of the upstream API, up to and without `/chat/completions`. Azure OpenAI: that of the resource, or of one
+            deployment.
         host: Address to listen on.
         port: Port to listen on; 0 for a free one.
         model: Model for requests that name none; None refuses those.
+        query: Query parameters of every call to the upstream, such as Azure's `api-version`; those of a client take precedence.
         api_key: Key for callers without one, who may use chat completions and the list of models only. With None their requests are
             sent without a key.
         access_token: Token that callers send in place of a key to use *api_key* and, off loopback, to see the gateway's own pages.
@@ -73,6 +79,8 @@ class Gateway:
         lane_headers: Further headers to send with combined requests, which share a prompt only if these are equal.
         allowed_hosts: Further names under which clients address the gateway; "*" allows any.
         settings: Limits for clients.
+        connection: Further arguments of `OpenAIChat`: `structured`, `stream_options`, `first_timeout`, `connect_timeout`,
+            `max_header_bytes`, `trust_env`, `uds`...
         pages: Further pages by path, protected like /stats.
         batcher: Further arguments of `Microbatcher`: `policy`, `retry`, `cache`, `rate_limit`...
 
@@ -85,6 +93,7 @@ class Gateway:
         ConfigError: A setting is wrong, or would let other machines use *api_key*.
     """
 
+    @checks_arguments
     def __init__(
         self,
         upstream: str,
@@ -92,17 +101,20 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 0,
         model: str | None = None,
+        query: Mapping[str, str] | None = None,
         api_key: str | None = None,
         access_token: str | None = None,
         secret: bytes | None = None,
         lane_headers: Sequence[str] = (),
         allowed_hosts: Collection[str] = (),
         settings: GatewaySettings | None = None,
+        connection: Mapping[str, Any] | None = None,
         pages: dict[str, Handler] | None = None,
         **batcher: Any,
     ) -> None:
+        check_given(Microbatcher.__init__, batcher)
         self.host = host
-        self.port = port
+        self.port: int = port
         self._settings = settings if settings is not None else GatewaySettings()
         self._access = Access(
             host=host,
@@ -112,11 +124,14 @@ class Gateway:
             allowed_hosts=allowed_hosts,
             trust_tenant_header=self._settings.trust_tenant_header,
         )
-        transport = self._transport(upstream, model, api_key, batcher.get("policy"))
+        self._upstream = Upstream(upstream, query)
+        transport = self._transport(model, api_key, query, batcher.get("policy"), connection or {})
         self._live = LiveFigures()
         self._metrics = _prometheus()
         listeners = [self._live] if self._metrics is None else [self._live, self._metrics]
-        self.batcher = Microbatcher(transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]})
+        self.batcher: Microbatcher = Microbatcher(
+            transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]}
+        )
         if self._metrics is not None:
             self._metrics.watch(self.batcher)
         self._cache = batcher.get("cache")
@@ -124,20 +139,31 @@ class Gateway:
         own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
         self._pages: dict[str, Handler] = {**own, **(pages or {})}
         self._relay = Relay(self.batcher, self._settings.client_timeout)
-        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model)
+        policy = batcher.get("policy") or FlushPolicy()
+        harmless = HARMLESS.union(policy.combine_params)
+        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model, harmless)
         self._serving = 0  # requests of the API
         self._draining = False  # the gateway is closing and takes no further requests of the API
         self._runner: web.AppRunner | None = None
 
-    def _transport(self, upstream: str, model: str | None, api_key: str | None, policy: Any) -> OpenAIChat:
-        OpenAIChat(base_url=upstream, api_key=api_key or "")  # validates the key
+    def _transport(
+        self,
+        model: str | None,
+        api_key: str | None,
+        query: Mapping[str, str] | None,
+        policy: Any,
+        connection: Mapping[str, Any],
+    ) -> OpenAIChat:
+        OpenAIChat(base_url=self._upstream.base_url, api_key=api_key or "")  # validates the key
         return OpenAIChat(
             model,
-            base_url=upstream,
+            base_url=self._upstream.base_url,
+            query=query,
             api_key="",  # `Access` chooses the key of each request
             timeout=self._settings.upstream_timeout,
             idle_timeout=self._settings.idle_timeout,
             max_connections=max(100, policy.max_concurrent_batches if policy is not None else 0),
+            **connection,
         )
 
     def __repr__(self) -> str:
@@ -178,8 +204,8 @@ class Gateway:
         router.add_get("/readyz", self._ready)
         for path, page in self._pages.items():
             router.add_get(path, self._guarded(page))
-        router.add_post(f"{_API.rstrip('/')}{PATH}", self._chat.serve)
-        router.add_route("*", f"{_API}{{path:.*}}", self._serve_relayed)
+        for api in (API, AZURE):
+            router.add_route("*", f"{api}{{path:.*}}", self._serve_api)
         application.on_startup.append(self._open_batcher)
         application.on_cleanup.append(self._close_batcher)
         return application
@@ -271,7 +297,7 @@ class Gateway:
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             self._access.check_host(request)
-            return await (self._admit(request, handler) if request.path.startswith(_API) else handler(request))
+            return await (self._admit(request, handler) if request.path.startswith((API, AZURE)) else handler(request))
         except GatewayError as error:
             return error.response()
         except MicrobatchError as error:
@@ -335,15 +361,14 @@ class Gateway:
             raise GatewayError(501, message, code="no_metrics")
         return web.Response(body=self._metrics.render(), headers={"Content-Type": self._metrics.content_type})
 
-    async def _serve_relayed(self, request: web.Request) -> web.StreamResponse:
+    async def _serve_api(self, request: web.Request) -> web.StreamResponse:
+        place = self._upstream.place(request)
+        if request.method == "POST" and place.api_path == CHAT_COMPLETIONS:
+            return await self._chat.serve(request, place)
         caller = self._access.caller(request)
-        path = request.rel_url.raw_path
-        if not path.startswith(_API):  # the path that is checked must be the path that is sent
-            raise GatewayError(404, "Spell /v1/ without percent signs.", code="not_found")
-        path = path.removeprefix(_API.rstrip("/"))
-        self._access.check_relayed(request, path, caller)
+        self._access.check_relayed(request, place.api_path, caller)
         body = await self._relay.read_body(request) if request.body_exists else None
-        return await self._relay.serve(request, path, body, caller)
+        return await self._relay.serve(request, place.path, body, caller)
 
 
 def _prometheus() -> PrometheusHooks | None:
@@ -356,5 +381,5 @@ def _prometheus() -> PrometheusHooks | None:
 def _from_aiohttp(error: web.HTTPException, request: web.Request) -> GatewayError:
     """Return one of aiohttp's own errors (404, 405, 413) in OpenAI's shape."""
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-    message = f"Invalid URL or method ({request.method} {request.path})"
+    message = f"Invalid URL or method ({request.method} {request.path}); the API is below {API}"
     return GatewayError(error.status, message, code="not_found", headers=headers)

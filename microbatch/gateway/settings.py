@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
 
-from microbatch.errors import ConfigError
-from microbatch.policy import at_least, whole
+from microbatch.checking import AtLeast, Count, check_fields
+
+Positive: TypeAlias = Annotated[float, AtLeast(0.001)]
+
+Streams = Literal["auto", "combine", "relay"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,32 +21,30 @@ class GatewaySettings:
         max_requests: Most requests served at once; further ones get status 503.
         client_timeout: Longest time a client may take to send a body, or to read a piece of an answer, in seconds.
         request_timeout: Longest time a chat completion may take, waiting for a batch and retries included, in seconds. With None
-            only `upstream_timeout` limits it.
+            only `upstream_timeout` limits it, as it does one that is relayed.
         upstream_timeout: Longest time one call to the upstream may take, in seconds. A call that takes longer is retried up to three
             times, unless it was relayed.
         idle_timeout: Longest silence of the upstream within a streamed answer, in seconds. Before the first words only
             `upstream_timeout` counts, since a model that reasons may be silent for minutes.
         exact_usage: Whether an answer waits until the endpoint has reported its usage. Otherwise the usage may be an estimate, marked
             `microbatch_estimated`.
+        streams: What a streamed request that could be combined gets: "auto" combines it if it has company, and hands on the endpoint's
+            own events as they arrive if it goes alone; "combine" sends its text when it is complete; "relay" never combines it.
         trust_tenant_header: Whether `X-Microbatch-Tenant` is respected without credentials of the caller's own.
 
     Raises:
         ConfigError: A limit is below its minimum.
     """
 
-    max_body_bytes: int = 32 * 1024 * 1024
-    max_requests: int = 4_096
-    client_timeout: float = 60.0
-    request_timeout: float | None = None
-    upstream_timeout: float = 600.0
-    idle_timeout: float = 60.0
+    max_body_bytes: Count = 32 * 1024 * 1024
+    max_requests: Count = 4_096
+    client_timeout: Positive = 60.0
+    request_timeout: Positive | None = None
+    upstream_timeout: Positive = 600.0
+    idle_timeout: Positive = 60.0
     exact_usage: bool = False
     trust_tenant_header: bool = False
+    streams: Streams = "auto"
 
     def __post_init__(self) -> None:
-        whole(1, max_body_bytes=self.max_body_bytes, max_requests=self.max_requests)
-        at_least(0.001, client_timeout=self.client_timeout, request_timeout=self.request_timeout)
-        at_least(0.001, optional=False, upstream_timeout=self.upstream_timeout, idle_timeout=self.idle_timeout)
-        for name in ("exact_usage", "trust_tenant_header"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_fields(self)

@@ -5,16 +5,15 @@ The gateway and the client in this package share these functions.
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.transports.chat_wire import completion_object, usage_object
 from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from microbatch.messages import Reply, Usage
+    from microbatch.messages import Reply
 
 _NAMED: Final = frozenset({"messages", "model", "temperature", "max_tokens", "max_completion_tokens"})
 """Fields that `submit` has an argument for."""
@@ -23,28 +22,16 @@ _NAMED: Final = frozenset({"messages", "model", "temperature", "max_tokens", "ma
 def submit_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `submit` that a request body stands for; fields without an argument of their own are in `params`."""
     limit = body.get("max_completion_tokens")
+    params = {name: value for name, value in body.items() if name not in _NAMED}
+    if "extra_body" in params:
+        params["extra_body"] = {"extra_body": params["extra_body"]}  # a field of Gemini's, not the argument of the SDK
     return {
         "messages": body.get("messages"),
         "model": body.get("model"),
         "temperature": body.get("temperature"),
         "max_tokens": body.get("max_tokens") if limit is None else limit,
-        "params": {name: value for name, value in body.items() if name not in _NAMED} or None,
+        "params": params or None,
     }
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """Return OpenAI's `usage` object; an estimate is marked `microbatch_estimated`."""
-    fields: dict[str, Any] = {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-    if usage.reasoning_tokens:
-        fields["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
-    if usage.estimated:
-        fields["microbatch_estimated"] = True
-    return fields
 
 
 def usage_share(reply: Reply[Any]) -> dict[str, Any]:
@@ -54,26 +41,6 @@ def usage_share(reply: Reply[Any]) -> dict[str, Any]:
     # The total is not compared: endpoints differ in what it includes.
     own = all(reported.get(name) == share[name] for name in ("prompt_tokens", "completion_tokens"))
     return dict(reported) if own else share
-
-
-def completion_object(
-    content: str | None,
-    *,
-    model: str | None,
-    usage: Usage | None = None,
-    finish_reason: str = "stop",
-    refusal: str | None = None,
-) -> dict[str, Any]:
-    """Return a chat completion for an answer that has none of its own: part of a combined reply, or from the cache."""
-    message = {"role": "assistant", "content": content, "refusal": refusal}
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),  # noqa: TID251 the field is a date
-        "model": model or "",
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
-        "usage": None if usage is None else usage_object(usage),
-    }
 
 
 def completion_of(reply: Reply[Any], model: str | None) -> dict[str, Any]:

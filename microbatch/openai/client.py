@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast, overload
 
 import msgspec
 
+from microbatch.checking import checks_arguments
+from microbatch.client import Microbatcher
 from microbatch.containment import contained
 from microbatch.errors import ConfigError, Filtered, MalformedAnswer, TruncatedReply
 from microbatch.openai.chat_completion import completion_of, submit_arguments, usage_share
-from microbatch.openai.objects import ChatCompletion, CompletionUsage
+from microbatch.openai.compatible import RAW_RESPONSE, Address, Models, raw
+from microbatch.openai.objects import ChatCompletion, CompletionUsage, sdk_class
 from microbatch.openai.stream import open_stream
 from microbatch.protocols import ChatCall
 from microbatch.schema.answer_type import answer_type
+from microbatch.schema.decode import misfit_message
+from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.chat_wire import can_stream
 from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
     from types import TracebackType
 
     from typing_extensions import TypeForm
 
-    from microbatch.client import Microbatcher
     from microbatch.messages import Messages, Priority, Reply, T
     from microbatch.openai.objects import FunctionCall
     from microbatch.openai.stream import AsyncStream
@@ -94,10 +99,17 @@ class Completions:
 
     Args:
         batcher: Coalesces the requests.
+        defaults: Options of requests that do not give them.
     """
 
-    def __init__(self, batcher: Microbatcher) -> None:
+    def __init__(self, batcher: Microbatcher, defaults: Mapping[str, Any] | None = None) -> None:
         self._batcher = batcher
+        self._defaults = dict(defaults or {})
+
+    @property
+    def with_raw_response(self) -> RawCompletions:
+        """`create` and `parse` that return a `RawResponse`, whose `parse()` returns the result."""
+        return RawCompletions(self)
 
     @overload
     async def create(
@@ -117,7 +129,7 @@ class Completions:
     async def create(
         self, *, messages: Messages, stream: bool | None = None, **options: Unpack[CreateOptions]
     ) -> ChatCompletion[None] | AsyncStream:
-        """Ask for a completion. None means "not given" for every field of the API.
+        """Ask for a completion. None, and the SDK's `NOT_GIVEN` and `omit`, mean "not given" for every argument.
 
         Args:
             messages: The chat messages.
@@ -138,7 +150,7 @@ class Completions:
             Overloaded: Too many requests are pending.
             RequestFailed: The request failed, as in `submit`. A refusal is an error (`Refused`) unless the request was sent alone.
         """
-        given = cast("dict[str, Any]", options)
+        given = self._given(options)
         if isinstance(kind := given.get("response_format"), type):
             raise ConfigError(f"create() takes a response_format as JSON; parse() takes the type {kind.__name__}")
         body = _body(given, messages=messages, stream=stream)
@@ -152,13 +164,18 @@ class Completions:
         return completion
 
     async def parse(
-        self, *, messages: Messages, response_format: TypeForm[T], **options: Unpack[RequestOptions]
+        self,
+        *,
+        messages: Messages,
+        response_format: TypeForm[T] | Mapping[str, Any] = str,  # type: ignore[assignment]
+        **options: Unpack[RequestOptions],
     ) -> ChatCompletion[T]:
         """Ask for a completion whose content is JSON of a type: `completion.choices[0].message.parsed`.
 
         Args:
             messages: The chat messages.
-            response_format: A pydantic model, or a type that msgspec decodes: a Struct, a dataclass, a Literal, a list...
+            response_format: A pydantic model, or a type that msgspec decodes: a Struct, a dataclass, a Literal, a list...; or JSON, as
+                for `create`, whose answers are parsed to dicts and lists.
             **options: As for `create`. If the model calls a strict tool, `function.parsed_arguments` holds its arguments.
 
         Returns:
@@ -169,7 +186,15 @@ class Completions:
             TruncatedReply: The answer was cut off by the token limit.
             MicrobatchError: As for `create`.
         """
-        given = cast("dict[str, Any]", options)
+        given = self._given(options)
+        if not _is_given(response_format):
+            response_format = cast("TypeForm[T]", str)
+        if isinstance(response_format, Mapping):
+            completion: ChatCompletion[Any] = await self.create(
+                messages=messages, **{**given, "response_format": response_format}
+            )
+            _parse_json(completion)
+            return completion
         body = _body(given, messages=messages)
         if body.pop("stream", None):
             raise ConfigError("parse() waits for the whole answer; create(stream=True) streams")
@@ -183,6 +208,15 @@ class Completions:
             message.content, message.parsed = completion.microbatch.text, completion.microbatch.output
         return completion
 
+    def _given(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that are given, by the caller or as defaults."""
+        given = self._defaults | {name: value for name, value in options.items() if _is_given(value)}
+        headers = {**self._defaults.get("extra_headers", {}), **given.get("extra_headers", {})}
+        given["extra_headers"] = {name: value for name, value in headers.items() if _is_given(value)} or None
+        timeout = given.get("timeout")
+        given["timeout"] = getattr(timeout, "read", timeout)  # of an `httpx.Timeout`
+        return given
+
     async def _ask(
         self, body: dict[str, Any], output_type: Any, given: Mapping[str, Any]
     ) -> tuple[bool, ChatCompletion[Any]]:
@@ -192,7 +226,8 @@ class Completions:
         whole = not can_stream(ChatCall(messages=(), params=body))
         if whole:
             if output_type is not str:
-                schema = {"name": "answers", "strict": True, "schema": answer_type(output_type).single_schema}
+                answer = answer_type(output_type)
+                schema = {"name": "answers", "strict": answer.strict, "schema": answer.single_schema}
                 body["response_format"] = {"type": "json_schema", "json_schema": schema}
                 output_type = str
             if "response_format" in body:
@@ -214,8 +249,8 @@ class Completions:
 class Chat:
     """The SDK's `client.chat`, which holds `completions`."""
 
-    def __init__(self, batcher: Microbatcher) -> None:
-        self.completions = Completions(batcher)
+    def __init__(self, batcher: Microbatcher, defaults: Mapping[str, Any] | None = None) -> None:
+        self.completions: Completions = Completions(batcher, defaults)
 
 
 class AsyncOpenAI:
@@ -223,15 +258,99 @@ class AsyncOpenAI:
 
     Args:
         batcher: An open batcher, which its owner closes, or a new one, which `async with` opens and closes.
+        defaults: Options of requests that do not give them; see `with_options`.
 
     Attributes:
         batcher: As given.
         chat: Holds `completions`.
+        models: The endpoint's models.
+        base_url: The endpoint's address, "" if the transport has none.
+        api_key: A placeholder: the transport has the key.
+        max_retries: Without effect: the batcher retries by its own policy.
     """
 
-    def __init__(self, batcher: Microbatcher) -> None:
+    api_key = "microbatch"
+    max_retries = 0
+
+    @checks_arguments
+    def __init__(self, batcher: Microbatcher, *, defaults: Mapping[str, Any] | None = None) -> None:
         self.batcher = batcher
-        self.chat = Chat(batcher)
+        self._defaults = dict(defaults or {})
+        self.chat: Chat = Chat(batcher, self._defaults)
+        self.models: Models = Models(batcher, self._defaults.get("extra_headers", {}))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return sdk_class("openai", "AsyncOpenAI") or type(self)
+
+    @property
+    def beta(self) -> Self:
+        """This client, for programs of the SDK's earlier `client.beta.chat.completions.parse`."""
+        return self
+
+    @property
+    def base_url(self) -> Address:  # noqa: D102 see the class
+        return Address(self.batcher.base_url)
+
+    _base_url = base_url
+
+    def with_options(
+        self,
+        *,
+        timeout: float | None = None,
+        default_headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+        max_retries: int | None = None,  # noqa: ARG002 see the class
+        **options: Any,
+    ) -> Self:
+        """Return a client of the same batcher with other defaults; `max_retries` has no effect.
+
+        Args:
+            timeout: As for `create`.
+            default_headers: Headers that are added to those of each request.
+            api_key: A key to send in place of the transport's.
+            max_retries: No effect.
+            **options: Others are the transport's.
+
+        Raises:
+            ConfigError: An option belongs to the transport.
+        """
+        if others := sorted(name for name, value in options.items() if _is_given(value)):
+            raise ConfigError(f"with_options() cannot change {', '.join(others)}: make another transport and batcher")
+        defaults = dict(self._defaults)
+        if _is_given(timeout):
+            defaults["timeout"] = timeout
+        headers = dict(defaults.get("extra_headers", {}))
+        if _is_given(default_headers):
+            headers |= default_headers or {}
+        if _is_given(api_key):
+            headers["Authorization"] = f"Bearer {api_key}"
+        return type(self)(self.batcher, defaults={**defaults, "extra_headers": headers})
+
+    copy = with_options
+
+    async def post(
+        self, path: str, *, body: Mapping[str, Any], options: Mapping[str, Any] | None = None, **of_sdk: Any
+    ) -> Any:
+        """Ask for a completion or a stream by the SDK's lower method, which litellm uses.
+
+        Raises:
+            ConfigError: The path is another than `/chat/completions`.
+            MicrobatchError: As for `create`.
+        """
+        if path != CHAT_COMPLETIONS:
+            raise ConfigError(f"only {CHAT_COMPLETIONS} can be asked for, not {path}")
+        given = dict(options or {})
+        headers = {name: value for name, value in (given.get("headers") or {}).items() if name.lower() != RAW_RESPONSE}
+        wants_raw = len(headers) < len(given.get("headers") or {})
+        completions: Any = self.chat.completions.with_raw_response if wants_raw else self.chat.completions
+        return await completions.create(
+            **{**body, "stream": of_sdk.get("stream") or body.get("stream")},
+            extra_headers=headers,
+            extra_query=given.get("params") or None,
+            extra_body=given.get("extra_json"),
+            timeout=given.get("timeout"),
+        )
 
     async def __aenter__(self) -> Self:
         await self.batcher.open()
@@ -249,6 +368,14 @@ class AsyncOpenAI:
     def __repr__(self) -> str:
         """Return the batcher's state."""
         return f"AsyncOpenAI({self.batcher!r})"
+
+
+class RawCompletions:
+    """The methods of `Completions` with raw responses."""
+
+    def __init__(self, completions: Completions) -> None:
+        self.create = raw(completions.create)
+        self.parse = raw(completions.parse)
 
 
 def _body(options: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -276,7 +403,8 @@ def _encode(value: Any) -> bytes:
 
 def _parse_choices(completion: ChatCompletion[Any], output_type: Any, tools: Iterable[Mapping[str, Any]]) -> None:
     """Parse the contents of all choices, and the arguments of calls of strict tools, in place."""
-    strict = {tool["function"].get("name") for tool in tools if tool.get("function", {}).get("strict") is True}
+    functions = [tool["function"] for tool in tools if tool.get("function", {}).get("strict") is True]
+    strict = {function.get("name"): getattr(function, "model", None) for function in functions}
     for choice in completion.choices:
         message = choice.message
         if choice.finish_reason == "length":
@@ -285,16 +413,26 @@ def _parse_choices(completion: ChatCompletion[Any], output_type: Any, tools: Ite
             raise Filtered("the endpoint's content filter stopped the answer", status=200)
         for call in message.tool_calls or ():
             if call.function and call.function.name in strict:
-                _parse_arguments(call.function)
+                _parse_arguments(call.function, strict[call.function.name])
         if message.content:
             with contained() as decoding:
                 message.parsed, message.content = answer_type(output_type).decode_single(message.content)
             if (error := decoding.error) is not None:
-                raise MalformedAnswer("the answer does not fit response_format", raw=message.content) from error
+                raise MalformedAnswer(misfit_message(error), raw=message.content) from error
 
 
-def _parse_arguments(function: FunctionCall) -> None:
-    try:
-        function.parsed_arguments = msgspec.json.decode(function.arguments)
-    except (msgspec.DecodeError, TypeError) as reason:
-        raise MalformedAnswer("the arguments of a tool call are not JSON", raw=str(function.arguments)) from reason
+def _parse_json(completion: ChatCompletion[Any]) -> None:
+    """Parse the contents of a completion for a response_format in JSON, in place; those that are no JSON have none."""
+    for choice in completion.choices:
+        with suppress(msgspec.DecodeError, UnicodeError):
+            choice.message.parsed = msgspec.json.decode(choice.message.content or "")
+
+
+def _parse_arguments(function: FunctionCall, model: Any) -> None:
+    """Parse the arguments of a call, to *model* if the tool was made of one by `openai.pydantic_function_tool`."""
+    with contained() as decoding:
+        read = msgspec.json.decode if model is None else model.model_validate_json
+        function.parsed_arguments = read(function.arguments)
+    if (error := decoding.error) is not None:
+        wrong = "are not JSON" if model is None else "do not fit"
+        raise MalformedAnswer(f"the arguments of a tool call {wrong}", raw=str(function.arguments)) from error

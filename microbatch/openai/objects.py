@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, cast
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Self, cast
 
 import msgspec
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply
 
 
+_SDK_MODEL: Final = ("openai", "BaseModel")
+
+
+def sdk_class(module: str, name: str) -> type | None:
+    """Return a class of OpenAI's SDK, or None if its *module* is not loaded.
+
+    Objects that stand for the SDK's give it as their `__class__`, as mocks do, because frameworks check with `isinstance`.
+    """
+    return getattr(sys.modules.get(module), name, None)
+
+
 class Object(dict[str, Any]):
     """A JSON object whose members can be read and set as attributes as well.
 
@@ -26,25 +38,33 @@ class Object(dict[str, Any]):
         members: The object; copied, and so are the objects and arrays in it.
     """
 
-    # Classes of the objects in members; members that the SDK declares; attributes that are no members and are never sent.
+    # Members that the SDK declares, under pydantic's name; classes of the objects in members; attributes that are never sent.
+    model_fields: ClassVar[Mapping[str, Any]] = {}
     _shapes: ClassVar[Mapping[str, type[Object]]] = {}
-    _names: ClassVar[frozenset[str]] = frozenset()
+    _sdk: ClassVar[tuple[str, str]] = _SDK_MODEL  # module and name of the class that it passes for
     _attributes: ClassVar[frozenset[str]] = frozenset()
 
-    def __init_subclass__(cls, *, attribute: str | None = None, **shapes: type[Object]) -> None:
+    def __init_subclass__(
+        cls, *, attribute: str | None = None, sdk: tuple[str, str] = _SDK_MODEL, **shapes: type[Object]
+    ) -> None:
         super().__init_subclass__()
+        cls._sdk = sdk
         cls._shapes = shapes
-        cls._names = frozenset(name for name in cls.__annotations__ if not name.startswith("_"))
+        cls.model_fields = {name: kind for name, kind in cls.__annotations__.items() if not name.startswith("_")}
         cls._attributes = frozenset() if attribute is None else frozenset({attribute})
 
     def __init__(self, members: Mapping[str, Any]) -> None:
         super().__init__({name: _shaped(value, self._shapes.get(name, Object)) for name, value in members.items()})
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return sdk_class(*self._sdk) or type(self)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
-            if name in self._names:
+            if name in self.model_fields:
                 return None
             raise AttributeError(f"{type(self).__name__} has no {name!r}: the endpoint did not send it") from None
 
@@ -53,6 +73,13 @@ class Object(dict[str, Any]):
             super().__setattr__(name, value)
         else:
             self[name] = value
+
+    @property
+    def model_extra(self) -> dict[str, Any]:
+        """The members that the SDK does not declare."""
+        return {name: value for name, value in self.items() if name not in self.model_fields}
+
+    __pydantic_extra__ = model_extra
 
     def model_dump(
         self, *, mode: Literal["python", "json"] = "python", exclude_unset: bool = False, exclude_none: bool = False
@@ -66,7 +93,7 @@ class Object(dict[str, Any]):
         """
         members = self._dumped(mode)
         if not exclude_unset:
-            members |= dict.fromkeys(sorted(self._names - self._attributes - members.keys()))
+            members |= dict.fromkeys(sorted(self.model_fields.keys() - self._attributes - members.keys()))
         return {
             name: _plain(value, mode=mode, exclude_unset=exclude_unset, exclude_none=exclude_none)
             for name, value in members.items()
@@ -92,11 +119,18 @@ class Object(dict[str, Any]):
         """Return the members that the endpoint sent, as JSON."""
         return self.model_dump_json(indent=indent, exclude_unset=True)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (type(self),), self.__dict__, None, iter(self.items())
+
     def __repr__(self) -> str:
         """Return the names of the members, without their values."""
         return f"{type(self).__name__}({', '.join(self)})"
 
     __str__ = __repr__
+
+
+def _empty(kind: type[Object]) -> Object:
+    return kind.__new__(kind)
 
 
 def _shaped(value: Any, kind: type[Object]) -> Any:
@@ -177,7 +211,14 @@ class CompletionUsage(Object):
         return bool(self.get("microbatch_estimated"))
 
 
-class ChatCompletion(Object, Generic[T], attribute="microbatch", choices=Choice, usage=CompletionUsage):
+class ChatCompletion(
+    Object,
+    Generic[T],
+    attribute="microbatch",
+    sdk=("openai.types.chat", "ChatCompletion"),
+    choices=Choice,
+    usage=CompletionUsage,
+):
     """The answer to a request.
 
     Attributes:
@@ -229,7 +270,9 @@ class ChunkChoice(Object, delta=ChoiceDelta):
     logprobs: Object | None
 
 
-class ChatCompletionChunk(Object, choices=ChunkChoice, usage=CompletionUsage):
+class ChatCompletionChunk(
+    Object, sdk=("openai.types.chat", "ChatCompletionChunk"), choices=ChunkChoice, usage=CompletionUsage
+):
     """One event of a streamed completion."""
 
     id: str

@@ -11,9 +11,10 @@ import msgspec
 from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.policy import at_least
+from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_parsing import read_fault, to_error
-from microbatch.transports.lenient import decode_body
+from microbatch.transports.error_parsing import has_failed, read_failure, read_fault, to_error
+from microbatch.transports.lenient import as_object, decode_body
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from microbatch.client import Microbatcher
     from microbatch.transports.relay import Forwarded
 
-MAX_ERROR_BYTES: Final = 65_536
+MAX_BODY_BYTES: Final = 1024 * 1024
 _WHERE: Final = "the endpoint"
 
 
@@ -120,7 +121,7 @@ async def open_stream(
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
-                response = await held.enter_async_context(batcher.forward("POST", "/chat/completions", sent, encoded))
+                response = await held.enter_async_context(batcher.forward("POST", CHAT_COMPLETIONS, sent, encoded))
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -130,17 +131,40 @@ async def open_stream(
         return AsyncStream(response, held.pop_all(), secrets)
 
 
+async def read_json(batcher: Microbatcher, path: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON object at *path* of the endpoint.
+
+    Raises:
+        TransportError: The endpoint could not be reached, refused (`StatusError`), or does not answer with JSON.
+    """
+    async with batcher.forward(
+        "GET", path, {"accept": "application/json", "user-agent": "microbatch", **headers}
+    ) as response:
+        raw = await _begin_of(response)
+        if has_failed(response.status):
+            fault = read_failure(raw, response.status)
+            raise to_error(fault, where=_WHERE, headers=response.headers, secrets=[*headers.values()])
+    try:
+        return as_object(decode_body(raw))
+    except ValueError:
+        raise TransportError(f"{_WHERE} answered with no JSON") from None
+
+
 async def _check(response: Forwarded, secrets: list[str]) -> None:
     """Raise unless *response* is a stream."""
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if 200 <= response.status < 300 and not kind.endswith("json"):  # noqa: PLR2004 the class of success
+    if not has_failed(response.status) and not kind.endswith("json"):
         return
-    raw = b""
-    async for piece in response:
-        raw += piece
-        if len(raw) > MAX_ERROR_BYTES:
-            break
-    fault = read_fault(raw, response.status)
+    fault = read_fault(await _begin_of(response), response.status)
     if fault is None:
         raise TransportError(f"{_WHERE} answered with one JSON object where a stream was asked for")
     raise to_error(fault, where=_WHERE, headers=response.headers, secrets=secrets)
+
+
+async def _begin_of(response: Forwarded) -> bytes:
+    raw = b""
+    async for piece in response:
+        raw += piece
+        if len(raw) > MAX_BODY_BYTES:
+            break
+    return raw

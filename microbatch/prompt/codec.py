@@ -23,6 +23,8 @@ from microbatch.prompt.compose import (
 )
 from microbatch.prompt.outcome import ONLY_REASONING, CombinedReply, complaint
 from microbatch.protocols import ChatCall
+from microbatch.schema.asked_form import FIELDS
+from microbatch.schema.decode import misfit_message
 from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
@@ -51,12 +53,18 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class SingleReply(msgspec.Struct, frozen=True):
-    """A single reply, read: output and text of the answer, or the error, and whether it was only the model's reasoning."""
+    """A single reply, read: output and text of the answer, or the error.
+
+    Attributes:
+        only_reasoning: Whether it was only the model's reasoning.
+        unenforced: Whether nothing in it fits the schema, which the endpoint ignores then.
+    """
 
     output: Any = None
     text: str = ""
     error: RequestFailed | None = None
     only_reasoning: bool = False
+    unenforced: bool = False
 
 
 class CombinedCall(msgspec.Struct, eq=False):
@@ -104,12 +112,13 @@ class ChatCodec:
         call = ChatCall(
             messages=[*shared, {"role": "user", "content": prompt}],
             model=settings.model,
-            params=settings.params,
+            params=_without_form(settings),
             headers=settings.headers,
             schema=schema,
             strict=answer.strict,
             max_tokens=max_tokens,
             bound=bound,
+            json_object=answer.form is not None and answer.tool is None,
         )
         return CombinedCall(call, ids, canary)
 
@@ -119,8 +128,18 @@ class ChatCodec:
         """Return what takes the reply to a combined call apart; see `CombinedReply`."""
         return CombinedReply(ids, decoders, canary, early=early)
 
-    def compose_alone(self, settings: Settings, answer: AnswerType, messages: Sequence[Mapping[str, Any]]) -> ChatCall:
-        """Return the call that carries one request, with *settings* but for its own *answer*, and its own messages."""
+    def compose_alone(
+        self,
+        settings: Settings,
+        answer: AnswerType,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        unenforced: bool = False,
+    ) -> ChatCall:
+        """Return the call that carries one request, with *settings* but for its own *answer*, and its own messages.
+
+        *unenforced* if an answer to it was `SingleReply.unenforced`.
+        """
         return ChatCall(
             messages=messages,
             model=settings.model,
@@ -130,22 +149,26 @@ class ChatCodec:
             strict=answer.strict,
             hint=answer.hint,
             max_tokens=settings.max_tokens,
+            unenforced=unenforced,
         )
 
     def read_alone(self, answer: AnswerType, completion: Completion, content: str, *, combinable: bool) -> SingleReply:
         """Return the answer in *content*, the text of a single reply; set `completion.thought` if there was a thought in it.
 
-        If the request was not *combinable*, a text need not be an answer: tool calls and the like are in `completion.body`.
+        If the request was not *combinable*, or its own fields ask for a form, a text need not be an answer: tool calls and the like are
+        in `completion.body`, which is the caller's as it is.
         """
         if completion.damaged:
             return SingleReply(error=MalformedAnswer("a part of the reply could not be read", raw=content))
-        said = content
-        if not answer.is_text:
+        said, form = content, answer.form
+        if not answer.is_text and form is None:
             completion.thought = completion.thought or after_thoughts(content) is not content
         elif not self._keep_thoughts:
             said = after_leading_thought(content)
             completion.thought = completion.thought or said is not content
-        if not combinable and answer.is_text and completion.finish_reason is not None:
+        if answer.tool is not None:
+            said = answer.tool.arguments_in(completion.body) or said
+        if (form is not None or (not combinable and answer.is_text)) and completion.finish_reason is not None:
             return SingleReply(said, said)
         error = complaint(completion)
         if isinstance(error, Filtered):
@@ -158,10 +181,12 @@ class ChatCodec:
             return SingleReply(*answer.decode_single(said))
         empty = not said.strip()
         reasoning = empty and _reasoned(completion)
-        wrong = "the answer is empty" if empty else "the answer does not fit output_type"
+        wrong = "the answer is empty" if empty else misfit_message(decoding.error)
         malformed = MalformedAnswer(ONLY_REASONING if reasoning else wrong, raw=content)
         malformed.__cause__ = decoding.error
-        return SingleReply(error=malformed, only_reasoning=reasoning)
+        return SingleReply(
+            error=malformed, only_reasoning=reasoning, unenforced=not empty and not answer.follows_schema(said)
+        )
 
     def _cut_short(self, answer: AnswerType, completion: Completion, content: str, said: str) -> TruncatedReply | None:
         """Return the error of a single reply that the token limit ended; None for a text that has begun."""
@@ -173,6 +198,13 @@ class ChatCodec:
                 where = f"by reasoning, {where}, or ask for less reasoning (reasoning_effort)"
             return TruncatedReply(f"the token limit was reached {where}", raw=content)
         return None if answer.is_text else TruncatedReply("the answer was cut off by the token limit", raw=content)
+
+
+def _without_form(settings: Settings) -> Mapping[str, Any]:
+    """Return the request fields of a combined call: those of *settings* without what asks for a form, which is its schema."""
+    if settings.answer.form is None:
+        return settings.params
+    return {name: value for name, value in settings.params.items() if name not in FIELDS}
 
 
 def _reasoned(completion: Completion) -> bool:

@@ -130,6 +130,7 @@ class Demultiplexer:
         late_duplicates: Copies of delivered answers that were dropped.
         thought: Whether the reply holds a thought.
         drafts: Whether a delivered answer may have been a draft: a thought ended after it, or a different answer followed.
+        errors: For an item whose answer did not decode, the error.
     """
 
     def __init__(self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], *, early: bool = True) -> None:
@@ -146,8 +147,10 @@ class Demultiplexer:
         self._kept_chars = 0
         self._scanner: ObjectScanner | None = None  # at work on the element that `_kept` begins with
         self._gap = ""  # the text between the last element or mark and the next, without separators
-        self.thought = self.drafts = False
-        self.late_duplicates = 0
+        self.thought: bool = False
+        self.drafts: bool = False
+        self.late_duplicates: int = 0
+        self.errors: dict[int, BaseException | None] = {}
 
     @property
     def damaged(self) -> bool:
@@ -358,8 +361,8 @@ class Demultiplexer:
                 index += 1
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # noqa: BLE001 as in _deliver, but for all the elements of a piece at once
-            self._unfit(index, raw)
+        except BaseException as error:  # noqa: BLE001 as in _deliver, but for all the elements of a piece at once
+            self._unfit(index, raw, error)
             part.copies[index] = 1
             part.elements += 1
         part.elements += index - part.next
@@ -440,12 +443,13 @@ class Demultiplexer:
             part.held[index] = raw
 
     def _deliver(self, index: int, raw: str, delivered: list[Answer]) -> bool:
-        with contained():  # a user's validator may raise anything
+        with contained() as decoding:  # a user's validator may raise anything
             delivered.append((index, self._decoders[index](raw)))
             return True
-        self._unfit(index, raw)
+        self._unfit(index, raw, decoding.error)
         return False
 
-    def _unfit(self, index: int, raw: str) -> None:
+    def _unfit(self, index: int, raw: str, error: BaseException | None) -> None:
+        self.errors[index] = error
         self._part.damaged = True
         self._part.malformed[index] = raw[:_WINDOW]

@@ -22,6 +22,7 @@ from microbatch.errors import (
 )
 from microbatch.prompt.compose import check_canary
 from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.schema.decode import misfit_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -72,9 +73,10 @@ class CombinedReply:
         self._size = len(decoders)
         if canary is not None:
             decoders = [*decoders, partial(check_canary, canary)]
-        self.elements = Demultiplexer(ids, decoders, early=early)
-        self.heard = self.sound = False
-        self.trusted = canary is None
+        self.elements: Demultiplexer = Demultiplexer(ids, decoders, early=early)
+        self.heard: bool = False
+        self.sound: bool = False
+        self.trusted: bool = canary is None
 
     def feed(self, text: str) -> list[Answer]:
         """Take the next piece of the reply; return the answers that can be delivered now."""
@@ -107,7 +109,8 @@ class CombinedReply:
             elif fault == "repeated":
                 yield position, MalformedAnswer("the combined reply held several answers to this request")
             else:
-                yield position, MalformedAnswer("the answer in the combined reply does not fit its schema", raw=raw)
+                wrong = misfit_message(self.elements.errors.get(position))
+                yield position, MalformedAnswer(f"{wrong}, in the combined reply", raw=raw)
 
 
 class CallOutcome(msgspec.Struct):

@@ -8,6 +8,9 @@ from typing import Any
 from microbatch.schema.traverse import SHARED, Schema, mapped, refs
 from microbatch.schema.validate import resolve
 
+CANARY_WORD: Schema = {"type": "string", "pattern": "^[bcdfghjkmnpqrstvwxz]{10}$"}
+"""The schema of a canary's word (`prompt/compose.py`): it allows no words, so that no other item is answered with one."""
+
 _HOISTED = tuple(f"#/{key}/" for key in SHARED)
 # Keywords that may stand beside a reference without changing what fits.
 _SILENT = frozenset({"$ref", "$schema", "$id", "$comment", "title", "description", "default", "examples", *SHARED})
@@ -18,11 +21,11 @@ def batch_schema(schema: Schema, *, canary: bool = False) -> Schema:
 
     Args:
         schema: The schema of one answer.
-        canary: Whether one of the answers is the canary's word, a string.
+        canary: Whether one of the answers is the canary's word.
     """
     body, shared = _embedded(schema)
     if canary and body != {"type": "string"}:
-        body = {"anyOf": [body, {"type": "string"}]}
+        body = {"anyOf": [body, CANARY_WORD]}
     # The id comes first, so that an answer is written with its request named just before.
     element = _object({"id": {"type": "string"}, "answer": body})
     return {**_object({"results": {"type": "array", "items": element}}), **shared}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import msgspec
 
 from microbatch.errors import ConfigError
+from microbatch.schema.decode import Unfit
 from microbatch.schema.strict import to_strict
 from microbatch.schema.traverse import Schema, nodes
 
@@ -47,7 +48,7 @@ def unusable(output_type: Any, error: BaseException | None) -> ConfigError:
 
 
 def compile_type(output_type: Any) -> tuple[Schema, Reader]:
-    """Return the strict schema of *output_type*, and a reader of its JSON.
+    """Return the schema of *output_type*, as from `to_strict`, and a reader of its JSON.
 
     Raises:
         ConfigError: The type cannot be expressed in the strict subset.
@@ -89,7 +90,7 @@ def _with_pydantic(output_type: Any) -> tuple[Schema, Reader]:
                 f"[{at}]" if isinstance(at, int) else f".{at}" if at in names else "[...]" for at in first["loc"]
             )
             cause = first.get("ctx", {}).get("error")
-            raise ValueError(f"${path}: {first['type']}") from cause if isinstance(cause, Exception) else None
+            raise Unfit(f"${path}: {first['type']}") from cause if isinstance(cause, Exception) else None
 
     return schema, read
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.errors import ConfigError
+from microbatch.schema.decode import Unfit
 from microbatch.schema.traverse import Schema, refs
 from microbatch.schema.validate import WELL_FORMED, misfit_in, resolve
 
@@ -63,7 +64,7 @@ def compile_given(encoded: bytes) -> tuple[Schema, Reader]:
 
     def read(raw: str) -> str:
         if (reason := misfit_in(raw, schema)) is not None:
-            raise ValueError(reason)
+            raise Unfit(reason)
         return raw
 
     return schema, read

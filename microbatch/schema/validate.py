@@ -1,6 +1,6 @@
 """Validation of JSON values against JSON Schemas that came as JSON; types are validated by msgspec or pydantic.
 
-Unknown keywords are ignored, as the specification requires; `format` is one of them.
+Unknown keywords are ignored, as the specification requires; `format` is one of them, unless it is asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 MAX_DEPTH = 200
 """Nesting of schemas, references and unions included, beyond which a value counts as too deep to check."""
@@ -45,40 +45,49 @@ WELL_FORMED: dict[str, Any] = {
 }
 """The schema of schemas that `misfit` accepts."""
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
+TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
     "array": list,
     "string": str,
     "boolean": bool,
     "null": type(None),
     "number": (int, float),
+    "integer": int,
 }
 
 _decode = msgspec.json.Decoder().decode
 
+_NULL = {"type": "null"}
+
 _COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not"})
 
 
-def misfit(value: Any, schema: Any, *, steps: int = 100_000) -> str | None:
+def misfit(
+    value: Any, schema: Any, *, root: Any = None, steps: int = 100_000, formats: Mapping[str, Any] | None = None
+) -> str | None:
     """Return where and why *value* does not fit *schema*, or None if it does.
 
     Args:
         value: A decoded JSON value.
         schema: The schema, itself well-formed (see `WELL_FORMED`).
+        root: What its references lead into; None for the schema itself.
+        formats: The types that strings of a format are read as; other formats are ignored.
         steps: Most applications of a schema, beyond which the value counts as a misfit: nested unions otherwise take time exponential
             in the value's depth.
 
     Returns:
         A path and a rule, with names from the schema only; neither strings nor keys of the value.
     """
-    reason = _Check(schema, steps).at(value, schema, 0)
+    reason = _Check(schema if root is None else root, steps, formats or {}).at(value, schema, 0)
     return None if reason is None else "$" + reason
 
 
-def misfit_in(raw: str | bytes, schema: Any) -> str | None:
+def misfit_in(
+    raw: str | bytes, schema: Any, *, root: Any = None, formats: Mapping[str, Any] | None = None
+) -> str | None:
     """Return where and why the value of the JSON *raw* does not fit *schema*, or None; see `misfit`."""
     # Steps linear in the length, with room for a union or two at every value.
-    return misfit(_decode(raw), schema, steps=10_000 + 8 * len(raw))
+    return misfit(_decode(raw), schema, root=root, steps=10_000 + 8 * len(raw), formats=formats)
 
 
 def resolve(pointer: str, root: Any) -> Any:
@@ -104,9 +113,10 @@ def resolve(pointer: str, root: Any) -> Any:
 class _Check:
     """One run of `misfit`."""
 
-    def __init__(self, root: Any, steps: int) -> None:
+    def __init__(self, root: Any, steps: int, formats: Mapping[str, Any]) -> None:
         self.root = root
         self.left = steps
+        self.formats = formats
 
     def at(self, value: Any, schema: Any, depth: int) -> str | None:
         if not isinstance(schema, dict):
@@ -116,6 +126,10 @@ class _Check:
             return ": too deep to check"
         if (reason := _wrong_kind(value, schema) or _wrong_value(value, schema)) is not None:
             return reason
+        if self.formats and isinstance(value, str):
+            kind = schema.get("format", schema.get("contentEncoding"))
+            if isinstance(kind, str) and kind in self.formats:
+                return self.formatted(value, kind)
         if isinstance(value, dict | list):
             for place, part, rule in _parts(value, schema):
                 if rule is not True and (reason := self.at(part, rule, depth + 1)) is not None:
@@ -123,6 +137,13 @@ class _Check:
         reason = None if _COMBINING.isdisjoint(schema) else self.combined(value, schema, depth)
         # A branch that was given up failed for no fault of the value, which `not` and oneOf would take for success.
         return ": too deep to check" if reason is None and self.left < 0 else reason
+
+    def formatted(self, value: str, kind: str) -> str | None:
+        try:
+            msgspec.convert(value, self.formats[kind])
+        except msgspec.ValidationError:
+            return f": not a {kind}"
+        return None
 
     def combined(self, value: Any, schema: dict[str, Any], depth: int) -> str | None:
         def fits(rule: Any) -> bool:
@@ -132,13 +153,19 @@ class _Check:
         for rule in (*referred, *schema.get("allOf", ())):
             if (reason := self.at(value, rule, depth + 1)) is not None:
                 return reason
-        if "anyOf" in schema and not any(map(fits, schema["anyOf"])):
-            return ": fits none of anyOf"
+        if "anyOf" in schema and (reason := self.union(value, schema["anyOf"], depth)) is not None:
+            return reason
         if "oneOf" in schema and (fitting := sum(map(fits, schema["oneOf"]))) != 1:
             return f": fits {fitting} of oneOf"
         if "not" in schema and fits(schema["not"]):
             return ": fits what it must not"
         return None
+
+    def union(self, value: Any, choices: list[Any], depth: int) -> str | None:
+        reasons = [self.at(value, rule, depth + 1) for rule in choices if value is None or rule != _NULL]
+        if None in reasons:
+            return None
+        return reasons[0] if len(reasons) == 1 else ": fits none of anyOf"
 
     def referred(self, pointer: str) -> list[Any]:
         try:
@@ -188,7 +215,7 @@ def _is(value: Any, name: str) -> bool:
         )
     if name == "number" and isinstance(value, bool):
         return False
-    kind = _TYPES.get(name)
+    kind = TYPES.get(name)
     return kind is None or isinstance(value, kind)
 
 

@@ -29,7 +29,7 @@ from microbatch.transience import Backoff, is_transient
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 60.0  # seconds of the first and the longest pause after failures that no request caused
@@ -61,6 +61,8 @@ class Cause(enum.Enum):
 
 def cause_of(error: BaseException) -> Cause:
     """Return the cause of *error*."""
+    if isinstance(error, StatusError) and error.again:
+        return Cause.REQUEST
     if isinstance(error, ConnectFailed | RateLimited | QuotaExhausted | ShutDown | BatcherClosed):
         return Cause.ENDPOINT
     if isinstance(error, AuthFailed):
@@ -141,11 +143,11 @@ class Endpoint:
     """
 
     def __init__(self, what: str, *, give_up_after: float | None = None) -> None:
-        self.answered = False
-        self.stopped = False
+        self.answered: bool = False
+        self.stopped: bool = False
         self.error: Exception | None = None
-        self.sent = 0
-        self.on_wire = 0
+        self.sent: int = 0
+        self.on_wire: int = 0
         self.probe: Callable[[], Awaitable[bool | None]] | None = None
         self._give_up_after = float("inf") if give_up_after is None else give_up_after
         self._pause = Pause(what, first=FIRST_PAUSE, longest=LONGEST_PAUSE)

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
-from microbatch.batching.request import check_messages, copy_of, read_options
+from microbatch.batching.request import check_messages, read_options
 from microbatch.containment import contained
 from microbatch.errors import MalformedAnswer, StorageError
 from microbatch.messages import Reply, Request, Route, Usage
+from microbatch.prompt.message_forms import copy_of, plainly
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.schema.answer_type import answer_type
+from microbatch.schema.decode import misfit_message
 from microbatch.spool.records import Item
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from microbatch.batching.request import Options
     from microbatch.messages import Messages
@@ -65,11 +68,11 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
         """Return the content of a request; the arguments are those of `submit`, and `ConfigError` is raised as there."""
         check_messages(messages)
         options = read_options(output_type, model, max_tokens, temperature, params, None, None, "low")
-        fields = dict(params or {})
+        fields: dict[str, Any] = plainly(dict(params or {}), "params")
         if output_type is not str:
-            schema = {"name": "answer", "schema": options.answer.schema, "strict": options.answer.strict}
+            schema = {"name": "answer", "schema": options.answer.schema, "strict": True}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return cls(copy_of(messages), model, max_tokens, temperature, fields)
+        return cls(copy_of(messages), options.model, options.max_tokens, options.params.get("temperature"), fields)
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
@@ -108,10 +111,13 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
             priority="low",
         )
 
-    def options(self, tenant: str | None) -> Options:
-        """Return the request's options, as of a low-priority submit of *tenant*; raise `ConfigError` if they are invalid."""
+    def options(self, tenant: str | None, harmless: Collection[str] = HARMLESS) -> Options:
+        """Return the request's options, as of a low-priority submit of *tenant*; raise `ConfigError` if they are invalid.
+
+        Parameters other than the *harmless* keep it alone.
+        """
         params = self.params or None
-        return read_options(str, self.model, self.max_tokens, self.temperature, params, None, tenant, "low")
+        return read_options(str, self.model, self.max_tokens, self.temperature, params, None, tenant, "low", harmless)
 
     def __repr__(self) -> str:
         # Without content.
@@ -172,7 +178,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             with contained() as decoding:
                 output, _ = kind.decode(self.text)
             if decoding.error is not None:
-                raise MalformedAnswer("the spooled answer does not fit output_type", raw=self.text) from decoding.error
+                raise MalformedAnswer(misfit_message(decoding.error), raw=self.text) from decoding.error
         return Reply(output, **{name: getattr(self, name) for name in _OF_REPLY})
 
     def __repr__(self) -> str:

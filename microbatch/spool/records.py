@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 import msgspec
 
-from microbatch.errors import mask
+from microbatch.errors import ConfigError, mask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -67,6 +67,21 @@ class Name(msgspec.Struct, frozen=True, array_like=True):
     def of(cls, key: str | bytes) -> Self:
         """Return the name with that `key`."""
         return msgspec.json.decode(key, type=cls)
+
+    @classmethod
+    def checked(cls, tenant: str | None, id: str) -> Self:  # noqa: A002 see `Microbatcher.enqueue`
+        """Return the name that a caller gives; raise `ConfigError` if it is none."""
+        for word, value in (("id", id), ("tenant", tenant)):
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{word} must be a string, got {type(value).__name__}")
+        if not id:
+            raise ConfigError("id must not be empty")
+        name = cls(None if tenant is None else str.__str__(tenant), str.__str__(id))
+        try:
+            _ = name.key
+        except UnicodeEncodeError:
+            raise ConfigError("id and tenant must be texts that UTF-8 can say") from None
+        return name
 
 
 class Item(msgspec.Struct, frozen=True):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.checking import Count, Seconds, checks_arguments
 from microbatch.errors import ConfigError, StorageError
-from microbatch.policy import at_least, whole
 from microbatch.spool.records import (
     KEEP,
     LOST,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from microbatch.spool.records import PutOutcome, Stage
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 PAGE: Final = 100  # most requests whose texts are read at once
 _MAX_CONNECTIONS: Final = 16
@@ -71,18 +71,17 @@ class RedisSpool(RedisStore, Spool):
         ConfigError: The package redis is missing, the address is malformed, or a limit is below its minimum.
     """
 
+    @checks_arguments
     def __init__(
         self,
         url: str,
         *,
-        keep: float = KEEP,
-        max_alone: int = MAX_ALONE,
+        keep: Seconds = KEEP,
+        max_alone: Count = MAX_ALONE,
         prefix: str = "microbatch:spool:",
         timeout: float = 5.0,
         allow_eviction: bool = False,
     ) -> None:
-        at_least(0, keep=keep)
-        whole(1, max_alone=max_alone)
         super().__init__(url, prefix=prefix, timeout=timeout, max_connections=_MAX_CONNECTIONS)
         self._keep = keep
         self._max_alone = max_alone

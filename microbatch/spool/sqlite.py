@@ -11,13 +11,14 @@ live: they are granted once more, to be renewed by those that live.
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
-from microbatch.policy import at_least, whole
+from microbatch.checking import Count, Seconds, checks_arguments
 from microbatch.spool.records import (
     KEEP,
     LOST,
@@ -40,7 +41,6 @@ from microbatch.spool.records import (
 from microbatch.storage.sqlite import Database, json_array
 
 if TYPE_CHECKING:
-    import os
     import sqlite3
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
@@ -89,9 +89,8 @@ class SQLiteSpool(Spool):
         ConfigError: A limit is below its minimum.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: float = KEEP, max_alone: int = MAX_ALONE) -> None:
-        at_least(0, keep=keep)
-        whole(1, max_alone=max_alone)
+    @checks_arguments
+    def __init__(self, path: str | os.PathLike[str], *, keep: Seconds = KEEP, max_alone: Count = MAX_ALONE) -> None:
         self._keep = keep
         self._max_alone = max_alone
         self._database = Database(path, _SCHEMA, kind="spool", version=1, durable=True, busy=_BUSY)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from microbatch.messages import Request, Result
     from microbatch.spool.records import Delivery, Spool
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 MOST_AT_ONCE: Final = 256  # most requests taken from the spool in one step
 PARTING: Final = 5.0  # seconds in which a cancelled worker gives back what it holds
@@ -191,7 +191,7 @@ class Worker(SpoolWorker):
     ) -> None:
         pause = Pause("the worker pauses", first=FIRST_PAUSE, longest=LONGEST_PAUSE)
         super().__init__(spool, pause, lease=lease, until_empty=until_empty)
-        self.done = Done(progress)
+        self.done: Done = Done(progress)
         self.refused: str | None = None
         self._batchers = batchers
         self._needs_model = needs_model

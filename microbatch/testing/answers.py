@@ -5,10 +5,13 @@ An item therefore gets the same answer in every batch and alone.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from hashlib import blake2b
 from typing import Any, TypeAlias, cast
+
+from microbatch.schema.strict_mode import NOTE
 
 _JSON_TYPES = {
     type(None): "null",
@@ -73,6 +76,15 @@ def _target(ref: str, root: Schema) -> Schema:
     return cast("Schema", target)
 
 
+def _noted(schema: Schema) -> Schema:
+    """Return *schema* with the rules that its description names in place of keywords that strict mode does not take."""
+    _, note, rules = str(schema.get("description", "")).rpartition(NOTE)
+    try:
+        return {**schema, **json.loads(rules)} if note else schema
+    except (ValueError, TypeError):
+        return schema  # words of the caller's own
+
+
 def unwrap(schema: Schema) -> Schema | None:
     """Return what a schema of the form `{"answer": S}` wraps, with the definitions it refers to; None for any other.
 
@@ -123,7 +135,7 @@ class _Writer:
     def value(self, schema: Any, path: str, depth: int) -> Any:
         if not isinstance(schema, dict):  # `true` admits anything
             schema = {}
-        schema = resolve(schema, self.root)
+        schema = _noted(resolve(schema, self.root))
         if "const" in schema:
             return schema["const"]
         if "enum" in schema:

@@ -78,8 +78,8 @@ class SimulatedEndpoint(BatchModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.files = Files()
-        self.batches = Batches(self, self.files)
+        self.files: Files = Files()
+        self.batches: Batches = Batches(self, self.files)
         self._runner: web.AppRunner | None = None
         self._closing = asyncio.Event()
 
@@ -184,7 +184,7 @@ class SimulatedEndpoint(BatchModel):
             self.disconnects += 1
             return response
         if include_usage and reply.ending == "done":
-            self.reported += reply.usage
+            self.report(reply.usage)
         await self._break(request, reply)
         return response
 
@@ -195,7 +195,7 @@ class SimulatedEndpoint(BatchModel):
         content = msgspec.json.encode(completion_object(reply, number, body["model"]))
         headers = {"Content-Type": "application/json", **own_headers(number, reply.limits)}
         if reply.ending in ("done", "cut"):
-            self.reported += reply.usage
+            self.report(reply.usage)
             return web.Response(body=content, headers=headers)
         response = web.StreamResponse(headers=headers)
         response.content_length = len(content)

@@ -7,6 +7,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
+from microbatch.checking import check_fields
 from microbatch.errors import ConfigError
 from microbatch.policy import at_least, one_of, whole
 from microbatch.testing.answers import json_types, resolve
@@ -88,6 +89,7 @@ class Faults:
     retry_after: float | None = 0.1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         kinds = self._kinds
         if not kinds:
             raise ConfigError("kinds must name at least one fault")

@@ -7,10 +7,12 @@ I/O; `SimulatedEndpoint` serves it over HTTP and `SimulatedTransport` within the
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from microbatch.checking import check_fields
 from microbatch.messages import Usage
 from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
@@ -77,7 +79,8 @@ class SimulatedModel:
         temperature_fixed: Refuse any temperature but 1, as reasoning models do.
         stream_supported: Whether "stream": true is accepted.
         stream_options: "400" refuses stream_options; "ignored" never reports usage in a stream.
-        strict_schemas: Refuse a strict schema outside the subset that OpenAI enforces (closed objects, no optional properties).
+        strict_schemas: Refuse a strict schema outside the subset that OpenAI documents (closed objects, no optional properties, known
+            keywords and formats, limits of size and depth), in OpenAI's words.
         count_schema: Count a response_format's schema as part of the prompt, as providers do.
         cached_prefixes: Report cached_tokens as OpenAI does: prefixes seen before, from 1,024 tokens in steps of 128.
         record: Keep the bodies of all requests in `requests` and the texts of all replies in `replies`.
@@ -123,21 +126,34 @@ class SimulatedModel:
     record: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         one_of(Fails, json_schema=self.json_schema)
         one_of(Accepts, json_object=self.json_object)
         one_of(MaxTokensName, max_tokens_name=self.max_tokens_name)
         one_of(StreamOptions, stream_options=self.stream_options)
         whole(1, context_tokens=self.context_tokens, max_output_tokens=self.max_output_tokens)
         whole(0, reasoning_tokens=self.reasoning_tokens, indent=self.indent)
-        self.calls = self.combined_calls = self.single_calls = self.items = 0
-        self.prompt_tokens = self.completion_tokens = self.faulted = self.disconnects = 0
-        self.quota_refusals = self.peak_requests = self.peak_tokens = 0
-        self.reported = Usage()
+        self.calls: int = 0
+        self.combined_calls: int = 0
+        self.single_calls: int = 0
+        self.items: int = 0
+        self.prompt_tokens: int = 0
+        self.completion_tokens: int = 0
+        self.faulted: int = 0
+        self.disconnects = 0
+        self.quota_refusals: int = 0
+        self.peak_requests: int = 0
+        self.peak_tokens: int = 0
+        self.reported: Usage = Usage()
         self.requests: list[dict[str, Any]] = []
         self.replies: list[str] = []
         self._concerned = 0
         self._meters: dict[tuple[str, str], Meter] = {}
         self._prefixes = Prefixes()
+
+    def report(self, usage: Usage) -> None:
+        """Count *usage* as sent to a client."""
+        self.reported += usage
 
     def admit(self, body: dict[str, Any]) -> int:
         """Count a request, record it if `record` is set, and return its number, from 1."""
@@ -321,7 +337,7 @@ class SimulatedModel:
 
     def _single(self, prompt: Prompt, value: Any, fault: Fault) -> str:
         if prompt.schema is None or prompt.as_text:
-            return compact({"answer": value}) if prompt.bare else str(value)
+            return _as_object(value) if prompt.bare else str(value)
         if fault.kind == "wrong_type":
             inner = unwrap(prompt.schema)
             value = (
@@ -339,7 +355,8 @@ class SimulatedModel:
             return said if inner is None or prompt.combined else {"answer": said}
         value = self.answer(text, prompt.schema if inner is None else inner)
         if prompt.schema is None:
-            return str(value) if order is None else order
+            said = compact(value) if prompt.bare and isinstance(value, dict) else str(value)
+            return said if order is None else order
         if order is not None:
             value = obeying(order, value)
         if inner is not None:
@@ -373,6 +390,8 @@ class SimulatedModel:
                 finish_reason = None
             case "hang" as ending:
                 pieces, finish_reason = pieces.head(0), None
+        if prompt.tool is not None and not prompt.named and finish_reason == "stop":
+            finish_reason = "tool_calls"  # as OpenAI has it; a call that the request names ends with "stop"
         return SimulatedReply(
             pieces=pieces,
             times=self.latency.times(pieces, ends, hidden),
@@ -381,4 +400,14 @@ class SimulatedModel:
             thinking=self.latency.thinking(hidden),
             ending=ending,
             refusal=fault.kind == "refusal",
+            tool=None if fault.kind == "refusal" else prompt.tool,
         )
+
+
+def _as_object(said: str) -> str:
+    """Return what the model says where it must write an object: that, if it is one, else one that holds it."""
+    try:
+        is_object = isinstance(json.loads(said), dict)
+    except ValueError:
+        is_object = False
+    return said if is_object else compact({"answer": said})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from microbatch.checking import check_fields
 from microbatch.policy import at_least
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Latency:
     element: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(0, first_token=self.first_token, tokens_per_second=self.tokens_per_second, element=self.element)
 
     def thinking(self, hidden: int) -> float:

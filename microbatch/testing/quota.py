@@ -11,6 +11,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from microbatch.checking import check_fields
 from microbatch.errors import ConfigError
 from microbatch.messages import Limits
 from microbatch.policy import whole
@@ -41,6 +42,7 @@ class Quota:
     tpm: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         whole(1, rpm=self.rpm, tpm=self.tpm)
         if self.rpm is None and self.tpm is None:
             raise ConfigError("a Quota needs rpm or tpm")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microbatch.schema.strict_mode import refusal
 from microbatch.testing.counting import content_text
 from microbatch.testing.orders import exact_word
 
@@ -50,7 +51,7 @@ class EndpointError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.error = {"message": message, "type": kind, "param": param, "code": code}
+        self.error: dict[str, str | None] = {"message": message, "type": kind, "param": param, "code": code}
         self.retry_after = retry_after
         self.limits = limits
 
@@ -70,6 +71,8 @@ class Prompt(msgspec.Struct):
         bare: There is no schema, but the reply must be a JSON object all the same.
         tokens: Tokens of the prompt, the schema's included if the endpoint counts them.
         max_tokens: Most tokens to generate, or None.
+        tool: The function that the request wants called, or None; its parameters are the schema.
+        named: Whether the request names it.
     """
 
     body: dict[str, Any]
@@ -80,6 +83,8 @@ class Prompt(msgspec.Struct):
     bare: bool
     tokens: int
     max_tokens: int | None
+    tool: str | None = None
+    named: bool = False
 
     @property
     def typed(self) -> bool:
@@ -167,35 +172,10 @@ def response_format(body: Mapping[str, Any]) -> ResponseFormat:
 
 
 def check_strict(form: ResponseFormat) -> None:
-    """Check that a strict schema keeps to the subset that OpenAI enforces: closed objects, no optional properties."""
-    complaint = _complaint(form.schema, ()) if form.strict else None
-    if complaint is not None:
-        message = f"Invalid schema for response_format '{form.name}': {complaint}"
+    """Check that a strict schema keeps to the subset of JSON Schema that OpenAI enforces."""
+    message = refusal(form.schema, form.name) if form.strict and form.schema is not None else None
+    if message is not None:
         raise EndpointError(400, message, param="response_format")
-
-
-def _complaint(schema: Any, context: tuple[str, ...]) -> str | None:
-    """Return what is wrong with a strict schema, in OpenAI's words, or None."""
-    if not isinstance(schema, dict):
-        return None
-    for keyword in ("allOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas"):
-        if keyword in schema:
-            return f"In context={context}, '{keyword}' is not permitted."
-    properties = schema.get("properties", {})
-    if schema.get("type") == "object" or properties:
-        if schema.get("additionalProperties") is not False:
-            return f"In context={context}, 'additionalProperties' is required to be supplied and to be false."
-        missing = [name for name in properties if name not in schema.get("required", ())]
-        if missing:
-            return (
-                f"In context={context}, 'required' is required to be supplied and to be an array including every key "
-                f"in properties. Missing '{missing[0]}'."
-            )
-    parts = [((key, name), part) for key in ("properties", "$defs") for name, part in schema.get(key, {}).items()]
-    parts += [((key, str(i)), part) for key in ("anyOf", "prefixItems") for i, part in enumerate(schema.get(key, ()))]
-    parts.append((("items", ""), schema.get("items")))
-    complaints = (_complaint(part, context + tuple(filter(None, names))) for names, part in parts)
-    return next(filter(None, complaints), None)
 
 
 def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> Prompt:
@@ -207,6 +187,9 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
     schema = _in_words(instruction) if items else None
     if schema is None and form.schema is not None:
         schema = _of_one_answer(form.schema, items) if items else form.schema
+    tool, named = (None, False) if items else forced_tool(body)
+    if tool is not None:
+        schema = tool.get("parameters") or {"type": "object"}
     # The words just before the question: a client's hint, or a caller's own prompt.
     before = messages[-2] if len(messages) > 1 else {}
     own_words = (
@@ -222,7 +205,22 @@ def understand(body: dict[str, Any], *, tokens: int, max_tokens: int | None) -> 
         bare=form.kind == "json_object" and not items and schema is None and own_words is None,
         tokens=tokens,
         max_tokens=max_tokens,
+        tool=None if tool is None else tool["name"],
+        named=named,
     )
+
+
+def forced_tool(body: Mapping[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+    """Return the function that a request wants called, the first of its tools if any will do, and whether the request names it."""
+    choice = body.get("tool_choice")
+    tools = [tool.get("function") for tool in body.get("tools") or () if isinstance(tool, dict)]
+    functions = [function for function in tools if isinstance(function, dict) and isinstance(function.get("name"), str)]
+    if not isinstance(choice, dict):
+        return (functions[0] if functions and choice in ("required", "any") else None), False
+    for function in functions:
+        if choice.get("function") == {"name": function["name"]}:
+            return function, True
+    raise EndpointError(400, "Tool choice 'function' not found in 'tools' parameter.", param="tool_choice")
 
 
 def read_combined(text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -270,10 +268,12 @@ def _of_one_answer(reply: dict[str, Any], items: list[tuple[str, str]]) -> dict[
         schema = reply["properties"]["results"]["items"]["properties"]["answer"]
     except (KeyError, TypeError):
         return None
-    choices = schema.get("anyOf") if isinstance(schema, dict) else None
-    # Room for an item that wants one word exactly is no choice that the other items have.
-    if choices and schema == {"anyOf": [choices[0], _STRING]} and any(exact_word(text) for _, text in items):
-        schema = choices[0]
+    match schema:
+        # Room for an item that wants one word exactly is no choice that the other items have.
+        case {"anyOf": [dict(one), {"type": "string", **rule}], **beside} if (
+            not beside and rule.keys() <= {"pattern"} and any(exact_word(text) for _, text in items)
+        ):
+            schema = one
     if schema == _STRING:
         return None
     return {**schema, **{key: reply[key] for key in ("$defs", "definitions") if key in reply}}

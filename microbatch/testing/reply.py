@@ -30,6 +30,7 @@ class SimulatedReply(msgspec.Struct):
             more comes ("stall"), or nothing comes at all ("hang").
         refusal: Whether the text is a refusal.
         limits: What is left of the quota, or None if there is none.
+        tool: The function whose arguments the text is; None for content.
         thinking: Seconds from the request's arrival until the model has thought, if it writes nothing then.
     """
 
@@ -41,6 +42,7 @@ class SimulatedReply(msgspec.Struct):
     refusal: bool = False
     limits: Limits | None = None
     thinking: float = 0.0
+    tool: str | None = None
 
     @property
     def duration(self) -> float:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microbatch.checking import checks_arguments
 from microbatch.messages import Usage
 from microbatch.protocols import ChatCall, Completion
+from microbatch.testing.counting import content_text
 from microbatch.testing.reading import read_combined
 
 if TYPE_CHECKING:
@@ -31,11 +33,10 @@ class ScriptedCall:
         self.call = call
         self.started = started
         self.cancelled = False
-        last = call.messages[-1]["content"] if call.messages else ""
-        text = last if isinstance(last, str) else ""
+        text = content_text(call.messages[-1]["content"]) if call.messages else ""
         _, items = read_combined(text)
-        self.combined = bool(items)
-        self.items = items or [("", text)]
+        self.combined: bool = bool(items)
+        self.items: list[tuple[str, str]] = items or [("", text)]
 
     def reply(self, answers: Iterable[tuple[str, Any]]) -> str:
         """Return the combined reply that holds *answers*, pairs of id and answer, in this order."""
@@ -43,9 +44,9 @@ class ScriptedCall:
         return msgspec.json.encode({"results": elements}).decode()
 
 
-Step = str | BaseException | Completion | Callable[[ScriptedCall], Any]
-"""The outcome of one call: the text of its reply; an exception to raise; a `Completion` without text; or a function of the call that
-returns one of these, or a pair of text and `Completion`."""
+Step = str | BaseException | Completion | tuple[str, Completion] | Callable[[ScriptedCall], Any]
+"""The outcome of one call: the text of its reply; an exception to raise; a `Completion` without text; a pair of text and
+`Completion`; or a function of the call that returns one of these."""
 
 
 class ScriptedTransport:
@@ -64,6 +65,7 @@ class ScriptedTransport:
         closed: How often it was closed.
     """
 
+    @checks_arguments
     def __init__(
         self,
         *script: Step,
@@ -74,7 +76,7 @@ class ScriptedTransport:
         usage: bool = True,
     ) -> None:
         self.calls: list[ScriptedCall] = []
-        self.closed = 0
+        self.closed: int = 0
         self.model: str | None = None
         self._script = list(script)
         self._answer = answer

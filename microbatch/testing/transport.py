@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from microbatch.checking import checks_arguments
 from microbatch.errors import (
     AuthFailed,
     BadRequest,
@@ -18,6 +19,7 @@ from microbatch.errors import (
 )
 from microbatch.protocols import ChatCall, Completion
 from microbatch.testing.counting import compact
+from microbatch.testing.model import SimulatedModel
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.wire import completion_object, request_id
@@ -26,7 +28,6 @@ from microbatch.transports.bound_refusals import lower, read_refusal
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from microbatch.testing.model import SimulatedModel
     from microbatch.testing.reply import SimulatedReply
 
 MODEL = "simulated"
@@ -42,6 +43,7 @@ class SimulatedTransport:
         simulated: The model. Several transports may share one.
     """
 
+    @checks_arguments
     def __init__(self, simulated: SimulatedModel) -> None:
         self.simulated = simulated
 
@@ -97,7 +99,7 @@ class SimulatedTransport:
         unreported = call.stream and (reply.ending == "cut" or self.simulated.stream_options != "ok")
         usage = None if unreported else reply.usage
         if usage is not None:
-            self.simulated.reported += usage
+            self.simulated.report(usage)
         return Completion(
             reply.finish_reason,
             usage=usage,

@@ -43,11 +43,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 def completion_object(reply: SimulatedReply, number: int, model: str) -> dict[str, Any]:
     """Return the body of a call that is not streamed."""
     text = reply.pieces.text
-    message = {
+    message: dict[str, Any] = {
         "role": "assistant",
-        "content": None if reply.refusal else text,
+        "content": None if reply.refusal or reply.tool else text,
         "refusal": text if reply.refusal else None,
     }
+    if reply.tool is not None:
+        message["tool_calls"] = [tool_call(reply.tool, text, number)]
     return {
         "id": f"chatcmpl-{number}",
         "object": "chat.completion",
@@ -56,6 +58,11 @@ def completion_object(reply: SimulatedReply, number: int, model: str) -> dict[st
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}],
         "usage": usage_object(reply.usage),
     }
+
+
+def tool_call(name: str, arguments: str, number: int) -> dict[str, Any]:
+    """Return the call of a function in the reply to the request *number*."""
+    return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def limit_headers(limits: Limits | None) -> dict[str, str]:
@@ -147,6 +154,7 @@ class Events:
 
     def __init__(self, reply: SimulatedReply, number: int, model: str, *, include_usage: bool) -> None:
         self._reply = reply
+        self._number = number
         self._include_usage = include_usage
         named = msgspec.json.encode(
             {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", "created": CREATED, "model": model}
@@ -157,14 +165,24 @@ class Events:
 
     def head(self) -> bytes:
         """Return the first event, which names the role."""
-        content = None if self._reply.refusal else ""
-        return self._choice({"role": "assistant", "content": content, "refusal": None}, None)
+        tool = self._reply.tool
+        delta: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if self._reply.refusal or tool else "",
+            "refusal": None,
+        }
+        if tool is not None:
+            delta["tool_calls"] = [{"index": 0, **tool_call(tool, "", self._number)}]
+        return self._choice(delta, None)
 
     def pieces(self, start: int, end: int) -> bytes:
         """Return the events of some of the reply's pieces, one each."""
         # Thousands of these a second: all but the piece is made once.
-        before = self._start + b'{"index":0,"delta":{"' + (b"refusal" if self._reply.refusal else b"content") + b'":'
-        after = b'},"finish_reason":null}' + self._end
+        member, ending = (b'"refusal":' if self._reply.refusal else b'"content":'), b"}"
+        if self._reply.tool is not None:
+            member, ending = b'"tool_calls":[{"index":0,"function":{"arguments":', b"}}]}"
+        before = self._start + b'{"index":0,"delta":{' + member
+        after = ending + b',"finish_reason":null}' + self._end
         return b"".join([before + msgspec.json.encode(text) + after for text in self._reply.pieces.texts[start:end]])
 
     def tail(self) -> bytes:

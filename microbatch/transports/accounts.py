@@ -146,13 +146,15 @@ class Account:
     """
 
     def __init__(self, retry: RetryPolicy, bucket: Bucket | None, slots: Slots, *, adaptive: bool = False) -> None:
-        self.budget = RetryBudget(retry)
-        self.breaker = Breaker()
+        self.budget: RetryBudget = RetryBudget(retry)
+        self.breaker: Breaker = Breaker()
         self.max_tokens = None if bucket is None else bucket.max_tokens
-        self.has_worked = False
+        self.has_worked: bool = False
         self.slots = slots
-        self.on_wire = self.begun = self.backing_off = 0
-        self.used = 0.0
+        self.on_wire: int = 0
+        self.begun: int = 0
+        self.backing_off = 0
+        self.used: float = 0.0
         self._bucket = bucket
         self._claimant = object()  # identifies this account to the bucket, which must not keep the account alive
         self._concurrency = Concurrency() if adaptive else None

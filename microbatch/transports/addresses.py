@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
+CHAT_COMPLETIONS: Final = "/chat/completions"
 
 # Path segments and query values of this length may be keys.
 _KEY_IN_PATH: Final = 16

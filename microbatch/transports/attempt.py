@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from microbatch.errors import ConnectFailed
+from microbatch.transports.chat_wire import completion_object
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error, unanswered
 from microbatch.transports.http import Pacer, guarded, read_all, read_some
@@ -43,6 +44,7 @@ class Attempt:
     Attributes:
         headers: Those of the request.
         address_secrets: Parts of the address that may be keys.
+        on_event: See `ChatCall`.
     """
 
     plan: Plan
@@ -52,6 +54,7 @@ class Attempt:
     where: str
     headers: Mapping[str, str]
     address_secrets: Sequence[str]
+    on_event: Callable[[bytes], None] | None = None
 
     def __post_init__(self) -> None:
         self._response: aiohttp.ClientResponse
@@ -81,6 +84,9 @@ class Attempt:
         headers = self._response.headers
         completion = self._reader.completion(headers.get("x-request-id"), read_limits(headers))
         completion.bound = self.plan.bound
+        if completion.body is None and (calls := self._reader.calls.joined()):
+            reason, members = completion.finish_reason or "tool_calls", {"tool_calls": calls}
+            completion.body = completion_object(None, model=completion.model, finish_reason=reason, members=members)
         return completion
 
     @property
@@ -90,8 +96,11 @@ class Attempt:
     async def _receive(self) -> None:
         response = self._response
         if has_failed(response.status):
+            self.clock.begin()
             raw = await read_some(response, MAX_ERROR_BYTES, ERROR_GRACE)
             self._refuse(read_failure(raw, response.status))
+        if self.on_event is not None:
+            self.on_event(b"")
         head = bytearray()
         form = "unclear"
         while form == "unclear" and len(head) < MAX_REPLY_BYTES:
@@ -104,6 +113,7 @@ class Attempt:
         if form == "events" or (form != "json" and (self._content_type == "text/event-stream" or self.plan.stream)):
             raw = await self._receive_stream(bytes(head))
         else:
+            self.clock.begin()
             raw = await read_all(response, MAX_REPLY_BYTES, self.where, begun=head)
             text = self._reader.whole(raw)
             if isinstance(text, Fault):
@@ -135,11 +145,15 @@ class Attempt:
         was_complete, was_done = reader.complete, reader.done
         texts: list[str] = []
         for data in filter(None, events):  # an empty event only keeps the connection alive
+            self.clock.begin()
             complete = reader.complete
             text = reader.event(data, torso=torso)
             if isinstance(text, Fault):
                 self._deliver("".join(texts))
                 self._refuse(text)
+            if self.on_event is not None and not torso and not reader.done and data.lstrip()[:1] == b"{":
+                self.on_event(data)
+                self.on_text("")  # it cannot be taken back, as a text cannot
             if text:
                 texts.append(text)
                 # Some endpoints send a finish reason with every chunk, which does not mark the end then.
@@ -185,6 +199,7 @@ class Attempt:
             headers=self._response.headers,
             secrets=self._secrets(),
             keyless=not any(map(is_credential, self.headers)),
+            asked=[message.get("content") for message in self.plan.call.messages],
         )
         if not self._gave_text:
             error = self.capabilities.learn(self.plan, fault, error, asyncio.get_running_loop().time())

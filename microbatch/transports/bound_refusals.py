@@ -6,13 +6,15 @@ tokens per minute, or credit. Which of these it was, and how many tokens would h
 
 from __future__ import annotations
 
+import ast
 import re
+import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from microbatch.messages import TokenLimits
-from microbatch.transports.lenient import as_object, is_array
+from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,9 +58,13 @@ _COMPLETION: Final = (
 _EXCLUSIVE: Final = re.compile(rf"(?i)to {_N} \(exclusive\)")
 _NUMBER: Final = re.compile(r"(?<![\w.])\d[\d,_]*(?![\w.]*\w)")
 
-# Fields of an error body that hold the endpoint's words, and not an echo of the request.
-_WORDS: Final = re.compile("errors?|message|msg|code|type|param|loc|details?|metadata|raw|reason")
+# Fields of an error body that hold the endpoint's words, and not an echo of the request (as `input` in pydantic's errors).
+_MESSAGES: Final = re.compile(
+    "errors?|message|msg|error_msg|details?|metadata|raw|reason|description|title|fieldViolations"
+)
+_WORDS: Final = re.compile(f"{_MESSAGES.pattern}|code|type|param|loc|field")
 _MAX_NESTED: Final = 8
+_MAX_QUOTED: Final = 16_384
 
 _CONTENT_TOO_LARGE: Final = 413
 _TOO_MANY: Final = 429
@@ -90,26 +96,46 @@ def read_refusal(message: str, status: int, bound: int) -> TokenLimits | None:
 
 def words_of(raw: bytes) -> str:
     """Return the words in an error body, nested ones of a gateway included, without what echoes the request."""
-    return " ".join(_words(raw.decode("utf-8", "replace"), 0))
+    return " ".join(_words(raw.decode("utf-8", "replace"), _WORDS, 0))
 
 
-def _words(value: Any, depth: int) -> Iterator[str]:
+def messages_in(value: Any) -> str:
+    """Return the sentences in a JSON value of an error, one a line."""
+    return "\n".join(dict.fromkeys(filter(None, _words(value, _MESSAGES, 0))))
+
+
+def _words(value: Any, names: re.Pattern[str], depth: int) -> Iterator[str]:
     if depth > _MAX_NESTED:
         return
     if isinstance(value, str):
-        try:
-            inner = msgspec.json.decode(value) if value.lstrip()[:1] in ("{", "[") else None
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            inner = None
-        if inner is None:
-            yield value
-        else:
-            yield from _words(inner, depth + 1)
+        before, inner = _quoted(value)
+        yield before
+        yield from _words(inner, names, depth + 1)
+    place: Any = as_object(value).get("loc")
+    if isinstance(place, list | tuple):  # the path of a validation error
+        yield ".".join(map(str, place[:_MAX_NESTED]))
     for name, each in as_object(value).items():
-        if _WORDS.fullmatch(name):
-            yield from _words(each, depth + 1)
-    for each in value[:_MAX_NESTED] if is_array(value) else ():
-        yield from _words(each, depth + 1)
+        if names.fullmatch(name):
+            yield from _words(each, names, depth + 1)
+    for each in value[:_MAX_NESTED] if isinstance(value, list | tuple) else ():
+        yield from _words(each, names, depth + 1)
+
+
+def _quoted(text: str) -> tuple[str, Any]:
+    """Return the words of *text* before JSON or a Python literal at its end, and the value of that; (text, None) without one."""
+    start = min((at for at in (text.find("{"), text.find("[{")) if at >= 0), default=len(text))
+    end = max(text.rfind("}"), text.rfind("]")) + 1
+    if not 0 < end - start <= _MAX_QUOTED:
+        return text, None
+    try:
+        return text[:start], msgspec.json.decode(text[start:end])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        pass
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes
+            return text[:start], ast.literal_eval(text[start:end])
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text, None
 
 
 def lower(call: ChatCall, said: TokenLimits) -> bool | None:

@@ -1,8 +1,13 @@
-"""The request bodies of chat completions, in live calls and as lines of a provider's batch file; `reply_reader` reads the replies."""
+"""The request bodies of chat completions, in live calls and as lines of a provider's batch file; `reply_reader` reads the replies.
+
+Also chat completions for answers that have none of the endpoint's own.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import BadRequest, ConfigError, ServerError
@@ -16,18 +21,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from microbatch.errors import StatusError
+    from microbatch.messages import Usage
     from microbatch.protocols import Completion
+    from microbatch.transports.capabilities import Structured
 
 # Fields whose replies hold more than one text; only the JSON body of a reply that is not streamed carries it all.
 _MORE_THAN_TEXT: Final = ("tools", "functions", "logprobs", "top_logprobs", "modalities", "audio")
 # Fields that may be left out or renamed.
 _OPTIONAL: Final = ("temperature", "max_tokens", "max_completion_tokens")
+_SYSTEM_ROLES: Final = ("system", "developer")
 _RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJECT}
 
 
 def can_stream(call: ChatCall) -> bool:
-    """Return whether the reply to *call* can hold nothing but one text."""
-    params = call.params
+    """Return whether the reply to *call* can hold nothing but one text, or calls of tools whose events go on as they are."""
+    params = call.params if call.on_event is None else {**call.params, "tools": None}
     return params.get("n") in (None, 1) and not any(params.get(name) for name in _MORE_THAN_TEXT)
 
 
@@ -44,8 +52,8 @@ def request_body(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
         named = {"name": "answers", "strict": call.strict, "schema": call.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": named}
     elif plan.rung is not None:
-        if call.hint is not None:
-            messages.insert(max(0, len(messages) - 1), {"role": "system", "content": call.hint})
+        if plan.hint and call.hint is not None:
+            _insert(call.hint, messages, joined=plan.hint == "joined")
         if plan.rung is Rung.JSON_OBJECT and _mentions_json(messages):
             body["response_format"] = {"type": "json_object"}
     if "stream" in plan.sent:
@@ -53,6 +61,21 @@ def request_body(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
     if "stream_options" in plan.sent:
         body["stream_options"] = {"include_usage": True}
     return body
+
+
+def _insert(hint: str, messages: list[Mapping[str, Any]], *, joined: bool) -> None:
+    """Insert *hint* before the last message, or join it to the first one if that is a system message, else to the user's last text.
+
+    Many chat templates take a system message in the first place only, some none (Gemma's, Mistral's older ones).
+    """
+    users = [at for at, message in enumerate(messages) if message.get("role") == "user"]
+    at = 0 if messages and messages[0].get("role") in _SYSTEM_ROLES else users[-1] if users else None
+    if not joined or at is None:
+        messages.insert(max(0, len(messages) - 1), {"role": "system", "content": hint})
+        return
+    content = messages[at].get("content")
+    joint = [*content, {"type": "text", "text": hint}] if is_array(content) else f"{content}\n\n{hint}"
+    messages[at] = {**messages[at], "content": joint}
 
 
 def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:
@@ -63,16 +86,52 @@ def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:
     return any(isinstance(text, str) and "json" in text.lower() for text in texts)
 
 
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Return OpenAI's `usage` object; an estimate is marked `microbatch_estimated`."""
+    fields: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+    if usage.reasoning_tokens:
+        fields["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    if usage.estimated:
+        fields["microbatch_estimated"] = True
+    return fields
+
+
+def completion_object(
+    content: str | None,
+    *,
+    model: str | None,
+    usage: Usage | None = None,
+    finish_reason: str = "stop",
+    refusal: str | None = None,
+    members: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a chat completion; *members* are further ones of its message, such as calls of tools."""
+    message = {"role": "assistant", "content": content, "refusal": refusal, **(members or {})}
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),  # noqa: TID251 the field is a date
+        "model": model or "",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
+        "usage": None if usage is None else usage_object(usage),
+    }
+
+
 class BatchWire:
-    """Writes and reads the lines of batch files; *model* is that of calls that name none.
+    """Writes and reads the lines of batch files; *model* is that of calls that name none. See `Capabilities` for *structured*.
 
     What the endpoint does not support is learned from refused lines, and left out of the lines of later files.
     """
 
-    def __init__(self, model: str | None, *, where: str) -> None:
+    def __init__(self, model: str | None, *, where: str, structured: Structured | None = None) -> None:
         self.model = model
         self._where = where
-        self._capabilities = Capabilities()
+        self._capabilities = Capabilities(structured)
 
     def body(self, call: ChatCall) -> dict[str, Any]:
         """Return the body of the line for *call*; raise `ConfigError` if no model is named anywhere."""
@@ -116,7 +175,8 @@ class BatchWire:
         """Return the plan by which *body* was made, however long ago."""
         form = as_object(body.get("response_format"))
         schema = as_object(form.get("json_schema")).get("schema")
-        call = ChatCall(messages=(), model=body["model"], schema=schema)
+        params = {name: body[name] for name in ("temperature",) if name in body}
+        call = ChatCall(messages=body.get("messages", ()), model=body["model"], schema=schema, params=params)
         today = self._plan(call, body["model"])
         sent = frozenset(name for name in _OPTIONAL if name in body)
         return Plan(call, today.entry, _RUNGS.get(form.get("type", "")), sent, today.digest)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import AuthFailed, QuotaExhausted, RateLimited, ServerError, TransportTimeout
+from microbatch.errors import AuthFailed, QuotaExhausted, RateLimited, ServerError, StatusError, TransportTimeout
 
 if TYPE_CHECKING:
-    from microbatch.errors import RequestFailed, StatusError
+    from microbatch.errors import RequestFailed
 
 COOL_DOWN: Final = 30.0  # seconds after which one call tries again
 _FORBIDDEN: Final = 403
@@ -60,6 +60,8 @@ class Breaker:
     def note(self, error: RequestFailed | None, *, sent: float, now: float, combined: bool, permit: object) -> None:
         """Learn from the end of a call that was *sent* at that time, with *error* None for an answer."""
         probed = self.forget(permit)
+        if isinstance(error, StatusError) and error.again:
+            return  # it is sent differently, with another key for one
         if isinstance(error, AuthFailed) and error.status == _FORBIDDEN:
             if combined:
                 return
@@ -83,7 +85,7 @@ class Concurrency:
     """A limit on calls under way that grows by one with each round of successes and halves on overload."""
 
     def __init__(self) -> None:
-        self.limit = INITIAL
+        self.limit: float = INITIAL
         self._cut_at = self._full_at = float("-inf")
 
     def allows(self, in_flight: int) -> bool:

@@ -17,6 +17,7 @@ from microbatch.errors import ConfigError, ConnectFailed, TransportError, Transp
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable, Mapping
+    from types import SimpleNamespace
 
 T = TypeVar("T")
 
@@ -41,19 +42,42 @@ LOW_WATER: Final = 65_536  # bytes in a socket's buffer that end a pause early
 LOW_WATER_WAKES: Final = sys.platform == "linux" and [*map(int, re.findall(r"\d+", os.uname().release)[:2])] >= [4, 18]
 
 
+# Seconds. A connection that the endpoint has closed while it was idle fails at once; later failures have another cause.
+STALE_WITHIN: Final = 2.0
+
+
 class Clock:
     """The time limits of one attempt, which runs in `scope`: *total* seconds, and *idle* seconds of silence after the first activity.
 
-    Activity may be noticed late by *interval* seconds, the longest pause of a `Pacer`.
+    Activity may be noticed late by *interval* seconds, the longest pause of a `Pacer`. With *first*, `begin` has to be called within so
+    many seconds, which are counted from the loop time *since*, None for now.
     """
 
-    def __init__(self, total: float, idle: float | None, interval: float = 0.0) -> None:
+    def __init__(
+        self,
+        total: float,
+        idle: float | None,
+        interval: float = 0.0,
+        first: float | None = None,
+        since: float | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._total = total
         self._idle = idle
+        self._first = first
         self.interval = interval
-        self.end = self._loop.time() + total
-        self.scope = asyncio.timeout_at(self.end)
+        now = self._loop.time()
+        self.since: float = now if since is None else since
+        self.end: float = now + total
+        self.scope: asyncio.Timeout = asyncio.timeout_at(
+            self.end if first is None else min(self.end, self.since + first)
+        )
+
+    def begin(self) -> None:
+        """Record the beginning of the reply, which may be long before its first words."""
+        if self._first is not None:
+            self._first = None
+            self.grace(self._total)
 
     def feed(self) -> None:
         """Record activity of the endpoint."""
@@ -68,6 +92,8 @@ class Clock:
     def error(self, where: str) -> TransportTimeout:
         """Return the error to raise when the time is up."""
         if self.scope.when() != self.end:
+            if self._first is not None:
+                return TransportTimeout(f"{where} did not begin to answer within {self._first:g} s (first_timeout)")
             return TransportTimeout(f"{where} sent nothing for {self._idle:g} s (idle_timeout)")
         return TransportTimeout(f"{where} did not finish within {self._total:g} s (timeout)")
 
@@ -127,9 +153,9 @@ def _hold(transport: asyncio.Transport, held: bool) -> bool:
     if transport.is_closing():
         return False
     try:
-        if LOW_WATER_WAKES:
-            mark = LOW_WATER if held else 1
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+        connection = transport.get_extra_info("socket")
+        if LOW_WATER_WAKES and connection.family != socket.AF_UNIX:  # where the mark has no effect
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, LOW_WATER if held else 1)
         elif held:
             transport.pause_reading()
         else:
@@ -137,6 +163,39 @@ def _hold(transport: asyncio.Transport, held: bool) -> bool:
     except (AttributeError, NotImplementedError, OSError, RuntimeError):
         return False  # the transport has no socket or no flow control, or is closing
     return True
+
+
+class StaleConnection(aiohttp.ServerDisconnectedError):
+    """A connection that was kept open was closed when the next request was written. Most likely it was not read (RFC 9112, 9.3.1)."""
+
+
+class _Use:
+    """Whether a request went out on a connection that was open before."""
+
+    reused = False
+
+
+async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    use = context.trace_request_ctx
+    if use is not None:  # as it is for relayed requests, which are not made again
+        use.reused = True
+
+
+async def requested(session: aiohttp.ClientSession, method: str, url: str, **options: Any) -> aiohttp.ClientResponse:
+    """Make a request; raise `StaleConnection` if it failed on a connection that the endpoint was just closing."""
+    if not session.trace_configs:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        trace.freeze()
+        session.trace_configs.append(trace)
+    now = asyncio.get_running_loop().time
+    use, begun = _Use(), now()
+    try:
+        return await session.request(method, url, trace_request_ctx=use, **options)
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
+        if not use.reused or now() - begun > STALE_WITHIN:
+            raise
+    raise StaleConnection
 
 
 async def guarded(step: Awaitable[T], where: str) -> T:
@@ -165,6 +224,10 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
             message = f"could not connect to {where}: {_connect_reason(error.os_error)}"
         case aiohttp.ConnectionTimeoutError():
             message = f"could not connect to {where}: no answer in time"
+        case StaleConnection():
+            stale = ConnectFailed(f"{where} closed the connection, which was kept open, without an answer")
+            stale.again = True
+            return stale
         case aiohttp.ServerDisconnectedError():
             message = f"{where} closed the connection without an answer"
         case aiohttp.ClientPayloadError():

@@ -6,32 +6,46 @@ import asyncio
 import io
 import os
 import ssl as tls
+from collections.abc import Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from urllib.parse import unquote_plus
 from weakref import WeakSet
 
-import aiohttp
 import msgspec
 
-from microbatch.errors import ConfigError
-from microbatch.policy import at_least, one_of, whole
-from microbatch.transports.addresses import DEFAULT_BASE_URL, checked_address, checked_path, host_and_port, secrets_in
+from microbatch.checking import checks_arguments
+from microbatch.errors import AuthFailed, ConfigError
+from microbatch.policy import at_least, one_of
+from microbatch.transports.addresses import (
+    CHAT_COMPLETIONS,
+    DEFAULT_BASE_URL,
+    checked_address,
+    checked_path,
+    secrets_in,
+)
+from microbatch.transports.api_key import ApiKey, KeyFunction, environment_key
 from microbatch.transports.attempt import Attempt
-from microbatch.transports.capabilities import Capabilities
+from microbatch.transports.capabilities import Capabilities, Structured
 from microbatch.transports.chat_wire import can_stream, request_body
-from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of
-from microbatch.transports.http import FRAMING, Clock, checked, merged, timed, without
-from microbatch.transports.relay import Forwarded
+from microbatch.transports.connection import Connection
+from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of, is_credential
+from microbatch.transports.http import FRAMING, Clock, checked, merged, requested, timed, without
+from microbatch.transports.relay import Forwarded, asks_for_stream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterable
+
+    import aiohttp
 
     from microbatch.protocols import ChatCall, Completion
 
 Thoughts = Literal["strip", "keep"]
 # aiohttp warns of longer bytes, which it writes in one piece; a BytesIO is written in several.
 LARGE_BODY_BYTES: Final = 1024 * 1024
-CONNECT_TIMEOUT: Final = 10.0
+UNAUTHORIZED: Final = 401
+_LOCAL: Final = "http://localhost/v1"  # with a Unix socket, where the host is a name only
 # Headers that aiohttp adds, and a relayed request must not gain.
 _AUTOMATIC: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
@@ -45,8 +59,11 @@ class OpenAIChat:
 
     Args:
         model: Model for calls that name none.
-        api_key: The key. None takes the environment variable OPENAI_API_KEY; without that, and with a base_url, requests have no
-            Authorization header.
+        api_key: The key, or a function, async or not, that returns one (the latter runs in a thread). It is called at first use, and
+            again when the endpoint has answered a key with status 401; the call is then repeated once. Calls share what it returns,
+            and it may take 30 s. Caches, lanes and limits do not depend on the key it returns. None takes the environment variable
+            OPENAI_API_KEY, which is sent only to OpenAI and to the address in OPENAI_BASE_URL; without it, and with another base_url,
+            requests have no Authorization header. "" sends none.
         base_url: Address of the API, up to and without `/chat/completions`. None takes OPENAI_BASE_URL, else OpenAI's.
         headers: Headers of every request; a call's own headers of the same name take precedence. With a credential in any header of
             a call, this transport's key, organization and project are not sent.
@@ -54,8 +71,16 @@ class OpenAIChat:
         timeout: Longest time one attempt may take, in seconds.
         idle_timeout: Longest silence of a stream that has begun to answer, in seconds; keep-alive comments count as silence. Before
             the first words only `timeout` counts, since models that reason may be silent for minutes.
+        first_timeout: Longest time until the first event of a streamed reply, in seconds; keep-alive comments are no events. With
+            None only `timeout` counts.
+        connect_timeout: Longest time to open a connection, TLS included, in seconds.
         max_connections: Most open connections; further calls wait for one within their own `timeout`.
-        proxy: Address of an HTTP proxy, or None. The environment is not consulted.
+        max_header_bytes: Longest status line and longest header of a response, in bytes; a longer one fails the call.
+        proxy: Address of an HTTP proxy, or None.
+        trust_env: Whether the environment names the proxy (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) if `proxy` does not.
+            Nothing else is taken from there; `.netrc` is never read.
+        uds: Path of a Unix socket to connect to, or None. The base_url, which begins with http:// and is http://localhost/v1 by
+            default, is then a name only, by which caches and limits tell endpoints apart.
         ssl: An `ssl.SSLContext`, False to trust any certificate, or None for the system's trust store.
         stream: True or False overrides the calls' own setting. Calls whose reply is more than one text (tools, `n`, log probabilities,
             audio) are never streamed.
@@ -63,6 +88,10 @@ class OpenAIChat:
             in seconds. Events that arrive in between are read together, which saves most of a stream's processor time. Words are seen
             later by at most this time, and by at most a quarter of the time since the first ones; the first words, and the end after
             a finish reason, are not delayed. 0 reads each event when it arrives.
+        stream_options: Fields of `stream_options` beside `include_usage`, such as `{"include_obfuscation": False}`; False never sends
+            it. It is left out once the endpoint has refused it.
+        structured: How a reply's form is asked for: "json_schema", "json_object", or "none" for words in the prompt alone. An endpoint
+            that refuses the one named fails the request. None starts with a schema and learns from refusals.
         thoughts: "strip" removes the thought before a single text, "keep" leaves it; `Reply.body` has it in any case. Thoughts before
             JSON, in combined and typed replies, are always removed.
 
@@ -73,11 +102,12 @@ class OpenAIChat:
         ConfigError: There is neither a key nor a base_url, or a setting is out of range.
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: str | None = None,
         *,
-        api_key: str | None = None,
+        api_key: str | KeyFunction | None = None,
         base_url: str | None = None,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
@@ -89,36 +119,45 @@ class OpenAIChat:
         stream: bool | None = None,
         stream_interval: float = 0.05,
         thoughts: Thoughts = "strip",
+        structured: Structured | None = None,
+        stream_options: Mapping[str, Any] | bool | None = None,
+        first_timeout: float | None = None,
+        connect_timeout: float = 10.0,
+        max_header_bytes: int = 65_536,
+        trust_env: bool = False,
+        uds: str | os.PathLike[str] | None = None,
     ) -> None:
         at_least(0.001, optional=False, timeout=timeout, idle_timeout=idle_timeout)
+        at_least(0.001, first_timeout=first_timeout)
         at_least(0, optional=False, stream_interval=stream_interval)
-        whole(1, optional=False, max_connections=max_connections)
         one_of(Thoughts, thoughts=str(thoughts))
-        key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
-        address = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not key and not address:
-            raise ConfigError(
-                "no API key: set the environment variable OPENAI_API_KEY or pass api_key=; "
-                "for an endpoint that needs none, pass base_url="
-            )
+        one_of(Structured, structured=structured)
+        self.base_url: str
+        self.base_url, self._key = _endpoint(base_url, api_key, local=uds is not None)
         self.model = model
-        self.base_url = checked_address("base_url", address or DEFAULT_BASE_URL).rstrip("/")
-        self._where = host_and_port(self.base_url)
-        authorization = {"Authorization": f"Bearer {_checked_key(key)}"} if key else {}
-        self._headers = merged(authorization, checked(headers or {}))
+        self._connection = Connection(
+            self.base_url,
+            proxy=proxy,
+            trust_env=trust_env,
+            ssl=ssl,
+            uds=uds,
+            max_connections=max_connections,
+            connect_timeout=connect_timeout,
+            max_header_bytes=max_header_bytes,
+        )
+        self._where = self._connection.where
+        self._headers = checked(headers or {})
         self._query = dict(query or {})
         self._address_secrets = secrets_in(self.base_url, self._query)
         self._timeout = timeout
+        self._first_timeout = first_timeout
         self._idle_timeout = idle_timeout
-        self._max_connections = max_connections
-        self._proxy = None if proxy is None else checked_address("proxy", proxy, credentials=True)
-        if not isinstance(ssl, bool | tls.SSLContext | None):
-            raise ConfigError("ssl must be an ssl.SSLContext, a bool or None")
-        self._ssl = True if ssl is None else ssl
         self.thoughts = thoughts
         self._stream = stream
         self._stream_interval = stream_interval
-        self._capabilities = Capabilities()
+        self._stream_options = _stream_fields(stream_options)
+        self._capabilities = Capabilities(structured)
+        self._repeated: WeakSet[ChatCall] = WeakSet()
         self._session: aiohttp.ClientSession | None = None
         self._responses: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -144,6 +183,7 @@ class OpenAIChat:
 
     async def aclose(self) -> None:
         """Close the connections; calls under way end with `ConnectFailed`. It can be opened again."""
+        self._key.close()
         session, self._session = self._session, None
         # Closing the session does not wake the reader of a body; closing the response does.
         for response in list(self._responses):
@@ -169,24 +209,38 @@ class OpenAIChat:
         if not model:
             raise ConfigError("no model: name one in OpenAIChat(model=...) or in the call")
         session = self._pool()
-        own = checked(call.headers)
-        headers = merged(in_place_of(self._headers, own), own)
+        named = dict(call.headers)
+        path = checked_path(named.pop(":path", CHAT_COMPLETIONS))
+        own = checked(named)
+        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
+        key, total = await self._authorization(own, total)
+        headers = self._signed(key, own)
         wants_stream = call.stream if self._stream is None else self._stream
         plan = self._capabilities.plan(
             call,
-            (self.base_url, model, credentials_digest(headers.items())),
+            (self.base_url, model, credentials_digest(own.items())),
             asyncio.get_running_loop().time(),
-            stream=bool(wants_stream) and can_stream(call),
+            stream=bool(wants_stream) and (can_stream(call) or call.on_event is not None),
             may_stream=self._stream is None and can_stream(call),
         )
         request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})
-        body = _encoded(request_body(call, model, plan))
-        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
-        clock = Clock(max(0.0, total), self._idle_timeout, self._stream_interval)
-        attempt = Attempt(plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets)
-        return await attempt.run(
-            self._request(session, "POST", "/chat/completions", headers=request, who=own, body=body)
+        body = request_body(call, model, plan)
+        if body.pop("stream_options", None) and self._stream_options:
+            body["stream_options"] = self._stream_options
+        first = self._first_timeout if plan.stream else None
+        clock = Clock(total, self._idle_timeout, self._stream_interval, first)
+        attempt = Attempt(
+            plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets, call.on_event
         )
+        try:
+            return await attempt.run(
+                self._request(session, "POST", path, headers=request, who=own, body=_encoded(body))
+            )
+        except AuthFailed as error:
+            if error.status == UNAUTHORIZED and self._key.refused(key):
+                error.again = call not in self._repeated
+                self._repeated.add(call)
+            raise
 
     @asynccontextmanager
     async def forward(
@@ -200,19 +254,31 @@ class OpenAIChat:
         Raises:
             ConfigError: The path leads out of `base_url`, or a header cannot be sent.
             ConnectFailed: The endpoint could not be reached, or closed the connection without an answer.
-            TransportTimeout: No answer began within `timeout`.
+            TransportTimeout: No answer began within `timeout`, or within `first_timeout` where *body* asks for a stream.
         """
         session = self._pool()
         path = checked_path(path)
         relayed = checked(dict(without(headers.items(), FRAMING)))
-        clock = Clock(self._timeout, None)
         who = {**relayed, **credentials_in(path)}
-        sent = merged(in_place_of(self._headers, who), relayed)
-        sending = self._request(session, method, path, headers=sent, who=who, body=body, relay=True)
-        response = await timed(clock, sending, self._where)
+        left, repeated = self._timeout, False
+        first = self._first_timeout if self._first_timeout is not None and asks_for_stream(body) else None
+        while True:
+            key, left = await self._authorization(who, left)
+            clock = Clock(left, None, first=first)
+            sending = self._request(
+                session, method, path, headers=self._signed(key, relayed, who), who=who, body=body, relay=True
+            )
+            response = await timed(clock, sending, self._where)
+            if repeated or response.status != UNAUTHORIZED or not self._key.refused(key):
+                break
+            repeated = True
+            response.close()
+            left = max(0.0, clock.end - asyncio.get_running_loop().time())
         try:
-            idle = self._idle_timeout if response.content_type == "text/event-stream" else None
-            yield Forwarded(response, self._where, clock.end, idle, self._stream_interval)
+            streams = response.content_type == "text/event-stream"
+            idle = self._idle_timeout if streams else None
+            limit = (first, clock.since) if first is not None and streams else None
+            yield Forwarded(response, self._where, clock.end, idle, self._stream_interval, limit)
         finally:
             response.close()  # no effect on the connection of an answer read to its end
 
@@ -226,14 +292,21 @@ class OpenAIChat:
                 raise ConfigError("this OpenAIChat is open in another event loop; use one for each loop")
             self._session.detach()  # its loop and its connections are gone
         self._loop = loop
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._max_connections, ssl=self._ssl),
-            cookie_jar=aiohttp.DummyCookieJar(),  # a cookie set for one tenant must not reach another
-            # No sock_read: it poisoned pooled connections (aio-libs/aiohttp#12953). `Clock` measures silence.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-            trust_env=False,
-        )
+        self._session = self._connection.session()
         return self._session
+
+    async def _authorization(self, who: Iterable[str], total: float) -> tuple[dict[str, str], float]:
+        """Return the header with the transport's key, {} if the caller brings a credential, and what is left of *total* seconds."""
+        if any(map(is_credential, who)):
+            return {}, max(0.0, total)
+        now = asyncio.get_running_loop().time
+        begun = now()
+        header = await self._key.headers(max(0.0, total))
+        return header, max(0.0, round(total - (now() - begun), 3))
+
+    def _signed(self, key: Mapping[str, str], headers: Mapping[str, str], who: Iterable[str] = ()) -> dict[str, str]:
+        """Return *headers* of a caller, with the transport's own and its *key* as far as they are sent beside them and *who*."""
+        return merged(in_place_of(merged(key, self._headers), who or headers), headers)
 
     async def _request(
         self,
@@ -246,13 +319,14 @@ class OpenAIChat:
         body: bytes | None,
         relay: bool = False,
     ) -> aiohttp.ClientResponse:
-        response = await session.request(
+        request = session.request if relay else partial(requested, session)
+        response = await request(
             method,
             self.base_url + path,
             data=io.BytesIO(body) if body is not None and len(body) > LARGE_BODY_BYTES else body,
             headers=headers,
-            params=in_place_of(self._query, who),
-            proxy=self._proxy,
+            params=_beside(path, in_place_of(self._query, who)),
+            proxy=self._connection.proxy,
             allow_redirects=False,
             auto_decompress=not relay,
             skip_auto_headers=_AUTOMATIC if relay else (),
@@ -261,15 +335,35 @@ class OpenAIChat:
         return response
 
 
+def _endpoint(base_url: str | None, api_key: str | KeyFunction | None, *, local: bool) -> tuple[str, ApiKey]:
+    """Return the address and the key, as far as they are not given from the environment."""
+    address = base_url or (_LOCAL if local else os.environ.get("OPENAI_BASE_URL"))
+    url = checked_address("base_url", address or DEFAULT_BASE_URL).rstrip("/")
+    key = ApiKey(environment_key(url) if api_key is None else api_key)
+    if not key and not address:
+        raise ConfigError(
+            "no API key: set the environment variable OPENAI_API_KEY or pass api_key=; "
+            "for an endpoint that needs none, pass base_url="
+        )
+    return url, key
+
+
+def _stream_fields(given: object) -> dict[str, Any] | None:
+    """Return the `stream_options` to send, None for none."""
+    if not isinstance(given, Mapping | bool | None):
+        raise ConfigError("stream_options must be a mapping of its fields, a bool or None")
+    return None if given is False else {"include_usage": True, **(given if isinstance(given, Mapping) else {})}
+
+
+def _beside(path: str, query: Mapping[str, str]) -> dict[str, str]:
+    """Return those parameters of *query* that *path* does not give itself."""
+    given = {unquote_plus(pair.partition("=")[0]) for pair in path.partition("?")[2].split("&")}
+    return {name: value for name, value in query.items() if name not in given}
+
+
 def _encoded(body: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(body)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         # The original is not attached: some of these errors quote the text.
         raise ConfigError(f"a message or a parameter cannot be written as JSON ({type(error).__name__})") from None
-
-
-def _checked_key(key: object) -> str:
-    if not isinstance(key, str) or not key.isprintable() or not key.isascii() or key != key.strip():
-        raise ConfigError("api_key must be one line of printable ASCII; a key read from a file may end in a line break")
-    return key

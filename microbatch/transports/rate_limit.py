@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from heapq import merge
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 
+from microbatch.checking import AtLeast, Count, check_fields
 from microbatch.errors import ConfigError
 from microbatch.lru import SharedLRU
-from microbatch.policy import at_least, one_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -72,16 +72,14 @@ class RateLimit:
         ConfigError: A setting is out of range, there is none, or not even one request a minute is left.
     """
 
-    rpm: int | None = None
-    tpm: int | None = None
-    share: float = 1.0
+    rpm: Count | None = None
+    tpm: Count | None = None
+    share: Annotated[float, AtLeast(0)] = 1.0
     charge: Charge = "reserved"
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        whole(1, rpm=self.rpm, tpm=self.tpm)
-        at_least(0, share=self.share)
-        one_of(Charge, charge=self.charge)
+        check_fields(self)
         if not 0 < self.share <= 1:
             raise ConfigError(f"share must be above 0 and at most 1, got {self.share!r}")
         if self.rpm is None and self.tpm is None and not self.adaptive:
@@ -168,7 +166,7 @@ class Bucket:
         self._latest_tokens = 0
         self._given_back = 0  # tokens ever given back
         self._newest = float("-inf")  # time of the grant whose reply reported the endpoint's count
-        self.used = 0.0  # for `SharedLRU`
+        self.used: float = 0.0  # for `SharedLRU`
         self._claims: dict[object, tuple[int, float]] = {}  # tokens and expiry by claimant, the oldest first
 
     def __repr__(self) -> str:

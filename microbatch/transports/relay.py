@@ -20,6 +20,7 @@ class _Body(msgspec.Struct):
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    stream: bool | None = None
 
 
 _BYTES_PER_TOKEN: Final = 4  # of English
@@ -29,18 +30,30 @@ _EVENT_FIELDS: Final = (b":", b"data", b"event", b"id", b"retry", b"\n", b"\r", 
 # Text of an answer or a thought in the event of any API. Earlier events (keep-alives, the begin of an answer, its role) may come long
 # before the model has read the prompt.
 _WORDS: Final = re.compile(rb'"(?:arguments|content|delta|reasoning\w*|refusal|text|thinking)"\s*:\s*"[^"]')
+_EVENT: Final = re.compile(rb"(?:^|[\r\n])data:")
 _WORDS_BYTES: Final = 64  # of the previous chunk, in which a match may begin
 
 
 def read_charge(body: bytes | None) -> tuple[str | None, int]:
     """Return the model that a request body names, or None, and an estimate of the tokens to be charged."""
-    if not body:
+    read = _read(body)
+    if body is None or read is None:
         return None, 0
-    try:
-        read = msgspec.json.decode(body, type=_Body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None, 0  # no chat completion
     return read.model, len(body) // _BYTES_PER_TOKEN + (read.max_completion_tokens or read.max_tokens or 0)
+
+
+def asks_for_stream(body: bytes | None) -> bool:
+    """Return whether the request with *body* wants a streamed answer."""
+    read = _read(body)
+    return read is not None and read.stream is True
+
+
+def _read(body: bytes | None) -> _Body | None:
+    """Return the fields of a chat completion's request, None if *body* is none."""
+    try:
+        return msgspec.json.decode(body, type=_Body) if body else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 class Forwarded:
@@ -52,9 +65,16 @@ class Forwarded:
     """
 
     def __init__(
-        self, response: aiohttp.ClientResponse, where: str, end: float, idle: float | None, interval: float
+        self,
+        response: aiohttp.ClientResponse,
+        where: str,
+        end: float,
+        idle: float | None,
+        interval: float,
+        first: tuple[float, float]
+        | None = None,  # seconds until the first event, and the loop time from which they count
     ) -> None:
-        self.status = response.status
+        self.status: int = response.status
         headers = response.headers.copy()
         headers.clear()
         headers.extend(without(response.headers.items(), HOP_BY_HOP))
@@ -64,14 +84,15 @@ class Forwarded:
         self._end = end
         self._idle = idle
         self._interval = interval
+        self._first = first
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the bytes of the body as they arrive, compressed if the endpoint compressed them.
 
         Raises:
             ConnectFailed: The connection broke; chunks already yielded stand.
-            TransportTimeout: The transport's `timeout` passed, or an event stream that had begun to answer was silent for
-                `idle_timeout`.
+            TransportTimeout: The transport's `timeout` passed, the first event of a stream took longer than `first_timeout`, or a
+                stream that had begun to answer was silent for `idle_timeout`.
         """
         latest: bytes | None = None
         begun = False
@@ -79,10 +100,12 @@ class Forwarded:
         while True:
             left = self._end - asyncio.get_running_loop().time()
             # Made for each read, so that the time for which the caller is busy with a chunk does not count as silence.
-            clock = Clock(max(0.0, left), self._idle if begun else None, self._interval)
+            clock = Clock(max(0.0, left), self._idle if begun else None, self._interval, *(self._first or ()))
             chunk = await timed(clock, pacer.read(), self._where)
             if not chunk:
                 return
+            if _EVENT.search(chunk):
+                self._first = None
             if not begun and self._idle is not None:
                 foreign = latest is None and not chunk.startswith(_EVENT_FIELDS)
                 latest = (latest or b"")[-_WORDS_BYTES:] + chunk

@@ -10,16 +10,22 @@ a call, but returning a text that was cut as if it were complete costs more.
 Sources of the names of token counts, beside OpenAI's chat completions: the Responses API and Anthropic (`input_tokens`,
 `output_tokens`, `output_tokens_details`, `cache_creation_input_tokens`), Perplexity (`reasoning_tokens` beside the sums), DeepSeek
 (`prompt_cache_hit_tokens`), Moonshot (`cached_tokens`, and the whole object inside the choice), Groq (`x_groq.usage` at the end of a
-stream), Gemini (`thoughts_token_count`, and the names of `usageMetadata`).
+stream), Gemini (`thoughts_token_count`, and the names of `usageMetadata`), Bedrock (`inputTokens`, `inputTokenCount`), the AI SDK
+(`promptTokens`), llama.cpp (`timings.prompt_n` without those that were cached in `cache_n`), Cohere
+(`meta.billed_units`).
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Final, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from microbatch.messages import Usage
 from microbatch.transports.lenient import as_object
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Finish = Literal["stop", "length", "content_filter", "tool_calls", "broken"]
 """The meanings. "broken": the reply was broken off for a reason that may be transient."""
@@ -72,17 +78,24 @@ def read_finish(value: Any) -> Finish | None:
 
 
 _COUNTS: Final = {
-    "prompt": "prompt_tokens input_tokens prompt_token_count promptTokenCount",
-    "completion": "completion_tokens output_tokens candidates_token_count candidatesTokenCount",
-    "cached": (
-        "cached_tokens cache_read_input_tokens prompt_cache_hit_tokens cached_content_token_count cachedContentTokenCount"
+    "prompt": (
+        "prompt_tokens input_tokens prompt_token_count promptTokenCount promptTokens inputTokens inputTokenCount"
     ),
-    "cache_write": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens",
-    "reasoning": "reasoning_tokens thinking_tokens thoughts_token_count thoughtsTokenCount",
-    "total": "total_tokens total_token_count totalTokenCount",
+    "completion": (
+        "completion_tokens output_tokens candidates_token_count candidatesTokenCount completionTokens outputTokens outputTokenCount "
+        "predicted_n generated_tokens"
+    ),
+    "cached": (
+        "cached_tokens cache_read_input_tokens prompt_cache_hit_tokens cached_content_token_count cachedContentTokenCount "
+        "cacheReadInputTokens cachedInputTokens cache_n"
+    ),
+    "cache_write": "cache_write_tokens cache_creation_input_tokens cache_creation_tokens cacheWriteInputTokens",
+    "reasoning": "reasoning_tokens thinking_tokens thoughts_token_count thoughtsTokenCount reasoningTokens",
+    "total": "total_tokens total_token_count totalTokenCount totalTokens",
     "prompt_details": "prompt_tokens_details input_tokens_details",
     "completion_details": "completion_tokens_details output_tokens_details",
 }
+_FEW: Final = 3  # reports that are enough to tell a count that does not change
 _NAMES: Final = {count: names.split() for count, names in _COUNTS.items()}
 
 
@@ -91,8 +104,10 @@ def read_usage(*reported: Any) -> Usage | None:
     for each in reported:
         fields = as_object(each)
         if not fields:
-            continue  # as in every event of a stream but its last
+            continue
+        fields = as_object(fields.get("billed_units")) or fields
         prompt, completion = _first("prompt", fields), _first("completion", fields)
+        prompt = prompt or _count(fields.get("prompt_n")) + _count(fields.get("cache_n"))
         reasoning = _first("reasoning", fields, *_objects("completion_details", fields))
         if not (prompt or completion or reasoning):
             continue
@@ -108,6 +123,28 @@ def read_usage(*reported: Any) -> Usage | None:
             reasoning_tokens=reasoning,
         )
     return None
+
+
+def total_usage(reports: Sequence[tuple[Usage, bool]]) -> Usage | None:
+    """Return the usage of a reply from what its parts report, in order, each with whether text came with it; None for no report.
+
+    Reports are cumulative (vLLM's `continuous_usage_stats`, xAI), or each counts its own part only (cloudflare/ai#651). The latter is
+    known by a count that falls from one part of the text to the next, or that never changes.
+    """
+    if not reports:
+        return None
+    counts = [usage.completion_tokens for usage, with_text in reports if with_text]
+    falls = any(later < earlier for earlier, later in pairwise(counts))
+    still = len(counts) >= _FEW and len(set(counts)) == 1
+    over = sum if falls or still else max
+    usages = [usage for usage, _ in reports]
+    return Usage(
+        max(usage.prompt_tokens for usage in usages),
+        over(usage.completion_tokens for usage in usages),
+        max(usage.cached_tokens for usage in usages),
+        cache_write_tokens=max(usage.cache_write_tokens for usage in usages),
+        reasoning_tokens=over(usage.reasoning_tokens for usage in usages),
+    )
 
 
 def _objects(name: str, fields: dict[str, Any]) -> list[dict[str, Any]]:

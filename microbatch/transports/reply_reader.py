@@ -14,10 +14,11 @@ import msgspec
 from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
-from microbatch.transports.reply_fields import read_finish, read_usage
+from microbatch.transports.reply_fields import read_finish, read_usage, total_usage
+from microbatch.transports.tool_calls import ToolCalls
 
 if TYPE_CHECKING:
-    from microbatch.messages import Limits
+    from microbatch.messages import Limits, Usage
     from microbatch.transports.reply_fields import Finish
 
 GAP: Final = "\0"  # takes the place of an event that could not be read
@@ -37,6 +38,7 @@ class _Text(msgspec.Struct):
     thinking: Any = None
     tool_calls: Any = None
     function_call: Any = None
+    usage: Any = None
 
 
 class _Choice(msgspec.Struct):
@@ -55,6 +57,10 @@ class _Reply(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: Any = None
     x_groq: Any = None
+    token_usage: Any = None
+    timings: Any = None
+    meta: Any = None
+    metadata: Any = None
     usage_metadata: Any = msgspec.field(default=None, name="usageMetadata")
     model: Any = None
     error: Any = None
@@ -63,6 +69,7 @@ class _Reply(msgspec.Struct):
 
 _REPLY: Final = msgspec.json.Decoder(_Reply)
 _NO_TEXT: Final = _Text()
+_NO_CHOICE: Final = _Choice()
 
 
 class ReplyReader:
@@ -74,18 +81,21 @@ class ReplyReader:
         spoke: Whether any JSON was read that is not an error.
         answering: Whether a choice was read, so that the endpoint has begun to answer.
         thought: Whether a part of the model's reasoning was read.
+        calls: The calls of tools.
     """
 
     def __init__(self) -> None:
         self.finish: Finish | None = None
-        self.done = False
-        self.spoke = False
-        self.answering = False
-        self.thought = False
+        self.done: bool = False
+        self.spoke: bool = False
+        self.answering: bool = False
+        self.thought: bool = False
+        self.calls: ToolCalls = ToolCalls()
         self._ending: Finish | None = None  # how it ended if the endpoint does not say
         self._joiner = Joiner()
         self._refusal: list[str] = []
         self._completion = Completion(None)  # as far as it is known
+        self._reports: list[tuple[Usage, bool]] = []  # usage, and whether text came with it
 
     @property
     def complete(self) -> bool:
@@ -145,6 +155,7 @@ class ReplyReader:
         if finish is None and self.done and not completion.damaged:
             finish = self._ending
         completion.finish_reason = None if finish == "broken" else finish
+        completion.usage = total_usage(self._reports)
         completion.refusal = "".join(self._refusal) or None
         completion.request_id = request_id
         completion.limits = limits
@@ -163,11 +174,13 @@ class ReplyReader:
             if fault is not None:
                 return fault
         self.spoke = True
-        places = (reply.usage, *(choice.usage for choice in choices[:1]), as_object(reply.x_groq).get("usage"))
-        self._completion.usage = read_usage(*places, reply.usage_metadata) or self._completion.usage
         if isinstance(reply.model, str) and reply.model:
             self._completion.model = reply.model
-        return "".join(map(self._text, choices))
+        text = "".join(map(self._text, choices))
+        usage = _reported(reply, choices[0] if choices else _NO_CHOICE)
+        if usage is not None:
+            self._reports.append((usage, bool(text)))
+        return text
 
     def _text(self, choice: _Choice) -> str:
         if choice.index:
@@ -182,6 +195,8 @@ class ReplyReader:
             self._ending = "stop"
         if part.tool_calls or part.function_call:
             self._ending = "tool_calls"
+            if choice.delta is not None:
+                self.calls.take(part.tool_calls)
         content = part.content
         if content is None:
             return ""
@@ -201,6 +216,16 @@ class ReplyReader:
             elif kind in (None, "text", "output_text"):
                 texts.append(_written(fields.get("text")) if fields else _written(part))
         return "".join(texts)
+
+
+def _reported(reply: _Reply, choice: _Choice) -> Usage | None:
+    """Return the usage in the first of the places where endpoints report it, or None."""
+    part = choice.delta or choice.message or _NO_TEXT
+    places = (reply.usage, choice.usage, part.usage, reply.usage_metadata, reply.token_usage, reply.meta, reply.timings)
+    outer = (reply.x_groq, reply.metadata)
+    if not any(places) and not any(outer):
+        return None  # as in every event of a stream but its last
+    return read_usage(*places, *(as_object(each).get("usage") for each in outer))
 
 
 def _read_leniently(data: bytes) -> _Reply:

@@ -1,4 +1,4 @@
-"""Response headers about rate limits and waiting: `x-ratelimit-*`, `retry-after` and its variants."""
+"""What responses say of rate limits and waiting: the headers `x-ratelimit-*`, `retry-after` and its variants, words in the body."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 # Go's notation: "6m0s", "14.7s", "12ms", "1h2m3.5s".
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(h|m(?!s)|s|ms|us|µs|ns))")
 _SECONDS: Final = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+
+# In error bodies: Google's `"retryDelay": "3.5s"`, fields such as OpenRouter's `retry_after_seconds`, and the sentences of OpenAI ("try
+# again in 6m0s"), Azure ("retry after 26 seconds"), Gemini ("retry in 31.6s") and Anthropic's proxies.
+_DELAY_FIELD: Final = re.compile(
+    rb"(?i)\bretry_?(?:delay|after|in)(?:_?(?P<unit>ms|milliseconds|s|seconds))?\\?\"\s*:\s*\\?\"?(?P<wait>[\d.]+[a-z\d.]*)"
+)
+_DELAY_TEXT: Final = re.compile(
+    rb"(?i)\b(?:try again|retry(?:ing)?|wait)(?: your request)? (?:in|after|for|at least)(?: about| at least)? "
+    rb"(?P<wait>[\d.]+(?:[hms\d.]*[hms])?)\b(?: ?(?P<unit>ms|milliseconds?|s|seconds?|minutes?|hours?)\b)?"
+)
+_UNITS: Final = {"ms": 1e-3, "milli": 1e-3, "min": 60.0, "hour": 3600.0}
 
 
 def read_limits(headers: Mapping[str, str]) -> Limits | None:
@@ -50,6 +61,16 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         if wait is not None:
             return wait
     return None
+
+
+def stated_wait(body: bytes) -> float | None:
+    """Return the seconds that the body of an error asks to wait, or None if it does not say."""
+    found = _DELAY_FIELD.search(body) or _DELAY_TEXT.search(body)
+    if found is None:
+        return None
+    wait, unit = duration(found["wait"].decode().rstrip(".")), (found["unit"] or b"").decode().lower()
+    scale = next((seconds for name, seconds in _UNITS.items() if unit.startswith(name)), 1.0)
+    return None if wait is None else wait * scale
 
 
 def duration(value: str | None) -> float | None:

@@ -6,7 +6,15 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Final
 
-from microbatch.errors import UNPAID, ConfigError, RateLimited, RequestFailed, StatusError, TransportError
+from microbatch.errors import (
+    UNPAID,
+    ConfigError,
+    ConnectFailed,
+    RateLimited,
+    RequestFailed,
+    StatusError,
+    TransportError,
+)
 from microbatch.policy import MAX_WAIT
 from microbatch.transience import Backoff, is_transient
 from microbatch.transports.rate_limit import WINDOW
@@ -36,9 +44,9 @@ class Sender:
         self._transport = transport
         self._policy = policy
         self._draw = draw
-        self.repeats = 0
-        self.unpaid = 0
-        self.rate_limited = 0
+        self.repeats: int = 0
+        self.unpaid: int = 0
+        self.rate_limited: int = 0
 
     async def send(
         self,
@@ -80,6 +88,9 @@ class Sender:
             else:
                 completion, cut = outcome, True
                 failure = TransportError("the reply was cut off: it ended without a finish_reason")
+            if isinstance(failure, ConnectFailed) and failure.again and lessons < _MAX_LESSONS:
+                lessons += 1
+                continue
             permit.error = failure
             self.rate_limited += isinstance(failure, RateLimited)
             if (heard and not cut) or (cut and not on_cut(completion)):

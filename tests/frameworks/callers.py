@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -289,8 +288,6 @@ def langchain_structured_stream(client: Any, url: str, direct: bool) -> Ask:
 
 def litellm_mode(**options: Any) -> Callable[[Any, str, bool], Ask]:
     def make(client: Any, url: str, direct: bool) -> Ask:
-        # Otherwise the import asks a server of theirs for prices.
-        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
         import litellm
 
         litellm.suppress_debug_info = True

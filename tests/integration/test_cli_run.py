@@ -93,6 +93,24 @@ def test_openai_batch_lines_are_answered_as_they_ask(capsys):
     assert "body.messages" in failed[0]["error"]["message"]
 
 
+def test_the_summary_says_why_items_went_alone(capsys):
+    def line(number, **body):
+        messages = [{"role": "system", "content": "Sort."}, {"role": "user", "content": f"thing {number}"}]
+        return {"custom_id": f"r{number}", "body": {"model": "gpt-4.1-mini", "messages": messages, **body}}
+
+    given(*map(line, range(8)), line(8, seed=7), line(9, seed=7, stop="x"))
+    assert run("--simulate", "--json") == 0
+    shown = capsys.readouterr()
+    told = json.loads(shown.out.splitlines()[-1])
+    assert told["alone_by_field"] == {"seed": 2, "stop": 1}
+    assert told["upstream_calls"] == 3
+    assert "alone: 2 items, not combinable (seed: 2, stop: 1)" in shown.err
+    assert run("--simulate", "--json", "--combine-param", "seed", "--combine-param", "stop", out="o2.jsonl") == 0
+    assert summary(capsys)["alone_by_field"] == {}
+    assert run("--simulate", "--resume", out="o2.jsonl") == 2
+    assert "--combine-param" in capsys.readouterr().err
+
+
 def test_bad_lines_fail_with_file_line_and_field_and_the_others_are_answered(capsys):
     given({"id": "a", "name": "x"}, "{broken", {"id": "b"}, {"id": None, "name": "y"}, {"id": "c", "name": "z"})
     assert run(*QUESTION, "--simulate", "--json") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import aiohttp
@@ -154,16 +155,52 @@ async def test_a_stream_keeps_what_its_events_have_a_place_for(content, exact):
     assert joined(told, "annotations") == [said["choices"][0]["message"]["annotations"]]
 
 
-async def test_what_was_asked_twice_costs_both_calls_and_keeps_the_details():
-    _, told = await answered(body("no JSON"), body('{"x": 1}'), **typed(POINT))
-    found = json.loads(told)
-    assert found["id"] == "chatcmpl-REAL"
-    assert found["usage"]["prompt_tokens"] == 10
-    assert found["usage"]["completion_tokens"] == 100
-    assert found["usage"]["total_tokens"] == 110
-    assert found["usage"]["prompt_tokens_details"] == {"cached_tokens": 4, "audio_tokens": 0}
-    assert found["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] == 1
-    assert found["usage"]["queue_time"] == 0.25
+@pytest.mark.parametrize("form", [{}, typed(POINT), typed(LABELS)], ids=["text", "object", "array"])
+@pytest.mark.parametrize(
+    "content", ["", " ", "I cannot answer in JSON.", "{}", '{"x": "1"}', '{"x": 1, "y": 2}', '["a", 1]', None]
+)
+async def test_an_answer_that_is_empty_or_does_not_fit_is_the_clients_to_judge(content, form):
+    said = body(content)
+    asked = []
+
+    async def answer(request):
+        asked.append(request)
+        return web.json_response(said)
+
+    async with recorder() as upstream, gateway(upstream.url) as served, aiohttp.ClientSession() as session:
+        upstream.answer = answer
+        asking = {"model": MODEL, "messages": ask("x"), **form}
+        async with session.post(f"{served.base_url}/chat/completions", json=asking) as response:
+            assert (response.status, await response.json()) == (200, said)
+    assert len(asked) == 1
+
+
+async def test_what_a_combined_call_left_out_costs_both_calls_and_keeps_the_details():
+    async def answer(request):
+        combined = b"results" in await request.read()
+        return web.json_response(body('{"results":[]}' if combined else '{"x": 1}'))
+
+    policy = {"max_batch_size": 2, "max_wait": 30}
+    async with (
+        recorder() as upstream,
+        gateway(upstream.url, policy=policy) as served,
+        aiohttp.ClientSession() as session,
+    ):
+        upstream.answer = answer
+        asking = [
+            session.post(
+                f"{served.base_url}/chat/completions", json={"model": MODEL, "messages": ask(text), **typed(POINT)}
+            )
+            for text in "ab"
+        ]
+        told = [await response.json() for response in await asyncio.gather(*asking)]
+        calls = served.stats().upstream_calls
+    assert sum(found["usage"]["prompt_tokens"] for found in told) == 5 * calls
+    assert sum(found["usage"]["completion_tokens"] for found in told) == 50 * calls
+    for found in told:
+        assert found["id"] == "chatcmpl-REAL"
+        assert found["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] == 1
+        assert found["usage"]["queue_time"] == 0.25
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -195,3 +232,25 @@ def test_an_error_with_the_endpoints_answer_tells_nothing_of_it():
     error.completion = body("secret words")
     assert "secret" not in f"{error!r} {error} {error.__reduce__()!r}"
     assert error.replica().completion == error.completion
+
+
+async def test_what_keeps_requests_alone_is_counted_relayed_ones_too():
+    async def answer(_request):
+        return web.json_response(body("x"))
+
+    async with recorder() as upstream, gateway(upstream.url, policy={"combine_params": ["seed"]}) as served:
+        upstream.answer = answer
+        async with aiohttp.ClientSession(served.base_url + "/") as client:
+            for more in (
+                {"stop": "x"},
+                {"stop": "x", "stream": True},
+                {"seed": 7},
+                {"extra_body": {"google": {"n": 2}}},
+            ):
+                sent = {"model": MODEL, "messages": ask("x"), **more}
+                async with client.post(
+                    "chat/completions", json=sent, headers={"Authorization": "Bearer sk-own"}
+                ) as response:
+                    assert response.status == 200
+        assert served.stats().alone_by_field == {"stop": 2, "n": 1}
+    assert json.loads(upstream.requests[-1][3])["extra_body"] == {"google": {"n": 2}}

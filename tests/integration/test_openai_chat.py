@@ -940,14 +940,18 @@ def test_a_fault_tells_no_words() -> None:
     )
 
 
-async def test_an_error_never_quotes_the_endpoints_words(endpoint: Endpoint, connect: Any) -> None:
-    said = {"message": "customer's text", "code": f"the key {KEY}", "param": KEY, "type": "sk-abcdefgh12345678"}
+async def test_an_error_has_the_endpoints_words_without_keys_and_what_they_quote(
+    endpoint: Endpoint, connect: Any
+) -> None:
+    message = f"the text 'customer 4217' and its first words, customer 4217 complains, are refused for {KEY}"
+    said = {"message": message, "code": f"the key {KEY}", "param": KEY, "type": "sk-abcdefgh12345678"}
     endpoint.answers = [answer({"error": said}, 400)]
-    error = await fails(connect())
+    prompt = [{"role": "user", "content": "A customer 4217 complains about\nhis bill."}]
+    error = await fails(connect(), call(messages=prompt))
     assert (error.code, error.param) == (None, None)
-    assert "customer" not in str(error)
-    assert "customer" in error.body
-    assert "sk-abc" not in error.body
+    assert "it says: the text \u2026 and its first words, \u2026, are refused for ***" in str(error)
+    assert "customer 4217" in error.body
+    assert "sk-abc" not in error.body + str(error)
 
 
 async def test_a_refusal_for_want_of_a_key_says_that_none_was_sent(endpoint: Endpoint, connect: Any) -> None:

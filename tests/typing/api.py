@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict, assert_type
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, assert_type
 
 import msgspec
 import pydantic
@@ -12,7 +12,7 @@ import microbatch as mb
 from microbatch.openai import AsyncOpenAI, AsyncStream, ChatCompletion
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
 
 class Category(msgspec.Struct):
@@ -153,3 +153,35 @@ async def like_the_sdk(batcher: mb.Microbatcher, messages: list[dict[str, str]],
     )
     await completions.create(messages=messages, priority="urgent")  # type: ignore[call-overload]
     await completions.parse(messages=messages, response_format=3)  # type: ignore[arg-type]
+
+
+async def many(
+    batcher: mb.Microbatcher, messages: list[dict[str, str]], rows: AsyncIterator[mb.Request[Point]]
+) -> None:
+    assert_type(mb.Request(messages), mb.Request[str])
+    assert_type(mb.Request(messages, output_type=Category), mb.Request[Category])
+    async for plain in batcher.map([messages, messages]):
+        assert_type(plain, mb.Result[str])
+    async for text in batcher.map([mb.Request(messages, id="1")], ordered=True):
+        assert_type(text.unwrap().output, str)
+    async for typed in batcher.map(mb.Request(messages, output_type=Category) for _ in range(3)):
+        assert_type(typed, mb.Result[Category])
+        assert_type(typed.unwrap().output.category, Literal["electronics", "clothing"])
+    async for row in batcher.map(rows, max_pending=4):
+        assert_type(row, mb.Result[Point])
+    numbers: list[mb.Request[int]] = [mb.Request(messages, output_type=int)]
+    async for number in batcher.map(numbers):
+        assert_type(number.unwrap().output, int)
+    mixed: list[mb.Request[int] | list[dict[str, str]]] = [mb.Request(messages, output_type=int), messages]
+    async for either in batcher.map(mixed):
+        assert_type(either, mb.Result[Any])
+    assert_type(await batcher.warm(mixed), mb.Warmed)
+
+
+async def endpoints() -> None:
+    async def key() -> str:
+        return "k"
+
+    mb.OpenAIChat("m", api_key=key, structured="json_object", first_timeout=3.0, trust_env=True, uds="/run/llm.sock")
+    mb.OpenAIChat("m", api_key=lambda: "k", stream_options={"include_obfuscation": False})
+    mb.OpenAIChat("m", structured="xml")  # type: ignore[arg-type]

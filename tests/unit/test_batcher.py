@@ -190,7 +190,7 @@ async def test_different_shared_messages_never_share_a_prompt():
         {"logprobs": True},
         {"stop": ["x"]},
         {"seed": 1},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_object", "schema": {}}},
     ],
     ids=lambda params: next(iter(params)),
 )
@@ -207,9 +207,12 @@ async def test_what_means_one_answer_goes_alone(params):
     [
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "x", "name": "ann"},
-        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:,"}}],
+        },
     ],
-    ids=["not the user's", "named", "in parts"],
+    ids=["not the user's", "named", "with an image"],
 )
 async def test_a_last_message_that_is_not_one_plain_user_text_goes_alone(last):
     transport = ScriptedTransport(answer=lambda _: "ok")

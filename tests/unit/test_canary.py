@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from helpers import ask
 from shop import TYPES, Label, right
 
 import microbatch as mb
-from microbatch.prompt.compose import compose, draw_endings, instruction, item_line
+from microbatch.prompt.compose import ALPHABET, compose, draw_endings, draw_word, instruction, item_line
 from microbatch.prompt.demultiplexer import Demultiplexer
 from microbatch.schema.answer_type import answer_type
 from microbatch.testing import Faults, ScriptedTransport, SimulatedModel, SimulatedTransport
@@ -107,7 +108,10 @@ async def test_a_canary_that_is_left_out_distrusts_the_reply_as_well():
 
 def test_typed_answers_leave_room_for_the_canarys_word_in_the_schema():
     body = answer_type(Label).watched_schema["properties"]["results"]["items"]["properties"]["answer"]
-    assert body["anyOf"][1] == {"type": "string"}
+    word = body["anyOf"][1]
+    assert word == {"type": "string", "pattern": f"^[{ALPHABET}]{{10}}$"}
+    assert all(re.search(word["pattern"], draw_word(draw_endings)) for _ in range(50))
+    assert not any(re.search(word["pattern"], text) for text in ("electronic", "home", "bcdfghjkm", "BCDFGHJKMN"))
     assert set(body["anyOf"][0]["enum"]) == set(Label.__args__)
     assert answer_type(str).watched_schema == answer_type(str).batch_schema
 

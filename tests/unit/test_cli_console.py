@@ -206,6 +206,7 @@ def test_the_summary_has_exactly_the_promised_keys():
         "changed",
         "reused",
         "unasked",
+        "alone_by_field",
     ]
     assert (summary["wall_s"], summary["unbatched_calls"]) == (1.235, 20)
 

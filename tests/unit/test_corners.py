@@ -46,7 +46,9 @@ async def test_once_all_are_answered_the_usage_is_awaited_for_two_seconds():
         settled = await replies[0].settled()
         assert loop.time() == 2.0
         assert settled.usage.estimated, "nobody ever reported it"
-    assert batcher.stats().unreported_calls == 1
+    stats = batcher.stats()
+    assert stats.unreported_calls == 1
+    assert (stats.cost_usd, stats.unbatched_cost_usd) == (None, None), "what was not told may have cost anything"
 
 
 async def test_settled_returns_at_once_after_the_call_has_ended():

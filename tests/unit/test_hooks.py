@@ -172,3 +172,43 @@ async def test_a_hook_may_have_any_of_the_methods_or_none():
     async with batcher_for(ScriptedTransport(), hooks=[one, object()], prices=PRICES) as batcher:
         await submit_all(batcher, "ab")
     assert one.seen == [None, None]
+
+
+class Told:
+    def __init__(self):
+        self.calls = []
+
+    def on_call(self, event):
+        self.calls.append(event)
+
+
+CUT = mb.Completion(None, usage=mb.Usage(100, 10, 40), model="m")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [CUT, ("HI", mb.Completion("stop", usage=mb.Usage(100, 5), model="m"))],
+        [CUT, CUT, ("HI", mb.Completion("stop", usage=mb.Usage(100, 5), model="dearer"))],
+        [CUT, ("HI", mb.Completion("stop"))],
+        [CUT, mb.BadRequest("no", status=400)],
+        [CUT] * 4,
+        [("HI", mb.Completion("stop", usage=mb.Usage(100, 5), model="free"))],
+    ],
+    ids=["repeated", "by another model", "then unreported", "then refused", "always cut", "unpriced"],
+)
+@pytest.mark.parametrize("items", [1, 2])
+async def test_hooks_are_told_of_every_token_that_stats_count(script, items):
+    told, transport = Told(), ScriptedTransport(*script)
+    prices = {"m": mb.Price(2.0, 8.0), "dearer": mb.Price(20.0, 80.0)}
+    async with batcher_for(transport, hooks=[told], prices=prices, idle="wait", max_wait=0.1) as batcher:
+        asking = (batcher.submit(ask(text), model="m") for text in "ab"[:items])
+        await asyncio.gather(*asking, return_exceptions=True)
+        stats = batcher.stats()
+    reported = [event.usage for event in told.calls if event.usage is not None]
+    assert sum(usage.prompt_tokens for usage in reported) == stats.prompt_tokens
+    assert sum(usage.completion_tokens for usage in reported) == stats.completion_tokens
+    assert sum(usage.cached_tokens for usage in reported) == stats.cached_tokens
+    assert sum(event.attempts for event in told.calls) == stats.upstream_calls
+    if stats.cost_usd is not None:
+        assert sum(event.cost_usd or 0.0 for event in told.calls) == pytest.approx(stats.cost_usd)

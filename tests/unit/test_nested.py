@@ -133,7 +133,7 @@ def test_it_is_recognised_whatever_a_proxy_has_put_around_it(before, after, text
     for seen in (prompt, prompt.strip(), before + prompt + after, prompt.replace("\n", "\r\n")):
         messages = [SYSTEM, {"role": "user", "content": seen}]
         assert is_combined(seen)
-        assert read_messages(messages, PLAIN) is None
+        assert read_messages(messages, PLAIN) == "messages: a combined prompt"
         assert own_text(messages, [SYSTEM]) is None  # the short cut of requests that come one after another
 
 

@@ -48,6 +48,7 @@ def status(kind, number, **data):
         (mb.ConnectFailed("x"), N),
         (mb.TransportTimeout("x"), E),
         (mb.TransportError("cut off"), E),
+        (mb.AuthFailed("its key has expired", status=401, again=True), R),
         (mb.ConfigError("no model"), E),
         (mb.ShutDown("x"), N),
         (mb.BatcherClosed("x"), N),

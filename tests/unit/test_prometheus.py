@@ -198,3 +198,13 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(mb.ConfigError, match=r"pip install 'microbatch\[prometheus\]'"):
         mb.PrometheusHooks()
+
+
+async def test_what_keeps_requests_alone_is_counted_by_field():
+    hooks = mb.PrometheusHooks()
+    async with batcher_for(ScriptedTransport()) as batcher:
+        hooks.watch(batcher)
+        await ask_all(batcher, "ab", params={"seed": 7, "stop": "x"})
+        await ask_all(batcher, "c", params={"stop": "x"})
+        assert value(hooks, "alone_total", field="seed") == 2
+        assert value(hooks, "alone_total", field="stop") == 3

@@ -314,6 +314,24 @@ async def test_a_blank_answer_is_none_except_where_the_body_is_what_matters():
     assert Answer.decode(raw).body["choices"][0]["finish_reason"] == "tool_calls"
 
 
+async def test_a_tool_that_must_be_called_shares_a_line_and_each_answer_is_a_call_of_it():
+    parameters = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    forced = {"tools": [tool], "tool_choice": "required"}
+    for texts, said in ((["one", "two"], None), (["one"], '{"n":0}')):
+        job = await Job.of(texts, params=forced)
+        (line,) = job.lines
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": said}}
+        body = completion(combined(line, [{"n": 0}, {"n": 1}]) if said is None else None)
+        if said is not None:
+            body["choices"][0]["message"]["tool_calls"] = [call]
+        answers = [Answer.decode(raw) for _, raw in (await job.results(row(line.custom_id, body))).answers]
+        assert [json.loads(answer.value) for answer in answers] == [{"n": 0}, {"n": 1}][: len(texts)]
+        for answer in answers:
+            (found,) = answer.body["choices"][0]["message"]["tool_calls"]
+            assert found["function"] == {"name": "f", "arguments": answer.text}
+
+
 async def test_a_wrong_canary_distrusts_the_whole_reply_and_a_right_one_is_nobody_s_answer():
     job = await Job.of(["one", "two"], canary=True)
     (line,) = job.lines
@@ -426,8 +444,9 @@ async def test_the_whole_prompt_has_a_budget_too(most, lines):
 def test_a_request_that_cannot_be_combined_has_no_line():
     assert read(delivery("one")).line == b'"one"'
     assert read(delivery("one", params={"n": 2})).line == b""
-    parts = [{"role": "user", "content": [{"type": "text", "text": "one"}]}]
-    assert read(delivery(parts)).line == b""
+    text, image = {"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": "data:,"}}
+    assert read(delivery([{"role": "user", "content": [text]}])).line == b'"one"'
+    assert read(delivery([{"role": "user", "content": [text, image]}])).line == b""
 
 
 @pytest.mark.parametrize("thought", ["<think>Perhaps {}?</think>\n", "Perhaps {}?\n</think>\n\n"])

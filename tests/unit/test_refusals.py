@@ -246,3 +246,67 @@ def test_a_429_about_the_size_of_the_request_is_no_limit_to_wait_for(message: st
 def test_a_429_about_the_rate_is_one_to_wait_for(message: str) -> None:
     """Though it names the same figures."""
     assert kind_of(429, {"error": {"message": message}}) is errors.RateLimited
+
+
+NO_CREDIT: dict[str, tuple[int, Any]] = {
+    "Anthropic": (400, {"error": {"message": "Your credit balance is too low to access the Anthropic API.", "type": "invalid_request_error"}}),
+    "SiliconFlow": (403, {"code": 30001, "message": "Sorry, your account balance is insufficient"}),
+    "DashScope": (400, {"error": {"code": "Arrearage", "message": "Access denied, your account must be in good standing."}}),
+    "Zhipu": (429, {"error": {"code": "1113", "message": "\u4f59\u989d\u4e0d\u8db3"}}),
+    "xAI": (403, {"error": "Your team has either used all available credits or reached its monthly spending limit."}),
+    "one-api": (403, {"error": {"message": "user quota is not enough", "code": "insufficient_user_quota"}}),
+    "Moonshot": (429, {"error": {"message": "Your account is suspended due to insufficient balance", "type": "exceeded_current_quota_error"}}),
+    "Fireworks": (412, {"error": {"message": "Account x is suspended, possibly due to reaching the monthly spending limit"}}),
+    "MiniMax": (200, {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}),
+    "Hugging Face": (402, {"error": "You have exceeded your monthly included credits for Inference Providers."}),
+    "Gemini, for good": (429, [{"error": {"code": 429, "message": "You exceeded your current quota, please check your plan and billing details."}}]),
+}  # fmt: skip
+TOO_LONG: dict[str, tuple[int, Any]] = {
+    "Anthropic": (400, {"error": {"message": "prompt is too long: 210000 tokens > 200000 maximum"}}),
+    "Gemini": (400, [{"error": {"code": 400, "message": "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576)."}}]),
+    "xAI": (400, {"error": "This model's maximum prompt length is 131072 but the request contains 537812 tokens."}),
+    "Mistral": (400, {"object": "error", "message": "Prompt contains 50000 tokens, too large for model with 32768 tokens", "code": 3051}),
+    "DashScope": (400, {"error": {"code": "invalid_parameter_error", "message": "Range of input length should be [1, 30720]"}}),
+    "TGI": (422, {"error": "Input validation error: `inputs` must have less than 1024 tokens. Given: 1234", "error_type": "validation"}),
+    "Moonshot": (400, {"error": {"message": "Invalid request: Your request exceeded model token limit: 8192"}}),
+    "Bedrock": (400, {"message": "Input is too long for requested model."}),
+    "Copilot": (400, {"error": {"message": "prompt token count of 130000 exceeds the limit of 128000", "code": "x"}}),
+    "Groq": (400, {"error": {"message": "Please reduce the length of the messages or completion."}}),
+    "OpenRouter": (400, {"error": {"message": "Provider returned error", "metadata": {"raw": '{"error":{"message":"input is too long"}}'}}}),
+}  # fmt: skip
+TRANSIENT: dict[str, tuple[int, Any, type[errors.StatusError]]] = {
+    **{f"status {status}": (status, {"error": "later"}, errors.ServerError) for status in (408, 409, 424, 425, 498, 499, 529)},
+    "OpenAI, which names billing": (429, {"error": {"message": "Rate limit reached for m. Please try again in 6s. Visit https://x/account/billing to add a payment method."}}, errors.RateLimited),
+    "Gemini, for a minute": (429, [{"error": {"message": "You exceeded your current quota, please check your plan and billing details.", "details": [{"retryDelay": "31s"}]}}], errors.RateLimited),
+    "Google, as 403": (403, {"error": {"code": 403, "message": "User Rate Limit Exceeded", "status": "rateLimitExceeded"}}, errors.RateLimited),
+    "Bedrock, as 400": (400, {"message": "slow", "code": "ThrottlingException"}, errors.RateLimited),
+    "MiniMax, as 200": (200, {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "later"}}, errors.RateLimited),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_CREDIT)
+def test_an_account_without_credit_is_told_whatever_the_status(name: str) -> None:
+    """Or a batch would be halved, and the calls of all callers go on."""
+    assert kind_of(*NO_CREDIT[name]) is errors.QuotaExhausted
+
+
+def test_what_an_item_says_about_credit_stops_nobody() -> None:
+    """An endpoint that echoes a text must not open the breaker for all callers."""
+    said = msgspec.json.encode({"error": {"message": "Unreadable: my credit balance is too low"}})
+    fault = read_fault(said, 400)
+    assert fault is not None
+    assert (
+        type(to_error(fault, where="h", headers={}, asked=["Help, my credit balance is too low"])) is errors.BadRequest
+    )
+    assert type(to_error(fault, where="h", headers={}, asked=["Help"])) is errors.QuotaExhausted
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_prompt_that_is_too_long_is_told_in_every_vendors_words(name: str) -> None:
+    assert kind_of(*TOO_LONG[name]) is errors.ContextTooLong
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_what_may_pass_later_is_transient(name: str) -> None:
+    status, body, kind = TRANSIENT[name]
+    assert kind_of(status, body) is kind

@@ -98,6 +98,11 @@ def test_what_counts_nothing_is_no_report(nothing: object) -> None:
         {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 9}},
         {"choices": [{"delta": {}, "usage": {"prompt_tokens": 5, "completion_tokens": 9}}]},
         {"choices": [], "x_groq": {"id": "r", "usage": {"prompt_tokens": 5, "completion_tokens": 9}}},
+        {"choices": [{"delta": {"usage": {"prompt_tokens": 5, "completion_tokens": 9}}}]},
+        {"choices": [], "token_usage": {"promptTokens": 5, "completionTokens": 9}},
+        {"choices": [], "metadata": {"usage": {"inputTokens": 5, "outputTokens": 9}}},
+        {"choices": [], "meta": {"billed_units": {"input_tokens": 5, "output_tokens": 9}}},
+        {"choices": [{"delta": {}}], "timings": {"prompt_n": 5, "cache_n": 0, "predicted_n": 9}},
         {"choices": [], "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9}},
     ],
 )
@@ -119,3 +124,35 @@ def test_shares_add_up_to_the_whole(usage: Usage, weights: list[tuple[int, int]]
     """No token of any kind is lost or made up when a call's usage is divided among its requests."""
     prompts, completions = zip(*weights, strict=True)
     assert sum(divided(usage, prompts, completions), Usage()) == usage
+
+
+PARTS: dict[str, tuple[list[tuple[str, dict[str, Any] | None]], Usage]] = {
+    "cumulative": ([("a", {"prompt_tokens": 5, "completion_tokens": n}) for n in range(1, 8)], Usage(5, 7)),
+    "cumulative, not at each event": (
+        [("a", {"prompt_tokens": 5, "completion_tokens": n}) for n in (0, 0, 4, 4, 4, 9)],
+        Usage(5, 9),
+    ),
+    "estimated, and corrected at the end": (
+        [*[("a", {"prompt_tokens": 5, "completion_tokens": n}) for n in (2, 4, 6)], ("", {"prompt_tokens": 5, "completion_tokens": 5})],
+        Usage(5, 6),
+    ),
+    "its own part": (
+        [*[("a", {"prompt_tokens": 0, "completion_tokens": 1})] * 6, ("", {"prompt_tokens": 5, "completion_tokens": 0})],
+        Usage(5, 6),
+    ),
+    "its own part, of several tokens": ([("a", {"prompt_tokens": 5, "completion_tokens": n}) for n in (1, 3, 2, 3)], Usage(5, 9)),
+    "the same at the end": ([("a", None)] * 3 + [("", {"prompt_tokens": 5, "completion_tokens": 9})] * 4, Usage(5, 9)),
+    "prompt first": ([("", {"input_tokens": 5, "output_tokens": 1}), ("a", None), ("", {"output_tokens": 9})], Usage(5, 9)),
+    "the model's whole answer once": ([("abc", {"prompt_tokens": 5, "completion_tokens": 9})], Usage(5, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_reports_of_parts_and_of_all_so_far_are_told_apart(name: str) -> None:
+    """vLLM and xAI report what was used so far, Cloudflare what one event used."""
+    events, usage = PARTS[name]
+    reader = ReplyReader()
+    for text, reported in events:
+        data = {"choices": [{"index": 0, "delta": {"content": text}}]}
+        reader.event(msgspec.json.encode(data if reported is None else {**data, "usage": reported}))
+    assert reader.completion(None).usage == usage

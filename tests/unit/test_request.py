@@ -57,15 +57,15 @@ def named(name):
 @example(first=named(1), second=named(True), theirs=PLAIN, ours=PLAIN)  # equal in Python, but not in JSON
 def test_the_short_look_never_sees_a_lane_that_the_long_one_does_not(first, second, theirs, ours):
     read, other = read_messages(first, theirs), read_messages(second, ours)
-    if read is None:
+    if isinstance(read, str):
         return
-    text = short_look(spec_of(first[:-1], theirs, read[0]), second, ours)
-    assert text is None or other == (read[0], text)
+    text = short_look(spec_of(read[2][:-1], theirs, read[0]), second, ours)
+    assert text is None or other[:2] == (read[0], text)
 
 
 def test_the_short_look_sees_the_usual_lane():
     first = ask("one")
-    key, _ = read_messages(first, PLAIN)
+    key, _, _ = read_messages(first, PLAIN)
     assert short_look(spec_of(first[:-1], PLAIN, key), ask("two"), PLAIN) == "two"
 
 

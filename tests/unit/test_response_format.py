@@ -89,16 +89,19 @@ def test_a_given_schema_shares_no_key_with_a_type_of_the_same_schema() -> None:
     assert answer_type(response_format=given_schema(kind.schema)).key != kind.key
 
 
+CLOSED = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+
+
 @pytest.mark.parametrize(
     ("word", "strict"), [({}, True), ({"strict": None}, True), ({"strict": True}, True), ({"strict": False}, False)]
 )
 def test_only_a_false_strict_forbids_to_enforce_a_given_schema(word, strict) -> None:
-    named = {"name": "answer", "schema": {"type": "object"}, **word}
+    named = {"name": "answer", "schema": CLOSED, **word}
     assert answer_type(response_format={"type": "json_schema", "json_schema": named}).strict is strict
 
 
 def test_what_must_not_be_enforced_shares_no_prompt_with_what_may() -> None:
-    strict = given_schema({"type": "object"})
+    strict = given_schema(CLOSED)
     loose = {"type": "json_schema", "json_schema": {**strict["json_schema"], "strict": False}}
     for _ in range(2):
         one, other = answer_type(response_format=strict), answer_type(response_format=loose)

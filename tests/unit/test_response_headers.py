@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from microbatch.messages import Limits
 from microbatch.testing.quota import go_duration
-from microbatch.transports.response_headers import duration, read_limits
+from microbatch.transports.response_headers import duration, read_limits, stated_wait
 
 
 @each(
@@ -91,3 +91,23 @@ def test_what_does_not_tell_what_remains_tells_nothing(headers):
 def test_what_cannot_be_read_is_left_out():
     headers = {"x-ratelimit-remaining-tokens": "17.9", "x-ratelimit-limit-tokens": "?", "x-ratelimit-reset-tokens": "?"}
     assert read_limits(headers) == Limits(remaining_tokens=17)
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds"),
+    [
+        (b'{"retryDelay": "3.5s"}', 3.5),
+        (b'{"metadata":{"raw":"{\\"retryDelay\\": \\"7s\\"}"}}', 7),
+        (b'{"metadata":{"retry_after_seconds": 12}}', 12),
+        (b'{"retry_after_ms": 500}', 0.5),
+        (b"Please try again in 6m0s. Visit", 360),
+        (b"Please try again in 20ms.", 0.02),
+        (b"Please retry after 26 seconds.", 26),
+        (b"Please retry in 31.66s.", 31.66),
+        (b"Try again in 2 minutes", 120),
+        (b"retryDelay: soon, try again in a moment", None),
+        (b"", None),
+    ],
+)
+def test_the_wait_that_a_body_asks_for(body, seconds):
+    assert stated_wait(body) == seconds

@@ -201,6 +201,38 @@ def test_a_schema_in_the_callers_own_words_gives_the_same_text_in_a_batch_and_al
 def test_json_object_without_a_schema_still_gives_an_object():
     text = say(SimulatedModel(), single("Answer in JSON.", response_format={"type": "json_object"}))
     assert list(json.loads(text)) == ["answer"]
+    model = SimulatedModel(answer=lambda text, schema: {"said": text})
+    assert json.loads(say(model, single("JSON?", response_format={"type": "json_object"}))) == {"said": "JSON?"}
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [({"type": "function", "function": {"name": "look"}}, "stop"), ("required", "tool_calls"), ("any", "tool_calls")],
+)
+def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(choice, reason):
+    model = SimulatedModel()
+    reply = model.reply(model.read({**single("How many?"), "tools": [TOOL], "tool_choice": choice}))
+    assert (reply.tool, reply.finish_reason) == ("look", reason)
+    assert isinstance(json.loads(reply.pieces.text)["n"], int)
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", None])
+def test_a_tool_that_may_be_called_is_not(choice):
+    model = SimulatedModel()
+    reply = model.reply(model.read({**single("How many?"), "tools": [TOOL], "tool_choice": choice}))
+    assert (reply.tool, reply.finish_reason) == (None, "stop")
+
+
+def test_a_tool_that_is_not_there_is_refused():
+    choice = {"type": "function", "function": {"name": "other"}}
+    with pytest.raises(EndpointError, match="not found"):
+        SimulatedModel().read({**single("How many?"), "tools": [TOOL], "tool_choice": choice})
 
 
 def test_a_text_in_parts_is_read_as_one():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Literal
 
-import msgspec
 import pydantic
 import pytest
 from helpers import each
@@ -14,6 +13,7 @@ from output_types import ALL_TYPES, Colour, Level, Product, nodes
 
 from microbatch.errors import ConfigError
 from microbatch.schema.answer_type import answer_type
+from microbatch.schema.optional import as_asked
 from microbatch.schema.strict import to_strict
 from microbatch.schema.validate import WELL_FORMED, misfit
 
@@ -52,16 +52,17 @@ def test_choices_keep_the_order_they_were_written_in() -> None:
     assert answer_type(Level).schema == {"enum": [3, 1], "type": "integer"}
     mixed = answer_type(Literal["b", None, 2]).schema  # noqa: PYI061
     assert mixed == {"enum": ["b", None, 2], "type": ["null", "integer", "string"]}
-    assert answer_type(Product).schema["properties"]["colour"]["enum"] == ["red", "blue", "amber"]
+    assert answer_type(Product).schema["properties"]["colour"]["anyOf"][0]["enum"] == ["red", "blue", "amber"]
 
 
-def test_what_was_optional_is_required_and_words_beside_a_reference_survive() -> None:
+def test_what_was_optional_may_be_null_and_words_beside_a_reference_survive() -> None:
     schema = answer_type(Product).schema
     assert list(schema["properties"]) == ["title", "unitPrice", "tags", "colour", "level", "maker", "default", "kind"]
     assert schema["properties"]["title"] == {"type": "string"}  # a field may bear the name of a keyword
-    assert schema["properties"]["default"] == {"type": "integer"}
-    assert schema["properties"]["kind"]["description"] == "the shelf"
-    assert schema["properties"]["kind"]["type"] == "object"
+    assert schema["properties"]["default"] == {"anyOf": [{"type": "integer"}, {"type": "null"}]}
+    assert schema["required"] == list(schema["properties"])
+    kind, null = schema["properties"]["kind"]["anyOf"]
+    assert (kind["description"], kind["type"], null) == ("the shelf", "object", {"type": "null"})
     # From Python 3.13 on the compiler dedents docstrings.
     assert schema["description"].split() == ["A", "product.", "As", "in", "the", "catalogue."]
 
@@ -83,15 +84,19 @@ def test_a_described_recursive_field_stays_a_plain_reference(output_type) -> Non
 
 
 class Endless(Struct):
-    inner: Endless | UnsetType = UNSET
+    inner: Endless
 
 
 class EndlessList(Struct):
-    inner: Annotated[list[EndlessList], Meta(min_length=1)] = msgspec.field(default_factory=list)
+    inner: Annotated[list[EndlessList], Meta(min_length=1)]
 
 
 class EndlessModel(pydantic.BaseModel):
-    inner: tuple[int, EndlessModel] = None
+    inner: tuple[int, EndlessModel]
+
+
+class Optional(Struct):
+    inner: Optional | UnsetType = UNSET
 
 
 class Fine(Struct):
@@ -109,6 +114,7 @@ def test_a_choice_that_could_never_end_beside_one_that_can_is_accepted() -> None
 
 
 def test_a_recursion_that_can_stop_is_accepted() -> None:
+    assert answer_type(Optional).decode('{"inner":{"inner":null}}')[0] == Optional(Optional())
     assert answer_type(Fine).decode('{"inner":[{"inner":[]}]}')[0] == Fine([Fine([])])
 
 
@@ -128,9 +134,9 @@ def test_old_pydantic_spells_a_described_reference_with_all_of() -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"allOf": [{"$ref": "#/$defs/A"}], "description": "d", "default": None}},
-        "$defs": {"A": {"type": "object", "properties": {"x": {"type": "integer", "title": "X"}}}},
+        "$defs": {"A": {"type": "object", "properties": {"x": {"type": "integer", "title": "X"}}, "required": ["x"]}},
     }
-    assert to_strict(schema)["properties"]["a"] == {
+    assert as_asked(to_strict(schema))["properties"]["a"]["anyOf"][0] == {
         "type": "object",
         "properties": {"x": {"type": "integer"}},
         "required": ["x"],

@@ -112,7 +112,7 @@ BREAKS = [
     (None, {"oneOf": [{"type": "integer"}]}, "$: fits 0 of oneOf"),
     (1, {"allOf": [{"type": "integer"}, {"minimum": 3}]}, "$: minimum"),
     ("x", {"not": {"type": "string"}}, "$: fits what it must not"),
-    ({"value": 1, "next": {"value": "2", "next": None}}, NODE, "$.next: fits none of anyOf"),
+    ({"value": 1, "next": {"value": "2", "next": None}}, NODE, "$.next.value: wrong type"),
     (1, {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}}, "$: wrong type"),
     (1, {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}, "minimum": 2}, "$: minimum"),
     ("ab", {"minLength": 3}, "$: minLength"),

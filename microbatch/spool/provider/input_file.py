@@ -22,14 +22,17 @@ from microbatch.batching.request import check_messages, read_messages, spec_of
 from microbatch.errors import ConfigError, StorageError
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES, item_line
+from microbatch.prompt.message_forms import copy_of
+from microbatch.prompt.parameters import HARMLESS
 from microbatch.spool.payload import Payload
 from microbatch.spool.provider.api import ENDPOINT
 from microbatch.spool.records import Name, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 
     from microbatch.batching.request import Options
+    from microbatch.messages import Messages
     from microbatch.policy import FlushPolicy
     from microbatch.spool.records import Delivery
     from microbatch.transports.chat_wire import BatchWire
@@ -92,6 +95,7 @@ class Asked(msgspec.Struct):
     Attributes:
         key: Equal keys may share a prompt; None if the request is sent alone.
         line: Its text as a line of a prompt; b"" if it cannot be combined.
+        texts: Its messages as a combined prompt has them.
     """
 
     delivery: Delivery
@@ -99,6 +103,7 @@ class Asked(msgspec.Struct):
     options: Options
     key: Hashable = None
     line: bytes = b""
+    texts: Messages = ()
 
     @property
     def stage(self) -> Stage:
@@ -110,7 +115,7 @@ class Draft:
     """A job that is being composed; `token` is its unique name."""
 
     def __init__(self) -> None:
-        self.token = secrets.token_hex(8)
+        self.token: str = secrets.token_hex(8)
         self.lines: list[Line] = []
         self.deliveries: list[Delivery] = []
         self._rows: list[bytes] = []
@@ -140,17 +145,20 @@ def _byte_count(text: str) -> int:
     return len(text.encode())
 
 
-def read(delivery: Delivery) -> Asked:
-    """Read a spooled request; raise `StorageError` if it is damaged, and `ConfigError` if it cannot be sent."""
+def read(delivery: Delivery, harmless: Collection[str] = HARMLESS) -> Asked:
+    """Read a spooled request; raise `StorageError` if it is damaged, and `ConfigError` if it cannot be sent.
+
+    Parameters other than the *harmless* keep it alone.
+    """
     payload = Payload.decode(delivery.item.payload)
-    options = payload.options(delivery.item.name.tenant)
+    options = payload.options(delivery.item.name.tenant, harmless)
     check_messages(payload.messages)
-    shared = read_messages(payload.messages, options) if options.combinable else None
-    if shared is None:
+    shared = read_messages(payload.messages, options) if options.combinable else ""
+    if isinstance(shared, str):
         return Asked(delivery, payload.messages, options)
-    key, text = shared
+    key, text, texts = shared
     line = item_line(text)
-    return Asked(delivery, payload.messages, options, key if len(line) <= MAX_COUNTED_CHARS else None, line)
+    return Asked(delivery, payload.messages, options, key if len(line) <= MAX_COUNTED_CHARS else None, line, texts)
 
 
 class Composer:
@@ -161,6 +169,7 @@ class Composer:
         self._codec = ChatCodec(canary=canary)
         self._bounds = Bounds(wire.model, canary=canary)
         self._policy, self._estimates = policy, Estimates(_byte_count, self._bounds, canary=canary)
+        self._harmless = HARMLESS.union(policy.combine_params)
 
     async def drafts(self, deliveries: Sequence[Delivery]) -> tuple[list[Draft], list[Rejected]]:
         """Return the jobs for *deliveries*, at least one per model, and the requests that cannot be sent, with the reasons.
@@ -192,7 +201,7 @@ class Composer:
         rejected: list[Rejected] = []
         for number, delivery in enumerate(deliveries, 1):
             try:
-                asked = read(delivery)
+                asked = read(delivery, self._harmless)
             except (ConfigError, StorageError) as error:
                 rejected.append((delivery, str(error)))
             else:
@@ -207,7 +216,7 @@ class Composer:
         if len(lane) == 1:
             yield lane
             return
-        spec = spec_of(lane[0].messages[:-1], lane[0].options)
+        spec = spec_of(lane[0].texts[:-1], lane[0].options)
         budget = self._estimates.budget(self._policy, spec, LaneHistory())
         size = max(1, budget.size // 2) if lane[0].stage is Stage.HALF else budget.size
         batch: list[Asked] = []
@@ -228,7 +237,8 @@ class Composer:
             call = self._codec.compose_alone(options, options.answer, messages)
             return self._wire.body(call), [], None
         lines = [each.line for each in batch]
-        combined = self._codec.compose(options, messages[:-1], lines, self._bound(options, len(batch)))
+        shared = copy_of(batch[0].texts[:-1])
+        combined = self._codec.compose(options, shared, lines, self._bound(options, len(batch)))
         return self._wire.body(combined.call), combined.ids, combined.canary
 
     def _bound(self, options: Options, items: int) -> int | None:

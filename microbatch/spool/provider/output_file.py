@@ -21,6 +21,7 @@ from microbatch.prompt.outcome import complaint, ending
 from microbatch.spool.endpoint import ENOUGH, Cause, cause_of, may_refuse_all
 from microbatch.spool.payload import Answer
 from microbatch.spool.provider.input_file import read
+from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -91,7 +92,7 @@ class Results:
         self.tied = tied
         self.answers: list[tuple[Delivery, bytes]] = []
         self.open: dict[Why, list[Delivery]] = {}
-        self.usage = Usage()
+        self.usage: Usage = Usage()
         self.cost_usd: float | None = 0.0
         self._content = content
         self._wire = wire
@@ -196,10 +197,16 @@ class Results:
         usages = _usages(completion.usage, line, texts)
         now = time.time()  # noqa: TID251 answers outlive processes
         for at, text in texts.items():
+            shape, body = asked[at].options.answer, completion.body
+            if line.ids:
+                body = None
+                if shape.tool is not None:
+                    reason, members = shape.tool.finish_reason, shape.tool.call(text)
+                    body = completion_object(None, model=completion.model, finish_reason=reason, members=members)
             answer = Answer(
                 text=text,
                 answered_at=now,
-                is_json=not asked[at].options.answer.is_text,
+                is_json=not shape.is_text and shape.form is None,
                 route="batch" if line.ids else "single",
                 batch_size=len(line.names),
                 model=completion.model or model,
@@ -207,7 +214,7 @@ class Results:
                 request_id=completion.request_id,
                 usage=usages[at],
                 cost_usd=None if price is None else price(usages[at]) * DISCOUNT,
-                body=None if line.ids else completion.body,
+                body=body,
             )
             self.answers.append((asked[at].delivery, answer.encode()))
 

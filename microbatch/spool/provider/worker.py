@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from microbatch.spool.records import Delivery, Spool
     from microbatch.transports.chat_wire import BatchWire
 
-logger = logging.getLogger("microbatch")
+logger: Final = logging.getLogger("microbatch")
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ class ProviderBatches(SpoolWorker):
         whole(1, max_requests=max_requests, max_jobs=max_jobs)
         pause = Pause("no new batch job", first=poll_interval, longest=LONGEST_PAUSE)
         super().__init__(spool, pause, lease=lease, until_empty=until_empty)
-        self.done = Tally(progress)
+        self.done: Tally = Tally(progress)
         self._api = api
         self._composer = Composer(wire, policy or FlushPolicy(), canary=canary)
         self._results = partial(Results, wire=wire, price=price)

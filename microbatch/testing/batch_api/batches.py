@@ -50,7 +50,7 @@ class BatchModel(SimulatedModel):
         if isinstance(self.batch_expires, float) and self.batch_expires > 1:
             wanted = "a whole number of lines or a share up to 1.0"
             raise ConfigError(f"batch_expires must be {wanted}, got {self.batch_expires!r}")
-        self.batch_lines = 0
+        self.batch_lines: int = 0
 
     def charge(self, body: Mapping[str, Any], key: str, tokens: int = 0) -> Limits | None:
         """Charge a request as `SimulatedModel.charge` does; the line of a batch costs nothing."""

@@ -1,0 +1,156 @@
+"""Checks the arguments of constructors against their annotations, so that a wrong one is a `ConfigError` that names it."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import math
+import numbers
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, wraps
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, cast
+
+from microbatch.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AtLeast:
+    """In an `Annotated` number: the smallest value."""
+
+    minimum: float
+
+
+Count: TypeAlias = Annotated[int, AtLeast(1)]
+Seconds: TypeAlias = Annotated[float, AtLeast(0)]
+
+_KINDS: dict[object, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    int: (lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool), "a whole number"),
+    float: (
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value),
+        "a number",
+    ),
+    str: (lambda value: isinstance(value, str), "a string"),
+}
+"""The test and the name of types that are more, or less, than the instances of a class."""
+
+
+def checks_arguments(init: F) -> F:
+    """Return an `__init__` that first checks its arguments against their annotations.
+
+    Raises:
+        ConfigError: One does not fit; the message names it.
+    """
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            given = {}  # Python says it better
+        check_given(init, given)
+        init(*args, **kwargs)
+
+    return cast("F", wrapper)
+
+
+def check_given(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Check the arguments *given* of *function* by name; raise `ConfigError` if one does not fit."""
+    parameters = inspect.signature(function).parameters
+    for name, hint in hints_of(function).items():
+        if name in given:
+            several = parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            for value in given[name] if several else (given[name],):
+                check(name, value, hint)
+
+
+def check_fields(instance: object) -> None:
+    """Check the fields of a dataclass or a Struct against their annotations; raise `ConfigError` if one does not fit."""
+    kind: Any = type(instance)
+    hints = hints_of(kind)
+    for name in getattr(kind, "__struct_fields__", None) or [field.name for field in dataclasses.fields(kind)]:
+        check(name, getattr(instance, name), hints[name])
+
+
+@cache
+def hints_of(annotated: Any) -> dict[str, Any]:
+    """Return the types of the arguments of a function, or of the fields of a class; `Any` where a name is known to checkers only."""
+    hints: dict[str, Any] = {}
+    for each in reversed(annotated.__mro__) if isinstance(annotated, type) else [annotated]:
+        names = {**vars(collections.abc), **vars(sys.modules[each.__module__])}
+        for name, hint in getattr(each, "__annotations__", {}).items():
+            try:
+                hints |= typing.get_type_hints(_Holder({name: hint}), names, include_extras=True)
+            except NameError:
+                hints[name] = Any
+    hints.pop("return", None)
+    return hints
+
+
+class _Holder:
+    def __init__(self, annotations: dict[str, Any]) -> None:
+        self.__annotations__ = annotations
+
+
+def check(name: str, value: object, hint: Any) -> None:
+    """Check that *value* fits the type *hint*; raise `ConfigError` that names *name* if not."""
+    wanted = _lack(value, hint)
+    if wanted is not None:
+        words = isinstance(value, str) and ("number" in wanted or wanted.startswith("one of"))
+        known = value is None or isinstance(value, numbers.Number) or words  # any other text may be a key
+        shown = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        wanted = wanted if wanted.startswith("have ") else f"be {wanted}"
+        raise ConfigError(f"{name} must {wanted}, got {repr(value) if known else shown}")
+
+
+def _lack(value: Any, hint: Any) -> str | None:
+    """Return what is wanted if *value* does not fit *hint*, else None."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        lack = _lack(value, args[0])
+        for rule in args[1:]:
+            if isinstance(rule, AtLeast) and (lack == "a number" or (lack is None and value < rule.minimum)):
+                return f"a number of at least {rule.minimum}"
+        return lack
+    if origin in (Union, types.UnionType):
+        lacks = [_lack(value, each) for each in args]
+        if None in lacks:
+            return None
+        return " or ".join(lack for each, lack in zip(args, lacks, strict=True) if lack and each is not types.NoneType)
+    if origin is Literal:
+        known = any(value == each and type(value) is type(each) for each in args)
+        return None if known else f"one of {', '.join(map(repr, args))}"
+    kind = origin or hint
+    if kind in (Any, object) or isinstance(kind, TypeVar):
+        return None
+    if kind in (None, types.NoneType):
+        return None if value is None else "None"
+    if kind in (collections.abc.Callable, Callable):
+        return None if callable(value) else "a function"
+    if kind in _KINDS:
+        test, words = _KINDS[kind]
+        return None if test(value) else words
+    return _lack_of_class(value, kind, args)
+
+
+def _lack_of_class(value: Any, kind: type, args: tuple[Any, ...]) -> str | None:
+    words = f"{'an' if kind.__name__[0] in 'AEIO' else 'a'} {kind.__name__}"
+    fits = isinstance(value, kind) and not isinstance(value, type)
+    if issubclass(kind, Collection) and kind is not tuple:
+        fits = fits and (not isinstance(value, str | bytes) or kind in (str, bytes))
+        words = f"a {kind.__name__.lower()}" + (" of strings" if args in ((str,), (str, str)) else "")
+        if fits and args and not issubclass(kind, Mapping):
+            fits = all(_lack(each, args[0]) is None for each in value)
+        elif fits and args == (str, str):
+            fits = all(isinstance(name, str) and isinstance(each, str) for name, each in value.items())
+    elif getattr(kind, "_is_protocol", False):
+        methods = [f"{name}()" for name in vars(kind) if not name.startswith("_") and callable(getattr(kind, name))]
+        words = f"have {', '.join(methods[:-1])} and {methods[-1]}"
+    return None if fits else words
