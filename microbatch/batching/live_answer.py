@@ -26,9 +26,9 @@ class LiveAnswer:
     """
 
     def __init__(self, *, streamed: bool) -> None:
-        self.streamed = streamed
-        self.alone = False
-        self.begun = False
+        self.streamed: bool = streamed
+        self.alone: bool = False
+        self.begun: bool = False
         self._events: list[bytes] = []
         self._changed = asyncio.Event()
         self._ticket: Ticket | None = None

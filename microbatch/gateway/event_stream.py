@@ -41,8 +41,8 @@ class EventStream:
 
     def __init__(self, request: web.Request, relay: Relay, *, include_usage: bool) -> None:
         self.response: web.StreamResponse | None = None
-        self.relayed = False
-        self.told_usage = False
+        self.relayed: bool = False
+        self.told_usage: bool = False
         self._request = request
         self._relay = relay
         self._include_usage = include_usage

@@ -55,7 +55,7 @@ class Upstream:
     """
 
     def __init__(self, address: str, query: Mapping[str, str] | None = None) -> None:
-        self.base_url = address
+        self.base_url: str = address
         self._serves_azure = False  # whether clients' paths of Azure are paths of the upstream, too
         try:
             parts = urlsplit(address)

@@ -24,11 +24,13 @@ from microbatch.transports.chat_wire import can_stream
 from microbatch.transports.lenient import as_object
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
     from typing_extensions import TypeForm
 
     from microbatch.messages import Messages, Priority, Reply, T
+    from microbatch.openai.compatible import RawResponse
     from microbatch.openai.objects import FunctionCall
     from microbatch.openai.stream import AsyncStream
 
@@ -374,8 +376,8 @@ class RawCompletions:
     """The methods of `Completions` with raw responses."""
 
     def __init__(self, completions: Completions) -> None:
-        self.create = raw(completions.create)
-        self.parse = raw(completions.parse)
+        self.create: Callable[..., Awaitable[RawResponse[ChatCompletion[None] | AsyncStream]]] = raw(completions.create)
+        self.parse: Callable[..., Awaitable[RawResponse[ChatCompletion[Any]]]] = raw(completions.parse)
 
 
 def _body(options: Mapping[str, Any], **fields: Any) -> dict[str, Any]:

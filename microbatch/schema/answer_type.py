@@ -59,7 +59,8 @@ class AnswerType:
     def __init__(
         self, compiled: Schema, decode: Decoder, kind: Kind, *, strict: bool = True, form: AskedForm | None = None
     ) -> None:
-        self.schema = schema = as_asked(compiled) if kind == "typed" else compiled
+        schema = as_asked(compiled) if kind == "typed" else compiled
+        self.schema: Schema = schema
         self.form: AskedForm | None = form
         self.tool: ForcedTool | None = None if form is None else form.tool
         self.decode = decode

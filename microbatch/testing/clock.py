@@ -57,7 +57,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self._now = 0.0
-        self.working = 0
+        self.working: int = 0
         super().__init__(_JumpingSelector(self))
 
     def time(self) -> float:

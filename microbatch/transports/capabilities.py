@@ -81,7 +81,7 @@ class _Entry:
     def __init__(self) -> None:
         self.general: _RungState = _RungState()
         self.schemas: LRU[bytes, _RungState] = LRU(MAX_SCHEMAS)
-        self.plain = _RungState()  # calls without a schema
+        self.plain: _RungState = _RungState()  # calls without a schema
         self.unsupported: set[str] = set()
         self.works: set[str] = set()  # fields that were sent with calls that were answered
         self.joins_hint: bool = False
