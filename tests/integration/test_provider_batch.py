@@ -481,6 +481,9 @@ async def test_a_crash_before_anything_is_recorded_leaves_the_requests_to_others
     dying = ProviderBatches(Dead(), site.api(), BatchWire(MODEL, where="x"), lease=0.1)
     with pytest.raises(Crash):
         await dying.submit_some()
+    async with asyncio.timeout(PATIENCE):
+        while (await site.spool.counts()).leased:  # else the next worker may find a part of them free
+            await asyncio.sleep(0.01)
     await drained(site.worker())
     await site.answers(names)
     assert site.endpoint.batches_created == 1
