@@ -482,7 +482,7 @@ async def test_a_crash_before_anything_is_recorded_leaves_the_requests_to_others
     with pytest.raises(Crash):
         await dying.submit_some()
     async with asyncio.timeout(PATIENCE):
-        while (await site.spool.counts()).leased:  # else the next worker may find a part of them free
+        while (await site.spool.counts()).leased:  # noqa: ASYNC110 else the next worker may find a part of them free
             await asyncio.sleep(0.01)
     await drained(site.worker())
     await site.answers(names)
