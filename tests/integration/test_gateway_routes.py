@@ -231,7 +231,7 @@ async def test_what_only_the_endpoint_can_judge_is_relayed(field):
         (b'{"content": "\\\\ud800 \\ud83d\\ude00 \\udc00"}', "byte 34 is half of a surrogate pair"),
         (b'{"content": "a\xed\xa0\x80"}', "byte 14 is no UTF-8, but half of a surrogate pair"),
         (b'{"content": "\xe9"}', "byte 13 is no UTF-8"),
-        (b'{"model": "m",}', "byte 14: "),
+        (b'{"model": "m" "x"}', "byte 14: "),
         (b'{"model": "m"', "byte 13: "),
         (b"", "byte 0: "),
         (b"[1]", "a JSON object, and is of type list"),
