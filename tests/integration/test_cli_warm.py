@@ -20,7 +20,7 @@ from microbatch.cli.main import main
 from microbatch.cli.simulated import SimulatedChat
 from microbatch.testing import Faults
 
-pytestmark = pytest.mark.usefixtures("here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 SIMULATED = (*QUESTION, "--system", "Sort.", "--labels", "home,other", "--simulate")
 FEW_AT_A_TIME = ("--max-batch-size", "4", "--max-concurrent-batches", "1")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from microbatch.testing.reading import Prompt
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [f"Product: thing number {number}\nIt is green, and somewhat useful. 日本 🧿" for number in range(16)]
 IDS = [f"{number}bcd{'fghjkmnpqrstvwxz'[number - 1]}f" for number in range(1, 17)]
 COLOUR = {"enum": ["red", "green", "blue"]}

@@ -9,6 +9,8 @@ from aiohttp import web
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def upstream():

@@ -15,6 +15,8 @@ import microbatch as mb
 from microbatch.gateway import GatewaySettings
 from microbatch.openai import AsyncOpenAI
 
+pytestmark = pytest.mark.slow
+
 USAGE = {
     "prompt_tokens": 5,
     "completion_tokens": 50,

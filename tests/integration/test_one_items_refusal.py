@@ -15,6 +15,8 @@ from microbatch.errors import AuthFailed, BadRequest, Filtered, MalformedAnswer,
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 60.0
 POISON = "poison"
 TYPED = Literal["A!", "B!", "C!", "POISON!"]

@@ -21,6 +21,8 @@ import microbatch as mb
 from microbatch.openai import AsyncOpenAI
 from microbatch.testing import Latency, SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-canary-0123456789"
 PATIENCE = 20.0
 OTHER_KEY = "canary0123456789"  # of no known form

@@ -12,6 +12,8 @@ from strict_rules import violations
 import microbatch as mb
 from microbatch.testing import SimulatedEndpoint
 
+pytestmark = pytest.mark.slow
+
 
 def ask(number: int) -> list[dict[str, str]]:
     return [{"role": "system", "content": "Extract."}, {"role": "user", "content": f"text {number}"}]

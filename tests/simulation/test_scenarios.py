@@ -16,6 +16,8 @@ from simulation.invariants import breaches
 from simulation.scenario import TROUBLE, draw
 from simulation.world import play
 
+pytestmark = pytest.mark.slow
+
 SCENARIOS = 1_600
 SLICE = 200
 
