@@ -123,8 +123,8 @@ def _lack(value: Any, hint: Any) -> str | None:
         lacks = [_lack(value, each) for each in args]
         if None in lacks:
             return None
-        known = [lack for each, lack in zip(args, lacks, strict=True) if lack and each is not types.NoneType]
-        return " or ".join(dict.fromkeys(known))
+        wanted = [lack for each, lack in zip(args, lacks, strict=True) if lack and each is not types.NoneType]
+        return " or ".join(dict.fromkeys(wanted))
     if origin is Literal:
         known = any(value == each and type(value) is type(each) for each in args)
         return None if known else f"one of {', '.join(map(repr, args))}"
