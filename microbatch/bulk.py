@@ -19,9 +19,9 @@ import msgspec
 
 from microbatch.batching.request import check_messages, rank_of
 from microbatch.batching.ticket import NO_CONTEXT, NORMAL, UNSHARED, CallerOptions, FlushReason
+from microbatch.checking import as_seconds
 from microbatch.errors import BatcherClosed, ShutDown
 from microbatch.messages import Request, Result
-from microbatch.policy import as_seconds
 
 if TYPE_CHECKING:
     from microbatch.batching.engine import Engine

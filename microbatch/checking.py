@@ -1,4 +1,4 @@
-"""Checks the arguments of constructors against their annotations, so that a wrong one is a `ConfigError` that names it."""
+"""Checks the arguments of constructors against their annotations, and those of methods one by one: a wrong one is a `ConfigError`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class AtLeast:
 
 Count: TypeAlias = Annotated[int, AtLeast(1)]
 Seconds: TypeAlias = Annotated[float, AtLeast(0)]
+Positive: TypeAlias = Annotated[float, AtLeast(0.001)]
 
 _KINDS: dict[object, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "True or False"),
@@ -155,3 +156,49 @@ def _lack_of_class(value: Any, kind: type, args: tuple[Any, ...]) -> str | None:
         methods = [f"{name}()" for name in vars(kind) if not name.startswith("_") and callable(getattr(kind, name))]
         words = f"have {', '.join(methods[:-1])} and {methods[-1]}"
     return None if fits else words
+
+
+# --- single arguments
+
+
+def at_least(minimum: float, *, optional: bool = True, **settings: float | None) -> None:
+    """Check that numbers, given by name, are at least *minimum*, or None if *optional*.
+
+    Raises:
+        ConfigError: One is no number, is NaN or is below the minimum.
+    """
+    for name, value in settings.items():
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or value < minimum:
+            raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
+
+
+def as_seconds(name: str, value: float | None) -> float | None:
+    """Return a caller's number of seconds, of any class, as a float; raise `ConfigError` if it is none or negative."""
+    settings: dict[str, Any] = {name: value}
+    at_least(0, **settings)
+    return None if value is None else float(value)
+
+
+def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> None:
+    """Check that whole numbers, given by name, are at least *minimum*, or None if *optional*.
+
+    Raises:
+        ConfigError: One is no int or is below the minimum.
+    """
+    for name, value in settings.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise ConfigError(f"{name} must be a whole number, got {value!r}")
+    at_least(minimum, optional=optional, **settings)
+
+
+def one_of(kind: object, **settings: str | None) -> None:
+    """Check that strings, given by name, are values of the `Literal` *kind*; None is allowed.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for name, value in settings.items():
+        if value is not None and value not in typing.get_args(kind):
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, typing.get_args(kind)))}, got {value!r}")

@@ -15,9 +15,9 @@ from microbatch.batching.live_answer import LiveAnswer
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
-from microbatch.checking import checks_arguments
+from microbatch.checking import as_seconds, at_least, checks_arguments, whole
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy, as_seconds, at_least, whole
+from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
 from microbatch.spool.payload import Payload

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     import typing_extensions as future
 
@@ -112,6 +112,13 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 Messages: TypeAlias = "Sequence[Mapping[str, Any] | Message]"
 
 
+def texts_of(content: object) -> Iterator[str]:
+    """Yield the texts of a message's content: a text, or those of its parts that have one."""
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        if isinstance(part, dict) and isinstance(text := part.get("text"), str):
+            yield text
+
+
 class Request(msgspec.Struct, Generic[Output_co]):
     """An item of `Microbatcher.map`: messages, and any options of `submit`. Its type argument is that of the answer.
 
@@ -145,7 +152,7 @@ Requests: TypeAlias = "Source[Request[Any] | Messages]"
 
 
 class _Waiting:
-    """What of a reply is no field, and so is not encoded, copied or pickled: the function that waits for its call, for `settled`."""
+    """Base of `Reply` with the function that waits for its call. It is no field, so that it is not encoded, copied or pickled."""
 
     __slots__ = ("_wait",)
     _wait: Callable[[], Awaitable[object]] | None

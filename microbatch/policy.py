@@ -1,12 +1,10 @@
-"""Settings: when requests are combined, retried and asked again. And the validation of single arguments."""
+"""Settings: when requests are combined, retried and asked again."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Collection  # noqa: TC003 the flags of the command line are made from it
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Final, Literal
 
 from microbatch.checking import AtLeast, Count, Seconds, check_fields
 from microbatch.errors import ConfigError
@@ -15,49 +13,6 @@ WhenFull = Literal["wait", "reject", "bypass"]
 Idle = Literal["flush", "wait"]
 Resolve = Literal["stream", "verified"]
 Merge = Literal["always", "when-cheaper"]
-
-
-def at_least(minimum: float, *, optional: bool = True, **settings: float | None) -> None:
-    """Check that numbers, given by name, are at least *minimum*, or None if *optional*.
-
-    Raises:
-        ConfigError: One is no number, is NaN or is below the minimum.
-    """
-    for name, value in settings.items():
-        if value is None and optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or value < minimum:
-            raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
-
-
-def as_seconds(name: str, value: float | None) -> float | None:
-    """Return a caller's number of seconds, of any class, as a float; raise `ConfigError` if it is none or negative."""
-    settings: dict[str, Any] = {name: value}
-    at_least(0, **settings)
-    return None if value is None else float(value)
-
-
-def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> None:
-    """Check that whole numbers, given by name, are at least *minimum*, or None if *optional*.
-
-    Raises:
-        ConfigError: One is no int or is below the minimum.
-    """
-    for name, value in settings.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-            raise ConfigError(f"{name} must be a whole number, got {value!r}")
-    at_least(minimum, optional=optional, **settings)
-
-
-def one_of(kind: object, **settings: str | None) -> None:
-    """Check that strings, given by name, are values of the `Literal` *kind*; None is allowed.
-
-    Raises:
-        ConfigError: One is not.
-    """
-    for name, value in settings.items():
-        if value is not None and value not in get_args(kind):
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -209,7 +209,7 @@ class Intake:
         if bypass:
             return AloneReason.BYPASS
         if alone is None and not self._fits(ticket, lane):
-            self._note_alone(
+            self._note_sent_alone(
                 lane,
                 f"too long to share a prompt (max_batch_tokens={self._policy.max_batch_tokens}, "
                 f"max_prompt_tokens={self._policy.max_prompt_tokens}, {MAX_LINE_BYTES} bytes)",
@@ -234,7 +234,7 @@ class Intake:
             return AloneReason.HIGH
         if history.suspended_for or self._policy.merge == "always" or self._lanes.pays(lane, lane.budget.size):
             return None
-        self._note_alone(lane, "not cheaper together")
+        self._note_sent_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER
 
     def _fits(self, ticket: Ticket, lane: Lane) -> bool:
@@ -242,7 +242,7 @@ class Intake:
         room = lane.budget.tokens - ID_TOKENS
         return len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= room or ticket.count(self._given.count) <= room)
 
-    def _note_alone(self, lane: Lane, why: str) -> None:
+    def _note_sent_alone(self, lane: Lane, why: str) -> None:
         lane.history.alone += 1
         if lane.history.alone == _ALONE_WARNING:
             logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)

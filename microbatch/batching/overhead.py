@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.messages import Usage
+from microbatch.messages import Usage, texts_of
 from microbatch.prompt.compose import ALPHABET, USUAL_TOKENS, instruction
 
 if TYPE_CHECKING:
@@ -220,10 +220,7 @@ def message_tokens(messages: Iterable[Mapping[str, Any]], count: Callable[[str],
     """Return the tokens of the texts of *messages* and of the chat template around them; of long texts an estimate."""
     total = _PRIMING_TOKENS
     for message in messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        texts = [part.get("text") for part in parts if isinstance(part, dict)]
-        total += _MESSAGE_TOKENS + sum(estimate(text, count) for text in texts if isinstance(text, str))
+        total += _MESSAGE_TOKENS + sum(estimate(text, count) for text in texts_of(message.get("content")))
     return total
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 import msgspec
 
 from microbatch.batching.ticket import NORMAL, Spec
+from microbatch.checking import one_of, whole
 from microbatch.errors import ConfigError
 from microbatch.messages import Message, Priority
-from microbatch.policy import one_of, whole
 from microbatch.prompt.codec import Settings
 from microbatch.prompt.compose import is_combined
 from microbatch.prompt.message_forms import COMBINED, as_texts, copy_of, encoded, plainly
@@ -60,11 +60,6 @@ class Options(Settings, frozen=True):
     tenant: str | None = None
     rank: int = NORMAL
     cold: bool = False
-
-    @property
-    def combinable(self) -> bool:
-        """Whether the options allow a shared prompt."""
-        return not self.alone
 
 
 def read_options(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from microbatch.caching.entry import DEFAULT_TTL, checked_values
 from microbatch.caching.key import SECRET_BYTES
-from microbatch.checking import Seconds, checks_arguments
+from microbatch.checking import Count, Positive, Seconds, checks_arguments
 from microbatch.errors import StorageError
 from microbatch.protocols import Cache
 from microbatch.storage.redis import RedisStore, milliseconds, results_of, translated
@@ -45,8 +45,8 @@ class RedisCache(RedisStore, Cache):
         *,
         ttl: Seconds | None = DEFAULT_TTL,
         prefix: str = "microbatch:",
-        timeout: float = 5.0,
-        max_connections: int = 16,
+        timeout: Positive = 5.0,
+        max_connections: Count = 16,
     ) -> None:
         super().__init__(url, prefix=prefix, timeout=timeout, max_connections=max_connections)
         self.ttl = ttl

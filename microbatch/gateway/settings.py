@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal
 
-from microbatch.checking import AtLeast, Count, check_fields
-
-Positive: TypeAlias = Annotated[float, AtLeast(0.001)]
+from microbatch.checking import Count, Positive, check_fields
 
 Streams = Literal["auto", "combine", "relay"]
 

@@ -39,7 +39,7 @@ class Place(msgspec.Struct, frozen=True):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What is added to the headers of a call that goes to another path than the usual one; see `ChatCall.headers`."""
+        """Additions to `ChatCall.headers`: the path, if it is not the usual one."""
         return {} if self.path == CHAT_COMPLETIONS else {":path": self.path}
 
 
@@ -73,7 +73,7 @@ class Upstream:
         """Return where *request* goes.
 
         Raises:
-            GatewayError: Nowhere.
+            GatewayError: No such path is served.
         """
         raw, query = request.rel_url.raw_path, request.rel_url.raw_query_string
         prefix = next((prefix for prefix in (API, AZURE) if raw.startswith(prefix)), None)

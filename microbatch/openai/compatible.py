@@ -1,6 +1,6 @@
-"""What frameworks use of the SDK's client beside `create` and `parse`: raw responses, `models`, and the SDK's classes.
+"""The parts of the SDK's client that frameworks use beside `create` and `parse`: raw responses, `models`, and the SDK's classes.
 
-Frameworks look at more than they need: some check with `isinstance` for classes of the SDK, some call it by its lower methods.
+Some frameworks check for classes of the SDK with `isinstance`, some call lower methods of the client.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Models:
         return ModelList(self.retrieve(""))
 
     async def retrieve(self, model: str) -> Object:
-        """Return what the endpoint says of *model*."""
+        """Return the endpoint's description of *model*."""
         return Object(await read_json(self._batcher, f"/models/{model}".rstrip("/"), self._headers))
 
 

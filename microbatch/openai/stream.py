@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
+from microbatch.checking import at_least
 from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
-from microbatch.policy import at_least
 from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import has_failed, read_failure, read_fault, to_error

@@ -36,7 +36,7 @@ _scalar_run = re.compile(f"{_SCALAR_CHAR}++").match
 _scalar = re.compile(SCALAR).fullmatch
 _space = re.compile(SPACE).match
 
-# What may come next. In a string, what follows it is remembered beside it.
+# States, named by the token that may come next. In a string, the state after it is kept beside it.
 _VALUE, _VALUE_OR_END, _KEY, _KEY_OR_END, _COLON, _COMMA_OR_END, _STRING = range(7)
 
 _CLOSING = {"{": "}", "[": "]"}

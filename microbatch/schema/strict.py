@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Orders = dict[frozenset[tuple[type, Any]], list[Any]]
 
-# What decoding does without, and what would only lengthen the prompt.
+# Keywords that decoding does not need and that would only lengthen the prompt.
 _DROPPED = frozenset({"default", "title", "discriminator", "uniqueItems"})
 _NULL = {"type": "null"}
 
@@ -54,7 +54,7 @@ class _Cleaning:
     def __init__(self, root: Schema, orders: Orders) -> None:
         self._root = root
         self._orders = orders
-        # What tells the members of a union apart is always there.
+        # The property that tells the members of a union apart is always present.
         self._tags = {node["discriminator"].get("propertyName") for node in nodes(root) if "discriminator" in node}
 
     def cleaned(self, node: Schema) -> Schema:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.checking import Count, Seconds, checks_arguments
+from microbatch.checking import Count, Positive, Seconds, checks_arguments
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.records import (
     KEEP,
@@ -79,7 +79,7 @@ class RedisSpool(RedisStore, Spool):
         keep: Seconds = KEEP,
         max_alone: Count = MAX_ALONE,
         prefix: str = "microbatch:spool:",
-        timeout: float = 5.0,
+        timeout: Positive = 5.0,
         allow_eviction: bool = False,
     ) -> None:
         super().__init__(url, prefix=prefix, timeout=timeout, max_connections=_MAX_CONNECTIONS)

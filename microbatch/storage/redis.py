@@ -7,7 +7,6 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import ConfigError, MicrobatchError, StorageError
-from microbatch.policy import at_least, whole
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -17,7 +16,7 @@ _LONGEST: Final = 100 * 365 * 86_400.0  # seconds; the server refuses times that
 
 
 class RedisStore:
-    """Base of a store on a Redis server; `RedisCache` documents the arguments.
+    """Base of a store on a Redis server; `RedisCache` documents the arguments, and checks them.
 
     The client's defaults retry ten times with five seconds each (58.9 s for a server that accepts and never answers), and raise when
     all connections of the pool are in use. Here nothing is retried, and callers wait for a connection without a limit of its own: each
@@ -25,10 +24,6 @@ class RedisStore:
     """
 
     def __init__(self, url: str, *, prefix: str, timeout: float, max_connections: int) -> None:
-        at_least(0.001, timeout=timeout)
-        whole(1, max_connections=max_connections)
-        if not isinstance(prefix, str):
-            raise ConfigError(f"prefix must be a str, got {prefix!r}")
         self._url = url
         self._prefix = prefix
         self._timeout = timeout

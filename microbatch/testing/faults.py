@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, get_args
 
-from microbatch.checking import check_fields
+from microbatch.checking import AtLeast, Seconds, check_fields, one_of
 from microbatch.errors import ConfigError
-from microbatch.policy import at_least, one_of, whole
 from microbatch.testing.answers import json_types, resolve
 from microbatch.testing.reading import EndpointError
 
@@ -82,11 +81,11 @@ class Faults:
 
     kinds: Kind | Sequence[Kind]
     _: KW_ONLY
-    rate: float = 0.2
+    rate: Annotated[float, AtLeast(0)] = 0.2
     on: On = "combined"
     seed: int = 0
-    limit: int | None = None
-    retry_after: float | None = 0.1
+    limit: Annotated[int, AtLeast(0)] | None = None
+    retry_after: Seconds | None = 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -95,9 +94,6 @@ class Faults:
             raise ConfigError("kinds must name at least one fault")
         for kind in kinds:
             one_of(Kind, kinds=kind)
-        one_of(On, on=self.on)
-        whole(0, limit=self.limit)
-        at_least(0, rate=self.rate, retry_after=self.retry_after)
         if self.rate > 1:
             raise ConfigError(f"rate must be at most 1, got {self.rate!r}")
 

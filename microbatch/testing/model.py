@@ -10,11 +10,10 @@ import asyncio
 import json
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from microbatch.checking import check_fields
+from microbatch.checking import AtLeast, Count, check_fields
 from microbatch.messages import Usage
-from microbatch.policy import one_of, whole
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import NO_FAULT, REFUSAL, WHITESPACE, Element, Fault, Faults
@@ -110,10 +109,10 @@ class SimulatedModel:
     faults: Faults | None = None
     quota: Quota | None = None
     obey: bool = False
-    context_tokens: int | None = None
-    max_output_tokens: int | None = None
-    reasoning_tokens: int = 0
-    indent: int | None = None
+    context_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    reasoning_tokens: Annotated[int, AtLeast(0)] = 0
+    indent: Annotated[int, AtLeast(0)] | None = None
     json_schema: Fails = "ok"
     json_object: Accepts = "ok"
     max_tokens_name: MaxTokensName | None = None
@@ -127,12 +126,6 @@ class SimulatedModel:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        one_of(Fails, json_schema=self.json_schema)
-        one_of(Accepts, json_object=self.json_object)
-        one_of(MaxTokensName, max_tokens_name=self.max_tokens_name)
-        one_of(StreamOptions, stream_options=self.stream_options)
-        whole(1, context_tokens=self.context_tokens, max_output_tokens=self.max_output_tokens)
-        whole(0, reasoning_tokens=self.reasoning_tokens, indent=self.indent)
         self.calls: int = 0
         self.combined_calls: int = 0
         self.single_calls: int = 0

@@ -6,10 +6,9 @@ import asyncio
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from microbatch.checking import check_fields
-from microbatch.policy import at_least
+from microbatch.checking import AtLeast, Seconds, check_fields
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -31,13 +30,12 @@ class Latency:
         ConfigError: A number is negative.
     """
 
-    first_token: float | None = 0.5
-    tokens_per_second: float | None = 80.0
-    element: float | None = None
+    first_token: Seconds | None = 0.5
+    tokens_per_second: Annotated[float, AtLeast(0)] | None = 80.0
+    element: Seconds | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        at_least(0, first_token=self.first_token, tokens_per_second=self.tokens_per_second, element=self.element)
 
     def thinking(self, hidden: int) -> float:
         """Return the seconds from a request's arrival until a model has thought *hidden* tokens; 0 if it does not think."""

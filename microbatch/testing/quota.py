@@ -11,10 +11,9 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from microbatch.checking import check_fields
+from microbatch.checking import Count, check_fields
 from microbatch.errors import ConfigError
 from microbatch.messages import Limits
-from microbatch.policy import whole
 from microbatch.testing.reading import EndpointError
 
 WINDOW = 60.0
@@ -38,12 +37,11 @@ class Quota:
         ConfigError: Both are None, or one is below 1.
     """
 
-    rpm: int | None = None
-    tpm: int | None = None
+    rpm: Count | None = None
+    tpm: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        whole(1, rpm=self.rpm, tpm=self.tpm)
         if self.rpm is None and self.tpm is None:
             raise ConfigError("a Quota needs rpm or tpm")
 

@@ -88,7 +88,7 @@ class Prompt(msgspec.Struct):
 
     @property
     def typed(self) -> bool:
-        """Whether answers are JSON of a schema."""
+        """True if answers are JSON of a schema."""
         return self.schema is not None and not self.as_text
 
 

@@ -27,9 +27,8 @@ KEY_TIMEOUT: Final = 30.0
 def environment_key(base_url: str) -> str | None:
     """Return OPENAI_API_KEY if it may be sent to *base_url*: to OpenAI's hosts, and to OPENAI_BASE_URL's, set with it."""
     scheme, host = _origin(base_url)
-    own = scheme == "https" and f".{host}".endswith(
-        f".{host_and_port(DEFAULT_BASE_URL)}"
-    )  # there are hosts of regions, too
+    # OpenAI has hosts of regions, too.
+    own = scheme == "https" and f".{host}".endswith(f".{host_and_port(DEFAULT_BASE_URL)}")
     beside = os.environ.get("OPENAI_BASE_URL")
     return os.environ.get("OPENAI_API_KEY") if own or (beside and _origin(beside) == (scheme, host)) else None
 

@@ -11,6 +11,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import BadRequest, ConfigError, ServerError
+from microbatch.messages import texts_of
 from microbatch.protocols import ChatCall
 from microbatch.transports.capabilities import Capabilities, Plan, Rung
 from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error
@@ -80,10 +81,7 @@ def _insert(hint: str, messages: list[Mapping[str, Any]], *, joined: bool) -> No
 
 def _mentions_json(messages: list[Mapping[str, Any]]) -> bool:
     """Return whether the word is in the messages; without it OpenAI and DeepSeek answer json_object with a 400."""
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents for part in (content if is_array(content) else [{"text": content}])]
-    texts = [as_object(part).get("text") for part in parts]
-    return any(isinstance(text, str) and "json" in text.lower() for text in texts)
+    return any("json" in text.lower() for message in messages for text in texts_of(message.get("content")))
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import ssl as tls
 import urllib.request
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from microbatch.errors import ConfigError
-from microbatch.policy import at_least, whole
 from microbatch.transports.addresses import checked_address, host_and_port
+
+if TYPE_CHECKING:
+    import ssl as tls
 
 
 class Connection:
-    """Settings of the connections to *base_url*; the others are described at `OpenAIChat`.
+    """Settings of the connections to *base_url*; the others are described at `OpenAIChat`, which checks their types and ranges.
 
     Attributes:
         where: What errors call the endpoint: host and port, or the path of the socket.
@@ -37,13 +39,7 @@ class Connection:
         connect_timeout: float,
         max_header_bytes: int,
     ) -> None:
-        at_least(0.001, optional=False, connect_timeout=connect_timeout)
-        whole(1, optional=False, max_connections=max_connections, max_header_bytes=max_header_bytes)
-        if not isinstance(ssl, bool | tls.SSLContext | None):
-            raise ConfigError("ssl must be an ssl.SSLContext, a bool or None")
-        if not isinstance(trust_env, bool):
-            raise ConfigError("trust_env must be True or False")
-        if not isinstance(uds, str | os.PathLike | None) or uds == "":
+        if uds == "":
             raise ConfigError("uds must be the path of a Unix socket, or None")
         if uds is not None and (proxy is not None or not base_url.startswith("http://")):
             raise ConfigError("uds needs a base_url with http://, and no proxy")

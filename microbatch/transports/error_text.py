@@ -1,4 +1,4 @@
-"""What an error's text repeats of an endpoint's words: without keys, without what they quote of the prompt, and not much of it."""
+"""The part of an endpoint's words that stands in the text of an error: cut, without keys, and without quotations of the prompt."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import mask
-from microbatch.transports.lenient import as_object, is_array
+from microbatch.messages import texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 MAX_CHARS: Final = 300
 _QUOTE: Final = 12  # characters in common with the prompt from which on they count as a quotation of it
@@ -43,7 +43,7 @@ def shown(message: str, secrets: Iterable[str], asked: Iterable[Any]) -> str:
 
 def prompt_of(asked: Iterable[Any]) -> str:
     """Return the texts in the contents of messages on one line, as far as quotations of them are looked for."""
-    return " ".join(" ".join(_texts(asked)).split())[:_MAX_PROMPT]
+    return " ".join(" ".join(text for content in asked for text in texts_of(content)).split())[:_MAX_PROMPT]
 
 
 def _without(message: str, prompt: str) -> str:
@@ -61,11 +61,3 @@ def _without(message: str, prompt: str) -> str:
         kept += [message[done:start], _ELLIPSIS]
         done = end
     return "".join([*kept, message[done:]])
-
-
-def _texts(contents: Iterable[Any]) -> Iterator[str]:
-    for content in contents:
-        for part in content if is_array(content) else [{"text": content}]:
-            text = as_object(part).get("text")
-            if isinstance(text, str):
-                yield text

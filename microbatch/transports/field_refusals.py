@@ -86,7 +86,7 @@ _BAD_REPLY: Final = re.compile(
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """What a refusal is about.
+    """The subject of a refusal.
 
     Attributes:
         fields: Fields that were sent and are not taken, by name.
@@ -121,7 +121,7 @@ class _Words:
 
 
 def read_fields(fault: Fault, sent: Iterable[str], call: ChatCall, *, streams: bool, bound: int) -> Refusal:
-    """Return what *fault* is about.
+    """Return the subject of *fault*, the refusal of *call*.
 
     Args:
         fault: The refusal.

@@ -170,7 +170,7 @@ class StaleConnection(aiohttp.ServerDisconnectedError):
 
 
 class _Use:
-    """Whether a request went out on a connection that was open before."""
+    """The connection that a request went out on; *reused* if it was open before."""
 
     reused = False
 

@@ -15,9 +15,8 @@ from weakref import WeakSet
 
 import msgspec
 
-from microbatch.checking import checks_arguments
+from microbatch.checking import Count, Positive, Seconds, checks_arguments
 from microbatch.errors import AuthFailed, ConfigError
-from microbatch.policy import at_least, one_of
 from microbatch.transports.addresses import (
     CHAT_COMPLETIONS,
     DEFAULT_BASE_URL,
@@ -111,27 +110,22 @@ class OpenAIChat:
         base_url: str | None = None,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
-        timeout: float = 600.0,
-        idle_timeout: float = 60.0,
-        max_connections: int = 100,
+        timeout: Positive = 600.0,
+        idle_timeout: Positive = 60.0,
+        max_connections: Count = 100,
         proxy: str | None = None,
         ssl: tls.SSLContext | bool | None = None,
         stream: bool | None = None,
-        stream_interval: float = 0.05,
+        stream_interval: Seconds = 0.05,
         thoughts: Thoughts = "strip",
         structured: Structured | None = None,
         stream_options: Mapping[str, Any] | bool | None = None,
-        first_timeout: float | None = None,
-        connect_timeout: float = 10.0,
-        max_header_bytes: int = 65_536,
+        first_timeout: Positive | None = None,
+        connect_timeout: Positive = 10.0,
+        max_header_bytes: Count = 65_536,
         trust_env: bool = False,
         uds: str | os.PathLike[str] | None = None,
     ) -> None:
-        at_least(0.001, optional=False, timeout=timeout, idle_timeout=idle_timeout)
-        at_least(0.001, first_timeout=first_timeout)
-        at_least(0, optional=False, stream_interval=stream_interval)
-        one_of(Thoughts, thoughts=str(thoughts))
-        one_of(Structured, structured=structured)
         self.base_url: str
         self.base_url, self._key = _endpoint(base_url, api_key, local=uds is not None)
         self.model = model

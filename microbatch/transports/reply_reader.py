@@ -104,7 +104,7 @@ class ReplyReader:
 
     @property
     def lack(self) -> str:
-        """What is wrong with a reply that is not `answering`."""
+        """The fault of a reply that is not `answering`, in words."""
         return "the answer has no choices" if self.spoke else "the answer is no chat completion"
 
     def event(self, data: bytes, *, torso: bool = False) -> str | Fault:

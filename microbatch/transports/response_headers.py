@@ -1,4 +1,4 @@
-"""What responses say of rate limits and waiting: the headers `x-ratelimit-*`, `retry-after` and its variants, words in the body."""
+"""Rate limits and waits that responses name: the headers `x-ratelimit-*`, `retry-after` and its variants, words in the body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What frameworks use of the SDK's client beside `create` and `parse`, and that ours passes for it."""
+"""The parts of the SDK's client that frameworks use beside `create` and `parse`, and the type checks that ours has to pass."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def read(delivery: Delivery, harmless: Collection[str] = HARMLESS) -> Asked:
     payload = Payload.decode(delivery.item.payload)
     options = payload.options(delivery.item.name.tenant, harmless)
     check_messages(payload.messages)
-    shared = read_messages(payload.messages, options) if options.combinable else ""
+    shared = "" if options.alone else read_messages(payload.messages, options)
     if isinstance(shared, str):
         return Asked(delivery, payload.messages, options)
     key, text, texts = shared

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
+from microbatch.checking import at_least, whole
 from microbatch.errors import BadRequest, RateLimited, RequestFailed, StorageError
 from microbatch.messages import Usage
-from microbatch.policy import FlushPolicy, at_least, whole
+from microbatch.policy import FlushPolicy
 from microbatch.spool.endpoint import Cause, Pause, wait
 from microbatch.spool.provider.api import is_ambiguous
 from microbatch.spool.provider.input_file import Composer, Content

@@ -7,12 +7,12 @@ import contextlib
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
+from microbatch.checking import AtLeast, Count, Seconds
 from microbatch.errors import ConfigError
-from microbatch.policy import at_least, whole
 from microbatch.testing.batch_api.batch import OVER, Batch, check_request
 from microbatch.testing.batch_api.input_file import InputError, Line, read_lines
 from microbatch.testing.model import SimulatedModel
@@ -39,14 +39,12 @@ _BYTES_A_TOKEN: Final = 4
 class BatchModel(SimulatedModel):
     """A simulated model that answers the lines of batches too; its options are those of `SimulatedEndpoint`."""
 
-    batch_seconds: float = 0.0
-    batch_expires: float = 0
-    batch_tokens: int | None = None
+    batch_seconds: Seconds = 0.0
+    batch_expires: Annotated[float, AtLeast(0)] = 0
+    batch_tokens: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(0, batch_seconds=self.batch_seconds, batch_expires=self.batch_expires)
-        whole(1, batch_tokens=self.batch_tokens)
         if isinstance(self.batch_expires, float) and self.batch_expires > 1:
             wanted = "a whole number of lines or a share up to 1.0"
             raise ConfigError(f"batch_expires must be {wanted}, got {self.batch_expires!r}")
