@@ -224,17 +224,24 @@ class Worker(SpoolWorker):
         """Serve *stage* until it has nothing more to do, or its turn is over; return whether it had anything."""
         batcher, most = self._batchers[stage]
         served = False
-        async for result in batcher.map(self._requests(stage, most), max_pending=most):
-            served = True
-            delivery = self._held.get(result.id or "")
-            if delivery is not None:
-                await self._take_result(delivery, result)
-                if self._control is not None or len(self._doubtful) == len(self._held):
-                    await self._decide()
-        await self._decide()
+        try:
+            async for result in batcher.map(self._requests(stage, most), max_pending=most):
+                served = True
+                delivery = self._held.get(result.id or "")
+                if delivery is not None:
+                    await self._take_result(delivery, result)
+                    if self._control is not None or len(self._doubtful) == len(self._held):
+                        await self._decide()
+            await self._decide()
+        except Exception:
+            await self._stored()  # the answers are paid for
+            raise
+        await self._stored()
+        return served
+
+    async def _stored(self) -> None:
         if self._stores:
             await asyncio.wait(self._stores)
-        return served
 
     async def _requests(self, stage: Stage, most: int) -> AsyncIterator[Request]:
         """Yield the requests of *stage*. While some are under way, wait for more."""
@@ -318,8 +325,7 @@ class Worker(SpoolWorker):
             logger.warning("answers could not be stored, and will be asked for again (%d): %s", len(results), error)
         else:
             self.done.add(answered=len(results))
-        finally:
-            self._drop(delivery for delivery, _ in results)
+        self._drop(delivery for delivery, _ in results)  # not if cancelled: then they are given back
         return [None] * len(results)
 
     async def _give_back(self, deliveries: list[Delivery], error: str, *, counted: bool) -> None:
@@ -329,8 +335,7 @@ class Worker(SpoolWorker):
             await self._spool.give_back(deliveries, error=error, counted=counted)
         except StorageError as problem:
             logger.warning("requests could not be given back, and are free when their leases expire: %s", problem)
-        finally:
-            self._drop(deliveries)
+        self._drop(deliveries)
         self.done.add(**{"failed" if counted else "returned": len(deliveries)})
 
     async def _let_go(self) -> None:
