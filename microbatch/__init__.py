@@ -12,6 +12,7 @@ cli             the command `microbatch`
 testing         scripted transports, a simulated endpoint, virtual time
 """
 
+from microbatch.accounting.audits import Audited, AuditedSize
 from microbatch.accounting.events import Called, Flushed, Settled
 from microbatch.accounting.otel import OpenTelemetryHooks
 from microbatch.accounting.prices import Price, genai_prices
@@ -51,7 +52,7 @@ from microbatch.errors import (
     TruncatedReply,
 )
 from microbatch.messages import Limits, Message, Reply, Request, Result, Usage
-from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import Cache, ChatCall, Completion, Transport
 from microbatch.spool.records import Spool
 from microbatch.spool.redis import RedisSpool
@@ -64,13 +65,13 @@ __all__ = [  # noqa: RUF022 grouped by subject
     # asking
     "Message", "Microbatcher", "Reply", "Request", "Result", "Usage",
     # settings
-    "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
+    "AuditPolicy", "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
     # transports
     "ChatCall", "Completion", "Limits", "OpenAIChat", "Transport",
     # caches and spools
     "Cache", "MemoryCache", "RedisCache", "RedisSpool", "SQLiteCache", "SQLiteSpool", "Spool", "TieredCache", "Warmed",
     # accounting
-    "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "Stats", "genai_prices",
+    "Audited", "AuditedSize", "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "Stats", "genai_prices",
     # errors: of settings and state
     "BatcherClosed", "ConfigError", "IdConflict", "MicrobatchError", "Overloaded", "StorageError",
     # errors: of accepted requests

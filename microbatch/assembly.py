@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -17,6 +18,7 @@ from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.admission import AdmissionQueue
+from microbatch.batching.audits import Audits
 from microbatch.batching.bounds import Bounds
 from microbatch.batching.dependencies import Dependencies
 from microbatch.batching.dispatch import Dispatcher
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.prices import Price
     from microbatch.messages import Usage
-    from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+    from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
     from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
     from microbatch.spool.records import Spool
@@ -66,6 +68,7 @@ class Settings:
     tokens: Callable[[str], int] | Literal["bytes"] | None
     hooks: Sequence[object]
     draw_ids: Callable[[int], Sequence[str]]
+    audit: AuditPolicy | None
 
 
 class Assembly:
@@ -123,8 +126,20 @@ class Assembly:
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
         codec = ChatCodec(settings.draw_ids, canary=canary, keep_thoughts=keep_thoughts)
         dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
+        self.audits: Audits | None = None
+        if settings.audit is not None:
+            self.audits = Audits(
+                given,
+                settings.audit,
+                getattr(transport, "base_url", ""),
+                dispatcher=dispatcher,
+                singles=singles,
+                draw=random.Random(),  # noqa: S311 no secret: it chooses what is audited
+                correct=None,
+            )
+            lanes.kind_of = self.audits.kind_of
         self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
-        self.engine: Engine = Engine(given, lanes, singles, dispatcher)
+        self.engine: Engine = Engine(given, lanes, singles, dispatcher, self.audits)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -157,6 +172,7 @@ class Assembly:
         return ledger.snapshot(
             retries_denied=ledger.retries_denied + self.sender.unpaid,
             queued=self.admission.occupied,
+            audit=() if self.audits is None else tuple(self.audits.figures()),
             in_flight=self.scheduler.in_use,
             spool_depth=None if spooled is None else spooled.depth,
             spool_dead=None if spooled is None else spooled.dead,
@@ -264,7 +280,7 @@ class Host:
         def begin() -> None:
             for part in (self._parts.cache, self._parts.spool):
                 for service in part.services if part is not None else ():
-                    self._engine.start_feeder(service)
+                    self._engine.start(service)
             if not ready.done():
                 ready.set_result(None)
 

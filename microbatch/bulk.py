@@ -89,7 +89,7 @@ class BulkRun:
     async def results(self) -> AsyncIterator[Result[Any]]:
         """Yield a `Result` for each request of the source."""
         if isinstance(self.source, AsyncIterable):
-            self.engine.start_feeder(functools.partial(self._feed, aiter(self.source)))
+            self.engine.start(functools.partial(self._feed, aiter(self.source)))
         else:
             self._sync = iter(self.source)
         self.engine.scheduler.watchers[self._check] = None

@@ -26,9 +26,17 @@ class AtLeast:
     minimum: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class AtMost:
+    """In an `Annotated` number: the largest value."""
+
+    maximum: float
+
+
 Count: TypeAlias = Annotated[int, AtLeast(1)]
 Seconds: TypeAlias = Annotated[float, AtLeast(0)]
 Positive: TypeAlias = Annotated[float, AtLeast(0.001)]
+Share: TypeAlias = Annotated[float, AtLeast(0), AtMost(1)]
 
 _KINDS: dict[object, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "True or False"),
@@ -119,6 +127,8 @@ def _lack(value: Any, hint: Any) -> str | None:
         for rule in args[1:]:
             if isinstance(rule, AtLeast) and (lack == "a number" or (lack is None and value < rule.minimum)):
                 return f"a number of at least {rule.minimum}"
+            if isinstance(rule, AtMost) and (lack == "a number" or (lack is None and value > rule.maximum)):
+                return f"a number of at most {rule.maximum}"
         return lack
     if origin in (Union, types.UnionType):
         lacks = [_lack(value, each) for each in args]

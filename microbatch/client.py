@@ -17,7 +17,7 @@ from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.checking import as_seconds, at_least, checks_arguments, whole
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy, RetryPolicy
+from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
 from microbatch.spool.payload import Payload
@@ -66,6 +66,7 @@ class Microbatcher:
             `Settled`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns is in the
             later events of that request. They are called on the event loop and have to be quick; what one raises is logged.
         draw_ids: Source of the random part of item ids; for tests.
+        audit: Measures what combining does to answers, and limits the size of batches by it; None audits nothing.
 
     Options of a request, the same for `submit`, `map` and `enqueue`:
         output_type: What the answer is decoded to: str, anything msgspec decodes, or a pydantic model.
@@ -105,6 +106,7 @@ class Microbatcher:
         tokens: Callable[[str], int] | Literal["bytes"] | None = None,
         hooks: Sequence[object] = (),
         draw_ids: Callable[[int], Sequence[str]] = draw_endings,
+        audit: AuditPolicy | None = None,
     ) -> None:
         self._policy = FlushPolicy() if policy is None else policy
         self._parts = parts = Assembly(
@@ -121,6 +123,7 @@ class Microbatcher:
                 tokens=tokens,
                 hooks=hooks,
                 draw_ids=draw_ids,
+                audit=audit,
             )
         )
         self._host = Host(parts)
@@ -129,6 +132,7 @@ class Microbatcher:
         self._admission = parts.admission
         self._settlement = parts.settlement
         self._cache = parts.cache
+        self.audits = parts.audits
 
     # --- life
 

@@ -56,6 +56,10 @@ class LRU(Generic[K, V]):
         value = self.get(key)
         return self.put(key, make()) if value is None else value
 
+    def values(self) -> list[V]:
+        """Return all values, the least recently used first."""
+        return [*self._values.values()]
+
     def oldest(self) -> tuple[K, V] | None:
         """Return the least recently used key and its value, or None."""
         return next(iter(self._values.items()), None)

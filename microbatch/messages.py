@@ -19,7 +19,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 Priority = Literal["high", "normal", "low"]  # by rank, the most urgent first
-Route = Literal["batch", "single", "fallback", "cache", "shared", "forward"]
+Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit"]
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -177,6 +177,7 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a single call. Of an answer in a combined call the same shape, without usage, if the request asks
             for the call of a tool; else None.
+        lane_kind: With an audit, names the kind of the lane in which the request waited, as `AuditedSize.kind` does; else None.
     """
 
     output: T_co
@@ -191,6 +192,7 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
     finish_reason: str | None = None
     request_id: str | None = None
     body: dict[str, Any] | None = None
+    lane_kind: str | None = None
 
     async def settled(self) -> Reply[T_co]:
         """Wait until `usage` and `cost_usd` are final, and return this reply.

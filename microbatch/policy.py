@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection  # noqa: TC003 the flags of the command line are made from it
+from collections.abc import Callable, Collection  # noqa: TC003 the flags of the command line are made from them
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from microbatch.checking import AtLeast, Count, Seconds, check_fields
+from microbatch.checking import AtLeast, Count, Seconds, Share, check_fields
 from microbatch.errors import ConfigError
 
 WhenFull = Literal["wait", "reject", "bypass"]
@@ -131,3 +131,41 @@ class FallbackPolicy:
     def early(self) -> bool:
         """True if callers are answered while the reply is still arriving."""
         return not self.canary and self.resolve != "verified"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditPolicy:
+    """How much of the traffic is audited, and what follows from it.
+
+    An item that was answered in a batch is asked alone later, at low priority, and once more if the two answers differ. The *excess* is
+    the share of answers that differ because of combining, beyond the model's disagreement with itself. Callers never wait for an audit,
+    and its tokens are among `Stats.unclaimed`. Not audited are repaired answers, answers from the cache, `warm` and provider batches.
+
+    Args:
+        rate: The share of items that is audited, at most one of each batch. "auto" is one of each batch until the size is decided,
+            within *max_overhead*, and 0.005 after a certificate.
+        max_excess: The largest excess that is accepted, above 0 and below 1.
+        same: Takes the output from the batch and the one alone, and returns whether they are the same; an error makes them
+            incomparable. None compares typed answers by their values, and texts of at most 64 characters but for case and white
+            space; longer texts are not comparable.
+        adapt: Whether the size of batches follows: it shrinks where the excess was found to be above *max_excess*, and grows back where
+            it was found to be below. False only reports.
+        max_overhead: The cost of audits with "auto", as a share of that of the calls of the same kind and size; 50 of each are asked in
+            any case.
+        audit_own_keys: Whether requests with a credential of their own in `headers` are audited too, at their callers' expense.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    rate: Literal["auto"] | Share = "auto"
+    max_excess: Share = 0.02
+    same: Callable[[Any, Any], bool] | None = None
+    adapt: bool = True
+    max_overhead: Annotated[float, AtLeast(0)] = 0.1
+    audit_own_keys: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.max_excess < 1:
+            raise ConfigError(f"max_excess must be above 0 and below 1, got {self.max_excess}")

@@ -12,11 +12,12 @@ from microbatch.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from microbatch.accounting.audits import Audited
     from microbatch.messages import Priority, Route, Usage
 
 logger: Final = logging.getLogger("microbatch")
 
-_METHODS: Final = ("on_submit", "on_flush", "on_call", "on_settle")
+_METHODS: Final = ("on_submit", "on_flush", "on_call", "on_settle", "on_audit")
 
 
 class Flushed(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +41,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     """The event of `on_call`: a call has ended, its repeated attempts included. What is None was not given, or is not known.
 
     Attributes:
-        route: "batch", "single" or "fallback".
+        route: "batch", "single", "fallback" or "audit".
         size: Number of requests.
         model: The model that answered, else the one asked for.
         requested_model: The model that the caller, else the transport, named.
@@ -105,7 +106,7 @@ class Listeners:
     """The hooks of a batcher. A method that no hook has is None here, so that its events need not be built.
 
     Args:
-        hooks: Objects with any of the methods `on_submit`, `on_flush`, `on_call` and `on_settle`.
+        hooks: Objects with any of the methods `on_submit`, `on_flush`, `on_call`, `on_settle` and `on_audit`.
 
     Attributes:
         submit: Returns what the hooks want to keep of a caller, called in the caller's context.
@@ -127,6 +128,7 @@ class Listeners:
         self.flush: Callable[[Flushed], None] | None = _sender(hooks, "on_flush")
         self.call: Callable[[Called], None] | None = _sender(hooks, "on_call")
         self.settle: Callable[[Settled], None] | None = _sender(hooks, "on_settle")
+        self.audit: Callable[[Audited], None] | None = _sender(hooks, "on_audit")
 
 
 def _sender(hooks: list[object], name: str) -> Callable[[Any], None] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.accounting.audits import AuditedSize  # noqa: TC001 the type of a field
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class _Figures(msgspec.Struct, kw_only=True):
     spool_dead: int | None = None
     spool_oldest: float | None = None
     alone_by_field: dict[str, int] = {}
+    audit: tuple[AuditedSize, ...] = ()
 
     @property
     def costs_more(self) -> bool:
@@ -90,7 +92,7 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         completion_tokens: Generated tokens that it reported.
         unreported_calls: Calls that ended without reporting tokens; nothing is added for them.
         cost_usd: Price of the reported tokens in US dollars; None if a model's price is unknown, or no call has reported any tokens.
-        unclaimed: The tokens that belong to no reply: of cancelled, failed or damaged requests.
+        unclaimed: The tokens that belong to no reply: of cancelled, failed or damaged requests, and of audits.
         unbatched_calls: Calls that the answered requests would have taken one by one.
         unbatched_prompt_tokens: Prompt tokens of those calls.
         unbatched_completion_tokens: Completion tokens of those calls.
@@ -113,6 +115,7 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         spool_oldest: Age in seconds of the oldest that is neither answered nor dead; None if there is none.
         alone_by_field: Requests that their form kept out of combined prompts, by the field or the kind of message that did: "seed",
             "messages: image part", "last message is not the user's"... A request with several such fields counts for each.
+        audit: What `Microbatcher(audit=)` has found, for each kind of lane and size of batches.
     """
 
     @property
@@ -141,8 +144,8 @@ def together(parts: Sequence[Stats]) -> Stats:
             totals[name] = sum(map(operator.mul, values, weights)) / (sum(weights) or 1)
         elif isinstance(values[0], dict):
             totals[name] = dict(sum(map(Counter[str], values), Counter[str]()))
-        elif isinstance(values[0], Usage):
-            totals[name] = sum(values, Usage())
+        elif isinstance(values[0], Usage | tuple):
+            totals[name] = sum(values, type(values[0])())
         elif not name.startswith("spool_"):  # the batchers may share one spool
             totals[name] = None if None in values else sum(values)
     return Stats(**totals)

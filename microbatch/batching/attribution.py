@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Ticket
+    from microbatch.prompt.demultiplexer import Answer
     from microbatch.protocols import Completion
 
 logger: Final = logging.getLogger("microbatch")
@@ -112,6 +113,14 @@ class UsageAttribution:
             _finish([ticket], completion)
         finish_cost(ticket, self._ledger)
 
+    def attribute_audit(self, call_cost: CallCost | None) -> None:
+        """Record the cost of an audit, which belongs to no reply."""
+        if call_cost is None:
+            self._ledger.unreported_calls += 1
+        else:
+            self._ledger.pay(call_cost.usage, Usage(), call_cost.price)
+            self._ledger.unclaimed += call_cost.usage
+
     def _book(self, tickets: Sequence[Ticket], call_cost: CallCost) -> None:
         """Book each ticket's share of an ended call: on its reply, on the ticket for later, or as unclaimed."""
         price = call_cost.price
@@ -187,3 +196,17 @@ def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
             reply.request_id = completion.request_id
             if completion.model is not None:
                 reply.model = completion.model
+
+
+def estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Usage:
+    """Return the usage of *ticket* until its call has ended: a token is about 4 bytes of English."""
+    usage = Usage((shared_chars + len(ticket.line)) // 4, answer_bytes // 4 + 1, 0, True)
+    if ticket.past is not None and ticket.past.usage is not None:
+        usage = ticket.past.usage + usage
+    return usage
+
+
+def measure(answers: Iterable[Answer], sizes: list[int]) -> None:
+    """Store in *sizes* how many bytes the text of each answer has."""
+    for position, (_, text) in answers:
+        sizes[position] = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))

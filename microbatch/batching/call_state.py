@@ -64,7 +64,12 @@ class CallState:
     )
 
     def __init__(
-        self, size: int, route: Route, sent: float, price: Callable[[Usage], float] | None, permit: Permit
+        self,
+        size: int,
+        route: Route,
+        sent: float,
+        price: Callable[[Usage], float] | None,
+        permit: Permit,
     ) -> None:
         self.waiting: int = size
         self.size: int = size
@@ -178,6 +183,7 @@ class Batch:
         instead: Whether it is made instead of a call whose bound was too low.
         repeated: Whether it was sent again as it is, after a cut that left nothing.
         bug: An error of handing out answers.
+        audited: The request whose answer is audited if the call gives one; None for none.
         answers: Answers found and not handed out yet.
         answer_bytes: The length of each answer so far.
     """
@@ -203,6 +209,7 @@ class Batch:
         self.bound: int | None = combined.call.bound
         self.early = self.tries = self.instead = self.repeated = False
         self.bug: BaseException | None = None
+        self.audited: Ticket | None = None
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""

@@ -6,12 +6,14 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from microbatch.batching.attribution import UsageAttribution
+import msgspec
+
+from microbatch.batching.attribution import UsageAttribution, estimated_usage, measure
 from microbatch.batching.call_state import Batch, CallState
 from microbatch.batching.events import called
 from microbatch.batching.ticket import AloneReason
 from microbatch.containment import contained
-from microbatch.errors import ConfigError, RequestFailed, StatusError
+from microbatch.errors import ConfigError, RequestFailed, ShutDown, StatusError
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
 from microbatch.transports.chat_wire import completion_object
@@ -33,6 +35,22 @@ if TYPE_CHECKING:
 
     Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
     Keep = Callable[[Sequence[tuple[Ticket, Usage]]], Awaitable[None]]  # `AnswerCache.keep`
+
+
+class AloneAnswer(msgspec.Struct, frozen=True):
+    """The answer to a request that was asked again alone.
+
+    Attributes:
+        text: The answer as the model wrote it; None if there is none that fits.
+        model: The model as the endpoint names it.
+        usage: The usage of the call; None if the endpoint has not reported it.
+        kept: Whether the call ended in such a way that its answer may be kept.
+    """
+
+    text: str | None
+    model: str | None
+    usage: Usage | None
+    kept: bool
 
 
 class Dispatcher:
@@ -145,7 +163,7 @@ class Dispatcher:
         self._note_text(call_state)
         answers = batch.reply.feed(text)
         if answers:
-            _measure(answers, batch.answer_bytes)
+            measure(answers, batch.answer_bytes)
             if not batch.answers:
                 # At the end of this turn: if it brings the end of the reply, its cost is known by then.
                 asyncio.get_running_loop().call_soon(self._answer_early, batch)
@@ -181,7 +199,7 @@ class Dispatcher:
         ledger.canaries_failed += not reply.trusted and how == "complete"
         ledger.late_duplicates += elements.late_duplicates
         ledger.unknown_ids += elements.unknown_ids
-        _measure(answers, batch.answer_bytes)
+        measure(answers, batch.answer_bytes)
         batch.answers += answers
         call_cost = self._cost(batch, completion)
         self._hand_out(batch, call_cost)
@@ -301,10 +319,40 @@ class Dispatcher:
         call_cost = self._attribution.cost(call_state, completion)
         if reply.error is None:
             answers, sizes = [(0, (reply.output, reply.text))], [0]
-            _measure(answers, sizes)
+            measure(answers, sizes)
             self._answer([ticket], answers, call_state, sizes, completion.body, call_cost)
         self._attribution.attribute_alone(ticket, completion, call_cost, history)
         return reply.error
+
+    async def ask_again(self, ticket: Ticket, permit: Permit) -> AloneAnswer:
+        """Ask for *ticket*, which has been answered, alone once more; its callers keep the answer they have.
+
+        Raises:
+            RequestFailed: There is no reply.
+            ConfigError: The transport cannot send the call.
+        """
+        spec, pieces = ticket.spec, list[str]()
+        call_state = CallState(1, "audit", self._now(), self._price(spec.model or self._default_model), permit)
+        call = self._codec.compose_alone(spec, ticket.answer, ticket.messages)
+
+        def on_cut(completion: Completion | None) -> bool:
+            pieces.clear()
+            self._attribution.attribute_audit(self._attribution.cost(call_state, completion))
+            return True
+
+        self._ledger.singles_by_reason[AloneReason.AUDIT] += 1
+        completion, error = None, None
+        try:
+            completion, error = await self._exchange(call_state, call, pieces.append, on_cut, None)
+            if completion is None:
+                raise error or ShutDown("the audit was given up")
+            self._attribution.attribute_audit(self._attribution.cost(call_state, completion))
+        finally:
+            call_state.end()
+            self._note_called(call_state, call, [ticket], completion, error)
+        reply = self._codec.read_alone(ticket.answer, completion, "".join(pieces), combinable=ticket.combinable)
+        text = reply.text if reply.error is None else None
+        return AloneAnswer(text, completion.model or spec.model, call_state.usage, completion.finish_reason == "stop")
 
     # --- both
 
@@ -397,6 +445,7 @@ class Dispatcher:
         limit = spec.max_tokens if size > 1 else None  # the endpoint enforces that of a single call
         price, shared_chars = call_state.price, spec.shared_chars // size
         route, sent, wait = call_state.route, call_state.sent, call_state.wait
+        kind = None if spec.kind is None else spec.kind.digest
         model, finish_reason, request_id, shares = spec.model or self._default_model, None, None, None
         if call_cost is not None:
             end, price, shares = call_cost.completion, call_cost.price, call_cost.shares
@@ -408,7 +457,7 @@ class Dispatcher:
             if shares is not None and ticket.past is None:
                 usage = shares[position]
             else:
-                usage = _estimated_usage(ticket, shared_chars, length)
+                usage = estimated_usage(ticket, shared_chars, length)
                 estimated += 1
             cost_usd = None if price is None else price(usage)
             waited, latency = sent - ticket.created, now - ticket.created
@@ -426,6 +475,7 @@ class Dispatcher:
                 finish_reason,
                 request_id,
                 body,
+                kind,
             )
             reply._wait = wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
@@ -436,14 +486,6 @@ class Dispatcher:
         return answered
 
 
-def _estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Usage:
-    """Return the usage of *ticket* until its call has ended: a token is about 4 bytes of English."""
-    usage = Usage((shared_chars + len(ticket.line)) // 4, answer_bytes // 4 + 1, 0, True)
-    if ticket.past is not None and ticket.past.usage is not None:
-        usage = ticket.past.usage + usage
-    return usage
-
-
 def _hand_back(tool: ForcedTool | None, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> None:
     """Hand the answers of a combined reply back as calls of *tool*, if that is what was asked for."""
     if tool is None:
@@ -451,9 +493,3 @@ def _hand_back(tool: ForcedTool | None, replies: Iterable[tuple[Ticket, Reply[An
     for _, reply in replies:
         members, reason = tool.call(reply.text), tool.finish_reason
         reply.body = completion_object(None, model=reply.model, finish_reason=reason, members=members)
-
-
-def _measure(answers: Iterable[Answer], sizes: list[int]) -> None:
-    """Store in *sizes* how many bytes the text of each answer has."""
-    for position, (_, text) in answers:
-        sizes[position] = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from microbatch.batching.admission import AdmissionQueue
+    from microbatch.batching.audits import Audits
     from microbatch.batching.call_state import Batch
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
@@ -63,6 +64,7 @@ class Engine:
         lanes: LaneTable,
         singles: SingleQueues,
         dispatcher: Dispatcher,
+        audits: Audits | None = None,
     ) -> None:
         self.admission: AdmissionQueue = given.admission
         self.scheduler: Scheduler = given.scheduler
@@ -75,6 +77,7 @@ class Engine:
         self._policy = given.policy
         self._ledger = given.ledger
         self._dispatcher = dispatcher
+        self._audits = audits
         self._tasks: TaskGroup
         self._close_asked: asyncio.Event
         self._grace: float | None = None
@@ -87,6 +90,8 @@ class Engine:
         try:
             async with anyio.create_task_group() as self._tasks:
                 self.scheduler.start(self._tasks, self._begin, self._do)
+                if self._audits is not None:
+                    self._audits.start(self.start, self.lanes.kind_changed)
                 ready()
                 await self._close_asked.wait()
                 with anyio.move_on_after(self._grace):
@@ -120,6 +125,8 @@ class Engine:
         self.closing, self.accepting_loop = True, None
         if admitted:
             self._grace = grace
+            if self._audits is not None:
+                self._audits.close()
             self.admission.close()
             self.lanes.flush(FlushReason.DRAIN)
             self._close_asked.set()
@@ -147,9 +154,9 @@ class Engine:
         for ticket in tickets:
             self.settlement.fail(ticket, error)
 
-    def start_feeder(self, feeder: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run *feeder* in the batcher's task group, in the context of its caller: it runs the caller's own code."""
-        self._tasks.start_soon(feeder)
+    def start(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine function in the batcher's task group, in the context of this call."""
+        self._tasks.start_soon(run)
 
     # --- work
 
@@ -170,9 +177,13 @@ class Engine:
                 self.singles.add(ticket, AloneReason.NOT_CHEAPER, lane.account)
             return None
         self._note_flush(tickets, reason if combined else self._why_alone(lane, reason))
+        if self._audits is not None and lane.spec.kind is not None:
+            self._audits.count(lane.spec.kind, len(tickets))
         with contained() as composing:
             if combined:
                 work.batch = self._dispatcher.compose(tickets, lane.history, permit)
+                if self._audits is not None:
+                    self._audits.sample(work.batch)
             lane.in_flight += 1
             lane.combined += combined
             return work
@@ -184,6 +195,8 @@ class Engine:
         if lane.history.consume_suspension():
             self.lanes.revise(lane)
             return AloneReason.NOT_CHEAPER
+        if lane.spec.kind is not None and lane.spec.kind.limit == 1:
+            return AloneReason.CONDEMNED
         return AloneReason.IDLE if reason == FlushReason.IDLE else AloneReason.NO_COMPANY
 
     def _note_flush(self, tickets: list[Ticket], reason: FlushReason | AloneReason) -> None:
@@ -223,6 +236,8 @@ class Engine:
 
     async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
         outcome = await self._dispatcher.batch(batch)
+        if self._audits is not None:
+            self._audits.call_ended(batch)
         batch.permit.finish()  # the calls of its recovery have permits of their own
         if outcome.ending == "complete" and not outcome.unanswered:
             batch.history.grow(outcome.asked, self._policy.max_batch_size)

@@ -192,11 +192,12 @@ class Estimates:
         """
         model = self._bounds.of(spec.model)
         reserve = output_reserve(spec.max_tokens) if spec.max_tokens else history.written
-        limits = [policy.max_output_tokens]
+        outputs = [policy.max_output_tokens]
         if spec.max_tokens is None:
-            limits += [limit for limit in (model.output, history.affordable) if limit is not None]
-        by_output = max(1, min(limits) // reserve)
-        size = min(policy.max_batch_size, history.batch_size or policy.max_batch_size)
+            outputs += [limit for limit in (model.output, history.affordable) if limit is not None]
+        by_output = max(1, min(outputs) // reserve)
+        limits = [policy.max_batch_size, history.batch_size, None if spec.kind is None else spec.kind.limit]
+        size = min(limit for limit in limits if limit is not None)
         preamble, tokens = self.preamble_tokens(spec.answer), policy.max_batch_tokens
         if policy.max_prompt_tokens is not None:
             shared = "".join(str(message["content"]) for message in spec.shared)

@@ -135,12 +135,14 @@ class Lane:
 
     @property
     def held(self) -> bool:
-        """True while the next batch, of bulk work, waits for one under way to show that combining is of use."""
-        if not self.combined or self.history.proven or self._fill == 1:
+        """True while the next batch, of bulk work, waits for those before it to show that combining is of use and does no harm."""
+        if self._fill == 1 or not (self.rank == LOW or self.live == self._bulk):
             return False
-        if self.combined < _AT_FIRST and not (self.model is not None and self.model.trying):
+        if self.spec.kind is not None and self.spec.kind.holds(self._fill):
+            return True
+        if not self.combined or self.history.proven:
             return False
-        return self.rank == LOW or self.live == self._bulk
+        return self.combined >= _AT_FIRST or (self.model is not None and bool(self.model.trying))
 
     @property
     def has_company(self) -> bool:

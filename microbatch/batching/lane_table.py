@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
@@ -22,10 +24,12 @@ from microbatch.batching.ticket import HIGH, LOW, NEVER, NO_CONTEXT, FlushReason
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
+    from microbatch.audit.lane_kind import LaneKind
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
+    from microbatch.batching.ticket import Spec
     from microbatch.messages import Messages
 
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
@@ -37,10 +41,12 @@ class LaneTable:
 
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
+        kind_of: Returns the kind of a lane; None without an audit.
     """
 
     def __init__(self, given: Dependencies) -> None:
         self.latest: Lane | None = None
+        self.kind_of: Callable[[Spec], LaneKind] | None = None
         self._given = given
         self._policy = given.policy
         self._estimates = given.estimates
@@ -64,6 +70,8 @@ class LaneTable:
 
     def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         spec = spec_of(messages[:-1], options, key)
+        if self.kind_of is not None:
+            spec = msgspec.structs.replace(spec, kind=self.kind_of(spec))
         history = self._histories.of(key)
         account = self._given.accounts.of(spec.model, spec.headers)
         model = self._given.bounds.of(spec.model)
@@ -144,6 +152,12 @@ class LaneTable:
         if lane.history.revised:
             self.revise(lane)
             self.changed(lane)
+
+    def kind_changed(self, kind: LaneKind) -> None:
+        """Apply what audits have shown of *kind* to its lanes."""
+        for lane in [lane for lane in self._by_key.values() if lane.spec.kind is kind]:
+            lane.history.revised = True
+            self.taught(lane)
 
     def flush(self, reason: FlushReason) -> None:
         """Make all lanes due with everything that waits in them now."""

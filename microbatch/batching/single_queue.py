@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from microbatch.batching.lane import Work
-from microbatch.batching.ticket import NORMAL, SlotLease, Ticket
+from microbatch.batching.ticket import SlotLease, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -79,7 +79,10 @@ class SingleQueue:
             return Work(permit, [], reason)
         self._live -= 1
         work.taken()
-        return Work(permit, [work], reason) if isinstance(work, Ticket) else Work(permit, [], lease=work)
+        if isinstance(work, Ticket):
+            return Work(permit, [work], reason)
+        work.grant(permit)
+        return Work(permit, [], lease=work)
 
     def waiting(self) -> list[Ticket]:
         """Return the requests that wait, oldest first."""
@@ -113,7 +116,7 @@ class SingleQueues:
 
     def add(self, work: Ticket | SlotLease, reason: AloneReason | None, account: Account) -> None:
         """Queue *work*, which needs a permit of *account*; a request goes alone for *reason*."""
-        tenant, rank = (work.spec.tenant, work.spec.rank) if isinstance(work, Ticket) else (None, NORMAL)
+        tenant, rank = (work.spec.tenant, work.spec.rank) if isinstance(work, Ticket) else (None, work.rank)
         key = (account, tenant, rank, reason is None)
         queue = self._queues.get(key)
         if queue is None:

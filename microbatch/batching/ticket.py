@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Hashable, Iterable
 
+    from microbatch.audit.lane_kind import LaneKind
     from microbatch.messages import Reply, Usage
     from microbatch.schema.answer_type import AnswerType
     from microbatch.transports.accounts import Permit
@@ -53,7 +54,9 @@ class AloneReason(enum.StrEnum):
     HIGH = "high"
     BYPASS = "bypass"
     NOT_CHEAPER = "not_cheaper"
+    CONDEMNED = "condemned"
     FALLBACK = "fallback"
+    AUDIT = "audit"
 
 
 class Spec(Settings, frozen=True, eq=False):
@@ -66,6 +69,7 @@ class Spec(Settings, frozen=True, eq=False):
         plain: The same if each is a role and a text and nothing else, otherwise None.
         rank: Priority: 0 high, 1 normal, 2 low.
         shared_chars: Length of the shared messages' texts, for estimates.
+        kind: Its kind of lane; None without an audit, and for requests that go alone.
     """
 
     key: tuple[Hashable, ...]
@@ -75,6 +79,7 @@ class Spec(Settings, frozen=True, eq=False):
     tenant: str | None
     rank: int
     shared_chars: int
+    kind: LaneKind | None = None
 
     def __repr__(self) -> str:
         """Return the model, without texts or headers."""
@@ -99,6 +104,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
         since: Loop time from which `timeout` counts; None for the time at which the request is accepted.
         live: What takes the answer while it arrives, and whatever it is; None to take it when it is complete and fits.
+        audited: Whether its answer may be audited.
     """
 
     timeout: float | None = None
@@ -107,6 +113,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
     ttl: float | None = None
     since: float | None = None
     live: Live | None = None
+    audited: bool = True
 
     def deadline(self, now: float) -> Deadline | None:
         """Return when the caller gives up if it is accepted *now*; None for never."""
@@ -371,14 +378,16 @@ class SlotLease(msgspec.Struct, eq=False):
     """A slot and a permit for code outside, which makes one attempt of its own.
 
     Attributes:
-        granted: Done when the slot is granted; fails if it never will be.
+        granted: The permit, when the slot is granted; fails if it never will be.
         returned: Set by the holder in the end.
-        used: Whether the holder sent something.
+        rank: Its priority.
+        used: Whether the holder sent something past the permit.
     """
 
     cost: int
-    granted: asyncio.Future[None]
+    granted: asyncio.Future[Permit]
     returned: asyncio.Event
+    rank: int = NORMAL
     used: bool = False
     queue: TicketQueue | None = None
 
@@ -388,10 +397,12 @@ class SlotLease(msgspec.Struct, eq=False):
         return self.granted.done()
 
     def taken(self) -> None:
-        """Note that it has left its queue: grant it, unless its holder has left."""
+        """Note that it has left its queue."""
         self.queue = None
-        if not self.done:
-            self.granted.set_result(None)
+
+    def grant(self, permit: Permit) -> None:
+        """Grant it *permit* and its slot."""
+        self.granted.set_result(permit)
 
     def refuse(self, error: Exception) -> None:
         """Fail it with *error*, if it still waits."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union
 from microbatch.cli.console import UsageError
 from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
-from microbatch.policy import FallbackPolicy, FlushPolicy
+from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy
 from microbatch.spool.endpoint import GIVE_UP_AFTER
 from microbatch.transports.capabilities import Structured
 
@@ -245,6 +245,26 @@ def add_policy(group: Group) -> None:
     add_flag(group, "--single", "one call for each item, to compare; same as --max-batch-size 1")
     add_flag(group, "--canary", f"{described(FallbackPolicy)['canary']} (default: off)")
     add_settings(group, FlushPolicy)
+
+
+def add_audit(group: Group) -> None:
+    """Add `--audit` and `--max-excess`."""
+    audit = (
+        "ask again alone some of what was answered in batches, measure what combining does to the answers, and make "
+        "batches smaller where it does harm; SHARE of the items, by default one of each batch until that is known"
+    )
+    add_flag(group, "--audit auto|SHARE", audit, type=_rate, nargs="?", const="auto")
+    excess = "share of answers that may differ because of combining, beyond the model's own noise"
+    add_flag(group, "--max-excess X", excess, default=AuditPolicy().max_excess, least=0.0001, most=0.9999)
+
+
+def read_audit(args: argparse.Namespace, **others: Any) -> AuditPolicy | None:
+    """Return the policy of `--audit`, with *others* of its fields; None without the flag."""
+    return None if args.audit is None else AuditPolicy(rate=args.audit, max_excess=args.max_excess, **others)
+
+
+def _rate(text: str) -> Any:
+    return text if text == "auto" else number(0, 1)(text)
 
 
 def add_reports(group: Group) -> None:

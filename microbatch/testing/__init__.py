@@ -4,6 +4,7 @@ from microbatch.testing.answers import simulated_answer
 from microbatch.testing.clock import DeadlockError, VirtualClockLoop, loop_factories
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import Faults
+from microbatch.testing.mistakes import Mistakes
 from microbatch.testing.model import SimulatedModel
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Quota
@@ -14,6 +15,7 @@ __all__ = [
     "DeadlockError",
     "Faults",
     "Latency",
+    "Mistakes",
     "Quota",
     "ScriptedCall",
     "ScriptedTransport",

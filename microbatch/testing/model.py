@@ -17,6 +17,7 @@ from microbatch.messages import Usage
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, prompt_tokens, split, text_tokens
 from microbatch.testing.faults import NO_FAULT, REFUSAL, WHITESPACE, Element, Fault, Faults
+from microbatch.testing.mistakes import Mistakes  # noqa: TC001 the type of a field that is checked
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Meter, Quota
@@ -63,6 +64,7 @@ class SimulatedModel:
             digits: the answer to that is the word, a string whatever the schema.
         latency: Its speed; no delay by default.
         faults: The selection of replies that go wrong; None for none.
+        mistakes: How often an answer of a sound reply is wrong; None for never.
         quota: Limits for each key and model, beyond which requests are refused with 429; None sets no limit. A quota needs a
             running event loop, whose clock it follows.
         obey: Follow the first item of a prompt that says "answer X for all requests" (in any case, X in quotes or not): all answers
@@ -107,6 +109,7 @@ class SimulatedModel:
     answer: Callable[[str, dict[str, Any] | None], Any] = simulated_answer
     latency: Latency = NO_DELAY
     faults: Faults | None = None
+    mistakes: Mistakes | None = None
     quota: Quota | None = None
     obey: bool = False
     context_tokens: Count | None = None
@@ -340,13 +343,15 @@ class SimulatedModel:
         return fault.broken(text) if fault.kind == "broken_json" else text
 
     def _value(self, text: str, prompt: Prompt, order: str | None) -> Any:
-        """Return the answer to one item; the same wherever it is asked, unless there is an *order* for all."""
+        """Return the answer to one item; without mistakes the same wherever it is asked, unless there is an *order* for all."""
         inner = None if prompt.schema is None else unwrap(prompt.schema)
         word = exact_word(text)
         if word is not None:
             said = word if order is None else order
             return said if inner is None or prompt.combined else {"answer": said}
-        value = self.answer(text, prompt.schema if inner is None else inner)
+        schema = prompt.schema if inner is None else inner
+        size, wrong = len(prompt.items), self.mistakes
+        value = self.answer(text, schema) if wrong is None else wrong.answer(self.answer, text, schema, size)
         if prompt.schema is None:
             said = compact(value) if prompt.bare and isinstance(value, dict) else str(value)
             return said if order is None else order

@@ -1,0 +1,131 @@
+"""Evidence on the excess: the disagreement that combining causes, beyond that of the model with itself.
+
+An item that was answered in a batch (B) is asked alone (S1) and, if S1 differs from B, alone once more (S2). Its *score* is 1 if S2
+agrees with S1, -1 if S2 agrees with B, else 0. The expected score is P(B differs from S1) - P(S2 differs from S1): the excess, without
+bias, because S1 and S2 are alike.
+
+Hypotheses about it are tested by betting (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", 2023).
+A gambler who starts with 1 and bets a fixed part of it against a true hypothesis at every score expects to have 1 at any time, and by
+Ville's inequality ever reaches 20 with a probability of at most 5 %. So the wealth may be looked at after every score, unlike an
+interval for a fixed number of scores. The wealth used here is the mean of several such gamblers, who differ in their bets.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ENOUGH: Final = 20.0
+"""The wealth that rejects a hypothesis, with an error of at most 5 %."""
+
+_ABOVE_BETS: Final = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
+_BELOW_BETS: Final = (0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
+"""Bets for and against an excess above the bound, as parts of the largest that cannot lose more than everything."""
+
+_RUN_LENGTH: Final = 1_000.0
+"""Mean number of scores between false alarms of `DriftDetector`, at least."""
+
+_HALVINGS: Final = 30
+"""Halvings of the interval in which `upper_bound` searches: it is exact to 2 / 2**30."""
+
+
+def above(score: float, bound: float, bet: float) -> float:
+    """Return the factor by which *score*, from -1 to 1, multiplies the wealth bet on an excess above *bound*."""
+    return 1 + bet * (score - bound) / (1 + bound)
+
+
+def below(score: float, bound: float, bet: float) -> float:
+    """Return the factor by which *score* multiplies the wealth bet on an excess below *bound*."""
+    return 1 - bet * (score - bound) / (1 - bound)
+
+
+class Evidence(msgspec.Struct):
+    """Scores, counted. The order in which they came does not matter to the wealth.
+
+    Attributes:
+        worse: Scores of 1.
+        equal: Scores of 0.
+        better: Scores of -1.
+    """
+
+    worse: int = 0
+    equal: int = 0
+    better: int = 0
+
+    @property
+    def count(self) -> int:
+        """The number of scores."""
+        return self.worse + self.equal + self.better
+
+    @property
+    def excess(self) -> float:
+        """The mean score, 0.0 before the first."""
+        return (self.worse - self.better) / (self.count or 1)
+
+    def add(self, score: int) -> None:
+        """Add a score: 1, 0 or -1."""
+        self.worse += score > 0
+        self.equal += score == 0
+        self.better += score < 0
+
+    def wealth_above(self, bound: float) -> float:
+        """Return the wealth bet against "the excess is at most *bound*"."""
+        return self._mean((above(1, bound, bet), above(0, bound, bet), above(-1, bound, bet)) for bet in _ABOVE_BETS)
+
+    def wealth_below(self, bound: float) -> float:
+        """Return the wealth bet against "the excess is at least *bound*"."""
+        return self._mean((below(1, bound, bet), below(0, bound, bet), below(-1, bound, bet)) for bet in _BELOW_BETS)
+
+    def _mean(self, factors: Iterable[tuple[float, float, float]]) -> float:
+        """Return the mean wealth of gamblers who have these *factors* at a score of 1, 0 and -1."""
+        counts = (self.worse, self.equal, self.better)
+        logs = [sum(map(_log_power, each, counts)) for each in factors]
+        return sum(math.exp(min(log, 700.0)) for log in logs) / len(logs)
+
+    @property
+    def upper_bound(self) -> float:
+        """The bound that the excess does not exceed with 95 % confidence, at any time: the largest that is not rejected; 1.0 for none.
+
+        The wealth against "the excess is at least m" grows with m, because each factor does.
+        """
+        low, high = max(-1.0, self.excess), 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            if self.wealth_below(middle) >= ENOUGH:
+                high = middle
+            else:
+                low = middle
+        return high
+
+
+def _log_power(factor: float, count: int) -> float:
+    if not count:
+        return 0.0
+    return count * math.log(factor) if factor > 0 else -math.inf
+
+
+class DriftDetector(msgspec.Struct):
+    """Watches for an excess that rises above *bound* after it was found to be below.
+
+    It is the detector of Shiryaev and Roberts: at each score another gambler enters, so a change is found however long ago the
+    beginning was. While the excess is at most *bound*, the mean time between false alarms is at least 1,000 scores, because the sum of
+    the gamblers' wealth, less the number of scores, is expected not to grow.
+    """
+
+    bound: float
+    wealth: list[float] = msgspec.field(default_factory=lambda: [0.0] * len(_ABOVE_BETS))
+
+    def add(self, score: int) -> bool:
+        """Add a score; return whether it raises the alarm, which starts the detector anew."""
+        wealth = self.wealth
+        for place, bet in enumerate(_ABOVE_BETS):
+            wealth[place] = (wealth[place] + 1) * above(score, self.bound, bet)
+        alarm = sum(wealth) / len(wealth) >= _RUN_LENGTH
+        if alarm:
+            self.wealth = [0.0] * len(_ABOVE_BETS)
+        return alarm

@@ -1,0 +1,194 @@
+"""A kind of lane, and the sizes of batches that its answers allow.
+
+Lanes that ask the same model in the same way are of one kind, whatever their tenant, headers and priority. Sizes are judged in steps of
+1, 2, 4, 8, 16, 32 and above; a batch counts for the smallest step that it fits in.
+
+A step is *condemned* when the evidence says that its excess is above the bound, and the kind goes on with smaller batches. It is
+*certified* when the evidence says that its excess is below. The next larger step is tried again, with new evidence, when the step in
+use is certified and enough requests have passed: 500 after the first condemnation, and twice as many after each further one. In
+step 1 nothing is combined, and only requests count.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from microbatch.accounting.audits import AuditedSize
+from microbatch.audit.evidence import ENOUGH, DriftDetector, Evidence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from microbatch.accounting.audits import Decision
+
+ABOVE: Final = 64
+"""The step of all sizes above 32."""
+
+STEPS: Final = (1, 2, 4, 8, 16, 32, ABOVE)
+
+FREE_SAMPLES: Final = 50
+"""Samples of a step that are asked whatever they cost."""
+
+RATE_AFTER_CERTIFICATE: Final = 0.005
+"""Share of the items that is sampled, once a step is certified, to notice a change of the model."""
+
+_FAR: Final = 20
+"""An excess of so many times the bound is far above it: then two steps are left at once."""
+
+_PATIENCE: Final = 500
+"""Requests after the first condemnation before the next larger step is tried again."""
+
+_AHEAD: Final = 8
+"""Audits under way at which bulk work waits while the step is undecided."""
+
+
+def step_of(size: int) -> int:
+    """Return the step that a batch of *size* requests counts for."""
+    return next((step for step in STEPS if size <= step), ABOVE)
+
+
+class StepRecord(msgspec.Struct):
+    """The record of one step, since it was first used or tried again.
+
+    Attributes:
+        asked: Items sampled.
+        not_comparable: Those of them whose answers cannot be compared, or were not given.
+        different: Compared items whose first answer alone differs from that in the batch.
+        detector: Watches after a certificate; None before.
+        calls_cost: The cost of its combined calls; the unit is that of a prompt token.
+        audits_cost: The cost of their audits.
+        audits_ended: Audits whose cost is known.
+        certificates: Certificates that the step has ever had.
+    """
+
+    asked: int = 0
+    not_comparable: int = 0
+    different: int = 0
+    evidence: Evidence = msgspec.field(default_factory=Evidence)
+    detector: DriftDetector | None = None
+    condemned: bool = False
+    calls_cost: float = 0.0
+    audits_cost: float = 0.0
+    audits_ended: int = 0
+    certificates: int = 0
+
+    @property
+    def certified(self) -> bool:
+        """True if its excess was found to be below the bound."""
+        return self.detector is not None
+
+    @property
+    def undecided(self) -> bool:
+        """True if its excess was found to be neither below the bound nor above."""
+        return self.detector is None and not self.condemned
+
+    def can_afford(self, overhead: float) -> bool:
+        """Return whether one more audit keeps all of them within *overhead*, as a share of what the calls have cost."""
+        each = self.audits_cost / (self.audits_ended or 1)
+        return self.asked < FREE_SAMPLES or each * (self.asked + 1) <= overhead * self.calls_cost
+
+    def add(self, score: int, bound: float) -> Decision | None:
+        """Add a score; return what it decides."""
+        self.evidence.add(score)
+        if self.condemned:
+            return None
+        if self.detector is not None:
+            self.condemned = self.detector.add(score)
+        elif self.evidence.wealth_below(bound) >= ENOUGH:
+            self.detector = DriftDetector(bound)
+            self.certificates += 1
+            return "certified"
+        else:
+            self.condemned = self.evidence.wealth_above(bound) >= ENOUGH
+        if not self.condemned:
+            return None
+        self.detector = None
+        return "condemned"
+
+
+class LaneKind(msgspec.Struct):
+    """The record of a kind of lane; it holds no text.
+
+    Attributes:
+        digest: Names the kind: hexadecimal digits, the same in every process.
+        model: The model asked; None if none is named.
+        steps: The record of each step that was used.
+        limit: The largest step in use; None for no limit.
+        condemnations: Condemnations so far.
+        requests: Requests that have left a queue since the latest of them.
+        under_way: Audits that have not ended.
+    """
+
+    digest: str
+    model: str | None = None
+    steps: dict[int, StepRecord] = {}
+    limit: int | None = None
+    condemnations: int = 0
+    requests: int = 0
+    under_way: int = 0
+
+    def record(self, step: int) -> StepRecord:
+        """Return the record of *step*."""
+        found = self.steps.get(step)
+        if found is None:
+            found = self.steps[step] = StepRecord()
+        return found
+
+    def holds(self, size: int) -> bool:
+        """Return whether the next batch of bulk work, of *size* requests, waits for audits of those before."""
+        return self.under_way >= _AHEAD and self.record(step_of(size)).undecided
+
+    def is_condemned(self, size: int) -> bool:
+        """Return whether answers from batches of *size* requests are not good enough."""
+        record = self.steps.get(step_of(size))
+        return record is not None and record.condemned
+
+    def add(self, step: int, score: int, bound: float, *, adapt: bool) -> Decision | None:
+        """Add the score of an item from a batch of *step*, and with *adapt* limit the size by it; return what it decides."""
+        record = self.record(step)
+        decision = record.add(score, bound)
+        if decision == "condemned" and adapt:
+            self._shrink(step, far=record.evidence.excess >= _FAR * bound)
+        return decision
+
+    def _shrink(self, step: int, *, far: bool) -> None:
+        below = STEPS[max(0, STEPS.index(step) - (2 if far else 1))]
+        self.limit = below if self.limit is None else min(self.limit, below)
+        self.condemnations += 1
+        self.requests = 0
+
+    def grows(self, requests: int, largest: int) -> bool:
+        """Count *requests* that leave a queue; return whether the limit was raised by that, up to batches of *largest*."""
+        self.requests += requests
+        if self.limit is None or self.requests < _PATIENCE * 2 ** (self.condemnations - 1):
+            return False
+        if self.limit > 1 and not self.record(self.limit).certified:
+            return False
+        step = STEPS[STEPS.index(self.limit) + 1]
+        before = self.steps.pop(step, StepRecord())
+        self.steps[step] = StepRecord(certificates=before.certificates)
+        self.limit = None if step >= largest else step
+        return True
+
+    def figures(self) -> Iterator[AuditedSize]:
+        """Yield the figures of each step that was audited."""
+        for step, record in sorted(self.steps.items()):
+            if not record.asked:
+                continue
+            evidence, raw = record.evidence, record.different / (record.evidence.count or 1)
+            yield AuditedSize(
+                kind=self.digest,
+                model=self.model,
+                size=step,
+                asked=record.asked,
+                compared=evidence.count,
+                not_comparable=record.not_comparable,
+                raw=raw,
+                noise=raw - evidence.excess,
+                excess=evidence.excess,
+                upper=evidence.upper_bound,
+                certified=record.certified,
+                condemned=record.condemned,
+            )

@@ -1,0 +1,278 @@
+"""Audits: asks again alone what was answered in a batch, and limits the size of batches by what the comparison shows.
+
+The item is drawn when the batch is composed, uniformly over its positions, at most one of each batch, because the answers of one reply
+fail together. Its audit is a call of the lowest priority, outside cache and single flight, for which no caller waits. See
+`microbatch.audit` for the comparison and the evidence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from microbatch.accounting.audits import Audited
+from microbatch.audit.comparison import agree, can_compare, score
+from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, LaneKind, step_of
+from microbatch.batching.ticket import LOW, SlotLease
+from microbatch.errors import ConfigError, RequestFailed, ShutDown
+from microbatch.lru import LRU
+from microbatch.transports.credentials import says_who
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+
+    from microbatch.accounting.audits import AuditedSize, Decision
+    from microbatch.batching.call_state import Batch
+    from microbatch.batching.dependencies import Dependencies
+    from microbatch.batching.dispatch import AloneAnswer, Dispatcher
+    from microbatch.batching.single_queue import SingleQueues
+    from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.policy import AuditPolicy
+
+    Start = Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
+    Correct = Callable[[Ticket, AloneAnswer], Awaitable[None]]
+
+logger: Final = logging.getLogger("microbatch")
+
+_KINDS: Final = 1_024
+"""Kinds of lanes that are remembered."""
+
+_MOST: Final = 64
+"""Audits of a kind under way beyond which no item is sampled, so that a slow endpoint does not pile them up."""
+
+
+class _Sample(msgspec.Struct, eq=False):
+    """An item to audit: the answer that a batch of *size* requests gave to *ticket*, as text."""
+
+    ticket: Ticket
+    kind: LaneKind
+    step: int
+    text: str
+
+
+class Audits:
+    """The audits of one batcher.
+
+    Args:
+        given: What the parts of the batcher share.
+        policy: See `AuditPolicy`.
+        endpoint: Address of the endpoint, which is part of a kind.
+        dispatcher: Asks alone.
+        singles: The queues in which audits wait.
+        draw: Decides which items are sampled.
+        correct: Replaces the cached answer of a ticket; None without a cache.
+
+    Attributes:
+        kinds: The record of each kind of lane, by its digest.
+    """
+
+    def __init__(
+        self,
+        given: Dependencies,
+        policy: AuditPolicy,
+        endpoint: str,
+        *,
+        dispatcher: Dispatcher,
+        singles: SingleQueues,
+        draw: random.Random,
+        correct: Correct | None,
+    ) -> None:
+        self.kinds: LRU[str, LaneKind] = LRU(_KINDS)
+        self._given = given
+        self._policy = policy
+        self._endpoint = endpoint
+        self._dispatcher = dispatcher
+        self._singles = singles
+        self._draw = draw
+        self._correct = correct
+        self._leases: dict[SlotLease, None] = {}  # of audits that wait; an ordered set
+        self._under_way = 0
+        self._ended = asyncio.Event()
+        self._closed = False
+        self._start: Start
+        self._changed: Callable[[LaneKind], None]
+
+    def start(self, start: Start, changed: Callable[[LaneKind], None]) -> None:
+        """Begin: *start* runs a task; *changed* is called when the limit of a kind has changed, or bulk work need not wait for it."""
+        self._start, self._changed = start, changed
+
+    def close(self) -> None:
+        """Drop the audits that are not sent, and begin no more."""
+        self._closed = True
+        for lease in [*self._leases]:
+            lease.refuse(ShutDown("the batcher closed before this audit was sent"))
+
+    async def settled(self) -> None:
+        """Wait until no audit is under way."""
+        while self._under_way:
+            self._ended.clear()
+            await self._ended.wait()
+
+    # --- kinds of lanes
+
+    def kind_of(self, spec: Spec) -> LaneKind:
+        """Return the kind of lanes with *spec*."""
+        model = spec.model or self._given.default_model
+        content = (self._endpoint, model, spec.answer.key, spec.max_tokens, spec.params, spec.shared)
+        encoded = repr(content).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+        return self.kinds.get_or_make(digest, lambda: LaneKind(digest, model))
+
+    def is_condemned(self, digest: str, size: int) -> bool:
+        """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew."""
+        kind = self.kinds.get(digest) if self._policy.adapt else None
+        return kind is not None and kind.is_condemned(size)
+
+    def figures(self) -> Iterator[AuditedSize]:
+        """Yield what the audits have found so far."""
+        for kind in self.kinds.values():
+            yield from kind.figures()
+
+    def count(self, kind: LaneKind, requests: int) -> None:
+        """Count *requests* that leave a lane of *kind*."""
+        if self._policy.adapt and kind.grows(requests, self._given.policy.max_batch_size):
+            self._changed(kind)
+
+    # --- samples
+
+    def sample(self, batch: Batch) -> None:
+        """Draw an item of *batch*, which has just been composed, or none."""
+        position = self._drawn(batch)
+        batch.audited = None if position is None else batch.tickets[position]
+
+    def _drawn(self, batch: Batch) -> int | None:
+        spec, size, policy = batch.tickets[0].spec, len(batch.tickets), self._policy
+        kind = spec.kind
+        if kind is None or self._closed or kind.under_way >= _MOST:
+            return None
+        if spec.headers and not policy.audit_own_keys and any(map(says_who, spec.headers)):
+            return None
+        record = kind.record(step_of(size))
+        if policy.rate != "auto":
+            rate = policy.rate
+        elif record.certified:
+            rate = RATE_AFTER_CERTIFICATE
+        else:
+            rate = 1.0 if record.can_afford(policy.max_overhead) else 0.0
+        chosen = self._draw.random() < min(1.0, rate * size)
+        return self._draw.randrange(size) if chosen else None
+
+    def call_ended(self, batch: Batch) -> None:
+        """Note that *batch* is over and what it has cost, and audit the item drawn, if the call has answered it."""
+        spec, size = batch.tickets[0].spec, len(batch.tickets)
+        kind, ticket = spec.kind, batch.audited
+        if kind is None:
+            return
+        step = step_of(size)
+        record, usage = kind.record(step), batch.call_state.usage
+        if usage is not None:
+            record.calls_cost += usage.prompt_tokens + self._given.ratio(spec.model) * usage.completion_tokens
+        if ticket is None or ticket.reply is None or not ticket.caller.audited or self._closed:
+            return
+        record.asked += 1
+        sample = _Sample(ticket, kind, step, ticket.reply.text)
+        if not can_compare(ticket.answer, sample.text, self._policy.same):
+            self._settle(sample, None)
+            return
+        kind.under_way += 1
+        self._under_way += 1
+        self._start(lambda: self._audit(sample))
+
+    async def _audit(self, sample: _Sample) -> None:
+        try:
+            settled = await self._scored(sample)
+            if settled is not None:
+                self._settle(sample, *settled)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("an audit failed in microbatch itself")
+        finally:
+            sample.kind.under_way -= 1
+            self._under_way -= 1
+            self._ended.set()
+            self._changed(sample.kind)
+
+    async def _scored(self, sample: _Sample) -> tuple[int | None, bool] | None:
+        """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes."""
+        ticket, same = sample.ticket, self._policy.same
+        first = await self._ask(sample)
+        if first is None or first.text is None:
+            return None if self._closed else (None, False)
+        agrees = agree(ticket.answer, sample.text, first.text, same)
+        if agrees is None or agrees:
+            return (None if agrees is None else 0), False
+        second = await self._ask(sample)
+        if second is None or second.text is None:
+            return None if self._closed else (None, True)
+        scored = score(
+            first=agree(ticket.answer, first.text, second.text, same),
+            batched=agree(ticket.answer, sample.text, second.text, same),
+        )
+        if scored == 1 and self._correct is not None and ticket.caller.key is not None:
+            await self._correct(ticket, first)
+        return scored, True
+
+    async def _ask(self, sample: _Sample) -> AloneAnswer | None:
+        """Ask for the item alone; return None if nothing was sent."""
+        ticket, given = sample.ticket, self._given
+        spec = ticket.spec
+        account = given.accounts.of(spec.model, spec.headers)
+        cost = 0 if account.max_tokens is None else min(account.max_tokens, ticket.cost)
+        lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event(), rank=LOW)
+        if self._closed:
+            return None
+        self._leases[lease] = None
+        self._singles.add(lease, None, account)
+        try:
+            permit = await lease.granted
+            answer = await self._dispatcher.ask_again(ticket, permit)
+        except (RequestFailed, ConfigError):
+            return None
+        finally:
+            del self._leases[lease]
+            if lease.queue is not None:
+                lease.queue.discard(lease)
+            lease.returned.set()
+        if answer.usage is not None:
+            record = sample.kind.record(sample.step)
+            record.audits_cost += answer.usage.prompt_tokens + given.ratio(spec.model) * answer.usage.completion_tokens
+        return answer
+
+    def _settle(self, sample: _Sample, scored: int | None, different: bool = False) -> None:
+        """Enter the score of *sample*, None if its answers cannot be compared, and act on what it decides."""
+        kind, step, policy = sample.kind, sample.step, self._policy
+        record = kind.record(step)
+        record.audits_ended += 1
+        decision: Decision | None = None
+        if scored is None:
+            record.not_comparable += 1
+        else:
+            record.different += different
+            decision = kind.add(step, scored, policy.max_excess, adapt=policy.adapt)
+        if decision == "condemned" and policy.adapt:
+            self._note_condemned(kind, step)
+            self._changed(kind)
+        notify = self._given.listeners.audit
+        if notify is not None:
+            notify(
+                Audited(
+                    kind=kind.digest, model=kind.model, size=step, score=scored, decision=decision, limit=kind.limit
+                )
+            )
+
+    def _note_condemned(self, kind: LaneKind, step: int) -> None:
+        excess = kind.record(step).evidence.excess
+        logger.warning(
+            "answers in batches of up to %s differ from answers alone in %.1f %% beyond the model's own noise (at most %.1f %% "
+            "are accepted): requests of this kind go in batches of at most %s",
+            step,
+            100 * excess,
+            100 * self._policy.max_excess,
+            kind.limit,
+        )
