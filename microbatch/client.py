@@ -15,7 +15,7 @@ from microbatch.batching.live_answer import LiveAnswer
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
-from microbatch.checking import as_seconds, at_least, checks_arguments, whole
+from microbatch.checking import as_seconds, at_least, checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.prompt.compose import draw_endings
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeForm, TypeVar
 
     from microbatch.accounting.stats import Stats
+    from microbatch.batching.audits import Audits
     from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
@@ -62,9 +63,9 @@ class Microbatcher:
             in a small built-in table.
         tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
             encoding from the tables in this package.
-        hooks: Objects with any of the methods `on_flush`, `on_call` and `on_settle`, which take a `Flushed`, a `Called` and a
-            `Settled`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns is in the
-            later events of that request. They are called on the event loop and have to be quick; what one raises is logged.
+        hooks: Objects with any of the methods `on_flush`, `on_call`, `on_settle` and `on_audit`, which take a `Flushed`, `Called`,
+            `Settled` and `Audited`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns
+            is in the later events of that request. They are called on the event loop and have to be quick; what one raises is logged.
         draw_ids: Source of the random part of item ids; for tests.
         audit: Measures what combining does to answers, and limits the size of batches by it; None audits nothing.
 
@@ -132,7 +133,8 @@ class Microbatcher:
         self._admission = parts.admission
         self._settlement = parts.settlement
         self._cache = parts.cache
-        self.audits = parts.audits
+        self.audits: Audits | None = parts.audits
+        """The audits; None without an audit."""
 
     # --- life
 
@@ -150,9 +152,7 @@ class Microbatcher:
         """Accept no more requests, send what waits, wait for what is under way, and end the rest with `ShutDown`.
 
         It goes on in the background if this call is cancelled, and may be called again. While the batcher opens, it ends the opening.
-
-        Args:
-            grace: Seconds to wait for answers. None waits as long as deadlines and timeouts allow.
+        *grace* are the seconds to wait for answers; None waits as long as deadlines and timeouts allow.
         """
         at_least(0, grace=grace)
         await self._host.close(grace)
@@ -295,14 +295,11 @@ class Microbatcher:
             ConfigError: An argument is wrong.
             BatcherClosed: The batcher is not open, or closes before the end.
         """
-        whole(1, max_pending=max_pending)
-        if not hasattr(requests, "__aiter__") and not hasattr(requests, "__iter__"):
-            raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
+        return self._map(requests, max_pending=max_pending, ordered=ordered)
+
+    def _map(self, requests: Requests, **options: Any) -> AsyncIterator[Result[Any]]:
         self._host.check_open()
-        policy = self._policy
-        pending = max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches
-        bulk = BulkRun(self._engine, self._intake, self._cache, requests, pending, ordered, policy.low_max_wait)
-        return bulk.results()
+        return BulkRun.of(self._engine, self._intake, self._cache, requests, policy=self._policy, **options).results()
 
     async def warm(
         self, requests: Requests, *, ttl: float | None = None, progress: Callable[[Warmed], None] | None = None
@@ -323,7 +320,7 @@ class Microbatcher:
         at_least(0, ttl=ttl)
         counts = Counter[str]()
         warmed = Warmed()
-        async for result in self.map(lasting(requests, ttl)):
+        async for result in self._map(lasting(requests, ttl), audited=False):
             found = (
                 "failed" if result.reply is None else "known" if result.reply.route in ("cache", "shared") else "asked"
             )
@@ -350,9 +347,8 @@ class Microbatcher:
         """Hand a request to the spool, for a worker (`microbatch worker SPOOL`) to answer in its own time.
 
         Once this returns, the request survives this process. It is asked with the worker's key: keys and headers are not spooled.
-
-        *messages* and the options are as for `submit`; pass *output_type* to `result` as well. *id* is the caller's name for the
-        request, within its tenant: putting the same again does nothing; None makes one up. Return the id.
+        Pass *output_type* to `result` as well. *id* is the caller's name for the request, within its tenant: putting the same again
+        does nothing; None makes one up. Return the id.
 
         Raises:
             ConfigError: There is no spool, or an argument is wrong; nothing was queued.

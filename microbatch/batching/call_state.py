@@ -6,12 +6,14 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 
 from microbatch.errors import ConfigError, RequestFailed, TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from microbatch.audit.lane_kind import LaneKind, StepRecord
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route, T, Usage
@@ -172,6 +174,21 @@ class CallState:
             await self._ended.wait()
 
 
+class Sample(msgspec.Struct, eq=False):
+    """An item drawn for an audit.
+
+    Attributes:
+        record: The record of *step* when it was drawn; another one counts if the step has been tried again since.
+        text: The answer from the batch; "" until it has come.
+    """
+
+    ticket: Ticket
+    kind: LaneKind
+    step: int
+    record: StepRecord
+    text: str = ""
+
+
 class Batch:
     """A combined call, composed and ready to be sent.
 
@@ -183,7 +200,7 @@ class Batch:
         instead: Whether it is made instead of a call whose bound was too low.
         repeated: Whether it was sent again as it is, after a cut that left nothing.
         bug: An error of handing out answers.
-        audited: The request whose answer is audited if the call gives one; None for none.
+        audited: The item drawn for an audit, until the call is over; None for none.
         answers: Answers found and not handed out yet.
         answer_bytes: The length of each answer so far.
     """
@@ -209,7 +226,7 @@ class Batch:
         self.bound: int | None = combined.call.bound
         self.early = self.tries = self.instead = self.repeated = False
         self.bug: BaseException | None = None
-        self.audited: Ticket | None = None
+        self.audited: Sample | None = None
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""

@@ -228,6 +228,8 @@ class Engine:
             for ticket in work.tickets:
                 if ticket.reply is None:
                     self.settlement.fail(ticket, error or RequestFailed(_UNSETTLED))
+            if work.batch is not None and self._audits is not None:
+                self._audits.void(work.batch)
             if work.lane is not None:
                 with contained() as ending:
                     self.lanes.call_ended(work.lane, combined=work.batch is not None)

@@ -136,9 +136,10 @@ class Lane:
     @property
     def held(self) -> bool:
         """True while the next batch, of bulk work, waits for those before it to show that combining is of use and does no harm."""
-        if self._fill == 1 or not (self.rank == LOW or self.live == self._bulk):
+        bulk = self.live == self._bulk
+        if self._fill == 1 or not (bulk or self.rank == LOW):
             return False
-        if self.spec.kind is not None and self.spec.kind.holds(self._fill):
+        if bulk and self.spec.kind is not None and self.spec.kind.holds(self._fill):
             return True
         if not self.combined or self.history.proven:
             return False
