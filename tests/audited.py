@@ -3,7 +3,7 @@
 `python tests/audited.py --runs 400` plays each scenario so many times, with other seeds, and prints how the audits decided.
 """
 
-# ruff: noqa: T201, S311
+# ruff: noqa: T201
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_a_model_that_becomes_bad_after_a_certificate_is_found():
 
 
 def test_after_a_certificate_at_the_smaller_size_the_larger_one_is_tried_again():
-    outcome = play(11, {5: 0.5}, size=8, audit=EVERY, bursts=700, later={})
+    outcome = play(11, {5: 0.5}, size=8, audit=EVERY, bursts=900, later={})
     decisions = [(decision, size) for _, decision, size, _ in outcome.decisions]
     assert decisions[0] == ("condemned", 8)
     assert decisions[-1] == ("certified", 8)
@@ -153,7 +153,7 @@ async def test_usage_is_conserved():
     assert total == model.reported
     assert stats.unclaimed.prompt_tokens > 0
     assert stats.items == stats.answered == stats.unbatched_calls == 400
-    assert stats.singles_by_reason[AloneReason.AUDIT] > 100
+    assert stats.singles_by_reason[AloneReason.AUDIT] > 50
     assert stats.upstream_calls == len(model.calls)
 
 
@@ -175,20 +175,19 @@ async def test_one_item_of_each_batch_is_asked_again_and_twice_if_the_answers_di
 
 
 async def test_positions_are_drawn_uniformly():
-    class Watched(PlantedModel):
-        asked = []
+    asked = []
 
+    class Watched(PlantedModel):
         async def send(self, call, on_text):
             if "results" not in call.messages[-1]["content"]:
-                self.asked.append(call.messages[-1]["content"])
+                asked.append(call.messages[-1]["content"])
             return await super().send(call, on_text)
 
-    model = Watched({}, 0.0, random.Random(1))
-    async with batcher_on(model) as batcher:
+    async with batcher_on(Watched({}, 0.0, random.Random(1))) as batcher:
         for _ in range(300):
             await ask_all(batcher, [f"path {position}" for position in range(4)])
         await batcher.audits.settled()
-    counts = [model.asked.count(f"path {position}") for position in range(4)]
+    counts = [asked.count(f"path {position}") for position in range(4)]
     assert sum(counts) == 300
     assert min(counts) > 40
 
