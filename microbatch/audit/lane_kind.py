@@ -167,8 +167,9 @@ class LaneKind(msgspec.Struct):
         if self.limit > 1 and not self.record(self.limit).certified:
             return False
         step = STEPS[STEPS.index(self.limit) + 1]
-        before = self.steps.pop(step, StepRecord())
-        self.steps[step] = StepRecord(certificates=before.certificates)
+        before = self.record(step)
+        if before.condemned:
+            self.steps[step] = StepRecord(certificates=before.certificates)
         self.limit = None if step >= largest else step
         return True
 

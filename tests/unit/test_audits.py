@@ -93,8 +93,9 @@ def test_after_a_certificate_at_the_smaller_size_the_larger_one_is_tried_again()
     outcome = play(11, {5: 0.5}, size=8, audit=EVERY, bursts=900, later={})
     decisions = [(decision, size) for _, decision, size, _ in outcome.decisions]
     assert decisions[0] == ("condemned", 8)
-    assert decisions[-1] == ("certified", 8)
-    assert 8 in outcome.calls[-4:]
+    assert ("certified", 4) in decisions
+    assert decisions.count(("condemned", 8)) <= 3  # until the model becomes better; each time it takes longer
+    assert 8 in outcome.calls[-20:]
 
 
 def test_where_two_do_harm_nothing_is_combined_and_two_are_tried_again_later():
