@@ -6,6 +6,7 @@ provider batches use this one. It depends on neither queues nor files, so that a
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -102,6 +103,8 @@ class ChatCodec:
         self._key = IdKey() if key is None else key
         self._canary = canary
         self._keep_thoughts = keep_thoughts
+        self._shared: Sequence[Mapping[str, Any]] | None = None  # of the latest call, which the next one mostly shares
+        self._shared_digest = b""
 
     def compose(
         self,
@@ -116,7 +119,7 @@ class ChatCodec:
 
         Calls that differ in these, in their model, form of answer or headers, or in *apart*, whose repr counts, have other ids.
         """
-        draw = self._draw or self._key.draws(_batch_bytes(settings, shared, lines, apart))
+        draw = self._draw or self._key.draws(self._batch_bytes(settings, shared, lines, apart))
         answer, max_tokens, schema = settings.answer, None, settings.answer.batch_schema
         if settings.max_tokens:
             max_tokens = len(lines) * output_reserve(settings.max_tokens)
@@ -138,6 +141,16 @@ class ChatCodec:
             json_object=answer.form is not None and answer.tool is None,
         )
         return CombinedCall(call, ids, canary)
+
+    def _batch_bytes(
+        self, settings: Settings, shared: Sequence[Mapping[str, Any]], lines: Sequence[bytes], apart: Hashable
+    ) -> bytes:
+        """Return what the ids of a call are derived from: equal for equal calls only, as no line holds a line break."""
+        if shared is not self._shared:
+            self._shared, self._shared_digest = shared, hashlib.blake2b(msgspec.json.encode(shared)).digest()
+        # A reply that a proxy delivers to the wrong caller must not have that caller's ids: so headers, with credentials, are in it.
+        about = repr((apart, settings.model, settings.answer.words, settings.headers))
+        return b"\n".join((about.encode("utf-8", "surrogatepass"), self._shared_digest, *lines))
 
     def demultiplex(
         self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], canary: str | None, *, early: bool
@@ -215,15 +228,6 @@ class ChatCodec:
                 where = f"by reasoning, {where}, or ask for less reasoning (reasoning_effort)"
             return TruncatedReply(f"the token limit was reached {where}", raw=content)
         return None if answer.is_text else TruncatedReply("the answer was cut off by the token limit", raw=content)
-
-
-def _batch_bytes(
-    settings: Settings, shared: Sequence[Mapping[str, Any]], lines: Sequence[bytes], apart: Hashable
-) -> bytes:
-    """Return what the ids of a call are derived from: equal for equal batches only, as none of its lines holds a line break."""
-    # A reply that a proxy delivers to the wrong caller must not have that caller's ids: so headers, with credentials, are in it.
-    about = repr((apart, settings.model, settings.answer.words, settings.headers))
-    return b"\n".join((about.encode("utf-8", "surrogatepass"), msgspec.json.encode(shared), *lines))
 
 
 def _without_form(settings: Settings) -> Mapping[str, Any]:

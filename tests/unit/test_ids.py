@@ -85,6 +85,13 @@ def test_whatever_differs_between_two_batches_all_of_their_ids_differ(canary):
         assert not {*ids} & {*others} - {None}, (one, other)
 
 
+def test_a_codec_that_composes_for_several_lanes_in_turn_takes_each_for_itself():
+    codec, settings, lines = ChatCodec(), read_options(str, None, None, None, None, None, None, "normal"), [b'"a"']
+    shared = [[{"role": "system", "content": text}] for text in ("one", "two", "one")]
+    first, second, third = (codec.compose(settings, each, lines).ids for each in shared)
+    assert first == third != second
+
+
 def test_equal_items_of_one_batch_have_ids_of_their_own():
     ids = ids_of(["a"] * 1_000)[:-1]
     assert len(set(ids)) > 990  # of 19**5: one pair in five such batches
