@@ -45,6 +45,8 @@ class Recovery:
 
     def __init__(self, given: Dependencies, dispatcher: Dispatcher, batch: Batch, revised: Callable[[], int]) -> None:
         self._dispatcher = dispatcher
+        self._count = given.count
+        self._policy = given.policy
         self._estimates = given.estimates
         self._ledger = given.ledger
         self._fail = given.settlement.fail
@@ -69,7 +71,7 @@ class Recovery:
         if not tickets:
             return
         if outcome.again:
-            await self._together([tickets], path, instead=True)
+            await self._together(self._chunks(tickets, len(tickets)), path, instead=True)
         elif outcome.ending == "failed" and outcome.error is not None:
             self._fail_all(tickets, outcome.error)
         elif outcome.ending == "refused":
@@ -86,9 +88,24 @@ class Recovery:
             useful = sound and not outcome.runaway
             if may_combine and useful and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
                 size = min(outcome.asked // 2, self._revised() if outcome.ending == "length" else outcome.asked)
-                await self._together(_chunks(_shuffled(outcome, asked), max(1, size)), path, cut)
+                await self._together(self._chunks(_shuffled(outcome, asked), max(1, size)), path, cut)
             else:
                 await self._together([[ticket] for ticket in tickets], path, cut)
+
+    def _chunks(self, tickets: list[Ticket], size: int) -> list[list[Ticket]]:
+        """Return *tickets* in groups of at most *size*, each within the limits on prompts by what is known now."""
+        quota = self._account.max_tokens
+        most = self._estimates.budget(self._policy, tickets[0].spec, self._history, quota).tokens
+        if line_tokens(tickets) > most:  # by their bounds
+            for ticket in tickets:
+                ticket.count(self._count)
+        chunks: list[list[Ticket]] = []
+        for ticket in tickets:
+            if chunks and len(chunks[-1]) < size and line_tokens([*chunks[-1], ticket]) <= most:
+                chunks[-1].append(ticket)
+            else:
+                chunks.append([ticket])
+        return chunks
 
     def _fail_all(self, tickets: list[Ticket], error: RequestFailed | ConfigError) -> None:
         for ticket in tickets:
@@ -172,10 +189,6 @@ def _shuffled(outcome: CallOutcome, asked: list[Ticket]) -> list[Ticket]:
     """Return the *asked* requests that are unanswered in the order of the random parts of their ids, the same for the same call."""
     ids = outcome.reply.ids
     return [asked[position] for position in sorted(outcome.unanswered, key=lambda at: ids[at].lstrip("0123456789"))]
-
-
-def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
-    return [tickets[start : start + size] for start in range(0, len(tickets), size)]
 
 
 def _too_large(error: RequestFailed | ConfigError | None) -> bool:

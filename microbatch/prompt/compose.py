@@ -28,7 +28,10 @@ ALPHABET = "bcdfghjkmnpqrstvwxz"
 
 ID_TOKENS = 8
 """Tokens charged for an item's id. `[123kfqzt]` takes at most 8 tokens in the packaged encodings, a number from 1,000 on one more,
-but 7 on average, so the ids of a batch never take more. What follows an id is counted."""
+but 6 on average, so the ids of a batch never take more. What follows an id is counted."""
+
+SPARE_ID_TOKENS = 2
+"""Tokens charged for an id beyond those that it takes on average."""
 
 LINE_OVERHEAD_BYTES = len(b" \n")
 
