@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from microbatch.accounting.events import Listeners
@@ -33,6 +33,7 @@ from microbatch.batching.single_queue import SingleQueues
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
+from microbatch.prompt.ids import IdKey
 from microbatch.resources import acquire, release
 from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
@@ -67,7 +68,8 @@ class Settings:
     prices: Mapping[str, Price] | Callable[[str], Price | None] | None
     tokens: Callable[[str], int] | Literal["bytes"] | None
     hooks: Sequence[object]
-    draw_ids: Callable[[int], Sequence[str]]
+    draw_ids: Callable[[int], Sequence[str]] | None
+    id_secret: bytes | str | None = field(repr=False)
     audit: AuditPolicy | None
 
 
@@ -124,7 +126,8 @@ class Assembly:
         self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
         lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
-        codec = ChatCodec(settings.draw_ids, canary=canary, keep_thoughts=keep_thoughts)
+        key = IdKey(settings.id_secret)
+        codec = ChatCodec(settings.draw_ids, key=key, canary=canary, keep_thoughts=keep_thoughts)
         dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
         self.audits: Audits | None = None
         if settings.audit is not None:
@@ -134,7 +137,7 @@ class Assembly:
                 getattr(transport, "base_url", ""),
                 dispatcher=dispatcher,
                 singles=singles,
-                draw=random.Random(),  # noqa: S311 no secret: it chooses what is audited
+                draw=random.Random("".join(key.draws(b"audits")(8))),  # noqa: S311 it chooses what is audited
                 correct=None,
             )
             lanes.kind_of = self.audits.kind_of

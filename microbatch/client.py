@@ -18,7 +18,6 @@ from microbatch.caching.warming import Warmed, lasting
 from microbatch.checking import as_seconds, at_least, checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
-from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
@@ -54,19 +53,18 @@ class Microbatcher:
         fallback: What is done about missing and broken answers.
         rate_limit: Requests and tokens per minute for each endpoint, model and key; may be shared as well. None sets no limit; a 429
             then holds up the calls of its endpoint, model and key for as long as it asks.
-        cache: Keeps answers for equal requests: `MemoryCache`, `SQLiteCache`, `RedisCache`, a `TieredCache` of several, or any `Cache`;
-            may be shared as well. None keeps nothing.
+        cache: Keeps answers to equal requests: `MemoryCache`, `SQLiteCache`, `RedisCache`, `TieredCache` or any `Cache`; may be shared.
         spool: Keeps requests for workers, see `enqueue`: `SQLiteSpool`, `RedisSpool`, or any `Spool`; may be shared as well.
         normalize: With a cache, maps the texts of last messages that are to share an answer to the same text (for example `str.strip`);
             what is sent is not changed. None compares texts as they are.
-        prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; a model unknown to it is looked up
-            in a small built-in table.
-        tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
-            encoding from the tables in this package.
+        prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; a small built-in table for others.
+        tokens: Counts tokens: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's packaged encoding.
         hooks: Objects with any of the methods `on_flush`, `on_call`, `on_settle` and `on_audit`, which take a `Flushed`, `Called`,
             `Settled` and `Audited`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns
             is in the later events of that request. They are called on the event loop and have to be quick; what one raises is logged.
-        draw_ids: Source of the random part of item ids; for tests.
+        draw_ids: Source of the random part of item ids, instead of *id_secret*; for tests.
+        id_secret: Key that ids are derived from, together with the prompt, so that the same batch has the same ids; for exact reruns.
+            With it a text can be made that holds the ids of its own batch, so keep it secret. None draws one for this process.
         audit: Measures what combining does to answers, and limits the size of batches by it; None audits nothing.
 
     Options of a request, the same for `submit`, `map` and `enqueue`:
@@ -106,7 +104,8 @@ class Microbatcher:
         prices: Mapping[str, Price] | Callable[[str], Price | None] | None = None,
         tokens: Callable[[str], int] | Literal["bytes"] | None = None,
         hooks: Sequence[object] = (),
-        draw_ids: Callable[[int], Sequence[str]] = draw_endings,
+        draw_ids: Callable[[int], Sequence[str]] | None = None,
+        id_secret: bytes | str | None = None,
         audit: AuditPolicy | None = None,
     ) -> None:
         self._policy = FlushPolicy() if policy is None else policy
@@ -124,6 +123,7 @@ class Microbatcher:
                 tokens=tokens,
                 hooks=hooks,
                 draw_ids=draw_ids,
+                id_secret=id_secret,
                 audit=audit,
             )
         )

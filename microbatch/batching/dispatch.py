@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.accounts import Permit
 
+    CallPath = tuple[int, ...]
     Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
     Keep = Callable[[Sequence[tuple[Ticket, Usage]]], Awaitable[None]]  # `AnswerCache.keep`
 
@@ -103,16 +104,18 @@ class Dispatcher:
         *,
         route: Route = "batch",
         instead: bool = False,
+        path: CallPath = (),
     ) -> Batch:
         """Compose a combined call for *tickets*, of one lane, which all still wait.
 
-        *instead* if it is made instead of one whose bound was too low: then its cost is not held against combining.
+        *instead* if it is made instead of one whose bound was too low: then its cost is not held against combining. *path* is its
+        place among the calls that ask again for what a batch left unanswered, see `Recovery.after`.
         """
         permit.combined = True
         spec, size = tickets[0].spec, len(tickets)
         bound, tries = self._bounds.tried(spec, history, size, self._bound(tickets, history, permit))
         lines = [ticket.line for ticket in tickets]
-        combined = self._codec.compose(spec, spec.shared, lines, bound)
+        combined = self._codec.compose(spec, spec.shared, lines, bound, apart=(spec.tenant, path))
         call, call_state = combined.call, self._begin(tickets, route, permit)
         call.stream = self._early and not all(ticket.bulk for ticket in tickets)
         call.timeout = self._remaining(tickets)

@@ -75,14 +75,16 @@ class LaneTable:
         history = self._histories.of(key)
         account = self._given.accounts.of(spec.model, spec.headers)
         model = self._given.bounds.of(spec.model)
-        if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
+        policy = self._policy
+        limits = (account.max_tokens, policy.max_prompt_tokens, model.context)
+        if policy.merge == "when-cheaper" or any(limit is not None for limit in limits):
             self._estimates.measure(spec, history)
-        budget = self._estimates.budget(self._policy, spec, history, account.max_tokens)
+        budget = self._estimates.budget(policy, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
         self._by_key[key] = lane
         lane.model = model
-        lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
+        lane.max_wait = policy.low_max_wait if lane.rank == LOW else policy.max_wait
         self._set_fast_path(lane)
         return lane
 
