@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
+from microbatch.batching.latency import ReplyTimes, first_size
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import spec_of
 from microbatch.batching.ticket import HIGH, LOW, NEVER, NO_CONTEXT, FlushReason
@@ -69,6 +70,9 @@ class LaneTable:
         model = self._given.bounds.of(spec.model)
         if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
             self._estimates.measure(spec, history)
+        limit = self._policy.max_latency
+        if limit is not None and history.times is None:
+            history.times = ReplyTimes(limit, first_size(limit, spec.answer.expected_tokens))
         budget = self._estimates.budget(self._policy, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)

@@ -37,6 +37,7 @@ class FlushReason(enum.StrEnum):
     SIZE = "size"
     TOKENS = "tokens"
     OUTPUT = "output"
+    LATENCY = "latency"
     TIMEOUT = "timeout"
     IDLE = "idle"
     EXPLICIT = "explicit"
@@ -53,6 +54,7 @@ class AloneReason(enum.StrEnum):
     HIGH = "high"
     BYPASS = "bypass"
     NOT_CHEAPER = "not_cheaper"
+    LATENCY = "latency"
     FALLBACK = "fallback"
 
 
