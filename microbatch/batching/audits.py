@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.audits import AuditedSize, Decision
     from microbatch.audit.lane_kind import StepRecord
-    from microbatch.batching.call_state import Batch
+    from microbatch.batching.call_state import AloneAnswer, Batch
     from microbatch.batching.dependencies import Dependencies
-    from microbatch.batching.dispatch import AloneAnswer, Dispatcher
+    from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import Spec, Ticket
     from microbatch.messages import Usage

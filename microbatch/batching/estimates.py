@@ -8,6 +8,7 @@ estimates for later calls.
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -54,7 +55,7 @@ class Budget(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         size: Most requests.
         tokens: Most tokens of the items' lines, ids included.
-        size_reason: What binds the size: SIZE, or OUTPUT when the expected reply does.
+        size_reason: What binds the size: SIZE, OUTPUT when the expected reply does, or LATENCY when the time of replies does.
     """
 
     size: int
@@ -215,9 +216,11 @@ class Estimates:
             tokens = min(tokens, history.max_line_tokens)
         if history.suspended_for:
             return Budget(1, tokens)
-        if by_output < size:
-            return Budget(by_output, tokens, FlushReason.OUTPUT)
-        return Budget(size, tokens)
+        limits_by_reason = [(size, FlushReason.SIZE), (by_output, FlushReason.OUTPUT)]
+        if history.times is not None:
+            limits_by_reason.append((history.times.most, FlushReason.LATENCY))
+        size, reason = min(limits_by_reason, key=itemgetter(0))
+        return Budget(size, tokens, reason)
 
     # --- what is learned
 

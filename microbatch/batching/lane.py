@@ -169,7 +169,7 @@ class Lane:
             return min(quota, self.estimates.together(self.spec, history, self._fill, self._fill_tokens, quota))
         oldest = next(ticket for ticket in self._pending if ticket.queue is self)
         # A request that was to travel with others was charged before anything was known of single answers.
-        return min(quota, self.estimates.alone(oldest, history).tokens if history.suspended_for else oldest.cost)
+        return min(quota, self.estimates.alone(oldest, history).tokens if history.parted else oldest.cost)
 
     @property
     def abandoned(self) -> bool:

@@ -15,6 +15,7 @@ from microbatch.lru import LRU
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
+    from microbatch.batching.latency import ReplyTimes
     from microbatch.batching.overhead import PromptOverhead
     from microbatch.messages import TokenLimits, Usage
 
@@ -151,6 +152,7 @@ class LaneHistory(msgspec.Struct):
         reasons: Whether the model reasons although it was told not to.
         affordable: The most tokens of a reply that the account's credit pays for.
         per_minute: Tokens allowed a minute according to a refusal. From then on the bound is close.
+        times: How long its replies take; None without a limit on latency.
     """
 
     batch_size: int | None = None
@@ -176,6 +178,7 @@ class LaneHistory(msgspec.Struct):
     reasons: bool = False
     affordable: int | None = None
     per_minute: int | None = None
+    times: ReplyTimes | None = None
 
     # --- lengths
 
@@ -253,6 +256,11 @@ class LaneHistory(msgspec.Struct):
             self.revised = True
 
     # --- whether combining is of use
+
+    @property
+    def parted(self) -> bool:
+        """True while its requests go alone because of earlier replies."""
+        return self.suspended_for > 0 or (self.times is not None and self.times.most == 1)
 
     def record_outcome(self, *, good: bool, judged: bool) -> None:
         """Record whether a combined reply was *good*: it had a sound element, and the model stopped. Cut replies are not *judged*."""

@@ -18,6 +18,7 @@ import msgspec
 
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
+from microbatch.batching.latency import ReplyTimes, first_size
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import spec_of
 from microbatch.batching.ticket import HIGH, LOW, NEVER, NO_CONTEXT, FlushReason
@@ -79,6 +80,9 @@ class LaneTable:
         limits = (account.max_tokens, policy.max_prompt_tokens, model.context)
         if policy.merge == "when-cheaper" or any(limit is not None for limit in limits):
             self._estimates.measure(spec, history)
+        limit = policy.max_latency
+        if limit is not None and history.times is None:
+            history.times = ReplyTimes(limit, first_size(limit, spec.answer.expected_tokens))
         budget = self._estimates.budget(policy, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)

@@ -38,6 +38,7 @@ class FlushReason(enum.StrEnum):
     SIZE = "size"
     TOKENS = "tokens"
     OUTPUT = "output"
+    LATENCY = "latency"
     TIMEOUT = "timeout"
     IDLE = "idle"
     EXPLICIT = "explicit"
@@ -55,6 +56,7 @@ class AloneReason(enum.StrEnum):
     BYPASS = "bypass"
     NOT_CHEAPER = "not_cheaper"
     CONDEMNED = "condemned"
+    LATENCY = "latency"
     FALLBACK = "fallback"
     AUDIT = "audit"
 

@@ -29,7 +29,14 @@ Settings = dict[str, Any]
 """Each setting by its flag. Texts are kept as digests: prompts may be confidential, and long."""
 
 # These decide which requests share a prompt, and so what the model is asked. The rest of the policy is about pace.
-_SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
+_SHAPING: Final = (
+    "max_batch_size",
+    "max_batch_tokens",
+    "max_prompt_tokens",
+    "max_output_tokens",
+    "merge",
+    "max_latency",
+)
 
 # These are part of a question, and so of its digest.
 _IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature")
