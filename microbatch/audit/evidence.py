@@ -96,6 +96,8 @@ class Evidence(msgspec.Struct):
         low, high = max(-1.0, self.excess), 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
+            if middle == high:
+                break  # all scores are 1: nothing lies between, and at a bound of 1 no bet is defined
             if self.wealth_below(middle) >= ENOUGH:
                 high = middle
             else:
