@@ -264,7 +264,13 @@ class Audits:
         if notify is not None:
             notify(
                 Audited(
-                    kind=kind.digest, model=kind.model, size=step, score=scored, decision=decision, limit=kind.limit
+                    kind=kind.digest,
+                    model=kind.model,
+                    size=step,
+                    score=scored,
+                    decision=decision,
+                    limit=kind.limit,
+                    differs=different,
                 )
             )
 

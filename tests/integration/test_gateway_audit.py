@@ -32,7 +32,6 @@ async def stats_of(session, address):
         return await response.json()
 
 
-
 @pytest.mark.parametrize(
     ("key", "options", "audited"),
     [
@@ -86,7 +85,7 @@ async def test_a_condemned_size_is_shown_by_stats_and_metrics_of_the_command():
         async with session.get(f"{address}/metrics") as response:
             metrics = await response.text()
         assert 'microbatch_audit_condemned{model="m",size="4"} 1.0' in metrics
-        assert 'microbatch_audits_total{model="m",outcome="worse",size="4"}' in metrics
+        assert 'microbatch_audits_total{model="m",outcome="different",size="4"}' in metrics
 
 
 @pytest.mark.parametrize(

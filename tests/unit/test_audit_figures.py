@@ -7,7 +7,9 @@ from microbatch.audit.evidence import Evidence
 from microbatch.audit.lane_kind import LaneKind
 
 
-@each("worse, equal, better", [(n * a, n * b, n * c) for n in (1, 7, 400) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+@each(
+    "worse, equal, better", [(n * a, n * b, n * c) for n in (1, 7, 400) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+)
 def test_the_upper_bound_of_any_scores_is_a_bound(worse, equal, better):
     evidence = Evidence(worse, equal, better)
     assert evidence.excess <= evidence.upper_bound <= 1
