@@ -8,7 +8,6 @@ fail together. Its audit is a call of the lowest priority, outside cache and sin
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,10 +15,9 @@ import msgspec
 
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
-from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, LaneKind, step_of
+from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
 from microbatch.batching.ticket import LOW, SlotLease
 from microbatch.errors import ConfigError, RequestFailed, ShutDown
-from microbatch.lru import LRU
 from microbatch.transports.credentials import hold_credentials
 
 if TYPE_CHECKING:
@@ -27,20 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 
     from microbatch.accounting.audits import AuditedSize, Decision
+    from microbatch.audit.lane_kind import LaneKind, LaneKinds
     from microbatch.batching.call_state import Batch
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import AloneAnswer, Dispatcher
     from microbatch.batching.single_queue import SingleQueues
-    from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.batching.ticket import Ticket
     from microbatch.policy import AuditPolicy
 
     Start = Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
     Correct = Callable[[Ticket, AloneAnswer], Awaitable[None]]
 
 logger: Final = logging.getLogger("microbatch")
-
-_KINDS: Final = 1_024
-"""Kinds of lanes that are remembered."""
 
 _MOST: Final = 64
 """Audits of a kind under way beyond which no item is sampled, so that a slow endpoint does not pile them up."""
@@ -61,14 +57,14 @@ class Audits:
     Args:
         given: What the parts of the batcher share.
         policy: See `AuditPolicy`.
-        endpoint: Address of the endpoint, which is part of a kind.
+        kinds: The record of each kind of lane.
         dispatcher: Asks alone.
         singles: The queues in which audits wait.
         draw: Decides which items are sampled.
         correct: Replaces the cached answer of a ticket; None without a cache.
 
     Attributes:
-        kinds: The record of each kind of lane, by its digest.
+        kinds: As given.
         callers_pay: Returns whether requests with these headers are paid for by their callers.
     """
 
@@ -76,18 +72,17 @@ class Audits:
         self,
         given: Dependencies,
         policy: AuditPolicy,
-        endpoint: str,
+        kinds: LaneKinds,
         *,
         dispatcher: Dispatcher,
         singles: SingleQueues,
         draw: random.Random,
         correct: Correct | None,
     ) -> None:
-        self.kinds: LRU[str, LaneKind] = LRU(_KINDS)
+        self.kinds = kinds
         self.callers_pay: Callable[[Mapping[str, str]], bool] = hold_credentials
         self._given = given
         self._policy = policy
-        self._endpoint = endpoint
         self._dispatcher = dispatcher
         self._singles = singles
         self._draw = draw
@@ -116,14 +111,6 @@ class Audits:
             await self._ended.wait()
 
     # --- kinds of lanes
-
-    def kind_of(self, spec: Spec) -> LaneKind:
-        """Return the kind of lanes with *spec*."""
-        model = spec.model or self._given.default_model
-        content = (self._endpoint, model, spec.answer.key, spec.max_tokens, spec.params, spec.shared)
-        encoded = repr(content).encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
-        return self.kinds.get_or_make(digest, lambda: LaneKind(digest, model))
 
     def is_condemned(self, digest: str, size: int) -> bool:
         """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew."""
