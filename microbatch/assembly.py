@@ -17,6 +17,7 @@ from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
+from microbatch.audit.lane_kind import LaneKinds
 from microbatch.batching.admission import AdmissionQueue
 from microbatch.batching.audits import Audits
 from microbatch.batching.bounds import Bounds
@@ -129,18 +130,22 @@ class Assembly:
         key = IdKey(settings.id_secret)
         codec = ChatCodec(settings.draw_ids, key=key, canary=canary, keep_thoughts=keep_thoughts)
         dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
+        kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
+        if settings.audit is not None or self.cache is not None:
+            lanes.kinds = kinds
         self.audits: Audits | None = None
         if settings.audit is not None:
             self.audits = Audits(
                 given,
                 settings.audit,
-                getattr(transport, "base_url", ""),
+                kinds,
                 dispatcher=dispatcher,
                 singles=singles,
                 draw=random.Random("".join(key.draws(b"audits")(8))),  # noqa: S311 it chooses what is audited
-                correct=None,
+                correct=None if self.cache is None else self.cache.correct,
             )
-            lanes.kind_of = self.audits.kind_of
+            if self.cache is not None:
+                self.cache.is_condemned = self.audits.is_condemned
         self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
         self.engine: Engine = Engine(given, lanes, singles, dispatcher, self.audits)
 

@@ -11,17 +11,20 @@ step 1 nothing is combined, and only requests count.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import hashlib
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from microbatch.accounting.audits import AuditedSize
 from microbatch.audit.evidence import ENOUGH, DriftDetector, Evidence
+from microbatch.lru import LRU
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from microbatch.accounting.audits import Decision
+    from microbatch.prompt.codec import Settings
 
 ABOVE: Final = 64
 """The step of all sizes above 32."""
@@ -39,6 +42,9 @@ _FAR: Final = 20
 
 _PATIENCE: Final = 500
 """Requests after the first condemnation before the next larger step is tried again."""
+
+_MOST_KINDS: Final = 1_024
+"""Kinds of lanes that are remembered."""
 
 _AHEAD: Final = 8
 """Audits under way at which bulk work waits while the step is undecided."""
@@ -193,3 +199,20 @@ class LaneKind(msgspec.Struct):
                 certified=record.certified,
                 condemned=record.condemned,
             )
+
+
+class LaneKinds(LRU[str, LaneKind]):
+    """The kinds of lanes used lately, by their digests, of an endpoint with the address *endpoint* and a *default_model*."""
+
+    def __init__(self, endpoint: str, default_model: str | None) -> None:
+        super().__init__(_MOST_KINDS)
+        self._endpoint = endpoint
+        self._default_model = default_model
+
+    def of(self, settings: Settings, shared: Sequence[Any]) -> LaneKind:
+        """Return the kind of lanes with *settings* and the messages *shared*; their headers are no part of it."""
+        model = settings.model or self._default_model
+        content = (self._endpoint, model, settings.answer.key, settings.max_tokens, settings.params, shared)
+        encoded = repr(content).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+        return self.get_or_make(digest, lambda: LaneKind(digest, model))

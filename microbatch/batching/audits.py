@@ -8,25 +8,23 @@ fail together. Its audit is a call of the lowest priority, outside cache and sin
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
-from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, LaneKind, step_of
+from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
 from microbatch.batching.call_state import Sample
 from microbatch.batching.ticket import LOW, SlotLease
 from microbatch.errors import ConfigError, RequestFailed, ShutDown
-from microbatch.lru import LRU
-from microbatch.transports.credentials import says_who
+from microbatch.transports.credentials import hold_credentials
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 
     from microbatch.accounting.audits import AuditedSize, Decision
-    from microbatch.audit.lane_kind import StepRecord
+    from microbatch.audit.lane_kind import LaneKind, LaneKinds, StepRecord
     from microbatch.batching.call_state import AloneAnswer, Batch
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.dispatch import Dispatcher
@@ -40,9 +38,6 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("microbatch")
 
-_KINDS: Final = 1_024
-"""Kinds of lanes that are remembered."""
-
 _MOST: Final = 64
 """Audits of a kind under way beyond which no item is sampled, so that a slow endpoint does not pile them up."""
 
@@ -53,31 +48,32 @@ class Audits:
     Args:
         given: What the parts of the batcher share.
         policy: See `AuditPolicy`.
-        endpoint: Address of the endpoint, which is part of a kind.
+        kinds: The record of each kind of lane.
         dispatcher: Asks alone.
         singles: The queues in which audits wait.
         draw: Decides which items are sampled.
         correct: Replaces the cached answer of a ticket; None without a cache.
 
     Attributes:
-        kinds: The record of each kind of lane, by its digest.
+        kinds: As given.
+        callers_pay: Returns whether requests with these headers are paid for by their callers.
     """
 
     def __init__(
         self,
         given: Dependencies,
         policy: AuditPolicy,
-        endpoint: str,
+        kinds: LaneKinds,
         *,
         dispatcher: Dispatcher,
         singles: SingleQueues,
         draw: random.Random,
         correct: Correct | None,
     ) -> None:
-        self.kinds: LRU[str, LaneKind] = LRU(_KINDS)
+        self.kinds = kinds
+        self.callers_pay: Callable[[Mapping[str, str]], bool] = hold_credentials
         self._given = given
         self._policy = policy
-        self._endpoint = endpoint
         self._dispatcher = dispatcher
         self._singles = singles
         self._draw = draw
@@ -106,14 +102,6 @@ class Audits:
             await self._ended.wait()
 
     # --- kinds of lanes
-
-    def kind_of(self, spec: Spec) -> LaneKind:
-        """Return the kind of lanes with *spec*."""
-        model = spec.model or self._given.default_model
-        content = (self._endpoint, model, spec.answer.key, spec.max_tokens, spec.params, spec.shared)
-        encoded = repr(content).encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
-        return self.kinds.get_or_make(digest, lambda: LaneKind(digest, model))
 
     def is_condemned(self, digest: str, size: int) -> bool:
         """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew."""
@@ -146,7 +134,7 @@ class Audits:
             self._under_way += 1
 
     def _may_audit(self, spec: Spec) -> bool:
-        return self._policy.audit_own_keys or not any(map(says_who, spec.headers))
+        return self._policy.audit_own_keys or not self.callers_pay(spec.headers)
 
     def _rate(self, record: StepRecord) -> float:
         """Return the share of the items that is sampled now."""
@@ -268,7 +256,13 @@ class Audits:
         if notify is not None:
             notify(
                 Audited(
-                    kind=kind.digest, model=kind.model, size=step, score=scored, decision=decision, limit=kind.limit
+                    kind=kind.digest,
+                    model=kind.model,
+                    size=step,
+                    score=scored,
+                    decision=decision,
+                    limit=kind.limit,
+                    differs=different,
                 )
             )
 

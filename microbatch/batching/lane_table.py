@@ -25,12 +25,11 @@ from microbatch.batching.ticket import HIGH, LOW, NEVER, NO_CONTEXT, FlushReason
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
 
-    from microbatch.audit.lane_kind import LaneKind
+    from microbatch.audit.lane_kind import LaneKind, LaneKinds
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Spec
     from microbatch.messages import Messages
 
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
@@ -42,12 +41,12 @@ class LaneTable:
 
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
-        kind_of: Returns the kind of a lane; None without an audit.
+        kinds: The kinds of lanes; None if neither an audit nor a cache asks for them.
     """
 
     def __init__(self, given: Dependencies) -> None:
         self.latest: Lane | None = None
-        self.kind_of: Callable[[Spec], LaneKind] | None = None
+        self.kinds: LaneKinds | None = None
         self._given = given
         self._policy = given.policy
         self._estimates = given.estimates
@@ -71,8 +70,8 @@ class LaneTable:
 
     def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         spec = spec_of(messages[:-1], options, key)
-        if self.kind_of is not None:
-            spec = msgspec.structs.replace(spec, kind=self.kind_of(spec))
+        if self.kinds is not None:
+            spec = msgspec.structs.replace(spec, kind=self.kinds.of(spec, spec.shared))
         history = self._histories.of(key)
         account = self._given.accounts.of(spec.model, spec.headers)
         model = self._given.bounds.of(spec.model)
