@@ -102,6 +102,10 @@ async def calibrate(
     return calibrator.result
 
 
+async def _no_outage(_: Exception) -> bool:
+    return False
+
+
 class Calibrator:
     """A calibration under way.
 
@@ -114,7 +118,7 @@ class Calibrator:
         seed: Seed of the sample and of the batches.
         same: Compares two outputs.
         outage: Called with the error of a batch that failed for reasons that may not be its own, before it is asked again. Waits while
-            the endpoint does not answer, and returns whether it did not; raises an error if it is given up.
+            the endpoint does not answer, and returns whether it has waited; raises an error if the endpoint is given up.
         ended: Called with the figures of asking alone, and with those of each size when it has been tried.
 
     Attributes:
@@ -135,7 +139,7 @@ class Calibrator:
         max_excess: Share = 0.02,
         seed: int = 0,
         same: Callable[[Any, Any], bool] | None = None,
-        outage: Outage | None = None,
+        outage: Outage = _no_outage,
         ended: Callable[[CalibratedSize], object] = lambda _: None,
     ) -> None:
         if not 0 < max_excess < 1:
@@ -183,11 +187,14 @@ class Calibrator:
         """Ask for each of *items* twice, and keep those whose answers can be compared."""
         begun = asyncio.get_running_loop().time()
         kept = await self._keep(batcher, items, _Item.take_first)
+        questions = len(items)
         if len(kept) >= self._least:  # or the second answers would be paid for in vain
+            questions += len(kept)
             kept = await self._keep(batcher, kept, _Item.take_second)
         seconds = asyncio.get_running_loop().time() - begun
         if len(kept) < self._least:
-            self._note(needed=math.ceil(self._least * len(items) / len(kept)) if kept else None)
+            comparable = self.result.not_comparable * 2 <= len(items)
+            self._note(needed=math.ceil(self._least * len(items) / len(kept)) if kept and comparable else None)
             kept = []
         self._items = kept
         noise = sum(not item.alone for item in kept) / (len(kept) or 1)
@@ -196,7 +203,7 @@ class Calibrator:
             1,
             batcher.stats(),
             seconds,
-            batches=len(items),
+            batches=questions,
             compared=len(kept),
             not_comparable=result.not_comparable,
             failed=result.failed,
@@ -298,18 +305,21 @@ class Calibrator:
         tries = Counter[int]()
         pending = [*range(len(batches))]
         while pending:
-            requests = (item.request for number in pending for item in batches[number])
-            outcomes = iter([outcome async for outcome in batcher.map(requests, ordered=True)])
-            for number in pending:
-                results[number] = [next(outcomes) for _ in batches[number]]
-            failing = {number: error for number in pending if (error := _outer_error(results[number])) is not None}
+            outcomes = batcher.map((item.request for number in pending for item in batches[number]), ordered=True)
+            failing: list[int] = []
             waited = False
-            if failing and self._outage is not None:
-                waited = await self._outage(next(iter(failing.values())))
+            for number in pending:
+                results[number] = [await anext(outcomes) for _ in batches[number]]
+                error = _outer_error(results[number])
+                if error is not None:
+                    failing.append(number)
+                    down = await self._outage(error)
+                    waited |= down
+                    tries[number] += not down
+            await anext(outcomes, None)  # its end
             errors = [result.error for part in results for result in part]
             if not waited and None not in errors and errors[0] is not None:
                 raise errors[0]
-            tries.update(() if waited else failing)
             pending = [number for number in failing if tries[number] < _TRIES]
         return results
 

@@ -40,6 +40,9 @@ MOST_BATCHES: Final = 220
 ROUND: Final = 32
 """Batches that are asked before the evidence is looked at again."""
 
+_MOST_TIMES: Final = 100
+"""Times as many items as were asked beyond which no number of them is named."""
+
 _REACHED: Final = 0.5
 """Share of the items that batches of a size must answer, or the size counts as not reached."""
 
@@ -52,7 +55,7 @@ class CalibratedSize(msgspec.Struct, frozen=True, kw_only=True):
         outcome: "passes" if the excess was found to be below `max_excess`, "fails" if above; "undecided"; or "not reached": fewer
             than half of the items were answered by batches of this size, because limits on tokens or the form of the requests kept
             batches smaller, or because most items had to be asked again. None for size 1.
-        batches: Batches asked; for size 1 the items, each twice.
+        batches: Batches asked; for size 1 the questions.
         compared: Answers compared.
         not_comparable: Answers that cannot be compared.
         failed: Items that ended with an error.
@@ -228,11 +231,12 @@ class Trial:
 
     @property
     def needed(self) -> int | None:
-        """Items that would be enough to pass if they were like these; None if no number would."""
+        """Items that would be enough to pass if they were like these; None if no number would, or only a hundred times as many."""
         by_item, by_batch = self._by_item, self._by_batch
         times = by_item.times_needed(self._bound), by_batch.times_needed(self._bound)
         if times[0] is None or times[1] is None:
             return None
         batches = times[1] * by_batch.count
         # More batches than the most are asked of a sample that holds as many.
-        return math.ceil(max(times[0] * by_item.count, 0 if batches <= MOST_BATCHES else batches * self.size))
+        items = max(times[0] * by_item.count, 0 if batches <= MOST_BATCHES else batches * self.size)
+        return math.ceil(items) if items <= _MOST_TIMES * by_item.count else None

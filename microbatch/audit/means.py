@@ -115,5 +115,10 @@ def least_count(bound: float) -> int:
     return math.ceil(Means(Counter({0.0: 1})).times_needed(bound) or _MOST_TIMES)
 
 
+def smallest_bound(count: int) -> float:
+    """Return the bound that *count* means show if none of them differs from 0."""
+    return Means(Counter({0.0: count})).upper_bound
+
+
 def _log(factor: float) -> float:
     return math.log(factor) if factor > 0 else -math.inf
