@@ -24,7 +24,7 @@ from microbatch.transports.credentials import says_who
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 
     from microbatch.accounting.audits import AuditedSize, Decision
     from microbatch.batching.call_state import Batch
@@ -114,6 +114,15 @@ class Audits:
             await self._ended.wait()
 
     # --- kinds of lanes
+
+    def state(self) -> list[LaneKind]:
+        """Return the records of all kinds as they are kept for another process, without the audits under way."""
+        return [msgspec.structs.replace(kind, under_way=0) for kind in self.kinds.values()]
+
+    def restore(self, kinds: Iterable[LaneKind]) -> None:
+        """Go on from the records that `state` has returned in an earlier process; there are no requests yet."""
+        for kind in kinds:
+            self.kinds.put(kind.digest, kind)
 
     def kind_of(self, spec: Spec) -> LaneKind:
         """Return the kind of lanes with *spec*."""
