@@ -11,6 +11,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
 from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
@@ -21,7 +23,7 @@ from microbatch.transports.credentials import hold_credentials
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 
     from microbatch.accounting.audits import AuditedSize, Decision
     from microbatch.audit.lane_kind import LaneKind, LaneKinds, StepRecord
@@ -102,6 +104,15 @@ class Audits:
             await self._ended.wait()
 
     # --- kinds of lanes
+
+    def state(self) -> list[LaneKind]:
+        """Return the records of all kinds as they are kept for another process, without the audits under way."""
+        return [msgspec.structs.replace(kind, under_way=0) for kind in self.kinds.values()]
+
+    def restore(self, kinds: Iterable[LaneKind]) -> None:
+        """Go on from the records that `state` has returned in an earlier process; there are no requests yet."""
+        for kind in kinds:
+            self.kinds.put(kind.digest, kind)
 
     def is_condemned(self, digest: str, size: int) -> bool:
         """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew."""

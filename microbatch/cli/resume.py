@@ -29,14 +29,7 @@ Settings = dict[str, Any]
 """Each setting by its flag. Texts are kept as digests: prompts may be confidential, and long."""
 
 # These decide which requests share a prompt, and so what the model is asked. The rest of the policy is about pace.
-_SHAPING: Final = (
-    "max_batch_size",
-    "max_batch_tokens",
-    "max_prompt_tokens",
-    "max_output_tokens",
-    "merge",
-    "max_latency",
-)
+_SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
 
 # These are part of a question, and so of its digest.
 _IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature")
@@ -153,6 +146,7 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
         "--temperature": args.temperature,
         **{flag(name): getattr(plan.policy, name) for name in _SHAPING},
         "--canary": args.canary,
+        **({} if plan.policy.max_latency is None else {flag("max_latency"): plan.policy.max_latency}),
         **({flag("combine_params"): sorted(combined)} if (combined := plan.policy.combine_params) else {}),
     }
 
