@@ -112,9 +112,9 @@ def play(seed, harm, *, noise=0.0, size=16, bursts=100, audit=None, slots=64, pa
 
     async def serve():
         policy = mb.FlushPolicy(max_batch_size=size, idle="wait", max_concurrent_batches=slots)
-        async with mb.Microbatcher(
-            model, policy=policy, audit=audit, hooks=[notes], tokens="bytes", prices={}
-        ) as batcher:
+        # The secret decides what is sampled, too.
+        options = {"policy": policy, "audit": audit, "hooks": [notes], "tokens": "bytes", "id_secret": str(seed)}
+        async with mb.Microbatcher(model, **options) as batcher:
             latencies = []
 
             async def ask(text):

@@ -33,7 +33,8 @@ class Notes:
 
 def batcher_on(model, *, audit=EVERY, size=4, hooks=(), slots=64, **others):
     policy = mb.FlushPolicy(max_batch_size=size, idle="wait", max_concurrent_batches=slots)
-    return mb.Microbatcher(model, policy=policy, audit=audit, hooks=hooks, tokens="bytes", prices={}, **others)
+    others.setdefault("id_secret", "decides what is sampled")
+    return mb.Microbatcher(model, policy=policy, audit=audit, hooks=hooks, tokens="bytes", **others)
 
 
 async def ask_all(batcher, texts, **options):
@@ -49,6 +50,7 @@ def model_with(harm=(), noise=0.0):
 # --- the size follows
 
 
+@pytest.mark.slow
 def test_a_size_that_does_harm_is_left_and_answers_are_right_from_then_on():
     outcomes = [play(seed, {16: 0.26}, audit=AUTO, bursts=70) for seed in range(20)]
     assert sum((found := left(each, 16)) is not None and found[1] <= 60 for each in outcomes) >= 18
@@ -60,12 +62,14 @@ def test_a_size_that_does_harm_is_left_and_answers_are_right_from_then_on():
             assert max(after) <= 8
 
 
+@pytest.mark.slow
 def test_an_excess_above_four_is_found_within_250_samples():
     outcomes = [play(seed, {5: 0.10}, audit=EVERY, bursts=260) for seed in range(5)]
     found = [left(outcome, 16) for outcome in outcomes]
     assert sum(each is not None and each[0] <= 250 for each in found) >= 4
 
 
+@pytest.mark.slow
 def test_noise_of_the_model_is_no_reason_to_shrink():
     outcomes = [play(seed, {}, noise=0.10, size=4, audit=EVERY, bursts=300) for seed in range(8)]
     assert sum(decided(outcome, "condemned") for outcome in outcomes) <= 1
@@ -83,12 +87,14 @@ def test_without_adapting_the_figures_are_reported_and_nothing_changes():
     assert outcome.calls.count(16) == 40
 
 
+@pytest.mark.slow
 def test_a_model_that_becomes_bad_after_a_certificate_is_found():
     outcome = play(11, {}, size=4, audit=EVERY, bursts=1000, later={4: 0.5})
     decisions = [(decision, size) for _, decision, size, _ in outcome.decisions]
     assert decisions[:2] == [("certified", 4), ("condemned", 4)]
 
 
+@pytest.mark.slow
 def test_after_a_certificate_at_the_smaller_size_the_larger_one_is_tried_again():
     outcome = play(11, {5: 0.5}, size=8, audit=EVERY, bursts=900, later={})
     decisions = [(decision, size) for _, decision, size, _ in outcome.decisions]
@@ -127,6 +133,7 @@ async def test_while_callers_wait_for_slots_audits_take_one_turn_in_five():
     assert [call.route for call in notes.calls].count("audit") == 40
 
 
+@pytest.mark.slow
 def test_auto_keeps_the_cost_of_audits_within_the_overhead_or_50_samples():
     policy = mb.AuditPolicy(max_overhead=0.05, max_excess=0.001)
     outcome = play(2, {}, size=4, audit=policy, bursts=800)
@@ -204,6 +211,7 @@ async def test_the_rate_is_a_share_of_the_items(rate, batches, low, high):
     assert low <= asked <= high
 
 
+@pytest.mark.slow
 async def test_after_a_certificate_few_are_sampled():
     async with batcher_on(model_with(), audit=AUTO, size=16) as batcher:
         for _ in range(900):
