@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ENOUGH: Final = 20.0
 """The wealth that rejects a hypothesis, with an error of at most 5 %."""
 
-_ABOVE_BETS: Final = ((0.05, 0.1), (0.1, 0.1), (0.2, 0.1), (0.4, 0.1), (0.6, 0.1), (0.8, 0.1), (0.95, 0.4))
+_ABOVE_BETS: Final = (*((bet, 0.4 / 6) for bet in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)), (0.95, 0.6))
 _BELOW_BETS: Final = tuple((bet, 1 / 7) for bet in (0.1, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0))
 """Bets on an excess above the bound, and below it: parts of the largest that cannot lose more than everything, each with its share of
 the first wealth. Small bets find a small excess of a noisy model; the largest finds an excess of 0.05 and more first."""
