@@ -23,8 +23,10 @@ class FlushPolicy:
         max_batch_size: Most requests in one combined prompt. Accuracy falls slowly up to about 20 and steeply after 50
             (arXiv:2406.10786, arXiv:2603.22608).
         max_wait: Longest time the first request of a batch waits for others, in seconds. 0 sends at the next loop tick.
-        max_batch_tokens: Most tokens of the batch instructions and the items, without the shared messages.
-        max_prompt_tokens: Most tokens of the whole combined prompt, shared messages included. None sets no limit.
+        max_batch_tokens: Most tokens of the batch instructions and the items, without the shared messages. They are counted exactly in
+            OpenAI's encodings only; with other models the count is corrected by what the endpoint reports of a lane's calls.
+        max_prompt_tokens: Most tokens of the whole combined prompt, shared messages included, counted likewise. From the first report
+            on it includes what the endpoint adds, such as a schema. None sets no limit.
         max_output_tokens: Most expected tokens of a combined reply: the sum over items of 1.2 x `max_tokens` + 16, or of the 95th
             percentile of the lane's answers so far where callers give no `max_tokens`.
         max_concurrent_batches: Most calls on the wire at once, single calls, retries and fallback calls included; also the most calls

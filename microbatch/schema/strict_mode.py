@@ -107,9 +107,11 @@ def _is_known(keyword: str, value: Any) -> bool:
 
 
 def without_closed_tuples(schema: Schema) -> Schema:
-    """Return *schema* without the `items: false` of tuples whose length is given otherwise; llama.cpp's server refuses it."""
+    """Return *schema* with the length of tuples in place of their `items: false`, which llama.cpp's server refuses."""
     node = mapped(schema, without_closed_tuples)
-    if node.get("items") is False and node.get("maxItems") == len(node.get("prefixItems", ())):
+    if node.get("items") is False:
+        length = len(node.get("prefixItems", ()))
+        node["maxItems"] = min(length, node.get("maxItems", length))
         del node["items"]
     return node
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from helpers import each
 from hypothesis import given
@@ -272,3 +273,38 @@ def test_a_caller_who_wants_no_strictness_gets_none() -> None:
     kind = answer_type(response_format=form)
     assert not kind.strict
     assert kind.single_schema == form["json_schema"]["schema"]
+
+
+CLOSED = {"type": "array", "prefixItems": [TEXT, {"type": "integer"}], "items": False}
+
+
+@each(
+    "schema",
+    [
+        CLOSED,
+        {**CLOSED, "minItems": 2, "maxItems": 2},
+        {**CLOSED, "maxItems": 1},
+        {**CLOSED, "maxItems": 5},
+        {"type": "array", "items": False},
+        {"type": ["array", "string"], "items": False, "prefixItems": [{**CLOSED}]},
+        {"type": "array", "items": {"anyOf": [CLOSED, TEXT]}},
+    ],
+)
+def test_a_closed_tuple_is_sent_with_its_length_and_allows_the_same_values(schema) -> None:
+    kind = answer_type(response_format=given_schema(holding(schema)))
+    sent = kind.single_schema["properties"]["p0"]
+    assert (
+        '"items":false'
+        not in msgspec.json.encode([kind.single_schema, kind.batch_schema, kind.watched_schema]).decode()
+    )
+    assert '"items":false' in kind.words
+    tuples = ([], ["a"], ["a", 1], ["a", "b"], ["a", 1, 2], [1], "a", [["a", 1]], [["a", 1, 2]], [["a", 1], "b"])
+    for value in tuples:
+        assert (misfit(value, sent) is None) == (misfit(value, schema) is None), value
+
+
+def test_the_tuples_of_types_are_sent_so_too() -> None:
+    for kind in (tuple[int, str], tuple[()], list[tuple[int, int]], dict[str, tuple[int, str]]):
+        form = answer_type(kind)
+        for schema in (form.single_schema, form.batch_schema, form.watched_schema):
+            assert '"items":false' not in msgspec.json.encode(schema).decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Literal
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import microbatch as mb
 from microbatch.accounting.tokens import TokenCounter
 from microbatch.batching.lane_history import TokenScale
-from microbatch.testing import ScriptedTransport, SimulatedModel, SimulatedTransport
+from microbatch.testing import Quota, ScriptedTransport, SimulatedModel, SimulatedTransport
 from microbatch.testing.counting import prompt_tokens
 
 SYSTEM = "Sort the product into one of the groups of our catalogue, and take care. " * 4
@@ -173,12 +174,12 @@ async def test_nothing_is_counted_for_it_where_no_limit_is_near(monkeypatch):
     assert len(counted) == once
 
 
-async def test_a_context_window_is_kept_in_the_endpoints_tokens():
-    """Once a refusal has named it, and a report the tokens."""
-    model = ForeignModel(1.8)
-    limit = mb.RateLimit(tpm=8_000)
-    await run(model, texts=TEXTS[:64], rate_limit=limit, max_batch_size=64, max_concurrent_batches=1)
-    assert max(tokens for tokens, _ in model.prompts[1:]) <= 8_000 // 4
+async def test_the_part_of_a_quota_that_one_call_may_use_is_in_the_endpoints_tokens():
+    model = ForeignModel(1.8, quota=Quota(tpm=12_000))
+    policy = {"max_batch_size": 64, "max_concurrent_batches": 1}
+    await run(model, asked_by="map", output_type=Label, rate_limit=mb.RateLimit(tpm=12_000), **policy)
+    _, *others = model.prompts
+    assert max(tokens for tokens, _ in others) <= 12_000 // 4
 
 
 # --- the scale itself
@@ -197,7 +198,7 @@ def test_a_prompt_within_the_room_is_within_the_limit_whatever_was_reported_befo
     """For any encoding of at most four tokens for each of ours, whether the endpoint charges what is fixed or not."""
 
     def theirs(ours):
-        return round(rate * (ours + fixed * charged))
+        return math.ceil(rate * (ours + fixed * charged))
 
     scale = TokenScale()
     for ours in reports:
@@ -212,7 +213,7 @@ def test_a_prompt_within_the_room_is_within_the_limit_whatever_was_reported_befo
 def test_prompts_that_fill_the_room_come_close_to_the_limit(rate, fixed, charged, most):
     scale, ours = TokenScale(), most
     for _ in range(30):
-        theirs = round(rate * (ours + fixed * charged))
+        theirs = math.ceil(rate * (ours + fixed * charged))
         scale.learn(ours, theirs, fixed=fixed)
         ours = max(60, scale.room(most))
     assert theirs > 0.85 * most or ours == 60
