@@ -44,6 +44,9 @@ class Dispatcher:
         send: Makes the attempts of a call.
         codec: Composes calls and reads their replies.
         keep: Stores answers in the cache, after their callers have them; None without a cache.
+
+    Attributes:
+        attribution: Attributes the cost of its calls.
     """
 
     def __init__(self, given: Dependencies, send: Send, codec: ChatCodec, keep: Keep | None) -> None:
@@ -56,7 +59,7 @@ class Dispatcher:
         self._price = given.price
         self._default_model = given.default_model
         self._early = given.fallback.early
-        self._attribution = UsageAttribution(given)
+        self.attribution: UsageAttribution = UsageAttribution(given)
         self._send = send
         self._codec = codec
         self._keep = keep
@@ -175,7 +178,7 @@ class Dispatcher:
         self._hand_out(batch)
         if batch.repeated or batch.call_state.waiting <= 0 or any(ticket.reply is not None for ticket in batch.tickets):
             return False
-        self._attribution.attribute(batch, completion, self._cost(batch, completion))
+        self.attribution.attribute(batch, completion, self._cost(batch, completion))
         batch.reset()
         batch.repeated = True
         return True
@@ -196,10 +199,10 @@ class Dispatcher:
             batch.clock.found(batch.call_state.found + len(answers), self._now())
         call_cost = self._cost(batch, completion)
         self._hand_out(batch, call_cost)
-        return self._attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
+        return self.attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
 
     def _cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
-        return self._attribution.cost(batch.call_state, completion, batch.line_bytes, batch.answer_bytes)
+        return self.attribution.cost(batch.call_state, completion, batch.line_bytes, batch.answer_bytes)
 
     def _bound(self, tickets: Sequence[Ticket], history: LaneHistory, permit: Permit) -> int | None:
         """Return the bound of a combined call for *tickets* by what is known now."""
@@ -278,8 +281,8 @@ class Dispatcher:
             if live is not None and live.begun:
                 return False
             pieces.clear()
-            call_cost = self._attribution.cost(call_state, completion)
-            self._attribution.attribute_alone(ticket, completion, call_cost, history)
+            call_cost = self.attribution.cost(call_state, completion)
+            self.attribution.attribute_alone(ticket, completion, call_cost, history)
             return True
 
         completion: Completion | None = None
@@ -309,12 +312,12 @@ class Dispatcher:
         """Answer *ticket* from a single reply and attribute its cost; return the error if it cannot be used."""
         reply = self._codec.read_alone(ticket.answer, completion, content, combinable=ticket.combinable)
         call_state.only_reasoning, call_state.unenforced = reply.only_reasoning, reply.unenforced
-        call_cost = self._attribution.cost(call_state, completion)
+        call_cost = self.attribution.cost(call_state, completion)
         if reply.error is None:
             answers, sizes = [(0, (reply.output, reply.text))], [0]
             _measure(answers, sizes)
             self._answer([ticket], answers, call_state, sizes, completion.body, call_cost)
-        self._attribution.attribute_alone(ticket, completion, call_cost, history)
+        self.attribution.attribute_alone(ticket, completion, call_cost, history)
         return reply.error
 
     # --- both

@@ -29,14 +29,7 @@ Settings = dict[str, Any]
 """Each setting by its flag. Texts are kept as digests: prompts may be confidential, and long."""
 
 # These decide which requests share a prompt, and so what the model is asked. The rest of the policy is about pace.
-_SHAPING: Final = (
-    "max_batch_size",
-    "max_batch_tokens",
-    "max_prompt_tokens",
-    "max_output_tokens",
-    "merge",
-    "max_latency",
-)
+_SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
 
 # These are part of a question, and so of its digest.
 _IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature")
@@ -141,6 +134,8 @@ def _rewrite(output: OutputFile, rows: list[tuple[int, str]]) -> None:
 def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
     """Return the settings that decide what is asked, and where; a resumed run must have the same."""
     questions = source.questions
+    # These are left out unless they are given, as in the files of releases that had no such settings.
+    added = {"combine_params": sorted(plan.policy.combine_params), "max_latency": plan.policy.max_latency}
     return {
         "endpoint": plan.transport.base_url,
         "--model": plan.transport.model,
@@ -153,7 +148,7 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
         "--temperature": args.temperature,
         **{flag(name): getattr(plan.policy, name) for name in _SHAPING},
         "--canary": args.canary,
-        **({flag("combine_params"): sorted(combined)} if (combined := plan.policy.combine_params) else {}),
+        **{flag(name): value for name, value in added.items() if value},
     }
 
 
