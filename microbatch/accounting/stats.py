@@ -59,6 +59,7 @@ class _Figures(msgspec.Struct, kw_only=True):
     spool_oldest: float | None = None
     alone_by_field: dict[str, int] = {}
     audit: tuple[AuditedSize, ...] = ()
+    singles_compared: int = 0
 
     @property
     def costs_more(self) -> bool:
@@ -116,6 +117,8 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         alone_by_field: Requests that their form kept out of combined prompts, by the field or the kind of message that did: "seed",
             "messages: image part", "last message is not the user's"... A request with several such fields counts for each.
         audit: What `Microbatcher(audit=)` has found, for each kind of lane and size of batches.
+        singles_compared: Single replies with which the `unbatched_` figures of combined replies of the same kind were compared; they
+            are corrected if single replies take more than was calculated. 0 until there are at least 8 of a kind.
     """
 
     @property
@@ -156,6 +159,9 @@ class Ledger(_Figures, kw_only=True):
 
     batched_items: int = 0  # requests in combined calls
     cache_ages: float = 0.0  # sum of the ages of all answers that were hit, in seconds
+    # Tokens of single calls that were counted too many; too few are negative.
+    owed_prompt: int = 0
+    owed_completion: int = 0
 
     def __post_init__(self) -> None:
         figures: _Figures = self  # whose fields these are, also for type checkers
@@ -174,6 +180,8 @@ class Ledger(_Figures, kw_only=True):
     def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add a call that reported *usage*; one by one, its answered requests would have used *alone*."""
         figures: _Figures = self
+        if self.owed_prompt or self.owed_completion:
+            alone = self._less_owed(alone)
         figures.prompt_tokens += usage.prompt_tokens
         figures.cached_tokens += usage.cached_tokens
         figures.completion_tokens += usage.completion_tokens
@@ -184,6 +192,18 @@ class Ledger(_Figures, kw_only=True):
         elif self.cost_usd is not None and self.unbatched_cost_usd is not None:
             self.cost_usd += price(usage)
             self.unbatched_cost_usd += price(alone)
+
+    def correct(self, missing: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Add *missing* to what single calls would have used. Negative tokens are taken from later calls: counters only grow."""
+        self.owed_prompt -= missing.prompt_tokens
+        self.owed_completion -= missing.completion_tokens
+        self.pay(Usage(), Usage(), price)
+
+    def _less_owed(self, alone: Usage) -> Usage:
+        prompt = alone.prompt_tokens - self.owed_prompt
+        completion = alone.completion_tokens - self.owed_completion
+        self.owed_prompt, self.owed_completion = max(0, -prompt), max(0, -completion)
+        return Usage(max(0, prompt), max(0, completion), min(alone.cached_tokens, max(0, prompt)))
 
     @property
     def comparison(self) -> str:

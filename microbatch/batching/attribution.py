@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import compress
+from operator import mul
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -120,6 +121,7 @@ class UsageAttribution:
             self._estimates.learn_alone(ticket, usage.prompt_tokens)
             if history is not None:
                 history.economics.record(usage, alone, price, again=True)
+                self.learn_from_single(ticket, history)
         if completion is not None:
             _finish([ticket], completion)
         finish_cost(ticket, self._ledger)
@@ -131,6 +133,40 @@ class UsageAttribution:
         else:
             self._ledger.pay(call_cost.usage, Usage(), call_cost.price)
             self._ledger.unclaimed += call_cost.usage
+
+    def learn_from_single(self, ticket: Ticket, history: LaneHistory) -> None:
+        """Learn for the lane with *history* from the single call that has answered *ticket*, a request of its kind."""
+        call, reply = ticket.call, ticket.reply
+        if call is None or reply is None:
+            return
+        if history.times is not None and call.attempts == 1:
+            history.times.singles.append(reply.latency - reply.waited)
+        if call.usage is not None:
+            answer_bytes = len(reply.text.encode("utf-8", "replace"))
+            self.record_single(history, call.usage, len(ticket.line), answer_bytes, call.price)
+
+    def record_single(
+        self,
+        history: LaneHistory,
+        usage: Usage,
+        line_bytes: int,
+        answer_bytes: int,
+        price: Callable[[Usage], float] | None,
+    ) -> None:
+        """Record in the *history* of a lane that a single call, at *price*, took *usage*; see `SingleReplies.record`."""
+        history.record_single(usage, line_bytes, answer_bytes)
+        self._compare(history, price)
+
+    def _compare(self, history: LaneHistory, price: Callable[[Usage], float] | None) -> None:
+        """Correct what single calls would cost by those that a lane has made, and book what is missing of earlier answers."""
+        singles, overhead = history.singles, history.overhead
+        if singles is None or overhead is None:
+            return
+        compared = singles.compared
+        missing = singles.correct(overhead)
+        if missing is not None:
+            self._ledger.correct(missing, price)
+            self._ledger.singles_compared += singles.compared - compared
 
     def _book(self, tickets: Sequence[Ticket], call_cost: CallCost) -> None:
         """Book each ticket's share of an ended call: on its reply, on the ticket for later, or as unclaimed."""
@@ -155,12 +191,13 @@ class UsageAttribution:
 
     def _record(self, batch: Batch, call_cost: CallCost, *, each: bool) -> list[Usage]:
         """Record the cost of a combined call, and what its answered requests would have cost one by one; see `attribute`."""
-        history, lines, usage, price = batch.history, batch.line_bytes, call_cost.usage, call_cost.price
+        history, usage, price = batch.history, call_cost.usage, call_cost.price
+        lines, answers = batch.line_bytes, batch.answer_bytes
         alone, asked, shares = Usage(), len(batch.tickets), call_cost.shares
         if call_cost.handed_out < asked:
             answered = [ticket.reply is not None for ticket in batch.tickets]
             shares = [*compress(shares, answered)]
-            lines = [line * got for line, got in zip(lines, answered, strict=True)]
+            lines, answers = ([*map(mul, lengths, answered)] for lengths in (lines, answers))
         if shares:
             if (
                 not batch.reply.elements.past_the_end
@@ -172,14 +209,21 @@ class UsageAttribution:
                 history.overhead = measure_overhead(
                     batch.combined, batch.tickets, usage, self._given.count, exact=exact
                 )
-            text_share = sum(lines) / sum(batch.line_bytes)
-            alone = history.overhead.alone(usage, asked=asked, answered=len(shares), answered_share=text_share)
+            alone = history.overhead.alone(
+                usage,
+                asked=asked,
+                asked_bytes=sum(batch.line_bytes),
+                answered=len(shares),
+                line_bytes=sum(lines),
+                answer_bytes=sum(answers),
+            )
         self._ledger.pay(usage, alone, price)
+        self._compare(history, price)
         history.economics.record(usage, alone, price, again=batch.call_state.route == "fallback" and not batch.instead)
         self._warn_if_dearer()
         if not (each and shares):
             return []
-        singles = divided(alone, lines, batch.answer_bytes)
+        singles = divided(alone, lines, answers)
         for ticket, single in zip(batch.tickets, singles, strict=True):
             self._record_joined(ticket, single, price)
         return singles

@@ -139,7 +139,7 @@ class Audits:
             return
         record = kind.record(step)
         if self._draw.random() < size * self._rate(record):
-            batch.audited = Sample(batch.tickets[self._draw.randrange(size)], kind, step, record)
+            batch.audited = Sample(batch.tickets[self._draw.randrange(size)], kind, step, record, batch.history)
             record.asked += 1
             kind.under_way += 1
             self._under_way += 1
@@ -237,7 +237,7 @@ class Audits:
         self._singles.add(lease, None, account)
         try:
             permit = await lease.granted
-            answer = await self._dispatcher.ask_again(ticket, permit)
+            answer = await self._dispatcher.ask_again(ticket, permit, sample.history)
         except (RequestFailed, ConfigError):
             return None
         finally:

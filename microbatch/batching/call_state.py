@@ -41,6 +41,7 @@ class CallState:
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
         unenforced: Whether nothing in its reply, a single one, fits the schema.
         ended: Whether it is over and its cost attributed.
+        price: Prices a usage of the model that was asked, and once an attempt has ended of the one that answered; None if unknown.
         usage: What the endpoint has reported of all its attempts; None before the first report.
         cost_usd: The price of that in US dollars; None if a price is unknown.
     """
@@ -127,6 +128,7 @@ class CallState:
     def paid(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
         """Note that an attempt used *usage*, at *price*."""
         before = 0.0 if self.usage is None else self.cost_usd
+        self.price = price
         self.usage = usage if self.usage is None else self.usage + usage
         self.cost_usd = None if price is None or before is None else before + price(usage)
 
@@ -191,6 +193,7 @@ class Sample(msgspec.Struct, eq=False):
     kind: LaneKind
     step: int
     record: StepRecord
+    history: LaneHistory
     text: str = ""
 
 

@@ -45,6 +45,9 @@ class Dispatcher:
         send: Makes the attempts of a call.
         codec: Composes calls and reads their replies.
         keep: Stores answers in the cache, after their callers have them; None without a cache.
+
+    Attributes:
+        attribution: Attributes the cost of its calls.
     """
 
     def __init__(self, given: Dependencies, send: Send, codec: ChatCodec, keep: Keep | None) -> None:
@@ -57,7 +60,7 @@ class Dispatcher:
         self._price = given.price
         self._default_model = given.default_model
         self._early = given.fallback.early
-        self._attribution = UsageAttribution(given)
+        self.attribution: UsageAttribution = UsageAttribution(given)
         self._send = send
         self._codec = codec
         self._keep = keep
@@ -178,7 +181,7 @@ class Dispatcher:
         self._hand_out(batch)
         if batch.repeated or batch.call_state.waiting <= 0 or any(ticket.reply is not None for ticket in batch.tickets):
             return False
-        self._attribution.attribute(batch, completion, self._cost(batch, completion))
+        self.attribution.attribute(batch, completion, self._cost(batch, completion))
         batch.reset()
         batch.repeated = True
         return True
@@ -199,10 +202,10 @@ class Dispatcher:
             batch.clock.found(batch.call_state.found + len(answers), self._now())
         call_cost = self._cost(batch, completion)
         self._hand_out(batch, call_cost)
-        return self._attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
+        return self.attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
 
     def _cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
-        return self._attribution.cost(batch.call_state, completion, batch.line_bytes, batch.answer_bytes)
+        return self.attribution.cost(batch.call_state, completion, batch.line_bytes, batch.answer_bytes)
 
     def _bound(self, tickets: Sequence[Ticket], history: LaneHistory, permit: Permit) -> int | None:
         """Return the bound of a combined call for *tickets* by what is known now."""
@@ -281,8 +284,8 @@ class Dispatcher:
             if live is not None and live.begun:
                 return False
             pieces.clear()
-            call_cost = self._attribution.cost(call_state, completion)
-            self._attribution.attribute_alone(ticket, completion, call_cost, history)
+            call_cost = self.attribution.cost(call_state, completion)
+            self.attribution.attribute_alone(ticket, completion, call_cost, history)
             return True
 
         completion: Completion | None = None
@@ -312,16 +315,18 @@ class Dispatcher:
         """Answer *ticket* from a single reply and attribute its cost; return the error if it cannot be used."""
         reply = self._codec.read_alone(ticket.answer, completion, content, combinable=ticket.combinable)
         call_state.only_reasoning, call_state.unenforced = reply.only_reasoning, reply.unenforced
-        call_cost = self._attribution.cost(call_state, completion)
+        call_cost = self.attribution.cost(call_state, completion)
         if reply.error is None:
             answers, sizes = [(0, (reply.output, reply.text))], [0]
             measure(answers, sizes)
             self._answer([ticket], answers, call_state, sizes, completion.body, call_cost)
-        self._attribution.attribute_alone(ticket, completion, call_cost, history)
+        self.attribution.attribute_alone(ticket, completion, call_cost, history)
         return reply.error
 
-    async def ask_again(self, ticket: Ticket, permit: Permit) -> AloneAnswer:
+    async def ask_again(self, ticket: Ticket, permit: Permit, history: LaneHistory) -> AloneAnswer:
         """Ask for *ticket*, which has been answered, alone once more; its callers keep the answer they have.
+
+        The lane with *history* learns from it what single calls take.
 
         Raises:
             RequestFailed: There is no reply.
@@ -333,7 +338,7 @@ class Dispatcher:
 
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
-            self._attribution.attribute_audit(self._attribution.cost(call_state, completion))
+            self.attribution.attribute_audit(self.attribution.cost(call_state, completion))
             return True
 
         self._ledger.singles_by_reason[AloneReason.AUDIT] += 1
@@ -342,12 +347,16 @@ class Dispatcher:
             completion, error = await self._exchange(call_state, call, pieces.append, on_cut, None)
             if completion is None:
                 raise error or ShutDown("the audit was given up")
-            self._attribution.attribute_audit(self._attribution.cost(call_state, completion))
+            call_cost = self.attribution.cost(call_state, completion)
+            self.attribution.attribute_audit(call_cost)
         finally:
             call_state.end()
             self._note_called(call_state, call, [ticket], completion, error)
         reply = self._codec.read_alone(ticket.answer, completion, "".join(pieces), combinable=ticket.combinable)
         text = reply.text if reply.error is None else None
+        if text is not None and call_cost is not None:
+            size = len(text.encode("utf-8", "replace"))
+            self.attribution.record_single(history, call_cost.usage, len(ticket.line), size, call_cost.price)
         return AloneAnswer(text, completion.model or spec.model, call_state.usage, completion.finish_reason == "stop")
 
     # --- both

@@ -277,10 +277,8 @@ class Engine:
         error = await self._dispatcher.single(ticket, work.permit)
         if error is not None:
             self.settlement.fail(ticket, error)
-        elif work.lane is not None and ticket.reply is not None and not ticket.reply.usage.estimated:
-            work.lane.history.record_single(ticket.reply.usage.completion_tokens)
-            if work.lane.history.times is not None:
-                work.lane.history.times.singles.append(ticket.reply.latency - ticket.reply.waited)
+        elif work.lane is not None:
+            self._dispatcher.attribution.learn_from_single(ticket, work.lane.history)
 
     @asynccontextmanager
     async def lease_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[SlotLease]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.overhead import LaneEconomics
+from microbatch.batching.single_replies import SingleReplies
 from microbatch.lru import LRU
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class LaneHistory(msgspec.Struct):
         thought: Tokens of the latest combined reply that were thoughts. They do not grow with the batch.
         thinking: Their part of that reply, from 0 to 1.
         single_tokens: An upper estimate of the tokens of single replies; None until the first.
+        singles: What those took.
         shared_tokens: Tokens of the messages that its requests share; None until they are counted.
         suspended_for: Requests that still go alone before combining is tried again; 0 while it is not suspended.
         revised: Whether the lane's budget is outdated.
@@ -163,6 +165,7 @@ class LaneHistory(msgspec.Struct):
     thought: int = 0
     thinking: float = 0.0
     single_tokens: float | None = None
+    singles: SingleReplies | None = None
     overhead: PromptOverhead | None = None
     shared_tokens: int | None = None
     prompt_scale: TokenScale = msgspec.field(default_factory=TokenScale)
@@ -211,8 +214,15 @@ class LaneHistory(msgspec.Struct):
         """Return the tokens that a reply to *items* is likely to take at most, by earlier replies."""
         return items * self.written + self.thought
 
-    def record_single(self, tokens: int) -> None:
-        """Record a single reply, whose tokens differ from those of an answer in a combined reply, for instance by reasoning."""
+    def record_single(self, usage: Usage, line_bytes: int, answer_bytes: int) -> None:
+        """Record a single reply; see `SingleReplies.record`.
+
+        Its tokens differ from those of an answer in a combined reply, for instance by reasoning.
+        """
+        if self.singles is None:
+            self.singles = SingleReplies()
+        self.singles.record(usage, line_bytes, answer_bytes)
+        tokens = usage.completion_tokens
         known = tokens if self.single_tokens is None else self.single_tokens
         # Up fast and down slowly, so that it stays above most of them.
         self.single_tokens = known + (tokens - known) * (_UP if tokens > known else _DOWN)

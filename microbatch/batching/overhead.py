@@ -63,6 +63,39 @@ _SMALL_SAVING = 0.1
 """Where combining saves less than this part, or costs more, asking again may cost this part before combining is suspended."""
 
 
+class Booked(msgspec.Struct, gc=False):
+    """What was booked as the cost of single calls for the answers of a lane's combined replies.
+
+    Attributes:
+        answers: The answers.
+        line_bytes: The bytes of their requests' lines.
+        answer_bytes: The bytes of the answers themselves.
+        texts: The prompt tokens of those without what surrounds them.
+        elements: The completion tokens of the answers and what surrounds each.
+        prompt_tokens: The prompt tokens booked.
+        completion_tokens: The completion tokens booked.
+    """
+
+    answers: int = 0
+    line_bytes: int = 0
+    answer_bytes: int = 0
+    texts: float = 0.0
+    elements: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def missing(self, alone_prompt: float, element: float) -> Usage:
+        """Return, and book, what is missing if single calls take *alone_prompt* beyond the text, and *element* less than elements.
+
+        The tokens are negative if less should have been booked.
+        """
+        prompt = round(self.texts + self.answers * alone_prompt) - self.prompt_tokens
+        completion = round(self.elements - self.answers * element) - self.completion_tokens
+        self.prompt_tokens += prompt
+        self.completion_tokens += completion
+        return Usage(prompt, completion)
+
+
 class PromptOverhead(msgspec.Struct, gc=False):
     """The text around the requests of a lane, in tokens.
 
@@ -72,8 +105,10 @@ class PromptOverhead(msgspec.Struct, gc=False):
         line: What an item's line adds to its text, on average.
         reply: Tokens of a combined reply without its elements.
         element: What an element adds to the answer as a single call would give it, on average.
+        extra: What a single reply takes beyond that, as far as single replies have shown.
         carried: The rounding error so far, added to the next call: half a token a call is a hundredth of sixteen labels.
         counted: Our own count of the prompt of the call that was measured; 0 if none was.
+        booked: What `alone` has returned so far.
     """
 
     alone_prompt: float
@@ -81,25 +116,44 @@ class PromptOverhead(msgspec.Struct, gc=False):
     line: float = _LINE
     reply: float = _REPLY
     element: float = ELEMENT
+    extra: float = 0.0
     carried: float = 0.0
     counted: int = 0
+    booked: Booked = msgspec.field(default_factory=Booked)
 
     def is_cheaper_combined(self, items: int, ratio: float) -> bool:
         """Return whether *items* cost less together than one by one; a generated token costs *ratio* prompt tokens."""
-        framing = items * self.line + ratio * (self.reply + items * self.element)
+        framing = items * self.line + ratio * (self.reply + items * (self.element - self.extra))
         return items * self.alone_prompt > self.batch_prompt + framing
 
-    def alone(self, usage: Usage, *, asked: int, answered: int, answered_share: float) -> Usage:
-        """Return the usage that the *answered* of *asked* requests would have had one by one.
+    def alone(
+        self, usage: Usage, *, asked: int, asked_bytes: int, answered: int, line_bytes: int, answer_bytes: int
+    ) -> Usage:
+        """Return, and book, the usage that the *answered* of *asked* requests would have had one by one.
 
-        *usage* is that of the combined call; *answered_share* is their part of the items' text, 0 to 1.
+        Args:
+            usage: That of the combined call.
+            asked: Its requests.
+            asked_bytes: The bytes of their lines.
+            answered: Those that it has answered.
+            line_bytes: The bytes of the lines of those.
+            answer_bytes: The bytes of their answers.
         """
-        texts = max(0.0, usage.prompt_tokens - self.batch_prompt - asked * self.line)
+        texts = max(0.0, usage.prompt_tokens - self.batch_prompt - asked * self.line) * line_bytes / asked_bytes
         # An item without an answer mostly has no element in the reply either.
-        answers = max(0.0, usage.completion_tokens - self.reply - answered * self.element + self.carried)
-        completion = round(answers)
-        self.carried = answers - completion
-        prompt = round(texts * answered_share + answered * self.alone_prompt)
+        elements = usage.completion_tokens - self.reply
+        exact = max(0.0, elements - answered * (self.element - self.extra) + self.carried)
+        completion = round(exact)
+        self.carried = exact - completion
+        prompt = round(texts + answered * self.alone_prompt)
+        booked = self.booked
+        booked.answers += answered
+        booked.line_bytes += line_bytes
+        booked.answer_bytes += answer_bytes
+        booked.texts += texts
+        booked.elements += elements
+        booked.prompt_tokens += prompt
+        booked.completion_tokens += completion
         # A provider caches the beginning of a combined prompt, with which the single prompts would begin too.
         return Usage(prompt, completion, min(prompt, answered * usage.cached_tokens))
 

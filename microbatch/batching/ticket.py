@@ -174,6 +174,8 @@ class Call(Protocol):
     size: int
     unenforced: bool
     permit: Permit | None
+    price: Callable[[Usage], float] | None
+    usage: Usage | None
 
     def abandoned(self) -> None:
         """Note that one request it carries has ended without an answer."""

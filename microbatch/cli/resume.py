@@ -134,6 +134,8 @@ def _rewrite(output: OutputFile, rows: list[tuple[int, str]]) -> None:
 def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
     """Return the settings that decide what is asked, and where; a resumed run must have the same."""
     questions = source.questions
+    # These are left out unless they are given, as in the files of releases that had no such settings.
+    added = {"combine_params": sorted(plan.policy.combine_params), "max_latency": plan.policy.max_latency}
     return {
         "endpoint": plan.transport.base_url,
         "--model": plan.transport.model,
@@ -146,8 +148,7 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
         "--temperature": args.temperature,
         **{flag(name): getattr(plan.policy, name) for name in _SHAPING},
         "--canary": args.canary,
-        **({} if plan.policy.max_latency is None else {flag("max_latency"): plan.policy.max_latency}),
-        **({flag("combine_params"): sorted(combined)} if (combined := plan.policy.combine_params) else {}),
+        **{flag(name): value for name, value in added.items() if value},
     }
 
 
