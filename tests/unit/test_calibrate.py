@@ -178,7 +178,7 @@ async def test_lanes_are_not_mixed_and_what_cannot_be_combined_is_left_out():
     lanes = [mb.Request(ask(f"{n}", f"Lane {n % 2}."), output_type=LABELS) for n in range(80)]
     alone = requests(5, params={"seed": 1})
     wrong = [mb.Request(ask("x"), max_tokens=0)]
-    found, model = await calibrated(asked=[*alone, *lanes, *wrong], **QUICK | {"sample": 80}, sizes=(8, 64))
+    found, _ = await calibrated(asked=[*alone, *lanes, *wrong], **QUICK | {"sample": 80}, sizes=(8, 64))
     assert (found.sample, found.unusable) == (80, 6)
     assert [(row.size, row.outcome) for row in found.sizes] == [(8, "passes"), (64, "not reached")]
     assert found.sizes[0].batches == found.sizes[0].calls
@@ -231,7 +231,7 @@ async def test_if_some_answers_cannot_be_compared_more_items_are_needed():
 
 
 async def test_what_a_reply_lacks_is_asked_again_counted_and_scored_as_it_ends():
-    model, transport = simulated(faults=Faults(("missing",), rate=0.2, on="combined"))
+    _, transport = simulated(faults=Faults(("missing",), rate=0.2, on="combined"))
     found = await mb.calibrate(transport, requests(60), **QUICK, sizes=(8,))
     row = found.sizes[0]
     assert row.repaired > 0
