@@ -10,7 +10,7 @@ import dataclasses
 import math
 import random
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Hashable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Hashable, Iterable, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 
@@ -67,7 +67,7 @@ async def calibrate(
 ) -> Calibration:
     """Ask a sample of *requests* alone, twice, and in batches of each size, upward, and return what that does to the answers.
 
-    The first size that is found to do harm is the last one asked, and so is one that cannot be reached. Up to 220 batches of each size
+    The first size that is found to do harm is the last one asked, and so is one that cannot be reached. Up to 320 batches of each size
     are asked, so that even a short sample takes thousands of calls; nothing comes from a cache. Nothing is sent if the sample has too
     few items for *max_excess* even without any difference (173 for 0.02); `Calibration.needed` then says how many are enough.
 
@@ -414,6 +414,8 @@ async def _each(requests: Requests) -> AsyncIterator[Request[Any] | Messages]:
     if isinstance(requests, AsyncIterable):
         async for request in requests:
             yield request
+    elif not isinstance(requests, Iterable):
+        raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
     else:
         for request in requests:
             yield request

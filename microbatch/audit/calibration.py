@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["passes", "fails", "undecided", "not reached"]
 
-MOST_BATCHES: Final = 220
+MOST_BATCHES: Final = 320
 """Batches of a size that are asked at most, or each item once if that takes more."""
 
 ROUND: Final = 32

@@ -30,8 +30,8 @@ _ABOVE: Final = ((0.05, 1 / 6), (0.1, 1 / 6), (0.2, 1 / 6), (0.4, 1 / 6), (0.7, 
 _BELOW: Final = ((0.1, 0.06), (0.2, 0.08), (0.4, 0.12), (0.6, 0.12), (0.8, 0.12), (1.0, 0.5))
 """Bets for and against an excess above the bound, as parts of the largest that cannot lose more than everything, and their stakes."""
 
-_HALVINGS: Final = 60
-"""Halvings of an interval that is searched."""
+_HALVINGS: Final = 40
+"""Halvings of an interval that is searched; more would reach 1.0, at which no bet is possible."""
 
 _MOST_TIMES: Final = 1e6
 
@@ -87,7 +87,7 @@ class Means(msgspec.Struct):
 
         The wealth against "the excess is at least m" grows with m, because each factor does.
         """
-        low, high = max(LEAST, self.excess), 1.0
+        low, high = LEAST, 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             if self.wealth_below(middle) >= ENOUGH:

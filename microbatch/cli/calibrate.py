@@ -7,7 +7,7 @@ is below --max-excess with 95 % confidence. The first size that fails ends it.
 
 The flags are those of `run`. The answers are not kept: nothing comes from a
 cache or goes there, and --sizes stands in place of --max-batch-size. Each size
-takes up to 220 batches, or each item once if that is more, from several shuffles
+takes up to 320 batches, or each item once if that is more, from several shuffles
 of the sample; a size that does harm is left after a few dozen. Typed answers
 (--labels, --schema) are compared by value, texts of at most 64 characters but
 for case and white space; longer texts need microbatch.calibrate(same=) in
