@@ -103,6 +103,7 @@ async def test_a_batcher_with_neither_an_audit_nor_a_cache_computes_no_kind():
         assert {reply.lane_kind for reply in await submit_all(batcher, "ab")} == {None}
 
 
+@pytest.mark.promise(of="audit_cache")
 async def test_an_answer_given_alone_is_never_condemned():
     cache = mb.MemoryCache()
     async with batcher_for(ScriptedTransport(), cache, **PAIR, max_wait=0.1) as batcher:
