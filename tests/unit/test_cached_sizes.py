@@ -102,6 +102,14 @@ def test_the_digest_of_a_tenant_depends_on_the_secret_and_the_tenant_only():
     assert one.tenant_digest(None) is None
 
 
+def test_a_masked_digest_is_read_with_the_secret_and_the_key_only():
+    one, two = (Keys(bytes([number]) * 32, endpoint="", model=None) for number in (1, 2))
+    digest = bytes(range(8))
+    masked = one.masked(b"key", digest)
+    assert one.masked(b"key", masked) == digest
+    assert len({digest, masked, two.masked(b"key", masked), one.masked(b"other", masked)}) == 4
+
+
 async def test_a_batcher_with_neither_an_audit_nor_a_cache_computes_no_kind():
     async with batcher_for(ScriptedTransport(), **PAIR) as batcher:
         assert {reply.lane_kind for reply in await submit_all(batcher, "ab")} == {None}
