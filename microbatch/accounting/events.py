@@ -84,7 +84,7 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
         model: The model that answered, else the one asked for; None if neither is known.
         waited: Seconds until the call that answered was sent.
         latency: Seconds from submit to the end.
-        batch_size: Number of requests in the call that answered.
+        batch_size: Number of requests in the call that answered, for an answer from the cache in the call that once gave it.
         usage: Its share of the tokens; an estimate if the call has not ended.
         cost_usd: The price of that in US dollars, or None.
         origin: What `on_submit` returned for it.

@@ -150,7 +150,8 @@ class AnswerCache:
         """
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
-        if entry is None or _is_ahead(entry, now) or self._is_condemned(entry):
+        kind = None if entry is None else self._kind_of(entry)
+        if entry is None or _is_ahead(entry, now) or self._asks_anew(kind, entry.batch_size):
             self._ledger.cache_misses += 1
             return None
         with contained() as decoding:
@@ -175,17 +176,21 @@ class AnswerCache:
             model=entry.model,
             finish_reason="stop",
             body=body,
-            lane_kind=entry.lane_kind,
+            lane_kind=kind,
         )
         if self._listeners.settle is not None:
             origin = None if self._listeners.submit is None else self._listeners.submit()
             self._listeners.settle(settled(options, created, origin, ended, reply=reply))
         return reply
 
-    def _is_condemned(self, entry: entries.Entry) -> bool:
-        if entry.batch_size == 1 or entry.lane_kind is None:
-            return False
-        return self.is_condemned(entry.lane_kind, entry.batch_size)
+    def _kind_of(self, entry: entries.Entry) -> str | None:
+        """Return the digest of the kind of lane in which *entry* was asked for; None if it is not known."""
+        if entry.lane_kind is None or self._keys is None:
+            return None
+        return self._keys.masked(entry.key, entry.lane_kind).hex()
+
+    def _asks_anew(self, kind: str | None, batch_size: int) -> bool:
+        return kind is not None and batch_size > 1 and self.is_condemned(kind, batch_size)
 
     def _count_hit(self, entry: entries.Entry, now: float) -> None:
         ledger = self._ledger
@@ -253,8 +258,8 @@ class AnswerCache:
         body: bytes | None = None,
     ) -> asyncio.Future[None]:
         """Store an answer to *ticket*; return a future that ends when it is stored, or could not be."""
-        key, spec, now = ticket.caller.key, ticket.spec, self._now()
-        assert key is not None  # noqa: S101 only answers with keys are stored
+        key, keys, spec, now = ticket.caller.key, self._keys, ticket.spec, self._now()
+        assert key is not None and keys is not None  # noqa: S101, PT018 only answers with keys are stored
         ttl = self.guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
         if ttl is not None:
             ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
@@ -269,8 +274,8 @@ class AnswerCache:
             alone.cached_tokens,
             body,
             batch_size,
-            None if spec.kind is None else spec.kind.digest,
-            None if self._keys is None else self._keys.tenant_digest(spec.tenant),
+            None if spec.kind is None else keys.masked(key, bytes.fromhex(spec.kind.digest)),
+            keys.tenant_digest(spec.tenant),
         )
         value = self._fresh[key] = entries.encode(entry)
         return self._stores.submit_detached((key, value, ttl))

@@ -54,12 +54,13 @@ class Entry(_Entry1, frozen=True, array_like=True, tag=2):
 
     Attributes:
         batch_size: Requests in the call that answered.
-        lane_kind: Names the kind of the lane, as `LaneKind.digest` does; None for requests that go alone by their form.
+        lane_kind: Names the kind of the lane, as `Keys.masked` makes it of `LaneKind.digest`; None for requests that go alone by their
+            form.
         tenant: Digest of the tenant, as `Keys.tenant_digest` makes it; None for none.
     """
 
     batch_size: int = 1
-    lane_kind: str | None = None
+    lane_kind: bytes | None = None
     tenant: bytes | None = None
 
 

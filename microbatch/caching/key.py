@@ -65,6 +65,15 @@ class Keys:
             tenant.encode("utf-8", "surrogatepass"), digest_size=_TENANT_BYTES, key=self.secret, person=b"tenant"
         ).digest()
 
+    def masked(self, key: bytes, digest: bytes) -> bytes:
+        """Return *digest* in a form that only those who know the secret can read; of that form, the digest itself.
+
+        The digest of a kind of lane has no key. Beside an answer it would let a reader of the store test guesses of the instructions.
+        Each *key* of an entry has a mask of its own, so entries do not tell either which of them are of one kind.
+        """
+        mask = hashlib.blake2b(key, digest_size=len(digest), key=self.secret, person=b"lane kind").digest()
+        return bytes(one ^ other for one, other in zip(digest, mask, strict=True))
+
     @staticmethod
     def _normalized(messages: Messages, normalize: Callable[[str], str]) -> list[Any]:
         last: Any = messages[-1] if messages else None

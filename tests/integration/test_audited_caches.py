@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from helpers import ask, batcher_for, opened, submit_all
+from helpers import ask, batcher_for, submit_all
 from test_caches import KINDS, made
 from two_minds import TwoMinds, ask_pairs, audited_batcher
 
@@ -20,10 +20,9 @@ def patience(monkeypatch):
 
 
 @pytest.fixture(params=KINDS)
-async def cache(request, tmp_path):
+def cache(request, tmp_path):
     url = request.getfixturevalue("redis_url") if "redis" in request.param else None
-    async with opened(made(request.param, tmp_path, url)) as cache:
-        yield cache
+    return made(request.param, tmp_path, url)  # batchers open and close it
 
 
 PAIR = {"idle": "wait", "max_batch_size": 2}

@@ -32,6 +32,7 @@ async def stats_of(session, address):
         return await response.json()
 
 
+@pytest.mark.promise(of="audit_keys")
 @pytest.mark.parametrize(
     ("key", "options", "audited"),
     [
@@ -55,6 +56,7 @@ async def test_the_gateways_own_key_pays_for_audits_and_a_clients_only_if_asked(
     assert [(row.size, row.asked, row.compared) for row in rows] == ([(4, 3, 3)] if audited else [])
 
 
+@pytest.mark.promise(of="audit_keys")
 async def test_a_client_of_an_open_gateway_that_sends_any_credential_pays_itself():
     async with Watched() as upstream, gateway(upstream, audit=mb.AuditPolicy(rate=1.0)) as served:
         pays = served.batcher.audits.callers_pay

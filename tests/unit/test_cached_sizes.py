@@ -54,7 +54,7 @@ def test_an_earlier_release_reads_an_entry_of_this_one_as_a_miss():
         body: bytes | None = None
 
     assert msgspec.msgpack.decode(EARLIER, type=Entry).text == "Answer"
-    for size, kind, tenant in ((1, None, None), (8, "00ff", b"digest")):
+    for size, kind, tenant in ((1, None, None), (8, b"kind", b"digest")):
         written = entries.encode(entries.Entry(b"k", "Answer", "m", 0.0, None, 7, 2, 1, None, size, kind, tenant))
         assert entries.read(written, b"k", 0.0).batch_size == size
         with pytest.raises(msgspec.MsgspecError):
@@ -62,11 +62,12 @@ def test_an_earlier_release_reads_an_entry_of_this_one_as_a_miss():
 
 
 async def stored_after(ask_for, **options):
-    """Return the entries that *ask_for*, given a batcher, leaves in a cache, by text."""
+    """Return the entries that *ask_for*, given a batcher, leaves in a cache, by text, and what makes their keys."""
     cache = mb.MemoryCache()
     async with batcher_for(ScriptedTransport(), cache, **{**PAIR, "max_wait": 0.1, **options}) as batcher:
         await ask_for(batcher)
-    return {(entry := entries.read(value, key, 0.0)).text: entry for key, (value, _) in cache._entries._values.items()}
+    found = [entries.read(value, key, 0.0) for key, (value, _) in cache._entries._values.items()]
+    return {entry.text: entry for entry in found}, batcher._cache._keys
 
 
 async def test_an_entry_tells_size_kind_and_tenant_without_an_audit():
@@ -76,11 +77,12 @@ async def test_an_entry_tells_size_kind_and_tenant_without_an_audit():
         replies["by its form"] = await batcher.submit(ask("d"), params={"logprobs": True})
 
     replies = {}
-    found = await stored_after(ask_for)
+    found, keys = await stored_after(ask_for)
     kind = replies["batch"].lane_kind
     assert len(kind) == 16
     assert replies["alone"].lane_kind == kind  # the tenant is no part of it
-    assert {text: (entry.batch_size, entry.lane_kind) for text, entry in found.items()} == {
+    kinds = {entry.text: entry.lane_kind and keys.masked(entry.key, entry.lane_kind).hex() for entry in found.values()}
+    assert {text: (entry.batch_size, kinds[text]) for text, entry in found.items()} == {
         "A": (2, kind),
         "B": (2, kind),
         "C": (1, kind),
@@ -88,6 +90,8 @@ async def test_an_entry_tells_size_kind_and_tenant_without_an_audit():
     }
     assert found["A"].tenant == found["B"].tenant != found["C"].tenant is None
     assert b"shop" not in found["A"].tenant
+    # Who does not know the secret can neither recognise the kind nor see which entries are of one.
+    assert len({found[text].lane_kind for text in "ABC"} | {bytes.fromhex(kind)}) == 4
 
 
 def test_the_digest_of_a_tenant_depends_on_the_secret_and_the_tenant_only():
@@ -98,11 +102,20 @@ def test_the_digest_of_a_tenant_depends_on_the_secret_and_the_tenant_only():
     assert one.tenant_digest(None) is None
 
 
+def test_a_masked_digest_is_read_with_the_secret_and_the_key_only():
+    one, two = (Keys(bytes([number]) * 32, endpoint="", model=None) for number in (1, 2))
+    digest = bytes(range(8))
+    masked = one.masked(b"key", digest)
+    assert one.masked(b"key", masked) == digest
+    assert len({digest, masked, two.masked(b"key", masked), one.masked(b"other", masked)}) == 4
+
+
 async def test_a_batcher_with_neither_an_audit_nor_a_cache_computes_no_kind():
     async with batcher_for(ScriptedTransport(), **PAIR) as batcher:
         assert {reply.lane_kind for reply in await submit_all(batcher, "ab")} == {None}
 
 
+@pytest.mark.promise(of="audit_cache")
 async def test_an_answer_given_alone_is_never_condemned():
     cache = mb.MemoryCache()
     async with batcher_for(ScriptedTransport(), cache, **PAIR, max_wait=0.1) as batcher:

@@ -133,7 +133,8 @@ class Kept:
             assert own_key == key
             # Times and shares of tokens vary; what they are does not.
             types = [type(each).__name__ for each in (*figures, ttl)]
-            self.given.append([tag, key.hex(), text, model, *types, body, size, kind, tenant and tenant.hex()])
+            digests = [digest and digest.hex() for digest in (kind, tenant)]
+            self.given.append([tag, key.hex(), text, model, *types, body, size, *digests])
 
     async def aclose(self):
         pass
