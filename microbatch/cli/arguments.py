@@ -273,8 +273,12 @@ def add_audit(group: Group) -> None:
 
 
 def read_audit(args: argparse.Namespace, **others: Any) -> AuditPolicy | None:
-    """Return the policy of `--audit`, with *others* of its fields; None without the flag."""
-    return None if args.audit is None else AuditPolicy(rate=args.audit, max_excess=args.max_excess, **others)
+    """Return the policy of `--audit`, with *others* of its fields; None without the flag, which not all commands have."""
+    return (
+        None
+        if getattr(args, "audit", None) is None
+        else AuditPolicy(rate=args.audit, max_excess=args.max_excess, **others)
+    )
 
 
 def _rate(text: str) -> Any:

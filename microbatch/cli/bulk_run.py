@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Collection, Iterable, Iterator
 
+    from microbatch.cli.asking_again import AskingAgain
     from microbatch.cli.input import Input
     from microbatch.cli.plan import Plan
     from microbatch.client import Microbatcher
@@ -62,6 +63,7 @@ class BulkRun:
         fail: Takes the id, the error object and the request of each item that failed; the request is None if its line made none.
         done: Digests of the ids that are left out.
         ttl: Seconds for which the answers are good; None for the cache's own time.
+        again: The audit of the run; None for none.
 
     Attributes:
         items: Lines to ask about, those that cannot be read included.
@@ -81,6 +83,7 @@ class BulkRun:
         *,
         done: Collection[int] = (),
         ttl: float | None = None,
+        again: AskingAgain | None = None,
     ) -> None:
         self.items: int = source.items - len(done)
         self.answered: int = 0
@@ -96,6 +99,7 @@ class BulkRun:
         self._take = take
         self._report_failure = fail
         self._ttl = ttl
+        self._again = again
         self._session = Session(plan, give_up_after=args.give_up_after)
         self._endpoint = self._session.endpoint
         self._progress = Progress(self.items, self._session.stats, shown=args.progress)
@@ -113,11 +117,26 @@ class BulkRun:
         return self.items - self.answered - self.failed
 
     @property
+    def _answers(self) -> int:
+        """Answers so far, those that replaced another one included."""
+        return self.answered + (0 if self._again is None else self._again.asked)
+
+    @property
+    def _ended(self) -> int:
+        return self._answers + self.failed
+
+    @property
+    def _to_ask(self) -> int:
+        """Items that are to be asked in the passes that follow."""
+        return self.unasked + (0 if self._again is None else len(self._again.pending))
+
+    @property
     def status(self) -> int:
         """The exit status."""
         if self.stopped:
             return console.STOPPED
-        return console.SOME_FAILED if self.failed or self.unasked or self.broken is not None else console.OK
+        doubtful = self._again is not None and self._again.left
+        return console.SOME_FAILED if self.failed or self.unasked or doubtful or self.broken is not None else console.OK
 
     def report(self, args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any]) -> None:
         """Print the failures, the summary, and why the run ended early."""
@@ -140,38 +159,57 @@ class BulkRun:
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
-        session = self._session
-        batcher = session.batcher(self._plan.policy)
+        session, again = self._session, self._again
+        once: Stats | None = None  # the figures when each item had been answered once
+        batcher = session.batcher(self._plan.policy, audit=self._plan.audit, hooks=[] if again is None else [again])
+        if again is not None and batcher.audits is not None:
+            again.begin(batcher.audits)
         self._endpoint.probe = self._probe
         try:
             async with batcher, session.prober:
                 start = loop.time()
                 try:
                     with self._progress:
-                        while self.unasked and not self._endpoint.stopped:
-                            await self._pass(batcher)
+                        await self._passes_until_settled(batcher)
+                        while again is not None and not self._endpoint.stopped and (found := await again.find()):
+                            once = once or session.stats()
+                            self._settled -= found
+                            self._progress.extend(len(found))
+                            await self._passes_until_settled(batcher)
                 finally:
                     self.wall_s = loop.time() - start
         finally:
-            self.stats = session.stats()  # closing the batcher has put the last answers into the cache
+            self.stats = _one_call_each(
+                session.stats(), once
+            )  # closing the batcher has put the last answers into the cache
+            if again is not None:
+                again.end()
 
     # --- a pass over the input
 
+    async def _passes_until_settled(self, batcher: Microbatcher) -> None:
+        while self._to_ask and not self._endpoint.stopped:
+            await self._pass(batcher)
+
     async def _pass(self, batcher: Microbatcher) -> None:
         await self._endpoint.rested()
-        answered, self._open = self.answered, {}
+        answers, self._open = self._answers, {}
         self._passes += 1
         async for result in batcher.map(lasting(self._requests(down=self._endpoint.down), self._ttl)):
             await self._settle(result)
         if self._open and not self._endpoint.stopped:
-            await self._judge(progress=self.answered > answered)
+            await self._judge(progress=self._answers > answers)
 
     def _requests(self, *, down: bool) -> Iterator[Request]:
         """Yield the requests that are not settled until the endpoint is down; with *down* one, a different one in each pass."""
-        for request in islice(self._unsettled(), self._passes % self.unasked if down else 0, None):
+        again = set[int]() if self._again is None else self._again.pending
+        for request in islice(self._unsettled(), self._passes % self._to_ask if down else 0, None):
             name = request.id or ""
-            alone = down or self._failures[name] >= MAX_COMBINED_FAILURES
-            self._asked[name] = msgspec.structs.replace(request, priority="high") if alone else request
+            if down or self._failures[name] >= MAX_COMBINED_FAILURES:
+                request.priority = "high"  # alone
+            if again and id_digest(name) in again:
+                request.use_cache = False  # it may hold the very answer that is doubtful
+            self._asked[name] = request
             yield self._asked[name]
             if down or self._endpoint.down or self._endpoint.stopped:
                 return
@@ -195,11 +233,13 @@ class BulkRun:
     async def _settle(self, result: Result[Any]) -> None:
         name, error = result.id or "", result.error
         if result.reply is not None:
+            item = id_digest(name)
             self._take(self._asked[name], await result.reply.settled())
-            self._settled.add(id_digest(name))
+            self._settled.add(item)
             self._control = self._asked.pop(name)
-            self.answered += 1
-            self._progress.show(self.answered + self.failed)
+            if self._again is None or not self._again.answered(item, result.reply.batch_size):
+                self.answered += 1
+            self._progress.show(self._ended)
         elif isinstance(error, ConfigError) or error is None or cause_of(error) is Cause.REQUEST:
             self._give_up_item(name, error or RuntimeError("no reply"))
         else:
@@ -226,11 +266,12 @@ class BulkRun:
         self.failures.add(f"{described['type']}: {described['message']}", name, "id ")
 
     def _fail(self, name: str, error: dict[str, Any]) -> None:
-        self._report_failure(name, error, self._asked.get(name))
-        self._settled.add(id_digest(name))
-        self._asked.pop(name, None)
-        self.failed += 1
-        self._progress.show(self.answered + self.failed)
+        item, request = id_digest(name), self._asked.pop(name, None)
+        self._settled.add(item)
+        if self._again is None or not self._again.failed(item):
+            self._report_failure(name, error, request)
+            self.failed += 1
+        self._progress.show(self._ended)
 
     async def _judge(self, *, progress: bool) -> None:
         """Decide which items that a pass has left open are given up."""
@@ -271,12 +312,25 @@ class BulkRun:
 
     def _leave_soon(self, turns: int = _QUIET_TURNS, settled: int = 0) -> None:
         """Leave after *turns* turns of the event loop in which no item is settled."""
-        now = self.answered + self.failed
+        now = self._ended
         if not turns:
             self._leave()
         else:
             left = turns - 1 if settled == now else _QUIET_TURNS
             asyncio.get_running_loop().call_soon(self._leave_soon, left, now)
+
+
+def _one_call_each(stats: Stats, once: Stats | None) -> Stats:
+    """Return *stats* compared with one call for each item, as *once* is, whatever was asked again since."""
+    if once is None:
+        return stats
+    return msgspec.structs.replace(
+        stats,
+        unbatched_calls=once.unbatched_calls,
+        unbatched_prompt_tokens=once.unbatched_prompt_tokens,
+        unbatched_completion_tokens=once.unbatched_completion_tokens,
+        unbatched_cost_usd=once.unbatched_cost_usd,
+    )
 
 
 def _described(error: Exception | None) -> str:

@@ -238,6 +238,10 @@ class Input:
         self._ends_with_newline = True
         self._content = self._survey()
 
+    def __contains__(self, item: object) -> bool:
+        """Return whether *item*, the digest of an id, is that of a line."""
+        return item in self._names
+
     def _survey(self) -> bytes:
         """Check all lines and return the digest of the file."""
         missing = set(self.questions.fields)

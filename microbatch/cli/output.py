@@ -18,7 +18,7 @@ from microbatch.cli.input import id_digest
 from microbatch.errors import RequestFailed, StatusError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from microbatch.messages import Reply
 
@@ -35,14 +35,15 @@ _EMPTY: Final = dict.fromkeys(("custom_id", "output", "error", "route", "usage",
 _NOT_TEXT: Final = ("tool_calls", "function_call", "audio")
 
 
-def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = None) -> dict[str, Any]:
+def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = None, **audited: Any) -> dict[str, Any]:
     """Return the output line of the item *name*; *digest* is that of its question, None leaves it out.
 
-    A reply that holds more than its text (tool calls, several choices, log probabilities, audio) is added as `body`.
+    With an audit, *audited* are the fields of `Provenance`. A reply that holds more than its text (tool calls, several choices, log
+    probabilities, audio) is added as `body`.
     """
     usage = msgspec.to_builtins(reply.usage)
     answer = {"custom_id": name, "output": output, "route": reply.route, "usage": usage, "cost_usd": reply.cost_usd}
-    line = _EMPTY | answer | ({} if digest is None else {"digest": digest})
+    line = _EMPTY | answer | ({} if digest is None else {"digest": digest}) | audited
     return line if reply.body is None or _is_one_text(reply.body) else line | {"body": reply.body}
 
 
@@ -70,6 +71,25 @@ def error_object(error: Exception) -> dict[str, Any]:
     if isinstance(error, StatusError):
         described |= {"status": error.status, "code": error.code, "request_id": error.request_id}
     return described
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """What the line of an answer says of the batch that it came from.
+
+    Attributes:
+        batch_size: Requests in the call that answered.
+        lane_kind: The kind of lane; None if the request never waited in one, or there was no audit.
+        period: The period of that size at the time; see `microbatch.audit.lane_kind`.
+    """
+
+    batch_size: int = 1
+    lane_kind: str | None = None
+    period: int = 0
+
+
+class _Line(Provenance, frozen=True):
+    custom_id: str = ""
+    error: Any = None
 
 
 # --- the file
@@ -147,27 +167,78 @@ class OutputFile:
             line: dict[str, Any] = msgspec.json.decode(file.readline())
         return line | {"custom_id": name}
 
+    def select(self, wanted: Callable[[Provenance], bool]) -> set[int]:
+        """Return the digests of the ids whose last line is a *wanted* answer."""
+        found: set[int] = set()
+        for _, _, name, line in self._lines():
+            if line.error is None and wanted(line):
+                found.add(name)
+            else:
+                found.discard(name)
+        return found
+
+    def compact(self) -> None:
+        """Leave only the last line of each id, unless another file has taken its name.
+
+        Raise `UsageError` if that cannot be written; then the file is as it was.
+        """
+        seen: set[int] = set()
+        several: set[int] = set()
+        for _, _, name, _ in self._lines():
+            (several if name in seen else seen).add(name)
+        del seen
+        last = {name: start for start, _, name, _ in self._lines() if name in several}
+        if several and not self._replaced():
+            self._rewrite(raw for start, raw, name, _ in self._lines() if last.get(name, start) == start)
+
     def replace(self, rows: Iterable[tuple[int, str]], aside: Path) -> None:
         """Replace the file by one that holds only *rows*, once that is on the disk, and keep the old one under the name *aside*.
 
         A row is the offset of a line and its id in the new file. Raise `UsageError` if one of the files cannot be written.
         """
+        try:
+            shutil.copyfile(self.path, aside)
+        except OSError as error:
+            raise self._not_rewritten(error) from None
+        self._rewrite(msgspec.json.encode(self.row_at(start, name)) + b"\n" for start, name in rows)
+
+    def _lines(self) -> Iterator[tuple[int, bytes, int, _Line]]:
+        """Yield the offset of each whole line, the line itself, the digest of its id, and what it says."""
+        start = 0
+        with open(self._file, "rb", closefd=False) as file:  # which may have been deleted
+            file.seek(0)
+            for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    return
+                try:
+                    line = msgspec.json.decode(raw, type=_Line)
+                except ValueError:
+                    raise _not_ours(f"{self.path}: line {number}") from None
+                yield start, raw, id_digest(line.custom_id), line
+                start += len(raw)
+
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
+        """Replace the file by one that holds *lines*, once that is on the disk."""
         draft = Path(self.path + ".new")
         new = _open_locked(str(draft), os.O_TRUNC)
         try:
-            shutil.copyfile(self.path, aside)
-            for start, name in rows:
-                _write_all(new, msgspec.json.encode(self.row_at(start, name)) + b"\n")
+            for line in lines:
+                _write_all(new, line)
             os.fsync(new)
             draft.replace(self.path)
         except BaseException as error:
-            os.close(new)
             draft.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise UsageError(f"cannot rewrite {self.path!r}: {error.strerror}") from None
+                raise self._not_rewritten(error) from None
             raise
-        old, self._file = self._file, new
-        os.close(old)
+        else:
+            # The descriptor keeps its number, which the thread that syncs may be about to use; and the new file is locked already.
+            os.dup2(new, self._file, inheritable=False)
+        finally:
+            os.close(new)
+
+    def _not_rewritten(self, error: OSError) -> UsageError:
+        return UsageError(f"cannot rewrite {self.path!r}: {error.strerror}")
 
     def write(self, line: dict[str, Any]) -> None:
         """Append *line*. Raise `NotWritten` if this line or an earlier one cannot be written."""
@@ -211,11 +282,15 @@ class OutputFile:
             os.close(self._file)
         self._check()
 
+    def _replaced(self) -> bool:
+        """Return whether another file has its name."""
+        path = Path(self.path)
+        return path.exists() and not os.path.samestat(path.stat(), os.fstat(self._file))
+
     def _restore(self) -> None:
         """Write the file again if it was deleted or replaced."""
-        path, ours = Path(self.path), os.fstat(self._file)
-        replaced = path.exists()
-        if not self.written or (replaced and os.path.samestat(path.stat(), ours)):
+        path, replaced = Path(self.path), self._replaced()
+        if not self.written or (path.exists() and not replaced):
             return
         name = next(free_names(self.path)) if replaced else path
         try:
@@ -241,14 +316,15 @@ class OutputFile:
 
 
 @contextmanager
-def replacing(path: Path) -> Generator[BinaryIO]:
-    """Open a draft of *path* for writing, which takes its name once the block has ended and it is on the disk."""
+def replacing(path: Path, *, sync: bool = True) -> Generator[BinaryIO]:
+    """Open a draft of *path* for writing, which takes its name once the block has ended and, with *sync*, it is on the disk."""
     draft = path.with_name(path.name + ".new")
     try:
         with draft.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -273,7 +349,11 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
             return line
     except (ValueError, LookupError, RecursionError):
         pass
-    raise UsageError(f"{where} was not written by `microbatch run`; is -o the right file?")
+    raise _not_ours(where)
+
+
+def _not_ours(where: str) -> UsageError:
+    return UsageError(f"{where} was not written by `microbatch run`; is -o the right file?")
 
 
 def _open_locked(path: str, flags: int = 0) -> int:

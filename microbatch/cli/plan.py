@@ -14,7 +14,7 @@ import msgspec
 from microbatch.caching.guard import Guard
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
-from microbatch.cli.arguments import CONNECTION, read_connection, read_key, read_settings, with_flags
+from microbatch.cli.arguments import CONNECTION, read_audit, read_connection, read_key, read_settings, with_flags
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BatchLines, Input, Questions, Templated, payload_of
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
@@ -29,6 +29,7 @@ from microbatch.transports.rate_limit import RateLimit
 if TYPE_CHECKING:
     import argparse
 
+    from microbatch.policy import AuditPolicy
     from microbatch.spool.records import Spool
 
 _REDIS: Final = ("redis://", "rediss://", "unix://")
@@ -47,6 +48,7 @@ class Plan(msgspec.Struct, frozen=True):
     rate_limit: RateLimit | None
     cache: Guard | None
     id_seed: str | None = None
+    audit: AuditPolicy | None = None
 
     @property
     def single(self) -> bool:
@@ -66,6 +68,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         fallback=FallbackPolicy(canary=args.canary),
         rate_limit=read_rate_limit(args),
         cache=None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE),
+        audit=read_audit(args),
         transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
         id_seed=args.id_seed,
     )

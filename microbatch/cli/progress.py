@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.stats import Stats
 
-    Bar = Callable[[int, str, bool], None]
-    """Shows the items done and a text beside them, and ends the bar if its last argument is true."""
+    Bar = Callable[[int, int, str, bool], None]
+    """Shows the items done of how many and a text beside them, and ends the bar if its last argument is true."""
 
 REFRESH_SECONDS: Final = 0.2
 
@@ -40,18 +40,22 @@ class Progress:
             self._next = time.monotonic() + REFRESH_SECONDS
             self._draw()
 
+    def extend(self, count: int) -> None:
+        """Add *count* items to the total."""
+        self._total += count
+
     def _draw(self, *, last: bool = False) -> None:
         if self._bar is not None:
             stats = self._stats()
             tokens = stats.prompt_tokens + stats.completion_tokens
             text = f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}"
             with muted_on_error(sys.stderr):
-                self._bar(self._done, text, last)
+                self._bar(self._done, self._total, text, last)
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty() if self._shown is None else self._shown:
             with muted_on_error(sys.stderr):
-                self._bar = _tqdm_bar(self._total) or _plain_bar(self._total)
+                self._bar = _tqdm_bar(self._total) or _plain_bar()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,7 +70,8 @@ def _tqdm_bar(total: int) -> Bar | None:
     tqdm.monitor_interval = 0  # no thread of its own: it would outlive the run
     bar = tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0)
 
-    def draw(done: int, text: str, last: bool) -> None:
+    def draw(done: int, total: int, text: str, last: bool) -> None:
+        bar.total = total
         bar.set_postfix_str(text, refresh=False)
         bar.update(done - bar.n)
         if last:
@@ -76,10 +81,10 @@ def _tqdm_bar(total: int) -> Bar | None:
     return draw
 
 
-def _plain_bar(total: int) -> Bar:
+def _plain_bar() -> Bar:
     start, width = time.monotonic(), 0
 
-    def draw(done: int, text: str, last: bool) -> None:
+    def draw(done: int, total: int, text: str, last: bool) -> None:
         nonlocal width
         took = max(time.monotonic() - start, 1e-6)
         left = f", {seconds(took / done * (total - done))} left" if done else ""

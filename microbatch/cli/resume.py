@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.cli.arguments import flag
+from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, note, plural
 from microbatch.cli.input import BadLine, id_digest, question_digest
 from microbatch.cli.output import OutputFile, free_names, replacing
@@ -64,15 +65,15 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
     rewritten without it, and a copy of the old file is kept. Settings that differ from those of the output need --force. Without
     --resume an output that holds answers is refused, or emptied with --force, which keeps a copy too.
     """
-    if not output.size:
-        return Resumed()
-    if not args.resume:
+    if output.size and not args.resume:
         if not args.force:
             raise UsageError(
                 f"{args.output!r} already holds answers: go on with --resume, choose another -o, or begin anew with --force "
                 "(the old file is kept under another name)"
             )
         _rewrite(output, [])
+    if not output.size:
+        record_path(output.path).unlink(missing_ok=True)  # it belongs to other answers
         return Resumed()
     trusts_ids = _check_settings(args, plan, source)
     rows = output.rows()
@@ -120,11 +121,12 @@ def _questions(plan: Plan, source: Input) -> Iterator[tuple[str, str | None]]:
 
 
 def _rewrite(output: OutputFile, rows: list[tuple[int, str]]) -> None:
-    """Leave only *rows* in the output, and keep the output and its settings as they were under another name."""
+    """Leave only *rows* in the output, and keep it and what is beside it as they were under another name."""
     aside = next(free_names(output.path))
     output.replace(rows, aside)
-    if settings_path(output.path).exists():
-        shutil.copyfile(settings_path(output.path), settings_path(str(aside)))
+    for beside in (settings_path, record_path):
+        if beside(output.path).exists():
+            shutil.copyfile(beside(output.path), beside(str(aside)))
     note(f"the output as it was is now {str(aside)!r}")
 
 
@@ -135,7 +137,11 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
     """Return the settings that decide what is asked, and where; a resumed run must have the same."""
     questions = source.questions
     # These are left out unless they are given, as in the files of releases that had no such settings.
-    added = {"combine_params": sorted(plan.policy.combine_params), "max_latency": plan.policy.max_latency}
+    added = {
+        "combine_params": sorted(plan.policy.combine_params),
+        "max_latency": plan.policy.max_latency,
+        "max_excess": None if plan.audit is None else plan.audit.max_excess,
+    }
     return {
         "endpoint": plan.transport.base_url,
         "--model": plan.transport.model,

@@ -10,6 +10,11 @@ OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
 id, else its number. The key is taken from OPENAI_API_KEY, which is sent to
 OpenAI and OPENAI_BASE_URL only, or from the variable of --api-key-env.
 
+With --audit some of the answers that came from combined prompts are asked for
+again alone, and compared. Where combining does harm, batches become smaller,
+and at the end the run asks again what the larger ones have answered. Lines have
+"batch_size", "lane_kind" and "period" then, and OUTPUT.audit keeps the figures.
+
 The digest is that of the question. --resume asks about lines without an answer,
 and about lines whose question has changed; an answer follows a question that
 moved to another line.
@@ -32,6 +37,8 @@ Examples:
   microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
                                     (what was asked before costs nothing)
   microbatch run openai_batch.jsonl -o answers.jsonl
+  microbatch run products.jsonl -o answers.jsonl ... --audit
+                              (keep only what combining does not change)
 """
 
 from __future__ import annotations
@@ -43,9 +50,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_bulk, add_flag
+from microbatch.cli.arguments import add_audit, add_bulk, add_flag
+from microbatch.cli.asking_again import AskingAgain
+from microbatch.cli.audit_summary import audit_figures, audit_lines
 from microbatch.cli.bulk_run import BulkRun
-from microbatch.cli.console import note, plural, seconds
+from microbatch.cli.console import UsageError, note, plural, seconds
 from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
@@ -56,6 +65,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from microbatch.cli.output import OutputFile
     from microbatch.cli.plan import Plan
     from microbatch.messages import Reply, Request
 
@@ -72,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else: begin anew, keeping the old output under another name"
     )
     add_flag(group, "--force", force)
+    add_audit(group)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,22 +93,36 @@ def run(args: argparse.Namespace) -> int:
         with open_output(args) as output:
             resumed = resume(args, plan, source, output)
             keep_settings(args.output, settings(args, plan, source))
+            again = None if plan.audit is None else AskingAgain(plan.audit, output, source)
 
             def take(request: Request, reply: Reply[Any]) -> None:
                 answer = reply.output if source.questions.schema is None else msgspec.json.decode(reply.output)
-                output.write(answer_line(request.id or "", answer, reply, question_digest(request, model)))
+                audited = {} if again is None else again.provenance(reply)
+                output.write(answer_line(request.id or "", answer, reply, question_digest(request, model), **audited))
 
             def fail(name: str, error: dict[str, Any], request: Request | None) -> None:
                 output.write(failure_line(name, error, None if request is None else question_digest(request, model)))
 
-            bulk = BulkRun(args, plan, source, take, fail, done=resumed.done)
+            bulk = BulkRun(args, plan, source, take, fail, done=resumed.done, again=again)
             asyncio.run(bulk.go())
-            bulk.report(args, summary_lines(bulk, plan), summarize(bulk, resumed))
+            lines, figures = [*summary_lines(bulk, plan)], summarize(bulk, resumed)
+            if again is not None:
+                _compact(output)
+                lines += audit_lines(again, bulk.stats.audit)
+                figures |= audit_figures(again, bulk.stats.audit)
+            bulk.report(args, lines, figures)
             _note_rest(args, bulk)
             return bulk.status
     except NotWritten as error:  # at the last fsync
         note(f"microbatch run: {error}")
         return console.SOME_FAILED
+
+
+def _compact(output: OutputFile) -> None:
+    try:
+        output.compact()
+    except UsageError as error:
+        note(f"microbatch run: {error}; of several lines with the same custom_id the last one counts")
 
 
 def _note_rest(args: argparse.Namespace, bulk: BulkRun) -> None:

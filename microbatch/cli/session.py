@@ -15,10 +15,10 @@ from microbatch.resources import acquire, release
 from microbatch.spool.endpoint import Cause, Endpoint, cause_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from microbatch.cli.plan import Plan
-    from microbatch.policy import FlushPolicy
+    from microbatch.policy import AuditPolicy, FlushPolicy
     from microbatch.protocols import ChatCall, Completion, Transport
 
 
@@ -78,7 +78,9 @@ class Session:
         self._transport = PausingTransport(plan.transport, self.endpoint)
         self._batchers: list[Microbatcher] = []
 
-    def batcher(self, policy: FlushPolicy) -> Microbatcher:
+    def batcher(
+        self, policy: FlushPolicy, *, audit: AuditPolicy | None = None, hooks: Sequence[object] = ()
+    ) -> Microbatcher:
         """Return a further batcher, not open."""
         plan = self._plan
         batcher = Microbatcher(
@@ -88,6 +90,8 @@ class Session:
             rate_limit=plan.rate_limit,
             cache=plan.cache,
             id_secret=plan.id_seed,
+            audit=audit,
+            hooks=hooks,
         )
         self._batchers.append(batcher)
         return batcher

@@ -55,13 +55,16 @@ def reuse(stats: Stats) -> Iterator[str]:
 
 
 def alone(stats: Stats) -> Iterator[str]:
-    """Yield a line for each reason for which requests went alone, other than that an earlier call had left them unanswered."""
+    """Yield a line for each reason for which requests went alone, other than that an earlier call had left them unanswered.
+
+    Audits are no requests, and have lines of their own.
+    """
     for reason, count in sorted(stats.singles_by_reason.items(), key=lambda each: -each[1]):
         what = ""
         if reason == "not_combinable" and stats.alone_by_field:
             fields = sorted(stats.alone_by_field.items(), key=lambda each: -each[1])
             what = f" ({', '.join(f'{name}: {times:,}' for name, times in fields)})"
-        if reason != "fallback":
+        if reason not in ("fallback", "audit"):
             line = f"alone: {plural(count, 'item')}, {reason.replace('_', ' ')}{what}"
             yield textwrap.fill(line, COLUMNS, subsequent_indent="       ")
 
@@ -71,7 +74,7 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
     found = []
     if stats.answered and not plan.single:
         found.append('"One call each" is calculated for the same answers, not measured; --single measures it.')
-    if stats.costs_more and not plan.single:
+    if stats.costs_more and not plan.single and not stats.audit:  # else it may be the audit that costs more
         found.append(
             "Batching cost more than it saved here: the instructions that items share are shorter than what "
             "a combined prompt adds. Use --single for questions like these."

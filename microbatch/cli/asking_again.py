@@ -1,0 +1,171 @@
+"""The audit of a run: its record beside the output, and which answers are asked for again.
+
+The output is the journal: with an audit each line says which batch its answer came from, so no answer is kept in memory. When nothing
+is left to ask, and no audit is under way, the output is read for answers that the audits have made doubtful (see
+`microbatch.audit.lane_kind`). Those items are asked again, in the batches that are in use by then, which are audited in turn, until no
+answer is doubtful. The last line of an id counts, and replaces the earlier ones when the run ends.
+
+The record of the audits is kept in OUTPUT.audit, without any text, so that a resumed run goes on with it. It is written at each
+decision, before any line that depends on it, at most every tenth of a second otherwise, and at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from microbatch.audit.lane_kind import LaneKind  # noqa: TC001 the type of a field that is decoded
+from microbatch.cli.console import note
+from microbatch.cli.output import Provenance, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable
+
+    from microbatch.accounting.audits import Audited
+    from microbatch.accounting.events import Called
+    from microbatch.batching.audits import Audits
+    from microbatch.cli.output import OutputFile
+    from microbatch.messages import Reply
+    from microbatch.policy import AuditPolicy
+
+SAVE_SECONDS: Final = 0.1
+"""Seconds between two writes of the record: a kill loses the scores of so much time, and the audits that were under way."""
+
+
+class Record(msgspec.Struct):
+    """What OUTPUT.audit holds: the bound that the kinds of lanes were judged by, and what is known of them."""
+
+    max_excess: float
+    kinds: list[LaneKind]
+
+
+def record_path(output: str) -> Path:
+    """Return the path of the record of the audits of *output*."""
+    return Path(output + ".audit")
+
+
+class AskingAgain:
+    """The audit of a run into *output*, and the items that are asked again because of it. It is a hook of the batcher.
+
+    Args:
+        policy: The policy of the audit.
+        items: The digests of the ids that can be asked again, those of the input.
+
+    Attributes:
+        pending: Digests of the ids that are being asked again.
+        asked: Answers that were asked for again and replaced.
+        largest: Requests in the largest batch that answered one of them.
+        left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.
+        calls: Calls of audits.
+        tokens: Tokens of those calls, prompts and answers together, as far as they were reported.
+    """
+
+    def __init__(self, policy: AuditPolicy, output: OutputFile, items: Container[int]) -> None:
+        self.policy = policy
+        self.pending: set[int] = set()
+        self.asked: int = 0
+        self.largest: int = 0
+        self.left: int = 0
+        self.calls: int = 0
+        self.tokens: int = 0
+        self._output = output
+        self._items = items
+        self._in_vain: set[int] = set()  # asked again in this run, without an answer
+        self._audits: Audits
+        self._saved_at = float("-inf")  # loop time
+        self._unwritable = False
+
+    # --- the record
+
+    def begin(self, audits: Audits) -> None:
+        """Go on from the record, if there is one, with *audits*, those of the batcher."""
+        self._audits = audits
+        audits.restore(self._kept())
+
+    def _kept(self) -> Iterable[LaneKind]:
+        path = record_path(self._output.path)
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=Record)
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError):
+            note(f"{str(path)!r} cannot be read: the audit begins anew")
+            return []
+        if record.max_excess != self.policy.max_excess:
+            note(f"the audit begins anew: --max-excess was {record.max_excess:g}, is {self.policy.max_excess:g}")
+            return []
+        return record.kinds
+
+    def _save(self, *, sync: bool) -> None:
+        path = record_path(self._output.path)
+        try:
+            with replacing(path, sync=sync) as file:
+                file.write(msgspec.json.encode(Record(self.policy.max_excess, self._audits.state())) + b"\n")
+        except OSError as error:
+            if not self._unwritable:
+                note(f"cannot write {str(path)!r}: {error.strerror}; --resume will not know of all audits")
+            self._unwritable = True
+
+    def on_audit(self, event: Audited) -> None:
+        """Keep the record."""
+        now = asyncio.get_running_loop().time()
+        if event.decision is not None or now - self._saved_at >= SAVE_SECONDS:
+            self._saved_at = now
+            self._save(sync=event.decision is not None)
+
+    def on_call(self, event: Called) -> None:
+        """Count the calls of audits and their tokens."""
+        if event.route == "audit":
+            self.calls += 1
+            if event.usage is not None:
+                self.tokens += event.usage.prompt_tokens + event.usage.completion_tokens
+
+    # --- answers
+
+    def provenance(self, reply: Reply[Any]) -> dict[str, Any]:
+        """Return the fields of the output line of *reply* that say which batch it came from."""
+        kind = None if reply.lane_kind is None else self._audits.kinds.get(reply.lane_kind)
+        period = 0 if kind is None else kind.period(reply.batch_size)
+        return msgspec.structs.asdict(Provenance(reply.batch_size, reply.lane_kind, period))
+
+    async def find(self) -> set[int]:
+        """Wait for the audits under way, and return the ids that are to be asked again, which are `pending` from then on."""
+        await self._audits.settled()
+        self.pending = await asyncio.to_thread(self._doubtful) - self._in_vain
+        return self.pending.copy()
+
+    def _doubtful(self) -> set[int]:
+        kinds = {kind.digest: kind for kind in self._audits.kinds.values()}
+
+        def is_doubtful(answer: Provenance) -> bool:
+            kind = kinds.get(answer.lane_kind or "")
+            return kind is not None and kind.is_doubtful(answer.batch_size, answer.period)
+
+        if not any(step.doubtful for kind in kinds.values() for step in kind.steps.values()):
+            return set()
+        return {item for item in self._output.select(is_doubtful) if item in self._items}
+
+    def answered(self, item: int, size: int) -> bool:
+        """Note that *item* was answered, in a batch of *size*; return whether it was asked again."""
+        if item not in self.pending:
+            return False
+        self.pending.discard(item)
+        self.asked += 1
+        self.largest = max(self.largest, size)
+        return True
+
+    def failed(self, item: int) -> bool:
+        """Note that *item* has failed; return whether it was asked again. Then its earlier answer stands."""
+        if item not in self.pending:
+            return False
+        self.pending.discard(item)
+        self._in_vain.add(item)
+        return True
+
+    def end(self) -> None:
+        """Keep the record, and count the answers that are still doubtful; the batcher is closed."""
+        self._save(sync=True)
+        self.left = len(self._doubtful())
