@@ -114,10 +114,11 @@ class Dispatcher:
         lines = [ticket.line for ticket in tickets]
         combined = self._codec.compose(spec, spec.shared, lines, bound)
         call, call_state = combined.call, self._begin(tickets, route, permit)
-        call.stream = self._early and not all(ticket.bulk for ticket in tickets)
+        # Only a stream can be cut where it goes past its end. Where replies end by themselves, only callers who wait need one.
+        call.stream = history.may_overrun or (self._early and not all(ticket.bulk for ticket in tickets))
         call.timeout = self._remaining(tickets)
         batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
-        batch.early, batch.tries, batch.instead = call.stream and not history.drafts, tries, instead
+        batch.early, batch.tries, batch.instead = self._early and call.stream and not history.drafts, tries, instead
         batch.reset()
         self._bounds.of(spec.model).trying += tries
         self._ledger.batches += 1
