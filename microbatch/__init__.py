@@ -1,6 +1,7 @@
 """Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer.
 
 client          `Microbatcher`: submit, map, enqueue, forward, stats
+calibration     `calibrate`: tries sizes of batches on a sample before a job
 schema, prompt  combined prompts: JSON Schema of an answer, composing, taking replies apart
 batching        the engine: admission, lanes, scheduling, calls, fallback
 transports      `OpenAIChat`, retries, rate limits, capabilities of endpoints
@@ -18,11 +19,13 @@ from microbatch.accounting.otel import OpenTelemetryHooks
 from microbatch.accounting.prices import Price, genai_prices
 from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.accounting.stats import Stats
+from microbatch.audit.calibration import CalibratedSize, Calibration
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
 from microbatch.caching.tiers import TieredCache
 from microbatch.caching.warming import Warmed
+from microbatch.calibration import calibrate
 from microbatch.client import Microbatcher
 from microbatch.errors import (
     AuthFailed,
@@ -63,7 +66,7 @@ from microbatch.transports.rate_limit import RateLimit
 # fmt: off
 __all__ = [  # noqa: RUF022 grouped by subject
     # asking
-    "Message", "Microbatcher", "Reply", "Request", "Result", "Usage",
+    "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
     # settings
     "AuditPolicy", "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
     # transports
@@ -71,7 +74,8 @@ __all__ = [  # noqa: RUF022 grouped by subject
     # caches and spools
     "Cache", "MemoryCache", "RedisCache", "RedisSpool", "SQLiteCache", "SQLiteSpool", "Spool", "TieredCache", "Warmed",
     # accounting
-    "Audited", "AuditedSize", "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "Stats", "genai_prices",
+    "Audited", "AuditedSize", "CalibratedSize", "Calibration",
+    "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "Stats", "genai_prices",
     # errors: of settings and state
     "BatcherClosed", "ConfigError", "IdConflict", "MicrobatchError", "Overloaded", "StorageError",
     # errors: of accepted requests

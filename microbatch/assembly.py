@@ -10,13 +10,14 @@ import asyncio
 import contextvars
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
 from microbatch.accounting.stats import Ledger, Stats
 from microbatch.accounting.tokens import TokenCounter
+from microbatch.audit.lane_kind import LaneKinds
 from microbatch.batching.admission import AdmissionQueue
 from microbatch.batching.audits import Audits
 from microbatch.batching.bounds import Bounds
@@ -33,6 +34,7 @@ from microbatch.batching.single_queue import SingleQueues
 from microbatch.caching.answer_cache import AnswerCache
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
+from microbatch.prompt.ids import IdKey
 from microbatch.resources import acquire, release
 from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
@@ -67,7 +69,8 @@ class Settings:
     prices: Mapping[str, Price] | Callable[[str], Price | None] | None
     tokens: Callable[[str], int] | Literal["bytes"] | None
     hooks: Sequence[object]
-    draw_ids: Callable[[int], Sequence[str]]
+    draw_ids: Callable[[int], Sequence[str]] | None
+    id_secret: bytes | str | None = field(repr=False)
     audit: AuditPolicy | None
 
 
@@ -124,20 +127,25 @@ class Assembly:
         self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
         lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
-        codec = ChatCodec(settings.draw_ids, canary=canary, keep_thoughts=keep_thoughts)
+        key = IdKey(settings.id_secret)
+        codec = ChatCodec(settings.draw_ids, key=key, canary=canary, keep_thoughts=keep_thoughts)
         dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
+        kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
+        if settings.audit is not None or self.cache is not None:
+            lanes.kinds = kinds
         self.audits: Audits | None = None
         if settings.audit is not None:
             self.audits = Audits(
                 given,
                 settings.audit,
-                getattr(transport, "base_url", ""),
+                kinds,
                 dispatcher=dispatcher,
                 singles=singles,
-                draw=random.Random(),  # noqa: S311 no secret: it chooses what is audited
-                correct=None,
+                draw=random.Random("".join(key.draws(b"audits")(8))),  # noqa: S311 it chooses what is audited
+                correct=None if self.cache is None else self.cache.correct,
             )
-            lanes.kind_of = self.audits.kind_of
+            if self.cache is not None:
+                self.cache.is_condemned = self.audits.is_condemned
         self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
         self.engine: Engine = Engine(given, lanes, singles, dispatcher, self.audits)
 

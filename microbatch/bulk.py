@@ -19,8 +19,8 @@ import msgspec
 
 from microbatch.batching.request import check_messages, rank_of
 from microbatch.batching.ticket import NO_CONTEXT, NORMAL, UNSHARED, CallerOptions, FlushReason
-from microbatch.checking import as_seconds
-from microbatch.errors import BatcherClosed, ShutDown
+from microbatch.checking import as_seconds, whole
+from microbatch.errors import BatcherClosed, ConfigError, ShutDown
 from microbatch.messages import Request, Result
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import Ticket, Waiter
     from microbatch.caching.answer_cache import AnswerCache
     from microbatch.messages import Messages, Reply, Requests
+    from microbatch.policy import FlushPolicy
 
     Answered = tuple[Ticket, Waiter]
 
@@ -57,6 +58,7 @@ class BulkRun:
         max_pending: Most requests taken from the source and not yet taken by the consumer.
         ordered: Yield in the order of the source, not of completion.
         patience: Seconds after which a silent source counts as having nothing more for now.
+        audited: Whether its answers may be audited.
     """
 
     engine: Engine
@@ -66,6 +68,7 @@ class BulkRun:
     max_pending: int
     ordered: bool
     patience: float
+    audited: bool = True
     _results: deque[tuple[Result[Any], Answered | None]] = field(default_factory=deque)
     _early: dict[int, tuple[Result[Any], Answered | None]] = field(default_factory=dict)
     """Ordered: results that came before their turn."""
@@ -85,6 +88,30 @@ class BulkRun:
     _feeder: asyncio.Task[Any] | None = None
     _feeder_room: asyncio.Event = field(default_factory=asyncio.Event)
     _sync: Iterator[Request[Any] | Messages] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        intake: Intake,
+        cache: AnswerCache | None,
+        source: Requests,
+        *,
+        policy: FlushPolicy,
+        max_pending: int | None = None,
+        ordered: bool = False,
+        audited: bool = True,
+    ) -> BulkRun:
+        """Return one for the arguments of `Microbatcher.map`.
+
+        Raises:
+            ConfigError: One is wrong.
+        """
+        whole(1, max_pending=max_pending)
+        if not hasattr(source, "__aiter__") and not hasattr(source, "__iter__"):
+            raise ConfigError(f"requests must be iterable, got {type(source).__name__}")
+        pending = max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches
+        return cls(engine, intake, cache, source, pending, ordered, policy.low_max_wait, audited)
 
     async def results(self) -> AsyncIterator[Result[Any]]:
         """Yield a `Result` for each request of the source."""
@@ -254,7 +281,7 @@ class BulkRun:
         if self.cache is not None and request.use_cache:
             check_messages(request.messages)
             key = self.cache.key(request.messages, options)
-        caller = CallerOptions(timeout, shared, key, ttl)
+        caller = CallerOptions(timeout, shared, key, ttl, audited=self.audited)
         return _Item(index, request, options, caller, asyncio.get_running_loop().time())
 
     def _looked_up(self, item: _Item, looking: asyncio.Future[bytes | None]) -> None:

@@ -15,10 +15,9 @@ from microbatch.batching.live_answer import LiveAnswer
 from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
-from microbatch.checking import as_seconds, at_least, checks_arguments, whole
+from microbatch.checking import as_seconds, at_least, checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
-from microbatch.prompt.compose import draw_endings
 from microbatch.protocols import Cache, Transport
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeForm, TypeVar
 
     from microbatch.accounting.stats import Stats
+    from microbatch.batching.audits import Audits
     from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
@@ -53,19 +53,18 @@ class Microbatcher:
         fallback: What is done about missing and broken answers.
         rate_limit: Requests and tokens per minute for each endpoint, model and key; may be shared as well. None sets no limit; a 429
             then holds up the calls of its endpoint, model and key for as long as it asks.
-        cache: Keeps answers for equal requests: `MemoryCache`, `SQLiteCache`, `RedisCache`, a `TieredCache` of several, or any `Cache`;
-            may be shared as well. None keeps nothing.
+        cache: Keeps answers to equal requests: `MemoryCache`, `SQLiteCache`, `RedisCache`, `TieredCache` or any `Cache`; may be shared.
         spool: Keeps requests for workers, see `enqueue`: `SQLiteSpool`, `RedisSpool`, or any `Spool`; may be shared as well.
         normalize: With a cache, maps the texts of last messages that are to share an answer to the same text (for example `str.strip`);
             what is sent is not changed. None compares texts as they are.
-        prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; a model unknown to it is looked up
-            in a small built-in table.
-        tokens: How tokens are counted: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's own
-            encoding from the tables in this package.
-        hooks: Objects with any of the methods `on_flush`, `on_call` and `on_settle`, which take a `Flushed`, a `Called` and a
-            `Settled`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns is in the
-            later events of that request. They are called on the event loop and have to be quick; what one raises is logged.
-        draw_ids: Source of the random part of item ids; for tests.
+        prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; a small built-in table for others.
+        tokens: Counts tokens: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's packaged encoding.
+        hooks: Objects with any of the methods `on_flush`, `on_call`, `on_settle` and `on_audit`, which take a `Flushed`, `Called`,
+            `Settled` and `Audited`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns
+            is in the later events of that request. They are called on the event loop and have to be quick; what one raises is logged.
+        draw_ids: Source of the random part of item ids, instead of *id_secret*; for tests.
+        id_secret: Key that ids are derived from, together with the prompt, so that the same batch has the same ids; for exact reruns.
+            With it a text can be made that holds the ids of its own batch, so keep it secret. None draws one for this process.
         audit: Measures what combining does to answers, and limits the size of batches by it; None audits nothing.
 
     Options of a request, the same for `submit`, `map` and `enqueue`:
@@ -105,7 +104,8 @@ class Microbatcher:
         prices: Mapping[str, Price] | Callable[[str], Price | None] | None = None,
         tokens: Callable[[str], int] | Literal["bytes"] | None = None,
         hooks: Sequence[object] = (),
-        draw_ids: Callable[[int], Sequence[str]] = draw_endings,
+        draw_ids: Callable[[int], Sequence[str]] | None = None,
+        id_secret: bytes | str | None = None,
         audit: AuditPolicy | None = None,
     ) -> None:
         self._policy = FlushPolicy() if policy is None else policy
@@ -123,6 +123,7 @@ class Microbatcher:
                 tokens=tokens,
                 hooks=hooks,
                 draw_ids=draw_ids,
+                id_secret=id_secret,
                 audit=audit,
             )
         )
@@ -132,7 +133,8 @@ class Microbatcher:
         self._admission = parts.admission
         self._settlement = parts.settlement
         self._cache = parts.cache
-        self.audits = parts.audits
+        self.audits: Audits | None = parts.audits
+        """The audits; None without an audit."""
 
     # --- life
 
@@ -150,9 +152,7 @@ class Microbatcher:
         """Accept no more requests, send what waits, wait for what is under way, and end the rest with `ShutDown`.
 
         It goes on in the background if this call is cancelled, and may be called again. While the batcher opens, it ends the opening.
-
-        Args:
-            grace: Seconds to wait for answers. None waits as long as deadlines and timeouts allow.
+        *grace* are the seconds to wait for answers; None waits as long as deadlines and timeouts allow.
         """
         at_least(0, grace=grace)
         await self._host.close(grace)
@@ -295,14 +295,11 @@ class Microbatcher:
             ConfigError: An argument is wrong.
             BatcherClosed: The batcher is not open, or closes before the end.
         """
-        whole(1, max_pending=max_pending)
-        if not hasattr(requests, "__aiter__") and not hasattr(requests, "__iter__"):
-            raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
+        return self._map(requests, max_pending=max_pending, ordered=ordered)
+
+    def _map(self, requests: Requests, **options: Any) -> AsyncIterator[Result[Any]]:
         self._host.check_open()
-        policy = self._policy
-        pending = max_pending or 2 * policy.max_batch_size * policy.max_concurrent_batches
-        bulk = BulkRun(self._engine, self._intake, self._cache, requests, pending, ordered, policy.low_max_wait)
-        return bulk.results()
+        return BulkRun.of(self._engine, self._intake, self._cache, requests, policy=self._policy, **options).results()
 
     async def warm(
         self, requests: Requests, *, ttl: float | None = None, progress: Callable[[Warmed], None] | None = None
@@ -323,7 +320,7 @@ class Microbatcher:
         at_least(0, ttl=ttl)
         counts = Counter[str]()
         warmed = Warmed()
-        async for result in self.map(lasting(requests, ttl)):
+        async for result in self._map(lasting(requests, ttl), audited=False):
             found = (
                 "failed" if result.reply is None else "known" if result.reply.route in ("cache", "shared") else "asked"
             )
@@ -350,9 +347,8 @@ class Microbatcher:
         """Hand a request to the spool, for a worker (`microbatch worker SPOOL`) to answer in its own time.
 
         Once this returns, the request survives this process. It is asked with the worker's key: keys and headers are not spooled.
-
-        *messages* and the options are as for `submit`; pass *output_type* to `result` as well. *id* is the caller's name for the
-        request, within its tenant: putting the same again does nothing; None makes one up. Return the id.
+        Pass *output_type* to `result` as well. *id* is the caller's name for the request, within its tenant: putting the same again
+        does nothing; None makes one up. Return the id.
 
         Raises:
             ConfigError: There is no spool, or an argument is wrong; nothing was queued.

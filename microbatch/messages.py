@@ -169,7 +169,7 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
         usage: This request's share of the tokens of all calls that carried it. An estimate (`usage.estimated`) until the last of them
             has ended; then all shares add up to the endpoint's counts.
         cost_usd: The price of `usage` in US dollars, or None if the model's price is unknown.
-        batch_size: Requests in the call that answered; 1 for a single call.
+        batch_size: Requests in the call that answered, of an answer from the cache in the call that once gave it; 1 for a single call.
         waited: Seconds from submit until that call was sent.
         latency: Seconds from submit until the answer had arrived.
         model: The model as the endpoint names it; the requested one until the call has ended; None if both are unknown.
@@ -177,7 +177,8 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a single call. Of an answer in a combined call the same shape, without usage, if the request asks
             for the call of a tool; else None.
-        lane_kind: With an audit, names the kind of the lane in which the request waited, as `AuditedSize.kind` does; else None.
+        lane_kind: With an audit or a cache, names the kind of the lane in which the request waited, as `AuditedSize.kind` does; of an
+            answer from the cache, the request that was asked. None for requests that go alone by their form.
     """
 
     output: T_co

@@ -3,7 +3,7 @@
 `python tests/audited.py --runs 400` plays each scenario so many times, with other seeds, and prints how the audits decided.
 """
 
-# ruff: noqa: T201, S311
+# ruff: noqa: T201
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class PlantedModel:
         items = _ITEM.findall(prompt) if "results" in prompt else []
         self.calls.append(len(items) or 1)
         if items:
-            elements = [{"id": name, "answer": self.said(msgspec.json.decode(text), len(items))} for name, text in items]
+            elements = [
+                {"id": name, "answer": self.said(msgspec.json.decode(text), len(items))} for name, text in items
+            ]
             text = msgspec.json.encode({"results": elements}).decode()
         else:
             text = msgspec.json.encode({"answer": self.said(prompt, 1)}).decode()
@@ -110,7 +112,9 @@ def play(seed, harm, *, noise=0.0, size=16, bursts=100, audit=None, slots=64, pa
 
     async def serve():
         policy = mb.FlushPolicy(max_batch_size=size, idle="wait", max_concurrent_batches=slots)
-        async with mb.Microbatcher(model, policy=policy, audit=audit, hooks=[notes], tokens="bytes", prices={}) as batcher:
+        async with mb.Microbatcher(
+            model, policy=policy, audit=audit, hooks=[notes], tokens="bytes", prices={}
+        ) as batcher:
             latencies = []
 
             async def ask(text):
@@ -137,7 +141,11 @@ def play(seed, harm, *, noise=0.0, size=16, bursts=100, audit=None, slots=64, pa
 
 def left(outcome, size):
     """Return the samples and the batches of *size* after which it was condemned; None if it was not."""
-    found = [(samples, sent) for samples, decision, step, sent in outcome.decisions if (decision, step) == ("condemned", size)]
+    found = [
+        (samples, sent)
+        for samples, decision, step, sent in outcome.decisions
+        if (decision, step) == ("condemned", size)
+    ]
     return found[0] if found else None
 
 
@@ -162,15 +170,27 @@ def main() -> None:
     runs = range(0, 1000 * parser.parse_args().runs, 1000)
 
     outcomes = [left(play(seed, {16: 0.26}, audit=mb.AuditPolicy(), bursts=70), 16) for seed in runs]
-    print("74 % right at 16, sound at 8: 16 is left within 60 batches in", share(found and found[1] <= 60 for found in outcomes))
+    print(
+        "74 % right at 16, sound at 8: 16 is left within 60 batches in",
+        share(found and found[1] <= 60 for found in outcomes),
+    )
     harmed = [play(seed, {5: 0.10}, audit=EVERY, bursts=260) for seed in runs]
-    print("excess 0.10 above 4: 16 is left within 250 samples in", share((found := left(each, 16)) and found[0] <= 250 for each in harmed))
+    print(
+        "excess 0.10 above 4: 16 is left within 250 samples in",
+        share((found := left(each, 16)) and found[0] <= 250 for each in harmed),
+    )
     both = [left(each, 8) for each in harmed]
-    print("                     8 too, within 250 samples in all, in", share(found and found[0] <= 250 for found in both))
+    print(
+        "                     8 too, within 250 samples in all, in", share(found and found[0] <= 250 for found in both)
+    )
     noisy = [play(seed, {}, noise=0.10, size=4, audit=EVERY, bursts=600) for seed in runs]
     print("excess 0, noise 0.10, 600 samples: no shrink in", share(not decided(each, "condemned") for each in noisy))
     bound = [play(seed, {2: 0.02}, size=4, audit=EVERY, bursts=1000) for seed in runs]
-    print("excess at the bound, 1,000 samples: false alarms in", share(decided(each, "condemned") for each in bound), end="; ")
+    print(
+        "excess at the bound, 1,000 samples: false alarms in",
+        share(decided(each, "condemned") for each in bound),
+        end="; ",
+    )
     print("false certificates in", share(decided(each, "certified") for each in bound))
     only = mb.AuditPolicy(rate=1.0, adapt=False)
     for harm, noise in ((0.03, 0.0), (0.0, 0.10), (0.05, 0.05)):

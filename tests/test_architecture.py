@@ -22,7 +22,7 @@ LAYERS = (
     *("schema", "prompt", "accounting", "audit", "storage"),
     *("transports", "batching"),
     "caching, spool",
-    *("assembly", "bulk", "client"),
+    *("assembly", "bulk", "client", "calibration"),
     *("openai", "gateway"),
     "demo, testing",
     *("cli", "__main__"),

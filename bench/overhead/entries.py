@@ -15,6 +15,7 @@ import microbatch as mb
 from bench import peers
 from microbatch.demo import instructions
 from microbatch.prompt.compose import compose, instruction, item_line
+from microbatch.prompt.ids import IdKey
 from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class SameWork(Running):
         self._echo = Echo(size, pause)
         self._peer = peer(self._answer, size, wait)
         self._preamble = instruction(answer_type(str).words)
+        self._draw = IdKey().draws(b"any")
         self._scratch = bytearray()
         self._rest = _PROSE[:SMALL_BYTES]
         self.start = self._peer.start
@@ -208,7 +210,7 @@ class SameWork(Running):
 
     async def _call(self, shared: Messages, texts: list[str]) -> list[Share]:
         lines = [item_line(text, self._scratch) for text in texts]
-        prompt, _ = compose(self._preamble, lines)
+        prompt, _ = compose(self._preamble, lines, self._draw)
         pieces: list[str] = []
         self.calls += 1
         call = mb.ChatCall(messages=[*shared, {"role": "user", "content": prompt}])

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 Decision = Literal["certified", "condemned"]
+Outcome = Literal["same", "different", "noise", "not_comparable"]
 
 
 class AuditedSize(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,7 @@ class Audited(msgspec.Struct, frozen=True, kw_only=True):
             that of the batch, 0 if no answers differ or all do; None if they cannot be compared.
         decision: What this item has decided about the size; None for nothing.
         limit: The largest size in use since; None for no limit.
+        differs: Whether its first answer alone differs from that in the batch.
     """
 
     kind: str
@@ -58,3 +60,13 @@ class Audited(msgspec.Struct, frozen=True, kw_only=True):
     score: int | None
     decision: Decision | None
     limit: int | None
+    differs: bool = False
+
+    @property
+    def outcome(self) -> Outcome:
+        """The score in a word: "different" because of combining, or by the model's own "noise", for all that this one item shows."""
+        if self.score is None:
+            return "not_comparable"
+        if not self.differs:
+            return "same"
+        return "different" if self.score > 0 else "noise"

@@ -33,7 +33,9 @@ class LiveFigures:
         self._errors = Counter[str]()
 
     def on_call(self, event: Called) -> None:
-        """Record the size and the duration of a call."""
+        """Record the size and the duration of a call; an audit answers no request, and is not recorded."""
+        if event.route == "audit":
+            return
         self._sizes[min(bisect_left(_SIZES, event.size), len(_SIZES) - 1)] += 1
         self._calls.append((self._now(), event.duration))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider  # noqa: TC004 an optional package
     from opentelemetry.trace import SpanContext, TracerProvider  # noqa: TC004 an optional package
 
+    from microbatch.accounting.audits import Audited
     from microbatch.accounting.events import Called, Flushed, Settled
 
     Attributes = dict[str, str | int | float | bool | list[str]]
@@ -46,7 +47,10 @@ _COUNTERS: Final = {
     "microbatch.cost": ("{USD}", "Price of the tokens that calls used."),
     "microbatch.requests": ("{request}", "Requests that have ended."),
     "microbatch.flushes": ("{flush}", "Batches and single requests that left."),
+    "microbatch.audits": ("{audit}", "Answers from batches that were compared with an answer alone."),
+    "microbatch.audit.decisions": ("{decision}", "Sizes of batches that audits certified or condemned."),
 }
+_SCORE: Final = "microbatch.audit.score"
 _HISTOGRAMS: Final[dict[str, tuple[str, str, Sequence[float]]]] = {
     f"{_INFERENCE}.operation.input_tokens": ("{token}", "Input tokens used per inference operation.", _TOKENS),
     f"{_INFERENCE}.operation.output_tokens": ("{token}", "Output tokens used per inference operation.", _TOKENS),
@@ -104,6 +108,8 @@ class OpenTelemetryHooks:
             name: meter.create_histogram(name, unit, text, explicit_bucket_boundaries_advisory=bounds).record
             for name, (unit, text, bounds) in _HISTOGRAMS.items()
         }
+        score = "Sum of the scores of audits: by the number of those compared, the disagreement that combining causes."
+        self._add[_SCORE] = meter.create_up_down_counter(_SCORE, "1", score).add
         self._submit_spans = submit_spans
         self._common: Attributes = {"gen_ai.operation.name": _CHAT, "gen_ai.provider.name": provider_name}
         if server_address is not None:
@@ -135,7 +141,9 @@ class OpenTelemetryHooks:
             attributes=self._common | of_call | failure | _of_span(event),
             links=[self._trace.Link(caller) for caller in callers.values()],
         )
-        self._count_call(event, self._common | of_call, failure)
+        # An audit answers no caller: its duration and tokens are kept apart from those of the others.
+        audit: Attributes = {ROUTE: event.route} if event.route == "audit" else {}
+        self._count_call(event, self._common | of_call | audit, failure)
 
     def _count_call(self, event: Called, common: Attributes, failure: Attributes) -> None:
         # Endpoints do not distinguish text from other tokens, and guesses would not add up.
@@ -153,6 +161,15 @@ class OpenTelemetryHooks:
         self._add["microbatch.call.attempts"](event.attempts, route)
         if event.cost_usd is not None:
             self._add["microbatch.cost"](event.cost_usd, route)
+
+    def on_audit(self, event: Audited) -> None:
+        """Count an audit that has ended, and what it has decided."""
+        attributes = _known({REQUEST_MODEL: event.model, BATCH_SIZE: event.size})
+        self._add["microbatch.audits"](1, attributes | {"microbatch.audit.outcome": event.outcome})
+        if event.score is not None:
+            self._add[_SCORE](event.score, attributes)
+        if event.decision is not None:
+            self._add["microbatch.audit.decisions"](1, attributes | {"microbatch.audit.decision": event.decision})
 
     def on_settle(self, event: Settled) -> None:
         """Record the metrics of a request and, with `submit_spans`, its span."""

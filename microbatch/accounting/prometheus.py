@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry  # noqa: TC004 an optional package
     from prometheus_client.metrics_core import Metric
 
+    from microbatch.accounting.audits import Audited, AuditedSize
     from microbatch.accounting.events import Called, Flushed, Settled
 
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -34,6 +35,11 @@ _EVENTS: Final[dict[str, tuple[str, Sequence[str], Sequence[float] | None]]] = {
     "cached_tokens": ("Prompt tokens that endpoints read from their prefix caches.", (), None),
     "unreported_calls": ("Calls that ended without reporting tokens.", (), None),
     "cost_usd": ("Price of the reported tokens in US dollars, where it is known.", (), None),
+    "audits": (
+        "Answers from batches that were compared with an answer alone.",
+        ("model", "size", "outcome"),
+        None,
+    ),
 }
 """Metrics counted from events: description, labels, and the buckets of a histogram or None for a counter."""
 
@@ -63,6 +69,30 @@ _COUNTERS: Final = {
     "unbatched_completion_tokens": "Completion tokens that would have taken.",
     "unbatched_cost_usd": "Price of that in US dollars.",
 }
+# Metrics of the sizes in `Stats.audit`, with labels for model and size, over all kinds of lanes that share them.
+_SIZES_AUDITED: Final[dict[str, tuple[str, Callable[[Sequence[AuditedSize]], float]]]] = {
+    "audit_excess": (
+        "Share of answers that combining changes, beyond the model's own noise, in the kind of lane compared most often.",
+        lambda rows: _most_compared(rows).excess,
+    ),
+    "audit_excess_upper": (
+        "The bound that this excess does not exceed with 95 % confidence.",
+        lambda rows: _most_compared(rows).upper,
+    ),
+    "audit_certified": (
+        "Kinds of lanes whose excess was found to be below the accepted one.",
+        lambda rows: sum(row.certified for row in rows),
+    ),
+    "audit_condemned": (
+        "Kinds of lanes whose excess was found to be above the accepted one.",
+        lambda rows: sum(row.condemned for row in rows),
+    ),
+}
+_MOST_MODELS: Final = 64
+"""Most models that are labels: callers may make up names, and an endpoint may answer to any."""
+
+OTHER_MODELS: Final = "other models"
+
 _ALONE: Final = "Requests that a field or a message of theirs kept out of combined prompts."
 
 
@@ -70,7 +100,7 @@ class PrometheusHooks:
     """Hooks of one or several `Microbatcher`s that record metrics.
 
     Labels hold routes, reasons, priorities and classes of errors, which are few and which no caller can make up, and the names of at
-    most 64 request fields.
+    most 64 request fields and 64 audited models.
 
     Args:
         registry: Registry of the metrics: `prometheus_client.REGISTRY` puts them beside those of the process; None for a registry of
@@ -99,6 +129,7 @@ class PrometheusHooks:
         self._families = prometheus_client.metrics_core
         self._sources: list[Callable[[], Stats]] = []
         self._latest: Stats | None = None
+        self._models: dict[str, None] = {}  # that are labels; an ordered set
 
         def metric(name: str, text: str, labels: Sequence[str], buckets: Sequence[float] | None) -> Any:
             if buckets is None:
@@ -150,6 +181,18 @@ class PrometheusHooks:
         if event.cost_usd is not None:
             metrics["cost_usd"].inc(event.cost_usd)
 
+    def on_audit(self, event: Audited) -> None:
+        """Count an audit that has ended."""
+        self._metrics["audits"].labels(self._model(event.model), str(event.size), event.outcome).inc()
+
+    def _model(self, model: str | None) -> str:
+        """Return the label of *model*."""
+        name = model or "none named"
+        if name not in self._models and len(self._models) >= _MOST_MODELS:
+            return OTHER_MODELS
+        self._models[name] = None
+        return name
+
     def on_settle(self, event: Settled) -> None:
         """Count a request that has ended."""
         metrics = self._metrics
@@ -185,6 +228,21 @@ class PrometheusHooks:
         for field, requests in stats.alone_by_field.items():
             alone.add_metric([field], requests)
         yield alone
+        yield from self._audit_metrics(stats.audit)
+
+    def _audit_metrics(self, rows: Sequence[AuditedSize]) -> Iterator[Metric]:
+        groups: dict[tuple[str, str], list[AuditedSize]] = {}
+        for row in rows:
+            groups.setdefault((self._model(row.model), str(row.size)), []).append(row)
+        for name, (description, value) in _SIZES_AUDITED.items():
+            gauge = self._families.GaugeMetricFamily(f"{self._namespace}_{name}", description, labels=["model", "size"])
+            for labels, group in groups.items():
+                gauge.add_metric(labels, value(group))
+            yield gauge
+
+
+def _most_compared(rows: Sequence[AuditedSize]) -> AuditedSize:
+    return max(rows, key=lambda row: row.compared)
 
 
 def _outcome(event: Called) -> str:

@@ -7,21 +7,27 @@ A step is *condemned* when the evidence says that its excess is above the bound,
 *certified* when the evidence says that its excess is below. The next larger step is tried again, with new evidence, when the step in
 use is certified and enough requests have passed: 500 after the first condemnation, and twice as many after each further one. In
 step 1 nothing is combined, and only requests count.
+
+The time of a step is divided into numbered *periods*: a certificate begins the next one, and so does a new try. A condemnation makes
+the answers of the present period doubtful, and those of larger steps that are undecided, because they will not be judged any more.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import hashlib
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from microbatch.accounting.audits import AuditedSize
 from microbatch.audit.evidence import ENOUGH, DriftDetector, Evidence
+from microbatch.lru import LRU
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from microbatch.accounting.audits import Decision
+    from microbatch.prompt.codec import Settings
 
 ABOVE: Final = 64
 """The step of all sizes above 32."""
@@ -39,6 +45,9 @@ _FAR: Final = 20
 
 _PATIENCE: Final = 500
 """Requests after the first condemnation before the next larger step is tried again."""
+
+_MOST_KINDS: Final = 1_024
+"""Kinds of lanes that are remembered."""
 
 _AHEAD: Final = 8
 """Audits under way at which bulk work waits while the step is undecided."""
@@ -60,7 +69,8 @@ class StepRecord(msgspec.Struct):
         calls_cost: The cost of its combined calls; the unit is that of a prompt token.
         audits_cost: The cost of their audits.
         audits_ended: Audits whose cost is known.
-        certificates: Certificates that the step has ever had.
+        period: The number of the present period of the step, from 0.
+        doubtful: The periods of the step whose answers are doubtful.
     """
 
     asked: int = 0
@@ -72,7 +82,8 @@ class StepRecord(msgspec.Struct):
     calls_cost: float = 0.0
     audits_cost: float = 0.0
     audits_ended: int = 0
-    certificates: int = 0
+    period: int = 0
+    doubtful: set[int] = set()
 
     @property
     def certified(self) -> bool:
@@ -98,13 +109,14 @@ class StepRecord(msgspec.Struct):
             self.condemned = self.detector.add(score)
         elif self.evidence.wealth_below(bound) >= ENOUGH:
             self.detector = DriftDetector(bound)
-            self.certificates += 1
+            self.period += 1
             return "certified"
         else:
             self.condemned = self.evidence.wealth_above(bound) >= ENOUGH
         if not self.condemned:
             return None
         self.detector = None
+        self.doubtful.add(self.period)
         return "condemned"
 
 
@@ -145,6 +157,16 @@ class LaneKind(msgspec.Struct):
         record = self.steps.get(step_of(size))
         return record is not None and record.condemned
 
+    def period(self, size: int) -> int:
+        """Return the number of the present period of batches of *size* requests."""
+        record = self.steps.get(step_of(size))
+        return 0 if record is None else record.period
+
+    def is_doubtful(self, size: int, period: int) -> bool:
+        """Return whether answers from batches of *size* requests in the period of that number are doubtful."""
+        record = self.steps.get(step_of(size))
+        return record is not None and period in record.doubtful
+
     def add(self, step: int, score: int, bound: float, *, adapt: bool) -> Decision | None:
         """Add the score of an item from a batch of *step*, and with *adapt* limit the size by it; return what it decides."""
         record = self.record(step)
@@ -156,6 +178,9 @@ class LaneKind(msgspec.Struct):
     def _shrink(self, step: int, *, far: bool) -> None:
         below = STEPS[max(0, STEPS.index(step) - (2 if far else 1))]
         self.limit = below if self.limit is None else min(self.limit, below)
+        for larger, record in self.steps.items():
+            if larger > step and record.undecided:
+                record.doubtful.add(record.period)
         self.condemnations += 1
         self.requests = 0
 
@@ -167,8 +192,9 @@ class LaneKind(msgspec.Struct):
         if self.limit > 1 and not self.record(self.limit).certified:
             return False
         step = STEPS[STEPS.index(self.limit) + 1]
-        before = self.steps.pop(step, StepRecord())
-        self.steps[step] = StepRecord(certificates=before.certificates)
+        before = self.record(step)
+        if before.condemned:
+            self.steps[step] = StepRecord(period=before.period + 1, doubtful=before.doubtful)
         self.limit = None if step >= largest else step
         return True
 
@@ -192,3 +218,20 @@ class LaneKind(msgspec.Struct):
                 certified=record.certified,
                 condemned=record.condemned,
             )
+
+
+class LaneKinds(LRU[str, LaneKind]):
+    """The kinds of lanes used lately, by their digests, of an endpoint with the address *endpoint* and a *default_model*."""
+
+    def __init__(self, endpoint: str, default_model: str | None) -> None:
+        super().__init__(_MOST_KINDS)
+        self._endpoint = endpoint
+        self._default_model = default_model
+
+    def of(self, settings: Settings, shared: Sequence[Any]) -> LaneKind:
+        """Return the kind of lanes with *settings* and the messages *shared*; their headers are no part of it."""
+        model = settings.model or self._default_model
+        content = (self._endpoint, model, settings.answer.key, settings.max_tokens, settings.params, shared)
+        encoded = repr(content).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+        return self.get_or_make(digest, lambda: LaneKind(digest, model))

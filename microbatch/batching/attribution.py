@@ -89,10 +89,21 @@ class UsageAttribution:
             if not complete:
                 self._book(tickets, call_cost)
             alone = self._record(batch, call_cost, each=each or bool(special))
-            self._estimates.learn_together(tickets, batch.history, call_cost.usage.prompt_tokens)
+            prompt_tokens = call_cost.usage.prompt_tokens
+            every = self._near_a_limit(batch, prompt_tokens)
+            self._estimates.learn_together(tickets, batch.history, prompt_tokens, every=every)
         for ticket in special:
             finish_cost(ticket, self._ledger)
         return alone
+
+    def _near_a_limit(self, batch: Batch, prompt_tokens: int) -> bool:
+        """Return whether a prompt of *prompt_tokens* is large enough that the limits on prompts may bind."""
+        policy = self._given.policy
+        if policy.max_prompt_tokens is not None:
+            return True
+        # A limit is divided by four at most. In the model's own encoding prompts are not larger than we count.
+        large = 4 * prompt_tokens > policy.max_batch_tokens
+        return large and (batch.history.prompt_scale.factor > 1 or not self._given.exact(batch.call.model))
 
     def attribute_alone(
         self, ticket: Ticket, completion: Completion | None, call_cost: CallCost | None, history: LaneHistory | None

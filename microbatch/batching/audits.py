@@ -8,7 +8,6 @@ fail together. Its audit is a call of the lowest priority, outside cache and sin
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,22 +15,24 @@ import msgspec
 
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
-from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, LaneKind, step_of
+from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
+from microbatch.batching.call_state import Sample
 from microbatch.batching.ticket import LOW, SlotLease
 from microbatch.errors import ConfigError, RequestFailed, ShutDown
-from microbatch.lru import LRU
-from microbatch.transports.credentials import says_who
+from microbatch.transports.credentials import hold_credentials
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 
     from microbatch.accounting.audits import AuditedSize, Decision
-    from microbatch.batching.call_state import Batch
+    from microbatch.audit.lane_kind import LaneKind, LaneKinds, StepRecord
+    from microbatch.batching.call_state import AloneAnswer, Batch
     from microbatch.batching.dependencies import Dependencies
-    from microbatch.batching.dispatch import AloneAnswer, Dispatcher
+    from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.messages import Usage
     from microbatch.policy import AuditPolicy
 
     Start = Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
@@ -39,20 +40,8 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("microbatch")
 
-_KINDS: Final = 1_024
-"""Kinds of lanes that are remembered."""
-
 _MOST: Final = 64
 """Audits of a kind under way beyond which no item is sampled, so that a slow endpoint does not pile them up."""
-
-
-class _Sample(msgspec.Struct, eq=False):
-    """An item to audit: the answer that a batch of *size* requests gave to *ticket*, as text."""
-
-    ticket: Ticket
-    kind: LaneKind
-    step: int
-    text: str
 
 
 class Audits:
@@ -61,31 +50,32 @@ class Audits:
     Args:
         given: What the parts of the batcher share.
         policy: See `AuditPolicy`.
-        endpoint: Address of the endpoint, which is part of a kind.
+        kinds: The record of each kind of lane.
         dispatcher: Asks alone.
         singles: The queues in which audits wait.
         draw: Decides which items are sampled.
         correct: Replaces the cached answer of a ticket; None without a cache.
 
     Attributes:
-        kinds: The record of each kind of lane, by its digest.
+        kinds: As given.
+        callers_pay: Returns whether requests with these headers are paid for by their callers.
     """
 
     def __init__(
         self,
         given: Dependencies,
         policy: AuditPolicy,
-        endpoint: str,
+        kinds: LaneKinds,
         *,
         dispatcher: Dispatcher,
         singles: SingleQueues,
         draw: random.Random,
         correct: Correct | None,
     ) -> None:
-        self.kinds: LRU[str, LaneKind] = LRU(_KINDS)
+        self.kinds = kinds
+        self.callers_pay: Callable[[Mapping[str, str]], bool] = hold_credentials
         self._given = given
         self._policy = policy
-        self._endpoint = endpoint
         self._dispatcher = dispatcher
         self._singles = singles
         self._draw = draw
@@ -115,13 +105,14 @@ class Audits:
 
     # --- kinds of lanes
 
-    def kind_of(self, spec: Spec) -> LaneKind:
-        """Return the kind of lanes with *spec*."""
-        model = spec.model or self._given.default_model
-        content = (self._endpoint, model, spec.answer.key, spec.max_tokens, spec.params, spec.shared)
-        encoded = repr(content).encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
-        return self.kinds.get_or_make(digest, lambda: LaneKind(digest, model))
+    def state(self) -> list[LaneKind]:
+        """Return the records of all kinds as they are kept for another process, without the audits under way."""
+        return [msgspec.structs.replace(kind, under_way=0) for kind in self.kinds.values()]
+
+    def restore(self, kinds: Iterable[LaneKind]) -> None:
+        """Go on from the records that `state` has returned in an earlier process; there are no requests yet."""
+        for kind in kinds:
+            self.kinds.put(kind.digest, kind)
 
     def is_condemned(self, digest: str, size: int) -> bool:
         """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew."""
@@ -142,48 +133,66 @@ class Audits:
 
     def sample(self, batch: Batch) -> None:
         """Draw an item of *batch*, which has just been composed, or none."""
-        position = self._drawn(batch)
-        batch.audited = None if position is None else batch.tickets[position]
+        spec, size = batch.tickets[0].spec, len(batch.tickets)
+        kind, step = spec.kind, step_of(size)
+        if kind is None or self._closed or kind.under_way >= _MOST or not self._may_audit(spec):
+            return
+        record = kind.record(step)
+        if self._draw.random() < size * self._rate(record):
+            batch.audited = Sample(batch.tickets[self._draw.randrange(size)], kind, step, record)
+            record.asked += 1
+            kind.under_way += 1
+            self._under_way += 1
 
-    def _drawn(self, batch: Batch) -> int | None:
-        spec, size, policy = batch.tickets[0].spec, len(batch.tickets), self._policy
-        kind = spec.kind
-        if kind is None or self._closed or kind.under_way >= _MOST:
-            return None
-        if spec.headers and not policy.audit_own_keys and any(map(says_who, spec.headers)):
-            return None
-        record = kind.record(step_of(size))
+    def _may_audit(self, spec: Spec) -> bool:
+        return self._policy.audit_own_keys or not self.callers_pay(spec.headers)
+
+    def _rate(self, record: StepRecord) -> float:
+        """Return the share of the items that is sampled now."""
+        policy = self._policy
         if policy.rate != "auto":
-            rate = policy.rate
-        elif record.certified:
-            rate = RATE_AFTER_CERTIFICATE
-        else:
-            rate = 1.0 if record.can_afford(policy.max_overhead) else 0.0
-        chosen = self._draw.random() < min(1.0, rate * size)
-        return self._draw.randrange(size) if chosen else None
+            return policy.rate
+        if record.certified:
+            return RATE_AFTER_CERTIFICATE
+        return 1.0 if record.can_afford(policy.max_overhead) else 0.0
 
     def call_ended(self, batch: Batch) -> None:
-        """Note that *batch* is over and what it has cost, and audit the item drawn, if the call has answered it."""
-        spec, size = batch.tickets[0].spec, len(batch.tickets)
-        kind, ticket = spec.kind, batch.audited
-        if kind is None:
+        """Note that the call of *batch* is over and what it has cost, and audit the item drawn, if the call has answered it."""
+        spec, sample = batch.tickets[0].spec, batch.audited
+        usage = batch.call_state.usage
+        if spec.kind is not None and usage is not None:
+            spec.kind.record(step_of(len(batch.tickets))).calls_cost += self._cost(spec, usage)
+        if sample is None or sample.ticket.reply is None or not sample.ticket.caller.audited or self._closed:
+            self.void(batch)
             return
-        step = step_of(size)
-        record, usage = kind.record(step), batch.call_state.usage
-        if usage is not None:
-            record.calls_cost += usage.prompt_tokens + self._given.ratio(spec.model) * usage.completion_tokens
-        if ticket is None or ticket.reply is None or not ticket.caller.audited or self._closed:
-            return
-        record.asked += 1
-        sample = _Sample(ticket, kind, step, ticket.reply.text)
-        if not can_compare(ticket.answer, sample.text, self._policy.same):
+        batch.audited = None
+        sample.text = sample.ticket.reply.text
+        if can_compare(sample.ticket.answer, sample.text, self._policy.same):
+            self._start(lambda: self._audit(sample))
+        else:
             self._settle(sample, None)
-            return
-        kind.under_way += 1
-        self._under_way += 1
-        self._start(lambda: self._audit(sample))
+            self._end(sample)
 
-    async def _audit(self, sample: _Sample) -> None:
+    def void(self, batch: Batch) -> None:
+        """Forget the item drawn of *batch*, if there is one: the call has not answered it."""
+        sample, batch.audited = batch.audited, None
+        if sample is not None:
+            sample.record.asked -= 1
+            self._end(sample)
+
+    def _end(self, sample: Sample) -> None:
+        sample.kind.under_way -= 1
+        self._under_way -= 1
+        self._ended.set()
+        self._changed(sample.kind)
+
+    def _cost(self, spec: Spec, usage: Usage) -> float:
+        """Return a cost that can be compared, in prompt tokens."""
+        return usage.prompt_tokens + self._given.ratio(spec.model) * usage.completion_tokens
+
+    # --- audits
+
+    async def _audit(self, sample: Sample) -> None:
         try:
             settled = await self._scored(sample)
             if settled is not None:
@@ -193,12 +202,9 @@ class Audits:
         except Exception:
             logger.exception("an audit failed in microbatch itself")
         finally:
-            sample.kind.under_way -= 1
-            self._under_way -= 1
-            self._ended.set()
-            self._changed(sample.kind)
+            self._end(sample)
 
-    async def _scored(self, sample: _Sample) -> tuple[int | None, bool] | None:
+    async def _scored(self, sample: Sample) -> tuple[int | None, bool] | None:
         """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes."""
         ticket, same = sample.ticket, self._policy.same
         first = await self._ask(sample)
@@ -218,7 +224,7 @@ class Audits:
             await self._correct(ticket, first)
         return scored, True
 
-    async def _ask(self, sample: _Sample) -> AloneAnswer | None:
+    async def _ask(self, sample: Sample) -> AloneAnswer | None:
         """Ask for the item alone; return None if nothing was sent."""
         ticket, given = sample.ticket, self._given
         spec = ticket.spec
@@ -240,21 +246,20 @@ class Audits:
                 lease.queue.discard(lease)
             lease.returned.set()
         if answer.usage is not None:
-            record = sample.kind.record(sample.step)
-            record.audits_cost += answer.usage.prompt_tokens + given.ratio(spec.model) * answer.usage.completion_tokens
+            sample.record.audits_cost += self._cost(spec, answer.usage)
         return answer
 
-    def _settle(self, sample: _Sample, scored: int | None, different: bool = False) -> None:
+    def _settle(self, sample: Sample, scored: int | None, different: bool = False) -> None:
         """Enter the score of *sample*, None if its answers cannot be compared, and act on what it decides."""
-        kind, step, policy = sample.kind, sample.step, self._policy
-        record = kind.record(step)
+        kind, step, record, policy = sample.kind, sample.step, sample.record, self._policy
         record.audits_ended += 1
         decision: Decision | None = None
         if scored is None:
             record.not_comparable += 1
         else:
             record.different += different
-            decision = kind.add(step, scored, policy.max_excess, adapt=policy.adapt)
+            if record is kind.steps.get(step):  # else the step has been tried again since
+                decision = kind.add(step, scored, policy.max_excess, adapt=policy.adapt)
         if decision == "condemned" and policy.adapt:
             self._note_condemned(kind, step)
             self._changed(kind)
@@ -262,7 +267,13 @@ class Audits:
         if notify is not None:
             notify(
                 Audited(
-                    kind=kind.digest, model=kind.model, size=step, score=scored, decision=decision, limit=kind.limit
+                    kind=kind.digest,
+                    model=kind.model,
+                    size=step,
+                    score=scored,
+                    decision=decision,
+                    limit=kind.limit,
+                    differs=different,
                 )
             )
 

@@ -6,13 +6,16 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 
 from microbatch.errors import ConfigError, RequestFailed, TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from microbatch.audit.lane_kind import LaneKind, StepRecord
     from microbatch.batching.lane_history import LaneHistory
+    from microbatch.batching.latency import ReplyClock
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route, T, Usage
     from microbatch.prompt.codec import ChatCodec, CombinedCall
@@ -172,6 +175,41 @@ class CallState:
             await self._ended.wait()
 
 
+def _no_op() -> None:
+    pass
+
+
+class Sample(msgspec.Struct, eq=False):
+    """An item drawn for an audit.
+
+    Attributes:
+        record: The record of *step* when it was drawn; another one counts if the step has been tried again since.
+        text: The answer from the batch; "" until it has come.
+    """
+
+    ticket: Ticket
+    kind: LaneKind
+    step: int
+    record: StepRecord
+    text: str = ""
+
+
+class AloneAnswer(msgspec.Struct, frozen=True):
+    """The answer to a request that was asked again alone.
+
+    Attributes:
+        text: The answer as the model wrote it; None if there is none that fits.
+        model: The model as the endpoint names it.
+        usage: The usage of the call; None if the endpoint has not reported it.
+        kept: Whether the call ended in such a way that its answer may be kept.
+    """
+
+    text: str | None
+    model: str | None
+    usage: Usage | None
+    kept: bool
+
+
 class Batch:
     """A combined call, composed and ready to be sent.
 
@@ -183,7 +221,9 @@ class Batch:
         instead: Whether it is made instead of a call whose bound was too low.
         repeated: Whether it was sent again as it is, after a cut that left nothing.
         bug: An error of handing out answers.
-        audited: The request whose answer is audited if the call gives one; None for none.
+        audited: The item drawn for an audit, until the call is over; None for none.
+        clock: Takes the times of the reply; None without a limit on latency.
+        taught: Called when the lane has learned from the first answers of the reply.
         answers: Answers found and not handed out yet.
         answer_bytes: The length of each answer so far.
     """
@@ -209,7 +249,30 @@ class Batch:
         self.bound: int | None = combined.call.bound
         self.early = self.tries = self.instead = self.repeated = False
         self.bug: BaseException | None = None
-        self.audited: Ticket | None = None
+        self.audited: Sample | None = None
+        self.clock: ReplyClock | None = None
+        self.taught: Callable[[], None] = _no_op
+
+    def note_found(self, now: float) -> None:
+        """Note when the answers found so far have come; a lane that knows nothing of its replies' times learns from the first."""
+        clock = self._running_clock
+        if clock is None:
+            return
+        clock.found(self.call_state.found, now)
+        if clock.learn_early():
+            self.history.revised = True
+            self.taught()
+
+    def note_time(self, now: float, *, given_up: bool) -> None:
+        """Note when the last answers have come, or that all callers have *given_up* before."""
+        clock = self._running_clock
+        if clock is not None and clock.ended(len(self.tickets), now, given_up=given_up):
+            self.history.revised = True
+
+    @property
+    def _running_clock(self) -> ReplyClock | None:
+        """What takes the times of the reply; None if nothing does, or they include waiting for another attempt."""
+        return self.clock if self.call_state.attempts == 1 else None
 
     def reset(self) -> None:
         """Start on a new reply: nothing of the one before was used."""

@@ -6,14 +6,13 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from microbatch.batching.attribution import UsageAttribution, estimated_usage, measure
-from microbatch.batching.call_state import Batch, CallState
+from microbatch.batching.call_state import AloneAnswer, Batch, CallState
 from microbatch.batching.events import called
+from microbatch.batching.latency import ReplyClock
 from microbatch.batching.ticket import AloneReason
 from microbatch.containment import contained
-from microbatch.errors import ConfigError, RequestFailed, ShutDown, StatusError
+from microbatch.errors import ConfigError, RequestFailed, ShutDown, StatusError, TransportTimeout
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
 from microbatch.transports.chat_wire import completion_object
@@ -33,24 +32,9 @@ if TYPE_CHECKING:
     from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.accounts import Permit
 
+    CallPath = tuple[int, ...]
     Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
     Keep = Callable[[Sequence[tuple[Ticket, Usage]]], Awaitable[None]]  # `AnswerCache.keep`
-
-
-class AloneAnswer(msgspec.Struct, frozen=True):
-    """The answer to a request that was asked again alone.
-
-    Attributes:
-        text: The answer as the model wrote it; None if there is none that fits.
-        model: The model as the endpoint names it.
-        usage: The usage of the call; None if the endpoint has not reported it.
-        kept: Whether the call ended in such a way that its answer may be kept.
-    """
-
-    text: str | None
-    model: str | None
-    usage: Usage | None
-    kept: bool
 
 
 class Dispatcher:
@@ -103,28 +87,34 @@ class Dispatcher:
         *,
         route: Route = "batch",
         instead: bool = False,
+        path: CallPath = (),
     ) -> Batch:
         """Compose a combined call for *tickets*, of one lane, which all still wait.
 
-        *instead* if it is made instead of one whose bound was too low: then its cost is not held against combining.
+        *instead* if it is made instead of one whose bound was too low: then its cost is not held against combining. *path* is its
+        place among the calls that ask again for what a batch left unanswered, see `Recovery.after`.
         """
         permit.combined = True
         spec, size = tickets[0].spec, len(tickets)
         bound, tries = self._bounds.tried(spec, history, size, self._bound(tickets, history, permit))
         lines = [ticket.line for ticket in tickets]
-        combined = self._codec.compose(spec, spec.shared, lines, bound)
+        combined = self._codec.compose(spec, spec.shared, lines, bound, apart=(spec.tenant, path))
         call, call_state = combined.call, self._begin(tickets, route, permit)
-        # Only a stream can be cut where it goes past its end. Where replies end by themselves, only callers who wait need one.
-        call.stream = history.may_overrun or (self._early and not all(ticket.bulk for ticket in tickets))
+        unclocked = history.times is not None and history.times.size is None  # a stream shows the time of an answer
+        for_callers = self._early and (unclocked or not all(ticket.bulk for ticket in tickets))
+        call.stream = for_callers or history.may_overrun  # only a stream can be cut
         call.timeout = self._remaining(tickets)
         batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
         batch.early, batch.tries, batch.instead = self._early and call.stream and not history.drafts, tries, instead
         batch.reset()
+        if history.times is not None:
+            batch.clock = ReplyClock(history.times, call_state.sent)
         self._bounds.of(spec.model).trying += tries
         self._ledger.batches += 1
         self._ledger.batched_items += size
         if route != "fallback":
             history.alone = 0
+            history.revised |= history.times is not None and history.times.left(size)
             history.economics.begin(size)
         return batch
 
@@ -142,6 +132,8 @@ class Dispatcher:
             reply = batch.reply
             how = ending(completion, error, heard=reply.heard, has_worked=batch.permit.account.has_worked)
             alone = self._take_end(batch, how, completion)
+            given_up = completion is None and (error is None or isinstance(error, TransportTimeout))
+            batch.note_time(self._now(), given_up=given_up)
         finally:
             call_state.end()
             self._bounds.of(call.model).trying -= batch.tries
@@ -170,6 +162,8 @@ class Dispatcher:
                 asyncio.get_running_loop().call_soon(self._answer_early, batch)
             batch.answers += answers
             call_state.found += len(answers)
+            if batch.clock is not None:
+                batch.note_found(self._now())
         if batch.call.stream and batch.reply.elements.past_the_end:
             call_state.stop()  # the answers are valid, and nothing useful follows
 
@@ -202,6 +196,8 @@ class Dispatcher:
         ledger.unknown_ids += elements.unknown_ids
         measure(answers, batch.answer_bytes)
         batch.answers += answers
+        if answers and batch.clock is not None:
+            batch.clock.found(batch.call_state.found + len(answers), self._now())
         call_cost = self._cost(batch, completion)
         self._hand_out(batch, call_cost)
         return self._attribution.attribute(batch, completion, call_cost, each=self._keep is not None)

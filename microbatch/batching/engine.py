@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -184,6 +185,8 @@ class Engine:
                 work.batch = self._dispatcher.compose(tickets, lane.history, permit)
                 if self._audits is not None:
                     self._audits.sample(work.batch)
+                work.batch.taught = partial(self.lanes.taught, lane)
+                self.lanes.revise(lane)
             lane.in_flight += 1
             lane.combined += combined
             return work
@@ -197,6 +200,11 @@ class Engine:
             return AloneReason.NOT_CHEAPER
         if lane.spec.kind is not None and lane.spec.kind.limit == 1:
             return AloneReason.CONDEMNED
+        times = lane.history.times
+        if times is not None and times.left_alone():
+            lane.history.revised |= times.trial
+            self.lanes.revise(lane)
+            return AloneReason.LATENCY
         return AloneReason.IDLE if reason == FlushReason.IDLE else AloneReason.NO_COMPANY
 
     def _note_flush(self, tickets: list[Ticket], reason: FlushReason | AloneReason) -> None:
@@ -228,6 +236,8 @@ class Engine:
             for ticket in work.tickets:
                 if ticket.reply is None:
                     self.settlement.fail(ticket, error or RequestFailed(_UNSETTLED))
+            if work.batch is not None and self._audits is not None:
+                self._audits.void(work.batch)
             if work.lane is not None:
                 with contained() as ending:
                     self.lanes.call_ended(work.lane, combined=work.batch is not None)
@@ -269,6 +279,8 @@ class Engine:
             self.settlement.fail(ticket, error)
         elif work.lane is not None and ticket.reply is not None and not ticket.reply.usage.estimated:
             work.lane.history.record_single(ticket.reply.usage.completion_tokens)
+            if work.lane.history.times is not None:
+                work.lane.history.times.singles.append(ticket.reply.latency - ticket.reply.waited)
 
     @asynccontextmanager
     async def lease_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[SlotLease]:

@@ -8,6 +8,7 @@ estimates for later calls.
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,7 +27,7 @@ from microbatch.batching.overhead import (
 from microbatch.batching.ticket import Charge, FlushReason
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
-from microbatch.prompt.compose import CANARY_TOKENS, ID_TOKENS, instruction, output_reserve
+from microbatch.prompt.compose import CANARY_TOKENS, ID_TOKENS, SPARE_ID_TOKENS, instruction, output_reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -54,7 +55,7 @@ class Budget(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         size: Most requests.
         tokens: Most tokens of the items' lines, ids included.
-        size_reason: What binds the size: SIZE, or OUTPUT when the expected reply does.
+        size_reason: What binds the size: SIZE, OUTPUT when the expected reply does, or LATENCY when the time of replies does.
     """
 
     size: int
@@ -198,31 +199,48 @@ class Estimates:
         by_output = max(1, min(outputs) // reserve)
         limits = [policy.max_batch_size, history.batch_size, None if spec.kind is None else spec.kind.limit]
         size = min(limit for limit in limits if limit is not None)
-        preamble, tokens = self.preamble_tokens(spec.answer), policy.max_batch_tokens
+        scale, preamble = history.prompt_scale, self.preamble_tokens(spec.answer)
+        tokens = int(policy.max_batch_tokens / scale.factor)
         if policy.max_prompt_tokens is not None:
-            shared = "".join(str(message["content"]) for message in spec.shared)
-            tokens = min(tokens, policy.max_prompt_tokens - self.tokens_of(shared))
+            shared = history.shared_tokens if scale.ours else None
+            if shared is None:
+                shared = self.tokens_of("".join(str(message["content"]) for message in spec.shared))
+            tokens = min(tokens, scale.room(policy.max_prompt_tokens) - shared)
         tokens -= preamble
-        around = (history.shared_tokens or 0) + preamble + (history.thought if spec.max_tokens is None else 0)
-        for window in _windows(model.context, spec, history, quota, around + 4 * reserve):
-            left = window - around
-            size = max(1, min(size, left // (2 * reserve)))  # half of a small one for the answers
-            tokens = min(tokens, left - size * reserve)
+        around, thought = (history.shared_tokens or 0) + preamble, history.thought if spec.max_tokens is None else 0
+        for window in _windows(model.context, spec, history, quota, around + thought + 4 * reserve):
+            left = window - thought
+            size = max(1, min(size, (left - around) // (2 * reserve)))  # half of a small one for the answers
+            tokens = min(tokens, scale.room(left - size * reserve) - around)
         if history.max_line_tokens is not None:
             tokens = min(tokens, history.max_line_tokens)
         if history.suspended_for:
             return Budget(1, tokens)
-        if by_output < size:
-            return Budget(by_output, tokens, FlushReason.OUTPUT)
-        return Budget(size, tokens)
+        limits_by_reason = [(size, FlushReason.SIZE), (by_output, FlushReason.OUTPUT)]
+        if history.times is not None:
+            limits_by_reason.append((history.times.most, FlushReason.LATENCY))
+        size, reason = min(limits_by_reason, key=itemgetter(0))
+        return Budget(size, tokens, reason)
 
     # --- what is learned
 
-    def learn_together(self, tickets: Sequence[Ticket], history: LaneHistory, prompt_tokens: int) -> None:
-        """Learn that the endpoint counted *prompt_tokens* for a combined call of *tickets*."""
-        if history.shared_tokens is not None:
-            ours = self.prompt_of(tickets[0].spec, history, line_tokens(tickets))
-            history.prompt_scale.learn(ours, prompt_tokens)
+    def learn_together(
+        self, tickets: Sequence[Ticket], history: LaneHistory, prompt_tokens: int, *, every: bool = False
+    ) -> None:
+        """Learn that the endpoint counted *prompt_tokens* for a combined call of *tickets*.
+
+        Nothing is counted for it, unless *every* call is to be learned from: the first call that was answered has been counted in any
+        case, and so were requests whose tokens are charged.
+        """
+        spec, overhead = tickets[0].spec, history.overhead
+        counted = history.shared_tokens is not None and all(ticket.counted is not None for ticket in tickets)
+        if every or counted:
+            ours, spare = self._prompt_of_tickets(tickets, history), SPARE_ID_TOKENS * len(tickets)
+        elif overhead is not None and not history.prompt_scale.known:
+            ours, spare = overhead.counted, 0
+        else:
+            return
+        history.record_prompt(ours, prompt_tokens, fixed=self._schema_tokens(spec.answer)[1], spare=spare)
 
     def learn_alone(self, ticket: Ticket, prompt_tokens: int) -> None:
         """Learn that the endpoint counted *prompt_tokens* for a single call of *ticket*."""

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING
 
 import anyio
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from microbatch.batching.call_state import Batch
     from microbatch.batching.dependencies import Dependencies
-    from microbatch.batching.dispatch import Dispatcher
+    from microbatch.batching.dispatch import CallPath, Dispatcher
     from microbatch.batching.ticket import Ticket
     from microbatch.errors import ConfigError, RequestFailed
     from microbatch.prompt.outcome import CallOutcome
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 _WORTH_ASKING_TOGETHER = 1 / 4
 
 _TOO_LARGE = (413, 429)  # a 429 that is no RateLimited
-
-_shuffle = secrets.SystemRandom().shuffle
 
 
 class Recovery:
@@ -48,6 +45,8 @@ class Recovery:
 
     def __init__(self, given: Dependencies, dispatcher: Dispatcher, batch: Batch, revised: Callable[[], int]) -> None:
         self._dispatcher = dispatcher
+        self._count = given.count
+        self._policy = given.policy
         self._estimates = given.estimates
         self._ledger = given.ledger
         self._fail = given.settlement.fail
@@ -57,8 +56,11 @@ class Recovery:
         self._revised = revised
         self._at_once = anyio.Semaphore(given.fallback.max_concurrent)
 
-    async def after(self, outcome: CallOutcome, asked: list[Ticket], *, may_combine: bool) -> None:
-        """Deal with the *asked* requests that a call left unanswered; *may_combine* allows one smaller combined call."""
+    async def after(self, outcome: CallOutcome, asked: list[Ticket], *, may_combine: bool, path: CallPath = ()) -> None:
+        """Deal with the *asked* requests that a call left unanswered; *may_combine* allows one smaller combined call.
+
+        *path* is the call's place among those of this fallback: of each generation the number of the group, () for the batch itself.
+        """
         tickets = [asked[position] for position in outcome.unanswered]
         sound = outcome.reply.sound
         too_many = outcome.ending == "length" and not (outcome.again or outcome.runaway)
@@ -69,7 +71,7 @@ class Recovery:
         if not tickets:
             return
         if outcome.again:
-            await self._together([tickets], instead=True)
+            await self._together(self._chunks(tickets, len(tickets)), path, instead=True)
         elif outcome.ending == "failed" and outcome.error is not None:
             self._fail_all(tickets, outcome.error)
         elif outcome.ending == "refused":
@@ -77,7 +79,7 @@ class Recovery:
                 self._history.shrink(line_tokens(tickets))
                 self._revised()
             middle = (len(tickets) + 1) // 2
-            await self._together([half for half in (tickets[:middle], tickets[middle:]) if half])
+            await self._together([half for half in (tickets[:middle], tickets[middle:]) if half], path)
         elif outcome.only_reasoning and await self._only_reasons(tickets[0]):
             self._fail_all(tickets, MissingAnswer(ONLY_REASONING))
         else:
@@ -85,25 +87,46 @@ class Recovery:
             cut = outcome.error if outcome.ending == "cut" else None
             useful = sound and not outcome.runaway
             if may_combine and useful and len(tickets) > outcome.asked * _WORTH_ASKING_TOGETHER:
-                _shuffle(tickets)
                 size = min(outcome.asked // 2, self._revised() if outcome.ending == "length" else outcome.asked)
-                await self._together(_chunks(tickets, max(1, size)), cut)
+                await self._together(self._chunks(_shuffled(outcome, asked), max(1, size)), path, cut)
             else:
-                await self._together([[ticket] for ticket in tickets], cut)
+                await self._together([[ticket] for ticket in tickets], path, cut)
+
+    def _chunks(self, tickets: list[Ticket], size: int) -> list[list[Ticket]]:
+        """Return *tickets* in groups of at most *size*, each within the limits on prompts by what is known now."""
+        quota = self._account.max_tokens
+        most = self._estimates.budget(self._policy, tickets[0].spec, self._history, quota).tokens
+        if line_tokens(tickets) > most:  # by their bounds
+            for ticket in tickets:
+                ticket.count(self._count)
+        chunks: list[list[Ticket]] = []
+        for ticket in tickets:
+            if chunks and len(chunks[-1]) < size and line_tokens([*chunks[-1], ticket]) <= most:
+                chunks[-1].append(ticket)
+            else:
+                chunks.append([ticket])
+        return chunks
 
     def _fail_all(self, tickets: list[Ticket], error: RequestFailed | ConfigError) -> None:
         for ticket in tickets:
             self._fail(ticket, error)
 
     async def _together(
-        self, groups: list[list[Ticket]], cut: RequestFailed | ConfigError | None = None, *, instead: bool = False
+        self,
+        groups: list[list[Ticket]],
+        path: CallPath,
+        cut: RequestFailed | ConfigError | None = None,
+        *,
+        instead: bool = False,
     ) -> None:
         """Ask each group, a few at a time; after a *cut* the retry budget pays; *instead* of a call whose bound was too low."""
         async with anyio.create_task_group() as tasks:
-            for group in groups:
-                tasks.start_soon(self._ask, group, cut, instead)
+            for number, group in enumerate(groups):
+                tasks.start_soon(self._ask, group, (*path, number), cut, instead)
 
-    async def _ask(self, group: list[Ticket], cut: RequestFailed | ConfigError | None, instead: bool) -> None:
+    async def _ask(
+        self, group: list[Ticket], path: CallPath, cut: RequestFailed | ConfigError | None, instead: bool
+    ) -> None:
         async with self._at_once:
             group = [ticket for ticket in group if not ticket.done]
             if not group:
@@ -127,17 +150,17 @@ class Recovery:
                         self._fail_all(group, refusal)
                         return
                     group = [ticket for ticket in group if not ticket.done]
-                outcome = await self._send(group, permit, instead)
+                outcome = await self._send(group, path, permit, instead)
             finally:
                 permit.finish()
         if outcome is not None:
             self._revised()
-            await self.after(outcome, group, may_combine=instead)
+            await self.after(outcome, group, may_combine=instead, path=path)
 
-    async def _send(self, group: list[Ticket], permit: Permit, instead: bool) -> CallOutcome | None:
+    async def _send(self, group: list[Ticket], path: CallPath, permit: Permit, instead: bool) -> CallOutcome | None:
         """Send *group*; return how the call ended, None if nothing is unanswered."""
         if len(group) > 1:
-            batch = self._dispatcher.compose(group, self._history, permit, route="fallback", instead=instead)
+            batch = self._dispatcher.compose(group, self._history, permit, route="fallback", instead=instead, path=path)
             self._revised()  # only now, so that others of the lane do not try the same bound at the same time
             return await self._dispatcher.batch(batch)
         for ticket in group:
@@ -162,8 +185,10 @@ class Recovery:
         return False
 
 
-def _chunks(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
-    return [tickets[start : start + size] for start in range(0, len(tickets), size)]
+def _shuffled(outcome: CallOutcome, asked: list[Ticket]) -> list[Ticket]:
+    """Return the *asked* requests that are unanswered in the order of the random parts of their ids, the same for the same call."""
+    ids = outcome.reply.ids
+    return [asked[position] for position in sorted(outcome.unanswered, key=lambda at: ids[at].lstrip("0123456789"))]
 
 
 def _too_large(error: RequestFailed | ConfigError | None) -> bool:

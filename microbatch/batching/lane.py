@@ -136,9 +136,10 @@ class Lane:
     @property
     def held(self) -> bool:
         """True while the next batch, of bulk work, waits for those before it to show that combining is of use and does no harm."""
-        if self._fill == 1 or not (self.rank == LOW or self.live == self._bulk):
+        bulk = self.live == self._bulk
+        if self._fill == 1 or not (bulk or self.rank == LOW):
             return False
-        if self.spec.kind is not None and self.spec.kind.holds(self._fill):
+        if bulk and self.spec.kind is not None and self.spec.kind.holds(self._fill):
             return True
         if not self.combined or self.history.proven:
             return False
@@ -170,7 +171,7 @@ class Lane:
             return min(quota, self.estimates.together(self.spec, history, self._fill, self._fill_tokens, quota))
         oldest = next(ticket for ticket in self._pending if ticket.queue is self)
         # A request that was to travel with others was charged before anything was known of single answers.
-        return min(quota, self.estimates.alone(oldest, history).tokens if history.suspended_for else oldest.cost)
+        return min(quota, self.estimates.alone(oldest, history).tokens if history.parted else oldest.cost)
 
     @property
     def abandoned(self) -> bool:

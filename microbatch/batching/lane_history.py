@@ -15,6 +15,7 @@ from microbatch.lru import LRU
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
+    from microbatch.batching.latency import ReplyTimes
     from microbatch.batching.overhead import PromptOverhead
     from microbatch.messages import TokenLimits, Usage
 
@@ -39,24 +40,72 @@ _SHORT = 256
 _STEP = 0.5
 _MAX_SCALE = 4.0
 
+# How far a report lowers the upper estimate. Texts of one lane differ in what they take of another encoding.
+_STEP_DOWN = 0.25
+
+_CLOSE = 1.02
+"""Largest ratio of the counts at which the encoding counts as our own. With another one texts differ, and limits get a margin."""
+
+_MARGIN = 1.05
+
 
 class TokenScale(msgspec.Struct):
-    """An endpoint's count of prompts: `scale` times our count, plus `more`.
+    """An endpoint's count of prompts, by our own count and its reports.
 
-    Endpoints differ in encodings, and in what they charge for schemas and chat templates. What surrounds a message does not depend
-    on its length: learned as a ratio from short prompts, it would be wrong for long ones.
+    The estimate is `scale` times our count, plus `more`. Endpoints differ in encodings, and in what they charge for schemas and chat
+    templates. What surrounds a message does not depend on its length: learned as a ratio from short prompts, it would be wrong for long
+    ones.
+
+    A limit needs an estimate from above. It starts from the latest report, of which an unknown part does not depend on the length. So a
+    shorter prompt is taken to have all of the fixed part, and a longer one to grow as if there were none.
+
+    Attributes:
+        known: Whether there was a report.
+        ours: Our count of the latest prompt reported; 0 before the first report.
+        theirs: The endpoint's, from above.
+        ratio: The tokens of the endpoint for each of ours if it charges all of the fixed part.
     """
 
     scale: float = 1.0
     more: float = 0.0
     known: bool = False
+    ours: int = 0
+    theirs: float = 0.0
+    ratio: float = 1.0
 
     def of(self, ours: float) -> float:
         """Return the endpoint's count of a prompt that has *ours* by our own."""
         return max(1.0, ours * self.scale + self.more)
 
-    def learn(self, ours: int, theirs: int) -> None:
-        """Learn that the endpoint counted *theirs* for a prompt that has *ours* by our own."""
+    @property
+    def _steep(self) -> float:
+        return min(_MAX_SCALE, max(self.ratio, self.theirs / max(1, self.ours)))
+
+    @property
+    def factor(self) -> float:
+        """The endpoint's tokens of a text for each of ours, from above; 1 if it has no more than we count."""
+        return 1.0 if self.ratio <= _CLOSE else self._steep
+
+    def at_most(self, ours: float) -> float:
+        """Return an upper estimate of the endpoint's count of a prompt that has *ours* by our own."""
+        if not self.ours:
+            return ours
+        return self.theirs + (ours - self.ours) * (self.ratio if ours < self.ours else self._steep)
+
+    def room(self, limit: int) -> int:
+        """Return the most tokens by our own count, and never more than *limit*, of a prompt that may have *limit* by the endpoint's."""
+        if not self.ours:
+            return limit
+        theirs = limit if self.ratio <= _CLOSE else limit / _MARGIN
+        slope = self.ratio if theirs < self.theirs else self._steep
+        return min(limit, math.floor(self.ours + (theirs - self.theirs) / slope))
+
+    def learn(self, ours: int, theirs: int, *, fixed: int = 0, spare: int = 0) -> None:
+        """Learn that the endpoint counted *theirs* for a prompt that has *ours* by our own.
+
+        *fixed* are tokens beyond *ours* that are charged by some endpoints, as those of a schema. *spare* are tokens of *ours* by which
+        it is likely to be too high.
+        """
         step, self.known = (_STEP if self.known else 1.0), True
         if ours < _SHORT:
             most = (_MAX_SCALE - 1) * _SHORT
@@ -64,11 +113,22 @@ class TokenScale(msgspec.Struct):
         else:
             measured = (theirs - self.more) / ours
             self.scale += (min(_MAX_SCALE, max(1 / _MAX_SCALE, measured)) - self.scale) * step
+        ours -= spare
+        # About a prompt of another length this one says more than the one before.
+        alike = abs(ours - self.ours) * 4 <= self.ours
+        before = self.at_most(ours) if alike else theirs
+        self._start_from(ours, theirs if theirs > before else before - (before - theirs) * _STEP_DOWN, fixed)
 
     def raise_to(self, ours: int, theirs: int) -> None:
         """Count at least *theirs* for a prompt that has *ours* by our own, as far as that is believed."""
         if theirs > self.of(ours):
             self.scale = min(_MAX_SCALE, (theirs - self.more) / ours)
+        if theirs > self.at_most(ours):
+            self._start_from(ours, min(theirs, _MAX_SCALE * ours), 0)
+
+    def _start_from(self, ours: int, theirs: float, fixed: int) -> None:
+        self.ours, self.theirs = ours, theirs
+        self.ratio = min(_MAX_SCALE, max(1 / _MAX_SCALE, theirs / max(1, ours + fixed)))
 
 
 class LaneHistory(msgspec.Struct):
@@ -93,6 +153,7 @@ class LaneHistory(msgspec.Struct):
         reasons: Whether the model reasons although it was told not to.
         affordable: The most tokens of a reply that the account's credit pays for.
         per_minute: Tokens allowed a minute according to a refusal. From then on the bound is close.
+        times: How long its replies take; None without a limit on latency.
     """
 
     batch_size: int | None = None
@@ -119,6 +180,7 @@ class LaneHistory(msgspec.Struct):
     reasons: bool = False
     affordable: int | None = None
     per_minute: int | None = None
+    times: ReplyTimes | None = None
 
     # --- lengths
 
@@ -163,6 +225,13 @@ class LaneHistory(msgspec.Struct):
         self.per_minute = self.per_minute if limits.per_minute is None else limits.per_minute
         self.revised = True
 
+    def record_prompt(self, ours: int, theirs: int, *, fixed: int, spare: int) -> None:
+        """Record the endpoint's count of a prompt; see `TokenScale.learn`."""
+        expected = self.prompt_scale.at_most(ours)
+        self.prompt_scale.learn(ours, theirs, fixed=fixed, spare=spare)
+        if abs(self.prompt_scale.at_most(ours) - expected) * 100 > expected:
+            self.revised = True
+
     # --- sizes
 
     def shrink(self, tokens: int) -> None:
@@ -189,6 +258,11 @@ class LaneHistory(msgspec.Struct):
             self.revised = True
 
     # --- whether combining is of use
+
+    @property
+    def parted(self) -> bool:
+        """True while its requests go alone because of earlier replies."""
+        return self.suspended_for > 0 or (self.times is not None and self.times.most == 1)
 
     def record_outcome(self, *, good: bool, judged: bool) -> None:
         """Record whether a combined reply was *good*: it had a sound element, and the model stopped. Cut replies are not *judged*."""

@@ -18,18 +18,18 @@ import msgspec
 
 from microbatch.batching.lane import Lane
 from microbatch.batching.lane_history import LaneHistories
+from microbatch.batching.latency import ReplyTimes, first_size
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import spec_of
 from microbatch.batching.ticket import HIGH, LOW, NEVER, NO_CONTEXT, FlushReason
 from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
 
-    from microbatch.audit.lane_kind import LaneKind
+    from microbatch.audit.lane_kind import LaneKind, LaneKinds
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Spec
     from microbatch.messages import Messages
 
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
@@ -41,12 +41,12 @@ class LaneTable:
 
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
-        kind_of: Returns the kind of a lane; None without an audit.
+        kinds: The kinds of lanes; None if neither an audit nor a cache asks for them.
     """
 
     def __init__(self, given: Dependencies) -> None:
         self.latest: Lane | None = None
-        self.kind_of: Callable[[Spec], LaneKind] | None = None
+        self.kinds: LaneKinds | None = None
         self._given = given
         self._policy = given.policy
         self._estimates = given.estimates
@@ -70,19 +70,24 @@ class LaneTable:
 
     def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         spec = spec_of(messages[:-1], options, key)
-        if self.kind_of is not None:
-            spec = msgspec.structs.replace(spec, kind=self.kind_of(spec))
+        if self.kinds is not None:
+            spec = msgspec.structs.replace(spec, kind=self.kinds.of(spec, spec.shared))
         history = self._histories.of(key)
         account = self._given.accounts.of(spec.model, spec.headers)
         model = self._given.bounds.of(spec.model)
-        if account.max_tokens is not None or self._policy.merge == "when-cheaper" or model.context is not None:
+        policy = self._policy
+        limits = (account.max_tokens, policy.max_prompt_tokens, model.context)
+        if policy.merge == "when-cheaper" or any(limit is not None for limit in limits):
             self._estimates.measure(spec, history)
-        budget = self._estimates.budget(self._policy, spec, history, account.max_tokens)
+        limit = policy.max_latency
+        if limit is not None and history.times is None:
+            history.times = ReplyTimes(limit, first_size(limit, spec.answer.expected_tokens))
+        budget = self._estimates.budget(policy, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
         self._by_key[key] = lane
         lane.model = model
-        lane.max_wait = self._policy.low_max_wait if lane.rank == LOW else self._policy.max_wait
+        lane.max_wait = policy.low_max_wait if lane.rank == LOW else policy.max_wait
         self._set_fast_path(lane)
         return lane
 

@@ -73,6 +73,7 @@ class PromptOverhead(msgspec.Struct, gc=False):
         reply: Tokens of a combined reply without its elements.
         element: What an element adds to the answer as a single call would give it, on average.
         carried: The rounding error so far, added to the next call: half a token a call is a hundredth of sixteen labels.
+        counted: Our own count of the prompt of the call that was measured; 0 if none was.
     """
 
     alone_prompt: float
@@ -81,6 +82,7 @@ class PromptOverhead(msgspec.Struct, gc=False):
     reply: float = _REPLY
     element: float = ELEMENT
     carried: float = 0.0
+    counted: int = 0
 
     def is_cheaper_combined(self, items: int, ratio: float) -> bool:
         """Return whether *items* cost less together than one by one; a generated token costs *ratio* prompt tokens."""
@@ -131,6 +133,7 @@ def measure_overhead(
         line=line * scale,
         reply=(reply + canary_reply) * scale,
         element=element * scale,
+        counted=counted,
     )
 
 

@@ -38,6 +38,7 @@ class FlushReason(enum.StrEnum):
     SIZE = "size"
     TOKENS = "tokens"
     OUTPUT = "output"
+    LATENCY = "latency"
     TIMEOUT = "timeout"
     IDLE = "idle"
     EXPLICIT = "explicit"
@@ -55,6 +56,7 @@ class AloneReason(enum.StrEnum):
     BYPASS = "bypass"
     NOT_CHEAPER = "not_cheaper"
     CONDEMNED = "condemned"
+    LATENCY = "latency"
     FALLBACK = "fallback"
     AUDIT = "audit"
 
@@ -69,7 +71,7 @@ class Spec(Settings, frozen=True, eq=False):
         plain: The same if each is a role and a text and nothing else, otherwise None.
         rank: Priority: 0 high, 1 normal, 2 low.
         shared_chars: Length of the shared messages' texts, for estimates.
-        kind: Its kind of lane; None without an audit, and for requests that go alone.
+        kind: Its kind of lane; None without an audit and a cache, and for requests that go alone by their form.
     """
 
     key: tuple[Hashable, ...]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.events import Listeners
     from microbatch.accounting.stats import Ledger
+    from microbatch.batching.call_state import AloneAnswer
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
@@ -60,6 +61,8 @@ class AnswerCache:
 
     Attributes:
         guard: The store of answers.
+        is_condemned: Returns whether the answers of a kind of lane, given by its digest, from batches of a size are asked for anew;
+            set by the audit, without which none are.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class AnswerCache:
         normalize: Callable[[str], str] | None,
     ) -> None:
         self.guard: Guard = cache if isinstance(cache, Guard) else Guard(cache)
+        self.is_condemned: Callable[[str, int], bool] = _never_condemned
         self._ledger = ledger
         self._price = price
         self._listeners = listeners
@@ -133,8 +137,9 @@ class AnswerCache:
             distinct = list(dict.fromkeys(keys))
             values = await self.guard.get_many(distinct, deadline=Deadline(timeout))
             found = dict(zip(distinct, values, strict=True))
-            # If the value was stored during this look-up, its call has ended: without `_fresh` the caller would find neither.
-            return [found[key] or self._fresh.get(key) for key in keys]
+            # If the value was stored during this look-up, its call has ended: without `_fresh` the caller would find neither, or that
+            # which it replaced.
+            return [self._fresh.get(key) or found[key] for key in keys]
 
         return Coalescer(get_many, max_items=PAGE, max_trips=_MAX_LOOK_UPS)
 
@@ -145,7 +150,7 @@ class AnswerCache:
         """
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
-        if entry is None or _is_ahead(entry, now):
+        if entry is None or _is_ahead(entry, now) or self._is_condemned(entry):
             self._ledger.cache_misses += 1
             return None
         with contained() as decoding:
@@ -165,15 +170,22 @@ class AnswerCache:
             "cache",
             Usage(),
             0.0,
+            entry.batch_size,
             latency=ended - created,
             model=entry.model,
             finish_reason="stop",
             body=body,
+            lane_kind=entry.lane_kind,
         )
         if self._listeners.settle is not None:
             origin = None if self._listeners.submit is None else self._listeners.submit()
             self._listeners.settle(settled(options, created, origin, ended, reply=reply))
         return reply
+
+    def _is_condemned(self, entry: entries.Entry) -> bool:
+        if entry.batch_size == 1 or entry.lane_kind is None:
+            return False
+        return self.is_condemned(entry.lane_kind, entry.batch_size)
 
     def _count_hit(self, entry: entries.Entry, now: float) -> None:
         ledger = self._ledger
@@ -213,45 +225,72 @@ class AnswerCache:
         Return at once, as the call still holds its slot; for bulk work, when they are stored: otherwise answers could come faster than
         they can be stored.
         """
-        now = self._now()
-        stored = [self._entry(ticket, alone, now) for ticket, alone in answered]
-        self._fresh.update((key, value) for key, value, _ in stored)
-        storing = [self._stores.submit_detached(entry) for entry in stored]
+        storing: list[asyncio.Future[None]] = []
+        for ticket, alone in answered:
+            reply = ticket.reply
+            assert reply is not None  # noqa: S101 see above
+            as_it_came = not ticket.combinable or (reply.batch_size == 1 and ticket.answer.form is not None)
+            body = msgspec.json.encode(reply.body) if reply.body is not None and as_it_came else None
+            storing.append(self._put(ticket, reply.text, reply.model, alone, reply.batch_size, body))
         if all(ticket.bulk for ticket, _ in answered):
             await asyncio.wait(storing)
 
-    def _entry(self, ticket: Ticket, alone: Usage, now: float) -> Stored:
-        reply, key = ticket.reply, ticket.caller.key
-        assert reply is not None and key is not None  # noqa: S101, PT018 see `keep`
+    async def correct(self, ticket: Ticket, answer: AloneAnswer) -> None:
+        """Replace the answer to *ticket*, which has a key, by the *answer* alone, if that may be kept; never raises.
+
+        Return at once, before it is stored.
+        """
+        if answer.kept and answer.text is not None:
+            self._put(ticket, answer.text, answer.model, answer.usage or Usage())
+
+    def _put(
+        self,
+        ticket: Ticket,
+        text: str,
+        model: str | None,
+        alone: Usage,
+        batch_size: int = 1,
+        body: bytes | None = None,
+    ) -> asyncio.Future[None]:
+        """Store an answer to *ticket*; return a future that ends when it is stored, or could not be."""
+        key, spec, now = ticket.caller.key, ticket.spec, self._now()
+        assert key is not None  # noqa: S101 only answers with keys are stored
         ttl = self.guard.ttl if ticket.caller.ttl is None else ticket.caller.ttl
         if ttl is not None:
             ttl *= 1 - JITTER * random.random()  # noqa: S311 not a secret
-        as_it_came = not ticket.combinable or (reply.batch_size == 1 and ticket.answer.form is not None)
         entry = entries.Entry(
             key,
-            reply.text,
-            reply.model,
+            text,
+            model,
             now,
             None if ttl is None else now + ttl,
             alone.prompt_tokens,
             alone.completion_tokens,
             alone.cached_tokens,
-            msgspec.json.encode(reply.body) if reply.body is not None and as_it_came else None,
+            body,
+            batch_size,
+            None if spec.kind is None else spec.kind.digest,
+            None if self._keys is None else self._keys.tenant_digest(spec.tenant),
         )
-        return key, entries.encode(entry), ttl
+        value = self._fresh[key] = entries.encode(entry)
+        return self._stores.submit_detached((key, value, ttl))
 
     async def _store(self, stored: list[Stored]) -> list[None]:
         try:
             if await self.guard.store(stored, deadline=Deadline(BULK_TIMEOUT)):
                 self._ledger.cache_stores += len(stored)
         finally:
-            keys = [key for key, _, _ in stored]
-            asyncio.get_running_loop().call_later(FRESH, self._forget, keys, context=contextvars.Context())
+            asyncio.get_running_loop().call_later(FRESH, self._forget, stored, context=contextvars.Context())
         return [None] * len(stored)
 
-    def _forget(self, keys: list[bytes]) -> None:
-        for key in keys:
-            self._fresh.pop(key, None)
+    def _forget(self, stored: list[Stored]) -> None:
+        for key, value, _ in stored:
+            if self._fresh.get(key) is value:  # else another answer has replaced it, and is being stored
+                del self._fresh[key]
+
+
+def _never_condemned(_kind: str, _size: int) -> bool:
+    return False
 
 
 def _is_ahead(entry: entries.Entry, now: float) -> bool:

@@ -18,8 +18,8 @@ DEFAULT_TTL: Final = 7 * 24 * 3600.0  # seconds for which answers are valid by d
 MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that share a cache may differ
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """An answer in the cache.
+class _Entry1(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """An answer in the cache, as earlier releases wrote it.
 
     Attributes:
         key: Its key. It shows when a store returns another key's value, as a connection out of step does.
@@ -49,7 +49,21 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, tag=1):
         return None if self.body is None else msgspec.json.decode(self.body, type=dict[str, Any])
 
 
-_decode = msgspec.msgpack.Decoder(Entry).decode
+class Entry(_Entry1, frozen=True, array_like=True, tag=2):
+    """An answer in the cache; earlier releases read it as a miss.
+
+    Attributes:
+        batch_size: Requests in the call that answered.
+        lane_kind: Names the kind of the lane, as `LaneKind.digest` does; None for requests that go alone by their form.
+        tenant: Digest of the tenant, as `Keys.tenant_digest` makes it; None for none.
+    """
+
+    batch_size: int = 1
+    lane_kind: str | None = None
+    tenant: bytes | None = None
+
+
+_decode = msgspec.msgpack.Decoder(Entry | _Entry1).decode
 
 encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
 """Return an `Entry` as bytes."""
@@ -63,7 +77,7 @@ def read(value: bytes, key: bytes, now: float) -> Entry | None:
         return None
     if entry.key != key or (entry.expires_at is not None and entry.expires_at <= now):
         return None
-    return entry
+    return entry if isinstance(entry, Entry) else Entry(*msgspec.structs.astuple(entry))
 
 
 def checked_values(found: object, count: int) -> list[bytes | None]:

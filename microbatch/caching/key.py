@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT: Final = 1  # version of the digested content, any change of which makes all earlier entries misses
 SECRET_BYTES: Final = 32
 _DIGEST_BYTES: Final = 20  # 160 bits: no accidental collisions
+_TENANT_BYTES: Final = 16
 
 _encode = msgspec.json.Encoder(order="sorted", enc_hook=known).encode
 
@@ -55,6 +56,14 @@ class Keys:
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"messages must be JSON values: {error}") from error
         return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret).digest()
+
+    def tenant_digest(self, tenant: str | None) -> bytes | None:
+        """Return a digest of *tenant*, under which its entries are found again; None for none."""
+        if tenant is None:
+            return None
+        return hashlib.blake2b(
+            tenant.encode("utf-8", "surrogatepass"), digest_size=_TENANT_BYTES, key=self.secret, person=b"tenant"
+        ).digest()
 
     @staticmethod
     def _normalized(messages: Messages, normalize: Callable[[str], str]) -> list[Any]:

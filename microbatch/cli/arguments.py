@@ -158,6 +158,7 @@ def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool =
     retries = "while nothing is answered, try again at growing intervals"
     text = f"{retries}, and leave the rest unasked after so long without a single answer"
     add_flag(group, "--give-up-after SECONDS", text, default=GIVE_UP_AFTER)
+    add_id_seed(group)
     add_reports(group)
     policy = """\
 Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
@@ -238,6 +239,19 @@ def add_cache(group: Group, *, required: bool = False) -> None:
     """Add `--cache`."""
     text = "keep answers in FILE (SQLite), or in Redis at redis://HOST:PORT/DB, and ask nothing twice"
     add_flag(group, "--cache FILE|URL", text, required=required)
+
+
+def add_id_seed(group: Group) -> None:
+    """Add `--id-seed`."""
+    text = "derive the ids in prompts from TEXT, so that a batch has the same prompt in every run (default: from random bytes)"
+    warning = "with a TEXT that others know, an item can be written that answers for others"
+    add_flag(group, "--id-seed TEXT", f"{text}; {warning}", type=_not_empty)
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def add_policy(group: Group) -> None:

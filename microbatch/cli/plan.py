@@ -46,6 +46,7 @@ class Plan(msgspec.Struct, frozen=True):
     fallback: FallbackPolicy
     rate_limit: RateLimit | None
     cache: Guard | None
+    id_seed: str | None = None
 
     @property
     def single(self) -> bool:
@@ -66,6 +67,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         rate_limit=read_rate_limit(args),
         cache=None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE),
         transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
+        id_seed=args.id_seed,
     )
 
 

@@ -146,6 +146,7 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
         "--temperature": args.temperature,
         **{flag(name): getattr(plan.policy, name) for name in _SHAPING},
         "--canary": args.canary,
+        **({} if plan.policy.max_latency is None else {flag("max_latency"): plan.policy.max_latency}),
         **({flag("combine_params"): sorted(combined)} if (combined := plan.policy.combine_params) else {}),
     }
 

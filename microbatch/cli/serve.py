@@ -15,6 +15,11 @@ Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no,
 X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
 (requests of different tenants are never combined).
 
+With --audit some of what was answered in batches is asked again alone, to
+measure what combining does to the answers; /stats and /dashboard show it, and
+batches become smaller where it does harm. The gateway's own key pays for that:
+requests with a key of the client's are audited only with --audit-own-keys.
+
 Beside the API there are /healthz, /readyz and /stats. On Ctrl-C or SIGTERM no
 more requests are taken, and those under way are answered; a second signal stops
 at once. Every flag can be given as an environment variable too, --max-wait as
@@ -69,7 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_cache(parser)
     _add_access(parser.add_argument_group("access"))
     arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings)
-    arguments.add_policy(parser.add_argument_group("batching"))
+    batching = parser.add_argument_group("batching")
+    arguments.add_policy(batching)
+    arguments.add_audit(batching)
+    own = "audit requests with a client's own key too, at that client's expense"
+    add_flag(batching, "--audit-own-keys", own)
 
 
 def _add_access(group: arguments.Group) -> None:
@@ -115,6 +124,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             fallback=FallbackPolicy(canary=args.canary),
             rate_limit=read_rate_limit(args),
             cache=None if args.cache is None else cache_at(args.cache),
+            audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
         )
     except ConfigError as error:
         message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))

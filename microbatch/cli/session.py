@@ -82,7 +82,12 @@ class Session:
         """Return a further batcher, not open."""
         plan = self._plan
         batcher = Microbatcher(
-            self._transport, policy=policy, fallback=plan.fallback, rate_limit=plan.rate_limit, cache=plan.cache
+            self._transport,
+            policy=policy,
+            fallback=plan.fallback,
+            rate_limit=plan.rate_limit,
+            cache=plan.cache,
+            id_secret=plan.id_seed,
         )
         self._batchers.append(batcher)
         return batcher

@@ -12,6 +12,7 @@ Examples:
   microbatch simulate --json-schema 400 --no-streaming         (a modest server)
   microbatch simulate --rpm 500 --tpm 200000            (429 beyond these)
   microbatch simulate --fault truncated --fault http_429 --fault-rate 0.1
+  microbatch simulate --mistakes 16=0.1 --noise 0.02    (wrong in large batches)
   microbatch simulate --batch-seconds 60 --batch-expires 20%   (/v1/batches)
 """
 
@@ -26,6 +27,7 @@ from microbatch.cli.console import note, plural, report
 from microbatch.cli.stopping import listening
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import ElementKind, Faults, On, TextKind, WireKind
+from microbatch.testing.mistakes import Mistakes
 from microbatch.testing.model import Accepts, Fails, MaxTokensName, StreamOptions
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Quota
@@ -105,16 +107,28 @@ def _add_faults(group: Group) -> None:
     group.add_argument(
         "--fault-on", choices=get_args(On), default="all", help="which calls may go wrong (default: all)"
     )
+    wrong = "share of the items answered wrong in prompts of at least SIZE items, as 16=0.1; may be repeated"
+    add_flag(group, "--mistakes SIZE=SHARE", wrong, action="append", type=_mistakes, default=[])
+    noise = "share of the items that are answered right or wrong by a coin, alone or not"
+    add_flag(group, "--noise SHARE", noise, least=0, most=1, default=0.0)
     add_flag(group, "--seed N", "another seed makes other choices", type=int, default=0)
+
+
+def _mistakes(text: str) -> tuple[int, float]:
+    """Return the size and the share of `--mistakes`."""
+    size, _, share = text.partition("=")
+    return number(1, kind=int)(size), number(0, 1)(share)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes, and return the exit status."""
     faults = Faults(args.fault, rate=args.fault_rate, on=args.fault_on, seed=args.seed) if args.fault else None
+    wrong = args.mistakes or args.noise
     endpoint = SimulatedEndpoint(
         api_keys=args.api_key,
         latency=Latency(first_token=args.first_token, tokens_per_second=args.tokens_per_second),
         faults=faults,
+        mistakes=Mistakes(by_size=dict(args.mistakes), noise=args.noise, seed=args.seed) if wrong else None,
         quota=Quota(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None,
         stream_supported=not args.no_streaming,
         **{name: getattr(args, name) for name in _SAME_NAMES},

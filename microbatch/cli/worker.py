@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--provider-batch", f"{api}: {_BATCH_PRICE}, and up to a day until the answers come")
     poll = "with --provider-batch: time between two looks at the batches under way"
     add_flag(group, "--poll SECONDS", poll, least=0.01, default=POLL)
+    arguments.add_id_seed(group)
     arguments.add_reports(group)
     arguments.add_policy(parser.add_argument_group("batching"))
 
@@ -206,6 +207,7 @@ class WorkerRun:
             policy=self._plan.policy,
             price=price,
             canary=args.canary,
+            id_secret=self._plan.id_seed,
             lease=args.lease,
             poll_interval=args.poll,
             until_empty=args.until_empty,

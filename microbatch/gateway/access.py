@@ -18,11 +18,11 @@ import msgspec
 
 from microbatch.errors import ConfigError
 from microbatch.gateway.errors import GatewayError
-from microbatch.transports.credentials import AMBIENT, credentials_in, is_credential, says_who
+from microbatch.transports.credentials import AMBIENT, credentials_in, hold_credentials, is_credential, says_who
 from microbatch.transports.http import FRAMING, checked
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from aiohttp import web
 
@@ -154,6 +154,12 @@ class Access:
         # A caller of the gateway's key does not choose the organization or project that pays.
         kept = {name: value for name, value in headers.items() if name in self._lane_headers or not says_who(name)}
         return Caller({**kept, "authorization": self._own_key}, tenant, own_key=True, credentials=False)
+
+    def callers_pay(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a request sent upstream with *headers* is paid for by its caller, not with the gateway's own key."""
+        if self._own_key is not None and headers.get("authorization") == self._own_key:
+            return False
+        return hold_credentials(headers)
 
     def _identifying_headers(self, request: web.Request) -> dict[str, str]:
         """Return the headers that identify the caller or are lane headers, each of which may occur once."""

@@ -82,7 +82,7 @@ class Gateway:
         connection: Further arguments of `OpenAIChat`: `structured`, `stream_options`, `first_timeout`, `connect_timeout`,
             `max_header_bytes`, `trust_env`, `uds`...
         pages: Further pages by path, protected like /stats.
-        batcher: Further arguments of `Microbatcher`: `policy`, `retry`, `cache`, `rate_limit`...
+        batcher: Further arguments of `Microbatcher`: `policy`, `retry`, `cache`, `rate_limit`, `audit`...
 
     Attributes:
         host: As given.
@@ -134,6 +134,8 @@ class Gateway:
         )
         if self._metrics is not None:
             self._metrics.watch(self.batcher)
+        if self.batcher.audits is not None:
+            self.batcher.audits.callers_pay = self._access.callers_pay
         self._cache = batcher.get("cache")
         self._secret = secret
         own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}

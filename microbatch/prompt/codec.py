@@ -6,6 +6,7 @@ provider batches use this one. It depends on neither queues nor files, so that a
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,11 +17,11 @@ from microbatch.prompt.compose import (
     CANARY_ANSWER_TOKENS,
     canary_line,
     compose,
-    draw_endings,
     draw_word,
     instruction,
     output_reserve,
 )
+from microbatch.prompt.ids import IdKey
 from microbatch.prompt.outcome import ONLY_REASONING, CombinedReply, complaint
 from microbatch.protocols import ChatCall
 from microbatch.schema.asked_form import FIELDS
@@ -28,7 +29,7 @@ from microbatch.schema.decode import misfit_message
 from microbatch.thoughts import after_leading_thought, after_thoughts, is_unfinished_thought
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from microbatch.protocols import Completion
     from microbatch.schema.answer_type import AnswerType
@@ -84,31 +85,50 @@ class ChatCodec:
     """Wire format 1: several requests in one chat prompt, their answers in one JSON reply.
 
     Args:
-        draw: Returns as many id endings as it is asked for.
+        draw: Returns as many id endings as it is asked for; None derives them from the batch.
+        key: The key of derived endings; None for that of this process.
         canary: Whether each combined prompt ends in a canary.
         keep_thoughts: Whether a single text answer keeps the thought before it.
     """
 
     def __init__(
-        self, draw: Callable[[int], Sequence[str]] = draw_endings, *, canary: bool = False, keep_thoughts: bool = False
+        self,
+        draw: Callable[[int], Sequence[str]] | None = None,
+        *,
+        key: IdKey | None = None,
+        canary: bool = False,
+        keep_thoughts: bool = False,
     ) -> None:
         self._draw = draw
+        self._key = IdKey() if key is None else key
         self._canary = canary
         self._keep_thoughts = keep_thoughts
+        self._shared: Sequence[Mapping[str, Any]] | None = None  # of the latest call, which the next one mostly shares
+        self._shared_digest = b""
 
     def compose(
-        self, settings: Settings, shared: Sequence[Mapping[str, Any]], lines: Sequence[bytes], bound: int | None = None
+        self,
+        settings: Settings,
+        shared: Sequence[Mapping[str, Any]],
+        lines: Sequence[bytes],
+        bound: int | None = None,
+        *,
+        apart: Hashable = (),
     ) -> CombinedCall:
-        """Return the call that asks for an answer to each of *lines*, from `item_line`, after the *shared* messages."""
+        """Return the call that asks for an answer to each of *lines*, from `item_line`, after the *shared* messages.
+
+        Calls that differ in these, in their model, form of answer or headers, or in *apart*, whose repr counts, have other ids.
+        """
+        draw = self._draw or self._key.draws(self._batch_bytes(settings, shared, lines, apart))
         answer, max_tokens, schema = settings.answer, None, settings.answer.batch_schema
         if settings.max_tokens:
             max_tokens = len(lines) * output_reserve(settings.max_tokens)
-        canary = draw_word(self._draw) if self._canary else None
+        canary = draw_word(draw) if self._canary else None
         if canary is not None:
             lines = [*lines, canary_line(canary)]
             schema = answer.watched_schema
             max_tokens = None if max_tokens is None else max_tokens + CANARY_ANSWER_TOKENS
-        prompt, ids = compose(instruction(answer.words), lines, self._draw)
+        prompt, ids = compose(instruction(answer.words), lines, draw)
         call = ChatCall(
             messages=[*shared, {"role": "user", "content": prompt}],
             model=settings.model,
@@ -121,6 +141,16 @@ class ChatCodec:
             json_object=answer.form is not None and answer.tool is None,
         )
         return CombinedCall(call, ids, canary)
+
+    def _batch_bytes(
+        self, settings: Settings, shared: Sequence[Mapping[str, Any]], lines: Sequence[bytes], apart: Hashable
+    ) -> bytes:
+        """Return what the ids of a call are derived from: equal for equal calls only, as no line holds a line break."""
+        if shared is not self._shared:
+            self._shared, self._shared_digest = shared, hashlib.blake2b(msgspec.json.encode(shared)).digest()
+        # A reply that a proxy delivers to the wrong caller must not have that caller's ids: so headers, with credentials, are in it.
+        about = repr((apart, settings.model, settings.answer.words, settings.headers))
+        return b"\n".join((about.encode("utf-8", "surrogatepass"), self._shared_digest, *lines))
 
     def demultiplex(
         self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], canary: str | None, *, early: bool

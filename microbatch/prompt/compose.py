@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import re
-import secrets
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,7 +28,10 @@ ALPHABET = "bcdfghjkmnpqrstvwxz"
 
 ID_TOKENS = 8
 """Tokens charged for an item's id. `[123kfqzt]` takes at most 8 tokens in the packaged encodings, a number from 1,000 on one more,
-but 7 on average, so the ids of a batch never take more. What follows an id is counted."""
+but 6 on average, so the ids of a batch never take more. What follows an id is counted."""
+
+SPARE_ID_TOKENS = 2
+"""Tokens charged for an id beyond those that it takes on average."""
 
 LINE_OVERHEAD_BYTES = len(b" \n")
 
@@ -55,12 +57,6 @@ _INSTRUCTION = (
 
 # Line ends for some readers, which JSON does not require to be escaped.
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
-
-# The letter for each random byte. Surplus bytes are dropped, or some letters would be more frequent than others.
-_LETTERS = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256))
-_SURPLUS = bytes(range(256 - 256 % len(ALPHABET), 256))
-
-_endings = re.compile(".{5}").findall
 
 _encode_into = msgspec.json.Encoder().encode_into
 _decode_word = msgspec.json.Decoder(str).decode
@@ -105,17 +101,7 @@ def output_reserve(max_tokens: int) -> int:
     return math.ceil(1.2 * max_tokens) + 16
 
 
-def draw_endings(count: int) -> list[str]:
-    """Return *count* random five-letter id endings, from the operating system's randomness."""
-    letters = ""
-    while len(letters) < 5 * count:
-        letters += secrets.token_bytes(6 * count).translate(_LETTERS, _SURPLUS).decode()
-    return _endings(letters, 0, 5 * count)
-
-
-def compose(
-    preamble: str, lines: Sequence[bytes], draw: Callable[[int], Sequence[str]] = draw_endings
-) -> tuple[str, list[str]]:
+def compose(preamble: str, lines: Sequence[bytes], draw: Callable[[int], Sequence[str]]) -> tuple[str, list[str]]:
     """Return the user message for *lines*, from `item_line`, after *preamble*, and the ids it gave them, in order.
 
     *draw* returns as many id endings as it is asked for.

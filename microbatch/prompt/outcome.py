@@ -61,6 +61,7 @@ class CombinedReply:
         early: Whether answers are delivered before the end of the reply; not with a canary.
 
     Attributes:
+        ids: As given.
         elements: The demultiplexer.
         heard: Whether any text has come.
         sound: Whether any element was asked for and fits.
@@ -70,6 +71,7 @@ class CombinedReply:
     def __init__(
         self, ids: Sequence[str], decoders: Sequence[Callable[[str], Any]], canary: str | None = None, *, early: bool
     ) -> None:
+        self.ids = ids
         self._size = len(decoders)
         if canary is not None:
             decoders = [*decoders, partial(check_canary, canary)]

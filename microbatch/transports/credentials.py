@@ -54,6 +54,11 @@ def says_who(name: str) -> bool:
     return is_credential(words) or _ON_BEHALF.search(words) is not None
 
 
+def hold_credentials(headers: Iterable[str]) -> bool:
+    """Return whether one of *headers*, given as their names, identifies the caller; see `says_who`."""
+    return any(map(says_who, headers))
+
+
 def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str]:
     """Return those of a transport's *own* headers, or query parameters, that are sent when the caller's have the names *callers*.
 

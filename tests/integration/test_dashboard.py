@@ -219,6 +219,73 @@ async def test_a_loss_is_shown_as_one_and_an_unknown_price_as_unknown():
         assert "unknown" in await page.text("#usd-of")
 
 
+def audited(**fields):
+    """The figures of a size in which nothing was found."""
+    known = {"kind": "00ff", "model": "m", "size": 4, "asked": 0, "compared": 0, "not_comparable": 0, "raw": 0.0}
+    open_ = {"noise": 0.0, "excess": 0.0, "upper": 1.0, "certified": False, "condemned": False}
+    return mb.AuditedSize(**{**known, **open_, **fields})
+
+
+@pytest.mark.chromium
+async def test_the_page_shows_what_audits_have_found_the_condemned_first():
+    found = {"asked": 900, "compared": 900, "raw": 0.011, "noise": 0.008, "excess": 0.003, "upper": 0.016}
+    rows = (
+        audited(size=2, asked=7, not_comparable=7),
+        audited(size=8, **found, certified=True),
+        audited(size=64, asked=30, compared=30, raw=0.4, noise=-0.01, excess=0.41, upper=0.6, condemned=True),
+        audited(model=IMAGE, size=16, asked=1, compared=1),
+    )
+    answers = [mb.Stats()]
+    async with (
+        site(lambda: figures(answers[-1], LiveFigures().snapshot())) as served,
+        browser() as opened,
+        opened(f"{served.url}/dashboard") as page,
+    ):
+        await page.until("document.querySelector('#audit').innerText === 'Nothing audited so far.'")
+        answers.append(mb.Stats(audit=rows))
+        await page.until("document.querySelectorAll('#audit .finding').length === 4")
+        lines = await page.value(
+            "[...document.querySelectorAll('#audit .finding')].map((row) => [...row.children].map((cell) => cell.innerText))"
+        )
+        assert lines == [
+            [
+                "m, above 32",
+                (
+                    "40.0 % of answers differ from asking alone; 0.0 % is the model's own noise; "
+                    "the excess is at most 60.0 % (95 %); 30 compared"
+                ),
+                "condemned",
+            ],
+            [
+                "m, up to 8",
+                (
+                    "1.1 % of answers differ from asking alone; 0.8 % is the model's own noise; "
+                    "the excess is at most 1.6 % (95 %); 900 compared"
+                ),
+                "certified",
+            ],
+            ["m, up to 2", "7 sampled, and none could be compared", "undecided"],
+            [
+                f"{IMAGE}, up to 16",
+                (
+                    "0.0 % of answers differ from asking alone; 0.0 % is the model's own noise; "
+                    "the excess is at most 100.0 % (95 %); 1 compared"
+                ),
+                "undecided",
+            ],
+        ]
+        classes = await page.value(
+            "[...document.querySelectorAll('#audit .finding')].map((row) => row.lastChild.className)"
+        )
+        assert classes == ["bad", "quiet", "quiet", "quiet"]
+        keep("dashboard-audit.png", await page.screenshot())
+        answers.append(mb.Stats(audit=tuple(audited(kind=str(number), asked=number) for number in range(50))))
+        await page.until("document.querySelectorAll('#audit .finding').length === 20")
+        assert (await page.text("#audit")).endswith("And 30 more.")
+        assert await page.value("document.title") == "microbatch"
+        assert page.complaints == []
+
+
 @pytest.mark.chromium
 async def test_the_page_of_a_gateway_shows_what_its_clients_asked():
     live = LiveFigures()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from anyio._backends import _asyncio as anyio_asyncio
 
-import microbatch.batching.fallback as fallback_module
 from microbatch.testing import VirtualClockLoop
 
 if TYPE_CHECKING:
@@ -121,13 +120,10 @@ def _owner(handle: asyncio.Handle) -> int:
 
 
 class Steady:
-    """Takes the remaining chance out of the library for a while: its dice, and anyio's sets of scopes, which are walked by address.
+    """Takes the remaining chance out of the library for a while: anyio's sets of scopes, which are walked by address.
 
     Used as a context manager around each scenario.
     """
-
-    def __init__(self, dice: Random) -> None:
-        self._dice = dice
 
     def __enter__(self) -> None:
         numbers = itertools.count(1)
@@ -140,7 +136,6 @@ class Steady:
 
         self._undo = list(
             _patches(
-                (fallback_module, "_shuffle", self._dice.shuffle),
                 (anyio_asyncio.CancelScope, "__new__", new),
                 (anyio_asyncio.CancelScope, "__hash__", lambda scope: by_address.get(id(scope), 0)),
             )

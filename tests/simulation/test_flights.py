@@ -46,7 +46,7 @@ class Run:
         random = Random(self.seed)
         loop = ShuffledLoop(random, random.choice((0.0, 0.3, 1.0)))
         try:
-            with Steady(Random(self.seed)):
+            with Steady():
                 loop.run_until_complete(self._main(random, loop))
             self.complaints += loop.complaints
         finally:

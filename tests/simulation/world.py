@@ -337,7 +337,7 @@ class World:
         # When the collector runs is no part of the scenario, and what it finalizes would join in.
         gc.disable()
         try:
-            with Steady(Random(self.scenario.order or 0)):
+            with Steady():
                 loop.run_until_complete(self._main())
         except Stuck as stuck:
             self.stuck = str(stuck)

@@ -215,7 +215,7 @@ FORGERIES = {
     "garbage": lambda keys, found, kept: [b"\xff\x00garbage" if value else None for value in found],
     "empty": lambda keys, found, kept: [b"" if value is not None else None for value in found],
     "half": lambda keys, found, kept: [value and value[: len(value) // 2] for value in found],
-    "of another format": lambda keys, found, kept: [value and b"\x99\x02" + value[2:] for value in found],
+    "of another format": lambda keys, found, kept: [value and value[:1] + b"\x03" + value[2:] for value in found],
 }
 
 

@@ -11,8 +11,9 @@ from helpers import ask
 from shop import TYPES, Label, right
 
 import microbatch as mb
-from microbatch.prompt.compose import ALPHABET, compose, draw_endings, draw_word, instruction, item_line
+from microbatch.prompt.compose import ALPHABET, compose, draw_word, instruction, item_line
 from microbatch.prompt.demultiplexer import Demultiplexer
+from microbatch.prompt.ids import IdKey
 from microbatch.schema.answer_type import answer_type
 from microbatch.testing import Faults, ScriptedTransport, SimulatedModel, SimulatedTransport
 
@@ -110,7 +111,7 @@ def test_typed_answers_leave_room_for_the_canarys_word_in_the_schema():
     body = answer_type(Label).watched_schema["properties"]["results"]["items"]["properties"]["answer"]
     word = body["anyOf"][1]
     assert word == {"type": "string", "pattern": f"^[{ALPHABET}]{{10}}$"}
-    assert all(re.search(word["pattern"], draw_word(draw_endings)) for _ in range(50))
+    assert all(re.search(word["pattern"], draw_word(IdKey(str(number)).draws(b""))) for number in range(1, 51))
     assert not any(re.search(word["pattern"], text) for text in ("electronic", "home", "bcdfghjkm", "BCDFGHJKMN"))
     assert set(body["anyOf"][0]["enum"]) == set(Label.__args__)
     assert answer_type(str).watched_schema == answer_type(str).batch_schema
@@ -126,20 +127,14 @@ def test_a_canary_cannot_be_checked_before_the_end():
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.promise(of="cross_talk")
 def test_the_reply_to_another_batch_answers_nobody(early):
-    """A connection or a proxy that mixes replies up cannot make one batch's answers another's: the ids are drawn anew."""
+    """A connection or a proxy that mixes replies up cannot make one batch's answers another's: other batches have other ids."""
     lines = [item_line(text) for text in TEXTS]
     words = instruction(answer_type(str).words)
-    _, ours = compose(words, lines)
-    _, theirs = compose(words, lines)
+    _, ours = compose(words, lines, IdKey().draws(b"ours"))
+    _, theirs = compose(words, lines, IdKey().draws(b"theirs"))
     foreign = msgspec.json.encode({"results": [{"id": name, "answer": "theirs"} for name in theirs]}).decode()
     demultiplexer = Demultiplexer(ours, [answer_type(str).decode] * len(ours), early=early)
     assert demultiplexer.feed(foreign) == []
     assert demultiplexer.close() == []
     assert demultiplexer.unknown_ids == len(TEXTS)
     assert len(list(demultiplexer.faults())) == len(TEXTS)
-
-
-def test_ids_cannot_be_guessed():
-    endings = draw_endings(2_000)
-    assert len(set(endings)) > 1_990  # of 19**5: fewer than one pair is to be expected, ten are out of the question
-    assert {len(ending) for ending in endings} == {5}

@@ -67,10 +67,17 @@ def test_typed_answers_are_compared_by_their_values(kind, one, other, same):
 
 @each(
     "one, other, same",
-    [('{"a": 1, "b": [1]}', '{"b":[1],"a":1.0}', True), ('{"a":1,"b":[1]}', '{"a":2,"b":[1]}', False), ("{", "{", None)],
+    [
+        ('{"a": 1, "b": [1]}', '{"b":[1],"a":1.0}', True),
+        ('{"a":1,"b":[1]}', '{"a":2,"b":[1]}', False),
+        ("{", "{", None),
+    ],
 )
 def test_json_that_was_asked_for_as_such_is_compared_by_its_values(one, other, same):
-    schema = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "array", "items": {"type": "integer"}}}}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "number"}, "b": {"type": "array", "items": {"type": "integer"}}},
+    }
     given = {"type": "json_schema", "json_schema": {"name": "x", "strict": False, "schema": schema}}
     assert agree(answer_type(str, given), one, other) is same
 
@@ -101,7 +108,10 @@ def test_values_that_cannot_be_compared():
     assert agree(TEXT, "a", "a", lambda *_: Odd() == 1) is None
 
 
-@each("first, batched, expected", [(True, False, 1), (False, True, -1), (False, False, 0), (None, False, None), (True, None, None)])
+@each(
+    "first, batched, expected",
+    [(True, False, 1), (False, True, -1), (False, False, 0), (None, False, None), (True, None, None)],
+)
 def test_the_score_of_an_item(first, batched, expected):
     assert score(first=first, batched=batched) == pytest.approx(expected) if expected is not None else True
     assert (score(first=first, batched=batched) is None) == (expected is None)

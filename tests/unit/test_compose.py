@@ -16,10 +16,10 @@ from microbatch.prompt.compose import (
     ID_TOKENS,
     LINE_OVERHEAD_BYTES,
     compose,
-    draw_endings,
     instruction,
     item_line,
 )
+from microbatch.prompt.ids import IdKey
 from microbatch.schema.answer_type import answer_type
 from microbatch.testing.reading import understand
 
@@ -59,8 +59,8 @@ def test_the_wire_format_to_the_byte():
 
 
 def test_nothing_that_varies_comes_before_the_items():
-    one, _ = compose(instruction("W"), [item_line("a")])
-    many, _ = compose(instruction("W"), [item_line("b")] * 9)
+    one, _ = compose(instruction("W"), [item_line("a")], fixed)
+    many, _ = compose(instruction("W"), [item_line("b")] * 9, fixed)
     start = instruction("W")
     assert one.startswith(start + "[1")
     assert many.startswith(start + "[1")
@@ -79,38 +79,15 @@ def test_percent_signs_in_the_words_stand_for_themselves():
     assert "100% %s %(x)s" in instruction("100% %s %(x)s")
 
 
-def test_ids_count_from_one_and_end_in_five_letters_nobody_can_guess():
-    _, ids = compose(instruction("W"), [item_line("a")] * 2_000)
+def test_ids_count_from_one_and_end_in_the_letters_drawn():
+    _, ids = compose(instruction("W"), [item_line("a")] * 2_000, IdKey().draws(b"batch"))
     assert [int(re.fullmatch(rf"([0-9]+)[{ALPHABET}]{{5}}", name)[1]) for name in ids] == list(range(1, 2_001))
-    endings = [name.lstrip("0123456789") for name in ids]
-    assert len(set(endings)) > 1_990
-    assert {letter for ending in endings for letter in ending} == set(ALPHABET)
-    assert compose(instruction("W"), [item_line("a")] * 9)[1] != ids[:9]
-
-
-def test_endings_are_even_over_all_places_and_letters():
-    endings = draw_endings(38_000)
-    for place in range(5):
-        letters = [ending[place] for ending in endings]
-        assert all(1_700 < letters.count(letter) < 2_300 for letter in ALPHABET)  # 2,000 expected, deviation 44
+    assert [name.lstrip("0123456789") for name in ids] == IdKey().draws(b"batch")(2_000)
 
 
 def test_no_ending_spells_a_vowel_or_changes_with_its_case():
     assert not set(ALPHABET) & set("aeiouyl0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     assert len(set(ALPHABET)) == 19
-
-
-def test_each_composing_draws_new_endings_and_asks_for_as_many_as_there_are_items():
-    asked = []
-
-    def draw(count):
-        asked.append(count)
-        return draw_endings(count)
-
-    first = compose(instruction("W"), [item_line("a")] * 3, draw)[1]
-    second = compose(instruction("W"), [item_line("a")] * 3, draw)[1]
-    assert asked == [3, 3]
-    assert not set(first) & set(second)
 
 
 @given(text=TEXTS)
@@ -197,7 +174,7 @@ def test_the_tokens_of_a_prompt_are_those_of_its_lines(texts):
 def test_ids_take_at_most_the_tokens_they_are_charged():
     for name in ("o200k_base", "cl100k_base"):
         count = load_encoding(name).encode_ordinary
-        sizes = [len(count(f"[{number}{ending}]")) for number, ending in enumerate(draw_endings(20_000), 1)]
+        sizes = [len(count(f"[{number}{ending}]")) for number, ending in enumerate(IdKey().draws(b"batch")(20_000), 1)]
         assert max(sizes[:999]) <= ID_TOKENS
         assert sum(sizes) <= ID_TOKENS * len(sizes)  # a long number takes one more, but a batch of so many never does
 

@@ -3,6 +3,7 @@
 import asyncio
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from helpers import ask
 
@@ -140,3 +141,12 @@ async def test_a_batcher_tells_it_all():
     live = SimpleNamespace(**figures.snapshot())
     assert (live.latency_p50, live.call_p50, live.routes) == (1.5, 1.0, {"batch": 3})
     assert (3, 1) in live.batch_sizes
+
+
+def test_audits_are_no_part_of_the_figures_of_calls():
+    figures = LiveFigures(Clock())
+    figures.on_call(called(size=4, duration=2.0))
+    for _ in range(9):
+        figures.on_call(msgspec.structs.replace(called(duration=0.1), route="audit"))
+    live = SimpleNamespace(**figures.snapshot())
+    assert (live.call_p50, sum(calls for _, calls in live.batch_sizes)) == (2.0, 1)

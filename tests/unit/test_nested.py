@@ -16,6 +16,7 @@ from microbatch.batching.request import PLAIN, own_text, read_messages
 from microbatch.messages import Message
 from microbatch.openai import AsyncOpenAI
 from microbatch.prompt.compose import compose, instruction, is_combined, item_line
+from microbatch.prompt.ids import IdKey
 from microbatch.schema.answer_type import answer_type
 from microbatch.spool.payload import Payload
 from microbatch.spool.provider.input_file import read
@@ -44,9 +45,8 @@ async def prompts():
     asked_again = await composed(little)
     assert len(asked_again) > 1
     return [
-        *await composed(),
+        *asked_again,  # the first of them is the prompt of a batch
         *await composed(output_type=Label),
-        *asked_again,
         *await composed(fallback=mb.FallbackPolicy(canary=True)),
         *await composed(texts=('"', "é\u2028\n", "[1abcde]", "x" * 3000)),
     ]
@@ -129,7 +129,9 @@ async def test_a_combined_prompt_in_the_spool_becomes_a_line_of_its_own():
 @given(st.text(), st.text(), st.lists(st.text(min_size=1), min_size=1), st.sampled_from([str, Label, int]))
 def test_it_is_recognised_whatever_a_proxy_has_put_around_it(before, after, texts, output_type):
     words = instruction(answer_type(output_type).words)
-    prompt, _ = compose(words, [item_line(text.encode("utf-8", "replace").decode()) for text in texts])
+    prompt, _ = compose(
+        words, [item_line(text.encode("utf-8", "replace").decode()) for text in texts], IdKey().draws(b"batch")
+    )
     for seen in (prompt, prompt.strip(), before + prompt + after, prompt.replace("\n", "\r\n")):
         messages = [SYSTEM, {"role": "user", "content": seen}]
         assert is_combined(seen)

@@ -11,6 +11,7 @@ import pytest
 from helpers import each
 
 from microbatch.prompt.compose import compose, instruction, item_line
+from microbatch.prompt.ids import IdKey
 from microbatch.schema.answer_type import AnswerType, answer_type
 from microbatch.testing import Faults, SimulatedModel, simulated_answer
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
@@ -41,7 +42,7 @@ def body_of(answers: AnswerType, texts: list[str], *, words: bool = True, form: 
     preamble = instruction(answers.words)
     if not words:
         preamble = preamble.replace("JSON Schema: ", "schema ")
-    prompt, _ = compose(preamble, [item_line(text) for text in texts])
+    prompt, _ = compose(preamble, [item_line(text) for text in texts], IdKey().draws(b"batch"))
     body: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": prompt}]}
     if form:
         schema = json.loads(json.dumps(answers.batch_schema))

@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Decision, Sampler, SamplingResult
 from opentelemetry.trace import SpanKind, StatusCode
+from two_minds import TwoMinds, ask_pairs, audited_batcher
 
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
@@ -391,3 +392,44 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(mb.ConfigError, match=r"pip install 'microbatch\[otel\]'"):
         mb.OpenTelemetryHooks()
+
+
+# --- audits
+
+
+async def test_a_call_of_an_audit_is_a_span_linked_to_the_callers_of_the_item_and_kept_apart_in_metrics():
+    telescope = Telescope()
+    async with audited_batcher(TwoMinds(delay=1.0), hooks=[telescope.hooks], prices={"m": mb.Price(1, 1)}) as batcher:
+        callers = await telescope.ask_all(batcher, ["worse a", "worse b"], model="m")
+        await batcher.audits.settled()
+    batch, *audits = telescope.spans()
+    assert [span.attributes["microbatch.route"] for span in (batch, *audits)] == ["batch", "audit", "audit"]
+    assert len(batch.links) == 2
+    (of_the_item,) = {tuple(link.context.span_id for link in span.links) for span in audits}
+    assert len(of_the_item) == 1
+    assert set(of_the_item) < {caller.context.span_id for caller in callers}
+    for name in ("duration", "operation.input_tokens", "operation.output_tokens"):
+        counts = {
+            attributes.get("microbatch.route"): count
+            for attributes, (_, count, _) in telescope.points(f"gen_ai.client.inference.{name}")
+        }
+        assert counts == {None: 1, "audit": 2}
+    requests = {attributes["microbatch.route"] for attributes, _ in telescope.points("microbatch.request.duration")}
+    assert requests == {"batch"}
+
+
+async def test_audits_their_scores_and_their_decisions_are_counted():
+    telescope = Telescope()
+    async with audited_batcher(TwoMinds(), hooks=[telescope.hooks]) as batcher:
+        await ask_pairs(batcher, "worse", 8, model="m")
+        await ask_pairs(batcher, "noisy", 2, model="m")
+        await ask_pairs(batcher, "sound", 3, model="m")
+        await ask_pairs(batcher, "long", 1, model="m")
+        ((row,), common) = batcher.stats().audit, {"gen_ai.request.model": "m", "microbatch.batch.size": 2}
+    outcomes = {"different": 8, "noise": 2, "same": 3, "not_comparable": 1}
+    assert telescope.points("microbatch.audits") == [
+        ({**common, "microbatch.audit.outcome": outcome}, count) for outcome, count in outcomes.items()
+    ]
+    ((attributes, score),) = telescope.points("microbatch.audit.score")
+    assert (attributes, score / 13) == (common, row.excess)
+    assert telescope.points("microbatch.audit.decisions") == [({**common, "microbatch.audit.decision": "condemned"}, 1)]

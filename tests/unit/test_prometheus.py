@@ -8,8 +8,10 @@ import prometheus_client
 import pytest
 from helpers import ask, batcher_for
 from prometheus_client.parser import text_string_to_metric_families
+from two_minds import TwoMinds, ask_pairs, audited_batcher
 
 import microbatch as mb
+from microbatch.accounting.audits import AuditedSize
 from microbatch.testing import ScriptedTransport
 
 WORDS = "words of a customer"
@@ -208,3 +210,87 @@ async def test_what_keeps_requests_alone_is_counted_by_field():
         await ask_all(batcher, "c", params={"stop": "x"})
         assert value(hooks, "alone_total", field="seed") == 2
         assert value(hooks, "alone_total", field="stop") == 3
+
+
+# --- audits
+
+OUTCOMES = {"sound": "same", "worse": "different", "noisy": "noise", "long": "not_comparable"}
+
+
+async def test_audits_are_counted_by_model_size_and_outcome_and_apart_from_requests():
+    hooks = mb.PrometheusHooks()
+    async with audited_batcher(TwoMinds(delay=1.0), hooks=[hooks], prices=PRICES) as batcher:
+        hooks.watch(batcher)
+        for times, word in enumerate(OUTCOMES, 1):
+            await ask_pairs(batcher, word, times, model="m")
+        for times, outcome in enumerate(OUTCOMES.values(), 1):
+            assert value(hooks, "audits_total", model="m", size="2", outcome=outcome) == times
+        audits = value(hooks, "calls_total", route="audit", outcome="answered")
+        assert audits == 1 + 2 * 2 + 2 * 3  # the long ones are not asked again
+        assert value(hooks, "call_seconds_count", route="audit") == audits
+        assert (
+            value(hooks, "batch_size_sum", route="batch") == 2 * value(hooks, "batch_size_count", route="batch") == 20
+        )
+        # Of requests, their time and their flushes audits are no part.
+        assert value(hooks, "requests_total", route="audit", outcome="answered") is None
+        assert value(hooks, "requests_total", route="batch", outcome="answered") == 20
+        assert value(hooks, "latency_seconds_count", priority="normal") == 20
+        assert value(hooks, "latency_seconds_sum", priority="normal") == pytest.approx(20.0)
+        assert value(hooks, "flushes_total", reason="size") == 10
+
+
+async def test_the_figures_of_an_audited_size_are_those_of_stats():
+    hooks = mb.PrometheusHooks()
+    async with audited_batcher(TwoMinds(), hooks=[hooks]) as batcher:
+        hooks.watch(batcher)
+        await ask_pairs(batcher, "worse", 10, model="m")
+        await ask_pairs(batcher, "sound", 60, model="n")
+        found = {row.model: row for row in batcher.stats().audit}
+        assert (found["m"].condemned, found["n"].certified) == (True, True)
+        for model, row in found.items():
+            labels = {"model": model, "size": "2"}
+            assert value(hooks, "audit_excess", **labels) == row.excess
+            assert value(hooks, "audit_excess_upper", **labels) == row.upper
+            assert value(hooks, "audit_condemned", **labels) == row.condemned
+            assert value(hooks, "audit_certified", **labels) == row.certified
+
+
+def row(kind, **fields):
+    given = {"model": "m", "size": 4, "asked": 1, "not_comparable": 0, "raw": 0.0, "noise": 0.0, "certified": False}
+    return AuditedSize(kind=kind, **{**given, "compared": 1, "excess": 0.0, "upper": 1.0, "condemned": False, **fields})
+
+
+def test_many_kinds_of_one_model_and_size_are_one_row():
+    class Watched:
+        stats = staticmethod(
+            lambda: mb.Stats(
+                audit=(
+                    row("a", compared=50, excess=0.25, upper=0.4, condemned=True),
+                    row("b", condemned=True),
+                    row("c", certified=True),
+                    *(row(f"{number}", size=8) for number in range(300)),
+                )
+            )
+        )
+
+    hooks = mb.PrometheusHooks()
+    hooks.watch(Watched)
+    figures = {name: number for name, number in scraped(hooks.render()).items() if "_audit_" in name[0]}
+    assert len(figures) == 8
+    assert value(hooks, "audit_excess", model="m", size="4") == 0.25
+    assert value(hooks, "audit_excess_upper", model="m", size="4") == 0.4
+    assert value(hooks, "audit_condemned", model="m", size="4") == 2
+    assert value(hooks, "audit_certified", model="m", size="4") == 1
+
+
+async def test_audited_models_are_at_most_64_labels():
+    hooks = mb.PrometheusHooks()
+    async with audited_batcher(TwoMinds(), hooks=[hooks]) as batcher:
+        hooks.watch(batcher)
+        for number in range(80):
+            await ask_pairs(batcher, "sound", 1, model=f"made up {number}")
+        await ask_pairs(batcher, "sound", 1)
+        models = {dict(labels)["model"] for name, *labels in scraped(hooks.render()) if "audit" in name}
+        assert len(models) == 65
+        assert value(hooks, "audits_total", model="other models", size="2", outcome="same") == 17
+        assert value(hooks, "audit_condemned", model="other models", size="2") == 0

@@ -129,10 +129,11 @@ class Kept:
             self.entries[key] = value
             fields = msgspec.msgpack.decode(value)
             assert msgspec.msgpack.encode(fields) == value  # so the fields and their order are all that the bytes say
-            tag, own_key, text, model, *figures, body = fields
+            tag, own_key, text, model, *figures, body, size, kind, tenant = fields
             assert own_key == key
             # Times and shares of tokens vary; what they are does not.
-            self.given.append([tag, key.hex(), text, model, *(type(each).__name__ for each in (*figures, ttl)), body])
+            types = [type(each).__name__ for each in (*figures, ttl)]
+            self.given.append([tag, key.hex(), text, model, *types, body, size, kind, tenant and tenant.hex()])
 
     async def aclose(self):
         pass

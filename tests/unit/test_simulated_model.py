@@ -29,6 +29,7 @@ from microbatch.errors import (
 )
 from microbatch.messages import Usage
 from microbatch.prompt.compose import compose, instruction, item_line
+from microbatch.prompt.ids import IdKey
 from microbatch.protocols import ChatCall, Transport
 from microbatch.schema.answer_type import answer_type
 from microbatch.testing.answers import json_type, simulated_answer, unwrap
@@ -135,7 +136,7 @@ def test_any_text_reaches_the_answer_unchanged(texts: list[str]):
 def test_what_the_library_composes_is_understood_and_its_schemas_pass_as_strict(kind):
     model = SimulatedModel()
     answers = answer_type(kind)
-    prompt, ids = compose(instruction(answers.words), [item_line(text) for text in TEXTS])
+    prompt, ids = compose(instruction(answers.words), [item_line(text) for text in TEXTS], IdKey().draws(b"batch"))
     form = {"name": "reply", "schema": answers.batch_schema, "strict": kind != dict[str, int]}
     body = {
         "model": "m",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from microbatch.batching.request import Options
     from microbatch.messages import Messages
     from microbatch.policy import FlushPolicy
+    from microbatch.prompt.ids import IdKey
     from microbatch.spool.records import Delivery
     from microbatch.transports.chat_wire import BatchWire
 
@@ -162,11 +163,18 @@ def read(delivery: Delivery, harmless: Collection[str] = HARMLESS) -> Asked:
 
 
 class Composer:
-    """Composes jobs; *policy* says how much one prompt may hold, *canary* whether each combined prompt ends in a canary."""
+    """Composes jobs.
 
-    def __init__(self, wire: BatchWire, policy: FlushPolicy, *, canary: bool = False) -> None:
+    Args:
+        wire: Writes the bodies of lines.
+        policy: Says how much one prompt may hold.
+        canary: Whether each combined prompt ends in a canary.
+        key: The key of the ids; None for that of this process.
+    """
+
+    def __init__(self, wire: BatchWire, policy: FlushPolicy, *, canary: bool = False, key: IdKey | None = None) -> None:
         self._wire = wire
-        self._codec = ChatCodec(canary=canary)
+        self._codec = ChatCodec(key=key, canary=canary)
         self._bounds = Bounds(wire.model, canary=canary)
         self._policy, self._estimates = policy, Estimates(_byte_count, self._bounds, canary=canary)
         self._harmless = HARMLESS.union(policy.combine_params)
@@ -238,7 +246,11 @@ class Composer:
             return self._wire.body(call), [], None
         lines = [each.line for each in batch]
         shared = copy_of(batch[0].texts[:-1])
-        combined = self._codec.compose(options, shared, lines, self._bound(options, len(batch)))
+        apart = (
+            options.tenant,
+            int(batch[0].stage),
+        )  # a batch that is as small as half a batch is asked again as it is
+        combined = self._codec.compose(options, shared, lines, self._bound(options, len(batch)), apart=apart)
         return self._wire.body(combined.call), combined.ids, combined.canary
 
     def _bound(self, options: Options, items: int) -> int | None:

@@ -31,6 +31,7 @@ from microbatch.checking import at_least, whole
 from microbatch.errors import BadRequest, RateLimited, RequestFailed, StorageError
 from microbatch.messages import Usage
 from microbatch.policy import FlushPolicy
+from microbatch.prompt.ids import IdKey
 from microbatch.spool.endpoint import Cause, Pause, wait
 from microbatch.spool.provider.api import is_ambiguous
 from microbatch.spool.provider.input_file import Composer, Content
@@ -95,6 +96,7 @@ class ProviderBatches(SpoolWorker):
         policy: The size limits of one prompt; its other fields have no effect.
         price: Returns the price function of a model, at the usual price, of which batches cost half.
         canary: Whether each combined prompt ends in a canary.
+        id_secret: As for `Microbatcher`.
         poll_interval: Seconds between two looks at the batches under way, and into an empty spool.
         max_requests: Most requests of a job.
         max_jobs: Most jobs under way here.
@@ -113,6 +115,7 @@ class ProviderBatches(SpoolWorker):
         policy: FlushPolicy | None = None,
         price: Pricing = lambda _model: None,
         canary: bool = False,
+        id_secret: bytes | str | None = None,
         lease: float = LEASE,
         poll_interval: float = POLL,
         max_requests: int = MAX_REQUESTS,
@@ -126,7 +129,7 @@ class ProviderBatches(SpoolWorker):
         super().__init__(spool, pause, lease=lease, until_empty=until_empty)
         self.done: Tally = Tally(progress)
         self._api = api
-        self._composer = Composer(wire, policy or FlushPolicy(), canary=canary)
+        self._composer = Composer(wire, policy or FlushPolicy(), canary=canary, key=IdKey(id_secret))
         self._results = partial(Results, wire=wire, price=price)
         self._poll_interval = poll_interval
         self._max_requests = self._most = max_requests

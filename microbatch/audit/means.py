@@ -1,0 +1,124 @@
+"""Evidence on the excess from mean scores: of the answers of a batch, or of an item in several batches.
+
+All items of a calibration are asked alone twice (S1, S2), and in batches (B). The score of an answer is the mean of those of
+`microbatch.audit.evidence` for (S1, S2) and (S2, S1), which are alike:
+
+    (B differs from S1) / 2 + (B differs from S2) / 2 - (S1 differs from S2)
+
+So its expectation is the excess as well, and it varies less. It is between -1/2 and 1, and so are means of it. The wealth is that of
+the same gamblers as there. Their stakes are not equal: half of the wealth bets as much as it can against an excess above the bound,
+so that 173 batches without a difference are enough for a bound of 2 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from microbatch.audit.evidence import ENOUGH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+LEAST: Final = -0.5
+"""The least score."""
+
+_ABOVE: Final = ((0.05, 1 / 6), (0.1, 1 / 6), (0.2, 1 / 6), (0.4, 1 / 6), (0.7, 1 / 6), (0.95, 1 / 6))
+_BELOW: Final = ((0.1, 0.06), (0.2, 0.08), (0.4, 0.12), (0.6, 0.12), (0.8, 0.12), (1.0, 0.5))
+"""Bets for and against an excess above the bound, as parts of the largest that cannot lose more than everything, and their stakes."""
+
+_HALVINGS: Final = 60
+"""Halvings of an interval that is searched."""
+
+_MOST_TIMES: Final = 1e6
+
+
+def score(*, first: bool, second: bool, alone: bool) -> float:
+    """Return the score of an answer that agrees with *first* and *second*, the answers alone, or not; *alone*: these agree."""
+    return (2 - first - second) / 2 - (not alone)
+
+
+class Means(msgspec.Struct):
+    """Mean scores, counted. The order in which they came does not matter to the wealth.
+
+    Attributes:
+        counts: The number of times that each was added.
+    """
+
+    counts: Counter[float] = msgspec.field(default_factory=Counter)
+
+    def add(self, mean: float) -> None:
+        """Add a mean score."""
+        self.counts[mean] += 1
+
+    @property
+    def count(self) -> int:
+        """The number of means."""
+        return self.counts.total()
+
+    @property
+    def excess(self) -> float:
+        """The mean of all, 0.0 before the first."""
+        return sum(mean * times for mean, times in self.counts.items()) / (self.count or 1)
+
+    def wealth_above(self, bound: float, times: float = 1) -> float:
+        """Return the wealth bet against "the excess is at most *bound*", if all had come so many *times*."""
+        return self._wealth(_ABOVE, lambda mean, bet: 1 + bet * (mean - bound) / (bound - LEAST), times)
+
+    def wealth_below(self, bound: float, times: float = 1) -> float:
+        """Return the wealth bet against "the excess is at least *bound*", if all had come so many *times*."""
+        return self._wealth(_BELOW, lambda mean, bet: 1 - bet * (mean - bound) / (1 - bound), times)
+
+    def _wealth(
+        self, bets: Sequence[tuple[float, float]], factor: Callable[[float, float], float], times: float
+    ) -> float:
+        wealth = 0.0
+        for bet, stake in bets:
+            log = sum(count * _log(factor(mean, bet)) for mean, count in self.counts.items())
+            wealth += stake * math.exp(min(times * log, 700.0))
+        return wealth
+
+    @property
+    def upper_bound(self) -> float:
+        """The bound that the excess does not exceed with 95 % confidence: the largest that is not rejected; 1.0 for none.
+
+        The wealth against "the excess is at least m" grows with m, because each factor does.
+        """
+        low, high = max(LEAST, self.excess), 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            if self.wealth_below(middle) >= ENOUGH:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def times_needed(self, bound: float) -> float | None:
+        """Return how many times as many means like these show that the excess is below *bound*; None if it does not seem to be."""
+        if not self.count or self.wealth_below(bound, _MOST_TIMES) < ENOUGH:
+            return None
+        low, high = 0.0, _MOST_TIMES
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            if self.wealth_below(bound, middle) >= ENOUGH:
+                high = middle
+            else:
+                low = middle
+        return high
+
+
+def least_count(bound: float) -> int:
+    """Return the number of means that show an excess below *bound* if none of them differs from 0."""
+    return math.ceil(Means(Counter({0.0: 1})).times_needed(bound) or _MOST_TIMES)
+
+
+def smallest_bound(count: int) -> float:
+    """Return the bound that *count* means show if none of them differs from 0."""
+    return Means(Counter({0.0: count})).upper_bound
+
+
+def _log(factor: float) -> float:
+    return math.log(factor) if factor > 0 else -math.inf

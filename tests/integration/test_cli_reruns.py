@@ -1,0 +1,77 @@
+"""Runs of one file with one `--id-seed`: what goes over the wire is the same, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from command_line import QUESTION, here, output, products  # noqa: F401 a fixture
+from helpers import serving
+
+from microbatch.cli.main import main
+from microbatch.testing import Faults
+
+pytestmark = pytest.mark.usefixtures("here")
+
+ITEMS = 120
+
+
+def bodies(*words, seed="a seed", faults=None, hashes="0"):
+    """Run a command in a process of its own; return the bodies of its requests, in order, and the output."""
+    with serving(record=True, faults=faults) as endpoint:
+        flags = [
+            "--base-url",
+            endpoint.base_url,
+            "--model",
+            "m",
+            "--max-concurrent-batches",
+            "1",
+            "--force",
+            "--no-progress",
+        ]
+        flags += ["--id-seed", seed] if seed else []
+        subprocess.run(
+            [sys.executable, "-m", "microbatch", "run", "in.jsonl", "-o", "out.jsonl", *QUESTION, *flags, *words],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"PYTHONHASHSEED": hashes},
+        )
+    return endpoint.requests, sorted(output(), key=lambda line: line["custom_id"])
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        (None, ("--labels", "home,other")),
+        (None, ("--canary",)),
+        (Faults(("missing", "broken_json", "truncated", "unknown", "refusal"), rate=0.5), ("--labels", "home,other")),
+        (Faults(("missing", "shifted_back", "http_400", "filtered"), rate=0.5), ("--canary",)),
+    ],
+    ids=["labels", "canary", "labels and faults", "canary and faults"],
+)
+def test_the_same_file_twice_with_one_seed_is_the_same_to_the_byte(faults, words):
+    products(ITEMS)
+    first, answers = bodies(*words, faults=faults, hashes="1")
+    second, again = bodies(*words, faults=faults, hashes="2")
+    assert len(answers) == len(again) == ITEMS
+    assert len(first) >= (ITEMS // 16 if faults is None else 20)
+    assert first == second
+    assert answers == again
+
+
+def test_without_a_seed_or_with_another_every_id_differs():
+    products(32)
+    texts = [[body["messages"][-1]["content"] for body in bodies(seed=seed)[0]] for seed in (None, None, "a")]
+    for place in range(2):
+        assert len({text[place] for text in texts}) == 3
+        assert len({text[place].partition("\n[")[0] for text in texts}) == 1
+
+
+def test_an_empty_seed_is_refused_before_anything_is_sent(capsys):
+    products(3)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "in.jsonl", "-o", "out.jsonl", *QUESTION, "--simulate", "--id-seed", ""])
+    assert ended.value.code == 2
+    assert "--id-seed: must not be empty" in capsys.readouterr().err
