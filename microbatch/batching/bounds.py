@@ -236,6 +236,7 @@ class Bounds:
         if outcome.ending == "length" and completion is not None and sent is not None and _reached(completion, sent):
             again, at_bound = self._at_the_bound(spec, history, outcome, sent, fresh)
             runaway = runaway or at_bound
+        history.overran |= runaway
         if not again:
             bounded_length = outcome.ending == "length" and sent is not None
             history.record_outcome(

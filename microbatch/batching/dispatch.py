@@ -104,10 +104,11 @@ class Dispatcher:
         combined = self._codec.compose(spec, spec.shared, lines, bound, apart=(spec.tenant, path))
         call, call_state = combined.call, self._begin(tickets, route, permit)
         unclocked = history.times is not None and history.times.size is None  # a stream shows the time of an answer
-        call.stream = self._early and (unclocked or not all(ticket.bulk for ticket in tickets))
+        for_callers = self._early and (unclocked or not all(ticket.bulk for ticket in tickets))
+        call.stream = for_callers or history.may_overrun  # only a stream can be cut
         call.timeout = self._remaining(tickets)
         batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
-        batch.early, batch.tries, batch.instead = call.stream and not history.drafts, tries, instead
+        batch.early, batch.tries, batch.instead = self._early and call.stream and not history.drafts, tries, instead
         batch.reset()
         if history.times is not None:
             batch.clock = ReplyClock(history.times, call_state.sent)

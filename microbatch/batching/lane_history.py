@@ -150,6 +150,7 @@ class LaneHistory(msgspec.Struct):
         drafts: Whether the first answers of replies may be drafts, so that none is handed out before the end.
         proven: Whether a combined reply was useful and ended where it should have.
         fruitless: Combined replies in a row without one sound element, or of a model that did not stop.
+        overran: Whether a model did not stop after the last request.
         doubled: Whether the bound on combined replies is doubled, because it was too low.
         reasons: Whether the model reasons although it was told not to.
         affordable: The most tokens of a reply that the account's credit pays for.
@@ -177,6 +178,7 @@ class LaneHistory(msgspec.Struct):
     drafts: bool = False
     proven: bool = False
     fruitless: int = 0
+    overran: bool = False
     doubled: bool = False
     reasons: bool = False
     affordable: int | None = None
@@ -278,6 +280,11 @@ class LaneHistory(msgspec.Struct):
             self.proven = self.revised = True
         if judged:
             self.fruitless = 0 if good else self.fruitless + 1
+
+    @property
+    def may_overrun(self) -> bool:
+        """True if a combined reply may go on after the last request, by what earlier ones did."""
+        return self.overran or not self.proven
 
     def is_useless(self, *, complete: bool) -> bool:
         """Return whether combining is of no use, or costs more than it saves, and is not suspended yet.
