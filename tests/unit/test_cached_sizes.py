@@ -155,19 +155,24 @@ async def test_what_was_stored_a_moment_ago_is_condemned_too(bulk):
 
 @pytest.mark.promise(of="audit_cache")
 async def test_what_a_condemned_size_has_answered_stays_condemned_when_the_size_is_tried_again():
-    async with audited_batcher(TwoMinds(), cache=mb.MemoryCache(), policy={"adapt": True}) as batcher:
+    cache = mb.MemoryCache()
+    async with (
+        audited_batcher(TwoMinds(), cache=cache, policy={"adapt": True}) as batcher,
+        batcher_for(TwoMinds(), cache, **PAIR) as other,
+    ):
         await submit_all(batcher, ["worse old", "worse older"])
         await batcher.audits.settled()
         await ask_pairs(batcher, "worse", 20)
         assert [row.condemned for row in batcher.stats().audit] == [True]
+        await submit_all(other, ["worse late", "worse later"])  # by a process that does not know
         for number in range(500):
             await batcher.submit(ask(f"sound {number}"), use_cache=False)
         both = await submit_all(batcher, ["sound again", "sound too"])
         assert {reply.batch_size for reply in both} == {2}  # it is tried again
         assert not any(row.condemned for row in batcher.stats().audit)
-        old = [await batcher.submit(ask(text)) for text in ("worse old", "worse older")]
+        old = [await batcher.submit(ask(f"worse {text}")) for text in ("old", "older", "late", "later")]
         new = [await batcher.submit(ask(text)) for text in ("sound again", "sound too")]
-    assert [reply.output for reply in old] == ["WORSE OLD", "WORSE OLDER"]
+    assert [reply.output for reply in old] == ["WORSE OLD", "WORSE OLDER", "WORSE LATE", "WORSE LATER"]
     assert [(reply.route, reply.batch_size) for reply in new] == [("cache", 2), ("cache", 2)]
 
 
