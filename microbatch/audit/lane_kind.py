@@ -15,6 +15,7 @@ the answers of the present period doubtful, and those of larger steps that are u
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -131,6 +132,7 @@ class LaneKind(msgspec.Struct):
         condemnations: Condemnations so far.
         requests: Requests that have left a queue since the latest of them.
         under_way: Audits that have not ended.
+        doubted_at: For each step whose answers have become doubtful, the latest time of that, in seconds since 1970.
     """
 
     digest: str
@@ -140,6 +142,7 @@ class LaneKind(msgspec.Struct):
     condemnations: int = 0
     requests: int = 0
     under_way: int = 0
+    doubted_at: dict[int, float] = {}
 
     def record(self, step: int) -> StepRecord:
         """Return the record of *step*."""
@@ -152,10 +155,24 @@ class LaneKind(msgspec.Struct):
         """Return whether the next batch of bulk work, of *size* requests, waits for audits of those before."""
         return self.under_way >= _AHEAD and self.record(step_of(size)).undecided
 
-    def is_condemned(self, size: int) -> bool:
-        """Return whether answers from batches of *size* requests are not good enough."""
-        record = self.steps.get(step_of(size))
-        return record is not None and record.condemned
+    def is_condemned(self, size: int, given_at: float = math.inf) -> bool:
+        """Return whether answers from batches of *size* requests, given at *given_at*, are not good enough.
+
+        The time is in seconds since 1970; infinity is that of the next batch.
+        """
+        step = step_of(size)
+        record = self.steps.get(step)
+        return (record is not None and record.condemned) or given_at < self.doubted_at.get(step, -math.inf)
+
+    def doubt(self, now: float, condemned: int | None = None) -> None:
+        """Note at *now*, in seconds since 1970, which answers so far are doubtful, when a step is *condemned* or tried again.
+
+        They are those of the condemned step and of larger ones that are undecided, which will not be judged any more, and remain so
+        when the step is tried again. A step that was doubtful before and has no certificate since still is.
+        """
+        for step, record in self.steps.items():
+            if not record.certified and (step in self.doubted_at or (condemned is not None and step >= condemned)):
+                self.doubted_at[step] = now
 
     def period(self, size: int) -> int:
         """Return the number of the present period of batches of *size* requests."""

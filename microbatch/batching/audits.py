@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -81,6 +83,7 @@ class Audits:
         self._draw = draw
         self._correct = correct
         self._leases: dict[SlotLease, None] = {}  # of audits that wait; an ordered set
+        self._now = time.time  # noqa: TID251 cached answers outlive processes
         self._under_way = 0
         self._ended = asyncio.Event()
         self._closed = False
@@ -114,10 +117,10 @@ class Audits:
         for kind in kinds:
             self.kinds.put(kind.digest, kind)
 
-    def is_condemned(self, digest: str, size: int) -> bool:
-        """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew."""
+    def is_condemned(self, digest: str, size: int, given_at: float = math.inf) -> bool:
+        """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew; see `LaneKind`."""
         kind = self.kinds.get(digest) if self._policy.adapt else None
-        return kind is not None and kind.is_condemned(size)
+        return kind is not None and kind.is_condemned(size, given_at)
 
     def figures(self) -> Iterator[AuditedSize]:
         """Yield what the audits have found so far."""
@@ -127,6 +130,7 @@ class Audits:
     def count(self, kind: LaneKind, requests: int) -> None:
         """Count *requests* that leave a lane of *kind*."""
         if self._policy.adapt and kind.grows(requests, self._given.policy.max_batch_size):
+            kind.doubt(self._now())
             self._changed(kind)
 
     # --- samples
@@ -261,6 +265,7 @@ class Audits:
             if record is kind.steps.get(step):  # else the step has been tried again since
                 decision = kind.add(step, scored, policy.max_excess, adapt=policy.adapt)
         if decision == "condemned" and policy.adapt:
+            kind.doubt(self._now(), step)
             self._note_condemned(kind, step)
             self._changed(kind)
         notify = self._given.listeners.audit

@@ -61,8 +61,8 @@ class AnswerCache:
 
     Attributes:
         guard: The store of answers.
-        is_condemned: Returns whether the answers of a kind of lane, given by its digest, from batches of a size are asked for anew;
-            set by the audit, without which none are.
+        is_condemned: Returns whether the answers of a kind of lane, named by its digest, from batches of a size, given at a time in
+            seconds since 1970, are asked for anew; set by the audit, without which none are.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class AnswerCache:
         normalize: Callable[[str], str] | None,
     ) -> None:
         self.guard: Guard = cache if isinstance(cache, Guard) else Guard(cache)
-        self.is_condemned: Callable[[str, int], bool] = _never_condemned
+        self.is_condemned: Callable[[str, int, float], bool] = _never_condemned
         self._ledger = ledger
         self._price = price
         self._listeners = listeners
@@ -151,7 +151,7 @@ class AnswerCache:
         now = self._now()
         entry = None if value is None else entries.read(value, key, now)
         kind = None if entry is None else self._kind_of(entry)
-        if entry is None or _is_ahead(entry, now) or self._asks_anew(kind, entry.batch_size):
+        if entry is None or _is_ahead(entry, now) or self._asks_anew(kind, entry):
             self._ledger.cache_misses += 1
             return None
         with contained() as decoding:
@@ -189,8 +189,8 @@ class AnswerCache:
             return None
         return self._keys.masked(entry.key, entry.lane_kind).hex()
 
-    def _asks_anew(self, kind: str | None, batch_size: int) -> bool:
-        return kind is not None and batch_size > 1 and self.is_condemned(kind, batch_size)
+    def _asks_anew(self, kind: str | None, entry: entries.Entry) -> bool:
+        return kind is not None and entry.batch_size > 1 and self.is_condemned(kind, entry.batch_size, entry.stored_at)
 
     def _count_hit(self, entry: entries.Entry, now: float) -> None:
         ledger = self._ledger
@@ -294,7 +294,7 @@ class AnswerCache:
                 del self._fresh[key]
 
 
-def _never_condemned(_kind: str, _size: int) -> bool:
+def _never_condemned(_kind: str, _size: int, _given_at: float) -> bool:
     return False
 
 

@@ -122,7 +122,7 @@ async def test_an_answer_given_alone_is_never_condemned():
         await submit_all(batcher, "ab")
         await batcher.submit(ask("c"))
         await batcher.submit(ask("d"), params={"logprobs": True})
-        batcher._cache.is_condemned = lambda kind, size: True
+        batcher._cache.is_condemned = lambda kind, size, given_at: True
         assert (await batcher.submit(ask("c"))).route == "cache"
         assert (await batcher.submit(ask("d"), params={"logprobs": True})).route == "cache"
         assert (await batcher.submit(ask("a"))).route == "single"
@@ -151,6 +151,29 @@ async def test_what_was_stored_a_moment_ago_is_condemned_too(bulk):
             again = [await batcher.submit(request.messages) for request in requests]
         assert batcher.stats().cache_misses > 40
     assert [reply.output for reply in again] == [f"WORSE {pair} {item.upper()}" for pair in range(20) for item in "ab"]
+
+
+@pytest.mark.promise(of="audit_cache")
+async def test_what_a_condemned_size_has_answered_stays_condemned_when_the_size_is_tried_again():
+    cache = mb.MemoryCache()
+    async with (
+        audited_batcher(TwoMinds(), cache=cache, policy={"adapt": True}) as batcher,
+        batcher_for(TwoMinds(), cache, **PAIR) as other,
+    ):
+        await submit_all(batcher, ["worse old", "worse older"])
+        await batcher.audits.settled()
+        await ask_pairs(batcher, "worse", 20)
+        assert [row.condemned for row in batcher.stats().audit] == [True]
+        await submit_all(other, ["worse late", "worse later"])  # by a process that does not know
+        for number in range(500):
+            await batcher.submit(ask(f"sound {number}"), use_cache=False)
+        both = await submit_all(batcher, ["sound again", "sound too"])
+        assert {reply.batch_size for reply in both} == {2}  # it is tried again
+        assert not any(row.condemned for row in batcher.stats().audit)
+        old = [await batcher.submit(ask(f"worse {text}")) for text in ("old", "older", "late", "later")]
+        new = [await batcher.submit(ask(text)) for text in ("sound again", "sound too")]
+    assert [reply.output for reply in old] == ["WORSE OLD", "WORSE OLDER", "WORSE LATE", "WORSE LATER"]
+    assert [(reply.route, reply.batch_size) for reply in new] == [("cache", 2), ("cache", 2)]
 
 
 @pytest.mark.promise(of="audit_cache")
