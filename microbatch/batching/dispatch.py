@@ -15,7 +15,7 @@ from microbatch.containment import contained
 from microbatch.errors import ConfigError, RequestFailed, ShutDown, StatusError, TransportTimeout
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
-from microbatch.transports.chat_wire import completion_object
+from microbatch.transports.chat_wire import tool_call_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.prompt.outcome import Ending
     from microbatch.protocols import ChatCall, Completion
-    from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.accounts import Permit
 
     CallPath = tuple[int, ...]
@@ -485,17 +484,10 @@ class Dispatcher:
             )
             reply._wait = wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
-        _hand_back(spec.answer.tool if size > 1 else None, replies)
+        if size > 1 and spec.answer.tool is not None:
+            for _, reply in replies:
+                reply.body = tool_call_object(spec.answer.tool, reply.text, reply.model)
         answered = self._settlement.answer(replies)
         if call_cost is not None:
             call_cost.handed_out = answered - estimated
         return answered
-
-
-def _hand_back(tool: ForcedTool | None, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> None:
-    """Hand the answers of a combined reply back as calls of *tool*, if that is what was asked for."""
-    if tool is None:
-        return
-    for _, reply in replies:
-        members, reason = tool.call(reply.text), tool.finish_reason
-        reply.body = completion_object(None, model=reply.model, finish_reason=reason, members=members)

@@ -25,7 +25,7 @@ from microbatch.containment import contained
 from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
-from microbatch.transports.chat_wire import completion_object
+from microbatch.transports.chat_wire import tool_call_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -163,8 +163,7 @@ class AnswerCache:
         ended = asyncio.get_running_loop().time()
         body, tool = entry.json(), options.answer.tool
         if body is None and tool is not None:
-            reason, members = tool.finish_reason, tool.call(text)
-            body = completion_object(None, model=entry.model, finish_reason=reason, members=members)
+            body = tool_call_object(tool, text, entry.model)
         reply = Reply(
             output,
             text,
