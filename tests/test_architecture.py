@@ -74,6 +74,7 @@ IMPURE = {
         "attempt",
         "chat_wire",
         "connection",
+        "first_form",
         "http",
         "openai_chat",
         "relay",

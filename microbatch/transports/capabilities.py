@@ -28,6 +28,7 @@ from microbatch.errors import BadRequest, ServerError
 from microbatch.lru import LRU
 from microbatch.transports.bound_refusals import lower, read_refusal
 from microbatch.transports.field_refusals import MAX_TOKENS_NAMES, OPTIONAL, STATUSES, names_system, read_fields
+from microbatch.transports.first_form import FirstForm
 
 if TYPE_CHECKING:
     from microbatch.errors import StatusError
@@ -90,6 +91,7 @@ class _Entry:
         self.max_tokens_name: str = MAX_TOKENS_NAMES[0]
         self.streams_only: bool = False
         self.blameless: bool = False  # whether a call was refused in the same words without its bound as with it
+        self.first: FirstForm = FirstForm()
 
     def schema(self, digest: bytes) -> _RungState:
         """Return the state of one schema, to be changed; that of no schema for b""."""
@@ -227,6 +229,12 @@ class Capabilities:
                 state.rung = min(state.rung, rung)
         own.works.add(rung)
         entry.general.works.add(rung)
+        entry.first.end()
+
+    def untried(self, plan: Plan) -> FirstForm | None:
+        """Return what *plan* has to wait for because its endpoint has answered no call with a schema yet; None for nothing."""
+        first = plan.entry.first
+        return None if first.over or plan.rung is None or self._rung is not None else first
 
     def learn(self, plan: Plan, fault: Fault, error: StatusError, now: float) -> StatusError:
         """Learn from *error*, read from *fault*, what the endpoint does not support.

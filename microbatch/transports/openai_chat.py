@@ -16,7 +16,7 @@ from weakref import WeakSet
 import msgspec
 
 from microbatch.checking import Count, Positive, Seconds, checks_arguments
-from microbatch.errors import AuthFailed, ConfigError
+from microbatch.errors import AuthFailed, ConfigError, StatusError
 from microbatch.transports.addresses import (
     CHAT_COMPLETIONS,
     DEFAULT_BASE_URL,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import aiohttp
 
     from microbatch.protocols import ChatCall, Completion
+    from microbatch.transports.capabilities import Plan
+    from microbatch.transports.first_form import FirstForm
 
 Thoughts = Literal["strip", "keep"]
 # aiohttp warns of longer bytes, which it writes in one piece; a BytesIO is written in several.
@@ -209,32 +211,50 @@ class OpenAIChat:
         total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
         key, total = await self._authorization(own, total)
         headers = self._signed(key, own)
-        wants_stream = call.stream if self._stream is None else self._stream
-        plan = self._capabilities.plan(
-            call,
-            (self.base_url, model, credentials_digest(own.items())),
-            asyncio.get_running_loop().time(),
-            stream=bool(wants_stream) and (can_stream(call) or call.on_event is not None),
-            may_stream=self._stream is None and can_stream(call),
-        )
+        plan, first, total = await self._planned(call, model, own, total)
         request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})
         body = request_body(call, model, plan)
         if body.pop("stream_options", None) and self._stream_options:
             body["stream_options"] = self._stream_options
-        first = self._first_timeout if plan.stream else None
-        clock = Clock(total, self._idle_timeout, self._stream_interval, first)
+        patience = self._first_timeout if plan.stream else None
+        clock = Clock(total, self._idle_timeout, self._stream_interval, patience)
         attempt = Attempt(
             plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets, call.on_event
         )
+        again = False
         try:
             return await attempt.run(
                 self._request(session, "POST", path, headers=request, who=own, body=_encoded(body))
             )
-        except AuthFailed as error:
-            if error.status == UNAUTHORIZED and self._key.refused(key):
+        except StatusError as error:
+            if isinstance(error, AuthFailed) and error.status == UNAUTHORIZED and self._key.refused(key):
                 error.again = call not in self._repeated
                 self._repeated.add(call)
+            again = error.again
             raise
+        finally:
+            if first is not None and not again:
+                first.end(call)
+
+    async def _planned(
+        self, call: ChatCall, model: str, own: Mapping[str, str], total: float
+    ) -> tuple[Plan, FirstForm | None, float]:
+        """Return how to make the next attempt at *call*, the first call to its endpoint if it waited for one, and what is left of *total*."""
+        wants_stream = call.stream if self._stream is None else self._stream
+        make = partial(
+            self._capabilities.plan,
+            call,
+            (self.base_url, model, credentials_digest(own.items())),
+            stream=bool(wants_stream) and (can_stream(call) or call.on_event is not None),
+            may_stream=self._stream is None and can_stream(call),
+        )
+        now = asyncio.get_running_loop().time
+        plan = make(begun := now())
+        first = self._capabilities.untried(plan)
+        if first is None:
+            return plan, None, total
+        await first.wait(call)
+        return make(now()), first, max(0.0, total - (now() - begun))
 
     @asynccontextmanager
     async def forward(

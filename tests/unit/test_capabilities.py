@@ -77,6 +77,26 @@ def test_concurrent_refusals_step_once() -> None:
     assert plan(ladder).rung is Rung.JSON_OBJECT
 
 
+def test_calls_with_a_schema_wait_for_the_first_one_until_an_endpoint_has_answered_one() -> None:
+    ladder, text = Capabilities(), ChatCall(messages=[])
+    ladder.accepted(plan(ladder, text), 0.0)
+    assert ladder.untried(plan(ladder, text)) is None
+    first = ladder.untried(plan(ladder))
+    assert first is not None
+    assert ladder.untried(plan(ladder, model="other")) is not first
+    refuse(ladder, plan(ladder))
+    assert ladder.untried(plan(ladder)) is first
+    ladder.accepted(plan(ladder), 0.0)
+    assert first.over
+    assert ladder.untried(plan(ladder)) is None
+    assert ladder.untried(plan(ladder, model="other")) is not None
+
+
+def test_a_declared_form_is_not_tried() -> None:
+    ladder = Capabilities("json_schema")
+    assert ladder.untried(plan(ladder)) is None
+
+
 def test_a_late_refusal_neither_climbs_back_nor_starts_the_hour_again() -> None:
     ladder = Capabilities()
     late = plan(ladder)
