@@ -133,6 +133,7 @@ class Dispatcher:
             alone = self._take_end(batch, how, completion)
             given_up = completion is None and (error is None or isinstance(error, TransportTimeout))
             batch.note_time(self._now(), given_up=given_up)
+            self._ledger.cut_replies += how in ("cut", "length") and not given_up
         finally:
             call_state.end()
             self._bounds.of(call.model).trying -= batch.tries
@@ -179,6 +180,7 @@ class Dispatcher:
         if batch.repeated or batch.call_state.waiting <= 0 or any(ticket.reply is not None for ticket in batch.tickets):
             return False
         self.attribution.attribute(batch, completion, self._cost(batch, completion))
+        self._ledger.cut_replies += 1
         batch.reset()
         batch.repeated = True
         return True
