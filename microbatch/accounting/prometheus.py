@@ -62,6 +62,8 @@ _COUNTERS: Final = {
     "cache_bypassed": "Requests for which the cache was out of order.",
     "cache_stores": "Answers put into the cache.",
     "cache_evictions": "Answers the cache dropped for want of room.",
+    "unknown_ids": "Answers under ids that were not asked for.",
+    "cut_replies": "Combined replies that were broken off or hit a token limit.",
     "canaries_failed": "Replies distrusted because they got their canary wrong.",
     "lanes_parted": "How often a lane stopped combining for a while, because it cost more than it saved.",
     "unbatched_calls": "Calls that the answered requests would have taken one by one.",

@@ -60,14 +60,36 @@ class _Figures(msgspec.Struct, kw_only=True):
     alone_by_field: dict[str, int] = {}
     audit: tuple[AuditedSize, ...] = ()
     singles_compared: int = 0
+    cut_replies: int = 0
+    damage_usage: Usage = Usage()
+    damage_cost_usd: float | None = 0.0
 
     @property
     def costs_more(self) -> bool:
         """True if combining has cost more than it saved: in dollars if prices are known, else in tokens."""
-        if self.cost_usd and self.unbatched_cost_usd is not None:
-            return self.cost_usd > self.unbatched_cost_usd
+        return self._loss > 0
+
+    @property
+    def damage_costs_more(self) -> bool:
+        """True if it has only because replies were damaged: without `damage_usage` it would not have."""
+        return 0 < self._loss <= self._damage
+
+    @property
+    def _loss(self) -> float:
+        """What combining has cost beyond single calls, in the unit of `_damage`."""
+        if self._priced:
+            return (self.cost_usd or 0.0) - (self.unbatched_cost_usd or 0.0)
         unbatched_tokens = self.unbatched_prompt_tokens + self.unbatched_completion_tokens
-        return self.prompt_tokens + self.completion_tokens > unbatched_tokens
+        return self.prompt_tokens + self.completion_tokens - unbatched_tokens
+
+    @property
+    def _damage(self) -> float:
+        usage = self.damage_usage
+        return self.damage_cost_usd or 0.0 if self._priced else usage.prompt_tokens + usage.completion_tokens
+
+    @property
+    def _priced(self) -> bool:
+        return bool(self.cost_usd) and self.unbatched_cost_usd is not None
 
 
 class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgspec allows it, unlike dataclasses
@@ -118,7 +140,10 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
             "messages: image part", "last message is not the user's"... A request with several such fields counts for each.
         audit: What `Microbatcher(audit=)` has found, for each kind of lane and size of batches.
         singles_compared: Single replies with which the `unbatched_` figures of combined replies of the same kind were compared; they
-            are corrected if single replies take more than was calculated. 0 until there are at least 8 of a kind.
+            are corrected if single replies take more or less than was calculated. 0 until there are at least 8 of a kind.
+        cut_replies: Combined replies that were broken off, or hit a token limit.
+        damage_usage: The tokens of the `fallback_calls`, and of combined calls whose reply answered nothing.
+        damage_cost_usd: Their price in US dollars; None like `cost_usd`.
     """
 
     @property
@@ -177,8 +202,17 @@ class Ledger(_Figures, kw_only=True):
         counts[field] += 1
         return counts[field] == 1
 
-    def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None) -> None:
-        """Add a call that reported *usage*; one by one, its answered requests would have used *alone*."""
+    def pay(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, damage: bool = False) -> None:
+        """Add a call that reported *usage*; one by one, its answered requests would have used *alone*.
+
+        *damage* if its reply answered nothing, or it asked again for what another had left unanswered.
+        """
+        if damage:
+            self.damage_usage += usage
+            if price is None or self.damage_cost_usd is None:
+                self.damage_cost_usd = None
+            else:
+                self.damage_cost_usd += price(usage)
         figures: _Figures = self
         if self.owed_prompt or self.owed_completion:
             alone = self._less_owed(alone)
@@ -225,7 +259,7 @@ class Ledger(_Figures, kw_only=True):
             "cache_age": self.cache_ages / (self.cache_hits or 1),
         }
         if self.unreported_calls and not self.prompt_tokens and not self.completion_tokens:
-            figures |= {"cost_usd": None, "unbatched_cost_usd": None}
+            figures |= {"cost_usd": None, "unbatched_cost_usd": None, "damage_cost_usd": None}
         return Stats(**figures | others)
 
 

@@ -116,7 +116,7 @@ class UsageAttribution:
             usage, price = call_cost.usage, call_cost.price
             self._book([ticket], call_cost)
             alone = usage if ticket.reply is not None else Usage()
-            self._ledger.pay(usage, alone, price)
+            self._ledger.pay(usage, alone, price, damage=history is not None)
             self._record_joined(ticket, alone, price)
             self._estimates.learn_alone(ticket, usage.prompt_tokens)
             if history is not None:
@@ -217,9 +217,11 @@ class UsageAttribution:
                 line_bytes=sum(lines),
                 answer_bytes=sum(answers),
             )
-        self._ledger.pay(usage, alone, price)
+        fallback = batch.call_state.route == "fallback"
+        fruitless = not shares and not all(ticket.done for ticket in batch.tickets)
+        self._ledger.pay(usage, alone, price, damage=fallback or fruitless)
         self._compare(history, price)
-        history.economics.record(usage, alone, price, again=batch.call_state.route == "fallback" and not batch.instead)
+        history.economics.record(usage, alone, price, again=fallback and not batch.instead)
         self._warn_if_dearer()
         if not (each and shares):
             return []
@@ -239,6 +241,8 @@ class UsageAttribution:
         self._batches += 1
         if self._batches == _ENOUGH_BATCHES and self._ledger.costs_more:
             advice = "the messages they share are too short, or the answers too long"
+            if self._ledger.damage_costs_more:
+                advice = "replies were damaged or cut, and what they left unanswered was asked again"
             logger.warning("combining requests costs more than it saves here (%s): %s", self._ledger.comparison, advice)
 
 

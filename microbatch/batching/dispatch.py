@@ -15,7 +15,7 @@ from microbatch.containment import contained
 from microbatch.errors import ConfigError, RequestFailed, ShutDown, StatusError, TransportTimeout
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
-from microbatch.transports.chat_wire import tool_call_object
+from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.prompt.outcome import Ending
     from microbatch.protocols import ChatCall, Completion
+    from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.accounts import Permit
 
     CallPath = tuple[int, ...]
@@ -136,6 +137,7 @@ class Dispatcher:
             alone = self._take_end(batch, how, completion)
             given_up = completion is None and (error is None or isinstance(error, TransportTimeout))
             batch.note_time(self._now(), given_up=given_up)
+            self._ledger.cut_replies += how in ("cut", "length") and not given_up
         finally:
             call_state.end()
             self._bounds.of(call.model).trying -= batch.tries
@@ -182,6 +184,7 @@ class Dispatcher:
         if batch.repeated or batch.call_state.waiting <= 0 or any(ticket.reply is not None for ticket in batch.tickets):
             return False
         self.attribution.attribute(batch, completion, self._cost(batch, completion))
+        self._ledger.cut_replies += 1
         batch.reset()
         batch.repeated = True
         return True
@@ -324,13 +327,9 @@ class Dispatcher:
         return reply.error
 
     async def ask_again(self, ticket: Ticket, permit: Permit, history: LaneHistory) -> AloneAnswer:
-        """Ask for *ticket*, which has been answered, alone once more; its callers keep the answer they have.
+        """Ask for *ticket*, which has been answered, alone once more, for an audit; raise what ends the call without a reply.
 
         The lane with *history* learns from it what single calls take.
-
-        Raises:
-            RequestFailed: There is no reply.
-            ConfigError: The transport cannot send the call.
         """
         spec, pieces = ticket.spec, list[str]()
         call_state = CallState(1, "audit", self._now(), self._price(spec.model or self._default_model), permit)
@@ -485,9 +484,15 @@ class Dispatcher:
             reply._wait = wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
         if size > 1 and spec.answer.tool is not None:
-            for _, reply in replies:
-                reply.body = tool_call_object(spec.answer.tool, reply.text, reply.model)
+            _hand_back(spec.answer.tool, replies)
         answered = self._settlement.answer(replies)
         if call_cost is not None:
             call_cost.handed_out = answered - estimated
         return answered
+
+
+def _hand_back(tool: ForcedTool, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> None:
+    """Hand the answers of a combined reply back as calls of *tool*, which was asked for."""
+    for _, reply in replies:
+        members, reason = tool.call(reply.text), tool.finish_reason
+        reply.body = completion_object(None, model=reply.model, finish_reason=reason, members=members)

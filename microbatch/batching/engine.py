@@ -49,6 +49,8 @@ logger: Final = logging.getLogger("microbatch")
 
 CLOSED_EARLY = "the batcher was closed while it was opening"
 _NEVER_SENT = "the batcher closed before this request was sent"
+_COSTLY = "asking again for missing and broken answers costs more than combining saves"
+_USELESS = "combined replies hold nothing of use, or do not end, so that asking again costs more than combining saves"
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 
@@ -261,14 +263,12 @@ class Engine:
     def _heed(self, lane: Lane, *, mended: bool = False) -> int:
         """Apply what a combined call of *lane* has shown, *mended* by fallback calls or not; return the size of its batches now."""
         history = lane.history
+        useless = history.is_fruitless
         if history.is_useless(complete=mended):
             history.suspend()
             self._ledger.lanes_parted += 1
             if history.suspensions == 1:  # once is enough
-                logger.warning(
-                    "asking again for missing and broken answers costs more than combining saves: requests of this kind "
-                    "go alone for a while"
-                )
+                logger.warning("%s: requests of this kind go alone for a while", _USELESS if useless else _COSTLY)
         self.lanes.taught(lane)
         return lane.budget.size
 

@@ -291,7 +291,12 @@ class LaneHistory(msgspec.Struct):
 
         Costs are *complete* once what the latest reply left unanswered has been asked again.
         """
-        return not self.suspended_for and (self.fruitless >= _FRUITLESS or (complete and self.economics.lost))
+        return not self.suspended_for and (self.is_fruitless or (complete and self.economics.lost))
+
+    @property
+    def is_fruitless(self) -> bool:
+        """True if the latest combined replies were of no use."""
+        return self.fruitless >= _FRUITLESS
 
     def suspend(self) -> None:
         """Suspend combining for a while. After that one fruitless reply suspends it again."""

@@ -25,7 +25,7 @@ from microbatch.containment import contained
 from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
-from microbatch.transports.chat_wire import tool_call_object
+from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -163,7 +163,8 @@ class AnswerCache:
         ended = asyncio.get_running_loop().time()
         body, tool = entry.json(), options.answer.tool
         if body is None and tool is not None:
-            body = tool_call_object(tool, text, entry.model)
+            reason, members = tool.finish_reason, tool.call(text)
+            body = completion_object(None, model=entry.model, finish_reason=reason, members=members)
         reply = Reply(
             output,
             text,

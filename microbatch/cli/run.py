@@ -59,7 +59,7 @@ from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
 from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
-from microbatch.cli.summary import alone, comparison, fields, remarks, reuse
+from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse
 
 if TYPE_CHECKING:
     import argparse
@@ -149,6 +149,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "reused": resumed.reused,
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
+        **fields(stats, *DAMAGE, "singles_compared"),
     }
 
 
@@ -159,7 +160,7 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     yield f"{answered}{unasked}, in {seconds(bulk.wall_s)}"
     if bulk.stats.answered:
         yield f"\n{comparison(bulk.stats)}\n"
-    reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats))]
+    reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats)), *damage(bulk.stats)]
     if reused:
         yield from (*reused, "")
     yield from remarks(bulk.stats, plan)

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Stats
     from microbatch.cli.plan import Plan
 
+DAMAGE: Final = {
+    "fallback_calls": ("call asked again", "calls asked again"),
+    "unknown_ids": ("answer under an unknown id", "answers under unknown ids"),
+    "cut_replies": ("reply cut off", "replies cut off"),
+    "canaries_failed": ("canary failed", "canaries failed"),
+    "lanes_parted": ("kind of question asked alone for a while", "times a kind of question asked alone for a while"),
+}
+"""Figures of replies that did not answer all that they were asked, with the words for one and for several."""
+
 MAX_KINDS: Final = 20
 MAX_EXAMPLES: Final = 5
 
@@ -69,12 +78,31 @@ def alone(stats: Stats) -> Iterator[str]:
             yield textwrap.fill(line, COLUMNS, subsequent_indent="       ")
 
 
+def damage(stats: Stats) -> Iterator[str]:
+    """Yield wrapped text with the counts of damaged replies and what was done about them, if there were any."""
+    counts = {name: getattr(stats, name) for name in DAMAGE}
+    if any(counts.values()):
+        told = ", ".join(f"{count:,} {DAMAGE[name][count != 1]}" for name, count in counts.items() if count)
+        yield textwrap.fill(f"damage: {told}", COLUMNS, subsequent_indent="        ")
+
+
 def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
     """Yield wrapped remarks on the figures of a run with *plan*."""
     found = []
     if stats.answered and not plan.single:
-        found.append('"One call each" is calculated for the same answers, not measured; --single measures it.')
-    if stats.costs_more and not plan.single and not stats.audit:  # else it may be the audit that costs more
+        compared = "not measured"
+        if stats.singles_compared:
+            compared = f"and corrected by what {plural(stats.singles_compared, 'single call')} took"
+        found.append(f'"One call each" is calculated for the same answers, {compared}; --single measures it.')
+    if stats.damage_costs_more and not plan.single:
+        usage = stats.damage_usage
+        price = "" if stats.damage_cost_usd is None else f" ({dollars(stats.damage_cost_usd)})"
+        found.append(
+            "Batching cost more than it saved here because of damaged replies: those without any answer, and asking again, took "
+            f"{plural(usage.prompt_tokens + usage.completion_tokens, 'token')}{price}. Try a smaller --max-batch-size or "
+            "another model, or use --single."
+        )
+    elif stats.costs_more and not plan.single and not stats.audit:  # else it may be the audit that costs more
         found.append(
             "Batching cost more than it saved here: the instructions that items share are shorter than what "
             "a combined prompt adds. Use --single for questions like these."

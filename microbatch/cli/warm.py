@@ -32,7 +32,7 @@ from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.plan import prepare
-from microbatch.cli.summary import comparison, fields, remarks
+from microbatch.cli.summary import DAMAGE, comparison, damage, fields, remarks
 
 if TYPE_CHECKING:
     import argparse
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         bulk.broken = cache.failure  # storing the last answers may have failed
     lines = [*summary_lines(bulk)]
     if bulk.stats.upstream_calls:
+        lines += damage(bulk.stats)
         lines += remarks(bulk.stats, plan)
     bulk.report(args, lines, summarize(bulk))
     if bulk.unasked or bulk.broken is not None:
@@ -85,6 +86,8 @@ def summarize(bulk: BulkRun) -> dict[str, Any]:
         **fields(stats, "prompt_tokens", "completion_tokens", "cost_usd"),
         "wall_s": round(bulk.wall_s, 3),
         "unasked": bulk.unasked,
+        "alone_by_field": stats.alone_by_field,
+        **fields(stats, *DAMAGE, "singles_compared"),
     }
 
 

@@ -42,7 +42,7 @@ from microbatch.cli.progress import Progress
 from microbatch.cli.session import Session
 from microbatch.cli.spool import lost_requests
 from microbatch.cli.stopping import stoppable
-from microbatch.cli.summary import comparison, fields, reuse
+from microbatch.cli.summary import DAMAGE, comparison, damage, fields, reuse
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.endpoint import GIVE_UP_AFTER
 from microbatch.spool.payload import Payload
@@ -231,7 +231,7 @@ class WorkerRun:
             jobs, prompts = plural(done.jobs, "batch job"), plural(done.lines, "prompt")
             lines.append(f"{jobs} with {prompts}: {console.dollars(done.cost_usd)}, {_BATCH_PRICE}")
         elif stats.answered:
-            lines += [f"\n{comparison(stats)}\n", *reuse(stats)]
+            lines += [f"\n{comparison(stats)}\n", *reuse(stats), *damage(stats)]
         if self._plan.simulated is not None:
             lines.append("The endpoint was simulated: the answers are made up, and nothing was paid.")
         figures = {
@@ -244,6 +244,8 @@ class WorkerRun:
             **fields(stats, "upstream_calls", "prompt_tokens", "completion_tokens", "cost_usd"),
             "wall_s": round(wall_s, 3),
             "lost": counts.lost,
+            "alone_by_field": stats.alone_by_field,
+            **fields(stats, *DAMAGE, "singles_compared"),
         }
         report_summary(self._args, lines, figures)
         if counts.dead:

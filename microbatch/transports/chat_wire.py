@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from microbatch.errors import StatusError
     from microbatch.messages import Usage
     from microbatch.protocols import Completion
-    from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.capabilities import Structured
 
 # Fields whose replies hold more than one text; only the JSON body of a reply that is not streamed carries it all.
@@ -119,12 +118,6 @@ def completion_object(
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
         "usage": None if usage is None else usage_object(usage),
     }
-
-
-def tool_call_object(tool: ForcedTool, text: str, model: str | None) -> dict[str, Any]:
-    """Return a chat completion of *model* that calls *tool* with the arguments *text*."""
-    members = tool.call(text)
-    return completion_object(None, model=model, finish_reason=tool.finish_reason, members=members)
 
 
 class BatchWire:

@@ -285,6 +285,7 @@ def test_faults_end_in_an_answer_or_an_error_for_every_line(capsys):
     assert told["answered"] + told["failed"] == told["items"] == 120
     assert status == (1 if told["failed"] else 0)
     assert told["fallback_calls"] > 0
+    assert told["cut_replies"] + told["unknown_ids"] > 0
     assert Counter(line["custom_id"] for line in output()) == Counter(f"p{number}" for number in range(120))
 
 

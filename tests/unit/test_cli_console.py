@@ -207,6 +207,11 @@ def test_the_summary_has_exactly_the_promised_keys():
         "reused",
         "unasked",
         "alone_by_field",
+        "unknown_ids",
+        "cut_replies",
+        "canaries_failed",
+        "lanes_parted",
+        "singles_compared",
     ]
     assert (summary["wall_s"], summary["unbatched_calls"]) == (1.235, 20)
 

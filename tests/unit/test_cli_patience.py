@@ -219,6 +219,12 @@ def test_the_summary_has_exactly_these_keys():
         "cost_usd",
         "wall_s",
         "unasked",
+        "alone_by_field",
+        "unknown_ids",
+        "cut_replies",
+        "canaries_failed",
+        "lanes_parted",
+        "singles_compared",
     ]
 
 

@@ -21,7 +21,7 @@ from microbatch.prompt.outcome import complaint, ending
 from microbatch.spool.endpoint import ENOUGH, Cause, cause_of, may_refuse_all
 from microbatch.spool.payload import Answer
 from microbatch.spool.provider.input_file import read
-from microbatch.transports.chat_wire import tool_call_object
+from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -199,7 +199,10 @@ class Results:
         for at, text in texts.items():
             shape, body = asked[at].options.answer, completion.body
             if line.ids:
-                body = None if shape.tool is None else tool_call_object(shape.tool, text, completion.model)
+                body = None
+                if shape.tool is not None:
+                    reason, members = shape.tool.finish_reason, shape.tool.call(text)
+                    body = completion_object(None, model=completion.model, finish_reason=reason, members=members)
             answer = Answer(
                 text=text,
                 answered_at=now,
