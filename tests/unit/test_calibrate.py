@@ -227,6 +227,18 @@ async def test_if_some_answers_cannot_be_compared_more_items_are_needed():
     assert (found.sizes, found.compared) == ((), 0)
 
 
+async def test_nothing_is_recommended_if_most_answers_cannot_be_compared():
+    """What holds for the short ones need not hold for the others."""
+
+    def answer(text, schema):
+        return "word " * (20 if int(text.split()[-1]) < 60 else 1)
+
+    model, transport = simulated(answer=answer)
+    found = await mb.calibrate(transport, requests(110, output_type=str), max_excess=0.1, sample=110, sizes=(4,))
+    assert (found.not_comparable, found.recommended, found.needed, found.sizes) == (60, None, None, ())
+    assert model.calls == 110
+
+
 async def test_what_a_reply_lacks_is_asked_again_counted_and_scored_as_it_ends():
     _, transport = simulated(faults=Faults(("missing",), rate=0.2, on="combined"))
     found = await mb.calibrate(transport, requests(60), **QUICK, sizes=(8,))
