@@ -46,6 +46,9 @@ SAMPLE: Final = 400
 SIZES: Final = (2, 4, 8, 16, 32)
 """The size of the sample, and the sizes of batches, by default."""
 
+_SLICE: Final = 256
+"""Requests read from a source before the event loop gets its turn, so that a signal is noticed."""
+
 _TRIES: Final = 3
 """Times that a batch is asked which fails for reasons that may not be its own."""
 
@@ -425,7 +428,9 @@ async def _each(requests: Requests) -> AsyncIterator[Request[Any] | Messages]:
     elif not isinstance(requests, Iterable):
         raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
     else:
-        for request in requests:
+        for number, request in enumerate(requests):
+            if number % _SLICE == 0:
+                await asyncio.sleep(0)
             yield request
 
 

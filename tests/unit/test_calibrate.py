@@ -174,6 +174,24 @@ async def test_requests_come_from_any_source_in_any_form():
     assert model.calls
 
 
+async def test_others_have_their_turn_while_a_long_source_is_read():
+    """So a signal ends the command while it reads a file of a million lines."""
+
+    def source():
+        for number in range(10_000):
+            read.append(number)
+            begun.set()
+            yield ask(f"{number}")
+
+    read, begun = [], asyncio.Event()
+    task = asyncio.create_task(mb.calibrate(simulated()[1], source(), **QUICK))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(read) < 1_000
+
+
 async def test_lanes_are_not_mixed_and_what_cannot_be_combined_is_left_out():
     lanes = [mb.Request(ask(f"{n}", f"Lane {n % 2}."), output_type=LABELS) for n in range(80)]
     alone = requests(5, params={"seed": 1})
