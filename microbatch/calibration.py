@@ -46,6 +46,9 @@ SAMPLE: Final = 400
 SIZES: Final = (2, 4, 8, 16, 32)
 """The size of the sample, and the sizes of batches, by default."""
 
+_SLICE: Final = 256
+"""Requests read from a source before the event loop gets its turn, so that a signal is noticed."""
+
 _TRIES: Final = 3
 """Times that a batch is asked which fails for reasons that may not be its own."""
 
@@ -172,7 +175,7 @@ class Calibrator:
         alone = self._make(self._policy_of(1))
         async with alone:  # to the end, so that the transport stays open
             await self._ask_alone(alone, drawn.items)
-            if self.result.needed is None and self._items:
+            if self._items:
                 await self._try_sizes()
 
     def _note(self, **figures: Any) -> None:
@@ -188,13 +191,13 @@ class Calibrator:
         begun = asyncio.get_running_loop().time()
         kept = await self._keep(batcher, items, _Item.take_first)
         questions = len(items)
-        if len(kept) >= self._least:  # or the second answers would be paid for in vain
+        if self._enough(kept):  # or the second answers would be paid for in vain
             questions += len(kept)
             kept = await self._keep(batcher, kept, _Item.take_second)
         seconds = asyncio.get_running_loop().time() - begun
-        if len(kept) < self._least:
-            comparable = self.result.not_comparable * 2 <= len(items)
-            self._note(needed=math.ceil(self._least * len(items) / len(kept)) if kept and comparable else None)
+        if not self._enough(kept):
+            tell = not self._mostly_incomparable and kept
+            self._note(needed=math.ceil(self._least * len(items) / len(kept)) if tell else None)
             kept = []
         self._items = kept
         noise = sum(not item.alone for item in kept) / (len(kept) or 1)
@@ -212,6 +215,14 @@ class Calibrator:
         )
         self._note(compared=len(kept), noise=noise, alone=row)
         self._ended(row)
+
+    @property
+    def _mostly_incomparable(self) -> bool:
+        return self.result.not_comparable * 2 > self.result.sample
+
+    def _enough(self, items: Sequence[_Item]) -> bool:
+        """Return whether *items* are enough to say something, and about most of the sample."""
+        return len(items) >= self._least and not self._mostly_incomparable
 
     async def _keep(
         self, batcher: Microbatcher, items: Sequence[_Item], take: Callable[[_Item, str, Same | None], bool]
@@ -417,7 +428,9 @@ async def _each(requests: Requests) -> AsyncIterator[Request[Any] | Messages]:
     elif not isinstance(requests, Iterable):
         raise ConfigError(f"requests must be iterable, got {type(requests).__name__}")
     else:
-        for request in requests:
+        for number, request in enumerate(requests):
+            if number % _SLICE == 0:
+                await asyncio.sleep(0)
             yield request
 
 

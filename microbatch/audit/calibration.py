@@ -97,7 +97,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         needed: Items that the sample needs, about, to decide what is undecided; None if nothing is, or no sample would.
         sample: Different requests that were drawn.
         compared: Those of them whose two answers alone were compared.
-        not_comparable: Those whose answers cannot be compared, such as texts of more than 64 characters without `same`.
+        not_comparable: Those whose answers cannot be compared, such as texts of more than 64 characters without `same`. If they are
+            more than half, nothing is asked in batches.
         failed: Those that ended with an error alone.
         unusable: Requests left out before the draw because their form keeps them out of combined prompts.
         noise: Share of the compared ones whose two answers alone differ.

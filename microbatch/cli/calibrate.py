@@ -38,7 +38,7 @@ import logging
 import math
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -64,11 +64,6 @@ if TYPE_CHECKING:
     from microbatch.cli.plan import Plan
     from microbatch.messages import Request
     from microbatch.spool.endpoint import Endpoint
-
-_NOT_REACHED: Final = (
-    "fewer than half of the items were answered by batches of that size. Limits on tokens make batches smaller "
-    "(--max-batch-tokens, --max-prompt-tokens, --max-output-tokens), and items may have to be asked again."
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,8 +211,9 @@ def _lines(result: Calibration, plan: Plan) -> Iterator[str]:
 def _answers(result: Calibration) -> str:
     rows = []
     for row in _rows(result):
-        tried = (_percent(row.excess), _percent(row.upper), row.outcome) if row.outcome else ("", "", "")
-        rows.append((str(row.size), f"{row.batches:,}", f"{row.compared:,}", _percent(row.agreement), *tried))
+        shares = [row.agreement, *([row.excess, row.upper] if row.outcome else [])] if row.compared else []
+        cells = [_percent(share) for share in shares] + [""] * (3 - len(shares))
+        rows.append((str(row.size), f"{row.batches:,}", f"{row.compared:,}", *cells, row.outcome or ""))
     return table(("size", "prompts", "compared", "agree", "excess", "at most", "outcome"), rows)
 
 
@@ -252,6 +248,12 @@ def _remarks(result: Calibration, plan: Plan) -> Iterator[str]:
         yield f"Of the answers alone {_percent(result.noise)} differ from each other: that is the model's own noise."
     if result.unusable:
         yield f"{plural(result.unusable, 'item')} left out: their form keeps them out of combined prompts."
+    if result.not_comparable:
+        nothing = "" if result.compared else ": nothing can be recommended"
+        yield (
+            f"The answers to {result.not_comparable:,} of {plural(result.sample, 'item')} cannot be compared, because they are texts "
+            f"of more than 64 characters{nothing}. In Python, microbatch.calibrate(..., same=) takes a function that compares them."
+        )
     if result.failed:
         yield f"{plural(result.failed, 'item')} failed alone, and took no part."
     if plan.simulated is not None and result.alone is not None:
@@ -281,7 +283,16 @@ def _recommendation(result: Calibration) -> Iterator[str]:
     elif undecided:
         yield f"Batches of {undecided[0].size} are undecided: their excess is too close to {bound}, or above it."
     if last is not None and last.outcome == "not reached":
-        yield f"Batches of {last.size} were not reached: {_NOT_REACHED}"
+        yield f"Batches of {last.size} were not reached: {_why_not_reached(last)}"
+
+
+def _why_not_reached(row: CalibratedSize) -> str:
+    if not row.batches:
+        return "so many items of the sample do not have the same instructions."
+    return (
+        "fewer than half of the items were answered by batches of that size. Limits on tokens make batches smaller "
+        "(--max-batch-tokens, --max-prompt-tokens, --max-output-tokens), and items may have to be asked again."
+    )
 
 
 def _dearer(result: Calibration) -> Iterator[str]:
@@ -299,12 +310,6 @@ def _dearer(result: Calibration) -> Iterator[str]:
 
 def _no_answers(result: Calibration, bound: str) -> Iterator[str]:
     """Yield why nothing was compared in batches."""
-    if result.not_comparable:
-        yield (
-            f"The answers to {result.not_comparable:,} of {plural(result.sample, 'item')} cannot be compared, because they are texts "
-            "of more than 64 characters: nothing can be recommended. In Python, microbatch.calibrate(..., same=) takes a function that "
-            "compares them."
-        )
     if result.needed is not None:
         yield (
             f"The sample is too small: {plural(result.sample, 'item')}; to show an excess of at most {bound}, {result.needed:,} are "

@@ -131,6 +131,23 @@ def test_a_size_that_cannot_be_reached_is_told(capsys):
     assert "Batches of 32 were not reached" in shown
 
 
+def test_a_size_for_which_too_few_items_have_the_same_instructions_is_told(capsys):
+    def line(number):
+        messages = [{"role": "system", "content": f"Lane {number % 3}."}, {"role": "user", "content": f"{number}"}]
+        url = "/v1/chat/completions"
+        return {"custom_id": f"p{number}", "method": "POST", "url": url, "body": {"model": "m", "messages": messages}}
+
+    given(*map(line, range(ITEMS)))
+    with serving(answer=lambda text, schema: "a" * (70 if int(text) < 20 else 7)) as endpoint:
+        words = ["calibrate", "in.jsonl", "--base-url", endpoint.base_url, "--max-excess", "0.1", "--sizes", "4,32"]
+        assert main(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Recommended: --max-batch-size 4." in shown
+    assert "Batches of 32 were not reached: so many items of the sample do not have the same instructions." in shown
+    assert f"The answers to 20 of {ITEMS} items cannot be compared" in shown
+    assert "nothing can be recommended" not in shown
+
+
 def test_bad_lines_are_named_and_the_others_asked(capsys):
     given("{", *({"id": f"p{number}", "name": f"thing {number}"} for number in range(ITEMS)))
     with serving() as endpoint:

@@ -66,6 +66,16 @@ async def options(batcher: mb.Microbatcher) -> None:
     assert_type(batcher.stats(), mb.Stats)
 
 
+async def calibrating(requests: list[mb.Request[str]]) -> None:
+    found = await mb.calibrate(
+        mb.OpenAIChat("m", api_key="k"), requests, sizes=(4, 8), same=lambda one, other: one == other
+    )
+    assert_type(found, mb.Calibration)
+    assert_type(found.recommended, int | None)
+    assert_type(found.sizes, tuple[mb.CalibratedSize, ...])
+    await mb.calibrate(mb.OpenAIChat("m", api_key="k"), requests, sample="all")  # type: ignore[arg-type]
+
+
 async def own_transport(call: mb.ChatCall) -> None:
     class Mine:
         async def send(self, call: mb.ChatCall, on_text: object) -> mb.Completion:

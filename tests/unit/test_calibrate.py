@@ -174,6 +174,24 @@ async def test_requests_come_from_any_source_in_any_form():
     assert model.calls
 
 
+async def test_others_have_their_turn_while_a_long_source_is_read():
+    """So a signal ends the command while it reads a file of a million lines."""
+
+    def source():
+        for number in range(10_000):
+            read.append(number)
+            begun.set()
+            yield ask(f"{number}")
+
+    read, begun = [], asyncio.Event()
+    task = asyncio.create_task(mb.calibrate(simulated()[1], source(), **QUICK))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(read) < 1_000
+
+
 async def test_lanes_are_not_mixed_and_what_cannot_be_combined_is_left_out():
     lanes = [mb.Request(ask(f"{n}", f"Lane {n % 2}."), output_type=LABELS) for n in range(80)]
     alone = requests(5, params={"seed": 1})
@@ -225,6 +243,18 @@ async def test_if_some_answers_cannot_be_compared_more_items_are_needed():
     compared = LEAST + 1 - found.not_comparable
     assert found.needed == -(-LEAST * (LEAST + 1) // compared)
     assert (found.sizes, found.compared) == ((), 0)
+
+
+async def test_nothing_is_recommended_if_most_answers_cannot_be_compared():
+    """What holds for the short ones need not hold for the others."""
+
+    def answer(text, schema):
+        return "word " * (20 if int(text.split()[-1]) < 60 else 1)
+
+    model, transport = simulated(answer=answer)
+    found = await mb.calibrate(transport, requests(110, output_type=str), max_excess=0.1, sample=110, sizes=(4,))
+    assert (found.not_comparable, found.recommended, found.needed, found.sizes) == (60, None, None, ())
+    assert model.calls == 110
 
 
 async def test_what_a_reply_lacks_is_asked_again_counted_and_scored_as_it_ends():
