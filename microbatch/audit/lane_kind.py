@@ -9,7 +9,8 @@ use is certified and enough requests have passed: 500 after the first condemnati
 step 1 nothing is combined, and only requests count.
 
 The time of a step is divided into numbered *periods*: a certificate begins the next one, and so does a new try. A condemnation makes
-the answers of the present period doubtful, and those of larger steps that are undecided, because they will not be judged any more.
+the answers of the present period doubtful, and those of larger steps that are undecided, because they will not be judged any more. A
+step that is in use is never in a doubtful period.
 """
 
 from __future__ import annotations
@@ -212,8 +213,24 @@ class LaneKind(msgspec.Struct):
         before = self.record(step)
         if before.condemned:
             self.steps[step] = StepRecord(period=before.period + 1, doubtful=before.doubtful)
+        elif before.period in before.doubtful:
+            before.period += 1  # the evidence stands, and answers from now on are not doubtful
         self.limit = None if step >= largest else step
         return True
+
+    def give_up_tries(self) -> bool:
+        """Give up new tries that are undecided, because there may not be enough requests to decide them; return whether one was.
+
+        Their answers are doubtful: a size that did harm once is not trusted without a certificate.
+        """
+        tried = {step: record for step, record in self.steps.items() if record.undecided and record.doubtful}
+        tried = {step: record for step, record in tried.items() if record.period not in record.doubtful}
+        for step, record in tried.items():
+            record.doubtful.add(record.period)
+            below = STEPS[STEPS.index(step) - 1]
+            self.limit = below if self.limit is None else min(self.limit, below)
+            self.requests = 0
+        return bool(tried)
 
     def figures(self) -> Iterator[AuditedSize]:
         """Yield the figures of each step that was audited."""

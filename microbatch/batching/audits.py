@@ -117,6 +117,13 @@ class Audits:
         for kind in kinds:
             self.kinds.put(kind.digest, kind)
 
+    def give_up_tries(self) -> None:
+        """Give up new tries of condemned sizes that are undecided, because there may be no further requests to decide them."""
+        for kind in self.kinds.values():
+            if kind.give_up_tries():
+                kind.doubt(self._now())
+                self._changed(kind)
+
     def is_condemned(self, digest: str, size: int, given_at: float = math.inf) -> bool:
         """Return whether answers from batches of *size* requests of the kind named *digest* are asked for anew; see `LaneKind`."""
         kind = self.kinds.get(digest) if self._policy.adapt else None

@@ -1,9 +1,10 @@
 """The audit of a run: its record beside the output, and which answers are asked for again.
 
 The output is the journal: with an audit each line says which batch its answer came from, so no answer is kept in memory. When nothing
-is left to ask, and no audit is under way, the output is read for answers that the audits have made doubtful (see
-`microbatch.audit.lane_kind`). Those items are asked again, in the batches that are in use by then, which are audited in turn, until no
-answer is doubtful. The last line of an id counts, and replaces the earlier ones when the run ends.
+is left to ask, and no audit is under way, new tries of condemned sizes that are undecided are given up, and the output is read for
+answers that the audits have made doubtful (see `microbatch.audit.lane_kind`). Those items are asked again, in the batches that are in
+use by then, which are audited in turn, until no answer is doubtful. The last line of an id counts, and replaces the earlier ones when
+the run ends.
 
 The record of the audits is kept in OUTPUT.audit, without any text, so that a resumed run goes on with it. It is written at each
 decision, before any line that depends on it, at most every tenth of a second otherwise, and at the end.
@@ -134,6 +135,7 @@ class AskingAgain:
     async def find(self) -> set[int]:
         """Wait for the audits under way, and return the ids that are to be asked again, which are `pending` from then on."""
         await self._audits.settled()
+        self._audits.give_up_tries()
         self.pending = await asyncio.to_thread(self._doubtful) - self._in_vain
         return self.pending.copy()
 

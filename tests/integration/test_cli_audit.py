@@ -120,7 +120,7 @@ def test_killed_in_mid_run_and_resumed_it_ends_with_right_answers_too(capsys):
     paths(count)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     with serving(answer=answer, mistakes=BAD, latency=Latency(first_token=0.05, tokens_per_second=None)) as endpoint:
-        for part in (64, 400):
+        for part in (64, count - 40):
             slow = ("--audit", "--resume", "--max-concurrent-batches", "4")
             process = subprocess.Popen(
                 [sys.executable, "-m", "microbatch", *words(endpoint, *slow)], env=environment, stderr=subprocess.PIPE
@@ -137,6 +137,16 @@ def test_killed_in_mid_run_and_resumed_it_ends_with_right_answers_too(capsys):
     assert accuracy(count) >= 0.95
     assert max(sizes()) <= 8
     assert told["not_asked_again"] == 0
+
+
+def test_what_is_asked_again_is_not_answered_by_the_cache(capsys):
+    paths(ITEMS)
+    with serving(answer=answer, mistakes=BAD) as endpoint:
+        run(endpoint, "--cache", "cache.sqlite")
+    told = summary(capsys)
+    assert accuracy() >= 0.95
+    assert told["asked_again"] > 0
+    assert all(line["route"] != "cache" for line in output())
 
 
 def test_a_model_that_becomes_bad_after_a_certificate_is_asked_again_from_there(capsys):

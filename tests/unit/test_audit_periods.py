@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
 
-from microbatch.audit.lane_kind import LaneKind
+from microbatch.audit.lane_kind import STEPS, LaneKind
 
 BOUND = 0.1
 
@@ -61,3 +63,60 @@ def test_the_record_is_the_same_after_it_was_stored():
     judged(kind, 16, "condemned")
     kind.add(4, 1, BOUND, adapt=True)
     assert msgspec.json.decode(msgspec.json.encode(kind), type=LaneKind) == kind
+
+
+def test_a_new_try_that_is_undecided_is_given_up_when_nothing_follows():
+    kind = LaneKind("kind")
+    judged(kind, 16, "condemned")
+    judged(kind, 8, "certified")
+    assert not kind.give_up_tries(), "there is none"
+    assert kind.grows(10_000, 16)
+    kind.add(16, 0, BOUND, adapt=True)
+    assert kind.give_up_tries()
+    assert (kind.limit, doubtful(kind, 16)) == (8, [0, 1])
+    assert not kind.give_up_tries(), "it was given up"
+    assert kind.grows(10_000, 16), "it is tried again later"
+    assert (kind.period(16), kind.record(16).evidence.count) == (2, 1)
+    judged(kind, 16, "certified")
+    assert not kind.give_up_tries()
+    assert doubtful(kind, 16) == [0, 1]
+
+
+def test_what_was_never_condemned_is_not_given_up():
+    kind = LaneKind("kind")
+    kind.add(16, 0, BOUND, adapt=True)
+    assert not kind.give_up_tries()
+    assert doubtful(kind, 16) == []
+
+
+def test_a_larger_size_that_was_undecided_begins_a_new_period_when_it_is_used_again():
+    kind = LaneKind("kind")
+    kind.add(32, 0, BOUND, adapt=True)
+    for step, verdict in ((16, "condemned"), (8, "certified"), (16, "certified")):
+        judged(kind, step, verdict)
+        assert verdict == "condemned" or kind.grows(10_000, 32)
+    assert (kind.limit, kind.period(32), kind.record(32).evidence.count) == (None, 1, 1)
+    assert doubtful(kind, 32) == [0]
+
+
+USED = STEPS[:-1]
+VERDICTS = st.tuples(st.just("judge"), st.sampled_from(USED[1:]), st.sampled_from((0, 1)))
+SCORES = st.tuples(st.just("add"), st.sampled_from(USED[1:]), st.sampled_from((-1, 0, 1)))
+EVENTS = st.lists(VERDICTS | SCORES | st.just(("grow",)) | st.just(("give up",)), max_size=30)
+
+
+@given(EVENTS)
+def test_a_size_in_use_is_never_in_a_doubtful_period(events):
+    """Otherwise its items would be asked again for ever."""
+    kind = LaneKind("kind")
+    for event in events:
+        if event[0] in ("add", "judge"):
+            word, step, score = event
+            for _ in range(100 if word == "judge" else 1):
+                kind.add(step, score, BOUND, adapt=True)
+        elif event[0] == "grow":
+            kind.grows(10**6, USED[-1])
+        else:
+            kind.give_up_tries()
+        in_use = [step for step in USED if kind.limit is None or step <= kind.limit]
+        assert not any(kind.is_doubtful(step, kind.period(step)) for step in in_use)

@@ -270,3 +270,95 @@ def test_nothing_is_known_without_a_readable_digest(path, content):
 def test_settings_that_cannot_be_kept_are_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"cannot write .*digest"):
         keep_settings(str(tmp_path / "nowhere" / "out"), {})
+
+
+# --- several lines of an id
+
+
+def from_batch(name, output, size=16, period=0):
+    reply = Reply(output, output, "batch", Usage(3, 2), 0.5)
+    return answer_line(name, output, reply, f"of {name}", batch_size=size, lane_kind="k", period=period)
+
+
+def large(answer):
+    return answer.lane_kind == "k" and answer.batch_size > 8
+
+
+def test_the_last_line_of_an_id_decides_whether_it_is_selected(path):
+    told = [from_batch("once", "a"), from_batch("again", "a"), from_batch("failed", "a"), good("other")]
+    told += [from_batch("again", "b", 8), bad("failed"), from_batch("worse", "a", 8), from_batch("worse", "b")]
+    with OutputFile(path) as output:
+        for line in told:
+            output.write(line)
+        assert output.select(large) == {id_digest("once"), id_digest("worse")}
+        assert output.select(lambda answer: answer.lane_kind is None) == {id_digest("other")}
+
+
+def test_compacting_leaves_the_last_line_of_each_id_as_it_is_and_writing_goes_on(path):
+    told = [from_batch("a", "1"), good("b"), from_batch("a", "2"), bad("c"), from_batch("a", "é 3"), good("c")]
+    with OutputFile(path) as output:
+        for line in told:
+            output.write(line)
+        output.compact()
+        assert lines(path) == [told[1], told[4], told[5]]
+        with pytest.raises(UsageError, match="another run is writing"):
+            OutputFile(path)
+        output.write(good("d"))
+        output.compact()
+    assert lines(path) == [told[1], told[4], told[5], good("d")]
+    assert not Path(path + ".new").exists()
+    assert Path(path).stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_file_without_repeated_ids_is_not_written_anew(path):
+    write(path, good("a"), bad("b"))
+    before = Path(path).stat().st_ino
+    with OutputFile(path) as output:
+        output.compact()
+    assert Path(path).stat().st_ino == before
+
+
+def test_compacting_reads_and_restores_a_file_that_was_deleted_and_leaves_another_one_alone(path):
+    with OutputFile(path) as output:
+        for line in (from_batch("a", "1"), from_batch("a", "2")):
+            output.write(line)
+        Path(path).unlink()
+        assert output.select(large) == {id_digest("a")}
+        output.compact()
+        assert lines(path) == [from_batch("a", "2")]
+    other = path + "2"
+    output = OutputFile(other)
+    for line in (from_batch("a", "1"), from_batch("a", "2")):
+        output.write(line)
+    Path(other).unlink()
+    Path(other).write_text("not ours")
+    output.compact()
+    with pytest.raises(NotWritten, match="was replaced by another file"):
+        output.close()
+    assert Path(other).read_text() == "not ours"
+
+
+def test_what_cannot_be_compacted_is_as_it_was(path):
+    told = [from_batch("a", "1"), from_batch("a", "2")]
+    with OutputFile(path) as output:
+        for line in told:
+            output.write(line)
+        Path(path + ".new").mkdir()
+        with pytest.raises(UsageError, match="cannot write"):
+            output.compact()
+        assert lines(path) == told
+        output.write(good("b"))
+    assert lines(path) == [*told, good("b")]
+
+
+def test_an_incomplete_line_at_the_end_is_no_line(path):
+    write(path, from_batch("a", "1"))
+    with OutputFile(path) as output:
+        os.write(output._file, b'{"custom_id":"a","out')
+        assert output.select(large) == {id_digest("a")}

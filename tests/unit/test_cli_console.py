@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import re
 import sys
 from types import SimpleNamespace
 
@@ -278,6 +279,17 @@ def test_the_bar_is_tqdms_where_there_is_tqdm(capsys):
         for done in range(1, 21):
             shown.show(done)
     assert "20/40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["tqdm", "none"])
+def test_what_is_asked_again_is_added_to_the_total(module, monkeypatch, capsys):
+    if module == "none":
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    with progress.Progress(40, lambda: CHEAP, shown=True) as shown:
+        shown.show(40)
+        shown.extend(12)
+        shown.show(50)
+    assert re.search(r"50(/| of )52", capsys.readouterr().err)
 
 
 def test_progress_without_a_bar_says_nothing(capsys):
