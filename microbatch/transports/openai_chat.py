@@ -239,11 +239,7 @@ class OpenAIChat:
     async def _planned(
         self, call: ChatCall, model: str, own: Mapping[str, str], total: float
     ) -> tuple[Plan, FirstForm | None, float]:
-<<<<<<< HEAD
         """Return how to make the next attempt at *call*, the first call that it waits for, if any, and what is left of *total*."""
-=======
-        """Return how to make the next attempt at *call*, the first call if it has to be known how that ends, and the seconds left."""
->>>>>>> s4-ids
         wants_stream = call.stream if self._stream is None else self._stream
         make = partial(
             self._capabilities.plan,
