@@ -130,8 +130,9 @@ class ReplyTimes(msgspec.Struct):
         # Far from the sizes that were measured the line is a guess.
         latest = [call.answers for call in self.calls][-_FEW:]
         largest = max(call.answers for call in self.calls)
-        reach = 2 * largest if self.paces or each == shares else largest + max(1, largest // 4)
-        return max(max(latest) // 2, _most(in_time, reach))
+        bold = each == shares or (self.paces and len(self.calls) < _WINDOW // 4)
+        reach = 2 * largest if bold else largest + max(1, largest // 4)
+        return max(max(latest) // 2, _most(in_time, max(reach, self.size or 0)))
 
     def _each(self) -> float | None:
         """Return the seconds for each answer, None if they are unknown: the larger of two figures, so that batches grow carefully."""
@@ -169,9 +170,8 @@ def _most(in_time: list[tuple[int, bool]], largest: int) -> int:
     answer makes all late.
     """
     few = len(in_time) < _FEW
-    allowed = (
-        1e-9 if few else 1 + len(in_time) / _WINDOW
-    )  # calls' worth of late answers, of which one may be an outlier
+    # In calls' worth of answers; one call may be an outlier.
+    allowed = 1e-9 if few else 1 + len(in_time) / _WINDOW
 
     def too_many(size: int) -> bool:
         late = sum(max(0.0, 1 - fits / size) if streamed else fits < size for fits, streamed in in_time)
@@ -182,7 +182,7 @@ def _most(in_time: list[tuple[int, bool]], largest: int) -> int:
 
 
 def first_size(limit: float, answer_tokens: int | None) -> int:
-    """Return the requests of a batch under *limit* seconds before anything is known but the answers' length, None if not even that."""
+    """Return the requests of a batch under *limit* seconds before any reply; *answer_tokens* is None if the schema bounds no answer."""
     tokens = _FRAME + (_ANSWER if answer_tokens is None else answer_tokens)
     return max(2, int((limit - _FIRST_TOKEN) * _RATE / tokens))
 

@@ -222,9 +222,9 @@ async def test_waiting_between_attempts_does_not_count():
 
 
 async def test_single_slow_calls_change_little():
-    """One in fifty takes half a minute longer: about as many answers are late, and no size would change that."""
+    """One in fifty takes three seconds longer: about as many answers are late, and no size would change that."""
     calls, hook = itertools.count(1), Calls()
-    transport = Delayed(SimulatedModel(answer=spoken(), latency=USUAL), extra=lambda: 0.0 if next(calls) % 50 else 30.0)
+    transport = Delayed(SimulatedModel(answer=spoken(), latency=USUAL), extra=lambda: 0.0 if next(calls) % 50 else 3.0)
     taken, stats = await traffic(transport, 1_600, 50, hooks=[hook], max_latency=2.0, idle="wait", max_wait=0.2)
     assert late(taken[FROM:]) <= 2.0
     assert stats.upstream_calls < 1_600 / 7 * 1.2
@@ -242,6 +242,33 @@ async def test_answers_that_no_caller_waits_for_any_more_teach_too():
             ended = await asyncio.gather(*asked, return_exceptions=True)
             assert {type(each) for each in ended} <= {mb.DeadlineExceeded, mb.TransportTimeout}
         assert batcher.stats().singles_by_reason["latency"] > 40
+
+
+async def test_a_lane_that_knows_nothing_learns_while_its_first_reply_arrives():
+    """An answer a second: after the second answer, ten seconds allow at most ten, though the first batch was larger."""
+    left = []
+
+    class Spoken(ScriptedTransport):
+        async def send(self, call, on_text):
+            pieces = []
+            completion = await super().send(call, pieces.append)
+            elements = "".join(pieces).replace("},", "},\0").split("\0")
+            left.append(len(elements))
+            for element in elements:
+                await asyncio.sleep(1.0)
+                on_text(element)
+            return completion
+
+    transport = Spoken(answer=str.upper)
+    async with mb.Microbatcher(
+        transport, policy=mb.FlushPolicy(max_latency=10, idle="wait"), tokens="bytes"
+    ) as batcher:
+        asked = [asyncio.ensure_future(batcher.submit(ask(f"item {number}"))) for number in range(16)]
+        await asyncio.sleep(3.5)
+        asked += [asyncio.ensure_future(batcher.submit(ask(f"item {number}"))) for number in range(16, 40)]
+        await asyncio.gather(*asked)
+    assert left[0] == 16
+    assert max(left[1:]) <= 10
 
 
 async def test_lanes_learn_apart_and_nothing_is_learned_without_a_limit():
@@ -273,8 +300,11 @@ async def test_lanes_learn_apart_and_nothing_is_learned_without_a_limit():
 # --- the rule by itself
 
 
-def settled(limit, once, each, *, streamed, noise=lambda: 1.0, calls=400):
-    """Return the sizes that a lane uses in turn on an endpoint whose replies take *once* and *each* for each answer."""
+def settled(limit, once, each, *, streamed, noise=lambda: 1.0, calls=400, seen=1.0):
+    """Return the sizes that a lane uses in turn on an endpoint whose replies take *once* and *each* for each answer.
+
+    A stream shows the *seen* part of the time of an answer.
+    """
     times, sizes = ReplyTimes(limit, first_size(limit, None)), []
     for _ in range(calls):
         size = times.most
@@ -284,7 +314,7 @@ def settled(limit, once, each, *, streamed, noise=lambda: 1.0, calls=400):
             continue
         times.left(size)
         seconds = (once + each * size) * noise()
-        times.record(size, seconds, each if streamed else None)
+        times.record(size, seconds, each * seen if streamed else None)
     return sizes
 
 
@@ -319,6 +349,22 @@ def test_times_that_vary_keep_the_limit_too(seed, streamed):
         total += size
     assert late_answers / total <= 0.06
     assert sum(sizes) / len(sizes) >= 6
+
+
+def test_whole_durations_alone_show_their_parts_by_a_trial():
+    """Three in 1.7 s may be 0.57 s for each, so that four would be late; in fact five are not."""
+    sizes = settled(2.0, 1.4, 0.1, streamed=False)
+    assert (sizes[0], max(sizes)) == (3, 6)
+    assert sizes.count(6) <= len(sizes) / 40
+    assert set(sizes[-30:]) <= {5, 6}
+
+
+def test_streams_that_come_in_large_pieces_do_not_look_like_a_late_first_token():
+    sizes = settled(2.0, 0.5, 0.2, streamed=True, seen=0.1)
+    assert 1 not in sizes
+    assert max(sizes[100:]) == 8
+    assert sizes[100:].count(8) <= len(sizes[100:]) / 40 + 1
+    assert min(sizes[100:]) == 7
 
 
 def test_a_call_of_no_time_at_all_is_no_error():
