@@ -246,6 +246,63 @@ async def test_a_streamed_reply_is_read_no_further_than_two_elements_past_the_la
     assert stats.unreported_calls == 1, "of a call that was cut nobody tells the usage"
 
 
+@pytest.mark.parametrize("policy", [{}, {"resolve": "verified"}, {"canary": True}])
+async def test_nor_is_one_to_bulk_work_whatever_its_answers_wait_for(policy):
+    """A model that does not stop under ids of its own, without any limit but the bound, which is three times a sound reply."""
+    seen = []
+
+    class Watched(SimulatedTransport):
+        async def send(self, call, on_text):
+            seen.append("")
+
+            def heard(text):
+                seen[-1] += text
+                on_text(text)
+
+            return await super().send(call, heard)
+
+    model = SimulatedModel(
+        latency=Latency(first_token=0.5, element=0.25), faults=Faults("rambling", rate=1.0, on="combined")
+    )
+    async with batcher_for(Watched(model), fallback=mb.FallbackPolicy(**policy)) as batcher:
+        outputs = await by_map(batcher, 48, str)
+        stats = batcher.stats()
+    asked = 16 + bool(policy.get("canary"))
+    assert outputs == [model.answer(messages(number)[-1]["content"], None) for number in range(48)]
+    assert [text.count('"id"') for text in seen if '"id"' in text] == [asked + 2] * stats.batches
+    assert stats.unreported_calls == stats.batches == 2
+
+
+async def test_bulk_work_is_read_as_it_comes_until_a_reply_has_ended_by_itself_and_again_after_one_that_did_not():
+    streamed = []
+
+    class Watched(SimulatedTransport):
+        async def send(self, call, on_text):
+            streamed.append(call.stream)
+            return await super().send(call, on_text)
+
+    model = simulated()
+    async with batcher_for(Watched(model)) as batcher:
+        await by_map(batcher, 16, str)
+        await by_map(batcher, 16, str)
+        assert streamed == [True, False]
+        model.faults = Faults("rambling", rate=1.0, on="combined")
+        await by_map(batcher, 16, str)
+        model.faults = None
+        await by_map(batcher, 16, str)
+        assert [streamed[2], streamed[-1]] == [False, True]
+
+
+async def test_a_reply_without_use_leaves_bulk_work_one_combined_call_at_a_time():
+    transport = Recorded(simulated(faults=Faults("strange_ids", rate=1.0, on="combined")))
+    async with batcher_for(transport) as batcher:
+        await in_waves(batcher, 16, str)  # the model has taken a bound, so that there may be two
+        before = transport.combined
+        await by_map(batcher, 160, Label)
+        assert batcher.stats().lanes_parted == 1
+    assert transport.combined - before == 2, "a third one would have left when the first came back"
+
+
 async def test_until_a_reply_was_of_use_bulk_work_has_few_combined_calls_under_way_and_others_as_many_as_ever():
     transport = Recorded(simulated(faults=Faults("missing", rate=0.0)))
     async with batcher_for(transport) as batcher:
