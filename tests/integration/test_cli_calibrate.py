@@ -192,10 +192,13 @@ def test_wrong_values_are_refused(words):
 # --- the endpoint
 
 
-def test_it_waits_while_the_endpoint_does_not_answer_and_nothing_is_lost(capsys):
+@pytest.mark.parametrize("code", [503, 404])
+@pytest.mark.parametrize("after", [20, 2 * ITEMS + 20])
+def test_it_waits_while_the_endpoint_does_not_answer_and_nothing_is_lost(after, code, capsys):
+    """A 503 is retried by the batcher; a 404, which could be the request's own fault, ends its batch, which is asked again."""
     products(ITEMS)
     with wrong_from(8) as endpoint:
-        asked = refuse(endpoint, outage(40, after=2 * ITEMS + 20), 503)
+        asked = refuse(endpoint, outage(80, after=after), code)
         calibrate(endpoint, *LABELS, *QUICK, "--json")
         assert len(asked) > 40
     found = told(capsys)
