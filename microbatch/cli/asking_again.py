@@ -57,6 +57,8 @@ class AskingAgain:
 
     Attributes:
         pending: Digests of the ids that are being asked again.
+        use_cache: Whether they may be answered by the cache, which does not hand out doubtful answers, as far as it can tell: an item
+            that comes up once more is asked in any case.
         asked: Answers that were asked for again and replaced.
         largest: Requests in the largest batch that answered one of them.
         left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.
@@ -67,6 +69,7 @@ class AskingAgain:
     def __init__(self, policy: AuditPolicy, output: OutputFile, items: Container[int]) -> None:
         self.policy = policy
         self.pending: set[int] = set()
+        self.use_cache: bool = True
         self.asked: int = 0
         self.largest: int = 0
         self.left: int = 0
@@ -74,7 +77,8 @@ class AskingAgain:
         self.tokens: int = 0
         self._output = output
         self._items = items
-        self._in_vain: set[int] = set()  # asked again in this run, without an answer
+        self._found: set[int] = set()  # asked again in this run
+        self._in_vain: set[int] = set()  # and without an answer
         self._audits: Audits
         self._saved_at = float("-inf")  # loop time
         self._unwritable = False
@@ -137,6 +141,8 @@ class AskingAgain:
         await self._audits.settled()
         self._audits.give_up_tries()
         self.pending = await asyncio.to_thread(self._doubtful) - self._in_vain
+        self.use_cache = self._found.isdisjoint(self.pending)
+        self._found |= self.pending
         return self.pending.copy()
 
     def _doubtful(self) -> set[int]:

@@ -202,13 +202,12 @@ class BulkRun:
 
     def _requests(self, *, down: bool) -> Iterator[Request]:
         """Yield the requests that are not settled until the endpoint is down; with *down* one, a different one in each pass."""
-        again = set[int]() if self._again is None else self._again.pending
         for request in islice(self._unsettled(), self._passes % self._to_ask if down else 0, None):
             name = request.id or ""
             if down or self._failures[name] >= MAX_COMBINED_FAILURES:
                 request.priority = "high"  # alone
-            if again and id_digest(name) in again:
-                request.use_cache = False  # it may hold the very answer that is doubtful
+            if self._again is not None:
+                request.use_cache = self._again.use_cache
             self._asked[name] = request
             yield self._asked[name]
             if down or self._endpoint.down or self._endpoint.stopped:

@@ -16,6 +16,7 @@ import pytest
 from command_line import given, here, output, refuse, summary  # noqa: F401 a fixture
 from helpers import serving
 
+from microbatch.batching.audits import Audits
 from microbatch.cli.main import main
 from microbatch.testing import Latency, Mistakes
 
@@ -25,6 +26,8 @@ LABELS = ("north", "south", "east", "west")
 ITEMS = 600
 BAD = Mistakes(by_size={9: 0.4})
 SOUND = Mistakes()
+SLOW = Latency(first_token=0.05, tokens_per_second=None)
+FEW = ("--max-concurrent-batches", "4")
 PATIENCE = 30
 
 
@@ -68,6 +71,7 @@ def row(told, size):
     return next(row for row in told["audit"] if row["size"] == size)
 
 
+@pytest.mark.promise(of="audit_run")
 def test_what_a_size_that_does_harm_has_answered_is_asked_again_in_smaller_batches(capsys):
     paths(ITEMS)
     with serving(answer=answer, mistakes=BAD) as endpoint:
@@ -115,22 +119,27 @@ def test_without_an_audit_lines_and_summary_are_what_they_were(capsys):
     assert not Path("out.jsonl.audit").exists()
 
 
+def started(endpoint, lines, *others):
+    """Run as a process, with --resume, until the output has so many lines."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    command = [sys.executable, "-m", "microbatch", *words(endpoint, "--audit", "--resume", *others)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + PATIENCE
+    while not Path("out.jsonl").exists() or Path("out.jsonl").read_bytes().count(b"\n") < lines:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.promise(of="audit_run")
 def test_killed_in_mid_run_and_resumed_it_ends_with_right_answers_too(capsys):
     count = 900  # a kill loses the audits under way, so that it takes longer to see the harm
     paths(count)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    with serving(answer=answer, mistakes=BAD, latency=Latency(first_token=0.05, tokens_per_second=None)) as endpoint:
+    with serving(answer=answer, mistakes=BAD, latency=SLOW) as endpoint:
         for part in (64, count - 40):
-            slow = ("--audit", "--resume", "--max-concurrent-batches", "4")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "microbatch", *words(endpoint, *slow)], env=environment, stderr=subprocess.PIPE
-            )
-            end = time.monotonic() + PATIENCE
-            while not Path("out.jsonl").exists() or Path("out.jsonl").read_bytes().count(b"\n") < part:
-                assert time.monotonic() < end
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
+            process = started(endpoint, part, *FEW)
+            process.kill()
             process.communicate()
         run(endpoint, "--resume")
     told = summary(capsys)
@@ -139,14 +148,47 @@ def test_killed_in_mid_run_and_resumed_it_ends_with_right_answers_too(capsys):
     assert told["not_asked_again"] == 0
 
 
-def test_what_is_asked_again_is_not_answered_by_the_cache(capsys):
+def test_stopped_it_waits_for_no_audits_and_tells_what_is_doubtful(capsys):
+    count = 900
+    paths(count)
+    with serving(answer=answer, mistakes=BAD, latency=SLOW) as endpoint:
+        process = started(endpoint, 700, *FEW)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+        told = json.loads(out.splitlines()[-1])
+        assert process.returncode == 130
+        assert "Traceback" not in err
+        assert err.splitlines()[-1].endswith("--resume")
+        assert row(told, 16)["condemned"]
+        assert told["not_asked_again"] > 0
+        assert told["not_asked_again"] == sizes()[16]
+        run(endpoint, "--resume")
+    resumed = summary(capsys)
+    assert (resumed["asked_again"], resumed["not_asked_again"]) == (told["not_asked_again"], 0)
+    assert accuracy(count) >= 0.95
+
+
+def test_doubtful_answers_are_asked_again_in_spite_of_the_cache_and_replaced_there(capsys):
+    paths(ITEMS)
+    cache = ("--cache", "cache.sqlite")
+    with serving(answer=answer, mistakes=BAD) as endpoint:
+        run(endpoint, *cache)
+        assert summary(capsys)["asked_again"] > 0
+        assert accuracy() >= 0.95
+        asked = endpoint.calls
+        run(endpoint, *cache, "--force", audit=())
+        assert endpoint.calls == asked
+        assert accuracy() >= 0.95
+
+
+def test_a_cache_that_takes_doubtful_answers_for_good_ones_is_left_aside(capsys, monkeypatch):
+    # As where entries are dated by another clock.
+    monkeypatch.setattr(Audits, "is_condemned", lambda *_: False)
     paths(ITEMS)
     with serving(answer=answer, mistakes=BAD) as endpoint:
         run(endpoint, "--cache", "cache.sqlite")
-    told = summary(capsys)
     assert accuracy() >= 0.95
-    assert told["asked_again"] > 0
-    assert all(line["route"] != "cache" for line in output())
+    assert summary(capsys)["not_asked_again"] == 0
 
 
 def test_a_model_that_becomes_bad_after_a_certificate_is_asked_again_from_there(capsys):
@@ -213,6 +255,7 @@ def test_what_an_endpoint_that_falls_silent_has_left_is_told_and_asked_again_by_
         assert summary(capsys)["upstream_calls"] == 0
 
 
+@pytest.mark.promise(of="audit_run")
 def test_an_answer_that_cannot_be_had_again_stands_and_is_told(capsys):
     paths(ITEMS)
     with serving(answer=answer, mistakes=BAD) as endpoint:
