@@ -107,6 +107,11 @@ def test_intervals_are_wilsons(hits, count, low, high):
     assert wilson(hits, count) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_where_there_is_no_answer_nothing_agrees():
+    assert integrity.share([("a", "a"), (None, None), ("a", "b"), (None, "a")])[0] == 0.25
+    assert integrity.share([]) == (None, None, None)
+
+
 def test_an_option_without_a_value_is_shown_as_one():
     run = begin("integrity", quick=True, seed=1, options={"local": True, "items": 8}, compared=[])
     assert (
@@ -130,20 +135,19 @@ def base_url():
     if missing:
         complaint = pytest.fail if os.environ.get("MICROBATCH_REQUIRE_INTEGRITY") else pytest.skip
         complaint(f"needs {', '.join(missing)}: {served.NEEDED}")
-    with served.served(served.packaged(), 2) as address:
+    with served.serving(served.packaged(), 1) as address:
         yield address
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [Way("alone", 1), Way(COMBINED, 4), Way("audited", 4), Way(COMBINED, 4, WORDS)])
 def test_a_weak_model_does_no_damage_that_is_not_seen(base_url, way):
-    task = tasks.banking(None, 8, 1)
+    task = tasks.banking(None, 6, 1)
     got = asyncio.run(ask(base_url, "SmolLM2", task, way, 1))
     assert got["violations"] == []
-    assert len(got["answers"]) == 8
+    assert len(got["answers"]) == 6
     if way.structured == GRAMMAR:
         assert set(got["answers"]) <= set(task.labels)
     if way.size == 1:
-        assert (got["calls"], got["unknown_ids"]) == (8, 0)
-    # A call for each question, those that combining has cost before it was given up, and an audit of each batch.
-    assert got["calls"] <= 8 + 8
+        assert (got["calls"], got["unknown_ids"]) == (6, 0)
+    assert got["calls"] <= 4 * 6

@@ -4,8 +4,8 @@
 `--gguf FILE` any other model in llama.cpp's format. All three may be given; without any it is SmolLM2. Temperature 0. The questions are banking77's (12 of its 77
 labels) and a shop's products where `--data` names a folder with both, else generated messages and the bundled catalogue.
 
-A run ends with an error if an answer was given to another question than its id's, lies outside the labels, or if the tokens of the
-replies do not add up to what the server reported.
+A run ends with an error if an answer was given to another question than its id's, lies outside the labels, or if tokens do not add up
+to what the server reported. The shares of requests are estimates once a call was cut off, and are not added up then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import aiohttp
 
 import microbatch as mb
 from bench.benchmark import Option
-from bench.integrity.served import packaged, served
+from bench.integrity.served import packaged, serving
 from bench.integrity.tasks import TASKS, Task, folder_of
 from bench.integrity.witness import Witness
 from bench.report import Run, Table
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.base_url:
         models[options.model] = asyncio.run(ask_all(options.base_url, options.model, tasks, sizes, options.seed))
     for file in [*([packaged()] if local else []), *([Path(options.gguf)] if options.gguf else [])]:
-        with served(file, options.threads) as base_url:
+        with serving(file, options.threads) as base_url:
             models[file.stem] = asyncio.run(ask_all(base_url, file.stem, tasks, sizes, options.seed))
     wrong = [violation for one in models.values() for way in one["asked"] for violation in way["violations"]]
     if wrong:
@@ -163,8 +163,8 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def share(pairs: Iterable[tuple[Any, Any]]) -> tuple[float | None, float | None, float | None]:
-    """Return the share of *pairs* that are equal, and its interval; None without any."""
-    equal = [one == other for one, other in pairs]
+    """Return the share of *pairs* that are equal, and its interval; None without any. No answer equals nothing."""
+    equal = [one is not None and one == other for one, other in pairs]
     return (sum(equal) / len(equal), *wilson(sum(equal), len(equal))) if equal else (None, None, None)
 
 
@@ -172,7 +172,7 @@ def tables(run: Run) -> dict[str, Table]:
     head = "model | task | way | size | grammar"
     right = Table(
         f"Answers: {run.options['items']} questions of each task, 95 % intervals (Wilson)",
-        f"{head} | accuracy {{:.0%}} | from {{:.0%}} | to {{:.0%}} | as alone {{:.0%}} | from, {{:.0%}} | to, {{:.0%}}",
+        f"{head} | failed {{:,}} | accuracy {{:.0%}} | from {{:.0%}} | to {{:.0%}} | as alone {{:.0%}} | from, {{:.0%}} | to, {{:.0%}}",
         "as alone: the answer is the one that the same model gives to the same question alone; for `alone, again`, its own noise; for "
         "`combined, again`, the answer of the same batches under other ids.",
     )
@@ -180,7 +180,7 @@ def tables(run: Run) -> dict[str, Table]:
         "Cost",
         f"{head} | calls {{:,}} | fallback {{:,}} | cut {{:,}} | unknown ids {{:,}} | missing {{:,}} | prompt tokens {{:,}}"
         " | completion tokens {:,} | seconds {:,.0f}",
-        "cut: calls ended while their replies went on past the last item, whose tokens no server reports.",
+        "cut: calls ended while their replies went on past the last item. No server reports their tokens.",
     )
     places = Table(
         "Accuracy by the place in the batch, first answers and asked again together",
@@ -198,7 +198,7 @@ def tables(run: Run) -> dict[str, Table]:
             base = (COMBINED, size) if name == ASKED_AGAIN else (ALONE, 1)
             other = by_way[task, *base, structured]
             agreed = (None,) * 3 if other is one else share(zip(answers, other["answers"], strict=True))
-            right.add(*words, *share(zip(answers, gold, strict=True)), *agreed)
+            right.add(*words, answers.count(None), *share(zip(answers, gold, strict=True)), *agreed)
             costs = ("calls", "fallback_calls", "unreported_calls", "unknown_ids", "missing")
             cost.add(*words, *(one[key] for key in (*costs, "prompt_tokens", "completion_tokens", "seconds")))
             if name == COMBINED and structured == GRAMMAR and size >= 4:
@@ -230,11 +230,12 @@ def findings(run: Run, tables: dict[str, Table]) -> list[str]:
             found.append(
                 f"{model}, {task} ({data['source']}): {alone['accuracy']:.0%} right alone, {accuracy}. Alone it disagrees with itself "
                 f"on {1 - again['as alone']:.0%}. At {sizes[-1][3]}: {last['calls']:,} calls instead of {single['calls']:,}, "
-                f"{_change(last, single, 'prompt tokens')} and {_change(last, single, 'completion tokens')}."
+                f"{_change(last, single, 'prompt tokens')} and {_change(last, single, 'completion tokens')}, and {last['cut']} calls cut off."
             )
     return [
         *found,
-        "In every run: no answer outside the labels, none from under another id, and shares that add up to the server's report to the token.",
+        "In every run: no answer outside the labels, none from under another id, the tokens counted are those the server reported, and "
+        "where no call was cut off, the shares of the requests add up to them.",
         "Small models are worse at answering in batches than large ones: these figures are no forecast for a hosted model, whose own "
         "are measured by this command with --base-url, by `microbatch calibrate`, or by an audit.",
     ]

@@ -35,7 +35,7 @@ def packaged() -> Path:
 
 
 @contextlib.contextmanager
-def served(model: Path, threads: int) -> Iterator[str]:
+def serving(model: Path, threads: int) -> Iterator[str]:
     """Serve the model in a file on a free port of this machine until the block ends; yield its base_url."""
     if not model.is_file():
         raise SystemExit(f"bench integrity: no model file {str(model)!r}")
