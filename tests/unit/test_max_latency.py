@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import microbatch as mb
 from microbatch.batching.latency import ReplyTimes, first_size
+from microbatch.spool.payload import Payload
 from microbatch.spool.provider.input_file import Composer
+from microbatch.spool.records import Delivery, Name
 from microbatch.testing import Latency, ScriptedTransport, SimulatedModel, SimulatedTransport
 from microbatch.transports.chat_wire import BatchWire
 
@@ -377,11 +379,12 @@ def test_a_call_of_no_time_at_all_is_no_error():
 # --- where else the setting counts
 
 
-def test_batches_of_a_provider_are_not_limited():
+async def test_batches_of_a_provider_are_not_limited():
     """They take up to a day."""
-    wire = BatchWire("m", where="here")
-    small, free = (Composer(wire, mb.FlushPolicy(max_latency=limit)) for limit in (0.1, None))
-    assert small._policy.max_batch_size == free._policy.max_batch_size == 16
+    payloads = [Payload.of(ask(f"text {number}"), model="m") for number in range(32)]
+    taken = [Delivery(each.item(Name(None, str(number))), 1, "lease", 0.0) for number, each in enumerate(payloads)]
+    (draft,), _ = await Composer(BatchWire(None, where="x"), mb.FlushPolicy(max_latency=0.1)).drafts(taken)
+    assert len(draft.lines) == 2
 
 
 @pytest.mark.parametrize("limit", [-1, "2", float("nan")])
