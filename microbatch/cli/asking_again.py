@@ -136,11 +136,17 @@ class AskingAgain:
         period = 0 if kind is None else kind.period(reply.batch_size)
         return msgspec.structs.asdict(Provenance(reply.batch_size, reply.lane_kind, period))
 
-    async def find(self) -> set[int]:
-        """Wait for the audits under way, and return the ids that are to be asked again, which are `pending` from then on."""
+    async def settled(self) -> None:
+        """Wait until no audit is under way."""
         await self._audits.settled()
+
+    def find(self) -> set[int]:
+        """Return the ids that are to be asked again, which are `pending` from then on; nothing is under way.
+
+        It reads the output, which takes a few seconds for a million lines.
+        """
         self._audits.give_up_tries()
-        self.pending = await asyncio.to_thread(self._doubtful) - self._in_vain
+        self.pending = self._doubtful() - self._in_vain
         self.use_cache = self._found.isdisjoint(self.pending)
         self._found |= self.pending
         return self.pending.copy()
