@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         for key, option in module.OPTIONS.items():
             default = f"{option.full}; {option.quick} if quick" if option.full != option.quick else option.full
             words = f"{option.help} (default {default})"
-            command.add_argument(f"--{key.replace('_', '-')}", type=option.type, help=words)
+            how = {"action": "store_const", "const": True} if option.type is bool else {"type": option.type}
+            command.add_argument(f"--{key.replace('_', '-')}", help=words, **how)
     commands.add_parser("all", parents=[common], help="all of them, one after the other")
     commands.add_parser("results", parents=[common], help="publish the results, and write bench/RESULTS.md")
     options = parser.parse_args(arguments)

@@ -25,12 +25,13 @@ NAMES = (
     "gateway",
     "hybrid",
     "quota",
+    "integrity",
 )
 SEED = 1
 
 
 class Option(NamedTuple):
-    """A command-line option of a benchmark, with its default in the full and in the short form."""
+    """A command-line option of a benchmark, with its default in the full and in the short form; one of type bool takes no value."""
 
     type: Callable[[str], Any]
     full: Any

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from microbatch.transports.accounts import Account, Permit
 
 _AT_FIRST = 2
-"""Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way. It
-is one after a reply without use, and while it is being tried how long a reply the model allows."""
+"""Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while
+it is being tried how long a reply the model allows, it is one."""
 
 _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
@@ -143,9 +143,7 @@ class Lane:
             return True
         if not self.combined or self.history.proven:
             return False
-        return self.combined >= _AT_FIRST - self.history.fruitless or (
-            self.model is not None and bool(self.model.trying)
-        )
+        return self.combined >= _AT_FIRST or (self.model is not None and bool(self.model.trying))
 
     @property
     def has_company(self) -> bool:

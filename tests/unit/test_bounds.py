@@ -293,16 +293,6 @@ async def test_bulk_work_is_read_as_it_comes_until_a_reply_has_ended_by_itself_a
         assert [streamed[2], streamed[-1]] == [False, True]
 
 
-async def test_a_reply_without_use_leaves_bulk_work_one_combined_call_at_a_time():
-    transport = Recorded(simulated(faults=Faults("strange_ids", rate=1.0, on="combined")))
-    async with batcher_for(transport) as batcher:
-        await in_waves(batcher, 16, str)  # the model has taken a bound, so that there may be two
-        before = transport.combined
-        await by_map(batcher, 160, Label)
-        assert batcher.stats().lanes_parted == 1
-    assert transport.combined - before == 2, "a third one would have left when the first came back"
-
-
 async def test_until_a_reply_was_of_use_bulk_work_has_few_combined_calls_under_way_and_others_as_many_as_ever():
     transport = Recorded(simulated(faults=Faults("missing", rate=0.0)))
     async with batcher_for(transport) as batcher:
