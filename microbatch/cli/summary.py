@@ -118,7 +118,7 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
         )
     elif stats.answered and stats.cost_usd is None:
         found.append("The cost is unknown: there is no price for this model.")
-    yield from (textwrap.fill(remark, COLUMNS) for remark in found)
+    yield from (textwrap.fill(remark, COLUMNS, break_on_hyphens=False) for remark in found)
 
 
 class Failures:

@@ -160,12 +160,12 @@ async def test_requests_go_alone_while_not_even_two_are_in_time_and_try_again():
             ended.append(len(hook.left))
 
     taken, stats = await traffic(SimulatedTransport(model), 1_100, 20, each=change, hooks=[hook], max_latency=2.0)
-    alone = hook.left[150 : ended[0]]
+    alone = hook.left[250 : ended[0]]
     pairs = [position for position, size in enumerate(alone) if size > 1]
     assert set(alone) == {1, 2}
     assert all(40 < after - before < 130 for before, after in itertools.pairwise(pairs))
-    assert len(pairs) > 4
-    assert late(taken[FROM:700]) <= 2.0
+    assert len(pairs) >= 3
+    assert late(taken[250:700]) <= 2.0
     assert stats.singles_by_reason["latency"] > 500
     assert max(size for size, _ in hook.calls[-20:]) > 3
 
@@ -354,9 +354,10 @@ def test_times_that_vary_keep_the_limit_too(seed, streamed):
 
 
 def test_whole_durations_alone_show_their_parts_by_a_trial():
-    """Three in 1.7 s may be 0.57 s for each, so that four would be late; in fact five are not."""
+    """Four in 1.8 s may be 0.45 s for each, so that five would be late; in fact they are not."""
     sizes = settled(2.0, 1.4, 0.1, streamed=False)
-    assert (sizes[0], max(sizes)) == (3, 6)
+    assert sizes[0] == 4
+    assert max(sizes) <= 6
     assert sizes.count(6) <= len(sizes) / 40
     assert set(sizes[-30:]) <= {5, 6}
 
