@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
     from microbatch.accounting.audits import Audited
-    from microbatch.accounting.events import Called
     from microbatch.batching.audits import Audits
     from microbatch.cli.output import OutputFile
     from microbatch.messages import Reply
@@ -62,8 +61,6 @@ class AskingAgain:
         asked: Answers that were asked for again and replaced.
         largest: Requests in the largest batch that answered one of them.
         left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.
-        calls: Calls of audits.
-        tokens: Tokens of those calls, prompts and answers together, as far as they were reported.
     """
 
     def __init__(self, policy: AuditPolicy, output: OutputFile, items: Container[int]) -> None:
@@ -73,8 +70,6 @@ class AskingAgain:
         self.asked: int = 0
         self.largest: int = 0
         self.left: int = 0
-        self.calls: int = 0
-        self.tokens: int = 0
         self._output = output
         self._items = items
         self._found: set[int] = set()  # asked again in this run
@@ -120,13 +115,6 @@ class AskingAgain:
         if event.decision is not None or now - self._saved_at >= SAVE_SECONDS:
             self._saved_at = now
             self._save(sync=event.decision is not None)
-
-    def on_call(self, event: Called) -> None:
-        """Count the calls of audits and their tokens."""
-        if event.route == "audit":
-            self.calls += 1
-            if event.usage is not None:
-                self.tokens += event.usage.prompt_tokens + event.usage.completion_tokens
 
     # --- answers
 
