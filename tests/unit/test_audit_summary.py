@@ -78,7 +78,7 @@ def test_the_json_has_every_figure():
     size = audited(certified=True)
     figures = audit_figures(again(asked=4, left=1), stats(size, calls=3, tokens=70))
     assert figures == {
-        "audit": [{name: getattr(size, name) for name in AuditedSize.__struct_fields__}],
+        "audit": ({name: getattr(size, name) for name in AuditedSize.__struct_fields__},),
         "audit_calls": 3,
         "audit_tokens": 70,
         "asked_again": 4,
