@@ -63,10 +63,12 @@ class _Figures(msgspec.Struct, kw_only=True):
     cut_replies: int = 0
     damage_usage: Usage = Usage()
     damage_cost_usd: float | None = 0.0
+    audit_usage: Usage = Usage()
+    audit_cost_usd: float | None = 0.0
 
     @property
     def costs_more(self) -> bool:
-        """True if combining has cost more than it saved: in dollars if prices are known, else in tokens."""
+        """True if combining, without audits, has cost more than it saved: in dollars if prices are known, else in tokens."""
         return self._loss > 0
 
     @property
@@ -78,14 +80,13 @@ class _Figures(msgspec.Struct, kw_only=True):
     def _loss(self) -> float:
         """What combining has cost beyond single calls, in the unit of `_damage`."""
         if self._priced:
-            return (self.cost_usd or 0.0) - (self.unbatched_cost_usd or 0.0)
+            return (self.cost_usd or 0.0) - (self.audit_cost_usd or 0.0) - (self.unbatched_cost_usd or 0.0)
         unbatched_tokens = self.unbatched_prompt_tokens + self.unbatched_completion_tokens
-        return self.prompt_tokens + self.completion_tokens - unbatched_tokens
+        return self.prompt_tokens + self.completion_tokens - _tokens(self.audit_usage) - unbatched_tokens
 
     @property
     def _damage(self) -> float:
-        usage = self.damage_usage
-        return self.damage_cost_usd or 0.0 if self._priced else usage.prompt_tokens + usage.completion_tokens
+        return self.damage_cost_usd or 0.0 if self._priced else _tokens(self.damage_usage)
 
     @property
     def _priced(self) -> bool:
@@ -144,6 +145,8 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         cut_replies: Combined replies that were broken off, or hit a token limit.
         damage_usage: The tokens of the `fallback_calls`, and of combined calls whose reply answered nothing.
         damage_cost_usd: Their price in US dollars; None like `cost_usd`.
+        audit_usage: The tokens of audits; they are among `unclaimed`.
+        audit_cost_usd: Their price in US dollars; None like `cost_usd`.
     """
 
     @property
@@ -209,10 +212,7 @@ class Ledger(_Figures, kw_only=True):
         """
         if damage:
             self.damage_usage += usage
-            if price is None or self.damage_cost_usd is None:
-                self.damage_cost_usd = None
-            else:
-                self.damage_cost_usd += price(usage)
+            self.damage_cost_usd = _added(self.damage_cost_usd, usage, price)
         figures: _Figures = self
         if self.owed_prompt or self.owed_completion:
             alone = self._less_owed(alone)
@@ -226,6 +226,13 @@ class Ledger(_Figures, kw_only=True):
         elif self.cost_usd is not None and self.unbatched_cost_usd is not None:
             self.cost_usd += price(usage)
             self.unbatched_cost_usd += price(alone)
+
+    def pay_audit(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Add the call of an audit, which reported *usage*."""
+        self.audit_usage += usage
+        self.audit_cost_usd = _added(self.audit_cost_usd, usage, price)
+        self.unclaimed += usage
+        self.pay(usage, Usage(), price)
 
     def correct(self, missing: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add *missing* to what single calls would have used. Negative tokens are taken from later calls: counters only grow."""
@@ -259,8 +266,17 @@ class Ledger(_Figures, kw_only=True):
             "cache_age": self.cache_ages / (self.cache_hits or 1),
         }
         if self.unreported_calls and not self.prompt_tokens and not self.completion_tokens:
-            figures |= {"cost_usd": None, "unbatched_cost_usd": None, "damage_cost_usd": None}
+            figures |= dict.fromkeys(("cost_usd", "unbatched_cost_usd", "damage_cost_usd", "audit_cost_usd"))
         return Stats(**figures | others)
+
+
+def _tokens(usage: Usage) -> int:
+    return usage.prompt_tokens + usage.completion_tokens
+
+
+def _added(cost_usd: float | None, usage: Usage, price: Callable[[Usage], float] | None) -> float | None:
+    """Return *cost_usd* and the price of *usage* together; None if either is unknown."""
+    return None if price is None or cost_usd is None else cost_usd + price(usage)
 
 
 def divided(usage: Usage, prompts: Sequence[int], completions: Sequence[int]) -> list[Usage]:

@@ -131,8 +131,7 @@ class UsageAttribution:
         if call_cost is None:
             self._ledger.unreported_calls += 1
         else:
-            self._ledger.pay(call_cost.usage, Usage(), call_cost.price)
-            self._ledger.unclaimed += call_cost.usage
+            self._ledger.pay_audit(call_cost.usage, call_cost.price)
 
     def learn_from_single(self, ticket: Ticket, history: LaneHistory) -> None:
         """Learn for the lane with *history* from the single call that has answered *ticket*, a request of its kind."""

@@ -29,7 +29,8 @@ _TICK: Final = 1e-6
 _ROUNDING: Final = 1e-9
 
 _MARGIN: Final = 0.98
-"""The part of the limit that is used where replies are not streamed: the line is rough, and the answers of one are late together."""
+"""The part of the limit that is used where the line is rough: after few replies, and where replies are not streamed, whose answers are
+late together."""
 
 _FEW: Final = 3
 """Replies from which on one of them may be an outlier."""
@@ -43,7 +44,7 @@ _AT_ONCE: Final = 0.02
 _FIRST_TOKEN: Final = 0.5
 _RATE: Final = 80
 _FRAME: Final = 16
-_ANSWER: Final = 16
+_ANSWER: Final = 12
 
 
 class TimedCall(msgspec.Struct, frozen=True, gc=False):
@@ -125,7 +126,8 @@ class ReplyTimes(msgspec.Struct):
         in_time = []
         for call in self.calls:
             multiple = call.seconds / (once + each * call.answers)
-            limit = self.limit if call.streamed else self.limit * _MARGIN
+            rough = not call.streamed or len(self.calls) < _FEW
+            limit = self.limit * _MARGIN if rough else self.limit
             in_time.append((max(0, int((limit / multiple - once) / each + _ROUNDING)), call.streamed))
         # Far from the sizes that were measured the line is a guess.
         latest = [call.answers for call in self.calls][-_FEW:]

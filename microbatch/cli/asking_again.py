@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
     from microbatch.accounting.audits import Audited
-    from microbatch.accounting.events import Called
     from microbatch.batching.audits import Audits
     from microbatch.cli.output import OutputFile
     from microbatch.messages import Reply
@@ -62,8 +61,6 @@ class AskingAgain:
         asked: Answers that were asked for again and replaced.
         largest: Requests in the largest batch that answered one of them.
         left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.
-        calls: Calls of audits.
-        tokens: Tokens of those calls, prompts and answers together, as far as they were reported.
     """
 
     def __init__(self, policy: AuditPolicy, output: OutputFile, items: Container[int]) -> None:
@@ -73,8 +70,6 @@ class AskingAgain:
         self.asked: int = 0
         self.largest: int = 0
         self.left: int = 0
-        self.calls: int = 0
-        self.tokens: int = 0
         self._output = output
         self._items = items
         self._found: set[int] = set()  # asked again in this run
@@ -121,13 +116,6 @@ class AskingAgain:
             self._saved_at = now
             self._save(sync=event.decision is not None)
 
-    def on_call(self, event: Called) -> None:
-        """Count the calls of audits and their tokens."""
-        if event.route == "audit":
-            self.calls += 1
-            if event.usage is not None:
-                self.tokens += event.usage.prompt_tokens + event.usage.completion_tokens
-
     # --- answers
 
     def provenance(self, reply: Reply[Any]) -> dict[str, Any]:
@@ -136,11 +124,17 @@ class AskingAgain:
         period = 0 if kind is None else kind.period(reply.batch_size)
         return msgspec.structs.asdict(Provenance(reply.batch_size, reply.lane_kind, period))
 
-    async def find(self) -> set[int]:
-        """Wait for the audits under way, and return the ids that are to be asked again, which are `pending` from then on."""
+    async def settled(self) -> None:
+        """Wait until no audit is under way."""
         await self._audits.settled()
+
+    def find(self) -> set[int]:
+        """Return the ids that are to be asked again, which are `pending` from then on; nothing is under way.
+
+        It reads the output, which takes a few seconds for a million lines.
+        """
         self._audits.give_up_tries()
-        self.pending = await asyncio.to_thread(self._doubtful) - self._in_vain
+        self.pending = self._doubtful() - self._in_vain
         self.use_cache = self._found.isdisjoint(self.pending)
         self._found |= self.pending
         return self.pending.copy()

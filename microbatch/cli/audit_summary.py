@@ -11,33 +11,43 @@ from microbatch.audit.lane_kind import ABOVE, STEPS
 from microbatch.cli.console import COLUMNS, plural
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from microbatch.accounting.audits import AuditedSize
+    from microbatch.accounting.stats import Stats
     from microbatch.cli.asking_again import AskingAgain
 
 MAX_SIZES: Final = 12
 """Sizes of kinds of lanes that are shown to people."""
 
 
-def audit_figures(again: AskingAgain, sizes: Sequence[AuditedSize]) -> dict[str, Any]:
+def audit_figures(again: AskingAgain, stats: Stats) -> dict[str, Any]:
     """Return the figures of the audits of a run, as `--json` prints them."""
     return {
-        "audit": msgspec.to_builtins(sizes),
-        "audit_calls": again.calls,
-        "audit_tokens": again.tokens,
+        "audit": msgspec.to_builtins(stats.audit),
+        "audit_calls": _calls(stats),
+        "audit_tokens": _tokens(stats),
         "asked_again": again.asked,
         "not_asked_again": again.left,
     }
 
 
-def audit_lines(again: AskingAgain, sizes: Sequence[AuditedSize]) -> Iterator[str]:
+def audit_lines(again: AskingAgain, stats: Stats) -> Iterator[str]:
     """Yield the figures of the audits of a run for people."""
-    for line in _lines(again, sizes):
+    for line in _lines(again, stats):
         yield textwrap.fill(f"audit: {line}", COLUMNS, subsequent_indent="       ")
 
 
-def _lines(again: AskingAgain, sizes: Sequence[AuditedSize]) -> Iterator[str]:
+def _calls(stats: Stats) -> int:
+    return stats.singles_by_reason.get("audit", 0)
+
+
+def _tokens(stats: Stats) -> int:
+    return stats.audit_usage.prompt_tokens + stats.audit_usage.completion_tokens
+
+
+def _lines(again: AskingAgain, stats: Stats) -> Iterator[str]:
+    sizes = stats.audit
     compared = [size for size in sizes if size.compared]
     bound = again.policy.max_excess
     for size in compared[:MAX_SIZES]:
@@ -54,8 +64,8 @@ def _lines(again: AskingAgain, sizes: Sequence[AuditedSize]) -> Iterator[str]:
         yield f"{plural(again.asked, 'answer')} of sizes that were given up asked again {how}"
     if again.left:
         yield f"{plural(again.left, 'answer')} of sizes that were given up not asked again yet"
-    if again.calls:
-        yield f"{plural(again.calls, 'call')} and {plural(again.tokens, 'token')} of this run were for the audit"
+    if _calls(stats):
+        yield f"{plural(_calls(stats), 'call')} and {plural(_tokens(stats), 'token')} of this run were for the audit"
 
 
 def _line(size: AuditedSize, bound: float, *, several: bool, kinds: int) -> str:

@@ -109,6 +109,7 @@ class BulkRun:
         self._failures: Counter[str] = Counter()  # by item, while the endpoint answered others
         self._control: Request | None = None
         self._passes = 0
+        self._once: Stats | None = None  # the figures when no item had been asked again; None until one is
         self._leave: Callable[[], None] = lambda: None
 
     @property
@@ -160,7 +161,6 @@ class BulkRun:
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
         session, again = self._session, self._again
-        once: Stats | None = None  # the figures when each item had been answered once
         batcher = session.batcher(self._plan.policy, audit=self._plan.audit, hooks=[] if again is None else [again])
         if again is not None and batcher.audits is not None:
             again.begin(batcher.audits)
@@ -170,26 +170,32 @@ class BulkRun:
                 start = loop.time()
                 try:
                     with self._progress:
-                        await self._passes_until_settled(batcher)
-                        while again is not None and not self._endpoint.stopped and (found := await again.find()):
-                            once = once or session.stats()
-                            self._settled -= found
-                            self._progress.extend(len(found))
-                            await self._passes_until_settled(batcher)
+                        await self._ask_all(batcher)
+                        if again is not None:
+                            await self._ask_doubtful(again, batcher)
                 finally:
                     self.wall_s = loop.time() - start
         finally:
-            self.stats = _one_call_each(
-                session.stats(), once
-            )  # closing the batcher has put the last answers into the cache
+            # Closing the batcher has put the last answers into the cache.
+            self.stats = session.stats() if self._once is None else _compared_with(self._once, session.stats())
             if again is not None:
                 again.end()
 
     # --- a pass over the input
 
-    async def _passes_until_settled(self, batcher: Microbatcher) -> None:
+    async def _ask_all(self, batcher: Microbatcher) -> None:
         while self._to_ask and not self._endpoint.stopped:
             await self._pass(batcher)
+
+    async def _ask_doubtful(self, again: AskingAgain, batcher: Microbatcher) -> None:
+        """Ask again, when all audits have ended, what they have made doubtful, until nothing is."""
+        await again.settled()
+        while not self._endpoint.stopped and (found := again.find()):
+            self._once = self._once or self._session.stats()
+            self._settled -= found
+            self._progress.extend(len(found))
+            await self._ask_all(batcher)
+            await again.settled()
 
     async def _pass(self, batcher: Microbatcher) -> None:
         await self._endpoint.rested()
@@ -319,10 +325,8 @@ class BulkRun:
             asyncio.get_running_loop().call_soon(self._leave_soon, left, now)
 
 
-def _one_call_each(stats: Stats, once: Stats | None) -> Stats:
-    """Return *stats* compared with one call for each item, as *once* is, whatever was asked again since."""
-    if once is None:
-        return stats
+def _compared_with(once: Stats, stats: Stats) -> Stats:
+    """Return *stats* with the calls one by one of *once*, when no item had been asked again: one for each item."""
     return msgspec.structs.replace(
         stats,
         unbatched_calls=once.unbatched_calls,

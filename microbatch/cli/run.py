@@ -108,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
             lines, figures = [*summary_lines(bulk, plan)], summarize(bulk, resumed)
             if again is not None:
                 _compact(output)
-                lines += audit_lines(again, bulk.stats.audit)
-                figures |= audit_figures(again, bulk.stats.audit)
+                lines += audit_lines(again, bulk.stats)
+                figures |= audit_figures(again, bulk.stats)
             bulk.report(args, lines, figures)
             _note_rest(args, bulk)
             return bulk.status

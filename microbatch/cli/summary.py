@@ -102,7 +102,7 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
             f"{plural(usage.prompt_tokens + usage.completion_tokens, 'token')}{price}. Try a smaller --max-batch-size or "
             "another model, or use --single."
         )
-    elif stats.costs_more and not plan.single and not stats.audit:  # else it may be the audit that costs more
+    elif stats.costs_more and not plan.single:
         found.append(
             "Batching cost more than it saved here: the instructions that items share are shorter than what "
             "a combined prompt adds. Use --single for questions like these."
@@ -118,7 +118,7 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
         )
     elif stats.answered and stats.cost_usd is None:
         found.append("The cost is unknown: there is no price for this model.")
-    yield from (textwrap.fill(remark, COLUMNS) for remark in found)
+    yield from (textwrap.fill(remark, COLUMNS, break_on_hyphens=False) for remark in found)
 
 
 class Failures:

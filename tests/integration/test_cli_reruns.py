@@ -75,3 +75,34 @@ def test_an_empty_seed_is_refused_before_anything_is_sent(capsys):
         main(["run", "in.jsonl", "-o", "out.jsonl", *QUESTION, "--simulate", "--id-seed", ""])
     assert ended.value.code == 2
     assert "--id-seed: must not be empty" in capsys.readouterr().err
+
+
+COMMANDS = {
+    "warm": ("warm", "in.jsonl", *QUESTION, "--cache", "PLACE.cache", "--max-concurrent-batches", "1"),
+    "worker": ("worker", "PLACE.spool", "--until-empty", "--max-concurrent-batches", "1"),
+    "provider batches": ("worker", "PLACE.spool", "--until-empty", "--provider-batch", "--poll", "0.05"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_other_commands_that_ask_take_a_seed_as_well(command):
+    products(32)
+
+    def prompts(name, seed):
+        assert main(["spool", f"{name}.spool", "--put", "in.jsonl", *QUESTION]) == 0
+        words = [word.replace("PLACE", name) for word in COMMANDS[command]]
+        with serving(record=True) as endpoint:
+            written, real = [], endpoint.read
+
+            def read(body):
+                written.append(body["messages"])
+                return real(body)
+
+            endpoint.read = read
+            assert main([*words, "--base-url", endpoint.base_url, "--model", "m", "--id-seed", seed]) == 0
+        return sorted(map(str, written))
+
+    first, again, other = prompts("one", "s"), prompts("two", "s"), prompts("three", "t")
+    assert len(first) >= 2
+    assert first == again
+    assert not {*first} & {*other}

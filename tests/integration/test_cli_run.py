@@ -270,6 +270,19 @@ def test_resuming_with_another_prompt_or_policy_is_refused_unless_forced(capsys)
     assert len(output()) == 3
 
 
+def test_a_limit_on_latency_decides_which_lines_share_a_prompt(capsys):
+    """A resumed run needs the same; that of a release without the setting has none."""
+    products(40)
+    assert run(*QUESTION, "--simulate", "--max-latency", "1.5", "--json") == 0
+    assert summary(capsys)["upstream_calls"] > 3
+    assert json.loads(Path("out.jsonl.digest").read_text())["--max-latency"] == 1.5
+    assert run(*QUESTION, "--simulate", "--resume") == 2
+    assert "--max-latency (was 1.5, is not set)" in capsys.readouterr().err
+    assert run(*QUESTION, "--simulate", "--resume", "--max-latency", "1.5") == 0
+    assert run(*QUESTION, "--simulate", out="o2.jsonl") == 0
+    assert "--max-latency" not in json.loads(Path("o2.jsonl.digest").read_text())
+
+
 def test_resuming_what_never_began_is_a_run_like_any_other():
     products(3)
     assert run(*QUESTION, "--simulate", "--resume") == 0

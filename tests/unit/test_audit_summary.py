@@ -7,13 +7,18 @@ from types import SimpleNamespace
 import pytest
 
 from microbatch.accounting.audits import AuditedSize
+from microbatch.accounting.stats import Stats
 from microbatch.cli.audit_summary import MAX_SIZES, audit_figures, audit_lines
+from microbatch.messages import Usage
 from microbatch.policy import AuditPolicy
 
 
 def again(**figures):
-    none = {"asked": 0, "largest": 0, "left": 0, "calls": 0, "tokens": 0}
-    return SimpleNamespace(policy=AuditPolicy(), **{**none, **figures})
+    return SimpleNamespace(policy=AuditPolicy(), **{"asked": 0, "largest": 0, "left": 0, **figures})
+
+
+def stats(*sizes, calls=0, tokens=0):
+    return Stats(audit=sizes, singles_by_reason={"audit": calls}, audit_usage=Usage(tokens - tokens // 3, tokens // 3))
 
 
 def audited(size=16, **figures):
@@ -22,8 +27,8 @@ def audited(size=16, **figures):
     return AuditedSize(**{"kind": "abcdef0123", "model": "m", "size": size, **none, **verdict, **figures})
 
 
-def told(*sizes, **figures):
-    return " ".join("\n".join(audit_lines(again(**figures), sizes)).split())
+def told(*sizes, calls=0, tokens=0, **figures):
+    return " ".join("\n".join(audit_lines(again(**figures), stats(*sizes, calls=calls, tokens=tokens))).split())
 
 
 def test_one_size_is_told_in_a_sentence():
@@ -66,14 +71,14 @@ def test_what_else_there_is_to_tell(sizes, figures, part):
 
 def test_lines_are_wrapped():
     sizes = [audited(), audited(32, raw=0.41, noise=0.01, excess=0.4, condemned=True)]
-    assert all(len(line) <= 80 for each in audit_lines(again(), sizes) for line in each.splitlines())
+    assert all(len(line) <= 80 for each in audit_lines(again(), stats(*sizes)) for line in each.splitlines())
 
 
 def test_the_json_has_every_figure():
     size = audited(certified=True)
-    figures = audit_figures(again(asked=4, left=1, calls=3, tokens=70), [size])
+    figures = audit_figures(again(asked=4, left=1), stats(size, calls=3, tokens=70))
     assert figures == {
-        "audit": [{name: getattr(size, name) for name in AuditedSize.__struct_fields__}],
+        "audit": ({name: getattr(size, name) for name in AuditedSize.__struct_fields__},),
         "audit_calls": 3,
         "audit_tokens": 70,
         "asked_again": 4,

@@ -89,6 +89,7 @@ async def test_damage_is_blamed_where_it_has_eaten_up_the_saving(kinds, prices):
     sound, stats = [await figures(some, prices=prices, rounds=1, count=32) for some in (None, kinds)]
     assert (sound.costs_more, stats.costs_more, stats.damage_costs_more) == (False, True, True)
     assert "because of damaged replies" in told(stats)
+    assert "--max-batch-size" in told(stats)
     assert "shorter" not in told(stats)
 
 
