@@ -4,16 +4,28 @@ import argparse
 import asyncio
 import importlib
 import importlib.util
+import logging
 import os
 
+import anyio.from_thread
 import pytest
 
 import microbatch as mb
 from bench import integrity
+from bench.__main__ import main
 from bench.integrity import COMBINED, GRAMMAR, WORDS, Way, ask, served, tasks, wilson
 from bench.integrity.witness import Witness
-from bench.report import begin
-from microbatch.testing import Faults, SimulatedModel, SimulatedTransport, VirtualClockLoop
+from bench.report import Run, begin
+from microbatch.testing import Faults, SimulatedEndpoint, SimulatedModel, SimulatedTransport, VirtualClockLoop
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    """The benchmark silences the logger of the process that it runs in."""
+    logger = logging.getLogger("microbatch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def played(*, faults=None, size=4, tamper=lambda results: results, **witnessed):
@@ -151,3 +163,45 @@ def test_a_weak_model_does_no_damage_that_is_not_seen(base_url, way):
     if way.size == 1:
         assert (got["calls"], got["unknown_ids"]) == (6, 0)
     assert got["calls"] <= 4 * 6
+
+
+@pytest.fixture
+def simulated():
+    """The address of a simulated endpoint, in a thread of its own, whose model answers by the length of the question."""
+    portal = anyio.from_thread.start_blocking_portal()
+    with portal as running:
+        labels = {name: task(None, 8, 1).labels for name, task in tasks.TASKS.items()}
+
+        def answer(text, schema):
+            known = labels["products"] if text.startswith("Product:") else labels["banking"]
+            return known[len(text) % len(known)]
+
+        endpoint = SimulatedEndpoint(answer=answer)
+        with running.wrap_async_context_manager(endpoint):
+            yield endpoint.base_url
+
+
+@pytest.mark.slow
+def test_a_run_against_a_server_leaves_samples_from_which_all_else_is_computed(simulated, tmp_path):
+    words = [
+        "--base-url",
+        simulated,
+        "--model",
+        "gpt-4.1-mini",
+        "--items",
+        "8",
+        "--sizes",
+        "2,4",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["integrity", "--quick", *words]) == 0
+    run = Run.read(tmp_path / "integrity.json")
+    found = integrity.tables(run)
+    rows = found["answers"].by("task", "way", "size", "grammar").values()
+    assert len(rows) == 2 * 8
+    assert {row["failed"] for row in rows} == {0}
+    assert {row["as alone"] for row in rows} == {None, 1.0}, "this model does not mind company"
+    costs = found["cost"].by("task", "way", "size", "grammar")
+    assert [costs["banking", name, size, True]["calls"] for name, size in (("alone", 1), (COMBINED, 4))] == [8, 2]
+    assert "0 calls cut off" in integrity.findings(run, found)[1]
