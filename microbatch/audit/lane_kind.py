@@ -215,7 +215,7 @@ class LaneKind(msgspec.Struct):
             self.steps[step] = StepRecord(period=before.period + 1, doubtful=before.doubtful)
         elif before.period in before.doubtful:
             before.period += 1  # the evidence stands, and answers from now on are not doubtful
-        self.limit = None if step >= largest else step
+        self.limit = None if step >= min(largest, ABOVE) else step
         return True
 
     def give_up_tries(self) -> bool:

@@ -467,6 +467,38 @@ async def test_until_a_decision_bulk_work_is_at_most_8_combined_calls_ahead_of_i
     assert model.calls.count(4) == 40
 
 
+async def test_a_caller_who_waits_is_not_held_up_by_the_audits_of_bulk_work():
+    async with batcher_on(Slow({}, 0.0, random.Random(1)), audit=AUTO) as batcher:
+
+        async def run():
+            return [result async for result in batcher.map(bulk(160))]
+
+        running = asyncio.ensure_future(run())
+        await asyncio.sleep(1)
+        assert batcher.stats().batches == 8  # all of which have ended
+        (reply,) = await ask_all(batcher, ["path x"])
+        assert reply.waited == pytest.approx(0.1)  # `max_wait`: it is the last in its batch
+        assert len(await running) == 160
+
+
+async def test_after_a_condemnation_sizes_above_64_come_back():
+    model = model_with({33: 1.0})
+    async with batcher_on(model, size=100, audit=EVERY) as batcher:
+        for number in range(12):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(100)])
+            await batcher.audits.settled()
+        assert max(model.calls[-20:]) == 16
+        model.harm = {}
+        (kind,) = batcher.audits.kinds.values()
+        for step in (16, 32, 64):
+            kind.record(step).evidence.equal += 2_000
+        for number in range(60):
+            await ask_all(batcher, [f"road {number} {item}" for item in range(100)])
+            await batcher.audits.settled()
+        assert model.calls[-1] == 1
+        assert model.calls[-2] == 100
+
+
 @each("slots", [1, 2, 64])
 async def test_bulk_work_with_audits_ends_whatever_fails(slots):
     model = Failing({}, 0.0, random.Random(1))
