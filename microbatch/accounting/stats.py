@@ -63,10 +63,12 @@ class _Figures(msgspec.Struct, kw_only=True):
     cut_replies: int = 0
     damage_usage: Usage = Usage()
     damage_cost_usd: float | None = 0.0
+    audit_usage: Usage = Usage()
+    audit_cost_usd: float | None = 0.0
 
     @property
     def costs_more(self) -> bool:
-        """True if combining has cost more than it saved: in dollars if prices are known, else in tokens."""
+        """True if combining has cost more than it saved, audits aside: in dollars if prices are known, else in tokens."""
         return self._loss > 0
 
     @property
@@ -76,16 +78,15 @@ class _Figures(msgspec.Struct, kw_only=True):
 
     @property
     def _loss(self) -> float:
-        """What combining has cost beyond single calls, in the unit of `_damage`."""
+        """What combining has cost beyond single calls and audits, in the unit of `_damage`."""
         if self._priced:
-            return (self.cost_usd or 0.0) - (self.unbatched_cost_usd or 0.0)
+            return (self.cost_usd or 0.0) - (self.audit_cost_usd or 0.0) - (self.unbatched_cost_usd or 0.0)
         unbatched_tokens = self.unbatched_prompt_tokens + self.unbatched_completion_tokens
-        return self.prompt_tokens + self.completion_tokens - unbatched_tokens
+        return self.prompt_tokens + self.completion_tokens - _tokens(self.audit_usage) - unbatched_tokens
 
     @property
     def _damage(self) -> float:
-        usage = self.damage_usage
-        return self.damage_cost_usd or 0.0 if self._priced else usage.prompt_tokens + usage.completion_tokens
+        return self.damage_cost_usd or 0.0 if self._priced else _tokens(self.damage_usage)
 
     @property
     def _priced(self) -> bool:
@@ -144,6 +145,8 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         cut_replies: Combined replies that were broken off, or hit a token limit.
         damage_usage: The tokens of the `fallback_calls`, and of combined calls whose reply answered nothing.
         damage_cost_usd: Their price in US dollars; None like `cost_usd`.
+        audit_usage: The tokens of audits.
+        audit_cost_usd: Their price in US dollars; None like `cost_usd`.
     """
 
     @property
@@ -209,10 +212,7 @@ class Ledger(_Figures, kw_only=True):
         """
         if damage:
             self.damage_usage += usage
-            if price is None or self.damage_cost_usd is None:
-                self.damage_cost_usd = None
-            else:
-                self.damage_cost_usd += price(usage)
+            self.damage_cost_usd = _plus(self.damage_cost_usd, usage, price)
         figures: _Figures = self
         if self.owed_prompt or self.owed_completion:
             alone = self._less_owed(alone)
@@ -226,6 +226,13 @@ class Ledger(_Figures, kw_only=True):
         elif self.cost_usd is not None and self.unbatched_cost_usd is not None:
             self.cost_usd += price(usage)
             self.unbatched_cost_usd += price(alone)
+
+    def pay_audit(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Add a call of an audit that reported *usage*, which belongs to no reply."""
+        self.pay(usage, Usage(), price)
+        self.unclaimed += usage
+        self.audit_usage += usage
+        self.audit_cost_usd = _plus(self.audit_cost_usd, usage, price)
 
     def correct(self, missing: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add *missing* to what single calls would have used. Negative tokens are taken from later calls: counters only grow."""
@@ -241,12 +248,12 @@ class Ledger(_Figures, kw_only=True):
 
     @property
     def comparison(self) -> str:
-        """The cost against that of single calls, for a log line."""
-        if self.cost_usd and self.unbatched_cost_usd is not None:
-            return f"{self.cost_usd:.4f} USD against about {self.unbatched_cost_usd:.4f} one by one"
-        tokens = self.prompt_tokens + self.completion_tokens
+        """The cost against that of single calls, audits aside, for a log line."""
+        if self._priced:
+            single = self.unbatched_cost_usd or 0.0
+            return f"{single + self._loss:.4f} USD against about {single:.4f} one by one"
         unbatched_tokens = self.unbatched_prompt_tokens + self.unbatched_completion_tokens
-        return f"{tokens} tokens against about {unbatched_tokens} one by one"
+        return f"{unbatched_tokens + self._loss} tokens against about {unbatched_tokens} one by one"
 
     def snapshot(self, **others: Any) -> Stats:
         """Return the figures; *others* are those that are kept elsewhere."""
@@ -259,8 +266,16 @@ class Ledger(_Figures, kw_only=True):
             "cache_age": self.cache_ages / (self.cache_hits or 1),
         }
         if self.unreported_calls and not self.prompt_tokens and not self.completion_tokens:
-            figures |= {"cost_usd": None, "unbatched_cost_usd": None, "damage_cost_usd": None}
+            figures |= dict.fromkeys(("cost_usd", "unbatched_cost_usd", "damage_cost_usd", "audit_cost_usd"))
         return Stats(**figures | others)
+
+
+def _tokens(usage: Usage) -> int:
+    return usage.prompt_tokens + usage.completion_tokens
+
+
+def _plus(cost_usd: float | None, usage: Usage, price: Callable[[Usage], float] | None) -> float | None:
+    return None if cost_usd is None or price is None else cost_usd + price(usage)
 
 
 def divided(usage: Usage, prompts: Sequence[int], completions: Sequence[int]) -> list[Usage]:

@@ -18,6 +18,7 @@ import msgspec
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
 from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
+from microbatch.batching.attribution import estimated_call
 from microbatch.batching.call_state import Sample
 from microbatch.batching.ticket import LOW, SlotLease
 from microbatch.errors import ConfigError, RequestFailed, ShutDown
@@ -171,6 +172,8 @@ class Audits:
         """Note that the call of *batch* is over and what it has cost, and audit the item drawn, if the call has answered it."""
         spec, sample = batch.tickets[0].spec, batch.audited
         usage = batch.call_state.usage
+        if usage is None and batch.reply.heard:
+            usage = estimated_call(spec.shared_chars + sum(batch.line_bytes), sum(batch.answer_bytes))
         if spec.kind is not None and usage is not None:
             spec.kind.record(step_of(len(batch.tickets))).calls_cost += self._cost(spec, usage)
         if sample is None or sample.ticket.reply is None or not sample.ticket.caller.audited or self._closed:
@@ -256,8 +259,8 @@ class Audits:
             if lease.queue is not None:
                 lease.queue.discard(lease)
             lease.returned.set()
-        if answer.usage is not None:
-            sample.record.audits_cost += self._cost(spec, answer.usage)
+        usage = answer.usage or estimated_call(spec.shared_chars + len(ticket.line), len(answer.text or ""))
+        sample.record.audits_cost += self._cost(spec, usage)
         return answer
 
     def _settle(self, sample: Sample, scored: int | None, different: bool = False) -> None:
@@ -292,7 +295,9 @@ class Audits:
     def _note_condemned(self, kind: LaneKind, step: int) -> None:
         excess, accepted = kind.record(step).evidence.excess, self._policy.max_excess
         if excess > accepted:
-            found = f"differ from answers alone in {excess:.1%} beyond the model's own noise ({accepted:.1%} are accepted)"
+            found = (
+                f"differ from answers alone in {excess:.1%} beyond the model's own noise ({accepted:.1%} are accepted)"
+            )
         else:
             found = f"differ lately from answers alone in more than the {accepted:.1%} that are accepted: the model has changed"
         sizes = f"answers in batches of up to {step} %s; requests of this kind go in batches of at most {kind.limit}"

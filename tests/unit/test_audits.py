@@ -150,6 +150,41 @@ def test_auto_keeps_the_cost_of_audits_within_the_overhead_or_50_samples():
     assert few.rows[0].asked == 50
 
 
+async def test_auto_keeps_to_the_overhead_where_the_endpoint_reports_no_tokens():
+    class Silent(PlantedModel):
+        async def send(self, call, on_text):
+            return msgspec.structs.replace(await super().send(call, on_text), usage=None)
+
+    policy = mb.AuditPolicy(max_overhead=0.0)
+    async with batcher_on(Silent({}, 0.0, random.Random(1)), audit=policy) as batcher:
+        for number in range(80):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(4)])
+            await batcher.audits.settled()
+        (row,) = batcher.stats().audit
+    assert row.asked == 50
+
+
+@each("prices", [{"planted": mb.Price(input=1.0, output=4.0)}, lambda _: None])
+async def test_audits_are_not_held_against_combining(prices, caplog):
+    audit = mb.AuditPolicy(rate=1.0, adapt=False)
+    async with batcher_on(model_with({2: 1.0}), audit=audit, size=4, prices=prices) as batcher:
+        for number in range(30):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(4)])
+        await batcher.audits.settled()
+        stats = batcher.stats()
+    spent = stats.audit_usage
+    assert spent == stats.unclaimed
+    with_audits, single = stats.prompt_tokens + 4 * stats.completion_tokens, stats.unbatched_prompt_tokens
+    assert with_audits > single + 4 * stats.unbatched_completion_tokens
+    assert not stats.costs_more
+    assert not stats.damage_costs_more
+    assert "costs more than it saves" not in caplog.text
+    if stats.cost_usd is None:
+        assert stats.audit_cost_usd is None
+    else:
+        assert stats.audit_cost_usd == pytest.approx((spent.prompt_tokens + 4 * spent.completion_tokens) / 1e6)
+
+
 async def test_usage_is_conserved():
     model = model_with({2: 0.5}, noise=0.2)
     async with batcher_on(model) as batcher:
