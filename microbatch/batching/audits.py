@@ -191,14 +191,14 @@ class Audits:
         """Forget the item drawn of *batch*, if there is one: the call has not answered it."""
         sample, batch.audited = batch.audited, None
         if sample is not None:
-            sample.record.asked -= 1
-            self._end(sample)
+            self._end(sample, dropped=True)
 
-    def _end(self, sample: Sample) -> None:
-        sample.kind.under_way -= 1
+    def _end(self, sample: Sample, *, dropped: bool = False) -> None:
+        sample.record.asked -= dropped
         self._under_way -= 1
         self._ended.set()
-        self._changed(sample.kind)
+        if sample.kind.audit_ended():
+            self._changed(sample.kind)
 
     def _cost(self, spec: Spec, usage: Usage) -> float:
         """Return a cost that can be compared, in prompt tokens."""
@@ -207,16 +207,15 @@ class Audits:
     # --- audits
 
     async def _audit(self, sample: Sample) -> None:
+        settled: tuple[int | None, bool] | None = None
         try:
             settled = await self._scored(sample)
             if settled is not None:
                 self._settle(sample, *settled)
-        except asyncio.CancelledError:
-            raise
         except Exception:
             logger.exception("an audit failed in microbatch itself")
         finally:
-            self._end(sample)
+            self._end(sample, dropped=settled is None)
 
     async def _scored(self, sample: Sample) -> tuple[int | None, bool] | None:
         """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes."""

@@ -451,6 +451,8 @@ async def test_closing_drops_audits_that_were_not_sent_and_waits_for_those_that_
     assert loop.time() - closing <= 0.5
     assert batcher.stats().upstream_calls == len(model.calls)
     assert batcher.stats().unclaimed.prompt_tokens > 0
+    (row,) = batcher.stats().audit
+    assert row.asked == row.compared == model.calls.count(1)
 
 
 async def test_cancelled_callers_are_not_audited():
@@ -546,6 +548,15 @@ async def test_bulk_work_with_audits_ends_whatever_fails(slots):
 # --- settings
 
 
+async def same_later(batched, alone):
+    """Its coroutine would be true."""
+
+
+class SameLater:
+    async def __call__(self, batched, alone):
+        return False
+
+
 @each(
     "arguments",
     [
@@ -556,6 +567,8 @@ async def test_bulk_work_with_audits_ends_whatever_fails(slots):
         {"max_excess": 1.0},
         {"max_overhead": -1},
         {"same": 3},
+        {"same": same_later},
+        {"same": SameLater()},
     ],
 )
 def test_settings_out_of_range_are_refused(arguments):
