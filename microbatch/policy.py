@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection  # noqa: TC003 the flags of the command line are made from them
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from typing import Annotated, Any, Final, Literal
 
 from microbatch.checking import AtLeast, Count, Seconds, Share, check_fields
@@ -145,16 +146,17 @@ class AuditPolicy:
     """How much of the traffic is audited, and what follows from it.
 
     An item that was answered in a batch is asked alone later, at low priority, and once more if the two answers differ. The *excess* is
-    the share of answers that differ because of combining, beyond the model's disagreement with itself. Callers never wait for an audit,
-    and its tokens are among `Stats.unclaimed`. Not audited are repaired answers, answers from the cache, `warm` and provider batches.
+    the share of answers that differ because of combining, beyond the model's disagreement with itself. Callers of `submit` never wait
+    for an audit; `map` goes at most eight combined calls ahead of the audits of an undecided size. The tokens of audits are among
+    `Stats.unclaimed`. Not audited are repaired answers, answers from the cache, `warm` and provider batches.
 
     Args:
         rate: The share of items that is audited, at most one of each batch. "auto" is one of each batch until the size is decided,
             within *max_overhead*, and 0.005 after a certificate.
         max_excess: The largest excess that is accepted, above 0 and below 1.
-        same: Takes the output from the batch and the one alone, and returns whether they are the same; an error makes them
-            incomparable. None compares typed answers by their values, and texts of at most 64 characters but for case and white
-            space; longer texts are not comparable.
+        same: A plain function that takes the output from the batch and the one alone, and returns whether they are the same; it is
+            called on the event loop. An error makes them incomparable. None compares typed answers by their values, and texts of at
+            most 64 characters but for case and white space; longer texts are not comparable.
         adapt: Whether the size of batches follows: it shrinks where the excess was found to be above *max_excess*, and grows back where
             it was found to be below. False only reports.
         max_overhead: The cost of audits with "auto", as a share of that of the calls of the same kind and size; 50 of each are asked in
@@ -176,3 +178,5 @@ class AuditPolicy:
         check_fields(self)
         if not 0 < self.max_excess < 1:
             raise ConfigError(f"max_excess must be above 0 and below 1, got {self.max_excess}")
+        if iscoroutinefunction(self.same) or iscoroutinefunction(getattr(self.same, "__call__", None)):  # noqa: B004
+            raise ConfigError("same must be a plain function from two outputs to True or False, not an async one")

@@ -17,7 +17,7 @@ class AuditedSize(msgspec.Struct, frozen=True, kw_only=True):
         kind: The kind of lane: a digest of endpoint, model, parameters, schema and shared messages.
         model: The model asked; None if none is named.
         size: The largest size that counts here: 2, 4, 8, 16 or 32; 64 stands for all above 32.
-        asked: Items sampled.
+        asked: Items sampled, without those whose audit was dropped because the batcher closed.
         compared: Those of them whose answers were compared, as often as that took.
         not_comparable: Those of them whose answers cannot be compared, or were not given.
         raw: Share of the compared items whose answer alone differs from that in the batch.

@@ -27,9 +27,9 @@ def can_compare(answer: AnswerType, batched: str, same: Same | None) -> bool:
 def agree(answer: AnswerType, batched: str, alone: str, same: Same | None = None) -> bool | None:
     """Return whether two answers in the form *answer*, given as their texts, are the same; None if they cannot be compared.
 
-    Typed answers are the same if their values are equal, sets in any order; texts if they are equal but for case and white space,
-    and neither is longer than 64 characters. *same* replaces both: it takes the outputs, that from the batch first, and an error of it
-    makes them incomparable.
+    Typed answers are the same if their values, or their JSON, are equal, sets in any order; texts if they are equal but for case and
+    white space, and neither is longer than 64 characters. *same* replaces both: it takes the outputs, that from the batch first, and an
+    error of it makes them incomparable.
     """
     with contained():
         # Decoded anew: a caller may have changed the output it was given.
@@ -40,7 +40,7 @@ def agree(answer: AnswerType, batched: str, alone: str, same: Same | None = None
             return _folded(batched) == _folded(alone) if max(len(batched), len(alone)) <= LONGEST else None
         if outputs == [batched, alone]:  # JSON that the caller asked for as such
             outputs = [msgspec.json.decode(text) for text in outputs]
-        return bool(outputs[0] == outputs[1])
+        return bool(outputs[0] == outputs[1]) or _same_json(batched, alone)
     return None
 
 
@@ -55,6 +55,14 @@ def score(*, first: bool | None, batched: bool | None) -> int | None:
         1, 0 or -1; None if it is unknown.
     """
     return None if first is None or batched is None else first - batched
+
+
+def _same_json(one: str, other: str) -> bool:
+    """Return whether two texts are the same JSON: equal outputs of a class that compares by identity, for instance, differ."""
+    try:
+        return bool(msgspec.json.decode(one) == msgspec.json.decode(other))
+    except msgspec.DecodeError:
+        return False
 
 
 def _folded(text: str) -> str:

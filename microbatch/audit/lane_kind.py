@@ -64,7 +64,7 @@ class StepRecord(msgspec.Struct):
     """The record of one step, since it was first used or tried again.
 
     Attributes:
-        asked: Items sampled.
+        asked: Items sampled, without those whose audit was dropped.
         not_comparable: Those of them whose answers cannot be compared, or were not given.
         different: Compared items whose first answer alone differs from that in the batch.
         detector: Watches after a certificate; None before.
@@ -156,6 +156,11 @@ class LaneKind(msgspec.Struct):
         """Return whether the next batch of bulk work, of *size* requests, waits for audits of those before."""
         return self.under_way >= _AHEAD and self.record(step_of(size)).undecided
 
+    def audit_ended(self) -> bool:
+        """Note that an audit has ended; return whether bulk work may have waited for it."""
+        self.under_way -= 1
+        return self.under_way >= _AHEAD - 1
+
     def is_condemned(self, size: int, given_at: float = math.inf) -> bool:
         """Return whether answers from batches of *size* requests, given at *given_at*, are not good enough.
 
@@ -215,7 +220,7 @@ class LaneKind(msgspec.Struct):
             self.steps[step] = StepRecord(period=before.period + 1, doubtful=before.doubtful)
         elif before.period in before.doubtful:
             before.period += 1  # the evidence stands, and answers from now on are not doubtful
-        self.limit = None if step >= largest else step
+        self.limit = None if step >= min(largest, ABOVE) else step
         return True
 
     def give_up_tries(self) -> bool:

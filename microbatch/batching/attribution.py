@@ -257,11 +257,16 @@ def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
 
 
 def estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Usage:
-    """Return the usage of *ticket* until its call has ended: a token is about 4 bytes of English."""
-    usage = Usage((shared_chars + len(ticket.line)) // 4, answer_bytes // 4 + 1, 0, True)
+    """Return the usage of *ticket* until its call has ended."""
+    usage = estimated_call(shared_chars + len(ticket.line), answer_bytes)
     if ticket.past is not None and ticket.past.usage is not None:
         usage = ticket.past.usage + usage
     return usage
+
+
+def estimated_call(prompt_bytes: int, answer_bytes: int) -> Usage:
+    """Return the usage of a call whose own is not known: a token is about 4 bytes of English."""
+    return Usage(prompt_bytes // 4, answer_bytes // 4 + 1, 0, True)
 
 
 def measure(answers: Iterable[Answer], sizes: list[int]) -> None:

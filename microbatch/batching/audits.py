@@ -18,6 +18,7 @@ import msgspec
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
 from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
+from microbatch.batching.attribution import estimated_call
 from microbatch.batching.call_state import Sample
 from microbatch.batching.ticket import LOW, SlotLease
 from microbatch.errors import ConfigError, RequestFailed, ShutDown
@@ -171,6 +172,8 @@ class Audits:
         """Note that the call of *batch* is over and what it has cost, and audit the item drawn, if the call has answered it."""
         spec, sample = batch.tickets[0].spec, batch.audited
         usage = batch.call_state.usage
+        if usage is None and batch.reply.heard:
+            usage = estimated_call(spec.shared_chars + sum(batch.line_bytes), sum(batch.answer_bytes))
         if spec.kind is not None and usage is not None:
             spec.kind.record(step_of(len(batch.tickets))).calls_cost += self._cost(spec, usage)
         if sample is None or sample.ticket.reply is None or not sample.ticket.caller.audited or self._closed:
@@ -188,14 +191,14 @@ class Audits:
         """Forget the item drawn of *batch*, if there is one: the call has not answered it."""
         sample, batch.audited = batch.audited, None
         if sample is not None:
-            sample.record.asked -= 1
-            self._end(sample)
+            self._end(sample, dropped=True)
 
-    def _end(self, sample: Sample) -> None:
-        sample.kind.under_way -= 1
+    def _end(self, sample: Sample, *, dropped: bool = False) -> None:
+        sample.record.asked -= dropped
         self._under_way -= 1
         self._ended.set()
-        self._changed(sample.kind)
+        if sample.kind.audit_ended():
+            self._changed(sample.kind)
 
     def _cost(self, spec: Spec, usage: Usage) -> float:
         """Return a cost that can be compared, in prompt tokens."""
@@ -204,16 +207,15 @@ class Audits:
     # --- audits
 
     async def _audit(self, sample: Sample) -> None:
+        settled: tuple[int | None, bool] | None = None
         try:
             settled = await self._scored(sample)
             if settled is not None:
                 self._settle(sample, *settled)
-        except asyncio.CancelledError:
-            raise
         except Exception:
             logger.exception("an audit failed in microbatch itself")
         finally:
-            self._end(sample)
+            self._end(sample, dropped=settled is None)
 
     async def _scored(self, sample: Sample) -> tuple[int | None, bool] | None:
         """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes."""
@@ -256,8 +258,8 @@ class Audits:
             if lease.queue is not None:
                 lease.queue.discard(lease)
             lease.returned.set()
-        if answer.usage is not None:
-            sample.record.audits_cost += self._cost(spec, answer.usage)
+        usage = answer.usage or estimated_call(spec.shared_chars + len(ticket.line), len(answer.text or ""))
+        sample.record.audits_cost += self._cost(spec, usage)
         return answer
 
     def _settle(self, sample: Sample, scored: int | None, different: bool = False) -> None:

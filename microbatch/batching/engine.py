@@ -180,9 +180,9 @@ class Engine:
                 self.singles.add(ticket, AloneReason.NOT_CHEAPER, lane.account)
             return None
         self._note_flush(tickets, reason if combined else self._why_alone(lane, reason))
-        if self._audits is not None and lane.spec.kind is not None:
-            self._audits.count(lane.spec.kind, len(tickets))
         with contained() as composing:
+            if self._audits is not None and lane.spec.kind is not None:
+                self._audits.count(lane.spec.kind, len(tickets))
             if combined:
                 work.batch = self._dispatcher.compose(tickets, lane.history, permit)
                 if self._audits is not None:

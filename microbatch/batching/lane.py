@@ -186,7 +186,7 @@ class Lane:
         if ticket.bulk:
             self._bulk += 1
         elif self._full is not None and self.live == self._bulk + 1:
-            return self.combined > 0  # what was held for want of such a request is not held any more
+            return True  # what was held for want of such a request is not held any more
         return self._full is None and self._admit(ticket)
 
     def rebudget(self, budget: Budget) -> None:

@@ -150,6 +150,41 @@ def test_auto_keeps_the_cost_of_audits_within_the_overhead_or_50_samples():
     assert few.rows[0].asked == 50
 
 
+async def test_auto_keeps_to_the_overhead_where_the_endpoint_reports_no_tokens():
+    class Silent(PlantedModel):
+        async def send(self, call, on_text):
+            return msgspec.structs.replace(await super().send(call, on_text), usage=None)
+
+    policy = mb.AuditPolicy(max_overhead=0.0)
+    async with batcher_on(Silent({}, 0.0, random.Random(1)), audit=policy) as batcher:
+        for number in range(80):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(4)])
+            await batcher.audits.settled()
+        (row,) = batcher.stats().audit
+    assert row.asked == 50
+
+
+@each("prices", [{"planted": mb.Price(input=1.0, output=4.0)}, lambda _: None])
+async def test_audits_are_not_held_against_combining(prices, caplog):
+    audit = mb.AuditPolicy(rate=1.0, adapt=False)
+    async with batcher_on(model_with({2: 1.0}), audit=audit, size=4, prices=prices) as batcher:
+        for number in range(30):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(4)])
+        await batcher.audits.settled()
+        stats = batcher.stats()
+    spent = stats.audit_usage
+    assert spent == stats.unclaimed
+    with_audits, single = stats.prompt_tokens + 4 * stats.completion_tokens, stats.unbatched_prompt_tokens
+    assert with_audits > single + 4 * stats.unbatched_completion_tokens
+    assert not stats.costs_more
+    assert not stats.damage_costs_more
+    assert "costs more than it saves" not in caplog.text
+    if stats.cost_usd is None:
+        assert stats.audit_cost_usd is None
+    else:
+        assert stats.audit_cost_usd == pytest.approx((spent.prompt_tokens + 4 * spent.completion_tokens) / 1e6)
+
+
 async def test_usage_is_conserved():
     model = model_with({2: 0.5}, noise=0.2)
     async with batcher_on(model) as batcher:
@@ -416,6 +451,8 @@ async def test_closing_drops_audits_that_were_not_sent_and_waits_for_those_that_
     assert loop.time() - closing <= 0.5
     assert batcher.stats().upstream_calls == len(model.calls)
     assert batcher.stats().unclaimed.prompt_tokens > 0
+    (row,) = batcher.stats().audit
+    assert row.asked == row.compared == model.calls.count(1)
 
 
 async def test_cancelled_callers_are_not_audited():
@@ -467,6 +504,38 @@ async def test_until_a_decision_bulk_work_is_at_most_8_combined_calls_ahead_of_i
     assert model.calls.count(4) == 40
 
 
+async def test_a_caller_who_waits_is_not_held_up_by_the_audits_of_bulk_work():
+    async with batcher_on(Slow({}, 0.0, random.Random(1)), audit=AUTO) as batcher:
+
+        async def run():
+            return [result async for result in batcher.map(bulk(160))]
+
+        running = asyncio.ensure_future(run())
+        await asyncio.sleep(1)
+        assert batcher.stats().batches == 8  # all of which have ended
+        (reply,) = await ask_all(batcher, ["path x"])
+        assert reply.waited == pytest.approx(0.1)  # `max_wait`: it is the last in its batch
+        assert len(await running) == 160
+
+
+async def test_after_a_condemnation_sizes_above_64_come_back():
+    model = model_with({33: 1.0})
+    async with batcher_on(model, size=100, audit=EVERY) as batcher:
+        for number in range(12):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(100)])
+            await batcher.audits.settled()
+        assert max(model.calls[-20:]) == 16
+        model.harm = {}
+        (kind,) = batcher.audits.kinds.values()
+        for step in (16, 32, 64):
+            kind.record(step).evidence.equal += 2_000
+        for number in range(60):
+            await ask_all(batcher, [f"road {number} {item}" for item in range(100)])
+            await batcher.audits.settled()
+        assert model.calls[-1] == 1
+        assert model.calls[-2] == 100
+
+
 @each("slots", [1, 2, 64])
 async def test_bulk_work_with_audits_ends_whatever_fails(slots):
     model = Failing({}, 0.0, random.Random(1))
@@ -479,6 +548,15 @@ async def test_bulk_work_with_audits_ends_whatever_fails(slots):
 # --- settings
 
 
+async def same_later(batched, alone):
+    """Its coroutine would be true."""
+
+
+class SameLater:
+    async def __call__(self, batched, alone):
+        return False
+
+
 @each(
     "arguments",
     [
@@ -489,6 +567,8 @@ async def test_bulk_work_with_audits_ends_whatever_fails(slots):
         {"max_excess": 1.0},
         {"max_overhead": -1},
         {"same": 3},
+        {"same": same_later},
+        {"same": SameLater()},
     ],
 )
 def test_settings_out_of_range_are_refused(arguments):

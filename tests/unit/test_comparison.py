@@ -19,6 +19,12 @@ class Item(msgspec.Struct):
     size: float
 
 
+@dataclass(eq=False)
+class ByIdentity:
+    name: str
+    tags: list[str]
+
+
 @dataclass
 class Same:
     """Compares by the first letter, or fails."""
@@ -59,6 +65,9 @@ def test_texts_are_compared_but_for_case_and_white_space_if_they_are_short(one, 
         (Annotated[str, msgspec.Meta(max_length=200)], f'"{"x" * 90}"', f'"{"x" * 90}"', True),
         (dict[str, int], '{"a":1,"b":2}', '{"b":2,"a":1}', True),
         (str | None, "null", "null", True),
+        (ByIdentity, '{"name":"a","tags":["x"]}', '{"tags": ["x"], "name": "a"}', True),
+        (ByIdentity, '{"name":"a","tags":["x"]}', '{"name":"a","tags":["y"]}', False),
+        (list[ByIdentity], '[{"name":"a","tags":[]}]', '[ {"name":"a","tags":[]} ]', True),
     ],
 )
 def test_typed_answers_are_compared_by_their_values(kind, one, other, same):

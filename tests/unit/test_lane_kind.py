@@ -43,6 +43,18 @@ def test_a_condemned_size_is_left_and_tried_again_after_a_certificate_and_enough
     assert not kind.is_condemned(16)  # tried again, with new evidence
 
 
+def test_the_largest_step_has_no_limit_and_nothing_grows_beyond_it():
+    kind = LaneKind("d")
+    feed(kind, 64, 1)
+    assert kind.limit == 16
+    for step, limit in ((16, 32), (32, None)):
+        feed(kind, step, 0)
+        assert kind.grows(500, 100)
+        assert kind.limit == limit
+    feed(kind, 64, 0)
+    assert not kind.grows(500, 100)
+
+
 def test_less_far_above_the_bound_one_step_is_left():
     kind = LaneKind("d")
     scores = [0, 0, 0, 0, 0, 0, 0, 0, 0, 1] * 60
