@@ -37,7 +37,12 @@ SAVE_SECONDS: Final = 0.1
 
 
 class Record(msgspec.Struct):
-    """What OUTPUT.audit holds: the bound that the kinds of lanes were judged by, and what is known of them."""
+    """The content of OUTPUT.audit.
+
+    Attributes:
+        max_excess: The bound that the kinds of lanes were judged by.
+        kinds: Their records.
+    """
 
     max_excess: float
     kinds: list[LaneKind]
@@ -57,8 +62,8 @@ class AskingAgain:
 
     Attributes:
         pending: Digests of the ids that are being asked again.
-        use_cache: Whether they may be answered by the cache, which does not hand out doubtful answers, as far as it can tell: an item
-            that comes up once more is asked in any case.
+        use_cache: True if the cache may answer them. It hands out no answers that it can tell are doubtful; an item that comes up
+            once more is asked in any case.
         asked: Answers that were asked for again and replaced.
         largest: Requests in the largest batch that answered one of them.
         left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.

@@ -102,10 +102,12 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
             f"{plural(usage.prompt_tokens + usage.completion_tokens, 'token')}{price}. Try a smaller --max-batch-size or "
             "another model, or use --single."
         )
-    elif stats.costs_more and not plan.single and not stats.audit:  # else it may be the audit that costs more
+    elif stats.costs_more and not plan.single:
+        short = "the instructions that items share are shorter than what a combined prompt adds"
         found.append(
-            "Batching cost more than it saved here: the instructions that items share are shorter than what "
-            "a combined prompt adds. Use --single for questions like these."
+            "This run cost more than one call each would have. Its audit, and what that has asked again, are included."
+            if stats.audit
+            else f"Batching cost more than it saved here: {short}. Use --single for questions like these."
         )
     if stats.unreported_calls:
         found.append(

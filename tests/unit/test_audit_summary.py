@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from microbatch.accounting.audits import AuditedSize
+from microbatch.accounting.stats import Stats
 from microbatch.cli.audit_summary import MAX_SIZES, audit_figures, audit_lines
+from microbatch.cli.summary import remarks
 from microbatch.policy import AuditPolicy
 
 
@@ -28,7 +31,8 @@ def told(*sizes, **figures):
 
 def test_one_size_is_told_in_a_sentence():
     assert told(audited(raw=0.011, noise=0.008, excess=0.003, upper=0.0161)) == (
-        "audit: 1.1 % of answers differ from asking alone; 0.8 % is the model's own noise; the excess is at most 1.6 % (95 %)"
+        "audit: 1.1 % of answers differ from asking alone; 0.8 % is the model's own noise; the excess is at most 1.6 % (95 %), "
+        "by 100 comparisons"
     )
 
 
@@ -50,7 +54,8 @@ def test_several_sizes_are_named_and_so_is_what_was_given_up_and_asked_again():
 @pytest.mark.parametrize(
     ("sizes", "figures", "part"),
     [
-        ([audited(upper=1.0, compared=2)], {}, "too few to tell the excess"),
+        ([audited(upper=1.0, compared=2)], {}, "too few to tell the excess, by 2 comparisons"),
+        ([audited(compared=1, upper=0.97)], {}, "at most 97.0 % (95 %), by 1 comparison"),
         ([audited(compared=0, not_comparable=7)], {}, "7 answers not comparable"),
         ([audited(asked=0, compared=0)], {}, "no answer from a combined prompt was asked for again alone"),
         ([], {}, "no answer from a combined prompt was asked for again alone"),
@@ -67,6 +72,16 @@ def test_what_else_there_is_to_tell(sizes, figures, part):
 def test_lines_are_wrapped():
     sizes = [audited(), audited(32, raw=0.41, noise=0.01, excess=0.4, condemned=True)]
     assert all(len(line) <= 80 for each in audit_lines(again(), sizes) for line in each.splitlines())
+
+
+def test_an_audit_is_named_where_a_run_cost_more_than_single_calls():
+    plan = SimpleNamespace(single=False, simulated=None)
+    dear = Stats(answered=9, cost_usd=0.005, unbatched_cost_usd=0.004)
+    (_, without), (_, audit) = (
+        [*remarks(stats, plan)] for stats in (dear, msgspec.structs.replace(dear, audit=(audited(),)))
+    )
+    assert ("shorter than" in without, "audit" in without) == (True, False)
+    assert ("shorter than" in audit, "Its audit" in audit) == (False, True)
 
 
 def test_the_json_has_every_figure():
