@@ -292,9 +292,7 @@ class Audits:
     def _note_condemned(self, kind: LaneKind, step: int) -> None:
         excess, accepted = kind.record(step).evidence.excess, self._policy.max_excess
         if excess > accepted:
-            found = (
-                f"differ from answers alone in {excess:.1%} beyond the model's own noise ({accepted:.1%} are accepted)"
-            )
+            found = f"differ from answers alone in {excess:.1%} beyond the model's own noise ({accepted:.1%} are accepted)"
         else:
             found = f"differ lately from answers alone in more than the {accepted:.1%} that are accepted: the model has changed"
         sizes = f"answers in batches of up to {step} %s; requests of this kind go in batches of at most {kind.limit}"

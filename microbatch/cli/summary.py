@@ -105,8 +105,8 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
     elif stats.costs_more and not plan.single:
         short = "the instructions that items share are shorter than what a combined prompt adds"
         found.append(
-            "This run cost more than one call each would have. Its audit, and what that has asked again, are included."
-            if stats.audit
+            "This run cost more than one call each would have. The answers that its audit has had asked again are included."
+            if any(size.condemned for size in stats.audit)
             else f"Batching cost more than it saved here: {short}. Use --single for questions like these."
         )
     if stats.unreported_calls:
