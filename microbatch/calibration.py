@@ -1,4 +1,4 @@
-"""`calibrate`: asks a sample alone and in batches of several sizes before a job, and recommends a size.
+"""Calibration before a job: ask a sample alone and in batches of several sizes, and recommend a size.
 
 `microbatch.audit.calibration` has the statistics. Here the sample is drawn, and asked by one batcher for each size.
 """
@@ -50,7 +50,7 @@ _SLICE: Final = 256
 """Requests read from a source before the event loop gets its turn, so that a signal is noticed."""
 
 _TRIES: Final = 3
-"""Times that a batch is asked which fails for reasons that may not be its own."""
+"""Times that a batch is asked, if it fails for reasons that may not be its own and others are answered."""
 
 
 async def calibrate(
@@ -84,7 +84,7 @@ async def calibrate(
         same: Compares two outputs, that from the batch first; see `AuditPolicy`.
         policy: As for `Microbatcher`; the size, `merge` and `idle` are set here.
         retry: As for `Microbatcher`, like all that follow.
-        fallback: What is done about missing and broken answers, which count with the answer that they get in the end.
+        fallback: As for `Microbatcher`. Missing and broken answers count with the answer that they get in the end.
         rate_limit: May be shared with batchers.
         prices: USD per million tokens by model.
 
@@ -125,7 +125,7 @@ class Calibrator:
         ended: Called with the figures of asking alone, and with those of each size when it has been tried.
 
     Attributes:
-        result: What is known so far.
+        result: The figures so far.
 
     Raises:
         ConfigError: An argument is wrong.
@@ -362,7 +362,7 @@ class _Item(msgspec.Struct, eq=False):
 
     Attributes:
         lane: Equal for those that may share a prompt.
-        alone: Whether the two answers agree.
+        alone: True if the two answers agree.
     """
 
     request: Request[Any]

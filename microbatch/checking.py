@@ -49,6 +49,14 @@ _KINDS: dict[object, tuple[Callable[[Any], bool], str]] = {
 }
 """The test and the name of types that are more, or less, than the instances of a class."""
 
+_CONTENT: dict[tuple[object, ...], str] = {
+    (str,): " of strings",
+    (int,): " of whole numbers",
+    (str, str): " of strings",
+    (int, Share): " of whole numbers to numbers from 0 to 1",
+}
+"""Descriptions of the content of collections and mappings, by the arguments of their types; that of other mappings is not checked."""
+
 
 def checks_arguments(init: F) -> F:
     """Return an `__init__` that first checks its arguments against their annotations.
@@ -157,11 +165,11 @@ def _lack_of_class(value: Any, kind: type, args: tuple[Any, ...]) -> str | None:
     fits = isinstance(value, kind) and not isinstance(value, type)
     if issubclass(kind, Collection) and kind is not tuple:
         fits = fits and (not isinstance(value, str | bytes) or kind in (str, bytes))
-        words = f"a {kind.__name__.lower()}" + (" of strings" if args in ((str,), (str, str)) else "")
+        words = f"a {kind.__name__.lower()}{_CONTENT.get(args, '')}"
         if fits and args and not issubclass(kind, Mapping):
             fits = all(_lack(each, args[0]) is None for each in value)
-        elif fits and args == (str, str):
-            fits = all(isinstance(name, str) and isinstance(each, str) for name, each in value.items())
+        elif fits and args in _CONTENT:
+            fits = all(_lack(name, args[0]) is None and _lack(each, args[1]) is None for name, each in value.items())
     elif getattr(kind, "_is_protocol", False):
         methods = [f"{name}()" for name in vars(kind) if not name.startswith("_") and callable(getattr(kind, name))]
         words = f"have {', '.join(methods[:-1])} and {methods[-1]}"

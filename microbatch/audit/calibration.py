@@ -53,8 +53,8 @@ class CalibratedSize(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         size: Items in a batch; 1 for those asked alone.
         outcome: "passes" if the excess was found to be below `max_excess`, "fails" if above; "undecided"; or "not reached": fewer
-            than half of the items were answered by batches of this size, because limits on tokens or the form of the requests kept
-            batches smaller, or because most items had to be asked again. None for size 1.
+            than half of the items were answered by batches of this size, because limits on tokens or latency, or the form of the
+            requests, kept batches smaller, or because most items had to be asked again. None for size 1.
         batches: Batches asked; for size 1 the questions.
         compared: Answers compared.
         not_comparable: Answers that cannot be compared.
@@ -90,7 +90,7 @@ class CalibratedSize(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """What `calibrate` has found.
+    """The outcome of `calibrate`.
 
     Attributes:
         recommended: The largest size that passes; 1 if the smallest size fails; None if nothing can be said.
@@ -220,7 +220,7 @@ class Trial:
 
     @property
     def outcome(self) -> Outcome | None:
-        """What the batches so far show; None if more have to be asked."""
+        """The outcome by the batches so far; None if more have to be asked."""
         if not self.most or (self.answered and self.reached < _REACHED * self.answered):
             return "not reached"
         units, bound = (self._by_batch, self._by_item), self._bound

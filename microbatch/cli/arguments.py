@@ -282,7 +282,13 @@ def read_audit(args: argparse.Namespace, **others: Any) -> AuditPolicy | None:
 
 
 def _rate(text: str) -> Any:
-    return text if text == "auto" else number(0, 1)(text)
+    if text == "auto":
+        return text
+    try:
+        return number(0, 1)(text)
+    except argparse.ArgumentTypeError:
+        message = f"must be auto or a number of 0 to 1, got {text!r} (write --audit=auto if a file name follows)"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def add_reports(group: Group) -> None:

@@ -7,7 +7,7 @@ use by then, which are audited in turn, until no answer is doubtful. The last li
 the run ends.
 
 The record of the audits is kept in OUTPUT.audit, without any text, so that a resumed run goes on with it. It is written at each
-decision, before any line that depends on it, at most every tenth of a second otherwise, and at the end.
+decision and before the first line of a new period, at most every tenth of a second otherwise, and at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.audit.lane_kind import LaneKind  # noqa: TC001 the type of a field that is decoded
+from microbatch.audit.lane_kind import LaneKind, step_of
 from microbatch.cli.console import note
 from microbatch.cli.output import Provenance, replacing
 
@@ -36,7 +36,12 @@ SAVE_SECONDS: Final = 0.1
 
 
 class Record(msgspec.Struct):
-    """What OUTPUT.audit holds: the bound that the kinds of lanes were judged by, and what is known of them."""
+    """The content of OUTPUT.audit.
+
+    Attributes:
+        max_excess: The bound that the kinds of lanes were judged by.
+        kinds: Their records.
+    """
 
     max_excess: float
     kinds: list[LaneKind]
@@ -56,8 +61,8 @@ class AskingAgain:
 
     Attributes:
         pending: Digests of the ids that are being asked again.
-        use_cache: Whether they may be answered by the cache, which does not hand out doubtful answers, as far as it can tell: an item
-            that comes up once more is asked in any case.
+        use_cache: True if the cache may answer them. It hands out no answers that it can tell are doubtful; an item that comes up
+            once more is asked in any case.
         asked: Answers that were asked for again and replaced.
         largest: Requests in the largest batch that answered one of them.
         left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.
@@ -76,6 +81,7 @@ class AskingAgain:
         self._in_vain: set[int] = set()  # and without an answer
         self._audits: Audits
         self._saved_at = float("-inf")  # loop time
+        self._saved_periods: dict[tuple[str, int], int] = {}
         self._unwritable = False
 
     # --- the record
@@ -100,10 +106,11 @@ class AskingAgain:
         return record.kinds
 
     def _save(self, *, sync: bool) -> None:
-        path = record_path(self._output.path)
+        path, kinds = record_path(self._output.path), self._audits.state()
+        self._saved_periods = {(kind.digest, step): each.period for kind in kinds for step, each in kind.steps.items()}
         try:
             with replacing(path, sync=sync) as file:
-                file.write(msgspec.json.encode(Record(self.policy.max_excess, self._audits.state())) + b"\n")
+                file.write(msgspec.json.encode(Record(self.policy.max_excess, kinds)) + b"\n")
         except OSError as error:
             if not self._unwritable:
                 note(f"cannot write {str(path)!r}: {error.strerror}; --resume will not know of all audits")
@@ -119,9 +126,14 @@ class AskingAgain:
     # --- answers
 
     def provenance(self, reply: Reply[Any]) -> dict[str, Any]:
-        """Return the fields of the output line of *reply* that say which batch it came from."""
+        """Return the fields of the output line of *reply* that say which batch it came from.
+
+        A period that a new try has begun is kept first: after a kill its answers would be taken for those of a later one.
+        """
         kind = None if reply.lane_kind is None else self._audits.kinds.get(reply.lane_kind)
         period = 0 if kind is None else kind.period(reply.batch_size)
+        if period and period != self._saved_periods.get((reply.lane_kind or "", step_of(reply.batch_size))):
+            self._save(sync=True)
         return msgspec.structs.asdict(Provenance(reply.batch_size, reply.lane_kind, period))
 
     async def settled(self) -> None:

@@ -1,4 +1,4 @@
-"""What audits have found, in the summary of `run`, for people and as JSON."""
+"""The findings of audits in the summary of `run`, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -82,6 +82,7 @@ def _line(size: AuditedSize, bound: float, *, several: bool, kinds: int) -> str:
         now = f"is {_percent(size.excess)}" if size.excess > bound else "has become larger"
         return f"{what} were given up: {found}the excess {now}, and at most {_percent(bound)} is accepted"
     found += f"the excess is at most {_percent(size.upper)} (95 %)" if size.upper < 1 else "too few to tell the excess"
+    found += f", by {plural(size.compared, 'comparison')}"
     return f"{what}: {found}" if several else found
 
 

@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     from microbatch.audit.calibration import CalibratedSize, Calibration
     from microbatch.cli.input import Input
     from microbatch.cli.plan import Plan
+    from microbatch.client import Microbatcher
     from microbatch.messages import Request
+    from microbatch.policy import FlushPolicy
     from microbatch.spool.endpoint import Endpoint
 
 
@@ -108,11 +110,12 @@ class _Calibrating:
         self._plan = plan
         self._source = source
         self._session = Session(plan, give_up_after=args.give_up_after)
+        self._once = _Once()
         self._failures = Failures()
         self._broken: Exception | None = None
         self._left: bool = True
         self._calibrator = Calibrator(
-            self._session.batcher,
+            self._batcher,
             plan.policy,
             sample=args.sample,
             sizes=args.sizes or SIZES,
@@ -124,8 +127,8 @@ class _Calibrating:
 
     async def go(self) -> None:
         """Calibrate, until the end or a signal. Raise `ConfigError` or `UsageError` if nothing was sent."""
-        logger, once = logging.getLogger("microbatch"), _Once()
-        logger.addFilter(once)
+        logger = logging.getLogger("microbatch")
+        logger.addFilter(self._once)
         try:
             with stoppable():
                 await self._calibrator.run(self._requests())
@@ -137,7 +140,11 @@ class _Calibrating:
                 raise
             self._broken, self._left = error, False
         finally:
-            logger.removeFilter(once)
+            logger.removeFilter(self._once)
+
+    def _batcher(self, policy: FlushPolicy) -> Microbatcher:
+        self._once.size = policy.max_batch_size
+        return self._session.batcher(policy)
 
     def _requests(self) -> Iterator[Request]:
         for row in self._source.requests():
@@ -147,7 +154,7 @@ class _Calibrating:
                 yield row[1]
 
     async def _wait(self, error: Exception) -> bool:
-        """See `Calibrator`."""
+        """Wait after *error* while the endpoint does not answer; see *outage* of `Calibrator`."""
         endpoint = self._session.endpoint
         was_down = endpoint.down
         refused = is_refusal(error) or (was_down and may_refuse_all(error))
@@ -182,15 +189,19 @@ def _last(endpoint: Endpoint, error: Exception) -> Exception:
 
 
 class _Once(logging.Filter):
-    """Lets each kind of message pass once: every size has a batcher of its own, which would repeat them."""
+    """Passes each kind of warning once, because every size has a batcher of its own, which would repeat it, and adds the size."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.size: int = 1
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        new = record.levelno > logging.WARNING or record.msg not in self._seen
+        if record.levelno > logging.WARNING:
+            return True
+        new = record.msg not in self._seen
         self._seen.add(record.msg)
+        record.msg = f"size {self.size}: {record.msg}"
         return new
 
 
@@ -290,8 +301,8 @@ def _why_not_reached(row: CalibratedSize) -> str:
     if not row.batches:
         return "so many items of the sample do not have the same instructions."
     return (
-        "fewer than half of the items were answered by batches of that size. Limits on tokens make batches smaller "
-        "(--max-batch-tokens, --max-prompt-tokens, --max-output-tokens), and items may have to be asked again."
+        "fewer than half of the items were answered by batches of that size. Limits make batches smaller (--max-batch-tokens, "
+        "--max-prompt-tokens, --max-output-tokens, --max-latency), and items may have to be asked again."
     )
 
 

@@ -74,7 +74,7 @@ def error_object(error: Exception) -> dict[str, Any]:
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """What the line of an answer says of the batch that it came from.
+    """The fields of an answer's line that describe the batch that it came from.
 
     Attributes:
         batch_size: Requests in the call that answered.

@@ -103,9 +103,11 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
             "another model, or use --single."
         )
     elif stats.costs_more and not plan.single:
+        short = "the instructions that items share are shorter than what a combined prompt adds"
         found.append(
-            "Batching cost more than it saved here: the instructions that items share are shorter than what "
-            "a combined prompt adds. Use --single for questions like these."
+            "This run cost more than one call each would have. The answers that its audit has had asked again are included."
+            if any(size.condemned for size in stats.audit)
+            else f"Batching cost more than it saved here: {short}. Use --single for questions like these."
         )
     if stats.unreported_calls:
         found.append(

@@ -20,7 +20,7 @@ _OTHER: Final = " (read in another way)"
 
 @dataclass(kw_only=True)
 class Mistakes:
-    """How often a simulated model answers wrong.
+    """The frequency of wrong answers of a simulated model.
 
     Args:
         by_size: Share of the items answered wrong in prompts of at least so many items; that of the largest such number counts. An
@@ -30,7 +30,7 @@ class Mistakes:
         seed: Makes the mistakes repeat in the next run.
 
     Raises:
-        ConfigError: A share is not between 0 and 1.
+        ConfigError: A share is not between 0 and 1, or a size is no whole number.
     """
 
     by_size: Mapping[int, Share] = field(default_factory=dict)

@@ -64,7 +64,7 @@ class SimulatedModel:
             digits: the answer to that is the word, a string whatever the schema.
         latency: Its speed; no delay by default.
         faults: The selection of replies that go wrong; None for none.
-        mistakes: How often an answer of a sound reply is wrong; None for never.
+        mistakes: The frequency of wrong answers in sound replies; None for none.
         quota: Limits for each key and model, beyond which requests are refused with 429; None sets no limit. A quota needs a
             running event loop, whose clock it follows.
         obey: Follow the first item of a prompt that says "answer X for all requests" (in any case, X in quotes or not): all answers

@@ -319,3 +319,14 @@ def test_other_settings_of_the_audit_need_force_and_begin_it_anew(capsys):
         run(endpoint, "--resume", "--force", "--max-excess", "0.5")
         assert "cannot be read: the audit begins anew" in capsys.readouterr().err
         assert accuracy(200) >= 0
+
+
+@pytest.mark.parametrize(
+    "words", [("--audit", "in.jsonl"), ("in.jsonl", "--audit", "2"), ("in.jsonl", "--audit", "nan")]
+)
+def test_a_share_that_cannot_be_read_is_refused_and_a_file_name_is_told_from_it(words, capsys):
+    paths(1)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *words, "-o", "out.jsonl", "--template", "{number}", "--simulate"])
+    assert ended.value.code == 2
+    assert f"must be auto or a number of 0 to 1, got {words[-1]!r} (write --audit=auto if" in capsys.readouterr().err

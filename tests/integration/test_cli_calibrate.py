@@ -17,7 +17,7 @@ from ports import free_port
 
 from microbatch.audit.means import least_count
 from microbatch.cli.main import main
-from microbatch.testing import Mistakes
+from microbatch.testing import Latency, Mistakes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
@@ -81,11 +81,12 @@ def test_if_the_smallest_size_does_harm_it_recommends_to_ask_alone(capsys):
     assert "\nRecommended: ask alone (--single). Batches of 2 change " in capsys.readouterr().out
 
 
-def test_it_says_so_if_an_item_costs_more_in_batches(capsys):
+def test_it_says_so_if_an_item_costs_more_in_batches_and_a_warning_about_that_names_the_size(capsys, caplog):
     products(ITEMS)
     with serving() as endpoint:
         calibrate(endpoint, *LABELS, "--max-excess", "0.1", "--sizes", "2")
     shown = " ".join(capsys.readouterr().out.split())
+    assert [message[:15] for message in caplog.messages] == ["size 2: combini"]
     assert "Recommended: --max-batch-size 2." in shown
     assert "But 1,000 items cost $" in shown
 
@@ -122,13 +123,15 @@ def test_long_answers_cannot_be_compared_and_that_is_told_after_one_asking(capsy
     assert "Recommended" not in shown
 
 
-def test_a_size_that_cannot_be_reached_is_told(capsys):
+@pytest.mark.parametrize("limit", [("--max-batch-tokens", "400"), ("--max-latency", "0.3")])
+def test_a_size_that_cannot_be_reached_is_told_with_the_limits_that_may_be_the_reason(limit, capsys):
     products(ITEMS)
-    with serving() as endpoint:
-        calibrate(endpoint, *LABELS, "--max-excess", "0.1", "--sizes", "2,32", "--max-batch-tokens", "400")
+    with serving(latency=Latency(first_token=0.02, tokens_per_second=500)) as endpoint:
+        calibrate(endpoint, *LABELS, "--max-excess", "0.1", "--sizes", "2,32", *limit)
     shown = " ".join(capsys.readouterr().out.split())
     assert "Recommended: --max-batch-size 2." in shown
     assert "Batches of 32 were not reached" in shown
+    assert limit[0] in shown
 
 
 def test_a_size_for_which_too_few_items_have_the_same_instructions_is_told(capsys):

@@ -9,6 +9,7 @@ import pytest
 from microbatch.accounting.audits import AuditedSize
 from microbatch.accounting.stats import Stats
 from microbatch.cli.audit_summary import MAX_SIZES, audit_figures, audit_lines
+from microbatch.cli.summary import remarks
 from microbatch.messages import Usage
 from microbatch.policy import AuditPolicy
 
@@ -33,7 +34,8 @@ def told(*sizes, calls=0, tokens=0, **figures):
 
 def test_one_size_is_told_in_a_sentence():
     assert told(audited(raw=0.011, noise=0.008, excess=0.003, upper=0.0161)) == (
-        "audit: 1.1 % of answers differ from asking alone; 0.8 % is the model's own noise; the excess is at most 1.6 % (95 %)"
+        "audit: 1.1 % of answers differ from asking alone; 0.8 % is the model's own noise; the excess is at most 1.6 % (95 %), "
+        "by 100 comparisons"
     )
 
 
@@ -55,7 +57,8 @@ def test_several_sizes_are_named_and_so_is_what_was_given_up_and_asked_again():
 @pytest.mark.parametrize(
     ("sizes", "figures", "part"),
     [
-        ([audited(upper=1.0, compared=2)], {}, "too few to tell the excess"),
+        ([audited(upper=1.0, compared=2)], {}, "too few to tell the excess, by 2 comparisons"),
+        ([audited(compared=1, upper=0.97)], {}, "at most 97.0 % (95 %), by 1 comparison"),
         ([audited(compared=0, not_comparable=7)], {}, "7 answers not comparable"),
         ([audited(asked=0, compared=0)], {}, "no answer from a combined prompt was asked for again alone"),
         ([], {}, "no answer from a combined prompt was asked for again alone"),
@@ -72,6 +75,14 @@ def test_what_else_there_is_to_tell(sizes, figures, part):
 def test_lines_are_wrapped():
     sizes = [audited(), audited(32, raw=0.41, noise=0.01, excess=0.4, condemned=True)]
     assert all(len(line) <= 80 for each in audit_lines(again(), stats(*sizes)) for line in each.splitlines())
+
+
+@pytest.mark.parametrize("condemned", [False, True])
+def test_short_instructions_are_not_blamed_for_the_cost_of_asking_again(condemned):
+    dear = Stats(answered=9, cost_usd=0.005, unbatched_cost_usd=0.004, audit=(audited(condemned=condemned),))
+    shown = " ".join(" ".join(remarks(dear, SimpleNamespace(single=False, simulated=None))).split())
+    assert ("shorter than" in shown) is not condemned
+    assert ("has had asked again" in shown) is condemned
 
 
 def test_the_json_has_every_figure():

@@ -18,7 +18,7 @@ import microbatch as mb
 import microbatch.gateway
 import microbatch.openai
 import microbatch.testing
-from microbatch.checking import AtLeast, check, hints_of
+from microbatch.checking import AtLeast, Share, check, hints_of
 from microbatch.testing import Faults, Latency, Quota, ScriptedTransport, SimulatedEndpoint, SimulatedModel
 
 
@@ -153,6 +153,11 @@ def test_the_arguments_of_all_public_classes_are_checked():
         (["x"], Sequence[str], None),
         ([1], Sequence[str], "a sequence of strings"),
         ({"a": 1}, Mapping[str, Any], None),
+        ([1, 2], Sequence[int], None),
+        ([1, 2.5], Sequence[int], "a sequence of whole numbers"),
+        ({1: 0.5}, Mapping[int, Share], None),
+        ({"1": 0.5}, Mapping[int, Share], "a mapping of whole numbers to numbers from 0 to 1"),
+        ({1: 1.5}, Mapping[int, Share], "a mapping of whole numbers to numbers from 0 to 1"),
         ("a", Literal["a", "b"], None),
         (True, Literal[1], "one of 1"),
         (-1, Annotated[int, AtLeast(0)] | None, "a number of at least 0"),
