@@ -53,7 +53,8 @@ async def test_nor_is_one_that_asks_again():
     counts = [told.count(INSTRUCTION) for _, told in upstream.heard]
     assert max(counts) == 1
     assert sum(counts) > 6
-    assert (ours.fallback_calls > 0, theirs.forwarded) == (True, sum(counts))
+    # What a damaged pair leaves is asked for alone, and the gateway may combine that.
+    assert (ours.fallback_calls > 0, theirs.forwarded + theirs.batches) == (True, sum(counts))
 
 
 async def test_its_answers_still_arrive_while_the_reply_streams():
