@@ -112,6 +112,30 @@ def test_where_two_do_harm_nothing_is_combined_and_two_are_tried_again_later():
     assert tried.count(2) == 2  # after 500 requests, and not yet after 1,000 more
 
 
+async def test_with_merge_when_cheaper_two_are_tried_again_too():
+    class Charging(PlantedModel):
+        async def send(self, call, on_text):
+            completion = await super().send(call, on_text)
+            usage = mb.Usage(
+                sum(len(message["content"]) for message in call.messages) // 4, completion.usage.completion_tokens
+            )
+            return msgspec.structs.replace(completion, usage=usage)
+
+    notes = Notes()
+    policy = mb.FlushPolicy(max_batch_size=2, idle="wait", merge="when-cheaper")
+    shared = [{"role": "system", "content": "Say in which direction the path leads. " * 60}]
+    model = Charging({2: 1.0}, 0.0, random.Random(1))
+    async with mb.Microbatcher(model, policy=policy, audit=EVERY, hooks=[notes], tokens="bytes") as batcher:
+        for number in range(300):
+            texts = [[*shared, {"role": "user", "content": f"path {number} {item}"}] for item in range(2)]
+            await asyncio.gather(*(batcher.submit(text, output_type=Label) for text in texts))
+            await batcher.audits.settled()
+        stats = batcher.stats()
+    assert [event.decision for event in notes.audits].count("condemned") == 2
+    assert AloneReason.NOT_CHEAPER not in stats.singles_by_reason
+    assert stats.singles_by_reason[AloneReason.CONDEMNED] > 500
+
+
 # --- what it costs
 
 
