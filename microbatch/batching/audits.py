@@ -17,7 +17,7 @@ import msgspec
 
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
-from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
+from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, sizes_in, step_of
 from microbatch.batching.attribution import estimated_call
 from microbatch.batching.call_state import Sample
 from microbatch.batching.ticket import LOW, SlotLease
@@ -299,5 +299,5 @@ class Audits:
             )
         else:
             found = f"differ lately from answers alone in more than the {accepted:.1%} that are accepted: the model has changed"
-        sizes = f"answers in batches of up to {step} %s; requests of this kind go in batches of at most {kind.limit}"
-        logger.warning(sizes, found)
+        how = "alone" if kind.limit == 1 else f"in batches of at most {kind.limit}"
+        logger.warning("answers in batches of %s %s; requests of this kind go %s", sizes_in(step), found, how)

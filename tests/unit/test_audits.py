@@ -104,6 +104,14 @@ def test_after_a_certificate_at_the_smaller_size_the_larger_one_is_tried_again()
     assert 8 in outcome.calls[-20:]
 
 
+@each("harm, size, words", [(2, 2, "up to 2 differ"), (9, 16, "up to 16 differ"), (33, 40, "more than 32 differ")])
+def test_the_log_names_the_sizes_that_were_given_up_and_what_follows(harm, size, words, caplog):
+    outcome = play(4, {harm: 1.0}, size=size, audit=EVERY, bursts=20)
+    assert decided(outcome, "condemned")
+    assert words in caplog.text
+    assert ("go alone" if size == 2 else "in batches of at most") in caplog.text
+
+
 def test_where_two_do_harm_nothing_is_combined_and_two_are_tried_again_later():
     outcome = play(4, {2: 0.6}, size=2, audit=EVERY, bursts=600)
     alone = outcome.stats.singles_by_reason[AloneReason.CONDEMNED]
