@@ -212,7 +212,9 @@ class Audits:
             settled = await self._scored(sample)
             if settled is not None:
                 self._settle(sample, *settled)
-        except Exception:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a Rust panic is no Exception, and must not end the batcher
             logger.exception("an audit failed in microbatch itself")
         finally:
             self._end(sample, dropped=settled is None)

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from audited import EVERY, LABELS, SYSTEM, Label, PlantedModel, decided, left, play
 from helpers import each
+from simulation.broken import AUDIT, Breaker, Panic, broken_functions
 
 import microbatch as mb
 from microbatch.batching.ticket import AloneReason
@@ -459,6 +460,26 @@ async def test_audits_that_fail_are_counted_and_harm_no_caller():
         replies = await ask_all(batcher, [f"path {number}" for number in range(4)])
         assert {reply.batch_size for reply in replies} == {4}
         assert batcher.stats().failed == 0
+
+
+@each("error", [ValueError, Panic])
+async def test_a_bug_at_any_step_of_an_audit_costs_that_audit_and_nothing_else(error):
+    step, fired = 0, True
+    while fired:
+        breaker = Breaker(step, lambda: error("planted"))
+        with broken_functions(breaker, AUDIT):
+            async with batcher_on(model_with({4: 1.0}), audit=mb.AuditPolicy(rate=1.0, adapt=False)) as batcher:
+                await ask_all(batcher, [f"path {number}" for number in range(8)])
+                await batcher.audits.settled()
+                await ask_all(batcher, [f"road {number}" for number in range(8)])
+                await batcher.audits.settled()
+                stats = batcher.stats()
+        step, fired = step + 1, breaker.fired
+        assert (stats.answered, stats.failed, stats.in_flight) == (16, 0, 0)
+        assert sum(row.compared for row in stats.audit) >= 4 - fired
+        (kind,) = batcher.audits.kinds.values()
+        assert kind.under_way == 0
+    assert step > 30
 
 
 async def test_a_comparison_that_raises_is_not_comparable():
