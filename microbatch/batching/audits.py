@@ -217,7 +217,7 @@ class Audits:
         except BaseException:  # a Rust panic is no Exception, and must not end the batcher
             logger.exception("an audit failed in microbatch itself")
         finally:
-            self._end(sample, dropped=settled is None)
+            self._end(sample, dropped=settled is None and self._closed)  # one that has failed counts as asked
 
     async def _scored(self, sample: Sample) -> tuple[int | None, bool] | None:
         """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes."""

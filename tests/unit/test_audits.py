@@ -477,6 +477,7 @@ async def test_a_bug_at_any_step_of_an_audit_costs_that_audit_and_nothing_else(e
         step, fired = step + 1, breaker.fired
         assert (stats.answered, stats.failed, stats.in_flight) == (16, 0, 0)
         assert sum(row.compared for row in stats.audit) >= 4 - fired
+        assert sum(row.asked for row in stats.audit) == 4  # or a bug that stays would be audited without end
         (kind,) = batcher.audits.kinds.values()
         assert kind.under_way == 0
     assert step > 30
