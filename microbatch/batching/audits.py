@@ -137,6 +137,7 @@ class Audits:
 
     def count(self, kind: LaneKind, requests: int) -> None:
         """Count *requests* that leave a lane of *kind*."""
+        self.kinds.put(kind.digest, kind)  # or a lane that is in use all the time would count as unused
         if self._policy.adapt and kind.grows(requests, self._given.policy.max_batch_size):
             kind.doubt(self._now())
             self._changed(kind)

@@ -431,6 +431,26 @@ async def test_other_models_schemas_and_instructions_are_other_kinds():
     assert None not in seen
 
 
+async def test_a_kind_in_use_is_not_forgotten_for_others():
+    async with batcher_on(model_with({2: 1.0}), size=2, slots=200) as batcher:
+        for number in range(10):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(2)])
+        await batcher.audits.settled()
+        (kind,) = batcher.audits.kinds.values()
+        assert kind.limit == 1
+        async with asyncio.TaskGroup() as tasks:
+            for group in range(22):  # so that the lane in use always has a call under way
+                tasks.create_task(ask_all(batcher, [f"road {group}"]))
+                for number in range(50):
+                    other = {"role": "system", "content": f"Say where path {group} {number} leads."}
+                    tasks.create_task(batcher.submit([other, {"role": "user", "content": "?"}], output_type=Label))
+                await asyncio.sleep(0.25)
+        assert batcher.audits.is_condemned(kind.digest, 2)
+        await ask_all(batcher, ["path x", "path y"], tenant="another")
+        assert batcher.audits.kinds.get(kind.digest) is kind
+        assert len(batcher.audits.kinds) <= 1_024
+
+
 async def test_the_name_of_a_kind_is_the_same_in_every_process():
     async with batcher_on(model_with()) as batcher:
         (kind,) = {reply.lane_kind for reply in await ask_all(batcher, ["x", "y"])}
