@@ -241,7 +241,7 @@ class Audits:
         return scored, True
 
     async def _ask(self, sample: Sample) -> AloneAnswer | None:
-        """Ask for the item alone; return None if nothing was sent."""
+        """Ask for the item alone; return None if no reply came."""
         ticket, given = sample.ticket, self._given
         spec = ticket.spec
         account = given.accounts.of(spec.model, spec.headers)
@@ -251,17 +251,19 @@ class Audits:
             return None
         self._leases[lease] = None
         self._singles.add(lease, None, account)
+        answer: AloneAnswer | None = None
         try:
             permit = await lease.granted
             answer = await self._dispatcher.ask_again(ticket, permit, sample.history)
         except (RequestFailed, ConfigError):
-            return None
+            pass  # its prompt counts below, or audits that always fail would cost nothing
         finally:
             del self._leases[lease]
             if lease.queue is not None:
                 lease.queue.discard(lease)
             lease.returned.set()
-        usage = answer.usage or estimated_call(spec.shared_chars + len(ticket.line), len(answer.text or ""))
+        text, usage = ("", None) if answer is None else (answer.text or "", answer.usage)
+        usage = usage or estimated_call(spec.shared_chars + len(ticket.line), len(text))
         sample.record.audits_cost += self._cost(spec, usage)
         return answer
 

@@ -503,6 +503,17 @@ async def test_a_bug_at_any_step_of_an_audit_costs_that_audit_and_nothing_else(e
     assert step > 30
 
 
+async def test_audits_that_always_fail_keep_to_the_overhead_too():
+    model = Failing({}, 0.0, random.Random(1))
+    policy = mb.AuditPolicy(max_overhead=0.01)
+    async with batcher_on(model, audit=policy, retry=mb.RetryPolicy(max_attempts=1)) as batcher:
+        for number in range(80):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(4)])
+            await batcher.audits.settled()
+        (row,) = batcher.stats().audit
+    assert (row.asked, row.not_comparable) == (50, 50)
+
+
 async def test_a_comparison_that_raises_is_not_comparable():
     def same(batched, alone):
         raise RuntimeError
