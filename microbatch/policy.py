@@ -158,7 +158,8 @@ class AuditPolicy:
             called on the event loop. An error makes them incomparable. None compares typed answers by their values, and texts of at
             most 64 characters but for case and white space; longer texts are not comparable.
         adapt: Whether the size of batches follows: it shrinks where the excess was found to be above *max_excess*, and grows back where
-            it was found to be below. False only reports.
+            it was found to be below. False only reports. Either way an audited answer that combining has changed is replaced in the
+            cache by the one alone.
         max_overhead: The cost of audits with "auto", as a share of that of the calls of the same kind and size; 50 of each are asked in
             any case.
         audit_own_keys: Whether requests with a credential of their own in `headers` are audited too, at their callers' expense.

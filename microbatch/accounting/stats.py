@@ -78,7 +78,7 @@ class _Figures(msgspec.Struct, kw_only=True):
 
     @property
     def _loss(self) -> float:
-        """What combining has cost beyond single calls, in the unit of `_damage`."""
+        """The cost of combining beyond that of single calls, audits aside, in the unit of `_damage`."""
         if self._priced:
             return (self.cost_usd or 0.0) - (self.audit_cost_usd or 0.0) - (self.unbatched_cost_usd or 0.0)
         unbatched_tokens = self.unbatched_prompt_tokens + self.unbatched_completion_tokens

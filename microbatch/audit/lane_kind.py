@@ -60,6 +60,11 @@ def step_of(size: int) -> int:
     return next((step for step in STEPS if size <= step), ABOVE)
 
 
+def sizes_in(step: int) -> str:
+    """Return the sizes that count for *step*, in words that follow "batches of"."""
+    return f"more than {STEPS[-2]}" if step == ABOVE else f"up to {step}"
+
+
 class StepRecord(msgspec.Struct):
     """The record of one step, since it was first used or tried again.
 

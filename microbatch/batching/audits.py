@@ -17,7 +17,7 @@ import msgspec
 
 from microbatch.accounting.audits import Audited
 from microbatch.audit.comparison import agree, can_compare, score
-from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, step_of
+from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, sizes_in, step_of
 from microbatch.batching.attribution import estimated_call
 from microbatch.batching.call_state import Sample
 from microbatch.batching.ticket import LOW, SlotLease
@@ -137,6 +137,7 @@ class Audits:
 
     def count(self, kind: LaneKind, requests: int) -> None:
         """Count *requests* that leave a lane of *kind*."""
+        self.kinds.put(kind.digest, kind)  # or a lane that is in use all the time would count as unused
         if self._policy.adapt and kind.grows(requests, self._given.policy.max_batch_size):
             kind.doubt(self._now())
             self._changed(kind)
@@ -212,10 +213,12 @@ class Audits:
             settled = await self._scored(sample)
             if settled is not None:
                 self._settle(sample, *settled)
-        except Exception:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a Rust panic is no Exception, and must not end the batcher
             logger.exception("an audit failed in microbatch itself")
         finally:
-            self._end(sample, dropped=settled is None)
+            self._end(sample, dropped=settled is None and self._closed)  # one that has failed counts as asked
 
     async def _scored(self, sample: Sample) -> tuple[int | None, bool] | None:
         """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes."""
@@ -238,7 +241,7 @@ class Audits:
         return scored, True
 
     async def _ask(self, sample: Sample) -> AloneAnswer | None:
-        """Ask for the item alone; return None if nothing was sent."""
+        """Ask for the item alone; return None if no reply came."""
         ticket, given = sample.ticket, self._given
         spec = ticket.spec
         account = given.accounts.of(spec.model, spec.headers)
@@ -248,17 +251,19 @@ class Audits:
             return None
         self._leases[lease] = None
         self._singles.add(lease, None, account)
+        answer: AloneAnswer | None = None
         try:
             permit = await lease.granted
             answer = await self._dispatcher.ask_again(ticket, permit, sample.history)
         except (RequestFailed, ConfigError):
-            return None
+            pass  # its prompt counts below, or audits that always fail would cost nothing
         finally:
             del self._leases[lease]
             if lease.queue is not None:
                 lease.queue.discard(lease)
             lease.returned.set()
-        usage = answer.usage or estimated_call(spec.shared_chars + len(ticket.line), len(answer.text or ""))
+        text, usage = ("", None) if answer is None else (answer.text or "", answer.usage)
+        usage = usage or estimated_call(spec.shared_chars + len(ticket.line), len(text))
         sample.record.audits_cost += self._cost(spec, usage)
         return answer
 
@@ -299,5 +304,5 @@ class Audits:
             )
         else:
             found = f"differ lately from answers alone in more than the {accepted:.1%} that are accepted: the model has changed"
-        sizes = f"answers in batches of up to {step} %s; requests of this kind go in batches of at most {kind.limit}"
-        logger.warning(sizes, found)
+        how = "alone" if kind.limit == 1 else f"in batches of at most {kind.limit}"
+        logger.warning("answers in batches of %s %s; requests of this kind go %s", sizes_in(step), found, how)

@@ -274,7 +274,7 @@ class Batch:
 
     @property
     def _running_clock(self) -> ReplyClock | None:
-        """What takes the times of the reply; None if nothing does, or they include waiting for another attempt."""
+        """The clock of the reply; None if nothing does, or they include waiting for another attempt."""
         return self.clock if self.call_state.attempts == 1 else None
 
     def reset(self) -> None:

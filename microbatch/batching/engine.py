@@ -200,7 +200,7 @@ class Engine:
         if lane.history.consume_suspension():
             self.lanes.revise(lane)
             return AloneReason.NOT_CHEAPER
-        if lane.spec.kind is not None and lane.spec.kind.limit == 1:
+        if lane.condemned:
             return AloneReason.CONDEMNED
         times = lane.history.times
         if times is not None and times.left_alone():

@@ -146,6 +146,16 @@ class Lane:
         return self.combined >= _AT_FIRST or (self.model is not None and bool(self.model.trying))
 
     @property
+    def condemned(self) -> bool:
+        """True while its requests go alone because audits have condemned batches of two."""
+        return self.spec.kind is not None and self.spec.kind.limit == 1
+
+    @property
+    def parted(self) -> bool:
+        """True while its requests go alone because of what earlier replies or audits have shown."""
+        return self.history.parted or self.condemned
+
+    @property
     def has_company(self) -> bool:
         """See `TicketQueue`: others wait, or a call is under way, during which others come."""
         return self.live > 1 or self.in_flight > 0
@@ -169,7 +179,7 @@ class Lane:
             return min(quota, self.estimates.together(self.spec, history, self._fill, self._fill_tokens, quota))
         oldest = next(ticket for ticket in self._pending if ticket.queue is self)
         # A request that was to travel with others was charged before anything was known of single answers.
-        return min(quota, self.estimates.alone(oldest, history).tokens if history.parted else oldest.cost)
+        return min(quota, self.estimates.alone(oldest, history).tokens if self.parted else oldest.cost)
 
     @property
     def abandoned(self) -> bool:

@@ -64,7 +64,7 @@ _SMALL_SAVING = 0.1
 
 
 class Booked(msgspec.Struct, gc=False):
-    """What was booked as the cost of single calls for the answers of a lane's combined replies.
+    """The cost of single calls that was booked for the answers of a lane's combined replies.
 
     Attributes:
         answers: The answers.

@@ -1,4 +1,4 @@
-"""What the single replies of a lane take, and so what the answers of its combined replies would have taken one by one.
+"""The tokens of a lane's single replies, and so those that the answers of its combined replies would have taken one by one.
 
 That is calculated from what surrounds the requests of a combined call (see `PromptOverhead`), as if a model wrote the same answer in
 the same way when it is asked alone. Some do not: they indent, explain, or think. So the calculation is compared with single replies of

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.audit.lane_kind import ABOVE, STEPS
+from microbatch.audit.lane_kind import sizes_in
 from microbatch.cli.console import COLUMNS, plural
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def _lines(again: AskingAgain, stats: Stats) -> Iterator[str]:
 
 def _line(size: AuditedSize, bound: float, *, several: bool, kinds: int) -> str:
     """Return what is known of *size*; it is named if it is one of *several*, and so is its kind if there are several *kinds*."""
-    larger = size.size == ABOVE
-    what = f"batches of {'more than' if larger else 'up to'} {STEPS[-2] if larger else size.size}"
+    what = f"batches of {sizes_in(size.size)}"
     if kinds > 1:
         what += f" ({size.model or 'kind'} {size.kind[:6]})"
     found = (

@@ -47,7 +47,7 @@ class FirstForm:
             self.end()
 
     def end(self, call: ChatCall | None = None) -> None:
-        """Let all calls go; only if *call*, which may be None for any, is the first one."""
+        """Release all calls that wait, and let no more wait; with a *call* only if it is the first one."""
         if call is None or (self._call is not None and self._call() is call):
             self.over = True
             self._ended.set()

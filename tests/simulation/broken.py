@@ -7,8 +7,10 @@ import inspect
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import microbatch.batching.audits as audits_module
 import microbatch.batching.dispatch as call_module
 from microbatch.batching.attribution import UsageAttribution
+from microbatch.batching.audits import Audits
 from microbatch.batching.dispatch import Dispatcher
 from microbatch.batching.engine import Engine
 from microbatch.batching.fallback import Recovery
@@ -40,9 +42,12 @@ BODY = (
     (ChatCodec, ("compose", "demultiplex", "compose_alone", "read_alone")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
     (Recovery, ("after", "_together", "_ask", "_send")),
-    (call_module, ("_measure", "ending", "complaint")),
+    (call_module, ("measure", "ending", "complaint")),
 )
 """What a call's body is made of, between taking its requests and making sure that each of them has ended."""
+
+AUDIT = ((Audits, ("_scored", "_ask", "_settle")), (Dispatcher, ("ask_again",)), (audits_module, ("agree",)))
+"""What an audit is made of."""
 
 
 class Panic(BaseException):
@@ -110,8 +115,8 @@ def broken_awaits(breaker: Breaker) -> Iterator[None]:
 
 
 @contextmanager
-def broken_functions(breaker: Breaker) -> Iterator[None]:
-    """Make each entry of a function of `BODY` a step."""
+def broken_functions(breaker: Breaker, body: Any = BODY) -> Iterator[None]:
+    """Make each entry of a function of *body* a step."""
 
     def counted(function: Any) -> Any:
         if inspect.iscoroutinefunction(function):
@@ -129,7 +134,7 @@ def broken_functions(breaker: Breaker) -> Iterator[None]:
 
         return wrapper
 
-    with _wrapped(BODY, counted):
+    with _wrapped(body, counted):
         yield
 
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from audited import EVERY, LABELS, SYSTEM, Label, PlantedModel, decided, left, play
 from helpers import each
+from simulation.broken import AUDIT, Breaker, Panic, broken_functions
 
 import microbatch as mb
 from microbatch.batching.ticket import AloneReason
@@ -104,12 +105,44 @@ def test_after_a_certificate_at_the_smaller_size_the_larger_one_is_tried_again()
     assert 8 in outcome.calls[-20:]
 
 
+@each("harm, size, words", [(2, 2, "up to 2 differ"), (9, 16, "up to 16 differ"), (33, 40, "more than 32 differ")])
+def test_the_log_names_the_sizes_that_were_given_up_and_what_follows(harm, size, words, caplog):
+    outcome = play(4, {harm: 1.0}, size=size, audit=EVERY, bursts=20)
+    assert decided(outcome, "condemned")
+    assert words in caplog.text
+    assert ("go alone" if size == 2 else "in batches of at most") in caplog.text
+
+
 def test_where_two_do_harm_nothing_is_combined_and_two_are_tried_again_later():
     outcome = play(4, {2: 0.6}, size=2, audit=EVERY, bursts=600)
     alone = outcome.stats.singles_by_reason[AloneReason.CONDEMNED]
     tried = [size for _, decision, size, _ in outcome.decisions if decision == "condemned"]
     assert alone >= 1000
     assert tried.count(2) == 2  # after 500 requests, and not yet after 1,000 more
+
+
+async def test_with_merge_when_cheaper_two_are_tried_again_too():
+    class Charging(PlantedModel):
+        async def send(self, call, on_text):
+            completion = await super().send(call, on_text)
+            usage = mb.Usage(
+                sum(len(message["content"]) for message in call.messages) // 4, completion.usage.completion_tokens
+            )
+            return msgspec.structs.replace(completion, usage=usage)
+
+    notes = Notes()
+    policy = mb.FlushPolicy(max_batch_size=2, idle="wait", merge="when-cheaper")
+    shared = [{"role": "system", "content": "Say in which direction the path leads. " * 60}]
+    model = Charging({2: 1.0}, 0.0, random.Random(1))
+    async with mb.Microbatcher(model, policy=policy, audit=EVERY, hooks=[notes], tokens="bytes") as batcher:
+        for number in range(300):
+            texts = [[*shared, {"role": "user", "content": f"path {number} {item}"}] for item in range(2)]
+            await asyncio.gather(*(batcher.submit(text, output_type=Label) for text in texts))
+            await batcher.audits.settled()
+        stats = batcher.stats()
+    assert [event.decision for event in notes.audits].count("condemned") == 2
+    assert AloneReason.NOT_CHEAPER not in stats.singles_by_reason
+    assert stats.singles_by_reason[AloneReason.CONDEMNED] > 500
 
 
 # --- what it costs
@@ -398,6 +431,26 @@ async def test_other_models_schemas_and_instructions_are_other_kinds():
     assert None not in seen
 
 
+async def test_a_kind_in_use_is_not_forgotten_for_others():
+    async with batcher_on(model_with({2: 1.0}), size=2, slots=200) as batcher:
+        for number in range(10):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(2)])
+        await batcher.audits.settled()
+        (kind,) = batcher.audits.kinds.values()
+        assert kind.limit == 1
+        async with asyncio.TaskGroup() as tasks:
+            for group in range(22):  # so that the lane in use always has a call under way
+                tasks.create_task(ask_all(batcher, [f"road {group}"]))
+                for number in range(50):
+                    other = {"role": "system", "content": f"Say where path {group} {number} leads."}
+                    tasks.create_task(batcher.submit([other, {"role": "user", "content": "?"}], output_type=Label))
+                await asyncio.sleep(0.25)
+        assert batcher.audits.is_condemned(kind.digest, 2)
+        await ask_all(batcher, ["path x", "path y"], tenant="another")
+        assert batcher.audits.kinds.get(kind.digest) is kind
+        assert len(batcher.audits.kinds) <= 1_024
+
+
 async def test_the_name_of_a_kind_is_the_same_in_every_process():
     async with batcher_on(model_with()) as batcher:
         (kind,) = {reply.lane_kind for reply in await ask_all(batcher, ["x", "y"])}
@@ -427,6 +480,38 @@ async def test_audits_that_fail_are_counted_and_harm_no_caller():
         replies = await ask_all(batcher, [f"path {number}" for number in range(4)])
         assert {reply.batch_size for reply in replies} == {4}
         assert batcher.stats().failed == 0
+
+
+@each("error", [ValueError, Panic])
+async def test_a_bug_at_any_step_of_an_audit_costs_that_audit_and_nothing_else(error):
+    step, fired = 0, True
+    while fired:
+        breaker = Breaker(step, lambda: error("planted"))
+        with broken_functions(breaker, AUDIT):
+            async with batcher_on(model_with({4: 1.0}), audit=mb.AuditPolicy(rate=1.0, adapt=False)) as batcher:
+                await ask_all(batcher, [f"path {number}" for number in range(8)])
+                await batcher.audits.settled()
+                await ask_all(batcher, [f"road {number}" for number in range(8)])
+                await batcher.audits.settled()
+                stats = batcher.stats()
+        step, fired = step + 1, breaker.fired
+        assert (stats.answered, stats.failed, stats.in_flight) == (16, 0, 0)
+        assert sum(row.compared for row in stats.audit) >= 4 - fired
+        assert sum(row.asked for row in stats.audit) == 4  # or a bug that stays would be audited without end
+        (kind,) = batcher.audits.kinds.values()
+        assert kind.under_way == 0
+    assert step > 30
+
+
+async def test_audits_that_always_fail_keep_to_the_overhead_too():
+    model = Failing({}, 0.0, random.Random(1))
+    policy = mb.AuditPolicy(max_overhead=0.01)
+    async with batcher_on(model, audit=policy, retry=mb.RetryPolicy(max_attempts=1)) as batcher:
+        for number in range(80):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(4)])
+            await batcher.audits.settled()
+        (row,) = batcher.stats().audit
+    assert (row.asked, row.not_comparable) == (50, 50)
 
 
 async def test_a_comparison_that_raises_is_not_comparable():
