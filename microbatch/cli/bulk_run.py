@@ -118,6 +118,11 @@ class BulkRun:
         return self.items - self.answered - self.failed
 
     @property
+    def asked_again(self) -> bool:
+        """True if the audit has had items asked again."""
+        return self._once is not None
+
+    @property
     def _answers(self) -> int:
         """Answers so far, those that replaced another one included."""
         return self.answered + (0 if self._again is None else self._again.asked)

@@ -163,4 +163,4 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats)), *damage(bulk.stats)]
     if reused:
         yield from (*reused, "")
-    yield from remarks(bulk.stats, plan)
+    yield from remarks(bulk.stats, plan, asked_again=bulk.asked_again)
