@@ -90,7 +90,7 @@ class CalibratedSize(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of `calibrate`.
+    """The result of `calibrate`.
 
     Attributes:
         recommended: The largest size that passes; 1 if the smallest size fails; None if nothing can be said.
@@ -220,7 +220,7 @@ class Trial:
 
     @property
     def outcome(self) -> Outcome | None:
-        """The outcome by the batches so far; None if more have to be asked."""
+        """The outcome that the batches so far show; None if more have to be asked."""
         if not self.most or (self.answered and self.reached < _REACHED * self.answered):
             return "not reached"
         units, bound = (self._by_batch, self._by_item), self._bound
