@@ -25,7 +25,7 @@ from microbatch.cli.output import Provenance, replacing
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
-    from microbatch.accounting.audits import Audited, AuditedSize
+    from microbatch.accounting.audits import Audited
     from microbatch.accounting.events import Called
     from microbatch.batching.audits import Audits
     from microbatch.cli.output import OutputFile
@@ -183,10 +183,10 @@ class AskingAgain:
         self.largest = max(self.largest, size)
         return True
 
-    def given_up(self, size: AuditedSize) -> bool:
-        """Return whether batches of *size* are not sent any more."""
-        kind = self._audits.kinds.get(size.kind)
-        return kind is not None and kind.limit is not None and kind.limit < size.size
+    def given_up(self, digest: str, step: int) -> bool:
+        """Return whether batches of the size *step*, of the kind named *digest*, are not sent any more."""
+        kind = self._audits.kinds.get(digest)
+        return kind is not None and kind.limit is not None and kind.limit < step
 
     def failed(self, item: int) -> bool:
         """Note that *item* has failed; return whether it was asked again. Then its earlier answer stands."""

@@ -42,7 +42,7 @@ def _lines(again: AskingAgain, sizes: Sequence[AuditedSize]) -> Iterator[str]:
     bound = again.policy.max_excess
     for size in compared[:MAX_SIZES]:
         kinds = len({each.kind for each in compared})
-        yield _line(size, bound, several=len(compared) > 1, kinds=kinds, given_up=again.given_up(size))
+        yield _line(size, bound, several=len(compared) > 1, kinds=kinds, given_up=again.given_up(size.kind, size.size))
     if compared[MAX_SIZES:]:
         yield f"and {plural(len(compared) - MAX_SIZES, 'size')} of other kinds of requests; --json has all of them"
     if not any(size.asked for size in sizes):

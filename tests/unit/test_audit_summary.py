@@ -14,7 +14,7 @@ from microbatch.policy import AuditPolicy
 
 
 def again(**figures):
-    none = {"asked": 0, "largest": 0, "left": 0, "calls": 0, "tokens": 0, "given_up": lambda _: False}
+    none = {"asked": 0, "largest": 0, "left": 0, "calls": 0, "tokens": 0, "given_up": lambda *_: False}
     return SimpleNamespace(policy=AuditPolicy(), **{**none, **figures})
 
 
@@ -62,7 +62,7 @@ def test_several_sizes_are_named_and_so_is_what_was_given_up_and_asked_again():
         ([audited(condemned=True, excess=0.001)], {}, "the excess has become larger, and at most 2.0 % is accepted"),
         (
             [audited(8), audited(16, raw=0.3, excess=0.3, upper=0.669)],
-            {"given_up": lambda size: size.size == 16},
+            {"given_up": lambda _, size: size == 16},
             "batches of up to 16 were given up, undecided: 30.0 % of answers",
         ),
         ([audited(), audited(kind="other")], {}, "batches of up to 16 (m abcdef): 0.0 %"),
