@@ -24,7 +24,7 @@ from microbatch.checking import Count, Share, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
-from microbatch.policy import FlushPolicy
+from microbatch.policy import AuditPolicy, FlushPolicy
 from microbatch.prompt.parameters import HARMLESS
 from microbatch.spool.endpoint import Cause, cause_of
 
@@ -145,8 +145,7 @@ class Calibrator:
         outage: Outage = _no_outage,
         ended: Callable[[CalibratedSize], object] = lambda _: None,
     ) -> None:
-        if not 0 < max_excess < 1:
-            raise ConfigError(f"max_excess must be above 0 and below 1, got {max_excess}")
+        AuditPolicy(max_excess=max_excess, same=same)  # checks them
         self._sizes = sorted(set(sizes) - {1})
         if not self._sizes or self._sizes[0] < 1:
             raise ConfigError(f"sizes must be whole numbers from 2 on, got {list(sizes)}")

@@ -59,11 +59,6 @@ class Means(msgspec.Struct):
         """The number of means."""
         return self.counts.total()
 
-    @property
-    def excess(self) -> float:
-        """The mean of all, 0.0 before the first."""
-        return sum(mean * times for mean, times in self.counts.items()) / (self.count or 1)
-
     def wealth_above(self, bound: float, times: float = 1) -> float:
         """Return the wealth bet against "the excess is at most *bound*", if all had come so many *times*."""
         return self._wealth(_ABOVE, lambda mean, bet: 1 + bet * (mean - bound) / (bound - LEAST), times)

@@ -268,6 +268,11 @@ def add_audit(group: Group) -> None:
         "batches smaller where it does harm; SHARE of the items, by default one of each batch until that is known"
     )
     add_flag(group, "--audit auto|SHARE", audit, type=_rate, nargs="?", const="auto")
+    add_max_excess(group)
+
+
+def add_max_excess(group: Group) -> None:
+    """Add `--max-excess`."""
     excess = "share of answers that may differ because of combining, beyond the model's own noise"
     add_flag(group, "--max-excess X", excess, default=AuditPolicy().max_excess, least=0.0001, most=0.9999)
 

@@ -171,6 +171,11 @@ class AskingAgain:
         self.largest = max(self.largest, size)
         return True
 
+    def given_up(self, digest: str, step: int) -> bool:
+        """Return whether batches of the size *step*, of the kind named *digest*, are not sent any more."""
+        kind = self._audits.kinds.get(digest)
+        return kind is not None and kind.limit is not None and kind.limit < step
+
     def failed(self, item: int) -> bool:
         """Note that *item* has failed; return whether it was asked again. Then its earlier answer stands."""
         if item not in self.pending:

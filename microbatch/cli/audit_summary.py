@@ -51,7 +51,8 @@ def _lines(again: AskingAgain, stats: Stats) -> Iterator[str]:
     compared = [size for size in sizes if size.compared]
     bound = again.policy.max_excess
     for size in compared[:MAX_SIZES]:
-        yield _line(size, bound, several=len(compared) > 1, kinds=len({each.kind for each in compared}))
+        kinds = len({each.kind for each in compared})
+        yield _line(size, bound, several=len(compared) > 1, kinds=kinds, given_up=again.given_up(size.kind, size.size))
     if compared[MAX_SIZES:]:
         yield f"and {plural(len(compared) - MAX_SIZES, 'size')} of other kinds of requests; --json has all of them"
     if not any(size.asked for size in sizes):
@@ -68,7 +69,7 @@ def _lines(again: AskingAgain, stats: Stats) -> Iterator[str]:
         yield f"{plural(_calls(stats), 'call')} and {plural(_tokens(stats), 'token')} of this run were for the audit"
 
 
-def _line(size: AuditedSize, bound: float, *, several: bool, kinds: int) -> str:
+def _line(size: AuditedSize, bound: float, *, several: bool, kinds: int, given_up: bool) -> str:
     """Return what is known of *size*; it is named if it is one of *several*, and so is its kind if there are several *kinds*."""
     what = f"batches of {sizes_in(size.size)}"
     if kinds > 1:
@@ -82,6 +83,8 @@ def _line(size: AuditedSize, bound: float, *, several: bool, kinds: int) -> str:
         return f"{what} were given up: {found}the excess {now}, and at most {_percent(bound)} is accepted"
     found += f"the excess is at most {_percent(size.upper)} (95 %)" if size.upper < 1 else "too few to tell the excess"
     found += f", by {plural(size.compared, 'comparison')}"
+    if given_up:
+        return f"{what} were given up, undecided: {found}"
     return f"{what}: {found}" if several else found
 
 

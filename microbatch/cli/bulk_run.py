@@ -24,7 +24,7 @@ import msgspec
 from microbatch.accounting.stats import Stats
 from microbatch.caching.warming import lasting
 from microbatch.cli import console
-from microbatch.cli.console import note, report_summary, seconds
+from microbatch.cli.console import UsageError, note, report_summary, seconds
 from microbatch.cli.input import BadLine, InputChanged, id_digest
 from microbatch.cli.output import NotWritten, error_object
 from microbatch.cli.progress import Progress
@@ -118,6 +118,11 @@ class BulkRun:
         return self.items - self.answered - self.failed
 
     @property
+    def asked_again(self) -> bool:
+        """True if the audit has had items asked again."""
+        return self._once is not None
+
+    @property
     def _answers(self) -> int:
         """Answers so far, those that replaced another one included."""
         return self.answered + (0 if self._again is None else self._again.asked)
@@ -155,7 +160,7 @@ class BulkRun:
             try:
                 await self._ask()
                 self._source.check()
-            except (InputChanged, NotWritten, OSError, StorageError) as error:
+            except (InputChanged, NotWritten, UsageError, OSError, StorageError) as error:
                 self.broken = error
 
     async def _ask(self) -> None:

@@ -45,7 +45,7 @@ import msgspec
 from microbatch.audit.means import smallest_bound
 from microbatch.calibration import SAMPLE, SIZES, Calibrator
 from microbatch.cli import console
-from microbatch.cli.arguments import add_bulk, add_flag
+from microbatch.cli.arguments import add_bulk, add_flag, add_max_excess
 from microbatch.cli.console import COLUMNS, UsageError, dollars, note, plural, report_summary, seconds, table
 from microbatch.cli.input import BadLine, InputChanged
 from microbatch.cli.plan import prepare
@@ -53,7 +53,6 @@ from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
 from microbatch.errors import ConfigError, MicrobatchError
-from microbatch.policy import AuditPolicy
 from microbatch.spool.endpoint import is_refusal, may_refuse_all
 
 if TYPE_CHECKING:
@@ -76,8 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes = f"sizes of batches to try (default: {','.join(map(str, SIZES))})"
     add_flag(group, "--sizes N,N,...", sizes, type=_sizes, default=None)
-    excess = "share of answers that may differ because of combining, beyond the model's own noise"
-    add_flag(group, "--max-excess X", excess, default=AuditPolicy().max_excess, least=0.0001, most=0.9999)
+    add_max_excess(group)
     add_flag(group, "--seed N", "another seed draws another sample", type=int, default=0)
 
 

@@ -23,9 +23,9 @@ While the endpoint does not answer at all, nothing more is read or sent; the run
 goes on when it answers again. A key or an account that is refused from the
 start ends the run. Ctrl-C and SIGTERM let the calls under way end.
 
-Exit status: 0 all answered, 1 some failed or left unasked, 2 nothing sent
-because something is wrong with the command or its files, 130 stopped (go on
-with --resume).
+Exit status: 0 all answered, 1 some failed or left unasked, or with --audit not
+asked again, 2 nothing sent because something is wrong with the command or its
+files, 130 stopped (go on with --resume).
 
 Examples:
   microbatch run products.jsonl -o answers.jsonl --model gpt-4.1-mini \
@@ -163,4 +163,4 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats)), *damage(bulk.stats)]
     if reused:
         yield from (*reused, "")
-    yield from remarks(bulk.stats, plan)
+    yield from remarks(bulk.stats, plan, asked_again=bulk.asked_again)

@@ -18,8 +18,9 @@ Examples:
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-from typing import TYPE_CHECKING, Final, get_args
+from typing import Final, get_args
 
 from microbatch.cli import console
 from microbatch.cli.arguments import Group, add_flag, number
@@ -31,9 +32,6 @@ from microbatch.testing.mistakes import Mistakes
 from microbatch.testing.model import Accepts, Fails, MaxTokensName, StreamOptions
 from microbatch.testing.pace import Latency
 from microbatch.testing.quota import Quota
-
-if TYPE_CHECKING:
-    import argparse
 
 _KINDS: Final = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in get_args(kinds)]
 
@@ -116,7 +114,9 @@ def _add_faults(group: Group) -> None:
 
 def _mistakes(text: str) -> tuple[int, float]:
     """Return the size and the share of `--mistakes`."""
-    size, _, share = text.partition("=")
+    size, given, share = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"must be SIZE=SHARE, as 16=0.1, got {text!r}")
     return number(1, kind=int)(size), number(0, 1)(share)
 
 

@@ -86,8 +86,8 @@ def damage(stats: Stats) -> Iterator[str]:
         yield textwrap.fill(f"damage: {told}", COLUMNS, subsequent_indent="        ")
 
 
-def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
-    """Yield wrapped remarks on the figures of a run with *plan*."""
+def remarks(stats: Stats, plan: Plan, *, asked_again: bool = False) -> Iterator[str]:
+    """Yield wrapped remarks on the figures of a run with *plan*; with *asked_again*, an audit has had items asked again."""
     found = []
     if stats.answered and not plan.single:
         compared = "not measured"
@@ -106,7 +106,7 @@ def remarks(stats: Stats, plan: Plan) -> Iterator[str]:
         short = "the instructions that items share are shorter than what a combined prompt adds"
         found.append(
             "This run cost more than one call each would have. The answers that its audit has had asked again are included."
-            if any(size.condemned for size in stats.audit)
+            if asked_again
             else f"Batching cost more than it saved here: {short}. Use --single for questions like these."
         )
     if stats.unreported_calls:

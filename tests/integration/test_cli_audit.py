@@ -330,3 +330,20 @@ def test_a_share_that_cannot_be_read_is_refused_and_a_file_name_is_told_from_it(
         main(["run", *words, "-o", "out.jsonl", "--template", "{number}", "--simulate"])
     assert ended.value.code == 2
     assert f"must be auto or a number of 0 to 1, got {words[-1]!r} (write --audit=auto if" in capsys.readouterr().err
+
+
+def test_an_output_that_another_program_has_written_to_ends_the_run_with_its_summary(capsys):
+    paths(ITEMS)
+    with serving(answer=answer, mistakes=BAD) as endpoint:
+
+        def spoiled(_):
+            with Path("out.jsonl").open("a") as file:
+                file.write("not ours\n")
+
+        refuse(endpoint, spoiled)
+        run(endpoint, status=1)
+    shown = capsys.readouterr()
+    told = json.loads(shown.out.splitlines()[-1])
+    assert row(told, 16)["condemned"]
+    assert (told["answered"], told["unasked"]) == (ITEMS, 0)
+    assert "was not written by `microbatch run`" in shown.err

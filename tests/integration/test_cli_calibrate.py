@@ -293,7 +293,8 @@ def test_the_simulated_endpoint_can_be_told_to_be_wrong_in_large_batches(capsys)
 
 
 @pytest.mark.parametrize("wrong", ["4", "4=", "=0.5", "0=0.5", "4=2", "four=0.5"])
-def test_mistakes_that_cannot_be_read_are_refused(wrong):
+def test_mistakes_that_cannot_be_read_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["simulate", "--mistakes", wrong])
     assert ended.value.code == 2
+    assert ("must be SIZE=SHARE" in capsys.readouterr().err) == ("=" not in wrong)

@@ -51,6 +51,16 @@ def test_a_new_try_is_in_the_record_before_a_line_that_names_its_period(run):
     assert kept().limit is None
 
 
+def test_a_size_that_is_not_sent_any_more_is_given_up_condemned_or_not(run):
+    again, kind, _ = run
+    sizes = (4, 8, 16, 64)
+    assert not any(again.given_up("kind", size) for size in sizes)
+    kind.add(64, 0, BOUND, adapt=True)
+    judge(kind, 16, "condemned")
+    assert [again.given_up("kind", size) for size in sizes] == [False, False, True, True]
+    assert not again.given_up("other", 16)
+
+
 def test_the_record_is_not_written_for_each_line(run, monkeypatch):
     again, kind, _ = run
     judge(kind, 8, "certified")

@@ -15,7 +15,8 @@ from microbatch.policy import AuditPolicy
 
 
 def again(**figures):
-    return SimpleNamespace(policy=AuditPolicy(), **{"asked": 0, "largest": 0, "left": 0, **figures})
+    none = {"asked": 0, "largest": 0, "left": 0, "given_up": lambda *_: False}
+    return SimpleNamespace(policy=AuditPolicy(), **{**none, **figures})
 
 
 def stats(*sizes, calls=0, tokens=0):
@@ -64,6 +65,11 @@ def test_several_sizes_are_named_and_so_is_what_was_given_up_and_asked_again():
         ([], {}, "no answer from a combined prompt was asked for again alone"),
         ([audited()], {"asked": 1, "largest": 1}, "1 answer of sizes that were given up asked again alone"),
         ([audited(condemned=True, excess=0.001)], {}, "the excess has become larger, and at most 2.0 % is accepted"),
+        (
+            [audited(8), audited(16, raw=0.3, excess=0.3, upper=0.669)],
+            {"given_up": lambda _, size: size == 16},
+            "batches of up to 16 were given up, undecided: 30.0 % of answers",
+        ),
         ([audited(), audited(kind="other")], {}, "batches of up to 16 (m abcdef): 0.0 %"),
         ([audited(kind=str(number)) for number in range(99)], {}, f"and {99 - MAX_SIZES} sizes of other kinds"),
     ],
@@ -77,12 +83,15 @@ def test_lines_are_wrapped():
     assert all(len(line) <= 80 for each in audit_lines(again(), stats(*sizes)) for line in each.splitlines())
 
 
-@pytest.mark.parametrize("condemned", [False, True])
-def test_short_instructions_are_not_blamed_for_the_cost_of_asking_again(condemned):
-    dear = Stats(answered=9, cost_usd=0.005, unbatched_cost_usd=0.004, audit=(audited(condemned=condemned),))
-    shown = " ".join(" ".join(remarks(dear, SimpleNamespace(single=False, simulated=None))).split())
-    assert ("shorter than" in shown) is not condemned
-    assert ("has had asked again" in shown) is condemned
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_short_instructions_are_not_blamed_for_the_cost_of_asking_again(asked_again):
+    dear, plan = (
+        Stats(answered=9, cost_usd=0.005, unbatched_cost_usd=0.004),
+        SimpleNamespace(single=False, simulated=None),
+    )
+    shown = " ".join(" ".join(remarks(dear, plan, asked_again=asked_again)).split())
+    assert ("shorter than" in shown) is not asked_again
+    assert ("has had asked again" in shown) is asked_again
 
 
 def test_the_json_has_every_figure():

@@ -366,7 +366,7 @@ async def test_a_batch_that_fails_again_and_again_while_others_are_answered_is_g
         ({"sizes": ()}, "sizes"),
         ({"sizes": (1,)}, "sizes"),
         ({"sizes": (0, 4)}, "sizes"),
-        ({"sizes": ("4",)}, "sizes"),
+        ({"sizes": ("4",)}, "sizes must be a sequence of whole numbers"),
         ({"max_excess": 0}, "max_excess"),
         ({"max_excess": 1}, "max_excess"),
         ({"max_excess": "2 %"}, "max_excess"),

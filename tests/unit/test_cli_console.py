@@ -46,7 +46,13 @@ def policy_of(*words):
 def bulk(stats, wall_s=1.5):
     """Return what a run over 20 items has come to."""
     return SimpleNamespace(
-        stats=stats, items=20, answered=stats.answered, failed=20 - stats.answered, unasked=0, wall_s=wall_s
+        asked_again=False,
+        stats=stats,
+        items=20,
+        answered=stats.answered,
+        failed=20 - stats.answered,
+        unasked=0,
+        wall_s=wall_s,
     )
 
 
