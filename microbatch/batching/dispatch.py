@@ -108,7 +108,7 @@ class Dispatcher:
         call.stream = for_callers or history.may_overrun  # only a stream can be cut
         call.timeout = self._remaining(tickets)
         batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
-        batch.early, batch.tries, batch.instead = self._early and call.stream and not history.drafts, tries, instead
+        batch.early, batch.tries, batch.instead = for_callers and not history.drafts, tries, instead
         batch.reset()
         if history.times is not None:
             batch.clock = ReplyClock(history.times, call_state.sent)

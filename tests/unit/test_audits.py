@@ -514,6 +514,25 @@ async def test_audits_that_always_fail_keep_to_the_overhead_too():
     assert (row.asked, row.not_comparable) == (50, 50)
 
 
+async def test_a_second_answer_that_fails_is_asked_for_once_more():
+    class Flaky(PlantedModel):
+        async def send(self, call, on_text):
+            if "results" not in call.messages[-1]["content"] and self.calls.count(1) % 3 == 1:
+                self.calls.append(1)
+                raise ServerError("no", status=500)
+            return await super().send(call, on_text)
+
+    notes, once = Notes(), mb.RetryPolicy(max_attempts=1)
+    only = mb.AuditPolicy(rate=1.0, adapt=False)
+    model = Flaky({4: 1.0}, 0.0, random.Random(1))
+    async with batcher_on(model, hooks=[notes], retry=once, audit=only, slots=1) as batcher:
+        for number in range(5):
+            await ask_all(batcher, [f"path {number} {item}" for item in range(4)])
+            await batcher.audits.settled()
+    assert [event.score for event in notes.audits] == [1] * 5
+    assert model.calls.count(1) == 15  # the second answer of each fails at first
+
+
 async def test_a_comparison_that_raises_is_not_comparable():
     def same(batched, alone):
         raise RuntimeError
