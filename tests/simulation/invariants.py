@@ -123,10 +123,14 @@ def errors_are_ones_own(world: World) -> Iterator[str]:
 
 
 def finished_answers_stand(world: World) -> Iterator[str]:
-    """A sound answer is handed out: at once if it comes in order, not after prose, and early answers are wanted, else at the end."""
+    """A sound answer is handed out: at once if it comes in order, not after prose, and early answers are wanted, else at the end.
+
+    Early answers are not wanted for calls that carry bulk work only, which are streamed so that they can be cut.
+    """
     early = world.scenario.fallback.get("resolve") != "verified" and not world.scenario.fallback.get("canary")
     for attempt in world.upstream.attempts:
         in_order = early and attempt.combined and attempt.call.stream and attempt.fault.kind in _IN_ORDER
+        in_order = in_order and any(world.items[text].bulk is None for text in attempt.texts)
         in_order = in_order and not _drafted(world, attempt)
         sound = _SOUND if attempt.canary is None else _SOUND_WITH_CANARY
         at_the_end = attempt.how == "answered" and attempt.fault.kind in sound
