@@ -171,8 +171,10 @@ def _lack_of_class(value: Any, kind: type, args: tuple[Any, ...]) -> str | None:
         elif fits and args in _CONTENT:
             fits = all(_lack(name, args[0]) is None and _lack(each, args[1]) is None for name, each in value.items())
     elif getattr(kind, "_is_protocol", False):
-        methods = [f"{name}()" for name in vars(kind) if not name.startswith("_") and callable(getattr(kind, name))]
-        words = f"have {', '.join(methods[:-1])} and {methods[-1]}"
+        methods = [name for name in vars(kind) if not name.startswith("_") and callable(getattr(kind, name))]
+        # From Python 3.12 on `isinstance` does not see what `__getattr__` hands on, as wrappers of a transport do.
+        fits = not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in methods)
+        words = f"have {', '.join(f'{name}()' for name in methods[:-1])} and {methods[-1]}()"
     return None if fits else words
 
 

@@ -201,3 +201,16 @@ async def test_a_reply_is_encoded_copied_and_pickled(count):
         assert (encoded["output"], encoded["batch_size"]) == ("ONE", count)
         for other in (copy.copy(reply), pickle.loads(pickle.dumps(reply))):
             assert (await other.settled()).output == "ONE"
+
+
+def test_what_hands_its_methods_on_is_taken():
+    class Wrapper:
+        def __init__(self, transport):
+            self._transport = transport
+
+        def __getattr__(self, name):
+            return getattr(self._transport, name)
+
+    mb.Microbatcher(Wrapper(ScriptedTransport()))
+    with pytest.raises(mb.ConfigError, match=r"transport must have send\(\) and aclose\(\), got Wrapper"):
+        mb.Microbatcher(Wrapper("http://x"))
