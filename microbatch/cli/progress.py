@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from microbatch.cli.console import dollars, muted_on_error, seconds
 
@@ -62,13 +62,31 @@ class Progress:
         self._draw(last=True)
 
 
+class _Stderr:
+    """The standard error stream, muted when it fails.
+
+    tqdm never releases its lock after an error of its file, and then waits for it when the bar is garbage-collected in another thread.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with muted_on_error(sys.stderr):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with muted_on_error(sys.stderr):
+            sys.stderr.flush()
+
+
 def _tqdm_bar(total: int) -> Bar | None:
     try:
         from tqdm import tqdm  # noqa: PLC0415 of the extra `cli`
     except ImportError:
         return None
     tqdm.monitor_interval = 0  # no thread of its own: it would outlive the run
-    bar = tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0)
+    bar = tqdm(total=total, unit=" items", dynamic_ncols=True, mininterval=0, file=_Stderr())
 
     def draw(done: int, total: int, text: str, last: bool) -> None:
         bar.total = total

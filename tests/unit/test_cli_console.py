@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import io
 import re
 import sys
+import threading
 from types import SimpleNamespace
 
 import msgspec
 import pytest
+from tqdm import tqdm
 
 from microbatch.accounting.stats import Stats
 from microbatch.cli import progress
@@ -302,3 +305,26 @@ def test_progress_without_a_bar_says_nothing(capsys):
     with progress.Progress(1, Stats, shown=False) as shown:
         shown.show(1)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_whose_stderr_fails_keeps_no_lock(monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            raise OSError
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    with progress.Progress(10, Stats, shown=True) as bar:
+        bar.show(5)
+
+    def hold():
+        with tqdm.get_lock():
+            pass
+
+    # A bar that is garbage-collected in another thread takes the lock there.
+    other = threading.Thread(target=hold, daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive()
