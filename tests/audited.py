@@ -73,17 +73,19 @@ class PlantedModel:
 
 
 class Outcome(msgspec.Struct):
-    """What a run has shown.
+    """The outcome of a run.
 
     Attributes:
-        batches: Batches of each size that were sent until the largest was left.
-        samples: Samples until the limit was at most `goal`; None if it never was.
         rows: `stats().audit` at the end.
-        latencies: Of all requests, in seconds.
+        decisions: For each decision the samples so far, the decision, the size, and the batches of that size so far.
+        latencies: Those of all requests, in seconds.
+        stats: The figures at the end.
+        reported: The usage that the model has reported.
+        calls: The number of items of each call.
     """
 
     rows: tuple[mb.AuditedSize, ...]
-    decisions: list[tuple[int, str, int, int]]  # samples so far, decision, size, batches of it so far
+    decisions: list[tuple[int, str, int, int]]
     latencies: list[float]
     stats: mb.Stats
     reported: mb.Usage

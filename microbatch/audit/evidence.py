@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     Factor = Callable[[float, float, float], float]
     Bets = Sequence[tuple[float, float]]
+    Counts = Iterable[tuple[float, int]]
 
 ENOUGH: Final = 20.0
 """The wealth that rejects a hypothesis, with an error of at most 5 %."""
@@ -42,14 +43,37 @@ _HALVINGS: Final = 20
 """Halvings of the interval in which the upper bound is searched: it is exact to 2 / 2**20."""
 
 
-def above(score: float, bound: float, bet: float) -> float:
-    """Return the factor by which *score*, from -1 to 1, multiplies the wealth bet on an excess above *bound*."""
-    return 1 + bet * (score - bound) / (1 + bound)
+def above(score: float, bound: float, bet: float, least: float = -1.0) -> float:
+    """Return the factor by which *score*, from *least* to 1, multiplies the wealth bet on an excess above *bound*."""
+    return 1 + bet * (score - bound) / (bound - least)
 
 
 def below(score: float, bound: float, bet: float) -> float:
     """Return the factor by which *score* multiplies the wealth bet on an excess below *bound*."""
     return 1 - bet * (score - bound) / (1 - bound)
+
+
+def wealth(factor: Factor, bound: float, bets: Bets, counts: Counts, times: float = 1.0) -> float:
+    """Return the wealth of all gamblers together after *counts*, which are scores and their numbers, have come so many *times*."""
+    total = 0.0
+    for bet, share in bets:
+        log = sum(_log_power(factor(score, bound, bet), count) for score, count in counts)
+        total += share * math.exp(min(times * log, _LARGEST_LOG))
+    return total
+
+
+def least_that_rejects(wealth_at: Callable[[float], float], low: float, high: float, halvings: int) -> float:
+    """Return the least number between *low* and *high* at which the wealth, which grows with it, is enough; *high* for none.
+
+    It is exact to (high - low) / 2**halvings.
+    """
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        if wealth_at(middle) >= ENOUGH:
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 class Evidence(msgspec.Struct):
@@ -83,19 +107,15 @@ class Evidence(msgspec.Struct):
 
     def wealth_above(self, bound: float) -> float:
         """Return the wealth bet against "the excess is at most *bound*"."""
-        return self._wealth(above, bound, _ABOVE_BETS)
+        return wealth(above, bound, _ABOVE_BETS, self._counts)
 
     def wealth_below(self, bound: float) -> float:
         """Return the wealth bet against "the excess is at least *bound*"."""
-        return self._wealth(below, bound, _BELOW_BETS)
+        return wealth(below, bound, _BELOW_BETS, self._counts)
 
-    def _wealth(self, factor: Factor, bound: float, bets: Bets) -> float:
-        counts = ((1, self.worse), (0, self.equal), (-1, self.better))
-        wealth = 0.0
-        for bet, share in bets:
-            log = sum(_log_power(factor(score, bound, bet), count) for score, count in counts)
-            wealth += share * math.exp(min(log, _LARGEST_LOG))
-        return wealth
+    @property
+    def _counts(self) -> Counts:
+        return (1, self.worse), (0, self.equal), (-1, self.better)
 
     @property
     def upper_bound(self) -> float:
@@ -106,14 +126,7 @@ class Evidence(msgspec.Struct):
 @lru_cache(4_096)
 def _upper_bound(worse: int, equal: int, better: int) -> float:
     # The wealth against "the excess is at least m" grows with m, because each factor does.
-    evidence, low, high = Evidence(worse, equal, better), -1.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if evidence.wealth_below(middle) >= ENOUGH:
-            high = middle
-        else:
-            low = middle
-    return high
+    return least_that_rejects(Evidence(worse, equal, better).wealth_below, -1.0, 1.0, _HALVINGS)
 
 
 def _log_power(factor: float, count: int) -> float:

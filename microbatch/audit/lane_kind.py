@@ -204,13 +204,11 @@ class LaneKind(msgspec.Struct):
         return decision
 
     def _shrink(self, step: int, *, far: bool) -> None:
-        below = STEPS[max(0, STEPS.index(step) - (2 if far else 1))]
-        self.limit = below if self.limit is None else min(self.limit, below)
+        self._limit_to(STEPS[max(0, STEPS.index(step) - (2 if far else 1))])
         for larger, record in self.steps.items():
             if larger > step and record.undecided:
                 record.doubtful.add(record.period)
         self.condemnations += 1
-        self.requests = 0
 
     def grows(self, requests: int, largest: int) -> bool:
         """Count *requests* that leave a queue; return whether the limit was raised by that, up to batches of *largest*."""
@@ -233,14 +231,17 @@ class LaneKind(msgspec.Struct):
 
         Their answers are doubtful: a size that did harm once is not trusted without a certificate.
         """
-        tried = {step: record for step, record in self.steps.items() if record.undecided and record.doubtful}
-        tried = {step: record for step, record in tried.items() if record.period not in record.doubtful}
-        for step, record in tried.items():
-            record.doubtful.add(record.period)
-            below = STEPS[STEPS.index(step) - 1]
-            self.limit = below if self.limit is None else min(self.limit, below)
-            self.requests = 0
-        return bool(tried)
+        given_up = False
+        for step, record in self.steps.items():
+            if record.undecided and record.doubtful and record.period not in record.doubtful:
+                given_up = True
+                record.doubtful.add(record.period)
+                self._limit_to(STEPS[STEPS.index(step) - 1])
+        return given_up
+
+    def _limit_to(self, step: int) -> None:
+        self.limit = step if self.limit is None else min(self.limit, step)
+        self.requests = 0
 
     def figures(self) -> Iterator[AuditedSize]:
         """Yield the figures of each step that was audited."""

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import Final
 
 import msgspec
 
-from microbatch.audit.evidence import ENOUGH
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from microbatch.audit.evidence import ENOUGH, above, below, least_that_rejects, wealth
 
 LEAST: Final = -0.5
 """The least score."""
@@ -61,20 +59,11 @@ class Means(msgspec.Struct):
 
     def wealth_above(self, bound: float, times: float = 1) -> float:
         """Return the wealth bet against "the excess is at most *bound*", if all had come so many *times*."""
-        return self._wealth(_ABOVE, lambda mean, bet: 1 + bet * (mean - bound) / (bound - LEAST), times)
+        return wealth(partial(above, least=LEAST), bound, _ABOVE, self.counts.items(), times)
 
     def wealth_below(self, bound: float, times: float = 1) -> float:
         """Return the wealth bet against "the excess is at least *bound*", if all had come so many *times*."""
-        return self._wealth(_BELOW, lambda mean, bet: 1 - bet * (mean - bound) / (1 - bound), times)
-
-    def _wealth(
-        self, bets: Sequence[tuple[float, float]], factor: Callable[[float, float], float], times: float
-    ) -> float:
-        wealth = 0.0
-        for bet, stake in bets:
-            log = sum(count * _log(factor(mean, bet)) for mean, count in self.counts.items())
-            wealth += stake * math.exp(min(times * log, 700.0))
-        return wealth
+        return wealth(below, bound, _BELOW, self.counts.items(), times)
 
     @property
     def upper_bound(self) -> float:
@@ -82,27 +71,13 @@ class Means(msgspec.Struct):
 
         The wealth against "the excess is at least m" grows with m, because each factor does.
         """
-        low, high = LEAST, 1.0
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            if self.wealth_below(middle) >= ENOUGH:
-                high = middle
-            else:
-                low = middle
-        return high
+        return least_that_rejects(self.wealth_below, LEAST, 1.0, _HALVINGS)
 
     def times_needed(self, bound: float) -> float | None:
         """Return how many times as many means like these show that the excess is below *bound*; None if it does not seem to be."""
         if not self.count or self.wealth_below(bound, _MOST_TIMES) < ENOUGH:
             return None
-        low, high = 0.0, _MOST_TIMES
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            if self.wealth_below(bound, middle) >= ENOUGH:
-                high = middle
-            else:
-                low = middle
-        return high
+        return least_that_rejects(partial(self.wealth_below, bound), 0.0, _MOST_TIMES, _HALVINGS)
 
 
 def least_count(bound: float) -> int:
@@ -113,7 +88,3 @@ def least_count(bound: float) -> int:
 def smallest_bound(count: int) -> float:
     """Return the bound that *count* means show if none of them differs from 0."""
     return Means(Counter({0.0: count})).upper_bound
-
-
-def _log(factor: float) -> float:
-    return math.log(factor) if factor > 0 else -math.inf

@@ -49,13 +49,11 @@ class Progress:
             stats = self._stats()
             tokens = stats.prompt_tokens + stats.completion_tokens
             text = f"{stats.upstream_calls:,} calls, {tokens:,} tokens, {dollars(stats.cost_usd)}"
-            with muted_on_error(sys.stderr):
-                self._bar(self._done, self._total, text, last)
+            self._bar(self._done, self._total, text, last)
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty() if self._shown is None else self._shown:
-            with muted_on_error(sys.stderr):
-                self._bar = _tqdm_bar(self._total) or _plain_bar()
+            self._bar = _tqdm_bar(self._total) or _plain_bar()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,15 +98,15 @@ def _tqdm_bar(total: int) -> Bar | None:
 
 
 def _plain_bar() -> Bar:
-    start, width = time.monotonic(), 0
+    start, width, stderr = time.monotonic(), 0, _Stderr()
 
     def draw(done: int, total: int, text: str, last: bool) -> None:
         nonlocal width
         took = max(time.monotonic() - start, 1e-6)
         left = f", {seconds(took / done * (total - done))} left" if done else ""
         line = f"{done:,} of {total:,} items, {done / took:,.0f} items/s, {text}{left}"
-        sys.stderr.write("\r" + line.ljust(width) + ("\n" if last else ""))
-        sys.stderr.flush()
+        stderr.write("\r" + line.ljust(width) + ("\n" if last else ""))
+        stderr.flush()
         width = len(line)
 
     return draw

@@ -1,4 +1,4 @@
-"""What an audit finds reaches the cache, whatever that is kept in."""
+"""Audits condemn and correct cached answers in every kind of cache."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_what_a_size_that_does_harm_has_answered_is_asked_again_in_smaller_batch
         assert row(told, 16)["excess"] > 0.02
         assert not row(told, max(sizes()))["condemned"]
         assert 0 < told["asked_again"] <= ITEMS
-        # What is paid is told, audits included; what it is compared with is one call for each item.
+        # The calls of the run include audits; it is compared with one call for each item.
         assert endpoint.single_calls == told["audit_calls"]
         assert 0 < told["audit_tokens"] < told["prompt_tokens"] + told["completion_tokens"]
         paid = told["prompt_tokens"], told["completion_tokens"], told["upstream_calls"]

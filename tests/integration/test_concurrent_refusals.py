@@ -39,7 +39,7 @@ def batcher_for(endpoint, **policy):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Let calls wait for the first one as long as it takes on a loaded machine."""
+    """Raise the time that calls wait for the first one to an hour, so that a loaded machine does not end the wait."""
     monkeypatch.setattr("microbatch.transports.first_form.PATIENCE", 3_600.0)
 
 

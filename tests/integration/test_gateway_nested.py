@@ -53,7 +53,7 @@ async def test_nor_is_one_that_asks_again():
     counts = [told.count(INSTRUCTION) for _, told in upstream.heard]
     assert max(counts) == 1
     assert sum(counts) > 6
-    # What a damaged pair leaves is asked for alone, and the gateway may combine that.
+    # Requests that a damaged reply to a pair leaves open are asked for alone, and the gateway may combine them.
     assert (ours.fallback_calls > 0, theirs.forwarded + theirs.batches) == (True, sum(counts))
 
 

@@ -47,7 +47,7 @@ BODY = (
 """What a call's body is made of, between taking its requests and making sure that each of them has ended."""
 
 AUDIT = ((Audits, ("_scored", "_ask", "_settle")), (Dispatcher, ("ask_again",)), (audits_module, ("agree",)))
-"""What an audit is made of."""
+"""Functions that an audit calls."""
 
 
 class Panic(BaseException):

@@ -1,4 +1,4 @@
-"""What the summary of a run says of its audit."""
+"""Lines about the audit in the summary of a run."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ async def test_an_entry_tells_size_kind_and_tenant_without_an_audit():
     }
     assert found["A"].tenant == found["B"].tenant != found["C"].tenant is None
     assert b"shop" not in found["A"].tenant
-    # Who does not know the secret can neither recognise the kind nor see which entries are of one.
+    # Without the secret a reader of the store can neither recognise a kind nor group entries by it.
     assert len({found[text].lane_kind for text in "ABC"} | {bytes.fromhex(kind)}) == 4
 
 

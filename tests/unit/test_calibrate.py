@@ -246,7 +246,7 @@ async def test_if_some_answers_cannot_be_compared_more_items_are_needed():
 
 
 async def test_nothing_is_recommended_if_most_answers_cannot_be_compared():
-    """What holds for the short ones need not hold for the others."""
+    """The comparable answers are the short ones, and long ones may differ from them in accuracy."""
 
     def answer(text, schema):
         return "word " * (20 if int(text.split()[-1]) < 60 else 1)

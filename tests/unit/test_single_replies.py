@@ -1,4 +1,4 @@
-"""What answers would have cost one by one is learned from single replies, once there are some of the same kind."""
+"""The cost of answers one by one is learned from single replies of the same kind, once there are some."""
 
 from __future__ import annotations
 
