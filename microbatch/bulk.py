@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.batching.request import check_messages, rank_of
+from microbatch.batching.request import arguments_of, check_messages, rank_of
 from microbatch.batching.ticket import NO_CONTEXT, NORMAL, UNSHARED, CallerOptions, FlushReason
 from microbatch.checking import as_seconds, whole
 from microbatch.errors import BatcherClosed, ConfigError, ShutDown
@@ -265,16 +265,7 @@ class BulkRun:
         Raises:
             ConfigError: An option is wrong.
         """
-        options = self.intake.read_options(
-            request.output_type,
-            request.model,
-            request.max_tokens,
-            request.temperature,
-            request.params,
-            request.headers,
-            request.tenant,
-            request.priority,
-        )
+        options = self.intake.read_options(*arguments_of(request))
         timeout, ttl = as_seconds("timeout", request.timeout), as_seconds("ttl", request.ttl)
         shared = request.use_cache and (self.intake.shares or options.cold)
         key: bytes | None = None

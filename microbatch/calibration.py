@@ -19,7 +19,7 @@ import msgspec
 from microbatch.audit.calibration import CalibratedSize, Calibration, Trial, recommended
 from microbatch.audit.comparison import agree, can_compare
 from microbatch.audit.means import least_count
-from microbatch.batching.request import check_messages, read_messages, read_options
+from microbatch.batching.request import arguments_of, check_messages, read_messages, read_options
 from microbatch.checking import Count, Share, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import ConfigError
@@ -439,21 +439,11 @@ def _read(request: Request[Any], harmless: Collection[str]) -> tuple[_Item, Hash
     Raises:
         ConfigError: It is wrong, or cannot be combined.
     """
-    options = read_options(
-        request.output_type,
-        request.model,
-        request.max_tokens,
-        request.temperature,
-        request.params,
-        request.headers,
-        request.tenant,
-        "normal",
-        harmless,
-    )
+    asked = msgspec.structs.replace(request, priority="normal", timeout=None, use_cache=False)
+    options = read_options(*arguments_of(asked), harmless)
     check_messages(request.messages)
     read = ", ".join(options.alone) or read_messages(request.messages, options)
     if isinstance(read, str):
         raise ConfigError(f"its form keeps it out of combined prompts: {read}")
     lane, text, _ = read
-    asked = msgspec.structs.replace(request, priority="normal", timeout=None, use_cache=False)
     return _Item(asked, options.answer, lane), (lane, text)

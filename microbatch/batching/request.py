@@ -24,7 +24,7 @@ from microbatch.schema.asked_form import FIELDS
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from microbatch.messages import Messages
+    from microbatch.messages import Messages, Request
     from microbatch.schema.answer_type import AnswerType
 
 OURS = frozenset(
@@ -118,6 +118,20 @@ def read_options(
         tenant=tenant,
         rank=rank_of(priority),
         cold=temperature == 0,
+    )
+
+
+def arguments_of(request: Request[Any]) -> tuple[Any, ...]:
+    """Return the options of *request* as the arguments of `read_options`, in their order, without `harmless`."""
+    return (
+        request.output_type,
+        request.model,
+        request.max_tokens,
+        request.temperature,
+        request.params,
+        request.headers,
+        request.tenant,
+        request.priority,
     )
 
 
