@@ -440,7 +440,7 @@ def _read(request: Request[Any], harmless: Collection[str]) -> tuple[_Item, Hash
         ConfigError: It is wrong, or cannot be combined.
     """
     asked = msgspec.structs.replace(request, priority="normal", timeout=None, use_cache=False)
-    options = read_options(*arguments_of(asked), harmless)
+    options = read_options(*arguments_of(asked), harmless=harmless)
     check_messages(request.messages)
     read = ", ".join(options.alone) or read_messages(request.messages, options)
     if isinstance(read, str):
