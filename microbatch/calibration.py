@@ -11,6 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Hashable, Iterable, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 
@@ -440,7 +441,8 @@ def _read(request: Request[Any], harmless: Collection[str]) -> tuple[_Item, Hash
         ConfigError: It is wrong, or cannot be combined.
     """
     asked = msgspec.structs.replace(request, priority="normal", timeout=None, use_cache=False)
-    options = read_options(*arguments_of(asked), harmless=harmless)
+    read_request = partial(read_options, harmless=harmless)
+    options = read_request(*arguments_of(asked))
     check_messages(request.messages)
     read = ", ".join(options.alone) or read_messages(request.messages, options)
     if isinstance(read, str):
