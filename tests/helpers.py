@@ -141,21 +141,20 @@ def scheduler_for(account, slots=64, *, begin=None):
 @contextmanager
 def serving(**options):
     """Serve a simulated endpoint from a thread of its own, and yield it."""
-    started, loop = threading.Event(), asyncio.new_event_loop()
-    endpoint = SimulatedEndpoint(**options)
-    stop = asyncio.Event()
+    started, stop = threading.Event(), asyncio.Event()
+    endpoint, loops = SimulatedEndpoint(**options), []
 
     async def serve():
         async with endpoint:
+            loops.append(asyncio.get_running_loop())
             started.set()
             await stop.wait()
 
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     assert started.wait(10)
     try:
         yield endpoint
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        loops[0].call_soon_threadsafe(stop.set)
         thread.join(10)
-        loop.close()

@@ -25,6 +25,7 @@ from microbatch.gateway.errors import GatewayError, translate
 from microbatch.gateway.relay import Relay
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.gateway.upstream import API, AZURE, Upstream
+from microbatch.listening import close_runner
 from microbatch.policy import FlushPolicy
 from microbatch.prompt.parameters import HARMLESS
 from microbatch.transports.addresses import CHAT_COMPLETIONS
@@ -251,7 +252,7 @@ class Gateway:
         self._draining = True
         await self.batcher.aclose(grace)
         if self._runner is not None:
-            await self._runner.cleanup()
+            await close_runner(self._runner)
 
     async def __aenter__(self) -> Self:
         return await self.open()

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from microbatch.accounting.tokens import load_encoding
 from microbatch.errors import ConfigError
+from microbatch.listening import close_runner
 from microbatch.testing.batch_api.batches import Batches, BatchModel
 from microbatch.testing.batch_api.files import Files
 from microbatch.testing.batch_api.routes import BatchRoutes
@@ -127,7 +128,7 @@ class SimulatedEndpoint(BatchModel):
         self._closing.set()
         runner, self._runner = self._runner, None
         if runner is not None:
-            await runner.cleanup()
+            await close_runner(runner)
         await self.batches.stop()
 
     async def __aenter__(self) -> Self:

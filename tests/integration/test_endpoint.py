@@ -7,14 +7,16 @@ import errno
 import gc
 import io
 import json
+import socket
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 import pytest
 import pytest_asyncio
-from helpers import in_time, until
+from helpers import PATIENCE, each, in_time, until
 
 from microbatch.errors import ConfigError
 from microbatch.messages import Usage
@@ -579,3 +581,16 @@ async def test_a_combined_reply_of_16_items_costs_little(client):
             endpoint.reply(endpoint.read(combined()))
             costs.append(time.process_time() - start)
         assert min(costs) < 0.01
+
+
+@each("turns", range(6))
+async def test_connections_made_a_moment_before_the_end_are_closed(turns):
+    """asyncio takes several turns of the loop to announce a connection; one in between was left open."""
+    connections = []
+    async with SimulatedEndpoint() as endpoint:
+        for _ in range(turns):
+            connections.append(socket.create_connection((endpoint.host, endpoint.port), timeout=PATIENCE))
+            await asyncio.sleep(0)
+    for connection in connections:
+        with connection, suppress(ConnectionResetError):
+            assert await asyncio.to_thread(connection.recv, 1) == b""
