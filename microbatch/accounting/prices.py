@@ -34,6 +34,9 @@ class Price(msgspec.Struct, frozen=True):
         input: US dollars per million prompt tokens.
         output: US dollars per million generated tokens, reasoning included.
         cached_input: US dollars per million prompt tokens read from the provider's prefix cache; None for the price of `input`.
+        cache_write: US dollars per million prompt tokens written to it; None for the price of `input`.
+        tiers: Prices of other service tiers, by the name that the endpoint reports, such as "flex", "priority" or "batch". A tier that
+            is not listed has the prices above.
 
     Raises:
         ConfigError: A price is no number, negative, NaN or infinite.
@@ -42,21 +45,32 @@ class Price(msgspec.Struct, frozen=True):
     input: Dollars
     output: Dollars
     cached_input: Dollars | None = None
+    cache_write: Dollars | None = None
+    tiers: Mapping[str, Price] = {}
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in self.__struct_fields__:
+        for name in ("input", "output", "cached_input", "cache_write"):
             price = getattr(self, name)
             if price is not None and math.isinf(price):
                 raise ConfigError(f"{name} must be a finite number, got {price!r}")
+
+    def of_tier(self, tier: str | None) -> Price:
+        """Return the price of a service tier; this one if *tier* is None or not listed."""
+        return self.tiers.get(tier, self) if tier is not None else self
 
     def cost(self, usage: Usage) -> float:
         """Return the price of *usage* in US dollars."""
         # Some endpoints report more cached tokens than prompt tokens.
         cached = min(usage.cached_tokens, usage.prompt_tokens)
+        written = min(usage.cache_write_tokens, usage.prompt_tokens - cached)
         cached_price = self.input if self.cached_input is None else self.cached_input
+        write_price = self.input if self.cache_write is None else self.cache_write
         dollars = (
-            (usage.prompt_tokens - cached) * self.input + cached * cached_price + usage.completion_tokens * self.output
+            (usage.prompt_tokens - cached - written) * self.input
+            + cached * cached_price
+            + written * write_price
+            + usage.completion_tokens * self.output
         )
         return dollars / _PER_MILLION
 
