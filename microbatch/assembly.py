@@ -27,7 +27,6 @@ from microbatch.batching.engine import CLOSED_EARLY, Engine
 from microbatch.batching.estimates import Estimates
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
-from microbatch.batching.overhead import UNKNOWN_RATIO
 from microbatch.batching.scheduler import Scheduler
 from microbatch.batching.single_flight import InFlight, Settlement
 from microbatch.batching.single_queue import SingleQueues
@@ -114,7 +113,7 @@ class Assembly:
             exact=self.tokens.exact_for,
             upper=self.tokens.count if callable(settings.tokens) else None,
             price=self._price,
-            ratio=self._ratio,
+            price_of=self._price_of,
             now=_loop_time,
             bounds=bounds,
             estimates=Estimates(self.tokens.count, bounds, canary=canary),
@@ -164,9 +163,8 @@ class Assembly:
         price = self.prices.for_model(model)
         return None if price is None else price.cost
 
-    def _ratio(self, model: str | None) -> float:
-        price = self.prices.for_model(model or self.model)
-        return UNKNOWN_RATIO if price is None or not price.input else price.output / price.input
+    def _price_of(self, model: str | None) -> Price | None:
+        return self.prices.for_model(model or self.model)
 
     def stats(self) -> Stats:
         """Return the figures so far."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from microbatch.batching.call_state import Batch, CallState
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import Call, Ticket
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.protocols import Completion
 
@@ -142,19 +142,14 @@ class UsageAttribution:
             history.times.singles.append(reply.latency - reply.waited)
         if call.usage is not None:
             answer_bytes = len(reply.text.encode("utf-8", "replace"))
-            self.record_single(history, call.usage, len(ticket.line), answer_bytes, call.price)
+            self.record_single(history, call, call.usage, len(ticket.line), answer_bytes)
 
-    def record_single(
-        self,
-        history: LaneHistory,
-        usage: Usage,
-        line_bytes: int,
-        answer_bytes: int,
-        price: Callable[[Usage], float] | None,
-    ) -> None:
-        """Record in the *history* of a lane that a single call, at *price*, took *usage*; see `SingleReplies.record`."""
+    def record_single(self, history: LaneHistory, call: Call, usage: Usage, line_bytes: int, answer_bytes: int) -> None:
+        """Record in the *history* of a lane that *call*, a single one, took *usage*; see `SingleReplies.record`."""
         history.record_single(usage, line_bytes, answer_bytes)
-        self._compare(history, price)
+        if history.cache is not None:
+            history.cache.learn(history.cache.alone, usage, call.sent, self._given.now())
+        self._compare(history, call.price)
 
     def _compare(self, history: LaneHistory, price: Callable[[Usage], float] | None) -> None:
         """Correct what single calls would cost by those that a lane has made, and book what is missing of earlier answers."""
@@ -208,6 +203,8 @@ class UsageAttribution:
                 history.overhead = measure_overhead(
                     batch.combined, batch.tickets, usage, self._given.count, exact=exact
                 )
+                if history.cache is not None:
+                    history.cache.rescale(history.overhead.scale)
             alone = history.overhead.alone(
                 usage,
                 asked=asked,
@@ -216,6 +213,8 @@ class UsageAttribution:
                 line_bytes=sum(lines),
                 answer_bytes=sum(answers),
             )
+        if history.cache is not None:
+            history.cache.learn(history.cache.combined, usage, batch.call_state.sent, self._given.now())
         fallback = batch.call_state.route == "fallback"
         fruitless = not shares and not all(ticket.done for ticket in batch.tickets)
         self._ledger.pay(usage, alone, price, damage=fallback or fruitless)

@@ -20,6 +20,7 @@ from microbatch.audit.comparison import agree, can_compare, score
 from microbatch.audit.lane_kind import RATE_AFTER_CERTIFICATE, sizes_in, step_of
 from microbatch.batching.attribution import estimated_call
 from microbatch.batching.call_state import Sample
+from microbatch.batching.overhead import in_prompt_tokens
 from microbatch.batching.ticket import LOW, SlotLease
 from microbatch.errors import ConfigError, RequestFailed, ShutDown
 from microbatch.transports.credentials import hold_credentials
@@ -203,7 +204,8 @@ class Audits:
 
     def _cost(self, spec: Spec, usage: Usage) -> float:
         """Return a cost that can be compared, in prompt tokens."""
-        return usage.prompt_tokens + self._given.ratio(spec.model) * usage.completion_tokens
+        price = self._given.price_of(spec.model)
+        return in_prompt_tokens(usage, None if price is None else price.of_tier(spec.params.get("service_tier")))
 
     # --- audits
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from microbatch.accounting.events import Listeners
+    from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.admission import AdmissionQueue
     from microbatch.batching.bounds import Bounds
@@ -30,7 +31,7 @@ class Dependencies:
         exact: Returns whether *count* is the encoding of a model; None stands for the transport's.
         upper: Bounds the tokens of a text from above; None if its bytes do.
         price: Returns what prices a model's usage, None if its price is unknown.
-        ratio: Returns the price of a generated token of a model in prompt tokens.
+        price_of: Returns the price of a model, None if it is unknown. The model None stands for the transport's.
         now: Returns the loop time, in seconds.
     """
 
@@ -44,7 +45,7 @@ class Dependencies:
     exact: Callable[[str | None], bool]
     upper: Callable[[str], int] | None
     price: Callable[[str | None], Callable[[Usage], float] | None]
-    ratio: Callable[[str | None], float]
+    price_of: Callable[[str | None], Price | None]
     now: Callable[[], float]
     bounds: Bounds
     estimates: Estimates

@@ -355,7 +355,7 @@ class Dispatcher:
         text = reply.text if reply.error is None else None
         if text is not None and call_cost is not None:
             size = len(text.encode("utf-8", "replace"))
-            self.attribution.record_single(history, call_cost.usage, len(ticket.line), size, call_cost.price)
+            self.attribution.record_single(history, call_state, call_cost.usage, len(ticket.line), size)
         return AloneAnswer(text, completion.model or spec.model, call_state.usage, completion.finish_reason == "stop")
 
     # --- both

@@ -175,7 +175,7 @@ class Engine:
             self._note_flush(tickets, reason)
             return work
         combined = len(tickets) > 1
-        if combined and self._policy.merge == "when-cheaper" and not self.lanes.pays(lane, len(tickets)):
+        if combined and not self.lanes.pays(lane, len(tickets), tickets[0]):
             for ticket in tickets:
                 self.singles.add(ticket, AloneReason.NOT_CHEAPER, lane.account)
             return None

@@ -19,6 +19,8 @@ from microbatch.batching.overhead import (
     ELEMENT,
     MAX_COUNTED_CHARS,
     WRAPPER,
+    CacheReports,
+    PrefixCache,
     PromptOverhead,
     estimate,
     message_tokens,
@@ -32,6 +34,7 @@ from microbatch.prompt.compose import CANARY_TOKENS, ID_TOKENS, SPARE_ID_TOKENS,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from microbatch.accounting.prices import Price
     from microbatch.batching.bounds import Bounds
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Spec, Ticket
@@ -128,16 +131,32 @@ class Estimates:
         prompt = max(float(ours), history.prompt_scale.of(ours))
         return math.ceil(_MARGIN * prompt) + self._schema_tokens(spec.answer)[1]
 
-    def is_cheaper_combined(self, spec: Spec, history: LaneHistory, items: int, ratio: float) -> bool:
-        """Return whether *items* of a measured lane cost less together than one by one; see `PromptOverhead`."""
-        overhead = history.overhead
+    def watch_cache(self, spec: Spec, history: LaneHistory) -> None:
+        """Prepare to weigh what a provider's prefix cache does to the cost of a lane's calls, once."""
+        self.measure(spec, history)
+        if history.cache is None:
+            shared = history.shared_tokens or 0
+            together = shared + self.tokens_of(instruction(spec.answer.words))
+            history.cache = PrefixCache(CacheReports(shared), CacheReports(together))
+
+    def is_cheaper_combined(
+        self, spec: Spec, history: LaneHistory, items: int, price: Price | None, ticket: Ticket
+    ) -> bool:
+        """Return whether *items* such as *ticket* cost less together than one by one, in a lane whose cache is watched.
+
+        See `PromptOverhead.is_cheaper_combined`.
+        """
+        overhead, cache = history.overhead, history.cache or PrefixCache()
         if overhead is None:
             # Schemas are counted, as OpenAI charges them; the first reply shows whether the endpoint does not.
             single, combined = self._schema_tokens(spec.answer)
             alone_prompt = (history.shared_tokens or 0) + single
             element = ELEMENT - WRAPPER if spec.answer.wrapped else ELEMENT
             overhead = PromptOverhead(alone_prompt, self.prompt_of(spec, history, combined), element=element)
-        return overhead.is_cheaper_combined(items, ratio)
+        if price is not None:
+            price = price.of_tier(spec.params.get("service_tier"))
+        text = 0 if price is None or price.cache_write is None else ticket.count(self._count)
+        return overhead.is_cheaper_combined(items, price, cache, text * overhead.scale)
 
     # --- charges
 

@@ -232,7 +232,7 @@ class Intake:
                 raise
         if lane.rank == HIGH:
             return AloneReason.HIGH
-        if lane.parted or self._policy.merge == "always" or self._lanes.pays(lane, lane.budget.size):
+        if lane.parted or self._lanes.pays(lane, lane.budget.size, ticket):
             return None
         self._note_sent_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from microbatch.batching.latency import ReplyTimes
-    from microbatch.batching.overhead import PromptOverhead
+    from microbatch.batching.overhead import PrefixCache, PromptOverhead
     from microbatch.messages import TokenLimits, Usage
 
 _RANK_AFTER = 32
@@ -156,6 +156,7 @@ class LaneHistory(msgspec.Struct):
         affordable: The most tokens of a reply that the account's credit pays for.
         per_minute: Tokens allowed a minute according to a refusal. From then on the bound is close.
         times: How long its replies take; None without a limit on latency.
+        cache: The provider's prefix cache; None unless it is weighed whether combining is cheaper.
     """
 
     batch_size: int | None = None
@@ -184,6 +185,7 @@ class LaneHistory(msgspec.Struct):
     affordable: int | None = None
     per_minute: int | None = None
     times: ReplyTimes | None = None
+    cache: PrefixCache | None = None
 
     # --- lengths
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from microbatch.audit.lane_kind import LaneKind, LaneKinds
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
+    from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
 
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
@@ -77,7 +78,9 @@ class LaneTable:
         model = self._given.bounds.of(spec.model)
         policy = self._policy
         limits = (account.max_tokens, policy.max_prompt_tokens, model.context)
-        if policy.merge == "when-cheaper" or any(limit is not None for limit in limits):
+        if policy.merge != "always":
+            self._estimates.watch_cache(spec, history)
+        elif any(limit is not None for limit in limits):
             self._estimates.measure(spec, history)
         limit = policy.max_latency
         if limit is not None and history.times is None:
@@ -93,17 +96,18 @@ class LaneTable:
 
     def _set_fast_path(self, lane: Lane) -> None:
         lane.needs_inspection = (
-            lane.rank == HIGH or lane.account.max_tokens is not None or self._policy.merge == "when-cheaper"
+            lane.rank == HIGH or lane.account.max_tokens is not None or self._policy.merge != "always"
         )
         # Every token is at least a byte of UTF-8, but not by a caller's own count: there each bound is looked at.
         by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
         lane.fast_path_max_bytes = -1 if lane.needs_inspection or self._given.upper is not None else by_bytes
 
-    def pays(self, lane: Lane, items: int) -> bool:
-        """Return whether *items* of *lane* cost less together than alone, by all that is known of it."""
-        spec = lane.spec
-        given = self._given
-        return given.estimates.is_cheaper_combined(spec, lane.history, items, given.ratio(spec.model))
+    def pays(self, lane: Lane, items: int, ticket: Ticket) -> bool:
+        """Return whether *items* of *lane*, such as *ticket*, are to be combined, by the policy and all that is known of their cost."""
+        if self._policy.merge == "always":
+            return True
+        price = self._given.price_of(lane.spec.model)
+        return self._estimates.is_cheaper_combined(lane.spec, lane.history, items, price, ticket)
 
     def drop_if_abandoned(self, lane: Lane) -> None:
         """Drop *lane* if nothing waits in it and nothing is under way, unless it is the latest."""

@@ -2,11 +2,15 @@
 
 Nothing is tokenized per item. What surrounds the items is counted once, on a lane's first batch; the rest is what the endpoint
 reports for each call. Of n requests sent one by one each pays for the shared messages; together they pay once for those and for the
-instruction, and for a frame around each item in prompt and reply.
+instruction, and for a frame around each item in prompt and reply. Where the provider caches the beginnings of prompts, single calls
+pay the lower price of cached tokens for most of the shared messages (see `PrefixCache`), and combining saves that much less.
+
+`in_prompt_tokens` is the one measure by which usages are compared.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +22,14 @@ from microbatch.prompt.compose import ALPHABET, USUAL_TOKENS, instruction
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from microbatch.accounting.prices import Price
     from microbatch.batching.ticket import Ticket
     from microbatch.prompt.codec import CombinedCall
 
 UNKNOWN_RATIO = 4.0
 """Price of a generated token in prompt tokens where no price is known; 4 to 5 is usual in 2026."""
+
+_MILLION = 1_000_000
 
 MAX_COUNTED_CHARS = 16_384
 """A longer text is not tokenized on the event loop, which that would block."""
@@ -46,6 +53,10 @@ _IDS = [f"{1 + number % 16}{''.join(_drawn.choices(ALPHABET, k=5))}" for number 
 # A report this close to our count plus the schema shows that the endpoint charges the schema as prompt.
 _SCHEMA_CHARGED = 0.7
 
+# An endpoint that counts in our own encoding differs by no more than this many tokens and this part: templates differ a little.
+_CLOSE = 16
+_CLOSE_SHARE = 0.02
+
 # Until a lane's first batch has been measured: an item's line without its text, an element without its answer, the array around the
 # elements, and the object around a single answer that is none. Measured on the bundled catalogue.
 _LINE = 9.0
@@ -54,13 +65,103 @@ _REPLY = 7.0
 WRAPPER = 5.0
 
 _FORGET = 0.95
-"""The weight that each batch leaves to those before it: about the last twenty count."""
+"""The weight that each call leaves to those before it: about the last twenty count."""
+
+LEAST_CACHED = 1_024
+"""Tokens of the shortest prompt that OpenAI caches; of the beginning of a longer one multiples of `CACHE_STEP` are read."""
+
+CACHE_STEP = 128
 
 _ENOUGH = 10
 """Batches after which the cost of asking again can be judged."""
 
 _SMALL_SAVING = 0.1
 """Where combining saves less than this part, or costs more, asking again may cost this part before combining is suspended."""
+
+
+class CacheReports(msgspec.Struct, gc=False):
+    """The reports of a provider's prefix cache for the single, or the combined, calls of a lane; the latest count most.
+
+    Attributes:
+        prefix: Tokens with which all of these prompts begin, by the endpoint's count.
+        weight: The weight of all reports; 0 before the first.
+        read: Sum of the tokens read from the cache.
+        written: Sum of the shares of the other prompt tokens that were written to it.
+    """
+
+    prefix: float = 0.0
+    weight: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+
+    @property
+    def documented(self) -> int:
+        """The tokens of the common beginning that OpenAI reads from its cache: from 1,024 on, in steps of 128."""
+        return int(self.prefix) // CACHE_STEP * CACHE_STEP if self.prefix >= LEAST_CACHED else 0
+
+    def add(self, usage: Usage, expected: Usage) -> None:
+        """Add the report of a call; what was *expected* of the first counts as one report before it."""
+        for each in (usage,) if self.weight else (expected, usage):
+            rest = each.prompt_tokens - each.cached_tokens
+            self.weight = self.weight * _FORGET + 1
+            self.read = self.read * _FORGET + each.cached_tokens
+            self.written = self.written * _FORGET + (each.cache_write_tokens / rest if rest > 0 else 0.0)
+
+
+class PrefixCache(msgspec.Struct, gc=False):
+    """A provider's cache of the beginnings of prompts, as far as it concerns one lane.
+
+    Single and combined prompts of a lane begin with the shared messages, the combined ones with the instruction after them. Before a
+    kind of call was reported, it is taken to read what the other kind was reported to, or else what OpenAI documents; the rest of a
+    prompt of at least 1,024 tokens is taken to be written to the cache, which matters only where that has a price.
+
+    Attributes:
+        alone: The reports of single calls.
+        combined: Those of combined calls.
+        warm: Loop time at which the first call of the lane was answered. Calls sent before that find nothing in the cache.
+    """
+
+    alone: CacheReports = msgspec.field(default_factory=CacheReports)
+    combined: CacheReports = msgspec.field(default_factory=CacheReports)
+    warm: float | None = None
+
+    def usage(self, kind: CacheReports, prompt: float, completion: float = 0.0) -> Usage:
+        """Return the usage of a call of one *kind*, `alone` or `combined`, with what is read from the cache and written to it."""
+        read = min(self._read(kind), prompt)
+        if kind.weight:
+            written = kind.written / kind.weight
+        elif prompt < LEAST_CACHED:
+            written = 0.0
+        else:
+            other = self._other(kind)
+            written = other.written / other.weight if other.weight and other.documented else 1.0
+        return Usage(round(prompt), round(completion), round(read), cache_write_tokens=round(written * (prompt - read)))
+
+    def rescale(self, scale: float) -> None:
+        """Take all prompts to begin with *scale* times as many tokens."""
+        self.alone.prefix *= scale
+        self.combined.prefix *= scale
+
+    def _other(self, kind: CacheReports) -> CacheReports:
+        return self.combined if kind is self.alone else self.alone
+
+    def _read(self, kind: CacheReports) -> float:
+        if kind.weight:
+            return kind.read / kind.weight
+        other = self._other(kind)
+        if not other.weight:
+            return kind.documented
+        read = other.read / other.weight
+        if other.documented:
+            return kind.documented * min(1.0, read / other.documented)
+        return min(kind.prefix, read) or kind.documented  # this one caches shorter prompts
+
+    def learn(self, kind: CacheReports, usage: Usage, sent: float, now: float) -> None:
+        """Learn from the *usage* of a call of one *kind* that was sent at *sent* and has ended *now*, both in loop time."""
+        if self.warm is None:
+            self.warm = now
+        if sent >= self.warm:
+            kind.add(usage, self.usage(kind, usage.prompt_tokens))
 
 
 class Booked(msgspec.Struct, gc=False):
@@ -108,6 +209,8 @@ class PromptOverhead(msgspec.Struct, gc=False):
         extra: What a single reply takes beyond that, as far as single replies have shown.
         carried: The rounding error so far, added to the next call: half a token a call is a hundredth of sixteen labels.
         counted: Our own count of the prompt of the call that was measured; 0 if none was.
+        shared: Prompt tokens of the messages that all calls begin with.
+        scale: The endpoint's tokens for each of ours in prompts; 1.0 if it counts as we do.
         booked: What `alone` has returned so far.
     """
 
@@ -119,12 +222,23 @@ class PromptOverhead(msgspec.Struct, gc=False):
     extra: float = 0.0
     carried: float = 0.0
     counted: int = 0
+    shared: float = 0.0
+    scale: float = 1.0
     booked: Booked = msgspec.field(default_factory=Booked)
 
-    def is_cheaper_combined(self, items: int, ratio: float) -> bool:
-        """Return whether *items* cost less together than one by one; a generated token costs *ratio* prompt tokens."""
-        framing = items * self.line + ratio * (self.reply + items * (self.element - self.extra))
-        return items * self.alone_prompt > self.batch_prompt + framing
+    def is_cheaper_combined(self, items: int, price: Price | None, cache: PrefixCache, text: float = 0.0) -> bool:
+        """Return whether *items* cost less together than one by one.
+
+        Args:
+            items: The number of requests.
+            price: The price of the model; see `in_prompt_tokens` for None.
+            cache: The prefix cache of the endpoint, by what is known of it.
+            text: Prompt tokens of one request's own text. They cost the same in both ways, unless writing to the cache has a price.
+        """
+        single, combined = self.alone_prompt + text, self.batch_prompt + items * (self.line + text)
+        alone = cache.usage(cache.alone, single)
+        together = cache.usage(cache.combined, combined, self.reply + items * (self.element - self.extra))
+        return items * in_prompt_tokens(alone, price) > in_prompt_tokens(together, price)
 
     def alone(
         self, usage: Usage, *, asked: int, asked_bytes: int, answered: int, line_bytes: int, answer_bytes: int
@@ -145,7 +259,8 @@ class PromptOverhead(msgspec.Struct, gc=False):
         exact = max(0.0, elements - answered * (self.element - self.extra) + self.carried)
         completion = round(exact)
         self.carried = exact - completion
-        prompt = round(texts + answered * self.alone_prompt)
+        # A correction by single replies may be more than the texts of one call.
+        prompt = max(0, round(texts + answered * self.alone_prompt))
         booked = self.booked
         booked.answers += answered
         booked.line_bytes += line_bytes
@@ -154,8 +269,21 @@ class PromptOverhead(msgspec.Struct, gc=False):
         booked.elements += elements
         booked.prompt_tokens += prompt
         booked.completion_tokens += completion
-        # A provider caches the beginning of a combined prompt, with which the single prompts would begin too.
-        return Usage(prompt, completion, min(prompt, answered * usage.cached_tokens))
+        return self._with_cache(usage, Usage(prompt, completion), answered)
+
+    def _with_cache(self, usage: Usage, alone: Usage, answered: int) -> Usage:
+        """Return *alone* with the tokens that *answered* calls one by one would read from a cache, and write to it.
+
+        Their prompts begin as that of the combined call did, whose *usage* shows what the cache does.
+        """
+        read, prompt = usage.cached_tokens, alone.prompt_tokens
+        if not read:
+            return alone
+        reads = CacheReports(self.shared).documented if read >= LEAST_CACHED else self.shared
+        cached = min(prompt, round(answered * min(read, reads)))
+        share = usage.cache_write_tokens / max(1, usage.prompt_tokens - read)
+        written = round(min(1.0, share) * (prompt - cached)) if prompt >= answered * LEAST_CACHED else 0
+        return Usage(prompt, alone.completion_tokens, cached, cache_write_tokens=written)
 
 
 def measure_overhead(
@@ -167,32 +295,68 @@ def measure_overhead(
     """
     call, answer, ids = combined.call, tickets[0].answer, combined.ids[: len(tickets)]
     content = count(call.messages[-1]["content"])
-    reply, element = _element_tokens(ids, tickets, count)
+    reply, element, written = _element_tokens(ids, tickets, count)
     canary_prompt, canary_reply = (0.0, 0.0) if combined.canary is None else USUAL_TOKENS
     sample = tickets[:_SAMPLE]
     line = sum(count(f"[{name}]") for name in ids) / len(ids)
     line += sum(ticket.count(count) - count(ticket.text) for ticket in sample) / len(sample)
-    counted = content + shared_tokens(call.messages[:-1], count)
-    scale = 1.0 if exact else usage.prompt_tokens / max(1, counted)
-    # The tokens reported beyond the items and the instruction are paid by every call, combined or not...
-    shared = usage.prompt_tokens - content * scale
-    schemas = [
-        count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (call.schema, answer.charged_schema)
-    ]
-    # ... except the schema, which differs for a single call, and which only some endpoints charge.
-    charged = exact and usage.prompt_tokens - counted >= schemas[0] * _SCHEMA_CHARGED
+    before = shared_tokens(call.messages[:-1], count)
+    single, schema = (
+        count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (answer.charged_schema, call.schema)
+    )
+    generated = usage.completion_tokens - usage.reasoning_tokens
+    of_reply = None if written is None else generated / (written + canary_reply)
+    scale, charged = _scale(usage.prompt_tokens, content + before, schema, of_reply, exact=exact)
+    # In another encoding a reply differs as much as a prompt, or as its own count shows.
+    reply_scale = scale if of_reply is None or scale == 1.0 else min(2 * scale, max(scale / 2, of_reply))
+    # The tokens reported beyond the items and the instruction are paid by every call, combined or not, except the schema: that of a
+    # single call is another one, and only some endpoints charge for it.
+    around = max(0.0, usage.prompt_tokens - content * scale)
     return PromptOverhead(
-        alone_prompt=shared + (schemas[1] - schemas[0] if charged else 0),
-        batch_prompt=shared + (count(instruction(answer.words)) + canary_prompt) * scale,
+        alone_prompt=max(0.0, around + (single - schema) * scale * charged),
+        batch_prompt=around + (count(instruction(answer.words)) + canary_prompt) * scale,
         line=line * scale,
-        reply=(reply + canary_reply) * scale,
-        element=element * scale,
-        counted=counted,
+        reply=(reply + canary_reply) * reply_scale,
+        element=element * reply_scale,
+        counted=content + before,
+        shared=before * scale,
+        scale=scale,
     )
 
 
-def _element_tokens(ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]) -> tuple[float, float]:
-    """Return the tokens of a combined reply without its elements, and what each adds to a single reply, on average."""
+def _scale(theirs: int, ours: int, schema: int, of_reply: float | None, *, exact: bool) -> tuple[float, bool]:
+    """Return the endpoint's tokens for each of ours in a prompt, and whether it charges the schema as a part of it.
+
+    Args:
+        theirs: The endpoint's count of the prompt.
+        ours: Our own count, without the schema.
+        schema: The tokens of the schema.
+        of_reply: The same scale of the reply; None if it is unknown.
+        exact: Whether ours should be the encoding of the model. A model of that name may have another one all the same.
+    """
+    charged = bool(schema) and theirs - ours >= schema * _SCHEMA_CHARGED
+    least = ours + charged * schema * _SCHEMA_CHARGED
+    if (
+        exact
+        and least - _CLOSE <= theirs * (1 + _CLOSE_SHARE)
+        and theirs <= ((ours + charged * schema / _SCHEMA_CHARGED) * (1 + _CLOSE_SHARE) + _CLOSE)
+    ):
+        return 1.0, charged
+    scales = [(theirs / max(1, ours + charged * schema), charged) for charged in (False, True)]
+    if not schema or theirs <= 0:
+        return scales[0]
+    # The one closer to that of the reply, which has no schema.
+    expected = of_reply or 1.0
+    return min(scales, key=lambda each: abs(math.log(each[0] / expected)))
+
+
+def _element_tokens(
+    ids: Sequence[str], tickets: Sequence[Ticket], count: Callable[[str], int]
+) -> tuple[float, float, int | None]:
+    """Return the tokens of a combined reply without its elements, what each adds to a single reply, on average, and those of all.
+
+    The last is None if the reply was not counted as a whole, or lacks an answer.
+    """
     names: list[str] = []
     elements: list[str] = []
     alone = length = 0
@@ -207,7 +371,8 @@ def _element_tokens(ids: Sequence[str], tickets: Sequence[Ticket], count: Callab
     # The end of an element and the start of the next share a token, so they are counted in a row.
     once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
     longer_ids = _id_tokens(names, count) - _id_tokens(_IDS, count)
-    return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids
+    whole = once if len(elements) == len(tickets) else None
+    return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids, whole
 
 
 def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
@@ -242,12 +407,12 @@ class LaneEconomics(msgspec.Struct):
 
     def record(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
         """Record the *usage* of a call, and that of single calls for its answers; *again* if it asked again."""
-        price = price or _in_prompt_tokens
-        self.alone += price(alone)
+        cost, cost_alone = (in_prompt_tokens(each, None) if price is None else price(each) for each in (usage, alone))
+        self.alone += cost_alone
         if again:
-            self.again += price(usage)
+            self.again += cost
         else:
-            self.combined += price(usage)
+            self.combined += cost
 
     @property
     def lost(self) -> bool:
@@ -259,8 +424,14 @@ class LaneEconomics(msgspec.Struct):
         return self.calls >= self.items or self.again > saving > 0
 
 
-def _in_prompt_tokens(usage: Usage) -> float:
-    return usage.prompt_tokens + UNKNOWN_RATIO * usage.completion_tokens
+def in_prompt_tokens(usage: Usage, price: Price | None) -> float:
+    """Return the cost of *usage* in prompt tokens that are neither read from a prefix cache nor written to one.
+
+    Without a *price*, or if that of prompts is 0, a generated token costs `UNKNOWN_RATIO`, and cached tokens cost what others do.
+    """
+    if price is None or not price.input:
+        return usage.prompt_tokens + UNKNOWN_RATIO * usage.completion_tokens
+    return price.cost(usage) * _MILLION / price.input
 
 
 def estimate(text: str, count: Callable[[str], int]) -> int:

@@ -175,6 +175,7 @@ class Call(Protocol):
     unenforced: bool
     permit: Permit | None
     price: Callable[[Usage], float] | None
+    sent: float
     usage: Usage | None
 
     def abandoned(self) -> None:

@@ -24,7 +24,8 @@ PRICES = {"simulated": mb.Price(0.40, 1.60, 0.10)}
 async def figures(kinds=None, *, system=LONG, rate=1.0, count=64, rounds=4, prices=PRICES, **options):
     """Classify products, several times as many at once as fit a batch, with a model that spoils combined replies."""
     faults = None if kinds is None else Faults(kinds, rate=rate, on="combined", seed=2)
-    model = SimulatedModel(faults=faults)
+    # Where schemas are charged, combining saves even without instructions.
+    model = SimulatedModel(faults=faults, count_schema=system != SHORT)
     policy = mb.FlushPolicy(max_batch_size=16, max_concurrent_batches=2)
     async with mb.Microbatcher(SimulatedTransport(model), policy=policy, prices=prices, **options) as batcher:
         for number in range(rounds):
