@@ -26,6 +26,7 @@ NAMES = (
     "hybrid",
     "quota",
     "integrity",
+    "cheaper",
 )
 SEED = 1
 

@@ -13,7 +13,7 @@ from microbatch.errors import ConfigError
 WhenFull = Literal["wait", "reject", "bypass"]
 Idle = Literal["flush", "wait"]
 Resolve = Literal["stream", "verified"]
-Merge = Literal["always", "when-cheaper"]
+Merge = Literal["always", "when-cheaper", "auto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,11 @@ class FlushPolicy:
             once if a call may start, else `Overloaded`.
         idle: "flush" sends a request at once if its lane has nothing under way, so that batching adds no latency under low traffic;
             "wait" always waits up to `max_wait`.
-        merge: "always" combines all requests that may share a prompt; "when-cheaper" sends them alone where the batch instructions
-            would cost more than the shared messages save, by the model's prices (output at 4 times the input if unknown).
+        merge: "always" combines all requests that may share a prompt. "when-cheaper" sends them alone where that costs less, by the
+            model's prices (output at 4 times the input if unknown). Single calls read most of long shared messages from the provider's
+            prefix cache: from 1,024 tokens on where cached input has a price, and from the second call on as the endpoint reports.
+            "auto" is "when-cheaper" where the price is known and the number of requests is not limited, neither by a `RateLimit` nor
+            by an endpoint that has reported less than a fifth of its limit to be left; otherwise "always".
         share: Whether equal requests under way at the same time get one answer, each its own copy, at any temperature. Without it
             they do at temperature 0, and always with a cache.
         low_max_wait: `max_wait` of low-priority requests, which ignore `idle`, in seconds.

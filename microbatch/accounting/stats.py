@@ -65,6 +65,7 @@ class _Figures(msgspec.Struct, kw_only=True):
     damage_cost_usd: float | None = 0.0
     audit_usage: Usage = Usage()
     audit_cost_usd: float | None = 0.0
+    requests_bound: int = 0
 
     @property
     def costs_more(self) -> bool:
@@ -147,6 +148,8 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         damage_cost_usd: Their price in US dollars; None like `cost_usd`.
         audit_usage: The tokens of audits; they are among `unclaimed`.
         audit_cost_usd: Their price in US dollars; None like `cost_usd`.
+        requests_bound: Accounts (endpoint, model, key) whose number of requests is limited: by a `RateLimit`, or because the endpoint
+            has reported that less than a fifth of its limit was left. With `merge="auto"` they combine all.
     """
 
     @property

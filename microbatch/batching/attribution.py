@@ -204,7 +204,7 @@ class UsageAttribution:
                     batch.combined, batch.tickets, usage, self._given.count, exact=exact
                 )
                 if history.cache is not None:
-                    history.cache.rescale(history.overhead.scale)
+                    history.cache.measured(history.overhead.shared, history.overhead.scale)
             alone = history.overhead.alone(
                 usage,
                 asked=asked,

@@ -277,8 +277,8 @@ class Engine:
         error = await self._dispatcher.single(ticket, work.permit)
         if error is not None:
             self.settlement.fail(ticket, error)
-        elif work.lane is not None:
-            self._dispatcher.attribution.learn_from_single(ticket, work.lane.history)
+        elif (history := self.lanes.history_of(ticket) if work.lane is None else work.lane.history) is not None:
+            self._dispatcher.attribution.learn_from_single(ticket, history)
 
     @asynccontextmanager
     async def lease_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[SlotLease]:

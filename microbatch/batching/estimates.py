@@ -16,15 +16,15 @@ import msgspec
 from microbatch.batching.bounds import QUOTA_SHARE
 from microbatch.batching.lane_history import TokenScale
 from microbatch.batching.overhead import (
-    ELEMENT,
     MAX_COUNTED_CHARS,
-    WRAPPER,
+    MAX_COUNTED_SHARED_CHARS,
     CacheReports,
     PrefixCache,
     PromptOverhead,
     estimate,
     message_tokens,
     shared_tokens,
+    usual_frame,
 )
 from microbatch.batching.ticket import Charge, FlushReason
 from microbatch.errors import ConfigError
@@ -76,6 +76,7 @@ class Estimates:
         self._scales: LRU[str | None, TokenScale] = LRU(_REMEMBERED)  # of single prompts, by model
         self._preambles: LRU[str, int] = LRU(_REMEMBERED)  # by the words of the answer's shape
         self._schemas: LRU[str, tuple[int, int]] = LRU(_REMEMBERED)
+        self._frames: LRU[tuple[bool, bool], tuple[float, float, float]] = LRU(_REMEMBERED)
 
     # --- prompts
 
@@ -107,6 +108,13 @@ class Estimates:
 
         return self._schemas.get_or_make(answer.words, count)
 
+    def _frame(self, answer: AnswerType) -> tuple[float, float, float]:
+        """Return what usually surrounds the requests and answers of a combined call; see `usual_frame`."""
+        is_text, wrapped = answer.is_text, answer.wrapped
+        return self._frames.get_or_make(
+            (is_text, wrapped), lambda: usual_frame(self._count, is_text=is_text, wrapped=wrapped)
+        )
+
     def _scale_of(self, model: str | None) -> TokenScale:
         return self._scales.get_or_make(model, TokenScale)
 
@@ -133,9 +141,8 @@ class Estimates:
 
     def watch_cache(self, spec: Spec, history: LaneHistory) -> None:
         """Prepare to weigh what a provider's prefix cache does to the cost of a lane's calls, once."""
-        self.measure(spec, history)
         if history.cache is None:
-            shared = history.shared_tokens or 0
+            shared = history.shared_tokens = shared_tokens(spec.shared, self._count, MAX_COUNTED_SHARED_CHARS)
             together = shared + self.tokens_of(instruction(spec.answer.words))
             history.cache = PrefixCache(CacheReports(shared), CacheReports(together))
 
@@ -151,8 +158,7 @@ class Estimates:
             # Schemas are counted, as OpenAI charges them; the first reply shows whether the endpoint does not.
             single, combined = self._schema_tokens(spec.answer)
             alone_prompt = (history.shared_tokens or 0) + single
-            element = ELEMENT - WRAPPER if spec.answer.wrapped else ELEMENT
-            overhead = PromptOverhead(alone_prompt, self.prompt_of(spec, history, combined), element=element)
+            overhead = PromptOverhead(alone_prompt, self.prompt_of(spec, history, combined), *self._frame(spec.answer))
         if price is not None:
             price = price.of_tier(spec.params.get("service_tier"))
         text = 0 if price is None or price.cache_write is None else ticket.count(self._count)

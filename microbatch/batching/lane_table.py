@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.lane import Lane
-from microbatch.batching.lane_history import LaneHistories
+from microbatch.batching.lane_history import LaneHistories, LaneHistory
 from microbatch.batching.latency import ReplyTimes, first_size
 from microbatch.batching.overhead import MAX_COUNTED_CHARS
 from microbatch.batching.request import spec_of
@@ -104,10 +104,20 @@ class LaneTable:
 
     def pays(self, lane: Lane, items: int, ticket: Ticket) -> bool:
         """Return whether *items* of *lane*, such as *ticket*, are to be combined, by the policy and all that is known of their cost."""
-        if self._policy.merge == "always":
+        merge = self._policy.merge
+        if merge == "always" or (merge == "auto" and lane.account.requests_bind):
             return True
         price = self._given.price_of(lane.spec.model)
+        if merge == "auto" and price is None:
+            return True
         return self._estimates.is_cheaper_combined(lane.spec, lane.history, items, price, ticket)
+
+    def history_of(self, ticket: Ticket) -> LaneHistory | None:
+        """Return the history that learns from the single call of *ticket*, which waited in no lane; None if none does."""
+        if self._policy.merge == "always" or not ticket.combinable:
+            return None
+        lane = self._by_key.get(ticket.spec.key)
+        return self._histories.of(ticket.spec.key) if lane is None else lane.history
 
     def drop_if_abandoned(self, lane: Lane) -> None:
         """Drop *lane* if nothing waits in it and nothing is under way, unless it is the latest."""

@@ -34,6 +34,9 @@ _MILLION = 1_000_000
 MAX_COUNTED_CHARS = 16_384
 """A longer text is not tokenized on the event loop, which that would block."""
 
+MAX_COUNTED_SHARED_CHARS = 65_536
+"""The same for the messages that the requests of a lane share, where a step of a prefix cache is at stake: once for each lane."""
+
 # The parts of a longer text that are counted: its beginning, its middle and its end.
 _SLICES = 3
 _SLICE_CHARS = 4_096
@@ -50,19 +53,21 @@ _SAMPLE = 4
 _drawn = random.Random(42)  # noqa: S311 not secret
 _IDS = [f"{1 + number % 16}{''.join(_drawn.choices(ALPHABET, k=5))}" for number in range(64)]
 
+# Ids of that sample that are counted before there is a batch.
+_USUAL = 16
+
 # A report this close to our count plus the schema shows that the endpoint charges the schema as prompt.
 _SCHEMA_CHARGED = 0.7
 
-# An endpoint that counts in our own encoding differs by no more than this many tokens and this part: templates differ a little.
+# Tokens of a prompt, and the part of a reply, by which an endpoint may differ that counts in our own encoding.
 _CLOSE = 16
 _CLOSE_SHARE = 0.02
 
-# Until a lane's first batch has been measured: an item's line without its text, an element without its answer, the array around the
-# elements, and the object around a single answer that is none. Measured on the bundled catalogue.
-_LINE = 9.0
-ELEMENT = 11.0
-_REPLY = 7.0
-WRAPPER = 5.0
+# The part by which the scales of a prompt and of its reply may differ if both show the encoding.
+_ALIKE = 0.1
+
+# An item and its answers until a lane's first batch has been measured: a text, and the JSON of what is none.
+_USUAL_ITEM, _USUAL_TEXT, _USUAL_JSON = "Sort this product.", "It is for the home.", '"home"'
 
 _FORGET = 0.95
 """The weight that each call leaves to those before it: about the last twenty count."""
@@ -137,10 +142,10 @@ class PrefixCache(msgspec.Struct, gc=False):
             written = other.written / other.weight if other.weight and other.documented else 1.0
         return Usage(round(prompt), round(completion), round(read), cache_write_tokens=round(written * (prompt - read)))
 
-    def rescale(self, scale: float) -> None:
-        """Take all prompts to begin with *scale* times as many tokens."""
-        self.alone.prefix *= scale
-        self.combined.prefix *= scale
+    def measured(self, shared: float, scale: float) -> None:
+        """Take the prompts to begin with *shared* tokens, as the endpoint counts them; it has *scale* of its own for each of ours."""
+        self.combined.prefix = shared + (self.combined.prefix - self.alone.prefix) * scale
+        self.alone.prefix = shared
 
     def _other(self, kind: CacheReports) -> CacheReports:
         return self.combined if kind is self.alone else self.alone
@@ -160,7 +165,7 @@ class PrefixCache(msgspec.Struct, gc=False):
         """Learn from the *usage* of a call of one *kind* that was sent at *sent* and has ended *now*, both in loop time."""
         if self.warm is None:
             self.warm = now
-        if sent >= self.warm:
+        elif sent >= self.warm:
             kind.add(usage, self.usage(kind, usage.prompt_tokens))
 
 
@@ -216,9 +221,9 @@ class PromptOverhead(msgspec.Struct, gc=False):
 
     alone_prompt: float
     batch_prompt: float
-    line: float = _LINE
-    reply: float = _REPLY
-    element: float = ELEMENT
+    line: float
+    reply: float
+    element: float
     extra: float = 0.0
     carried: float = 0.0
     counted: int = 0
@@ -305,7 +310,7 @@ def measure_overhead(
         count(msgspec.json.encode(schema).decode()) if schema else 0 for schema in (answer.charged_schema, call.schema)
     )
     generated = usage.completion_tokens - usage.reasoning_tokens
-    of_reply = None if written is None else generated / (written + canary_reply)
+    of_reply = None if written is None or generated <= 0 else generated / (written + canary_reply)
     scale, charged = _scale(usage.prompt_tokens, content + before, schema, of_reply, exact=exact)
     # In another encoding a reply differs as much as a prompt, or as its own count shows.
     reply_scale = scale if of_reply is None or scale == 1.0 else min(2 * scale, max(scale / 2, of_reply))
@@ -319,7 +324,7 @@ def measure_overhead(
         reply=(reply + canary_reply) * reply_scale,
         element=element * reply_scale,
         counted=content + before,
-        shared=before * scale,
+        shared=max(0.0, around - charged * schema * scale),
         scale=scale,
     )
 
@@ -332,22 +337,23 @@ def _scale(theirs: int, ours: int, schema: int, of_reply: float | None, *, exact
         ours: Our own count, without the schema.
         schema: The tokens of the schema.
         of_reply: The same scale of the reply; None if it is unknown.
-        exact: Whether ours should be the encoding of the model. A model of that name may have another one all the same.
+        exact: Whether ours should be the encoding of the model. A model of that name may have another one all the same, which shows in
+            the reply; if it is the same, what is beyond our count of the prompt does not depend on its length.
     """
-    charged = bool(schema) and theirs - ours >= schema * _SCHEMA_CHARGED
-    least = ours + charged * schema * _SCHEMA_CHARGED
-    if (
-        exact
-        and least - _CLOSE <= theirs * (1 + _CLOSE_SHARE)
-        and theirs <= ((ours + charged * schema / _SCHEMA_CHARGED) * (1 + _CLOSE_SHARE) + _CLOSE)
-    ):
-        return 1.0, charged
+    likely = bool(schema) and theirs - ours >= schema * _SCHEMA_CHARGED
     scales = [(theirs / max(1, ours + charged * schema), charged) for charged in (False, True)]
-    if not schema or theirs <= 0:
+    if theirs <= 0:
         return scales[0]
+    if of_reply is not None and min(abs(of_reply / scale - 1) for scale, _ in (*scales, (1.0, likely))) > _ALIKE:
+        of_reply = None  # the model has thought, indented its JSON, or the like
+    if of_reply is None:
+        same = ours - _CLOSE <= theirs <= ours + likely * schema / _SCHEMA_CHARGED + _CLOSE
+    else:
+        same = abs(of_reply - 1) <= _CLOSE_SHARE and theirs >= ours - _CLOSE
+    if exact and same:
+        return 1.0, likely
     # The one closer to that of the reply, which has no schema.
-    expected = of_reply or 1.0
-    return min(scales, key=lambda each: abs(math.log(each[0] / expected)))
+    return min(scales if schema else scales[:1], key=lambda each: abs(math.log(each[0] / (of_reply or 1.0))))
 
 
 def _element_tokens(
@@ -373,6 +379,18 @@ def _element_tokens(
     longer_ids = _id_tokens(names, count) - _id_tokens(_IDS, count)
     whole = once if len(elements) == len(tickets) else None
     return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids, whole
+
+
+def usual_frame(count: Callable[[str], int], *, is_text: bool, wrapped: bool) -> tuple[float, float, float]:
+    """Return `PromptOverhead.line`, `reply` and `element` as they usually are, for answers that are texts, or are *wrapped* alone."""
+    ids, item = _IDS[:_USUAL], msgspec.json.encode(_USUAL_ITEM).decode()
+    lines = count("".join(f"[{name}] {item}\n" for name in ids))
+    text = _USUAL_TEXT if is_text else _USUAL_JSON
+    answer = msgspec.json.encode(text).decode() if is_text else text
+    elements = [f'{{"id":"{name}","answer":{answer}}}' for name in ids]
+    once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
+    alone = count(f'{{"answer":{text}}}' if wrapped else text)
+    return lines / len(ids) - count(_USUAL_ITEM), once - (twice - once), (twice - once) / len(ids) - alone
 
 
 def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
@@ -434,24 +452,28 @@ def in_prompt_tokens(usage: Usage, price: Price | None) -> float:
     return price.cost(usage) * _MILLION / price.input
 
 
-def estimate(text: str, count: Callable[[str], int]) -> int:
-    """Return the tokens of *text*; of a long one an estimate by slices, because counting all of it would block the event loop."""
+def estimate(text: str, count: Callable[[str], int], exact: int = MAX_COUNTED_CHARS) -> int:
+    """Return the tokens of *text*; of one longer than *exact* characters an estimate by slices, because counting it would block."""
     length = len(text)
-    if length <= MAX_COUNTED_CHARS:
+    if length <= exact:
         return count(text)
     step = (length - _SLICE_CHARS) // (_SLICES - 1)
     counted = sum(count(text[start : start + _SLICE_CHARS]) for start in range(0, length, step)[:_SLICES])
     return round(counted * length / (_SLICES * _SLICE_CHARS))
 
 
-def message_tokens(messages: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> int:
-    """Return the tokens of the texts of *messages* and of the chat template around them; of long texts an estimate."""
+def message_tokens(
+    messages: Iterable[Mapping[str, Any]], count: Callable[[str], int], exact: int = MAX_COUNTED_CHARS
+) -> int:
+    """Return the tokens of the texts of *messages* and of the chat template around them; see `estimate` for *exact*."""
     total = _PRIMING_TOKENS
     for message in messages:
-        total += _MESSAGE_TOKENS + sum(estimate(text, count) for text in texts_of(message.get("content")))
+        total += _MESSAGE_TOKENS + sum(estimate(text, count, exact) for text in texts_of(message.get("content")))
     return total
 
 
-def shared_tokens(shared: Iterable[Mapping[str, Any]], count: Callable[[str], int]) -> int:
-    """Return the tokens of a prompt that begins with *shared*, without the text of its last message."""
-    return message_tokens(shared, count) + _MESSAGE_TOKENS
+def shared_tokens(
+    shared: Iterable[Mapping[str, Any]], count: Callable[[str], int], exact: int = MAX_COUNTED_CHARS
+) -> int:
+    """Return the tokens of a prompt that begins with *shared*, without the text of its last message; see `estimate` for *exact*."""
+    return message_tokens(shared, count, exact) + _MESSAGE_TOKENS

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
 
 CAPACITY: Final = 1_024
+
+_BINDS: Final = 0.2
+"""A reported limit on requests binds once less than this part of it is left."""
+
 _NEVER: Final = float("inf")
 
 
@@ -143,12 +147,14 @@ class Account:
         on_wire: Attempts under way, each of which holds a slot.
         begun: Calls begun and not finished, back-off included.
         backing_off: Begun calls that wait after a transient failure.
+        requests_bind: Whether the number of requests is limited: by a `RateLimit`, or since the endpoint reported that few are left.
     """
 
     def __init__(self, retry: RetryPolicy, bucket: Bucket | None, slots: Slots, *, adaptive: bool = False) -> None:
         self.budget: RetryBudget = RetryBudget(retry)
         self.breaker: Breaker = Breaker()
         self.max_tokens = None if bucket is None else bucket.max_tokens
+        self.requests_bind: bool = bucket is not None and bucket.limits_requests
         self.has_worked: bool = False
         self.slots = slots
         self.on_wire: int = 0
@@ -209,9 +215,10 @@ class Account:
             self._concurrency.note(error, sent=permit.sent, in_flight=self.on_wire, now=now)
         if isinstance(error, RateLimited) and error.retry_after is not None and error.retry_after <= MAX_WAIT:
             self._paused_until = max(self._paused_until, now + error.retry_after)
+        limits = outcome.limits if isinstance(outcome, Completion | StatusError) else None
+        reported = limits if limits is None or isinstance(limits, Limits) else read_limits(limits)
+        self.requests_bind = self.requests_bind or (reported is not None and _bind(reported))
         if self._bucket is not None and permit.grant is not None:
-            limits = outcome.limits if isinstance(outcome, Completion | StatusError) else None
-            reported = limits if limits is None or isinstance(limits, Limits) else read_limits(limits)
             self._bucket.ended(permit.grant, usage, reported, now, reserved=reserved)
             self.max_tokens = self._bucket.max_tokens
         self._attempt_ended(permit)
@@ -286,6 +293,11 @@ class Accounts:
         now = asyncio.get_running_loop().time()
         return self._kept.get_or_make(key, lambda: self._make(key, now), now)
 
+    @property
+    def requests_bound(self) -> int:
+        """The number of accounts in use, or used recently, whose requests are limited; see `Account.requests_bind`."""
+        return sum(account.requests_bind for account in self._kept.values())
+
     def close(self) -> None:
         """Stop the timers of all accounts."""
         for account in self._kept.values():
@@ -295,3 +307,9 @@ class Accounts:
         limit = self._limit
         bucket = limit.bucket(key, now) if limit is not None and (limit.rpm or limit.tpm) else None
         return Account(self._retry, bucket, self._slots, adaptive=limit is not None and limit.adaptive)
+
+
+def _bind(limits: Limits) -> bool:
+    """Return whether an endpoint that reports *limits* is about to limit the number of requests."""
+    limit, left = limits.limit_requests, limits.remaining_requests
+    return limit is not None and left is not None and left < _BINDS * limit

@@ -178,6 +178,11 @@ class Bucket:
         """The most tokens that one request can be granted; None for no limit."""
         return None if self._tokens is None else int(self._tokens.limit)
 
+    @property
+    def limits_requests(self) -> bool:
+        """True if there is a limit on requests."""
+        return self._requests is not None
+
     def wait(self, tokens: int, now: float, who: object = None) -> float:
         """Return the seconds until a request may be granted if nothing else is; if not 0.0, *who* has a claim until it is granted."""
         self._pass_time(now)
