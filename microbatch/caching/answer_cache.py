@@ -16,7 +16,6 @@ import msgspec
 
 from microbatch.batching.events import settled
 from microbatch.batching.request import check_messages
-from microbatch.batching.ticket import CallerOptions
 from microbatch.caching import entry as entries
 from microbatch.caching.entry import MAX_CLOCK_SKEW
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.call_state import AloneAnswer
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import CallerOptions, Ticket
     from microbatch.messages import Messages
     from microbatch.protocols import Cache
 
@@ -203,6 +202,8 @@ class AnswerCache:
     async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
         """Return the reply that is kept for a request, or the options with which it is to be asked.
 
+        A caller that does not share has none of them: its answer will replace the one that is kept.
+
         Raises:
             ConfigError: The messages are wrong.
             DeadlineExceeded: The caller's timeout passed meanwhile.
@@ -212,6 +213,8 @@ class AnswerCache:
         if key is None:
             return caller
         created, value = asyncio.get_running_loop().time(), None
+        if not caller.shared:
+            return msgspec.structs.replace(caller, key=key)
         try:
             async with asyncio.timeout(caller.timeout):
                 value = await self.look_up(key)
@@ -220,7 +223,7 @@ class AnswerCache:
         except StorageError:
             pass  # the batcher is closing
         reply = self.read(key, value, options, created)
-        return CallerOptions(caller.timeout, True, key, caller.ttl, created, caller.live) if reply is None else reply
+        return msgspec.structs.replace(caller, key=key, since=created) if reply is None else reply
 
     # --- storing
 

@@ -17,7 +17,7 @@ IGNORED_FIELDS: Final = frozenset({
     # who asks, and what is recorded
     "user", "safety_identifier", "metadata", "session_id", "store",
     # how the endpoint keeps prompts, and when it answers, at what price
-    "prompt_cache_key", "prompt_cache_retention", "service_tier", "keep_alive",
+    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "service_tier", "keep_alive",
 })  # fmt: skip
 """Request fields that say who asks, or how the call is handled and recorded."""
 
