@@ -58,6 +58,9 @@ FRESH: Final = 0.075
 class AnswerCache:
     """The cache as the batcher uses it; for the arguments that make keys, see `Keys`.
 
+    With *alone* the answers of combined calls are misses: a batcher that combines nothing is there to compare, or because combining
+    does harm. The answer that it gets replaces them.
+
     Attributes:
         guard: The store of answers.
         is_condemned: Returns whether the answers of a kind of lane, named by its digest, from batches of a size, given at a time in
@@ -74,6 +77,7 @@ class AnswerCache:
         endpoint: str,
         model: str | None,
         normalize: Callable[[str], str] | None,
+        alone: bool = False,
     ) -> None:
         self.guard: Guard = cache if isinstance(cache, Guard) else Guard(cache)
         self.is_condemned: Callable[[str, int, float], bool] = _never_condemned
@@ -81,6 +85,7 @@ class AnswerCache:
         self._price = price
         self._listeners = listeners
         self._make_keys = partial(Keys, endpoint=endpoint, model=model, normalize=normalize)
+        self._alone = alone
         self._now = time.time  # noqa: TID251 entries outlive processes
         self._keys: Keys | None = None
         self._secret_read_at = float("-inf")  # loop time
@@ -148,7 +153,7 @@ class AnswerCache:
         It is decoded to the output type of *options*; *created* is the loop time of the caller's submit.
         """
         now = self._now()
-        entry = None if value is None else entries.read(value, key, now)
+        entry = None if value is None else entries.read(value, key, now, alone=self._alone)
         kind = None if entry is None else self._kind_of(entry)
         if entry is None or _is_ahead(entry, now) or self._asks_anew(kind, entry):
             self._ledger.cache_misses += 1

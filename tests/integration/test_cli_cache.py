@@ -217,3 +217,16 @@ def test_openai_batch_lines_are_kept_too(capsys):
     assert run("--simulate", "--json", out="again.jsonl") == 0
     assert summary(capsys)["upstream_calls"] == 0
     assert outputs("again.jsonl") == outputs()
+
+
+@pytest.mark.parametrize("flag", [["--single"], ["--max-batch-size", "1"]])
+def test_a_run_that_asks_alone_to_compare_is_served_no_answers_of_batches(flag, cache, capsys):
+    products(40)
+    assert run(*QUESTION, *LABELS, "--simulate", "--json", cache=cache) == 0
+    batched = summary_with_reuse(capsys)
+    assert batched["upstream_calls"] < 40
+    assert run(*QUESTION, *LABELS, "--simulate", "--json", *flag, cache=cache, out="single.jsonl") == 0
+    single = summary_with_reuse(capsys)
+    assert (single["upstream_calls"], single["cache_hits"]) == (40, 0)
+    assert run(*QUESTION, *LABELS, "--simulate", "--json", *flag, cache=cache, out="again.jsonl") == 0
+    assert summary_with_reuse(capsys)["cache_hits"] == 40
