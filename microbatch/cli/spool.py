@@ -45,12 +45,13 @@ from microbatch.cli.arguments import add_flag, add_question, flag
 from microbatch.cli.console import StdoutError, UsageError, note, plural, print_result, report, report_json, seconds
 from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
 from microbatch.cli.output import NotWritten, replacing
-from microbatch.cli.plan import is_address, read_questions, spool_at
+from microbatch.cli.plan import read_questions, spool_at
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.payload import Answer
 from microbatch.spool.records import MAX_ALONE, Name
+from microbatch.storage.address import is_address
 
 if TYPE_CHECKING:
     import argparse

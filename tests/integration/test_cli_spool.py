@@ -237,9 +237,19 @@ def test_a_file_that_is_no_spool_is_left_alone(capsys):
 
 
 @pytest.mark.parametrize("words", [(), ("--put", "in.jsonl", *QUESTION)])
-def test_a_server_that_is_not_there_is_told(words, capsys):
+@pytest.mark.parametrize("address", ["redis+sentinel://h/0", "memcached://h", "127.0.0.1:6379"])
+def test_what_is_no_address_of_a_server_that_is_taken_makes_no_file(words, address, capsys):
     products(2)
-    assert spool("redis://127.0.0.1:1/0", *words) == 2
+    assert spool(address, *words) == 2
+    assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("--put", "in.jsonl", *QUESTION)])
+@pytest.mark.parametrize("scheme", ["redis", "valkey"])
+def test_a_server_that_is_not_there_is_told(words, scheme, capsys):
+    products(2)
+    assert spool(f"{scheme}://127.0.0.1:1/0", *words) == 2
     error = capsys.readouterr().err
     assert "the spool cannot be used: Redis" in error
     assert "Traceback" not in error
