@@ -85,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(actions, "--dead", "list the dead letters, oldest first")
     requeue = "put dead letters back, all or those with these ids, as if they had never been asked"
     add_flag(actions, "--requeue ID", requeue, nargs="*")
-    line = "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970)"
+    line = (
+        "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970), model"
+    )
     states = "the states are waiting, leased, in_job, done and dead"
     exported = f"write a line for every request that is kept: {line}; {states}; - is stdout"
     add_flag(actions, "--export FILE.jsonl", exported)
@@ -352,4 +354,5 @@ def _export_line(kept: Kept) -> dict[str, Any]:
         "usage": None if answer is None else msgspec.to_builtins(answer.usage),
         "cost_usd": None if answer is None else answer.cost_usd,
         "answered_at": None if answer is None else answer.answered_at,
+        "model": None if answer is None else answer.model,
     }

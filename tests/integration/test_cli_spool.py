@@ -496,9 +496,21 @@ def test_everything_that_is_kept_is_exported(place, capsys):
         ("usage", usage),
         ("cost_usd", 0.5),
         ("answered_at", 1_700_000_000.0),
+        ("model", None),
     ]
     assert (lines["p0"]["error"], lines["p0"]["deliveries"]) == ("ServerError: the endpoint said 500", 5)
     assert lines["p6"] == dict.fromkeys(lines["p4"]) | {"custom_id": "p6", "state": "waiting", "deliveries": 0}
+
+
+def test_an_export_says_which_model_gave_each_answer(place, capsys):
+    for number, model in ((4, "model-a"), (8, "model-b")):
+        products(number)
+        assert put(place, *LABELS) == 0
+        assert main(["worker", place, "--simulate", "--until-empty", "--model", model]) == 0
+    products(9)
+    assert put(place, *LABELS) == 0
+    lines = exported(place, capsys)
+    assert [line["model"] for line in lines] == ["model-a"] * 4 + ["model-b"] * 4 + [None]
 
 
 def test_an_export_is_told_and_never_overwrites_anything(capsys):
