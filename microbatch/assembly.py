@@ -157,6 +157,7 @@ class Assembly:
             endpoint=getattr(self.settings.transport, "base_url", ""),
             model=self.model,
             normalize=self.settings.normalize,
+            alone=self.settings.policy.max_batch_size == 1,
         )
 
     def _price(self, model: str | None) -> Callable[[Usage], float] | None:

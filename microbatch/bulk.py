@@ -247,7 +247,7 @@ class BulkRun:
         looking: asyncio.Future[bytes | None] | None = None
         try:
             item = self._read(index, request)
-            if self.cache is not None and item.caller.key is not None:
+            if self.cache is not None and item.caller.key is not None and item.caller.shared:
                 looking = self.cache.look_up(item.caller.key, bulk=True)
         except Exception as error:  # noqa: BLE001 misuse raises whatever it makes go wrong, and is this item's alone
             self._add(Result(index, request.id, None, error), None)
@@ -267,7 +267,7 @@ class BulkRun:
         """
         options = self.intake.read_options(*arguments_of(request))
         timeout, ttl = as_seconds("timeout", request.timeout), as_seconds("ttl", request.ttl)
-        shared = request.use_cache and (self.intake.shares or options.cold)
+        shared = self.intake.may_share(request.use_cache, options)
         key: bytes | None = None
         if self.cache is not None and request.use_cache:
             check_messages(request.messages)

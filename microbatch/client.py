@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.stats import Stats
     from microbatch.batching.audits import Audits
-    from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source
+    from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source, UseCache
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
 
@@ -81,8 +81,8 @@ class Microbatcher:
         tenant: Name of a trust domain; requests of different tenants never share a prompt. None for the batcher's own.
         priority: "high" goes alone at once; "low" waits for full batches, up to `low_max_wait`.
         timeout: Seconds from now until the caller gives up; None waits as long as the transport does.
-        use_cache: Whether the answer to an equal request will do. It may come from the cache, or, where `temperature` is 0, there is a
-            cache or the policy says `share`, from a request that is under way.
+        use_cache: Whether the answer to an equal request will do: from the cache, or, where `temperature` is 0, there is a cache or the
+            policy says `share`, from a request under way. "refresh" asks anew, and replaces the answer that the cache has.
         ttl: Seconds for which the cache may give this answer to others; None for the cache's own time.
 
     Raises:
@@ -180,7 +180,7 @@ class Microbatcher:
         tenant: str | None = None,
         priority: Priority = "normal",
         timeout: float | None = None,
-        use_cache: bool = True,
+        use_cache: UseCache = True,
         ttl: float | None = None,
     ) -> Reply[T]:
         """Return the answer to *messages*, asked together with requests of the same kind, and this caller's share of the cost.
@@ -200,7 +200,7 @@ class Microbatcher:
             output_type, model, max_tokens, temperature, params, headers, tenant, priority
         )
         caller: CallerOptions | Reply[Any]
-        caller = SHARED if use_cache and (self._intake.shares or options.cold) else UNSHARED
+        caller = SHARED if self._intake.may_share(use_cache, options) else UNSHARED
         if timeout is not None or ttl is not None:
             timeout, ttl = as_seconds("timeout", timeout), as_seconds("ttl", ttl)
             caller = CallerOptions(timeout, caller.shared, None, ttl, asyncio.get_running_loop().time())
@@ -229,7 +229,7 @@ class Microbatcher:
 
     @asynccontextmanager
     async def open_answer(
-        self, messages: Messages, *, streamed: bool, timeout: float | None, use_cache: bool, **options: Any
+        self, messages: Messages, *, streamed: bool, timeout: float | None, use_cache: UseCache, **options: Any
     ) -> AsyncIterator[LiveAnswer]:
         """Ask as `submit` does, for a front end such as the gateway, which hands answers on as they are.
 
@@ -246,7 +246,7 @@ class Microbatcher:
         at_least(0, timeout=timeout)
         self._host.check_open()
         live = LiveAnswer(streamed=streamed)
-        shared = use_cache and (self._intake.shares or asked.cold)
+        shared = self._intake.may_share(use_cache, asked)
         since = asyncio.get_running_loop().time()
         caller = CallerOptions(timeout, shared, since=since, live=live)
         found: CallerOptions | Reply[Any] = caller

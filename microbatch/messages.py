@@ -19,6 +19,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 Priority = Literal["high", "normal", "low"]  # by rank, the most urgent first
+UseCache: TypeAlias = bool | Literal["refresh"]
 Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit"]
 
 
@@ -139,7 +140,7 @@ class Request(msgspec.Struct, Generic[Output_co]):
     tenant: str | None = None
     priority: Priority = "normal"
     timeout: float | None = None
-    use_cache: bool = True
+    use_cache: UseCache = True
     ttl: float | None = None
 
     def __repr__(self) -> str:

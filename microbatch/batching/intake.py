@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from microbatch.batching.request import Options
     from microbatch.batching.single_queue import SingleQueues
     from microbatch.batching.ticket import CallerOptions, Charge, Deadline, InFlightIndex, Spec
-    from microbatch.messages import Messages
+    from microbatch.messages import Messages, UseCache
 
 logger: Final = logging.getLogger("microbatch")
 
@@ -63,6 +63,18 @@ class Intake:
         self._bypasses = given.policy.when_full == "bypass"
         self._scratch = bytearray()
         self._shared: list[dict[str, Any]] = []  # of the latest request in an unusual form
+
+    def may_share(self, use_cache: UseCache, options: Options) -> bool:
+        """Return whether the answer to an equal request will do for one with *options*.
+
+        Raises:
+            ConfigError: *use_cache* is none of the values that it may have.
+        """
+        if use_cache is True:
+            return self.shares or options.cold
+        if use_cache is not False and use_cache != "refresh":
+            raise ConfigError(f'use_cache must be True, False or "refresh", got {use_cache!r}')
+        return False
 
     def accept(
         self,
@@ -261,7 +273,7 @@ class Intake:
         index: InFlightIndex | None = None
         name: Hashable = None
         key: tuple[Hashable, ...] = ()
-        if caller.key is not None:
+        if caller.shared and caller.key is not None:
             index, name = self._given.in_flight.digests, caller.key
         elif caller.shared:
             index = self._given.in_flight.index_of(options.content)

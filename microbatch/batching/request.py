@@ -48,13 +48,14 @@ class Options(Settings, frozen=True):
     """`submit`'s options, checked and brought into the form that lanes compare.
 
     Attributes:
-        content: All that two requests must have in common to be the same question, except their messages.
+        content: All that two requests must have in common to be the same question, except their messages: the answer's form, model,
+            max_tokens, the further fields as JSON, headers and tenant.
         alone: What keeps the request out of a combined prompt: names of request fields. None of them if it is combinable.
         rank: The priority as a number: 0 high, 1 normal, 2 low.
         cold: Whether the temperature is 0, so that equal requests may well get equal answers.
     """
 
-    content: tuple[Hashable, ...]
+    content: tuple[Hashable, str | None, int | None, bytes, tuple[tuple[str, str], ...], str | None]
     priority: Priority = "normal"
     alone: tuple[str, ...] = ()
     tenant: str | None = None

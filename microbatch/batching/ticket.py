@@ -102,7 +102,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         shared: Whether the answer to an equal request will do, and its own may serve others.
-        key: The request's digest, by which the cache and equal requests find it; None to compare the whole request.
+        key: The request's digest, under which the cache keeps its answer and equal requests find it; None to compare the whole request.
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
         since: Loop time from which `timeout` counts; None for the time at which the request is accepted.
         live: What takes the answer while it arrives, and whatever it is; None to take it when it is complete and fits.

@@ -16,7 +16,6 @@ import msgspec
 
 from microbatch.batching.events import settled
 from microbatch.batching.request import check_messages
-from microbatch.batching.ticket import CallerOptions
 from microbatch.caching import entry as entries
 from microbatch.caching.entry import MAX_CLOCK_SKEW
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Ledger
     from microbatch.batching.call_state import AloneAnswer
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import CallerOptions, Ticket
     from microbatch.messages import Messages
     from microbatch.protocols import Cache
 
@@ -59,6 +58,9 @@ FRESH: Final = 0.075
 class AnswerCache:
     """The cache as the batcher uses it; for the arguments that make keys, see `Keys`.
 
+    With *alone* the answers of combined calls are misses: a batcher that combines nothing is there to compare, or because combining
+    does harm. The answer that it gets replaces them.
+
     Attributes:
         guard: The store of answers.
         is_condemned: Returns whether the answers of a kind of lane, named by its digest, from batches of a size, given at a time in
@@ -75,6 +77,7 @@ class AnswerCache:
         endpoint: str,
         model: str | None,
         normalize: Callable[[str], str] | None,
+        alone: bool = False,
     ) -> None:
         self.guard: Guard = cache if isinstance(cache, Guard) else Guard(cache)
         self.is_condemned: Callable[[str, int, float], bool] = _never_condemned
@@ -82,6 +85,7 @@ class AnswerCache:
         self._price = price
         self._listeners = listeners
         self._make_keys = partial(Keys, endpoint=endpoint, model=model, normalize=normalize)
+        self._alone = alone
         self._now = time.time  # noqa: TID251 entries outlive processes
         self._keys: Keys | None = None
         self._secret_read_at = float("-inf")  # loop time
@@ -149,7 +153,7 @@ class AnswerCache:
         It is decoded to the output type of *options*; *created* is the loop time of the caller's submit.
         """
         now = self._now()
-        entry = None if value is None else entries.read(value, key, now)
+        entry = None if value is None else entries.read(value, key, now, alone=self._alone)
         kind = None if entry is None else self._kind_of(entry)
         if entry is None or _is_ahead(entry, now) or self._asks_anew(kind, entry):
             self._ledger.cache_misses += 1
@@ -203,6 +207,8 @@ class AnswerCache:
     async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
         """Return the reply that is kept for a request, or the options with which it is to be asked.
 
+        A caller that does not share has none of them: its answer will replace the one that is kept.
+
         Raises:
             ConfigError: The messages are wrong.
             DeadlineExceeded: The caller's timeout passed meanwhile.
@@ -212,6 +218,8 @@ class AnswerCache:
         if key is None:
             return caller
         created, value = asyncio.get_running_loop().time(), None
+        if not caller.shared:
+            return msgspec.structs.replace(caller, key=key)
         try:
             async with asyncio.timeout(caller.timeout):
                 value = await self.look_up(key)
@@ -220,7 +228,7 @@ class AnswerCache:
         except StorageError:
             pass  # the batcher is closing
         reply = self.read(key, value, options, created)
-        return CallerOptions(caller.timeout, True, key, caller.ttl, created, caller.live) if reply is None else reply
+        return msgspec.structs.replace(caller, key=key, since=created) if reply is None else reply
 
     # --- storing
 

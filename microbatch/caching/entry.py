@@ -70,13 +70,18 @@ encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
 """Return an `Entry` as bytes."""
 
 
-def read(value: bytes, key: bytes, now: float) -> Entry | None:
-    """Return the entry stored as *value* under *key*; None if it is damaged, another key's, or expired."""
+def read(value: bytes, key: bytes, now: float, *, alone: bool = False) -> Entry | None:
+    """Return the entry stored as *value* under *key*; None if it is damaged, another key's, or expired.
+
+    With *alone* also None unless the entry says that its answer is that of a call for it alone.
+    """
     try:
         entry = _decode(value)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     if entry.key != key or (entry.expires_at is not None and entry.expires_at <= now):
+        return None
+    if alone and not (isinstance(entry, Entry) and entry.batch_size == 1):
         return None
     return entry if isinstance(entry, Entry) else Entry(*msgspec.structs.astuple(entry))
 

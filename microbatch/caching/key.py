@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.caching.question import asked_fields, asked_headers
 from microbatch.containment import contained
 from microbatch.errors import ConfigError
 from microbatch.messages import Message
-from microbatch.prompt.message_forms import known
+from microbatch.prompt.message_forms import encoded, known
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,8 @@ class Keys:
     """Computes keys.
 
     Requests that differ in endpoint, model, a parameter, the caller's headers, the answer's schema, tenant or any message have
-    different keys. Requests that differ only in the Python type of the answer or in priority share one.
+    different keys. Requests that differ only in the Python type of the answer, in priority, or in what `microbatch.caching.question`
+    leaves out share one.
 
     Args:
         secret: Keys the digest, so that a reader of the store cannot test guesses of what was asked.
@@ -49,7 +51,11 @@ class Keys:
 
     def of(self, messages: Messages, options: Options) -> bytes:
         """Return the key of a request; raise `ConfigError` if the messages are not JSON values, or `normalize` failed."""
-        answer, model, *rest = options.content
+        answer, model, max_tokens, fields, headers, tenant = options.content
+        if fields:
+            asked = asked_fields(options.params)
+            fields = encoded(asked, "params", ordered=True) if asked else b""
+        rest = (max_tokens, fields, asked_headers(headers), tenant)
         keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
         try:
             content = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, keyed])

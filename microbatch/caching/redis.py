@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.caching.entry import DEFAULT_TTL, checked_values
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.checking import Count, Positive, Seconds, checks_arguments
 from microbatch.errors import StorageError
 from microbatch.protocols import Cache
-from microbatch.storage.redis import RedisStore, milliseconds, results_of, translated
+from microbatch.storage.redis import RedisStore, Server, milliseconds, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+logger: Final = logging.getLogger("microbatch")
+
+_SHORTEST: Final = 0.001  # seconds, the server's shortest time to live
+
 
 class RedisCache(RedisStore, Cache):
-    """Keeps answers on a Redis server, with one round trip for all entries read or stored together.
+    """Keeps answers on a Redis server, with one round trip for all entries read or stored together, or one to each node of a cluster.
 
     What to drop when the server is full is the server's decision: set its `maxmemory`, and the policy `allkeys-lru`. Calls raise
     `StorageError` if the server cannot be reached or used.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, with the database number and credentials where needed.
+        url: `redis://`, `rediss://` or `unix://`, with the database number and credentials where needed; `valkey://` and `valkeys://`
+            for Valkey. Of a cluster, the address of any node.
         ttl: Seconds for which answers are valid unless the request says otherwise; None for no limit.
         prefix: Prefix of all keys.
         timeout: Seconds for each of: connecting, each write, and each read. In any case a batcher waits at most 50 ms for a look-up of
@@ -60,8 +66,7 @@ class RedisCache(RedisStore, Cache):
 
         If the server has lost them, those read before are put back.
         """
-        client = self._opened()
-        with translated():
+        async with self._in_use() as client:
             secret = await client.get(self._secret_key)
             if secret is None:
                 # Others may do the same now: the server takes one value, and all read that.
@@ -70,32 +75,48 @@ class RedisCache(RedisStore, Cache):
         self._secret = checked_values([secret], 1)[0]
         return self._secret or b""
 
+    def _met(self, server: Server) -> None:
+        if server.replica and not server.cluster:
+            logger.warning(
+                "the Redis server of the cache is a read-only replica: answers are found there, but none can be stored; "
+                "give the address of the primary"
+            )
+
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        client = self._opened()
-        if not keys:
-            return []
-        with translated():
-            found = await client.mget([self._key(key) for key in keys])
+        self._opened()
+        return await self._values([self._key(key) for key in keys]) if keys else []
+
+    async def _values(self, names: Sequence[bytes]) -> list[bytes | None]:
+        """Return the value of each of *names*, the server's keys."""
+        async with self._in_use() as client:
+            if self._server is not None and self._server.cluster:
+                # One command takes keys of one slot only.
+                pipeline = client.pipeline()
+                for name in names:
+                    pipeline.get(name)
+                found: Any = await results_of(pipeline)
+            else:
+                found = await client.mget(names)
         try:
-            return checked_values(found, len(keys))
+            return checked_values(found, len(names))
         except StorageError:
-            # The connection, which is back in the pool, may be out of step.
-            with translated():
-                await client.connection_pool.disconnect(inuse_connections=False)
+            await self._drop_connections()
             raise
 
     async def set_many(self, entries: Sequence[tuple[bytes, bytes, float | None]]) -> None:
         """Store *entries*: key, value and seconds to live each, None for no limit. An error may leave some of them stored."""
-        pipeline = self._opened().pipeline(transaction=False)
-        if self._secret is not None:
-            # The server may have lost the secret, without which other processes would not find the entries.
-            pipeline.set(self._secret_key, self._secret, nx=True)
-        for key, value, ttl in entries:
-            if ttl is None:
-                pipeline.set(self._key(key), value)
-            elif ttl >= 0.001:  # noqa: PLR2004 a millisecond, the server's shortest time
-                pipeline.set(self._key(key), value, px=milliseconds(ttl))
-        with translated():
+        async with self._in_use() as client:
+            pipeline = client.pipeline(transaction=False)
+            if self._secret is not None:
+                # The server may have lost the secret, without which other processes would not find the entries.
+                pipeline.set(self._secret_key, self._secret, nx=True)
+            for key, value, ttl in entries:
+                if ttl is None:
+                    pipeline.set(self._key(key), value)
+                elif ttl >= _SHORTEST:
+                    pipeline.set(self._key(key), value, px=milliseconds(ttl))
+                else:
+                    pipeline.delete(self._key(key))  # what it would have replaced is no longer good either
             await results_of(pipeline)
 
     def _key(self, key: bytes) -> bytes:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.audits import Audited
     from microbatch.batching.audits import Audits
     from microbatch.cli.output import OutputFile
-    from microbatch.messages import Reply
+    from microbatch.messages import Reply, UseCache
     from microbatch.policy import AuditPolicy
 
 SAVE_SECONDS: Final = 0.1
@@ -62,7 +62,7 @@ class AskingAgain:
     Attributes:
         pending: Digests of the ids that are being asked again.
         use_cache: True if the cache may answer them. It hands out no answers that it can tell are doubtful; an item that comes up
-            once more is asked in any case.
+            once more is asked in any case, and the answer that the cache has is replaced.
         asked: Answers that were asked for again and replaced.
         largest: Requests in the largest batch that answered one of them.
         left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.
@@ -71,7 +71,7 @@ class AskingAgain:
     def __init__(self, policy: AuditPolicy, output: OutputFile, items: Container[int]) -> None:
         self.policy = policy
         self.pending: set[int] = set()
-        self.use_cache: bool = True
+        self.use_cache: UseCache = True
         self.asked: int = 0
         self.largest: int = 0
         self.left: int = 0
@@ -147,7 +147,7 @@ class AskingAgain:
         """
         self._audits.give_up_tries()
         self.pending = self._doubtful() - self._in_vain
-        self.use_cache = self._found.isdisjoint(self.pending)
+        self.use_cache = True if self._found.isdisjoint(self.pending) else "refresh"
         self._found |= self.pending
         return self.pending.copy()
 

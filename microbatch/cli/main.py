@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from microbatch.cli import calibrate, console, demo, environment, run, serve, simulate, spool, warm, worker
 from microbatch.cli.console import StdoutError, UsageError, note
-from microbatch.errors import ConfigError
+from microbatch.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ConfigError) as error:  # nothing was sent
         note(f"microbatch {args.name}: {error}")
         return console.USAGE
+    except StorageError as error:  # a file that is damaged, a server that has gone
+        note(f"microbatch {args.name}: {error}")
+        return console.SOME_FAILED
     except KeyboardInterrupt:
         return console.STOPPED
     except StdoutError as error:

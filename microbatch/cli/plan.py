@@ -23,6 +23,7 @@ from microbatch.messages import Request
 from microbatch.policy import FallbackPolicy, FlushPolicy
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
+from microbatch.storage.address import is_address, is_nearly_address
 from microbatch.transports.openai_chat import OpenAIChat
 from microbatch.transports.rate_limit import RateLimit
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from microbatch.policy import AuditPolicy
     from microbatch.spool.records import Spool
 
-_REDIS: Final = ("redis://", "rediss://", "unix://")
 _STEP_TIMEOUT: Final = 5.0
 """Seconds for each exchange with a Redis server that holds a cache."""
 CACHE_PATIENCE: Final = 10.0
@@ -113,19 +113,24 @@ def _read_transport(args: argparse.Namespace) -> OpenAIChat:
 # --- places
 
 
-def is_address(place: str) -> bool:
-    """Return whether *place* is the address of a server; else it is the path of a file."""
-    return place.startswith(_REDIS)
-
-
 def cache_at(place: str) -> SQLiteCache | RedisCache:
     """Return the cache at *place*, a path or an address."""
-    return RedisCache(place, timeout=_STEP_TIMEOUT) if is_address(place) else SQLiteCache(place)
+    return RedisCache(place, timeout=_STEP_TIMEOUT) if is_address(place) else SQLiteCache(_path(place))
 
 
 def spool_at(place: str, *, max_alone: int) -> Spool:
     """Return the spool at *place*, a path or an address; see `Spool` for *max_alone*."""
-    return RedisSpool(place, max_alone=max_alone) if is_address(place) else SQLiteSpool(place, max_alone=max_alone)
+    if is_address(place):
+        return RedisSpool(place, max_alone=max_alone)
+    return SQLiteSpool(_path(place), max_alone=max_alone)
+
+
+def _path(place: str) -> str:
+    if is_nearly_address(place) and not Path(place).exists():
+        raise UsageError(
+            f"{place!r} looks like the address of a server: write redis://HOST:PORT/DB, or ./{place} for a file"
+        )
+    return place
 
 
 # --- what is asked

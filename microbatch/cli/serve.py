@@ -11,9 +11,9 @@ With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
 (or with the key "microbatch") use that one, for chat completions and the list
 of models only; off loopback this needs --access-token-file.
 
-Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no,
-X-Microbatch-Batch: no (relayed byte for byte), and X-Microbatch-Tenant: NAME
-(requests of different tenants are never combined).
+Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no
+or refresh, X-Microbatch-Batch: no (relayed byte for byte), and
+X-Microbatch-Tenant: NAME (requests of different tenants are never combined).
 
 With --audit some of what was answered in batches is asked again alone, to
 measure what combining does to the answers; /stats and /dashboard show it, and

@@ -45,12 +45,13 @@ from microbatch.cli.arguments import add_flag, add_question, flag
 from microbatch.cli.console import StdoutError, UsageError, note, plural, print_result, report, report_json, seconds
 from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
 from microbatch.cli.output import NotWritten, replacing
-from microbatch.cli.plan import is_address, read_questions, spool_at
+from microbatch.cli.plan import read_questions, spool_at
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.payload import Answer
 from microbatch.spool.records import MAX_ALONE, Name
+from microbatch.storage.address import is_address
 
 if TYPE_CHECKING:
     import argparse
@@ -84,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(actions, "--dead", "list the dead letters, oldest first")
     requeue = "put dead letters back, all or those with these ids, as if they had never been asked"
     add_flag(actions, "--requeue ID", requeue, nargs="*")
-    line = "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970)"
+    line = (
+        "custom_id, tenant, state, output, error, deliveries, usage, cost_usd, answered_at (seconds since 1970), model"
+    )
     states = "the states are waiting, leased, in_job, done and dead"
     exported = f"write a line for every request that is kept: {line}; {states}; - is stdout"
     add_flag(actions, "--export FILE.jsonl", exported)
@@ -351,4 +354,5 @@ def _export_line(kept: Kept) -> dict[str, Any]:
         "usage": None if answer is None else msgspec.to_builtins(answer.usage),
         "cost_usd": None if answer is None else answer.cost_usd,
         "answered_at": None if answer is None else answer.answered_at,
+        "model": None if answer is None else answer.model,
     }

@@ -10,7 +10,7 @@ from microbatch.batching.request import check_messages, read_messages, read_opti
 from microbatch.errors import ConfigError
 from microbatch.gateway.errors import GatewayError
 from microbatch.gateway.json_faults import json_fault
-from microbatch.messages import Priority
+from microbatch.messages import Priority, UseCache
 from microbatch.openai.chat_completion import submit_arguments
 from microbatch.prompt.parameters import HARMLESS
 from microbatch.transports.lenient import as_object, decode
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 _CONTROLS: Final = {
     "X-Microbatch-Priority": ("normal", get_args(Priority)),
-    "X-Microbatch-Cache": ("yes", ("yes", "no")),
+    "X-Microbatch-Cache": ("yes", ("yes", "no", "refresh")),
     "X-Microbatch-Batch": ("yes", ("yes", "no")),
 }
 """Headers, their defaults, and the words that they may have."""
+
+_USE_CACHE: Final[dict[str, UseCache]] = {"yes": True, "no": False, "refresh": "refresh"}
 
 
 class ChatRequest(msgspec.Struct, frozen=True):
@@ -68,7 +70,7 @@ def read_control_headers(request: web.Request) -> tuple[dict[str, Any], bool]:
             raise GatewayError(400, f"The header {name} must be one of {', '.join(known)}.", code="invalid_header")
         words.append(word)
     priority, cache, batch = words
-    return {"priority": priority, "use_cache": cache == "yes"}, batch == "yes"
+    return {"priority": priority, "use_cache": _USE_CACHE[cache]}, batch == "yes"
 
 
 def read_chat_request(raw: bytes, *, model: str | None, harmless: Collection[str] = HARMLESS) -> ChatRequest:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeForm
 
-    from microbatch.messages import Messages, Priority, Reply, T
+    from microbatch.messages import Messages, Priority, Reply, T, UseCache
     from microbatch.openai.compatible import RawResponse
     from microbatch.openai.objects import FunctionCall
     from microbatch.openai.stream import AsyncStream
@@ -52,7 +52,7 @@ class RequestOptions(TypedDict, total=False):
     extra_query: Mapping[str, Any] | None
     tenant: str | None
     priority: Priority
-    use_cache: bool
+    use_cache: UseCache
     ttl: float | None
 
     audio: Any

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 import msgspec
 
-from microbatch.errors import ConfigError, mask
+from microbatch.errors import ConfigError, StorageError, mask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -65,8 +65,11 @@ class Name(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, key: str | bytes) -> Self:
-        """Return the name with that `key`."""
-        return msgspec.json.decode(key, type=cls)
+        """Return the name with that `key`; raise `StorageError` if it is none."""
+        try:
+            return msgspec.json.decode(key, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as error:
+            raise StorageError(f"the name of a spooled request is damaged ({type(error).__name__})") from None
 
     @classmethod
     def checked(cls, tenant: str | None, id: str) -> Self:  # noqa: A002 see `Microbatcher.enqueue`

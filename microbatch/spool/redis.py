@@ -30,7 +30,7 @@ from microbatch.spool.records import (
     Spool,
     as_kept,
 )
-from microbatch.storage.redis import RedisStore, milliseconds, results_of, translated
+from microbatch.storage.redis import RedisStore, describe, is_about_rights, milliseconds, results_of, translated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -43,6 +43,7 @@ PAGE: Final = 100  # most requests whose texts are read at once
 _MAX_CONNECTIONS: Final = 16
 _DELIVERY_FIELDS: Final = 6
 _SAFE: Final = "noeviction"
+_LEAST_MAJOR: Final = 7
 _SECTION: Final = re.compile(r"^--- (\w+) ?(.*)\n", re.MULTILINE)
 
 
@@ -59,7 +60,8 @@ class RedisSpool(RedisStore, Spool):
     it has.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, with the database number and credentials where needed.
+        url: `redis://`, `rediss://` or `unix://`, with the database number and credentials where needed; `valkey://` and `valkeys://`
+            for Valkey.
         keep: Seconds for which answers are kept.
         max_alone: Number of single deliveries after which a request is dead.
         prefix: Prefix of all keys.
@@ -98,8 +100,6 @@ class RedisSpool(RedisStore, Spool):
         self._client = self._connect()
         self._scripts = {name: self._client.register_script(text) for name, text in _scripts().items()}
         try:
-            with translated():
-                await self._client.ping()
             await self._check(self._client)
         except BaseException as error:
             await self.aclose()
@@ -109,19 +109,27 @@ class RedisSpool(RedisStore, Spool):
 
     async def _check(self, client: Any) -> None:
         """Check the server's version and settings, as INFO shows them: managed servers often refuse CONFIG."""
+        with translated():
+            server = await describe(client)
+        if server.cluster:
+            raise ConfigError("the spool cannot be used: it needs a Redis server that is not part of a cluster")
+        if server.replica:
+            raise ConfigError(
+                "the spool cannot be used: this Redis server is a replica, which takes no writes; give the address of the primary"
+            )
         try:
             with translated():
                 await client.script_load(_scripts()["put"])
         except StorageError as error:
-            raise ConfigError(f"the spool cannot be used: it needs Redis 7.0 or later ({error})") from error
+            old = not is_about_rights(error) and (server.major or 0) < _LEAST_MAJOR
+            need = f"; it needs Redis 7.0 or later, and this is {server.version or 'another'}" if old else ""
+            raise ConfigError(f"the spool cannot be used: its scripts cannot be loaded: {error}{need}") from error
         try:
             with translated():
                 info = await client.info()
             dangers = list(_dangers(info))
         except StorageError as error:
             info, dangers = {}, [f"whether it keeps its data could not be checked ({error})"]
-        if info.get("redis_mode") == "cluster":
-            raise ConfigError("the spool cannot be used: it needs a Redis server that is not part of a cluster")
         policy = info.get("maxmemory_policy", _SAFE)
         self._evicts = bool(info.get("maxmemory")) and policy != _SAFE
         if self._evicts and not self._allow_eviction:

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from microbatch.errors import ConfigError, MicrobatchError, StorageError
+from microbatch.storage.address import client_address
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import AsyncGenerator, Generator
 
-_QUOTE: Final = re.compile(r"b?['\"`]")
+_QUOTE: Final = re.compile(r"(?<![A-Za-z])b?['\"`]|[\"`]|'(?![A-Za-z])")
+"""The beginning of a quotation; between two letters there is an apostrophe."""
+
+_ABOUT_RIGHTS: Final = "NoPermissionError"
+_QUOTE_NOTHING: Final = frozenset({_ABOUT_RIGHTS, "OutOfMemoryError", "ReadOnlyError", "MasterDownError"})
+"""Errors in which the server quotes names of commands and settings, and nothing of what it was sent."""
+
+_NO_LIMIT: Final = 2**31
 _LONGEST: Final = 100 * 365 * 86_400.0  # seconds; the server refuses times that do not fit its integers
+_NUMBERS: Final = re.compile(r"\d+")
+
+
+class Server(msgspec.Struct, frozen=True):
+    """A server, as it describes itself.
+
+    Attributes:
+        version: Such as "7.0.15"; "" if it is not known.
+        cluster: Whether it is part of a cluster.
+        replica: Whether it is a copy of another server, which by default takes no writes.
+    """
+
+    version: str = ""
+    cluster: bool = False
+    replica: bool = False
+
+    @property
+    def major(self) -> int | None:
+        """The first number of the version; None if it is not known."""
+        found = _NUMBERS.match(self.version)
+        return None if found is None else int(found[0])
 
 
 class RedisStore:
@@ -24,11 +56,14 @@ class RedisStore:
     """
 
     def __init__(self, url: str, *, prefix: str, timeout: float, max_connections: int) -> None:
-        self._url = url
+        self._url = client_address(url)
         self._prefix = prefix
         self._timeout = timeout
         self._max_connections = max_connections
         self._client: Any = None
+        self._server: Server | None = None  # once it was asked
+        self._asking = asyncio.Lock()
+        self._turns: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         self._connect()  # sends nothing; a malformed address is reported now
 
     def __repr__(self) -> str:
@@ -46,12 +81,8 @@ class RedisStore:
                 self._url,
                 max_connections=self._max_connections,
                 timeout=None,
-                socket_timeout=self._timeout,
-                socket_connect_timeout=self._timeout,
                 retry=None,
-                # With version 3 the client (8.1.0) no longer checks a pooled connection for unread data, and returns the answer to
-                # one command as that to the next; it also sends HELLO twice more.
-                protocol=2,
+                **self._limits(),
             )
         except (ValueError, TypeError, AttributeError) as error:  # not quoted: addresses hold passwords
             raise ConfigError(
@@ -59,14 +90,73 @@ class RedisStore:
             ) from None
         return redis.Redis.from_pool(pool)
 
+    def _connect_to_cluster(self) -> Any:
+        """Return a client of the cluster that the address is a node of; nothing is sent yet."""
+        from redis import asyncio as redis  # noqa: PLC0415 of the extra `redis`
+        from redis.asyncio.retry import Retry  # noqa: PLC0415
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+
+        return redis.RedisCluster.from_url(
+            self._url,
+            max_connections=_NO_LIMIT,  # it would raise where the other client waits; see `_turns`
+            retry=Retry(NoBackoff(), 1),  # for the second try it asks for the shape that the cluster has now
+            **self._limits(),
+        )
+
+    def _limits(self) -> dict[str, Any]:
+        return {
+            "socket_timeout": self._timeout,
+            "socket_connect_timeout": self._timeout,
+            # With version 3 the client (8.1.0) no longer checks a pooled connection for unread data, and returns the answer to one
+            # command as that to the next; it also sends HELLO twice more.
+            "protocol": 2,
+        }
+
     async def open(self) -> None:
         """Prepare the client. Nothing is sent, so a server that is down delays no start."""
-        self._client = self._connect()
+        self._client, self._server = self._connect(), None
+        self._asking, self._turns = asyncio.Lock(), contextlib.nullcontext()
 
     def _opened(self) -> Any:
         if self._client is None:
             raise StorageError(f"the {type(self).__name__} is not open")
         return self._client
+
+    @contextlib.asynccontextmanager
+    async def _in_use(self) -> AsyncGenerator[Any]:
+        """Yield the client that suits the server, and turn its exceptions into `StorageError`."""
+        self._opened()
+        with translated():
+            if self._server is None:
+                async with self._asking:
+                    await self._meet()
+            async with self._turns:
+                yield self._opened()
+
+    async def _meet(self) -> None:
+        """At the first contact, ask the server what it is, and take another client if it is part of a cluster."""
+        if self._server is not None:
+            return
+        client = self._opened()
+        server = await describe(client)
+        if server.cluster:
+            self._client, self._turns = self._connect_to_cluster(), asyncio.Semaphore(self._max_connections)
+        self._server = server
+        self._met(server)
+        if self._client is not client:
+            await client.aclose()
+
+    def _met(self, server: Server) -> None:
+        """Take note of what the *server* is."""
+
+    async def _drop_connections(self) -> None:
+        """Close the connections that are not in use, because one may be out of step."""
+        client = self._opened()
+        with translated():
+            if self._server is not None and self._server.cluster:
+                await client.aclose()  # it opens new ones
+            else:
+                await client.connection_pool.disconnect(inuse_connections=False)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -74,6 +164,27 @@ class RedisStore:
         if client is not None:
             with contextlib.suppress(StorageError), translated():
                 await client.aclose()
+
+
+async def describe(client: Any) -> Server:
+    """Return what the server of *client* is; of one that does not say, nothing is known."""
+    from redis.exceptions import ResponseError  # noqa: PLC0415 of the extra `redis`
+
+    with contextlib.suppress(ResponseError):  # a user who may not send it, or a proxy
+        said = await client.execute_command("HELLO")
+        if isinstance(said, list):
+            facts = dict(zip(map(_word, said[::2]), map(_word, said[1::2]), strict=False))
+            return Server(facts.get("version", ""), facts.get("mode") == "cluster", facts.get("role") == "replica")
+    with contextlib.suppress(ResponseError):
+        info = await client.info()
+        if isinstance(info, dict):
+            mode, role = info.get("redis_mode"), info.get("role")
+            return Server(str(info.get("redis_version", "")), mode == "cluster", role == "slave")
+    return Server()
+
+
+def _word(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 @contextlib.contextmanager
@@ -85,10 +196,18 @@ def translated() -> Generator[None]:
         raise
     except Exception as error:
         # For a malformed answer the client's parser raises ValueError, TypeError and others.
-        # What follows a quote is dropped: commands, with keys and texts of callers, and broken answers.
-        message = _QUOTE.split(str(error), maxsplit=1)[0].strip(" :")
+        kind, message = type(error).__name__, str(error)
+        if kind not in _QUOTE_NOTHING:
+            # What follows a quote is dropped: commands, with keys and texts of callers, and broken answers.
+            message = _QUOTE.split(message, maxsplit=1)[0]
+        message = message.strip(" :(,")
         error.args = (message,)
-        raise StorageError(f"Redis: {type(error).__name__}: {message}") from error
+        raise StorageError(f"Redis: {kind}: {message}") from error
+
+
+def is_about_rights(error: StorageError) -> bool:
+    """Return whether *error*, from `translated`, says that the user may not do this."""
+    return type(error.__cause__).__name__ == _ABOUT_RIGHTS
 
 
 async def results_of(pipeline: Any) -> list[Any]:

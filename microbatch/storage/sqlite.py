@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 logger: Final = logging.getLogger("microbatch")
 
+_FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
+"""What the module raises if a file fails; the latter if it quotes what it has found in a damaged one."""
+
 MOST_LOG: Final = 4 * 1024 * 1024  # size of the log, in bytes, from which it is copied into the file and truncated
 _OWNER_ONLY: Final = 0o600
 _OPENING: Final = 5.0  # seconds to wait for other processes that open the file at the same time
@@ -94,9 +97,9 @@ class Database:
             db.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_STEP)}")
         except BaseException as error:
             writer.close()
-            if not isinstance(error, OSError | sqlite3.Error):
+            if not isinstance(error, (OSError, *_FAILURES)):
                 raise
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = error.strerror if isinstance(error, OSError) else _reason(error)
             raise ConfigError(f"cannot open {self._path!r}: {reason}") from error
 
     def _prepare(self, db: sqlite3.Connection) -> None:
@@ -158,8 +161,8 @@ class Database:
                     self._path, timeout=_BUSY_STEP, isolation_level=None, check_same_thread=False
                 )
                 reader.db.execute("PRAGMA query_only=ON")
-            except sqlite3.Error as error:
-                raise StorageError(f"{Path(self._path).name}: {error}") from error
+            except _FAILURES as error:
+                raise StorageError(f"{Path(self._path).name}: {_reason(error)}") from error
         return reader
 
     def _transact(
@@ -180,11 +183,11 @@ class Database:
                     raise
                 if kind == "IMMEDIATE":
                     self._trim_log(db)
-            except sqlite3.Error as error:
+            except _FAILURES as error:
                 if self._file() != self._identity:
                     raise _MovedError from error
                 if not _is_busy(error) or time.monotonic() >= deadline:
-                    raise StorageError(f"{Path(self._path).name}: {error}") from error
+                    raise StorageError(f"{Path(self._path).name}: {_reason(error)}") from error
                 time.sleep(_PAUSE)
             else:
                 if self._file() != self._identity:
@@ -290,7 +293,11 @@ def _create(path: str) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _OWNER_ONLY))
 
 
-def _is_busy(error: sqlite3.Error) -> bool:
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, sqlite3.Error) else "the file is damaged"
+
+
+def _is_busy(error: Exception) -> bool:
     code: int = getattr(error, "sqlite_errorcode", 0)  # errors of the module itself have none
     return code & 0xFF == sqlite3.SQLITE_BUSY
 

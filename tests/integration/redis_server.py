@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PATIENCE = 30.0
+_SLOTS = 16_384  # of a cluster
 _TRIES = 5  # as somebody else may take a port between our finding it free and the server's binding it
 
 
@@ -30,16 +31,23 @@ class RedisServer:
         appendonly: Whether it keeps what it is told on disk, so that it knows it again after `stop` or `kill` and `start`.
             Otherwise it writes nothing.
         port: None looks for a free one, which stays this server's for all its starts.
+        settings: Further settings, by name.
 
     Attributes:
         url: Its address.
     """
 
-    def __init__(self, folder: Path, *, appendonly: bool = False, port: int | None = None) -> None:
+    def __init__(self, folder: Path, *, appendonly: bool = False, port: int | None = None, **settings: str) -> None:
         self._folder = folder
         self._appendonly = appendonly
+        self._settings = {name.replace("_", "-"): value for name, value in settings.items()}
         self.port = port
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def bus_port(self) -> int:
+        """The port on which it speaks with the others of its cluster."""
+        return int(self._settings["cluster-port"])
 
     @property
     def url(self) -> str:
@@ -66,6 +74,7 @@ class RedisServer:
             "save": "",
             "appendonly": "yes" if self._appendonly else "no",
             "appendfsync": "always",
+            **self._settings,
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]
         process = self._process = subprocess.Popen([_binary(), *words], stdout=subprocess.DEVNULL)
@@ -115,6 +124,36 @@ class RedisServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+@contextlib.contextmanager
+def redis_cluster(folder: Path, nodes: int) -> Iterator[list[RedisServer]]:
+    """Run a cluster of so many servers, which share the slots evenly."""
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for number in range(nodes):
+            (own := folder / str(number)).mkdir()
+            bus = {"cluster_port": str(free_port())}
+            servers.append(stack.enter_context(RedisServer(own, cluster_enabled="yes", **bus)))
+        clients = [stack.enter_context(server.client()) for server in servers]
+        for number, client in enumerate(clients):
+            first, last = (_SLOTS * which // nodes for which in (number, number + 1))
+            client.execute_command("CLUSTER ADDSLOTSRANGE", first, last - 1)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            if number:
+                met = servers[0]
+                client.execute_command("CLUSTER MEET", "127.0.0.1", met.port, met.bus_port)
+        deadline = time.monotonic() + _PATIENCE
+        while not all(_is_whole(client, nodes) for client in clients):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the cluster does not form")
+            time.sleep(0.05)
+        yield servers
+
+
+def _is_whole(client: redis.Redis, nodes: int) -> bool:
+    info = client.execute_command("CLUSTER INFO")
+    return info["cluster_state"] == "ok" and int(info["cluster_size"]) == nodes
 
 
 def _binary() -> str:

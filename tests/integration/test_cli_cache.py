@@ -145,6 +145,11 @@ def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, caps
         ("in.jsonl", "cannot open 'in.jsonl'"),
         ("redis://127.0.0.1:1/0", "the cache cannot be used: Redis"),
         ("redis://127.0.0.1:none/0", "malformed"),
+        ("valkey://127.0.0.1:1/0", "the cache cannot be used: Redis"),
+        ("redis+sentinel://127.0.0.1/0", "Sentinels are not asked"),
+        ("http://127.0.0.1/", "unknown scheme http://"),
+        ("127.0.0.1:6379", "looks like the address of a server"),
+        ("redis:127.0.0.1", "looks like the address of a server"),
     ],
 )
 def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, message, monkeypatch, capsys):
@@ -157,6 +162,7 @@ def test_a_cache_that_cannot_be_used_is_told_before_anything_is_paid_for(place, 
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert {path.name for path in Path().iterdir()} <= {"in.jsonl", "out.jsonl", "out.jsonl.digest"}
 
 
 def test_a_cache_that_dies_in_mid_run_costs_no_answer(own_redis, monkeypatch, capsys):
@@ -217,3 +223,16 @@ def test_openai_batch_lines_are_kept_too(capsys):
     assert run("--simulate", "--json", out="again.jsonl") == 0
     assert summary(capsys)["upstream_calls"] == 0
     assert outputs("again.jsonl") == outputs()
+
+
+@pytest.mark.parametrize("flag", [["--single"], ["--max-batch-size", "1"]])
+def test_a_run_that_asks_alone_to_compare_is_served_no_answers_of_batches(flag, cache, capsys):
+    products(40)
+    assert run(*QUESTION, *LABELS, "--simulate", "--json", cache=cache) == 0
+    batched = summary_with_reuse(capsys)
+    assert batched["upstream_calls"] < 40
+    assert run(*QUESTION, *LABELS, "--simulate", "--json", *flag, cache=cache, out="single.jsonl") == 0
+    single = summary_with_reuse(capsys)
+    assert (single["upstream_calls"], single["cache_hits"]) == (40, 0)
+    assert run(*QUESTION, *LABELS, "--simulate", "--json", *flag, cache=cache, out="again.jsonl") == 0
+    assert summary_with_reuse(capsys)["cache_hits"] == 40

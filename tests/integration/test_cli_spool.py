@@ -237,9 +237,19 @@ def test_a_file_that_is_no_spool_is_left_alone(capsys):
 
 
 @pytest.mark.parametrize("words", [(), ("--put", "in.jsonl", *QUESTION)])
-def test_a_server_that_is_not_there_is_told(words, capsys):
+@pytest.mark.parametrize("address", ["redis+sentinel://h/0", "memcached://h", "127.0.0.1:6379"])
+def test_what_is_no_address_of_a_server_that_is_taken_makes_no_file(words, address, capsys):
     products(2)
-    assert spool("redis://127.0.0.1:1/0", *words) == 2
+    assert spool(address, *words) == 2
+    assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("--put", "in.jsonl", *QUESTION)])
+@pytest.mark.parametrize("scheme", ["redis", "valkey"])
+def test_a_server_that_is_not_there_is_told(words, scheme, capsys):
+    products(2)
+    assert spool(f"{scheme}://127.0.0.1:1/0", *words) == 2
     error = capsys.readouterr().err
     assert "the spool cannot be used: Redis" in error
     assert "Traceback" not in error
@@ -486,9 +496,21 @@ def test_everything_that_is_kept_is_exported(place, capsys):
         ("usage", usage),
         ("cost_usd", 0.5),
         ("answered_at", 1_700_000_000.0),
+        ("model", None),
     ]
     assert (lines["p0"]["error"], lines["p0"]["deliveries"]) == ("ServerError: the endpoint said 500", 5)
     assert lines["p6"] == dict.fromkeys(lines["p4"]) | {"custom_id": "p6", "state": "waiting", "deliveries": 0}
+
+
+def test_an_export_says_which_model_gave_each_answer(place, capsys):
+    for number, model in ((4, "model-a"), (8, "model-b")):
+        products(number)
+        assert put(place, *LABELS) == 0
+        assert main(["worker", place, "--simulate", "--until-empty", "--model", model]) == 0
+    products(9)
+    assert put(place, *LABELS) == 0
+    lines = exported(place, capsys)
+    assert [line["model"] for line in lines] == ["model-a"] * 4 + ["model-b"] * 4 + [None]
 
 
 def test_an_export_is_told_and_never_overwrites_anything(capsys):

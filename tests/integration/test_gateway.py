@@ -304,6 +304,7 @@ async def test_priority_and_cache_are_chosen_by_headers():
             return asked.headers["X-Microbatch-Route"]
 
         assert [await route("x"), await route("x"), await route("x", Cache="no")] == ["single", "cache", "single"]
+        assert [await route("x", Cache="refresh"), await route("x")] == ["single", "cache"]
         await route("y", Priority="high")
         assert served.stats().singles_by_reason["high"] == 1
         with pytest.raises(openai.BadRequestError, match="X-Microbatch-Priority must be one of high, normal, low"):

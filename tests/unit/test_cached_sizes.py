@@ -226,3 +226,30 @@ async def test_the_answer_that_replaces_another_is_at_hand_for_its_own_time():
         assert [entries.read(value, key, 0.0).text[:5] for key, value in batcher._cache._fresh.items()] == ["WORSE"]
         await asyncio.sleep(0.04)
         assert not batcher._cache._fresh
+
+
+# --- a batcher that combines nothing
+
+
+async def test_a_batcher_that_combines_nothing_takes_no_answer_of_a_batch_and_replaces_it():
+    cache, transport = mb.MemoryCache(), ScriptedTransport()
+    async with batcher_for(transport, cache, **PAIR) as batcher:
+        assert {reply.batch_size for reply in await submit_all(batcher, "ab")} == {2}
+        alone = await batcher.submit(ask("c"), priority="high")
+        assert (alone.route, alone.batch_size) == ("single", 1)
+    async with batcher_for(transport, cache, max_batch_size=1) as single:
+        again = await submit_all(single, "abc")
+        assert [(reply.route, reply.batch_size) for reply in again] == [("single", 1), ("single", 1), ("cache", 1)]
+        mapped = [result.unwrap() async for result in single.map([ask(text) for text in "abc"])]
+        assert {(reply.route, reply.batch_size) for reply in mapped} == {("cache", 1)}
+        assert single.stats().cache_misses == 2
+    async with batcher_for(transport, cache, **PAIR) as batcher:
+        assert {(reply.route, reply.batch_size) for reply in await submit_all(batcher, "ab")} == {("cache", 1)}
+
+
+def test_an_answer_of_which_it_is_not_known_how_it_was_asked_is_not_one_alone():
+    assert entries.read(EARLIER, b"k", 0.0) is not None
+    assert entries.read(EARLIER, b"k", 0.0, alone=True) is None
+    for size in (1, 2, 16):
+        written = entries.encode(entries.Entry(b"k", "Answer", "m", 0.0, None, 7, 2, 1, None, size))
+        assert (entries.read(written, b"k", 0.0, alone=True) is None) == (size > 1)
