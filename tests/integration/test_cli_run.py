@@ -111,6 +111,22 @@ def test_the_summary_says_why_items_went_alone(capsys):
     assert "--combine-param" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "because"),
+    [
+        (["--max-output-tokens", "20", "--labels", "home,other"], "30 items, no room for several answers in one reply"),
+        (["--max-batch-tokens", "100", "--labels", "home,other"], "30 items, too long to share a prompt"),
+        (["--max-batch-tokens", "130", "--labels", "home,other"], "29 items, too long to share a prompt"),
+        (["--merge", "when-cheaper"], "30 items, cheaper alone than combined"),
+    ],
+)
+def test_the_reasons_are_in_words_that_name_the_remedy(capsys, words, because):
+    products(30)
+    assert run(*QUESTION, "--simulate", *words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"alone: {because}" in shown
+
+
 def test_bad_lines_fail_with_file_line_and_field_and_the_others_are_answered(capsys):
     given({"id": "a", "name": "x"}, "{broken", {"id": "b"}, {"id": None, "name": "y"}, {"id": "c", "name": "z"})
     assert run(*QUESTION, "--simulate", "--json") == 1
