@@ -9,7 +9,13 @@ import pytest
 from bounded import Item, Label, Recorded, batcher_for, by_map, in_waves, messages, simulated, text_of_700
 
 import microbatch as mb
+from microbatch.batching.bounds import Bounds
+from microbatch.batching.lane_history import LaneHistory
+from microbatch.batching.request import read_options
+from microbatch.messages import Usage
 from microbatch.prompt.compose import LARGEST_SUM, output_reserve
+from microbatch.prompt.outcome import CallOutcome, CombinedReply
+from microbatch.protocols import Completion
 from microbatch.testing import Quota, ScriptedTransport
 
 FORM: dict[str, Any] = {
@@ -76,6 +82,13 @@ async def test_a_limit_that_promises_short_answers_counts_until_they_are_known()
     assert seen[4:] == [12], "short answers have been seen since"
 
 
+async def test_pairs_go_first_where_not_even_two_answers_are_expected_to_fit():
+    transport = Recorded(simulated())
+    async with mb.Microbatcher(transport, policy=mb.FlushPolicy(max_output_tokens=250)) as batcher:
+        await by_map(batcher, 32, str, max_tokens=4_096)
+    assert sizes(transport)[0] == 2
+
+
 async def test_long_answers_make_small_batches():
     transport = Recorded(simulated(answer=text_of_700))
     async with batcher_for(transport) as batcher:
@@ -117,7 +130,7 @@ async def test_what_is_more_than_the_model_allows_is_lowered_and_nothing_fails(o
     assert model.calls <= 320 / 16 + 6
 
 
-@pytest.mark.parametrize("tpm", [40_000, 200_000])
+@pytest.mark.parametrize("tpm", [12_000, 40_000, 200_000])
 async def test_no_call_is_charged_more_than_the_tokens_a_minute(tpm):
     model = simulated(quota=Quota(tpm=tpm))
     transport = Recorded(model)
@@ -147,6 +160,18 @@ async def test_an_answer_longer_than_its_limit_is_asked_for_alone_and_cut_there(
     assert replies[5].finish_reason == "length"
     assert replies[5].usage.completion_tokens >= max_tokens
     assert stats.failed == 0
+    assert max(body["max_tokens"] for body in model.requests) <= 16 * output_reserve(max_tokens)
+
+
+def test_a_reply_that_takes_all_that_its_callers_allow_is_no_runaway():
+    settings = read_options(str, "m", 300, None, None, None, None, "normal")
+    reply = CombinedReply(["1bcdfg", "2bcdfg"], [str, str], early=True)
+    reply.feed('{"results":[{"id":"1bcdfg","answer":"a"},{"id":"2bcdfg","answer":"b')
+    completion = Completion("length", usage=Usage(99, 3_000), bound=3_000)
+    outcome = CallOutcome("length", 2, [1], reply, completion, bounded=True)
+    history = LaneHistory()
+    judged = Bounds().judge(settings, history, outcome, lambda: 3_000)
+    assert (judged.again, judged.runaway, history.doubled) == (False, False, False)
 
 
 async def test_a_transport_that_knows_no_bound_is_not_sent_a_sum_that_the_model_may_refuse():
