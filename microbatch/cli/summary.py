@@ -49,8 +49,8 @@ def fields(stats: Stats, *names: str) -> dict[str, Any]:
     }
 
 
-def comparison(stats: Stats) -> str:
-    """Return a table of what was paid against one call for each answer."""
+def comparison(stats: Stats, this: str = "this run", single: str = "one call each") -> str:
+    """Return a table of what was paid, under the heading *this*, against one call for each answer, under *single*."""
     counts = [
         ("calls", stats.upstream_calls, stats.unbatched_calls),
         ("prompt tokens", stats.prompt_tokens, stats.unbatched_prompt_tokens),
@@ -59,7 +59,7 @@ def comparison(stats: Stats) -> str:
     rows = [(name, f"{now:,}", f"{before:,}", change(now, before)) for name, now, before in counts]
     now, before = stats.cost_usd, stats.unbatched_cost_usd
     rows.append(("cost", dollars(now), dollars(before), change(now, before)))
-    return table(("", "this run", "one call each", "change"), rows)
+    return table(("", this, single, "change"), rows)
 
 
 def reuse(stats: Stats) -> Iterator[str]:

@@ -357,7 +357,7 @@ class SimulatedModel:
             said = word if order is None else order
             return said if inner is None or prompt.combined else {"answer": said}
         schema = prompt.schema if inner is None else inner
-        size, wrong, answer = len(prompt.items), self.mistakes, self._answer_to(prompt)
+        size, wrong, answer = len(prompt.items), self.mistakes, self.answer_to(prompt)
         value = answer(text, schema) if wrong is None else wrong.answer(answer, text, schema, size)
         if prompt.schema is None:
             said = compact(value) if prompt.bare and isinstance(value, dict) else str(value)
@@ -368,7 +368,7 @@ class SimulatedModel:
             value = {"answer": value}
         return compact(value) if prompt.as_text else value
 
-    def _answer_to(self, prompt: Prompt) -> Callable[[str, dict[str, Any] | None], Any]:
+    def answer_to(self, prompt: Prompt) -> Callable[[str, dict[str, Any] | None], Any]:
         """Return what answers an item of *prompt*."""
         most = prompt.most_each
         if not self.brief or most is None or self.answer is not simulated_answer:
