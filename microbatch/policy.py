@@ -28,8 +28,8 @@ class FlushPolicy:
             OpenAI's encodings only; with other models the count is corrected by what the endpoint reports of a lane's calls.
         max_prompt_tokens: Most tokens of the whole combined prompt, shared messages included, counted likewise. From the first report
             on it includes what the endpoint adds, such as a schema. None sets no limit.
-        max_output_tokens: Most expected tokens of a combined reply: the sum over items of 1.2 x `max_tokens` + 16, or of the 95th
-            percentile of the lane's answers so far where callers give no `max_tokens`.
+        max_output_tokens: Most expected tokens of a combined reply: the sum over items of the 95th percentile of the lane's answers so
+            far. Of the first batches, whose callers give `max_tokens`, an item counts 1.2 x `max_tokens` + 16, at most 272.
         max_concurrent_batches: Most calls on the wire at once, single calls, retries and fallback calls included; also the most calls
             that one account (endpoint, model, key) may have begun and not finished, back-off included. Beyond it a quarter as many
             again, from 4 on, may start at once: for accounts with nothing on the wire, and one high-priority call per account.

@@ -1,10 +1,11 @@
-"""The bound on a combined reply: how many tokens it may take at most where no caller has set `max_tokens`.
+"""The bound on a combined reply: how many tokens it may take at most.
 
-Without a bound, a model that does not stop writes up to its context window, and every token is paid for. The bound is three times
-the expected length, so that a proper reply does not reach it. Endpoints check it before they generate, against limits that differ by
-model and account; those are learned here from refusals.
+Without a bound, a model that does not stop writes up to its context window, and every token is paid for. Where callers have set
+`max_tokens`, the bound is what they allow together. Otherwise it is three times the expected length, so that a proper reply does not
+reach it. Endpoints check it before they generate, against limits that differ by model and account; those are learned here from
+refusals.
 
-A reply that ends at the bound is judged:
+A reply that ends at a bound which no caller has set is judged:
 
 - The model reasons (it reported reasoning, or the reply carried a thought, or ended without any content): the bound is lifted for
   the model, and the same requests are asked again at once.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.lru import LRU
-from microbatch.prompt.compose import CANARY_ANSWER_TOKENS
+from microbatch.prompt.compose import CANARY_ANSWER_TOKENS, LARGEST_SUM, limits_together, output_reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -152,29 +153,34 @@ class Bounds:
     def bound(
         self, spec: Settings, history: LaneHistory, items: int, *, prompt: Callable[[], int], quota: int | None
     ) -> int | None:
-        """Return the most tokens that a combined reply to *items* may take; None for no bound.
+        """Return the most tokens that a combined reply to *items* may take; None for no bound, or none beside the callers' limits.
 
         *prompt* returns an upper bound of the prompt's tokens, and is called only if they matter; *quota* is the number of tokens a
         minute that the account may use, None for no limit.
         """
         model = self.of(spec.model)
-        if spec.max_tokens is not None or model.unbounded:
+        if model.unbounded:
             return None
-        tokens = self.wanted(spec, history, items)
+        wanted = tokens = self.wanted(spec, history, items)
         for limit in (model.output, history.affordable):
             tokens = tokens if limit is None else min(tokens, limit)
         quota = _lower(quota, history.per_minute)
-        if quota is not None:
+        if quota is not None and spec.max_tokens is None:
             share = quota // QUOTA_SHARE - prompt()
             if share < LEAST:  # the prompt alone takes nearly as much; then the answers take what they need
                 share = min(items * self._each(spec, history), quota - prompt())
             tokens = min(tokens, share)
         if model.context is not None:
             tokens = min(tokens, model.context - prompt())
+        if spec.max_tokens is not None and tokens == wanted <= LARGEST_SUM:
+            return None
         return tokens if tokens > 0 else None
 
     def wanted(self, spec: Settings, history: LaneHistory, items: int) -> int:
         """Return the bound that a combined reply to *items* would have if nothing limited it."""
+        allowed = limits_together(spec.max_tokens, items, canary=self._canary_tokens > 0)
+        if allowed is not None:
+            return allowed
         if history.per_minute is not None and history.answers:
             # Reserved tokens that the reply does not use delay other calls, and the length of earlier replies is known here.
             seen = math.ceil(_CLOSE_FACTOR * history.reply_tokens(items)) + self._canary_tokens
@@ -191,12 +197,20 @@ class Bounds:
         model = self.of(spec.model)
         if bound is None or bound <= model.accepted:
             return bound, False
+        if spec.max_tokens is not None:
+            return bound, True  # a lower one might cut what callers allow
         least = math.ceil(_LONGER * history.reply_tokens(items))
         if not history.answers:
             least = self.wanted(spec, history, items) * (2 if history.doubled else 1) // _FACTOR
         if model.trying and model.accepted >= least:
             return model.accepted, False
         return bound, True
+
+    def expected(self, spec: Settings, history: LaneHistory) -> int:
+        """Return the tokens of an element by which batches are sized: what callers allow, if earlier replies do not show less."""
+        if spec.max_tokens is None:
+            return history.written
+        return min(output_reserve(spec.max_tokens), history.written if history.answers else self._each(spec, history))
 
     def _each(self, spec: Settings, history: LaneHistory) -> int:
         """Return the tokens expected of one element."""
@@ -233,8 +247,9 @@ class Bounds:
         if completion is not None:
             self._learn(spec, history, outcome, completion)
         again, runaway = False, outcome.reply.elements.past_the_end and outcome.ending != "complete"
-        if outcome.ending == "length" and completion is not None and sent is not None and _reached(completion, sent):
-            again, at_bound = self._at_the_bound(spec, history, outcome, sent, fresh)
+        ours = None if spec.max_tokens is not None or outcome.ending != "length" else sent
+        if completion is not None and ours is not None and _reached(completion, ours):
+            again, at_bound = self._at_the_bound(spec, history, outcome, ours, fresh)
             runaway = runaway or at_bound
         history.overran |= runaway
         if not again:

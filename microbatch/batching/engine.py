@@ -207,6 +207,8 @@ class Engine:
             lane.history.revised |= times.trial
             self.lanes.revise(lane)
             return AloneReason.LATENCY
+        if reason in (FlushReason.OUTPUT, FlushReason.TOKENS):
+            return AloneReason.OUTPUT if reason == FlushReason.OUTPUT else AloneReason.TOO_LONG
         return AloneReason.IDLE if reason == FlushReason.IDLE else AloneReason.NO_COMPANY
 
     def _note_flush(self, tickets: list[Ticket], reason: FlushReason | AloneReason) -> None:

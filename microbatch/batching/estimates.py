@@ -29,7 +29,14 @@ from microbatch.batching.overhead import (
 from microbatch.batching.ticket import Charge, FlushReason
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
-from microbatch.prompt.compose import CANARY_TOKENS, ID_TOKENS, SPARE_ID_TOKENS, instruction, output_reserve
+from microbatch.prompt.compose import (
+    CANARY_TOKENS,
+    ID_TOKENS,
+    SPARE_ID_TOKENS,
+    instruction,
+    limits_together,
+    output_reserve,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -58,7 +65,7 @@ class Budget(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         size: Most requests.
         tokens: Most tokens of the items' lines, ids included.
-        size_reason: What binds the size: SIZE, OUTPUT when the expected reply does, or LATENCY when the time of replies does.
+        size_reason: What binds the size: SIZE, OUTPUT when the length of the reply does, or LATENCY when the time of replies does.
     """
 
     size: int
@@ -196,10 +203,9 @@ class Estimates:
         """
         ours = self.prompt_of(spec, history, tokens)
         bound = self._bounds.bound(spec, history, items, prompt=lambda: self._at_most(spec, history, ours), quota=quota)
-        if bound is None and spec.max_tokens is not None:
-            bound = items * output_reserve(spec.max_tokens)
-        elif bound is None:
-            bound = history.reply_tokens(items)
+        if bound is None:
+            allowed = limits_together(spec.max_tokens, items, canary=self._canary_tokens > 0)
+            bound = history.reply_tokens(items) if allowed is None else allowed
         return round(history.prompt_scale.of(ours)) + bound
 
     def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:
@@ -216,14 +222,14 @@ class Estimates:
 
         *quota* is the most tokens that one call can be charged, prompt and answers together; None for no limit.
         """
-        model = self._bounds.of(spec.model)
-        reserve = output_reserve(spec.max_tokens) if spec.max_tokens else history.written
+        model, expected = self._bounds.of(spec.model), self._bounds.expected(spec, history)
         outputs = [policy.max_output_tokens]
-        if spec.max_tokens is None:
-            outputs += [limit for limit in (model.output, history.affordable) if limit is not None]
-        by_output = max(1, min(outputs) // reserve)
+        outputs += [limit for limit in (model.output, history.affordable) if limit is not None]
+        # Pairs show how long the answers are; requests that go alone do not.
+        unknown = spec.max_tokens is not None and not history.answers and spec.answer.expected_tokens is None
+        by_output = max(2 if unknown else 1, min(outputs) // expected)
         limits = [policy.max_batch_size, history.batch_size, None if spec.kind is None else spec.kind.limit]
-        size = min(limit for limit in limits if limit is not None)
+        size = by_window = min(limit for limit in limits if limit is not None)
         scale, preamble = history.prompt_scale, self.preamble_tokens(spec.answer)
         tokens = int(policy.max_batch_tokens / scale.factor)
         if policy.max_prompt_tokens is not None:
@@ -233,15 +239,15 @@ class Estimates:
             tokens = min(tokens, scale.room(policy.max_prompt_tokens) - shared)
         tokens -= preamble
         around, thought = (history.shared_tokens or 0) + preamble, history.thought if spec.max_tokens is None else 0
-        for window in _windows(model.context, spec, history, quota, around + thought + 4 * reserve):
+        for window, each in _windows(model.context, spec, history, quota, around + thought, expected):
             left = window - thought
-            size = max(1, min(size, (left - around) // (2 * reserve)))  # half of a small one for the answers
-            tokens = min(tokens, scale.room(left - size * reserve) - around)
+            by_window = max(1, min(by_window, (left - around) // (2 * each)))  # half of a small one for the answers
+            tokens = min(tokens, scale.room(left - by_window * each) - around)
         if history.max_line_tokens is not None:
             tokens = min(tokens, history.max_line_tokens)
         if history.suspended_for:
             return Budget(1, tokens)
-        limits_by_reason = [(size, FlushReason.SIZE), (by_output, FlushReason.OUTPUT)]
+        limits_by_reason = [(size, FlushReason.SIZE), (min(by_output, by_window), FlushReason.OUTPUT)]
         if history.times is not None:
             limits_by_reason.append((history.times.most, FlushReason.LATENCY))
         size, reason = min(limits_by_reason, key=itemgetter(0))
@@ -284,15 +290,20 @@ def line_tokens(tickets: Iterable[Ticket]) -> int:
     return sum(ticket.tokens + ID_TOKENS for ticket in tickets)
 
 
-def _windows(context: int | None, spec: Spec, history: LaneHistory, quota: int | None, least: int) -> list[int]:
-    """Return the limits on prompt and reply of one call together: the context window, and a part of the quota.
+def _windows(
+    context: int | None, spec: Spec, history: LaneHistory, quota: int | None, around: int, expected: int
+) -> list[tuple[int, int]]:
+    """Return the limits on prompt and reply of one call together, each with the tokens that an answer takes of it.
 
-    The part is what one call may be charged at most, unless that is less than *least* tokens, or callers have set the length of
-    their answers: then it is the whole quota.
+    They are the context window, and a part of the quota. The part is what one call may be charged at most, unless that is less than
+    four answers of *expected* tokens take with the *around* of the prompt. Where callers have set the length of their answers, it is
+    the whole quota, of which an answer takes all that its caller allows, because that is charged.
     """
-    windows = [] if context is None or spec.max_tokens is not None else [context]
+    windows = [] if context is None else [(context, expected)]
     quotas = [limit for limit in (quota, history.per_minute) if limit is not None]
-    if quotas:
+    if quotas and spec.max_tokens is not None:
+        windows.append((min(quotas), output_reserve(spec.max_tokens)))
+    elif quotas:
         share = min(quotas) // QUOTA_SHARE
-        windows.append(share if spec.max_tokens is None and share >= least else min(quotas))
+        windows.append((share if share >= around + 4 * expected else min(quotas), expected))
     return windows

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 _AT_FIRST = 2
 """Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while
-it is being tried how long a reply the model allows, it is one."""
+it is being tried how long a reply the model allows, it is one. So it is later on where callers have set `max_tokens`, as no other
+bound than their sum is sent meanwhile."""
 
 _OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
@@ -141,9 +142,10 @@ class Lane:
             return False
         if bulk and self.spec.kind is not None and self.spec.kind.holds(self._fill):
             return True
-        if not self.combined or self.history.proven:
+        trying = self.model is not None and bool(self.model.trying)
+        if not self.combined or (self.history.proven and not (trying and self.spec.max_tokens)):
             return False
-        return self.combined >= _AT_FIRST or (self.model is not None and bool(self.model.trying))
+        return trying or self.combined >= _AT_FIRST
 
     @property
     def condemned(self) -> bool:

@@ -51,6 +51,7 @@ class AloneReason(enum.StrEnum):
     IDLE = "idle"
     NO_COMPANY = "no_company"
     TOO_LONG = "too_long"
+    OUTPUT = "output"
     NOT_COMBINABLE = "not_combinable"
     HIGH = "high"
     BYPASS = "bypass"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _STEP_TIMEOUT: Final = 5.0
 """Seconds for each exchange with a Redis server that holds a cache."""
+_UNSENT: Final = "unsent"
+"""Stands for the key where nothing is sent."""
 CACHE_PATIENCE: Final = 10.0
 """Seconds for which a failing call of a cache is repeated, because each miss has to be paid for."""
 
@@ -96,14 +98,16 @@ def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
 
 
 def _read_transport(args: argparse.Namespace) -> OpenAIChat:
-    key = read_key(args) or os.environ.get("OPENAI_API_KEY")
+    dry = getattr(args, "dry_run", False)
+    key = _UNSENT if dry else read_key(args) or os.environ.get("OPENAI_API_KEY")
     if not key and not args.base_url and not args.uds and not os.environ.get("OPENAI_BASE_URL"):
         raise UsageError(
             "no API key: set the environment variable OPENAI_API_KEY, give --base-url for an endpoint that needs none, "
             "or --simulate to try without one"
         )
     try:
-        return OpenAIChat(args.model or None, base_url=args.base_url, api_key=read_key(args), **read_connection(args))
+        own = _UNSENT if dry else read_key(args)
+        return OpenAIChat(args.model or None, base_url=args.base_url, api_key=own, **read_connection(args))
     except ConfigError as error:
         message = with_flags(str(error), CONNECTION)
         message = message.replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")

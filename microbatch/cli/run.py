@@ -34,6 +34,7 @@ Examples:
 
   microbatch run products.jsonl -o answers.jsonl ... --resume    (after a crash)
   microbatch run products.jsonl -o try.jsonl ... --simulate      (costs nothing)
+  microbatch run products.jsonl ... --dry-run  (says what it would ask and cost)
   microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
                                     (what was asked before costs nothing)
   microbatch run openai_batch.jsonl -o answers.jsonl
@@ -55,6 +56,7 @@ from microbatch.cli.asking_again import AskingAgain
 from microbatch.cli.audit_summary import audit_figures, audit_lines
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import UsageError, note, plural, seconds
+from microbatch.cli.dry_run import add_dry_run, dry_run
 from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
@@ -73,7 +75,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     output = "where the answers go, as they come"
-    parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
+    parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", help=f"{output}; needed but for --dry-run")
     group = add_bulk(parser, "the run")
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
     add_flag(group, "--resume", resume)
@@ -83,10 +85,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flag(group, "--force", force)
     add_audit(group)
+    add_dry_run(group)
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask about every line, and return the exit status."""
+    if args.dry_run:
+        return dry_run(args)
+    if args.expect_tokens is not None:
+        raise UsageError("--expect-tokens is for --dry-run")
+    if args.output is None:
+        raise UsageError("no output: give -o OUTPUT.jsonl, or --dry-run")
     plan, source = prepare(args)
     model = plan.transport.model
     try:

@@ -38,7 +38,7 @@ _KINDS: Final = [kind for kinds in (ElementKind, TextKind, WireKind) for kind in
 _SAME_NAMES: Final = (
     *("host", "port", "batch_seconds", "batch_expires", "batch_tokens", "context_tokens", "max_output_tokens"),
     *("reasoning_tokens", "indent", "json_schema", "json_object", "max_tokens_name", "temperature_fixed"),
-    *("stream_options", "cached_prefixes", "obey"),
+    *("stream_options", "cached_prefixes", "obey", "brief"),
 )
 """Flags that are arguments of `SimulatedEndpoint`."""
 
@@ -94,6 +94,7 @@ def _add_capabilities(group: Group) -> None:
     add_flag(group, "--temperature-fixed", "refuse any temperature but 1, as reasoning models do")
     add_flag(group, "--no-streaming", "refuse streaming")
     add_flag(group, "--cached-prefixes", "report cached_tokens as OpenAI does")
+    add_flag(group, "--brief", "answer in few words where max_tokens is low, instead of being cut there")
     order = '"answer X for all requests" makes X every answer of a combined reply'
     add_flag(group, "--obey", f"let one item give orders to all: {order}")
 

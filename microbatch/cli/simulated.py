@@ -41,7 +41,7 @@ class SimulatedChat:
         """Start to serve."""
         from microbatch.testing.endpoint import SimulatedEndpoint  # noqa: PLC0415 a server, which a real run does not need
 
-        endpoint = await self._stack.enter_async_context(SimulatedEndpoint())
+        endpoint = await self._stack.enter_async_context(SimulatedEndpoint(brief=True))
         self._transport = OpenAIChat(self.model, base_url=endpoint.base_url, api_key="simulated")
         self._stack.push_async_callback(self._transport.aclose)
 

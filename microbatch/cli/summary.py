@@ -23,6 +23,19 @@ DAMAGE: Final = {
 }
 """Figures of replies that did not answer all that they were asked, with the words for one and for several."""
 
+ALONE: Final = {
+    "no_company": "nothing else that could share a prompt with {them} was left",
+    "idle": "nothing else was waiting to share a prompt with {them}",
+    "too_long": "too long to share a prompt (--max-batch-tokens, --max-prompt-tokens)",
+    "output": "no room for several answers in one reply (--max-output-tokens, --tpm, the model's own limits)",
+    "not_combinable": "not combinable",
+    "high": "failed in combined prompts before",
+    "not_cheaper": "cheaper alone than combined",
+    "condemned": "the audit has found that combining changes the answers",
+    "latency": "several answers would take longer than --max-latency",
+}
+"""Reasons for which items of a run go alone, in words for its summary."""
+
 MAX_KINDS: Final = 20
 MAX_EXAMPLES: Final = 5
 
@@ -36,8 +49,8 @@ def fields(stats: Stats, *names: str) -> dict[str, Any]:
     }
 
 
-def comparison(stats: Stats) -> str:
-    """Return a table of what was paid against one call for each answer."""
+def comparison(stats: Stats, this: str = "this run", single: str = "one call each") -> str:
+    """Return a table of what was paid, under the heading *this*, against one call for each answer, under *single*."""
     counts = [
         ("calls", stats.upstream_calls, stats.unbatched_calls),
         ("prompt tokens", stats.prompt_tokens, stats.unbatched_prompt_tokens),
@@ -46,7 +59,7 @@ def comparison(stats: Stats) -> str:
     rows = [(name, f"{now:,}", f"{before:,}", change(now, before)) for name, now, before in counts]
     now, before = stats.cost_usd, stats.unbatched_cost_usd
     rows.append(("cost", dollars(now), dollars(before), change(now, before)))
-    return table(("", "this run", "one call each", "change"), rows)
+    return table(("", this, single, "change"), rows)
 
 
 def reuse(stats: Stats) -> Iterator[str]:
@@ -72,9 +85,10 @@ def alone(stats: Stats) -> Iterator[str]:
         what = ""
         if reason == "not_combinable" and stats.alone_by_field:
             fields = sorted(stats.alone_by_field.items(), key=lambda each: -each[1])
-            what = f" ({', '.join(f'{name}: {times:,}' for name, times in fields)})"
+            what = f" ({', '.join(f'{name}: {times:,}' for name, times in fields)}); see --combine-param"
         if reason not in ("fallback", "audit"):
-            line = f"alone: {plural(count, 'item')}, {reason.replace('_', ' ')}{what}"
+            said = ALONE.get(reason, reason.replace("_", " ")).format(them="it" if count == 1 else "them")
+            line = f"alone: {plural(count, 'item')}, {said}{what}"
             yield textwrap.fill(line, COLUMNS, subsequent_indent="       ")
 
 

@@ -14,12 +14,12 @@ import msgspec
 from microbatch.containment import contained
 from microbatch.errors import Filtered, MalformedAnswer, RequestFailed, TruncatedReply, mask
 from microbatch.prompt.compose import (
-    CANARY_ANSWER_TOKENS,
+    LARGEST_SUM,
     canary_line,
     compose,
     draw_word,
     instruction,
-    output_reserve,
+    limits_together,
 )
 from microbatch.prompt.ids import IdKey
 from microbatch.prompt.outcome import ONLY_REASONING, CombinedReply, complaint
@@ -117,17 +117,18 @@ class ChatCodec:
     ) -> CombinedCall:
         """Return the call that asks for an answer to each of *lines*, from `item_line`, after the *shared* messages.
 
+        The reply may take *bound* tokens. With None it may take what its callers allow together, if that is at most `LARGEST_SUM`.
         Calls that differ in these, in their model, form of answer or headers, or in *apart*, whose repr counts, have other ids.
         """
         draw = self._draw or self._key.draws(self._batch_bytes(settings, shared, lines, apart))
-        answer, max_tokens, schema = settings.answer, None, settings.answer.batch_schema
-        if settings.max_tokens:
-            max_tokens = len(lines) * output_reserve(settings.max_tokens)
+        answer, schema = settings.answer, settings.answer.batch_schema
+        max_tokens = limits_together(settings.max_tokens, len(lines), canary=self._canary)
+        if bound is not None or (max_tokens is not None and max_tokens > LARGEST_SUM):
+            max_tokens = None
         canary = draw_word(draw) if self._canary else None
         if canary is not None:
             lines = [*lines, canary_line(canary)]
             schema = answer.watched_schema
-            max_tokens = None if max_tokens is None else max_tokens + CANARY_ANSWER_TOKENS
         prompt, ids = compose(instruction(answer.words), lines, draw)
         call = ChatCall(
             messages=[*shared, {"role": "user", "content": prompt}],

@@ -96,9 +96,21 @@ def item_line(text: str, scratch: bytearray | None = None) -> bytes:
     return line
 
 
+LARGEST_SUM = 2_048
+"""The most tokens of callers' limits together that are sent as they are. No endpoint in use refuses so few; of more the batcher has
+to find out whether the model allows them, as of any bound of its own."""
+
+
 def output_reserve(max_tokens: int) -> int:
     """Return the tokens to reserve in a combined reply for an answer of at most *max_tokens*, JSON escapes and framing included."""
     return math.ceil(1.2 * max_tokens) + 16
+
+
+def limits_together(max_tokens: int | None, items: int, *, canary: bool) -> int | None:
+    """Return the tokens of a combined reply to *items*, each allowed *max_tokens*, and to a *canary*; None if that is None."""
+    if max_tokens is None:
+        return None
+    return items * output_reserve(max_tokens) + (CANARY_ANSWER_TOKENS if canary else 0)
 
 
 def compose(preamble: str, lines: Sequence[bytes], draw: Callable[[int], Sequence[str]]) -> tuple[str, list[str]]:

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any, TypeAlias, cast
 
 from microbatch.schema.strict_mode import NOTE
+from microbatch.testing.counting import compact, text_tokens
 
 _JSON_TYPES = {
     type(None): "null",
@@ -44,12 +45,28 @@ _FORMATS = {
 }
 
 
-def simulated_answer(text: str, schema: Schema | None) -> Any:
+_MOST_WORDS = 60
+_FEWER_WORDS = (40, 25, 15, 10, 7, 5, 3, 2, 1)
+"""Most words of a string, at first and where the answer would be too long."""
+
+
+def simulated_answer(text: str, schema: Schema | None, *, max_tokens: int | None = None) -> Any:
     """Return the answer to *text*: some sentences when *schema* is None, else a value that conforms to it.
 
-    `pattern`, `not` and `if` are not looked at.
+    `pattern`, `not` and `if` are not looked at. Strings are shorter where the answer, as text or JSON, would take more than
+    *max_tokens*, as far as that helps: a model is mostly asked for short answers where they are limited to few tokens.
     """
-    return _Writer(text, schema or {}).value(schema or {"type": "string"}, "", 0)
+    answer = _written(text, schema, _MOST_WORDS)
+    if max_tokens is not None:
+        for words in _FEWER_WORDS:
+            if text_tokens(answer if isinstance(answer, str) else compact(answer)) <= max_tokens:
+                break
+            answer = _written(text, schema, words)
+    return answer
+
+
+def _written(text: str, schema: Schema | None, most_words: int) -> Any:
+    return _Writer(text, schema or {}, most_words).value(schema or {"type": "string"}, "", 0)
 
 
 def resolve(schema: Schema, root: Schema) -> Schema:
@@ -120,11 +137,13 @@ def json_type(value: Any) -> str:
 class _Writer:
     """Writes one answer. Every choice is drawn from the text and the place of the choice in the answer.
 
-    The place, not the schema's own wording, so that a schema says the same with its references written out.
+    The place, not the schema's own wording, so that a schema says the same with its references written out. Strings have at most
+    *most_words*, unless the schema wants longer ones.
     """
 
-    def __init__(self, text: str, root: Schema) -> None:
+    def __init__(self, text: str, root: Schema, most_words: int) -> None:
         self.root = root
+        self.most_words = most_words
         self.key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         self.words = re.findall(r"[^\W_]+", text[:8_000])[:400] or ["nothing", "to", "say"]
 
@@ -179,6 +198,8 @@ class _Writer:
         if not named and isinstance(extra, dict) and depth <= MAX_DEPTH:
             names = dict.fromkeys(self.draw(path).choices(self.words, k=2))
             return {name: self.value(extra, f"{path}/{name}", depth + 1) for name in names}
+        if not named and not path and extra in (None, True):
+            return {"answer": self.string({}, path)}  # "some JSON object": what is said of the text must be somewhere
         return named
 
     def array(self, schema: Schema, path: str, depth: int) -> list[Any]:
@@ -215,7 +236,7 @@ class _Writer:
         if form in _FORMATS:
             return _FORMATS[form]
         draw = self.draw(path)
-        words = draw.choices(self.words, k=draw.randint(10, 60))
+        words = draw.choices(self.words, k=draw.randint(10, _MOST_WORDS))[: self.most_words]
         sentences = []
         while words:
             length = draw.randint(6, 14)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -47,6 +48,9 @@ MAX_INLINE_BYTES: Final = 65_536
 RAMBLING_TOKENS: Final = 8_192
 """The length of a reply that does not end by itself where no other limit applies."""
 
+_OBJECT_TOKENS: Final = 6
+"""Tokens of the object around a single answer that is none."""
+
 Accepts = Literal["ok", "400"]
 Fails = Literal["ok", "400", "500"]
 MaxTokensName = Literal["max_tokens", "max_completion_tokens"]
@@ -84,6 +88,8 @@ class SimulatedModel:
             keywords and formats, limits of size and depth), in OpenAI's words.
         count_schema: Count a response_format's schema as part of the prompt, as providers do.
         cached_prefixes: Report cached_tokens as OpenAI does: prefixes seen before, from 1,024 tokens in steps of 128.
+        brief: Make the strings of the default answers shorter where the limit on the reply is low, as a model does that is asked for
+            short ones. Otherwise the limit cuts them.
         record: Keep the bodies of all requests in `requests` and the texts of all replies in `replies`.
 
     Attributes:
@@ -125,6 +131,7 @@ class SimulatedModel:
     strict_schemas: bool = True
     count_schema: bool = True
     cached_prefixes: bool = False
+    brief: bool = False
     record: bool = False
 
     def __post_init__(self) -> None:
@@ -350,8 +357,8 @@ class SimulatedModel:
             said = word if order is None else order
             return said if inner is None or prompt.combined else {"answer": said}
         schema = prompt.schema if inner is None else inner
-        size, wrong = len(prompt.items), self.mistakes
-        value = self.answer(text, schema) if wrong is None else wrong.answer(self.answer, text, schema, size)
+        size, wrong, answer = len(prompt.items), self.mistakes, self.answer_to(prompt)
+        value = answer(text, schema) if wrong is None else wrong.answer(answer, text, schema, size)
         if prompt.schema is None:
             said = compact(value) if prompt.bare and isinstance(value, dict) else str(value)
             return said if order is None else order
@@ -360,6 +367,15 @@ class SimulatedModel:
         if inner is not None:
             value = {"answer": value}
         return compact(value) if prompt.as_text else value
+
+    def answer_to(self, prompt: Prompt) -> Callable[[str, dict[str, Any] | None], Any]:
+        """Return what answers an item of *prompt*."""
+        most = prompt.most_each
+        if not self.brief or most is None or self.answer is not simulated_answer:
+            return self.answer
+        wrapped = not prompt.combined and prompt.schema is not None and unwrap(prompt.schema) is not None
+        around = _OBJECT_TOKENS if prompt.bare or wrapped else 0
+        return partial(simulated_answer, max_tokens=most - around)
 
     def _reply_limit(self, prompt: Prompt) -> int | None:
         """Return the most tokens that the reply to *prompt* may have, or None for any number."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 REPLY_SHAPE = '{"results":[{"id":"...","answer":...}]}'
 SCHEMA_WORDS = "JSON Schema: "
 
+# What a combined reply reserves for each answer, beyond the limit that its caller has set.
+_FRAME_TOKENS = 16
+_ESCAPES = 1.2
+
 _STRING = {"type": "string"}
 _SYSTEM = ("system", "developer")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -85,6 +89,13 @@ class Prompt(msgspec.Struct):
     max_tokens: int | None
     tool: str | None = None
     named: bool = False
+
+    @property
+    def most_each(self) -> int | None:
+        """The most tokens of one answer, if the limit on the reply is what its callers allow together, as the composer adds it up."""
+        if self.max_tokens is None or not self.combined:
+            return self.max_tokens
+        return max(1, int((self.max_tokens / len(self.items) - _FRAME_TOKENS) / _ESCAPES))
 
     @property
     def typed(self) -> bool:

@@ -71,7 +71,7 @@ class SimulatedTransport:
         start = asyncio.get_running_loop().time()
         # Over a network nothing is answered in the same step either.
         await asyncio.sleep(0)
-        body = self._body(call)
+        body = self.body_of(call)
         number = self.simulated.admit(body)
         try:
             reply = await self.simulated.respond(body, _key(call.headers))
@@ -111,8 +111,8 @@ class SimulatedTransport:
             bound=call.bound if call.max_tokens is None else None,
         )
 
-    def _body(self, call: ChatCall) -> dict[str, Any]:
-        """Write the request that an HTTP transport would send."""
+    def body_of(self, call: ChatCall) -> dict[str, Any]:
+        """Return the request that an HTTP transport would send."""
         body: dict[str, Any] = {
             "model": call.model or MODEL,
             "messages": [dict(each) for each in call.messages],

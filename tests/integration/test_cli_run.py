@@ -111,6 +111,40 @@ def test_the_summary_says_why_items_went_alone(capsys):
     assert "--combine-param" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit", [5, 10, 40])
+def test_a_simulation_answers_shortly_where_lines_allow_few_tokens(capsys, limit):
+    instructions = {"role": "system", "content": "Say in a word or two what kind of thing this is. " * 20}
+    body = {"model": "gpt-4.1-mini", "max_tokens": limit}
+    given(
+        *(
+            {"custom_id": f"r{number}", "body": {**body, "messages": [instructions, question]}}
+            for number in range(64)
+            if (question := {"role": "user", "content": f"a green garden chair of solid oak, number {number}"})
+        )
+    )
+    assert run("--simulate", "--json") == 0
+    told = summary(capsys)
+    assert (told["upstream_calls"], told["fallback_calls"], told["cut_replies"]) == (4, 0, 0)
+    assert told["cost_usd"] < told["unbatched_cost_usd"]
+    assert all(len(line["output"].split()) <= limit for line in output())
+
+
+@pytest.mark.parametrize(
+    ("words", "because"),
+    [
+        (["--max-output-tokens", "20", "--labels", "home,other"], "30 items, no room for several answers in one reply"),
+        (["--max-batch-tokens", "100", "--labels", "home,other"], "30 items, too long to share a prompt"),
+        (["--max-batch-tokens", "130", "--labels", "home,other"], "29 items, too long to share a prompt"),
+        (["--merge", "when-cheaper"], "30 items, cheaper alone than combined"),
+    ],
+)
+def test_the_reasons_are_in_words_that_name_the_remedy(capsys, words, because):
+    products(30)
+    assert run(*QUESTION, "--simulate", *words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"alone: {because}" in shown
+
+
 def test_bad_lines_fail_with_file_line_and_field_and_the_others_are_answered(capsys):
     given({"id": "a", "name": "x"}, "{broken", {"id": "b"}, {"id": None, "name": "y"}, {"id": "c", "name": "z"})
     assert run(*QUESTION, "--simulate", "--json") == 1
