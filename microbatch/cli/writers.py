@@ -83,16 +83,17 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, type]:
 
     A column is of the type of its values, `float` for whole and other numbers together, and `str` for any other mixture.
     """
-    found: dict[str, set[type]] = {}
+    found: dict[str, set[type[Any]]] = {}
     for row in rows:
         for name, value in row.items():
             kinds = found.setdefault(name, set())
             if value is not None:
-                kinds.add(str if type(value) is int and value not in _INT64 else type(value))
+                kind: type[Any] = type(value)
+                kinds.add(str if kind is int and value not in _INT64 else kind)
     return {name: _kind(kinds) for name, kinds in found.items()}
 
 
-def _kind(kinds: set[type]) -> type:
+def _kind(kinds: set[type[Any]]) -> type:
     if len(kinds) == 1 and kinds < {int, float, bool}:
         return next(iter(kinds))
     return float if kinds == {int, float} else str
