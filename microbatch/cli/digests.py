@@ -68,7 +68,7 @@ class Digests:
         mask = len(slots) - 1
         slot = digest & mask
         while (number := slots[slot]) != _FREE:
-            if number != _DELETED and kept[number * _BYTES : number * _BYTES + _BYTES] == key:
+            if number != _DELETED and kept.startswith(key, number * _BYTES):
                 break
             slot = slot + 1 & mask
         return slot

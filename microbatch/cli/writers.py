@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
@@ -83,17 +83,16 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, type]:
 
     A column is of the type of its values, `float` for whole and other numbers together, and `str` for any other mixture.
     """
-    found: dict[str, set[type[Any]]] = {}
+    found: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
             kinds = found.setdefault(name, set())
             if value is not None:
-                kind: type[Any] = type(value)
-                kinds.add(str if kind is int and value not in _INT64 else kind)
+                kinds.add(str if isinstance(value, int) and value not in _INT64 else type(cast("object", value)))
     return {name: _kind(kinds) for name, kinds in found.items()}
 
 
-def _kind(kinds: set[type[Any]]) -> type:
+def _kind(kinds: set[type]) -> type:
     if len(kinds) == 1 and kinds < {int, float, bool}:
         return next(iter(kinds))
     return float if kinds == {int, float} else str
