@@ -288,7 +288,7 @@ class BulkRun:
     def _give_up_item(self, name: str, error: Exception) -> None:
         described = error_object(error)
         self._fail(name, described)
-        self.failures.add(f"{described['type']}: {described['message']}", name, "id ")
+        self.failures.add_error(described, name)
 
     def _fail(self, name: str, error: dict[str, Any]) -> None:
         item, request = id_digest(name), self._asked.pop(name, None)

@@ -128,6 +128,12 @@ def spool_at(place: str, *, max_alone: int) -> Spool:
     return RedisSpool(place, max_alone=max_alone) if is_address(place) else SQLiteSpool(place, max_alone=max_alone)
 
 
+def check_spool(place: str) -> None:
+    """Raise `UsageError` if there is no spool at *place*, which would be made there otherwise; an address is not looked at."""
+    if not is_address(place) and not Path(place).exists():
+        raise UsageError(f"there is no spool {place!r}; microbatch spool {place} --put INPUT.jsonl makes one")
+
+
 # --- what is asked
 
 

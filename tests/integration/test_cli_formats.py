@@ -15,6 +15,7 @@ from command_line import QUESTION, given, here, output, products, refuse, summar
 from helpers import serving
 
 from microbatch.cli.main import main
+from microbatch.testing.reading import EndpointError
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -209,7 +210,7 @@ def test_failures_that_a_resumed_run_mends_leave_no_line(asked):
     order = [line["custom_id"] for line in output() if line["error"] is None]
     asked[1].clear()
     with serving(answer=lambda text, _: text) as endpoint:
-        run(((*asked[0][:3], endpoint.base_url), []), "--resume", "--force", status=0)
+        run((("--model", "m", "--base-url", endpoint.base_url), []), "--resume", "--force", status=0)
     lines = output()
     assert len(lines) == 20
     assert all(line["error"] is None for line in lines)
@@ -300,3 +301,30 @@ def test_a_command_that_is_refused_leaves_everything_as_it_was(asked, refused):
         run(asked, *words, out=path, status=2)
     assert everything() == before
     assert asked[1] == []
+
+
+# --- the endpoint's own words
+
+
+def test_what_the_endpoint_says_stands_in_the_lines_and_in_the_summary_without_the_prompt_or_a_key(asked, capsys):
+    given(*({"id": f"p{number}", "name": f"a secret thing, refuse me {number}"} for number in range(30)), {"name": "x"})
+    with serving(answer=lambda text, _: text) as endpoint:
+        asks, real = iter(range(10_000)), endpoint.read
+
+        def refusing(body):
+            text = body["messages"][-1]["content"]
+            if "refuse me" in text:
+                raise EndpointError(400, f"Case {next(asks)}: frobs are banned; key sk-abcdef123456; you said: {text}")
+            return real(body)
+
+        endpoint.read = refusing
+        run((("--model", "m", "--base-url", endpoint.base_url), []), out="out.csv")
+    shown = capsys.readouterr().err
+    lines = [line["error"]["message"] for line in output("out.csv.journal.jsonl") if line["error"] is not None]
+    assert len(lines) == 30
+    for text in (*lines, shown, *(row["error"] for row in read("out.csv") if row["error"])):
+        assert "frobs are banned" in text
+        assert "secret thing" not in text
+        assert "sk-abcdef" not in text
+    assert shown.count("frobs are banned") == 1
+    assert "and 25 more: BadRequest: " in shown
