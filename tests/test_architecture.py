@@ -33,7 +33,7 @@ CORE = {"msgspec"}
 VENDORS = {
     "accounting": {"anyio", "genai_prices", "opentelemetry", "prometheus_client", "tiktoken"},
     "batching": {"anyio"},
-    "cli": {"tqdm", "uvloop"},
+    "cli": {"pyarrow", "tqdm", "uvloop"},
     "gateway": {"aiohttp"},
     "listening": {"aiohttp"},
     "spool": {"anyio"},
@@ -41,7 +41,7 @@ VENDORS = {
     "testing": {"aiohttp", "tiktoken"},
     "transports": {"aiohttp", "anyio", "multidict", "yarl"},
 }
-OPTIONAL = {"genai_prices", "opentelemetry", "prometheus_client", "pydantic", "redis", "tqdm", "uvloop"}
+OPTIONAL = {"genai_prices", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "redis", "tqdm", "uvloop"}
 
 WAITING = {"anyio", "asyncio", "concurrent", "selectors", "signal", "socket", "ssl", "subprocess", "threading", "time"}
 """What a pure module does not import: it is told the time, and waits for nothing."""

@@ -8,6 +8,8 @@ the run ends.
 
 The record of the audits is kept in OUTPUT.audit, without any text, so that a resumed run goes on with it. It is written at each
 decision and before the first line of a new period, at most every tenth of a second otherwise, and at the end.
+
+With stdout as the output there is no record, and nothing is asked again: doubtful answers are only counted.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ import msgspec
 
 from microbatch.audit.lane_kind import LaneKind, step_of
 from microbatch.cli.console import note
-from microbatch.cli.output import Provenance, replacing
+from microbatch.cli.output import OutputFile, Provenance, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from microbatch.accounting.audits import Audited
     from microbatch.batching.audits import Audits
     from microbatch.cli.output import OutputFile
+    from microbatch.cli.standard_output import StandardOutput
     from microbatch.messages import Reply, UseCache
     from microbatch.policy import AuditPolicy
 
@@ -68,7 +71,7 @@ class AskingAgain:
         left: At the end, doubtful answers that were not replaced: the run has ended early, or asking again has failed.
     """
 
-    def __init__(self, policy: AuditPolicy, output: OutputFile, items: Container[int]) -> None:
+    def __init__(self, policy: AuditPolicy, output: OutputFile | StandardOutput, items: Container[int]) -> None:
         self.policy = policy
         self.pending: set[int] = set()
         self.use_cache: UseCache = True
@@ -92,7 +95,9 @@ class AskingAgain:
         audits.restore(self._kept())
 
     def _kept(self) -> Iterable[LaneKind]:
-        path = record_path(self._output.path)
+        if self._output.name is None:
+            return []
+        path = record_path(self._output.name)
         try:
             record = msgspec.json.decode(path.read_bytes(), type=Record)
         except FileNotFoundError:
@@ -106,7 +111,9 @@ class AskingAgain:
         return record.kinds
 
     def _save(self, *, sync: bool) -> None:
-        path, kinds = record_path(self._output.path), self._audits.state()
+        if self._output.name is None:
+            return
+        path, kinds = record_path(self._output.name), self._audits.state()
         self._saved_periods = {(kind.digest, step): each.period for kind in kinds for step, each in kind.steps.items()}
         try:
             with replacing(path, sync=sync) as file:
@@ -152,15 +159,21 @@ class AskingAgain:
         return self.pending.copy()
 
     def _doubtful(self) -> set[int]:
+        is_doubtful = self._judge()
+        if is_doubtful is None or not isinstance(self._output, OutputFile):
+            return set()
+        return {item for item in self._output.select(is_doubtful) if item in self._items}
+
+    def _judge(self) -> Callable[[Provenance], bool] | None:
+        """Return whether an answer is doubtful, as a function; None if none is."""
         kinds = {kind.digest: kind for kind in self._audits.kinds.values()}
 
         def is_doubtful(answer: Provenance) -> bool:
             kind = kinds.get(answer.lane_kind or "")
             return kind is not None and kind.is_doubtful(answer.batch_size, answer.period)
 
-        if not any(step.doubtful for kind in kinds.values() for step in kind.steps.values()):
-            return set()
-        return {item for item in self._output.select(is_doubtful) if item in self._items}
+        any_doubt = any(step.doubtful for kind in kinds.values() for step in kind.steps.values())
+        return is_doubtful if any_doubt else None
 
     def answered(self, item: int, size: int) -> bool:
         """Note that *item* was answered, in a batch of *size*; return whether it was asked again."""
@@ -187,4 +200,8 @@ class AskingAgain:
     def end(self) -> None:
         """Keep the record, and count the answers that are still doubtful; the batcher is closed."""
         self._save(sync=True)
-        self.left = len(self._doubtful())
+        is_doubtful = self._judge()
+        if is_doubtful is not None and not isinstance(self._output, OutputFile):
+            self.left = self._output.count(is_doubtful)
+        else:
+            self.left = len(self._doubtful())

@@ -25,18 +25,20 @@ from microbatch.accounting.stats import Stats
 from microbatch.caching.warming import lasting
 from microbatch.cli import console
 from microbatch.cli.console import UsageError, note, report_summary, seconds
+from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, InputChanged, id_digest
 from microbatch.cli.output import NotWritten, error_object
 from microbatch.cli.progress import Progress
 from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
+from microbatch.cli.target import STDOUT
 from microbatch.errors import ConfigError, ShutDown, StorageError
 from microbatch.spool.endpoint import Cause, cause_of, is_refusal, may_refuse_all
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from microbatch.cli.asking_again import AskingAgain
     from microbatch.cli.input import Input
@@ -61,11 +63,13 @@ class BulkRun:
         args: The flags of `add_bulk`.
         take: Takes the request and the settled reply of each answered item. `NotWritten`, `OSError` and `StorageError` end the run.
         fail: Takes the id, the error object and the request of each item that failed; the request is None if its line made none.
-        done: Digests of the ids that are left out.
+        done: Digests of the ids that are left out, to which those of settled items are added; None for none.
         ttl: Seconds for which the answers are good; None for the cache's own time.
         again: The audit of the run; None for none.
+        begin: Called when all is open, before anything is sent. `UsageError` is passed on, and nothing is sent then.
 
     Attributes:
+        begun: True from then on.
         items: Lines to ask about, those that cannot be read included.
         failed: Items that failed for reasons of their own.
         stopped: True if a signal ended the run.
@@ -81,11 +85,14 @@ class BulkRun:
         take: Callable[[Request, Reply[Any]], None],
         fail: Callable[[str, dict[str, Any], Request | None], None] = lambda *_: None,
         *,
-        done: Collection[int] = (),
+        done: Digests | None = None,
         ttl: float | None = None,
         again: AskingAgain | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self.items: int = source.items - len(done)
+        self.begun: bool = False
+        self._settled = Digests() if done is None else done
+        self.items: int = source.items - len(self._settled)
         self.answered: int = 0
         self.failed: int = 0
         self.failures: Failures = Failures()
@@ -100,10 +107,10 @@ class BulkRun:
         self._report_failure = fail
         self._ttl = ttl
         self._again = again
+        self._begin = begin
         self._session = Session(plan, give_up_after=args.give_up_after)
         self._endpoint = self._session.endpoint
         self._progress = Progress(self.items, self._session.stats, shown=args.progress)
-        self._settled = set(done)
         self._asked: dict[str, Request] = {}  # and not settled
         self._open: dict[str, Exception] = {}  # left open by this pass, with the error
         self._failures: Counter[str] = Counter()  # by item, while the endpoint answered others
@@ -148,30 +155,37 @@ class BulkRun:
         """Print the failures, the summary, and why the run ended early."""
         for line in self.failures.lines():
             note(line)
-        report_summary(args, lines, figures)
+        report_summary(args, lines, figures, stdout_taken=getattr(args, "output", None) == STDOUT)
         for why in (self.unanswering, self.broken):
             if why is not None:
                 lost = "cannot use the cache any more: " if isinstance(why, StorageError) else ""
                 note(f"microbatch {args.name}: {lost}{why}")
 
     async def go(self) -> None:
-        """Run to the end, or until it is stopped or broken. Raise `ConfigError` if the cache cannot be used; then nothing was sent."""
+        """Run to the end, or until it is stopped or broken.
+
+        Raise `ConfigError` if the cache cannot be used, and `UsageError` if the run cannot begin; then nothing was sent.
+        """
         with stoppable(self._stop) as self._leave:
             try:
                 await self._ask()
                 self._source.check()
             except (InputChanged, NotWritten, UsageError, OSError, StorageError) as error:
+                if isinstance(error, UsageError) and not self.begun:
+                    raise
                 self.broken = error
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
         session, again = self._session, self._again
         batcher = session.batcher(self._plan.policy, audit=self._plan.audit, hooks=[] if again is None else [again])
-        if again is not None and batcher.audits is not None:
-            again.begin(batcher.audits)
         self._endpoint.probe = self._probe
         try:
             async with batcher, session.prober:
+                self._begin()
+                self.begun = True
+                if again is not None and batcher.audits is not None:
+                    again.begin(batcher.audits)
                 start = loop.time()
                 try:
                     with self._progress:
@@ -183,7 +197,7 @@ class BulkRun:
         finally:
             # Closing the batcher has put the last answers into the cache.
             self.stats = session.stats() if self._once is None else _compared_with(self._once, session.stats())
-            if again is not None:
+            if again is not None and self.begun:
                 again.end()
 
     # --- a pass over the input
@@ -197,7 +211,8 @@ class BulkRun:
         await again.settled()
         while not self._endpoint.stopped and (found := again.find()):
             self._once = self._once or self._session.stats()
-            self._settled -= found
+            for item in found:
+                self._settled.discard(item)
             self._progress.extend(len(found))
             await self._ask_all(batcher)
             await again.settled()
@@ -273,7 +288,7 @@ class BulkRun:
     def _give_up_item(self, name: str, error: Exception) -> None:
         described = error_object(error)
         self._fail(name, described)
-        self.failures.add(f"{described['type']}: {described['message']}", name, "id ")
+        self.failures.add_error(described, name)
 
     def _fail(self, name: str, error: dict[str, Any]) -> None:
         item, request = id_digest(name), self._asked.pop(name, None)

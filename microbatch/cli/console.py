@@ -46,12 +46,14 @@ def report(text: str = "") -> None:
         _write(sys.stdout, text + "\n")
 
 
-def report_summary(args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any]) -> None:
-    """Write *lines*, or with --json the *figures*, to stdout; then the lines go to stderr."""
+def report_summary(
+    args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], *, stdout_taken: bool = False
+) -> None:
+    """Write *lines*, or with --json the *figures*, to stdout; then the lines go to stderr. With *stdout_taken* all goes to stderr."""
     for line in lines:
-        (note if args.json else report)(line)
+        (note if args.json or stdout_taken else report)(line)
     if args.json:
-        report_json(figures)
+        (note if stdout_taken else report)(msgspec.json.encode(figures).decode())
 
 
 def report_json(figures: object) -> None:

@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(command=module.run, name=name)
+        command.set_defaults(command=module.run, name=name, parser=command)
     return parser
 
 
@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if not hasattr(args, "command"):
         parser.print_help(sys.stderr)
         return console.USAGE

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import threading
+from array import array
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 import msgspec
 
 from microbatch.cli.console import UsageError
+from microbatch.cli.digests import Digests
 from microbatch.cli.input import id_digest
 from microbatch.errors import RequestFailed, StatusError
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply
 
 SYNC_SECONDS: Final = 0.5
+_PAGE: Final = 65_536
+"""Bytes that are read or written at once."""
 
 
 class NotWritten(Exception):
@@ -87,43 +91,78 @@ class Provenance(msgspec.Struct, frozen=True):
     period: int = 0
 
 
-class _Line(Provenance, frozen=True):
-    custom_id: str = ""
-    error: Any = None
+class _Line(Provenance, frozen=True, kw_only=True):
+    custom_id: str
+    output: msgspec.Raw
+    error: Any
+    digest: Any = None
 
 
 # --- the file
 
+_NO_ANSWER: Final = -1
+_UNKNOWN: Final = 0xFFFF_FFFF
+
 
 class Row(msgspec.Struct, frozen=True):
-    """The offset of an answer's line, and the digest of its question; None if an older release wrote the line."""
+    """The offset of an answer's line, and the number of its question; None if an older release wrote the line."""
 
     start: int
-    digest: str | None
+    question: int | None
 
 
-class Rows(msgspec.Struct):
-    """The answers in an output, without lines of errors.
+class Rows:
+    """The answers in an output, without lines of errors, in about 70 bytes each.
 
     Attributes:
-        by_id: By the digest of the id: its last line, if that is an answer.
-        by_question: By the digest of the question: its last answer, under any id.
         cut: Bytes of an incomplete last line, which were cut off.
     """
 
-    by_id: dict[int, Row] = {}
-    by_question: dict[str, Row] = {}
-    cut: int = 0
+    def __init__(self) -> None:
+        self.cut: int = 0
+        self._ids = Digests()
+        self._starts = array("q")  # by the number of the id: the offset of its last line, if that is an answer
+        self._asked = array("I")  # by the number of the id: the number of the question in that line
+        self._questions = Digests()
+        self._answers = array("q")  # by the number of the question: the offset of its last answer
 
-    def add(self, line: dict[str, Any], start: int) -> None:
-        """Add the line at the offset *start*, which follows those that were added before."""
-        name, digest = id_digest(line["custom_id"]), line.get("digest")
-        if line["error"] is not None:
-            self.by_id.pop(name, None)
-            return
-        row = self.by_id[name] = Row(start, digest if isinstance(digest, str) else None)
-        if row.digest is not None:
-            self.by_question[row.digest] = row
+    def add(self, name: int, digest: str | None, start: int) -> None:
+        """Add the answer at the offset *start*, which follows those that were added before.
+
+        *name* is the digest of its id, *digest* that of its question.
+        """
+        question = _UNKNOWN if digest is None else _put(self._questions, self._answers, id_digest(digest), start)
+        at = _put(self._ids, self._starts, name, start)
+        self._asked[at : at + 1] = array("I", [question])
+
+    def failed(self, name: int) -> None:
+        """Take note that the last line of the id *name* is an error."""
+        at = self._ids.number(name)
+        if at is not None:
+            self._starts[at] = _NO_ANSWER
+
+    def of_id(self, name: int) -> Row | None:
+        """Return the last line of the id whose digest is *name*, if that is an answer."""
+        at = self._ids.number(name)
+        if at is None or self._starts[at] == _NO_ANSWER:
+            return None
+        question = self._asked[at]
+        return Row(self._starts[at], None if question == _UNKNOWN else question)
+
+    def question(self, digest: str | None) -> int | None:
+        """Return the number of the question with this digest; None if it has no answer here."""
+        return None if digest is None else self._questions.number(id_digest(digest))
+
+    def answer_to(self, question: int) -> int:
+        """Return the offset of the last answer to the question with this number, under any id."""
+        return self._answers[question]
+
+
+def _put(digests: Digests, values: array[int], digest: int, value: int) -> int:
+    """Add *digest*, let *value* be the one with its number, and return the number."""
+    number = digests.add(digest)
+    values[number : number + 1] = array(values.typecode, [value])
+    return number
 
 
 class OutputFile:
@@ -131,11 +170,17 @@ class OutputFile:
 
     Each line is written whole and at once. A thread calls fsync every half second, because the event loop must not wait for that.
     Raise `UsageError` if the file cannot be written, or another run is writing to it.
+
+    Args:
+        path: The file.
+        name: The output that it is the journal of; files beside it are called after that. None for *path*.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, name: str | None = None) -> None:
         self.path = path
+        self.name: str = name or path
         self.written: int = 0
+        self._created = not os.path.lexists(path)
         self._file = _open_locked(path)
         self._unsynced = threading.Event()
         self._closing = threading.Event()
@@ -149,22 +194,29 @@ class OutputFile:
 
     def rows(self) -> Rows:
         """Return the answers in the file, and cut off an incomplete last line. Raise `UsageError` if a line is not from a run."""
-        found, start = Rows(), 0
-        with Path(self.path).open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if not raw.endswith(b"\n"):
-                    found.cut = len(raw)
-                    os.ftruncate(self._file, start)
-                    break
-                found.add(_parse(raw, f"{self.path}: line {number}"), start)
-                start += len(raw)
+        found, end = Rows(), 0
+        for start, raw, name, line in self._lines():
+            if line.error is None:
+                found.add(name, line.digest if isinstance(line.digest, str) else None, start)
+            else:
+                found.failed(name)
+            end = start + len(raw)
+        found.cut = self.size - end
+        if found.cut:
+            os.ftruncate(self._file, end)
         return found
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines, decoded."""
+        return (msgspec.json.decode(raw) for _, raw, _, _ in self._lines())
 
     def row_at(self, start: int, name: str) -> dict[str, Any]:
         """Return the line at the offset *start*, with the id *name*."""
-        with Path(self.path).open("rb") as file:
-            file.seek(start)
-            line: dict[str, Any] = msgspec.json.decode(file.readline())
+        os.lseek(self._file, start, os.SEEK_SET)
+        raw = b""
+        while b"\n" not in raw and (part := os.read(self._file, _PAGE)):
+            raw += part
+        line: dict[str, Any] = msgspec.json.decode(raw.partition(b"\n")[0])
         return line | {"custom_id": name}
 
     def select(self, wanted: Callable[[Provenance], bool]) -> set[int]:
@@ -182,14 +234,12 @@ class OutputFile:
 
         Raise `UsageError` if that cannot be written; then the file is as it was.
         """
-        seen: set[int] = set()
-        several: set[int] = set()
-        for _, _, name, _ in self._lines():
-            (several if name in seen else seen).add(name)
-        del seen
-        last = {name: start for start, _, name, _ in self._lines() if name in several}
-        if several and not self._replaced():
-            self._rewrite(raw for start, raw, name, _ in self._lines() if last.get(name, start) == start)
+        ids, last, lines = Digests(), array("q"), 0
+        for start, _, name, _ in self._lines():
+            _put(ids, last, name, start)
+            lines += 1
+        if len(ids) < lines and not self._replaced():
+            self._rewrite(raw for start, raw, name, _ in self._lines() if last[ids.add(name)] == start)
 
     def replace(self, rows: Iterable[tuple[int, str]], aside: Path) -> None:
         """Replace the file by one that holds only *rows*, once that is on the disk, and keep the old one under the name *aside*.
@@ -202,18 +252,27 @@ class OutputFile:
             raise self._not_rewritten(error) from None
         self._rewrite(msgspec.json.encode(self.row_at(start, name)) + b"\n" for start, name in rows)
 
+    def discard(self) -> None:
+        """Remove the file if it was created here, and nothing was written to it."""
+        if self._created and not self.size and not self._replaced():
+            Path(self.path).unlink(missing_ok=True)
+
     def _lines(self) -> Iterator[tuple[int, bytes, int, _Line]]:
-        """Yield the offset of each whole line, the line itself, the digest of its id, and what it says."""
-        start = 0
+        """Yield the offset of each whole line, the line itself, the digest of its id, and what it says.
+
+        Raise `UsageError` if a line is not from a run.
+        """
+        start, decoder = 0, msgspec.json.Decoder(_Line)
         with open(self._file, "rb", closefd=False) as file:  # which may have been deleted
             file.seek(0)
             for number, raw in enumerate(file, start=1):
                 if not raw.endswith(b"\n"):
                     return
                 try:
-                    line = msgspec.json.decode(raw, type=_Line)
-                except ValueError:
-                    raise _not_ours(f"{self.path}: line {number}") from None
+                    line = decoder.decode(raw)
+                except (ValueError, RecursionError):
+                    where = f"{self.path}: line {number}"
+                    raise UsageError(f"{where} was not written by `microbatch run`; is -o the right file?") from None
                 yield start, raw, id_digest(line.custom_id), line
                 start += len(raw)
 
@@ -222,8 +281,8 @@ class OutputFile:
         draft = Path(self.path + ".new")
         new = _open_locked(str(draft), os.O_TRUNC)
         try:
-            for line in lines:
-                _write_all(new, line)
+            with open(new, "ab", buffering=_PAGE, closefd=False) as file:
+                file.writelines(lines)
             os.fsync(new)
             draft.replace(self.path)
         except BaseException as error:
@@ -340,20 +399,6 @@ def _write_all(file: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]
-
-
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        line = msgspec.json.decode(raw, type=dict[str, Any])
-        if isinstance(line["custom_id"], str) and line.keys() >= {"output", "error"}:
-            return line
-    except (ValueError, LookupError, RecursionError):
-        pass
-    raise _not_ours(where)
-
-
-def _not_ours(where: str) -> UsageError:
-    return UsageError(f"{where} was not written by `microbatch run`; is -o the right file?")
 
 
 def _open_locked(path: str, flags: int = 0) -> int:

@@ -137,6 +137,12 @@ def _path(place: str) -> str:
     return place
 
 
+def check_spool(place: str) -> None:
+    """Raise `UsageError` if there is no spool at *place*, which would be made there otherwise; an address is not looked at."""
+    if not is_address(place) and not Path(place).exists():
+        raise UsageError(f"there is no spool {place!r}; microbatch spool {place} --put INPUT.jsonl makes one")
+
+
 # --- what is asked
 
 

@@ -7,6 +7,7 @@ The functions raise `UsageError` if they differ, or if a file cannot be read or 
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,15 +17,20 @@ import msgspec
 from microbatch.cli.arguments import flag
 from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, note, plural
+from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, id_digest, question_digest
-from microbatch.cli.output import OutputFile, free_names, replacing
+from microbatch.cli.output import OutputFile, replacing
+from microbatch.cli.standard_output import StandardOutput
+from microbatch.cli.target import STDOUT
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from microbatch.cli.input import Input
+    from microbatch.cli.output import Row
     from microbatch.cli.plan import Plan
+    from microbatch.cli.target import Target
 
 Settings = dict[str, Any]
 """Each setting by its flag. Texts are kept as digests: prompts may be confidential, and long."""
@@ -37,97 +43,170 @@ _IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schem
 
 
 class Resumed(msgspec.Struct):
-    """The answers that a resumed run has found.
+    """What a run begins with.
 
     Attributes:
         done: Digests of the ids that are not asked about.
         changed: Number of ids whose answer belongs to another question than theirs.
         reused: Number of ids that were given the answer to the same question under another id.
+        begin: Brings the files of the output into the state in which the run begins. Until it is called, they stay as they are.
     """
 
-    done: set[int] = set()
+    done: Digests = msgspec.field(default_factory=Digests)
     changed: int = 0
     reused: int = 0
+    begin: Callable[[], None] = lambda: None
 
 
-def open_output(args: argparse.Namespace) -> OutputFile:
-    """Open the output."""
-    if Path(args.output).exists() and Path(args.output).samefile(args.input):
-        raise UsageError(f"-o {args.output!r} is the input itself")
-    return OutputFile(args.output)
+@contextmanager
+def open_output(args: argparse.Namespace, target: Target) -> Generator[OutputFile | StandardOutput]:
+    """Open the journal of the output, or stdout. A file that was created for it is removed if the block raises while it is empty."""
+    if target.path == STDOUT:
+        yield StandardOutput(target)
+        return
+    for path in (target.path, target.journal):
+        if Path(path).exists() and Path(path).samefile(args.input):
+            raise UsageError(f"-o {target.path!r} is the input itself")
+    with OutputFile(target.journal, target.path) as output:
+        try:
+            yield output
+        except BaseException:
+            output.discard()
+            raise
 
 
-def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFile) -> Resumed:
-    """Return the ids that need not be asked about, and remove answers to other questions from the output.
+def resume(
+    args: argparse.Namespace, plan: Plan, source: Input, target: Target, output: OutputFile | StandardOutput
+) -> Resumed:
+    """Return the ids that need not be asked about.
 
     An answer counts if its id and the digest of its question are those of a line of the input. If the question of a line was
     answered under another id, the answer is written under its own id too. If an answer belongs to another question, the output is
     rewritten without it, and a copy of the old file is kept. Settings that differ from those of the output need --force. Without
     --resume an output that holds answers is refused, or emptied with --force, which keeps a copy too.
     """
-    if output.size and not args.resume:
-        if not args.force:
-            raise UsageError(
-                f"{args.output!r} already holds answers: go on with --resume, choose another -o, or begin anew with --force "
-                "(the old file is kept under another name)"
+    if isinstance(output, StandardOutput):
+        if args.resume:
+            raise UsageError("--resume needs the answers of the earlier run, and -o - keeps none; name a file")
+        return Resumed(begin=output.begin)
+    stale = target.is_written_at_end and not output.size and Path(target.path).exists()
+    if (stale or (output.size and not args.resume)) and not args.force:
+        raise _not_overwritten(target, resumable=not stale)
+    now = settings(args, plan, source)
+    if output.size and args.resume:
+        trusts_ids = _check_settings(args, now)
+        return _Matches(args, plan, source, target, output, trusts_ids=trusts_ids).resumed(now)
+
+    def begin() -> None:
+        if output.size or stale:
+            _rewrite(output, target, [])
+        record_path(target.path).unlink(missing_ok=True)  # it belongs to other answers
+        keep_settings(target.path, now)
+
+    return Resumed(begin=begin)
+
+
+def _not_overwritten(target: Target, *, resumable: bool) -> UsageError:
+    anew = "choose another -o, or begin anew with --force (the old file is kept under another name)"
+    if resumable:
+        return UsageError(f"{target.path!r} already holds answers: go on with --resume, {anew}")
+    return UsageError(
+        f"{target.path!r} exists, and there is no {target.journal!r} from which a run could go on: {anew}"
+    )
+
+
+class _Matches:
+    """The lines of the input, each with the answer in the output that belongs to it."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        plan: Plan,
+        source: Input,
+        target: Target,
+        output: OutputFile,
+        *,
+        trusts_ids: bool,
+    ) -> None:
+        self._force = args.force
+        self._model = plan.transport.model
+        self._source = source
+        self._target = target
+        self._output = output
+        self._trusts_ids = trusts_ids
+        self._rows = output.rows()
+
+    def resumed(self, settings: Settings) -> Resumed:
+        """Return what the run begins with, and describe it on stderr."""
+        found, undated = Resumed(), 0
+        for name, row, start in self._answers():
+            if start is not None:
+                found.done.add(id_digest(name))
+            if row is None or start != row.start:
+                found.reused += start is not None
+                found.changed += row is not None
+                undated += row is not None and row.question is None
+        self._describe(found, undated)
+
+        def begin() -> None:
+            if found.changed:
+                rows = ((start, name) for name, _, start in self._answers() if start is not None)
+                _rewrite(self._output, self._target, rows)
+            elif found.reused:
+                for name, row, start in self._answers():
+                    if row is None and start is not None:
+                        self._output.write(self._output.row_at(start, name))
+            keep_settings(self._target.path, settings)
+            del self._rows
+
+        found.begin = begin
+        return found
+
+    def _answers(self) -> Iterator[tuple[str, Row | None, int | None]]:
+        """Yield each id of the input, the answer under that id, and the offset of the answer that counts; None if there is none."""
+        rows = self._rows
+        for name, digest in self._questions():
+            row, question = rows.of_id(id_digest(name)), rows.question(digest)
+            if row is not None and (
+                self._trusts_ids or (self._force if row.question is None else row.question == question)
+            ):
+                yield name, row, row.start
+            else:
+                yield name, row, None if question is None else rows.answer_to(question)
+
+    def _questions(self) -> Iterator[tuple[str, str | None]]:
+        """Yield each id of the input with the digest of its question; None if its line cannot be asked about."""
+        for row in self._source.rows():
+            if not isinstance(row, BadLine):
+                yield row[1].id or "", question_digest(row[1], self._model)
+            elif row.name is not None:
+                yield row.name, None
+
+    def _describe(self, found: Resumed, undated: int) -> None:
+        note(f"resuming: {len(found.done):,} of {plural(self._source.items, 'item')} answered before")
+        if self._rows.cut:
+            note(f"cut off an incomplete last line ({plural(self._rows.cut, 'byte')})")
+        if found.changed - undated:
+            note(f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count")
+        if undated:
+            note(
+                f"{plural(undated, 'answer')} of an older release, which did not record the question, will be asked for anew; "
+                "--resume --force keeps them"
             )
-        _rewrite(output, [])
-    if not output.size:
-        record_path(output.path).unlink(missing_ok=True)  # it belongs to other answers
-        return Resumed()
-    trusts_ids = _check_settings(args, plan, source)
-    rows = output.rows()
-    found, undated = Resumed(done=set()), 0
-    kept: list[tuple[int, str]] = []
-    moved: list[tuple[int, str]] = []
-    for name, question in _questions(plan, source):
-        row = rows.by_id.get(id_digest(name))
-        if row is not None and (trusts_ids or (args.force if row.digest is None else row.digest == question)):
-            kept.append((row.start, name))
-            continue
-        found.changed += row is not None
-        undated += row is not None and row.digest is None
-        same = None if question is None else rows.by_question.get(question)
-        if same is not None:
-            moved.append((same.start, name))
-    found.done, found.reused = {id_digest(name) for _, name in (*kept, *moved)}, len(moved)
-    note(f"resuming: {len(found.done):,} of {plural(source.items, 'item')} answered before")
-    if rows.cut:
-        note(f"cut off an incomplete last line ({plural(rows.cut, 'byte')})")
-    if found.changed:
-        _rewrite(output, [*kept, *moved])
-    else:
-        for start, name in moved:
-            output.write(output.row_at(start, name))
-    if found.changed - undated:
-        note(f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count")
-    if undated:
-        note(
-            f"{plural(undated, 'answer')} of an older release, which did not record the question, will be asked for anew; "
-            "--resume --force keeps them"
-        )
-    if found.reused:
-        note(f"{plural(found.reused, 'question')} answered before under another id, and not asked again")
-    return found
+        if found.reused:
+            note(f"{plural(found.reused, 'question')} answered before under another id, and not asked again")
 
 
-def _questions(plan: Plan, source: Input) -> Iterator[tuple[str, str | None]]:
-    """Yield each id of the input with the digest of its question; None if its line cannot be asked about."""
-    for row in source.rows():
-        if not isinstance(row, BadLine):
-            yield row[1].id or "", question_digest(row[1], plan.transport.model)
-        elif row.name is not None:
-            yield row.name, None
-
-
-def _rewrite(output: OutputFile, rows: list[tuple[int, str]]) -> None:
-    """Leave only *rows* in the output, and keep it and what is beside it as they were under another name."""
-    aside = next(free_names(output.path))
-    output.replace(rows, aside)
+def _rewrite(output: OutputFile, target: Target, rows: Iterable[tuple[int, str]]) -> None:
+    """Leave only *rows* in the journal; keep it, the output and what is beside it as they were under another name."""
+    aside, journal = target.free_names()
+    output.replace(rows, journal)
+    if target.is_written_at_end and Path(target.path).exists():
+        Path(target.path).replace(aside)
     for beside in (settings_path, record_path):
-        if beside(output.path).exists():
-            shutil.copyfile(beside(output.path), beside(str(aside)))
-    note(f"the output as it was is now {str(aside)!r}")
+        if beside(target.path).exists():
+            shutil.copyfile(beside(target.path), beside(str(aside)))
+    note(f"the output as it was is now {str(journal)!r}")
 
 
 # --- settings
@@ -195,9 +274,9 @@ def _difference(before: object, now: object) -> str:
     return f"was {old}, is {new}"
 
 
-def _check_settings(args: argparse.Namespace, plan: Plan, source: Input) -> bool:
+def _check_settings(args: argparse.Namespace, now: Settings) -> bool:
     """Return whether ids alone decide which answers count, because --force is given and every question differs."""
-    changes = differences(args.output, settings(args, plan, source))
+    changes = differences(args.output, now)
     if not args.force and changes is None:
         raise UsageError(
             f"{str(settings_path(args.output))!r} is missing or damaged, so the settings of {args.output!r} are unknown; "

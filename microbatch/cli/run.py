@@ -60,22 +60,32 @@ from microbatch.cli.dry_run import add_dry_run, dry_run
 from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
-from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
+from microbatch.cli.resume import Resumed, open_output, resume
+from microbatch.cli.standard_output import StandardOutput
 from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse
+from microbatch.cli.target import STDOUT, target_of
+from microbatch.cli.writers import FORMATS
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from microbatch.cli.input import Input
     from microbatch.cli.output import OutputFile
     from microbatch.cli.plan import Plan
+    from microbatch.cli.target import Target
     from microbatch.messages import Reply, Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
-    output = "where the answers go, as they come"
-    parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", help=f"{output}; needed but for --dry-run")
+    output = (
+        "where the answers go: a file whose name ends in .jsonl, .csv, .tsv or .parquet, the first three also with .gz, or in "
+        "anything else for JSON Lines; - is stdout"
+    )
+    parser.add_argument("-o", "--output", metavar="OUTPUT", help=f"{output}; needed but for --dry-run")
+    form = "the format, where the name of the output does not say it; openai-batch: as in the output files of OpenAI's batch API"
+    parser.add_argument("--output-format", choices=FORMATS, help=form)
     group = add_bulk(parser, "the run")
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
     add_flag(group, "--resume", resume)
@@ -97,50 +107,67 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise UsageError("no output: give -o OUTPUT.jsonl, or --dry-run")
     plan, source = prepare(args)
-    model = plan.transport.model
+    target = target_of(args, plan.transport.model)
     try:
-        with open_output(args) as output:
-            resumed = resume(args, plan, source, output)
-            keep_settings(args.output, settings(args, plan, source))
-            again = None if plan.audit is None else AskingAgain(plan.audit, output, source)
-
-            def take(request: Request, reply: Reply[Any]) -> None:
-                answer = reply.output if source.questions.schema is None else msgspec.json.decode(reply.output)
-                audited = {} if again is None else again.provenance(reply)
-                output.write(answer_line(request.id or "", answer, reply, question_digest(request, model), **audited))
-
-            def fail(name: str, error: dict[str, Any], request: Request | None) -> None:
-                output.write(failure_line(name, error, None if request is None else question_digest(request, model)))
-
-            bulk = BulkRun(args, plan, source, take, fail, done=resumed.done, again=again)
-            asyncio.run(bulk.go())
-            lines, figures = [*summary_lines(bulk, plan)], summarize(bulk, resumed)
-            if again is not None:
-                _compact(output)
-                lines += audit_lines(again, bulk.stats)
-                figures |= audit_figures(again, bulk.stats)
-            bulk.report(args, lines, figures)
-            _note_rest(args, bulk)
-            return bulk.status
+        with open_output(args, target) as output:
+            return _ask(args, plan, source, target, output)
     except NotWritten as error:  # at the last fsync
         note(f"microbatch run: {error}")
         return console.SOME_FAILED
 
 
-def _compact(output: OutputFile) -> None:
+def _ask(
+    args: argparse.Namespace, plan: Plan, source: Input, target: Target, output: OutputFile | StandardOutput
+) -> int:
+    model = plan.transport.model
+    resumed = resume(args, plan, source, target, output)
+    again = None if plan.audit is None else AskingAgain(plan.audit, output, source)
+
+    def take(request: Request, reply: Reply[Any]) -> None:
+        answer = reply.output if source.questions.schema is None else msgspec.json.decode(reply.output)
+        audited = {} if again is None else again.provenance(reply)
+        line = answer_line(request.id or "", answer, reply, question_digest(request, model), **audited)
+        output.write(target.line(line, reply))
+
+    def fail(name: str, error: dict[str, Any], request: Request | None) -> None:
+        output.write(failure_line(name, error, None if request is None else question_digest(request, model)))
+
+    bulk = BulkRun(args, plan, source, take, fail, done=resumed.done, again=again, begin=resumed.begin)
+    asyncio.run(bulk.go())
+    written = not bulk.begun or isinstance(output, StandardOutput) or _complete(output, target)
+    lines, figures = [*summary_lines(bulk, plan)], summarize(bulk, resumed)
+    if again is not None and bulk.begun:
+        lines += audit_lines(again, bulk.stats)
+        figures |= audit_figures(again, bulk.stats)
+    bulk.report(args, lines, figures)
+    _note_rest(args, bulk, target.path if written else target.journal)
+    return bulk.status if written or bulk.status != console.OK else console.SOME_FAILED
+
+
+def _complete(journal: OutputFile, target: Target) -> bool:
+    """Leave one line for each id in the journal, and write the output from it; return whether the output is as it should be."""
     try:
-        output.compact()
+        journal.compact()
+        if target.is_written_at_end:
+            target.write(journal)
     except UsageError as error:
         note(f"microbatch run: {error}; of several lines with the same custom_id the last one counts")
+        return not target.is_written_at_end
+    except NotWritten as error:
+        note(
+            f"microbatch run: {error}; the answers are in {journal.path!r}, and with --resume the output is written from it"
+        )
+        return False
+    return True
 
 
-def _note_rest(args: argparse.Namespace, bulk: BulkRun) -> None:
-    """Note the number of items that are left, and the command that asks about them."""
+def _note_rest(args: argparse.Namespace, bulk: BulkRun, place: str) -> None:
+    """Note the number of items that are left, the *place* of the answers, and the command that asks about the rest."""
     if bulk.unanswering is not None:
         note(f"{plural(bulk.unasked, 'item')} left unasked.")
-    if bulk.status != console.OK:
+    if bulk.status != console.OK and place != STDOUT:
         words = [word for word in args.argv if word not in ("--force", "--resume")]
-        note(f"{'Stopped; all' if bulk.stopped else 'All'} answers so far are in {args.output}. To ask for the rest:")
+        note(f"{'Stopped; all' if bulk.stopped else 'All'} answers so far are in {place}. To ask for the rest:")
         note(f"  {shlex.join(['microbatch', *words, '--resume'])}")
 
 

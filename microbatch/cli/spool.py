@@ -45,7 +45,7 @@ from microbatch.cli.arguments import add_flag, add_question, flag
 from microbatch.cli.console import StdoutError, UsageError, note, plural, print_result, report, report_json, seconds
 from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
 from microbatch.cli.output import NotWritten, replacing
-from microbatch.cli.plan import read_questions, spool_at
+from microbatch.cli.plan import check_spool, read_questions, spool_at
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
 from microbatch.errors import ConfigError, StorageError
@@ -123,8 +123,7 @@ def _check(args: argparse.Namespace) -> None:
     given = [flag(name) for name in _QUESTION if getattr(args, name) is not None]
     if given:
         raise UsageError(f"{given[0]} says what is asked; it needs --put INPUT.jsonl")
-    if not is_address(args.spool) and not Path(args.spool).exists():
-        raise UsageError(f"there is no spool {args.spool!r}; --put INPUT.jsonl makes one")
+    check_spool(args.spool)
     if args.tenant is not None and not (args.dead or args.requeue is not None or args.export is not None):
         raise UsageError("--tenant needs --put, --dead, --requeue or --export; the figures are those of all tenants")
     if args.export == "-" and args.json:
@@ -249,9 +248,12 @@ class Put:
         self._source = Input(args.put, read_questions(args, needs_model=False), id_field=args.id_field)
         self._counts: Counter[str] = Counter()
         self._failures = Failures()
+        self._makes_spool = not is_address(args.spool) and not Path(args.spool).exists()
 
     async def go(self, spool: Spool) -> int:
         """Queue them, report and return the exit status."""
+        if self._makes_spool:
+            note(f"made the spool {self._args.spool!r}")  # its name may be a mistake
         stopped, broken = True, None
         with stoppable():
             try:

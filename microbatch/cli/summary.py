@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from microbatch.cli.console import COLUMNS, change, dollars, plural, seconds, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator, Mapping
 
     from microbatch.accounting.stats import Stats
     from microbatch.cli.plan import Plan
@@ -38,6 +39,9 @@ ALONE: Final = {
 
 MAX_KINDS: Final = 20
 MAX_EXAMPLES: Final = 5
+
+_VARYING: Final = re.compile(r"\S*\d\S*")
+"""Words with a digit."""
 
 
 def fields(stats: Stats, *names: str) -> dict[str, Any]:
@@ -138,27 +142,37 @@ def remarks(stats: Stats, plan: Plan, *, asked_again: bool = False) -> Iterator[
 
 
 class Failures:
-    """Failures by kind, with the first few examples of each."""
+    """Failures by kind, with the words of the first one and the first few examples of each."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._examples: dict[tuple[str, str], list[str]] = {}
+        self._counts: Counter[Hashable] = Counter()
+        self._kinds: dict[Hashable, tuple[str, str, list[str]]] = {}
         self._others = 0
 
-    def add(self, problem: str, example: str, place: str = "") -> None:
-        """Add a failure of the line or id *example*: *problem*, in the same words for all of a kind; *place* precedes examples."""
-        kind = place, problem
-        if kind not in self._counts and len(self._counts) >= MAX_KINDS:
+    def add(self, problem: str, example: str, place: str = "", kind: Hashable = None) -> None:
+        """Add a failure of the line or id *example*: *problem*, which is its *kind* unless one is given; *place* precedes examples."""
+        kind = place, problem if kind is None else kind
+        if kind not in self._kinds and len(self._kinds) >= MAX_KINDS:
             self._others += 1
             return
         self._counts[kind] += 1
-        if self._counts[kind] <= MAX_EXAMPLES:
-            self._examples.setdefault(kind, []).append(example)
+        examples = self._kinds.setdefault(kind, (place, problem, []))[2]
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(example)
+
+    def add_error(self, error: Mapping[str, Any], name: str) -> None:
+        """Add the failure of the item *name*, with the *error* of its output line.
+
+        The kind is that of the error and its words, apart from numbers and ids in them, which differ from item to item.
+        """
+        words = _VARYING.sub("#", error["message"])
+        kind = error["type"], error.get("status"), error.get("code"), words
+        self.add(f"{error['type']}: {error['message']}", name, "id ", kind)
 
     def lines(self) -> Iterator[str]:
         """Yield a line for each of the first `MAX_KINDS` kinds, and the number of the other failures."""
-        for (place, problem), examples in self._examples.items():
-            rest = self._counts[place, problem] - len(examples)
+        for kind, (place, problem, examples) in self._kinds.items():
+            rest = self._counts[kind] - len(examples)
             more = f" and {rest:,} more" if rest else ""
             yield f"{place}{', '.join(examples)}{more}: {problem}"
         if self._others:

@@ -37,7 +37,7 @@ from microbatch.accounting.stats import Stats
 from microbatch.cli import arguments, console
 from microbatch.cli.arguments import add_flag
 from microbatch.cli.console import UsageError, note, plural, report_summary, seconds
-from microbatch.cli.plan import read_plan, spool_at
+from microbatch.cli.plan import check_spool, read_plan, spool_at
 from microbatch.cli.progress import Progress
 from microbatch.cli.session import Session
 from microbatch.cli.spool import lost_requests
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer requests until stopped, and return the exit status."""
     if args.provider_batch and (args.cache or args.rpm or args.tpm or args.single):
         raise UsageError("--cache, --rpm, --tpm and --single are for live calls: leave them out with --provider-batch")
+    check_spool(args.spool)
     return asyncio.run(WorkerRun(args).go())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import os
 import re
@@ -75,8 +76,10 @@ def finish(process):
     return process.returncode, out, err
 
 
-def test_after_a_kill_in_mid_run_resume_ends_with_one_good_line_for_every_id(words, tmp_path, capsys):
-    path = tmp_path / "out.jsonl"
+@pytest.mark.parametrize("output", ["out.jsonl", "out.csv", "out.tsv.gz"])
+def test_after_a_kill_in_mid_run_resume_ends_with_one_good_line_for_every_id(words, tmp_path, capsys, output):
+    words[words.index("-o") + 1] = str(tmp_path / output)
+    path = tmp_path / (output if output == "out.jsonl" else f"{output}.journal.jsonl")
     for part, torn in ((4, b'{"custom_id":"p0","output":"a","err'), (16, b"{")):
         process = start(*words, "--resume")
         wait_for_lines(path, part, process)
@@ -87,6 +90,7 @@ def test_after_a_kill_in_mid_run_resume_ends_with_one_good_line_for_every_id(wor
         with path.open("ab") as file:
             file.write(torn)
     kept = path.read_bytes().count(b"\n")
+    assert output == "out.jsonl" or not (tmp_path / output).exists()
     assert main([*words, *FASTER, "--resume", "--json"]) == 0
     shown = capsys.readouterr()
     assert f"resuming: {kept} of {ITEMS} items answered before" in shown.err
@@ -94,6 +98,11 @@ def test_after_a_kill_in_mid_run_resume_ends_with_one_good_line_for_every_id(wor
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert Counter(line["custom_id"] for line in lines) == {f"p{number}": 1 for number in range(ITEMS)}
     assert all(line["error"] is None for line in lines)
+    if output == "out.csv":
+        rows = [*csv.DictReader((tmp_path / output).read_text().splitlines())]
+        assert [(row["custom_id"], row["output"]) for row in rows] == [
+            (line["custom_id"], line["output"]) for line in lines
+        ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -385,7 +385,7 @@ def test_ctrl_c_lets_the_calls_under_way_end_and_sends_nothing_more(monkeypatch,
 
 def test_ctrl_c_before_anything_was_asked_is_quiet(monkeypatch, capsys):
     products(1)
-    monkeypatch.setattr(run_command, "keep_settings", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(run_command, "resume", lambda *_: signal.raise_signal(signal.SIGINT))
     assert run(*QUESTION, "--simulate") == 130
     assert capsys.readouterr() == ("", "")
 

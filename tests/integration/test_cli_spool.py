@@ -209,7 +209,7 @@ def test_lines_that_no_endpoint_would_take_are_bad_lines_too(capsys):
         (("--put", "in.jsonl", "--template", "{title}"), 'no line has the field "title"'),
         (("--put", "in.jsonl", "--labels", "a,b"), "--labels needs a --template"),
         (("--put", "in.jsonl", *QUESTION, "--schema", "odd.json"), "--schema odd.json"),
-        ((), "there is no spool 's.sqlite'; --put INPUT.jsonl makes one"),
+        ((), "there is no spool 's.sqlite'; microbatch spool s.sqlite --put INPUT.jsonl makes one"),
         (("--dead",), "there is no spool"),
         (("--requeue",), "there is no spool"),
         (("--export", "out.jsonl"), "there is no spool"),
@@ -226,6 +226,21 @@ def test_a_wrong_setting_is_named_and_no_spool_is_made(words, message, capsys):
     assert message in error
     assert not Path("s.sqlite").exists()
     assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.parametrize("words", [("--until-empty",), ("--provider-batch", "--until-empty"), ("--max-alone", "2")])
+def test_a_worker_makes_no_spool(words, capsys):
+    assert main(["worker", "typo.sqlite", "--simulate", *words]) == 2
+    assert "microbatch worker: there is no spool 'typo.sqlite'" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+def test_putting_says_that_it_has_made_a_spool(capsys):
+    products(2)
+    assert put("s.sqlite", *QUESTION) == 0
+    assert "made the spool 's.sqlite'" in capsys.readouterr().err
+    assert put("s.sqlite", *QUESTION) == 0
+    assert "made" not in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_spool_is_left_alone(capsys):

@@ -24,13 +24,13 @@ def judge(kind, step, verdict):
 def run(tmp_path):
     """Return the audit of a run into a file, the kind of lane that it audits, and a function that reads the record."""
     kind = LaneKind("kind")
-    output = SimpleNamespace(path=str(tmp_path / "out.jsonl"))
+    output = SimpleNamespace(name=str(tmp_path / "out.jsonl"))
     audits = SimpleNamespace(kinds={"kind": kind}, state=lambda: [kind], restore=list)
     again = AskingAgain(mb.AuditPolicy(max_excess=BOUND), output, ())
     again.begin(audits)
 
     def kept():
-        return msgspec.json.decode(record_path(output.path).read_bytes(), type=Record).kinds[0]
+        return msgspec.json.decode(record_path(output.name).read_bytes(), type=Record).kinds[0]
 
     return again, kind, kept
 

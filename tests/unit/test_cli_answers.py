@@ -82,20 +82,21 @@ def test_the_digest_of_the_question_follows_the_six_fields_and_a_line_of_another
     assert [list(line)[6:] for line in lines(path)] == [[], ["digest"], ["digest"], []]
     with OutputFile(path) as output:
         found = output.rows()
-        assert {name: found.by_id[id_digest(name)].digest for name in ("a", "b", "d")} == {
-            "a": None,
-            "b": "d1",
-            "d": None,
-        }
-        assert output.row_at(found.by_question["d1"].start, "new") == lines(path)[1] | {"custom_id": "new"}
+        asked = {name: found.of_id(id_digest(name)) for name in "abcd"}
+        assert asked["c"] is None
+        assert (asked["a"].question, asked["d"].question) == (None, None)
+        assert asked["b"].question == found.question("d1") is not None
+        assert (found.question("d2"), found.question(None)) == (None, None)
+        assert output.row_at(found.answer_to(found.question("d1")), "new") == lines(path)[1] | {"custom_id": "new"}
 
 
 def test_the_output_is_written_anew_with_nothing_but_the_rows_to_keep_and_stays_locked(path, tmp_path):
     write(path, good("a"), good("b"), bad("c"))
     before = Path(path).read_bytes()
     with OutputFile(path) as output:
-        rows = output.rows().by_id
-        output.replace([(rows[id_digest("b")].start, "b"), (rows[id_digest("a")].start, "z")], tmp_path / "aside")
+        rows = output.rows()
+        kept = [(rows.of_id(id_digest("b")).start, "b"), (rows.of_id(id_digest("a")).start, "z")]
+        output.replace(kept, tmp_path / "aside")
         with pytest.raises(UsageError, match="another run"):
             OutputFile(path)
         output.write(good("n"))
@@ -143,7 +144,8 @@ def test_an_error_is_told_without_what_the_endpoint_quoted():
 def test_the_last_line_of_an_id_counts(path):
     write(path, bad("a"), good("a"), good("b"), bad("b"), bad("c"))
     with OutputFile(path) as output:
-        assert output.rows().by_id.keys() == {id_digest("a")}
+        found = output.rows()
+        assert [found.of_id(id_digest(name)) is not None for name in "abc"] == [True, False, False]
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"custom_id":"c","output":null', b"x" * 200_000])
@@ -164,7 +166,7 @@ def test_a_file_that_is_nothing_but_an_incomplete_line_is_emptied(path):
         file.write('{"custom_id"')
     with OutputFile(path) as output:
         found = output.rows()
-        assert (found.cut, found.by_id, output.size) == (12, {}, 0)
+        assert (found.cut, output.size) == (12, 0)
 
 
 @pytest.mark.parametrize(

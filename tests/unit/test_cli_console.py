@@ -142,6 +142,24 @@ def test_a_flag_that_cannot_be_is_told_with_exit_status_2(words, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("microbatch")
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        *((name, name) for name in ("run", "calibrate", "warm", "spool", "worker", "serve", "demo", "simulate")),
+        ("--odd run in.jsonl -o out.jsonl", "run"),
+        ("", ""),
+    ],
+)
+def test_an_unknown_flag_is_told_with_the_usage_of_its_command(words, command, capsys):
+    operands = {"run": "in -o out", "warm": "in --cache c", "spool": "s", "worker": "s", "calibrate": "in"}
+    with pytest.raises(SystemExit) as caught:
+        main([*words.split(), *operands.get(words, "").split(), "--odd"])
+    assert caught.value.code == 2
+    usage, *_, last = capsys.readouterr().err.splitlines()
+    assert usage.startswith(f"usage: microbatch {command or '[-h]'}")
+    assert last.startswith(f"microbatch {command}".rstrip() + ": error: unrecognized arguments: --odd")
+
+
 def test_a_source_tree_has_no_version(monkeypatch, capsys):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -261,6 +279,29 @@ def test_equal_failures_are_told_once_with_the_first_few():
     assert list(failures.lines()) == [
         "id p0, p1, p2, p3, p4 and 2,460 more: ConnectFailed: refused",
         "id p9: ConnectFailed: reset",
+    ]
+
+
+def refusal(number, words="Value {} of item_{} is not allowed", **others):
+    message = f"status 400; it says: {words.format(number, number)}"
+    return {"type": "BadRequest", "message": message, "status": 400, "code": None, **others}
+
+
+def test_refusals_that_differ_by_numbers_and_ids_are_told_once_in_the_words_of_the_first():
+    failures = Failures()
+    for number in range(100):
+        failures.add_error(refusal(number), f"p{number}")
+    failures.add_error(refusal(0, "The image of item_{} is broken"), "a")
+    failures.add_error(refusal(0, code="odd"), "b")
+    failures.add_error(refusal(0, status=422), "c")
+    failures.add_error({"type": "MissingAnswer", "message": "no answer"}, "d")
+    said = "BadRequest: status 400; it says: Value 0 of item_0 is not allowed"
+    assert list(failures.lines()) == [
+        f"id p0, p1, p2, p3, p4 and 95 more: {said}",
+        "id a: BadRequest: status 400; it says: The image of item_0 is broken",
+        f"id b: {said}",
+        f"id c: {said}",
+        "id d: MissingAnswer: no answer",
     ]
 
 
