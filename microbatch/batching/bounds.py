@@ -182,6 +182,14 @@ class Bounds:
         tokens = max(LEAST, _FACTOR * (items * self._each(spec, history) + self._canary_tokens))
         return (tokens + self._thought(spec, history)) * (1 + history.doubled)
 
+    def expected(self, spec: Settings, history: LaneHistory, items: int) -> int:
+        """Return the tokens that a combined reply to *items* is likely to take."""
+        if history.answers:
+            return history.reply_tokens(items)
+        each = spec.answer.expected_tokens
+        each = UNKNOWN_ANSWER if each is None else each
+        return items * (FRAME + (each if spec.max_tokens is None else min(each, spec.max_tokens)))
+
     def tried(self, spec: Settings, history: LaneHistory, items: int, bound: int | None) -> tuple[int | None, bool]:
         """Return the bound to send instead of *bound*, and whether it is larger than any that was accepted.
 
