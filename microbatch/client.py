@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Stats
     from microbatch.batching.audits import Audits
     from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source
+    from microbatch.spending.spending import Spending
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
 
@@ -138,6 +139,8 @@ class Microbatcher:
         self._cache = parts.cache
         self.audits: Audits | None = parts.audits
         """The audits; None without an audit."""
+        self.spending: Spending | None = parts.spending
+        """What pays for calls; None without a budget."""
 
     # --- life
 
