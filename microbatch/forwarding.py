@@ -42,10 +42,12 @@ async def forwarded(
         raise ConfigError(f"{type(transport).__name__} has no forward(): it cannot relay requests as they are")
     model, cost = read_charge(body)
     credentials = {**headers, **credentials_in(path)}
-    async with AsyncExitStack() as relayed:
+    await parts.admission.acquire(NORMAL, None, UNSHARED)
+    async with parts.engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
+        # Charged when nothing has to be waited for any more: other calls may wait until it ends.
+        lease.used = False
         bill = await relayed.enter_async_context(_charged(parts.spending, expected_usage(body), model, tenant))
-        await parts.admission.acquire(NORMAL, None, UNSHARED)
-        lease = await relayed.enter_async_context(parts.engine.lease_slot(model, credentials, cost))
+        lease.used = True
         ledger.upstream_calls += 1
         ledger.forwarded += 1
         parts.intake.note_alone(alone)

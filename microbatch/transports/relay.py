@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class _Body(msgspec.Struct):
     model: str | None = None
     n: Any = None
-    messages: msgspec.Raw | None = None
-    prompt: msgspec.Raw | None = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool | None = None
