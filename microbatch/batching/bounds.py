@@ -102,6 +102,9 @@ OUTPUT_LIMITS: Final = (
 )
 """Regular expressions that match the beginnings of models' names, and the most tokens that those generate; the first match counts."""
 
+UNKNOWN_THOUGHT: Final = 2_000
+"""Tokens of thoughts that are expected before any are known."""
+
 REASONING_ALLOWANCE: Final = 16_000
 """Tokens granted to a reasoning model for its thoughts, unless a parameter names more."""
 
@@ -188,7 +191,12 @@ class Bounds:
             return history.reply_tokens(items)
         each = spec.answer.expected_tokens
         each = UNKNOWN_ANSWER if each is None else each
-        return items * (FRAME + (each if spec.max_tokens is None else min(each, spec.max_tokens)))
+        each = FRAME + (each if spec.max_tokens is None else min(each, spec.max_tokens))
+        return items * each + self.expected_thought(spec)
+
+    def expected_thought(self, spec: Settings) -> int:
+        """Return the tokens of thoughts that a reply is likely to have, while none is known."""
+        return UNKNOWN_THOUGHT if self._may_think(spec) else 0
 
     def tried(self, spec: Settings, history: LaneHistory, items: int, bound: int | None) -> tuple[int | None, bool]:
         """Return the bound to send instead of *bound*, and whether it is larger than any that was accepted.
@@ -215,10 +223,13 @@ class Bounds:
 
     def _thought(self, spec: Settings, history: LaneHistory) -> int:
         """Return the tokens granted for the thoughts of a reasoning model; they do not grow with the batch."""
-        asked = asked_reasoning(spec.params) if spec.params else None
-        if not (history.reasons or asked or (asked is None and self.of(spec.model).reasons)):
+        if not (history.reasons or self._may_think(spec)):
             return 0
         return max(REASONING_ALLOWANCE, reasoning_budget(spec.params), 2 * history.thought)
+
+    def _may_think(self, spec: Settings) -> bool:
+        asked = asked_reasoning(spec.params) if spec.params else None
+        return bool(asked) or (asked is None and self.of(spec.model).reasons)
 
     # --- what is learned
 

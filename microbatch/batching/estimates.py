@@ -206,6 +206,7 @@ class Estimates:
             return round(known)
         answer = spec.answer.expected_tokens
         answer = _UNKNOWN_ANSWER if answer is None else answer
+        answer += self._bounds.expected_thought(spec)
         return (answer if spec.max_tokens is None else min(answer, spec.max_tokens)) * _choices(spec)
 
     def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:

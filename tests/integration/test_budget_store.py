@@ -13,7 +13,7 @@ import microbatch as mb
 from microbatch.spending.counters import span_at
 from microbatch.testing import ScriptedTransport
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.promise(of="budget")]
 
 PRICES = {"m": mb.Price(100.0, 100.0)}
 

@@ -9,7 +9,7 @@ from helpers import serving
 from microbatch.cli.main import main
 from microbatch.testing import Faults
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
+pytestmark = [pytest.mark.slow, pytest.mark.promise(of="budget"), pytest.mark.usefixtures("here")]
 
 LABELS = ("--system", "Sort.", "--labels", "home,other", "--simulate", "--json")
 

@@ -12,7 +12,7 @@ from helpers import each
 
 import microbatch as mb
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.promise(of="budget")]
 
 QUESTION = [{"role": "user", "content": "hello"}]
 PRICES = {MODEL: mb.Price(100.0, 100.0)}

@@ -59,6 +59,8 @@ async def in_turn(batcher, texts, **options):
     return [(await outcomes(batcher, [text], **options))[0] for text in texts]
 
 
+pytestmark = pytest.mark.promise(of="budget")
+
 # --- charging
 
 
