@@ -6,6 +6,7 @@ schema, prompt  combined prompts: JSON Schema of an answer, composing, taking re
 batching        the engine: admission, lanes, scheduling, calls, fallback
 transports      `OpenAIChat`, retries, rate limits, capabilities of endpoints
 caching, spool  stores of answers, and of requests that no caller waits for
+spending        budgets
 accounting      tokens, prices, stats, events, OpenTelemetry, Prometheus
 openai          a client with the interface of OpenAI's SDK
 gateway         an OpenAI-compatible server that combines requests
@@ -14,6 +15,7 @@ testing         scripted transports, a simulated endpoint, virtual time
 """
 
 from microbatch.accounting.audits import Audited, AuditedSize
+from microbatch.accounting.budget import BudgetFigures
 from microbatch.accounting.events import Called, Flushed, Settled
 from microbatch.accounting.otel import OpenTelemetryHooks
 from microbatch.accounting.prices import Price, genai_prices
@@ -31,6 +33,7 @@ from microbatch.errors import (
     AuthFailed,
     BadRequest,
     BatcherClosed,
+    BudgetExceeded,
     ConfigError,
     ConnectFailed,
     ContextTooLong,
@@ -57,6 +60,7 @@ from microbatch.errors import (
 from microbatch.messages import Limits, Message, Reply, Request, Result, Usage
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import Cache, ChatCall, Completion, Transport
+from microbatch.spending.budget import Budget
 from microbatch.spool.records import Spool
 from microbatch.spool.redis import RedisSpool
 from microbatch.spool.sqlite import SQLiteSpool
@@ -68,18 +72,18 @@ __all__ = [  # noqa: RUF022 grouped by subject
     # asking
     "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
     # settings
-    "AuditPolicy", "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
+    "AuditPolicy", "Budget", "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
     # transports
     "ChatCall", "Completion", "Limits", "OpenAIChat", "Transport",
     # caches and spools
     "Cache", "MemoryCache", "RedisCache", "RedisSpool", "SQLiteCache", "SQLiteSpool", "Spool", "TieredCache", "Warmed",
     # accounting
-    "Audited", "AuditedSize", "CalibratedSize", "Calibration",
+    "Audited", "AuditedSize", "BudgetFigures", "CalibratedSize", "Calibration",
     "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "Stats", "genai_prices",
     # errors: of settings and state
     "BatcherClosed", "ConfigError", "IdConflict", "MicrobatchError", "Overloaded", "StorageError",
     # errors: of accepted requests
-    "DeadlineExceeded", "RequestFailed", "ShutDown",
+    "BudgetExceeded", "DeadlineExceeded", "RequestFailed", "ShutDown",
     # errors: of the call
     "AuthFailed", "BadRequest", "ConnectFailed", "ContextTooLong", "Filtered", "QuotaExhausted", "RateLimited", "ServerError",
     "StatusError", "TransportError", "TransportTimeout",

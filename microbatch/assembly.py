@@ -11,7 +11,8 @@ import contextvars
 import logging
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from microbatch.accounting.events import Listeners
 from microbatch.accounting.prices import PriceBook
@@ -35,6 +36,7 @@ from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.ids import IdKey
 from microbatch.resources import acquire, release
+from microbatch.spending.spending import Spending
 from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
 from microbatch.transports.retry import Sender
@@ -43,10 +45,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.accounting.prices import Price
+    from microbatch.batching.request import Options
     from microbatch.messages import Usage
     from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
     from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
+    from microbatch.spending.budget import Budget
     from microbatch.spool.records import Spool
     from microbatch.transports.rate_limit import RateLimit
 
@@ -71,6 +75,7 @@ class Settings:
     draw_ids: Callable[[int], Sequence[str]] | None
     id_secret: bytes | str | None = field(repr=False)
     audit: AuditPolicy | None
+    budget: Budget | None = None
 
 
 class Assembly:
@@ -89,7 +94,9 @@ class Assembly:
         self.ledger: Ledger = Ledger()
         self.scheduler: Scheduler = Scheduler(policy.max_concurrent_batches)
         self.accounts: Accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
-        self.sender: Sender = Sender(transport, settings.retry)
+        budget = settings.budget
+        self.spending: Spending | None = None if budget is None else Spending(budget, self._price, self.model)
+        self.sender: Sender = Sender(transport, settings.retry, purse=self.spending)
         self.admission: AdmissionQueue = AdmissionQueue(
             policy.max_queued,
             policy.when_full,
@@ -146,6 +153,8 @@ class Assembly:
             if self.cache is not None:
                 self.cache.is_condemned = self.audits.is_condemned
         self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
+        if budget is not None and budget.usd is not None:
+            self.intake.read_options = partial(self._read_priced, self.intake.read_options)
         self.engine: Engine = Engine(given, lanes, singles, dispatcher, self.audits)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
@@ -167,6 +176,13 @@ class Assembly:
     def _price_of(self, model: str | None) -> Price | None:
         return self.prices.for_model(model or self.model)
 
+    def _read_priced(self, read: Callable[..., Options], *args: Any, **options: Any) -> Options:
+        """Return the options of a request. Raise `ConfigError` if its model has no price."""
+        asked = read(*args, **options)
+        if self.spending is not None:
+            self.spending.check([asked.model])
+        return asked
+
     def stats(self) -> Stats:
         """Return the figures so far."""
         ledger = self.ledger
@@ -185,6 +201,7 @@ class Assembly:
             spool_depth=None if spooled is None else spooled.depth,
             spool_dead=None if spooled is None else spooled.dead,
             spool_oldest=None if spooled is None else spooled.oldest,
+            budget=None if self.spending is None else self.spending.figures(),
         )
 
 
@@ -200,7 +217,8 @@ class Host:
         self._parts = parts
         self._engine = parts.engine
         settings = parts.settings
-        used = (settings.transport, settings.cache, settings.spool)
+        counters = None if settings.budget is None else settings.budget.shared
+        used = (settings.transport, settings.cache, settings.spool, counters)
         self._resources: list[Resource] = [each for each in used if each is not None]
         self._task: asyncio.Task[None] | None = None
         self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed
@@ -272,6 +290,8 @@ class Host:
             await self._parts.tokens.open()
             if self._parts.prices.load is not None:
                 await asyncio.to_thread(self._parts.prices.load)
+            if self._parts.spending is not None and self._parts.model is not None:
+                self._parts.spending.check([None])
             await acquire(self._resources)
             try:
                 await self._serve(ready)

@@ -23,7 +23,7 @@ from microbatch.audit.means import least_count
 from microbatch.batching.request import arguments_of, check_messages, read_messages, read_options
 from microbatch.checking import Count, Share, checks_arguments
 from microbatch.client import Microbatcher
-from microbatch.errors import ConfigError
+from microbatch.errors import BudgetExceeded, ConfigError
 from microbatch.messages import Request
 from microbatch.policy import AuditPolicy, FlushPolicy
 from microbatch.prompt.parameters import HARMLESS
@@ -322,6 +322,8 @@ class Calibrator:
             for number in pending:
                 results[number] = [await anext(outcomes) for _ in batches[number]]
                 error = _outer_error(results[number])
+                if isinstance(error, BudgetExceeded):
+                    raise error
                 if error is not None:
                     failing.append(number)
                     down = await self._outage(error)

@@ -6,24 +6,24 @@ import asyncio
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 from microbatch.accounting.prices import Price
 from microbatch.assembly import Assembly, Host, Settings
 from microbatch.batching.live_answer import LiveAnswer
-from microbatch.batching.ticket import NORMAL, SHARED, UNSHARED, CallerOptions, FlushReason
+from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.checking import as_seconds, at_least, checks_arguments
 from microbatch.errors import ConfigError
+from microbatch.forwarding import forwarded
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import Cache, Transport
+from microbatch.spending.budget import Budget
 from microbatch.spool.payload import Payload
 from microbatch.spool.records import Name, Spool
-from microbatch.transports.credentials import credentials_in
 from microbatch.transports.rate_limit import RateLimit
-from microbatch.transports.relay import read_charge
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Stats
     from microbatch.batching.audits import Audits
     from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source, UseCache
+    from microbatch.spending.spending import Spending
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
 
@@ -66,6 +67,7 @@ class Microbatcher:
         id_secret: Key that ids are derived from, together with the prompt, so that the same batch has the same ids; for exact reruns.
             With it a text can be made that holds the ids of its own batch, so keep it secret. None draws one for this process.
         audit: Measures what combining does to answers, and limits the size of batches by it; None audits nothing.
+        budget: The most that calls may cost; may be shared. None sets no limit.
 
     Options of a request, the same for `submit`, `map` and `enqueue`:
         output_type: What the answer is decoded to: str, anything msgspec decodes, or a pydantic model.
@@ -107,6 +109,7 @@ class Microbatcher:
         draw_ids: Callable[[int], Sequence[str]] | None = None,
         id_secret: bytes | str | None = None,
         audit: AuditPolicy | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._policy = FlushPolicy() if policy is None else policy
         self._parts = parts = Assembly(
@@ -125,6 +128,7 @@ class Microbatcher:
                 draw_ids=draw_ids,
                 id_secret=id_secret,
                 audit=audit,
+                budget=budget,
             )
         )
         self._host = Host(parts)
@@ -135,6 +139,8 @@ class Microbatcher:
         self._cache = parts.cache
         self.audits: Audits | None = parts.audits
         """The audits; None without an audit."""
+        self.spending: Spending | None = parts.spending
+        """What pays for calls; None without a budget."""
 
     # --- life
 
@@ -428,6 +434,7 @@ class Microbatcher:
         body: bytes | None = None,
         *,
         alone: Sequence[str] = (),
+        tenant: str | None = None,
     ) -> AsyncIterator[Forwarded]:
         """Relay a request to the endpoint and its answer back, byte for byte. It takes a slot and a permit like any call.
 
@@ -437,6 +444,7 @@ class Microbatcher:
             headers: The request's headers; a credential among them, in any header, stands in place of the transport's own key.
             body: The request's body, or None.
             alone: What keeps the request out of combined prompts, to be counted in `Stats.alone_by_field`.
+            tenant: Name of the trust domain whose budget pays, or None.
 
         Yields:
             The response: `status`, `headers`, and its bytes by `async for` or `chunks()`.
@@ -445,27 +453,11 @@ class Microbatcher:
             ConfigError: The transport cannot forward, or not this request; nothing was sent.
             BatcherClosed: The batcher is not open.
             Overloaded: `max_queued` requests are pending and `when_full` does not wait.
+            BudgetExceeded: It would cost more than is left of the budget; nothing was sent.
             TransportError: The endpoint could not be reached, or the connection broke.
         """
         self._host.check_open()
-        transport, ledger = self._parts.settings.transport, self._parts.ledger
-        relay = getattr(transport, "forward", None)
-        if relay is None:
-            raise ConfigError(f"{type(transport).__name__} has no forward(): it cannot relay requests as they are")
-        model, cost = read_charge(body)
-        credentials = {**headers, **credentials_in(path)}
-        await self._admission.acquire(NORMAL, None, UNSHARED)
-        async with self._engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
-            ledger.upstream_calls += 1
-            ledger.forwarded += 1
-            self._intake.note_alone(alone)
-            try:
-                response = await relayed.enter_async_context(relay(method, path, headers, body))
-            except ConfigError:
-                lease.used = False
-                ledger.upstream_calls -= 1
-                ledger.forwarded -= 1
-                raise
+        async with forwarded(self._parts, method, path, headers, body, alone=alone, tenant=tenant) as response:
             yield response
 
     # --- looking

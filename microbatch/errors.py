@@ -106,6 +106,18 @@ class ShutDown(RequestFailed):
     """The batcher closed before the answer arrived."""
 
 
+class BudgetExceeded(RequestFailed):
+    """The call was not sent, because it would have cost more than is left of `Microbatcher(budget=)`.
+
+    Attributes:
+        retry_after: Seconds until the next period of the budget begins; None if it has no period, or its store cannot be used.
+    """
+
+    def __init__(self, message: str = "", *, retry_after: float | None = None, attempts: int = 0) -> None:
+        super().__init__(message, attempts=attempts)
+        self.retry_after = retry_after
+
+
 class TransportError(RequestFailed):
     """The call failed: there was no answer, or it was cut off."""
 
@@ -116,9 +128,11 @@ class ConnectFailed(TransportError):
     Attributes:
         again: Whether it broke because the endpoint closed a connection that was kept open, most likely before it read the request.
             Sending it at once is not a retry.
+        unsent: Whether it is certain that nothing of the call was sent, because there never was a connection.
     """
 
     again: bool = False
+    unsent: bool = False
 
 
 class TransportTimeout(TransportError, TimeoutError):

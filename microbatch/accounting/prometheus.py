@@ -90,6 +90,14 @@ _SIZES_AUDITED: Final[dict[str, tuple[str, Callable[[Sequence[AuditedSize]], flo
         lambda rows: sum(row.condemned for row in rows),
     ),
 }
+# Gauges of `Stats.budget`: they fall when a period ends.
+_BUDGET: Final = {
+    "spent_usd": "US dollars spent in the present period of the budget.",
+    "left_usd": "US dollars left in it.",
+    "spent_tokens": "Tokens spent in it.",
+    "left_tokens": "Tokens left in it.",
+    "refused": "Calls not sent because of the budget.",
+}
 _MOST_MODELS: Final = 64
 """Most models that are labels: callers may make up names, and an endpoint may answer to any."""
 
@@ -231,6 +239,10 @@ class PrometheusHooks:
             alone.add_metric([field], requests)
         yield alone
         yield from self._audit_metrics(stats.audit)
+        for name, description in _BUDGET.items():
+            value = getattr(stats.budget, name, None)
+            if value is not None:
+                yield families.GaugeMetricFamily(f"{self._namespace}_budget_{name}", description, value=value)
 
     def _audit_metrics(self, rows: Sequence[AuditedSize]) -> Iterator[Metric]:
         groups: dict[tuple[str, str], list[AuditedSize]] = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.accounting.audits import AuditedSize  # noqa: TC001 the type of a field
+from microbatch.accounting.budget import BudgetFigures  # noqa: TC001 likewise
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class _Figures(msgspec.Struct, kw_only=True):
     audit_usage: Usage = Usage()
     audit_cost_usd: float | None = 0.0
     requests_bound: int = 0
+    budget: BudgetFigures | None = None
 
     @property
     def costs_more(self) -> bool:
@@ -150,6 +152,7 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         audit_cost_usd: Their price in US dollars; None like `cost_usd`.
         requests_bound: Accounts (endpoint, model, key) whose number of requests is limited: by a `RateLimit`, or because the endpoint
             has reported that less than a fifth of its limit was left. With `merge="auto"` they combine all.
+        budget: What was spent of `Microbatcher(budget=)`, and what is left; None without a budget.
     """
 
     @property
@@ -180,9 +183,19 @@ def together(parts: Sequence[Stats]) -> Stats:
             totals[name] = dict(sum(map(Counter[str], values), Counter[str]()))
         elif isinstance(values[0], Usage | tuple):
             totals[name] = sum(values, type(values[0])())
+        elif name == "budget":
+            totals[name] = _one_budget(values)
         elif not name.startswith("spool_"):  # the batchers may share one spool
             totals[name] = None if None in values else sum(values)
     return Stats(**totals)
+
+
+def _one_budget(parts: Sequence[BudgetFigures | None]) -> BudgetFigures | None:
+    """Return the figures of the budget that batchers share; None if they have several."""
+    found = [each for each in parts if each is not None]
+    refused = sum(each.refused for each in found)
+    totals = {msgspec.structs.replace(each, refused=refused) for each in found}
+    return totals.pop() if len(totals) == 1 else None
 
 
 class Ledger(_Figures, kw_only=True):

@@ -118,7 +118,7 @@ class UsageAttribution:
             alone = usage if ticket.reply is not None else Usage()
             self._ledger.pay(usage, alone, price, damage=history is not None)
             self._record_joined(ticket, alone, price)
-            self._estimates.learn_alone(ticket, usage.prompt_tokens)
+            self._estimates.learn_alone(ticket, usage)
             if history is not None:
                 history.economics.record(usage, alone, price, again=True)
                 self.learn_from_single(ticket, history)

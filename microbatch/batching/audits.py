@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -22,7 +23,7 @@ from microbatch.batching.attribution import estimated_call
 from microbatch.batching.call_state import Sample
 from microbatch.batching.overhead import in_prompt_tokens
 from microbatch.batching.ticket import LOW, SlotLease
-from microbatch.errors import ConfigError, RequestFailed, ShutDown
+from microbatch.errors import BudgetExceeded, ConfigError, RequestFailed, ShutDown
 from microbatch.transports.credentials import hold_credentials
 
 if TYPE_CHECKING:
@@ -211,19 +212,27 @@ class Audits:
 
     async def _audit(self, sample: Sample) -> None:
         settled: tuple[int | None, bool] | None = None
+        unpaid = False
         try:
             settled = await self._scored(sample)
             if settled is not None:
                 self._settle(sample, *settled)
+        except BudgetExceeded:
+            unpaid = True
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # a Rust panic is no Exception, and must not end the batcher
             logger.exception("an audit failed in microbatch itself")
         finally:
-            self._end(sample, dropped=settled is None and self._closed)  # one that has failed counts as asked
+            # One that has failed counts as asked.
+            self._end(sample, dropped=unpaid or (settled is None and self._closed))
 
     async def _scored(self, sample: Sample) -> tuple[int | None, bool] | None:
-        """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes."""
+        """Ask for *sample* alone, and return its score and whether the first answer alone differs; None if the batcher closes.
+
+        Raises:
+            BudgetExceeded: Nothing was asked.
+        """
         ticket, same = sample.ticket, self._policy.same
         first = await self._ask(sample)
         if first is None or first.text is None:
@@ -231,10 +240,12 @@ class Audits:
         agrees = agree(ticket.answer, sample.text, first.text, same)
         if agrees is None or agrees:
             return (None if agrees is None else 0), False
-        second = await self._ask(sample)
-        if second is None or second.text is None:
-            # Once more: items that fail here are those that differ, and the excess would be estimated too low without them.
+        second: AloneAnswer | None = None
+        with suppress(BudgetExceeded):
             second = await self._ask(sample)
+            if second is None or second.text is None:
+                # Once more: items that fail here are those that differ, and the excess would be estimated too low without them.
+                second = await self._ask(sample)
         if second is None or second.text is None:
             return None if self._closed else (None, True)
         scored = score(
@@ -246,7 +257,7 @@ class Audits:
         return scored, True
 
     async def _ask(self, sample: Sample) -> AloneAnswer | None:
-        """Ask for the item alone; return None if no reply came."""
+        """Ask for the item alone; return None if no reply came. Raise `BudgetExceeded` if it was not asked for that reason."""
         ticket, given = sample.ticket, self._given
         spec = ticket.spec
         account = given.accounts.of(spec.model, spec.headers)
@@ -260,6 +271,8 @@ class Audits:
         try:
             permit = await lease.granted
             answer = await self._dispatcher.ask_again(ticket, permit, sample.history)
+        except BudgetExceeded:
+            raise
         except (RequestFailed, ConfigError):
             pass  # its prompt counts below, or audits that always fail would cost nothing
         finally:

@@ -103,6 +103,9 @@ OUTPUT_LIMITS: Final = (
 )
 """Regular expressions that match the beginnings of models' names, and the most tokens that those generate; the first match counts."""
 
+UNKNOWN_THOUGHT: Final = 2_000
+"""Tokens of thoughts that are expected before any are known."""
+
 REASONING_ALLOWANCE: Final = 16_000
 """Tokens granted to a reasoning model for its thoughts, unless a parameter names more."""
 
@@ -188,6 +191,19 @@ class Bounds:
         tokens = max(LEAST, _FACTOR * (items * self._each(spec, history) + self._canary_tokens))
         return (tokens + self._thought(spec, history)) * (1 + history.doubled)
 
+    def expected(self, spec: Settings, history: LaneHistory, items: int) -> int:
+        """Return the tokens that a combined reply to *items* is likely to take."""
+        if history.answers:
+            return history.reply_tokens(items)
+        each = spec.answer.expected_tokens
+        each = UNKNOWN_ANSWER if each is None else each
+        each = FRAME + (each if spec.max_tokens is None else min(each, spec.max_tokens))
+        return items * each + self.expected_thought(spec)
+
+    def expected_thought(self, spec: Settings) -> int:
+        """Return the tokens of thoughts that a reply is likely to have, while none is known."""
+        return UNKNOWN_THOUGHT if self._may_think(spec) else 0
+
     def tried(self, spec: Settings, history: LaneHistory, items: int, bound: int | None) -> tuple[int | None, bool]:
         """Return the bound to send instead of *bound*, and whether it is larger than any that was accepted.
 
@@ -206,7 +222,7 @@ class Bounds:
             return model.accepted, False
         return bound, True
 
-    def expected(self, spec: Settings, history: LaneHistory) -> int:
+    def expected_element(self, spec: Settings, history: LaneHistory) -> int:
         """Return the tokens of an element by which batches are sized: what callers allow, if earlier replies do not show less."""
         if spec.max_tokens is None:
             return history.written
@@ -221,10 +237,13 @@ class Bounds:
 
     def _thought(self, spec: Settings, history: LaneHistory) -> int:
         """Return the tokens granted for the thoughts of a reasoning model; they do not grow with the batch."""
-        asked = asked_reasoning(spec.params) if spec.params else None
-        if not (history.reasons or asked or (asked is None and self.of(spec.model).reasons)):
+        if not (history.reasons or self._may_think(spec)):
             return 0
         return max(REASONING_ALLOWANCE, reasoning_budget(spec.params), 2 * history.thought)
+
+    def _may_think(self, spec: Settings) -> bool:
+        asked = asked_reasoning(spec.params) if spec.params else None
+        return bool(asked) or (asked is None and self.of(spec.model).reasons)
 
     # --- what is learned
 

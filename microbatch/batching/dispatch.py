@@ -67,11 +67,12 @@ class Dispatcher:
 
     async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | ConfigError | None:
         """Wait for the slot of *permit* as long as any caller of *tickets* waits; return the error if it is refused."""
-        _, refusal = await self._begin(tickets, "fallback", permit).while_awaited(permit.admit)
+        _, refusal = await self._begin(tickets, "fallback", permit, None).while_awaited(permit.admit)
         return refusal
 
-    def _begin(self, tickets: list[Ticket], route: Route, permit: Permit) -> CallState:
-        """Return the state of a call that carries *tickets* from now on."""
+    def _begin(self, tickets: list[Ticket], route: Route, permit: Permit, lane: LaneHistory | None) -> CallState:
+        """Return the state of a call that carries *tickets* from now on; a combined one has the history of its *lane*."""
+        permit.expense = partial(self._estimates.expense, tickets, lane)
         price = self._price(tickets[0].spec.model or self._default_model)
         call_state = CallState(len(tickets), route, self._now(), price, permit)
         for ticket in tickets:
@@ -102,7 +103,7 @@ class Dispatcher:
         bound, tries = self._bounds.tried(spec, history, size, self._bound(tickets, history, permit))
         lines = [ticket.line for ticket in tickets]
         combined = self._codec.compose(spec, spec.shared, lines, bound, apart=(spec.tenant, path))
-        call, call_state = combined.call, self._begin(tickets, route, permit)
+        call, call_state = combined.call, self._begin(tickets, route, permit, history)
         unclocked = history.times is not None and history.times.size is None  # a stream shows the time of an answer
         for_callers = self._early and (unclocked or not all(ticket.bulk for ticket in tickets))
         call.stream = for_callers or history.may_overrun  # only a stream can be cut
@@ -276,7 +277,7 @@ class Dispatcher:
         if history is not None:
             self._ledger.singles_by_reason[AloneReason.FALLBACK] += 1
         pieces: list[str] = []
-        call_state = self._begin([ticket], "single" if history is None else "fallback", permit)
+        call_state = self._begin([ticket], "single" if history is None else "fallback", permit, None)
 
         def on_text(text: str) -> None:
             if text:
@@ -333,6 +334,7 @@ class Dispatcher:
         """
         spec, pieces = ticket.spec, list[str]()
         call_state = CallState(1, "audit", self._now(), self._price(spec.model or self._default_model), permit)
+        permit.expense = partial(self._estimates.expense, [ticket], spare=True)
         call = self._codec.compose_alone(spec, ticket.answer, ticket.messages)
 
         def on_cut(completion: Completion | None) -> bool:

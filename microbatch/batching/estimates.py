@@ -29,6 +29,7 @@ from microbatch.batching.overhead import (
 from microbatch.batching.ticket import Charge, FlushReason
 from microbatch.errors import ConfigError
 from microbatch.lru import LRU
+from microbatch.messages import Usage
 from microbatch.prompt.compose import (
     CANARY_TOKENS,
     ID_TOKENS,
@@ -37,6 +38,7 @@ from microbatch.prompt.compose import (
     limits_together,
     output_reserve,
 )
+from microbatch.transports.expenses import Expense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +59,9 @@ _REMEMBERED = 256
 
 # For requests that are never combined, nothing is learned of their answers.
 _UNKNOWN_ANSWER = 256
+
+_STEP = 0.1
+"""The weight of the latest single reply in what is expected of the next."""
 
 
 class Budget(msgspec.Struct, frozen=True, gc=False):
@@ -84,6 +89,7 @@ class Estimates:
         self._preambles: LRU[str, int] = LRU(_REMEMBERED)  # by the words of the answer's shape
         self._schemas: LRU[str, tuple[int, int]] = LRU(_REMEMBERED)
         self._frames: LRU[tuple[bool, bool], tuple[float, float, float]] = LRU(_REMEMBERED)
+        self._singles: LRU[tuple[str | None, str], float] = LRU(_REMEMBERED)  # tokens of single replies
 
     # --- prompts
 
@@ -188,13 +194,14 @@ class Estimates:
 
     def of_any(self, spec: Spec) -> Charge:
         """Return the charge of a request that is not combinable, whose messages are all in *spec*."""
-        extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
-        prompt = message_tokens(spec.shared, self._count)
-        if extra:
-            prompt += estimate(msgspec.json.encode(extra).decode(), self._count)
-        answers = spec.params.get("n")
+        prompt = message_tokens(spec.shared, self._count) + self._extra(spec)
         each = spec.max_tokens if spec.max_tokens is not None else _UNKNOWN_ANSWER
-        return Charge(prompt + each * (answers if isinstance(answers, int) and answers > 0 else 1))
+        return Charge(prompt + each * _choices(spec))
+
+    def _extra(self, spec: Spec) -> int:
+        """Return the prompt's tokens of the tools that a request has."""
+        extra = {name: spec.params[name] for name in ("tools", "functions") if name in spec.params}
+        return estimate(msgspec.json.encode(extra).decode(), self._count) if extra else 0
 
     def together(self, spec: Spec, history: LaneHistory, items: int, tokens: int, quota: int | None) -> int:
         """Return the charge of a combined call of *items* with *tokens* in their lines, ids included.
@@ -207,6 +214,31 @@ class Estimates:
             allowed = limits_together(spec.max_tokens, items, canary=self._canary_tokens > 0)
             bound = history.reply_tokens(items) if allowed is None else allowed
         return round(history.prompt_scale.of(ours)) + bound
+
+    def expense(self, tickets: Sequence[Ticket], history: LaneHistory | None = None, *, spare: bool = False) -> Expense:
+        """Return what a call for *tickets* is likely to cost; *history* is that of their lane, None for a single call."""
+        spec = tickets[0].spec
+        return Expense(self._expected(spec, tickets, history), spec.model, spec.tenant, spare)
+
+    def _expected(self, spec: Spec, tickets: Sequence[Ticket], history: LaneHistory | None) -> Usage:
+        single, combined = self._schema_tokens(spec.answer)
+        if history is None or len(tickets) == 1:
+            ours = message_tokens(tickets[0].messages, self._count) + self._extra(spec)
+            return Usage(round(self._scale_of(spec.model).of(ours)) + single, self._expected_alone(spec))
+        ours = self._prompt_of_tickets(tickets, history)
+        scale = history.prompt_scale
+        prompt = round(scale.of(ours)) if scale.known else ours + combined
+        return Usage(prompt, self._bounds.expected(spec, history, len(tickets)))
+
+    def _expected_alone(self, spec: Spec) -> int:
+        """Return the tokens that a single reply is likely to have, of all its choices together."""
+        known = self._singles.get(_kind(spec))
+        if known is not None:
+            return round(known)
+        answer = spec.answer.expected_tokens
+        answer = _UNKNOWN_ANSWER if answer is None else answer
+        answer += self._bounds.expected_thought(spec)
+        return (answer if spec.max_tokens is None else min(answer, spec.max_tokens)) * _choices(spec)
 
     def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:
         """Return the most tokens that the combined reply to *tickets*, of one lane, may take; None for no bound."""
@@ -222,7 +254,7 @@ class Estimates:
 
         *quota* is the most tokens that one call can be charged, prompt and answers together; None for no limit.
         """
-        model, expected = self._bounds.of(spec.model), self._bounds.expected(spec, history)
+        model, expected = self._bounds.of(spec.model), self._bounds.expected_element(spec, history)
         outputs = [policy.max_output_tokens]
         outputs += [limit for limit in (model.output, history.affordable) if limit is not None]
         # Pairs show how long the answers are; requests that go alone do not.
@@ -273,16 +305,29 @@ class Estimates:
             return
         history.record_prompt(ours, prompt_tokens, fixed=self._schema_tokens(spec.answer)[1], spare=spare)
 
-    def learn_alone(self, ticket: Ticket, prompt_tokens: int) -> None:
-        """Learn that the endpoint counted *prompt_tokens* for a single call of *ticket*."""
+    def learn_alone(self, ticket: Ticket, usage: Usage) -> None:
+        """Learn that the endpoint reported *usage* for a single call of *ticket*."""
         if ticket.charge is not None and ticket.charge.prompt:
-            self._scale_of(ticket.spec.model).learn(ticket.charge.prompt, prompt_tokens)
+            self._scale_of(ticket.spec.model).learn(ticket.charge.prompt, usage.prompt_tokens)
+        kind, tokens = _kind(ticket.spec), float(usage.completion_tokens)
+        known = self._singles.get_or_make(kind, lambda: tokens)
+        self._singles.put(kind, known + (tokens - known) * _STEP)
 
     def learn_refused(self, tickets: Sequence[Ticket], history: LaneHistory, limits: TokenLimits) -> None:
         """Learn that the endpoint refused the bound of a combined call of *tickets*, and which limits it named."""
         self._bounds.refused(tickets[0].spec, history, limits)
         if limits.prompt:
             history.prompt_scale.raise_to(self._prompt_of_tickets(tickets, history), limits.prompt)
+
+
+def _kind(spec: Spec) -> tuple[str | None, str]:
+    return spec.model, spec.answer.words
+
+
+def _choices(spec: Spec) -> int:
+    """Return the number of answers that a single reply has."""
+    answers = spec.params.get("n")
+    return answers if isinstance(answers, int) and answers > 0 else 1
 
 
 def line_tokens(tickets: Iterable[Ticket]) -> int:

@@ -16,6 +16,8 @@ from microbatch.cli.console import UsageError
 from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy
+from microbatch.spending.budget import Budget, Per
+from microbatch.spending.counters import Period
 from microbatch.spool.endpoint import GIVE_UP_AFTER
 from microbatch.transports.capabilities import Structured
 
@@ -159,6 +161,7 @@ def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool =
     text = f"{retries}, and leave the rest unasked after so long without a single answer"
     add_flag(group, "--give-up-after SECONDS", text, default=GIVE_UP_AFTER)
     add_id_seed(group)
+    add_max_cost(group)
     add_reports(group)
     policy = """\
 Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
@@ -294,6 +297,52 @@ def _rate(text: str) -> Any:
     except argparse.ArgumentTypeError:
         message = f"must be auto or a number of 0 to 1, got {text!r} (write --audit=auto if a file name follows)"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def add_max_cost(group: Group) -> None:
+    """Add `--max-cost`."""
+    text = (
+        "spend at most so many US dollars, but for calls under way, by the prices of the models; then ask nothing more, and leave the "
+        "rest for another run"
+    )
+    add_flag(group, "--max-cost USD", text, least=0)
+
+
+def read_max_cost(args: argparse.Namespace) -> Budget | None:
+    """Return the budget of `--max-cost`; None without the flag, which not all commands have."""
+    most: float | None = getattr(args, "max_cost", None)
+    return None if most is None else Budget(usd=most)
+
+
+def add_budget(group: Group) -> None:
+    """Add the flags of a budget that begins anew from time to time."""
+    usd = (
+        "spend at most so many US dollars, by the prices of the models; what would exceed it is refused with status 429"
+    )
+    add_flag(group, "--budget-usd USD", usd, least=0)
+    add_flag(group, "--budget-tokens N", "spend at most N tokens, prompts and answers together")
+    period = "after which the budget is whole again, at the turn of the UTC hour, day or month (default: never)"
+    add_flag(group, "--budget-period PERIOD", period, choices=get_args(Period))
+    add_flag(
+        group,
+        "--budget-per WHOM",
+        "one budget for all, or one for each tenant",
+        choices=get_args(Per),
+        default="batcher",
+    )
+    store = "count what is spent in Redis at redis://HOST:PORT/DB, for all gateways with this flag (default: in this process)"
+    add_flag(group, "--budget-store URL", store)
+
+
+def read_budget(args: argparse.Namespace) -> Budget | None:
+    """Return the budget of the flags, None if there is none; raise `UsageError` if they are wrong."""
+    given = {name: getattr(args, f"budget_{name}") for name in ("usd", "tokens", "period", "store")}
+    if args.budget_usd is None and args.budget_tokens is None:
+        lost = [f"--budget-{name}" for name in ("period", "store") if given[name] is not None]
+        if lost:
+            raise UsageError(f"{lost[0]} needs --budget-usd or --budget-tokens")
+        return None
+    return Budget(**given, per=args.budget_per)
 
 
 def add_reports(group: Group) -> None:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.audits import Audited
     from microbatch.batching.audits import Audits
-    from microbatch.cli.output import OutputFile
     from microbatch.cli.standard_output import StandardOutput
     from microbatch.messages import Reply, UseCache
     from microbatch.policy import AuditPolicy

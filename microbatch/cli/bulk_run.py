@@ -24,7 +24,7 @@ import msgspec
 from microbatch.accounting.stats import Stats
 from microbatch.caching.warming import lasting
 from microbatch.cli import console
-from microbatch.cli.console import UsageError, note, report_summary, seconds
+from microbatch.cli.console import UsageError, dollars, note, plural, report_summary, seconds
 from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, InputChanged, id_digest
 from microbatch.cli.output import NotWritten, error_object
@@ -33,7 +33,7 @@ from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
 from microbatch.cli.target import STDOUT
-from microbatch.errors import ConfigError, ShutDown, StorageError
+from microbatch.errors import BudgetExceeded, ConfigError, ShutDown, StorageError
 from microbatch.spool.endpoint import Cause, cause_of, is_refusal, may_refuse_all
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class BulkRun:
         stopped: True if a signal ended the run.
         broken: The error that ended it early, or None.
         unanswering: Why the endpoint was given up; None if it was not.
+        over_budget: True if the budget of `--max-cost` ended the run.
     """
 
     def __init__(
@@ -101,6 +102,8 @@ class BulkRun:
         self.stopped: bool = False
         self.broken: Exception | None = None
         self.unanswering: str | None = None
+        self.over_budget: bool = False
+        self._args = args
         self._plan = plan
         self._source = source
         self._take = take
@@ -148,6 +151,8 @@ class BulkRun:
         """The exit status."""
         if self.stopped:
             return console.STOPPED
+        if self.over_budget:
+            return console.OVER_BUDGET
         doubtful = self._again is not None and self._again.left
         return console.SOME_FAILED if self.failed or self.unasked or doubtful or self.broken is not None else console.OK
 
@@ -156,6 +161,12 @@ class BulkRun:
         for line in self.failures.lines():
             note(line)
         report_summary(args, lines, figures, stdout_taken=getattr(args, "output", None) == STDOUT)
+        if self.over_budget:
+            spent = None if self.stats.budget is None else self.stats.budget.spent_usd
+            note(
+                f"--max-cost: {dollars(spent)} of {dollars(args.max_cost)} are spent, and what comes next would cost more: "
+                f"{plural(self._to_ask, 'item')} left unasked."
+            )
         for why in (self.unanswering, self.broken):
             if why is not None:
                 lost = "cannot use the cache any more: " if isinstance(why, StorageError) else ""
@@ -164,7 +175,9 @@ class BulkRun:
     async def go(self) -> None:
         """Run to the end, or until it is stopped or broken.
 
-        Raise `ConfigError` if the cache cannot be used, and `UsageError` if the run cannot begin; then nothing was sent.
+        Raises:
+            ConfigError: The cache cannot be used, or a budget cannot be kept because a price is not known; nothing was sent.
+            UsageError: The run cannot begin; nothing was sent.
         """
         with stoppable(self._stop) as self._leave:
             try:
@@ -182,6 +195,7 @@ class BulkRun:
         self._endpoint.probe = self._probe
         try:
             async with batcher, session.prober:
+                self._check_prices(batcher)
                 self._begin()
                 self.begun = True
                 if again is not None and batcher.audits is not None:
@@ -199,6 +213,12 @@ class BulkRun:
             self.stats = session.stats() if self._once is None else _compared_with(self._once, session.stats())
             if again is not None and self.begun:
                 again.end()
+
+    def _check_prices(self, batcher: Microbatcher) -> None:
+        """Raise `ConfigError` if a line names a model whose price a budget needs and does not know."""
+        if batcher.spending is not None and self._args.template is None:  # else all lines are for the transport's model
+            rows = self._source.rows(self._settled)
+            batcher.spending.check({row[1].model for row in rows if not isinstance(row, BadLine)})
 
     # --- a pass over the input
 
@@ -273,6 +293,9 @@ class BulkRun:
     def _leave_open(self, name: str, error: Exception) -> None:
         """Leave an item for the next pass, or end the run if there will be none."""
         endpoint = self._endpoint
+        if isinstance(error, BudgetExceeded):
+            self._end_for_budget()
+            return
         if endpoint.given_up:
             duration, last = seconds(endpoint.failing_for), _described(endpoint.error)
             self._give_up_endpoint(f"nothing was answered for {duration}; the last error was {last}")
@@ -328,6 +351,12 @@ class BulkRun:
         if self.unanswering is None and not self.stopped:
             self.unanswering = why
             self._endpoint.stop(self._leave if self._endpoint.given_up else self._leave_soon)
+
+    def _end_for_budget(self) -> None:
+        """Start nothing more, and leave when the calls under way have ended."""
+        if not (self.over_budget or self._endpoint.stopped):
+            self.over_budget = True
+            self._endpoint.stop(self._leave_soon)
 
     def _stop(self) -> None:
         """Start nothing more, and leave when the calls under way have ended."""

@@ -18,7 +18,7 @@ again. Ctrl-C ends it, and shows the sizes that were tried.
 
 Exit status: 0 a size is recommended (1: ask alone), 1 nothing can be said, or
 the endpoint does not answer, 2 nothing sent because something is wrong with the
-command or its files, 130 stopped.
+command or its files, 3 more would exceed --max-cost, 130 stopped.
 
 Examples:
   microbatch calibrate products.jsonl --model gpt-4.1-mini \
@@ -52,7 +52,7 @@ from microbatch.cli.plan import prepare
 from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
-from microbatch.errors import ConfigError, MicrobatchError
+from microbatch.errors import BudgetExceeded, ConfigError, MicrobatchError
 from microbatch.spool.endpoint import is_refusal, may_refuse_all
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ class _Calibrating:
         if self._left:
             note("Stopped before the end.")
             return console.STOPPED
+        if isinstance(self._broken, BudgetExceeded):
+            return console.OVER_BUDGET
         return console.SOME_FAILED if self._broken is not None or result.recommended is None else console.OK
 
 

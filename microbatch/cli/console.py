@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 OK: Final = 0
 SOME_FAILED: Final = 1
 USAGE: Final = 2
+OVER_BUDGET: Final = 3
 STOPPED: Final = 130
 """Exit statuses."""
 

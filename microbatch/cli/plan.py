@@ -14,7 +14,15 @@ import msgspec
 from microbatch.caching.guard import Guard
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
-from microbatch.cli.arguments import CONNECTION, read_audit, read_connection, read_key, read_settings, with_flags
+from microbatch.cli.arguments import (
+    CONNECTION,
+    read_audit,
+    read_connection,
+    read_key,
+    read_max_cost,
+    read_settings,
+    with_flags,
+)
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BatchLines, Input, Questions, Templated, payload_of
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     import argparse
 
     from microbatch.policy import AuditPolicy
+    from microbatch.spending.budget import Budget
     from microbatch.spool.records import Spool
 
 _STEP_TIMEOUT: Final = 5.0
@@ -51,6 +60,7 @@ class Plan(msgspec.Struct, frozen=True):
     cache: Guard | None
     id_seed: str | None = None
     audit: AuditPolicy | None = None
+    budget: Budget | None = None
 
     @property
     def single(self) -> bool:
@@ -73,6 +83,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         audit=read_audit(args),
         transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
         id_seed=args.id_seed,
+        budget=read_max_cost(args),
     )
 
 

@@ -25,7 +25,8 @@ start ends the run. Ctrl-C and SIGTERM let the calls under way end.
 
 Exit status: 0 all answered, 1 some failed or left unasked, or with --audit not
 asked again, 2 nothing sent because something is wrong with the command or its
-files, 130 stopped (go on with --resume).
+files, 3 the rest would exceed --max-cost (go on with --resume, which may spend
+as much again), 130 stopped (go on with --resume).
 
 Examples:
   microbatch run products.jsonl -o answers.jsonl --model gpt-4.1-mini \
@@ -38,6 +39,8 @@ Examples:
   microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
                                     (what was asked before costs nothing)
   microbatch run openai_batch.jsonl -o answers.jsonl
+  microbatch run products.jsonl -o answers.jsonl ... --max-cost 5
+                                    (spends at most 5 dollars)
   microbatch run products.jsonl -o answers.jsonl ... --audit
                               (keep only what combining does not change)
 """

@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_audit(batching)
     own = "audit requests with a client's own key too, at that client's expense"
     add_flag(batching, "--audit-own-keys", own)
+    arguments.add_budget(parser.add_argument_group("budget"))
 
 
 def _add_access(group: arguments.Group) -> None:
@@ -125,6 +126,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             rate_limit=read_rate_limit(args),
             cache=None if args.cache is None else cache_at(args.cache),
             audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
+            budget=arguments.read_budget(args),
         )
     except ConfigError as error:
         message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))

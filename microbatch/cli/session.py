@@ -73,7 +73,7 @@ class Session:
 
     def __init__(self, plan: Plan, *, give_up_after: float | None) -> None:
         self.endpoint: Endpoint = Endpoint("the endpoint is left alone", give_up_after=give_up_after)
-        self.prober: Microbatcher = Microbatcher(plan.transport, retry=RetryPolicy(max_attempts=1))
+        self.prober: Microbatcher = Microbatcher(plan.transport, retry=RetryPolicy(max_attempts=1), budget=plan.budget)
         self._plan = plan
         self._transport = PausingTransport(plan.transport, self.endpoint)
         self._batchers: list[Microbatcher] = []
@@ -92,6 +92,7 @@ class Session:
             id_secret=plan.id_seed,
             audit=audit,
             hooks=hooks,
+            budget=plan.budget,
         )
         self._batchers.append(batcher)
         return batcher

@@ -10,7 +10,8 @@ taken as by `run`. The answers are found only by requests that are equal
 in endpoint, model, messages, parameters and schema.
 
 Exit status: 0 all answers are there, 1 some are not, 2 nothing sent because
-something is wrong with the command or its files, 130 stopped.
+something is wrong with the command or its files, 3 the rest would exceed
+--max-cost, 130 stopped.
 
 Examples:
   microbatch warm products.jsonl --cache answers.sqlite --model gpt-4.1-mini \

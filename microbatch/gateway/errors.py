@@ -12,6 +12,7 @@ from aiohttp import web
 
 from microbatch.errors import (
     BatcherClosed,
+    BudgetExceeded,
     ConfigError,
     DeadlineExceeded,
     MalformedAnswer,
@@ -118,11 +119,27 @@ def _translate(error: MicrobatchError) -> GatewayError:
     if isinstance(error, Overloaded):
         message = "The gateway has too many requests to answer; try again in a moment."
         return GatewayError(503, message, code="overloaded", headers={"Retry-After": "1"})
+    if isinstance(error, BudgetExceeded):
+        return _over_budget(error)
     if isinstance(error, BatcherClosed | ShutDown):  # another gateway may answer
         message = "The gateway is shutting down."
         return GatewayError(503, message, code="shutting_down", headers={"Retry-After": "1"})
     status, code = next((status, code) for kind, status, code in _SHOWN if isinstance(error, kind))
     return GatewayError(status, in_flags(str(error)), code=code)
+
+
+def _over_budget(error: BudgetExceeded) -> GatewayError:
+    """Return what OpenAI sends when an account is out of credit; clients are not told what others have spent."""
+    left = error.retry_after
+    again = "." if left is None else f"; it is whole again in {math.ceil(left)} s."
+    return GatewayError(
+        429,
+        f"The budget of this gateway does not allow this request{again}",
+        code="insufficient_quota",
+        kind="insufficient_quota",
+        # Clients would retry a 429 by themselves.
+        headers={"x-should-retry": "false"} | ({} if left is None else {"Retry-After": str(math.ceil(left))}),
+    )
 
 
 def in_flags(message: str) -> str:

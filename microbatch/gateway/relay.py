@@ -74,7 +74,9 @@ class Relay:
         response: web.StreamResponse | None = None
         try:
             headers = _request_headers(request, caller)
-            async with self._batcher.forward(request.method, path, headers, body, alone=alone) as answer:
+            async with self._batcher.forward(
+                request.method, path, headers, body, alone=alone, tenant=caller.tenant
+            ) as answer:
                 response = _response(answer)
                 await response.prepare(request)
                 if request.method != "HEAD" and answer.status not in _NO_BODY:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from microbatch.errors import (
     AuthFailed,
     BatcherClosed,
+    BudgetExceeded,
     ConfigError,
     ConnectFailed,
     QuotaExhausted,
@@ -63,7 +64,7 @@ def cause_of(error: BaseException) -> Cause:
     """Return the cause of *error*."""
     if isinstance(error, StatusError) and error.again:
         return Cause.REQUEST
-    if isinstance(error, ConnectFailed | RateLimited | QuotaExhausted | ShutDown | BatcherClosed):
+    if isinstance(error, BudgetExceeded | ConnectFailed | RateLimited | QuotaExhausted | ShutDown | BatcherClosed):
         return Cause.ENDPOINT
     if isinstance(error, AuthFailed):
         return Cause.ENDPOINT if error.status == _UNAUTHORIZED else Cause.EITHER

@@ -22,9 +22,10 @@ from microbatch.transports.guards import Breaker, Concurrency
 from microbatch.transports.response_headers import read_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from microbatch.policy import RetryPolicy
+    from microbatch.transports.expenses import Expense
     from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
 
 CAPACITY: Final = 1_024
@@ -48,6 +49,7 @@ class Permit:
         drawn: Whether the retry budget has paid for the next attempt.
         error: Error of the latest attempt.
         sent: Loop time of the latest grant.
+        expense: Returns what the next attempt is expected to cost; None if it costs nothing, or there is no budget.
     """
 
     account: Account
@@ -62,6 +64,7 @@ class Permit:
     error: RequestFailed | None = None
     grant: Grant | None = None
     sent: float = 0.0
+    expense: Callable[[], Expense] | None = None
 
     def pay(self) -> bool:
         """See `Account.pay`."""
@@ -78,6 +81,11 @@ class Permit:
         except BaseException:
             self.cancel()
             raise
+
+    def hand_back(self) -> None:
+        """Return the grant of the next attempt, which has to wait for something else and is granted anew then."""
+        if self.paid:
+            self.account.cancel(self)
 
     async def back_off(self, seconds: float) -> None:
         """Wait before the next attempt, counted as backing off."""

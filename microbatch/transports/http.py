@@ -198,6 +198,13 @@ async def requested(session: aiohttp.ClientSession, method: str, url: str, **opt
     raise StaleConnection
 
 
+_NEVER_CONNECTED: Final = (
+    *(aiohttp.ClientHttpProxyError, aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorError),
+    aiohttp.ConnectionTimeoutError,
+)
+"""Errors before anything of a request was sent."""
+
+
 async def guarded(step: Awaitable[T], where: str) -> T:
     """Await *step*, a call of aiohttp; raise `ConnectFailed` for its errors."""
     try:
@@ -238,7 +245,9 @@ def connect_failed(error: Exception, where: str) -> ConnectFailed:
             message = f"the connection to {where} broke: {_reason(error)}"
         case _:
             message = f"the connection to {where} broke: {type(error).__name__}"
-    return ConnectFailed(message)
+    failure = ConnectFailed(message)
+    failure.unsent = isinstance(error, _NEVER_CONNECTED)
+    return failure
 
 
 async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from typing import TYPE_CHECKING, Final
+import zlib
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.messages import Usage
 from microbatch.transports.http import HOP_BY_HOP, Clock, Pacer, timed, without
+from microbatch.transports.reply_fields import read_usage, total_usage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     import aiohttp
 
 
 class _Body(msgspec.Struct):
     model: str | None = None
+    n: Any = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool | None = None
 
 
 _BYTES_PER_TOKEN: Final = 4  # of English
+_ANSWER: Final = 256
+"""Tokens of an answer whose length is not known."""
+
+_USAGE: Final = re.compile(rb'"usage(?:_metadata|Metadata)?"\s*:\s*(?=\{)')
+_USAGE_BYTES: Final = 16_384
+"""Longest usage object."""
+
+_NAME_BYTES: Final = 64  # of the end of a chunk, in which a match may begin
 
 # Beginnings of an event stream that is not compressed.
 _EVENT_FIELDS: Final = (b":", b"data", b"event", b"id", b"retry", b"\n", b"\r", b"\xef\xbb\xbf")
@@ -42,6 +57,20 @@ def read_charge(body: bytes | None) -> tuple[str | None, int]:
     return read.model, len(body) // _BYTES_PER_TOKEN + (read.max_completion_tokens or read.max_tokens or 0)
 
 
+def expected_usage(body: bytes | None) -> Usage | None:
+    """Return the usage that a request with *body* is likely to have; None if it names no model, and so costs nothing by itself."""
+    read = _read(body)
+    if body is None or read is None or read.model is None:
+        return None
+    answer = _ANSWER if read.messages or read.prompt else 0
+    most = read.max_completion_tokens or read.max_tokens or answer
+    return Usage(
+        len(body) // _BYTES_PER_TOKEN,
+        min(answer, most) * (read.n if isinstance(read.n, int) and read.n > 0 else 1),
+        estimated=True,
+    )
+
+
 def asks_for_stream(body: bytes | None) -> bool:
     """Return whether the request with *body* wants a streamed answer."""
     read = _read(body)
@@ -56,12 +85,58 @@ def _read(body: bytes | None) -> _Body | None:
         return None
 
 
+class UsageReader:
+    """Reads the usage that an answer of any API reports, from the bytes of a body or of an event stream.
+
+    *encoding* is the answer's Content-Encoding; with one that is not known here no usage is found.
+    """
+
+    def __init__(self, encoding: str | None = None) -> None:
+        word = (encoding or "identity").strip().lower()
+        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32) if word in ("gzip", "x-gzip", "deflate") else None
+        self._readable = self._inflate is not None or word == "identity"
+        self._rest = b""
+        self._reports: list[tuple[Usage, bool]] = []
+
+    @property
+    def usage(self) -> Usage | None:
+        """What was reported so far, or None."""
+        return total_usage(self._reports)
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        if not self._readable:
+            return
+        if self._inflate is not None:
+            try:
+                chunk = self._inflate.decompress(chunk)
+            except zlib.error:
+                self._readable = False
+                return
+        data, kept = self._rest + chunk, -_NAME_BYTES
+        for match in _USAGE.finditer(data):
+            try:
+                found, _ = _decoder.raw_decode(
+                    data[match.end() : match.end() + _USAGE_BYTES].decode("utf-8", "replace")
+                )
+            except (ValueError, RecursionError):
+                kept = match.start() - len(data)
+                break
+            if (usage := read_usage(found)) is not None:
+                self._reports = [(total_usage([*self._reports, (usage, False)]) or usage, False)]
+        self._rest = data[max(kept, -_USAGE_BYTES - _NAME_BYTES) :]
+
+
+_decoder: Final = json.JSONDecoder()
+
+
 class Forwarded:
     """The answer to a relayed request, to be read inside the `async with` block that made it.
 
     Attributes:
         status: The HTTP status.
         headers: The endpoint's headers, repeated ones included, without hop-by-hop headers.
+        on_chunk: Takes each piece of the body before it is passed on; None for nothing.
     """
 
     def __init__(
@@ -79,6 +154,7 @@ class Forwarded:
         headers.clear()
         headers.extend(without(response.headers.items(), HOP_BY_HOP))
         self.headers: Mapping[str, str] = headers
+        self.on_chunk: Callable[[bytes], object] | None = None
         self._response = response
         self._where = where
         self._end = end
@@ -112,6 +188,8 @@ class Forwarded:
                 begun = foreign or _WORDS.search(latest) is not None
             if begun:
                 pacer.pause()
+            if self.on_chunk is not None:
+                self.on_chunk(chunk)
             yield chunk
 
     def __aiter__(self) -> AsyncIterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.errors import (
     UNPAID,
@@ -20,11 +20,12 @@ from microbatch.transience import Backoff, is_transient
 from microbatch.transports.rate_limit import WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from microbatch.policy import RetryPolicy
     from microbatch.protocols import ChatCall, Completion, Transport
     from microbatch.transports.accounts import Permit
+    from microbatch.transports.expenses import Purse
 
 # Structured output has two steps down, and an endpoint may refuse the names of max_tokens, temperature, stream and stream_options, and
 # one schema; a transport that still learns after this many refusals is going round in circles.
@@ -34,16 +35,25 @@ _MAX_LESSONS: Final = 8
 class Sender:
     """Sends calls through *transport*, repeating failed attempts as *policy* allows; *draw* returns random numbers from 0 to 1.
 
+    With a *purse*, each attempt is paid for before it leaves.
+
     Attributes:
         repeats: Attempts that repeated a failed attempt of the same call.
         unpaid: Attempts not made because the retry budget was used up.
         rate_limited: Attempts refused with "too many requests".
     """
 
-    def __init__(self, transport: Transport, policy: RetryPolicy, draw: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        policy: RetryPolicy,
+        draw: Callable[[], float] = random.random,
+        purse: Purse | None = None,
+    ) -> None:
         self._transport = transport
         self._policy = policy
         self._draw = draw
+        self._purse = purse
         self.repeats: int = 0
         self.unpaid: int = 0
         self.rate_limited: int = 0
@@ -67,7 +77,7 @@ class Sender:
             How the call ended; with a `finish_reason` of None if it was cut off and part of it was used.
 
         Raises:
-            RequestFailed: The last attempt's error. Anything else that a transport raises comes as a `TransportError` from it.
+            RequestFailed: The last attempt's error, or a `BudgetExceeded`. Anything else from a transport comes as a `TransportError`.
             ConfigError: The transport cannot send the call: the last attempt, though announced by *on_attempt*, was not made.
         """
         now = asyncio.get_running_loop().time
@@ -76,10 +86,10 @@ class Sender:
         failures = lessons = 0  # a lesson is a refusal from which the transport has learned
         paced_until: float | None = None
         while True:
-            await permit.admit()
+            charge = await self._admit(permit, on_attempt)
             if end is not None:
                 call.timeout = max(0.0, end - now())
-            outcome, heard = await self._attempt(call, on_text, on_attempt, permit)
+            outcome, heard = await self._paid(charge, self._attempt(call, on_text, on_attempt, permit))
             if isinstance(outcome, RequestFailed):
                 completion, failure = None, outcome
                 cut = heard and (type(failure) is TransportError or is_transient(failure))
@@ -108,6 +118,42 @@ class Sender:
             if not (cut or is_transient(failure)) or (failures >= self._policy.max_attempts and not paced):
                 raise failure
             await self._back_off(permit, failure, backoff, free=paced)
+
+    async def _admit(self, permit: Permit, on_attempt: Callable[[], None]) -> Any:
+        """Wait until the next attempt has its permit and is charged; return the charge, None if there is nothing to pay."""
+        while True:
+            await permit.admit()
+            if self._purse is None or permit.expense is None:
+                return None
+            try:
+                charge = await self._purse.charge(permit.expense())
+            except BaseException as error:
+                permit.cancel()
+                if isinstance(error, ConfigError):
+                    on_attempt()  # see `send`
+                raise
+            if not isinstance(charge, asyncio.Future):
+                return charge
+            permit.hand_back()  # others may be able to pay
+            await charge
+
+    async def _paid(
+        self, charge: Any, attempt: Coroutine[Any, Any, tuple[Completion | RequestFailed, bool]]
+    ) -> tuple[Completion | RequestFailed, bool]:
+        """Make an *attempt*, and correct its *charge* by how it ends."""
+        purse = self._purse
+        if charge is None or purse is None:
+            return await attempt
+        try:
+            outcome, heard = await attempt
+        except ConfigError:  # it was not made
+            await purse.give_back(charge)
+            raise
+        except BaseException:
+            purse.keep(charge)
+            raise
+        await purse.ended(charge, outcome, heard=heard)
+        return outcome, heard
 
     async def _attempt(
         self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None], permit: Permit

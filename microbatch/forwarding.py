@@ -1,0 +1,112 @@
+"""Requests that are relayed to the endpoint as they are, each in a slot of its own, and paid from the budget."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from microbatch.batching.ticket import NORMAL, UNSHARED
+from microbatch.errors import ConfigError, ConnectFailed
+from microbatch.transports.credentials import credentials_in
+from microbatch.transports.expenses import Expense
+from microbatch.transports.relay import UsageReader, expected_usage, read_charge
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping, Sequence
+
+    from microbatch.assembly import Assembly
+    from microbatch.messages import Usage
+    from microbatch.spending.spending import Spending
+    from microbatch.transports.relay import Forwarded
+
+_REFUSALS = range(400, 500)
+"""Statuses of answers that cost nothing."""
+
+
+@asynccontextmanager
+async def forwarded(
+    parts: Assembly,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    body: bytes | None,
+    *,
+    alone: Sequence[str],
+    tenant: str | None,
+) -> AsyncGenerator[Forwarded]:
+    """Relay a request; see `Microbatcher.forward`."""
+    transport, ledger = parts.settings.transport, parts.ledger
+    relay = getattr(transport, "forward", None)
+    if relay is None:
+        raise ConfigError(f"{type(transport).__name__} has no forward(): it cannot relay requests as they are")
+    model, cost = read_charge(body)
+    credentials = {**headers, **credentials_in(path)}
+    await parts.admission.acquire(NORMAL, None, UNSHARED)
+    async with parts.engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
+        # Charged when nothing has to be waited for any more: other calls may wait until it ends.
+        lease.used = False
+        bill = await relayed.enter_async_context(_charged(parts.spending, expected_usage(body), model, tenant))
+        lease.used = True
+        ledger.upstream_calls += 1
+        ledger.forwarded += 1
+        parts.intake.note_alone(alone)
+        bill.sent = True
+        try:
+            response = await relayed.enter_async_context(relay(method, path, headers, body))
+        except ConfigError:
+            lease.used = bill.sent = False
+            ledger.upstream_calls -= 1
+            ledger.forwarded -= 1
+            raise
+        if bill.charged:
+            bill.watch(response)
+        yield response
+
+
+class _Bill:
+    """What a relayed request costs.
+
+    Attributes:
+        charged: Whether it costs anything.
+        sent: Whether the request was sent, and not refused.
+        usage: What reads the usage in the answer; None before there is one.
+    """
+
+    def __init__(self, *, charged: bool) -> None:
+        self.charged = charged
+        self.sent: bool = False
+        self.usage: UsageReader | None = None
+
+    def watch(self, response: Forwarded) -> None:
+        """Read the usage while the bytes of *response* are passed on."""
+        self.sent = response.status not in _REFUSALS
+        self.usage = UsageReader(response.headers.get("Content-Encoding"))
+        response.on_chunk = self.usage.feed
+
+
+@asynccontextmanager
+async def _charged(
+    spending: Spending | None, expected: Usage | None, model: str | None, tenant: str | None
+) -> AsyncGenerator[_Bill]:
+    """Charge a request for the duration of the block, and correct the charge by what is found then; None costs nothing."""
+    if spending is None or expected is None:
+        yield _Bill(charged=False)
+        return
+    expense = Expense(expected, model, tenant)
+    while isinstance(charge := await spending.charge(expense), asyncio.Future):
+        await charge
+    bill = _Bill(charged=True)
+    try:
+        yield bill
+    except ConnectFailed as error:
+        bill.sent = bill.sent and not error.unsent
+        raise
+    finally:
+        usage = None if bill.usage is None else bill.usage.usage
+        if not bill.sent:
+            await spending.give_back(charge)
+        elif usage is None:
+            spending.keep(charge)
+        else:
+            await spending.correct(charge, usage)

@@ -1,0 +1,1 @@
+"""Budgets: what calls may cost, and what they have cost so far."""
