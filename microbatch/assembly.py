@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.accounting.prices import Price
-    from microbatch.messages import Usage
     from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
     from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
@@ -86,7 +85,7 @@ class Assembly:
         self.settings = settings
         self.model: str | None = getattr(transport, "model", None)
         self.tokens: TokenCounter = TokenCounter(settings.tokens, self.model)
-        self.prices: PriceBook = PriceBook(settings.prices)
+        self.prices: PriceBook = PriceBook(settings.prices, base_url=getattr(transport, "base_url", ""))
         self.ledger: Ledger = Ledger()
         self.scheduler: Scheduler = Scheduler(policy.max_concurrent_batches)
         self.accounts: Accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
@@ -113,7 +112,7 @@ class Assembly:
             count=self.tokens.count,
             exact=self.tokens.exact_for,
             upper=self.tokens.count if callable(settings.tokens) else None,
-            price=self._price,
+            price=self.prices.pricing,
             ratio=self._ratio,
             now=_loop_time,
             bounds=bounds,
@@ -153,16 +152,12 @@ class Assembly:
         return AnswerCache(
             cache,
             ledger=self.ledger,
-            price=self._price,
+            price=self.prices.pricing,
             listeners=self.given.listeners,
             endpoint=getattr(self.settings.transport, "base_url", ""),
             model=self.model,
             normalize=self.settings.normalize,
         )
-
-    def _price(self, model: str | None) -> Callable[[Usage], float] | None:
-        price = self.prices.for_model(model)
-        return None if price is None else price.cost
 
     def _ratio(self, model: str | None) -> float:
         price = self.prices.for_model(model or self.model)
@@ -270,8 +265,9 @@ class Host:
     async def _run(self, ready: asyncio.Future[None]) -> None:
         try:
             await self._parts.tokens.open()
-            if self._parts.prices.load is not None:
-                await asyncio.to_thread(self._parts.prices.load)
+            load_prices = self._parts.prices.load
+            if load_prices is not None:
+                await asyncio.to_thread(load_prices)
             await acquire(self._resources)
             try:
                 await self._serve(ready)

@@ -72,8 +72,8 @@ class Dispatcher:
 
     def _begin(self, tickets: list[Ticket], route: Route, permit: Permit) -> CallState:
         """Return the state of a call that carries *tickets* from now on."""
-        price = self._price(tickets[0].spec.model or self._default_model)
-        call_state = CallState(len(tickets), route, self._now(), price, permit)
+        model = tickets[0].spec.model or self._default_model
+        call_state = CallState(len(tickets), route, self._now(), self._price(model), permit, model)
         for ticket in tickets:
             if ticket.call is not None:
                 ticket.remember().attempts += ticket.call.attempts
@@ -332,7 +332,8 @@ class Dispatcher:
         The lane with *history* learns from it what single calls take.
         """
         spec, pieces = ticket.spec, list[str]()
-        call_state = CallState(1, "audit", self._now(), self._price(spec.model or self._default_model), permit)
+        model = spec.model or self._default_model
+        call_state = CallState(1, "audit", self._now(), self._price(model), permit, model)
         call = self._codec.compose_alone(spec, ticket.answer, ticket.messages)
 
         def on_cut(completion: Completion | None) -> bool:
