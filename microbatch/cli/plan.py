@@ -17,6 +17,7 @@ from microbatch.caching.sqlite import SQLiteCache
 from microbatch.cli.arguments import CONNECTION, read_audit, read_connection, read_key, read_settings, with_flags
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BatchLines, Input, Questions, Templated, payload_of
+from microbatch.cli.prices import read_prices
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
@@ -29,6 +30,7 @@ from microbatch.transports.rate_limit import RateLimit
 if TYPE_CHECKING:
     import argparse
 
+    from microbatch.accounting.prices import Price
     from microbatch.policy import AuditPolicy
     from microbatch.spool.records import Spool
 
@@ -49,6 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
     cache: Guard | None
     id_seed: str | None = None
     audit: AuditPolicy | None = None
+    prices: dict[str, Price] | None = None
 
     @property
     def single(self) -> bool:
@@ -57,8 +60,8 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def simulated(self) -> str | None:
-        """The model whose prices are shown for the simulated endpoint; None if the endpoint is a real one."""
-        return self.transport.model if isinstance(self.transport, SimulatedChat) else None
+        """The models whose prices are shown for the simulated endpoint, in words; None if the endpoint is a real one."""
+        return self.transport.models if isinstance(self.transport, SimulatedChat) else None
 
 
 def read_plan(args: argparse.Namespace) -> Plan:
@@ -71,6 +74,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         audit=read_audit(args),
         transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
         id_seed=args.id_seed,
+        prices=read_prices(args),
     )
 
 
