@@ -132,6 +132,8 @@ class Assembly:
         kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
         if settings.audit is not None or self.cache is not None:
             lanes.kinds = kinds
+        if getattr(transport, "takes_prompt_cache_key", False):
+            lanes.named_by = kinds
         self.audits: Audits | None = None
         if settings.audit is not None:
             self.audits = Audits(
