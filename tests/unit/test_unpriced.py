@@ -10,6 +10,7 @@ from helpers import ask, batcher_for, submit_all
 
 import microbatch as mb
 from microbatch.accounting.stats import Ledger, together
+from microbatch.batching.overhead import LaneEconomics
 from microbatch.messages import Usage
 from microbatch.protocols import Completion
 from microbatch.testing import ScriptedTransport
@@ -113,6 +114,17 @@ def test_a_correction_of_single_calls_is_taken_from_calls_of_its_own_kind(price)
     assert (ledger.unbatched_prompt_tokens, ledger.unbatched_completion_tokens) == (1_500, 150)
     priced = ONE if other else Usage(500, 50)
     assert ledger.unbatched_cost_usd == pytest.approx(PRICE.cost(priced))
+
+
+@pytest.mark.parametrize("again", [None, PRICE.cost, PRICE.of_tier("flex").cost])
+def test_a_lane_is_judged_alike_whether_its_fallback_calls_have_a_price_or_not(again):
+    for tokens, lost in ((100, False), (5_000, True)):
+        economics = LaneEconomics()
+        for _ in range(20):
+            economics.begin(4)
+            economics.record(Usage(1_000, 100), Usage(4_000, 100), PRICE.cost, again=False)
+            economics.record(Usage(tokens, 0), Usage(), again, again=True)
+        assert economics.lost is lost
 
 
 @pytest.mark.parametrize(
