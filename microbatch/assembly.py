@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.prices import Price
     from microbatch.batching.request import Options
-    from microbatch.messages import Usage
     from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
     from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
@@ -90,12 +89,12 @@ class Assembly:
         self.settings = settings
         self.model: str | None = getattr(transport, "model", None)
         self.tokens: TokenCounter = TokenCounter(settings.tokens, self.model)
-        self.prices: PriceBook = PriceBook(settings.prices)
+        self.prices: PriceBook = PriceBook(settings.prices, base_url=getattr(transport, "base_url", ""))
         self.ledger: Ledger = Ledger()
         self.scheduler: Scheduler = Scheduler(policy.max_concurrent_batches)
         self.accounts: Accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)
         budget = settings.budget
-        self.spending: Spending | None = None if budget is None else Spending(budget, self._price, self.model)
+        self.spending: Spending | None = None if budget is None else Spending(budget, self.prices.pricing, self.model)
         self.sender: Sender = Sender(transport, settings.retry, purse=self.spending)
         self.admission: AdmissionQueue = AdmissionQueue(
             policy.max_queued,
@@ -119,7 +118,7 @@ class Assembly:
             count=self.tokens.count,
             exact=self.tokens.exact_for,
             upper=self.tokens.count if callable(settings.tokens) else None,
-            price=self._price,
+            price=self.prices.pricing,
             price_of=self._price_of,
             now=_loop_time,
             bounds=bounds,
@@ -139,6 +138,8 @@ class Assembly:
         kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
         if settings.audit is not None or self.cache is not None:
             lanes.kinds = kinds
+        if getattr(transport, "takes_prompt_cache_key", False):
+            lanes.named_by = kinds
         self.audits: Audits | None = None
         if settings.audit is not None:
             self.audits = Audits(
@@ -161,17 +162,13 @@ class Assembly:
         return AnswerCache(
             cache,
             ledger=self.ledger,
-            price=self._price,
+            price=self.prices.pricing,
             listeners=self.given.listeners,
             endpoint=getattr(self.settings.transport, "base_url", ""),
             model=self.model,
             normalize=self.settings.normalize,
             alone=self.settings.policy.max_batch_size == 1,
         )
-
-    def _price(self, model: str | None) -> Callable[[Usage], float] | None:
-        price = self.prices.for_model(model)
-        return None if price is None else price.cost
 
     def _price_of(self, model: str | None) -> Price | None:
         return self.prices.for_model(model or self.model)
@@ -288,8 +285,9 @@ class Host:
     async def _run(self, ready: asyncio.Future[None]) -> None:
         try:
             await self._parts.tokens.open()
-            if self._parts.prices.load is not None:
-                await asyncio.to_thread(self._parts.prices.load)
+            load_prices = self._parts.prices.load
+            if load_prices is not None:
+                await asyncio.to_thread(load_prices)
             if self._parts.spending is not None and self._parts.model is not None:
                 self._parts.spending.check([None])
             await acquire(self._resources)

@@ -58,7 +58,7 @@ class Microbatcher:
         spool: Keeps requests for workers, see `enqueue`: `SQLiteSpool`, `RedisSpool`, or any `Spool`; may be shared as well.
         normalize: With a cache, maps the texts of last messages that are to share an answer to the same text (for example `str.strip`);
             what is sent is not changed. None compares texts as they are.
-        prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; a small built-in table for others.
+        prices: USD per million tokens by model: a mapping or a function, such as `genai_prices()`; the extra `prices` knows others.
         tokens: Counts tokens: a function, "bytes" to count UTF-8 bytes and load no table, or None for the model's packaged encoding.
         hooks: Objects with any of the methods `on_flush`, `on_call`, `on_settle` and `on_audit`, which take a `Flushed`, `Called`,
             `Settled` and `Audited`, and `on_submit`, which takes nothing and is called in the context of each caller: what it returns

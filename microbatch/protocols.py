@@ -76,6 +76,8 @@ class Completion(msgspec.Struct):
         thought: Whether the reply had a thought or reasoning in addition to its answer.
         damaged: Whether a part of the reply could not be read; a NUL replaces it in the text.
         bound: The limit that was sent because of `ChatCall.bound`, or None.
+        service_tier: The service tier that the call was charged at, such as "flex", "priority" or "batch", in lower case; None for the
+            usual one, whatever its name, and if the endpoint has not reported it.
     """
 
     finish_reason: str | None
@@ -88,6 +90,7 @@ class Completion(msgspec.Struct):
     thought: bool = False
     damaged: bool = False
     bound: int | None = None
+    service_tier: str | None = None
 
     def __repr__(self) -> str:
         """Return the fields without text."""

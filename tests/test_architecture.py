@@ -48,7 +48,7 @@ WAITING = {"anyio", "asyncio", "concurrent", "selectors", "signal", "socket", "s
 
 # Below the client, only these know a clock, tasks, threads or sockets.
 IMPURE = {
-    "accounting": {"live", "otel", "tokens"},
+    "accounting": {"live", "otel", "prices", "tokens"},
     "batching": {
         "admission",
         "audits",

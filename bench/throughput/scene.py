@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from bench.questions import products, shared_instructions, zipf
-from microbatch.accounting.prices import PRICES
+from microbatch.accounting.prices import Price
 from microbatch.testing import Latency
 
 MODEL = "gpt-4.1-mini"
-PRICE = PRICES[MODEL]
+PRICE = Price(0.40, 1.60, 0.10)
 
 LATENCY = Latency(first_token=0.5, tokens_per_second=80.0)
 TOKENS = 300

@@ -45,6 +45,7 @@ _COUNTERS: Final = {
     f"{_INFERENCE}.usage.cache_read.input_tokens": ("{token}", "The number of cached input tokens used."),
     "microbatch.call.attempts": ("{attempt}", "HTTP attempts of calls."),
     "microbatch.cost": ("{USD}", "Price of the tokens that calls used."),
+    "microbatch.unpriced_calls": ("{call}", "Calls that reported tokens and whose model has no known price."),
     "microbatch.requests": ("{request}", "Requests that have ended."),
     "microbatch.flushes": ("{flush}", "Batches and single requests that left."),
     "microbatch.audits": ("{audit}", "Answers from batches that were compared with an answer alone."),
@@ -161,6 +162,8 @@ class OpenTelemetryHooks:
         self._add["microbatch.call.attempts"](event.attempts, route)
         if event.cost_usd is not None:
             self._add["microbatch.cost"](event.cost_usd, route)
+        elif event.usage is not None:
+            self._add["microbatch.unpriced_calls"](1, route)
 
     def on_audit(self, event: Audited) -> None:
         """Count an audit that has ended, and what it has decided."""

@@ -1,15 +1,16 @@
-"""Prices of tokens, in US dollars: the user's, those of the extra `prices`, and a table of well-known models."""
+"""Prices of tokens, in US dollars: the user's, and those of the extra `prices`."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from datetime import UTC, datetime
+from functools import lru_cache, partial
 from importlib.util import find_spec
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
 
@@ -17,13 +18,19 @@ from microbatch.checking import AtLeast, check_fields
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from microbatch.messages import Usage
 
 logger: Final = logging.getLogger("microbatch")
 
 Dollars: TypeAlias = Annotated[float, AtLeast(0)]
 
+BATCH_DISCOUNT: Final = 0.5
+"""The price of a provider's batches, as a part of the usual one, where it is not known."""
+
 _PER_MILLION: Final = 1_000_000
+_RATES: Final = ("input", "output", "cached_input", "cache_write")
 _MAX_REMEMBERED: Final = 1_024  # callers may make up model names, so memory must not grow with them
 
 
@@ -37,9 +44,10 @@ class Price(msgspec.Struct, frozen=True):
         cache_write: US dollars per million prompt tokens written to it; None for the price of `input`.
         tiers: Prices of other service tiers, by the name that the endpoint reports, such as "flex", "priority" or "batch". A tier that
             is not listed has the prices above.
+        above: Prices of calls with long prompts, all of whose tokens cost more, by the number of prompt tokens above which they hold.
 
     Raises:
-        ConfigError: A price is no number, negative, NaN or infinite.
+        ConfigError: A price is no number, negative, NaN or infinite, or one of `tiers` or `above` is no `Price`.
     """
 
     input: Dollars
@@ -47,72 +55,82 @@ class Price(msgspec.Struct, frozen=True):
     cached_input: Dollars | None = None
     cache_write: Dollars | None = None
     tiers: Mapping[str, Price] = {}
+    above: Mapping[int, Price] = {}
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("input", "output", "cached_input", "cache_write"):
+        for name in _RATES:
             price = getattr(self, name)
             if price is not None and math.isinf(price):
                 raise ConfigError(f"{name} must be a finite number, got {price!r}")
+        for field, kind, words in (("tiers", str, "names"), ("above", int, "whole numbers")):
+            for key, price in getattr(self, field).items():
+                if not isinstance(key, kind) or not isinstance(price, Price):
+                    found = f"{type(key).__name__} to {type(price).__name__}"
+                    raise ConfigError(f"{field} must be a mapping of {words} to Prices, got {found}")
 
     def of_tier(self, tier: str | None) -> Price:
         """Return the price of a service tier; this one if *tier* is None or not listed."""
         return self.tiers.get(tier, self) if tier is not None else self
 
+    def of_batches(self) -> Price:
+        """Return the price of the provider's batches: the tier "batch", or half of this one if it is not listed."""
+        if "batch" in self.tiers:
+            return self.tiers["batch"]
+        above = {length: _discounted(price) for length, price in self.above.items()}
+        return msgspec.structs.replace(_discounted(self), above=above)
+
+    def for_prompt(self, prompt_tokens: int) -> Price:
+        """Return the price of calls with so long a prompt; that of any part of such a call is the same."""
+        if not self.above:
+            return self
+        length = max((length for length in self.above if prompt_tokens > length), default=None)
+        return msgspec.structs.replace(self, above={}) if length is None else self.above[length]
+
     def cost(self, usage: Usage) -> float:
-        """Return the price of *usage* in US dollars."""
+        """Return the price of *usage*, that of a call, in US dollars."""
+        price = self.for_prompt(usage.prompt_tokens)
         # Some endpoints report more cached tokens than prompt tokens.
         cached = min(usage.cached_tokens, usage.prompt_tokens)
         written = min(usage.cache_write_tokens, usage.prompt_tokens - cached)
-        cached_price = self.input if self.cached_input is None else self.cached_input
-        write_price = self.input if self.cache_write is None else self.cache_write
+        cached_price = price.input if price.cached_input is None else price.cached_input
+        write_price = price.input if price.cache_write is None else price.cache_write
         dollars = (
-            (usage.prompt_tokens - cached - written) * self.input
+            (usage.prompt_tokens - cached - written) * price.input
             + cached * cached_price
             + written * write_price
-            + usage.completion_tokens * self.output
+            + usage.completion_tokens * price.output
         )
         return dollars / _PER_MILLION
 
 
+def _discounted(price: Price) -> Price:
+    """Return the rates of *price* in a batch, without tiers."""
+    rates: dict[str, float | None] = {name: getattr(price, name) for name in _RATES}
+    return Price(**{name: rate * BATCH_DISCOUNT for name, rate in rates.items() if rate is not None})  # type: ignore[arg-type]
+
+
 Prices: TypeAlias = Mapping[str, Price] | Callable[[str], Price | None]
 
-# Standard tier of https://platform.openai.com/docs/pricing, as pydantic/genai-prices had it on 2025-11-13.
-PRICES: Final[Mapping[str, Price]] = MappingProxyType(
-    {
-        "gpt-5": Price(1.25, 10.0, 0.125),
-        "gpt-5-mini": Price(0.25, 2.0, 0.025),
-        "gpt-5-nano": Price(0.05, 0.40, 0.005),
-        "gpt-4.1": Price(2.0, 8.0, 0.50),
-        "gpt-4.1-mini": Price(0.40, 1.60, 0.10),
-        "gpt-4.1-nano": Price(0.10, 0.40, 0.025),
-        "gpt-4o": Price(2.50, 10.0, 1.25),
-        # The first gpt-4o kept its launch price (genai-prices misses that), so it must not go by its family name.
-        "gpt-4o-2024-05-13": Price(5.0, 15.0),
-        "gpt-4o-mini": Price(0.15, 0.60, 0.075),
-        "o4-mini": Price(1.10, 4.40, 0.275),
-        "o3": Price(2.0, 8.0, 0.50),
-        "o1": Price(15.0, 60.0, 7.50),
-        "gpt-3.5-turbo": Price(0.50, 1.50),
-    }
-)
-"""List prices of well-known OpenAI models, without discounts (batch, flex), cache writes and regional surcharges.
+_DATE = re.compile(r"-\d{4}-?\d{2}-?\d{2}\Z")
 
-Prices change; those that a user gives take precedence.
-"""
 
-_DATE = re.compile(r"-\d{4}-\d{2}-\d{2}\Z")
+def _names(model: str) -> Iterator[str]:
+    """Yield the names under which the price of *model* may be listed, the most specific first.
+
+    They are its own, those without the providers that gateways put before it, each also without the date at its end. A prefix is not
+    enough: gpt-4.1-mini must not be priced as gpt-4.1.
+    """
+    while model:
+        yield model
+        if _DATE.search(model):
+            yield _DATE.sub("", model)
+        model = model.partition("/")[2]
 
 
 def _look_up(table: Mapping[str, Price], model: str) -> Price | None:
-    """Return the price of *model* in *table* under the most specific of its names, or None.
-
-    The names are the model's own and those without a trailing -YYYY-MM-DD and a leading "openai/". A prefix is not enough:
-    gpt-4.1-mini must not be priced as gpt-4.1.
-    """
-    plain = model.removeprefix("openai/")
-    names = (model, _DATE.sub("", model), plain, _DATE.sub("", plain))
-    return next((table[name] for name in names if name in table), None)
+    """Return the price of *model* in *table* under the most specific of its names, or None."""
+    return next((table[name] for name in _names(model) if name in table), None) if table else None
 
 
 def _checked(prices: object) -> dict[str, Price]:
@@ -130,52 +148,116 @@ def _checked(prices: object) -> dict[str, Price]:
 
 
 class PriceBook:
-    """The prices of models: the user's first, then the built-in `PRICES`; see `_look_up`.
+    """The prices of models: the user's, then those of genai-prices if that is installed.
 
     The first model without a price is logged once.
 
     Args:
-        prices: A table (copied), or a function that takes a model name and returns its price or None; None for the built-in table
-            alone. Anything else raises `ConfigError`.
+        prices: A table (copied), or a function that takes a model name and returns its price or None; None for none. Anything else
+            raises `ConfigError`.
+        base_url: The endpoint's address, which may tell whose prices hold; "" if there is none.
     """
 
-    def __init__(self, prices: Prices | None = None) -> None:
-        self._ask: Callable[[str], object] | None = prices if callable(prices) else None
-        self._table = {} if prices is None or callable(prices) else _checked(prices)
+    def __init__(self, prices: Prices | None = None, *, base_url: str = "") -> None:
+        self._ask: Callable[[str], object] | None = None
+        self._listed: GenaiPrices | None = None
+        self._demanded = isinstance(prices, GenaiPrices)  # by the user
+        if isinstance(prices, GenaiPrices):
+            self._listed, prices = prices.of_endpoint(base_url), prices.own
+        elif find_spec("genai_prices") is not None:
+            self._listed = GenaiPrices({}, base_url=base_url)
+        if callable(prices):
+            self._ask, prices = prices, None
+        self._table = {} if prices is None else _checked(prices)
         self._warned = False
         self._missed = False
-        self._resolved = lru_cache(_MAX_REMEMBERED)(self._resolve)
+        self._own = lru_cache(_MAX_REMEMBERED)(self._find_own)
 
-    def for_model(self, model: str | None) -> Price | None:
-        """Return the price of a model, resolved once per name; None if it is unknown, or the user's function fails."""
-        return self._resolved(model) if model else None
+    def for_model(self, model: str | None, asked: str | None = None) -> Price | None:
+        """Return the price of a model, or None if it is unknown, or the user's function fails.
+
+        Args:
+            model: The model as the endpoint names it; None if that is unknown.
+            asked: The name by which it was asked for, which counts where *model* has no price. The user's prices of either name come
+                before the list prices of either.
+        """
+        names = [name for name in dict.fromkeys((model, asked)) if name]
+        for name in names:
+            price = self._own(name)
+            if price is not None:
+                return price or None
+        for name in names:
+            price = None if self._listed is None else self._listed(name)
+            if price is not None:
+                return price
+        if names:
+            self._note_missing(names[0])
+        return None
+
+    def pricing(
+        self, model: str | None, tier: str | None = None, *, asked: str | None = None, prompt_tokens: int | None = None
+    ) -> Callable[[Usage], float] | None:
+        """Return what prices a usage of a model; None if its price is unknown.
+
+        Args:
+            model: See `for_model`, as for *asked*.
+            asked: The name by which it was asked for.
+            tier: The service tier that the endpoint has reported, or None.
+            prompt_tokens: The length of the prompt of the call whose parts are priced; None if each usage is that of a whole call.
+        """
+        price = self.for_model(model, asked)
+        if price is None:
+            return None
+        price = price.of_tier(tier)
+        return (price if prompt_tokens is None else price.for_prompt(prompt_tokens)).cost
 
     @property
     def load(self) -> Callable[[], object] | None:
-        """The user's function's own `load`, which prepares its prices and may take a while; None if it has none."""
-        load = getattr(self._ask, "load", None)
+        """Prepares the prices, which may take a while and should be done in a thread; None if they are ready."""
+        waits = self._listed is not None and not self._listed.loaded
+        return self._load if waits or self._load_own is not None else None
+
+    @property
+    def _load_own(self) -> Callable[[], object] | None:
+        load = getattr(self._ask, "load", None)  # the user's function may have one
         return load if callable(load) else None
 
-    def _resolve(self, model: str) -> Price | None:
-        if self._ask is not None:
-            try:
-                answer = self._ask(model)
-            except (KeyboardInterrupt, SystemExit):
+    def _load(self) -> None:
+        if self._load_own is not None:
+            self._load_own()
+        if self._listed is None or self._listed.loaded:
+            return
+        try:
+            self._listed.load()
+        except Exception:
+            if self._demanded:
                 raise
-            except BaseException as error:  # noqa: BLE001 - Rust panics are no Exception
-                self._warn(model, f"raised {type(error).__name__}")
-                return None
-            if isinstance(answer, Price):
-                return answer
-            if answer is not None:
-                self._warn(model, f"returned {type(answer).__name__} instead of a Price")
-                return None
-        price = _look_up(self._table, model) or _look_up(PRICES, model)
-        if price is None and not self._missed:
+            self._listed = None  # its being installed is no reason to fail
+            logger.warning("genai-prices cannot be used, so list prices are unknown", exc_info=True)
+
+    def _find_own(self, model: str) -> Price | Literal[False] | None:
+        """Return the user's price of *model*; None if there is none, False if the user's function fails."""
+        if self._ask is None:
+            return _look_up(self._table, model)
+        try:
+            answer = self._ask(model)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - Rust panics are no Exception
+            self._warn(model, f"raised {type(error).__name__}")
+            return False
+        if answer is None or isinstance(answer, Price):
+            return answer
+        self._warn(model, f"returned {type(answer).__name__} instead of a Price")
+        return False
+
+    def _note_missing(self, model: str) -> None:
+        if not self._missed:
             self._missed = True
-            words = "no price is known for model %r, so cost_usd is None for it and its like; give prices={...} or genai_prices()"
-            logger.warning(words, model)
-        return price
+            remedy = "give prices={...}"
+            if self._listed is None:
+                remedy += ", or install list prices: pip install 'microbatch[prices]'"
+            logger.warning("no price is known for model %r, so cost_usd is None for it and its like; %s", model, remedy)
 
     def _warn(self, model: str, what: str) -> None:
         # Once: a function that fails for one model usually fails for all. Its message may hold keys and is not logged.
@@ -187,8 +269,9 @@ class PriceBook:
 def genai_prices(own: Mapping[str, Price] | None = None) -> GenaiPrices:
     """Return a function from model names to list prices, for `Microbatcher(prices=genai_prices())`.
 
-    The data is that of the installed genai-prices package; nothing is downloaded. Prices are a model's standard ones at the time it
-    is first seen. Where they rise with the length of the prompt they are those of short prompts, so very long ones cost more.
+    The data is that of the installed genai-prices package; nothing is downloaded. A batcher without `prices` uses it too, if it is
+    installed. Prices are those of the present minute. Fees per request or search, and for cache writes that last an hour, are not
+    among them.
 
     Args:
         own: Prices that take precedence, by model name; None for none.
@@ -200,46 +283,125 @@ def genai_prices(own: Mapping[str, Price] | None = None) -> GenaiPrices:
 
 
 class GenaiPrices:
-    """Prices from a table of the user, then from genai-prices; see `genai_prices`."""
+    """Prices from a table of the user, then from genai-prices; see `genai_prices`.
 
-    def __init__(self, own: Mapping[str, Price]) -> None:
-        self._own = _checked(own)
+    Args:
+        own: The user's table.
+        base_url: The endpoint's address, whose provider's prices come first; "" for none.
+        now: Returns the time in seconds since 1970, because some prices change with the date or the time of day.
+
+    Attributes:
+        own: The user's table, copied.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[str, Price],
+        *,
+        base_url: str = "",
+        now: Callable[[], float] = time.time,  # noqa: TID251 the dates of prices
+    ) -> None:
+        self.own: dict[str, Price] = _checked(own)
+        self._base_url = base_url.lower()
+        self._now = now
         self._package: Any = None
+        self._remembered = lru_cache(_MAX_REMEMBERED)(self._find)
         if find_spec("genai_prices") is None:
             raise ConfigError("genai_prices() needs the package genai-prices: pip install 'microbatch[prices]'")
 
+    def of_endpoint(self, base_url: str) -> GenaiPrices:
+        """Return the same prices for an endpoint, unless these are for one already."""
+        return self if self._base_url or not base_url else GenaiPrices(self.own, base_url=base_url, now=self._now)
+
+    @property
+    def loaded(self) -> bool:
+        """True if the data is at hand."""
+        return self._package is not None
+
     def load(self) -> None:
         """Import the data, which takes some tenths of a second; a batcher that opens does so in a thread."""
-        import genai_prices  # noqa: PLC0415 optional, and slow
+        from genai_prices import data_snapshot  # noqa: PLC0415 optional, and slow
 
-        self._package = genai_prices
+        self._package = data_snapshot
+        try:
+            self._find("gpt-4o", 0)  # which imports the rest
+        except BaseException:
+            self._package = None
+            raise
 
     def __call__(self, model: str) -> Price | None:
         """Return the price of *model*, or None. The name may contain the provider: `anthropic/claude-sonnet-4-5`."""
-        price = _look_up(self._own, model)
+        price = _look_up(self.own, model)
         if price is not None:
             return price
         if self._package is None:
             self.load()
-        provider, slash, name = model.partition("/")
-        return self._listed(model) or (self._listed(name, provider) if slash else None)
+        return self._remembered(model, int(self._now() // 60))
 
-    def _listed(self, model: str, provider: str | None = None) -> Price | None:
-        try:
-            found = self._package.calc_price(self._package.Usage(), model, provider_id=provider).model_price
-        except LookupError:
-            return None
-        paid, generated = _base(found.input_mtok), _base(found.output_mtok)
-        if paid is None or generated is None:
-            return None  # paid by the image, the second, the request
-        return Price(paid, generated, _base(found.cache_read_mtok))
+    def _find(self, model: str, minute: int) -> Price | None:
+        when = datetime.fromtimestamp(60 * minute, UTC)
+        for provider, name in self._places(model):
+            # Not by `calc_price`, which remembers every name that is not listed.
+            found = provider.find_model(name, all_providers=self._package.get_snapshot().providers)
+            if found is not None:
+                return _as_price(found, when, tiered=any(found is own for own in provider.models))
+        return None
+
+    def _places(self, model: str) -> Iterator[tuple[Any, str]]:
+        """Yield the providers that may list *model*, each with the name it may have there, the most specific first."""
+        providers = self._package.get_snapshot().providers
+        by_id = partial(self._package.find_provider_by_id, providers)
+        of_endpoint = [each for each in providers if self._base_url and re.match(each.api_pattern, self._base_url)]
+        model = model.removeprefix("models/")  # as Gemini names its own
+        for name in dict.fromkeys((model, _DATE.sub("", model))):
+            provider, slash, rest = name.partition("/")
+            of_model = [each for each in providers if each.model_match is not None and each.model_match.is_match(name)]
+            places = [*((each, name) for each in (*of_endpoint[:1], *of_model[:1]))]
+            if slash:
+                # OpenRouter's list has the names that gateways use.
+                places += [(by_id(provider), rest), (by_id("openrouter"), name)]
+            yield from (place for place in places if place[0] is not None)
 
     def __repr__(self) -> str:
         """Return the number of the user's prices."""
-        return f"genai_prices(own=<{len(self._own)}>)"
+        return f"genai_prices(own=<{len(self.own)}>)"
 
 
-def _base(price: Any) -> float | None:
-    """Return a price as a number; that of the first tier if it is tiered."""
-    price = getattr(price, "base", price)
-    return None if price is None else float(price)
+def _as_price(model: Any, when: datetime, *, tiered: bool) -> Price | None:
+    """Return the price of a listed model at a time, *tiered* with those of service tiers.
+
+    None if it is not paid by the token, but by the image, the second, the request.
+    """
+    price = _without_tiers(model.get_prices(when))
+    if price is None or not tiered:
+        return price
+    tiers: dict[str, Price] = {}
+    for variant in getattr(model, "price_variants", None) or ():
+        (key, tier), *more = variant.when.items()
+        if key in ("service_tier", "processing") and not more:  # the latter of batches
+            varied = _without_tiers(model.get_prices(when, variant.when))
+            if varied is not None and varied != price:
+                tiers[tier] = varied
+    return msgspec.structs.replace(price, tiers=tiers)
+
+
+def _without_tiers(listed: Any) -> Price | None:
+    paid, generated, *cached = (
+        getattr(listed, name, None) for name in ("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok")
+    )
+    if paid is None or generated is None:
+        return None
+
+    def at(prompt_tokens: int) -> Price:
+        cached_input, cache_write = (_rate(rate, prompt_tokens) for rate in cached)
+        return Price(_rate(paid, prompt_tokens), _rate(generated, prompt_tokens), cached_input, cache_write)  # type: ignore[arg-type]
+
+    lengths = {tier.start for rate in (paid, generated, *cached) for tier in getattr(rate, "tiers", ())}
+    return msgspec.structs.replace(at(0), above={length: at(length + 1) for length in sorted(lengths)})
+
+
+def _rate(rate: Any, prompt_tokens: int) -> float | None:
+    """Return a rate of the package for prompts of a length as a number."""
+    passed = [tier.price for tier in getattr(rate, "tiers", ()) if prompt_tokens > tier.start]  # in ascending order
+    rate = passed[-1] if passed else getattr(rate, "base", rate)
+    return None if rate is None else float(rate)

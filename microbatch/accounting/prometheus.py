@@ -34,7 +34,8 @@ _EVENTS: Final[dict[str, tuple[str, Sequence[str], Sequence[float] | None]]] = {
     "tokens": ("Tokens that endpoints reported.", ("kind",), None),
     "cached_tokens": ("Prompt tokens that endpoints read from their prefix caches.", (), None),
     "unreported_calls": ("Calls that ended without reporting tokens.", (), None),
-    "cost_usd": ("Price of the reported tokens in US dollars, where it is known.", (), None),
+    "cost_usd": ("Price of the reported tokens in US dollars, without those of unpriced calls.", (), None),
+    "unpriced_calls": ("Calls that reported tokens and whose model has no known price.", (), None),
     "audits": (
         "Answers from batches that were compared with an answer alone.",
         ("model", "size", "outcome"),
@@ -140,6 +141,8 @@ class PrometheusHooks:
         self._sources: list[Callable[[], Stats]] = []
         self._latest: Stats | None = None
         self._models: dict[str, None] = {}  # that are labels; an ordered set
+        self._priced = False  # whether any call was
+        self._cost_shown = True
 
         def metric(name: str, text: str, labels: Sequence[str], buckets: Sequence[float] | None) -> Any:
             if buckets is None:
@@ -190,6 +193,18 @@ class PrometheusHooks:
             metrics["cached_tokens"].inc(event.usage.cached_tokens)
         if event.cost_usd is not None:
             metrics["cost_usd"].inc(event.cost_usd)
+            self._show_cost(priced=True)
+        elif event.usage is not None:
+            metrics["unpriced_calls"].inc()
+            self._show_cost(priced=False)
+
+    def _show_cost(self, *, priced: bool) -> None:
+        """Show the sum of dollars, unless all calls that have reported tokens were unpriced: it is not 0 then, but unknown."""
+        self._priced = self._priced or priced
+        if self._priced is not self._cost_shown:
+            self._cost_shown = self._priced
+            change = self._registry.register if self._priced else self._registry.unregister
+            change(self._metrics["cost_usd"])
 
     def on_audit(self, event: Audited) -> None:
         """Count an audit that has ended."""

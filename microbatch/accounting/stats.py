@@ -68,10 +68,11 @@ class _Figures(msgspec.Struct, kw_only=True):
     audit_cost_usd: float | None = 0.0
     requests_bound: int = 0
     budget: BudgetFigures | None = None
+    unpriced_calls: int = 0
 
     @property
     def costs_more(self) -> bool:
-        """True if combining, without audits, has cost more than it saved: in dollars if prices are known, else in tokens."""
+        """True if combining, without audits, has cost more than it saved: in dollars where prices are known, else in tokens."""
         return self._loss > 0
 
     @property
@@ -93,7 +94,7 @@ class _Figures(msgspec.Struct, kw_only=True):
 
     @property
     def _priced(self) -> bool:
-        return bool(self.cost_usd) and self.unbatched_cost_usd is not None
+        return bool(self.cost_usd)
 
 
 class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgspec allows it, unlike dataclasses
@@ -118,12 +119,14 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         cached_tokens: Those of them read from its prefix cache.
         completion_tokens: Generated tokens that it reported.
         unreported_calls: Calls that ended without reporting tokens; nothing is added for them.
-        cost_usd: Price of the reported tokens in US dollars; None if a model's price is unknown, or no call has reported any tokens.
+        cost_usd: Price of the reported tokens in US dollars, without those of `unpriced_calls`; None if nothing was priced, because no
+            model's price is known, or no call has reported any tokens.
         unclaimed: The tokens that belong to no reply: of cancelled, failed or damaged requests, and of audits.
         unbatched_calls: Calls that the answered requests would have taken one by one.
         unbatched_prompt_tokens: Prompt tokens of those calls.
         unbatched_completion_tokens: Completion tokens of those calls.
-        unbatched_cost_usd: Their price in US dollars; None like `cost_usd`.
+        unbatched_cost_usd: Their price in US dollars, without the requests of unpriced models, so that it compares with `cost_usd`;
+            None if none of them was priced.
         late_duplicates: Copies of delivered answers that were dropped.
         unknown_ids: Answers under ids that were not asked for.
         retries_denied: Failed calls, and parts of calls that were cut off, not repeated because the retry budget was used up.
@@ -147,12 +150,14 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
             are corrected if single replies take more or less than was calculated. 0 until there are at least 8 of a kind.
         cut_replies: Combined replies that were broken off, or hit a token limit.
         damage_usage: The tokens of the `fallback_calls`, and of combined calls whose reply answered nothing.
-        damage_cost_usd: Their price in US dollars; None like `cost_usd`.
+        damage_cost_usd: Their price in US dollars, like `cost_usd`.
         audit_usage: The tokens of audits; they are among `unclaimed`.
-        audit_cost_usd: Their price in US dollars; None like `cost_usd`.
+        audit_cost_usd: Their price in US dollars, like `cost_usd`.
         requests_bound: Accounts (endpoint, model, key) whose number of requests is limited: by a `RateLimit`, or because the endpoint
             has reported that less than a fifth of its limit was left. With `merge="auto"` they combine all.
         budget: What was spent of `Microbatcher(budget=)`, and what is left; None without a budget.
+        unpriced_calls: Calls that reported tokens and whose model has no known price. Their tokens are counted, and no sum of dollars
+            includes them.
     """
 
     @property
@@ -172,7 +177,7 @@ OTHER_FIELDS: Final = "other fields"
 
 
 def together(parts: Sequence[Stats]) -> Stats:
-    """Return the figures of several batchers as if they were one, without the spool's; an unknown price makes the total unknown."""
+    """Return the figures of several batchers as if they were one, without the spool's."""
     totals: dict[str, Any] = {}
     for name in Stats.__struct_fields__:
         values = [getattr(part, name) for part in parts]
@@ -186,7 +191,8 @@ def together(parts: Sequence[Stats]) -> Stats:
         elif name == "budget":
             totals[name] = _one_budget(values)
         elif not name.startswith("spool_"):  # the batchers may share one spool
-            totals[name] = None if None in values else sum(values)
+            known = [value for value in values if value]
+            totals[name] = None if None in values and not known else sum(known, 0.0 if name.endswith("_usd") else 0)
     return Stats(**totals)
 
 
@@ -203,9 +209,9 @@ class Ledger(_Figures, kw_only=True):
 
     batched_items: int = 0  # requests in combined calls
     cache_ages: float = 0.0  # sum of the ages of all answers that were hit, in seconds
-    # Tokens of single calls that were counted too many; too few are negative.
-    owed_prompt: int = 0
-    owed_completion: int = 0
+    # Tokens of single calls that were counted too many, by whether they have a price; too few are negative.
+    owed: dict[bool, Usage] = {}
+    priced: set[str] = set()  # the sums of dollars to which something was added
 
     def __post_init__(self) -> None:
         figures: _Figures = self  # whose fields these are, also for type checkers
@@ -228,38 +234,53 @@ class Ledger(_Figures, kw_only=True):
         """
         if damage:
             self.damage_usage += usage
-            self.damage_cost_usd = _added(self.damage_cost_usd, usage, price)
+            self._add("damage_cost_usd", usage, price)
         figures: _Figures = self
-        if self.owed_prompt or self.owed_completion:
-            alone = self._less_owed(alone)
+        if self.owed:
+            alone = self._less_owed(alone, priced=price is not None)
         figures.prompt_tokens += usage.prompt_tokens
         figures.cached_tokens += usage.cached_tokens
         figures.completion_tokens += usage.completion_tokens
         figures.unbatched_prompt_tokens += alone.prompt_tokens
         figures.unbatched_completion_tokens += alone.completion_tokens
-        if price is None:
-            self.cost_usd = self.unbatched_cost_usd = None
-        elif self.cost_usd is not None and self.unbatched_cost_usd is not None:
-            self.cost_usd += price(usage)
-            self.unbatched_cost_usd += price(alone)
+        if price is None and (usage.prompt_tokens or usage.completion_tokens):
+            figures.unpriced_calls += 1
+        # Either both sums include a call or none, so that they compare.
+        self._add("cost_usd", usage, price)
+        self._add("unbatched_cost_usd", alone, price)
+
+    def _add(self, name: str, usage: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Add the price of *usage* to the sum of dollars *name*, which is None as long as nothing in it was priced."""
+        if not (usage.prompt_tokens or usage.completion_tokens):
+            return
+        if price is not None:
+            setattr(self, name, (getattr(self, name) or 0.0) + price(usage))
+            self.priced.add(name)
+        elif name not in self.priced:
+            setattr(self, name, None)
 
     def pay_audit(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add the call of an audit, which reported *usage*."""
         self.audit_usage += usage
-        self.audit_cost_usd = _added(self.audit_cost_usd, usage, price)
+        self._add("audit_cost_usd", usage, price)
         self.unclaimed += usage
         self.pay(usage, Usage(), price)
 
     def correct(self, missing: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add *missing* to what single calls would have used. Negative tokens are taken from later calls: counters only grow."""
-        self.owed_prompt -= missing.prompt_tokens
-        self.owed_completion -= missing.completion_tokens
+        priced = price is not None
+        owed = self.owed.get(priced, Usage())
+        self.owed[priced] = Usage(
+            owed.prompt_tokens - missing.prompt_tokens, owed.completion_tokens - missing.completion_tokens
+        )
         self.pay(Usage(), Usage(), price)
 
-    def _less_owed(self, alone: Usage) -> Usage:
-        prompt = alone.prompt_tokens - self.owed_prompt
-        completion = alone.completion_tokens - self.owed_completion
-        self.owed_prompt, self.owed_completion = max(0, -prompt), max(0, -completion)
+    def _less_owed(self, alone: Usage, *, priced: bool) -> Usage:
+        """Return *alone* less the tokens that were counted too many before for calls that have, or have not, a price."""
+        owed = self.owed.pop(priced, Usage())
+        prompt, completion = alone.prompt_tokens - owed.prompt_tokens, alone.completion_tokens - owed.completion_tokens
+        if prompt < 0 or completion < 0:
+            self.owed[priced] = Usage(max(0, -prompt), max(0, -completion))
         return Usage(max(0, prompt), max(0, completion), min(alone.cached_tokens, max(0, prompt)))
 
     @property
@@ -288,11 +309,6 @@ class Ledger(_Figures, kw_only=True):
 
 def _tokens(usage: Usage) -> int:
     return usage.prompt_tokens + usage.completion_tokens
-
-
-def _added(cost_usd: float | None, usage: Usage, price: Callable[[Usage], float] | None) -> float | None:
-    """Return *cost_usd* and the price of *usage* together; None if either is unknown."""
-    return None if price is None or cost_usd is None else cost_usd + price(usage)
 
 
 def divided(usage: Usage, prompts: Sequence[int], completions: Sequence[int]) -> list[Usage]:

@@ -275,8 +275,12 @@ class LaneKinds(LRU[str, LaneKind]):
 
     def of(self, settings: Settings, shared: Sequence[Any]) -> LaneKind:
         """Return the kind of lanes with *settings* and the messages *shared*; their headers are no part of it."""
+        digest = self.digest_of(settings, shared)
+        return self.get_or_make(digest, lambda: LaneKind(digest, settings.model or self._default_model))
+
+    def digest_of(self, settings: Settings, shared: Sequence[Any]) -> str:
+        """Return the digest that names the kind of these lanes, the same in every process."""
         model = settings.model or self._default_model
         content = (self._endpoint, model, settings.answer.key, settings.max_tokens, settings.params, shared)
         encoded = repr(content).encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
-        return self.get_or_make(digest, lambda: LaneKind(digest, model))
+        return hashlib.blake2b(encoded, digest_size=8).hexdigest()

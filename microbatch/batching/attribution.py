@@ -65,8 +65,12 @@ class UsageAttribution:
         if completion is None or completion.usage is None:
             return None
         shares = divided(completion.usage, line_bytes, answer_bytes)
-        # The price of the model that answered, else of the one that was asked.
-        price = (completion.model is not None and self._given.price(completion.model)) or call_state.price
+        price = self._given.price(
+            completion.model,
+            completion.service_tier,
+            asked=call_state.model,
+            prompt_tokens=completion.usage.prompt_tokens,
+        )
         call_state.paid(completion.usage, price)
         return CallCost(completion, completion.usage, shares, price)
 

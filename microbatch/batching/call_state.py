@@ -41,6 +41,7 @@ class CallState:
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
         unenforced: Whether nothing in its reply, a single one, fits the schema.
         ended: Whether it is over and its cost attributed.
+        model: The model that was asked; None if none is named.
         price: Prices a usage of the model that was asked, and once an attempt has ended of the one that answered; None if unknown.
         usage: What the endpoint has reported of all its attempts; None before the first report.
         cost_usd: The price of that in US dollars; None if a price is unknown.
@@ -56,6 +57,7 @@ class CallState:
         "ended",
         "first_text",
         "found",
+        "model",
         "only_reasoning",
         "permit",
         "price",
@@ -74,6 +76,7 @@ class CallState:
         sent: float,
         price: Callable[[Usage], float] | None,
         permit: Permit,
+        model: str | None = None,
     ) -> None:
         self.waiting: int = size
         self.size: int = size
@@ -83,6 +86,7 @@ class CallState:
         self.attempts: int = 0
         self.first_text: float | None = None
         self.permit: Permit | None = permit
+        self.model: str | None = model
         self.price: Callable[[Usage], float] | None = price
         self.only_reasoning: bool = False
         self.unenforced: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from microbatch.policy import FallbackPolicy, FlushPolicy
     from microbatch.transports.accounts import Accounts
 
+    class Pricing(Protocol):
+        """The signature of `PriceBook.pricing`."""
+
+        def __call__(
+            self,
+            model: str | None,
+            tier: str | None = None,
+            *,
+            asked: str | None = None,
+            prompt_tokens: int | None = None,
+        ) -> Callable[[Usage], float] | None:
+            """Return what prices a usage of *model*, or None."""
+            ...
+
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
@@ -30,7 +44,7 @@ class Dependencies:
         count: Returns the number of tokens of a text.
         exact: Returns whether *count* is the encoding of a model; None stands for the transport's.
         upper: Bounds the tokens of a text from above; None if its bytes do.
-        price: Returns what prices a model's usage, None if its price is unknown.
+        price: Returns what prices a usage of a model, None if its price is unknown; see `PriceBook.pricing`.
         price_of: Returns the price of a model, None if it is unknown. The model None stands for the transport's.
         now: Returns the loop time, in seconds.
     """
@@ -44,7 +58,7 @@ class Dependencies:
     count: Callable[[str], int]
     exact: Callable[[str | None], bool]
     upper: Callable[[str], int] | None
-    price: Callable[[str | None], Callable[[Usage], float] | None]
+    price: Pricing
     price_of: Callable[[str | None], Price | None]
     now: Callable[[], float]
     bounds: Bounds

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
 
+CACHE_KEY = "prompt_cache_key"
+"""The request field by which OpenAI brings calls with the same beginning to the same machine, which has it in its cache."""
+
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
 """A longer item goes alone: it would have to be counted, and it gains least from sharing a prompt."""
 
@@ -43,11 +46,13 @@ class LaneTable:
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
         kinds: The kinds of lanes; None if neither an audit nor a cache asks for them.
+        named_by: Names the shared messages of each lane for the endpoint's prefix cache; None if it takes no names.
     """
 
     def __init__(self, given: Dependencies) -> None:
         self.latest: Lane | None = None
         self.kinds: LaneKinds | None = None
+        self.named_by: LaneKinds | None = None
         self._given = given
         self._policy = given.policy
         self._estimates = given.estimates
@@ -73,6 +78,10 @@ class LaneTable:
         spec = spec_of(messages[:-1], options, key)
         if self.kinds is not None:
             spec = msgspec.structs.replace(spec, kind=self.kinds.of(spec, spec.shared))
+        if self.named_by is not None and spec.shared and CACHE_KEY not in spec.params:
+            # In the calls only: keys of lanes and caches are made before.
+            named = {**spec.params, CACHE_KEY: self.named_by.digest_of(spec, spec.shared)}
+            spec = msgspec.structs.replace(spec, params=named)
         history = self._histories.of(key)
         account = self._given.accounts.of(spec.model, spec.headers)
         model = self._given.bounds.of(spec.model)

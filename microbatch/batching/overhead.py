@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -397,8 +397,11 @@ def _id_tokens(names: Sequence[str], count: Callable[[str], int]) -> float:
     return count("".join(f'{{"id":"{name}"\n' for name in names)) / len(names)
 
 
+_PROMPT_TOKEN: Final = Usage(prompt_tokens=1)
+
+
 class LaneEconomics(msgspec.Struct):
-    """The recent cost of a lane's combined calls and of asking again, against that of single calls, in any unit.
+    """The recent cost of a lane's combined calls and of asking again, against that of single calls, in prompt tokens of the same price.
 
     Attributes:
         again: Cost of the calls that asked again for what combined calls left unanswered.
@@ -425,7 +428,11 @@ class LaneEconomics(msgspec.Struct):
 
     def record(self, usage: Usage, alone: Usage, price: Callable[[Usage], float] | None, *, again: bool) -> None:
         """Record the *usage* of a call, and that of single calls for its answers; *again* if it asked again."""
-        cost, cost_alone = (in_prompt_tokens(each, None) if price is None else price(each) for each in (usage, alone))
+        # Some calls of a lane may have a price and others none, where a router chooses the model.
+        rate = 0.0 if price is None else price(_PROMPT_TOKEN)
+        cost, cost_alone = (
+            in_prompt_tokens(each, None) if price is None or not rate else price(each) / rate for each in (usage, alone)
+        )
         self.alone += cost_alone
         if again:
             self.again += cost

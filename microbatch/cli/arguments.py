@@ -193,6 +193,7 @@ def add_endpoint(group: Group) -> None:
     add_rate_limits(group)
     simulate = "use a simulated endpoint within this process: the answers are made up, and nothing is paid"
     add_flag(group, "--simulate", f"{simulate} (default model: {SIMULATED_MODEL})")
+    add_prices(group)
 
 
 def add_connection(group: Group, key: str) -> None:
@@ -236,6 +237,13 @@ def add_rate_limits(group: Group) -> None:
     tokens = "send at most N tokens in any minute, prompts and the answers reserved for them together"
     add_flag(group, "--rpm N", "send at most N requests in any minute")
     add_flag(group, "--tpm N", tokens)
+
+
+def add_prices(group: Group) -> None:
+    """Add `--prices`."""
+    form = '{"MODEL": {"input": USD, "output": USD, "cached_input": USD, "cache_write": USD, "tiers": {"flex": {...}}}}'
+    text = f"prices per million tokens, before the list prices of genai-prices; a JSON file: {form}"
+    add_flag(group, "--prices FILE", text)
 
 
 def add_cache(group: Group, *, required: bool = False) -> None:

@@ -268,7 +268,7 @@ def _remarks(result: Calibration, plan: Plan) -> Iterator[str]:
     if result.failed:
         yield f"{plural(result.failed, 'item')} failed alone, and took no part."
     if plan.simulated is not None and result.alone is not None:
-        yield f"The endpoint was simulated, at the list price of {plan.simulated}. Nothing was paid."
+        yield f"The endpoint was simulated, at the price of {plan.simulated}. Nothing was paid."
 
 
 def _recommendation(result: Calibration) -> Iterator[str]:

@@ -25,6 +25,7 @@ from microbatch.cli.arguments import (
 )
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BatchLines, Input, Questions, Templated, payload_of
+from microbatch.cli.prices import read_prices
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
@@ -38,6 +39,7 @@ from microbatch.transports.rate_limit import RateLimit
 if TYPE_CHECKING:
     import argparse
 
+    from microbatch.accounting.prices import Price
     from microbatch.policy import AuditPolicy
     from microbatch.spending.budget import Budget
     from microbatch.spool.records import Spool
@@ -61,6 +63,7 @@ class Plan(msgspec.Struct, frozen=True):
     id_seed: str | None = None
     audit: AuditPolicy | None = None
     budget: Budget | None = None
+    prices: dict[str, Price] | None = None
 
     @property
     def single(self) -> bool:
@@ -69,8 +72,8 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def simulated(self) -> str | None:
-        """The model whose prices are shown for the simulated endpoint; None if the endpoint is a real one."""
-        return self.transport.model if isinstance(self.transport, SimulatedChat) else None
+        """The models whose prices are shown for the simulated endpoint, in words; None if the endpoint is a real one."""
+        return self.transport.models if isinstance(self.transport, SimulatedChat) else None
 
 
 def read_plan(args: argparse.Namespace) -> Plan:
@@ -84,6 +87,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
         id_seed=args.id_seed,
         budget=read_max_cost(args),
+        prices=read_prices(args),
     )
 
 

@@ -188,7 +188,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "reused": resumed.reused,
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
-        **fields(stats, *DAMAGE, "singles_compared"),
+        **fields(stats, *DAMAGE, "singles_compared", "unpriced_calls"),
     }
 
 

@@ -45,6 +45,7 @@ from microbatch.cli.arguments import add_flag, flag, read_settings
 from microbatch.cli.console import UsageError, note, plural, report
 from microbatch.cli.environment import with_environment
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
+from microbatch.cli.prices import read_prices
 from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
 from microbatch.gateway.errors import in_flags
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
     arguments.add_rate_limits(parser)
     arguments.add_cache(parser)
+    arguments.add_prices(parser)
     _add_access(parser.add_argument_group("access"))
     arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings)
     batching = parser.add_argument_group("batching")
@@ -127,6 +129,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             cache=None if args.cache is None else cache_at(args.cache),
             audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
             budget=arguments.read_budget(args),
+            prices=read_prices(args),
         )
     except ConfigError as error:
         message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))

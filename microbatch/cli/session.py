@@ -73,7 +73,9 @@ class Session:
 
     def __init__(self, plan: Plan, *, give_up_after: float | None) -> None:
         self.endpoint: Endpoint = Endpoint("the endpoint is left alone", give_up_after=give_up_after)
-        self.prober: Microbatcher = Microbatcher(plan.transport, retry=RetryPolicy(max_attempts=1), budget=plan.budget)
+        self.prober: Microbatcher = Microbatcher(
+            plan.transport, retry=RetryPolicy(max_attempts=1), prices=plan.prices, budget=plan.budget
+        )
         self._plan = plan
         self._transport = PausingTransport(plan.transport, self.endpoint)
         self._batchers: list[Microbatcher] = []
@@ -90,6 +92,7 @@ class Session:
             rate_limit=plan.rate_limit,
             cache=plan.cache,
             id_secret=plan.id_seed,
+            prices=plan.prices,
             audit=audit,
             hooks=hooks,
             budget=plan.budget,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from microbatch.transports.relay import Forwarded
 
 SIMULATED_MODEL: Final = "gpt-4.1-mini"
+_MOST_NAMED: Final = 4
 
 
 class SimulatedChat:
@@ -28,6 +29,7 @@ class SimulatedChat:
 
     def __init__(self, model: str | None) -> None:
         self.model = model
+        self._asked: dict[str, None] = {}  # models, in order
         self._transport: OpenAIChat | None = None
         self._stack = AsyncExitStack()
 
@@ -36,6 +38,14 @@ class SimulatedChat:
         if self._transport is None:
             raise ConnectFailed("the simulated endpoint is not open")
         return self._transport
+
+    @property
+    def models(self) -> str:
+        """The models that were asked for, in words; the default if none was."""
+        names = list(self._asked) or [self.model or SIMULATED_MODEL]
+        if len(names) > _MOST_NAMED:
+            names[_MOST_NAMED:] = ["others"]
+        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
     async def open(self) -> None:
         """Start to serve."""
@@ -47,6 +57,9 @@ class SimulatedChat:
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
         """Make one attempt at *call*; see `OpenAIChat.send`."""
+        name = call.model or self.model
+        if name and len(self._asked) <= _MOST_NAMED:
+            self._asked[name] = None
         return await self._chat.send(call, on_text)
 
     def forward(

@@ -132,13 +132,24 @@ def remarks(stats: Stats, plan: Plan, *, asked_again: bool = False) -> Iterator[
             f"{plural(stats.unreported_calls, 'call')} ended without reporting tokens; these are missing above."
         )
     if plan.simulated is not None:
+        dollars_are = "" if stats.cost_usd is None else f", and dollars are the price of {plan.simulated} for them"
         found.append(
-            "The endpoint was simulated: the answers are made up, the tokens are counted by it, and dollars are "
-            f"the list price of {plan.simulated} for them. Nothing was paid."
+            f"The endpoint was simulated: the answers are made up, the tokens are counted by it{dollars_are}. Nothing was paid."
         )
-    elif stats.answered and stats.cost_usd is None:
-        found.append("The cost is unknown: there is no price for this model.")
+    found += unpriced(stats)
     yield from (textwrap.fill(remark, COLUMNS, break_on_hyphens=False) for remark in found)
+
+
+def unpriced(stats: Stats) -> Iterator[str]:
+    """Yield wrapped text about what is left out of the dollars for want of a price, if anything is."""
+    words = ""
+    if stats.cost_usd is None and (stats.prompt_tokens or stats.completion_tokens):
+        words = "The cost is unknown: there is no price for this model; see --prices FILE."
+    elif stats.unpriced_calls:
+        calls, verb = plural(stats.unpriced_calls, "call"), "is" if stats.unpriced_calls == 1 else "are"
+        words = f"{calls} of unpriced models {verb} not included in the dollars, see --prices."
+    if words:
+        yield textwrap.fill(words, COLUMNS, break_on_hyphens=False)
 
 
 class Failures:

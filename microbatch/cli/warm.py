@@ -88,7 +88,7 @@ def summarize(bulk: BulkRun) -> dict[str, Any]:
         "wall_s": round(bulk.wall_s, 3),
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
-        **fields(stats, *DAMAGE, "singles_compared"),
+        **fields(stats, *DAMAGE, "singles_compared", "unpriced_calls"),
     }
 
 

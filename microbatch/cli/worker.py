@@ -42,7 +42,7 @@ from microbatch.cli.progress import Progress
 from microbatch.cli.session import Session
 from microbatch.cli.spool import lost_requests
 from microbatch.cli.stopping import stoppable
-from microbatch.cli.summary import DAMAGE, comparison, damage, fields, reuse
+from microbatch.cli.summary import DAMAGE, comparison, damage, fields, reuse, unpriced
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.endpoint import GIVE_UP_AFTER
 from microbatch.spool.payload import Payload
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from microbatch.messages import Usage
+    from microbatch.accounting.prices import Price
     from microbatch.spool.records import Counts
     from microbatch.spool.worker import Done
 
@@ -195,11 +195,12 @@ class WorkerRun:
         stack.push_async_callback(transport.aclose)
         where = urlsplit(transport.base_url).netloc or transport.base_url
         wire = BatchWire(transport.model, where=where, structured=args.structured)
-        prices = PriceBook()
+        prices = PriceBook(self._plan.prices, base_url=transport.base_url)
+        if prices.load is not None:
+            await asyncio.to_thread(prices.load)
 
-        def price(model: str | None) -> Callable[[Usage], float] | None:
-            found = prices.for_model(model or transport.model)
-            return None if found is None else found.cost
+        def price(model: str | None, asked: str | None) -> Price | None:
+            return prices.for_model(model, asked or transport.model)
 
         return ProviderBatches(
             self._spool,
@@ -228,11 +229,13 @@ class WorkerRun:
                 prompt_tokens=done.usage.prompt_tokens,
                 completion_tokens=done.usage.completion_tokens,
                 cost_usd=done.cost_usd,
+                unpriced_calls=done.unpriced,
             )
             jobs, prompts = plural(done.jobs, "batch job"), plural(done.lines, "prompt")
-            lines.append(f"{jobs} with {prompts}: {console.dollars(done.cost_usd)}, {_BATCH_PRICE}")
+            lines.append(f"{jobs} with {prompts}: {console.dollars(done.cost_usd)}, the price of batches")
         elif stats.answered:
             lines += [f"\n{comparison(stats)}\n", *reuse(stats), *damage(stats)]
+        lines += unpriced(stats)
         if self._plan.simulated is not None:
             lines.append("The endpoint was simulated: the answers are made up, and nothing was paid.")
         figures = {
@@ -246,7 +249,7 @@ class WorkerRun:
             "wall_s": round(wall_s, 3),
             "lost": counts.lost,
             "alone_by_field": stats.alone_by_field,
-            **fields(stats, *DAMAGE, "singles_compared"),
+            **fields(stats, *DAMAGE, "singles_compared", "unpriced_calls"),
         }
         report_summary(self._args, lines, figures)
         if counts.dead:

@@ -415,7 +415,13 @@ class SimulatedModel:
             ending=ending,
             refusal=fault.kind == "refusal",
             tool=None if fault.kind == "refusal" else prompt.tool,
+            service_tier=_granted(prompt.body.get("service_tier")),
         )
+
+
+def _granted(tier: object) -> str | None:
+    """Return the service tier of a request that asks for *tier*: that one, and for "auto" the usual one, under OpenAI's name."""
+    return "default" if tier == "auto" else tier if isinstance(tier, str) else None
 
 
 def _as_object(said: str) -> str:

@@ -31,6 +31,7 @@ class SimulatedReply(msgspec.Struct):
         refusal: Whether the text is a refusal.
         limits: What is left of the quota, or None if there is none.
         tool: The function whose arguments the text is; None for content.
+        service_tier: The tier that is reported; None if the request names none.
         thinking: Seconds from the request's arrival until the model has thought, if it writes nothing then.
     """
 
@@ -43,6 +44,7 @@ class SimulatedReply(msgspec.Struct):
     limits: Limits | None = None
     thinking: float = 0.0
     tool: str | None = None
+    service_tier: str | None = None
 
     @property
     def duration(self) -> float:

@@ -24,6 +24,7 @@ from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.wire import completion_object, request_id
 from microbatch.transports.bound_refusals import lower, read_refusal
+from microbatch.transports.reply_fields import read_tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -109,6 +110,7 @@ class SimulatedTransport:
             body=None if call.stream else completion_object(reply, number, model),
             limits=reply.limits,
             bound=call.bound if call.max_tokens is None else None,
+            service_tier=read_tier(reply.service_tier, None),
         )
 
     def body_of(self, call: ChatCall) -> dict[str, Any]:

@@ -57,7 +57,12 @@ def completion_object(reply: SimulatedReply, number: int, model: str) -> dict[st
         "model": model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}],
         "usage": usage_object(reply.usage),
+        **_tier_of(reply),
     }
+
+
+def _tier_of(reply: SimulatedReply) -> dict[str, str]:
+    return {} if reply.service_tier is None else {"service_tier": reply.service_tier}
 
 
 def tool_call(name: str, arguments: str, number: int) -> dict[str, Any]:
@@ -157,7 +162,13 @@ class Events:
         self._number = number
         self._include_usage = include_usage
         named = msgspec.json.encode(
-            {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", "created": CREATED, "model": model}
+            {
+                "id": f"chatcmpl-{number}",
+                "object": "chat.completion.chunk",
+                "created": CREATED,
+                "model": model,
+                **_tier_of(reply),
+            }
         )
         self._start = b"data: " + named[:-1] + b',"choices":['
         # With include_usage every chunk has the field, null but for the last.

@@ -64,3 +64,8 @@ def host_and_port(address: str) -> str:
     parts = urlsplit(address)
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     return f"{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+
+def is_openai(base_url: str) -> bool:
+    """Return whether *base_url* is OpenAI's own API."""
+    return urlsplit(base_url).hostname == urlsplit(DEFAULT_BASE_URL).hostname

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 Endpoint: TypeAlias = tuple[str, str, bytes]
 """Address, model and a digest of the credentials."""
 
+OF_PARAMS: Final = ("temperature", "prompt_cache_key")
+"""Optional fields among the parameters of a call."""
+
 CAPACITY: Final = 256
 RETRY_RUNG_AFTER: Final = 3600.0  # seconds at a lower rung after which one call tries the rung above
 MAX_SCHEMAS: Final = 64
@@ -130,7 +133,7 @@ class Plan(msgspec.Struct, eq=False):
 
     Attributes:
         rung: What to ask of the reply's form; None for a call without a schema.
-        sent: The optional fields that are sent, under the endpoint's names: `stream`, `stream_options`, `temperature` and one of
+        sent: The optional fields that are sent, under the endpoint's names: `stream`, `stream_options`, those of `OF_PARAMS` and one of
             `max_tokens` and `max_completion_tokens`.
         may_stream: Whether the reply may be streamed though that is not wanted.
         left_out: Fields that are not sent because the form is on trial.
@@ -183,8 +186,7 @@ class Capabilities:
             stream = True
         # False is sent as well: some proxies stream by default.
         wanted = set[str]() if stream is None else {"stream", "stream_options"} if stream else {"stream"}
-        if "temperature" in call.params:
-            wanted.add("temperature")
+        wanted.update(name for name in OF_PARAMS if name in call.params)
         history = self._histories.get(call)
         if call.unenforced:
             history = self._histories.setdefault(call, _CallHistory(floor=Rung.JSON_OBJECT))
@@ -427,7 +429,7 @@ def _barer_forms(plan: Plan, *, some: bool) -> list[_Form]:
     """Return the forms to try in place of that of *plan*; the one that lacks most is the last."""
     forms: list[_Form] = []
     ours = frozenset({"stream", "stream_options"}) if plan.stream else frozenset[str]()
-    lacking = ours | {"temperature"} if some else ours  # the caller has asked for a temperature
+    lacking = ours | set(OF_PARAMS) if some else ours  # the caller has asked for a temperature
     has_rung = plan.rung is not None and plan.rung is not Rung.PLAIN
     if plan.rung is not None and has_rung and plan.hint != "system":
         forms.append((Rung(plan.rung + 1), frozenset(), False))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from microbatch.errors import BadRequest, ConfigError, ServerError
 from microbatch.messages import texts_of
 from microbatch.protocols import ChatCall
-from microbatch.transports.capabilities import Capabilities, Plan, Rung
+from microbatch.transports.capabilities import OF_PARAMS, Capabilities, Plan, Rung
 from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error
 from microbatch.transports.lenient import as_object, is_array
 from microbatch.transports.reply_reader import ReplyReader
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Fields whose replies hold more than one text; only the JSON body of a reply that is not streamed carries it all.
 _MORE_THAN_TEXT: Final = ("tools", "functions", "logprobs", "top_logprobs", "modalities", "audio")
 # Fields that may be left out or renamed.
-_OPTIONAL: Final = ("temperature", "max_tokens", "max_completion_tokens")
+_OPTIONAL: Final = (*OF_PARAMS, "max_tokens", "max_completion_tokens")
 _SYSTEM_ROLES: Final = ("system", "developer")
 _RUNGS: Final = {"json_schema": Rung.JSON_SCHEMA, "json_object": Rung.JSON_OBJECT}
 
@@ -44,8 +44,9 @@ def request_body(call: ChatCall, model: str, plan: Plan) -> dict[str, Any]:
     """Return the request body of one attempt, without what the endpoint does not support according to *plan*."""
     messages: list[Mapping[str, Any]] = list(call.messages)
     body: dict[str, Any] = {"model": model, "messages": messages, **call.params}
-    if "temperature" not in plan.sent:
-        body.pop("temperature", None)
+    for name in OF_PARAMS:
+        if name not in plan.sent:
+            body.pop(name, None)
     for name in ("max_tokens", "max_completion_tokens"):
         if name in plan.sent:
             body[name] = call.max_tokens if plan.bound is None else plan.bound
@@ -173,7 +174,7 @@ class BatchWire:
         """Return the plan by which *body* was made, however long ago."""
         form = as_object(body.get("response_format"))
         schema = as_object(form.get("json_schema")).get("schema")
-        params = {name: body[name] for name in ("temperature",) if name in body}
+        params = {name: body[name] for name in OF_PARAMS if name in body}
         call = ChatCall(messages=body.get("messages", ()), model=body["model"], schema=schema, params=params)
         today = self._plan(call, body["model"])
         sent = frozenset(name for name in _OPTIONAL if name in body)

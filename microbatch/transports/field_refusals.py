@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STATUSES: Final = frozenset({200, 400, 404, 422, 501})
 MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens")
-OPTIONAL: Final = frozenset({"stream", "stream_options", "temperature"})
+OPTIONAL: Final = frozenset({"stream", "stream_options", "temperature", "prompt_cache_key"})
 """Fields without which a call is much the same."""
 
 _NOT_FOUND, _NOT_IMPLEMENTED = 404, 501
@@ -44,6 +44,7 @@ _UNKNOWN: Final = re.compile(
 _NAMED: Final[Mapping[str, re.Pattern[str]]] = {
     "stream_options": re.compile(r"(?i)\bstream[_ -]?options\b|\binclude[_ -]?usage\b"),
     "temperature": re.compile(r"(?i)\btemperature\b"),
+    "prompt_cache_key": re.compile(r"\bprompt_cache_key\b"),
     "max_tokens": re.compile(r"\bmax_tokens\b"),
     "max_completion_tokens": re.compile(r"\bmax_completion_tokens\b"),
     "stream": re.compile(r"(?i)(?<![-\w])stream(?:s|ing|ed)?(?![-\w])"),
@@ -147,6 +148,8 @@ def read_fields(fault: Fault, sent: Iterable[str], call: ChatCall, *, streams: b
         streams_only = True
     if "temperature" in fields - told and not _is_usual(params.get("temperature")):
         fields.discard("temperature")
+    if "prompt_cache_key" in fields - told and not unknown:
+        fields.discard("prompt_cache_key")  # the caller's own is not sound
     for name in fields.intersection(MAX_TOKENS_NAMES) - told:
         limits = read_refusal(fault.message, fault.status, bound)
         if not unknown or (limits is not None and any(limit is not None for limit in msgspec.structs.astuple(limits))):

@@ -22,6 +22,7 @@ from microbatch.transports.addresses import (
     DEFAULT_BASE_URL,
     checked_address,
     checked_path,
+    is_openai,
     secrets_in,
 )
 from microbatch.transports.api_key import ApiKey, KeyFunction, environment_key
@@ -98,6 +99,8 @@ class OpenAIChat:
 
     Attributes:
         base_url: The address in use.
+        takes_prompt_cache_key: Whether it is OpenAI's own, which takes a name of the messages that calls begin with; other endpoints
+            refuse or ignore the field `prompt_cache_key`.
 
     Raises:
         ConfigError: There is neither a key nor a base_url, or a setting is out of range.
@@ -130,6 +133,7 @@ class OpenAIChat:
     ) -> None:
         self.base_url: str
         self.base_url, self._key = _endpoint(base_url, api_key, local=uds is not None)
+        self.takes_prompt_cache_key: bool = is_openai(self.base_url)
         self.model = model
         self._connection = Connection(
             self.base_url,

@@ -1,4 +1,4 @@
-"""Normalisation of what a reply says beside its text: why the model stopped, and the tokens that it used.
+"""Normalisation of what a reply says beside its text: why the model stopped, the tokens that it used, and their service tier.
 
 Finish reasons have one of five meanings. Words are compared in lower case, with underscores between their parts, whatever they came
 with (`STOP`, `MAX_TOKENS`, `FinishReason.SAFETY`, `maxPredictedTokensReached`, `content-filter`). Sources: the API references of OpenAI
@@ -145,6 +145,21 @@ def total_usage(reports: Sequence[tuple[Usage, bool]]) -> Usage | None:
         cache_write_tokens=max(usage.cache_write_tokens for usage in usages),
         reasoning_tokens=over(usage.reasoning_tokens for usage in usages),
     )
+
+
+_USUAL_TIERS: Final = frozenset({"", "auto", "default", "on_demand", "standard", "standard_only"})
+"""Names of the usual tier: of OpenAI, Groq and Anthropic."""
+
+
+def read_tier(tier: Any, usage: Any) -> str | None:
+    """Return the service tier of a reply in lower case; None if it is the usual one, or none is reported.
+
+    *tier* is the JSON value of `service_tier`, and *usage* the usage object, where Anthropic reports it.
+    """
+    if tier is None and usage is not None:
+        tier = as_object(usage).get("service_tier")
+    word = tier.strip().lower() if isinstance(tier, str) else ""
+    return None if word in _USUAL_TIERS else word
 
 
 def _objects(name: str, fields: dict[str, Any]) -> list[dict[str, Any]]:

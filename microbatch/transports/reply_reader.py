@@ -14,7 +14,7 @@ import msgspec
 from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
 from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
-from microbatch.transports.reply_fields import read_finish, read_usage, total_usage
+from microbatch.transports.reply_fields import read_finish, read_tier, read_usage, total_usage
 from microbatch.transports.tool_calls import ToolCalls
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class _Reply(msgspec.Struct):
     model: Any = None
     error: Any = None
     object: Any = None
+    service_tier: Any = None
 
 
 _REPLY: Final = msgspec.json.Decoder(_Reply)
@@ -176,6 +177,9 @@ class ReplyReader:
         self.spoke = True
         if isinstance(reply.model, str) and reply.model:
             self._completion.model = reply.model
+        tier = read_tier(reply.service_tier, reply.usage)
+        if tier is not None:
+            self._completion.service_tier = tier
         text = "".join(map(self._text, choices))
         usage = _reported(reply, choices[0] if choices else _NO_CHOICE)
         if usage is not None:

@@ -43,8 +43,8 @@ ROOMY = FlushPolicy(max_batch_tokens=16_000)
 POLL = 0.02
 
 
-def price(model):
-    return PRICE.cost if model == MODEL else None
+def price(model, asked):
+    return PRICE if MODEL in (model, asked) else None
 
 
 class Site:
@@ -150,11 +150,28 @@ async def test_the_cost_is_half_the_price_and_shares_add_up_to_what_was_reported
     assert sum(answer.cost_usd for answer in answers) == pytest.approx(done.cost_usd, abs=1e-9)
 
 
-async def test_without_a_price_the_cost_is_unknown(site):
+async def test_a_batch_is_charged_by_its_own_tier_if_there_is_one(site):
+    names = await site.put(TEXTS[:20], output_type=Label)
+    tiered = Price(0.40, 1.60, tiers={"batch": Price(0.30, 0.90)})
+    done = (await drained(site.worker(price=lambda *_: tiered))).done
+    assert done.cost_usd == pytest.approx(Price(0.30, 0.90).cost(done.usage), abs=1e-9)
+    assert sum(answer.cost_usd for answer in await site.answers(names)) == pytest.approx(done.cost_usd, abs=1e-9)
+
+
+async def test_without_a_price_the_cost_is_unknown_and_of_others_it_is_known(site):
     names = await site.put(TEXTS[:5], model="other")
     done = (await drained(site.worker())).done
     assert done.cost_usd is None
+    assert done.unpriced > 0
     assert {answer.cost_usd for answer in await site.answers(names)} == {None}
+    worker = site.worker()
+    await site.put(TEXTS[:5], model="other", start=20)
+    priced = await site.put(TEXTS[:5], start=40)
+    done = (await drained(worker)).done
+    assert done.unpriced > 0
+    costs = [answer.cost_usd for answer in await site.answers(priced)]
+    assert sum(costs) == pytest.approx(done.cost_usd, abs=1e-9)
+    assert done.cost_usd > 0
 
 
 async def test_a_file_holds_one_model_only(site):

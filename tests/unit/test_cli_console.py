@@ -240,6 +240,7 @@ def test_the_summary_has_exactly_the_promised_keys():
         "canaries_failed",
         "lanes_parted",
         "singles_compared",
+        "unpriced_calls",
     ]
     assert (summary["wall_s"], summary["unbatched_calls"]) == (1.235, 20)
 
@@ -265,6 +266,17 @@ def test_it_is_said_plainly_that_the_endpoint_was_simulated_and_what_is_not_know
     unpriced = msgspec.structs.replace(CHEAP, cost_usd=None, unbatched_cost_usd=None, unreported_calls=2)
     assert "no price" in words_of(unpriced)
     assert "2 calls ended without reporting tokens" in words_of(unpriced)
+
+
+def test_what_the_dollars_leave_out_is_said():
+    some = msgspec.structs.replace(CHEAP, unpriced_calls=3)
+    assert "3 calls of unpriced models are not included in the dollars" in words_of(some)
+    assert "no price" not in words_of(some)
+    assert "1 call of unpriced models is not included" in words_of(msgspec.structs.replace(CHEAP, unpriced_calls=1))
+    none = msgspec.structs.replace(CHEAP, cost_usd=None, unbatched_cost_usd=None, unpriced_calls=3)
+    assert "--prices FILE" in words_of(none)
+    assert "unpriced" not in words_of(CHEAP)
+    assert "no price for this model" in words_of(none, simulated="llama-9")
 
 
 def test_a_run_without_answers_has_no_table():

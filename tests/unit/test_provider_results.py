@@ -53,7 +53,7 @@ class Job:
         batch = msgspec.convert(told, RemoteBatch)
         waiting = self.deliveries if tied is None else tied
         tied = {each.item.name.key: each for each in waiting}
-        results = Results(batch, self.content, tied, BatchWire(None, where="x"), lambda model: PRICE.cost)
+        results = Results(batch, self.content, tied, BatchWire(None, where="x"), lambda *_: PRICE)
         await results.read(files)
         return results
 

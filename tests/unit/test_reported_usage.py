@@ -156,3 +156,31 @@ def test_reports_of_parts_and_of_all_so_far_are_told_apart(name: str) -> None:
         data = {"choices": [{"index": 0, "delta": {"content": text}}]}
         reader.event(msgspec.json.encode(data if reported is None else {**data, "usage": reported}))
     assert reader.completion(None).usage == usage
+
+
+@pytest.mark.parametrize(
+    ("fields", "tier"),
+    [
+        ({"service_tier": "flex"}, "flex"),
+        ({"service_tier": "Priority "}, "priority"),
+        ({"service_tier": "default"}, None),
+        ({"service_tier": "auto"}, None),
+        ({"service_tier": "on_demand"}, None),
+        ({"service_tier": ""}, None),
+        ({"service_tier": None}, None),
+        ({"service_tier": 7}, None),
+        ({}, None),
+        ({"usage": {"prompt_tokens": 1, "completion_tokens": 1, "service_tier": "batch"}}, "batch"),
+        ({"usage": {"prompt_tokens": 1, "completion_tokens": 1, "service_tier": "standard"}}, None),
+        ({"service_tier": "flex", "usage": {"prompt_tokens": 1, "service_tier": "batch"}}, "flex"),
+    ],
+)
+def test_the_service_tier_is_read_streamed_or_not(fields, tier):
+    whole, streamed = ReplyReader(), ReplyReader()
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Hi."}, "finish_reason": "stop"}
+    whole.whole(msgspec.json.encode({"choices": [choice], **fields}))
+    assert whole.completion(None).service_tier == tier
+    piece = {"index": 0, "delta": {"content": "Hi."}, "finish_reason": None}
+    for event in ({"choices": [piece]}, {"choices": [piece], **fields}, {"choices": []}):
+        streamed.event(msgspec.json.encode(event))
+    assert streamed.completion(None).service_tier == tier

@@ -26,15 +26,15 @@ from microbatch.transports.chat_wire import completion_object
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from microbatch.accounting.prices import Price
     from microbatch.protocols import Completion
     from microbatch.spool.provider.api import RemoteBatch
     from microbatch.spool.provider.input_file import Asked, Content, Line
     from microbatch.spool.records import Delivery
     from microbatch.transports.chat_wire import BatchWire
 
-    Pricing = Callable[[str | None], Callable[[Usage], float] | None]
+    Pricing = Callable[[str | None, str | None], Price | None]
 
-DISCOUNT: Final = 0.5  # the price of a batch, as a part of the usual price
 _BYTES_A_TOKEN: Final = 4
 _SLICE: Final = 16  # lines between two turns of the event loop
 
@@ -76,13 +76,14 @@ class Results:
         content: The recorded content of its job.
         tied: The requests that still wait for it, by the keys of their names.
         wire: Reads a reply's text and how it ended.
-        price: Returns what prices a model's usage, at the usual price.
+        price: Returns the price of a model, by the name in the reply and the one it was asked for; see `PriceBook.for_model`.
 
     Attributes:
         answers: The answers, encoded as they are stored.
         open: The unanswered requests, by the reason.
         usage: The tokens that the provider reported.
-        cost_usd: What they cost, in US dollars; None if a price is unknown.
+        cost_usd: What they cost as a batch, in US dollars, without the replies of unpriced models; None if none was priced.
+        unpriced: Replies that reported tokens and whose model has no known price.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class Results:
         self.answers: list[tuple[Delivery, bytes]] = []
         self.open: dict[Why, list[Delivery]] = {}
         self.usage: Usage = Usage()
-        self.cost_usd: float | None = 0.0
+        self.cost_usd: float | None = None
+        self.unpriced: int = 0
         self._content = content
         self._wire = wire
         self._price = price
@@ -189,11 +191,16 @@ class Results:
     def _store(self, line: Line, asked: Mapping[int, Asked], texts: Mapping[int, str], completion: Completion) -> None:
         """Encode the answers, each with its share of the call's cost."""
         model = next(iter(asked.values())).options.model
-        price = self._price(completion.model) or self._price(model)
+        price = self._price(completion.model, model)
+        if price is not None:
+            price = price.of_batches()
         if completion.usage is not None:
             self.usage += completion.usage
-            whole = None if price is None else price(completion.usage) * DISCOUNT
-            self.cost_usd = None if whole is None or self.cost_usd is None else self.cost_usd + whole
+            if price is None:
+                self.unpriced += 1
+            else:
+                price = price.for_prompt(completion.usage.prompt_tokens)
+                self.cost_usd = (self.cost_usd or 0.0) + price.cost(completion.usage)
         usages = _usages(completion.usage, line, texts)
         now = time.time()  # noqa: TID251 answers outlive processes
         for at, text in texts.items():
@@ -213,7 +220,7 @@ class Results:
                 finish_reason=completion.finish_reason,
                 request_id=completion.request_id,
                 usage=usages[at],
-                cost_usd=None if price is None else price(usages[at]) * DISCOUNT,
+                cost_usd=None if price is None else price.cost(usages[at]),
                 body=body,
             )
             self.answers.append((asked[at].delivery, answer.encode()))

@@ -79,12 +79,16 @@ class _Held(msgspec.Struct):
 
 
 class Tally(Done):
-    """Figures of a worker: also the jobs begun, the lines in them, and the reported usage with its price (None: unknown)."""
+    """Figures of a worker: also the jobs begun, the lines in them, and the reported usage with its price (None: unknown).
+
+    `unpriced` counts the replies that reported tokens without a price; `cost_usd` is that of the others.
+    """
 
     jobs: int = 0
     lines: int = 0
     usage: Usage = Usage()
     cost_usd: float | None = 0.0
+    unpriced: int = 0
 
 
 class ProviderBatches(SpoolWorker):
@@ -94,7 +98,8 @@ class ProviderBatches(SpoolWorker):
         api: The provider's files and batches.
         wire: Writes and reads the bodies of lines.
         policy: The size limits of one prompt; its other fields have no effect.
-        price: Returns the price function of a model, at the usual price, of which batches cost half.
+        price: Returns the price of a model, by the name in the reply and the one it was asked for. Its tier "batch" is charged, else
+            half of the usual price.
         canary: Whether each combined prompt ends in a canary.
         id_secret: As for `Microbatcher`.
         poll_interval: Seconds between two looks at the batches under way, and into an empty spool.
@@ -113,7 +118,7 @@ class ProviderBatches(SpoolWorker):
         wire: BatchWire,
         *,
         policy: FlushPolicy | None = None,
-        price: Pricing = lambda _model: None,
+        price: Pricing = lambda _model, _asked: None,
         canary: bool = False,
         id_secret: bytes | str | None = None,
         lease: float = LEASE,
@@ -343,8 +348,11 @@ class ProviderBatches(SpoolWorker):
         if results.trouble is not None:
             self._pause.begin(results.trouble)
         done.usage += results.usage
-        known = results.cost_usd is not None and done.cost_usd is not None
-        done.cost_usd = (done.cost_usd or 0.0) + (results.cost_usd or 0.0) if known else None
+        done.unpriced += results.unpriced
+        if results.cost_usd is not None:
+            done.cost_usd = (done.cost_usd or 0.0) + results.cost_usd
+        elif results.unpriced and not done.cost_usd:
+            done.cost_usd = None
         done.add()
 
     async def _give_back(self, deliveries: Sequence[Delivery], error: str, *, counted: bool) -> None:
