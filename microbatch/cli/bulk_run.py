@@ -25,6 +25,7 @@ from microbatch.accounting.stats import Stats
 from microbatch.caching.warming import lasting
 from microbatch.cli import console
 from microbatch.cli.console import UsageError, note, report_summary, seconds
+from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, InputChanged, id_digest
 from microbatch.cli.output import NotWritten, error_object
 from microbatch.cli.progress import Progress
@@ -66,7 +67,8 @@ class BulkRun:
         again: The audit of the run; None for none.
 
     Attributes:
-        items: Lines to ask about, those that cannot be read included.
+        items: Records to ask about, those that cannot be read included.
+        skipped: Records that are not asked about because what the template names is blank.
         failed: Items that failed for reasons of their own.
         stopped: True if a signal ended the run.
         broken: The error that ended it early, or None.
@@ -86,6 +88,7 @@ class BulkRun:
         again: AskingAgain | None = None,
     ) -> None:
         self.items: int = source.items - len(done)
+        self.skipped: int = source.skipped
         self.answered: int = 0
         self.failed: int = 0
         self.failures: Failures = Failures()
@@ -103,7 +106,7 @@ class BulkRun:
         self._session = Session(plan, give_up_after=args.give_up_after)
         self._endpoint = self._session.endpoint
         self._progress = Progress(self.items, self._session.stats, shown=args.progress)
-        self._settled = set(done)
+        self._settled = Digests(done)
         self._asked: dict[str, Request] = {}  # and not settled
         self._open: dict[str, Exception] = {}  # left open by this pass, with the error
         self._failures: Counter[str] = Counter()  # by item, while the endpoint answered others
@@ -197,7 +200,8 @@ class BulkRun:
         await again.settled()
         while not self._endpoint.stopped and (found := again.find()):
             self._once = self._once or self._session.stats()
-            self._settled -= found
+            for item in found:
+                self._settled.discard(item)
             self._progress.extend(len(found))
             await self._ask_all(batcher)
             await again.settled()
@@ -233,10 +237,10 @@ class BulkRun:
 
     def _reject(self, line: BadLine) -> None:
         """Count *line* as failed, unless an earlier pass has."""
-        name, path = self._source.id_for(line), self._source.path
+        name = self._source.id_for(line)
         if id_digest(name) not in self._settled:
-            self._fail(name, line.error(path))
-            self.failures.add(line.problem, str(line.number), f"{path}, line ")
+            self._fail(name, line.error())
+            self.failures.add(line.problem, str(line.place.number), line.place.prefix)
 
     # --- the outcome of an item
 

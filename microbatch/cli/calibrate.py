@@ -69,14 +69,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `calibrate`."""
-    group = add_bulk(parser, "the calibration")
-    add_flag(
-        group, "--sample N", "ask about N different items, drawn at random, or all if there are fewer", default=SAMPLE
-    )
+    group = add_bulk(parser, "the calibration", sample=SAMPLE)
     sizes = f"sizes of batches to try (default: {','.join(map(str, SIZES))})"
     add_flag(group, "--sizes N,N,...", sizes, type=_sizes, default=None)
     add_max_excess(group)
-    add_flag(group, "--seed N", "another seed draws another sample", type=int, default=0)
 
 
 def _sizes(text: str) -> list[int]:
@@ -94,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.single or args.max_batch_size is not None:
         raise UsageError("--sizes says which sizes are tried: leave out --single and --max-batch-size")
     args.cache = None  # every answer has to be the model's
-    plan, source = prepare(args)
+    plan, source = prepare(args, draw=False)  # the calibrator does, and counts equal items once
     calibrating = _Calibrating(args, plan, source)
     asyncio.run(calibrating.go())
     return calibrating.report()
@@ -147,7 +143,7 @@ class _Calibrating:
     def _requests(self) -> Iterator[Request]:
         for row in self._source.requests():
             if isinstance(row, BadLine):
-                self._failures.add(row.problem, str(row.number), f"{self._source.path}, line ")
+                self._failures.add(row.problem, str(row.place.number), row.place.prefix)
             else:
                 yield row[1]
 

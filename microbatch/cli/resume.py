@@ -16,8 +16,9 @@ import msgspec
 from microbatch.cli.arguments import flag
 from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, note, plural
-from microbatch.cli.input import BadLine, id_digest, question_digest
+from microbatch.cli.input import BadLine, id_digest
 from microbatch.cli.output import OutputFile, free_names, replacing
+from microbatch.cli.questions import question_digest
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +34,16 @@ Settings = dict[str, Any]
 _SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
 
 # These are part of a question, and so of its digest.
-_IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature")
+_IN_QUESTION: Final = (
+    "--model",
+    "--system",
+    "--template",
+    "--labels",
+    "--schema",
+    "--examples",
+    "--max-tokens",
+    "--temperature",
+)
 
 
 class Resumed(msgspec.Struct):
@@ -50,9 +60,9 @@ class Resumed(msgspec.Struct):
     reused: int = 0
 
 
-def open_output(args: argparse.Namespace) -> OutputFile:
-    """Open the output."""
-    if Path(args.output).exists() and Path(args.output).samefile(args.input):
+def open_output(args: argparse.Namespace, source: Input) -> OutputFile:
+    """Open the output, which is none of the files of *source*."""
+    if source.is_one_of(args.output):
         raise UsageError(f"-o {args.output!r} is the input itself")
     return OutputFile(args.output)
 
@@ -140,13 +150,14 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
     added = {
         "combine_params": sorted(plan.policy.combine_params),
         "max_latency": plan.policy.max_latency,
+        "examples": hashed(questions.examples or None),
         "max_excess": None if plan.audit is None else plan.audit.max_excess,
     }
     return {
         "endpoint": plan.transport.base_url,
         "--model": plan.transport.model,
         "--system": hashed(questions.system),
-        "--template": hashed(args.template),
+        "--template": hashed(questions.template),
         "--labels": hashed(questions.labels),
         "--schema": hashed(questions.schema),
         "--id-field": args.id_field,

@@ -55,9 +55,9 @@ from microbatch.cli.asking_again import AskingAgain
 from microbatch.cli.audit_summary import audit_figures, audit_lines
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import UsageError, note, plural, seconds
-from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
+from microbatch.cli.questions import question_digest
 from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
 from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     plan, source = prepare(args)
     model = plan.transport.model
     try:
-        with open_output(args) as output:
+        with open_output(args, source) as output:
             resumed = resume(args, plan, source, output)
             keep_settings(args.output, settings(args, plan, source))
             again = None if plan.audit is None else AskingAgain(plan.audit, output, source)
