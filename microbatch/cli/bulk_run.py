@@ -25,7 +25,6 @@ from microbatch.accounting.stats import Stats
 from microbatch.caching.warming import lasting
 from microbatch.cli import console
 from microbatch.cli.console import UsageError, note, report_summary, seconds
-from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, InputChanged, id_digest
 from microbatch.cli.output import NotWritten, error_object
 from microbatch.cli.progress import Progress
@@ -68,7 +67,7 @@ class BulkRun:
 
     Attributes:
         items: Records to ask about, those that cannot be read included.
-        skipped: Records that are not asked about because what the template names is blank.
+        skipped: Records that are not asked about, because what the template names is blank.
         failed: Items that failed for reasons of their own.
         stopped: True if a signal ended the run.
         broken: The error that ended it early, or None.
@@ -106,7 +105,7 @@ class BulkRun:
         self._session = Session(plan, give_up_after=args.give_up_after)
         self._endpoint = self._session.endpoint
         self._progress = Progress(self.items, self._session.stats, shown=args.progress)
-        self._settled = Digests(done)
+        self._settled = set(done)
         self._asked: dict[str, Request] = {}  # and not settled
         self._open: dict[str, Exception] = {}  # left open by this pass, with the error
         self._failures: Counter[str] = Counter()  # by item, while the endpoint answered others
@@ -200,8 +199,7 @@ class BulkRun:
         await again.settled()
         while not self._endpoint.stopped and (found := again.find()):
             self._once = self._once or self._session.stats()
-            for item in found:
-                self._settled.discard(item)
+            self._settled -= found
             self._progress.extend(len(found))
             await self._ask_all(batcher)
             await again.settled()

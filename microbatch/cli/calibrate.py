@@ -51,7 +51,7 @@ from microbatch.cli.input import BadLine, InputChanged
 from microbatch.cli.plan import prepare
 from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
-from microbatch.cli.summary import Failures
+from microbatch.cli.summary import Failures, skipped
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.spool.endpoint import is_refusal, may_refuse_all
 
@@ -167,7 +167,7 @@ class _Calibrating:
     def report(self) -> int:
         """Print what was found, and return the exit status."""
         result = self._calibrator.result
-        for line in self._failures.lines():
+        for line in (*self._failures.lines(), *skipped(self._source.skipped)):
             note(line)
         report_summary(self._args, _lines(result, self._plan), msgspec.to_builtins(result))
         if self._broken is not None:

@@ -199,7 +199,9 @@ class Input:
             self._drawn_names = {digest for digest in sample.drawn.values() if digest is not None}
 
     def _add_id(self, name: str, digest: int, place: Place) -> None:
-        if self._names.add(digest):
+        known = len(self._names)
+        self._names.add(digest)
+        if len(self._names) > known:
             return
         lines = ((earlier, self._named(earlier, entry)) for earlier, entry in self._entries())
         first = next(earlier for earlier, line in lines if isinstance(line, tuple) and line[0] == name)

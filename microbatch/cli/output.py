@@ -160,6 +160,10 @@ class OutputFile:
                 start += len(raw)
         return found
 
+    def starts(self) -> Iterator[tuple[int, int]]:
+        """Yield the digest of the id and the offset of each whole line."""
+        return ((name, start) for start, _, name, _ in self._lines())
+
     def row_at(self, start: int, name: str) -> dict[str, Any]:
         """Return the line at the offset *start*, with the id *name*."""
         with Path(self.path).open("rb") as file:

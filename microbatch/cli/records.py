@@ -111,7 +111,7 @@ class RecordFile:
         self.noun: str = _NOUNS[self.form]
         if self.form == "parquet" and self._packed:
             with self._reporting(), self._open() as file:
-                self._unpacked = kept(file)
+                self._unpacked = kept(file, self)
 
     # --- the format
 
@@ -208,18 +208,22 @@ class RecordFile:
         return self._encoding == "utf-8-sig"
 
     def _json(self, file: BinaryIO) -> Iterator[tuple[int, Entry]]:
-        lines: Iterator[bytes] | BinaryIO = file
-        if not self._is_utf8:
-            lines = (line.encode("utf-8", "surrogatepass") for line in self._text(file, newline="\n"))
-        if self.form == "json":
-            lines = self._elements(iter(lambda: file.read(_CHUNK), b"") if lines is file else lines)
-        for number, raw in enumerate(lines, start=1):
-            text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        for number, raw in enumerate(self._texts(file), start=1):
+            text = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if text and not text.isspace():
                 try:
                     yield number, decode_object(text)
                 except ValueError as error:
                     yield number, Broken(*error.args)
+
+    def _texts(self, file: BinaryIO) -> Iterator[bytes]:
+        """Yield the lines of JSON Lines, or the elements of an array, in UTF-8."""
+        if self._is_utf8:
+            yield from file if self.form == "jsonl" else self._elements(iter(lambda: file.read(_CHUNK), b""))
+            return
+        with self._text(file, newline="\n") as text:
+            lines = (line.encode("utf-8", "surrogatepass") for line in text)
+            yield from lines if self.form == "jsonl" else self._elements(lines)
 
     def _elements(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         try:
@@ -230,7 +234,11 @@ class RecordFile:
     def _table(self, file: BinaryIO) -> Iterator[tuple[int, Entry]]:
         csv.field_size_limit(_MAX_FIELD)
         # A byte that is not UTF-8 breaks its row only.
-        lines = _Lines(self._text(file, newline="", errors="surrogateescape" if self._is_utf8 else "strict"))
+        with self._text(file, newline="", errors="surrogateescape" if self._is_utf8 else "strict") as text:
+            yield from self._records_in(text)
+
+    def _records_in(self, text: io.TextIOWrapper) -> Iterator[tuple[int, Entry]]:
+        lines = _Lines(text)
         reader = csv.reader(lines, delimiter="\t" if self.form == "tsv" else self._delimiter())
         fields: list[str] = []
         number = 0
@@ -301,7 +309,7 @@ class RecordFile:
 def _checked(encoding: str) -> str:
     """Return the name of *encoding* that the codecs use. Raise `UsageError` if there is none for texts."""
     try:
-        b"".decode(encoding)
+        "".encode(encoding)
         name = codecs.lookup(encoding).name
     except LookupError:
         raise UsageError(

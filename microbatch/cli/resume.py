@@ -17,6 +17,7 @@ from microbatch.cli.arguments import flag
 from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, note, plural
 from microbatch.cli.input import BadLine, id_digest
+from microbatch.cli.join import check_join, journal_path
 from microbatch.cli.output import OutputFile, free_names, replacing
 from microbatch.cli.questions import question_digest
 
@@ -64,7 +65,13 @@ def open_output(args: argparse.Namespace, source: Input) -> OutputFile:
     """Open the output, which is none of the files of *source*."""
     if source.is_one_of(args.output):
         raise UsageError(f"-o {args.output!r} is the input itself")
-    return OutputFile(args.output)
+    if not args.join:
+        return OutputFile(args.output)
+    check_join(args.output)
+    journal = journal_path(args.output)
+    if Path(args.output).exists() and not Path(journal).exists() and not args.force:
+        raise UsageError(f"{args.output!r} exists already, and is no output of --join; --force replaces it")
+    return OutputFile(journal)
 
 
 def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFile) -> Resumed:
@@ -100,6 +107,11 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
         same = None if question is None else rows.by_question.get(question)
         if same is not None:
             moved.append((same.start, name))
+    if found.changed and source.partial:
+        raise UsageError(
+            f"{plural(found.changed, 'id')} have the answer to another question. Resume without --limit and --sample: the output is "
+            "rewritten then, without the answers to what they leave out"
+        )
     found.done, found.reused = {id_digest(name) for _, name in (*kept, *moved)}, len(moved)
     note(f"resuming: {len(found.done):,} of {plural(source.items, 'item')} answered before")
     if rows.cut:

@@ -55,16 +55,19 @@ from microbatch.cli.asking_again import AskingAgain
 from microbatch.cli.audit_summary import audit_figures, audit_lines
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import UsageError, note, plural, seconds
+from microbatch.cli.input import InputChanged
+from microbatch.cli.join import Join
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
 from microbatch.cli.questions import question_digest
 from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
-from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse
+from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse, skipped
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from microbatch.cli.input import Input
     from microbatch.cli.output import OutputFile
     from microbatch.cli.plan import Plan
     from microbatch.messages import Reply, Request
@@ -82,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else: begin anew, keeping the old output under another name"
     )
     add_flag(group, "--force", force)
+    join = (
+        "write every record of the input, or of --limit and --sample, with its answer, in the order of the input, when the run ends; "
+        "answers are kept in OUTPUT.journal.jsonl as they come"
+    )
+    add_flag(group, "--join", join)
     add_audit(group)
 
 
@@ -111,11 +119,24 @@ def run(args: argparse.Namespace) -> int:
                 lines += audit_lines(again, bulk.stats)
                 figures |= audit_figures(again, bulk.stats)
             bulk.report(args, lines, figures)
+            joined = not args.join or _join(args.output, source, output)
             _note_rest(args, bulk)
-            return bulk.status
+            return bulk.status if joined or bulk.status != console.OK else console.SOME_FAILED
     except NotWritten as error:  # at the last fsync
         note(f"microbatch run: {error}")
         return console.SOME_FAILED
+
+
+def _join(path: str, source: Input, journal: OutputFile) -> bool:
+    """Write the rows of the input with their answers to *path*; return whether that has succeeded."""
+    try:
+        Join(source, journal).write(path)
+    except (InputChanged, OSError, UsageError) as error:
+        note(
+            f"microbatch run: cannot write {path!r}: {error}. The answers are in {journal.path!r}, and --resume writes it"
+        )
+        return False
+    return True
 
 
 def _compact(output: OutputFile) -> None:
@@ -150,6 +171,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
         **fields(stats, *DAMAGE, "singles_compared"),
+        "skipped": bulk.skipped,
     }
 
 
@@ -158,6 +180,7 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     unasked = f", {bulk.unasked:,} left unasked" if bulk.unasked else ""
     answered = f"{bulk.answered:,} of {plural(bulk.items, 'item')} answered, {bulk.failed:,} failed"
     yield f"{answered}{unasked}, in {seconds(bulk.wall_s)}"
+    yield from skipped(bulk.skipped)
     if bulk.stats.answered:
         yield f"\n{comparison(bulk.stats)}\n"
     reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats)), *damage(bulk.stats)]

@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import weakref
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, Literal
@@ -56,9 +57,9 @@ class SourceFile:
         if self._path == STDIN:
             if sys.stdin is None:
                 raise UsageError("cannot read stdin: it is closed")
-            return kept(sys.stdin.buffer)
+            return kept(sys.stdin.buffer, self)
         with Path(self._path).open("rb") as file:
-            return None if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else kept(file)
+            return None if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else kept(file, self)
 
     def is_same(self, path: str) -> bool:
         """Return whether the file *path*, which may be missing, is this one."""
@@ -115,9 +116,13 @@ class SourceFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def kept(file: IO[bytes]) -> IO[bytes]:
-    """Return a temporary file, without a name where the system can do that, that holds what is left in *file*."""
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 as long as the input
+def kept(file: IO[bytes], owner: object) -> IO[bytes]:
+    """Return a temporary file that holds what is left in *file*, and is closed at the end of its *owner*.
+
+    It has no name where the system can do that, so that nothing is left of it after a crash.
+    """
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 closed with its owner
+    weakref.finalize(owner, copy.close)
     shutil.copyfileobj(file, copy, _CHUNK)
     copy.flush()
     return copy

@@ -48,7 +48,7 @@ from microbatch.cli.output import NotWritten, replacing
 from microbatch.cli.plan import is_address, read_input, read_questions, spool_at
 from microbatch.cli.questions import payload_of
 from microbatch.cli.stopping import stoppable
-from microbatch.cli.summary import Failures
+from microbatch.cli.summary import Failures, skipped
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.payload import Answer
 from microbatch.spool.records import MAX_ALONE, Name
@@ -288,12 +288,13 @@ class Put:
             self._failures.add(problem, str(place.number), place.prefix)
 
     def _report(self, *, stopped: bool, broken: Exception | None) -> int:
-        for line in self._failures.lines():
+        for line in (*self._failures.lines(), *skipped(self._source.skipped)):
             note(line)
         items = self._source.items
         new, known, conflicts, failed = (self._counts[name] for name in ("new", "known", "conflict", "failed"))
         if self._args.json:
-            report_json({"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": failed})
+            counts = {"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": failed}
+            report_json(counts | {"skipped": self._source.skipped})
         else:
             report(
                 f"{plural(items, 'item')}: {new:,} queued, {known:,} known already, {plural(conflicts, 'conflict')}, "

@@ -32,7 +32,7 @@ from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.plan import prepare
-from microbatch.cli.summary import DAMAGE, comparison, damage, fields, remarks
+from microbatch.cli.summary import DAMAGE, comparison, damage, fields, remarks, skipped
 
 if TYPE_CHECKING:
     import argparse
@@ -88,6 +88,7 @@ def summarize(bulk: BulkRun) -> dict[str, Any]:
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
         **fields(stats, *DAMAGE, "singles_compared"),
+        "skipped": bulk.skipped,
     }
 
 
@@ -98,6 +99,7 @@ def summary_lines(bulk: BulkRun) -> Iterator[str]:
     unasked = f", {bulk.unasked:,} left unasked" if bulk.unasked else ""
     answered = f"{plural(bulk.items, 'item')}: {figures['known']:,} known already, {asked:,} asked"
     yield f"{answered}, {bulk.failed:,} failed{unasked}, in {seconds(bulk.wall_s)}"
+    yield from skipped(bulk.skipped)
     if asked:
         yield f"{plural(stored, 'answer')} stored in the cache"
     if stored < asked and not bulk.unasked and bulk.broken is None:  # else that is why
