@@ -119,7 +119,8 @@ class RecordFile:
         name = path.lower().removesuffix(".gz")
         by_suffix = _BY_SUFFIX.get(Path(name).suffix)
         found, looks_like = self._looks(head)
-        if found == "parquet" or by_suffix is None or looks_like in _OTHERS.values():
+        certain = found == "parquet" or looks_like in _OTHERS.values() or (by_suffix, found) == ("jsonl", "json")
+        if by_suffix is None or certain:
             by_suffix = found
         if by_suffix is None:
             raise UsageError(f"{self.name} looks like {looks_like}; --input-format takes {', '.join(FORMS)}")

@@ -109,6 +109,10 @@ def test_the_named_format_wins_over_the_suffix(file):
     assert sound(file("x.csv", as_jsonl(RECORDS), form="jsonl")) == RECORDS
 
 
+def test_an_array_in_a_file_for_json_lines_is_taken(file):
+    assert sound(file("x.jsonl", FORMS["json"](RECORDS))) == RECORDS
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_a_table_may_have_another_delimiter(file, delimiter):
     assert sound(file("x.csv", as_table(RECORDS, delimiter=delimiter))) == RECORDS
@@ -236,7 +240,6 @@ def test_a_plain_text_needs_a_format(file):
     [
         ("x.jsonl", "id,name\n1,a\n", "looks like CSV; if it is, give --input-format csv"),
         ("x.jsonl", "id\tname\n1\ta\n", "looks like TSV; if it is, give --input-format tsv"),
-        ("x.jsonl", '[{"id":1}]', "looks like a JSON array; if it is, give --input-format json"),
         ("x.csv", '{"id":1}\n', "looks like JSON Lines; if it is, give --input-format jsonl"),
         ("x.jsonl", '{\n "id":1\n}\n', "looks like one JSON object over several lines"),
     ],
