@@ -219,7 +219,7 @@ def add_question(group: Group) -> None:
 
 def add_endpoint(group: Group) -> None:
     """Add the flags that decide where requests are sent, and how fast."""
-    add_flag(group, "--model NAME", "the model; OpenAI Batch lines may name their own")
+    add_flag(group, "--model NAME", "the model; OpenAI Batch requests may name their own")
     add_flag(group, "--base-url URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
     add_connection(group, "OPENAI_API_KEY, which is sent only to OpenAI and OPENAI_BASE_URL")
     add_rate_limits(group)

@@ -1,4 +1,4 @@
-r"""`microbatch calibrate INPUT.jsonl [options]`: find the size of batches that leaves answers as they are.
+r"""`microbatch calibrate INPUT... [options]`: find the size of batches that leaves answers as they are.
 
 Before a job, ask a sample of it alone, alone once more, and in batches of each
 size, upward, and compare the answers. What differs in batches, beyond what

@@ -1,23 +1,24 @@
-r"""`microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]`: ask about every line of a JSON Lines file.
+r"""`microbatch run INPUT... -o OUTPUT.jsonl [options]`: ask about every record of files.
 
-Ask a model about every line of a JSON Lines file, many lines in one prompt, and
-write one line for each answer:
+Ask a model about every record of JSON Lines, JSON arrays, CSV, TSV or Parquet,
+many records in one prompt, and write one line for each answer:
 
   {"custom_id", "output", "error", "route", "usage", "cost_usd", "digest"}
 
-Lines are any JSON objects, with a --template that makes a question of them, or
-OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
-id, else its number. The key is taken from OPENAI_API_KEY, which is sent to
-OpenAI and OPENAI_BASE_URL only, or from the variable of --api-key-env.
+A record has fields, of which a --template makes a question, or it is an OpenAI
+Batch request (custom_id, body) or a body (model, messages). Its id is its
+custom_id, else its id, else its number. The key is taken from OPENAI_API_KEY,
+which is sent to OpenAI and OPENAI_BASE_URL only, or from the variable of
+--api-key-env.
 
 With --audit some of the answers that came from combined prompts are asked for
 again alone, and compared. Where combining does harm, batches become smaller,
 and at the end the run asks again what the larger ones have answered. Lines have
 "batch_size", "lane_kind" and "period" then, and OUTPUT.audit keeps the figures.
 
-The digest is that of the question. --resume asks about lines without an answer,
-and about lines whose question has changed; an answer follows a question that
-moved to another line.
+The digest is that of the question. --resume asks about records without an
+answer, and about those whose question has changed; an answer follows a question
+that moved to another record.
 
 While the endpoint does not answer at all, nothing more is read or sent; the run
 goes on when it answers again. A key or an account that is refused from the
@@ -37,6 +38,9 @@ Examples:
   microbatch run products.jsonl -o answers.jsonl ... --cache answers.sqlite
                                     (what was asked before costs nothing)
   microbatch run openai_batch.jsonl -o answers.jsonl
+  microbatch run products.csv -o answers.csv ... --join
+                               (every row with its answer, in the same order)
+  zcat products.csv.gz | microbatch run - -o answers.jsonl ... --limit 100
   microbatch run products.jsonl -o answers.jsonl ... --audit
                               (keep only what combining does not change)
 """

@@ -263,7 +263,7 @@ class Put:
                     outcomes = await spool.put([item for _, item in some])
                     for (place, _), outcome in zip(some, outcomes, strict=True):
                         self._count(place, outcome, _CONFLICT if outcome == "conflict" else None)
-            except (InputChanged, OSError, StorageError) as error:
+            except (InputChanged, UsageError, OSError, StorageError) as error:
                 broken = error
             stopped = False
         return self._report(stopped=stopped, broken=broken)

@@ -1,12 +1,11 @@
-r"""`microbatch warm INPUT.jsonl --cache FILE|URL [options]`: fill a cache with the answers to every line of a file.
+r"""`microbatch warm INPUT... --cache FILE|URL [options]`: fill a cache with the answers to every record of files.
 
-Ask a model about every line of a JSON Lines file, many lines in one prompt, and
-keep the answers in a cache, for a service or a run that will ask the same. What
-the cache has already is not asked again.
+Ask a model about every record of files, many records in one prompt, and keep
+the answers in a cache, for a service or a run that will ask the same. What the
+cache has already is not asked again.
 
-Lines are those of `microbatch run`: any JSON objects, with a --template that
-makes a question of them, or OpenAI Batch requests (custom_id, body). The key is
-taken as by `run`. The answers are found only by requests that are equal
+Files and records are those of `microbatch run`. The key is taken as by `run`.
+The answers are found only by requests that are equal
 in endpoint, model, messages, parameters and schema.
 
 Exit status: 0 all answers are there, 1 some are not, 2 nothing sent because
