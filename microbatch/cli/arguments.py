@@ -13,6 +13,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from microbatch.cli.console import UsageError
+from microbatch.cli.input import ON_EMPTY
+from microbatch.cli.records import FORMS
 from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy
@@ -150,9 +152,16 @@ def _value_options(hint: Any) -> dict[str, Any]:
 # --- groups of flags
 
 
-def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False) -> Group:
-    """Add the flags of a command that asks about every line of a file; return the group *title* of those about its course."""
-    parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
+def add_bulk(
+    parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False, sample: int | None = None
+) -> Group:
+    """Add the flags of a command that asks about the records of files; return the group *title* of those about its course."""
+    forms = "JSON Lines, a JSON array, CSV, TSV or Parquet, each also .gz; - is stdin"
+    parser.add_argument("input", metavar="INPUT", nargs="+", help=f"files with what is asked about: {forms}")
+    group = parser.add_argument_group("input")
+    add_input(group)
+    add_flag(group, "--limit N", "read only the first N records")
+    add_sample(group, sample)
     add_question(parser.add_argument_group("what is asked"))
     add_endpoint(parser.add_argument_group("endpoint"))
     group = parser.add_argument_group(title)
@@ -171,23 +180,49 @@ Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
     return group
 
 
+def add_input(group: Group) -> None:
+    """Add the flags that decide how the input is read."""
+    form = "the format (default: that of the name, as in x.csv or x.csv.gz, else that of the content)"
+    add_flag(group, "--input-format FORMAT", form, choices=FORMS)
+    encoding = "the encoding of a text, such as cp1252 (default: UTF-8, or UTF-16 if the file begins so)"
+    add_flag(group, "--encoding NAME", encoding)
+    ids = "the field that holds a record's id (default: custom_id, else id, else the number of the line or row)"
+    add_flag(group, "--id-field FIELD", ids)
+
+
+def add_sample(group: Group, default: int | None) -> None:
+    """Add `--sample` and `--seed`."""
+    sample = "ask about N records, drawn at random, or all if there are fewer"
+    add_flag(group, "--sample N", sample, default=default)
+    add_flag(group, "--seed N", "another seed draws other records", type=int, default=0)
+
+
 def add_question(group: Group) -> None:
-    """Add the flags that decide what is asked about a line of the input."""
-    add_flag(group, "--system TEXT|@FILE", "instructions, the same for every line")
-    template = r"the question, with fields of the line in braces; \n and \t are newline and tab, {{ and }} are braces"
-    add_flag(group, "--template TEXT", template)
+    """Add the flags that decide what is asked about a record of the input."""
+    add_flag(group, "--system TEXT|@FILE", "instructions, the same for every record")
+    template = (
+        r"the question, with fields of the record in braces; \n and \t are newline and tab, {{ and }} are braces. "
+        "In a file a backslash is a backslash"
+    )
+    add_flag(group, "--template TEXT|@FILE", template)
+    examples = (
+        "examples that are shown to the model, a JSON object per line: input, fields for the template or a whole question, "
+        "and output, the right answer; or messages"
+    )
+    add_flag(group, "--examples FILE", examples)
+    empty = "what is done about a record with nothing in the fields of the template: ask, skip (the default) or fail"
+    add_flag(group, "--on-empty ACTION", empty, choices=ON_EMPTY)
     answers = group.add_mutually_exclusive_group()
     labels = "the only answers allowed; in a file one per line, or a JSON list"
     add_flag(answers, "--labels A,B,C|@FILE", labels)
     add_flag(answers, "--schema FILE", "a JSON Schema to which every answer conforms")
-    add_flag(group, "--id-field FIELD", "the field that holds a line's id")
     add_flag(group, "--max-tokens N", "at most N tokens per answer")
     add_flag(group, "--temperature T", "sampling temperature", least=0)
 
 
 def add_endpoint(group: Group) -> None:
     """Add the flags that decide where requests are sent, and how fast."""
-    add_flag(group, "--model NAME", "the model; OpenAI Batch lines may name their own")
+    add_flag(group, "--model NAME", "the model; OpenAI Batch requests may name their own")
     add_flag(group, "--base-url URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
     add_connection(group, "OPENAI_API_KEY, which is sent only to OpenAI and OPENAI_BASE_URL")
     add_rate_limits(group)

@@ -70,7 +70,8 @@ class BulkRun:
 
     Attributes:
         begun: True from then on.
-        items: Lines to ask about, those that cannot be read included.
+        items: Records to ask about, those that cannot be read included.
+        skipped: Records that are not asked about, because what the template names is blank.
         failed: Items that failed for reasons of their own.
         stopped: True if a signal ended the run.
         broken: The error that ended it early, or None.
@@ -94,6 +95,7 @@ class BulkRun:
         self.begun: bool = False
         self._settled = Digests() if done is None else done
         self.items: int = source.items - len(self._settled)
+        self.skipped: int = source.skipped
         self.answered: int = 0
         self.failed: int = 0
         self.failures: Failures = Failures()
@@ -268,10 +270,10 @@ class BulkRun:
 
     def _reject(self, line: BadLine) -> None:
         """Count *line* as failed, unless an earlier pass has."""
-        name, path = self._source.id_for(line), self._source.path
+        name = self._source.id_for(line)
         if id_digest(name) not in self._settled:
-            self._fail(name, line.error(path))
-            self.failures.add(line.problem, str(line.number), f"{path}, line ")
+            self._fail(name, line.error())
+            self.failures.add(line.problem, str(line.place.number), line.place.prefix)
 
     # --- the outcome of an item
 

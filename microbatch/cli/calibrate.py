@@ -1,4 +1,4 @@
-r"""`microbatch calibrate INPUT.jsonl [options]`: find the size of batches that leaves answers as they are.
+r"""`microbatch calibrate INPUT... [options]`: find the size of batches that leaves answers as they are.
 
 Before a job, ask a sample of it alone, alone once more, and in batches of each
 size, upward, and compare the answers. What differs in batches, beyond what
@@ -51,7 +51,7 @@ from microbatch.cli.input import BadLine, InputChanged
 from microbatch.cli.plan import prepare
 from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
-from microbatch.cli.summary import Failures
+from microbatch.cli.summary import Failures, skipped
 from microbatch.errors import BudgetExceeded, ConfigError, MicrobatchError
 from microbatch.spool.endpoint import is_refusal, may_refuse_all
 
@@ -69,14 +69,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `calibrate`."""
-    group = add_bulk(parser, "the calibration")
-    add_flag(
-        group, "--sample N", "ask about N different items, drawn at random, or all if there are fewer", default=SAMPLE
-    )
+    group = add_bulk(parser, "the calibration", sample=SAMPLE)
     sizes = f"sizes of batches to try (default: {','.join(map(str, SIZES))})"
     add_flag(group, "--sizes N,N,...", sizes, type=_sizes, default=None)
     add_max_excess(group)
-    add_flag(group, "--seed N", "another seed draws another sample", type=int, default=0)
 
 
 def _sizes(text: str) -> list[int]:
@@ -94,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.single or args.max_batch_size is not None:
         raise UsageError("--sizes says which sizes are tried: leave out --single and --max-batch-size")
     args.cache = None  # every answer has to be the model's
-    plan, source = prepare(args)
+    plan, source = prepare(args, draw=False)  # the calibrator does, and counts equal items once
     calibrating = _Calibrating(args, plan, source)
     asyncio.run(calibrating.go())
     return calibrating.report()
@@ -147,7 +143,7 @@ class _Calibrating:
     def _requests(self) -> Iterator[Request]:
         for row in self._source.requests():
             if isinstance(row, BadLine):
-                self._failures.add(row.problem, str(row.number), f"{self._source.path}, line ")
+                self._failures.add(row.problem, str(row.place.number), row.place.prefix)
             else:
                 yield row[1]
 
@@ -171,7 +167,7 @@ class _Calibrating:
     def report(self) -> int:
         """Print what was found, and return the exit status."""
         result = self._calibrator.result
-        for line in self._failures.lines():
+        for line in (*self._failures.lines(), *skipped(self._source.skipped)):
             note(line)
         report_summary(self._args, _lines(result, self._plan), msgspec.to_builtins(result))
         if self._broken is not None:

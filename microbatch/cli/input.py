@@ -1,184 +1,38 @@
-"""Input files: JSON Lines, checked as a whole at first and then turned into requests one line at a time."""
+"""The input of a command: files of records, checked as a whole at first and then turned into requests one record at a time.
+
+Nothing but digests of ids is kept of a record: the files are read once to check them, and again for each pass over the requests.
+"""
 
 from __future__ import annotations
 
-import re
-import stat
+import random
 from hashlib import blake2b
-from pathlib import Path
-from string import Formatter
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import msgspec
 
-from microbatch.cli.console import UsageError, note, plural
-from microbatch.errors import ConfigError
-from microbatch.messages import Request
-from microbatch.spool.payload import DIGEST_BYTES, Payload
+from microbatch.cli.console import UsageError, plural
+from microbatch.cli.digests import Digests
+from microbatch.cli.questions import LineError, value_of
+from microbatch.cli.records import Broken, Entry, Form, RecordFile
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
 
-_BOM: Final = b"\xef\xbb\xbf"
-_ESCAPES: Final = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
-_CHAT_URL: Final = "/v1/chat/completions"
-# These have a field of `Request`, or decide how an answer is delivered; the other fields of a body are passed on.
-_NOT_PARAMS: Final = frozenset(
-    {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "stream", "stream_options"}
-)
+    from microbatch.cli.questions import Questions
+    from microbatch.messages import Request
 
+OnEmpty: TypeAlias = Literal["ask", "skip", "fail"]
+"""What is done about a record whose fields in the template are all blank."""
 
-class LineError(Exception):
-    """A line of the input cannot be asked about, because of *field* or, if that is None, as a whole."""
+ON_EMPTY: Final[tuple[OnEmpty, ...]] = get_args(OnEmpty)
+BLANK: Final = "all fields of the template are blank"
 
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
+_MAX_LABEL: Final = 3
 
 
 class InputChanged(Exception):
     """The input is not the file that was checked at the start."""
-
-
-# --- requests
-
-
-class Templated:
-    r"""Makes requests from a template, as `Product: {name}`, and instructions that all lines share.
-
-    In the template, `\n`, `\t` and `\\` are a newline, a tab and a backslash; `{{` and `}}` are braces. A name with dots reaches into
-    nested objects, unless a field has exactly that name. *options* are further fields of `Request`. Raise `UsageError` if the
-    template is malformed or names no field.
-    """
-
-    def __init__(
-        self,
-        template: str,
-        *,
-        system: str | None = None,
-        labels: Sequence[str] | None = None,
-        schema: dict[str, Any] | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        self.system = system
-        self.labels = labels
-        self.schema = schema
-        self._parts = _parts(template)
-        self.fields: tuple[str, ...] = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
-        if not self.fields:
-            raise UsageError(
-                f"--template {template!r} names no field: every line would be the same question; write {{name}}"
-            )
-        self._shared = [] if system is None else [{"role": "system", "content": system}]
-        self._options: dict[str, Any] = dict(options or {})
-        if labels is not None:
-            self._options["output_type"] = Literal[tuple(labels)]
-        if schema is not None:
-            self._options["params"] = {"response_format": schema}
-
-    def request(self, record: dict[str, Any], name: str) -> Request:
-        """Return the request about *record*, whose id is *name*. Raise `LineError` if a field is missing."""
-        question = {"role": "user", "content": self.render(record)}
-        return Request([*self._shared, question], id=name, **self._options)
-
-    def render(self, record: dict[str, Any]) -> str:
-        """Return the question about *record*, with values that are not strings as JSON. Raise `LineError` if a field is missing."""
-        texts = []
-        for literal, name in self._parts:
-            texts.append(literal)
-            if name is not None:
-                value = _value(record, name)
-                if value is msgspec.UNSET:
-                    raise LineError(f'the field "{name}" is missing', name)
-                texts.append(value if isinstance(value, str) else msgspec.json.encode(value).decode())
-        return "".join(texts)
-
-
-def _parts(template: str) -> list[tuple[str, str | None]]:
-    """Return the texts of *template*, each with the field that follows it."""
-    try:
-        parsed = list(Formatter().parse(re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], template)))
-    except ValueError as error:
-        raise UsageError(f"--template {template!r}: {error}; a brace itself is written {{{{ or }}}}") from None
-    for _, name, form, conversion in parsed:
-        if name is not None and (not name.strip() or form or conversion):
-            raise UsageError(
-                f"--template {template!r}: braces hold the name of a field and nothing else, as in {{name}}"
-            )
-    return [(literal, name) for literal, name, _, _ in parsed]
-
-
-def _value(record: dict[str, Any], name: str) -> Any:
-    """Return a field of *record*; UNSET if there is none."""
-    if name in record:
-        return record[name]
-    value: Any = record
-    for part in name.split("."):
-        value = value.get(part, msgspec.UNSET) if isinstance(value, dict) else msgspec.UNSET
-    return value
-
-
-class BatchLines:
-    """Makes requests from the lines of an OpenAI Batch file; *options* are fields of `Request` that a body may override."""
-
-    fields: ClassVar[tuple[str, ...]] = ("body",)
-    system = labels = schema = None
-
-    def __init__(self, *, options: dict[str, Any] | None = None, needs_model: bool = False) -> None:
-        self._options: dict[str, Any] = dict(options or {})
-        self._needs_model = needs_model
-
-    def request(self, record: dict[str, Any], name: str) -> Request:
-        """Return the request of *record*, whose id is *name*. Raise `LineError` if a field is missing or wrong."""
-        if str(record.get("method", "POST")).upper() != "POST":
-            raise LineError('the field "method" must be "POST"', "method")
-        if record.get("url", _CHAT_URL) != _CHAT_URL:
-            raise LineError(f'the field "url" must be "{_CHAT_URL}"', "url")
-        body = self._checked(record.get("body"))
-        options = dict(self._options)
-        for field in ("model", "max_tokens", "max_completion_tokens", "temperature"):
-            if body.get(field) is not None:
-                options["max_tokens" if field == "max_completion_tokens" else field] = body[field]
-        params = {field: value for field, value in body.items() if field not in _NOT_PARAMS}
-        return Request(body["messages"], id=name, params=params or None, **options)
-
-    def _checked(self, body: Any) -> dict[str, Any]:
-        if not isinstance(body, dict):
-            raise LineError(f'the field "body" {"is missing" if body is None else "must be a JSON object"}', "body")
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise LineError('the field "body.messages" must be a list of chat messages', "body.messages")
-        if self._needs_model and body.get("model") is None:
-            raise LineError('the field "body.model" is missing, and no --model is given', "body.model")
-        if body.get("stream"):
-            raise LineError('the field "body.stream" must be false: an output line holds a whole answer', "body.stream")
-        return body
-
-
-Questions = Templated | BatchLines
-
-
-def payload_of(request: Request, model: str | None) -> Payload:
-    """Return the spool payload of *request*, for *model* if it names none. Raise `ConfigError` if an option is wrong."""
-    return Payload.of(
-        request.messages,
-        output_type=request.output_type,
-        model=request.model or model,
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        params=request.params,
-    )
-
-
-def question_digest(request: Request, model: str | None) -> str | None:
-    """Return 32 hexadecimal digits that stand for all that decides the answer; None if an option of *request* is wrong."""
-    try:
-        return blake2b(payload_of(request, model).encode(), digest_size=DIGEST_BYTES).hexdigest()
-    except (ConfigError, ValueError):
-        return None
-
-
-# --- the file
 
 
 def id_digest(name: str) -> int:
@@ -186,191 +40,211 @@ def id_digest(name: str) -> int:
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest())
 
 
-class BadLine(msgspec.Struct):
-    """A line that cannot be asked about, by its number (from 1) and its id, None if it has none.
+class Place(msgspec.Struct, frozen=True):
+    """The place of a record: the number of the line, row or item (the *noun*) of the *file*."""
 
-    The problem is told in the same words for all lines of the kind; the detail is about this one.
+    file: str
+    noun: str
+    number: int
+
+    @property
+    def prefix(self) -> str:
+        """The words before the number."""
+        return f"{self.file}, {self.noun} "
+
+    def __str__(self) -> str:
+        return f"{self.prefix}{self.number}"
+
+
+class BadLine(msgspec.Struct):
+    """A record that cannot be asked about, by its place and its id, None if it has none.
+
+    The problem is told in the same words for all records of the kind; the detail is about this one.
     """
 
-    number: int
+    place: Place
     name: str | None
     problem: str
     field: str | None = None
     detail: str = ""
 
-    def error(self, path: str) -> dict[str, Any]:
-        """Return the error of the output line for this line of the file *path*."""
-        message = f"{path}, line {self.number}: {self.problem}" + (f" ({self.detail})" if self.detail else "")
-        return {"type": "InputError", "message": message, "line": self.number, "field": self.field}
+    @property
+    def told(self) -> str:
+        """The problem with its detail."""
+        return self.problem + (f" ({self.detail})" if self.detail else "")
+
+    def error(self) -> dict[str, Any]:
+        """Return the error of the output line for this record."""
+        message = f"{self.place}: {self.told}"
+        return {"type": "InputError", "message": message, "line": self.place.number, "field": self.field}
+
+
+class Record(msgspec.Struct):
+    """A record of the input, asked about or not.
+
+    Attributes:
+        name: Its id; of one that cannot be read, the id under which it is reported.
+        fields: Its fields; none, if it cannot be read.
+        skipped: Whether it is not asked about because its fields are blank.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    skipped: bool = False
 
 
 class Input:
-    """A JSON Lines file, which is read and checked as a whole at first, and again while its requests are taken.
+    """Files of records, which are read and checked as a whole at first, and again while their requests are taken.
 
     Args:
-        path: The file.
-        questions: Makes requests from its lines.
-        id_field: The field that holds a line's id; None takes `custom_id`, else `id`, else the line number.
+        paths: The files, `-` for stdin; their records follow each other.
+        questions: Makes requests from records.
+        id_field: The field that holds a record's id; None takes `custom_id`, else `id`, else its number, after the file's name if there
+            are several files.
+        form: The format of the files; None for the one that each has by its name or content.
+        encoding: The encoding of texts; None for UTF-8, or UTF-16 or UTF-32 where the first bytes tell.
+        limit: Only the first so many records are read; None for all.
+        sample: Only so many of these, drawn at random, all alike likely, are asked about; None for all.
+        seed: Decides which.
+        on_empty: What is done about records with nothing in the fields that the template names.
 
     Attributes:
-        items: Number of lines that are not blank.
+        items: Number of records to ask about, those that cannot be asked included.
+        skipped: Number of records left out because of *on_empty*.
 
     Raises:
-        UsageError: The file cannot be read twice, an id occurs twice, or no line has one of the fields asked about.
+        UsageError: A file cannot be read, an id occurs twice, no record has one of the fields that are needed, or none can be asked.
     """
 
-    def __init__(self, path: str, questions: Questions, *, id_field: str | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        paths: Sequence[str],
+        questions: Questions,
+        *,
+        id_field: str | None = None,
+        form: Form | None = None,
+        encoding: str | None = None,
+        limit: int | None = None,
+        sample: int | None = None,
+        seed: int = 0,
+        on_empty: OnEmpty = "skip",
+    ) -> None:
         self.questions = questions
         self.items: int = 0
+        self.skipped: int = 0
         self._id_field = id_field
-        try:
-            mode = Path(path).stat().st_mode
-            Path(path).open("rb").close()
-        except OSError as error:
-            raise UsageError(f"cannot read {path!r}: {error.strerror}") from None
-        if not stat.S_ISREG(mode):
-            raise UsageError(f"{path!r} must be a file: it is read twice, first to check the ids and then to ask")
-        self._version = self._stat()
-        self._last = 0  # number of the last line that was checked
-        self._names: set[int] = set()  # digests of the ids
-        self._size = 0
-        self._ends_with_newline = True
-        self._content = self._survey()
+        self._limit = limit
+        self._on_empty = on_empty
+        if len(set(paths)) < len(paths):
+            raise UsageError(f"{next(path for path in paths if paths.count(path) > 1)!r} is given twice")
+        self._files = [RecordFile(path, form=form, encoding=encoding) for path in paths]
+        self._read: list[_Read] = []  # of each file that was checked
+        self._cut = False  # by the limit
+        self._names = Digests()  # of the ids
+        self._skipped = Digests()
+        self._drawn: dict[int, int | None] | None = None  # the sample: digests of ids by the position of the record
+        self._drawn_names: set[int] = set()
+        self._survey(None if sample is None else _Sample(sample, seed))
+
+    @property
+    def label(self) -> str:
+        """The names of the files, for messages."""
+        names = [file.name for file in self._files]
+        more = len(names) - _MAX_LABEL
+        return ", ".join(names[:_MAX_LABEL]) + (f" and {plural(more, 'more file')}" if more > 0 else "")
+
+    @property
+    def partial(self) -> bool:
+        """True if records may have been left out by a limit or a sample."""
+        return self._limit is not None or self._drawn is not None
+
+    def is_one_of(self, path: str) -> bool:
+        """Return whether the file *path*, which may be missing, is one of the input."""
+        return any(file.source.is_same(path) for file in self._files)
 
     def __contains__(self, item: object) -> bool:
-        """Return whether *item*, the digest of an id, is that of a line."""
-        return item in self._names
+        """Return whether *item*, the digest of an id, is that of a record that is asked about."""
+        if self._drawn is not None:
+            return item in self._drawn_names
+        return item in self._names and item not in self._skipped
 
-    def _survey(self) -> bytes:
-        """Check all lines and return the digest of the file."""
-        missing = set(self.questions.fields)
-        first: tuple[int, dict[str, Any]] | None = None
-        content = blake2b(digest_size=16)
-        for number, raw in self._raw_lines():
-            content.update(raw)
-            self._size += len(raw)
-            self._ends_with_newline = raw.endswith(b"\n")
-            line = self._parse(number, raw)
-            if line is None:
-                continue
-            self.items += 1
-            self._last = number
+    # --- the check at the start
+
+    def _survey(self, sample: _Sample | None) -> None:
+        found = _Overview(self.questions.fields, self._id_field)
+        for position, (place, entry) in enumerate(self._entries(first=True)):
+            if not isinstance(entry, Broken):
+                found.see(place, entry)
+            line: object = self._named(place, entry)
+            digest = None
             if isinstance(line, tuple):
                 name, record = line
-                first = first or (number, record)
-                self._add_id(name, number)
-                missing -= {field for field in missing if _value(record, field) is not msgspec.UNSET}
-        if first is None and self.items:
-            note(f"{self.path}: no line is a JSON object with an id; the input must be JSON Lines, one object per line")
-        if first is not None and missing:
-            field = next(field for field in self.questions.fields if field in missing)
-            raise UsageError(self._no_such_field(field, *first))
-        return content.digest()
+                digest = id_digest(name)
+                self._add_id(name, digest, place)
+                if self._is_skipped(record):
+                    found.askable = True
+                    self.skipped += 1
+                    self._skipped.add(digest)
+                    continue
+                if not found.askable:
+                    line = self._question(place, name, record)
+            self.items += 1
+            found.judge(line)
+            if sample is not None:
+                sample.add(position, digest)
+        if (problem := found.problem(self.questions)) is not None:
+            raise UsageError(f"{self.label}: {problem}{self._files[0].doubt}")
+        if sample is not None:
+            self._drawn, self.items = sample.drawn, len(sample.drawn)
+            self._drawn_names = {digest for digest in sample.drawn.values() if digest is not None}
 
-    def _add_id(self, name: str, number: int) -> None:
-        if id_digest(name) in self._names:
-            lines = ((earlier, self._parse(earlier, raw)) for earlier, raw in self._raw_lines())
-            first = next(earlier for earlier, line in lines if isinstance(line, tuple) and line[0] == name)
-            raise UsageError(
-                f"{self.path}: lines {first} and {number} have the same id {name!r}; "
-                "ids must differ, or answers could not be told apart"
-            )
-        self._names.add(id_digest(name))
+    def _add_id(self, name: str, digest: int, place: Place) -> None:
+        known = len(self._names)
+        self._names.add(digest)
+        if len(self._names) > known:
+            return
+        lines = ((earlier, self._named(earlier, entry)) for earlier, entry in self._entries())
+        first = next(earlier for earlier, line in lines if isinstance(line, tuple) and line[0] == name)
+        places = f"{first} and {place} have"
+        if first.file == place.file:
+            places = f"{place.file}: {place.noun}s {first.number} and {place.number} have"
+        raise UsageError(f"{places} the same id {name!r}; ids must differ, or answers could not be told apart")
 
-    def _no_such_field(self, field: str, number: int, record: dict[str, Any]) -> str:
-        fields = ", ".join(record) or "none"
-        if field == "body":
-            return (
-                f'{self.path}: no line has a "body" (line {number} has the fields {fields}). '
-                "For lines that are not OpenAI Batch requests give --template, as in --template 'Product: {name}'"
-            )
-        return f'{self.path}: no line has the field "{field}" of --template; line {number} has {fields}'
+    # --- reading
 
-    def requests(self, skip: Container[int] = ()) -> Iterator[tuple[int, Request] | BadLine]:
-        """Yield what `rows` does, and `check` before and after that the file has not changed."""
-        self.check(appended=True)
-        yield from self.rows(skip)
-        self.check()
-
-    def rows(self, skip: Container[int] = ()) -> Iterator[tuple[int, Request] | BadLine]:
-        """Yield the number and the request of every line that was checked, or what is wrong with it; *skip* has digests of ids."""
-        for number, raw in self._raw_lines():
-            if number > self._last:
+    def _entries(self, *, first: bool = False) -> Iterator[tuple[Place, Entry]]:
+        """Yield the place and the content of each record within the limit, of those that were checked unless it is the *first* time."""
+        left = self._limit
+        for index, file in enumerate(self._files):
+            if first:
+                self._read.append(_Read())
+            elif index == len(self._read):
                 return
-            line = self._parse(number, raw)
-            if isinstance(line, BadLine):
-                yield line
-            elif line is not None and id_digest(line[0]) not in skip:
-                name, record = line
-                try:
-                    yield number, self.questions.request(record, name)
-                except LineError as error:
-                    yield BadLine(number, name, str(error), error.field)
+            read = self._read[index]
+            for number, entry in file.records(first=first):
+                if first:
+                    read.last, read.count = number, read.count + 1
+                elif number > read.last:
+                    break
+                yield Place(file.name, file.noun, number), entry
+                left = None if left is None else left - 1
+                if left == 0:
+                    self._cut = True
+                    return
 
-    def check(self, *, appended: bool = False) -> None:
-        """Raise `InputChanged` if the content is not that of the start; with *appended* further lines are accepted."""
-        content, items, read = blake2b(digest_size=16), 0, 0
+    def _named(self, place: Place, entry: Entry) -> tuple[str, dict[str, Any]] | BadLine:
+        """Return the id and the fields of a record."""
+        if isinstance(entry, Broken):
+            return BadLine(place, None, entry.problem, None, entry.detail)
         try:
-            version = self._stat()
-            if version == self._version:
-                return
-            for _, raw in self._raw_lines():
-                content.update(raw[: max(0, self._size - read)])
-                items, read = items + (not raw.isspace()), read + len(raw)
-        except FileNotFoundError:
-            raise InputChanged(f"{self.path!r} was deleted while it was asked about") from None
-        if content.digest() != self._content or (read > self._size and not self._ends_with_newline):
-            was = "" if items == self.items else f": it has {plural(items, 'line')} now, and had {self.items:,}"
-            raise InputChanged(f"{self.path!r} was changed while it was asked about{was}")
-        if read == self._size:
-            self._version = version
-        elif not appended:
-            raise InputChanged(
-                f"{self.path!r} has grown while it was asked about: lines after {self._last:,} were not asked"
-            )
-
-    def id_for(self, line: BadLine) -> str:
-        """Return the id under which *line* is reported: its own, else one that no other line has."""
-        if line.name is not None:
-            return line.name
-        name = str(line.number)
-        while id_digest(name) in self._names:
-            name = f"line {name}"
-        return name
-
-    def _stat(self) -> tuple[int, ...]:
-        """Return a value that changes when the file is replaced or written to."""
-        found = Path(self.path).stat()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-    def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
-        with Path(self.path).open("rb") as file:
-            yield from enumerate(file, start=1)
-
-    def _parse(self, number: int, raw: bytes) -> tuple[str, dict[str, Any]] | BadLine | None:
-        """Return the id and the object of a line; None if it is blank."""
-        text = raw.removeprefix(_BOM) if number == 1 else raw
-        if not text or text.isspace():
-            return None
-        try:
-            record = msgspec.json.decode(text.decode(), type=dict[str, Any])
-            return self._name(record, number), record
+            return self._name(entry, place), entry
         except LineError as error:
-            return BadLine(number, None, str(error), error.field)
-        except UnicodeDecodeError:
-            return BadLine(number, None, "it is not UTF-8")
-        except RecursionError:
-            return BadLine(number, None, "the JSON is nested too deeply")
-        except msgspec.ValidationError:
-            return BadLine(number, None, "it is not a JSON object")
-        except ValueError as error:
-            return BadLine(number, None, "it is not JSON", detail=str(error))
+            return BadLine(place, None, str(error), error.field)
 
-    def _name(self, record: dict[str, Any], number: int) -> str:
+    def _name(self, record: dict[str, Any], place: Place) -> str:
         field = self._id_field or next((field for field in ("custom_id", "id") if field in record), None)
         if field is None:
-            return str(number)
+            return self._number(place)
         if field not in record:
             raise LineError(f'the field "{field}" (--id-field) is missing', field)
         name = record[field]
@@ -379,3 +253,165 @@ class Input:
                 f'the field "{field}" must be a non-empty string or a whole number, to serve as an id', field
             )
         return str(name)
+
+    def _number(self, place: Place) -> str:
+        """Return the id of a record that has none of its own."""
+        return f"{place.file}:{place.number}" if len(self._files) > 1 else str(place.number)
+
+    def id_for(self, line: BadLine) -> str:
+        """Return the id under which *line* is reported: its own, else one that no other record has."""
+        if line.name is not None:
+            return line.name
+        name = self._number(line.place)
+        while id_digest(name) in self._names:
+            name = f"line {name}"
+        return name
+
+    # --- requests
+
+    def requests(self, skip: Container[int] = ()) -> Iterator[tuple[Place, Request] | BadLine]:
+        """Yield what `rows` does, and `check` before and after that the files have not changed."""
+        self.check(appended=True)
+        yield from self.rows(skip)
+        self.check()
+
+    def rows(self, skip: Container[int] = ()) -> Iterator[tuple[Place, Request] | BadLine]:
+        """Yield the place and the request of every record that was checked, or what is wrong with it; *skip* has digests of ids."""
+        for place, line in self._chosen():
+            if isinstance(line, BadLine):
+                yield line
+            elif id_digest(line[0]) not in skip and not self._is_skipped(line[1]):
+                question = self._question(place, *line)
+                yield question if isinstance(question, BadLine) else (place, question)
+
+    def _is_skipped(self, record: dict[str, Any]) -> bool:
+        return self._on_empty == "skip" and self.questions.is_empty(record)
+
+    def _question(self, place: Place, name: str, record: dict[str, Any]) -> Request | BadLine:
+        try:
+            if self._on_empty == "fail" and self.questions.is_empty(record):
+                return BadLine(place, name, BLANK)
+            return self.questions.request(record, name)
+        except LineError as error:
+            return BadLine(place, name, str(error), error.field)
+
+    def _chosen(self) -> Iterator[tuple[Place, tuple[str, dict[str, Any]] | BadLine]]:
+        """Yield the place, the id and the fields of each record within the limit and the sample."""
+        for position, (place, entry) in enumerate(self._entries()):
+            if self._drawn is None or position in self._drawn:
+                yield place, self._named(place, entry)
+
+    def records(self) -> Iterator[Record]:
+        """Yield each record within the limit and the sample, in order, those that are skipped or cannot be read included."""
+        for _, line in self._chosen():
+            if isinstance(line, BadLine):
+                yield Record(self.id_for(line), {})
+            else:
+                name, record = line
+                yield Record(name, record, self._is_skipped(record))
+
+    # --- changes
+
+    def check(self, *, appended: bool = False) -> None:
+        """Raise `InputChanged` if the content is not that of the start; with *appended* further lines are accepted."""
+        for file, read in zip(self._files, self._read, strict=False):
+            change = file.change()
+            if change == "grown" and (appended or self._cut):
+                continue
+            if change == "grown":
+                rest = f"{file.noun}s after {read.last:,} were not asked"
+                raise InputChanged(f"{file.name!r} has grown while it was asked about: {rest}")
+            if change is not None:
+                count = self._count(file) if change == "changed" and not self._cut else read.count
+                was = (
+                    f": it has {plural(count or 0, file.noun)} now, and had {read.count:,}"
+                    if count not in (None, read.count)
+                    else ""
+                )
+                raise InputChanged(f"{file.name!r} was {change} while it was asked about{was}")
+
+    def _count(self, file: RecordFile) -> int | None:
+        """Return the number of records in a file that has changed; None if it cannot be read."""
+        try:
+            return sum(1 for _ in file.records())
+        except UsageError:
+            return None
+
+
+class _Read(msgspec.Struct):
+    """The number of the last record of a file that was checked, and how many there were."""
+
+    last: int = 0
+    count: int = 0
+
+
+class _Sample:
+    """A sample of *size* records, all alike likely (Vitter's algorithm R). `drawn` has their digests by position."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._draw = random.Random(seed)  # noqa: S311 repeatable, no secret
+        self._positions: list[int] = []
+        self._count = 0
+        self.drawn: dict[int, int | None] = {}
+
+    def add(self, position: int, digest: int | None) -> None:
+        """Draw for the record at *position*, whose id has the *digest*."""
+        self._count += 1
+        place = self._draw.randrange(self._count)
+        if len(self._positions) < self._size:
+            self._positions.append(position)
+        elif place < self._size:
+            del self.drawn[self._positions[place]]
+            self._positions[place] = position
+        else:
+            return
+        self.drawn[position] = digest
+
+
+class _Overview:
+    """What is known of all records together: whether the *fields* of the template and the *id_field* are in any, and what is wrong.
+
+    Attributes:
+        askable: True if one can be asked about, or is skipped.
+    """
+
+    def __init__(self, fields: Sequence[str], id_field: str | None) -> None:
+        self.askable: bool = False
+        self._missing = dict.fromkeys(fields, "--template") | ({} if id_field is None else {id_field: "--id-field"})
+        self._first: tuple[Place, dict[str, Any]] | None = None
+        self._bad: BadLine | None = None
+
+    def see(self, place: Place, record: dict[str, Any]) -> None:
+        """Take a record that can be read."""
+        self._first = self._first or (place, record)
+        if self._missing:
+            for field in [name for name in self._missing if value_of(record, name) is not msgspec.UNSET]:
+                del self._missing[field]
+
+    def judge(self, line: object) -> None:
+        """Take what has become of a record."""
+        if not isinstance(line, BadLine):
+            self.askable = True
+        elif self._bad is None:
+            self._bad = line
+
+    def problem(self, questions: Questions) -> str | None:
+        """Return why none of the records can be asked about, or which field none has; None if there is nothing of that kind."""
+        if self._first is None:
+            return None if self._bad is None else f"no {self._bad.place.noun} can be read; {self._told(self._bad)}"
+        place, record = self._first
+        noun, fields = place.noun, ", ".join(record) or "no fields"
+        for field, flag in self._missing.items():
+            return f'no {noun} has the field "{field}" of {flag}; {noun} {place.number} has {fields}'
+        if self.askable or self._bad is None:
+            return None
+        if questions.template is None and self._bad.field == "body" and "body" not in record:
+            return (
+                f'no {noun} has a "body" or "messages"; {noun} {place.number} has {fields}. '
+                f"For {noun}s that are not OpenAI Batch requests give --template, as in --template 'Product: {{name}}'"
+            )
+        return f"no {noun} can be asked about; {self._told(self._bad)}"
+
+    def _told(self, line: BadLine) -> str:
+        return f"{line.place.noun} {line.place.number}: {line.told}"

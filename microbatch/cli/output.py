@@ -210,6 +210,10 @@ class OutputFile:
         """Yield the lines, decoded."""
         return (msgspec.json.decode(raw) for _, raw, _, _ in self._lines())
 
+    def starts(self) -> Iterator[tuple[int, int]]:
+        """Yield the digest of the id and the offset of each whole line."""
+        return ((name, start) for start, _, name, _ in self._lines())
+
     def row_at(self, start: int, name: str) -> dict[str, Any]:
         """Return the line at the offset *start*, with the id *name*."""
         os.lseek(self._file, start, os.SEEK_SET)

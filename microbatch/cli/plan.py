@@ -16,6 +16,7 @@ from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
 from microbatch.cli.arguments import (
     CONNECTION,
+    flag,
     read_audit,
     read_connection,
     read_key,
@@ -24,8 +25,10 @@ from microbatch.cli.arguments import (
     with_flags,
 )
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import BatchLines, Input, Questions, Templated, payload_of
+from microbatch.cli.examples import read_examples
+from microbatch.cli.input import Input
 from microbatch.cli.prices import read_prices
+from microbatch.cli.questions import BatchLines, Questions, Templated, payload_of
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
@@ -38,6 +41,7 @@ from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from microbatch.accounting.prices import Price
     from microbatch.policy import AuditPolicy
@@ -91,11 +95,18 @@ def read_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def prepare(args: argparse.Namespace) -> tuple[Plan, Input]:
-    """Return the settings and the checked input of `run` and `warm`."""
+def prepare(args: argparse.Namespace, *, draw: bool = True) -> tuple[Plan, Input]:
+    """Return the settings and the checked input of a command with the flags of `add_bulk`; with *draw* only `--sample` of it."""
     questions = read_questions(args, needs_model=not args.model and not args.simulate)
     plan = read_plan(args)
-    return plan, Input(args.input, questions, id_field=args.id_field)
+    sample = args.sample if draw else None
+    return plan, read_input(args, args.input, questions, limit=args.limit, sample=sample, seed=args.seed)
+
+
+def read_input(args: argparse.Namespace, paths: Sequence[str], questions: Questions, **selection: Any) -> Input:
+    """Return the checked input in the files *paths*, read by the flags of `add_input`; *selection* are further arguments of `Input`."""
+    how = {"id_field": args.id_field, "form": args.input_format, "encoding": args.encoding}
+    return Input(paths, questions, **how, on_empty=args.on_empty or "skip", **selection)
 
 
 def read_policy(args: argparse.Namespace) -> FlushPolicy:
@@ -165,21 +176,25 @@ def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
     """Return what makes requests from the lines of the input; *needs_model* refuses lines that name no model."""
     options: dict[str, Any] = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     if args.template is None:
-        for name in ("system", "labels", "schema"):
+        for name in ("system", "labels", "schema", "examples", "on_empty"):
             if getattr(args, name) is not None:
                 raise UsageError(
-                    f"--{name} needs a --template; lines without one are OpenAI Batch requests, which hold all of it"
+                    f"{flag(name)} needs a --template; lines without one are OpenAI Batch requests, which hold all of it"
                 )
-        return BatchLines(options=options, needs_model=needs_model)
+        return BatchLines(options=options, needs_model=needs_model, id_field=args.id_field)
     if needs_model:
         raise UsageError("no model: give --model NAME, or --simulate to try without one")
-    return Templated(
-        args.template,
+    questions = Templated(
+        read_text(args.template, "--template"),
+        escapes=not args.template.startswith("@") or args.template.startswith("@@"),
         labels=None if args.labels is None else read_labels(args.labels),
         schema=None if args.schema is None else read_schema(args.schema),
         system=None if args.system is None else read_text(args.system, "--system"),
         options=options,
     )
+    if args.examples is not None:
+        questions.examples = read_examples(args.examples, questions)
+    return questions
 
 
 def read_text(value: str, name: str) -> str:

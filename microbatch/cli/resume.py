@@ -18,8 +18,9 @@ from microbatch.cli.arguments import flag
 from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, note, plural
 from microbatch.cli.digests import Digests
-from microbatch.cli.input import BadLine, id_digest, question_digest
+from microbatch.cli.input import BadLine, id_digest
 from microbatch.cli.output import OutputFile, replacing
+from microbatch.cli.questions import question_digest
 from microbatch.cli.standard_output import StandardOutput
 from microbatch.cli.target import STDOUT
 
@@ -39,7 +40,16 @@ Settings = dict[str, Any]
 _SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
 
 # These are part of a question, and so of its digest.
-_IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature")
+_IN_QUESTION: Final = (
+    "--model",
+    "--system",
+    "--template",
+    "--labels",
+    "--schema",
+    "--examples",
+    "--max-tokens",
+    "--temperature",
+)
 
 
 class Resumed(msgspec.Struct):
@@ -59,13 +69,13 @@ class Resumed(msgspec.Struct):
 
 
 @contextmanager
-def open_output(args: argparse.Namespace, target: Target) -> Generator[OutputFile | StandardOutput]:
+def open_output(target: Target, source: Input) -> Generator[OutputFile | StandardOutput]:
     """Open the journal of the output, or stdout. A file that was created for it is removed if the block raises while it is empty."""
     if target.path == STDOUT:
         yield StandardOutput(target)
         return
     for path in (target.path, target.journal):
-        if Path(path).exists() and Path(path).samefile(args.input):
+        if source.is_one_of(path):
             raise UsageError(f"-o {target.path!r} is the input itself")
     with OutputFile(target.journal, target.path) as output:
         try:
@@ -146,6 +156,11 @@ class _Matches:
                 found.reused += start is not None
                 found.changed += row is not None
                 undated += row is not None and row.question is None
+        if found.changed and self._source.partial:
+            raise UsageError(
+                f"{plural(found.changed, 'id')} have the answer to another question. Resume without --limit and --sample: the output "
+                "is rewritten then, without the answers to what they leave out"
+            )
         self._describe(found, undated)
 
         def begin() -> None:
@@ -219,13 +234,14 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
     added = {
         "combine_params": sorted(plan.policy.combine_params),
         "max_latency": plan.policy.max_latency,
+        "examples": hashed(questions.examples or None),
         "max_excess": None if plan.audit is None else plan.audit.max_excess,
     }
     return {
         "endpoint": plan.transport.base_url,
         "--model": plan.transport.model,
         "--system": hashed(questions.system),
-        "--template": hashed(args.template),
+        "--template": hashed(questions.template),
         "--labels": hashed(questions.labels),
         "--schema": hashed(questions.schema),
         "--id-field": args.id_field,

@@ -1,23 +1,24 @@
-r"""`microbatch run INPUT.jsonl -o OUTPUT.jsonl [options]`: ask about every line of a JSON Lines file.
+r"""`microbatch run INPUT... -o OUTPUT.jsonl [options]`: ask about every record of files.
 
-Ask a model about every line of a JSON Lines file, many lines in one prompt, and
-write one line for each answer:
+Ask a model about every record of JSON Lines, JSON arrays, CSV, TSV or Parquet,
+many records in one prompt, and write one line for each answer:
 
   {"custom_id", "output", "error", "route", "usage", "cost_usd", "digest"}
 
-Lines are any JSON objects, with a --template that makes a question of them, or
-OpenAI Batch requests (custom_id, body). A line's id is its custom_id, else its
-id, else its number. The key is taken from OPENAI_API_KEY, which is sent to
-OpenAI and OPENAI_BASE_URL only, or from the variable of --api-key-env.
+A record has fields, of which a --template makes a question, or it is an OpenAI
+Batch request (custom_id, body) or a body (model, messages). Its id is its
+custom_id, else its id, else its number. The key is taken from OPENAI_API_KEY,
+which is sent to OpenAI and OPENAI_BASE_URL only, or from the variable of
+--api-key-env.
 
 With --audit some of the answers that came from combined prompts are asked for
 again alone, and compared. Where combining does harm, batches become smaller,
 and at the end the run asks again what the larger ones have answered. Lines have
 "batch_size", "lane_kind" and "period" then, and OUTPUT.audit keeps the figures.
 
-The digest is that of the question. --resume asks about lines without an answer,
-and about lines whose question has changed; an answer follows a question that
-moved to another line.
+The digest is that of the question. --resume asks about records without an
+answer, and about those whose question has changed; an answer follows a question
+that moved to another record.
 
 While the endpoint does not answer at all, nothing more is read or sent; the run
 goes on when it answers again. A key or an account that is refused from the
@@ -41,6 +42,9 @@ Examples:
   microbatch run openai_batch.jsonl -o answers.jsonl
   microbatch run products.jsonl -o answers.jsonl ... --max-cost 5
                                     (spends at most 5 dollars)
+  microbatch run products.csv -o answers.csv ... --join
+                               (every row with its answer, in the same order)
+  zcat products.csv.gz | microbatch run - -o answers.jsonl ... --limit 100
   microbatch run products.jsonl -o answers.jsonl ... --audit
                               (keep only what combining does not change)
 """
@@ -60,12 +64,13 @@ from microbatch.cli.audit_summary import audit_figures, audit_lines
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import UsageError, note, plural, seconds
 from microbatch.cli.dry_run import add_dry_run, dry_run
-from microbatch.cli.input import question_digest
+from microbatch.cli.input import InputChanged
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
+from microbatch.cli.questions import question_digest
 from microbatch.cli.resume import Resumed, open_output, resume
 from microbatch.cli.standard_output import StandardOutput
-from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse
+from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse, skipped
 from microbatch.cli.target import STDOUT, target_of
 from microbatch.cli.writers import FORMATS
 
@@ -97,6 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else: begin anew, keeping the old output under another name"
     )
     add_flag(group, "--force", force)
+    join = (
+        "write every record of the input, or of --limit and --sample, with its answer, in the order of the input, when the run ends; "
+        "answers are kept in OUTPUT.journal.jsonl as they come"
+    )
+    add_flag(group, "--join", join)
     add_audit(group)
     add_dry_run(group)
 
@@ -112,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     plan, source = prepare(args)
     target = target_of(args, plan.transport.model)
     try:
-        with open_output(args, target) as output:
+        with open_output(target, source) as output:
             return _ask(args, plan, source, target, output)
     except NotWritten as error:  # at the last fsync
         note(f"microbatch run: {error}")
@@ -137,7 +147,7 @@ def _ask(
 
     bulk = BulkRun(args, plan, source, take, fail, done=resumed.done, again=again, begin=resumed.begin)
     asyncio.run(bulk.go())
-    written = not bulk.begun or isinstance(output, StandardOutput) or _complete(output, target)
+    written = not bulk.begun or isinstance(output, StandardOutput) or _complete(output, target, source)
     lines, figures = [*summary_lines(bulk, plan)], summarize(bulk, resumed)
     if again is not None and bulk.begun:
         lines += audit_lines(again, bulk.stats)
@@ -147,16 +157,16 @@ def _ask(
     return bulk.status if written or bulk.status != console.OK else console.SOME_FAILED
 
 
-def _complete(journal: OutputFile, target: Target) -> bool:
+def _complete(journal: OutputFile, target: Target, source: Input) -> bool:
     """Leave one line for each id in the journal, and write the output from it; return whether the output is as it should be."""
     try:
         journal.compact()
         if target.is_written_at_end:
-            target.write(journal)
+            target.write(journal, source)
     except UsageError as error:
         note(f"microbatch run: {error}; of several lines with the same custom_id the last one counts")
         return not target.is_written_at_end
-    except NotWritten as error:
+    except (InputChanged, NotWritten) as error:
         note(
             f"microbatch run: {error}; the answers are in {journal.path!r}, and with --resume the output is written from it"
         )
@@ -189,6 +199,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
         **fields(stats, *DAMAGE, "singles_compared", "unpriced_calls"),
+        "skipped": bulk.skipped,
     }
 
 
@@ -197,6 +208,7 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     unasked = f", {bulk.unasked:,} left unasked" if bulk.unasked else ""
     answered = f"{bulk.answered:,} of {plural(bulk.items, 'item')} answered, {bulk.failed:,} failed"
     yield f"{answered}{unasked}, in {seconds(bulk.wall_s)}"
+    yield from skipped(bulk.skipped)
     if bulk.stats.answered:
         yield f"\n{comparison(bulk.stats)}\n"
     reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats)), *damage(bulk.stats)]

@@ -41,13 +41,14 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_flag, add_question, flag
+from microbatch.cli.arguments import add_flag, add_input, add_question, flag
 from microbatch.cli.console import StdoutError, UsageError, note, plural, print_result, report, report_json, seconds
-from microbatch.cli.input import BadLine, Input, InputChanged, payload_of
+from microbatch.cli.input import BadLine, InputChanged
 from microbatch.cli.output import NotWritten, replacing
-from microbatch.cli.plan import check_spool, read_questions, spool_at
+from microbatch.cli.plan import check_spool, read_input, read_questions, spool_at
+from microbatch.cli.questions import payload_of
 from microbatch.cli.stopping import stoppable
-from microbatch.cli.summary import Failures
+from microbatch.cli.summary import Failures, skipped
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.payload import Answer
 from microbatch.spool.records import MAX_ALONE, Name
@@ -57,9 +58,13 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from microbatch.cli.input import Place
     from microbatch.spool.records import DeadLetter, Item, Kept, Spool, State
 
-_QUESTION: Final = ("system", "template", "labels", "schema", "id_field", "max_tokens", "temperature", "model")
+_QUESTION: Final = (
+    *("input_format", "encoding", "id_field", "system", "template", "examples", "on_empty", "labels", "schema"),
+    *("max_tokens", "temperature", "model"),
+)
 
 _AT_ONCE: Final = 500
 """Requests put in one transaction."""
@@ -101,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     figures = "print the figures as a JSON object, the last line of stdout; with --dead one object per letter"
     add_flag(parser, "--json", figures)
     question = parser.add_argument_group("what is asked, with --put")
+    add_input(question)
     add_question(question)
     add_flag(question, "--model NAME", "the model (default: the line's own, else the worker's)")
 
@@ -245,7 +251,7 @@ class Put:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._source = Input(args.put, read_questions(args, needs_model=False), id_field=args.id_field)
+        self._source = read_input(args, [args.put], read_questions(args, needs_model=False))
         self._counts: Counter[str] = Counter()
         self._failures = Failures()
         self._makes_spool = not is_address(args.spool) and not Path(args.spool).exists()
@@ -260,39 +266,40 @@ class Put:
                 items = self._items()
                 while some := list(islice(items, _AT_ONCE)):
                     outcomes = await spool.put([item for _, item in some])
-                    for (number, _), outcome in zip(some, outcomes, strict=True):
-                        self._count(number, outcome, _CONFLICT if outcome == "conflict" else None)
-            except (InputChanged, OSError, StorageError) as error:
+                    for (place, _), outcome in zip(some, outcomes, strict=True):
+                        self._count(place, outcome, _CONFLICT if outcome == "conflict" else None)
+            except (InputChanged, UsageError, OSError, StorageError) as error:
                 broken = error
             stopped = False
         return self._report(stopped=stopped, broken=broken)
 
-    def _items(self) -> Iterator[tuple[int, Item]]:
-        """Yield the number of each line and the request that is put for it."""
+    def _items(self) -> Iterator[tuple[Place, Item]]:
+        """Yield the place of each record and the request that is put for it."""
         for row in self._source.requests():
             if isinstance(row, BadLine):
-                self._count(row.number, "failed", row.problem)
+                self._count(row.place, "failed", row.problem)
                 continue
-            number, request = row
+            place, request = row
             try:
                 payload = payload_of(request, self._args.model)
             except ConfigError as error:
-                self._count(number, "failed", str(error))
+                self._count(place, "failed", str(error))
             else:
-                yield number, payload.item(Name(self._args.tenant, request.id or ""))
+                yield place, payload.item(Name(self._args.tenant, request.id or ""))
 
-    def _count(self, number: int, outcome: str, problem: str | None) -> None:
+    def _count(self, place: Place, outcome: str, problem: str | None) -> None:
         self._counts[outcome] += 1
         if problem is not None:
-            self._failures.add(problem, str(number), f"{self._source.path}, line ")
+            self._failures.add(problem, str(place.number), place.prefix)
 
     def _report(self, *, stopped: bool, broken: Exception | None) -> int:
-        for line in self._failures.lines():
+        for line in (*self._failures.lines(), *skipped(self._source.skipped)):
             note(line)
         items = self._source.items
         new, known, conflicts, failed = (self._counts[name] for name in ("new", "known", "conflict", "failed"))
         if self._args.json:
-            report_json({"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": failed})
+            counts = {"items": items, "new": new, "known": known, "conflicts": conflicts, "failed": failed}
+            report_json(counts | {"skipped": self._source.skipped})
         else:
             report(
                 f"{plural(items, 'item')}: {new:,} queued, {known:,} known already, {plural(conflicts, 'conflict')}, "

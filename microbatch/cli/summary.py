@@ -66,6 +66,13 @@ def comparison(stats: Stats, this: str = "this run", single: str = "one call eac
     return table(("", this, single, "change"), rows)
 
 
+def skipped(count: int) -> Iterator[str]:
+    """Yield a line about the records that are not asked about because their fields are blank, if there are any."""
+    if count:
+        fields = "the fields of the template are blank"
+        yield f"{plural(count, 'record')} skipped: {fields} (--on-empty ask|fail)"
+
+
 def reuse(stats: Stats) -> Iterator[str]:
     """Yield lines about the answers that came from the cache or from an equal request, if there are any."""
     if stats.cache_hits or stats.cache_misses:

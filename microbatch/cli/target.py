@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.cli.console import UsageError
+from microbatch.cli.join import Join
 from microbatch.cli.output import free_names
-from microbatch.cli.writers import Columns, Format, format_of, is_plain_jsonl, write_rows
+from microbatch.cli.writers import Columns, Format, columns_of, format_of, is_plain_jsonl, write_rows
 from microbatch.messages import Usage
 from microbatch.openai.chat_completion import completion_of, usage_share
 from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
 
+    from microbatch.cli.input import Input
     from microbatch.cli.output import OutputFile
     from microbatch.messages import Reply
 
@@ -46,16 +47,18 @@ class Target(msgspec.Struct, frozen=True):
         path: Its path, or `STDOUT`.
         form: Its format.
         model: The model of the run, for completions that name none.
+        join: Whether its rows are the records of the input with their answers, in the order of the input.
     """
 
     path: str
     form: Format
     model: str | None = None
+    join: bool = False
 
     @property
     def journal(self) -> str:
         """The path of its journal."""
-        return self.path if is_plain_jsonl(self.path, self.form) else self.path + _JOURNAL
+        return self.path if is_plain_jsonl(self.path, self.form) and not self.join else self.path + _JOURNAL
 
     @property
     def is_written_at_end(self) -> bool:
@@ -85,10 +88,19 @@ class Target(msgspec.Struct, frozen=True):
             return line
         return _batch_row(line, self.model) if self.form == "openai-batch" else _table_row(line)
 
-    def write(self, journal: OutputFile) -> None:
-        """Write the output from its journal. Raise `NotWritten` if that fails; then the output is as it was."""
-        rows: Iterator[dict[str, Any]] = map(self.row, journal.lines())
-        write_rows(self.path, self.form, rows, self.columns)
+    def write(self, journal: OutputFile, source: Input) -> None:
+        """Write the output from its journal, and from the records of *source* if they are joined.
+
+        Raise `NotWritten` if that fails, and `InputChanged` if the records are not those that were asked about; then the output is as
+        it was.
+        """
+        if self.join:
+            joined = Join(source, journal)
+            # The columns of the other formats need no types, which only the values show.
+            columns = columns_of(joined.rows()) if self.form == "parquet" else dict.fromkeys(joined.columns, str)
+            write_rows(self.path, self.form, joined.rows(), columns)
+        else:
+            write_rows(self.path, self.form, map(self.row, journal.lines()), self.columns)
 
 
 def target_of(args: argparse.Namespace, model: str | None) -> Target:
@@ -96,7 +108,9 @@ def target_of(args: argparse.Namespace, model: str | None) -> Target:
     path = args.output
     if path != STDOUT and Path(path).exists() and not Path(path).is_file():
         raise UsageError(f"-o {path!r} must be a file, so that a run can be resumed from it; - is stdout")
-    target = Target(path, format_of(path, args.output_format), model)
+    target = Target(path, format_of(path, args.output_format), model, args.join)
+    if args.join and (path == STDOUT or target.form == "openai-batch"):
+        raise UsageError("--join needs a file, and writes no openai-batch lines: it is written when the run ends")
     if path == STDOUT and target.form == "parquet":
         raise UsageError("a Parquet file cannot be written to stdout as the answers come; give it a name")
     return target

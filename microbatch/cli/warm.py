@@ -1,12 +1,11 @@
-r"""`microbatch warm INPUT.jsonl --cache FILE|URL [options]`: fill a cache with the answers to every line of a file.
+r"""`microbatch warm INPUT... --cache FILE|URL [options]`: fill a cache with the answers to every record of files.
 
-Ask a model about every line of a JSON Lines file, many lines in one prompt, and
-keep the answers in a cache, for a service or a run that will ask the same. What
-the cache has already is not asked again.
+Ask a model about every record of files, many records in one prompt, and keep
+the answers in a cache, for a service or a run that will ask the same. What the
+cache has already is not asked again.
 
-Lines are those of `microbatch run`: any JSON objects, with a --template that
-makes a question of them, or OpenAI Batch requests (custom_id, body). The key is
-taken as by `run`. The answers are found only by requests that are equal
+Files and records are those of `microbatch run`. The key is taken as by `run`.
+The answers are found only by requests that are equal
 in endpoint, model, messages, parameters and schema.
 
 Exit status: 0 all answers are there, 1 some are not, 2 nothing sent because
@@ -33,7 +32,7 @@ from microbatch.cli.arguments import add_bulk, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import note, plural, seconds
 from microbatch.cli.plan import prepare
-from microbatch.cli.summary import DAMAGE, comparison, damage, fields, remarks
+from microbatch.cli.summary import DAMAGE, comparison, damage, fields, remarks, skipped
 
 if TYPE_CHECKING:
     import argparse
@@ -89,6 +88,7 @@ def summarize(bulk: BulkRun) -> dict[str, Any]:
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
         **fields(stats, *DAMAGE, "singles_compared", "unpriced_calls"),
+        "skipped": bulk.skipped,
     }
 
 
@@ -99,6 +99,7 @@ def summary_lines(bulk: BulkRun) -> Iterator[str]:
     unasked = f", {bulk.unasked:,} left unasked" if bulk.unasked else ""
     answered = f"{plural(bulk.items, 'item')}: {figures['known']:,} known already, {asked:,} asked"
     yield f"{answered}, {bulk.failed:,} failed{unasked}, in {seconds(bulk.wall_s)}"
+    yield from skipped(bulk.skipped)
     if asked:
         yield f"{plural(stored, 'answer')} stored in the cache"
     if stored < asked and not bulk.unasked and bulk.broken is None:  # else that is why

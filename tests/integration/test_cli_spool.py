@@ -115,7 +115,7 @@ def test_a_file_is_queued_once_however_often_it_is_put(place, capsys):
     assert capsys.readouterr().out == "1,200 items: 1,200 queued, 0 known already, 0 conflicts, 0 cannot be asked\n"
     products(1_201)
     assert put(place, *LABELS, "--json") == 0
-    assert summary(capsys) == {"items": 1201, "new": 1, "known": 1200, "conflicts": 0, "failed": 0}
+    assert summary(capsys) == {"items": 1201, "new": 1, "known": 1200, "conflicts": 0, "failed": 0, "skipped": 0}
     assert figures(place, capsys)["waiting_full"] == 1_201
 
 
@@ -167,7 +167,7 @@ def test_another_request_under_a_known_id_is_a_conflict_that_names_the_line(plac
     given({"id": "new", "name": "x"}, {"id": "p1", "name": "another thing"}, {"id": "p2", "name": "thing 2"})
     assert put(place, *QUESTION, "--json") == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out) == {"items": 3, "new": 1, "known": 1, "conflicts": 1, "failed": 0}
+    assert json.loads(shown.out) == {"items": 3, "new": 1, "known": 1, "conflicts": 1, "failed": 0, "skipped": 0}
     assert "in.jsonl, line 2: the spool holds another request under this id" in shown.err
 
 
@@ -183,7 +183,7 @@ def test_bad_lines_are_told_with_file_line_and_field_and_the_others_are_queued(c
     given({"id": "a", "name": "x"}, "{broken", {"id": "b"}, {"id": None, "name": "y"}, {"id": "c", "name": "z"})
     assert put("s.sqlite", *QUESTION, "--json") == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out) == {"items": 5, "new": 2, "known": 0, "conflicts": 0, "failed": 3}
+    assert json.loads(shown.out) == {"items": 5, "new": 2, "known": 0, "conflicts": 0, "failed": 3, "skipped": 0}
     for words in ('in.jsonl, line 3: the field "name" is missing', "in.jsonl, line 2: it is not JSON", 'field "id"'):
         assert words in shown.err
 
@@ -195,7 +195,7 @@ def test_lines_that_no_endpoint_would_take_are_bad_lines_too(capsys):
     given(line("a"), line("b", temperature="hot"), line("c", messages=["Hi."]), line("d", max_tokens=0))
     assert put("s.sqlite", "--json") == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out) == {"items": 4, "new": 1, "known": 0, "conflicts": 0, "failed": 3}
+    assert json.loads(shown.out) == {"items": 4, "new": 1, "known": 0, "conflicts": 0, "failed": 3, "skipped": 0}
     assert "in.jsonl, line 2: temperature must be a number" in shown.err
     assert "in.jsonl, line 3: " in shown.err
     assert "in.jsonl, line 4: max_tokens must be" in shown.err
@@ -296,7 +296,7 @@ def test_a_spool_that_cannot_be_written_keeps_what_it_has_and_the_same_command_g
     assert "database or disk is full" in shown.err
     assert "run the same command again" in shown.err
     assert put("s.sqlite", *QUESTION, "--json") == 0
-    assert summary(capsys) == {"items": 1200, "new": 700, "known": 500, "conflicts": 0, "failed": 0}
+    assert summary(capsys) == {"items": 1200, "new": 700, "known": 500, "conflicts": 0, "failed": 0, "skipped": 0}
 
 
 def test_ctrl_c_keeps_what_is_queued_and_the_same_command_goes_on(monkeypatch, capsys):

@@ -126,7 +126,7 @@ def test_bad_lines_are_told_with_file_line_and_field_and_the_others_are_asked(ca
 
 def test_more_kinds_of_failures_than_anyone_reads_are_counted(capsys):
     fields = "".join(f"{{f{number}}}" for number in range(30))
-    given(*({f"f{number}": "x" for number in range(30) if number != missing} for missing in range(30)))
+    given(*({f"f{number}": "x" for number in range(30) if number != missing} for missing in range(31)))
     assert warm("--template", fields, "--simulate") == 1
     shown = capsys.readouterr().err.splitlines()
     assert shown[-1] == "and 10 failures of other kinds"

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import BatchLines, LineError, Templated
 from microbatch.cli.plan import read_labels, read_schema, read_text
+from microbatch.cli.questions import BatchLines, LineError, Templated
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
