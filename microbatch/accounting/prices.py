@@ -182,15 +182,14 @@ class PriceBook:
                 before the list prices of either.
         """
         names = [name for name in dict.fromkeys((model, asked)) if name]
-        for name in names:
-            price = self._own(name)
-            if price is not None:
-                return price or None
-        for name in names:
-            price = None if self._listed is None else self._listed(name)
-            if price is not None:
+        own = [self._own(name) for name in names]
+        known = any(price is not None for price in own)  # or would be, if the user's function had not failed
+        listed = self._listed
+        prices = own if known or listed is None else (self._tried(listed, name) for name in names)
+        for price in prices:
+            if isinstance(price, Price):
                 return price
-        if names:
+        if names and not known:
             self._note_missing(names[0])
         return None
 
@@ -237,10 +236,12 @@ class PriceBook:
 
     def _find_own(self, model: str) -> Price | Literal[False] | None:
         """Return the user's price of *model*; None if there is none, False if the user's function fails."""
-        if self._ask is None:
-            return _look_up(self._table, model)
+        return _look_up(self._table, model) if self._ask is None else self._tried(self._ask, model)
+
+    def _tried(self, ask: Callable[[str], object], model: str) -> Price | Literal[False] | None:
+        """Return what *ask* returns for *model*; False if it fails, which must not end a call."""
         try:
-            answer = self._ask(model)
+            answer = ask(model)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - Rust panics are no Exception

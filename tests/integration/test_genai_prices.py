@@ -200,6 +200,15 @@ def test_without_the_package_there_are_no_list_prices_and_the_log_says_how_to_ge
     assert "pip install 'microbatch[prices]'" in caplog.text
 
 
+def test_a_package_that_fails_for_a_model_ends_no_call(monkeypatch, caplog):
+    def fail(*_):
+        raise ValueError("bad data")
+
+    monkeypatch.setattr(GenaiPrices, "_find", fail)
+    assert [PriceBook(prices).for_model("gpt-4.1") for prices in (None, mb.genai_prices())] == [None, None]
+    assert "raised ValueError" in caplog.text
+
+
 async def test_a_package_that_cannot_be_imported_ends_only_batchers_that_ask_for_it(monkeypatch, caplog):
     def fail(_self):
         raise ImportError("no such part")

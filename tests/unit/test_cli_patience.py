@@ -225,6 +225,7 @@ def test_the_summary_has_exactly_these_keys():
         "canaries_failed",
         "lanes_parted",
         "singles_compared",
+        "unpriced_calls",
     ]
 
 

@@ -209,6 +209,10 @@ def test_a_function_that_raises_leaves_the_price_unknown_and_warns_once(error, c
     assert "canary" not in caplog.text
 
 
+def test_where_a_function_knows_the_name_asked_for_it_may_fail_for_that_in_the_reply():
+    assert PriceBook({"asked": MINE}.__getitem__).for_model("asked-2025-01-01-x", "asked") is MINE
+
+
 def test_a_function_that_returns_no_price_leaves_it_unknown_and_warns_once(caplog):
     book = PriceBook(lambda _: 2.0)
     assert (book.for_model("gpt-4.1"), book.for_model("gpt-4o")) == (None, None)
