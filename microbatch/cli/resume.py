@@ -62,7 +62,8 @@ class Resumed(msgspec.Struct):
 def open_output(args: argparse.Namespace, target: Target) -> Generator[OutputFile | StandardOutput]:
     """Open the journal of the output, or stdout. A file that was created for it is removed if the block raises while it is empty."""
     if target.path == STDOUT:
-        yield StandardOutput(target)
+        with StandardOutput(target) as stdout:
+            yield stdout
         return
     for path in (target.path, target.journal):
         if Path(path).exists() and Path(path).samefile(args.input):

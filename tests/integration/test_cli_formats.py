@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import io
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from command_line import QUESTION, given, here, output, products, refuse, summar
 from helpers import serving
 
 from microbatch.cli.main import main
+from microbatch.cli.output import OutputFile
 from microbatch.testing.reading import EndpointError
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -230,6 +232,25 @@ def test_an_output_that_cannot_be_written_leaves_the_journal_and_says_how_to_go_
     run(asked, "--resume", out="out.csv", status=0)
     assert asked[1] == []
     assert answers(read("out.csv")) == {"p0": "x"}
+
+
+def test_ctrl_c_leaves_the_answers_so_far_in_the_table(asked, monkeypatch, capsys):
+    products(400)
+
+    def write(self, line, real=OutputFile.write):
+        real(self, line)
+        if self.written == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    words = ("--max-concurrent-batches", "4", "--max-batch-size", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFile, "write", write)
+        run(asked, *words, out="out.csv", status=130)
+    assert "Stopped; all answers so far are in out.csv." in capsys.readouterr().err
+    so_far = answers(read("out.csv"))
+    assert 20 <= len(so_far) < 400
+    run(asked, *words, "--resume", out="out.csv", status=0)
+    assert answers(read("out.csv")) == {f"p{number}": f"thing {number}" for number in range(400)} | so_far
 
 
 def test_an_output_that_no_run_can_go_on_from_is_kept(asked, capsys):
