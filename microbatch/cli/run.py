@@ -136,7 +136,7 @@ def _ask(
     asyncio.run(bulk.go())
     written = not bulk.begun or isinstance(output, StandardOutput) or _complete(output, target)
     lines, figures = [*summary_lines(bulk, plan)], summarize(bulk, resumed)
-    if again is not None and bulk.begun:
+    if again is not None:
         lines += audit_lines(again, bulk.stats)
         figures |= audit_figures(again, bulk.stats)
     bulk.report(args, lines, figures)

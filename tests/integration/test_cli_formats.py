@@ -287,21 +287,26 @@ def test_a_journal_whose_table_was_never_written_is_kept_as_often_as_it_is_repla
 
 def test_a_run_that_cannot_begin_leaves_the_table_of_the_last_one(asked, monkeypatch, capsys):
     run(asked, out="out.csv")
-    before = everything()
+    Path("other.csv").write_text("precious")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for words in (("--resume",), ("--force",), ("--resume", "--force", "--audit")):
+    for words, out in (
+        (("--resume", "--force", "--audit"), "out.csv"),
+        (("--force",), "out.csv"),
+        (("--force",), "other.csv"),
+    ):
+        before = everything()
         with monkeypatch.context() as patch:
             patch.setattr("microbatch.cli.resume._rewrite", full)
             patch.setattr("microbatch.cli.resume.keep_settings", full)
-            run(asked, *words, out="out.csv", status=2)
+            run(asked, *words, out=out, status=2)
         assert "No space left on device" in capsys.readouterr().err
         with monkeypatch.context() as patch:
             patch.setattr(Microbatcher, "__aenter__", full)
-            run(asked, *words, out="out.csv", status=1)
-        assert everything() == before
+            run(asked, *words, out=out, status=1)
+        assert everything() | {"other.csv.journal.jsonl": None} == before | {"other.csv.journal.jsonl": None}
 
 
 def test_a_changed_input_changes_the_table_and_the_old_one_is_kept(asked):
