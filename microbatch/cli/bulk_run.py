@@ -198,7 +198,10 @@ class BulkRun:
         try:
             async with batcher, session.prober:
                 self._check_prices(batcher)
-                self._begin()
+                try:
+                    self._begin()
+                except (NotWritten, OSError) as error:
+                    raise UsageError(str(error)) from error
                 self.begun = True
                 if again is not None and batcher.audits is not None:
                     again.begin(batcher.audits)

@@ -133,7 +133,7 @@ class Rows:
         """
         question = _UNKNOWN if digest is None else _put(self._questions, self._answers, id_digest(digest), start)
         at = _put(self._ids, self._starts, name, start)
-        self._asked[at : at + 1] = array("I", [question])
+        _set(self._asked, at, question)
 
     def failed(self, name: int) -> None:
         """Take note that the last line of the id *name* is an error."""
@@ -161,8 +161,15 @@ class Rows:
 def _put(digests: Digests, values: array[int], digest: int, value: int) -> int:
     """Add *digest*, let *value* be the one with its number, and return the number."""
     number = digests.add(digest)
-    values[number : number + 1] = array(values.typecode, [value])
+    _set(values, number, value)
     return number
+
+
+def _set(values: array[int], number: int, value: int) -> None:
+    if number == len(values):
+        values.append(value)
+    else:
+        values[number] = value
 
 
 class OutputFile:

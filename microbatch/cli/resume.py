@@ -72,7 +72,8 @@ class Resumed(msgspec.Struct):
 def open_output(target: Target, source: Input) -> Generator[OutputFile | StandardOutput]:
     """Open the journal of the output, or stdout. A file that was created for it is removed if the block raises while it is empty."""
     if target.path == STDOUT:
-        yield StandardOutput(target)
+        with StandardOutput(target) as stdout:
+            yield stdout
         return
     for path in (target.path, target.journal):
         if source.is_one_of(path):

@@ -11,6 +11,15 @@ custom_id, else its id, else its number. The key is taken from OPENAI_API_KEY,
 which is sent to OpenAI and OPENAI_BASE_URL only, or from the variable of
 --api-key-env.
 
+OUTPUT may end in .jsonl, .csv, .tsv or .parquet, the first three also with .gz;
+--output-format says it for other names, and openai-batch is the format of the
+output files of OpenAI's batch API. A table has the columns custom_id, output,
+error, route, those of the usage, and cost_usd; an error is JSON, and so is an
+output that is no text. Each answer is added to OUTPUT.journal.jsonl when it
+comes; the table is written from that when the run ends or is stopped. JSON
+Lines are their own journal. With -o - answers go to stdout as they come, and
+all else to stderr; such a run cannot be resumed.
+
 With --audit some of the answers that came from combined prompts are asked for
 again alone, and compared. Where combining does harm, batches become smaller,
 and at the end the run asks again what the larger ones have answered. Lines have
@@ -149,7 +158,7 @@ def _ask(
     asyncio.run(bulk.go())
     written = not bulk.begun or isinstance(output, StandardOutput) or _complete(output, target, source)
     lines, figures = [*summary_lines(bulk, plan)], summarize(bulk, resumed)
-    if again is not None and bulk.begun:
+    if again is not None:
         lines += audit_lines(again, bulk.stats)
         figures |= audit_figures(again, bulk.stats)
     bulk.report(args, lines, figures)

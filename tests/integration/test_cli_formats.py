@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import io
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 from command_line import QUESTION, given, here, output, products, refuse, summary  # noqa: F401 a fixture
 from helpers import serving
 
+from microbatch import Microbatcher
 from microbatch.cli.main import main
+from microbatch.cli.output import OutputFile
 from microbatch.testing.reading import EndpointError
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -218,9 +221,13 @@ def test_failures_that_a_resumed_run_mends_leave_no_line(asked):
 
 
 def test_an_output_that_cannot_be_written_leaves_the_journal_and_says_how_to_go_on(asked, capsys):
-    given({"id": "p0", "name": "x"})
+    given({"id": "p0", "name": "x"}, "odd")
     Path("out.csv.new").mkdir()
     run(asked, out="out.csv")
+    told = capsys.readouterr().err
+    assert "All answers so far are in out.csv.journal.jsonl. To ask for the rest:" in told
+    given({"id": "p0", "name": "x"})
+    run(asked, "--resume", out="out.csv")
     told = capsys.readouterr().err
     assert "cannot write 'out.csv'" in told
     assert "the answers are in 'out.csv.journal.jsonl', and with --resume the output is written from it" in told
@@ -229,7 +236,26 @@ def test_an_output_that_cannot_be_written_leaves_the_journal_and_says_how_to_go_
     asked[1].clear()
     run(asked, "--resume", out="out.csv", status=0)
     assert asked[1] == []
-    assert answers(read("out.csv")) == {"p0": "x"}
+    assert answers(read("out.csv")) == {"p0": "x", "2": None}
+
+
+def test_ctrl_c_leaves_the_answers_so_far_in_the_table(asked, monkeypatch, capsys):
+    products(400)
+
+    def write(self, line, real=OutputFile.write):
+        real(self, line)
+        if self.written == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    words = ("--max-concurrent-batches", "4", "--max-batch-size", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFile, "write", write)
+        run(asked, *words, out="out.csv", status=130)
+    assert "Stopped; all answers so far are in out.csv." in capsys.readouterr().err
+    so_far = answers(read("out.csv"))
+    assert 20 <= len(so_far) < 400
+    run(asked, *words, "--resume", out="out.csv", status=0)
+    assert answers(read("out.csv")) == {f"p{number}": f"thing {number}" for number in range(400)} | so_far
 
 
 def test_an_output_that_no_run_can_go_on_from_is_kept(asked, capsys):
@@ -247,6 +273,40 @@ def test_an_output_that_no_run_can_go_on_from_is_kept(asked, capsys):
     assert Path("out.csv.old2").read_bytes() == first
     assert answers(output("out.csv.old2.journal.jsonl")) == EXPECTED
     assert Path("out.csv.old2.digest").exists()
+
+
+def test_a_journal_whose_table_was_never_written_is_kept_as_often_as_it_is_replaced(asked):
+    kept = []
+    for number in range(3):
+        run(asked, "--force", out="out.csv")
+        Path("out.csv").unlink()  # as if the run had been killed
+        if number:
+            assert Path(f"out.csv.old{number}.journal.jsonl").read_bytes() == kept[-1]
+        kept.append(Path("out.csv.journal.jsonl").read_bytes())
+
+
+def test_a_run_that_cannot_begin_leaves_the_table_of_the_last_one(asked, monkeypatch, capsys):
+    run(asked, out="out.csv")
+    Path("other.csv").write_text("precious")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for words, out in (
+        (("--resume", "--force", "--audit"), "out.csv"),
+        (("--force",), "out.csv"),
+        (("--force",), "other.csv"),
+    ):
+        before = everything()
+        with monkeypatch.context() as patch:
+            patch.setattr("microbatch.cli.resume._rewrite", full)
+            patch.setattr("microbatch.cli.resume.keep_settings", full)
+            run(asked, *words, out=out, status=2)
+        assert "No space left on device" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr(Microbatcher, "__aenter__", full)
+            run(asked, *words, out=out, status=1)
+        assert everything() | {"other.csv.journal.jsonl": None} == before | {"other.csv.journal.jsonl": None}
 
 
 def test_a_changed_input_changes_the_table_and_the_old_one_is_kept(asked):

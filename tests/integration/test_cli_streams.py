@@ -116,6 +116,37 @@ def test_who_leaves_a_result_early_is_not_told(capsys):
     assert json.loads(ended.stdout)["state"] == "waiting"
 
 
+ON_STDOUT = ("run", "in.jsonl", "-o", "-", *LABELS)
+
+
+@pytest.mark.parametrize("stream", [">/dev/full", "| head -n 1"])
+def test_a_run_whose_answers_cannot_be_written_to_stdout_ends_and_says_so_once(stream):
+    products(5_000)
+    ended = shell(ON_STDOUT, stream)
+    assert ended.returncode == 1
+    assert ended.stderr.count("microbatch run: cannot write to stdout: ") == 1
+    assert "--resume" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+    if stream == ">/dev/full":
+        assert "left unasked" in ended.stderr
+    else:
+        assert len(ended.stdout.splitlines()) == 1
+
+
+def test_a_reader_that_pauses_does_not_hold_up_the_calls():
+    products(1_000)
+    words = [sys.executable, "-m", "microbatch", *ON_STDOUT]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert any(line.startswith("1,000 of 1,000 items answered") for line in process.stderr)
+            assert process.poll() is None  # most of it is more than a pipe holds
+            lines = process.stdout.readlines()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert len({json.loads(line)["custom_id"] for line in lines}) == 1_000
+
+
 @pytest.mark.parametrize("streams", ["both full", "all closed"])
 def test_a_server_whose_words_nobody_reads_goes_on(streams):
     port = free_port()
