@@ -93,7 +93,7 @@ class _Counted:
     """The items that a dry run has answered, by their lanes."""
 
     def __init__(self, plan: Plan) -> None:
-        self._harmless = HARMLESS.union(plan.policy.combine_params)
+        self._read = partial(read_options, harmless=HARMLESS.union(plan.policy.combine_params))
         self._lanes: set[bytes] = set()
 
     @property
@@ -103,7 +103,7 @@ class _Counted:
 
     def take(self, request: Request, _: Reply[Any]) -> None:
         """Count *request*."""
-        options = read_options(*arguments_of(request), harmless=self._harmless)
+        options = self._read(*arguments_of(request))
         read = () if options.alone else read_messages(request.messages, options)
         if isinstance(read, tuple) and read:
             key = repr(read[0][1:]).encode("utf-8", "surrogatepass")  # without the priority
