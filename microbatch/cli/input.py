@@ -74,7 +74,7 @@ class Templated:
         if labels is not None:
             self._options["output_type"] = Literal[tuple(labels)]
         if schema is not None:
-            self._options["params"] = {"response_format": schema}
+            self._options["params"] = {**self._options.get("params", {}), "response_format": schema}
 
     def request(self, record: dict[str, Any], name: str) -> Request:
         """Return the request about *record*, whose id is *name*. Raise `LineError` if a field is missing."""
@@ -140,7 +140,8 @@ class BatchLines:
             if body.get(field) is not None:
                 options["max_tokens" if field == "max_completion_tokens" else field] = body[field]
         params = {field: value for field, value in body.items() if field not in _NOT_PARAMS}
-        return Request(body["messages"], id=name, params=params or None, **options)
+        options["params"] = {**(options.get("params") or {}), **params} or None
+        return Request(body["messages"], id=name, **options)
 
     def _checked(self, body: Any) -> dict[str, Any]:
         if not isinstance(body, dict):

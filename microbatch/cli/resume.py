@@ -15,9 +15,10 @@ import msgspec
 
 from microbatch.cli.arguments import flag
 from microbatch.cli.asking_again import record_path
-from microbatch.cli.console import UsageError, note, plural
+from microbatch.cli.console import UsageError, plural, remark
 from microbatch.cli.input import BadLine, id_digest, question_digest
 from microbatch.cli.output import OutputFile, free_names, replacing
+from microbatch.transports.credentials import says_who
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +34,9 @@ Settings = dict[str, Any]
 _SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
 
 # These are part of a question, and so of its digest.
-_IN_QUESTION: Final = ("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature")
+_IN_QUESTION: Final = (
+    *("--model", "--system", "--template", "--labels", "--schema", "--max-tokens", "--temperature", "--param"),
+)
 
 
 class Resumed(msgspec.Struct):
@@ -91,23 +94,23 @@ def resume(args: argparse.Namespace, plan: Plan, source: Input, output: OutputFi
         if same is not None:
             moved.append((same.start, name))
     found.done, found.reused = {id_digest(name) for _, name in (*kept, *moved)}, len(moved)
-    note(f"resuming: {len(found.done):,} of {plural(source.items, 'item')} answered before")
+    remark(f"resuming: {len(found.done):,} of {plural(source.items, 'item')} answered before")
     if rows.cut:
-        note(f"cut off an incomplete last line ({plural(rows.cut, 'byte')})")
+        remark(f"cut off an incomplete last line ({plural(rows.cut, 'byte')})")
     if found.changed:
         _rewrite(output, [*kept, *moved])
     else:
         for start, name in moved:
             output.write(output.row_at(start, name))
     if found.changed - undated:
-        note(f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count")
+        remark(f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count")
     if undated:
-        note(
+        remark(
             f"{plural(undated, 'answer')} of an older release, which did not record the question, will be asked for anew; "
             "--resume --force keeps them"
         )
     if found.reused:
-        note(f"{plural(found.reused, 'question')} answered before under another id, and not asked again")
+        remark(f"{plural(found.reused, 'question')} answered before under another id, and not asked again")
     return found
 
 
@@ -127,7 +130,7 @@ def _rewrite(output: OutputFile, rows: list[tuple[int, str]]) -> None:
     for beside in (settings_path, record_path):
         if beside(output.path).exists():
             shutil.copyfile(beside(output.path), beside(str(aside)))
-    note(f"the output as it was is now {str(aside)!r}")
+    remark(f"the output as it was is now {str(aside)!r}")
 
 
 # --- settings
@@ -155,7 +158,16 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
         **{flag(name): getattr(plan.policy, name) for name in _SHAPING},
         "--canary": args.canary,
         **{flag(name): value for name, value in added.items() if value},
+        **{name: hashed(value) for name, value in _of_requests(args).items() if value},
     }
+
+
+def _of_requests(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return what flags add to every request. Credentials are left out: a new key asks the same."""
+    headers = [(name.lower(), value) for name, value in args.header if not says_who(name)]
+    query = [(name, value) for name, value in args.query if not says_who(name)]
+    found = {"--param": args.param, "--header": headers, "--query": query}
+    return {name: {key: dict(pairs)[key] for key in sorted(dict(pairs))} for name, pairs in found.items()}
 
 
 def hashed(value: object) -> str | None:
@@ -209,5 +221,5 @@ def _check_settings(args: argparse.Namespace, plan: Plan, source: Input) -> bool
         )
     asked = [name for name in changes or () if name in _IN_QUESTION]
     if asked:
-        note(f"--force: answers are kept by their ids, although {', '.join(asked)} and so the questions have changed")
+        remark(f"--force: answers are kept by their ids, although {', '.join(asked)} and so the questions have changed")
     return bool(asked)

@@ -8,6 +8,7 @@ import msgspec
 
 from microbatch.accounting.stats import Stats, together
 from microbatch.cli.console import note, plural
+from microbatch.cli.logs import call_logs
 from microbatch.client import Microbatcher
 from microbatch.errors import RequestFailed, TransportError
 from microbatch.policy import RetryPolicy
@@ -91,7 +92,7 @@ class Session:
             cache=plan.cache,
             id_secret=plan.id_seed,
             audit=audit,
-            hooks=hooks,
+            hooks=[*hooks, *call_logs()],
         )
         self._batchers.append(batcher)
         return batcher
