@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -44,6 +45,7 @@ from microbatch.cli import arguments, console
 from microbatch.cli.arguments import add_flag, flag, read_settings
 from microbatch.cli.console import UsageError, note, plural, report
 from microbatch.cli.environment import with_environment
+from microbatch.cli.logs import call_logs, logging_to
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
@@ -97,7 +99,11 @@ def _add_access(group: arguments.Group) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes, and return the exit status."""
     words = list(args.argv[args.argv.index(args.name) + 1 :])
-    return asyncio.run(_serve(with_environment(args.parser, words, os.environ)))
+    found = with_environment(args.parser, words, os.environ)
+    found.argv = args.argv
+    # The flag has been heeded already.
+    with logging_to(found) if args.log_file is None else nullcontext():
+        return asyncio.run(_serve(found))
 
 
 def make_gateway(args: argparse.Namespace) -> Gateway:
@@ -126,6 +132,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             rate_limit=read_rate_limit(args),
             cache=None if args.cache is None else cache_at(args.cache),
             audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
+            hooks=call_logs(),
         )
     except ConfigError as error:
         message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))
