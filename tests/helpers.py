@@ -139,10 +139,10 @@ def scheduler_for(account, slots=64, *, begin=None):
 
 
 @contextmanager
-def serving(**options):
+def serving(kind=SimulatedEndpoint, **options):
     """Serve a simulated endpoint from a thread of its own, and yield it."""
     started, stop = threading.Event(), asyncio.Event()
-    endpoint, loops = SimulatedEndpoint(**options), []
+    endpoint, loops = kind(**options), []
 
     async def serve():
         async with endpoint:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import ON_EMPTY
+from microbatch.cli.key_command import key_command
 from microbatch.cli.records import FORMS
 from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
@@ -24,15 +25,19 @@ from microbatch.spool.endpoint import GIVE_UP_AFTER
 from microbatch.transports.capabilities import Structured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 T = TypeVar("T")
 Group: TypeAlias = argparse._ActionsContainer  # noqa: SLF001 a parser, or one of its groups
 
 CONNECTION: Final = (
     *("structured", "stream_options", "first_timeout", "connect_timeout", "max_header_bytes", "trust_env", "uds"),
+    *("proxy", "headers", "query"),
 )
-"""Arguments of `OpenAIChat` that have flags of the same name."""
+"""Arguments of `OpenAIChat` that have flags of the same name, `headers` in the singular."""
+
+TIMEOUTS: Final = ("timeout", "idle_timeout")
+"""Further ones, which the gateway has settings for."""
 
 _ARGUMENT: Final = re.compile(r"^ {4}(\w+): ((?:.+\n?)(?: {8}.+\n?)*)", re.MULTILINE)
 
@@ -92,7 +97,7 @@ def number(least: float, most: float | None = None, *, kind: type[float] = float
 
 # --- settings
 
-_SEVERAL: Final = {"combine_params": "combine_param"}
+_SEVERAL: Final = {"combine_params": "combine_param", "headers": "header"}
 
 
 def flag(name: str) -> str:
@@ -100,15 +105,16 @@ def flag(name: str) -> str:
     return "--" + _SEVERAL.get(name, name).replace("_", "-")
 
 
-def add_settings(group: Group, settings: type) -> None:
-    """Add a flag for every field of the dataclass *settings*, with the help of its docstring."""
+def add_settings(group: Group, settings: type, **others: str) -> None:
+    """Add a flag for every field of the dataclass *settings*, with the help of its docstring; *others* are second flags of fields."""
     hints = get_type_hints(settings)
     helps = described(settings)
     for field in dataclasses.fields(settings):
         default = "none" if field.default in (None, ()) else str(field.default)
         text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
         options = _value_options(hints[field.name])
-        group.add_argument(flag(field.name), help=text, **options)
+        flags = [flag(field.name), *([others[field.name]] if field.name in others else [])]
+        group.add_argument(*flags, help=text, **options)
 
 
 def described(settings: type) -> dict[str, str]:
@@ -218,6 +224,10 @@ def add_question(group: Group) -> None:
     add_flag(answers, "--schema FILE", "a JSON Schema to which every answer conforms")
     add_flag(group, "--max-tokens N", "at most N tokens per answer")
     add_flag(group, "--temperature T", "sampling temperature", least=0)
+    param = (
+        "a request parameter, as top_p=0.9 or user='\"me\"'; fields of an OpenAI Batch line come first; may be repeated"
+    )
+    add_flag(group, "--param NAME=JSON", param, action="append", default=[], type=_param)
 
 
 def add_endpoint(group: Group) -> None:
@@ -225,6 +235,9 @@ def add_endpoint(group: Group) -> None:
     add_flag(group, "--model NAME", "the model; OpenAI Batch requests may name their own")
     add_flag(group, "--base-url URL", "address of the API, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
     add_connection(group, "OPENAI_API_KEY, which is sent only to OpenAI and OPENAI_BASE_URL")
+    add_flag(group, "--timeout SECONDS", "longest time of one attempt", least=0.001, default=600.0)
+    idle = "longest silence of a stream that has begun to answer"
+    add_flag(group, "--idle-timeout SECONDS", idle, least=0.001, default=60.0)
     add_rate_limits(group)
     simulate = "use a simulated endpoint within this process: the answers are made up, and nothing is paid"
     add_flag(group, "--simulate", f"{simulate} (default model: {SIMULATED_MODEL})")
@@ -234,6 +247,12 @@ def add_endpoint(group: Group) -> None:
 def add_connection(group: Group, key: str) -> None:
     """Add the flags for the key, by default *key*, and the connections; see `OpenAIChat`."""
     add_flag(group, "--api-key-env NAME", f"the environment variable that holds the key (default: {key})")
+    command = "a command that prints the key; it is run without a shell, and again when the endpoint refuses the key"
+    add_flag(group, "--api-key-command CMD", command)
+    header = "a header of every request; may be repeated"
+    add_flag(group, "--header NAME=VALUE", header, action="append", default=[], type=_pair)
+    query = "a query parameter of every request, such as Azure's api-version=VERSION; may be repeated"
+    add_flag(group, "--query NAME=VALUE", query, action="append", default=[], type=_pair)
     form = "how a form of the answers is asked for (default: by a schema, and from then on as the endpoint takes it)"
     add_flag(group, "--structured FORM", form, choices=get_args(Structured))
     options = "fields of stream_options beside include_usage, as a JSON object; false sends none"
@@ -243,17 +262,71 @@ def add_connection(group: Group, key: str) -> None:
     )
     add_flag(group, "--connect-timeout SECONDS", "longest time to open a connection", least=0.001, default=10.0)
     add_flag(group, "--max-header-bytes N", "longest header of a response", default=65_536)
+    add_flag(group, "--proxy URL", "an HTTP proxy, as http://HOST:PORT")
     add_flag(group, "--trust-env", "take the proxy from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY")
     add_flag(group, "--uds PATH", "connect to a Unix socket; the address is a name only then")
 
 
 def read_connection(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `OpenAIChat` for the flags of `add_connection`, without the key."""
-    return {name: getattr(args, name) for name in CONNECTION}
+    """Return the arguments `CONNECTION` of `OpenAIChat` as the flags have them; raise `UsageError` if a flag is repeated wrongly."""
+    given = {name: getattr(args, name) for name in CONNECTION if name not in ("headers", "query")}
+    return {**given, "headers": read_pairs("--header", args.header), "query": read_pairs("--query", args.query)}
 
 
-def read_key(args: argparse.Namespace) -> str | None:
-    """Return the key that `--api-key-env` names, None without the flag; raise `UsageError` if there is none."""
+def read_pairs(name: str, pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Return the values of the flag *name*, which may be repeated; raise `UsageError` if it gives one twice."""
+    found: dict[str, T] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UsageError(f"{name} {key}: is given twice")
+        found[key] = value
+    return found
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError("must be NAME=VALUE")  # the text may be a secret
+    return name, value
+
+
+def _param(text: str) -> tuple[str, Any]:
+    name, value = _pair(text)
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        hint = f"a text is written {name}='\"{value}\"'" if value.isalnum() else "quotes are part of JSON"
+        raise argparse.ArgumentTypeError(f"{name}: {value!r} is not JSON; {hint}") from None
+
+
+_SECRET: Final = ("--header", "--query", "--proxy")
+
+
+def without_secrets(words: Iterable[str]) -> list[str]:
+    """Return the *words* of a command without the values of flags that may hold secrets: "..." stands for them."""
+    shown: list[str] = []
+    hides = False
+    for word in words:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if hides or (equals and name in _SECRET):
+            key, pair, _ = value.partition("=")
+            shown.append(f"{name}{equals}{key}=..." if pair else f"{name}{equals}...")
+        else:
+            shown.append(word)
+        hides = not hides and word in _SECRET
+    return shown
+
+
+def read_key(args: argparse.Namespace) -> str | Callable[[], str] | None:
+    """Return the key of `--api-key-env`, or the function of `--api-key-command`; None without either.
+
+    Raises:
+        UsageError: There is no key, or both flags are given.
+    """
+    if args.api_key_command is not None:
+        if args.api_key_env:
+            raise UsageError("--api-key-env and --api-key-command: give only one of them")
+        return key_command(args.api_key_command)
     key = os.environ.get(args.api_key_env) if args.api_key_env else None
     if args.api_key_env and not key:
         raise UsageError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
@@ -389,7 +462,16 @@ def read_budget(args: argparse.Namespace) -> Budget | None:
 
 
 def add_reports(group: Group) -> None:
-    """Add `--progress` and `--json`."""
+    """Add `--progress`, `--json`, `--quiet` and `--log-file`."""
     progress = "show progress (default: on a terminal)"
     group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None, help=progress)
     add_flag(group, "--json", "print the summary as a JSON object, the last line of stdout")
+    add_flag(group, "--quiet", "print errors only: no progress, no summary but that of --json, no warnings")
+    add_log_file(group)
+
+
+def add_log_file(group: Group) -> None:
+    """Add `--log-file`."""
+    add_flag(
+        group, "--log-file FILE", "append a line for each call, and each warning, to FILE; never any text of prompts"
+    )

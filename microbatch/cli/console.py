@@ -50,8 +50,11 @@ def report(text: str = "") -> None:
 def report_summary(
     args: argparse.Namespace, lines: Iterable[str], figures: dict[str, Any], *, stdout_taken: bool = False
 ) -> None:
-    """Write *lines*, or with --json the *figures*, to stdout; then the lines go to stderr. With *stdout_taken* all goes to stderr."""
-    for line in lines:
+    """Write *lines*, or with --json the *figures*, to stdout; then the lines go to stderr.
+
+    With *stdout_taken* all goes to stderr. After `hush` the lines are left out.
+    """
+    for line in () if _hushed else lines:
         (note if args.json or stdout_taken else report)(line)
     if args.json:
         (note if stdout_taken else report)(msgspec.json.encode(figures).decode())
@@ -66,6 +69,21 @@ def note(text: str = "") -> None:
     """Write a line to stderr; an error of stderr is ignored."""
     with muted_on_error(sys.stderr):
         _write(sys.stderr, text + "\n")
+
+
+_hushed = False
+
+
+def hush(hushed: bool) -> None:
+    """Leave out, from now on, what is no error and no result; or, with False, no longer."""
+    global _hushed  # noqa: PLW0603 a command has one console
+    _hushed = hushed
+
+
+def remark(text: str) -> None:
+    """Write a line to stderr that is no error; see `hush`."""
+    if not _hushed:
+        note(text)
 
 
 @contextlib.contextmanager

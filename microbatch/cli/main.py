@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from microbatch.cli import calibrate, console, demo, environment, run, serve, simulate, spool, warm, worker
 from microbatch.cli.console import StdoutError, UsageError, note
+from microbatch.cli.logs import logging_to
 from microbatch.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -83,9 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return console.USAGE
     args.argv = words
+    quiet = getattr(args, "quiet", False)
+    console.hush(quiet)
+    if quiet:
+        args.progress = False
     environment.load_dotenv()
     try:
-        status: int = args.command(args)
+        with logging_to(args):
+            status: int = args.command(args)
     except (UsageError, ConfigError) as error:  # nothing was sent
         note(f"microbatch {args.name}: {error}")
         return console.USAGE

@@ -16,11 +16,13 @@ from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
 from microbatch.cli.arguments import (
     CONNECTION,
+    TIMEOUTS,
     flag,
     read_audit,
     read_connection,
     read_key,
     read_max_cost,
+    read_pairs,
     read_settings,
     with_flags,
 )
@@ -124,16 +126,17 @@ def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
 
 
 def _read_transport(args: argparse.Namespace) -> OpenAIChat:
-    dry = getattr(args, "dry_run", False)
-    key = _UNSENT if dry else read_key(args) or os.environ.get("OPENAI_API_KEY")
-    if not key and not args.base_url and not args.uds and not os.environ.get("OPENAI_BASE_URL"):
+    own = _UNSENT if getattr(args, "dry_run", False) else read_key(args)
+    elsewhere = args.base_url or args.uds or os.environ.get("OPENAI_BASE_URL")
+    if not (own or elsewhere or os.environ.get("OPENAI_API_KEY")):
         raise UsageError(
             "no API key: set the environment variable OPENAI_API_KEY, give --base-url for an endpoint that needs none, "
             "or --simulate to try without one"
         )
+    times = {name: getattr(args, name) for name in TIMEOUTS}
+    connection = read_connection(args)
     try:
-        own = _UNSENT if dry else read_key(args)
-        return OpenAIChat(args.model or None, base_url=args.base_url, api_key=own, **read_connection(args))
+        return OpenAIChat(args.model or None, base_url=args.base_url, api_key=own, **times, **connection)
     except ConfigError as error:
         message = with_flags(str(error), CONNECTION)
         message = message.replace("base_url", "--base-url" if args.base_url else "OPENAI_BASE_URL")
@@ -175,6 +178,8 @@ def check_spool(place: str) -> None:
 def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
     """Return what makes requests from the lines of the input; *needs_model* refuses lines that name no model."""
     options: dict[str, Any] = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    if args.param:
+        options["params"] = _read_params(args)
     if args.template is None:
         for name in ("system", "labels", "schema", "examples", "on_empty"):
             if getattr(args, name) is not None:
@@ -195,6 +200,22 @@ def read_questions(args: argparse.Namespace, *, needs_model: bool) -> Questions:
     if args.examples is not None:
         questions.examples = read_examples(args.examples, questions)
     return questions
+
+
+def _read_params(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the request parameters of `--param`."""
+    params = read_pairs("--param", args.param)
+    for name in ("max_tokens", "max_completion_tokens", "temperature", "model"):
+        if name in params:
+            instead = "--max-tokens" if name == "max_completion_tokens" else flag(name)
+            raise UsageError(f"--param {name}: use {instead}")
+    if "response_format" in params and (args.labels is not None or args.schema is not None):
+        raise UsageError("--param response_format: --labels and --schema say which form answers have")
+    try:
+        payload_of(Request([{"role": "user", "content": "any"}], params=params), None)
+    except ConfigError as error:
+        raise UsageError(f"--param: {str(error).removeprefix('params: ')}") from error
+    return dict(sorted(params.items()))
 
 
 def read_text(value: str, name: str) -> str:

@@ -82,7 +82,7 @@ class Templated:
         if labels is not None:
             self._options["output_type"] = Literal[tuple(labels)]
         if schema is not None:
-            self._options["params"] = {"response_format": schema}
+            self._options["params"] = {**self._options.get("params", {}), "response_format": schema}
 
     def request(self, record: dict[str, Any], name: str) -> Request:
         """Return the request about *record*, whose id is *name*. Raise `LineError` if a field is missing."""
@@ -167,7 +167,8 @@ class BatchLines:
                 options["max_tokens" if field == "max_completion_tokens" else field] = body[field]
         others = self._ids | _NOT_PARAMS if alone else _NOT_PARAMS
         params = {field: value for field, value in body.items() if field not in others}
-        return Request(body["messages"], id=name, params=params or None, **options)
+        options["params"] = {**(options.get("params") or {}), **params} or None
+        return Request(body["messages"], id=name, **options)
 
     def is_empty(self, _record: dict[str, Any]) -> bool:
         """Return False: what a body asks is not judged."""

@@ -16,13 +16,14 @@ import msgspec
 
 from microbatch.cli.arguments import flag
 from microbatch.cli.asking_again import record_path
-from microbatch.cli.console import UsageError, note, plural
+from microbatch.cli.console import UsageError, plural, remark
 from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, id_digest
 from microbatch.cli.output import OutputFile, replacing
 from microbatch.cli.questions import question_digest
 from microbatch.cli.standard_output import StandardOutput
 from microbatch.cli.target import STDOUT
+from microbatch.transports.credentials import says_who
 
 if TYPE_CHECKING:
     import argparse
@@ -41,14 +42,17 @@ _SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "m
 
 # These are part of a question, and so of its digest.
 _IN_QUESTION: Final = (
-    "--model",
-    "--system",
-    "--template",
-    "--labels",
-    "--schema",
-    "--examples",
-    "--max-tokens",
-    "--temperature",
+    *(
+        "--model",
+        "--system",
+        "--template",
+        "--labels",
+        "--schema",
+        "--examples",
+        "--max-tokens",
+        "--temperature",
+        "--param",
+    ),
 )
 
 
@@ -199,18 +203,18 @@ class _Matches:
                 yield row.name, None
 
     def _describe(self, found: Resumed, undated: int) -> None:
-        note(f"resuming: {len(found.done):,} of {plural(self._source.items, 'item')} answered before")
+        remark(f"resuming: {len(found.done):,} of {plural(self._source.items, 'item')} answered before")
         if self._rows.cut:
-            note(f"cut off an incomplete last line ({plural(self._rows.cut, 'byte')})")
+            remark(f"cut off an incomplete last line ({plural(self._rows.cut, 'byte')})")
         if found.changed - undated:
-            note(f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count")
+            remark(f"{plural(found.changed - undated, 'id')} had the answer to another question, which does not count")
         if undated:
-            note(
+            remark(
                 f"{plural(undated, 'answer')} of an older release, which did not record the question, will be asked for anew; "
                 "--resume --force keeps them"
             )
         if found.reused:
-            note(f"{plural(found.reused, 'question')} answered before under another id, and not asked again")
+            remark(f"{plural(found.reused, 'question')} answered before under another id, and not asked again")
 
 
 def _rewrite(output: OutputFile, target: Target, rows: Iterable[tuple[int, str]]) -> None:
@@ -222,7 +226,7 @@ def _rewrite(output: OutputFile, target: Target, rows: Iterable[tuple[int, str]]
     for beside in (settings_path, record_path):
         if beside(target.path).exists():
             shutil.copyfile(beside(target.path), beside(str(aside)))
-    note(f"the output as it was is now {str(journal)!r}")
+    remark(f"the output as it was is now {str(journal)!r}")
 
 
 # --- settings
@@ -251,7 +255,16 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
         **{flag(name): getattr(plan.policy, name) for name in _SHAPING},
         "--canary": args.canary,
         **{flag(name): value for name, value in added.items() if value},
+        **{name: hashed(value) for name, value in _of_requests(args).items() if value},
     }
+
+
+def _of_requests(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return what flags add to every request. Credentials are left out: a new key asks the same."""
+    headers = [(name.lower(), value) for name, value in args.header if not says_who(name)]
+    query = [(name, value) for name, value in args.query if not says_who(name)]
+    found = {"--param": args.param, "--header": headers, "--query": query}
+    return {name: {key: dict(pairs)[key] for key in sorted(dict(pairs))} for name, pairs in found.items()}
 
 
 def hashed(value: object) -> str | None:
@@ -305,5 +318,5 @@ def _check_settings(args: argparse.Namespace, now: Settings) -> bool:
         )
     asked = [name for name in changes or () if name in _IN_QUESTION]
     if asked:
-        note(f"--force: answers are kept by their ids, although {', '.join(asked)} and so the questions have changed")
+        remark(f"--force: answers are kept by their ids, although {', '.join(asked)} and so the questions have changed")
     return bool(asked)

@@ -67,7 +67,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.arguments import add_audit, add_bulk, add_flag
+from microbatch.cli.arguments import add_audit, add_bulk, add_flag, without_secrets
 from microbatch.cli.asking_again import AskingAgain
 from microbatch.cli.audit_summary import audit_figures, audit_lines
 from microbatch.cli.bulk_run import BulkRun
@@ -190,7 +190,7 @@ def _note_rest(args: argparse.Namespace, bulk: BulkRun, place: str) -> None:
     if bulk.status != console.OK and place != STDOUT:
         words = [word for word in args.argv if word not in ("--force", "--resume")]
         note(f"{'Stopped; all' if bulk.stopped else 'All'} answers so far are in {place}. To ask for the rest:")
-        note(f"  {shlex.join(['microbatch', *words, '--resume'])}")
+        note(f"  {shlex.join(['microbatch', *without_secrets(words), '--resume'])}")
 
 
 def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:

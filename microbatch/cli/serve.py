@@ -37,13 +37,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.cli import arguments, console
 from microbatch.cli.arguments import add_flag, flag, read_settings
 from microbatch.cli.console import UsageError, note, plural, report
 from microbatch.cli.environment import with_environment
+from microbatch.cli.logs import call_logs, logging_to
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.prices import read_prices
 from microbatch.cli.stopping import listening
@@ -53,9 +55,11 @@ from microbatch.gateway.server import Gateway
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.gateway.upstream import lacks_version
 from microbatch.policy import FallbackPolicy
+from microbatch.transports.credentials import is_credential, is_for_a_proxy
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
 _LEAST_SECRET_BYTES: Final = 16
 
@@ -64,8 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
     add_flag(parser, "--upstream URL", "address of the API to serve, up to /v1")
-    query = "a query parameter of every call, such as Azure's api-version=VERSION; may be repeated"
-    add_flag(parser, "--query NAME=VALUE", query, action="append", default=[])
     add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
     add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
     add_flag(parser, "--model NAME", "the model for requests that name none (default: refuse these)")
@@ -75,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_cache(parser)
     arguments.add_prices(parser)
     _add_access(parser.add_argument_group("access"))
-    arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings)
+    arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings, upstream_timeout="--timeout")
+    arguments.add_log_file(parser)
     batching = parser.add_argument_group("batching")
     arguments.add_policy(batching)
     arguments.add_audit(batching)
@@ -99,7 +102,11 @@ def _add_access(group: arguments.Group) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes, and return the exit status."""
     words = list(args.argv[args.argv.index(args.name) + 1 :])
-    return asyncio.run(_serve(with_environment(args.parser, words, os.environ)))
+    found = with_environment(args.parser, words, os.environ)
+    found.argv = args.argv
+    # The flag has been heeded already.
+    with logging_to(found) if args.log_file is None else nullcontext():
+        return asyncio.run(_serve(found))
 
 
 def make_gateway(args: argparse.Namespace) -> Gateway:
@@ -109,15 +116,15 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
     settings = read_settings(args, GatewaySettings)
     policy = read_policy(args)
     token = _read_secret(args, "access_token_file", least=1)
+    own_key = _own_key(args)
     try:
         return Gateway(
             args.upstream,
             host=args.host,
             port=args.port,
             model=args.model,
-            query=dict(map(_read_pair, args.query)),
-            api_key=_own_key(args),
-            connection=arguments.read_connection(args),
+            api_key=own_key,
+            **_read_connection(args),
             access_token=None if token is None else token.decode("utf-8", "replace"),
             secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES),
             lane_headers=args.lane_header,
@@ -130,23 +137,33 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
             budget=arguments.read_budget(args),
             prices=read_prices(args),
+            hooks=call_logs(),
         )
     except ConfigError as error:
         message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))
         raise UsageError(message.replace("api_key", args.api_key_env or "OPENAI_API_KEY")) from error
 
 
-def _read_pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise UsageError(f"--query {text}: must be NAME=VALUE")
-    return name, value
+def _read_connection(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments `query` and `connection` of `Gateway`."""
+    connection = arguments.read_connection(args)
+    for name in connection["headers"]:
+        if is_credential(name) and not is_for_a_proxy(name):
+            raise UsageError(
+                f"--header {name}: clients of the gateway would use it without being asked for a token; give the gateway's key as "
+                "OPENAI_API_KEY, or by --api-key-env or --api-key-command"
+            )
+    return {"query": connection.pop("query"), "connection": connection}
 
 
-def _own_key(args: argparse.Namespace) -> str | None:
+def _own_key(args: argparse.Namespace) -> str | Callable[[], str] | None:
     if args.no_own_key:
         return None
     return arguments.read_key(args) or os.environ.get("OPENAI_API_KEY") or None
+
+
+def _name_of_key(args: argparse.Namespace) -> str:
+    return "the key of --api-key-command" if args.api_key_command else args.api_key_env or "OPENAI_API_KEY"
 
 
 def _read_secret(args: argparse.Namespace, name: str, *, least: int) -> bytes | None:
@@ -170,11 +187,9 @@ async def _serve(args: argparse.Namespace) -> int:
         note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
         if lacks_version(args.upstream):
             note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
-        if _own_key(args):
+        if not args.no_own_key and (args.api_key_command or args.api_key_env or os.environ.get("OPENAI_API_KEY")):
             clients = "with the access token" if args.access_token_file else "without a key"
-            note(
-                f"Clients {clients} use {args.api_key_env or 'OPENAI_API_KEY'}, for chat completions and the list of models."
-            )
+            note(f"Clients {clients} use {_name_of_key(args)}, for chat completions and the list of models.")
         await stopped.wait()
         note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
     note(_summary(gateway))

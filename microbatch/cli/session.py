@@ -8,6 +8,7 @@ import msgspec
 
 from microbatch.accounting.stats import Stats, together
 from microbatch.cli.console import note, plural
+from microbatch.cli.logs import call_logs
 from microbatch.client import Microbatcher
 from microbatch.errors import RequestFailed, TransportError
 from microbatch.policy import RetryPolicy
@@ -94,7 +95,7 @@ class Session:
             id_secret=plan.id_seed,
             prices=plan.prices,
             audit=audit,
-            hooks=hooks,
+            hooks=[*hooks, *call_logs()],
             budget=plan.budget,
         )
         self._batchers.append(batcher)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from microbatch.transports.api_key import KeyFunction
+
+
 PREFIX: Final = "x-microbatch-"
 """Beginning of the headers that control the gateway, which are not relayed."""
 
@@ -78,7 +81,7 @@ class Access:
         self,
         *,
         host: str,
-        api_key: str | None,
+        api_key: str | KeyFunction | None,
         access_token: str | None,
         lane_headers: Sequence[str],
         allowed_hosts: Collection[str],
@@ -95,7 +98,9 @@ class Access:
         ):
             raise ConfigError("the access token must be one line of printable ASCII")
         checked(dict.fromkeys(lane_headers, ""))
-        self._own_key = f"Bearer {api_key}" if api_key else None
+        self._has_own_key = bool(api_key)
+        # Of a function, the transport adds the key.
+        self._own_headers = {"authorization": f"Bearer {api_key}"} if api_key and not callable(api_key) else {}
         self._token = access_token.strip().encode() if access_token else None
         self._lane_headers = _LANE_HEADERS | {name.lower() for name in lane_headers}
         self._hosts = {name.lower().strip("[]") for name in (*allowed_hosts, host)} | _LOOPBACK
@@ -104,7 +109,7 @@ class Access:
 
     def __repr__(self) -> str:
         """Return the rules without keys."""
-        return f"Access(own_key={self._own_key is not None}, token={self._token is not None}, loopback={self.loopback})"
+        return f"Access(own_key={self._has_own_key}, token={self._token is not None}, loopback={self.loopback})"
 
     def check_host(self, request: web.Request) -> None:
         """Raise unless the Host header names this gateway."""
@@ -146,18 +151,18 @@ class Access:
             keys = found.keys() & AMBIENT
         headers = {name: value for name, value in given.items() if name not in withheld - keys}
         tenant = self._tenant(request, "\n".join(f"{name}: {value}" for name, value in sorted(found.items())))
-        if self._own_key is None or keys:
+        if not self._has_own_key or keys:
             credentials = bool(keys - AMBIENT - in_query.keys())
             return Caller(headers, tenant, own_key=False, credentials=credentials, in_address=bool(in_query))
         if self._token is not None and not tokens:
             raise _no_key()
         # A caller of the gateway's key does not choose the organization or project that pays.
         kept = {name: value for name, value in headers.items() if name in self._lane_headers or not says_who(name)}
-        return Caller({**kept, "authorization": self._own_key}, tenant, own_key=True, credentials=False)
+        return Caller({**kept, **self._own_headers}, tenant, own_key=True, credentials=False)
 
     def callers_pay(self, headers: Mapping[str, str]) -> bool:
         """Return whether a request sent upstream with *headers* is paid for by its caller, not with the gateway's own key."""
-        if self._own_key is not None and headers.get("authorization") == self._own_key:
+        if self._own_headers and self._own_headers.items() <= headers.items():
             return False
         return hold_credentials(headers)
 

@@ -29,6 +29,7 @@ from microbatch.listening import close_runner
 from microbatch.policy import FlushPolicy
 from microbatch.prompt.parameters import HARMLESS
 from microbatch.transports.addresses import CHAT_COMPLETIONS
+from microbatch.transports.api_key import KeyFunction
 from microbatch.transports.openai_chat import OpenAIChat
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class Gateway:
         port: Port to listen on; 0 for a free one.
         model: Model for requests that name none; None refuses those.
         query: Query parameters of every call to the upstream, such as Azure's `api-version`; those of a client take precedence.
-        api_key: Key for callers without one, who may use chat completions and the list of models only. With None their requests are
-            sent without a key.
+        api_key: Key for callers without one, who may use chat completions and the list of models only; or a function that returns it,
+            see `OpenAIChat`. With None their requests are sent without a key.
         access_token: Token that callers send in place of a key to use *api_key* and, off loopback, to see the gateway's own pages.
             With None every caller on this machine may.
         secret: Key of the digests that distinguish tenants; gateways that share a cache need the same. None uses the cache's own, or
@@ -103,7 +104,7 @@ class Gateway:
         port: int = 0,
         model: str | None = None,
         query: Mapping[str, str] | None = None,
-        api_key: str | None = None,
+        api_key: str | KeyFunction | None = None,
         access_token: str | None = None,
         secret: bytes | None = None,
         lane_headers: Sequence[str] = (),
@@ -152,7 +153,7 @@ class Gateway:
     def _transport(
         self,
         model: str | None,
-        api_key: str | None,
+        api_key: str | KeyFunction | None,
         query: Mapping[str, str] | None,
         policy: Any,
         connection: Mapping[str, Any],
@@ -162,7 +163,9 @@ class Gateway:
             model,
             base_url=self._upstream.base_url,
             query=query,
-            api_key="",  # `Access` chooses the key of each request
+            # `Access` chooses the key of each request. It leaves one that a function returns to the transport, whose key is sent only
+            # with requests that have none.
+            api_key=api_key if callable(api_key) else "",
             timeout=self._settings.upstream_timeout,
             idle_timeout=self._settings.idle_timeout,
             max_connections=max(100, policy.max_concurrent_batches if policy is not None else 0),

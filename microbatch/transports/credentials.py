@@ -48,6 +48,11 @@ def is_credential(name: str) -> bool:
     return _CREDENTIALS.search(words) is not None and _OTHERS.search(words) is None
 
 
+def is_for_a_proxy(name: str) -> bool:
+    """Return whether the header *name*, in any case, holds a credential for a proxy in front of the endpoint."""
+    return name.lower() in _OF_A_PROXY
+
+
 def says_who(name: str) -> bool:
     """Return whether the header *name*, in any case, is a credential, or chooses beside one whose limits apply."""
     words = name.lower().replace("_", "-")
@@ -67,7 +72,7 @@ def in_place_of(own: Mapping[str, str], callers: Iterable[str]) -> dict[str, str
     """
     if not any(map(is_credential, callers)):
         return dict(own)
-    return {name: value for name, value in own.items() if name.lower() in _OF_A_PROXY or not says_who(name)}
+    return {name: value for name, value in own.items() if is_for_a_proxy(name) or not says_who(name)}
 
 
 def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:

@@ -127,9 +127,26 @@ async def test_a_cache_whose_secret_cannot_be_had_does_not_keep_the_gateway_from
 
 # --- the gateway's own key
 
+OWN_KEYS = pytest.mark.parametrize("own", [OWN, lambda: OWN], ids=["a key", "a function"])
 
-async def test_with_the_gateways_key_only_chat_and_models_are_served():
-    async with recorder() as upstream, gateway(upstream.url, api_key=OWN) as served, aiohttp.ClientSession() as session:
+
+async def test_a_function_is_asked_for_another_key_when_one_is_refused():
+    keys = iter(("old", "new"))
+    async with (
+        Watched(api_keys={"new", "theirs"}) as upstream,
+        gateway(upstream, api_key=lambda: next(keys)) as served,
+        sdk(served, "microbatch") as client,
+        sdk(served, "theirs") as other,
+    ):
+        assert await asked(client, "x") == "re: x"
+        assert await asked(other, "x") == "re: x"
+        assert await asked(client, "y") == "re: y"
+    assert [key for key, _ in upstream.heard] == ["Bearer new", "Bearer theirs", "Bearer new"]
+
+
+@OWN_KEYS
+async def test_with_the_gateways_key_only_chat_and_models_are_served(own):
+    async with recorder() as upstream, gateway(upstream.url, api_key=own) as served, aiohttp.ClientSession() as session:
 
         async def send(method, path, **options):
             async with session.request(method, f"{served.base_url}{path}", **options) as response:
@@ -161,8 +178,9 @@ async def test_with_the_gateways_key_only_chat_and_models_are_served():
     assert keys == [f"Bearer {OWN}"] * 3 + ["Bearer theirs"]
 
 
-async def test_with_the_gateways_key_the_caller_does_not_choose_who_pays():
-    async with recorder() as upstream, gateway(upstream.url, api_key=OWN, retry=ONE_ATTEMPT) as served:
+@OWN_KEYS
+async def test_with_the_gateways_key_the_caller_does_not_choose_who_pays(own):
+    async with recorder() as upstream, gateway(upstream.url, api_key=own, retry=ONE_ATTEMPT) as served:
         sent = {"OpenAI-Project": "p", "OpenAI-Organization": "o", "OpenAI-Beta": "b"}
         headers = {name.replace("-", "_"): value for name, value in sent.items()}
         await talk(served.port, post(CHAT, **headers))
@@ -173,14 +191,15 @@ async def test_with_the_gateways_key_the_caller_does_not_choose_who_pays():
     assert len(upstream.requests) == 2
 
 
+@OWN_KEYS
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_off_loopback_a_key_of_the_gateways_needs_a_token(host):
+def test_off_loopback_a_key_of_the_gateways_needs_a_token(host, own):
     with pytest.raises(mb.ConfigError, match="access token"):
-        Gateway("http://localhost:1/v1", host=host, api_key=OWN)
-    Gateway("http://localhost:1/v1", host=host, api_key=OWN, access_token=TOKEN)
+        Gateway("http://localhost:1/v1", host=host, api_key=own)
+    Gateway("http://localhost:1/v1", host=host, api_key=own, access_token=TOKEN)
     Gateway("http://localhost:1/v1", host=host)
     for loopback in ("127.0.0.1", "127.0.0.9", "::1", "localhost"):
-        Gateway("http://localhost:1/v1", host=loopback, api_key=OWN)
+        Gateway("http://localhost:1/v1", host=loopback, api_key=own)
 
 
 async def test_the_token_opens_the_gateways_key_and_its_pages_and_goes_no_further():
@@ -247,8 +266,9 @@ async def test_off_loopback_the_pages_need_a_token_even_where_there_is_none():
         assert status(await talk(served.port, sent)) == 403
 
 
-async def test_clients_that_insist_on_a_key_give_one_that_stands_for_none():
-    async with Watched() as upstream, gateway(upstream, api_key=OWN) as served, sdk(served, "microbatch") as client:
+@OWN_KEYS
+async def test_clients_that_insist_on_a_key_give_one_that_stands_for_none(own):
+    async with Watched() as upstream, gateway(upstream, api_key=own) as served, sdk(served, "microbatch") as client:
         assert await asked(client, "x") == "re: x"
         assert [model.id async for model in client.models.list()] == ["simulated"]
         with pytest.raises(openai.PermissionDeniedError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
+import sys
 
 import aiohttp
 import pytest
@@ -265,3 +267,55 @@ async def test_a_taken_port_is_told():
         with pytest.raises(AssertionError, match="choose another --port"):
             async with serve("--upstream", upstream.base_url, "--port", str(upstream.port)):
                 pass
+
+
+KEYS = """
+import pathlib, sys
+asked = pathlib.Path(sys.argv[1])
+print("new" if asked.exists() else "old")
+asked.touch()
+"""
+
+
+async def test_what_goes_with_every_request_and_where_the_log_goes(tmp_path):
+    script, log = tmp_path / "key.py", tmp_path / "log.txt"
+    script.write_text(KEYS)
+    command = shlex.join([sys.executable, str(script), str(tmp_path / "asked")])
+    words = ("--header", "X-Team=a", "--header", "Helicone-Auth=h", "--query", "api-version=1", "--timeout", "7")
+    async with recorder() as upstream:
+
+        async def answer(request):
+            said = {"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop", "index": 0}
+            return web.json_response(
+                {"choices": [said]}, status=200 if request.headers.get("Authorization") == "Bearer new" else 401
+            )
+
+        upstream.answer = answer
+        environment = {"MICROBATCH_LOG_FILE": str(log)}
+        command_line = ("--upstream", upstream.url, "--port", "0", "--api-key-command", command, *words)
+        async with serve(*command_line, **environment) as served:
+            assert status(await talk(served.port, post(body(stop="x"), X_Microbatch_Batch="no"))) == 200
+            assert status(await talk(served.port, post(body("y")))) == 200
+            served.stop()
+            code, _, told = await served.ended()
+    assert code == 0
+    assert "the key of --api-key-command" in told
+    seen = [(path, headers) for _, path, headers, _ in upstream.requests]
+    assert [headers.get("Authorization") for _, headers in seen[:2]] == ["Bearer old", "Bearer new"]
+    assert all((headers["X-Team"], headers["Helicone-Auth"]) == ("a", "h") for _, headers in seen)
+    assert all(path.endswith("?api-version=1") for path, _ in seen)
+    assert "single call of 1" in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["Authorization", "api-key", "X-Goog-Api-Key"])
+def test_a_key_in_a_header_is_refused_because_clients_would_use_it_without_a_token(capsys, name):
+    assert main(["serve", *UPSTREAM, "--header", f"{name}=sk-secret"]) == 2
+    told = capsys.readouterr().err
+    assert f"--header {name}" in told
+    assert "sk-secret" not in told
+
+
+def test_the_time_limits_of_run_are_those_of_the_gateway_too():
+    parser = make_parser().parse_args(["serve"]).parser
+    args = with_environment(parser, ["--timeout", "7"], {"MICROBATCH_UPSTREAM_TIMEOUT": "9"})
+    assert args.upstream_timeout == 7
