@@ -119,7 +119,6 @@ CALLERS = [
 ]
 
 
-@pytest.mark.promise(of="lane")
 async def test_a_tenant_is_forgotten_and_no_other_is(make_cache):
     cache, transport = make_cache(), ScriptedTransport()
     async with mb.Microbatcher(transport, cache=cache, tokens="bytes") as batcher:
