@@ -60,6 +60,10 @@ class LRU(Generic[K, V]):
         """Return all values, the least recently used first."""
         return [*self._values.values()]
 
+    def items(self) -> list[tuple[K, V]]:
+        """Return all keys and their values, the least recently used first."""
+        return [*self._values.items()]
+
     def oldest(self) -> tuple[K, V] | None:
         """Return the least recently used key and its value, or None."""
         return next(iter(self._values.items()), None)

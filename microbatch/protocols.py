@@ -134,6 +134,8 @@ class Cache(Protocol):
     seconds, None for unlimited; `evictions`, a count; and `secret()`, which returns the 32 random bytes that key the digests. A store
     shared between processes makes them once for all; without it each process has its own. It is called again from time to time, so
     that processes agree again after the store was emptied.
+
+    Those that come with this package also have `delete(keys)` and `clear(tenant=None)`.
     """
 
     async def get_many(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:

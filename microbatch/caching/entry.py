@@ -18,7 +18,7 @@ DEFAULT_TTL: Final = 7 * 24 * 3600.0  # seconds for which answers are valid by d
 MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that share a cache may differ
 
 
-class _Entry1(msgspec.Struct, frozen=True, array_like=True, tag=1):
+class Entry1(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """An answer in the cache, as earlier releases wrote it.
 
     Attributes:
@@ -49,7 +49,7 @@ class _Entry1(msgspec.Struct, frozen=True, array_like=True, tag=1):
         return None if self.body is None else msgspec.json.decode(self.body, type=dict[str, Any])
 
 
-class Entry(_Entry1, frozen=True, array_like=True, tag=2):
+class Entry(Entry1, frozen=True, array_like=True, tag=2):
     """An answer in the cache; earlier releases read it as a miss.
 
     Attributes:
@@ -64,10 +64,18 @@ class Entry(_Entry1, frozen=True, array_like=True, tag=2):
     tenant: bytes | None = None
 
 
-_decode = msgspec.msgpack.Decoder(Entry | _Entry1).decode
+_decode = msgspec.msgpack.Decoder(Entry | Entry1).decode
 
 encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
 """Return an `Entry` as bytes."""
+
+
+def decode(value: bytes) -> Entry | Entry1 | None:
+    """Return the entry stored as *value*, even if it is expired; None if it is damaged."""
+    try:
+        return _decode(value)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
 
 
 def read(value: bytes, key: bytes, now: float, *, alone: bool = False) -> Entry | None:
@@ -75,11 +83,8 @@ def read(value: bytes, key: bytes, now: float, *, alone: bool = False) -> Entry 
 
     With *alone* also None unless the entry says that its answer is that of a call for it alone.
     """
-    try:
-        entry = _decode(value)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    if entry.key != key or (entry.expires_at is not None and entry.expires_at <= now):
+    entry = decode(value)
+    if entry is None or entry.key != key or (entry.expires_at is not None and entry.expires_at <= now):
         return None
     if alone and not (isinstance(entry, Entry) and entry.batch_size == 1):
         return None

@@ -200,13 +200,7 @@ class Guard:
         return await self._guarded(self._read_secret, self._secrets, deadline)
 
     async def _read_secret(self, _options: dict[str, Any]) -> bytes | None:
-        read: Callable[[], Awaitable[bytes | None]] | None = getattr(self.cache, "secret", None)
-        if read is None:
-            return _PROCESS_SECRET
-        secret = await read()
-        if secret is not None and not (isinstance(secret, bytes) and len(secret) == SECRET_BYTES):
-            raise StorageError(f"its secret is not {SECRET_BYTES} bytes")
-        return secret
+        return await secret_of(self.cache)
 
     async def _guarded(
         self, call: Callable[[dict[str, Any]], Awaitable[T]], breaker: BreakerState, deadline: Deadline | None
@@ -268,6 +262,17 @@ class Guard:
                     each.trip(now)
         if self._bypasses and not before:
             logger.warning("the cache %s has failed and is bypassed for now: %s", self._name, error)
+
+
+async def secret_of(cache: Any) -> bytes | None:
+    """Return the 32 bytes that key the digests of *cache*; None if they are not available now."""
+    read: Callable[[], Awaitable[bytes | None]] | None = getattr(cache, "secret", None)
+    if read is None:
+        return _PROCESS_SECRET
+    secret = await read()
+    if secret is not None and not (isinstance(secret, bytes) and len(secret) == SECRET_BYTES):
+        raise StorageError(f"its secret is not {SECRET_BYTES} bytes")
+    return secret
 
 
 class BreakerState:

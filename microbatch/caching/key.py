@@ -65,11 +65,7 @@ class Keys:
 
     def tenant_digest(self, tenant: str | None) -> bytes | None:
         """Return a digest of *tenant*, under which its entries are found again; None for none."""
-        if tenant is None:
-            return None
-        return hashlib.blake2b(
-            tenant.encode("utf-8", "surrogatepass"), digest_size=_TENANT_BYTES, key=self.secret, person=b"tenant"
-        ).digest()
+        return None if tenant is None else tenant_digest(tenant, self.secret)
 
     def masked(self, key: bytes, digest: bytes) -> bytes:
         """Return *digest* in a form that only those who know the secret can read; of that form, the digest itself.
@@ -93,3 +89,9 @@ class Keys:
         if not isinstance(text, str):
             raise ConfigError(f"normalize must return a string, got {type(text).__name__}")
         return [*messages[:-1], msgspec.to_builtins(last) | {"content": text}]
+
+
+def tenant_digest(tenant: str, secret: bytes) -> bytes:
+    """Return the digest of *tenant* in entries that are keyed with *secret*."""
+    name = tenant.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(name, digest_size=_TENANT_BYTES, key=secret, person=b"tenant").digest()

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
+from microbatch.caching.deletion import Deleting
 from microbatch.caching.entry import DEFAULT_TTL
 from microbatch.checking import Count, Seconds, checks_arguments
 from microbatch.lru import LRU
 from microbatch.protocols import Cache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
 ENTRY_BYTES: Final = 264
 """Memory of an entry beside its key and value: object headers, tuple, time, and the mapping's slot and link (CPython 3.11 to 3.13,
 measured)."""
 
 
-class MemoryCache(Cache):
+class MemoryCache(Deleting, Cache):
     """Keeps the most recently used entries, up to a number of bytes; they are lost with the process.
 
     Closing has no effect: entries stay so that another batcher can use the cache.
@@ -86,10 +87,19 @@ class MemoryCache(Cache):
             self._drop(key)
             self.evictions += expires > now
 
-    def _drop(self, key: bytes) -> None:
+    def _drop(self, key: bytes) -> bool:
+        """Drop *key*; return whether it was there."""
         entry = self._entries.pop(key)
-        if entry is not None:
-            self._bytes -= _size(key, entry[0])
+        if entry is None:
+            return False
+        self._bytes -= _size(key, entry[0])
+        return True
+
+    async def entries(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        yield [(key, value) for key, (value, _) in self._entries.items()]
+
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return sum([self._drop(key) for key in keys])
 
     async def aclose(self) -> None:
         """Do nothing."""

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.caching.deletion import Deleting
 from microbatch.caching.entry import DEFAULT_TTL, checked_values
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.checking import Count, Positive, Seconds, checks_arguments
 from microbatch.errors import StorageError
 from microbatch.protocols import Cache
-from microbatch.storage.redis import RedisStore, Server, milliseconds, results_of
+from microbatch.storage.redis import RedisStore, Server, milliseconds, results_of, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
+
+    from microbatch.caching.deletion import Matches
 
 logger: Final = logging.getLogger("microbatch")
 
+_PAGE: Final = 500  # entries read or deleted at once
+_PATTERNS: Final = re.compile(r"([*?\[\]\\^])")  # what the server's patterns give a meaning
 _SHORTEST: Final = 0.001  # seconds, the server's shortest time to live
 
 
-class RedisCache(RedisStore, Cache):
+class RedisCache(RedisStore, Deleting, Cache):
     """Keeps answers on a Redis server, with one round trip for all entries read or stored together, or one to each node of a cluster.
 
     What to drop when the server is full is the server's decision: set its `maxmemory`, and the policy `allkeys-lru`. Calls raise
@@ -118,6 +124,42 @@ class RedisCache(RedisStore, Cache):
                 else:
                     pipeline.delete(self._key(key))  # what it would have replaced is no longer good either
             await results_of(pipeline)
+
+    async def entries(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        begin = len(self._key(b""))
+        async for names in self._names():
+            values = await self._values(names)
+            yield [(name[begin:], value) for name, value in zip(names, values, strict=True) if value is not None]
+
+    async def _names(self) -> AsyncIterator[list[bytes]]:
+        """Yield the server's keys of all entries, in pages."""
+        async with self._in_use() as client:
+            found = client.scan_iter(match=_PATTERNS.sub(r"\\\1", self._prefix) + "*", count=_PAGE)
+        page: list[bytes] = []
+        name: bytes | None = b""
+        while name is not None:
+            with translated():
+                name = await anext(found, None)
+            if name is not None:
+                page.append(name)
+            if page and (name is None or len(page) == _PAGE):
+                yield page
+                page = []
+
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return await self._delete([self._key(key) for key in keys])
+
+    async def _delete(self, names: Sequence[bytes]) -> int:
+        async with self._in_use() as client:
+            pipeline = client.pipeline(transaction=False)
+            for name in names:
+                pipeline.delete(name)
+            return sum(await results_of(pipeline)) if names else 0
+
+    async def erase(self, matches: Matches | None) -> int:
+        if matches is not None:
+            return await super().erase(matches)
+        return sum([await self._delete(names) async for names in self._names()])
 
     def _key(self, key: bytes) -> bytes:
         return self._prefix.encode() + key

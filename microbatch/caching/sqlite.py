@@ -9,6 +9,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Annotated, Final
 
+from microbatch.caching.deletion import Deleting
 from microbatch.caching.entry import DEFAULT_TTL, MAX_CLOCK_SKEW
 from microbatch.caching.key import SECRET_BYTES
 from microbatch.checking import AtLeast, Seconds, checks_arguments
@@ -18,7 +19,9 @@ from microbatch.storage.sqlite import Database, json_array
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
+
+    from microbatch.caching.deletion import Matches
 
     _Row = tuple[bytes, bytes, float | None, float]  # key, value, expiry, use
 
@@ -27,6 +30,7 @@ LEAST_BYTES: Final = 256 * 1024
 
 TOUCH_AFTER: Final = 60.0  # seconds after which a use is recorded again: the order of use is exact to the minute
 _BUSY: Final = 3.0  # seconds that a transaction may wait for other processes; no caller waits for a store
+_PAGE: Final = 128  # entries read at once
 _MOST_DROPPED: Final = 512  # entries in one transaction, to keep it short
 _DROPPED_AT_ONCE: Final = 4
 _MOST_TOUCHED: Final = 10_000
@@ -42,7 +46,7 @@ CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, content) WITHOUT ROWID;
 """
 
 
-class SQLiteCache(Cache):
+class SQLiteCache(Deleting, Cache):
     """Keeps the most recently used entries in a file, up to a number of bytes.
 
     Reads have a thread and a connection of their own and do not wait for writers. Uses are recorded with the next write and when the
@@ -120,6 +124,30 @@ class SQLiteCache(Cache):
         touched, self._touched = self._touched, {}
         self.evictions += await self._database.run(lambda db: self._write(db, rows, touched, now))
 
+    async def entries(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        begin = -(2**63)
+
+        def page(db: sqlite3.Connection) -> list[tuple[int, bytes, bytes]]:
+            query = "SELECT id, key, value FROM entries WHERE id >= ? ORDER BY id LIMIT ?"
+            return db.execute(query, (begin, _PAGE)).fetchall()
+
+        while begin < 2**63 and (rows := await self._database.read(page)):
+            begin = rows[-1][0] + 1
+            yield [(key, value) for _, key, value in rows]
+
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        ids = json_array({_id(key) for key in keys})
+        return await self._database.run(lambda db: _erase(db, "id IN (SELECT value FROM json_each(?))", ids))
+
+    async def erase(self, matches: Matches | None) -> int:
+        if matches is not None:
+            return await super().erase(matches)
+        erased = 0
+        some = "id IN (SELECT id FROM entries LIMIT ?)"
+        while number := await self._database.run(lambda db: _erase(db, some, _MOST_DROPPED)):
+            erased += number
+        return erased
+
     async def aclose(self) -> None:
         """Record the last uses, and close the file."""
         touched, self._touched = self._touched, {}
@@ -168,6 +196,15 @@ def _bytes_in_use(db: sqlite3.Connection) -> int:
 
 def _delete(db: sqlite3.Connection, rows: list[tuple[int]]) -> None:
     db.executemany("DELETE FROM entries WHERE id = ?", rows)
+
+
+def _erase(db: sqlite3.Connection, condition: str, value: object) -> int:
+    """Delete the entries of the *condition*, and overwrite them in the file; return their number."""
+    db.execute("PRAGMA secure_delete=ON")
+    try:
+        return db.execute(f"DELETE FROM entries WHERE {condition}", (value,)).rowcount  # noqa: S608 it is our own
+    finally:
+        db.execute("PRAGMA secure_delete=OFF")
 
 
 def _touch(db: sqlite3.Connection, touched: dict[int, float]) -> None:

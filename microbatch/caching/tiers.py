@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from microbatch.caching.deletion import Deleting
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
 from microbatch.checking import checks_arguments
-from microbatch.errors import ConfigError
+from microbatch.errors import ConfigError, StorageError
 from microbatch.protocols import Cache
 from microbatch.resources import acquire, release
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from microbatch.caching.deletion import Matches
 
 
-class TieredCache:
+class TieredCache(Deleting):
     """Asks the fastest cache first, and the next ones for the keys that are still missing.
 
     Values found in a lower tier are copied to the tiers above it for those tiers' `ttl`; values must therefore record themselves
@@ -97,6 +100,38 @@ class TieredCache:
             own = None if position == last else guard.ttl
             kept = [(key, value, _shorter(ttl, own)) for key, value, ttl in entries]
             await guard.store(kept, deadline=deadline.part(len(self._guards) - position))
+
+    async def entries(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        """Yield the entries of the last tier, in pages of keys and values."""
+        async for page in self._deleting()[-1].entries():
+            yield page
+
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        """Delete the entries with *keys* in all tiers; return the largest number that one had. For errors see `clear`."""
+        return await self._in_each(lambda tier: tier.delete(keys))
+
+    async def erase(self, matches: Matches | None) -> int:
+        """Delete the entries that match in all tiers, all with None; return the largest number that one had."""
+        return await self._in_each(lambda tier: tier.erase(matches))
+
+    def _deleting(self) -> list[Deleting]:
+        tiers: list[Deleting] = [tier for tier in self.tiers if isinstance(tier, Deleting)]
+        if len(tiers) < len(self.tiers):
+            names = sorted(type(tier).__name__ for tier in self.tiers if not isinstance(tier, Deleting))
+            raise ConfigError(f"entries cannot be deleted in {', '.join(names)}")
+        return tiers
+
+    async def _in_each(self, act: Callable[[Deleting], Awaitable[int]]) -> int:
+        """Do it in all tiers, even if one fails, the last first, as what is found there is copied to those above it."""
+        numbers, failures = [], []
+        for tier in reversed(self._deleting()):
+            try:
+                numbers.append(await act(tier))
+            except StorageError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return max(numbers)
 
     async def aclose(self) -> None:
         """Close the tiers, all of them even if one fails."""

@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final
 
-from microbatch.cli import calibrate, console, demo, environment, run, serve, simulate, spool, warm, worker
+from microbatch.cli import cache, calibrate, console, demo, environment, run, serve, simulate, spool, warm, worker
 from microbatch.cli.console import StdoutError, UsageError, note
 from microbatch.cli.logs import logging_to
 from microbatch.errors import ConfigError, StorageError
@@ -25,6 +25,7 @@ examples:
   microbatch run --help               ask about every line of a file
   microbatch calibrate --help         find the size of batches for such a file
   microbatch warm --help              fill a cache with the answers beforehand
+  microbatch cache --help             see what a cache holds, delete some of it
   microbatch spool --help             queue questions for later, see what waits
   microbatch worker --help            answer what was queued
   microbatch serve --help             the gateway: batching for any OpenAI client
@@ -34,7 +35,7 @@ OPENAI_API_KEY, OPENAI_BASE_URL and MICROBATCH_* are read from the environment,
 or from .env in this directory; an address in .env is used only if .env holds
 the key as well.
 """
-_COMMANDS: Final = (run, calibrate, warm, spool, worker, serve, demo, simulate)
+_COMMANDS: Final = (run, calibrate, warm, cache, spool, worker, serve, demo, simulate)
 """Modules with the functions `add_arguments` and `run`; the docstring of each is the usage and help of its command."""
 
 

@@ -29,10 +29,8 @@ Examples:
 from __future__ import annotations
 
 import asyncio
-import sys
 import textwrap
 from collections import Counter
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -42,9 +40,10 @@ import msgspec
 
 from microbatch.cli import console
 from microbatch.cli.arguments import add_flag, add_input, add_question, flag
-from microbatch.cli.console import StdoutError, UsageError, note, plural, print_result, report, report_json, seconds
+from microbatch.cli.console import UsageError, note, plural, print_result, report, report_json, seconds
+from microbatch.cli.exporting import check_target, exporting
 from microbatch.cli.input import BadLine, InputChanged
-from microbatch.cli.output import NotWritten, replacing
+from microbatch.cli.output import NotWritten
 from microbatch.cli.plan import check_spool, read_input, read_questions, spool_at
 from microbatch.cli.questions import payload_of
 from microbatch.cli.stopping import stoppable
@@ -134,8 +133,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--tenant needs --put, --dead, --requeue or --export; the figures are those of all tenants")
     if args.export == "-" and args.json:
         raise UsageError("--export - fills stdout with the export; leave out --json")
-    if args.export not in (None, "-") and Path(args.export).exists():
-        raise UsageError(f"{args.export!r} exists already; choose another name, or - for stdout")
+    check_target(args.export)
 
 
 async def _act(args: argparse.Namespace, put: Put | None) -> int:
@@ -316,25 +314,16 @@ class Put:
 
 async def export(spool: Spool, args: argparse.Namespace) -> int:
     """Write a line for every request that is kept, and return the exit status. After an error nothing is left of a file."""
-    to_stdout, opened = args.export == "-", False
+    to_stdout = args.export == "-"
     states: Counter[State] = Counter()
     damaged = 0
-    try:
-        with nullcontext(sys.stdout.buffer) if to_stdout else replacing(Path(args.export)) as file:
-            opened = True
-            async for kept in spool.export():
-                if args.tenant in (None, kept.name.tenant):
-                    line = _export_line(kept)
-                    file.write(msgspec.json.encode(line) + b"\n")
-                    states[kept.found.state] += 1
-                    damaged += kept.found.state == "done" and line["error"] is not None
-            file.flush()
-    except OSError as error:
-        if to_stdout:
-            console.mute(sys.stdout)
-            raise StdoutError("cannot write to stdout") from error
-        kind = NotWritten if opened else UsageError
-        raise kind(f"cannot write {args.export!r}: {error.strerror}") from error
+    with exporting(args.export) as file:
+        async for kept in spool.export():
+            if args.tenant in (None, kept.name.tenant):
+                line = _export_line(kept)
+                file.write(msgspec.json.encode(line) + b"\n")
+                states[kept.found.state] += 1
+                damaged += kept.found.state == "done" and line["error"] is not None
     if args.json:
         report_json({"exported": states.total(), "damaged": damaged, "states": states})
     else:

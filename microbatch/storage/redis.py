@@ -133,6 +133,11 @@ class RedisStore:
             async with self._turns:
                 yield self._opened()
 
+    async def reach(self) -> None:
+        """Make the first contact; raise `StorageError` if the server cannot be reached."""
+        async with self._in_use():
+            pass
+
     async def _meet(self) -> None:
         """At the first contact, ask the server what it is, and take another client if it is part of a cluster."""
         if self._server is not None:

@@ -89,6 +89,7 @@ class Database:
             db = writer.db = sqlite3.connect(
                 self._path, timeout=_OPENING, isolation_level=None, check_same_thread=False
             )
+            self._check(db)  # another's file is left as it is
             _use_log(db)
             db.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'NORMAL'}")
             db.execute(f"PRAGMA journal_size_limit={MOST_LOG}")
@@ -105,6 +106,15 @@ class Database:
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Create the tables, under a lock, as several processes may do so at once."""
         db.execute("BEGIN IMMEDIATE")
+        self._check(db)
+        for statement in self._schema.split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id={self._application_id}")
+        db.execute(f"PRAGMA user_version={self._version}")
+        db.execute("COMMIT")
+
+    def _check(self, db: sqlite3.Connection) -> None:
+        """Raise `ConfigError` if the file has tables and is of another kind or version."""
         (application_id,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -112,11 +122,6 @@ class Database:
             raise ConfigError(f"{self._path!r} is a database, but no {self._kind} of microbatch's: choose another file")
         if tables and version != self._version:
             raise ConfigError(f"{self._path!r} was made by another version of microbatch (its format is {version})")
-        for statement in self._schema.split(";"):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id={self._application_id}")
-        db.execute(f"PRAGMA user_version={self._version}")
-        db.execute("COMMIT")
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Return the result of *work*, run in the thread of the writer within one transaction.

@@ -43,6 +43,10 @@ _ASKED = ("--system", "Sort.", "--template", "{name}", "--labels", "a,b")
         ("spool", "d.sqlite", "--requeue"),
         ("spool", "d.sqlite", "--put", "in.jsonl", *_ASKED),
         ("worker", "d.sqlite", "--simulate", "--until-empty"),
+        ("cache", "d.sqlite"),
+        ("cache", "d.sqlite", "export"),
+        ("cache", "d.sqlite", "delete", "--tenant", "ann"),
+        ("cache", "d.sqlite", "clear", "--yes"),
         ("run", "in.jsonl", "-o", "again.jsonl", "--cache", "d.sqlite", "--simulate", *_ASKED),
     ],
     ids=" ".join,
@@ -54,7 +58,7 @@ def test_a_damaged_file_is_an_error_in_words(how, words, tmp_path, monkeypatch, 
     monkeypatch.setattr(guard, "_CHECK_PATIENCE", 0.2)
     lines = "".join(f'{{"id": "{number}", "name": "thing {number}"}}\n' for number in range(200))
     Path("in.jsonl").write_text(lines)
-    if words[0] == "run":
+    if words[0] in ("run", "cache"):
         main(["run", "in.jsonl", "-o", "out.jsonl", "--cache", "d.sqlite", "--simulate", *_ASKED])
     else:
         main(["spool", "d.sqlite", "--put", "in.jsonl", *_ASKED])

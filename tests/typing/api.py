@@ -127,6 +127,7 @@ async def reuse(messages: list[dict[str, str]]) -> None:
         policy=mb.FlushPolicy(share=True),
     ) as batcher:
         assert_type(await batcher.submit(messages, output_type=int, use_cache=False, ttl=3.0), mb.Reply[int])
+        assert_type(await batcher.submit(messages, use_cache="refresh"), mb.Reply[str])
         assert_type(await batcher.warm([messages], ttl=3.0, progress=lambda warmed: None), mb.Warmed)
         assert_type(await batcher.enqueue(messages, id="a", output_type=Category, tenant="t"), str)
         assert_type(await batcher.result("a"), mb.Reply[str])
@@ -134,6 +135,10 @@ async def reuse(messages: list[dict[str, str]]) -> None:
         await batcher.enqueue(messages, headers={})  # type: ignore[call-arg]
         assert_type(batcher.stats().cache_hit_rate, float)
     mb.Request(messages, use_cache=False, ttl=1.0)
+    mb.Request(messages, use_cache="refresh")
+    for kind in (mb.MemoryCache(), mb.SQLiteCache("c.sqlite"), mb.RedisCache("redis://h"), mb.TieredCache(*caches)):
+        assert_type(await kind.delete([b"key"]), int)
+        assert_type(await kind.clear(tenant="t"), int)
 
 
 async def like_the_sdk(batcher: mb.Microbatcher, messages: list[dict[str, str]], *, stream: bool) -> None:
