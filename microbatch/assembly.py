@@ -180,7 +180,6 @@ class Assembly:
             queued=self.admission.occupied,
             audit=() if self.audits is None else tuple(self.audits.figures()),
             in_flight=self.scheduler.in_use,
-            requests_bound=self.accounts.requests_bound,
             spool_depth=None if spooled is None else spooled.depth,
             spool_dead=None if spooled is None else spooled.dead,
             spool_oldest=None if spooled is None else spooled.oldest,

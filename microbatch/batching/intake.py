@@ -232,6 +232,8 @@ class Intake:
                 raise
         if lane.rank == HIGH:
             return AloneReason.HIGH
+        if self._policy.merge == "auto":
+            self._given.ledger.merge_rules[self._lanes.merge_rule(lane)] += 1
         if lane.parted or self._lanes.pays(lane, lane.budget.size, ticket):
             return None
         self._note_sent_alone(lane, "not cheaper together")

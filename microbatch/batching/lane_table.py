@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Messages
+
+    MergeRule = Literal["priced", "unpriced", "requests_limited"]
 
 MAX_LINE_BYTES = MAX_COUNTED_CHARS
 """A longer item goes alone: it would have to be counted, and it gains least from sharing a prompt."""
@@ -102,14 +104,18 @@ class LaneTable:
         by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
         lane.fast_path_max_bytes = -1 if lane.needs_inspection or self._given.upper is not None else by_bytes
 
+    def merge_rule(self, lane: Lane) -> MergeRule:
+        """Return what `merge="auto"` means for *lane* now; see `Stats.merge_rules`."""
+        if lane.account.requests_bind:
+            return "requests_limited"
+        return "unpriced" if self._given.price_of(lane.spec.model) is None else "priced"
+
     def pays(self, lane: Lane, items: int, ticket: Ticket) -> bool:
-        """Return whether *items* of *lane*, such as *ticket*, are to be combined, by the policy and all that is known of their cost."""
+        """Return whether *items* of *lane*, such as *ticket*, may be combined, by the policy and all that is known of their cost."""
         merge = self._policy.merge
-        if merge == "always" or (merge == "auto" and lane.account.requests_bind):
+        if merge == "always" or items < 2 or (merge == "auto" and self.merge_rule(lane) != "priced"):  # noqa: PLR2004 two
             return True
         price = self._given.price_of(lane.spec.model)
-        if merge == "auto" and price is None:
-            return True
         return self._estimates.is_cheaper_combined(lane.spec, lane.history, items, price, ticket)
 
     def history_of(self, ticket: Ticket) -> LaneHistory | None:

@@ -96,14 +96,17 @@ def flag(name: str) -> str:
     return "--" + _SEVERAL.get(name, name).replace("_", "-")
 
 
-def add_settings(group: Group, settings: type) -> None:
-    """Add a flag for every field of the dataclass *settings*, with the help of its docstring."""
+def add_settings(group: Group, settings: type, **defaults: Any) -> None:
+    """Add a flag for every field of the dataclass *settings*, with the help of its docstring; *defaults* replace its own."""
     hints = get_type_hints(settings)
     helps = described(settings)
     for field in dataclasses.fields(settings):
-        default = "none" if field.default in (None, ()) else str(field.default)
+        value = defaults.get(field.name, field.default)
+        default = "none" if value in (None, ()) else str(value)
         text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
         options = _value_options(hints[field.name])
+        if field.name in defaults:
+            options["default"] = value
         group.add_argument(flag(field.name), help=text, **options)
 
 
@@ -148,8 +151,11 @@ def _value_options(hint: Any) -> dict[str, Any]:
 # --- groups of flags
 
 
-def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False) -> Group:
-    """Add the flags of a command that asks about every line of a file; return the group *title* of those about its course."""
+def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False, **policy: Any) -> Group:
+    """Add the flags of a command that asks about every line of a file; return the group *title* of those about its course.
+
+    *policy* are defaults other than those of `FlushPolicy`.
+    """
     parser.add_argument("input", metavar="INPUT.jsonl", help="the lines to ask about")
     add_question(parser.add_argument_group("what is asked"))
     add_endpoint(parser.add_argument_group("endpoint"))
@@ -160,11 +166,11 @@ def add_bulk(parser: argparse.ArgumentParser, title: str, *, needs_cache: bool =
     add_flag(group, "--give-up-after SECONDS", text, default=GIVE_UP_AFTER)
     add_id_seed(group)
     add_reports(group)
-    policy = """\
+    about = """\
 Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
 --when-full are for live traffic and change nothing here.
 """
-    add_policy(parser.add_argument_group("batching", policy))
+    add_policy(parser.add_argument_group("batching", about), **policy)
     return group
 
 
@@ -254,11 +260,11 @@ def _not_empty(text: str) -> str:
     return text
 
 
-def add_policy(group: Group) -> None:
-    """Add the flags that decide which requests share a prompt."""
+def add_policy(group: Group, **defaults: Any) -> None:
+    """Add the flags that decide which requests share a prompt; *defaults* take precedence over those of `FlushPolicy`."""
     add_flag(group, "--single", "one call for each item, to compare; same as --max-batch-size 1")
     add_flag(group, "--canary", f"{described(FallbackPolicy)['canary']} (default: off)")
-    add_settings(group, FlushPolicy)
+    add_settings(group, FlushPolicy, **defaults)
 
 
 def add_audit(group: Group) -> None:

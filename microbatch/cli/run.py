@@ -59,7 +59,7 @@ from microbatch.cli.input import question_digest
 from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
 from microbatch.cli.resume import Resumed, keep_settings, open_output, resume, settings
-from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse
+from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, merging, remarks, reuse
 
 if TYPE_CHECKING:
     import argparse
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     output = "where the answers go, as they come"
     parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", required=True, help=output)
-    group = add_bulk(parser, "the run")
+    group = add_bulk(parser, "the run", merge="auto")
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
     add_flag(group, "--resume", resume)
     force = (
@@ -149,6 +149,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "reused": resumed.reused,
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
+        "merge_rules": stats.merge_rules,
         **fields(stats, *DAMAGE, "singles_compared"),
     }
 
@@ -160,7 +161,12 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     yield f"{answered}{unasked}, in {seconds(bulk.wall_s)}"
     if bulk.stats.answered:
         yield f"\n{comparison(bulk.stats)}\n"
-    reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats)), *damage(bulk.stats)]
+    reused = [
+        *merging(bulk.stats, plan),
+        *reuse(bulk.stats),
+        *([] if plan.single else alone(bulk.stats)),
+        *damage(bulk.stats),
+    ]
     if reused:
         yield from (*reused, "")
     yield from remarks(bulk.stats, plan, asked_again=bulk.asked_again)
