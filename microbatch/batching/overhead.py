@@ -361,7 +361,7 @@ def _element_tokens(
 ) -> tuple[float, float, int | None]:
     """Return the tokens of a combined reply without its elements, what each adds to a single reply, on average, and those of all.
 
-    The last is None if the reply was not counted as a whole, or lacks an answer.
+    The last is None if the reply is so long that only a part of it was counted.
     """
     names: list[str] = []
     elements: list[str] = []
@@ -377,7 +377,8 @@ def _element_tokens(
     # The end of an element and the start of the next share a token, so they are counted in a row.
     once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
     longer_ids = _id_tokens(names, count) - _id_tokens(_IDS, count)
-    whole = once if len(elements) == len(tickets) else None
+    # An item without an answer mostly has no element in the reply either.
+    whole = once if length < MAX_COUNTED_CHARS else None
     return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids, whole
 
 
