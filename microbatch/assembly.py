@@ -146,7 +146,9 @@ class Assembly:
             if self.cache is not None:
                 self.cache.is_condemned = self.audits.is_condemned
         self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
-        self.engine: Engine = Engine(given, lanes, singles, dispatcher, self.audits)
+        self.engine: Engine = Engine(
+            given, lanes, singles, dispatcher, self.audits, weigh_again=self.intake.weigh_again
+        )
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(

@@ -239,6 +239,13 @@ class Intake:
         self._note_sent_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER
 
+    def weigh_again(self, ticket: Ticket) -> None:
+        """Queue *ticket*, which has left a queue to go alone because that is cheaper, by the rule that `merge="auto"` means by now."""
+        lane = self._lanes.find_again(ticket.spec)
+        ticket.patience = self._given.now() - ticket.created + lane.max_wait  # bulk work waits for it no longer
+        self._given.ledger.merge_rules["priced"] -= 1
+        self._inspect_and_queue(ticket, lane)
+
     def _fits(self, ticket: Ticket, lane: Lane) -> bool:
         """Return whether *ticket* can share a prompt, counting its tokens if their bound does not tell."""
         room = lane.budget.tokens - ID_TOKENS

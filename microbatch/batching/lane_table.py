@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from microbatch.audit.lane_kind import LaneKind, LaneKinds
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import Spec, Ticket
     from microbatch.messages import Messages
 
     MergeRule = Literal["priced", "unpriced", "requests_limited"]
@@ -66,16 +66,19 @@ class LaneTable:
     def find(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         """Return the lane of all requests with *key*, made if need be."""
         before = self.latest
-        lane = self.latest = self._by_key.get(key) or self._make(key, messages, options)
+        lane = self.latest = self._by_key.get(key) or self._open(spec_of(messages[:-1], options, key))
         if before is not None:
             self.drop_if_abandoned(before)
         return lane
 
-    def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
-        spec = spec_of(messages[:-1], options, key)
+    def find_again(self, spec: Spec) -> Lane:
+        """Return the lane of the requests with *spec*, which has been one of a lane before."""
+        return self._by_key.get(spec.key) or self._open(spec)
+
+    def _open(self, spec: Spec) -> Lane:
         if self.kinds is not None:
             spec = msgspec.structs.replace(spec, kind=self.kinds.of(spec, spec.shared))
-        history = self._histories.of(key)
+        history = self._histories.of(spec.key)
         account = self._given.accounts.of(spec.model, spec.headers)
         model = self._given.bounds.of(spec.model)
         policy = self._policy
@@ -90,7 +93,7 @@ class LaneTable:
         budget = self._estimates.budget(policy, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
-        self._by_key[key] = lane
+        self._by_key[spec.key] = lane
         lane.model = model
         lane.max_wait = policy.low_max_wait if lane.rank == LOW else policy.max_wait
         self._set_fast_path(lane)

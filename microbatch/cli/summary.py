@@ -51,7 +51,7 @@ def comparison(stats: Stats) -> str:
 
 def merging(stats: Stats, plan: Plan) -> Iterator[str]:
     """Yield a line about when requests were combined, and why, if any were to be sent."""
-    merge, rules = plan.policy.merge, stats.merge_rules
+    merge, rules = plan.policy.merge, {name: count for name, count in stats.merge_rules.items() if count}
     if plan.single or (merge == "auto" and not rules):
         return
     whys = {

@@ -224,6 +224,22 @@ async def test_auto_combines_all_once_the_endpoint_reports_that_few_requests_are
     assert taken == [{"single"}] * 5, "who asks for the cheaper way gets it"
 
 
+async def test_requests_that_wait_to_go_alone_are_combined_after_all_once_few_are_left():
+    """A bulk run takes in far more than is on the wire, and would wait for the endpoint's limit with all of it."""
+    transport = Reporting(112)
+    policy = mb.FlushPolicy(merge="auto", max_batch_size=8, max_concurrent_batches=4)
+    async with mb.Microbatcher(transport, policy=policy, prices={"m": DEAR}) as batcher:
+        requests = [mb.Request(ask(f"{number}", "Sort."), id=f"{number}", model="m") for number in range(1_000)]
+        results = [result async for result in batcher.map(requests, max_pending=1_000)]
+        stats = batcher.stats()
+    assert sorted(int(result.id) for result in results) == list(range(1_000))
+    assert all(result.error is None for result in results)
+    alone = stats.singles_by_reason["not_cheaper"]
+    assert 12 <= alone <= 20
+    assert stats.upstream_calls <= alone + 1_000 / 8 + 8
+    assert stats.merge_rules == {"priced": alone, "requests_limited": 1_000 - alone}
+
+
 async def test_always_and_when_cheaper_count_no_rules():
     for merge in ("always", "when-cheaper"):
         _, stats = await routes(SimulatedTransport(SimulatedModel()), DEAR, system="Sort.", size=2, merge=merge)
