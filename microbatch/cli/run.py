@@ -149,8 +149,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "reused": resumed.reused,
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
-        "merge_rules": stats.merge_rules,
-        **fields(stats, *DAMAGE, "singles_compared"),
+        **fields(stats, *DAMAGE, "singles_compared", "merge_rules"),
     }
 
 
