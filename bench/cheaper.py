@@ -45,8 +45,8 @@ KINDS = {"labels": Label, "texts": str}
 TEXT_TOKENS = 40
 TIE = 0.01
 
-Moment = Literal["before", "after combined", "after single", "after both"]
-MOMENTS: tuple[Moment, ...] = ("before", "after combined", "after single", "after both")
+Moment = Literal["before any call", "after combined calls", "after single calls", "after both"]
+MOMENTS: tuple[Moment, ...] = ("before any call", "after combined calls", "after single calls", "after both")
 MODEL = "gpt-4.1"
 """Its encoding is counted exactly."""
 
@@ -194,7 +194,8 @@ def tables(run: Run) -> dict[str, Table]:
     cells = msgspec.convert(run.samples["cells"], list[Cell])
     prices = list(itertools.product(OUTPUT, CACHED))
     table = Table(
-        "Decisions", "when | cells {:,} | cheaper combined {:,} | ties {:,} | wrong {:,} | lost by it, % {:.1f}"
+        "Decisions about prompts to a SIMULATED endpoint",
+        "when | cells {:,} | cheaper combined {:,} | ties {:,} | wrong {:,} | lost by it, % {:.1f}",
     )
     ties = sum(tied(each, *price) for each in cells for price in prices)
     combined = sum(advantage(each, *price) > TIE for each in cells for price in prices)
@@ -206,9 +207,14 @@ def tables(run: Run) -> dict[str, Table]:
 
 
 def findings(run: Run, tables: dict[str, Table]) -> list[str]:
-    rows, rounds = tables["decisions"].by("when"), run.options["rounds"]
+    rows = tables["decisions"].by("when")
+    learned = (
+        f"Decisions after calls have learned from {run.options['rounds']} rounds of them. Ties are within {TIE:.0%}."
+    )
     return [
-        f"{moment}{'' if moment == 'before' else f', {rounds} rounds of them'}: {row['wrong']} of {row['cells']:,} decisions wrong, {row['ties']} are ties within {TIE:.0%}: "
-        f"all right {met(not row['wrong'])}."
-        for moment, row in rows.items()
+        *(
+            f"{moment}: {row['wrong']} of {row['cells']:,} wrong: {met(not row['wrong'])}."
+            for moment, row in rows.items()
+        ),
+        learned,
     ]

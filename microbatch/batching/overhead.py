@@ -132,6 +132,7 @@ class PrefixCache(msgspec.Struct, gc=False):
 
     def usage(self, kind: CacheReports, prompt: float, completion: float = 0.0) -> Usage:
         """Return the usage of a call of one *kind*, `alone` or `combined`, with what is read from the cache and written to it."""
+        prompt = max(0.0, prompt)
         read = min(self._read(kind), prompt)
         if kind.weight:
             written = kind.written / kind.weight

@@ -12,7 +12,7 @@ from helpers import ask, each
 import microbatch as mb
 from bench import cheaper
 from bench.questions import Label, products, shared_instructions
-from microbatch.batching.overhead import CacheReports, PrefixCache, in_prompt_tokens
+from microbatch.batching.overhead import CacheReports, LaneEconomics, PrefixCache, in_prompt_tokens
 from microbatch.messages import Limits, Usage
 from microbatch.testing import SimulatedModel, SimulatedTransport
 
@@ -244,3 +244,17 @@ async def test_always_and_when_cheaper_count_no_rules():
     for merge in ("always", "when-cheaper"):
         _, stats = await routes(SimulatedTransport(SimulatedModel()), DEAR, system="Sort.", size=2, merge=merge)
         assert stats.merge_rules == {}
+
+
+async def test_audits_and_damage_are_weighed_by_the_price_of_a_bill():
+    price, usage, alone = mb.Price(2.0, 10.0, 0.2), Usage(3_000, 40, 2_944), Usage(6_000, 80, 5_888)
+    transport = SimulatedTransport(SimulatedModel())
+    async with mb.Microbatcher(transport, prices={"m": price}, audit=mb.AuditPolicy()) as batcher:
+        await batcher.submit(ask("one", "Sort."), model="m")
+        (lane,) = [batcher._engine.lanes.latest]
+        assert batcher.audits._cost(lane.spec, usage) == in_prompt_tokens(usage, price) == pytest.approx(550.4)
+    for given, costs in ((price.cost, price.cost), (None, lambda each: in_prompt_tokens(each, None))):
+        economics = LaneEconomics()
+        economics.record(usage, alone, given, again=False)
+        economics.record(usage, Usage(), given, again=True)
+        assert (economics.combined, economics.again, economics.alone) == (costs(usage), costs(usage), costs(alone))
