@@ -236,7 +236,8 @@ class Intake:
             self._given.ledger.merge_rules[self._lanes.merge_rule(lane)] += 1
         if lane.parted or self._lanes.pays(lane, lane.budget.size, ticket):
             return None
-        self._note_sent_alone(lane, "not cheaper together")
+        if self._policy.merge != "auto":  # else it is for the batcher to choose
+            self._note_sent_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER
 
     def weigh_again(self, ticket: Ticket) -> None:
