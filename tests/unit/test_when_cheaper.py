@@ -39,6 +39,14 @@ def test_every_cell_is_decided_right_before_anything_is_measured_and_after(cells
         assert list(cheaper.wrong(cells, moment)) == [], moment
 
 
+@each("kind, shared, size", [("labels", 1_146, 3), ("texts", 1_021, 6), ("texts", 1_150, 2), ("labels", 2_170, 5)])
+def test_the_last_tokens_before_a_step_of_the_cache_are_counted_too(kind, shared, size):
+    """A few tokens decide about 128 for each single call: those that frame the messages belong to the common beginning."""
+    cell = cheaper.cell(kind, shared, size, 2)
+    for moment in cheaper.MOMENTS:
+        assert list(cheaper.wrong([cell], moment)) == [], moment
+
+
 async def routes(transport, price, *, system, size, rounds=4, merge="when-cheaper", output_type=Label, **options):
     """Ask *size* questions at once, *rounds* times; return the routes of each round and the figures."""
     prices = {} if price is None else {"m": price}
