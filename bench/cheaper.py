@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -44,8 +45,8 @@ KINDS = {"labels": Label, "texts": str}
 TEXT_TOKENS = 40
 TIE = 0.01
 
-Moment = Literal["before", "after combined", "after single", "after both"]
-MOMENTS: tuple[Moment, ...] = ("before", "after combined", "after single", "after both")
+Moment = Literal["before any call", "after combined calls", "after single calls", "after both"]
+MOMENTS: tuple[Moment, ...] = ("before any call", "after combined calls", "after single calls", "after both")
 MODEL = "gpt-4.1"
 """Its encoding is counted exactly."""
 
@@ -113,7 +114,7 @@ def _decided(lane: Lane, history: LaneHistory, size: int) -> list[list[bool]]:
 async def _asked(kind: str, shared: int, size: int, rounds: int, *, combined: bool) -> tuple[Bill, LaneHistory, Lane]:
     """Ask in one way; return what all but the first round have taken, and what the lane has learned."""
     labels = products()
-    model = SimulatedModel(answer=_answer if kind == "texts" else lambda text, _: labels[text], cached_prefixes=True)
+    model = SimulatedModel(answer=answer if kind == "texts" else lambda text, _: labels[text], cached_prefixes=True)
     model.record = True
     # Where requests are limited "auto" combines; elsewhere it does not if generated tokens cost a million times as much as others.
     limit = mb.RateLimit(rpm=10**9) if combined else None
@@ -135,7 +136,7 @@ async def _asked(kind: str, shared: int, size: int, rounds: int, *, combined: bo
     return _bill(model.requests, model.replies, calls), lane.history, lane
 
 
-def _answer(text: str, _: dict[str, Any] | None) -> str:
+def answer(text: str, _: dict[str, Any] | None) -> str:
     encoding = load_encoding("o200k_base")
     return encoding.decode(encoding.encode_ordinary(text * TEXT_TOKENS)[:TEXT_TOKENS])
 
@@ -154,7 +155,11 @@ def _bill(requests: Sequence[dict[str, Any]], replies: Sequence[str], count: int
 
 
 def _beginning(body: dict[str, Any]) -> list[int]:
-    text = "".join(f"{each['role']}\n{each['content']}\n" for each in body["messages"])
+    return [token for each in body["messages"] for token in _tokens(f"{each['role']}\n{each['content']}\n")]
+
+
+@lru_cache(64)
+def _tokens(text: str) -> list[int]:
     return load_encoding("o200k_base").encode_ordinary(text)
 
 
@@ -189,7 +194,8 @@ def tables(run: Run) -> dict[str, Table]:
     cells = msgspec.convert(run.samples["cells"], list[Cell])
     prices = list(itertools.product(OUTPUT, CACHED))
     table = Table(
-        "Decisions", "when | cells {:,} | cheaper combined {:,} | ties {:,} | wrong {:,} | lost by it, % {:.1f}"
+        "Decisions about prompts to a SIMULATED endpoint",
+        "when | cells {:,} | cheaper combined {:,} | ties {:,} | wrong {:,} | lost by it, % {:.1f}",
     )
     ties = sum(tied(each, *price) for each in cells for price in prices)
     combined = sum(advantage(each, *price) > TIE for each in cells for price in prices)
@@ -201,9 +207,14 @@ def tables(run: Run) -> dict[str, Table]:
 
 
 def findings(run: Run, tables: dict[str, Table]) -> list[str]:
-    rows, rounds = tables["decisions"].by("when"), run.options["rounds"]
+    rows = tables["decisions"].by("when")
+    learned = (
+        f"Decisions after calls have learned from {run.options['rounds']} rounds of them. Ties are within {TIE:.0%}."
+    )
     return [
-        f"{moment}{'' if moment == 'before' else f', {rounds} rounds of them'}: {row['wrong']} of {row['cells']:,} decisions wrong, {row['ties']} are ties within {TIE:.0%}: "
-        f"all right {met(not row['wrong'])}."
-        for moment, row in rows.items()
+        *(
+            f"{moment}: {row['wrong']} of {row['cells']:,} wrong: {met(not row['wrong'])}."
+            for moment, row in rows.items()
+        ),
+        learned,
     ]

@@ -156,7 +156,9 @@ class Assembly:
         self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
         if budget is not None and budget.usd is not None:
             self.intake.read_options = partial(self._read_priced, self.intake.read_options)
-        self.engine: Engine = Engine(given, lanes, singles, dispatcher, self.audits)
+        self.engine: Engine = Engine(
+            given, lanes, singles, dispatcher, self.audits, weigh_again=self.intake.weigh_again
+        )
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -194,7 +196,6 @@ class Assembly:
             queued=self.admission.occupied,
             audit=() if self.audits is None else tuple(self.audits.figures()),
             in_flight=self.scheduler.in_use,
-            requests_bound=self.accounts.requests_bound,
             spool_depth=None if spooled is None else spooled.depth,
             spool_dead=None if spooled is None else spooled.dead,
             spool_oldest=None if spooled is None else spooled.oldest,

@@ -188,6 +188,7 @@ def test_every_benchmark_has_the_common_interface(name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("cheaper", []),
         ("gateway", ["--requests", "100", "--low", "2", "--rounds", "1"]),
         ("hybrid", ["--count", "400"]),
         ("overhead", ["--only", "minimal", "--pending", "1000"]),

@@ -66,9 +66,9 @@ class _Figures(msgspec.Struct, kw_only=True):
     damage_cost_usd: float | None = 0.0
     audit_usage: Usage = Usage()
     audit_cost_usd: float | None = 0.0
-    requests_bound: int = 0
     budget: BudgetFigures | None = None
     unpriced_calls: int = 0
+    merge_rules: dict[str, int] = {}
 
     @property
     def costs_more(self) -> bool:
@@ -153,11 +153,11 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
         damage_cost_usd: Their price in US dollars, like `cost_usd`.
         audit_usage: The tokens of audits; they are among `unclaimed`.
         audit_cost_usd: Their price in US dollars, like `cost_usd`.
-        requests_bound: Accounts (endpoint, model, key) whose number of requests is limited: by a `RateLimit`, or because the endpoint
-            has reported that less than a fifth of its limit was left. With `merge="auto"` they combine all.
         budget: What was spent of `Microbatcher(budget=)`, and what is left; None without a budget.
         unpriced_calls: Calls that reported tokens and whose model has no known price. Their tokens are counted, and no sum of dollars
             includes them.
+        merge_rules: Requests under `merge="auto"`, by what it meant for them: "priced" is `merge="when-cheaper"`; "unpriced" and
+            "requests_limited" are `merge="always"`, for want of a price, or because the number of requests is limited.
     """
 
     @property
@@ -218,6 +218,7 @@ class Ledger(_Figures, kw_only=True):
         figures.batches_by_reason = Counter()
         figures.singles_by_reason = Counter()
         figures.alone_by_field = Counter()
+        figures.merge_rules = Counter()
 
     def note_alone(self, field: str) -> bool:
         """Count a request that *field* keeps alone; return whether it is the first."""
@@ -299,6 +300,7 @@ class Ledger(_Figures, kw_only=True):
             "batches_by_reason": dict(self.batches_by_reason),
             "singles_by_reason": dict(self.singles_by_reason),
             "alone_by_field": dict(self.alone_by_field),
+            "merge_rules": dict(self.merge_rules),
             "unbatched_calls": self.answered,
             "cache_age": self.cache_ages / (self.cache_hits or 1),
         }

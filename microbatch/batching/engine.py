@@ -68,6 +68,8 @@ class Engine:
         singles: SingleQueues,
         dispatcher: Dispatcher,
         audits: Audits | None = None,
+        *,
+        weigh_again: Callable[[Ticket], None],
     ) -> None:
         self.admission: AdmissionQueue = given.admission
         self.scheduler: Scheduler = given.scheduler
@@ -81,6 +83,7 @@ class Engine:
         self._ledger = given.ledger
         self._dispatcher = dispatcher
         self._audits = audits
+        self._weigh_again = weigh_again
         self._tasks: TaskGroup
         self._close_asked: asyncio.Event
         self._grace: float | None = None
@@ -164,7 +167,7 @@ class Engine:
     # --- work
 
     def _begin(self, queue: WaitQueue, permit: Permit) -> Work | None:
-        """Take the next work from *queue*, a batch already composed; None if all of its callers have just left."""
+        """Take the next work from *queue*, a batch already composed; None if all of its callers have just left, or it waits again."""
         work = queue.take(permit)
         tickets, lane, reason = work.tickets, work.lane, work.reason
         if work.lease is not None:
@@ -172,6 +175,10 @@ class Engine:
         if not tickets or reason is None:
             return None
         if lane is None:
+            limited = self._policy.merge == "auto" and permit.account.requests_bind
+            if reason is AloneReason.NOT_CHEAPER and limited:
+                self._weigh_again(tickets[0])
+                return None
             self._note_flush(tickets, reason)
             return work
         combined = len(tickets) > 1

@@ -23,6 +23,7 @@ from microbatch.batching.overhead import (
     PromptOverhead,
     estimate,
     message_tokens,
+    prefix_of,
     shared_tokens,
     usual_frame,
 )
@@ -156,8 +157,9 @@ class Estimates:
         """Prepare to weigh what a provider's prefix cache does to the cost of a lane's calls, once."""
         if history.cache is None:
             shared = history.shared_tokens = shared_tokens(spec.shared, self._count, MAX_COUNTED_SHARED_CHARS)
-            together = shared + self.tokens_of(instruction(spec.answer.words))
-            history.cache = PrefixCache(CacheReports(shared), CacheReports(together))
+            prefix = prefix_of(shared)
+            together = prefix + self.tokens_of(instruction(spec.answer.words))
+            history.cache = PrefixCache(CacheReports(prefix), CacheReports(together))
 
     def is_cheaper_combined(
         self, spec: Spec, history: LaneHistory, items: int, price: Price | None, ticket: Ticket

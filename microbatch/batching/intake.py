@@ -244,10 +244,20 @@ class Intake:
                 raise
         if lane.rank == HIGH:
             return AloneReason.HIGH
+        if self._policy.merge == "auto":
+            self._given.ledger.merge_rules[self._lanes.merge_rule(lane)] += 1
         if lane.parted or self._lanes.pays(lane, lane.budget.size, ticket):
             return None
-        self._note_sent_alone(lane, "not cheaper together")
+        if self._policy.merge != "auto":  # else it is for the batcher to choose
+            self._note_sent_alone(lane, "not cheaper together")
         return AloneReason.NOT_CHEAPER
+
+    def weigh_again(self, ticket: Ticket) -> None:
+        """Queue *ticket*, which has left a queue to go alone because that is cheaper, by the rule that `merge="auto"` means by now."""
+        lane = self._lanes.find_again(ticket.spec)
+        ticket.patience = self._given.now() - ticket.created + lane.max_wait  # bulk work waits for it no longer
+        self._given.ledger.merge_rules["priced"] -= 1
+        self._inspect_and_queue(ticket, lane)
 
     def _fits(self, ticket: Ticket, lane: Lane) -> bool:
         """Return whether *ticket* can share a prompt, counting its tokens if their bound does not tell."""

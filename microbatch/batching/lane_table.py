@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from microbatch.audit.lane_kind import LaneKind, LaneKinds
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import Spec, Ticket
     from microbatch.messages import Messages
+
+    MergeRule = Literal["priced", "unpriced", "requests_limited"]
 
 CACHE_KEY = "prompt_cache_key"
 """The request field by which OpenAI brings calls with the same beginning to the same machine, which has it in its cache."""
@@ -69,20 +71,23 @@ class LaneTable:
     def find(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
         """Return the lane of all requests with *key*, made if need be."""
         before = self.latest
-        lane = self.latest = self._by_key.get(key) or self._make(key, messages, options)
+        lane = self.latest = self._by_key.get(key) or self._open(spec_of(messages[:-1], options, key))
         if before is not None:
             self.drop_if_abandoned(before)
         return lane
 
-    def _make(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
-        spec = spec_of(messages[:-1], options, key)
+    def find_again(self, spec: Spec) -> Lane:
+        """Return the lane of the requests with *spec*, which has been one of a lane before."""
+        return self._by_key.get(spec.key) or self._open(spec)
+
+    def _open(self, spec: Spec) -> Lane:
         if self.kinds is not None:
             spec = msgspec.structs.replace(spec, kind=self.kinds.of(spec, spec.shared))
         if self.named_by is not None and spec.shared and CACHE_KEY not in spec.params:
             # In the calls only: keys of lanes and caches are made before.
             named = {**spec.params, CACHE_KEY: self.named_by.digest_of(spec, spec.shared)}
             spec = msgspec.structs.replace(spec, params=named)
-        history = self._histories.of(key)
+        history = self._histories.of(spec.key)
         account = self._given.accounts.of(spec.model, spec.headers)
         model = self._given.bounds.of(spec.model)
         policy = self._policy
@@ -97,7 +102,7 @@ class LaneTable:
         budget = self._estimates.budget(policy, spec, history, account.max_tokens)
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
-        self._by_key[key] = lane
+        self._by_key[spec.key] = lane
         lane.model = model
         lane.max_wait = policy.low_max_wait if lane.rank == LOW else policy.max_wait
         self._set_fast_path(lane)
@@ -111,14 +116,18 @@ class LaneTable:
         by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
         lane.fast_path_max_bytes = -1 if lane.needs_inspection or self._given.upper is not None else by_bytes
 
+    def merge_rule(self, lane: Lane) -> MergeRule:
+        """Return what `merge="auto"` means for *lane* now; see `Stats.merge_rules`."""
+        if lane.account.requests_bind:
+            return "requests_limited"
+        return "unpriced" if self._given.price_of(lane.spec.model) is None else "priced"
+
     def pays(self, lane: Lane, items: int, ticket: Ticket) -> bool:
-        """Return whether *items* of *lane*, such as *ticket*, are to be combined, by the policy and all that is known of their cost."""
+        """Return whether *items* of *lane*, such as *ticket*, may be combined, by the policy and all that is known of their cost."""
         merge = self._policy.merge
-        if merge == "always" or (merge == "auto" and lane.account.requests_bind):
+        if merge == "always" or items < 2 or (merge == "auto" and self.merge_rule(lane) != "priced"):  # noqa: PLR2004 two
             return True
         price = self._given.price_of(lane.spec.model)
-        if merge == "auto" and price is None:
-            return True
         return self._estimates.is_cheaper_combined(lane.spec, lane.history, items, price, ticket)
 
     def history_of(self, ticket: Ticket) -> LaneHistory | None:

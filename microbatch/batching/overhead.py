@@ -66,8 +66,8 @@ _CLOSE_SHARE = 0.02
 # The part by which the scales of a prompt and of its reply may differ if both show the encoding.
 _ALIKE = 0.1
 
-# An item and its answers until a lane's first batch has been measured: a text, and the JSON of what is none.
-_USUAL_ITEM, _USUAL_TEXT, _USUAL_JSON = "Sort this product.", "It is for the home.", '"home"'
+# An item and its answers until a lane's first batch has been measured: a text, JSON that is wrapped alone, and an object.
+_USUAL_ITEM, _USUAL_TEXT, _USUAL_JSON, _USUAL_OBJECT = "Sort it.", "It is for the home.", '"home"', '{"kind":"home"}'
 
 _FORGET = 0.95
 """The weight that each call leaves to those before it: about the last twenty count."""
@@ -132,6 +132,7 @@ class PrefixCache(msgspec.Struct, gc=False):
 
     def usage(self, kind: CacheReports, prompt: float, completion: float = 0.0) -> Usage:
         """Return the usage of a call of one *kind*, `alone` or `combined`, with what is read from the cache and written to it."""
+        prompt = max(0.0, prompt)
         read = min(self._read(kind), prompt)
         if kind.weight:
             written = kind.written / kind.weight
@@ -324,7 +325,7 @@ def measure_overhead(
         reply=(reply + canary_reply) * reply_scale,
         element=element * reply_scale,
         counted=content + before,
-        shared=max(0.0, around - charged * schema * scale),
+        shared=prefix_of(around - charged * schema * scale),
         scale=scale,
     )
 
@@ -361,7 +362,7 @@ def _element_tokens(
 ) -> tuple[float, float, int | None]:
     """Return the tokens of a combined reply without its elements, what each adds to a single reply, on average, and those of all.
 
-    The last is None if the reply was not counted as a whole, or lacks an answer.
+    The last is None if the reply is so long that only a part of it was counted.
     """
     names: list[str] = []
     elements: list[str] = []
@@ -377,7 +378,8 @@ def _element_tokens(
     # The end of an element and the start of the next share a token, so they are counted in a row.
     once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
     longer_ids = _id_tokens(names, count) - _id_tokens(_IDS, count)
-    whole = once if len(elements) == len(tickets) else None
+    # An item without an answer mostly has no element in the reply either.
+    whole = once if length < MAX_COUNTED_CHARS else None
     return once - (twice - once), (twice - once - alone) / len(elements) - longer_ids, whole
 
 
@@ -385,7 +387,7 @@ def usual_frame(count: Callable[[str], int], *, is_text: bool, wrapped: bool) ->
     """Return `PromptOverhead.line`, `reply` and `element` as they usually are, for answers that are texts, or are *wrapped* alone."""
     ids, item = _IDS[:_USUAL], msgspec.json.encode(_USUAL_ITEM).decode()
     lines = count("".join(f"[{name}] {item}\n" for name in ids))
-    text = _USUAL_TEXT if is_text else _USUAL_JSON
+    text = _USUAL_TEXT if is_text else _USUAL_JSON if wrapped else _USUAL_OBJECT
     answer = msgspec.json.encode(text).decode() if is_text else text
     elements = [f'{{"id":"{name}","answer":{answer}}}' for name in ids]
     once, twice = (count('{"results":[' + ",".join(elements * times) + "]}") for times in (1, 2))
@@ -467,6 +469,11 @@ def estimate(text: str, count: Callable[[str], int], exact: int = MAX_COUNTED_CH
     step = (length - _SLICE_CHARS) // (_SLICES - 1)
     counted = sum(count(text[start : start + _SLICE_CHARS]) for start in range(0, length, step)[:_SLICES])
     return round(counted * length / (_SLICES * _SLICE_CHARS))
+
+
+def prefix_of(shared: float) -> float:
+    """Return with how many tokens prompts begin alike, of the *shared* tokens of `shared_tokens`: the others begin the reply."""
+    return max(0.0, shared - _PRIMING_TOKENS - 1)
 
 
 def message_tokens(

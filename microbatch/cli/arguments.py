@@ -9,7 +9,8 @@ import json
 import os
 import re
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from microbatch.cli.console import UsageError
@@ -105,15 +106,23 @@ def flag(name: str) -> str:
     return "--" + _SEVERAL.get(name, name).replace("_", "-")
 
 
-def add_settings(group: Group, settings: type, **others: str) -> None:
-    """Add a flag for every field of the dataclass *settings*, with the help of its docstring; *others* are second flags of fields."""
+def add_settings(
+    group: Group, settings: type, *, also: Mapping[str, str] = MappingProxyType({}), **defaults: Any
+) -> None:
+    """Add a flag for every field of the dataclass *settings*, with the help of its docstring.
+
+    *also* are second flags of fields, and *defaults* replace those of *settings*.
+    """
     hints = get_type_hints(settings)
     helps = described(settings)
     for field in dataclasses.fields(settings):
-        default = "none" if field.default in (None, ()) else str(field.default)
+        value = defaults.get(field.name, field.default)
+        default = "none" if value in (None, ()) else str(value)
         text = f"{helps.get(field.name, '')} (default: {default})".replace("%", "%%")
         options = _value_options(hints[field.name])
-        flags = [flag(field.name), *([others[field.name]] if field.name in others else [])]
+        if field.name in defaults:
+            options["default"] = value
+        flags = [flag(field.name), *([also[field.name]] if field.name in also else [])]
         group.add_argument(*flags, help=text, **options)
 
 
@@ -159,9 +168,12 @@ def _value_options(hint: Any) -> dict[str, Any]:
 
 
 def add_bulk(
-    parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False, sample: int | None = None
+    parser: argparse.ArgumentParser, title: str, *, needs_cache: bool = False, sample: int | None = None, **policy: Any
 ) -> Group:
-    """Add the flags of a command that asks about the records of files; return the group *title* of those about its course."""
+    """Add the flags of a command that asks about the records of files; return the group *title* of those about its course.
+
+    *sample* is the default of `--sample`, and *policy* are defaults other than those of `FlushPolicy`.
+    """
     forms = "JSON Lines, a JSON array, CSV, TSV or Parquet, each also .gz; - is stdin"
     parser.add_argument("input", metavar="INPUT", nargs="+", help=f"files with what is asked about: {forms}")
     group = parser.add_argument_group("input")
@@ -178,11 +190,11 @@ def add_bulk(
     add_id_seed(group)
     add_max_cost(group)
     add_reports(group)
-    policy = """\
+    about = """\
 Bulk work waits for full batches; --max-wait, --low-max-wait, --idle and
 --when-full are for live traffic and change nothing here.
 """
-    add_policy(parser.add_argument_group("batching", policy))
+    add_policy(parser.add_argument_group("batching", about), **policy)
     return group
 
 
@@ -373,11 +385,11 @@ def _not_empty(text: str) -> str:
     return text
 
 
-def add_policy(group: Group) -> None:
-    """Add the flags that decide which requests share a prompt."""
+def add_policy(group: Group, **defaults: Any) -> None:
+    """Add the flags that decide which requests share a prompt; *defaults* take precedence over those of `FlushPolicy`."""
     add_flag(group, "--single", "one call for each item, to compare; same as --max-batch-size 1")
     add_flag(group, "--canary", f"{described(FallbackPolicy)['canary']} (default: off)")
-    add_settings(group, FlushPolicy)
+    add_settings(group, FlushPolicy, **defaults)
 
 
 def add_audit(group: Group) -> None:

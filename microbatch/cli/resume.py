@@ -38,7 +38,10 @@ Settings = dict[str, Any]
 """Each setting by its flag. Texts are kept as digests: prompts may be confidential, and long."""
 
 # These decide which requests share a prompt, and so what the model is asked. The rest of the policy is about pace.
-_SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens", "merge")
+_SHAPING: Final = ("max_batch_size", "max_batch_tokens", "max_prompt_tokens", "max_output_tokens")
+
+# These follow from prices and limits unless they are given, so that one that is not given fits any other.
+_DERIVED: Final = ("--merge",)
 
 # These are part of a question, and so of its digest.
 _IN_QUESTION: Final = (
@@ -253,6 +256,7 @@ def settings(args: argparse.Namespace, plan: Plan, source: Input) -> Settings:
         "--max-tokens": args.max_tokens,
         "--temperature": args.temperature,
         **{flag(name): getattr(plan.policy, name) for name in _SHAPING},
+        "--merge": None if plan.policy.merge == "auto" else plan.policy.merge,
         "--canary": args.canary,
         **{flag(name): value for name, value in added.items() if value},
         **{name: hashed(value) for name, value in _of_requests(args).items() if value},
@@ -294,6 +298,7 @@ def differences(output: str, settings: Settings) -> dict[str, str] | None:
     except (OSError, ValueError):
         return None
     names = [name for name in {**settings, **kept} if settings.get(name) != kept.get(name)]
+    names = [name for name in names if name not in _DERIVED or None not in (settings.get(name), kept.get(name))]
     return {name: f"{name} ({_difference(kept.get(name), settings.get(name))})" for name in names}
 
 

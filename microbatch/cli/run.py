@@ -79,7 +79,7 @@ from microbatch.cli.plan import prepare
 from microbatch.cli.questions import question_digest
 from microbatch.cli.resume import Resumed, open_output, resume
 from microbatch.cli.standard_output import StandardOutput
-from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, remarks, reuse, skipped
+from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, merging, remarks, reuse, skipped
 from microbatch.cli.target import STDOUT, target_of
 from microbatch.cli.writers import FORMATS
 
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="OUTPUT", help=f"{output}; needed but for --dry-run")
     form = "the format, where the name of the output does not say it; openai-batch: as in the output files of OpenAI's batch API"
     parser.add_argument("--output-format", choices=FORMATS, help=form)
-    group = add_bulk(parser, "the run")
+    group = add_bulk(parser, "the run", merge="auto")
     resume = "go on with an interrupted run, or one whose input has changed: ask what has no answer yet"
     add_flag(group, "--resume", resume)
     force = (
@@ -207,7 +207,7 @@ def summarize(bulk: BulkRun, resumed: Resumed) -> dict[str, Any]:
         "reused": resumed.reused,
         "unasked": bulk.unasked,
         "alone_by_field": stats.alone_by_field,
-        **fields(stats, *DAMAGE, "singles_compared", "unpriced_calls"),
+        **fields(stats, *DAMAGE, "singles_compared", "unpriced_calls", "merge_rules"),
         "skipped": bulk.skipped,
     }
 
@@ -220,7 +220,12 @@ def summary_lines(bulk: BulkRun, plan: Plan) -> Iterator[str]:
     yield from skipped(bulk.skipped)
     if bulk.stats.answered:
         yield f"\n{comparison(bulk.stats)}\n"
-    reused = [*reuse(bulk.stats), *([] if plan.single else alone(bulk.stats)), *damage(bulk.stats)]
+    reused = [
+        *merging(bulk.stats, plan),
+        *reuse(bulk.stats),
+        *([] if plan.single else alone(bulk.stats)),
+        *damage(bulk.stats),
+    ]
     if reused:
         yield from (*reused, "")
     yield from remarks(bulk.stats, plan, asked_again=bulk.asked_again)

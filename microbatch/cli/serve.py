@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_cache(parser)
     arguments.add_prices(parser)
     _add_access(parser.add_argument_group("access"))
-    arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings, upstream_timeout="--timeout")
+    arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings, also={"upstream_timeout": "--timeout"})
     arguments.add_log_file(parser)
     batching = parser.add_argument_group("batching")
     arguments.add_policy(batching)

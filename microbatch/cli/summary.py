@@ -73,6 +73,26 @@ def skipped(count: int) -> Iterator[str]:
         yield f"{plural(count, 'record')} skipped: {fields} (--on-empty ask|fail)"
 
 
+def merging(stats: Stats, plan: Plan) -> Iterator[str]:
+    """Yield a line about when requests were combined, and why, if any were to be sent."""
+    merge, rules = plan.policy.merge, {name: count for name, count in stats.merge_rules.items() if count}
+    if plan.single or (merge == "auto" and not rules):
+        return
+    whys = {
+        "priced": "when-cheaper{}, because prices are known and nothing limits the requests",
+        "unpriced": "always{}, because no price is known for the model",
+        "requests_limited": "always{}, because the endpoint's limit on requests was nearly used up",
+    }
+    if merge != "auto":
+        why = f"{merge}, because --merge says so"
+    elif plan.rate_limit is not None and plan.rate_limit.rpm is not None:
+        why = "always, because --rpm limits the requests"
+    else:
+        counts = [f" for {plural(rules[name], 'item')}" if len(rules) > 1 else "" for name in whys if name in rules]
+        why = "; ".join(map(str.format, (whys[name] for name in whys if name in rules), counts))
+    yield textwrap.fill(f"merge: {why}", COLUMNS, subsequent_indent="       ")
+
+
 def reuse(stats: Stats) -> Iterator[str]:
     """Yield lines about the answers that came from the cache or from an equal request, if there are any."""
     if stats.cache_hits or stats.cache_misses:

@@ -301,11 +301,6 @@ class Accounts:
         now = asyncio.get_running_loop().time()
         return self._kept.get_or_make(key, lambda: self._make(key, now), now)
 
-    @property
-    def requests_bound(self) -> int:
-        """The number of accounts in use, or used recently, whose requests are limited; see `Account.requests_bind`."""
-        return sum(account.requests_bind for account in self._kept.values())
-
     def close(self) -> None:
         """Stop the timers of all accounts."""
         for account in self._kept.values():

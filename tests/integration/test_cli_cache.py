@@ -129,9 +129,10 @@ def test_a_run_that_is_resumed_with_a_cache_asks_the_rest_only(monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(OutputFile, "write", write)
-        assert run(*QUESTION, "--simulate", "--max-concurrent-batches", "1", "--json") == 1
+        words = (*QUESTION, "--simulate", "--merge", "always", "--json")
+        assert run(*words, "--max-concurrent-batches", "1") == 1
     capsys.readouterr()
-    assert run(*QUESTION, "--simulate", "--resume", "--json") == 0
+    assert run(*words, "--resume") == 0
     told = summary_with_reuse(capsys)
     # Two of the second batch's answers were lost to the output, and not to the cache.
     assert (told["items"], told["answered"], told["cache_hits"] >= 2) == (70, 70, True)

@@ -30,7 +30,9 @@ def run(*words, out="out.jsonl"):
 
 def test_every_line_is_answered_once_in_full_batches(capsys):
     products(100)
-    assert run(*QUESTION, "--system", "Sort.", "--labels", "home, other", "--simulate", "--json") == 0
+    assert (
+        run(*QUESTION, "--system", "Sort.", "--labels", "home, other", "--simulate", "--merge", "always", "--json") == 0
+    )
     told = summary(capsys)
     lines = output()
     assert sorted(line["custom_id"] for line in lines) == sorted(f"p{number}" for number in range(100))
@@ -84,7 +86,7 @@ def test_openai_batch_lines_are_answered_as_they_ask(capsys):
 
     given(*map(line, range(20)), line(20, n=2), {"custom_id": "bad", "body": {"model": "m", "messages": []}})
     with serving() as endpoint:
-        assert run("--base-url", endpoint.base_url, "--json") == 1
+        assert run("--base-url", endpoint.base_url, "--merge", "always", "--json") == 1
     told = summary(capsys)
     assert (told["answered"], told["failed"], told["upstream_calls"]) == (21, 1, 3)
     failed = [line for line in output() if line["error"]]
@@ -99,7 +101,7 @@ def test_the_summary_says_why_items_went_alone(capsys):
         return {"custom_id": f"r{number}", "body": {"model": "gpt-4.1-mini", "messages": messages, **body}}
 
     given(*map(line, range(8)), line(8, seed=7), line(9, seed=7, stop="x"))
-    assert run("--simulate", "--json") == 0
+    assert run("--simulate", "--merge", "always", "--json") == 0
     shown = capsys.readouterr()
     told = json.loads(shown.out.splitlines()[-1])
     assert told["alone_by_field"] == {"seed": 2, "stop": 1}
@@ -475,7 +477,7 @@ def test_a_disk_that_fails_at_the_last_moment_is_told(monkeypatch, capsys):
 
 def test_the_table_says_that_batching_cost_more_and_that_all_was_simulated(capsys):
     products(20)
-    assert run("--template", "{name}", "--labels", "a,b", "--simulate", "--progress") == 0
+    assert run("--template", "{name}", "--labels", "a,b", "--simulate", "--merge", "always", "--progress") == 0
     shown = capsys.readouterr()
     assert "Batching cost more than it saved" in shown.out
     assert "endpoint was simulated" in shown.out

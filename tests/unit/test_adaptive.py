@@ -146,8 +146,8 @@ async def test_a_little_damage_does_not_stop_a_lane():
 # --- merge="when-cheaper"
 
 
-async def merged(system, count=16, *, prices=None, model=None):
-    policy = mb.FlushPolicy(merge="when-cheaper", idle="wait", max_output_tokens=10**6)
+async def merged(system, count=16, *, prices=None, model=None, merge="when-cheaper"):
+    policy = mb.FlushPolicy(merge=merge, idle="wait", max_output_tokens=10**6)
     async with mb.Microbatcher(SimulatedTransport(SimulatedModel()), policy=policy, prices=prices) as batcher:
         replies = [
             reply
@@ -186,3 +186,7 @@ async def test_a_hundred_in_a_row_that_go_alone_for_their_price_are_worth_a_warn
     with caplog.at_level(logging.WARNING, "microbatch"):
         await merged("Shout.", 101)
     assert sum("in a row were not cheaper together" in record.message for record in caplog.records) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "microbatch"):
+        _, stats = await merged("Shout.", 101, prices={"m": mb.Price(1.0, 100.0)}, model="m", merge="auto")
+    assert (stats.singles_by_reason, caplog.records) == ({"not_cheaper": 202}, [])

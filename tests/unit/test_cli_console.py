@@ -60,7 +60,7 @@ def bulk(stats, wall_s=1.5):
 
 
 def words_of(stats, **options):
-    plan = SimpleNamespace(**{"simulated": None, "single": False, **options})
+    plan = SimpleNamespace(**{"simulated": None, "single": False, "policy": FlushPolicy(merge="auto"), **options})
     return "\n".join(summary_lines(bulk(stats), plan))
 
 
@@ -241,6 +241,7 @@ def test_the_summary_has_exactly_the_promised_keys():
         "lanes_parted",
         "singles_compared",
         "unpriced_calls",
+        "merge_rules",
     ]
     assert (summary["wall_s"], summary["unbatched_calls"]) == (1.235, 20)
 
