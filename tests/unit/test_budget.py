@@ -516,3 +516,26 @@ def test_what_names_no_model_is_not_charged():
     assert expected_usage(b'{"model": "m", "input": "hello"}').completion_tokens == 0
     assert expected_usage(b'{"model": "m", "messages": [], "n": 3, "max_tokens": 50}').completion_tokens == 150
     assert expected_usage(b'{"model": "m", "messages": [], "n": "3"}').completion_tokens == 256
+
+
+# --- what operators see
+
+
+async def test_the_figures_of_a_budget_are_gauges():
+    hooks = mb.PrometheusHooks()
+    async with batcher_on(Model(), mb.Budget(usd=1_000, tokens=1_000), max_batch_size=1, hooks=[hooks]) as batcher:
+        hooks.watch(batcher)
+        await batcher.submit(ask("a"))
+        batcher.spending._budget.tokens = 40
+        with pytest.raises(mb.BudgetExceeded):
+            await batcher.submit(ask("b" * 400))
+        told = dict(
+            line.split() for line in hooks.render().decode().splitlines() if line.startswith("microbatch_budget")
+        )
+    assert {name.removeprefix("microbatch_budget_"): float(value) for name, value in told.items()} == {
+        "spent_usd": 20.0,
+        "left_usd": 980.0,
+        "spent_tokens": 20.0,
+        "left_tokens": 20.0,
+        "refused": 1.0,
+    }
