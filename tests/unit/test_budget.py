@@ -168,6 +168,19 @@ async def test_waiting_holds_no_slot_and_ends_with_the_callers_patience():
     assert [call.items[0][1] for call in model.calls] == ["a", "c"]
 
 
+async def test_a_call_that_is_given_up_does_not_keep_others_waiting():
+    model = Model(delay=60.0)
+    async with batcher_on(model, mb.Budget(tokens=400), max_batch_size=1) as batcher:
+        first = asyncio.ensure_future(batcher.submit(ask("a")))
+        await asyncio.sleep(1)
+        second = asyncio.ensure_future(batcher.submit(ask("b")))
+        await asyncio.sleep(1)
+        first.cancel()
+        with pytest.raises(mb.BudgetExceeded):
+            await second
+        assert asyncio.get_running_loop().time() < 3
+
+
 # --- what counts
 
 
@@ -438,7 +451,10 @@ def test_no_tenant_is_taken_to_have_spent_less_than_it_has_however_few_are_remem
             counter.hold(tokens, tokens)
             under_way.append((counter, tokens))
         elif under_way:
-            other, amount = under_way.pop()
+            other, amount = under_way.pop(0)
+            other.usd += 50  # it has cost more than was expected
+            other.tokens += 50
+            truth[other.tenant] += 50
             other.release(amount, amount)
         assert counter.tokens >= truth[str(number)]
         assert counter.usd >= truth[str(number)]
@@ -451,10 +467,11 @@ def test_no_tenant_is_taken_to_have_spent_less_than_it_has_however_few_are_remem
 
 # --- relayed requests
 
+DETAILS = {"prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0}, "queue_time": 0.0123, "total_time": 0.5}
 CHAT = {
     "id": "c",
     "choices": [{"message": {"content": '"usage": {"prompt_tokens": 9}'}}],
-    "usage": {"prompt_tokens": 70, "completion_tokens": 5},
+    "usage": {"prompt_tokens": 70, **DETAILS, "completion_tokens": 5},
 }
 EVENTS = b"".join(
     b"data: " + json.dumps(event).encode() + b"\n\n"
@@ -499,3 +516,26 @@ def test_what_names_no_model_is_not_charged():
     assert expected_usage(b'{"model": "m", "input": "hello"}').completion_tokens == 0
     assert expected_usage(b'{"model": "m", "messages": [], "n": 3, "max_tokens": 50}').completion_tokens == 150
     assert expected_usage(b'{"model": "m", "messages": [], "n": "3"}').completion_tokens == 256
+
+
+# --- what operators see
+
+
+async def test_the_figures_of_a_budget_are_gauges():
+    hooks = mb.PrometheusHooks()
+    async with batcher_on(Model(), mb.Budget(usd=1_000, tokens=1_000), max_batch_size=1, hooks=[hooks]) as batcher:
+        hooks.watch(batcher)
+        await batcher.submit(ask("a"))
+        batcher.spending._budget.tokens = 40
+        with pytest.raises(mb.BudgetExceeded):
+            await batcher.submit(ask("b" * 400))
+        told = dict(
+            line.split() for line in hooks.render().decode().splitlines() if line.startswith("microbatch_budget")
+        )
+    assert {name.removeprefix("microbatch_budget_"): float(value) for name, value in told.items()} == {
+        "spent_usd": 20.0,
+        "left_usd": 980.0,
+        "spent_tokens": 20.0,
+        "left_tokens": 20.0,
+        "refused": 1.0,
+    }

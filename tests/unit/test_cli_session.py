@@ -12,7 +12,14 @@ from microbatch.testing import ScriptedTransport
 
 
 def plan(**settings):
-    shared = {"fallback": mb.FallbackPolicy(), "rate_limit": None, "cache": None, "id_seed": None, "prices": None}
+    shared = {
+        "fallback": mb.FallbackPolicy(),
+        "rate_limit": None,
+        "cache": None,
+        "id_seed": None,
+        "prices": None,
+        "budget": None,
+    }
     return SimpleNamespace(**{"transport": ScriptedTransport(), **shared, **settings})
 
 
