@@ -256,6 +256,12 @@ def test_a_damaged_gz_file_is_a_usage_error(file):
 
 
 @each("form", FORMS)
+def test_a_text_that_is_not_in_its_encoding_is_a_usage_error_that_names_the_remedy(file, form):
+    with pytest.raises(UsageError, match=r"is not utf-16.*--encoding"):
+        sound(file(f"x.{form}", FORMS[form](RECORDS).encode("utf-16") + b"\x00\xd8\x00"))
+
+
+@each("form", FORMS)
 def test_stdin_is_kept_and_read_again(monkeypatch, form):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FORMS[form](RECORDS).encode())))
     opened = RecordFile("-")
@@ -311,8 +317,18 @@ def test_values_of_parquet_become_those_of_json(parquet):
 
 def test_what_is_not_parquet_is_told(parquet, file):
     assert parquet  # pyarrow is there
-    with pytest.raises(UsageError, match=r"is not Parquet.*looks like CSV"):
+    with pytest.raises(UsageError, match=r"cannot be read as Parquet.*looks like CSV"):
         sound(file("x.parquet", "a,b\n1,2\n"))
+
+
+def test_a_damaged_parquet_file_is_a_usage_error(parquet, tmp_path):
+    path = tmp_path / "x.parquet"
+    parquet(RECORDS * 1_000)
+    raw = bytearray(path.read_bytes())
+    raw[100:400] = bytes(300)
+    path.write_bytes(raw)
+    with pytest.raises(UsageError, match="cannot be read as Parquet"):
+        sound(RecordFile(str(path)))
 
 
 def test_without_pyarrow_the_extra_is_named(file, monkeypatch):
