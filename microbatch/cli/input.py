@@ -316,7 +316,7 @@ class Input:
         """Raise `InputChanged` if the content is not that of the start; with *appended* further lines are accepted."""
         for file, read in zip(self._files, self._read, strict=False):
             change = file.change()
-            if change == "grown" and (appended or self._cut):
+            if change == "grown" and appended:
                 continue
             if change == "grown":
                 rest = f"{file.noun}s after {read.last:,} were not asked"

@@ -263,12 +263,12 @@ def test_a_text_that_is_not_in_its_encoding_is_a_usage_error_that_names_the_reme
 
 @each("form", FORMS)
 def test_stdin_is_kept_and_read_again(monkeypatch, form):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FORMS[form](RECORDS).encode())))
+    records = RECORDS * 500  # more than is read ahead
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FORMS[form](records).encode())))
     opened = RecordFile("-")
     first, second = opened.records(), opened.records()  # at the same time
-    assert [record for pair in zip(first, second, strict=True) for _, record in pair] == [
-        record for record in RECORDS for _ in range(2)
-    ]
+    both = [record for pair in zip(first, second, strict=True) for _, record in pair]
+    assert both == [record for record in records for _ in range(2)]
     assert opened.name == "stdin"
 
 
