@@ -210,7 +210,7 @@ class RecordFile:
 
     def _json(self, file: BinaryIO) -> Iterator[tuple[int, Entry]]:
         for number, raw in enumerate(self._texts(file), start=1):
-            text = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            text = raw.removeprefix(codecs.BOM_UTF8)  # files that begin with one may have been put together
             if text and not text.isspace():
                 try:
                     yield number, decode_object(text)

@@ -298,6 +298,14 @@ def test_parquet_holds_the_same_records(parquet, name):
     assert [number for number, _ in opened.records()] == [*range(1, len(RECORDS) + 1)]
 
 
+def test_parquet_can_come_from_stdin(parquet, tmp_path, monkeypatch):
+    parquet(RECORDS)
+    with (tmp_path / "x.parquet").open("rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        opened = RecordFile("-")
+    assert sound(opened) == sound(opened) == RECORDS
+
+
 def test_values_of_parquet_become_those_of_json(parquet):
     datetime = pytest.importorskip("datetime")
     moment = datetime.datetime(2026, 1, 2, 3, 4, 5)
