@@ -245,9 +245,9 @@ class Input:
         field = self._id_field or next((field for field in ("custom_id", "id") if field in record), None)
         if field is None:
             return self._number(place)
-        if field not in record:
+        name = value_of(record, field)
+        if name is msgspec.UNSET:
             raise LineError(f'the field "{field}" (--id-field) is missing', field)
-        name = record[field]
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             raise LineError(
                 f'the field "{field}" must be a non-empty string or a whole number, to serve as an id', field
@@ -316,7 +316,7 @@ class Input:
         """Raise `InputChanged` if the content is not that of the start; with *appended* further lines are accepted."""
         for file, read in zip(self._files, self._read, strict=False):
             change = file.change()
-            if change == "grown" and (appended or self._cut):
+            if change == "grown" and appended:
                 continue
             if change == "grown":
                 rest = f"{file.noun}s after {read.last:,} were not asked"

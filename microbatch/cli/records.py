@@ -210,7 +210,7 @@ class RecordFile:
 
     def _json(self, file: BinaryIO) -> Iterator[tuple[int, Entry]]:
         for number, raw in enumerate(self._texts(file), start=1):
-            text = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            text = raw.removeprefix(codecs.BOM_UTF8)  # files that begin with one may have been put together
             if text and not text.isspace():
                 try:
                     yield number, decode_object(text)
@@ -229,6 +229,8 @@ class RecordFile:
     def _elements(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         try:
             yield from elements(chunks)
+        except UnicodeError:
+            raise  # from reading the chunks
         except ValueError as error:
             raise UsageError(f"{self.name}: {error}{self.doubt}") from None
 
@@ -298,13 +300,11 @@ class RecordFile:
         with self.source.open() if self._unpacked is None else Reopened(self._unpacked) as file:
             try:
                 batches = parquet.ParquetFile(file).iter_batches(batch_size=_BATCH, use_threads=False)
-            except (ValueError, OSError) as error:
-                raise UsageError(f"{self.name} is not Parquet: {error}{self.doubt}") from None
-            number = 0
-            for batch in batches:
-                for record in batch.to_pylist():
-                    number += 1
+                records = (record for batch in batches for record in batch.to_pylist())
+                for number, record in enumerate(records, start=1):
                     yield number, msgspec.to_builtins(record)
+            except (ValueError, TypeError, NotImplementedError, OSError) as error:
+                raise UsageError(f"{self.name} cannot be read as Parquet: {error}{self.doubt}") from None
 
 
 def _checked(encoding: str) -> str:

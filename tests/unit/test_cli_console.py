@@ -50,6 +50,7 @@ def bulk(stats, wall_s=1.5):
     """Return what a run over 20 items has come to."""
     return SimpleNamespace(
         asked_again=False,
+        skipped=0,
         stats=stats,
         items=20,
         answered=stats.answered,
@@ -242,6 +243,7 @@ def test_the_summary_has_exactly_the_promised_keys():
         "singles_compared",
         "unpriced_calls",
         "merge_rules",
+        "skipped",
     ]
     assert (summary["wall_s"], summary["unbatched_calls"]) == (1.235, 20)
 

@@ -13,7 +13,10 @@ from helpers import each
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.input import BadLine, Input, InputChanged, id_digest
+from microbatch.cli.join import Join
+from microbatch.cli.output import OutputFile, answer_line, failure_line
 from microbatch.cli.questions import BatchLines, Templated
+from microbatch.messages import Reply, Usage
 
 QUESTIONS = Templated("{q}")
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -92,7 +95,7 @@ def table(count):
 
 GROWING = {
     "csv": (table(3), "9,late\n"),
-    "json": ('[{"id":1,"q":1}]', "\n"),
+    "json": ('[{"id":0,"q":1},{"id":1,"q":1},{"id":2,"q":1}]\n', "\n"),
     "tsv": (table(3).replace(",", "\t"), "9\tx\n"),
 }
 
@@ -104,9 +107,10 @@ def test_rows_that_are_added_are_left_for_the_next_run_where_lines_can_be_added(
     source = opened(f"in.{form}")
     with Path(f"in.{form}").open("a") as file:
         file.write(more)
-    rows = source.requests()
+    names = []
     with pytest.raises(InputChanged, match="was changed" if form == "json" else r"rows after 3 were not asked"):
-        assert [row[1].id for row in rows] == ["0", "1", "2"]
+        names.extend(row[1].id for row in source.requests())
+    assert names == ([] if form == "json" else ["0", "1", "2"])
 
 
 def test_rows_beyond_a_limit_may_change_and_those_within_it_may_not():
@@ -116,6 +120,19 @@ def test_rows_beyond_a_limit_may_change_and_those_within_it_may_not():
     assert asked(source) == ["0", "1"]
     Path("in.csv").write_text(table(40_000).replace("1,q1", "1,x1"))
     with pytest.raises(InputChanged):
+        asked(source)
+
+
+def test_rows_that_are_added_to_a_file_before_the_one_that_a_limit_cuts_are_told():
+    for path in ("a.jsonl", "b.jsonl"):
+        numbered(path, 3)
+    source = opened("a.jsonl", "b.jsonl", limit=4)
+    with Path("b.jsonl").open("a") as file:
+        file.write('{"id":"late","q":1}\n')
+    assert len(asked(source)) == 4
+    with Path("a.jsonl").open("a") as file:
+        file.write('{"id":"late","q":1}\n')
+    with pytest.raises(InputChanged, match=r"'a\.jsonl' has grown"):
         asked(source)
 
 
@@ -266,6 +283,29 @@ def test_a_body_alone_is_asked_as_it_is():
     write("in.jsonl", body | {"row": 7})
     (row,) = opened("in.jsonl", questions=BatchLines(id_field="row"), id_field="row").requests()
     assert (row[1].id, row[1].params) == ("7", {"top_p": 0.5})
+
+
+def test_a_join_takes_the_last_line_of_each_id_and_tells_what_has_none():
+    write(
+        "in.jsonl", {"id": "b", "q": 1}, {"id": "a", "q": 2, "error": "mine"}, {"id": "c", "q": 3}, {"id": "d", "q": ""}
+    )
+    error = {"type": "ServerError", "message": "no"}
+    with OutputFile("journal.jsonl") as journal:
+        for line in (
+            failure_line("a", error),
+            answer_line("b", "old", Reply("old", "old", "batch", Usage(3, 2))),
+            answer_line("a", {"n": 1}, Reply("", "", "batch", Usage(3, 2))),
+            failure_line("b", error),
+        ):
+            journal.write(line)
+        rows = list(Join(opened("in.jsonl"), journal).rows())
+    assert [(row["q"], row["output"], (row["error 2"] or {}).get("type")) for row in rows] == [
+        (1, None, "ServerError"),
+        (2, {"n": 1}, None),
+        (3, None, "Unasked"),
+        ("", None, "Skipped"),
+    ]
+    assert rows[1]["error"] == "mine"
 
 
 def test_what_json_does_not_have_does_no_harm_in_a_field_that_is_not_used_and_is_written_plainly_in_one_that_is():

@@ -35,7 +35,7 @@ STATS = Stats(
 
 def bulk(stats=STATS, **changes):
     """Return what a warming of 20 lines has come to."""
-    figures = {"items": 20, "answered": 19, "failed": 1, "unasked": 0, "wall_s": 1.5, "broken": None}
+    figures = {"items": 20, "answered": 19, "failed": 1, "unasked": 0, "skipped": 0, "wall_s": 1.5, "broken": None}
     return SimpleNamespace(stats=stats, **(figures | changes))
 
 
@@ -226,6 +226,7 @@ def test_the_summary_has_exactly_these_keys():
         "lanes_parted",
         "singles_compared",
         "unpriced_calls",
+        "skipped",
     ]
 
 

@@ -51,6 +51,11 @@ def test_a_field_of_ones_own_can_hold_the_id(given):
     assert (bad.field, bad.place.number) == ("sku", 2)
 
 
+def test_the_field_of_an_id_may_be_within_another(given):
+    ((_, request),) = given('{"meta":{"sku":7},"q":1}', id_field="meta.sku").rows()
+    assert request.id == "7"
+
+
 @pytest.mark.parametrize("value", ["null", "true", "1.5", "[1]", "{}", '""'])
 def test_what_cannot_serve_as_an_id_is_said_to_be_so(given, value):
     line, _ = given(f'{{"id":{value},"q":1}}', '{"id":"a","q":1}').rows()
@@ -79,7 +84,8 @@ def test_a_broken_line_is_told_and_the_others_are_asked(given, raw, problem):
 
 
 def test_a_byte_order_mark_crlf_and_a_missing_last_line_break_do_no_harm(given):
-    taken, rejected = asked(given(b'\xef\xbb\xbf{"id":"a","q":1}', '{"id":"b","q":1}', end="\r\n"))
+    marked = b'\xef\xbb\xbf{"id":"a","q":1}'
+    taken, rejected = asked(given(marked, marked.replace(b"a", b"b"), end="\r\n"))
     assert [request.id for request in taken] == ["a", "b"]
     assert rejected == []
 

@@ -256,13 +256,19 @@ def test_a_damaged_gz_file_is_a_usage_error(file):
 
 
 @each("form", FORMS)
+def test_a_text_that_is_not_in_its_encoding_is_a_usage_error_that_names_the_remedy(file, form):
+    with pytest.raises(UsageError, match=r"is not utf-16.*--encoding"):
+        sound(file(f"x.{form}", FORMS[form](RECORDS).encode("utf-16") + b"\x00\xd8\x00"))
+
+
+@each("form", FORMS)
 def test_stdin_is_kept_and_read_again(monkeypatch, form):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FORMS[form](RECORDS).encode())))
+    records = RECORDS * 500  # more than is read ahead
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FORMS[form](records).encode())))
     opened = RecordFile("-")
     first, second = opened.records(), opened.records()  # at the same time
-    assert [record for pair in zip(first, second, strict=True) for _, record in pair] == [
-        record for record in RECORDS for _ in range(2)
-    ]
+    both = [record for pair in zip(first, second, strict=True) for _, record in pair]
+    assert both == [record for record in records for _ in range(2)]
     assert opened.name == "stdin"
 
 
@@ -292,6 +298,14 @@ def test_parquet_holds_the_same_records(parquet, name):
     assert [number for number, _ in opened.records()] == [*range(1, len(RECORDS) + 1)]
 
 
+def test_parquet_can_come_from_stdin(parquet, tmp_path, monkeypatch):
+    parquet(RECORDS)
+    with (tmp_path / "x.parquet").open("rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        opened = RecordFile("-")
+    assert sound(opened) == sound(opened) == RECORDS
+
+
 def test_values_of_parquet_become_those_of_json(parquet):
     datetime = pytest.importorskip("datetime")
     moment = datetime.datetime(2026, 1, 2, 3, 4, 5)
@@ -311,8 +325,18 @@ def test_values_of_parquet_become_those_of_json(parquet):
 
 def test_what_is_not_parquet_is_told(parquet, file):
     assert parquet  # pyarrow is there
-    with pytest.raises(UsageError, match=r"is not Parquet.*looks like CSV"):
+    with pytest.raises(UsageError, match=r"cannot be read as Parquet.*looks like CSV"):
         sound(file("x.parquet", "a,b\n1,2\n"))
+
+
+def test_a_damaged_parquet_file_is_a_usage_error(parquet, tmp_path):
+    path = tmp_path / "x.parquet"
+    parquet(RECORDS * 1_000)
+    raw = bytearray(path.read_bytes())
+    raw[100:400] = bytes(300)
+    path.write_bytes(raw)
+    with pytest.raises(UsageError, match="cannot be read as Parquet"):
+        sound(RecordFile(str(path)))
 
 
 def test_without_pyarrow_the_extra_is_named(file, monkeypatch):
