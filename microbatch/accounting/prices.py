@@ -162,6 +162,7 @@ class PriceBook:
         self._ask: Callable[[str], object] | None = None
         self._listed: GenaiPrices | None = None
         self._demanded = isinstance(prices, GenaiPrices)  # by the user
+        self._at_open = self._demanded or bool(base_url)
         if isinstance(prices, GenaiPrices):
             self._listed, prices = prices.of_endpoint(base_url), prices.own
         elif find_spec("genai_prices") is not None:
@@ -184,6 +185,8 @@ class PriceBook:
         names = [name for name in dict.fromkeys((model, asked)) if name]
         own = [self._own(name) for name in names]
         known = any(price is not None for price in own)  # or would be, if the user's function had not failed
+        if not known and names:
+            self._load_listed(strict=False)
         listed = self._listed
         prices = own if known or listed is None else (self._tried(listed, name) for name in names)
         for price in prices:
@@ -212,8 +215,12 @@ class PriceBook:
 
     @property
     def load(self) -> Callable[[], object] | None:
-        """Prepares the prices, which may take a while and should be done in a thread; None if they are ready."""
-        waits = self._listed is not None and not self._listed.loaded
+        """Prepares the prices, which may take a while and should be done in a thread; None if they are ready.
+
+        Also None without an endpoint's address, as of a double in a test, whose calls may name no model: list prices are then loaded
+        when a model is named.
+        """
+        waits = self._at_open and self._listed is not None and not self._listed.loaded
         return self._load if waits or self._load_own is not None else None
 
     @property
@@ -224,12 +231,16 @@ class PriceBook:
     def _load(self) -> None:
         if self._load_own is not None:
             self._load_own()
+        if self._at_open:
+            self._load_listed(strict=self._demanded)
+
+    def _load_listed(self, *, strict: bool) -> None:
         if self._listed is None or self._listed.loaded:
             return
         try:
             self._listed.load()
         except Exception:
-            if self._demanded:
+            if strict:
                 raise
             self._listed = None  # its being installed is no reason to fail
             logger.warning("genai-prices cannot be used, so list prices are unknown", exc_info=True)

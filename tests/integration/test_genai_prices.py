@@ -201,12 +201,18 @@ def test_without_the_package_there_are_no_list_prices_and_the_log_says_how_to_ge
 
 
 def test_a_package_that_fails_for_a_model_ends_no_call(monkeypatch, caplog):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("bad data")
 
-    monkeypatch.setattr(GenaiPrices, "_find", fail)
-    assert [PriceBook(prices).for_model("gpt-4.1") for prices in (None, mb.genai_prices())] == [None, None]
-    assert "raised ValueError" in caplog.text
+    for prices in (None, mb.genai_prices()):
+        book = PriceBook(prices)
+        assert book.for_model("gpt-4.1") is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_as_price", fail)
+            assert book.for_model("gpt-4o") is None
+            assert "raised ValueError" in caplog.text
+            assert PriceBook(prices).for_model("gpt-4o") is None  # it fails while it is loaded
+        caplog.clear()
 
 
 async def test_a_package_that_cannot_be_imported_ends_only_batchers_that_ask_for_it(monkeypatch, caplog):
@@ -214,9 +220,13 @@ async def test_a_package_that_cannot_be_imported_ends_only_batchers_that_ask_for
         raise ImportError("no such part")
 
     monkeypatch.setattr(GenaiPrices, "load", fail)
-    async with mb.Microbatcher(ScriptedTransport(), tokens="bytes") as batcher:
-        assert (await batcher.submit(ask("a"), model="gpt-4.1")).cost_usd is None
-    assert "genai-prices cannot be used" in caplog.text
+    for base_url in ("", "http://localhost/v1"):
+        transport = ScriptedTransport()
+        transport.base_url = base_url
+        async with mb.Microbatcher(transport, tokens="bytes") as batcher:
+            assert (await batcher.submit(ask("a"), model="gpt-4.1")).cost_usd is None
+        assert "genai-prices cannot be used" in caplog.text
+        caplog.clear()
     with pytest.raises(ImportError):
         await mb.Microbatcher(ScriptedTransport(), tokens="bytes", prices=mb.genai_prices()).open()
 
@@ -244,6 +254,21 @@ async def test_a_batcher_loads_them_in_a_thread_before_it_is_open(monkeypatch):
         for model, price in {"own": MINE, "claude-sonnet-4-5": mb.genai_prices()("claude-sonnet-4-5")}.items():
             reply = await batcher.submit(ask("a"), model=model)
             assert reply.cost_usd == pytest.approx(price.cost(reply.usage)) != 0
+
+
+@pytest.mark.parametrize("base_url", ["", "http://localhost/v1"])
+async def test_without_prices_of_ones_own_they_are_loaded_in_a_thread_where_there_is_an_endpoint(base_url, monkeypatch):
+    threads = []
+    load = GenaiPrices.load
+    monkeypatch.setattr(GenaiPrices, "load", lambda prices: (threads.append(threading.current_thread()), load(prices)))
+    transport = ScriptedTransport()
+    transport.base_url = base_url
+    async with mb.Microbatcher(transport, tokens="bytes") as batcher:
+        assert [thread is threading.main_thread() for thread in threads] == ([False] if base_url else [])
+        assert (await batcher.submit(ask("a"))).cost_usd is None
+        assert len(threads) == bool(base_url)
+        reply = await (await batcher.submit(ask("b"), model="gpt-4.1")).settled()
+        assert reply.cost_usd == pytest.approx(mb.genai_prices()("gpt-4.1").cost(reply.usage))
 
 
 async def test_models_without_a_price_are_told_once_a_batcher(caplog):
