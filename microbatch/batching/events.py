@@ -61,6 +61,7 @@ def called(
         request_id=None if completion is None else completion.request_id,
         error=error,
         origins=tuple(waiter.origin for ticket in tickets for waiter in ticket.callers),
+        tenant=tickets[0].spec.tenant,
     )
 
 
@@ -70,6 +71,7 @@ def settled(
     origin: Any,
     now: float,
     *,
+    default_model: str | None,
     reply: Reply[Any] | None = None,
     error: Exception | None = None,
 ) -> Settled:
@@ -85,4 +87,6 @@ def settled(
         usage=Usage() if reply is None else reply.usage,
         cost_usd=None if reply is None else reply.cost_usd,
         origin=origin,
+        tenant=spec.tenant,
+        requested_model=default_model if spec.model is None else spec.model,
     )

@@ -180,7 +180,8 @@ class AnswerCache:
         )
         if self._listeners.settle is not None:
             origin = None if self._listeners.submit is None else self._listeners.submit()
-            self._listeners.settle(settled(options, created, origin, ended, reply=reply))
+            model = self._listeners.model
+            self._listeners.settle(settled(options, created, origin, ended, default_model=model, reply=reply))
         return reply
 
     def _kind_of(self, entry: entries.Entry) -> str | None:
