@@ -56,6 +56,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
         error: The error it ended with.
         origins: What `on_submit` returned for each request.
         tenant: The tenant of all its requests, or None.
+        unbatched_cost_usd: The price, in US dollars, of what its answered requests would have used one by one.
     """
 
     route: Route
@@ -75,6 +76,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     error: Exception | None
     origins: tuple[Any, ...]
     tenant: str | None = None
+    unbatched_cost_usd: float | None = None
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +94,8 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
         origin: What `on_submit` returned for it.
         tenant: Its tenant, or None.
         requested_model: The model that the caller, else the transport, named.
+        unbatched_cost_usd: For an answer from the cache, the price of the call it has saved; else None, as the event of the call
+            has it.
     """
 
     route: Route | None
@@ -106,6 +110,7 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
     origin: Any
     tenant: str | None = None
     requested_model: str | None = None
+    unbatched_cost_usd: float | None = None
 
 
 class Listeners:

@@ -42,9 +42,16 @@ class CallerLabels:
         """Return the label of a tenant; None is no tenant."""
         return _label(self._tenants, tenant_name(name), answered=answered, most=MOST_TENANTS, other=OTHER_TENANTS)
 
+    def each(self, model: str | None, tenant: str | None, *, answered: bool) -> tuple[str, str]:
+        """Return the labels of a model and a tenant for figures that have one of them; None is no other name."""
+        return (
+            self.model(model, answered=answered) if model else NO_MODEL,
+            self.tenant(tenant, answered=answered) if tenant else NO_TENANT,
+        )
+
     def pair(self, model: str | None, tenant: str | None, *, answered: bool) -> tuple[str, str]:
         """Return the labels of a model and a tenant for figures that have both."""
-        pair = self.model(model, answered=answered), self.tenant(tenant, answered=answered)
+        pair = self.each(model, tenant, answered=answered)
         if pair in self._pairs:
             return pair
         if len(self._pairs) >= MOST_PAIRS:

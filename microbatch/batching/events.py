@@ -62,6 +62,7 @@ def called(
         error=error,
         origins=tuple(waiter.origin for ticket in tickets for waiter in ticket.callers),
         tenant=tickets[0].spec.tenant,
+        unbatched_cost_usd=call_state.unbatched_cost_usd,
     )
 
 
@@ -74,8 +75,9 @@ def settled(
     default_model: str | None,
     reply: Reply[Any] | None = None,
     error: Exception | None = None,
+    unbatched_cost_usd: float | None = None,
 ) -> Settled:
-    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left."""
+    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left; see `Settled`."""
     return Settled(
         route=None if reply is None else reply.route,
         error=error,
@@ -89,4 +91,5 @@ def settled(
         origin=origin,
         tenant=spec.tenant,
         requested_model=default_model if spec.model is None else spec.model,
+        unbatched_cost_usd=unbatched_cost_usd,
     )

@@ -21,6 +21,7 @@ DIGEST = "0123456789abcdef" * 4
 def test_what_has_no_name_has_a_label_all_the_same():
     assert CallerLabels().pair(None, None, answered=True) == (NO_MODEL, NO_TENANT)
     assert CallerLabels().pair("", "", answered=True) == (NO_MODEL, NO_TENANT)
+    assert CallerLabels().pair(None, None, answered=False) == (NO_MODEL, NO_TENANT)
 
 
 def test_a_name_becomes_a_label_with_the_first_answer():
