@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.accounting.labels import CallerLabels
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from microbatch.client import Microbatcher
     from microbatch.gateway.access_log import AccessLog
     from microbatch.gateway.served import Served
+    from microbatch.messages import Reply
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -32,6 +35,7 @@ class Observation:
 
     def __init__(self, log: AccessLog | None) -> None:
         self._log = log
+        self._unsettled: set[asyncio.Task[None]] = set()
         self._live = LiveFigures()
         self.metrics: PrometheusHooks | None = None
         try:
@@ -61,7 +65,7 @@ class Observation:
         if self.metrics is not None:
             self._count(record)
         if self._log is not None and not (record.page and record.answered):
-            self._log.write(record)
+            self._note(self._log, record, record.reply)
 
     def _count(self, record: Served) -> None:
         status, route = str(record.status), record.route or "none"
@@ -72,11 +76,27 @@ class Observation:
             pair = self._labels.pair(record.model, record.tenant, answered=record.answered)
             self._by_caller.labels(*pair, status).inc()
 
+    def _note(self, log: AccessLog, record: Served, reply: Reply[str] | None) -> None:
+        """Add the line of *record* to *log*; if its call is under way, when that has ended and the cost is known."""
+        if reply is None or not reply.usage.estimated:
+            log.write(record)
+            return
+
+        async def write_when_settled() -> None:
+            await reply.settled()
+            log.write(record)
+
+        task = asyncio.get_running_loop().create_task(write_when_settled(), context=contextvars.Context())
+        self._unsettled.add(task)
+        task.add_done_callback(self._unsettled.discard)
+
     def snapshot(self) -> dict[str, Any]:
         """Return the latest figures, and those of the last hour as `hour`."""
         return {**self._live.snapshot(), "hour": self._hour.snapshot()}
 
     async def aclose(self) -> None:
-        """Close the log."""
+        """Close the log; the batcher must have been closed, so that all calls have ended."""
+        if self._unsettled:
+            await asyncio.wait(self._unsettled)
         if self._log is not None:
             await self._log.aclose()

@@ -152,15 +152,14 @@ async def test_a_caller_finds_its_own_name_in_the_figures():
 async def test_each_request_is_a_line_without_texts_and_keys(tmp_path):
     log = tmp_path / "access.jsonl"
     async with Watched() as upstream:
-        options = {"access_log": str(log), "prices": PRICES, "exact_usage": True}
-        settings = mb.gateway.GatewaySettings(exact_usage=options.pop("exact_usage"))
-        async with gateway(upstream, settings=settings, **options) as served, ClientSession() as session:
+        async with gateway(upstream, access_log=str(log), prices=PRICES) as served, ClientSession() as session:
             client = Client(served, session)
             texts = [f"{SECRET_WORDS} {number}" for number in range(3)]
             await asyncio.gather(*(client.post(chat(text), X_Request_Id=f"r{n}") for n, text in enumerate(texts)))
             await client.post(chat(SECRET_WORDS, n=2), X_Request_Id="alone")
             await client.post(chat(SECRET_WORDS, stream=True), X_Request_Id="streamed")
             await client.get("/stats")
+        cost_usd = served.stats().cost_usd
     written = {line["id"]: line for line in lines(log)}
     assert sorted(written) == ["alone", "r0", "r1", "r2", "streamed"]
     for number in range(3):
@@ -174,6 +173,7 @@ async def test_each_request_is_a_line_without_texts_and_keys(tmp_path):
         assert line["cost_usd"] > 0
         assert not line["estimated"]
         assert datetime.fromisoformat(line["time"]) <= datetime.now(UTC)
+    assert sum(line.get("cost_usd", 0.0) for line in written.values()) == pytest.approx(cost_usd)
     assert (written["alone"]["route"], written["alone"]["status"]) == ("forward", 200)
     assert written["streamed"]["route"] == "single"
     assert len({line["tenant"] for line in written.values()}) == 1
