@@ -9,7 +9,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from queue import Full, Queue
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -69,6 +69,9 @@ class AccessLog:
         """Write what waits, for at most 5 s, and close the file."""
         if self._thread is not None:
             await asyncio.to_thread(self._end, self._thread)
+        elif self._file >= 0:
+            os.close(self._file)
+            self._file = -1
         if self.dropped:
             logger.warning("the access log lacks %d lines, which %s did not take", self.dropped, self._name)
 
@@ -84,19 +87,19 @@ class AccessLog:
         return "standard output" if self.path == STDOUT else self.path
 
     def _run(self) -> None:
-        with self._file:
-            lines: list[bytes | None] = []
-            while None not in lines:
-                lines = [self._waiting.get()]
-                while len(lines) < _MOST_AT_ONCE and not self._waiting.empty():
-                    lines.append(self._waiting.get())
-                self._write([line for line in lines if line is not None])
+        lines: list[bytes | None] = []
+        while None not in lines:
+            lines = [self._waiting.get()]
+            while len(lines) < _MOST_AT_ONCE and not self._waiting.empty():
+                lines.append(self._waiting.get())
+            self._write([line for line in lines if line is not None])
+        os.close(self._file)
 
     def _write(self, lines: list[bytes]) -> None:
         left = memoryview(b"".join(lines))
         try:
             while left:
-                left = left[self._file.write(left) :]
+                left = left[os.write(self._file, left) :]
         except OSError as error:
             self.dropped += len(lines)
             if not self._failed:
@@ -104,14 +107,10 @@ class AccessLog:
                 logger.warning("the access log cannot be written to %s: %s", self._name, error.strerror)
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> int:
     try:
         if path == STDOUT:
-            return _unbuffered(os.dup(sys.stdout.fileno()))
-        return _unbuffered(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640))
+            return os.dup(sys.stdout.fileno())
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
     except OSError as error:
         raise ConfigError(f"the access log {path} cannot be opened: {error.strerror}") from None
-
-
-def _unbuffered(descriptor: int) -> BinaryIO:
-    return os.fdopen(descriptor, "wb", buffering=0)

@@ -182,6 +182,21 @@ async def test_each_request_is_a_line_without_texts_and_keys(tmp_path):
     assert KEY not in text
 
 
+async def test_a_line_has_the_cost_that_is_known_when_the_call_has_ended(tmp_path):
+    log = tmp_path / "access.jsonl"
+    async with Watched(latency=mb.testing.Latency(first_token=0, tokens_per_second=200)) as upstream:
+        async with gateway(upstream, access_log=str(log), prices=PRICES) as served, ClientSession() as session:
+            client = Client(served, session)
+            texts = ["x" * 20 * number for number in range(1, 6)]
+            await asyncio.gather(*(client.post(chat(text)) for text in texts))
+        stats = served.stats()
+    written = lines(log)
+    assert [line["batch_size"] for line in written] == [5] * 5
+    assert sum(line["prompt_tokens"] for line in written) == stats.prompt_tokens
+    assert sum(line["completion_tokens"] for line in written) == stats.completion_tokens
+    assert sum(line["cost_usd"] for line in written) == pytest.approx(stats.cost_usd)
+
+
 EDGE = {
     "no model": (post(b'{"messages": []}'), 400, "missing_model"),
     "no JSON": (post(b"{" + SECRET_WORDS.encode()), 400, "invalid_json"),
