@@ -103,7 +103,7 @@ class Assembly:
             slot_free=lambda: not self.scheduler.full,
         )
         self.in_flight: InFlight = InFlight()
-        listeners = Listeners(settings.hooks)
+        listeners = Listeners(settings.hooks, self.model)
         self.settlement: Settlement = Settlement(self.ledger, self.admission, listeners, _loop_time)
         canary = settings.fallback.canary
         bounds = Bounds(self.model, canary=canary)

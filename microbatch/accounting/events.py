@@ -55,6 +55,8 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
         request_id: The endpoint's id of the call.
         error: The error it ended with.
         origins: What `on_submit` returned for each request.
+        tenant: The tenant of all its requests, or None.
+        unbatched_cost_usd: The price, in US dollars, of what its answered requests would have used one by one.
     """
 
     route: Route
@@ -73,6 +75,8 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None
     error: Exception | None
     origins: tuple[Any, ...]
+    tenant: str | None = None
+    unbatched_cost_usd: float | None = None
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +92,10 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
         usage: Its share of the tokens; an estimate if the call has not ended.
         cost_usd: The price of that in US dollars, or None.
         origin: What `on_submit` returned for it.
+        tenant: Its tenant, or None.
+        requested_model: The model that the caller, else the transport, named.
+        unbatched_cost_usd: For an answer from the cache, the price of the call it has saved; else None, as the event of the call
+            has it.
     """
 
     route: Route | None
@@ -100,6 +108,9 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     cost_usd: float | None
     origin: Any
+    tenant: str | None = None
+    requested_model: str | None = None
+    unbatched_cost_usd: float | None = None
 
 
 class Listeners:
@@ -107,12 +118,15 @@ class Listeners:
 
     Args:
         hooks: Objects with any of the methods `on_submit`, `on_flush`, `on_call`, `on_settle` and `on_audit`.
+        model: The transport's model, or None.
 
     Attributes:
+        model: As given.
         submit: Returns what the hooks want to keep of a caller, called in the caller's context.
     """
 
-    def __init__(self, hooks: Iterable[object] = ()) -> None:
+    def __init__(self, hooks: Iterable[object] = (), model: str | None = None) -> None:
+        self.model: str | None = model
         hooks = list(hooks)
         for position, hook in enumerate(hooks):
             kind = type(hook)

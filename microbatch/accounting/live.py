@@ -47,6 +47,10 @@ class LiveFigures:
             self._routes[event.route] += 1
             self._latencies.append((self._now(), event.latency))
 
+    def note_error(self, kind: str) -> None:
+        """Count a failed request of which no event tells; *kind* must be one of a few."""
+        self._errors[kind] += 1
+
     def snapshot(self) -> dict[str, Any]:
         """Return the figures as they are now.
 
@@ -54,7 +58,7 @@ class LiveFigures:
         it, `requests_per_second` were answered; `latency_*` are percentiles of the seconds from submit to the answer, and `call_*` of
         those of calls, None if there were none. Since the start: `batch_sizes` counts calls by their number of requests, in pairs of
         the largest size counted and how many, the last one for all larger calls; `routes` counts answered requests by route, `errors`
-        failed ones by class.
+        failed ones by class, or by what `note_error` was told.
         """
         now = self._now()
         start = max(self._started, now - WINDOW)

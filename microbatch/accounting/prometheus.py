@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.accounting.labels import CallerLabels
 from microbatch.accounting.stats import Stats, together
 from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
@@ -43,6 +44,15 @@ _EVENTS: Final[dict[str, tuple[str, Sequence[str], Sequence[float] | None]]] = {
     ),
 }
 """Metrics counted from events: description, labels, and the buckets of a histogram or None for a counter."""
+
+_BY_CALLER: Final[dict[str, tuple[str, Sequence[str], Sequence[float] | None]]] = {
+    "caller_requests": ("Requests that have ended.", ("model", "tenant", "outcome"), None),
+    "caller_calls": ("HTTP attempts of calls that have ended.", ("model", "tenant", "route"), None),
+    "caller_tokens": ("Tokens that endpoints reported.", ("model", "tenant", "kind"), None),
+    "caller_cost_usd": ("Price of the reported tokens in US dollars, where it is known.", ("model", "tenant"), None),
+    "model_latency_seconds": ("Time from submit to the answer.", ("model",), _SECONDS),
+}
+"""Further ones with labels for the model that was asked for, and the tenant."""
 
 # Metrics read from `Stats` at each scrape.
 _GAUGES: Final = {
@@ -99,11 +109,6 @@ _BUDGET: Final = {
     "left_tokens": "Tokens left in it.",
     "refused": "Calls not sent because of the budget.",
 }
-_MOST_MODELS: Final = 64
-"""Most models that are labels: callers may make up names, and an endpoint may answer to any."""
-
-OTHER_MODELS: Final = "other models"
-
 _ALONE: Final = "Requests that a field or a message of theirs kept out of combined prompts."
 
 
@@ -111,14 +116,18 @@ class PrometheusHooks:
     """Hooks of one or several `Microbatcher`s that record metrics.
 
     Labels hold routes, reasons, priorities and classes of errors, which are few and which no caller can make up, and the names of at
-    most 64 request fields and 64 audited models.
+    most 64 request fields and 64 models.
 
     Args:
         registry: Registry of the metrics: `prometheus_client.REGISTRY` puts them beside those of the process; None for a registry of
             their own, which only `render` shows.
         namespace: Prefix of all names.
+        by_caller: Whether requests, calls, tokens and dollars are also counted by model and tenant, in metrics of their own. At most
+            64 models, 64 tenants and 256 pairs of them are labels; all others count as "other models" and "other tenants". Tenants are
+            labels as they are given, and digests of the gateway by their first 12 digits; what looks like a key is replaced.
 
     Attributes:
+        labels: The models and tenants that are labels.
         content_type: The Content-Type of what `render` returns.
 
     Raises:
@@ -126,7 +135,9 @@ class PrometheusHooks:
     """
 
     @checks_arguments
-    def __init__(self, *, registry: CollectorRegistry | None = None, namespace: str = "microbatch") -> None:
+    def __init__(
+        self, *, registry: CollectorRegistry | None = None, namespace: str = "microbatch", by_caller: bool = False
+    ) -> None:
         try:
             import prometheus_client  # noqa: PLC0415 of the extra `prometheus`
         except ImportError:
@@ -140,23 +151,30 @@ class PrometheusHooks:
         self._families = prometheus_client.metrics_core
         self._sources: list[Callable[[], Stats]] = []
         self._latest: Stats | None = None
-        self._models: dict[str, None] = {}  # that are labels; an ordered set
         self._priced = False  # whether any call was
         self._cost_shown = True
-
-        def metric(name: str, text: str, labels: Sequence[str], buckets: Sequence[float] | None) -> Any:
-            if buckets is None:
-                return prometheus_client.Counter(name, text, labels, namespace, registry=self._registry)
-            return prometheus_client.Histogram(name, text, labels, namespace, registry=self._registry, buckets=buckets)
-
+        self._counter, self._histogram = prometheus_client.Counter, prometheus_client.Histogram
+        self.labels: CallerLabels = CallerLabels()
+        self._by_caller = by_caller
         try:
-            self._metrics = {name: metric(name, *described) for name, described in _EVENTS.items()}
+            described = _EVENTS | (_BY_CALLER if by_caller else {})
+            self._metrics = {name: self.metric(name, *parts) for name, parts in described.items()}
             self._registry.register(self)
         except ValueError as error:
             raise ConfigError(
                 f"the registry has metrics named {namespace}_... already: give one PrometheusHooks to all batchers, "
                 "or pass another namespace= or registry="
             ) from error
+
+    def metric(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float] | None = None) -> Any:
+        """Return a new metric of the registry: a histogram with *buckets*, else a counter.
+
+        Raises:
+            ValueError: The registry has one of this name.
+        """
+        if buckets is None:
+            return self._counter(name, text, labels, self._namespace, registry=self._registry)
+        return self._histogram(name, text, labels, self._namespace, registry=self._registry, buckets=buckets)
 
     def watch(self, batcher: Any) -> None:
         """Export the `Stats` of *batcher* as well, such as its queue and its cache, at each scrape.
@@ -197,6 +215,19 @@ class PrometheusHooks:
         elif event.usage is not None:
             metrics["unpriced_calls"].inc()
             self._show_cost(priced=False)
+        if self._by_caller:
+            self._count_call(event)
+
+    def _count_call(self, event: Called) -> None:
+        """Count a call by model and tenant."""
+        metrics = self._metrics
+        pair = self.labels.pair(event.requested_model or event.model, event.tenant, answered=event.error is None)
+        metrics["caller_calls"].labels(*pair, event.route).inc(event.attempts)
+        if event.usage is not None:
+            metrics["caller_tokens"].labels(*pair, "prompt").inc(event.usage.prompt_tokens)
+            metrics["caller_tokens"].labels(*pair, "completion").inc(event.usage.completion_tokens)
+        if event.cost_usd is not None:
+            metrics["caller_cost_usd"].labels(*pair).inc(event.cost_usd)
 
     def _show_cost(self, *, priced: bool) -> None:
         """Show the sum of dollars, unless all calls that have reported tokens were unpriced: it is not 0 then, but unknown."""
@@ -208,23 +239,21 @@ class PrometheusHooks:
 
     def on_audit(self, event: Audited) -> None:
         """Count an audit that has ended."""
-        self._metrics["audits"].labels(self._model(event.model), str(event.size), event.outcome).inc()
-
-    def _model(self, model: str | None) -> str:
-        """Return the label of *model*."""
-        name = model or "none named"
-        if name not in self._models and len(self._models) >= _MOST_MODELS:
-            return OTHER_MODELS
-        self._models[name] = None
-        return name
+        model = self.labels.model(event.model, answered=True)
+        self._metrics["audits"].labels(model, str(event.size), event.outcome).inc()
 
     def on_settle(self, event: Settled) -> None:
         """Count a request that has ended."""
-        metrics = self._metrics
-        if event.route is None:
-            metrics["requests"].labels("none", type(event.error).__name__ if event.error else "cancelled").inc()
+        metrics, answered = self._metrics, event.route is not None
+        outcome = "answered" if answered else type(event.error).__name__ if event.error else "cancelled"
+        metrics["requests"].labels(event.route or "none", outcome).inc()
+        if self._by_caller:
+            pair = self.labels.pair(event.requested_model or event.model, event.tenant, answered=answered)
+            metrics["caller_requests"].labels(*pair, outcome).inc()
+            if answered:
+                metrics["model_latency_seconds"].labels(pair[0]).observe(event.latency)
+        if not answered:
             return
-        metrics["requests"].labels(event.route, "answered").inc()
         metrics["wait_seconds"].labels(event.priority).observe(event.waited)
         metrics["latency_seconds"].labels(event.priority).observe(event.latency)
 
@@ -262,7 +291,7 @@ class PrometheusHooks:
     def _audit_metrics(self, rows: Sequence[AuditedSize]) -> Iterator[Metric]:
         groups: dict[tuple[str, str], list[AuditedSize]] = {}
         for row in rows:
-            groups.setdefault((self._model(row.model), str(row.size)), []).append(row)
+            groups.setdefault((self.labels.model(row.model, answered=True), str(row.size)), []).append(row)
         for name, (description, value) in _SIZES_AUDITED.items():
             gauge = self._families.GaugeMetricFamily(f"{self._namespace}_{name}", description, labels=["model", "size"])
             for labels, group in groups.items():

@@ -121,6 +121,8 @@ class UsageAttribution:
             self._book([ticket], call_cost)
             alone = usage if ticket.reply is not None else Usage()
             self._ledger.pay(usage, alone, price, damage=history is not None)
+            if ticket.call is not None:
+                ticket.call.replaced(alone, price)
             self._record_joined(ticket, alone, price)
             self._estimates.learn_alone(ticket, usage)
             if history is not None:
@@ -222,6 +224,7 @@ class UsageAttribution:
         fallback = batch.call_state.route == "fallback"
         fruitless = not shares and not all(ticket.done for ticket in batch.tickets)
         self._ledger.pay(usage, alone, price, damage=fallback or fruitless)
+        batch.call_state.replaced(alone, price)
         self._compare(history, price)
         history.economics.record(usage, alone, price, again=fallback and not batch.instead)
         self._warn_if_dearer()
@@ -237,6 +240,8 @@ class UsageAttribution:
         if ticket.waiters is not None:
             for _ in range(len(ticket.waiters) - 1):
                 self._ledger.pay(Usage(), alone, price)
+                if ticket.call is not None:
+                    ticket.call.replaced(alone, price)
 
     def _warn_if_dearer(self) -> None:
         """Log once, after enough batches, if combining costs more than it saves."""

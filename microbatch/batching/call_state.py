@@ -45,6 +45,7 @@ class CallState:
         price: Prices a usage of the model that was asked, and once an attempt has ended of the one that answered; None if unknown.
         usage: What the endpoint has reported of all its attempts; None before the first report.
         cost_usd: The price of that in US dollars; None if a price is unknown.
+        unbatched_cost_usd: The price of what its answered requests would have used one by one; None if it is unknown.
     """
 
     __slots__ = (
@@ -64,6 +65,7 @@ class CallState:
         "route",
         "sent",
         "size",
+        "unbatched_cost_usd",
         "unenforced",
         "usage",
         "waiting",
@@ -93,6 +95,7 @@ class CallState:
         self.ended: bool = False
         self.usage: Usage | None = None
         self.cost_usd: float | None = None
+        self.unbatched_cost_usd: float | None = None
         self._ended: anyio.Event | None = None
         self._task: asyncio.Task[Any] | None = None  # while it is sent
         self._timer: asyncio.Handle | None = None
@@ -135,6 +138,11 @@ class CallState:
         self.price = price
         self.usage = usage if self.usage is None else self.usage + usage
         self.cost_usd = None if price is None or before is None else before + price(usage)
+
+    def replaced(self, alone: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Note that answered requests would have used *alone*, at *price*, in calls of their own."""
+        if price is not None:
+            self.unbatched_cost_usd = price(alone) + (self.unbatched_cost_usd or 0.0)
 
     def abandoned(self) -> None:
         """Note that a caller left without an answer; the last one ends the call, unless only the reply's end is missing."""

@@ -61,6 +61,8 @@ def called(
         request_id=None if completion is None else completion.request_id,
         error=error,
         origins=tuple(waiter.origin for ticket in tickets for waiter in ticket.callers),
+        tenant=tickets[0].spec.tenant,
+        unbatched_cost_usd=call_state.unbatched_cost_usd,
     )
 
 
@@ -70,10 +72,12 @@ def settled(
     origin: Any,
     now: float,
     *,
+    default_model: str | None,
     reply: Reply[Any] | None = None,
     error: Exception | None = None,
+    unbatched_cost_usd: float | None = None,
 ) -> Settled:
-    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left."""
+    """Return the event that a request has ended: with *reply*, with *error*, or because its caller has left; see `Settled`."""
     return Settled(
         route=None if reply is None else reply.route,
         error=error,
@@ -85,4 +89,7 @@ def settled(
         usage=Usage() if reply is None else reply.usage,
         cost_usd=None if reply is None else reply.cost_usd,
         origin=origin,
+        tenant=spec.tenant,
+        requested_model=default_model if spec.model is None else spec.model,
+        unbatched_cost_usd=unbatched_cost_usd,
     )

@@ -207,7 +207,10 @@ class Settlement:
     ) -> None:
         """Report that *waiter* was answered with *reply*, ended with *error*, or left."""
         if self._listeners.settle is not None:
-            event = settled(ticket.spec, waiter.created, waiter.origin, self._now(), reply=reply, error=error)
+            now, model = self._now(), self._listeners.model
+            event = settled(
+                ticket.spec, waiter.created, waiter.origin, now, default_model=model, reply=reply, error=error
+            )
             self._listeners.settle(event)
 
 

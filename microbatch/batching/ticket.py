@@ -182,6 +182,9 @@ class Call(Protocol):
     def abandoned(self) -> None:
         """Note that one request it carries has ended without an answer."""
 
+    def replaced(self, alone: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Note that answered requests would have used *alone*, at *price*, in calls of their own."""
+
 
 class TicketQueue(Protocol):
     """The queue in which a ticket waits to be sent."""

@@ -163,7 +163,7 @@ class AnswerCache:
         if decoding.error is not None:  # a caller's validator may raise anything; a new answer may satisfy it
             self._ledger.cache_misses += 1
             return None
-        self._count_hit(entry, now)
+        saved = self._count_hit(entry, now)
         ended = asyncio.get_running_loop().time()
         body, tool = entry.json(), options.answer.tool
         if body is None and tool is not None:
@@ -184,7 +184,10 @@ class AnswerCache:
         )
         if self._listeners.settle is not None:
             origin = None if self._listeners.submit is None else self._listeners.submit()
-            self._listeners.settle(settled(options, created, origin, ended, reply=reply))
+            model = self._listeners.model
+            self._listeners.settle(
+                settled(options, created, origin, ended, default_model=model, reply=reply, unbatched_cost_usd=saved)
+            )
         return reply
 
     def _kind_of(self, entry: entries.Entry) -> str | None:
@@ -196,13 +199,15 @@ class AnswerCache:
     def _asks_anew(self, kind: str | None, entry: entries.Entry) -> bool:
         return kind is not None and entry.batch_size > 1 and self.is_condemned(kind, entry.batch_size, entry.stored_at)
 
-    def _count_hit(self, entry: entries.Entry, now: float) -> None:
-        ledger = self._ledger
+    def _count_hit(self, entry: entries.Entry, now: float) -> float | None:
+        """Count a hit; return the price of the call that it has saved, None if it is unknown."""
+        ledger, price = self._ledger, self._price(entry.model)
         ledger.items += 1
         ledger.answered += 1
         ledger.cache_hits += 1
         ledger.cache_ages += max(0.0, now - entry.stored_at)
-        ledger.pay(Usage(), entry.alone, self._price(entry.model))
+        ledger.pay(Usage(), entry.alone, price)
+        return None if price is None else price(entry.alone)
 
     async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
         """Return the reply that is kept for a request, or the options with which it is to be asked.

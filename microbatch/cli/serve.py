@@ -20,9 +20,10 @@ measure what combining does to the answers; /stats and /dashboard show it, and
 batches become smaller where it does harm. The gateway's own key pays for that:
 requests with a key of the client's are audited only with --audit-own-keys.
 
-Beside the API there are /healthz, /readyz and /stats. On Ctrl-C or SIGTERM no
-more requests are taken, and those under way are answered; a second signal stops
-at once. Every flag can be given as an environment variable too, --max-wait as
+Beside the API there are /healthz, /readyz, /stats, /metrics and /dashboard, and
+with --access-log a line of JSON for each request. On Ctrl-C or SIGTERM no more
+requests are taken, and those under way are answered; a second signal stops at
+once. Every flag can be given as an environment variable too, --max-wait as
 MICROBATCH_MAX_WAIT; a flag takes precedence.
 
 Examples:
@@ -50,6 +51,8 @@ from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.prices import read_prices
 from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
+from microbatch.gateway.access import is_loopback
+from microbatch.gateway.access_log import STDOUT
 from microbatch.gateway.errors import in_flags
 from microbatch.gateway.server import Gateway
 from microbatch.gateway.settings import GatewaySettings
@@ -76,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_rate_limits(parser)
     arguments.add_cache(parser)
     arguments.add_prices(parser)
+    _add_access_log(parser)
     _add_access(parser.add_argument_group("access"))
     arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings, also={"upstream_timeout": "--timeout"})
     arguments.add_log_file(parser)
@@ -85,6 +89,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = "audit requests with a client's own key too, at that client's expense"
     add_flag(batching, "--audit-own-keys", own)
     arguments.add_budget(parser.add_argument_group("budget"))
+
+
+_NO_LOG: Final = "none"
+
+
+def _add_access_log(group: arguments.Group) -> None:
+    log = (
+        "add a line of JSON for each request to FILE, - for standard output: ids, status, reason, time, route, model, digest of the "
+        "caller, tokens and dollars, and never texts or keys"
+    )
+    add_flag(group, "--access-log FILE|-|none", f"{log} (default: none on loopback, else -)")
+
+
+def _read_access_log(args: argparse.Namespace) -> str | None:
+    if args.access_log is None:
+        return None if is_loopback(args.host) else STDOUT
+    path: str = args.access_log
+    return None if path == _NO_LOG else path
 
 
 def _add_access(group: arguments.Group) -> None:
@@ -129,6 +151,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES),
             lane_headers=args.lane_header,
             allowed_hosts=args.allowed_host,
+            access_log=_read_access_log(args),
             settings=settings,
             policy=policy,
             fallback=FallbackPolicy(canary=args.canary),

@@ -87,7 +87,7 @@ class Access:
         allowed_hosts: Collection[str],
         trust_tenant_header: bool,
     ) -> None:
-        self.loopback: bool = _is_loopback(host)
+        self.loopback: bool = is_loopback(host)
         if api_key and not access_token and not self.loopback:
             raise ConfigError(
                 f"with a key of its own and on {host}, the gateway would let other machines use that key: give it an access token "
@@ -263,6 +263,7 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches a server that listens on *host*."""
     address = _address(host.strip("[]"))
     return host.lower() == "localhost" if address is None else address.is_loopback

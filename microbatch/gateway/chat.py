@@ -21,6 +21,7 @@ from microbatch.gateway.access import not_json
 from microbatch.gateway.chat_request import read_chat_request, read_control_headers
 from microbatch.gateway.errors import translate
 from microbatch.gateway.event_stream import DONE, EventStream
+from microbatch.gateway.served import served
 from microbatch.messages import Usage
 from microbatch.openai.chat_completion import completion_of, first_choice, first_message
 from microbatch.transports.chat_wire import completion_object, usage_object
@@ -66,7 +67,8 @@ class ChatRoute:
 
     async def serve(self, request: web.Request, place: Place) -> web.StreamResponse:
         """Answer *request*, which goes to *place*."""
-        caller = self._access.caller(request)
+        caller, record = self._access.caller(request), served(request)
+        record.tenant = caller.tenant
         if request.content_type != "application/json":
             raise not_json()
         options, combine = read_control_headers(request)
@@ -74,6 +76,7 @@ class ChatRoute:
         if not combine or caller.in_address or "Content-Encoding" in request.headers:
             return await self._relay.serve(request, place.path, body, caller)
         chat = read_chat_request(body, model=place.model or self._model, harmless=self._harmless)
+        record.model = chat.model
         if chat.arguments is None or (chat.stream and self._settings.streams == "relay"):
             return await self._relay.serve(request, place.path, chat.body, caller, alone=chat.alone)
         asked = {**chat.arguments, "model": chat.model} if place.model else chat.arguments
@@ -89,7 +92,7 @@ class ChatRoute:
                 return await self._stream(request, chat, live)
             reply: Reply[str] | None = None
             try:
-                reply = await live.reply()
+                reply = record.reply = await live.reply()
                 if self._settings.exact_usage:
                     await reply.settled()
                 completion = _completion_for(chat, reply)
@@ -105,13 +108,14 @@ class ChatRoute:
         await stream.follow(live)
         reply: Reply[str] | None = None
         try:
-            reply = await live.reply()
+            reply = served(request).reply = await live.reply()
             completion = _completion_for(chat, reply)
         except MicrobatchError as error:
             completion = _completion_despite(error, chat.model) or {}
             if stream.response is None and not completion:
                 raise
             if not completion or (stream.relayed and not isinstance(error, ReplyError | Filtered)):
+                served(request).fail(error)
                 return await stream.fail(translate(error))
         await stream.begin(_reply_headers(reply))
         events = b"" if stream.relayed else _encode_events(completion, include_usage=chat.include_usage)

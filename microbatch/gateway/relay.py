@@ -11,8 +11,10 @@ from aiohttp import web
 from microbatch.errors import MicrobatchError
 from microbatch.gateway.access import PREFIX, is_private
 from microbatch.gateway.errors import GatewayError, translate
+from microbatch.gateway.served import served
 from microbatch.transports.credentials import is_credential, says_who
 from microbatch.transports.http import FRAMING, without
+from microbatch.transports.relay import read_charge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,6 +74,9 @@ class Relay:
             ConnectionError: The client is gone, or the answer broke off; the client's connection has been cut.
         """
         response: web.StreamResponse | None = None
+        record = served(request)
+        record.forwarded = True
+        record.model = record.model or read_charge(body)[0]
         try:
             headers = _request_headers(request, caller)
             async with self._batcher.forward(
@@ -86,6 +91,8 @@ class Relay:
             if response is None:
                 raise translate(error, relayed=True) from error
             _abort(request)
+            record.end(response.status)
+            record.fail(type(error).__name__)
             raise ConnectionAbortedError("the upstream's answer broke off") from None
         except ConnectionError:
             _abort(request)

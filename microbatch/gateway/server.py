@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
-from microbatch.accounting.live import LiveFigures
-from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.checking import check_given, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
 from microbatch.gateway.access import Access
+from microbatch.gateway.access_log import AccessLog
 from microbatch.gateway.chat import ChatRoute
 from microbatch.gateway.dashboard import figures, show_dashboard
 from microbatch.gateway.errors import GatewayError, translate
+from microbatch.gateway.observation import Observation
 from microbatch.gateway.relay import Relay
+from microbatch.gateway.served import begin, is_recorded, reason_of, served
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.gateway.upstream import API, AZURE, Upstream
 from microbatch.listening import close_runner
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from microbatch.accounting.stats import Stats
+    from microbatch.gateway.served import Served
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -80,6 +82,8 @@ class Gateway:
             a random one.
         lane_headers: Further headers to send with combined requests, which share a prompt only if these are equal.
         allowed_hosts: Further names under which clients address the gateway; "*" allows any.
+        access_log: File to which a line of JSON is added for each request, without texts and keys; "-" for standard output. None
+            writes none.
         settings: Limits for clients.
         connection: Further arguments of `OpenAIChat`: `structured`, `stream_options`, `first_timeout`, `connect_timeout`,
             `max_header_bytes`, `trust_env`, `uds`...
@@ -109,6 +113,7 @@ class Gateway:
         secret: bytes | None = None,
         lane_headers: Sequence[str] = (),
         allowed_hosts: Collection[str] = (),
+        access_log: str | None = None,
         settings: GatewaySettings | None = None,
         connection: Mapping[str, Any] | None = None,
         pages: dict[str, Handler] | None = None,
@@ -128,20 +133,18 @@ class Gateway:
         )
         self._upstream = Upstream(upstream, query)
         transport = self._transport(model, api_key, query, batcher.get("policy"), connection or {})
-        self._live = LiveFigures()
-        self._metrics = _prometheus()
-        listeners = [self._live] if self._metrics is None else [self._live, self._metrics]
+        self._observed = Observation(None if access_log is None else AccessLog(access_log))
         self.batcher: Microbatcher = Microbatcher(
-            transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *listeners]}
+            transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *self._observed.hooks]}
         )
-        if self._metrics is not None:
-            self._metrics.watch(self.batcher)
+        self._observed.watch(self.batcher)
         if self.batcher.audits is not None:
             self.batcher.audits.callers_pay = self._access.callers_pay
         self._cache = batcher.get("cache")
         self._secret = secret
         own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
         self._pages: dict[str, Handler] = {**own, **(pages or {})}
+        self._open_pages: dict[str, Handler] = {"/healthz": self._health, "/readyz": self._ready}
         self._relay = Relay(self.batcher, self._settings.client_timeout)
         policy = batcher.get("policy") or FlushPolicy()
         harmless = HARMLESS.union(policy.combine_params)
@@ -206,8 +209,8 @@ class Gateway:
         application.middlewares.append(self._handle)
         application.on_response_prepare.append(self._prepare)
         router = application.router
-        router.add_get("/healthz", self._health)
-        router.add_get("/readyz", self._ready)
+        for path, page in self._open_pages.items():
+            router.add_get(path, page)
         for path, page in self._pages.items():
             router.add_get(path, self._guarded(page))
         for api in (API, AZURE):
@@ -274,6 +277,7 @@ class Gateway:
     async def _close_batcher(self, _application: web.Application) -> None:
         self._draining = True
         await self.batcher.aclose()
+        await self._observed.aclose()
 
     async def _shared_secret(self) -> bytes | None:
         """Return a secret derived from the cache's; None if it has none, or cannot be reached."""
@@ -295,21 +299,37 @@ class Gateway:
 
     @web.middleware
     async def _handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        response = await self._answer(request, handler)
+        record = self._begin(request)
+        try:
+            response = await self._answer(request, handler)
+            record.end(response.status)
+        except (ConnectionError, asyncio.CancelledError):
+            record.disconnect()
+            raise
+        finally:
+            record.seconds = asyncio.get_running_loop().time() - record.began
+            self._observed.add(record)
         if self._draining:
             response.force_close()  # a stream that began before draining has sent its headers
         return response
+
+    def _begin(self, request: web.Request) -> Served:
+        return begin(request, page=request.path in self._pages or request.path in self._open_pages)
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             self._access.check_host(request)
             return await (self._admit(request, handler) if request.path.startswith((API, AZURE)) else handler(request))
         except GatewayError as error:
+            served(request).fail(reason_of(error, error.error["code"]))
             return error.response()
         except MicrobatchError as error:
+            served(request).fail(error)
             return translate(error).response()
         except web.HTTPException as error:
-            return _from_aiohttp(error, request).response()
+            refusal = _from_aiohttp(error, request)
+            served(request).fail(reason_of(refusal, refusal.error["code"]))
+            return refusal.response()
         except (ConnectionError, asyncio.CancelledError):
             raise  # the client is gone
         except Exception as error:  # noqa: BLE001 aiohttp would answer a bug in its own words
@@ -317,6 +337,7 @@ class Gateway:
             logger.error(  # noqa: TRY400 see above
                 "a bug in the gateway: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
             )
+            served(request).fail("gateway_error")
             return GatewayError(500, "The gateway failed; its log says where.", code="gateway_error").response()
 
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -331,7 +352,13 @@ class Gateway:
         finally:
             self._serving -= 1
 
-    async def _prepare(self, _request: web.Request, response: web.StreamResponse) -> None:
+    async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+        if not is_recorded(request):
+            # aiohttp has refused it before any middleware ran, as it does for an unknown Expect.
+            record = self._begin(request)
+            record.end(response.status)
+            self._observed.add(record)
+        served(request).identify(response)
         # Versions are not disclosed; an upstream's own Server header is relayed.
         if response.headers.get("Server") == SERVER_SOFTWARE:
             del response.headers["Server"]
@@ -358,30 +385,25 @@ class Gateway:
         return guarded
 
     async def _stats(self, _request: web.Request) -> web.Response:
-        body = figures(self.batcher.stats(), self._live.snapshot())
+        body = figures(self.batcher.stats(), self._observed.snapshot())
         return web.Response(body=body, content_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def _show_metrics(self, _request: web.Request) -> web.Response:
-        if self._metrics is None:
+        metrics = self._observed.metrics
+        if metrics is None:
             message = "This needs the package prometheus-client: pip install 'microbatch[prometheus]'."
             raise GatewayError(501, message, code="no_metrics")
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": self._metrics.content_type})
+        return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
 
     async def _serve_api(self, request: web.Request) -> web.StreamResponse:
         place = self._upstream.place(request)
         if request.method == "POST" and place.api_path == CHAT_COMPLETIONS:
             return await self._chat.serve(request, place)
         caller = self._access.caller(request)
+        served(request).tenant = caller.tenant
         self._access.check_relayed(request, place.api_path, caller)
         body = await self._relay.read_body(request) if request.body_exists else None
         return await self._relay.serve(request, place.path, body, caller)
-
-
-def _prometheus() -> PrometheusHooks | None:
-    try:
-        return PrometheusHooks()
-    except ConfigError:  # the package is missing, which /metrics reports
-        return None
 
 
 def _from_aiohttp(error: web.HTTPException, request: web.Request) -> GatewayError:

@@ -16,9 +16,12 @@ from chromium import PATIENCE, browser
 from helpers import ask
 
 import microbatch as mb
+from microbatch.accounting.labels import CallerLabels
 from microbatch.accounting.live import LiveFigures
 from microbatch.gateway import Gateway
 from microbatch.gateway.dashboard import figures, show_dashboard
+from microbatch.gateway.hour import Hour
+from microbatch.gateway.served import Served
 from microbatch.testing import ScriptedTransport, SimulatedEndpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]  # a browser takes its time to start on a loaded machine
@@ -286,31 +289,189 @@ async def test_the_page_shows_what_audits_have_found_the_condemned_first():
         assert page.complaints == []
 
 
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def request(**fields):
+    known = {"id": "x", "id_given": False, "method": "POST", "path": "/v1/x", "began": 0.0, "status": 200, "model": "m"}
+    return Served(**{**known, "seconds": 0.5, "tenant": "a" * 64, **fields})
+
+
+def called(**fields):
+    known = {"route": "batch", "size": 4, "model": "m", "requested_model": "m", "duration": 1.0, "first_text": None}
+    more = {"attempts": 1, "streamed": True, "max_tokens": None, "temperature": None, "usage": mb.Usage(9, 9)}
+    last = {"cost_usd": 0.25, "finish_reason": "stop", "request_id": None, "error": None, "origins": ()}
+    return mb.Called(**{**known, **more, **last, "tenant": "a" * 64, "unbatched_cost_usd": 1.0, **fields})
+
+
+def shown_hour(hour, **stats):
+    return figures(mb.Stats(**stats), LiveFigures().snapshot() | {"hour": hour.snapshot()})
+
+
+async def table(page, name):
+    return await page.value(
+        f"[...document.querySelectorAll('#{name} tbody tr')].map((row) => [...row.children].map((cell) => cell.innerText))"
+    )
+
+
+async def line(page, chart, place=0):
+    """The numbers of the points of a line, from left to right, as shares of the height of the picture."""
+    path = await page.value(f"document.querySelectorAll('#chart-{chart} path')[{place}].getAttribute('d')")
+    return [tuple(map(float, point.removesuffix("h0").split())) for point in path.replace("L", "M").split("M")[1:]]
+
+
+@pytest.mark.chromium
+async def test_the_page_shows_the_last_hour_over_time_and_by_model_and_caller():
+    clock = Clock()
+    hour = Hour(CallerLabels(), clock)
+    async with (
+        site(lambda: shown_hour(hour)) as served,
+        browser() as opened,
+        opened(f"{served.url}/dashboard") as page,
+    ):
+        await page.until("!document.querySelector('#hour').hidden")
+        assert await page.text("#hour-requests") == "0"
+        assert await page.text("#hour-usd") == "–"
+        assert "when this process started" in await page.text("#hour-note")
+        assert "after a restart the hour begins anew" in await page.text("#hour-note")
+        assert await table(page, "models") == [["None so far."]]
+        for number in (4, 0, 8, 2):
+            for _ in range(number):
+                hour.add(request(seconds=0.1 * number))
+            if number:
+                hour.on_call(called())
+            clock.now += 10.0
+        hour.add(request(status=404, reason="not_found", model=None, tenant=None))
+        hour.on_call(called(model="n", requested_model="n", cost_usd=None, unbatched_cost_usd=None, tenant=None))
+        await page.until("document.querySelector('#hour-requests').innerText === '15'")
+        assert await page.text("#hour-calls") == "4"
+        assert await page.text("#hour-saved") == "10"
+        assert await page.text("#hour-saved-of") == "71.4 % of 14"
+        assert await page.text("#hour-usd") == "$2.2500"
+        assert await page.text("#hour-usd-of") == "$0.7500 spent, 1 call without a known price"
+        assert await page.text("#hour-errors") == "1"
+        assert await page.value("document.querySelector('#hour-errors').className") == "bad"
+        assert await table(page, "models") == [
+            ["m", "14", "0", "3", "11", "$0.7500", "$2.2500", "841 ms", "841 ms"],
+            ["none named", "1", "1", "0", "0", "–", "–", "–", "–"],
+            ["n", "0", "0", "1", "-1", "no price", "–", "–", "–"],
+        ]
+        assert [row[:5] for row in await table(page, "callers")] == [
+            ["aaaaaaaaaaaa", "14", "0", "3", "11"],
+            ["none", "1", "1", "1", "-1"],
+        ]
+        # The slice under way is in the totals, and is no point yet. A higher value is further up.
+        requests = await line(page, "requests")
+        assert len(requests) == 4
+        assert [rank for rank, _ in sorted(enumerate(requests), key=lambda point: point[1][1])] == [2, 0, 3, 1]
+        steps = [later[0] - earlier[0] for earlier, later in itertools.pairwise(requests)]
+        assert steps == pytest.approx([steps[0]] * 3, abs=0.2)
+        latency = await line(page, "latency", 1)
+        assert len(latency) == 3  # where nothing was answered there is no latency
+        assert await page.value("document.querySelectorAll('#hour section svg').length") == 6
+        label = await page.value("document.querySelector('#chart-requests svg').getAttribute('aria-label')")
+        assert label == "requests: 15; calls: 4"
+        assert page.complaints == []
+
+
+@pytest.mark.chromium
+async def test_after_an_hour_the_page_shows_an_hour():
+    clock = Clock()
+    hour = Hour(CallerLabels(), clock)
+    for number in range(500):
+        hour.add(request(seconds=number / 100))
+        hour.on_call(called())
+        clock.now += 10.0
+    async with (
+        site(lambda: shown_hour(hour)) as served,
+        browser() as opened,
+        opened(f"{served.url}/dashboard") as page,
+    ):
+        await page.until("!document.querySelector('#hour').hidden")
+        assert await page.text("#hour-requests") == "359"  # and the slice under way
+        assert "when this process started" not in await page.text("#hour-note")
+        points = await line(page, "requests")
+        assert len(points) == 360
+        left, right = points[0][0], points[-1][0]
+        assert right - left > 300
+        ticks = await page.value("document.querySelectorAll('#chart-requests text').length")
+        assert 6 <= ticks <= 12
+        keep("dashboard-hour.png", await page.screenshot())
+        assert page.complaints == []
+
+
+@pytest.mark.chromium
+async def test_names_of_models_and_callers_are_text_and_never_run():
+    hour = Hour(CallerLabels(), Clock())
+    hour.add(request(model=IMAGE, tenant="<script>document.title='run'</script>"))
+    hour.add(request(model="x" * 5_000, tenant="y" * 5_000))
+    async with (
+        site(lambda: shown_hour(hour)) as served,
+        browser() as opened,
+        opened(f"{served.url}/dashboard") as page,
+    ):
+        await page.until("document.querySelectorAll('#models tbody tr').length === 2")
+        assert (await table(page, "models"))[0][0] == IMAGE
+        assert (await table(page, "callers"))[0][0] == "<script>document.title='run'</script>"
+        assert await page.value("document.querySelectorAll('main img, main script').length") == 0
+        assert await page.value("document.title") == "microbatch"
+        assert await page.value("document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.complaints == []
+
+
+@pytest.mark.chromium
+async def test_a_loss_of_calls_and_dollars_is_below_the_axis():
+    clock = Clock()
+    hour = Hour(CallerLabels(), clock)
+    hour.on_call(called(attempts=5, cost_usd=2.0, unbatched_cost_usd=0.5))
+    clock.now += 10.0
+    hour.add(request())
+    clock.now += 10.0
+    async with (
+        site(lambda: shown_hour(hour)) as served,
+        browser() as opened,
+        opened(f"{served.url}/dashboard") as page,
+    ):
+        await page.until("!document.querySelector('#hour').hidden")
+        assert await page.text("#hour-saved") == "-4"
+        assert await page.text("#hour-usd") == "−$1.5000"
+        labels = await page.value("[...document.querySelectorAll('#chart-saved text')].map((text) => text.textContent)")
+        assert labels[:3] == ["-5", "0", "1"]
+        (_, below), (_, above) = await line(page, "saved")
+        assert below > above
+        assert page.complaints == []
+
+
 @pytest.mark.chromium
 async def test_the_page_of_a_gateway_shows_what_its_clients_asked():
-    live = LiveFigures()
+    async with (
+        SimulatedEndpoint() as upstream,
+        Gateway(upstream.base_url, policy=POLICY, tokens="bytes") as gateway,
+        browser() as opened,
+        ClientSession() as session,
+    ):
+        root = gateway.base_url.removesuffix("/v1")
+        async with opened(f"{root}/dashboard") as page:
 
-    async def stats(_request):
-        return web.Response(body=figures(gateway.stats(), live.snapshot()), content_type="application/json")
+            async def chat(text):
+                body = {"model": "gpt-4.1-mini", "messages": ask(text)}
+                async with session.post(f"{root}/v1/chat/completions", json=body) as answer:
+                    assert answer.status == 200
 
-    async with SimulatedEndpoint() as upstream:
-        pages = {"/dashboard": show_dashboard, "/stats": stats}
-        async with (
-            Gateway(upstream.base_url, policy=POLICY, tokens="bytes", hooks=[live], pages=pages) as gateway,
-            browser() as opened,
-            ClientSession() as session,
-        ):
-            root = gateway.base_url.removesuffix("/v1")
-            async with opened(f"{root}/dashboard") as page:
-
-                async def chat(text):
-                    body = {"model": "gpt-4.1-mini", "messages": ask(text)}
-                    async with session.post(f"{root}/v1/chat/completions", json=body) as answer:
-                        assert answer.status == 200
-
-                await asyncio.gather(*(chat(f"product {n}") for n in range(8)))
-                await page.until("document.querySelector('#answered').innerText === '8 answered, 0 failed'")
-                assert page.complaints == []
+            await asyncio.gather(*(chat(f"product {n}") for n in range(8)))
+            await page.until("document.querySelector('#answered').innerText === '8 answered, 0 failed'")
+            assert await page.text("#hour-requests") == "8"
+            assert (await table(page, "models"))[0][:3] == ["gpt-4.1-mini", "8", "0"]
+            assert [row[:3] for row in await table(page, "callers")] == [["none", "8", "0"]]
+            async with session.post(f"{root}/v1/chat/completions", json={"messages": []}) as refused:
+                assert refused.status == 400
+            await page.until("document.querySelector('#hour-errors').innerText === '1'")
+            assert page.complaints == []
 
 
 async def test_the_page_comes_with_a_policy_and_is_not_kept():

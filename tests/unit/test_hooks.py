@@ -212,3 +212,41 @@ async def test_hooks_are_told_of_every_token_that_stats_count(script, items):
     assert sum(event.attempts for event in told.calls) == stats.upstream_calls
     if stats.cost_usd is not None:
         assert sum(event.cost_usd or 0.0 for event in told.calls) == pytest.approx(stats.cost_usd)
+
+
+async def test_events_name_the_tenant_and_the_model_that_was_asked_for():
+    listener, answer = Listener(), mb.Completion("stop", usage=mb.Usage(70, 5), model="m-2026-01-01")
+    transport = ScriptedTransport(("A", answer))
+    transport.model = "default"
+    async with batcher_for(transport, hooks=[listener], cache=mb.MemoryCache()) as batcher:
+        await submit(batcher, "a", tenant="t")
+        await submit(batcher, "a", tenant="t")
+        await submit(batcher, "b", model="m")
+    assert [(event.route, event.tenant, event.requested_model) for event in listener.settled] == [
+        ("single", "t", "default"),
+        ("cache", "t", "default"),
+        ("single", None, "m"),
+    ]
+    assert [(event.tenant, event.requested_model) for event in listener.called] == [("t", "default"), (None, "m")]
+
+
+async def test_what_the_events_say_was_saved_adds_up():
+    listener = Listener()
+    steps = [lambda call: call.reply((name, "A") for name, _ in call.items[1:])]
+    async with batcher_for(
+        ScriptedTransport(*steps), hooks=[listener], prices=PRICES, cache=mb.MemoryCache(), idle="wait", max_wait=0.5
+    ) as batcher:
+        await submit_all(batcher, "abcb", model="m")
+        await submit_all(batcher, "ad", model="m")
+        stats = batcher.stats()
+    assert (stats.cache_hits, stats.shared, stats.fallback_calls) == (1, 1, 1)
+    events = [*listener.called, *(event for event in listener.settled if event.route == "cache")]
+    assert sum(event.unbatched_cost_usd for event in events) == pytest.approx(stats.unbatched_cost_usd)
+    assert sum(event.cost_usd for event in events) == pytest.approx(stats.cost_usd)
+
+
+async def test_without_a_price_events_do_not_say_what_was_saved():
+    listener = Listener()
+    async with batcher_for(ScriptedTransport(), hooks=[listener], prices=PRICES, idle="wait", max_wait=0.5) as batcher:
+        await submit_all(batcher, "abc", model="without a price")
+    assert [event.unbatched_cost_usd for event in (*listener.called, *listener.settled)] == [None] * 4

@@ -93,6 +93,61 @@ async def test_what_callers_make_up_is_no_label():
     assert "made up" not in hooks.render().decode()
 
 
+async def test_by_caller_requests_calls_tokens_and_dollars_have_a_model_and_a_tenant():
+    hooks = mb.PrometheusHooks(by_caller=True)
+    answer = mb.Completion("stop", usage=mb.Usage(70, 5, cached_tokens=64), model="m-2026-01-01")
+    step = [lambda call: (call.reply((name, "A") for name, _ in call.items), answer)]
+    transport = ScriptedTransport(*step * 2, delay=1.0)
+    prices = {"m-2026-01-01": mb.Price(input=2.0, output=8.0)}
+    async with batcher_for(transport, hooks=[hooks], prices=prices, idle="wait", max_wait=0.5) as batcher:
+        await ask_all(batcher, "abc", model="m", tenant="t")
+        await ask_all(batcher, "de", model="m", tenant="u")
+    for tenant, size in (("t", 3), ("u", 2)):
+        caller = {"model": "m", "tenant": tenant}
+        assert value(hooks, "caller_requests_total", **caller, outcome="answered") == size
+        assert value(hooks, "caller_calls_total", **caller, route="batch") == 1
+        assert value(hooks, "caller_tokens_total", **caller, kind="prompt") == 70
+        assert value(hooks, "caller_tokens_total", **caller, kind="completion") == 5
+        assert value(hooks, "caller_cost_usd_total", **caller) == pytest.approx(batcher.stats().cost_usd / 2)
+    assert value(hooks, "model_latency_seconds_count", model="m") == 5
+    assert value(hooks, "model_latency_seconds_sum", model="m") == pytest.approx(7.5)
+    assert value(hooks, "unpriced_calls_total") == 0
+
+
+async def test_what_has_no_price_has_no_dollars_and_is_counted():
+    hooks = mb.PrometheusHooks(by_caller=True)
+    async with batcher_for(ScriptedTransport(), hooks=[hooks], prices=PRICES) as batcher:
+        await ask_all(batcher, "ab", model="without a price")
+        await ask_all(batcher, "c", model="m")
+    assert value(hooks, "caller_cost_usd_total", model="without a price", tenant="none") is None
+    assert value(hooks, "caller_cost_usd_total", model="m", tenant="none") > 0
+    assert value(hooks, "unpriced_calls_total") == 1
+
+
+async def test_made_up_models_and_tenants_are_few_labels_whatever_becomes_of_them():
+    hooks = mb.PrometheusHooks(by_caller=True)
+    transport = ScriptedTransport(*[mb.BadRequest("no") for _ in range(100)])
+    async with batcher_for(transport, hooks=[hooks], prices=PRICES) as batcher:
+        for number in range(100):
+            await ask_all(batcher, "a", model=f"no such model {number}", tenant=f"refused {number}")
+        few = len(scraped(hooks.render()))
+        for number in range(400):
+            await ask_all(batcher, "a", model=f"made up {number % 80}", tenant=f"tenant {number % 90}")
+        text = hooks.render().decode()
+    assert "no such model" not in text
+    assert "refused 1" not in text
+    assert len(scraped(text.encode())) < few + 256 * 8 + 64 * 20
+    assert (
+        value(hooks, "caller_requests_total", model="other models", tenant="other tenants", outcome="BadRequest") == 100
+    )
+    answered = sum(
+        number
+        for (name, *labels), number in scraped(text.encode()).items()
+        if name == "microbatch_caller_requests_total" and ("outcome", "answered") in labels
+    )
+    assert answered == 400
+
+
 async def test_what_a_watched_batcher_keeps_itself_is_read_at_each_scrape():
     hooks = mb.PrometheusHooks()
     async with batcher_for(

@@ -1,0 +1,116 @@
+"""The access log: a line of JSON for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+from datetime import UTC, datetime
+from queue import Full, Queue
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from microbatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from microbatch.gateway.served import Served
+
+logger: Final = logging.getLogger("microbatch")
+
+STDOUT: Final = "-"
+MOST_WAITING: Final = 65_536
+"""Most lines that wait for a file or a pipe that does not take them; further ones are dropped and counted."""
+
+_CLOSING_SECONDS: Final = 5.0
+_MOST_AT_ONCE: Final = 1_024
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class AccessLog:
+    """Writes lines in a thread, so that a slow disk or a pipe that is not read delays no request.
+
+    Args:
+        path: The file, to whose end lines are added, or "-" for standard output.
+
+    Attributes:
+        dropped: Lines that were not written, because too many waited or the file took none.
+
+    Raises:
+        ConfigError: The file cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path: str = path
+        self.dropped: int = 0
+        self._file = _open(path)
+        self._waiting: Queue[bytes | None] = Queue(MOST_WAITING)
+        self._thread: threading.Thread | None = None
+        self._failed = False
+
+    def write(self, record: Served) -> None:
+        """Add the line of *record*."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="microbatch access log", daemon=True)
+            self._thread.start()
+        time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self._put(_encode(record.line(time)) + b"\n")
+
+    def _put(self, line: bytes | None) -> None:
+        try:
+            self._waiting.put_nowait(line)
+        except Full:
+            self.dropped += 1
+
+    async def aclose(self) -> None:
+        """Write what waits, for at most 5 s, and close the file."""
+        if self._thread is not None:
+            await asyncio.to_thread(self._end, self._thread)
+        elif self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self.dropped:
+            logger.warning("the access log lacks %d lines, which %s did not take", self.dropped, self._name)
+
+    def _end(self, thread: threading.Thread) -> None:
+        try:
+            self._waiting.put(None, timeout=_CLOSING_SECONDS)
+        except Full:
+            return  # the thread ends with the process
+        thread.join(_CLOSING_SECONDS)
+
+    @property
+    def _name(self) -> str:
+        return "standard output" if self.path == STDOUT else self.path
+
+    def _run(self) -> None:
+        lines: list[bytes | None] = []
+        while None not in lines:
+            lines = [self._waiting.get()]
+            while len(lines) < _MOST_AT_ONCE and not self._waiting.empty():
+                lines.append(self._waiting.get())
+            self._write([line for line in lines if line is not None])
+        os.close(self._file)
+
+    def _write(self, lines: list[bytes]) -> None:
+        left = memoryview(b"".join(lines))
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            self.dropped += len(lines)
+            if not self._failed:
+                self._failed = True
+                logger.warning("the access log cannot be written to %s: %s", self._name, error.strerror)
+
+
+def _open(path: str) -> int:
+    try:
+        if path == STDOUT:
+            return os.dup(sys.stdout.fileno())
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+    except OSError as error:
+        raise ConfigError(f"the access log {path} cannot be opened: {error.strerror}") from None
