@@ -313,13 +313,14 @@ def stored_answer(path):
 
 
 QUESTION = ("--template", "Product: {name}", "--system", "Sort.", "--labels", "home,other")
+ALWAYS = ("--merge", "always")
 
 
 def commands():
     """Return what `run`, `warm`, `spool` and `worker` print and write."""
     write_lines("p", 20)
     found = {
-        "run": command("run", "in.jsonl", "-o", "out.jsonl", *QUESTION, "--simulate", "--temperature", "0"),
+        "run": command("run", "in.jsonl", "-o", "out.jsonl", *QUESTION, "--simulate", "--temperature", "0", *ALWAYS),
         "warm": command("warm", "in.jsonl", "--cache", "c.sqlite", *QUESTION, "--simulate"),
         "spool --put": command("spool", "s.sqlite", "--put", "in.jsonl", *QUESTION, "--model", "m"),
         "spool": command("spool", "s.sqlite"),
