@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microbatch.batching.bounds import QUOTA_SHARE
-from microbatch.batching.lane_history import TokenScale
+from microbatch.batching.lane_history import TokenScale, above_most
 from microbatch.batching.overhead import (
     MAX_COUNTED_CHARS,
     MAX_COUNTED_SHARED_CHARS,
@@ -60,9 +60,6 @@ _REMEMBERED = 256
 
 # For requests that are never combined, nothing is learned of their answers.
 _UNKNOWN_ANSWER = 256
-
-_STEP = 0.1
-"""The weight of the latest single reply in what is expected of the next."""
 
 
 class Budget(msgspec.Struct, frozen=True, gc=False):
@@ -313,7 +310,7 @@ class Estimates:
             self._scale_of(ticket.spec.model).learn(ticket.charge.prompt, usage.prompt_tokens)
         kind, tokens = _kind(ticket.spec), float(usage.completion_tokens)
         known = self._singles.get_or_make(kind, lambda: tokens)
-        self._singles.put(kind, known + (tokens - known) * _STEP)
+        self._singles.put(kind, above_most(known, tokens))
 
     def learn_refused(self, tickets: Sequence[Ticket], history: LaneHistory, limits: TokenLimits) -> None:
         """Learn that the endpoint refused the bound of a combined call of *tickets*, and which limits it named."""

@@ -228,8 +228,7 @@ class LaneHistory(msgspec.Struct):
         self.singles.record(usage, line_bytes, answer_bytes)
         tokens = usage.completion_tokens
         known = tokens if self.single_tokens is None else self.single_tokens
-        # Up fast and down slowly, so that it stays above most of them.
-        self.single_tokens = known + (tokens - known) * (_UP if tokens > known else _DOWN)
+        self.single_tokens = above_most(known, tokens)
 
     def record_limits(self, limits: TokenLimits) -> None:
         """Record what a refusal said of the account's limits."""
@@ -316,6 +315,11 @@ class LaneHistory(msgspec.Struct):
             self.fruitless = min(self.fruitless, _FRUITLESS - 1)
             self.revised = True
         return True
+
+
+def above_most(known: float, tokens: float) -> float:
+    """Return an upper estimate of lengths that was *known* before one of *tokens*: up fast and down slowly, it stays above most."""
+    return known + (tokens - known) * (_UP if tokens > known else _DOWN)
 
 
 class LaneHistories:

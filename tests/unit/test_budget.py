@@ -92,6 +92,24 @@ async def test_answers_are_expected_to_be_as_long_as_those_before():
         assert spent(batcher) == model.charged == 3 * 4 * 20
 
 
+async def test_single_answers_are_expected_to_be_longer_than_most():
+    model = Model()
+    prices = {"m": mb.Price(0.0, 1_000_000.0)}  # a dollar for each token of the answer
+    async with batcher_for(model, budget=mb.Budget(usd=100_000), prices=prices, max_batch_size=1) as batcher:
+        expected = []
+        for number in range(40):
+            model.tokens = (10, 20)[number % 2]
+            before = batcher.stats().budget.spent_usd
+            waiting = asyncio.ensure_future(batcher.submit(ask("a")))
+            await asyncio.sleep(0.5)
+            expected.append(batcher.stats().budget.spent_usd - before)
+            await waiting
+        assert expected[0] == 256
+        assert 18 <= min(expected[20:]) <= max(expected) == 256
+        assert max(expected[20:]) <= 20
+        assert batcher.stats().budget.spent_usd == 40 * 15
+
+
 async def test_a_call_that_would_exceed_the_budget_is_not_sent_and_its_requests_end_with_budget_exceeded():
     model = Model()
     async with batcher_on(model, mb.Budget(tokens=1_000), max_batch_size=1) as batcher:
