@@ -218,8 +218,6 @@ class Input:
         for index, file in enumerate(self._files):
             if first:
                 self._read.append(_Read())
-            elif index == len(self._read):
-                return
             read = self._read[index]
             for number, entry in file.records(first=first):
                 if first:

@@ -233,6 +233,13 @@ def test_an_example_that_is_wrong_is_named_before_anything_is_sent(example, word
     assert not Path("out.jsonl").exists()
 
 
+def test_a_file_without_examples_is_a_usage_error(capsys):
+    products(1)
+    Path("examples.jsonl").write_text("\n")
+    assert run("in.jsonl", words=(*QUESTION, *LABELS, "--examples", "examples.jsonl")) == 2
+    assert "holds no example" in capsys.readouterr().err
+
+
 # --- a join
 
 

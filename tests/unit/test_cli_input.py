@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import sys
@@ -86,6 +87,14 @@ def test_a_change_of_any_file_is_told(which):
     with pytest.raises(
         InputChanged, match=rf"'{which}' was changed while it was asked about: it has 1 line now, and had 3"
     ):
+        asked(source)
+
+
+def test_a_file_that_cannot_be_read_any_more_has_changed():
+    Path("in.csv.gz").write_bytes(gzip.compress(table(3).encode()))
+    source = opened("in.csv.gz")
+    Path("in.csv.gz").write_bytes(gzip.compress(table(9).encode())[:30])
+    with pytest.raises(InputChanged, match=r"'in\.csv\.gz' was changed while it was asked about$"):
         asked(source)
 
 

@@ -205,6 +205,19 @@ def test_what_is_not_one_array_is_a_usage_error(file, raw):
         sound(file("x", raw, form="json"))
 
 
+def test_what_is_larger_than_any_question_is_an_error_before_it_fills_the_memory(file, monkeypatch):
+    monkeypatch.setattr("microbatch.cli.json_text._MAX_ELEMENT", 1_000)
+    with pytest.raises(UsageError, match="longer than"):
+        sound(file("x.json", '[{"a":"' + "x" * 2_000))
+    monkeypatch.setattr("microbatch.cli.records._MAX_FIELD", 1_000)
+    limit = csv.field_size_limit()
+    try:
+        first, last = sound(file("x.csv", f"a\n{'x' * 2_000}\nsmall\n"))
+    finally:
+        csv.field_size_limit(limit)  # of the process
+    assert (first.problem, last) == ("it is not CSV", {"a": "small"})
+
+
 def test_an_empty_array_and_empty_files_hold_nothing(file):
     for name, content in (("x.json", " [ ] "), ("x.json", ""), ("x.jsonl", "\n\n"), ("x.csv", ""), ("x.csv", "a,b\n")):
         assert sound(file(name, content)) == []
@@ -270,6 +283,19 @@ def test_stdin_is_kept_and_read_again(monkeypatch, form):
     both = [record for pair in zip(first, second, strict=True) for _, record in pair]
     assert both == [record for record in records for _ in range(2)]
     assert opened.name == "stdin"
+
+
+def test_a_stdin_that_is_closed_is_a_usage_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="cannot read stdin"):
+        RecordFile("-")
+
+
+def test_a_file_that_is_gone_is_a_usage_error(file, tmp_path):
+    opened = file("x.jsonl", FORMS["jsonl"](RECORDS))
+    (tmp_path / "x.jsonl").unlink()
+    with pytest.raises(UsageError, match="cannot read"):
+        sound(opened)
 
 
 # --- Parquet
