@@ -19,7 +19,7 @@ from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, note, plural
 from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, id_digest, question_digest
-from microbatch.cli.output import OutputFile, replacing
+from microbatch.cli.output import OutputFile, Rows, replacing
 from microbatch.cli.standard_output import StandardOutput
 from microbatch.cli.target import STDOUT
 
@@ -148,6 +148,8 @@ class _Matches:
                 found.changed += row is not None
                 undated += row is not None and row.question is None
         self._describe(found, undated)
+        if not (found.changed or found.reused):
+            self._rows = Rows()  # which are large, and needed no more
 
         def begin() -> None:
             if found.changed:
@@ -158,7 +160,7 @@ class _Matches:
                     if row is None and start is not None:
                         self._output.write(self._output.row_at(start, name))
             keep_settings(self._target.path, settings)
-            del self._rows
+            self._rows = Rows()
 
         found.begin = begin
         return found
