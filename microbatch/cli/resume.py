@@ -19,7 +19,7 @@ from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, plural, remark
 from microbatch.cli.digests import Digests
 from microbatch.cli.input import BadLine, id_digest
-from microbatch.cli.output import OutputFile, replacing
+from microbatch.cli.output import OutputFile, Rows, replacing
 from microbatch.cli.questions import question_digest
 from microbatch.cli.standard_output import StandardOutput
 from microbatch.cli.target import STDOUT
@@ -170,6 +170,8 @@ class _Matches:
                 "is rewritten then, without the answers to what they leave out"
             )
         self._describe(found, undated)
+        if not (found.changed or found.reused):
+            self._rows = Rows()  # which are large, and needed no more
 
         def begin() -> None:
             if found.changed:
@@ -180,7 +182,7 @@ class _Matches:
                     if row is None and start is not None:
                         self._output.write(self._output.row_at(start, name))
             keep_settings(self._target.path, settings)
-            del self._rows
+            self._rows = Rows()
 
         found.begin = begin
         return found
