@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
+    parser.set_defaults(parser=parser)
     output = "where the answers go, as they come"
     parser.add_argument("-o", "--output", metavar="OUTPUT.jsonl", help=f"{output}; needed but for --dry-run")
     group = add_bulk(parser, "the run")
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.expect_tokens is not None:
         raise UsageError("--expect-tokens is for --dry-run")
     if args.output is None:
-        raise UsageError("no output: give -o OUTPUT.jsonl, or --dry-run")
+        args.parser.error("no output: give -o OUTPUT.jsonl, or --dry-run")
     plan, source = prepare(args)
     model = plan.transport.model
     try:
