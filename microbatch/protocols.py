@@ -28,9 +28,10 @@ class ChatCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
         max_tokens: Most tokens to generate, or None for the endpoint's own limit.
         stream: Whether to stream the reply.
         timeout: Seconds this call may take, or None for the transport's own limit.
-        bound: Most tokens to generate if no caller has set `max_tokens`: the batcher's guard against runaway replies, or None. A
-            transport that sends it uses the same field as for `max_tokens`, and sets `Completion.bound`. If the endpoint refuses it,
-            the transport lowers this field, or sets it to None, and raises a `StatusError` with `again`. A transport may ignore it.
+        bound: Most tokens to generate if `max_tokens` is None: the batcher's guard against runaway replies, or what callers allow
+            together if that is more than any model surely does; or None. A transport that sends it uses the same field as for
+            `max_tokens`, and sets `Completion.bound`. If the endpoint refuses it, the transport lowers this field, or sets it to None,
+            and raises a `StatusError` with `again`. A transport may ignore it.
         json_object: Whether callers ask for any JSON object, so that `response_format` json_object says it all; a transport may ignore
             it and have the schema enforced.
         on_event: With `stream`, takes an empty value once the endpoint has accepted the call, and then the data of each event of the

@@ -96,6 +96,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
+    parser.set_defaults(parser=parser)
     output = (
         "where the answers go: a file whose name ends in .jsonl, .csv, .tsv or .parquet, the first three also with .gz, or in "
         "anything else for JSON Lines; - is stdout"
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     if args.expect_tokens is not None:
         raise UsageError("--expect-tokens is for --dry-run")
     if args.output is None:
-        raise UsageError("no output: give -o OUTPUT.jsonl, or --dry-run")
+        args.parser.error("no output: give -o OUTPUT.jsonl, or --dry-run")
     plan, source = prepare(args)
     target = target_of(args, plan.transport.model)
     try:

@@ -152,7 +152,6 @@ def test_lines_that_cannot_be_asked_are_counted_and_a_model_without_a_price_cost
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "no output: give -o"),
         (("-o", "out.jsonl", "--expect-tokens", "9"), "--expect-tokens is for --dry-run"),
         (("--dry-run", "--labels", "a,a"), "occurs twice"),
     ],
@@ -161,3 +160,11 @@ def test_a_wrong_command_ends_with_2(capsys, words, told):
     products(2)
     assert main(["run", "in.jsonl", *QUESTION, "--model", "m", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_otherwise_an_output_is_needed(capsys):
+    products(2)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "in.jsonl", *QUESTION, "--model", "m"])
+    assert ended.value.code == 2
+    assert "no output: give -o" in capsys.readouterr().err

@@ -170,7 +170,9 @@ def test_the_answers_are_good_as_long_as_they_are_told_to(words, seconds):
 
 def test_answers_that_were_cut_off_are_not_kept_and_that_is_told(capsys):
     products(5)
-    assert warm(*QUESTION, "--simulate", "--single", "--max-tokens", "2") == 0
+    with serving() as endpoint:
+        words = (*QUESTION, "--model", "m", "--base-url", endpoint.base_url)
+        assert warm(*words, "--single", "--max-tokens", "2") == 0
     assert "5 answers not stored: they were cut off" in capsys.readouterr().out
 
 
