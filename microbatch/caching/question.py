@@ -42,11 +42,17 @@ def asked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     The schemas of tools stay as they are written: a model reads them as text.
     """
-    return {
+    asked = {
         name: value if name in FIELDS else _with_plain_numbers(value)
         for name, value in fields.items()
         if name not in IGNORED_FIELDS
     }
+    temperature = asked.get("temperature")
+    if isinstance(temperature, int) and abs(temperature) <= _EXACT:
+        asked["temperature"] = float(
+            temperature
+        )  # the form that most earlier entries have: the command line reads a float
+    return asked
 
 
 def asked_headers(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -59,7 +65,7 @@ def asked_headers(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str]
 
 
 def _with_plain_numbers(value: Any) -> Any:
-    """Return *value*, in which a float that is a whole number, like 0.0 or -0.0, is an int."""
+    """Return a copy of *value*, in which a float that is a whole number, like 0.0 or -0.0, is an int."""
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) <= _EXACT else value
     if isinstance(value, dict):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import msgspec
 
-from microbatch.errors import ConfigError, StorageError
+from microbatch.errors import ConfigError, MicrobatchError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +26,8 @@ logger: Final = logging.getLogger("microbatch")
 
 _FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
 """What the module raises if a file fails; the latter if it quotes what it has found in a damaged one."""
+
+_DAMAGED: Final = "the file is damaged"
 
 MOST_LOG: Final = 4 * 1024 * 1024  # size of the log, in bytes, from which it is copied into the file and truncated
 _OWNER_ONLY: Final = 0o600
@@ -194,6 +196,13 @@ class Database:
                 if not _is_busy(error) or time.monotonic() >= deadline:
                     raise StorageError(f"{Path(self._path).name}: {_reason(error)}") from error
                 time.sleep(_PAUSE)
+            except MicrobatchError:
+                raise
+            except Exception as error:
+                # Of a damaged file, rows may be missing that are always there, or have values of another type.
+                if not _is_damaged(db):
+                    raise
+                raise StorageError(f"{Path(self._path).name}: {_DAMAGED}") from error
             else:
                 if self._file() != self._identity:
                     raise _MovedError
@@ -299,7 +308,14 @@ def _create(path: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, sqlite3.Error) else "the file is damaged"
+    return str(error) if isinstance(error, sqlite3.Error) else _DAMAGED
+
+
+def _is_damaged(db: sqlite3.Connection) -> bool:
+    try:
+        return bool(db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",))
+    except _FAILURES:
+        return True
 
 
 def _is_busy(error: Exception) -> bool:

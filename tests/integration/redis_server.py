@@ -31,7 +31,7 @@ class RedisServer:
         appendonly: Whether it keeps what it is told on disk, so that it knows it again after `stop` or `kill` and `start`.
             Otherwise it writes nothing.
         port: None looks for a free one, which stays this server's for all its starts.
-        settings: Further settings, by name.
+        settings: Further settings, by name; the words of a value are apart by blanks.
 
     Attributes:
         url: Its address.
@@ -45,6 +45,11 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def _protocol(self) -> int | None:
+        """The version that is spoken with it; None for the client's own. The third needs HELLO."""
+        return 2 if "HELLO" in self._settings.get("rename-command", "") else None
+
+    @property
     def bus_port(self) -> int:
         """The port on which it speaks with the others of its cluster."""
         return int(self._settings["cluster-port"])
@@ -55,7 +60,7 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         """A client that blocks, for tests to look in with; to be closed, best by `with`."""
-        return redis.Redis.from_url(self.url, socket_timeout=_PATIENCE)
+        return redis.Redis.from_url(self.url, socket_timeout=_PATIENCE, protocol=self._protocol)
 
     def start(self) -> None:
         for _ in range(1 if self.port else _TRIES):
@@ -74,13 +79,14 @@ class RedisServer:
             "save": "",
             "appendonly": "yes" if self._appendonly else "no",
             "appendfsync": "always",
-            **self._settings,
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        words += [word for name, value in self._settings.items() for word in (f"--{name}", *value.split())]
         process = self._process = subprocess.Popen([_binary(), *words], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(redis.RedisError), redis.Redis(port=port, socket_timeout=1, retry=None) as client:
+            options = {"socket_timeout": 1, "retry": None, "protocol": self._protocol}
+            with contextlib.suppress(redis.RedisError), redis.Redis(port=port, **options) as client:
                 # Another test's server may have taken the port first.
                 return client.info("server")["process_id"] == process.pid or self._given_up()
             time.sleep(0.02)
@@ -127,14 +133,14 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def redis_cluster(folder: Path, nodes: int) -> Iterator[list[RedisServer]]:
-    """Run a cluster of so many servers, which share the slots evenly."""
+def redis_cluster(folder: Path, nodes: int, **settings: str) -> Iterator[list[RedisServer]]:
+    """Run a cluster of so many servers with *settings*, which share the slots evenly."""
     with contextlib.ExitStack() as stack:
         servers = []
         for number in range(nodes):
             (own := folder / str(number)).mkdir()
             bus = {"cluster_port": str(free_port())}
-            servers.append(stack.enter_context(RedisServer(own, cluster_enabled="yes", **bus)))
+            servers.append(stack.enter_context(RedisServer(own, cluster_enabled="yes", **bus, **settings)))
         clients = [stack.enter_context(server.client()) for server in servers]
         for number, client in enumerate(clients):
             first, last = (_SLOTS * which // nodes for which in (number, number + 1))

@@ -92,6 +92,32 @@ async def test_an_error_that_quotes_what_is_no_text_is_one_of_the_file(tmp_path)
         await database.aclose()
 
 
+async def test_what_goes_wrong_on_a_damaged_file_is_its_error_and_on_a_sound_one_a_bug(tmp_path):
+    path = tmp_path / "d.sqlite"
+
+    def fill(db):
+        db.executemany("INSERT INTO entries VALUES (?, x'00', zeroblob(500), NULL, 0)", [(n,) for n in range(500)])
+
+    def wrong(_db):
+        raise TypeError("a row is missing")
+
+    for sound in (True, False):
+        database = Database(path, SCHEMA, kind="cache", version=1, durable=False, busy=1.0)
+        await database.open()
+        try:
+            if sound:
+                await database.run(fill)
+            for act in (database.run, database.read):
+                with pytest.raises(
+                    TypeError if sound else StorageError, match=None if sound else "the file is damaged"
+                ):
+                    await act(wrong)
+        finally:
+            await database.aclose()
+        content = path.read_bytes()
+        path.write_bytes(content[: 10 * _PAGE] + bytes(20 * _PAGE) + content[30 * _PAGE :])
+
+
 def test_a_damaged_name_is_an_error_of_the_spool():
     for key in ("", "[1]", '["a"]', b"\xff\xff", "[null,", None):
         with pytest.raises(StorageError, match="name of a spooled request is damaged"):

@@ -160,10 +160,10 @@ _FORMAT_OF_X = {"type": "json_schema", "json_schema": {"name": "a", "schema": _X
         (
             {
                 "output_type": Fact,
-                "temperature": 0,
+                "temperature": 0.0,
                 "params": {"top_k": 40, "thinking": {"type": "enabled", "budget_tokens": 1024}},
             },
-            "bb6ca2e622627ae701b372a42c248de2a2359131",
+            "7f71109cb9474a257c4e997b08a0cb353f0e80a5",
         ),
         (
             {"params": {"n": 2, "seed": 7, "logit_bias": {"50256": -100}, "stop": ["a"]}},
