@@ -50,9 +50,13 @@ class AccessLog:
         self._waiting: Queue[bytes | None] = Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._failed = False
+        self._closed = False
 
     def write(self, record: Served) -> None:
-        """Add the line of *record*."""
+        """Add the line of *record*; a log that is closed drops it."""
+        if self._closed:
+            self.dropped += 1
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="microbatch access log", daemon=True)
             self._thread.start()
@@ -67,11 +71,13 @@ class AccessLog:
 
     async def aclose(self) -> None:
         """Write what waits, for at most 5 s, and close the file."""
+        if self._closed:
+            return
+        self._closed = True
         if self._thread is not None:
             await asyncio.to_thread(self._end, self._thread)
-        elif self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        else:
+            self._close()
         if self.dropped:
             logger.warning("the access log lacks %d lines, which %s did not take", self.dropped, self._name)
 
@@ -93,24 +99,37 @@ class AccessLog:
             while len(lines) < _MOST_AT_ONCE and not self._waiting.empty():
                 lines.append(self._waiting.get())
             self._write([line for line in lines if line is not None])
-        os.close(self._file)
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def _write(self, lines: list[bytes]) -> None:
         left = memoryview(b"".join(lines))
         try:
+            if self._file is None:
+                sys.stdout.write(bytes(left).decode())
+                sys.stdout.flush()
+                return
             while left:
                 left = left[os.write(self._file, left) :]
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.dropped += len(lines)
             if not self._failed:
                 self._failed = True
-                logger.warning("the access log cannot be written to %s: %s", self._name, error.strerror)
+                logger.warning("the access log cannot be written to %s: %s", self._name, error)
 
 
-def _open(path: str) -> int:
-    try:
-        if path == STDOUT:
+def _open(path: str) -> int | None:
+    """Return the descriptor of a file; None for standard output that is a Python object only."""
+    if path == STDOUT:
+        try:
             return os.dup(sys.stdout.fileno())
+        except (OSError, ValueError):
+            return None
+    try:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
     except OSError as error:
         raise ConfigError(f"the access log {path} cannot be opened: {error.strerror}") from None

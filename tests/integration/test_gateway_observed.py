@@ -407,6 +407,23 @@ async def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_lacks_is_count
         os.close(reading)
 
 
+async def test_a_log_that_is_closed_writes_nothing_more(tmp_path, capsys):
+    log = AccessLog(str(tmp_path / "log"))
+    await log.aclose()
+    log.write(Served(id="x", id_given=True, method="POST", path="/v1/x", began=0.0, status=200))
+    await log.aclose()
+    assert ((tmp_path / "log").read_bytes(), capsys.readouterr().out, log.dropped) == (b"", "", 1)
+
+
+async def test_standard_output_may_be_any_object(capsys):
+    log = AccessLog("-")
+    record = Served(id="x", id_given=True, method="POST", path="/v1/x", began=0.0, status=200)
+    log.write(record)
+    log.write(record)
+    await log.aclose()
+    assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["x", "x"]
+
+
 async def test_a_full_disk_is_said_once_and_ends_nothing(caplog):
     log = AccessLog("/dev/full")
     record = Served(id="x", id_given=True, method="POST", path="/v1/x", began=0.0, status=200)
