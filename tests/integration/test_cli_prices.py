@@ -204,3 +204,10 @@ def test_a_run_at_a_service_tier_is_priced_by_what_the_endpoint_reports(capsys):
     told = summary(capsys)
     flex = MINE.of_tier("flex")
     assert told["cost_usd"] == pytest.approx(flex.above[9].cost(usage_of(told)), abs=1e-8)
+
+
+@pytest.mark.slow
+def test_of_many_models_a_few_are_named(capsys):
+    batch_lines(*(f"m{number}" for number in range(9)))
+    assert run("--simulate", "--json", "--max-concurrent-batches", "1", *prices({"m0": ENTRY})) == 0
+    assert "the price of m0, m1, m2, m3 and others for them" in " ".join(capsys.readouterr().err.split())
