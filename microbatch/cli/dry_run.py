@@ -118,6 +118,7 @@ def dry_run(args: argparse.Namespace) -> int:
         transport=UnsentChat(plan.transport, args.expect_tokens, args.structured),
         cache=None if plan.cache is None else Guard(MemoryCache(), patience=CACHE_PATIENCE),
         audit=None,
+        budget=None,
     )
     counted = _Counted(plan)
     bulk = BulkRun(args, played, source, counted.take)
