@@ -168,6 +168,10 @@ class Input:
             return item in self._drawn_names
         return item in self._names and item not in self._skipped
 
+    def number(self, item: int) -> int | None:
+        """Return the number of the record whose id has the digest *item*, among those with an id, from 0; None if there is none."""
+        return self._names.number(item)
+
     # --- the check at the start
 
     def _survey(self, sample: _Sample | None) -> None:

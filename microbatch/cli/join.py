@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any, Final
 
-from microbatch.cli.digests import Digests
 from microbatch.cli.input import BLANK, id_digest
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from microbatch.cli.input import Input, Record
     from microbatch.cli.output import OutputFile
 
+_NONE: Final = -1
 _SKIPPED: Final = {"type": "Skipped", "message": BLANK}
 _UNASKED: Final = {"type": "Unasked", "message": "the run ended before it was asked"}
 
@@ -33,15 +33,35 @@ class Join:
     def __init__(self, source: Input, journal: OutputFile) -> None:
         self._source = source
         self._journal = journal
-        self._ids = Digests()
-        self._last = array("q")  # by the number of the id: the offset of its last line
+        self._last = array("q")  # by the number of the record: the offset of the last line with its id
+        self._nameless: dict[
+            int, int
+        ] = {}  # of records without an id of their own, by the digest of the one they are given
+        fields: dict[str, None] = {}
+        for record in source.records():
+            fields |= dict.fromkeys(record.fields)
+            name = id_digest(record.name)
+            if source.number(name) is None:
+                self._nameless[name] = _NONE
         for name, start in journal.starts():
-            number = self._ids.add(name)
-            self._last[number : number + 1] = array("q", [start])
-        fields = dict.fromkeys(name for record in source.records() for name in record.fields)
+            self._note(name, start)
         self._output = _free_name("output", fields)
         self._error = _free_name("error", fields)
         self.columns: tuple[str, ...] = (*fields, self._output, self._error)
+
+    def _note(self, name: int, start: int) -> None:
+        number = self._source.number(name)
+        if number is not None:
+            self._last.extend([_NONE] * (number + 1 - len(self._last)))
+            self._last[number] = start
+        elif name in self._nameless:
+            self._nameless[name] = start
+
+    def _start(self, name: int) -> int:
+        number = self._source.number(name)
+        if number is None:
+            return self._nameless[name]
+        return self._last[number] if number < len(self._last) else _NONE
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield each record with the output and the error, one of which is None.
@@ -56,10 +76,10 @@ class Join:
     def _answer(self, record: Record) -> tuple[Any, Any]:
         if record.skipped:
             return None, _SKIPPED
-        number = self._ids.number(id_digest(record.name))
-        if number is None:
+        start = self._start(id_digest(record.name))
+        if start == _NONE:
             return None, _UNASKED
-        line = self._journal.row_at(self._last[number], record.name)
+        line = self._journal.row_at(start, record.name)
         return line["output"], line["error"]
 
 
