@@ -25,15 +25,15 @@ from microbatch.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
+    from microbatch.batching.dependencies import Pricing
     from microbatch.messages import Usage
     from microbatch.protocols import Completion
     from microbatch.spending.budget import Budget
     from microbatch.spending.counters import Counter
     from microbatch.transports.expenses import Expense
 
-    Price = Callable[[Usage], float]
 
 logger: Final = logging.getLogger("microbatch")
 
@@ -48,12 +48,12 @@ _TOLERANCE: Final = 1e-9
 
 
 class Charge(msgspec.Struct, eq=False):
-    """What was charged for one attempt: dollars, tokens, and what prices a usage of the model that was asked."""
+    """What was charged for one attempt: dollars, tokens, and the model that was asked."""
 
     counter: Counter
     usd: float
     tokens: int
-    price: Price | None
+    model: str | None
 
 
 class Spending:
@@ -61,11 +61,11 @@ class Spending:
 
     Args:
         budget: Where it is counted; may be shared.
-        price: Returns what prices a model's usage, None if its price is unknown.
+        price: Returns what prices a usage of a model, None if its price is unknown; see `PriceBook.pricing`.
         default_model: The transport's model, or None.
     """
 
-    def __init__(self, budget: Budget, price: Callable[[str | None], Price | None], default_model: str | None) -> None:
+    def __init__(self, budget: Budget, price: Pricing, default_model: str | None) -> None:
         self._budget = budget
         self._price = price
         self._default_model = default_model
@@ -100,7 +100,8 @@ class Spending:
             ConfigError: Its price is not known.
         """
         self.check([expense.model])
-        price = self._price(expense.model or self._default_model)
+        model = expense.model or self._default_model
+        price = self._price(model)
         usd = 0.0 if price is None else price(expense.usage)
         tokens = expense.usage.prompt_tokens + expense.usage.completion_tokens
         budget = self._budget
@@ -117,7 +118,7 @@ class Spending:
             raise BudgetExceeded(message) from error
         if added:
             counter.hold(usd, tokens)
-            return Charge(counter, usd, tokens, price)
+            return Charge(counter, usd, tokens, model)
         settled_usd, settled_tokens = counter.usd - counter.held_usd, counter.tokens - counter.held_tokens
         if (
             counter.calls
@@ -136,7 +137,7 @@ class Spending:
             if outcome.usage is None:
                 self.keep(charge)
             else:
-                await self.correct(charge, outcome.usage, outcome.model)
+                await self.correct(charge, outcome.usage, outcome.model, outcome.service_tier)
         elif not heard and (
             isinstance(outcome, _REFUSALS) or (isinstance(outcome, ConnectFailed) and (outcome.unsent or outcome.again))
         ):
@@ -144,9 +145,9 @@ class Spending:
         else:
             self.keep(charge)
 
-    async def correct(self, charge: Charge, usage: Usage, model: str | None = None) -> None:
-        """Correct *charge* to the price of *usage*, of the *model* that answered, None for the one that was asked."""
-        price = (model is not None and self._price(model)) or charge.price
+    async def correct(self, charge: Charge, usage: Usage, model: str | None = None, tier: str | None = None) -> None:
+        """Correct *charge* to the price of *usage*, of the *model* that answered in the service *tier*, both None if not reported."""
+        price = self._price(model, tier, asked=charge.model)
         tokens = usage.prompt_tokens + usage.completion_tokens
         await self._correct(charge, 0.0 if price is None else price(usage), tokens)
 

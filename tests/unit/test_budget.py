@@ -199,6 +199,22 @@ async def test_a_call_that_is_given_up_does_not_keep_others_waiting():
         assert asyncio.get_running_loop().time() < 3
 
 
+async def test_a_call_is_charged_at_the_service_tier_that_the_endpoint_reports():
+    prices = {"m": mb.Price(4.0, 8.0, cached_input=1.0, tiers={"flex": mb.Price(2.0, 4.0)})}
+    ends = [
+        mb.Completion("stop", usage=mb.Usage(1_000, 500), service_tier="flex"),
+        mb.Completion("stop", usage=mb.Usage(1_000, 500, 600)),
+    ]
+    model = ScriptedTransport(*(("x", end) for end in ends))
+    model.model = "m"
+    async with batcher_for(model, budget=mb.Budget(usd=1), prices=prices) as batcher:
+        await batcher.submit(ask("a"))
+        assert batcher.stats().budget.spent_usd == pytest.approx((1_000 * 2 + 500 * 4) / 1e6)
+        await batcher.submit(ask("b"))
+        stats = batcher.stats()
+    assert stats.budget.spent_usd == pytest.approx(stats.cost_usd)
+
+
 # --- what counts
 
 
