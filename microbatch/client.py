@@ -140,7 +140,7 @@ class Microbatcher:
         self.audits: Audits | None = parts.audits
         """The audits; None without an audit."""
         self.spending: Spending | None = parts.spending
-        """What pays for calls; None without a budget."""
+        """The account of the budget; None without one."""
 
     # --- life
 

@@ -65,10 +65,10 @@ async def forwarded(
 
 
 class _Bill:
-    """What a relayed request costs.
+    """The cost of a relayed request.
 
     Attributes:
-        charged: Whether it costs anything.
+        charged: True if it costs anything.
         sent: Whether the request was sent, and not refused.
         usage: What reads the usage in the answer; None before there is one.
     """

@@ -6,7 +6,7 @@ import msgspec
 
 
 class BudgetFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What was spent of a `Budget` in the present period, charges of calls under way included.
+    """The spending of a `Budget` in the present period, charges of calls under way included.
 
     Attributes:
         spent_usd: US dollars spent, by all tenants together; None if the budget has no `usd`.

@@ -203,7 +203,7 @@ async def _found(cache: SQLiteCache | RedisCache, matches: Matches) -> AsyncIter
 
 
 class Figures(msgspec.Struct):
-    """What a cache holds.
+    """The content of a cache, counted.
 
     Attributes:
         bytes: Of keys and answers, as stored.

@@ -22,7 +22,7 @@ from microbatch.cli.arguments import Group, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import COLUMNS, plural, seconds
 from microbatch.cli.plan import CACHE_PATIENCE, prepare
-from microbatch.cli.summary import alone, comparison, fields
+from microbatch.cli.summary import alone, comparison, fields, skipped
 from microbatch.prompt.parameters import HARMLESS
 from microbatch.testing.answers import simulated_answer
 from microbatch.testing.clock import VirtualClockLoop
@@ -142,6 +142,7 @@ def _figures(bulk: BulkRun, counted: _Counted) -> dict[str, Any]:
         **fields(stats, "cost_usd", "unbatched_cost_usd"),
         "wait_s": round(bulk.wall_s, 3),
         **fields(stats, "shared", "alone_by_field", "singles_by_reason"),
+        "skipped": bulk.skipped,
         "dry_run": True,
     }
 
@@ -150,6 +151,7 @@ def _lines(args: argparse.Namespace, bulk: BulkRun, counted: _Counted) -> Iterat
     stats = bulk.stats
     failed = f", {bulk.failed:,} cannot be asked" if bulk.failed else ""
     yield f"dry run: {plural(bulk.items, 'item')} in {plural(counted.lanes, 'lane')}{failed}; nothing was sent"
+    yield from skipped(bulk.skipped)
     if stats.answered:
         yield f"\n{comparison(stats, 'combined', 'one by one')}\n"
     if not args.single:
@@ -172,12 +174,14 @@ def _unwrapped(args: argparse.Namespace, bulk: BulkRun, *, is_text: bool) -> Ite
         )
         hint = "" if args.expect_tokens or not is_text else "; if theirs is another length, say so with --expect-tokens"
         yield f"{counted}{hint}."
-    if bulk.wall_s >= _SHORT_WAIT:
+    if (args.rpm or args.tpm) and bulk.wall_s >= _SHORT_WAIT:
         yield f"At this rate limit the run takes at least {seconds(bulk.wall_s)}."
     if stats.answered and stats.cost_usd is None:
         yield "The cost is unknown: there is no price for this model."
     elif stats.costs_more and not args.single:
         yield "Combining costs more than it saves here: see --single."
+    if args.max_cost is not None and stats.cost_usd is not None and stats.cost_usd > args.max_cost:
+        yield f"--max-cost {args.max_cost:g} ends the run before all is asked."
     not_counted = {
         "cache": f"what {args.cache} has already, which costs nothing",
         "resume": f"the answers in {args.output}, which are not asked for again",

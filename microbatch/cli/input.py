@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from microbatch.messages import Request
 
 OnEmpty: TypeAlias = Literal["ask", "skip", "fail"]
-"""What is done about a record whose fields in the template are all blank."""
+"""The treatment of a record whose fields in the template are all blank."""
 
 ON_EMPTY: Final[tuple[OnEmpty, ...]] = get_args(OnEmpty)
 BLANK: Final = "all fields of the template are blank"
@@ -372,7 +372,7 @@ class _Sample:
 
 
 class _Overview:
-    """What is known of all records together: whether the *fields* of the template and the *id_field* are in any, and what is wrong.
+    """The facts about all records together: which of the *fields* and the *id_field* are in none, and what is wrong.
 
     Attributes:
         askable: True if one can be asked about, or is skipped.

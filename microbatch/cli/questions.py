@@ -1,4 +1,4 @@
-"""What is asked about a record of the input: a template with fields in it, or the request that the record is."""
+"""The question about a record of the input: made from a template, or the request that the record is."""
 
 from __future__ import annotations
 

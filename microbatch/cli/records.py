@@ -62,7 +62,7 @@ _OTHERS: Final = {
     b"Obj\x01": "Avro",
     b"ARROW1": "Arrow",
 }
-"""How files begin that cannot be read."""
+"""The beginnings of files that cannot be read."""
 
 _HEAD: Final = 1 << 16
 _CHUNK: Final = 1 << 17
@@ -144,7 +144,7 @@ class RecordFile:
 
     @property
     def doubt(self) -> str:
-        """What the content looks like, and the remedy, as a part of an error message; "" if it looks like its format."""
+        """Return the likely format of the content, and the remedy, as a part of an error message; "" if it is its format."""
         form, name = self._looks(self._head())
         if form == self.form and name == _NAMES[form]:
             return ""

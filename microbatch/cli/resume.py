@@ -60,7 +60,7 @@ _IN_QUESTION: Final = (
 
 
 class Resumed(msgspec.Struct):
-    """What a run begins with.
+    """The state in which a run begins.
 
     Attributes:
         done: Digests of the ids that are not asked about.

@@ -59,7 +59,7 @@ class Latencies:
 
 
 class Figures:
-    """What happened in a slice of time, to all or to those of one group."""
+    """The counts of a slice of time, of all requests or of those of one group."""
 
     __slots__ = ("calls", "cost_usd", "errors", "latencies", "requests", "saved_usd", "unbatched", "unpriced")
 

@@ -1,4 +1,4 @@
-"""What the gateway counts, logs and shows of the requests that it serves."""
+"""Metrics, log and dashboard of the requests that the gateway serves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a request to the gateway, for its log, its metrics and its dashboard."""
+"""The facts about one request to the gateway, for its log, its metrics and its dashboard."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def route(self) -> str | None:
-        """How the answer came, as in `Reply.route`, or "forward" or "page"; None for a request that was refused."""
+        """The route of the answer, as in `Reply.route`, or "forward" or "page"; None for a request that was refused."""
         if self.reply is not None:
             return self.reply.route
         return "forward" if self.forwarded else "page" if self.page else None

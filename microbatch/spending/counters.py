@@ -40,7 +40,7 @@ def span_at(period: Period | None, now: float) -> Span:
 
 
 class Counter(msgspec.Struct, eq=False):
-    """What one tenant, or all, have spent in a period.
+    """The spending of one tenant, or of all, in a period.
 
     Attributes:
         tenant: As given to `Counters.of`.

@@ -25,7 +25,7 @@ T = TypeVar("T")
 logger: Final = logging.getLogger("microbatch")
 
 _FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
-"""What the module raises if a file fails; the latter if it quotes what it has found in a damaged one."""
+"""The errors of the module when a file fails; the latter if it quotes the content of a damaged one."""
 
 _DAMAGED: Final = "the file is damaged"
 

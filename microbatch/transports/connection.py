@@ -1,4 +1,4 @@
-"""How a transport connects to its endpoint."""
+"""The connections of a transport to its endpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call is expected to cost, and the interface of what pays for it."""
+"""The expected cost of a call, and the interface of the budget that pays for it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Purse(Protocol):
         ...
 
     def keep(self, charge: Any) -> None:
-        """Let *charge* stand: it is not known what the attempt has cost."""
+        """Keep *charge* as it is: the cost of the attempt is not known."""
         ...
 
     async def give_back(self, charge: Any) -> None:

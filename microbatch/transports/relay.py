@@ -100,7 +100,7 @@ class UsageReader:
 
     @property
     def usage(self) -> Usage | None:
-        """What was reported so far, or None."""
+        """The usage reported so far, or None."""
         return total_usage(self._reports)
 
     def feed(self, chunk: bytes) -> None:

@@ -132,7 +132,7 @@ def test_a_rate_limit_takes_no_time_but_the_time_is_told(capsys):
 
 def test_equal_questions_are_asked_once_where_there_is_a_cache(capsys):
     given(*({"id": number, "name": f"thing {number % 10}"} for number in range(400)))
-    words = (*QUESTION, "--model", "gpt-4.1-mini")
+    words = (*QUESTION, "--model", "gpt-4.1-mini", "--merge", "always")
     assert dry(capsys, *words)["upstream_calls"] == 25
     assert dry(capsys, *words, "--cache", "answers.sqlite")["upstream_calls"] < 3
     assert not Path("answers.sqlite").exists()
