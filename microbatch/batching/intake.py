@@ -233,10 +233,10 @@ class Intake:
         """Estimate what *ticket* costs alone, and return why it goes alone if its cost or priority is the reason.
 
         Raises:
-            ConfigError: It can never be sent, because it is larger than the whole quota.
+            ConfigError: It is new, and can never be sent because it is larger than the whole quota.
         """
         history, quota = lane.history, lane.account.max_tokens
-        if quota is not None:
+        if quota is not None and ticket.charge is None:  # else it was accepted when the quota was larger
             try:
                 ticket.charge = _fitting(self._estimates.alone(ticket, history), quota)
             except ConfigError:
