@@ -89,7 +89,7 @@ class Assembly:
         self.settings = settings
         self.model: str | None = getattr(transport, "model", None)
         self.tokens: TokenCounter = TokenCounter(settings.tokens, self.model)
-        self.prices: PriceBook = PriceBook(settings.prices, base_url=getattr(transport, "base_url", ""))
+        self.prices: PriceBook = PriceBook(settings.prices, base_url=getattr(transport, "base_url", None) or "")
         self.ledger: Ledger = Ledger()
         self.scheduler: Scheduler = Scheduler(policy.max_concurrent_batches)
         self.accounts: Accounts = Accounts(transport, settings.retry, settings.rate_limit, self.scheduler)

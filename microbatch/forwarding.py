@@ -10,13 +10,12 @@ from microbatch.batching.ticket import NORMAL, UNSHARED
 from microbatch.errors import ConfigError, ConnectFailed
 from microbatch.transports.credentials import credentials_in
 from microbatch.transports.expenses import Expense
-from microbatch.transports.relay import UsageReader, expected_usage, read_charge
+from microbatch.transports.relay import UsageReader, asked_tier, expected_usage, read_charge
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from microbatch.assembly import Assembly
-    from microbatch.messages import Usage
     from microbatch.spending.spending import Spending
     from microbatch.transports.relay import Forwarded
 
@@ -46,7 +45,9 @@ async def forwarded(
     async with parts.engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
         # Charged when nothing has to be waited for any more: other calls may wait until it ends.
         lease.used = False
-        bill = await relayed.enter_async_context(_charged(parts.spending, expected_usage(body), model, tenant))
+        expected = expected_usage(body)
+        expense = None if expected is None else Expense(expected, model, tenant, tier=asked_tier(body))
+        bill = await relayed.enter_async_context(_charged(parts.spending, expense))
         lease.used = True
         ledger.upstream_calls += 1
         ledger.forwarded += 1
@@ -86,14 +87,11 @@ class _Bill:
 
 
 @asynccontextmanager
-async def _charged(
-    spending: Spending | None, expected: Usage | None, model: str | None, tenant: str | None
-) -> AsyncGenerator[_Bill]:
+async def _charged(spending: Spending | None, expense: Expense | None) -> AsyncGenerator[_Bill]:
     """Charge a request for the duration of the block, and correct the charge by what is found then; None costs nothing."""
-    if spending is None or expected is None:
+    if spending is None or expense is None:
         yield _Bill(charged=False)
         return
-    expense = Expense(expected, model, tenant)
     while isinstance(charge := await spending.charge(expense), asyncio.Future):
         await charge
     bill = _Bill(charged=True)
@@ -103,10 +101,10 @@ async def _charged(
         bill.sent = bill.sent and not error.unsent
         raise
     finally:
-        usage = None if bill.usage is None else bill.usage.usage
+        answer = bill.usage
         if not bill.sent:
             await spending.give_back(charge)
-        elif usage is None:
+        elif answer is None or answer.usage is None:
             spending.keep(charge)
         else:
-            await spending.correct(charge, usage)
+            await spending.correct(charge, answer.usage, tier=answer.tier)

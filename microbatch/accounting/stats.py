@@ -282,7 +282,10 @@ class Ledger(_Figures, kw_only=True):
         prompt, completion = alone.prompt_tokens - owed.prompt_tokens, alone.completion_tokens - owed.completion_tokens
         if prompt < 0 or completion < 0:
             self.owed[priced] = Usage(max(0, -prompt), max(0, -completion))
-        return Usage(max(0, prompt), max(0, completion), min(alone.cached_tokens, max(0, prompt)))
+        prompt, completion = max(0, prompt), max(0, completion)
+        cached = min(alone.cached_tokens, prompt)
+        written = min(alone.cache_write_tokens, prompt - cached)
+        return Usage(prompt, completion, cached, cache_write_tokens=written)
 
     @property
     def comparison(self) -> str:

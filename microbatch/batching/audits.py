@@ -206,7 +206,7 @@ class Audits:
     def _cost(self, spec: Spec, usage: Usage) -> float:
         """Return a cost that can be compared, in prompt tokens."""
         price = self._given.price_of(spec.model)
-        return in_prompt_tokens(usage, None if price is None else price.of_tier(spec.params.get("service_tier")))
+        return in_prompt_tokens(usage, None if price is None else price.of_tier(spec.tier))
 
     # --- audits
 

@@ -73,8 +73,8 @@ class Dispatcher:
     def _begin(self, tickets: list[Ticket], route: Route, permit: Permit, lane: LaneHistory | None) -> CallState:
         """Return the state of a call that carries *tickets* from now on; a combined one has the history of its *lane*."""
         permit.expense = partial(self._estimates.expense, tickets, lane)
-        model = tickets[0].spec.model or self._default_model
-        call_state = CallState(len(tickets), route, self._now(), self._price(model), permit, model)
+        model, tier = tickets[0].spec.model or self._default_model, tickets[0].spec.tier
+        call_state = CallState(len(tickets), route, self._now(), self._price(model, tier), permit, model)
         for ticket in tickets:
             if ticket.call is not None:
                 ticket.remember().attempts += ticket.call.attempts
@@ -333,7 +333,7 @@ class Dispatcher:
         The lane with *history* learns from it what single calls take.
         """
         spec, pieces, model = ticket.spec, list[str](), ticket.spec.model or self._default_model
-        call_state = CallState(1, "audit", self._now(), self._price(model), permit, model)
+        call_state = CallState(1, "audit", self._now(), self._price(model, spec.tier), permit, model)
         permit.expense = partial(self._estimates.expense, [ticket], spare=True)
         call = self._codec.compose_alone(spec, ticket.answer, ticket.messages)
 

@@ -87,7 +87,7 @@ class Estimates:
         self._preambles: LRU[str, int] = LRU(_REMEMBERED)  # by the words of the answer's shape
         self._schemas: LRU[str, tuple[int, int]] = LRU(_REMEMBERED)
         self._frames: LRU[tuple[bool, bool], tuple[float, float, float]] = LRU(_REMEMBERED)
-        self._singles: LRU[tuple[str | None, str], float] = LRU(_REMEMBERED)  # tokens of single replies
+        self._singles: LRU[tuple[str | None, str], float] = LRU(_REMEMBERED)  # tokens of a choice of single replies
 
     # --- prompts
 
@@ -172,7 +172,7 @@ class Estimates:
             alone_prompt = (history.shared_tokens or 0) + single
             overhead = PromptOverhead(alone_prompt, self.prompt_of(spec, history, combined), *self._frame(spec.answer))
         if price is not None:
-            price = price.of_tier(spec.params.get("service_tier"))
+            price = price.of_tier(spec.tier)
         text = 0 if price is None or price.cache_write is None else ticket.count(self._count)
         return overhead.is_cheaper_combined(items, price, cache, text * overhead.scale)
 
@@ -217,7 +217,7 @@ class Estimates:
     def expense(self, tickets: Sequence[Ticket], history: LaneHistory | None = None, *, spare: bool = False) -> Expense:
         """Return what a call for *tickets* is likely to cost; *history* is that of their lane, None for a single call."""
         spec = tickets[0].spec
-        return Expense(self._expected(spec, tickets, history), spec.model, spec.tenant, spare)
+        return Expense(self._expected(spec, tickets, history), spec.model, spec.tenant, spare, spec.tier)
 
     def _expected(self, spec: Spec, tickets: Sequence[Ticket], history: LaneHistory | None) -> Usage:
         single, combined = self._schema_tokens(spec.answer)
@@ -231,13 +231,11 @@ class Estimates:
 
     def _expected_alone(self, spec: Spec) -> int:
         """Return the tokens that a single reply is likely to have, of all its choices together."""
-        known = self._singles.get(_kind(spec))
-        if known is not None:
-            return round(known)
-        answer = spec.answer.expected_tokens
-        answer = _UNKNOWN_ANSWER if answer is None else answer
-        answer += self._bounds.expected_thought(spec)
-        return (answer if spec.max_tokens is None else min(answer, spec.max_tokens)) * _choices(spec)
+        answer = self._singles.get(_kind(spec))
+        if answer is None:
+            expected = spec.answer.expected_tokens
+            answer = (_UNKNOWN_ANSWER if expected is None else expected) + self._bounds.expected_thought(spec)
+        return round((answer if spec.max_tokens is None else min(answer, spec.max_tokens)) * _choices(spec))
 
     def bound(self, tickets: Sequence[Ticket], history: LaneHistory, quota: int | None) -> int | None:
         """Return the most tokens that the combined reply to *tickets*, of one lane, may take; None for no bound."""
@@ -308,7 +306,7 @@ class Estimates:
         """Learn that the endpoint reported *usage* for a single call of *ticket*."""
         if ticket.charge is not None and ticket.charge.prompt:
             self._scale_of(ticket.spec.model).learn(ticket.charge.prompt, usage.prompt_tokens)
-        kind, tokens = _kind(ticket.spec), float(usage.completion_tokens)
+        kind, tokens = _kind(ticket.spec), usage.completion_tokens / _choices(ticket.spec)
         known = self._singles.get_or_make(kind, lambda: tokens)
         self._singles.put(kind, above_most(known, tokens))
 

@@ -10,6 +10,8 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from microbatch.batching.lane_table import MAX_LINE_BYTES
 from microbatch.batching.request import (
     canonical_messages,
@@ -181,6 +183,8 @@ class Intake:
                 waiter = Waiter(loop.create_future(), options.answer, now, on_taken, deadline, None)
                 if self._join(equal, waiter, lane.spec, patience, lane):
                     return equal, waiter
+        elif caller.key is not None:
+            self._supersede(caller.key)
         counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
         future = loop.create_future()
         ticket = Ticket(
@@ -233,10 +237,10 @@ class Intake:
         """Estimate what *ticket* costs alone, and return why it goes alone if its cost or priority is the reason.
 
         Raises:
-            ConfigError: It can never be sent, because it is larger than the whole quota.
+            ConfigError: It is new, and can never be sent because it is larger than the whole quota.
         """
         history, quota = lane.history, lane.account.max_tokens
-        if quota is not None:
+        if quota is not None and ticket.charge is None:  # else it was accepted when the quota was larger
             try:
                 ticket.charge = _fitting(self._estimates.alone(ticket, history), quota)
             except ConfigError:
@@ -288,6 +292,8 @@ class Intake:
         elif caller.shared:
             index = self._given.in_flight.index_of(options.content)
             name = key = (canonical_messages(messages),)
+        elif caller.key is not None:
+            self._supersede(caller.key)
         spec = spec_of(messages, options, key)
         now = loop.time()
         deadline = caller.deadline(now)
@@ -308,6 +314,13 @@ class Intake:
         return ticket, ticket
 
     # --- requests that are under way already
+
+    def _supersede(self, key: bytes) -> None:
+        """Keep the answer to a request under way out of the cache, where it could replace that of a refresh, which is asked later."""
+        older = self._given.in_flight.digests.get(key)
+        if older is not None:
+            older.unlist()
+            older.index, older.caller = None, msgspec.structs.replace(older.caller, key=None)
 
     def _join(self, ticket: Ticket, waiter: Waiter, spec: Spec, patience: float, lane: Lane | None = None) -> bool:
         """Add *waiter* to *ticket*, an equal request, after seeing to it that it is as urgent; return False if it is too late.

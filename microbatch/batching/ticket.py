@@ -11,6 +11,7 @@ import msgspec
 from microbatch.errors import ConfigError
 from microbatch.prompt.codec import Settings
 from microbatch.prompt.compose import LINE_OVERHEAD_BYTES
+from microbatch.transports.reply_fields import read_tier
 
 if TYPE_CHECKING:
     import asyncio
@@ -83,6 +84,11 @@ class Spec(Settings, frozen=True, eq=False):
     rank: int
     shared_chars: int
     kind: LaneKind | None = None
+
+    @property
+    def tier(self) -> str | None:
+        """The service tier that its calls ask for, in lower case; None for the usual one."""
+        return read_tier(self.params.get("service_tier"), None) if self.params else None
 
     def __repr__(self) -> str:
         """Return the model, without texts or headers."""

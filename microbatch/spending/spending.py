@@ -101,7 +101,7 @@ class Spending:
         """
         self.check([expense.model])
         model = expense.model or self._default_model
-        price = self._price(model)
+        price = self._price(model, expense.tier)
         usd = 0.0 if price is None else price(expense.usage)
         tokens = expense.usage.prompt_tokens + expense.usage.completion_tokens
         budget = self._budget
@@ -149,7 +149,8 @@ class Spending:
         """Correct *charge* to the price of *usage*, of the *model* that answered in the service *tier*, both None if not reported."""
         price = self._price(model, tier, asked=charge.model)
         tokens = usage.prompt_tokens + usage.completion_tokens
-        await self._correct(charge, 0.0 if price is None else price(usage), tokens)
+        # Without a price, as when the user's function fails, the expected cost is all that is known.
+        await self._correct(charge, charge.usd if price is None else price(usage), tokens)
 
     async def give_back(self, charge: Charge) -> None:
         """See `Purse.give_back`."""

@@ -20,12 +20,14 @@ class Expense(msgspec.Struct, frozen=True):
         model: The model that is asked; None for the transport's.
         tenant: The trust domain that it is made for; None for the batcher's own.
         spare: Whether it is made for no caller, and leaves the better part of a budget to calls that are.
+        tier: The service tier that is asked for; None for the usual one.
     """
 
     usage: Usage
     model: str | None = None
     tenant: str | None = None
     spare: bool = False
+    tier: str | None = None
 
 
 class Purse(Protocol):

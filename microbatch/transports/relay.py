@@ -12,7 +12,7 @@ import msgspec
 
 from microbatch.messages import Usage
 from microbatch.transports.http import HOP_BY_HOP, Clock, Pacer, timed, without
-from microbatch.transports.reply_fields import read_usage, total_usage
+from microbatch.transports.reply_fields import read_tier, read_usage, total_usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -28,6 +28,7 @@ class _Body(msgspec.Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool | None = None
+    service_tier: Any = None
 
 
 _BYTES_PER_TOKEN: Final = 4  # of English
@@ -37,6 +38,8 @@ _ANSWER: Final = 256
 _USAGE: Final = re.compile(rb'"usage(?:_metadata|Metadata)?"\s*:\s*(?=\{)')
 _USAGE_BYTES: Final = 16_384
 """Longest usage object."""
+
+_TIER: Final = re.compile(rb'"(?:service_tier|serviceTier)"\s*:\s*"(\w*)"')
 
 _NAME_BYTES: Final = 64  # of the end of a chunk, in which a match may begin
 
@@ -71,6 +74,12 @@ def expected_usage(body: bytes | None) -> Usage | None:
     )
 
 
+def asked_tier(body: bytes | None) -> str | None:
+    """Return the service tier that a request with *body* asks for; None for the usual one."""
+    read = _read(body)
+    return None if read is None else read_tier(read.service_tier, None)
+
+
 def asks_for_stream(body: bytes | None) -> bool:
     """Return whether the request with *body* wants a streamed answer."""
     read = _read(body)
@@ -89,6 +98,9 @@ class UsageReader:
     """Reads the usage that an answer of any API reports, from the bytes of a body or of an event stream.
 
     *encoding* is the answer's Content-Encoding; with one that is not known here no usage is found.
+
+    Attributes:
+        tier: The service tier that was reported last, in lower case; None for the usual one.
     """
 
     def __init__(self, encoding: str | None = None) -> None:
@@ -96,6 +108,7 @@ class UsageReader:
         self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32) if word in ("gzip", "x-gzip", "deflate") else None
         self._readable = self._inflate is not None or word == "identity"
         self._rest = b""
+        self.tier: str | None = None
         self._reports: list[tuple[Usage, bool]] = []
 
     @property
@@ -114,6 +127,8 @@ class UsageReader:
                 self._readable = False
                 return
         data, kept = self._rest + chunk, -_NAME_BYTES
+        for tier in _TIER.findall(data):
+            self.tier = read_tier(tier.decode("ascii", "replace"), None)
         for match in _USAGE.finditer(data):
             try:
                 found, _ = _decoder.raw_decode(

@@ -108,6 +108,26 @@ async def test_relayed_requests_are_charged_and_corrected_by_what_the_answer_rep
             assert served.stats().forwarded == 4
 
 
+@each(
+    "asked, granted, price", [("flex", "flex", 0.5), ("flex", "default", 1), (None, "priority", 2), ("auto", None, 1)]
+)
+async def test_relayed_requests_are_charged_at_their_service_tier(asked, granted, price):
+    tiers = {"flex": mb.Price(0.5, 0.5), "priority": mb.Price(2.0, 2.0)}
+    prices = {MODEL: mb.Price(1.0, 1.0, tiers=tiers)}
+    async with recorder() as upstream:
+
+        async def answer(_request):
+            return web.json_response(
+                {"service_tier": granted, "usage": {"prompt_tokens": 900, "completion_tokens": 100}}
+            )
+
+        upstream.answer = answer
+        async with gateway(upstream.url, budget=mb.Budget(usd=1.0), prices=prices) as served:
+            body = {"model": MODEL, "messages": QUESTION} | ({} if asked is None else {"service_tier": asked})
+            await talk(served.port, post(json.dumps(body).encode(), x_microbatch_batch="no"))
+            assert served.stats().budget.spent_usd == pytest.approx(price * 1_000 / 1e6)
+
+
 async def test_a_stream_that_is_relayed_is_paid_by_its_last_event():
     async with (
         Watched() as upstream,

@@ -282,6 +282,13 @@ async def test_models_without_a_price_are_told_once_a_batcher(caplog):
     assert [f"llama-{number}" in record.getMessage() for number, record in enumerate(caplog.records)] == [True, True]
 
 
+async def test_a_transport_whose_address_is_none_is_one_without_an_address():
+    transport = ScriptedTransport("x")
+    transport.model, transport.base_url = "gpt-4.1-mini", None
+    async with mb.Microbatcher(transport, cache=mb.MemoryCache(), audit=mb.AuditPolicy()) as batcher:
+        assert (await batcher.submit(ask("a"))).cost_usd > 0
+
+
 def test_nothing_is_imported_before_a_batcher_opens():
     code = "import sys, microbatch; microbatch.genai_prices(); sys.exit('genai_prices' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -88,6 +88,9 @@ def errors_are_deserved(world: World) -> Iterator[str]:
         elif isinstance(error, mb.Overloaded):
             if world.scenario.policy.get("when_full") not in ("reject", "bypass"):
                 yield f"{item.text} was not let in, but may wait"
+        elif isinstance(error, mb.BudgetExceeded):
+            if not world.scenario.budget:
+                yield f"{item.text} ended with {error!r} without a budget"
         elif isinstance(error, mb.AuthFailed | mb.QuotaExhausted) and type(error) in locked_out:
             continue  # known to be hopeless for now, so the endpoint was not asked
         else:
@@ -195,8 +198,8 @@ def the_gone_are_not_sent(world: World) -> Iterator[str]:
     for attempt in world.upstream.attempts:
         items = [world.items[text] for text in attempt.texts]
         for item in items:
-            if carried[item.text][0] is not attempt and _held_up(world):
-                continue  # what asks again is composed first, and may then wait for its permit
+            if world.scenario.budget or (carried[item.text][0] is not attempt and _held_up(world)):
+                continue  # what asks again is composed first, and may then wait for its permit; any call may wait for its charge
             gone = item.cancel
             late = gone is not None and (attempt.started > gone[0] or attempt.turn > gone[1] + GRANT_TURNS)
             if attempt.first and (late or (item.settled is not None and attempt.started > item.settled)):
@@ -292,10 +295,11 @@ def lanes_keep_their_order(world: World) -> Iterator[str]:
     """Requests of a lane are sent, and those of one priority and tenant let in, in order of arrival."""
     lanes: dict[object, list[Item]] = defaultdict(list)
     carried = _carried(world)
-    # Who bypasses a full room, is too long for company, or goes alone because combining does not pay, overtakes.
+    # Who bypasses a full room, is too long for company, or goes alone because combining does not pay, overtakes; so does a call that
+    # fits what is left of a budget, where another waits.
     policy = world.scenario.policy
     overtaking = policy.get("when_full") == "bypass" or "max_batch_tokens" in policy or "merge" in policy
-    overtaking |= world.stats.lanes_parted > 0
+    overtaking |= world.stats.lanes_parted > 0 or bool(world.scenario.budget)
     overtaking |= any(attempt.fault.kind in ("too_large", "too_long") for attempt in world.upstream.attempts)
     for item in world.items.values():
         if item.accepted is not None and carried[item.text] and not overtaking:
@@ -361,7 +365,7 @@ def _held_up(world: World) -> bool:
     if sum(attempt.how == "failed" for attempt in world.upstream.attempts) >= _OUTAGE_CALLS:
         return True
     asked = any(attempt.fault.kind in ASKING and attempt.fault.retry_after for attempt in world.upstream.attempts)
-    limited = bool(world.scenario.rate_limit)
+    limited = bool(world.scenario.rate_limit or world.scenario.budget)
     return asked or limited or world.stats.lanes_parted > 0 or "merge" in world.scenario.policy
 
 
@@ -635,6 +639,34 @@ def quotas_are_kept(world: World) -> Iterator[str]:
 _MINUTE = 60.0
 
 
+def budgets_are_kept(world: World) -> Iterator[str]:
+    """Every attempt is charged once, within the budget, and corrected once, to what it has cost."""
+    yield from world.overspent
+    if not world.scenario.budget:
+        return
+    if len(world.charges) != len(world.upstream.attempts):
+        yield f"{len(world.charges)} charges for {len(world.upstream.attempts)} attempts"
+        return
+    spent = 0
+    for charge, attempt in zip(world.charges, world.upstream.attempts, strict=True):
+        tenant = world.items[attempt.texts[0]].ask.tenant if world.scenario.budget["per"] == "tenant" else None
+        if charge.counter.tenant != tenant:
+            yield f"attempt {attempt.number} of {tenant} was charged to {charge.counter.tenant}"
+        if attempt.reported is not None:
+            spent += attempt.reported.prompt_tokens + attempt.reported.completion_tokens
+        elif not isinstance(attempt.raised, _FREE):
+            spent += charge.tokens
+    if world.stats.budget.spent_tokens != spent:
+        yield f"{world.stats.budget.spent_tokens} tokens are counted, but {spent} were spent"
+    for counter in {id(charge.counter): charge.counter for charge in world.charges}.values():
+        if counter.calls or counter.held_tokens or counter.held_usd or counter.waiting:
+            yield f"the budget of {counter.tenant} still holds {counter}"
+
+
+_FREE = (mb.AuthFailed, mb.BadRequest, mb.ContextTooLong, mb.QuotaExhausted, mb.RateLimited)
+"""Refusals, which cost nothing."""
+
+
 def all_is_well_in_the_end(world: World) -> Iterator[str]:
     """Once the endpoint answers as it should and nobody asks any more, all that is pending ends in bounded time."""
     scenario = world.scenario
@@ -682,5 +714,6 @@ CHECKS: tuple[Check, ...] = (
     counters_balance,
     retries_keep_to_their_budget,
     quotas_are_kept,
+    budgets_are_kept,
     all_is_well_in_the_end,
 )

@@ -1,8 +1,8 @@
 """Bugs to plant in the library for a while, to see that the simulation finds them: those that batchers like this one had.
 
 Each is a context manager that bends the library from outside, at a seam that is documented: the transport, the methods of
-`Microbatcher`, the event loop, the codec (`ending`, `check_canary`, `Demultiplexer`), and the queues (`AdmissionQueue`, `Lane`,
-`FairQueue`, `Scheduler`). The library itself has no switches.
+`Microbatcher`, the event loop, the codec (`ending`, `check_canary`, `Demultiplexer`), the queues (`AdmissionQueue`, `Lane`,
+`FairQueue`, `Scheduler`) and the budget (`Spending`). The library itself has no switches.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from microbatch.batching.scheduler import Scheduler
 from microbatch.prompt.compose import check_canary
 from microbatch.prompt.demultiplexer import Demultiplexer
 from microbatch.prompt.outcome import ending
+from microbatch.spending.spending import Spending
 from microbatch.testing import ScriptedCall
 
 if TYPE_CHECKING:
@@ -439,6 +440,46 @@ def await_inside_flush():
     return _replaced(FairQueue, "next", stale)
 
 
+# --- the budget
+
+
+def charge_kept_for_ever():
+    """A call that was given up counts as under way for ever, and others wait for it."""
+
+    def forget(keep):
+        def wrapper(spending, charge):
+            if not isinstance(sys.exc_info()[1], asyncio.CancelledError):
+                keep(spending, charge)
+
+        return wrapper
+
+    return _replaced(Spending, "keep", forget)
+
+
+def refusal_paid():
+    """A refused attempt keeps its charge."""
+
+    def kept(_give_back):
+        async def wrapper(spending, charge):
+            spending.keep(charge)
+
+        return wrapper
+
+    return _replaced(Spending, "give_back", kept)
+
+
+def one_purse_for_all_tenants():
+    """A tenant pays for another."""
+
+    def shared(charge):
+        async def wrapper(spending, expense):
+            return await charge(spending, msgspec.structs.replace(expense, tenant=None))
+
+        return wrapper
+
+    return _replaced(Spending, "charge", shared)
+
+
 BUGS: tuple[Callable[[], Any], ...] = (
     missing_done_check,
     positional_matching,
@@ -462,5 +503,8 @@ BUGS: tuple[Callable[[], Any], ...] = (
     unbounded_retries,
     hasty_retries,
     trusted_hijack,
+    charge_kept_for_ever,
+    refusal_paid,
+    one_purse_for_all_tenants,
 )
 """The simulation finds each of the bugs that batchers like this one have had."""

@@ -136,6 +136,8 @@ class Scenario:
         fallback: Settings of `FallbackPolicy`.
         retry: Settings of `RetryPolicy`.
         rate_limit: Settings of `RateLimit`; none for no limit.
+        budget: Settings of `Budget`; none for no budget.
+        priced: Whether the price of the model is known.
         faults: One for each attempt; later ones get a reply that is as it should be.
         poison: The refusal that calls with poison get.
         flushes: When `flush` is called.
@@ -148,6 +150,8 @@ class Scenario:
     fallback: dict[str, object] = field(default_factory=dict)
     retry: dict[str, object] = field(default_factory=dict)
     rate_limit: dict[str, object] = field(default_factory=dict)
+    budget: dict[str, object] = field(default_factory=dict)
+    priced: bool = False
     asks: list[Ask] = field(default_factory=list)
     bulks: list[Bulk] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -246,7 +250,25 @@ def draw(random: Random) -> Scenario:
             )
             for _ in range(random.choice((1, 1, 2)))
         ]
+    _draw_money(random, scenario)
     return scenario
+
+
+def _draw_money(random: Random, scenario: Scenario) -> None:
+    """Draw a budget, and `merge="auto"`."""
+    if random.random() < 0.15:
+        limits = (
+            {"tokens": 1_500},
+            {"tokens": 5_000},
+            {"tokens": 30_000},
+            {"usd": 0.002},
+            {"usd": 0.01, "tokens": 6_000},
+        )
+        scenario.budget = {**random.choice(limits), "per": random.choice(("batcher", "batcher", "tenant"))}
+        scenario.priced = "usd" in scenario.budget
+    if random.random() < 0.08:
+        scenario.policy["merge"] = "auto"
+        scenario.priced = scenario.priced or random.random() < 0.8
 
 
 _FEATURES = {

@@ -19,6 +19,8 @@ from microbatch.prompt.compose import ALPHABET
 if TYPE_CHECKING:
     from simulation.scenario import Ask, Bulk, Scenario
 
+    from microbatch.spending.spending import Charge
+
 
 class Hostile(dict[str, Any]):
     """A message that raises when it is read."""
@@ -85,6 +87,8 @@ class World:
         stuck: Why the run could not go on, or None.
         leftover: What was left of the batcher's after its end: tasks, timers.
         stats: As they were after the end.
+        charges: What was charged for each attempt, in order.
+        overspent: Charges that the budget did not allow.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -98,6 +102,8 @@ class World:
         self.stuck: str | None = None
         self.leftover: list[str] = []
         self.stats: mb.Stats | None = None
+        self.charges: list[Charge] = []
+        self.overspent: list[str] = []
         self.finished: float | None = None
         self.bulk_complaints: list[str] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -119,12 +125,16 @@ class World:
 
     def _make_batcher(self) -> mb.Microbatcher:
         scenario = self.scenario
+        if scenario.priced:
+            self.upstream.model = "sim"
         batcher = mb.Microbatcher(
             self.upstream,
             policy=mb.FlushPolicy(**scenario.policy),
             retry=mb.RetryPolicy(**scenario.retry),
             fallback=mb.FallbackPolicy(**scenario.fallback),
             rate_limit=mb.RateLimit(**scenario.rate_limit) if scenario.rate_limit else None,
+            budget=mb.Budget(**scenario.budget) if scenario.budget else None,
+            prices={"sim": mb.Price(1.0, 4.0, 0.5)},
             tokens="bytes",
             draw_ids=lambda count: ["".join(self._letters.choices(ALPHABET, k=5)) for _ in range(count)],
         )
@@ -143,7 +153,28 @@ class World:
             return ticket, waiter
 
         batcher._intake.accept = watched
+        if scenario.budget:
+            self._watch_charges(batcher._parts.spending)
         return batcher
+
+    def _watch_charges(self, spending: Any) -> None:
+        """Note each charge, and whether the budget has room for it."""
+        charge, limits = spending.charge, self.scenario.budget
+
+        async def watched(expense):
+            made = await charge(expense)
+            if not isinstance(made, asyncio.Future):
+                self.charges.append(made)
+                spent = {"usd": made.counter.usd, "tokens": made.counter.tokens}
+                self.note("charge", made.usd, made.tokens)
+                self.overspent += [
+                    f"{spent[name]} of {most} {name}"
+                    for name, most in limits.items()
+                    if name in spent and spent[name] > most * (1 + 1e-6)
+                ]
+            return made
+
+        spending.charge = watched
 
     def _settled(self, item: Item) -> None:
         # Callbacks of a future run in the turn after.

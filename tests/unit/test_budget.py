@@ -8,6 +8,7 @@ import random
 from datetime import UTC, datetime
 from typing import Literal
 
+import msgspec
 import pytest
 from audited import EVERY, SYSTEM, Label, PlantedModel
 from helpers import ask, batcher_for, each, submit_all
@@ -213,6 +214,67 @@ async def test_a_call_is_charged_at_the_service_tier_that_the_endpoint_reports()
         await batcher.submit(ask("b"))
         stats = batcher.stats()
     assert stats.budget.spent_usd == pytest.approx(stats.cost_usd)
+
+
+@each("asked, factor", [(None, 1), ("flex", 0.5), ("Priority", 2), ("auto", 1), (["flex"], 1)])
+@each("texts", [1, 3])
+async def test_the_expected_cost_is_that_of_the_service_tier_that_is_asked_for(asked, factor, texts):
+    def rates(by):
+        return mb.Price(4.0 * by, 8.0 * by)
+
+    prices = {"m": msgspec.structs.replace(rates(1), tiers={"flex": rates(0.5), "priority": rates(2)})}
+    costs = []
+    for tier in (None, asked):
+        async with batcher_for(Model(), budget=mb.Budget(usd=1), prices=prices, idle="wait") as batcher:
+            params = None if tier is None else {"service_tier": tier}
+            waiting = [asyncio.ensure_future(batcher.submit(ask(f"{n}"), params=params)) for n in range(texts)]
+            await asyncio.sleep(0.5)
+            assert batcher.stats().in_flight == 1
+            costs.append(batcher.stats().budget.spent_usd)
+            await asyncio.gather(*waiting)
+    assert costs[1] == pytest.approx(costs[0] * factor)
+
+
+@each("asked, limit", [(None, None), (8, 8), (64, 64)])
+async def test_no_single_answer_is_expected_to_be_longer_than_its_caller_allows(asked, limit):
+    model = Model(tokens=500)
+    async with batcher_on(model, mb.Budget(tokens=100_000), max_batch_size=1) as batcher:
+        await batcher.submit(ask("a"))
+        before = spent(batcher)
+        waiting = asyncio.ensure_future(batcher.submit(ask("a"), max_tokens=asked))
+        await asyncio.sleep(0.5)
+        expected = spent(batcher) - before
+        await waiting
+    assert (expected < 500 + 100) if limit is None else (expected < limit + 100)
+    assert expected >= (limit or 500)
+
+
+async def test_each_choice_of_an_answer_is_expected_to_be_as_long_as_those_before():
+    expected = {}
+    for choices in ((4, 1), (1, 1), (1, 4)):
+        model = Model()
+        async with batcher_on(model, mb.Budget(tokens=100_000), max_batch_size=1) as batcher:
+            for number in choices:
+                model.tokens = 100 * number
+                before = spent(batcher)
+                waiting = asyncio.ensure_future(batcher.submit(ask("a"), params={"n": number}))
+                await asyncio.sleep(0.5)
+                expected[choices] = spent(batcher) - before
+                await waiting
+    assert expected[4, 1] == expected[1, 1]
+    assert expected[1, 4] == expected[1, 1] + 300
+
+
+async def test_a_price_that_is_lost_during_a_call_leaves_its_charge():
+    known = {"m": mb.Price(1_000_000.0, 1_000_000.0)}
+    async with batcher_for(Model(), budget=mb.Budget(usd=10_000), prices=known.get) as batcher:
+        waiting = asyncio.ensure_future(batcher.submit(ask("a")))
+        await asyncio.sleep(0.5)
+        charged = batcher.stats().budget.spent_usd
+        assert charged > 0
+        batcher._parts.spending._price = lambda *_, **__: None
+        await waiting
+        assert batcher.stats().budget.spent_usd == charged
 
 
 # --- what counts
@@ -529,6 +591,26 @@ def test_the_usage_of_a_relayed_answer_is_read_however_it_is_cut(body, cuts, com
     for start, end in itertools.pairwise(edges):
         reader.feed(body[start:end])
     assert (reader.usage.prompt_tokens, reader.usage.completion_tokens) == (70, 5)
+
+
+@each(
+    "events, tier",
+    [
+        ([{"service_tier": "flex", "usage": {"prompt_tokens": 1}}], "flex"),
+        ([{"usage": {"input_tokens": 1, "service_tier": "priority"}}], "priority"),
+        ([{"service_tier": "auto"}, {"choices": "x" * 40_000}, {"service_tier": "Priority", "usage": {}}], "priority"),
+        ([{"service_tier": "flex"}, {"service_tier": "default"}], None),
+        ([{"choices": [{"message": {"content": '"service_tier": "flex"'}}]}], None),
+        ([{"service_tier": None}], None),
+    ],
+)
+def test_the_service_tier_of_a_relayed_answer_is_read_however_it_is_cut(events, tier):
+    body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+    for size in (1, 7, 10_000_000):
+        reader = UsageReader()
+        for start in range(0, len(body), size):
+            reader.feed(body[start : start + size])
+        assert reader.tier == tier
 
 
 def test_an_answer_whose_usage_cannot_be_read_has_none():

@@ -16,6 +16,14 @@ def counting(**options):
     return ScriptedTransport(answer=lambda _: str(next(numbers)), **options)
 
 
+class Hastening(ScriptedTransport):
+    """Takes nine seconds for its first call, and one for each later one."""
+
+    async def send(self, call, on_text):
+        self._delay = 1.0 if self.calls else 9.0
+        return await super().send(call, on_text)
+
+
 def tiers():
     return mb.TieredCache(mb.MemoryCache(), mb.MemoryCache())
 
@@ -65,6 +73,22 @@ async def test_a_refresh_takes_no_answer_that_is_under_way(options):
         anew = await batcher.submit(ask("a"), use_cache="refresh", **options)
         assert {anew.text, (await before).text} == {"1", "2"}
         assert (await batcher.submit(ask("a"), **options)).text == anew.text == "2"
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"params": {"seed": 3}}])
+@pytest.mark.parametrize("callers", [1, 3])
+async def test_an_answer_that_was_asked_for_before_a_refresh_never_replaces_that_of_the_refresh(options, callers):
+    numbers = itertools.count(1)
+    transport = Hastening(answer=lambda _: str(next(numbers)))  # in the order in which its calls end
+    async with batcher_for(transport, mb.MemoryCache()) as batcher:
+        before = [asyncio.ensure_future(batcher.submit(ask("a"), **options)) for _ in range(callers)]
+        await asyncio.sleep(1.0)
+        assert (await batcher.submit(ask("a"), use_cache="refresh", **options)).text == "1"
+        assert [reply.text for reply in await asyncio.gather(*before)] == ["2"] * callers
+        await asyncio.sleep(1.0)
+        assert (await batcher.submit(ask("a"), **options)).text == "1"
+        assert len(transport.calls) == 2
+        assert not len(batcher._parts.in_flight)
 
 
 @pytest.mark.parametrize("ttl", [0, 0.0001])

@@ -116,6 +116,15 @@ def test_a_correction_of_single_calls_is_taken_from_calls_of_its_own_kind(price)
     assert ledger.unbatched_cost_usd == pytest.approx(PRICE.cost(priced))
 
 
+def test_a_correction_keeps_what_single_calls_would_have_written_to_the_cache():
+    price = mb.Price(1.0, 1.0, cache_write=3.0)
+    ledger = Ledger()
+    ledger.correct(Usage(-100, 0), price.cost)
+    ledger.pay(Usage(10, 0), Usage(1_000, 0, 200, cache_write_tokens=800), price.cost)
+    assert ledger.unbatched_prompt_tokens == 900
+    assert ledger.unbatched_cost_usd == pytest.approx((200 + 700 * 3) / 1e6)
+
+
 @pytest.mark.parametrize("again", [None, PRICE.cost, PRICE.of_tier("flex").cost])
 def test_a_lane_is_judged_alike_whether_its_fallback_calls_have_a_price_or_not(again):
     for tokens, lost in ((100, False), (5_000, True)):

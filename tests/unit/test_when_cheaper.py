@@ -248,6 +248,28 @@ async def test_requests_that_wait_to_go_alone_are_combined_after_all_once_few_ar
     assert stats.merge_rules == {"priced": alone, "requests_limited": 1_000 - alone}
 
 
+class Tightening(Reporting):
+    """Also reports a limit on tokens, which becomes a small one when few requests are left."""
+
+    async def send(self, call, on_text):
+        completion = await super().send(call, on_text)
+        tokens = 100_000 if self.left > 100 else 500
+        completion.limits = msgspec.structs.replace(completion.limits, limit_tokens=tokens, remaining_tokens=400)
+        return completion
+
+
+async def test_requests_that_are_combined_after_all_are_not_lost_where_the_endpoint_has_lowered_its_limits():
+    texts = [f"{number} {'long ' * 700 * (number % 7 == 0)}" for number in range(60)]
+    policy = mb.FlushPolicy(merge="auto", max_batch_size=8, max_concurrent_batches=4)
+    limit = mb.RateLimit(tpm=100_000)
+    async with mb.Microbatcher(Tightening(112), policy=policy, prices={"m": DEAR}, rate_limit=limit) as batcher:
+        asked = (batcher.submit(ask(text, "Sort."), model="m", timeout=20_000) for text in texts)
+        replies = await asyncio.gather(*asked)
+        stats = batcher.stats()
+    assert {reply.route for reply in replies} == {"single", "batch"}
+    assert stats.merge_rules["requests_limited"] > 0
+
+
 async def test_always_and_when_cheaper_count_no_rules():
     for merge in ("always", "when-cheaper"):
         _, stats = await routes(SimulatedTransport(SimulatedModel()), DEAR, system="Sort.", size=2, merge=merge)
@@ -261,8 +283,10 @@ async def test_audits_and_damage_are_weighed_by_the_price_of_a_bill():
         await batcher.submit(ask("one", "Sort."), model="m")
         (lane,) = [batcher._engine.lanes.latest]
         assert batcher.audits._cost(lane.spec, usage) == in_prompt_tokens(usage, price) == pytest.approx(550.4)
-    for given, costs in ((price.cost, price.cost), (None, lambda each: in_prompt_tokens(each, None))):
+    for given in (price, None):
         economics = LaneEconomics()
-        economics.record(usage, alone, given, again=False)
-        economics.record(usage, Usage(), given, again=True)
-        assert (economics.combined, economics.again, economics.alone) == (costs(usage), costs(usage), costs(alone))
+        pricing = None if given is None else given.cost
+        economics.record(usage, alone, pricing, again=False)
+        economics.record(usage, Usage(), pricing, again=True)
+        costs = [in_prompt_tokens(each, given) for each in (usage, usage, alone)]
+        assert [economics.combined, economics.again, economics.alone] == pytest.approx(costs)
