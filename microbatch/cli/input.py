@@ -59,8 +59,8 @@ class Place(msgspec.Struct, frozen=True):
 class BadLine(msgspec.Struct):
     """A record that cannot be asked about, by its place and its id, None if it has none.
 
-    The problem is told in the same words for all records of the kind; the detail is about this one. The record holds the fields that can
-    be read.
+    The problem is told in the same words for all records of the kind; the detail is about this one. The record holds the fields that
+    can be made out.
     """
 
     place: Place
