@@ -22,7 +22,7 @@ from microbatch.cli.arguments import Group, add_flag
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import COLUMNS, plural, seconds
 from microbatch.cli.plan import CACHE_PATIENCE, prepare
-from microbatch.cli.summary import alone, comparison, fields, skipped
+from microbatch.cli.summary import alone, comparison, fields, skipped, unpriced
 from microbatch.prompt.parameters import HARMLESS
 from microbatch.testing.answers import simulated_answer
 from microbatch.testing.clock import VirtualClockLoop
@@ -124,7 +124,8 @@ def dry_run(args: argparse.Namespace) -> int:
     bulk = BulkRun(args, played, source, counted.take)
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         runner.run(bulk.go())
-    lines = [*_lines(args, bulk, counted), *_remarks(args, bulk, is_text=source.questions.labels is None)]
+    is_text = source.questions.labels is None
+    lines = [*_lines(args, bulk, counted), *_remarks(args, bulk, is_text=is_text), *unpriced(bulk.stats)]
     bulk.report(args, lines, _figures(bulk, counted))
     return console.STOPPED if bulk.stopped else console.SOME_FAILED if bulk.broken is not None else console.OK
 
@@ -141,7 +142,7 @@ def _figures(bulk: BulkRun, counted: _Counted) -> dict[str, Any]:
         **fields(stats, "unbatched_calls", "unbatched_prompt_tokens", "unbatched_completion_tokens"),
         **fields(stats, "cost_usd", "unbatched_cost_usd"),
         "wait_s": round(bulk.wall_s, 3),
-        **fields(stats, "shared", "alone_by_field", "singles_by_reason"),
+        **fields(stats, "shared", "alone_by_field", "singles_by_reason", "unpriced_calls"),
         "skipped": bulk.skipped,
         "dry_run": True,
     }
@@ -176,15 +177,13 @@ def _unwrapped(args: argparse.Namespace, bulk: BulkRun, *, is_text: bool) -> Ite
         yield f"{counted}{hint}."
     if (args.rpm or args.tpm) and bulk.wall_s >= _SHORT_WAIT:
         yield f"At this rate limit the run takes at least {seconds(bulk.wall_s)}."
-    if stats.answered and stats.cost_usd is None:
-        yield "The cost is unknown: there is no price for this model."
-    elif stats.costs_more and not args.single:
+    if stats.cost_usd is not None and stats.costs_more and not args.single:
         yield "Combining costs more than it saves here: see --single."
     if args.max_cost is not None and stats.cost_usd is not None and stats.cost_usd > args.max_cost:
         yield f"--max-cost {args.max_cost:g} ends the run before all is asked."
     not_counted = {
         "cache": f"what {args.cache} has already, which costs nothing",
-        "resume": f"the answers in {args.output}, which are not asked for again",
+        "resume": f"the answers in {args.output or 'the output'}, which are not asked for again",
         "audit": "the calls of the audit",
     }
     left = [words for name, words in not_counted.items() if getattr(args, name) not in (None, False)]

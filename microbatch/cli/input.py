@@ -59,7 +59,8 @@ class Place(msgspec.Struct, frozen=True):
 class BadLine(msgspec.Struct):
     """A record that cannot be asked about, by its place and its id, None if it has none.
 
-    The problem is told in the same words for all records of the kind; the detail is about this one.
+    The problem is told in the same words for all records of the kind; the detail is about this one. The record holds the fields that
+    can be made out.
     """
 
     place: Place
@@ -67,6 +68,7 @@ class BadLine(msgspec.Struct):
     problem: str
     field: str | None = None
     detail: str = ""
+    record: dict[str, Any] = {}
 
     @property
     def told(self) -> str:
@@ -84,7 +86,7 @@ class Record(msgspec.Struct):
 
     Attributes:
         name: Its id; of one that cannot be read, the id under which it is reported.
-        fields: Its fields; none, if it cannot be read.
+        fields: Its fields; of one that cannot be read, those that can be made out.
         skipped: Whether it is not asked about because its fields are blank.
     """
 
@@ -237,11 +239,11 @@ class Input:
     def _named(self, place: Place, entry: Entry) -> tuple[str, dict[str, Any]] | BadLine:
         """Return the id and the fields of a record."""
         if isinstance(entry, Broken):
-            return BadLine(place, None, entry.problem, None, entry.detail)
+            return BadLine(place, None, entry.problem, None, entry.detail, entry.fields)
         try:
             return self._name(entry, place), entry
         except LineError as error:
-            return BadLine(place, None, str(error), error.field)
+            return BadLine(place, None, str(error), error.field, record=entry)
 
     def _name(self, record: dict[str, Any], place: Place) -> str:
         field = self._id_field or next((field for field in ("custom_id", "id") if field in record), None)
@@ -307,7 +309,7 @@ class Input:
         """Yield each record within the limit and the sample, in order, those that are skipped or cannot be read included."""
         for _, line in self._chosen():
             if isinstance(line, BadLine):
-                yield Record(self.id_for(line), {})
+                yield Record(self.id_for(line), line.record)
             else:
                 name, record = line
                 yield Record(name, record, self._is_skipped(record))
@@ -403,7 +405,7 @@ class _Overview:
         if self._first is None:
             return None if self._bad is None else f"no {self._bad.place.noun} can be read; {self._told(self._bad)}"
         place, record = self._first
-        noun, fields = place.noun, ", ".join(record) or "no fields"
+        noun, fields = place.noun, (", ".join(record) or "no fields") + _list_in(record)
         for field, flag in self._missing.items():
             return f'no {noun} has the field "{field}" of {flag}; {noun} {place.number} has {fields}'
         if self.askable or self._bad is None:
@@ -417,3 +419,10 @@ class _Overview:
 
     def _told(self, line: BadLine) -> str:
         return f"{line.place.noun} {line.place.number}: {line.told}"
+
+
+def _list_in(record: dict[str, Any]) -> str:
+    """Return a hint, if *record* has a list of objects, which may be what was meant as the records."""
+    found = (name for name, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict))
+    name = next(found, None)
+    return "" if name is None else f' (if the records are those in "{name}", give that list alone, as a JSON array)'

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from contextlib import contextmanager
 from importlib import import_module
@@ -64,19 +65,35 @@ _OTHERS: Final = {
 }
 """The beginnings of files that cannot be read."""
 
+_OBJECT: Final = "one JSON object over several lines"
+_UNREADABLE: Final = frozenset((*_OTHERS.values(), _OBJECT))
+_REMEDIES: Final = {
+    **dict.fromkeys(_OTHERS.values(), "save it as CSV, TSV, JSON Lines, a JSON array or Parquet"),
+    _OBJECT: "write its records as a JSON array, or each in a line of its own",
+}
+
+_OBJECT_LINE: Final = re.compile(r"[^\n]*(?:[{\[]|(?<!\}),)[ \t\r]*\n")
+"""The first line of an object that goes on in the next one."""
+
 _HEAD: Final = 1 << 16
 _CHUNK: Final = 1 << 17
 _BATCH: Final = 1_000
 _DELIMITERS: Final = ",;\t"
+_DELIMITER_LINE: Final = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
+"""The first line of some files of spreadsheets."""
 _MAX_FIELD: Final = 1 << 27
 """Most characters of a field of CSV: a quote that is never closed makes one of the rest of the file."""
 
 
 class Broken(msgspec.Struct, frozen=True):
-    """A record that cannot be read: the *problem*, in the same words for all of a kind, and a *detail* about this one."""
+    """A record that cannot be read: the *problem*, in the same words for all of a kind, and a *detail* about this one.
+
+    The *fields* are what can be made out of it, for an output that shows it.
+    """
 
     problem: str
     detail: str = ""
+    fields: dict[str, Any] = {}
 
 
 Entry: TypeAlias = "dict[str, Any] | Broken"
@@ -119,11 +136,12 @@ class RecordFile:
         name = path.lower().removesuffix(".gz")
         by_suffix = _BY_SUFFIX.get(Path(name).suffix)
         found, looks_like = self._looks(head)
-        certain = found == "parquet" or looks_like in _OTHERS.values() or (by_suffix, found) == ("jsonl", "json")
+        certain = found == "parquet" or looks_like in _UNREADABLE or (by_suffix, found) == ("jsonl", "json")
         if by_suffix is None or certain:
             by_suffix = found
         if by_suffix is None:
-            raise UsageError(f"{self.name} looks like {looks_like}; --input-format takes {', '.join(FORMS)}")
+            remedy = _REMEDIES.get(looks_like, f"--input-format takes {', '.join(FORMS)}")
+            raise UsageError(f"{self.name} looks like {looks_like}; {remedy}")
         return by_suffix
 
     def _looks(self, head: bytes) -> tuple[Form | None, str]:
@@ -134,8 +152,10 @@ class RecordFile:
             if head.startswith(magic):
                 return None, name
         text = head.decode(self._encoding, "replace").lstrip("\ufeff \t\r\n")
+        if text.startswith("{") and _OBJECT_LINE.match(text):
+            return None, _OBJECT
         if not text or text[0] == "{":
-            return "jsonl", _NAMES["jsonl"] if _begins_lines(text) else "one JSON object over several lines"
+            return "jsonl", _NAMES["jsonl"]
         if text[0] == "[":
             return "json", _NAMES["json"]
         first = text.splitlines()[0]
@@ -209,8 +229,13 @@ class RecordFile:
         return self._encoding == "utf-8-sig"
 
     def _json(self, file: BinaryIO) -> Iterator[tuple[int, Entry]]:
+        takes_commas = (
+            self.form == "jsonl" and self._looks(self._head())[0] == "jsonl"
+        )  # after objects, but not those of arrays
         for number, raw in enumerate(self._texts(file), start=1):
             text = raw.removeprefix(codecs.BOM_UTF8)  # files that begin with one may have been put together
+            if takes_commas and text.rstrip().endswith(b"},"):
+                text = text.rstrip()[:-1]
             if text and not text.isspace():
                 try:
                     yield number, decode_object(text)
@@ -245,19 +270,17 @@ class RecordFile:
         reader = csv.reader(lines, delimiter="\t" if self.form == "tsv" else self._delimiter())
         fields: list[str] = []
         number = 0
-        for row in self._rows(reader, lines):
-            if not fields:
-                if isinstance(row, Broken):
-                    raise UsageError(f"{self.name}: the first line must name the fields; {row.problem} ({row.detail})")
+        for row in self._rows(reader):
+            entry = row if isinstance(row, Broken) else self._entry(row, fields, lines, reader.line_num)
+            if fields:
+                number += 1
+                yield number, entry
+            elif isinstance(entry, Broken):
+                raise UsageError(f"{self.name}: the first line must name the fields; {entry.problem} ({entry.detail})")
+            elif not _names_delimiter(row):
                 fields = self._fields(row)
-                continue
-            number += 1
-            if isinstance(row, list) and len(row) > len(fields):
-                detail = f"{len(row)} and {len(fields)}, line {reader.line_num}"
-                row = Broken("it has more fields than the first line names", detail)  # noqa: PLW2901
-            yield number, row if isinstance(row, Broken) else dict(zip(fields, row, strict=False))
 
-    def _rows(self, reader: Any, lines: _Lines) -> Iterator[list[str] | Broken]:
+    def _rows(self, reader: Any) -> Iterator[list[str] | Broken]:
         while True:
             try:
                 row = next(reader, None)
@@ -267,30 +290,45 @@ class RecordFile:
             if row is None:
                 return
             if row:
-                yield self._wrong(row, lines, reader.line_num) or row
+                yield row
 
-    def _wrong(self, row: list[str], lines: _Lines, line: int) -> Broken | None:
+    def _entry(self, row: list[str], fields: list[str], lines: _Lines, line: int) -> Entry:
+        """Return the record of a *row* that ends in the *line*; empty cells that no field is for are left out."""
+        while fields and len(row) > len(fields) and not row[-1]:
+            row.pop()
+        problem = self._problem(row, fields, lines, line)
+        if problem is None:
+            return dict(zip(fields, row, strict=False))
+        names = [*fields, *map(_unnamed, range(len(fields) + 1, len(row) + 1))]
+        cells = [cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for cell in row]
+        return Broken(*problem, dict(zip(names, cells, strict=False)))
+
+    def _problem(self, row: list[str], fields: list[str], lines: _Lines, line: int) -> tuple[str, str] | None:
         if lines.ended:
-            return Broken("a quote is not closed", f"the row ends with the file, in line {line}")
+            return "a quote is not closed", f"the row ends with the file, in line {line}"
         if self._is_utf8:
             try:
                 "".join(row).encode()
             except UnicodeEncodeError as error:
                 byte = ord(error.object[error.start]) & 0xFF
-                return Broken(NOT_UTF8, f"byte 0x{byte:02x}, line {line}")
+                return NOT_UTF8, f"byte 0x{byte:02x}, line {line}"
+        if fields and len(row) > len(fields):
+            return "it has more fields than the first line names", f"{len(row)} and {len(fields)}, line {line}"
         return None
 
     def _delimiter(self) -> str:
-        """Return the delimiter that makes the most fields of the first line; a comma, if several do."""
+        """Return the delimiter that the first line names, else the one that makes the most fields of it; a comma, if several do."""
         first = self._head().decode(self._encoding, "replace").lstrip("\r\n").splitlines()[:1]
+        if first and (named := _DELIMITER_LINE.fullmatch(first[0])):
+            return named[1]
         return max(_DELIMITERS, key=lambda delimiter: max(map(len, csv.reader(first, delimiter=delimiter)), default=0))
 
     def _fields(self, row: list[str]) -> list[str]:
-        fields = [name.strip() for name in row]
+        fields = [name.strip() or _unnamed(place) for place, name in enumerate(row, start=1)]
         for place, name in enumerate(fields):
-            if name and name in fields[:place]:
-                raise UsageError(f"{self.name}: two columns have the name {name!r}")
-        return [name or f"column {place}" for place, name in enumerate(fields, start=1)]
+            if name in fields[:place]:
+                raise UsageError(f"{self.name}: two columns have the name {name!r}; give one of them another name")
+        return fields
 
     def _parquet(self) -> Iterator[tuple[int, Entry]]:
         try:
@@ -319,14 +357,14 @@ def _checked(encoding: str) -> str:
     return "utf-8-sig" if name == "utf-8" else name  # with or without a byte order mark
 
 
-def _begins_lines(text: str) -> bool:
-    """Return whether the first line of *text* may be one of JSON Lines: a value that ends in it, or is cut off with *text*."""
-    first, newline, _ = text.partition("\n")
-    try:
-        json.JSONDecoder().raw_decode(first)
-    except (ValueError, RecursionError):
-        return not newline
-    return True
+def _unnamed(place: int) -> str:
+    """Return the name of a column that has none."""
+    return f"column {place}"
+
+
+def _names_delimiter(row: Any) -> bool:
+    """Return whether the first *row* of a table only says what its delimiter is."""
+    return len(row) == 2 and row[0].lower() == "sep=" and not row[1]  # noqa: PLR2004
 
 
 class _Lines:

@@ -128,6 +128,38 @@ def test_a_rate_limit_takes_no_time_but_the_time_is_told(capsys):
     assert 500 < told["wait_s"] < 700
     assert main(["run", "in.jsonl", "--dry-run", *QUESTION, "--model", "gpt-4.1-mini", "--rpm", "10"]) == 0
     assert "at least 9 min" in capsys.readouterr().out
+    assert main(["run", "in.jsonl", "--dry-run", *QUESTION, "--model", "gpt-4.1-mini", "--single"]) == 0
+    assert "rate limit" not in capsys.readouterr().out  # the time that calls take is none of a limit
+
+
+def test_what_the_run_would_not_ask_about_is_told(capsys):
+    given({"id": 1, "name": "x" * 500}, {"id": 2, "name": " "}, {"id": 3, "name": None}, {"id": 4, "name": "y" * 500})
+    words = (*QUESTION, "--model", "gpt-4.1-mini")
+    told = dry(capsys, *words)
+    assert (told["items"], told["skipped"], told["unpriced_calls"]) == (2, 2, 0)
+    for more, remark in (
+        (("--max-cost", "0.00001"), "ends the run before all is asked"),
+        (("--resume",), "the answers in the output,"),
+        (("--resume", "-o", "out.jsonl"), "the answers in out.jsonl,"),
+    ):
+        assert main(["run", "in.jsonl", "--dry-run", *words, *more]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert remark in shown
+        assert "2 records skipped" in shown
+    assert main(["run", "in.jsonl", "--dry-run", *words, "--max-cost", "1"]) == 0
+    assert "--max-cost" not in capsys.readouterr().out
+
+
+def test_calls_without_a_price_are_told_as_a_run_tells_them(capsys):
+    def line(number: int, model: str) -> dict[str, Any]:
+        return {"custom_id": f"r{number}", "body": {"model": model, "messages": [{"role": "user", "content": "x"}]}}
+
+    given(line(1, "gpt-4.1-mini"), line(2, "nobody's own"))
+    assert main(["run", "in.jsonl", "--dry-run"]) == 0
+    assert "1 call of unpriced models is not included in the dollars, see --prices" in capsys.readouterr().out
+    given(line(1, "nobody's own"))
+    assert main(["run", "in.jsonl", "--dry-run"]) == 0
+    assert "The cost is unknown: there is no price for this model; see --prices FILE" in capsys.readouterr().out
 
 
 def test_equal_questions_are_asked_once_where_there_is_a_cache(capsys):

@@ -274,6 +274,22 @@ def test_a_join_holds_every_record_once_and_in_order_with_its_answer(out):
     assert kinds == [None, "Skipped", "InputError", None, "InputError"]
 
 
+@pytest.mark.parametrize("out", ["out.csv", "out.jsonl"])
+def test_a_join_holds_what_can_be_made_out_of_records_that_cannot_be_asked_about(out):
+    Path("in.csv").write_bytes(b"id,name\n1,Lamp\n,no id\n2,Chair,of oak\n3,caf\xe9\n4,Table,\n")
+    assert run("in.csv", out=out, words=(*QUESTION, *LABELS, "--join")) == 1
+    rows = joined(out)
+    told = [[row.get(name) or "" for name in ("id", "name", "column 3")] for row in rows]
+    assert told == [
+        ["1", "Lamp", ""],
+        ["", "no id", ""],
+        ["2", "Chair", "of oak"],
+        ["3", "caf\ufffd", ""],
+        ["4", "Table", ""],
+    ]
+    assert [bool(row["output"]) for row in rows] == [True, False, False, False, True]
+
+
 def test_a_join_of_a_large_input_is_in_its_order():
     Path("in.csv").write_text(as_csv(RECORDS))
     assert run("in.csv", out="out.csv", words=(*QUESTION, *LABELS, "--join")) == 0

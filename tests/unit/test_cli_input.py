@@ -252,6 +252,12 @@ USELESS = {
     ),
     "ids": ([{"id": None, "q": 1}], QUESTIONS, {}, 'no line can be asked about; line 1: the field "id" must be'),
     "field": ([{"name": 1}], QUESTIONS, {}, 'no line has the field "q" of --template; line 1 has name'),
+    "a list": (
+        [{"meta": [], "data": [{"q": 1}, {"q": 2}]}],
+        QUESTIONS,
+        {},
+        'line 1 has meta, data .if the records are those in "data", give that list alone',
+    ),
     "fields": ([{"a": 1}, {"b": 1}], Templated("{a}{b}"), {}, 'line 1: the field "b" is missing'),
     "responses": (
         [CALL | {"url": "/v1/responses"}] * 1,

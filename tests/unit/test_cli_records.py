@@ -130,10 +130,58 @@ def test_a_short_row_lacks_fields_and_a_long_one_is_broken(file):
     assert "more fields" in long.problem
 
 
+def test_cells_that_no_field_is_for_may_be_empty(file):
+    assert sound(file("x.csv", "a,b\n1,2,\n3,4,,\n5,6\n")) == [{"a": a, "b": b} for a, b in ("12", "34", "56")]
+
+
+@each("form", ["csv", "tsv"])
+@each("delimiter", [",", ";", "\t", "|"])
+def test_the_first_line_may_only_say_what_the_delimiter_is(file, form, delimiter):
+    if (form, delimiter) in {("tsv", ","), ("tsv", ";"), ("tsv", "|")}:
+        return
+    table = as_table(RECORDS, delimiter=delimiter)
+    for first in (f"sep={delimiter}\r\n", f"\r\nSEP={delimiter}\n"):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            opened = file(f"x.{form}", (first + table).encode(encoding))
+            assert [*opened.records()] == [*enumerate(RECORDS, start=1)]
+
+
+def test_what_can_be_made_out_of_a_broken_row_is_kept(file):
+    rows = sound(file("x.csv", b'a,b\n1,2,3,4\n5,caf\xe9\n6,"7\n8,9\n'))
+    assert [row.fields for row in rows] == [
+        {"a": "1", "b": "2", "column 3": "3", "column 4": "4"},
+        {"a": "5", "b": "caf\ufffd"},
+        {"a": "6", "b": "7\n8,9\n"},
+    ]
+
+
 def test_a_column_without_a_name_gets_one_and_two_of_one_name_are_a_usage_error(file):
     assert sound(file("x.csv", ",a, b \n1,2,3\n")) == [{"column 1": "1", "a": "2", "b": "3"}]
-    with pytest.raises(UsageError, match="two columns have the name 'a'"):
+    with pytest.raises(UsageError, match="two columns have the name 'a'; give"):
         sound(file("x.csv", "a,b,a\n1,2,3\n"))
+    with pytest.raises(UsageError, match="two columns have the name 'column 2'"):
+        sound(file("x.csv", "column 2,\n1,2\n"))
+
+
+@pytest.mark.parametrize("indent", [1, 2, 4, "\t"])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x", "x.csv"])
+@pytest.mark.parametrize("value", [{"data": [{"id": 1}, {"id": 2}]}, {"id": 1, "name": "x"}, {"a": {"b": 1}, "c": []}])
+def test_an_object_over_several_lines_is_none_of_the_formats(file, name, value, indent):
+    with pytest.raises(UsageError, match="looks like one JSON object over several lines; write its records as"):
+        file(name, json.dumps(value, indent=indent) + "\n")
+
+
+@pytest.mark.parametrize("first", ['{"id":1,"name":', '{"id":1', '{"id":1}', '{"id":1},', '{"id":1,"n":"x', "{}"])
+def test_one_broken_line_does_not_make_an_object_of_json_lines(file, first):
+    assert sound(file("x.jsonl", first + '\n{"id":2}\n'))[-1] == {"id": 2}
+
+
+def test_objects_in_lines_may_be_followed_by_commas(file):
+    lines = '{"a":1},\n{"a":"x,"} , \r\n{"a":{"b":3}},\n{"a":4}\n'
+    assert sound(file("x.jsonl", lines))[::2] == [{"a": 1}, {"a": {"b": 3}}]
+    assert sound(file("x.jsonl", lines.encode("utf-16")))[-1] == {"a": 4}
+    array = '[\n{"a":1},\n{"a":2},\n{"a":3}]\n'
+    assert all(isinstance(record, Broken) for record in sound(file("x.jsonl", array, form="jsonl")))
 
 
 def test_a_quote_that_is_never_closed_is_told_and_takes_nothing_for_a_record(file):
@@ -239,7 +287,7 @@ def test_an_array_and_a_table_are_read_as_streams(file, tmp_path):
 @pytest.mark.parametrize("magic", [b"PK\x03\x04rest", b"BZh91", b"\xfd7zXZ\x00", b"SQLite format 3\x00", b"%PDF-1.7"])
 @pytest.mark.parametrize("name", ["x", "x.csv", "x.jsonl"])
 def test_a_file_that_cannot_be_read_is_called_what_it_is(file, magic, name):
-    with pytest.raises(UsageError, match=r"looks like (a|an|compressed)"):
+    with pytest.raises(UsageError, match=r"looks like (a|an|compressed).*; save it as CSV"):
         file(name, magic)
 
 
@@ -254,7 +302,6 @@ def test_a_plain_text_needs_a_format(file):
         ("x.jsonl", "id,name\n1,a\n", "looks like CSV; if it is, give --input-format csv"),
         ("x.jsonl", "id\tname\n1\ta\n", "looks like TSV; if it is, give --input-format tsv"),
         ("x.csv", '{"id":1}\n', "looks like JSON Lines; if it is, give --input-format jsonl"),
-        ("x.jsonl", '{\n "id":1\n}\n', "looks like one JSON object over several lines"),
     ],
 )
 def test_a_name_that_does_not_fit_the_content_is_doubted(file, name, content, words):
