@@ -277,7 +277,7 @@ class RecordFile:
                 yield number, entry
             elif isinstance(entry, Broken):
                 raise UsageError(f"{self.name}: the first line must name the fields; {entry.problem} ({entry.detail})")
-            elif not _names_delimiter(row):
+            elif isinstance(row, list) and not _names_delimiter(row):
                 fields = self._fields(row)
 
     def _rows(self, reader: Any) -> Iterator[list[str] | Broken]:
