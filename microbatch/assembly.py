@@ -130,16 +130,13 @@ class Assembly:
         )
         self.cache: AnswerCache | None = None if settings.cache is None else self._make_cache(settings.cache)
         self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
-        lanes, singles = LaneTable(given), SingleQueues(self.scheduler.enqueue)
+        kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
+        lanes = LaneTable(given, kinds, names_prefix=getattr(transport, "takes_prompt_cache_key", False))
+        singles = SingleQueues(self.scheduler.enqueue)
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
         key = IdKey(settings.id_secret)
         codec = ChatCodec(settings.draw_ids, key=key, canary=canary, keep_thoughts=keep_thoughts)
         dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
-        kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
-        if settings.audit is not None or self.cache is not None:
-            lanes.kinds = kinds
-        if getattr(transport, "takes_prompt_cache_key", False):
-            lanes.named_by = kinds
         self.audits: Audits | None = None
         if settings.audit is not None:
             self.audits = Audits(

@@ -178,8 +178,8 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
         request_id: The endpoint's id of the call, or None.
         body: The endpoint's JSON of a single call. Of an answer in a combined call the same shape, without usage, if the request asks
             for the call of a tool; else None.
-        lane_kind: With an audit or a cache, names the kind of the lane in which the request waited, as `AuditedSize.kind` does; of an
-            answer from the cache, the request that was asked. None for requests that go alone by their form.
+        lane_kind: Names the kind of the lane in which the request waited, as `AuditedSize.kind` does; of an answer from the cache, the
+            request that was asked. None for requests that go alone by their form.
     """
 
     output: T_co

@@ -45,16 +45,19 @@ MAX_LINE_BYTES = MAX_COUNTED_CHARS
 class LaneTable:
     """The open lanes.
 
+    Args:
+        given: The objects that the parts of a batcher share.
+        kinds: The kinds of the lanes.
+        names_prefix: Whether the shared messages of each lane are named for the endpoint's prefix cache.
+
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
-        kinds: The kinds of lanes; None if neither an audit nor a cache asks for them.
-        named_by: Names the shared messages of each lane for the endpoint's prefix cache; None if it takes no names.
     """
 
-    def __init__(self, given: Dependencies) -> None:
+    def __init__(self, given: Dependencies, kinds: LaneKinds, *, names_prefix: bool) -> None:
         self.latest: Lane | None = None
-        self.kinds: LaneKinds | None = None
-        self.named_by: LaneKinds | None = None
+        self._kinds = kinds
+        self._names_prefix = names_prefix
         self._given = given
         self._policy = given.policy
         self._estimates = given.estimates
@@ -81,11 +84,11 @@ class LaneTable:
         return self._by_key.get(spec.key) or self._open(spec)
 
     def _open(self, spec: Spec) -> Lane:
-        if self.kinds is not None:
-            spec = msgspec.structs.replace(spec, kind=self.kinds.of(spec, spec.shared))
-        if self.named_by is not None and spec.shared and CACHE_KEY not in spec.params:
+        kind = self._kinds.of(spec, spec.shared)
+        spec = msgspec.structs.replace(spec, kind=kind)
+        if self._names_prefix and spec.shared and CACHE_KEY not in spec.params:
             # In the calls only: keys of lanes and caches are made before.
-            named = {**spec.params, CACHE_KEY: self.named_by.digest_of(spec, spec.shared)}
+            named = {**spec.params, CACHE_KEY: kind.digest}
             spec = msgspec.structs.replace(spec, params=named)
         history = self._histories.of(spec.key)
         account = self._given.accounts.of(spec.model, spec.headers)

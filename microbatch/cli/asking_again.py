@@ -131,8 +131,8 @@ class AskingAgain:
 
     # --- answers
 
-    def provenance(self, reply: Reply[Any]) -> dict[str, Any]:
-        """Return the fields of the output line of *reply* that say which batch it came from.
+    def period(self, reply: Reply[Any]) -> int:
+        """Return the period of the batch that *reply* came from; see `Provenance`.
 
         A period that a new try has begun is kept first: after a kill its answers would be taken for those of a later one.
         """
@@ -140,7 +140,7 @@ class AskingAgain:
         period = 0 if kind is None else kind.period(reply.batch_size)
         if period and period != self._saved_periods.get((reply.lane_kind or "", step_of(reply.batch_size))):
             self._save(sync=True)
-        return msgspec.structs.asdict(Provenance(reply.batch_size, reply.lane_kind, period))
+        return period
 
     async def settled(self) -> None:
         """Wait until no audit is under way."""

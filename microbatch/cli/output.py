@@ -39,15 +39,18 @@ _EMPTY: Final = dict.fromkeys(("custom_id", "output", "error", "route", "usage",
 _NOT_TEXT: Final = ("tool_calls", "function_call", "audio")
 
 
-def answer_line(name: str, output: Any, reply: Reply[Any], digest: str | None = None, **audited: Any) -> dict[str, Any]:
+def answer_line(
+    name: str, output: Any, reply: Reply[Any], digest: str | None = None, period: int = 0
+) -> dict[str, Any]:
     """Return the output line of the item *name*; *digest* is that of its question, None leaves it out.
 
-    With an audit, *audited* are the fields of `Provenance`. A reply that holds more than its text (tool calls, several choices, log
-    probabilities, audio) is added as `body`.
+    See `Provenance` for the *period*. A reply that holds more than its text (tool calls, several choices, log probabilities, audio) is
+    added as `body`.
     """
     usage = msgspec.to_builtins(reply.usage)
     answer = {"custom_id": name, "output": output, "route": reply.route, "usage": usage, "cost_usd": reply.cost_usd}
-    line = _EMPTY | answer | ({} if digest is None else {"digest": digest}) | audited
+    line = _EMPTY | answer | ({} if digest is None else {"digest": digest})
+    line |= msgspec.structs.asdict(Provenance(reply.batch_size, reply.lane_kind, period))
     return line if reply.body is None or _is_one_text(reply.body) else line | {"body": reply.body}
 
 
@@ -82,8 +85,8 @@ class Provenance(msgspec.Struct, frozen=True):
 
     Attributes:
         batch_size: Requests in the call that answered.
-        lane_kind: The kind of lane; None if the request never waited in one, or there was no audit.
-        period: The period of that size at the time; see `microbatch.audit.lane_kind`.
+        lane_kind: The kind of lane; None if the request goes alone by its form.
+        period: The period of that size at the time, 0 without an audit; see `microbatch.audit.lane_kind`.
     """
 
     batch_size: int = 1

@@ -3,7 +3,8 @@ r"""`microbatch run INPUT... -o OUTPUT.jsonl [options]`: ask about every record 
 Ask a model about every record of JSON Lines, JSON arrays, CSV, TSV or Parquet,
 many records in one prompt, and write one line for each answer:
 
-  {"custom_id", "output", "error", "route", "usage", "cost_usd", "digest"}
+  {"custom_id", "output", "error", "route", "usage", "cost_usd", "digest",
+   "batch_size", "lane_kind", "period"}
 
 A record has fields, of which a --template makes a question, or it is an OpenAI
 Batch request (custom_id, body) or a body (model, messages). Its id is its
@@ -22,10 +23,11 @@ all else to stderr; such a run cannot be resumed.
 
 With --audit some of the answers that came from combined prompts are asked for
 again alone, and compared. Where combining does harm, batches become smaller,
-and at the end the run asks again what the larger ones have answered. Lines have
-"batch_size", "lane_kind" and "period" then, and OUTPUT.audit keeps the figures.
+and at the end the run asks again what the larger ones have answered.
+OUTPUT.audit keeps the figures.
 
-The digest is that of the question. --resume asks about records without an
+The digest is that of the question; the batch size, the kind of lane and its
+period say which batch gave the answer. --resume asks about records without an
 answer, and about those whose question has changed; an answer follows a question
 that moved to another record.
 
@@ -148,8 +150,8 @@ def _ask(
 
     def take(request: Request, reply: Reply[Any]) -> None:
         answer = reply.output if source.questions.schema is None else msgspec.json.decode(reply.output)
-        audited = {} if again is None else again.provenance(reply)
-        line = answer_line(request.id or "", answer, reply, question_digest(request, model), **audited)
+        period = 0 if again is None else again.period(reply)
+        line = answer_line(request.id or "", answer, reply, question_digest(request, model), period)
         output.write(target.line(line, reply))
 
     def fail(name: str, error: dict[str, Any], request: Request | None) -> None:

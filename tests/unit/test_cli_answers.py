@@ -45,7 +45,8 @@ def write(path, *told):
 def test_a_line_has_the_six_fields_in_order(path):
     write(path, good("a"), bad("b"))
     answered, failed = lines(path)
-    assert list(answered) == list(failed) == ["custom_id", "output", "error", "route", "usage", "cost_usd"]
+    assert list(failed) == ["custom_id", "output", "error", "route", "usage", "cost_usd"]
+    assert list(answered) == [*failed, "batch_size", "lane_kind", "period"]
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0, "estimated": False}
     usage |= {"cache_write_tokens": 0, "reasoning_tokens": 0}
     assert answered == {
@@ -79,7 +80,8 @@ def test_the_endpoints_json_is_kept_when_the_text_is_not_all_of_it(choices, kept
 def test_the_digest_of_the_question_follows_the_six_fields_and_a_line_of_another_release_is_read_without_it(path):
     reply = Reply("yes", "yes", "batch", Usage())
     write(path, good("a"), answer_line("b", "yes", reply, "d1"), failure_line("c", {"type": "X"}, "d2"), good("d"))
-    assert [list(line)[6:] for line in lines(path)] == [[], ["digest"], ["digest"], []]
+    batch = ["batch_size", "lane_kind", "period"]
+    assert [list(line)[6:] for line in lines(path)] == [batch, ["digest", *batch], ["digest"], batch]
     with OutputFile(path) as output:
         found = output.rows()
         asked = {name: found.of_id(id_digest(name)) for name in "abcd"}
@@ -279,7 +281,8 @@ def test_settings_that_cannot_be_kept_are_a_usage_error(tmp_path):
 
 def from_batch(name, output, size=16, period=0):
     reply = Reply(output, output, "batch", Usage(3, 2), 0.5)
-    return answer_line(name, output, reply, f"of {name}", batch_size=size, lane_kind="k", period=period)
+    reply.batch_size, reply.lane_kind = size, "k"
+    return answer_line(name, output, reply, f"of {name}", period)
 
 
 def large(answer):
