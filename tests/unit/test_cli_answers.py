@@ -42,7 +42,7 @@ def write(path, *told):
             output.write(line)
 
 
-def test_a_line_has_the_six_fields_in_order(path):
+def test_a_line_has_its_fields_in_order(path):
     write(path, good("a"), bad("b"))
     answered, failed = lines(path)
     assert list(failed) == ["custom_id", "output", "error", "route", "usage", "cost_usd"]
@@ -56,6 +56,9 @@ def test_a_line_has_the_six_fields_in_order(path):
         "route": "batch",
         "usage": usage,
         "cost_usd": 0.5,
+        "batch_size": 1,
+        "lane_kind": None,
+        "period": 0,
     }
     assert failed["error"] == {"type": "ServerError", "message": "no"}
     assert [failed[key] for key in ("output", "route", "usage", "cost_usd")] == [None] * 4
@@ -77,7 +80,7 @@ def test_the_endpoints_json_is_kept_when_the_text_is_not_all_of_it(choices, kept
     assert line.get("body") == (body if kept else None)
 
 
-def test_the_digest_of_the_question_follows_the_six_fields_and_a_line_of_another_release_is_read_without_it(path):
+def test_the_digest_of_the_question_follows_the_fields_of_the_answer_and_a_line_of_another_release_is_read_without_it(path):
     reply = Reply("yes", "yes", "batch", Usage())
     write(path, good("a"), answer_line("b", "yes", reply, "d1"), failure_line("c", {"type": "X"}, "d2"), good("d"))
     batch = ["batch_size", "lane_kind", "period"]
