@@ -362,7 +362,7 @@ def _unnamed(place: int) -> str:
     return f"column {place}"
 
 
-def _names_delimiter(row: Any) -> bool:
+def _names_delimiter(row: list[str]) -> bool:
     """Return whether the first *row* of a table only says what its delimiter is."""
     return len(row) == 2 and row[0].lower() == "sep=" and not row[1]  # noqa: PLR2004
 
