@@ -145,9 +145,9 @@ def read_settings(args: argparse.Namespace, settings: type[T], **fixed: Any) -> 
 
 
 def with_flags(message: str, names: Iterable[str]) -> str:
-    """Return *message* with flags in place of the settings *names*."""
+    """Return *message* with flags in place of the settings *names*, but for "query" as a word: "a query"."""
     for name in sorted(names, key=len, reverse=True):
-        message = re.sub(rf"(?<![\w-]){name}(?!\w)", flag(name), message)
+        message = re.sub(rf"(?<!a )(?<![\w-]){name}(?!\w)(=(?=\s|$))?", flag(name), message)
     return message
 
 

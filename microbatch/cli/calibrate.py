@@ -170,7 +170,10 @@ class _Calibrating:
         for line in (*self._failures.lines(), *skipped(self._source.skipped)):
             note(line)
         report_summary(self._args, _lines(result, self._plan), msgspec.to_builtins(result))
-        if self._broken is not None:
+        if isinstance(self._broken, BudgetExceeded):
+            limit = dollars(self._args.max_cost)
+            note(f"--max-cost: {limit} do not suffice for the sizes that are left; give more, or fewer --sizes.")
+        elif self._broken is not None:
             note(f"microbatch calibrate: {type(self._broken).__name__}: {self._broken}")
         if self._left:
             note("Stopped before the end.")

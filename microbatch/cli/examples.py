@@ -70,7 +70,7 @@ def _written(output: Any, answer: AnswerType) -> str:
         try:
             answer.decode(written)
         except ValueError as error:
-            raise LineError(f'"output" is no answer that is allowed: {error}') from None
+            raise LineError(f'--labels or --schema do not allow the "output" {written}: {error}') from None
     return written
 
 

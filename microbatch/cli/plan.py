@@ -214,7 +214,12 @@ def _read_params(args: argparse.Namespace) -> dict[str, Any]:
     try:
         payload_of(Request([{"role": "user", "content": "any"}], params=params), None)
     except ConfigError as error:
-        raise UsageError(f"--param: {str(error).removeprefix('params: ')}") from error
+        message = (
+            str(error)
+            .removeprefix("params: ")
+            .replace("submit() has an argument for this or decides", "the command decides")
+        )
+        raise UsageError(f"--param: {message}") from error
     return dict(sorted(params.items()))
 
 

@@ -21,22 +21,22 @@ _VERSION: Final = re.compile(r"\d{4}-\d{2}-\d{2}[\w-]*")  # Azure's `api-version
 _PRINTABLE: Final = re.compile(r"[\x21-\x7e]*")
 
 
-def checked_address(name: str, address: object, *, credentials: bool = False) -> str:
-    """Return an http or https address; errors do not quote it, since addresses may contain keys.
+def checked_address(name: str, address: object, *, credentials: bool = False, example: str = DEFAULT_BASE_URL) -> str:
+    """Return an http or https address; errors do not quote it, since addresses may contain keys, but an *example*.
 
     Raises:
         ConfigError: It is no such address, has a query, or has a user name or password without *credentials*.
     """
-    example = f"{name} must be an address such as {DEFAULT_BASE_URL}"
+    problem = f"{name} must be an address such as {example}"
     if not isinstance(address, str) or not _PRINTABLE.fullmatch(address):
-        raise ConfigError(example)
+        raise ConfigError(problem)
     try:
         parts = urlsplit(address)
         host, _port = parts.hostname, parts.port
     except ValueError:
-        raise ConfigError(example) from None
+        raise ConfigError(problem) from None
     if parts.scheme not in ("http", "https") or not host:
-        raise ConfigError(f"{example}, beginning with http:// or https://")
+        raise ConfigError(f"{problem}, beginning with http:// or https://")
     if parts.query or parts.fragment:
         raise ConfigError(f"{name} must not have a query or a fragment; parameters go into query=")
     if parts.username is not None and not credentials:

@@ -44,7 +44,11 @@ class Connection:
         if uds is not None and (proxy is not None or not base_url.startswith("http://")):
             raise ConfigError("uds needs a base_url with http://, and no proxy")
         self.where: str = host_and_port(base_url) if uds is None else os.fspath(uds)
-        self.proxy = None if proxy is None else checked_address("proxy", proxy, credentials=True)
+        self.proxy = (
+            None
+            if proxy is None
+            else checked_address("proxy", proxy, credentials=True, example="http://localhost:3128")
+        )
         if trust_env and proxy is None and uds is None:
             self.proxy = _environment_proxy(base_url)
         self._ssl = True if ssl is None else ssl
@@ -79,4 +83,9 @@ def _environment_proxy(base_url: str) -> str | None:
     if not proxy or urllib.request.proxy_bypass(parts.netloc):
         return None
     address = proxy if "://" in proxy else f"http://{proxy}"
-    return checked_address(f"{parts.scheme}_proxy in the environment (trust_env)", address, credentials=True)
+    return checked_address(
+        f"{parts.scheme}_proxy in the environment (trust_env)",
+        address,
+        credentials=True,
+        example="http://localhost:3128",
+    )

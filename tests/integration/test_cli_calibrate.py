@@ -298,3 +298,12 @@ def test_mistakes_that_cannot_be_read_are_refused(wrong, capsys):
         main(["simulate", "--mistakes", wrong])
     assert ended.value.code == 2
     assert ("must be SIZE=SHARE" in capsys.readouterr().err) == ("=" not in wrong)
+
+
+def test_a_budget_that_does_not_suffice_is_told_by_its_flag(capsys):
+    products(ITEMS)
+    with wrong_from(8) as endpoint:
+        calibrate(endpoint, *LABELS, *QUICK, "--max-cost", "0.0001", status=3)
+    shown = capsys.readouterr().err
+    assert "--max-cost: $0.0001 do not suffice" in shown
+    assert "BudgetExceeded" not in shown

@@ -213,7 +213,7 @@ def test_other_examples_are_other_questions(capsys):
 @pytest.mark.parametrize(
     ("example", "words"),
     [
-        ({"input": "x", "output": "neither"}, "no answer that is allowed"),
+        ({"input": "x", "output": "neither"}, 'do not allow the "output" "neither"'),
         ({"input": {"title": "x"}, "output": "home"}, 'the field "name" is missing'),
         ({"input": 5, "output": "home"}, '"input" must be'),
         ({"output": "home"}, '"input" and "output", or "messages"'),

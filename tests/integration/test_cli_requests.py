@@ -334,3 +334,24 @@ def test_a_log_that_cannot_be_written_is_noticed_first(capsys):
         assert run(endpoint, "--log-file", "no/such/folder/log.txt") == 2
         assert endpoint.calls == 0
     assert "--log-file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--proxy", "ftp://x"), "--proxy must be an address such as http://localhost:3128, beginning with http"),
+        (("--base-url", "http://127.0.0.1:9/v1?a=b"), "a query or a fragment; parameters go into --query\n"),
+        (("--base-url", "http://u:p@127.0.0.1:9/v1"), "use --header for credentials\n"),
+        (
+            ("--base-url", "127.0.0.1:9/v1"),
+            "--base-url must be an address such as https://api.openai.com/v1, beginning",
+        ),
+        (("--param", "stream=true"), "--param: stream: the command decides it itself"),
+        (("--param", "messages=[]"), "--param: messages: the command decides it itself"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_told_in_the_words_of_the_command(capsys, words, told):
+    products(1)
+    base = () if "--base-url" in words else ("--base-url", "http://127.0.0.1:9/v1")
+    assert main(["run", "in.jsonl", "-o", "out.jsonl", *QUESTION, "--model", "m", *base, *words]) == 2
+    assert told in capsys.readouterr().err

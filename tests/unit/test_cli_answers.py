@@ -80,7 +80,9 @@ def test_the_endpoints_json_is_kept_when_the_text_is_not_all_of_it(choices, kept
     assert line.get("body") == (body if kept else None)
 
 
-def test_the_digest_of_the_question_follows_the_fields_of_the_answer_and_a_line_of_another_release_is_read_without_it(path):
+def test_the_digest_of_the_question_follows_the_fields_of_the_answer_and_a_line_of_another_release_is_read_without_it(
+    path,
+):
     reply = Reply("yes", "yes", "batch", Usage())
     write(path, good("a"), answer_line("b", "yes", reply, "d1"), failure_line("c", {"type": "X"}, "d2"), good("d"))
     batch = ["batch_size", "lane_kind", "period"]
