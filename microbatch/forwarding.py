@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from microbatch.batching.ticket import NORMAL, UNSHARED
@@ -13,10 +14,12 @@ from microbatch.transports.expenses import Expense
 from microbatch.transports.relay import UsageReader, asked_tier, expected_usage, read_charge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from microbatch.assembly import Assembly
-    from microbatch.spending.spending import Spending
+    from microbatch.batching.ticket import SlotLease
+    from microbatch.spending.spending import Charge, Spending
     from microbatch.transports.relay import Forwarded
 
 _REFUSALS = range(400, 500)
@@ -41,13 +44,14 @@ async def forwarded(
         raise ConfigError(f"{type(transport).__name__} has no forward(): it cannot relay requests as they are")
     model, cost = read_charge(body)
     credentials = {**headers, **credentials_in(path)}
+    expected = expected_usage(body)
+    expense = None if expected is None else Expense(expected, model, tenant, tier=asked_tier(body))
     await parts.admission.acquire(NORMAL, None, UNSHARED)
-    async with parts.engine.lease_slot(model, credentials, cost) as lease, AsyncExitStack() as relayed:
-        # Charged when nothing has to be waited for any more: other calls may wait until it ends.
-        lease.used = False
-        expected = expected_usage(body)
-        expense = None if expected is None else Expense(expected, model, tenant, tier=asked_tier(body))
-        bill = await relayed.enter_async_context(_charged(parts.spending, expense))
+    async with AsyncExitStack() as relayed:
+        relayed.callback(parts.admission.release)
+        lease_slot = partial(parts.engine.lease_slot, model, credentials, cost)
+        lease, charge = await _paid_slot(parts, relayed, lease_slot, expense)
+        bill = await relayed.enter_async_context(_charged(parts.spending, charge))
         lease.used = True
         ledger.upstream_calls += 1
         ledger.forwarded += 1
@@ -86,14 +90,34 @@ class _Bill:
         response.on_chunk = self.usage.feed
 
 
+async def _paid_slot(
+    parts: Assembly,
+    relayed: AsyncExitStack,
+    lease_slot: Callable[[], AbstractAsyncContextManager[SlotLease]],
+    expense: Expense | None,
+) -> tuple[SlotLease, Charge | None]:
+    """Return a slot, which *relayed* gives back in the end, and what was charged for its use, None for nothing.
+
+    It is charged when nothing has to be waited for any more, because other calls may wait until it ends; and while it has to wait
+    for them it holds no slot.
+    """
+    while True:
+        async with AsyncExitStack() as taken:
+            lease = await taken.enter_async_context(lease_slot())
+            lease.used = False
+            charge = None if parts.spending is None or expense is None else await parts.spending.charge(expense)
+            if not isinstance(charge, asyncio.Future):
+                relayed.push_async_exit(taken.pop_all())
+                return lease, charge
+        await parts.engine.rest(charge)
+
+
 @asynccontextmanager
-async def _charged(spending: Spending | None, expense: Expense | None) -> AsyncGenerator[_Bill]:
-    """Charge a request for the duration of the block, and correct the charge by what is found then; None costs nothing."""
-    if spending is None or expense is None:
+async def _charged(spending: Spending | None, charge: Charge | None) -> AsyncGenerator[_Bill]:
+    """Correct *charge* after the block by what is found in it; None costs nothing."""
+    if spending is None or charge is None:
         yield _Bill(charged=False)
         return
-    while isinstance(charge := await spending.charge(expense), asyncio.Future):
-        await charge
     bill = _Bill(charged=True)
     try:
         yield bill

@@ -182,17 +182,19 @@ class PriceBook:
             asked: The name by which it was asked for, which counts where *model* has no price. The user's prices of either name come
                 before the list prices of either.
         """
+        if not (model or asked):
+            return None
         names = [name for name in dict.fromkeys((model, asked)) if name]
         own = [self._own(name) for name in names]
         known = any(price is not None for price in own)  # or would be, if the user's function had not failed
-        if not known and names:
+        if not known:
             self._load_listed(strict=False)
         listed = self._listed
         prices = own if known or listed is None else (self._tried(listed, name) for name in names)
         for price in prices:
             if isinstance(price, Price):
                 return price
-        if names and not known:
+        if not known:
             self._note_missing(names[0])
         return None
 

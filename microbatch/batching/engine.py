@@ -51,6 +51,7 @@ CLOSED_EARLY = "the batcher was closed while it was opening"
 _NEVER_SENT = "the batcher closed before this request was sent"
 _COSTLY = "asking again for missing and broken answers costs more than combining saves"
 _USELESS = "combined replies hold nothing of use, or do not end, so that asking again costs more than combining saves"
+_NO_SLOT = "the batcher closed before a slot was free"
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 
@@ -84,6 +85,8 @@ class Engine:
         self._dispatcher = dispatcher
         self._audits = audits
         self._weigh_again = weigh_again
+        self._resting: dict[asyncio.Future[None], None] = {}  # an ordered set
+        self._ended = False  # nothing is granted any more
         self._tasks: TaskGroup
         self._close_asked: asyncio.Event
         self._grace: float | None = None
@@ -93,6 +96,7 @@ class Engine:
     async def serve(self, ready: Callable[[], None]) -> None:
         """Run until `close` is asked for and done; it may be run again if it ends before `admit` and `close` were called."""
         self._close_asked = asyncio.Event()
+        self._ended = False
         try:
             async with anyio.create_task_group() as self._tasks:
                 self.scheduler.start(self._tasks, self._begin, self._do)
@@ -151,10 +155,14 @@ class Engine:
             del self.scheduler.watchers[changed.set]
 
     def _end_waiting(self) -> None:
+        self._ended = True
         for queue in (*self.singles, *self.lanes):
             self._fail(queue.waiting(), ShutDown(_NEVER_SENT))
         for singles in self.singles:
-            singles.refuse_leases(ShutDown("the batcher closed before a slot was free"))
+            singles.refuse_leases(ShutDown(_NO_SLOT))
+        for until in self._resting:
+            if not until.done():
+                until.set_exception(ShutDown(_NO_SLOT))
 
     def _fail(self, tickets: Sequence[Ticket], error: RequestFailed) -> None:
         for ticket in tickets:
@@ -291,7 +299,7 @@ class Engine:
 
     @asynccontextmanager
     async def lease_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[SlotLease]:
-        """Hold a slot and a permit for work that is not a request, in the place that the caller occupies, which is released in the end.
+        """Hold a slot and a permit for work that is not a request, in the place that the caller occupies.
 
         The limits of *model*, None for the transport's, and of the credentials in *headers* count; *cost* is an estimate in tokens.
 
@@ -301,21 +309,36 @@ class Engine:
         Raises:
             ShutDown: The batcher closed before a slot was free.
         """
+        self._check_running()
+        account = self._given.accounts.of(model, headers)
+        cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
+        lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event())
+        self.singles.add(lease, None, account)
         try:
-            account = self._given.accounts.of(model, headers)
-            cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
-            lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event())
-            self.singles.add(lease, None, account)
-            try:
-                await lease.granted
-                lease.used = True
-                yield lease
-            finally:
-                if lease.queue is not None:
-                    lease.queue.discard(lease)
-                lease.returned.set()
+            await lease.granted
+            lease.used = True
+            yield lease
         finally:
-            self.admission.release()
+            if lease.queue is not None:
+                lease.queue.discard(lease)
+            lease.returned.set()
+
+    async def rest(self, until: asyncio.Future[None]) -> None:
+        """Wait *until* something is done, in a place and without a slot.
+
+        Raises:
+            ShutDown: The batcher closed before.
+        """
+        self._check_running()
+        self._resting[until] = None
+        try:
+            await until
+        finally:
+            del self._resting[until]
+
+    def _check_running(self) -> None:
+        if self._ended:
+            raise ShutDown(_NO_SLOT)
 
 
 def _bug(cause: BaseException | None) -> RequestFailed:
