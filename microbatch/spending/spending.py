@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+import anyio
 import msgspec
 
 from microbatch.accounting.budget import BudgetFigures
@@ -110,7 +112,10 @@ class Spending:
         most_usd = None if budget.usd is None else budget.usd * share * (1 + _TOLERANCE)
         most_tokens = None if budget.tokens is None else int(budget.tokens * share)
         try:
-            added = await self._add(counter, usd, tokens, most_usd, most_tokens)
+            added, ended = False, None
+            while not added and ended != counter.ended:  # a correction may have overtaken the refusal
+                ended = counter.ended
+                added = await self._add_whole(counter, usd, tokens, most_usd, most_tokens)
         except StorageError as error:
             self._refused += not expense.spare
             self._note_store(error)
@@ -167,6 +172,23 @@ class Spending:
             self._note_store(error)  # the charge stands
         finally:
             self.keep(charge)
+
+    async def _add_whole(
+        self, counter: Counter, usd: float, tokens: int, most_usd: float | None, most_tokens: int | None
+    ) -> bool:
+        """Add as `_add` does, and nothing if it is cancelled."""
+        adding = self._add(counter, usd, tokens, most_usd, most_tokens)
+        if self._budget.shared is None:
+            return await adding
+        task = asyncio.ensure_future(adding)  # noqa: TID251 it ends before this returns
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # The command may be on its way, and what it adds is known when it has been answered.
+            with anyio.CancelScope(shield=True), suppress(StorageError):
+                if await task:
+                    await self._add(counter, -usd, -tokens)
+            raise
 
     async def _add(
         self, counter: Counter, usd: float, tokens: int, most_usd: float | None = None, most_tokens: int | None = None
