@@ -95,7 +95,7 @@ class Spending:
     # --- charges
 
     async def charge(self, expense: Expense) -> Charge | asyncio.Future[None]:
-        """Charge *expense*, or return a future that is done when a call under way has ended, if that may leave room for it.
+        """Charge *expense*, or return a future after which to try again: a call under way has ended then, or the period has.
 
         Raises:
             BudgetExceeded: It is more than is left.
@@ -130,11 +130,19 @@ class Spending:
             and not expense.spare
             and _fits(settled_usd + usd, settled_tokens + tokens, most_usd, most_tokens)
         ):
-            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            counter.waiting.append(change)
-            return change
+            return self._change_of(counter)
         self._refused += not expense.spare
         raise self._exceeded(counter, usd, tokens)
+
+    def _change_of(self, counter: Counter) -> asyncio.Future[None]:
+        """Return a future that is done when a call on *counter* has ended, or its period has."""
+        loop = asyncio.get_running_loop()
+        change: asyncio.Future[None] = loop.create_future()
+        counter.waiting.append(change)
+        if counter.span.end is not None:
+            timer = loop.call_later(max(0.0, counter.span.end - self._now()), _set, change)
+            change.add_done_callback(lambda _: timer.cancel())
+        return change
 
     async def ended(self, charge: Charge, outcome: Completion | RequestFailed, *, heard: bool) -> None:
         """See `Purse.ended`."""
@@ -234,6 +242,11 @@ class Spending:
             left_tokens=None if budget.tokens is None or not one else max(0, budget.tokens - tokens),
             refused=self._refused,
         )
+
+
+def _set(change: asyncio.Future[None]) -> None:
+    if not change.done():
+        change.set_result(None)
 
 
 def _fits(usd: float, tokens: int, most_usd: float | None, most_tokens: int | None) -> bool:
