@@ -36,6 +36,7 @@ VENDORS = {
     "cli": {"pyarrow", "tqdm", "uvloop"},
     "gateway": {"aiohttp"},
     "listening": {"aiohttp"},
+    "spending": {"anyio"},
     "spool": {"anyio"},
     "storage": {"anyio", "redis"},
     "testing": {"aiohttp", "tiktoken"},

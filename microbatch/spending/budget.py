@@ -20,9 +20,10 @@ class Budget:
 
     Before a call leaves, its expected cost is charged: its prompt, and answers as long as those before it. Afterwards the charge is
     corrected by the usage that the endpoint reports. So at most the budget and the calls under way are spent. Calls that might still
-    fit once others under way have ended wait for those; one that would exceed the budget is not sent, and its requests end with
-    `BudgetExceeded`. Retries, calls that ask again, audits and relayed requests count; a call that was cancelled or has failed keeps
-    its charge, unless it never left or was refused. Audits are made only while more than half of the budget is left.
+    fit once others under way in this process have ended wait for those; one that would exceed the budget is not sent, and its
+    requests end with `BudgetExceeded`. Retries, calls that ask again, audits and relayed requests count; a call that was cancelled
+    or has failed keeps its charge, unless it never left or was refused. Audits are made only while more than half of the budget is
+    left.
 
     Several batchers may share one object, and then have one budget together. What is spent is counted by this object and forgotten
     with it, unless there is a *store*.

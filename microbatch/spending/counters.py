@@ -50,6 +50,7 @@ class Counter(msgspec.Struct, eq=False):
         held_usd: The part of them that is charges of this process' calls under way.
         held_tokens: The same in tokens.
         calls: Number of those calls.
+        ended: Number of calls of this process that have ended.
         waiting: Futures that are done when one of them has ended.
     """
 
@@ -60,6 +61,7 @@ class Counter(msgspec.Struct, eq=False):
     held_usd: float = 0.0
     held_tokens: int = 0
     calls: int = 0
+    ended: int = 0
     waiting: list[Future[None]] = []
 
     def hold(self, usd: float, tokens: int) -> None:
@@ -71,6 +73,7 @@ class Counter(msgspec.Struct, eq=False):
     def release(self, usd: float, tokens: int) -> None:
         """Note that the call has ended for which so much was charged."""
         self.calls -= 1
+        self.ended += 1
         # Sums of floats may miss zero by a little.
         self.held_usd = self.held_usd - usd if self.calls else 0.0
         self.held_tokens -= tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 
-from microbatch.storage.redis import RedisStore, translated
+from microbatch.storage.redis import RedisStore
 
 if TYPE_CHECKING:
     from microbatch.spending.counters import Counter
@@ -55,8 +55,7 @@ class SharedCounters(RedisStore):
         end = counter.span.end
         arguments: list[Any] = [repr(usd), tokens, "" if most_usd is None else repr(most_usd)]
         arguments += ["" if most_tokens is None else most_tokens, "" if end is None else round(end) + _LEEWAY]
-        client = self._opened()
-        with translated():
+        async with self._in_use() as client:
             added, spent, taken = await client.eval(_ADD, 1, self._key(counter), *arguments)
             counter.usd, counter.tokens = float(spent), int(taken)
         return bool(added)

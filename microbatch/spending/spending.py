@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+import anyio
 import msgspec
 
 from microbatch.accounting.budget import BudgetFigures
@@ -93,7 +95,7 @@ class Spending:
     # --- charges
 
     async def charge(self, expense: Expense) -> Charge | asyncio.Future[None]:
-        """Charge *expense*, or return a future that is done when a call under way has ended, if that may leave room for it.
+        """Charge *expense*, or return a future after which to try again: a call under way has ended then, or the period has.
 
         Raises:
             BudgetExceeded: It is more than is left.
@@ -110,7 +112,10 @@ class Spending:
         most_usd = None if budget.usd is None else budget.usd * share * (1 + _TOLERANCE)
         most_tokens = None if budget.tokens is None else int(budget.tokens * share)
         try:
-            added = await self._add(counter, usd, tokens, most_usd, most_tokens)
+            added, ended = False, None
+            while not added and ended != counter.ended:  # a correction may have overtaken the refusal
+                ended = counter.ended
+                added = await self._add_whole(counter, usd, tokens, most_usd, most_tokens)
         except StorageError as error:
             self._refused += not expense.spare
             self._note_store(error)
@@ -125,11 +130,19 @@ class Spending:
             and not expense.spare
             and _fits(settled_usd + usd, settled_tokens + tokens, most_usd, most_tokens)
         ):
-            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            counter.waiting.append(change)
-            return change
+            return self._change_of(counter)
         self._refused += not expense.spare
         raise self._exceeded(counter, usd, tokens)
+
+    def _change_of(self, counter: Counter) -> asyncio.Future[None]:
+        """Return a future that is done when a call on *counter* has ended, or its period has."""
+        loop = asyncio.get_running_loop()
+        change: asyncio.Future[None] = loop.create_future()
+        counter.waiting.append(change)
+        if counter.span.end is not None:
+            timer = loop.call_later(max(0.0, counter.span.end - self._now()), _set, change)
+            change.add_done_callback(lambda _: timer.cancel())
+        return change
 
     async def ended(self, charge: Charge, outcome: Completion | RequestFailed, *, heard: bool) -> None:
         """See `Purse.ended`."""
@@ -167,6 +180,23 @@ class Spending:
             self._note_store(error)  # the charge stands
         finally:
             self.keep(charge)
+
+    async def _add_whole(
+        self, counter: Counter, usd: float, tokens: int, most_usd: float | None, most_tokens: int | None
+    ) -> bool:
+        """Add as `_add` does, and nothing if it is cancelled."""
+        adding = self._add(counter, usd, tokens, most_usd, most_tokens)
+        if self._budget.shared is None:
+            return await adding
+        task = asyncio.ensure_future(adding)  # noqa: TID251 it ends before this returns
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # The command may be on its way, and what it adds is known when it has been answered.
+            with anyio.CancelScope(shield=True), suppress(StorageError):
+                if await task:
+                    await self._add(counter, -usd, -tokens)
+            raise
 
     async def _add(
         self, counter: Counter, usd: float, tokens: int, most_usd: float | None = None, most_tokens: int | None = None
@@ -212,6 +242,11 @@ class Spending:
             left_tokens=None if budget.tokens is None or not one else max(0, budget.tokens - tokens),
             refused=self._refused,
         )
+
+
+def _set(change: asyncio.Future[None]) -> None:
+    if not change.done():
+        change.set_result(None)
 
 
 def _fits(usd: float, tokens: int, most_usd: float | None, most_tokens: int | None) -> bool:

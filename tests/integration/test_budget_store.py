@@ -1,6 +1,7 @@
 """Budgets counted in Redis: processes together spend no more than one alone would."""
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -8,9 +9,11 @@ import time
 
 import pytest
 from helpers import ask, batcher_for, until
+from redis_server import redis_cluster
 
 import microbatch as mb
 from microbatch.spending.counters import span_at
+from microbatch.spending.shared import SharedCounters
 from microbatch.testing import ScriptedTransport
 
 pytestmark = [pytest.mark.slow, pytest.mark.promise(of="budget")]
@@ -122,6 +125,100 @@ async def test_nothing_is_sent_while_the_store_cannot_be_used_and_all_goes_on_af
         own_redis.start()
         await batcher.submit(ask("c"))
         assert len(transport.calls) == 2
+
+
+async def test_a_batcher_opens_without_its_store_and_sends_when_it_is_there(own_redis):
+    own_redis.kill()
+    transport = model()
+    async with batcher_on(own_redis.url, transport, tokens=10_000) as batcher:
+        for number in (1, 2):
+            with pytest.raises(mb.BudgetExceeded):
+                await batcher.submit(ask("a"))
+            figures = batcher.stats().budget
+            assert (figures.spent_tokens, figures.left_tokens, figures.refused) == (0, 10_000, number)
+        assert not transport.calls
+        assert (batcher.stats().queued, batcher.stats().in_flight) == (0, 0)
+        own_redis.start()
+        reply = await batcher.submit(ask("a"))
+        spent = reply.usage.prompt_tokens + reply.usage.completion_tokens
+        assert batcher.stats().budget.spent_tokens == total(own_redis)[1] == spent
+
+
+async def test_a_cluster_counts_as_one_server_does(tmp_path):
+    with redis_cluster(tmp_path, 3) as nodes:
+        one, other = (batcher_on(node.url, tokens=300, per="tenant") for node in (nodes[0], nodes[-1]))
+        async with one, other:
+            for tenant in "abcdefgh":  # some on each node
+                answered, _ = await ask_until_refused(one, tenant=tenant)
+                assert answered >= 3
+                assert (await ask_until_refused(other, tenant=tenant))[0] == 0
+
+
+@pytest.mark.parametrize("how", ["caller", "closing"])
+async def test_a_charge_that_arrives_after_its_caller_has_left_is_taken_back(own_redis, how):
+    transport = model()
+    async with batcher_on(own_redis.url, transport, tokens=10_000) as batcher:
+        await batcher.submit(ask("a"))
+        before = total(own_redis)[1]
+        own_redis.pause()
+        waiting = asyncio.ensure_future(batcher.submit(ask("b")))
+        await until(lambda: batcher.stats().in_flight)
+        await asyncio.sleep(0.1)  # for the command to be on its way
+        if how == "caller":
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        else:
+            closing = asyncio.ensure_future(batcher.aclose(grace=0.0))
+            await asyncio.sleep(0.1)
+        own_redis.resume()
+        if how == "closing":
+            await closing
+            assert isinstance((await asyncio.gather(waiting, return_exceptions=True))[0], mb.ShutDown)
+        await until(lambda: not batcher.stats().in_flight)
+        await until(lambda: total(own_redis)[1] == before)
+        assert len(transport.calls) == 1
+
+
+async def test_a_refusal_that_is_overtaken_by_a_correction_is_none():
+    class Late(SharedCounters):
+        """A store that answers late, of which a correction overtakes the answer to a charge."""
+
+        delays = itertools.chain([0.0, 0.3], itertools.repeat(0.0))
+
+        async def open(self):
+            self.spent = 0
+
+        async def add(self, counter, usd, tokens, most_usd=None, most_tokens=None):
+            added = most_tokens is None or self.spent + tokens <= most_tokens
+            self.spent += tokens if added else 0
+            spent = self.spent
+            await asyncio.sleep(next(self.delays))
+            counter.usd, counter.tokens = 0.0, spent
+            return added
+
+        async def aclose(self):
+            pass
+
+    transport, answered = model(), asyncio.Event()
+    answer = transport._usual
+
+    async def wait(received):
+        await answered.wait()
+        return answer(received)
+
+    transport._script = [wait]
+    budget = mb.Budget(tokens=400)
+    budget.shared = Late("redis://127.0.0.1:1", "batcher")
+    async with batcher_for(transport, budget=budget, max_batch_size=1) as batcher:
+        first = asyncio.ensure_future(batcher.submit(ask("a")))
+        await until(lambda: transport.calls)
+        second = asyncio.ensure_future(batcher.submit(ask("b")))
+        await until(lambda: batcher.stats().in_flight == 2)
+        await asyncio.sleep(0)
+        answered.set()
+        assert (await first).output == "A"
+        assert (await second).output == "B"
+        assert budget.shared.spent == batcher.stats().budget.spent_tokens < 100
 
 
 async def test_a_store_that_fails_during_a_call_costs_no_answer(own_redis):

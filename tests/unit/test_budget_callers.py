@@ -181,3 +181,18 @@ async def test_the_figures_of_a_new_period_are_shown_without_a_call():
         now[0] = 7_200.0
         after = figures(batcher)
         assert (after.spent_tokens, after.left_tokens, after.spent_usd, after.left_usd) == (0, 600, 0.0, 1.0)
+
+
+async def test_what_waits_goes_on_when_the_next_period_begins():
+    loop, model, budget = asyncio.get_running_loop(), Model(delay=60.0), mb.Budget(tokens=400, period="hour")
+    async with batcher_for(model, budget=budget, max_batch_size=1) as batcher:
+        batcher.spending._now = lambda: 7_190.0 + loop.time()
+        first = asyncio.ensure_future(batcher.submit(ask("a")))
+        await asyncio.sleep(1)
+        second = asyncio.ensure_future(batcher.submit(ask("b")))
+        await asyncio.sleep(8)
+        assert len(model.calls) == 1
+        await asyncio.sleep(2)
+        assert len(model.calls) == 2
+        await asyncio.gather(first, second)
+        assert (figures(batcher).spent_tokens, figures(batcher).refused) == (20, 0)
