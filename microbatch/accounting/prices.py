@@ -268,7 +268,7 @@ class PriceBook:
     def _note_missing(self, model: str) -> None:
         if not self._missed:
             self._missed = True
-            remedy = "give prices={...}"
+            remedy = "give prices= (the flag --prices)"
             if self._listed is None:
                 remedy += ", or install list prices: pip install 'microbatch[prices]'"
             logger.warning("no price is known for model %r, so cost_usd is None for it and its like; %s", model, remedy)

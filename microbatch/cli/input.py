@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from hashlib import blake2b
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 import msgspec
@@ -29,6 +30,8 @@ ON_EMPTY: Final[tuple[OnEmpty, ...]] = get_args(OnEmpty)
 BLANK: Final = "all fields of the template are blank"
 
 _MAX_LABEL: Final = 3
+_MAX_NAMES: Final = 20
+_MAX_NAME: Final = 40
 
 
 class InputChanged(Exception):
@@ -405,7 +408,7 @@ class _Overview:
         if self._first is None:
             return None if self._bad is None else f"no {self._bad.place.noun} can be read; {self._told(self._bad)}"
         place, record = self._first
-        noun, fields = place.noun, (", ".join(record) or "no fields") + _list_in(record)
+        noun, fields = place.noun, _names_in(record) + _list_in(record)
         for field, flag in self._missing.items():
             return f'no {noun} has the field "{field}" of {flag}; {noun} {place.number} has {fields}'
         if self.askable or self._bad is None:
@@ -419,6 +422,14 @@ class _Overview:
 
     def _told(self, line: BadLine) -> str:
         return f"{line.place.noun} {line.place.number}: {line.told}"
+
+
+def _names_in(record: dict[str, Any]) -> str:
+    """Return the names of the fields of *record*, as many as a line of a message has room for."""
+    names = [name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..." for name in islice(record, _MAX_NAMES)]
+    if len(record) > len(names):
+        names.append(f"and {plural(len(record) - len(names), 'more field')}")
+    return ", ".join(names) or "no fields"
 
 
 def _list_in(record: dict[str, Any]) -> str:

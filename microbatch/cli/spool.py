@@ -84,8 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `spool`."""
     parser.add_argument("spool", metavar="SPOOL", help="a file, or redis://HOST:PORT/DB; --put makes a file")
     actions = parser.add_argument_group("what to do").add_mutually_exclusive_group()
-    put = "queue a request for every line, as `microbatch run` would ask it; one that is there already is left as it is"
-    add_flag(actions, "--put INPUT.jsonl", put)
+    put = (
+        "queue a request for every record of these files, as `microbatch run` would ask it; "
+        "one that is there already is left as it is"
+    )
+    add_flag(actions, "--put INPUT", put, nargs="+", action="extend")
     add_flag(actions, "--dead", "list the dead letters, oldest first")
     requeue = "put dead letters back, all or those with these ids, as if they had never been asked"
     add_flag(actions, "--requeue ID", requeue, nargs="*")
@@ -245,11 +248,11 @@ async def _requeue(spool: Spool, args: argparse.Namespace) -> int:
 
 
 class Put:
-    """Queues a request for every line of the file of `--put`."""
+    """Queues a request for every record of the files of `--put`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._source = read_input(args, [args.put], read_questions(args, needs_model=False))
+        self._source = read_input(args, args.put, read_questions(args, needs_model=False))
         self._counts: Counter[str] = Counter()
         self._failures = Failures()
         self._makes_spool = not is_address(args.spool) and not Path(args.spool).exists()

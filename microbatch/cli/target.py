@@ -113,6 +113,10 @@ def target_of(args: argparse.Namespace, model: str | None) -> Target:
         raise UsageError("--join needs a file, and writes no openai-batch lines: it is written when the run ends")
     if path == STDOUT and target.form == "parquet":
         raise UsageError("a Parquet file cannot be written to stdout as the answers come; give it a name")
+    if args.resume and target.journal == path and Path(path + _JOURNAL).exists():
+        raise UsageError(
+            f"{path!r} was written from {path + _JOURNAL!r}: to go on, give the --join or --output-format of that run too"
+        )
     return target
 
 

@@ -310,3 +310,17 @@ def test_a_join_is_written_again_by_resuming_and_overwrites_no_other_file():
     assert run("in.jsonl", out="out.csv", words=words) == 2  # it holds answers
     assert run("in.jsonl", out="out.csv", words=(*words, "--resume")) == 0
     assert [row["id"] for row in joined("out.csv")] == [f"p{number}" for number in range(20)]
+
+
+@pytest.mark.parametrize("how", [("--join",), ("--output-format", "openai-batch")])
+def test_an_output_that_is_written_at_the_end_is_never_taken_for_a_journal(how, capsys):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    given(*({"custom_id": f"r{number}", "body": body} for number in range(5)))
+    command = ["run", "in.jsonl", "-o", "out.jsonl", "--simulate"]
+    assert main([*command, *how]) == 0
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    assert main([*command, "--resume"]) == 2
+    assert "give the --join or --output-format of that run too" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    assert main([*command, *how, "--resume", "--json"]) == 0
+    assert summary(capsys)["upstream_calls"] == 0

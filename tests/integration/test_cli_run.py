@@ -135,8 +135,14 @@ def test_a_simulation_answers_shortly_where_lines_allow_few_tokens(capsys, limit
     ("words", "because"),
     [
         (["--max-output-tokens", "20", "--labels", "home,other"], "30 items, no room for several answers in one reply"),
-        (["--max-batch-tokens", "100", "--labels", "home,other"], "30 items, too long to share a prompt"),
-        (["--max-batch-tokens", "130", "--labels", "home,other"], "29 items, too long to share a prompt"),
+        (
+            ["--max-batch-tokens", "100", "--labels", "home,other", "--merge", "always"],
+            "30 items, too long to share a prompt",
+        ),
+        (
+            ["--max-batch-tokens", "130", "--labels", "home,other", "--merge", "always"],
+            "29 items, too long to share a prompt",
+        ),
         (["--merge", "when-cheaper"], "30 items, cheaper alone than combined"),
     ],
 )

@@ -629,3 +629,15 @@ async def test_what_was_put_from_the_shell_is_found_from_python(capsys):
     ):
         reply = await batcher.result("p1", output_type=Literal["home", "other"], timeout=5)
     assert reply.output in ("home", "other")
+
+
+@pytest.mark.parametrize("words", [("a.csv", "b.jsonl", "c.json"), ("a.csv", "--put", "b.jsonl", "c.json")])
+def test_the_records_of_all_files_are_queued(capsys, words):
+    Path("a.csv").write_text("id,name\n1,x\n2,y\n")
+    given({"id": 3, "name": "z"}, {"name": "without an id"}, path="b.jsonl")
+    Path("c.json").write_text('[{"id": 4, "name": "v"}]')
+    assert spool("s.sqlite", "--put", *words, *QUESTION) == 0
+    assert sorted(line["custom_id"] for line in exported("s.sqlite", capsys)) == ["1", "2", "3", "4", "b.jsonl:2"]
+    given({"id": 1, "name": "w"}, path="b.jsonl")
+    assert spool("s.sqlite", "--put", *words, *QUESTION) == 2
+    assert "a.csv, row 1 and b.jsonl, line 1 have the same id '1'" in capsys.readouterr().err

@@ -258,6 +258,12 @@ USELESS = {
         {},
         'line 1 has meta, data .if the records are those in "data", give that list alone',
     ),
+    "many fields": (
+        [{"x" * 500: 1} | {f"f{number}": 1 for number in range(500)}],
+        QUESTIONS,
+        {},
+        "line 1 has x{40}[.]{3}, f0, f1, f2, [f0-9, ]*, and 481 more fields$",
+    ),
     "fields": ([{"a": 1}, {"b": 1}], Templated("{a}{b}"), {}, 'line 1: the field "b" is missing'),
     "responses": (
         [CALL | {"url": "/v1/responses"}] * 1,
