@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import ON_EMPTY
 from microbatch.cli.key_command import key_command
-from microbatch.cli.records import FORMS
+from microbatch.cli.reading.input import ON_EMPTY
+from microbatch.cli.reading.records import FORMS
 from microbatch.cli.simulated import SIMULATED_MODEL
 from microbatch.errors import ConfigError
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy

@@ -22,14 +22,14 @@ import msgspec
 
 from microbatch.audit.lane_kind import LaneKind, step_of
 from microbatch.cli.console import note
-from microbatch.cli.output import OutputFile, Provenance, replacing
+from microbatch.cli.writing.output import OutputFile, Provenance, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
     from microbatch.accounting.audits import Audited
     from microbatch.batching.audits import Audits
-    from microbatch.cli.standard_output import StandardOutput
+    from microbatch.cli.writing.standard_output import StandardOutput
     from microbatch.messages import Reply, UseCache
     from microbatch.policy import AuditPolicy
 

@@ -26,13 +26,13 @@ from microbatch.caching.warming import lasting
 from microbatch.cli import console
 from microbatch.cli.console import UsageError, dollars, note, plural, report_summary, seconds
 from microbatch.cli.digests import Digests
-from microbatch.cli.input import BadLine, InputChanged, id_digest
-from microbatch.cli.output import NotWritten, error_object
 from microbatch.cli.progress import Progress
+from microbatch.cli.reading.input import BadLine, InputChanged, id_digest
 from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures
-from microbatch.cli.target import STDOUT
+from microbatch.cli.writing.output import NotWritten, error_object
+from microbatch.cli.writing.target import STDOUT
 from microbatch.errors import BudgetExceeded, ConfigError, ShutDown, StorageError
 from microbatch.spool.endpoint import Cause, cause_of, is_refusal, may_refuse_all
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from microbatch.cli.asking_again import AskingAgain
-    from microbatch.cli.input import Input
     from microbatch.cli.plan import Plan
+    from microbatch.cli.reading.input import Input
     from microbatch.client import Microbatcher
     from microbatch.messages import Reply, Request, Result
 

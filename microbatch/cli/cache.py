@@ -50,8 +50,8 @@ from microbatch.caching.redis import RedisCache
 from microbatch.cli import console
 from microbatch.cli.arguments import add_flag, flag
 from microbatch.cli.console import UsageError, note, plural, print_result, report, report_json
-from microbatch.cli.exporting import check_target, exporting
 from microbatch.cli.plan import cache_at
+from microbatch.cli.writing.exporting import check_target, exporting
 from microbatch.errors import ConfigError, StorageError
 from microbatch.storage.address import is_address
 

@@ -47,8 +47,8 @@ from microbatch.calibration import SAMPLE, SIZES, Calibrator
 from microbatch.cli import console
 from microbatch.cli.arguments import add_bulk, add_flag, add_max_excess
 from microbatch.cli.console import COLUMNS, UsageError, dollars, note, plural, report_summary, seconds, table
-from microbatch.cli.input import BadLine, InputChanged
 from microbatch.cli.plan import prepare
+from microbatch.cli.reading.input import BadLine, InputChanged
 from microbatch.cli.session import Session
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures, skipped
@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from microbatch.audit.calibration import CalibratedSize, Calibration
-    from microbatch.cli.input import Input
     from microbatch.cli.plan import Plan
+    from microbatch.cli.reading.input import Input
     from microbatch.client import Microbatcher
     from microbatch.messages import Request
     from microbatch.policy import FlushPolicy

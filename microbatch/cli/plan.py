@@ -27,10 +27,10 @@ from microbatch.cli.arguments import (
     with_flags,
 )
 from microbatch.cli.console import UsageError
-from microbatch.cli.examples import read_examples
-from microbatch.cli.input import Input
 from microbatch.cli.prices import read_prices
-from microbatch.cli.questions import BatchLines, Questions, Templated, payload_of
+from microbatch.cli.reading.examples import read_examples
+from microbatch.cli.reading.input import Input
+from microbatch.cli.reading.questions import BatchLines, Questions, Templated, payload_of
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.errors import ConfigError
 from microbatch.messages import Request

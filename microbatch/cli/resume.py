@@ -18,21 +18,21 @@ from microbatch.cli.arguments import flag
 from microbatch.cli.asking_again import record_path
 from microbatch.cli.console import UsageError, plural, remark
 from microbatch.cli.digests import Digests
-from microbatch.cli.input import BadLine, id_digest
-from microbatch.cli.output import OutputFile, Rows, replacing
-from microbatch.cli.questions import question_digest
-from microbatch.cli.standard_output import StandardOutput
-from microbatch.cli.target import STDOUT
+from microbatch.cli.reading.input import BadLine, id_digest
+from microbatch.cli.reading.questions import question_digest
+from microbatch.cli.writing.output import OutputFile, Rows, replacing
+from microbatch.cli.writing.standard_output import StandardOutput
+from microbatch.cli.writing.target import STDOUT
 from microbatch.transports.credentials import says_who
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from microbatch.cli.input import Input
-    from microbatch.cli.output import Row
     from microbatch.cli.plan import Plan
-    from microbatch.cli.target import Target
+    from microbatch.cli.reading.input import Input
+    from microbatch.cli.writing.output import Row
+    from microbatch.cli.writing.target import Target
 
 Settings = dict[str, Any]
 """Each setting by its flag. Texts are kept as digests: prompts may be confidential, and long."""

@@ -75,24 +75,24 @@ from microbatch.cli.audit_summary import audit_figures, audit_lines
 from microbatch.cli.bulk_run import BulkRun
 from microbatch.cli.console import UsageError, note, plural, seconds
 from microbatch.cli.dry_run import add_dry_run, dry_run
-from microbatch.cli.input import InputChanged
-from microbatch.cli.output import NotWritten, answer_line, failure_line
 from microbatch.cli.plan import prepare
-from microbatch.cli.questions import question_digest
+from microbatch.cli.reading.input import InputChanged
+from microbatch.cli.reading.questions import question_digest
 from microbatch.cli.resume import Resumed, open_output, resume
-from microbatch.cli.standard_output import StandardOutput
 from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, merging, remarks, reuse, skipped
-from microbatch.cli.target import STDOUT, target_of
-from microbatch.cli.writers import FORMATS
+from microbatch.cli.writing.output import NotWritten, answer_line, failure_line
+from microbatch.cli.writing.standard_output import StandardOutput
+from microbatch.cli.writing.target import STDOUT, target_of
+from microbatch.cli.writing.writers import FORMATS
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from microbatch.cli.input import Input
-    from microbatch.cli.output import OutputFile
     from microbatch.cli.plan import Plan
-    from microbatch.cli.target import Target
+    from microbatch.cli.reading.input import Input
+    from microbatch.cli.writing.output import OutputFile
+    from microbatch.cli.writing.target import Target
     from microbatch.messages import Reply, Request
 
 

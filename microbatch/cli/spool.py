@@ -41,13 +41,13 @@ import msgspec
 from microbatch.cli import console
 from microbatch.cli.arguments import add_flag, add_input, add_question, flag
 from microbatch.cli.console import UsageError, note, plural, print_result, report, report_json, seconds
-from microbatch.cli.exporting import check_target, exporting
-from microbatch.cli.input import BadLine, InputChanged
-from microbatch.cli.output import NotWritten
 from microbatch.cli.plan import check_spool, read_input, read_questions, spool_at
-from microbatch.cli.questions import payload_of
+from microbatch.cli.reading.input import BadLine, InputChanged
+from microbatch.cli.reading.questions import payload_of
 from microbatch.cli.stopping import stoppable
 from microbatch.cli.summary import Failures, skipped
+from microbatch.cli.writing.exporting import check_target, exporting
+from microbatch.cli.writing.output import NotWritten
 from microbatch.errors import ConfigError, StorageError
 from microbatch.spool.payload import Answer
 from microbatch.spool.records import MAX_ALONE, Name
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from microbatch.cli.input import Place
+    from microbatch.cli.reading.input import Place
     from microbatch.spool.records import DeadLetter, Item, Kept, Spool, State
 
 _QUESTION: Final = (

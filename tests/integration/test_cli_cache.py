@@ -12,7 +12,7 @@ from helpers import serving
 
 from microbatch.caching import guard
 from microbatch.cli.main import main
-from microbatch.cli.output import NotWritten, OutputFile
+from microbatch.cli.writing.output import NotWritten, OutputFile
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 

@@ -17,7 +17,7 @@ from helpers import serving
 
 from microbatch import Microbatcher
 from microbatch.cli.main import main
-from microbatch.cli.output import OutputFile
+from microbatch.cli.writing.output import OutputFile
 from microbatch.testing.reading import EndpointError
 
 pytestmark = pytest.mark.usefixtures("here")

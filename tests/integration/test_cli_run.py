@@ -16,9 +16,9 @@ from command_line import QUESTION, given, here, output, products, summary  # noq
 from helpers import serving
 
 from microbatch.cli import run as run_command
-from microbatch.cli.input import Input
 from microbatch.cli.main import main
-from microbatch.cli.output import NotWritten, OutputFile
+from microbatch.cli.reading.input import Input
+from microbatch.cli.writing.output import NotWritten, OutputFile
 from microbatch.testing import Faults, Quota
 
 pytestmark = pytest.mark.usefixtures("here")

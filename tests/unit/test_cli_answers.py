@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import id_digest
-from microbatch.cli.output import NotWritten, OutputFile, answer_line, error_object, failure_line
+from microbatch.cli.reading.input import id_digest
 from microbatch.cli.resume import differences, hashed, keep_settings, settings_path
+from microbatch.cli.writing.output import NotWritten, OutputFile, answer_line, error_object, failure_line
 from microbatch.errors import BadRequest, ConfigError, MissingAnswer
 from microbatch.messages import Reply, Usage
 

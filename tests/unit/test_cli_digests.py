@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from microbatch.cli.digests import Digests
-from microbatch.cli.input import id_digest
+from microbatch.cli.reading.input import id_digest
 
 
 @pytest.mark.parametrize("spread", [2**128, 2**64, 40])

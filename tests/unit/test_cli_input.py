@@ -13,10 +13,10 @@ import pytest
 from helpers import each
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import BadLine, Input, InputChanged, id_digest
-from microbatch.cli.join import Join
-from microbatch.cli.output import OutputFile, answer_line, failure_line
-from microbatch.cli.questions import BatchLines, Templated
+from microbatch.cli.reading.input import BadLine, Input, InputChanged, id_digest
+from microbatch.cli.reading.questions import BatchLines, Templated
+from microbatch.cli.writing.join import Join
+from microbatch.cli.writing.output import OutputFile, answer_line, failure_line
 from microbatch.messages import Reply, Usage
 
 QUESTIONS = Templated("{q}")

@@ -10,7 +10,7 @@ import pytest
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.plan import read_labels, read_schema, read_text
-from microbatch.cli.questions import BatchLines, LineError, Templated
+from microbatch.cli.reading.questions import BatchLines, LineError, Templated
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

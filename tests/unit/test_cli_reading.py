@@ -12,8 +12,8 @@ import pytest
 from helpers import each
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.input import BadLine, Input, InputChanged, id_digest
-from microbatch.cli.questions import BatchLines, Templated
+from microbatch.cli.reading.input import BadLine, Input, InputChanged, id_digest
+from microbatch.cli.reading.questions import BatchLines, Templated
 
 QUESTIONS = Templated("{q}")
 PATH = Path("in.jsonl")

@@ -14,8 +14,8 @@ import pytest
 from helpers import each
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.json_text import decode_object, elements
-from microbatch.cli.records import Broken, RecordFile
+from microbatch.cli.reading.json_text import decode_object, elements
+from microbatch.cli.reading.records import Broken, RecordFile
 
 RECORDS = [
     {"id": str(number), "text": text, "note": "x" * number}
@@ -254,10 +254,10 @@ def test_what_is_not_one_array_is_a_usage_error(file, raw):
 
 
 def test_what_is_larger_than_any_question_is_an_error_before_it_fills_the_memory(file, monkeypatch):
-    monkeypatch.setattr("microbatch.cli.json_text._MAX_ELEMENT", 1_000)
+    monkeypatch.setattr("microbatch.cli.reading.json_text._MAX_ELEMENT", 1_000)
     with pytest.raises(UsageError, match="longer than"):
         sound(file("x.json", '[{"a":"' + "x" * 2_000))
-    monkeypatch.setattr("microbatch.cli.records._MAX_FIELD", 1_000)
+    monkeypatch.setattr("microbatch.cli.reading.records._MAX_FIELD", 1_000)
     limit = csv.field_size_limit()
     try:
         first, last = sound(file("x.csv", f"a\n{'x' * 2_000}\nsmall\n"))

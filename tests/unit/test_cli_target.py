@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from microbatch.cli.output import answer_line, error_object, failure_line
-from microbatch.cli.target import Target
+from microbatch.cli.writing.output import answer_line, error_object, failure_line
+from microbatch.cli.writing.target import Target
 from microbatch.errors import BadRequest, MissingAnswer, RateLimited, ServerError
 from microbatch.messages import Reply, Usage
 

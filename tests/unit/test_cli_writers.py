@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.output import NotWritten
-from microbatch.cli.writers import columns_of, encoder, format_of, head, is_plain_jsonl, write_rows, write_to
+from microbatch.cli.writing.output import NotWritten
+from microbatch.cli.writing.writers import columns_of, encoder, format_of, head, is_plain_jsonl, write_rows, write_to
 
 ODD = [
     'a "quoted" word, and a comma',
@@ -78,7 +78,7 @@ def test_json_lines_hold_each_row_as_it_is(tmp_path, name):
 def test_parquet_has_typed_columns_and_as_many_rows_as_there_are(tmp_path, monkeypatch):
     from pyarrow import parquet
 
-    monkeypatch.setattr("microbatch.cli.writers._ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("microbatch.cli.writing.writers._ROWS_AT_ONCE", 5)
     path = str(tmp_path / "out.parquet")
     assert write_rows(path, "parquet", iter(ROWS), COLUMNS) == len(ROWS)
     table = parquet.read_table(path)
@@ -195,7 +195,7 @@ def test_a_format_that_is_not_that_of_the_name_is_refused(path, named, words):
 
 
 def test_without_pyarrow_parquet_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr("microbatch.cli.writers.find_spec", lambda name: None)
+    monkeypatch.setattr("microbatch.cli.writing.writers.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'microbatch\[parquet\]'"):
         format_of("a.parquet")
 

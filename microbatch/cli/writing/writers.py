@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast, get_
 import msgspec
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.output import NotWritten, replacing
+from microbatch.cli.writing.output import NotWritten, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.join import Join
-from microbatch.cli.output import free_names
-from microbatch.cli.writers import Columns, Format, columns_of, format_of, is_plain_jsonl, write_rows
+from microbatch.cli.writing.join import Join
+from microbatch.cli.writing.output import free_names
+from microbatch.cli.writing.writers import Columns, Format, columns_of, format_of, is_plain_jsonl, write_rows
 from microbatch.messages import Usage
 from microbatch.openai.chat_completion import completion_of, usage_share
 from microbatch.transports.chat_wire import completion_object
@@ -23,8 +23,8 @@ from microbatch.transports.chat_wire import completion_object
 if TYPE_CHECKING:
     import argparse
 
-    from microbatch.cli.input import Input
-    from microbatch.cli.output import OutputFile
+    from microbatch.cli.reading.input import Input
+    from microbatch.cli.writing.output import OutputFile
     from microbatch.messages import Reply
 
 STDOUT: Final = "-"

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import msgspec
 
 from microbatch.cli import console
-from microbatch.cli.output import NotWritten, Provenance
-from microbatch.cli.writers import encoder, head
+from microbatch.cli.writing.output import NotWritten, Provenance
+from microbatch.cli.writing.writers import encoder, head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microbatch.cli.target import Target
+    from microbatch.cli.writing.target import Target
 
 MAX_AHEAD: Final = 10_000
 """Answers that wait for a slow reader, before the run does."""

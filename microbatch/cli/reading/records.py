@@ -21,8 +21,8 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, Literal, TypeAlias, 
 import msgspec
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.json_text import NOT_UTF8, decode_object, elements
-from microbatch.cli.source_file import Reopened, SourceFile, kept
+from microbatch.cli.reading.json_text import NOT_UTF8, decode_object, elements
+from microbatch.cli.reading.source_file import Reopened, SourceFile, kept
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator

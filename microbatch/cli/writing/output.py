@@ -16,7 +16,7 @@ import msgspec
 
 from microbatch.cli.console import UsageError
 from microbatch.cli.digests import Digests
-from microbatch.cli.input import id_digest
+from microbatch.cli.reading.input import id_digest
 from microbatch.errors import RequestFailed, StatusError
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any, Final
 
-from microbatch.cli.input import BLANK, id_digest
+from microbatch.cli.reading.input import BLANK, id_digest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from microbatch.cli.input import Input, Record
-    from microbatch.cli.output import OutputFile
+    from microbatch.cli.reading.input import Input, Record
+    from microbatch.cli.writing.output import OutputFile
 
 _NONE: Final = -1
 _SKIPPED: Final = {"type": "Skipped", "message": BLANK}

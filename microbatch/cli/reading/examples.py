@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from microbatch.cli.console import UsageError
-from microbatch.cli.questions import LineError
-from microbatch.cli.records import Broken, RecordFile
+from microbatch.cli.reading.questions import LineError
+from microbatch.cli.reading.records import Broken, RecordFile
 from microbatch.schema.answer_type import answer_type
 
 if TYPE_CHECKING:
-    from microbatch.cli.questions import Templated
-    from microbatch.cli.records import Entry
+    from microbatch.cli.reading.questions import Templated
+    from microbatch.cli.reading.records import Entry
     from microbatch.schema.answer_type import AnswerType
 
 _ROLES: Final = ("user", "assistant")

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from microbatch.cli import console
 from microbatch.cli.console import StdoutError, UsageError
-from microbatch.cli.output import NotWritten, replacing
+from microbatch.cli.writing.output import NotWritten, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -14,13 +14,13 @@ import msgspec
 
 from microbatch.cli.console import UsageError, plural
 from microbatch.cli.digests import Digests
-from microbatch.cli.questions import LineError, value_of
-from microbatch.cli.records import Broken, Entry, Form, RecordFile
+from microbatch.cli.reading.questions import LineError, value_of
+from microbatch.cli.reading.records import Broken, Entry, Form, RecordFile
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
 
-    from microbatch.cli.questions import Questions
+    from microbatch.cli.reading.questions import Questions
     from microbatch.messages import Request
 
 OnEmpty: TypeAlias = Literal["ask", "skip", "fail"]
