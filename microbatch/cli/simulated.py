@@ -29,7 +29,7 @@ class SimulatedChat:
 
     def __init__(self, model: str | None) -> None:
         self.model = model
-        self._asked: dict[str, None] = {}  # models, in order
+        self._asked: dict[str, None] = {}  # models; an ordered set
         self._transport: OpenAIChat | None = None
         self._stack = AsyncExitStack()
 
@@ -42,7 +42,7 @@ class SimulatedChat:
     @property
     def models(self) -> str:
         """The models that were asked for, in words; the default if none was."""
-        names = list(self._asked) or [self.model or SIMULATED_MODEL]
+        names = sorted(self._asked) or [self.model or SIMULATED_MODEL]
         if len(names) > _MOST_NAMED:
             names[_MOST_NAMED:] = ["others"]
         return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

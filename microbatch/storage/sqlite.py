@@ -29,6 +29,12 @@ _FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
 
 _DAMAGED: Final = "the file is damaged"
 
+_LOOK: Final = (
+    "SELECT (SELECT count(*) FROM sqlite_master), (SELECT application_id FROM pragma_application_id), "
+    "(SELECT user_version FROM pragma_user_version)"
+)
+"""One statement, which sees one state of the file: another process may be creating the tables."""
+
 MOST_LOG: Final = 4 * 1024 * 1024  # size of the log, in bytes, from which it is copied into the file and truncated
 _OWNER_ONLY: Final = 0o600
 _OPENING: Final = 5.0  # seconds to wait for other processes that open the file at the same time
@@ -117,9 +123,7 @@ class Database:
 
     def _check(self, db: sqlite3.Connection) -> None:
         """Raise `ConfigError` if the file has tables and is of another kind or version."""
-        (application_id,) = db.execute("PRAGMA application_id").fetchone()
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        tables, application_id, version = db.execute(_LOOK).fetchone()
         if tables and application_id != self._application_id:
             raise ConfigError(f"{self._path!r} is a database, but no {self._kind} of microbatch's: choose another file")
         if tables and version != self._version:

@@ -138,4 +138,4 @@ def test_a_calibration_ends_at_its_budget(capsys):
     products(200)
     words = ["calibrate", "in.jsonl", *QUESTION, *LABELS, "--sample", "180", "--max-cost", "0.005"]
     assert main(words) == 3
-    assert "BudgetExceeded" in capsys.readouterr().err
+    assert "--max-cost: $0.0050 do not suffice" in capsys.readouterr().err

@@ -229,7 +229,7 @@ def test_openai_batch_lines_are_kept_too(capsys):
 @pytest.mark.parametrize("flag", [["--single"], ["--max-batch-size", "1"]])
 def test_a_run_that_asks_alone_to_compare_is_served_no_answers_of_batches(flag, cache, capsys):
     products(40)
-    assert run(*QUESTION, *LABELS, "--simulate", "--json", cache=cache) == 0
+    assert run(*QUESTION, *LABELS, "--simulate", "--json", "--merge", "always", cache=cache) == 0
     batched = summary_with_reuse(capsys)
     assert batched["upstream_calls"] < 40
     assert run(*QUESTION, *LABELS, "--simulate", "--json", *flag, cache=cache, out="single.jsonl") == 0

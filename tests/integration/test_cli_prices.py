@@ -72,6 +72,7 @@ def test_the_file_holds_what_a_price_does():
 @pytest.mark.parametrize("command", ["run", "worker", "serve"])
 def test_a_wrong_file_ends_a_command_with_the_entry_in_words_and_nothing_sent(command, text, told, capsys):
     products(3)
+    assert main(["spool", "spool.sqlite", "--put", "in.jsonl", *QUESTION, "--model", "m"]) == 0
     words = {
         "run": ["run", "in.jsonl", "-o", "out.jsonl", *QUESTION, "--simulate"],
         "worker": ["worker", "spool.sqlite", "--simulate", "--until-empty"],

@@ -58,6 +58,8 @@ def test_the_same_file_twice_with_one_seed_is_the_same_to_the_byte(faults, words
     assert len(answers) == len(again) == ITEMS
     assert len(first) >= (ITEMS // 16 if faults is None else 20)
     assert first == second
+    for line in (*answers, *again):
+        del line["lane_kind"]  # it is of the endpoint, which has another port in each run
     assert answers == again
 
 

@@ -35,18 +35,18 @@ def run(tmp_path):
     return again, kind, kept
 
 
-def line(again, size, kind="kind"):
-    return again.provenance(mb.Reply("x", "x", "batch", mb.Usage(), batch_size=size, lane_kind=kind))
+def period(again, size, kind="kind"):
+    return again.period(mb.Reply("x", "x", "batch", mb.Usage(), batch_size=size, lane_kind=kind))
 
 
 def test_a_new_try_is_in_the_record_before_a_line_that_names_its_period(run):
     """After a kill a further try would have its number else, and what is said of the one would be said of the other."""
     again, kind, kept = run
     judge(kind, 16, "condemned")
-    assert line(again, 16)["period"] == 0
+    assert period(again, 16) == 0
     judge(kind, 8, "certified")
     assert kind.grows(10_000, 16)
-    assert line(again, 16)["period"] == 1
+    assert period(again, 16) == 1
     assert kept().period(16) == 1
     assert kept().limit is None
 
@@ -67,7 +67,7 @@ def test_the_record_is_not_written_for_each_line(run, monkeypatch):
     written = []
     save = AskingAgain._save
     monkeypatch.setattr(AskingAgain, "_save", lambda self, **options: (written.append(1), save(self, **options)))
-    periods = [line(again, size)["period"] for size in (8, 7, 8, 16, 1, 8)]
+    periods = [period(again, size) for size in (8, 7, 8, 16, 1, 8)]
     assert periods == [1, 1, 1, 0, 0, 1]
     assert len(written) == 1
-    assert line(again, 8, kind=None) == {"batch_size": 8, "lane_kind": None, "period": 0}
+    assert period(again, 8, kind=None) == 0

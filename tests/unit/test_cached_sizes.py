@@ -110,11 +110,6 @@ def test_a_masked_digest_is_read_with_the_secret_and_the_key_only():
     assert len({digest, masked, two.masked(b"key", masked), one.masked(b"other", masked)}) == 4
 
 
-async def test_a_batcher_with_neither_an_audit_nor_a_cache_computes_no_kind():
-    async with batcher_for(ScriptedTransport(), **PAIR) as batcher:
-        assert {reply.lane_kind for reply in await submit_all(batcher, "ab")} == {None}
-
-
 @pytest.mark.promise(of="audit_cache")
 async def test_an_answer_given_alone_is_never_condemned():
     cache = mb.MemoryCache()

@@ -72,8 +72,8 @@ _REMEDIES: Final = {
     _OBJECT: "write its records as a JSON array, or each in a line of its own",
 }
 
-_OBJECT_LINE: Final = re.compile(r"[^\n]*(?:[{\[]|(?<!\}),)[ \t\r]*\n")
-"""The first line of an object that goes on in the next one."""
+_OBJECT_LINE: Final = re.compile(r"(?:\{[ \t\r]*\n(?!\s*\{)|[^\n]+(?:[{\[]|(?<!\}),)[ \t\r]*\n)")
+"""The first line of an object that goes on in the next one; a lone brace before further objects is a damaged line."""
 
 _HEAD: Final = 1 << 16
 _CHUNK: Final = 1 << 17
