@@ -123,7 +123,7 @@ async def _port(file, process):
     async with asyncio.timeout(PATIENCE):
         while True:
             assert process.returncode is None, "chromium does not start"
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, IndexError):
                 return int(file.read_text().splitlines()[0])
             await asyncio.sleep(0.05)
 
