@@ -289,10 +289,9 @@ class _Connection:
             db.close()
 
     async def aclose(self) -> None:
-        try:
-            await self.run(self.close)
-        finally:
-            self.thread.shutdown(wait=False)
+        closing = self.run(self.close)
+        self.thread.shutdown(wait=False)
+        await asyncio.shield(closing)  # a cancelled caller must not leave the file open
 
 
 class _MovedError(Exception):
