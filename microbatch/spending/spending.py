@@ -50,7 +50,7 @@ _TOLERANCE: Final = 1e-9
 
 
 class Charge(msgspec.Struct, eq=False):
-    """What was charged for one attempt: dollars, tokens, and the model that was asked."""
+    """The charge of one attempt: dollars, tokens, and the model that was asked."""
 
     counter: Counter
     usd: float
@@ -59,7 +59,7 @@ class Charge(msgspec.Struct, eq=False):
 
 
 class Spending:
-    """What the calls of one batcher spend of *budget*; see `Purse`.
+    """The spending of one batcher's calls from *budget*; see `Purse`.
 
     Args:
         budget: Where it is counted; may be shared.

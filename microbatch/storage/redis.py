@@ -203,7 +203,7 @@ def translated() -> Generator[None]:
         # For a malformed answer the client's parser raises ValueError, TypeError and others.
         kind, message = type(error).__name__, str(error)
         if kind not in _QUOTE_NOTHING:
-            # What follows a quote is dropped: commands, with keys and texts of callers, and broken answers.
+            # The text from a quote on is dropped: it holds commands with keys and texts of callers, or broken answers.
             message = _QUOTE.split(message, maxsplit=1)[0]
         message = message.strip(" :(,")
         error.args = (message,)

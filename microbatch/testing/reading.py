@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REPLY_SHAPE = '{"results":[{"id":"...","answer":...}]}'
 SCHEMA_WORDS = "JSON Schema: "
 
-# What a combined reply reserves for each answer, beyond the limit that its caller has set.
+# Tokens that a combined reply reserves for each answer beyond the limit of its caller.
 _FRAME_TOKENS = 16
 _ESCAPES = 1.2
 

@@ -325,16 +325,23 @@ async def line(page, chart, place=0):
     return [tuple(map(float, point.removesuffix("h0").split())) for point in path.replace("L", "M").split("M")[1:]]
 
 
-@pytest.mark.chromium
-async def test_the_page_shows_the_last_hour_over_time_and_by_model_and_caller():
-    clock = Clock()
-    hour = Hour(CallerLabels(), clock)
+@asynccontextmanager
+async def page_of(hour):
+    """Yield the dashboard in a browser, once it shows *hour*."""
     async with (
         site(lambda: shown_hour(hour)) as served,
         browser() as opened,
         opened(f"{served.url}/dashboard") as page,
     ):
         await page.until("!document.querySelector('#hour').hidden")
+        yield page
+
+
+@pytest.mark.chromium
+async def test_the_page_shows_the_last_hour_over_time_and_by_model_and_caller():
+    clock = Clock()
+    hour = Hour(CallerLabels(), clock)
+    async with page_of(hour) as page:
         assert await page.text("#hour-requests") == "0"
         assert await page.text("#hour-usd") == "–"
         assert "when this process started" in await page.text("#hour-note")
@@ -389,12 +396,7 @@ async def test_after_an_hour_the_page_shows_an_hour():
         hour.add(request(seconds=number / 100))
         hour.on_call(called())
         clock.now += 10.0
-    async with (
-        site(lambda: shown_hour(hour)) as served,
-        browser() as opened,
-        opened(f"{served.url}/dashboard") as page,
-    ):
-        await page.until("!document.querySelector('#hour').hidden")
+    async with page_of(hour) as page:
         assert await page.text("#hour-requests") == "359"  # and the slice under way
         assert "when this process started" not in await page.text("#hour-note")
         points = await line(page, "requests")
@@ -434,12 +436,7 @@ async def test_a_loss_of_calls_and_dollars_is_below_the_axis():
     clock.now += 10.0
     hour.add(request())
     clock.now += 10.0
-    async with (
-        site(lambda: shown_hour(hour)) as served,
-        browser() as opened,
-        opened(f"{served.url}/dashboard") as page,
-    ):
-        await page.until("!document.querySelector('#hour').hidden")
+    async with page_of(hour) as page:
         assert await page.text("#hour-saved") == "-4"
         assert await page.text("#hour-usd") == "−$1.5000"
         labels = await page.value("[...document.querySelectorAll('#chart-saved text')].map((text) => text.textContent)")

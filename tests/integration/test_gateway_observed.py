@@ -1,4 +1,4 @@
-"""What operators see of each request: ids, the access log, the metrics and the figures of the last hour."""
+"""The record of each request for operators: ids, the access log, the metrics and the figures of the last hour."""
 
 from __future__ import annotations
 

@@ -295,8 +295,8 @@ def lanes_keep_their_order(world: World) -> Iterator[str]:
     """Requests of a lane are sent, and those of one priority and tenant let in, in order of arrival."""
     lanes: dict[object, list[Item]] = defaultdict(list)
     carried = _carried(world)
-    # Who bypasses a full room, is too long for company, or goes alone because combining does not pay, overtakes; so does a call that
-    # fits what is left of a budget, where another waits.
+    # A request that bypasses a full queue, is too long for a batch, or goes alone because combining does not pay, overtakes; so does
+    # a call that fits what is left of a budget, where another waits.
     policy = world.scenario.policy
     overtaking = policy.get("when_full") == "bypass" or "max_batch_tokens" in policy or "merge" in policy
     overtaking |= world.stats.lanes_parted > 0 or bool(world.scenario.budget)

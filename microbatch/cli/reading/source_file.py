@@ -47,7 +47,7 @@ class SourceFile:
         except OSError as error:
             raise UsageError(f"cannot read {self.name!r}: {error.strerror}") from None
         self._version = self._stat()
-        # What the first reading has read:
+        # Facts of the first reading:
         self._size = 0
         self._content = blake2b(digest_size=16)
         self._last = b""
