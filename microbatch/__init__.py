@@ -57,9 +57,9 @@ from microbatch.errors import (
     TransportTimeout,
     TruncatedReply,
 )
-from microbatch.messages import Limits, Message, Reply, Request, Result, Usage
+from microbatch.messages import Embedding, Limits, Message, Reply, Request, Result, Usage
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
-from microbatch.protocols import Cache, ChatCall, Completion, Transport
+from microbatch.protocols import Cache, ChatCall, Completion, Embedded, EmbeddingCall, Transport
 from microbatch.spending.budget import Budget
 from microbatch.spool.records import Spool
 from microbatch.spool.redis import RedisSpool
@@ -70,11 +70,11 @@ from microbatch.transports.rate_limit import RateLimit
 # fmt: off
 __all__ = [  # noqa: RUF022 grouped by subject
     # asking
-    "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
+    "Embedding", "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
     # settings
     "AuditPolicy", "Budget", "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
     # transports
-    "ChatCall", "Completion", "Limits", "OpenAIChat", "Transport",
+    "ChatCall", "Completion", "Embedded", "EmbeddingCall", "Limits", "OpenAIChat", "Transport",
     # caches and spools
     "Cache", "MemoryCache", "RedisCache", "RedisSpool", "SQLiteCache", "SQLiteSpool", "Spool", "TieredCache", "Warmed",
     # accounting

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 import msgspec
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     import typing_extensions as future
@@ -20,7 +21,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 Priority = Literal["high", "normal", "low"]  # by rank, the most urgent first
 UseCache: TypeAlias = bool | Literal["refresh"]
-Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit"]
+Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit", "similar"]
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -165,8 +166,8 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
     Attributes:
         output: The answer, decoded to `output_type`.
         text: The answer as the model wrote it: text, or JSON; the arguments, if the request asks for the call of a tool.
-        route: The way of the answer: "batch", "single", "fallback" (asked again after an earlier reply lacked it), "cache", or
-            "shared" (an equal request was under way).
+        route: The way of the answer: "batch", "single", "fallback" (asked again after an earlier reply lacked it), "cache",
+            "shared" (an equal request was under way), or "similar" (the answer to a similar question, see `SemanticCache`).
         usage: This request's share of the tokens of all calls that carried it. An estimate (`usage.estimated`) until the last of them
             has ended; then all shares add up to the endpoint's counts.
         cost_usd: The price of `usage` in US dollars, or None if the model's price is unknown.
@@ -180,6 +181,7 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
             for the call of a tool; else None.
         lane_kind: Names the kind of the lane in which the request waited, as `AuditedSize.kind` does; of an answer from the cache, the
             request that was asked. None for requests that go alone by their form.
+        score: The similarity, at most 1.0, of the question that was answered, if the route is "similar"; else None.
     """
 
     output: T_co
@@ -195,6 +197,7 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
     request_id: str | None = None
     body: dict[str, Any] | None = None
     lane_kind: str | None = None
+    score: float | None = None
 
     async def settled(self) -> Reply[T_co]:
         """Wait until `usage` and `cost_usd` are final, and return this reply.
@@ -213,6 +216,28 @@ class Reply(_Waiting, msgspec.Struct, Generic[T_co], eq=False, gc=False):
             f"Reply(route={self.route!r}, batch_size={self.batch_size}, usage={self.usage!r}, cost_usd={self.cost_usd}, "
             f"latency={self.latency:.3f}, finish_reason={self.finish_reason!r})"
         )
+
+
+class Embedding(msgspec.Struct, frozen=True, eq=False):
+    """The vector of one text, and its cost.
+
+    Attributes:
+        vector: 32-bit floats, `array("f")`; the caller's own.
+        model: The model as the endpoint names it, or the requested one; None if both are unknown.
+        usage: This text's share of the tokens of the call that carried it; no tokens if the vector came from the cache.
+        cost_usd: The price of `usage` in US dollars; None if the model's price is unknown.
+        batch_size: Texts in that call; of a vector from the cache, in the call that once gave it.
+    """
+
+    vector: array[float]
+    model: str | None = None
+    usage: Usage = Usage()
+    cost_usd: float | None = None
+    batch_size: int = 1
+
+    def __repr__(self) -> str:
+        """Return the fields without the vector's numbers."""
+        return f"Embedding(vector=<{len(self.vector)}>, model={self.model!r}, usage={self.usage!r})"
 
 
 class Result(msgspec.Struct, Generic[T], frozen=True):

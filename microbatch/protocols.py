@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import msgspec
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.messages import Limits, Usage
@@ -98,12 +99,53 @@ class Completion(msgspec.Struct):
         return f"Completion(finish_reason={self.finish_reason!r}, usage={self.usage!r}, model={self.model!r})"
 
 
+class EmbeddingCall(msgspec.Struct, eq=False, weakref=True, kw_only=True):
+    """One embeddings call to request; a retry sends the same object.
+
+    Attributes:
+        inputs: The texts, in order; at least one.
+        model: Model name, or None for the transport's own embedding model.
+        dimensions: Length of each vector, or None for the model's own.
+        params: Further request fields, sent unchanged.
+        headers: The caller's headers; with a credential among them the transport's own key is not sent.
+        timeout: Seconds this call may take, or None for the transport's own limit.
+    """
+
+    inputs: Sequence[str]
+    model: str | None = None
+    dimensions: int | None = None
+    params: Mapping[str, Any] = {}
+    headers: Mapping[str, str] = {}
+    timeout: float | None = None
+
+    def __repr__(self) -> str:
+        """Return the fields without text and credentials."""
+        return (
+            f"EmbeddingCall(model={self.model!r}, inputs=<{len(self.inputs)}>, dimensions={self.dimensions}, "
+            f"params={sorted(self.params)}, headers=<{len(self.headers)}>, timeout={self.timeout})"
+        )
+
+
+class Embedded(Completion, kw_only=True):
+    """The end of an embeddings call, as the endpoint sent it.
+
+    Attributes:
+        vectors: The vectors of the reply in its order, each with the index that the endpoint gives it, which nothing has checked; None
+            in place of a vector that cannot be read.
+    """
+
+    vectors: Sequence[tuple[int | None, array[float] | None]]
+    finish_reason: str | None = "stop"
+
+
 @runtime_checkable
 class Transport(Protocol):
     """Sends calls to a model. One `send` is one attempt; the batcher retries.
 
     A transport may also have the attributes `model` and `base_url`, which requests must have in common to be combined, `open()`,
-    awaited when the first batcher that uses it opens, and `forward` (see `Microbatcher.forward`).
+    awaited when the first batcher that uses it opens, `forward` (see `Microbatcher.forward`), and `embedding_model` and
+    `embed(call: EmbeddingCall) -> Embedded`, one attempt at an embeddings call, which raises what `send` does (see
+    `Microbatcher.embed`).
     """
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
