@@ -82,7 +82,9 @@ async def test_a_list_with_any_fault_of_count_or_index_is_asked_again_and_nothin
     assert {one.batch_size for one in found} == {32}
 
 
-@each("kind", UNTRUSTED)
+@each(
+    "kind", [kind for kind in UNTRUSTED if kind != "lengths differ"]
+)  # of which one text is wrong, once a length is known
 async def test_a_model_whose_lists_are_always_wrong_is_asked_for_one_text_at_a_time(kind):
     transport = VectorTransport(lambda _, inputs, pairs: UNTRUSTED[kind](pairs) if len(inputs) > 1 else pairs)
     async with batcher_for(transport) as batcher:
