@@ -15,14 +15,14 @@ HOME = Path(microbatch.__file__).parent
 
 FOUNDATION = (
     *("messages", "errors", "checking", "policy", "protocols"),
-    *("lru", "transience", "containment", "resources", "thoughts"),
+    *("lru", "transience", "containment", "resources", "thoughts", "template"),
 )
 LAYERS = (
     *FOUNDATION,
     *("schema", "prompt", "accounting", "audit", "storage"),
     *("transports", "batching"),
     "caching, spool, spending",
-    *("assembly", "bulk", "forwarding", "client", "calibration", "listening"),
+    *("assembly", "bulk", "binding", "forwarding", "client", "blocking", "calibration", "listening"),
     *("openai", "gateway"),
     "demo, testing",
     *("cli", "__main__"),
@@ -31,6 +31,7 @@ LAYERS = (
 
 CORE = {"msgspec"}
 VENDORS = {
+    "blocking": {"anyio"},
     "accounting": {"anyio", "genai_prices", "opentelemetry", "prometheus_client", "tiktoken"},
     "batching": {"anyio"},
     "cli": {"pyarrow", "tqdm", "uvloop"},
@@ -62,6 +63,7 @@ IMPURE = {
         "live_answer",
         "scheduler",
     },
+    "blocking": {""},
     "bulk": {""},
     "caching": {"answer_cache", "guard", "memory", "sqlite"},
     "resources": {""},
