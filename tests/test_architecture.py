@@ -80,6 +80,7 @@ IMPURE = {
         "attempt",
         "chat_wire",
         "connection",
+        "embeddings",
         "first_form",
         "http",
         "openai_chat",
