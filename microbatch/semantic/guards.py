@@ -25,6 +25,7 @@ from microbatch.semantic.words import (
     FOREIGN,
     FUNCTION,
     HOW,
+    MODALS,
     NEGATIVE_PREFIXES,
     OPPOSED,
     POLES,
@@ -297,12 +298,12 @@ class _Reader:
         self._qualify(lower)
         self._name(word.removesuffix("'s"), lower, opens=opens)
         if negated:
-            self._negate("not")
             lower = _CONTRACTED.get(lower, lower.removesuffix("n't"))
+            self._negate(f"{MODALS.get(lower, '')}not")
         elif lower in EXACT:
             kind, value = EXACT[lower]
             if kind == "negation":
-                self._negate(value)
+                self._negate(f"{MODALS.get(self._before, '')}{value}" if value == "not" else value)
             else:
                 self._facts.append((kind, value))
         elif self._after_how and lower in HOW:

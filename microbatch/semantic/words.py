@@ -52,10 +52,14 @@ _NEGATIONS: Final = """
 not no none nobody nothing nowhere nor neither never without hardly barely scarcely rarely seldom except excepting
 excluding besides unless impossible lack lacks lacking lacked minus instead rather otherwise unable non anymore longer
 """
-_CONTRACTED: Final = """
-cant dont doesnt didnt wont isnt wasnt hasnt havent couldnt wouldnt shouldnt arent werent aint hadnt neednt mustnt
-cannot shant mightnt darent
-"""
+_CONTRACTED: Final = "dont doesnt didnt isnt wasnt hasnt havent arent werent aint hadnt"
+_MODALS: Final = {
+    "can": "cant cannot couldnt",
+    "will": "wont wouldnt",
+    "must": "shouldnt neednt mustnt shant mightnt darent",
+}
+"""Negated verbs that say more than "not", without their apostrophe, under one of their kind."""
+
 _QUANTIFIERS: Final = """
 all any some every everything everyone everybody everywhere anything anyone anybody anywhere something someone
 somebody somewhere each either both only solely exclusively merely few fewer several many majority minority most least
@@ -110,10 +114,22 @@ EXACT: Final[dict[str, tuple[str, str]]] = {
         ("numbers", _NUMBERS, ""),
         ("negation", _NEGATIONS, ""),
         ("negation", _CONTRACTED, "not"),
+        *(("negation", words, f"{modal} not") for modal, words in _MODALS.items()),
     )
     for word in words.split()
 }
 """The kind and the value of the fact that a word, in lower case, states."""
+
+MODALS: Final = {
+    word: f"{modal} "
+    for modal, words in {
+        "can": "can could",
+        "will": "will would",
+        "must": "should must need shall might may dare ought",
+    }.items()
+    for word in words.split()
+}
+"""What a negation says that follows one of these verbs, apart from "not"."""
 
 HOW: Final = _set("long much many often far old soon big fast large high tall deep wide late early come")
 """What makes another question of "how"."""

@@ -20,6 +20,7 @@ I want to close my account|I would like to close my account
 What is the exchange rate?|what's the exchange rate
 Can I get a refund|Could I get a refund?
 My card hasn't arrived|My card has not arrived yet
+I cannot log in to it|I can not log in to it
 I cant log in to it|I can’t log in to it
 Why was I charged a fee of 5 dollars?|Why have I been charged a fee of 5 dollars?
 Please tell me how to delete my account|How do I delete my account?
@@ -77,6 +78,8 @@ Is the transfer reversible?|Is the transfer irreversible?
 Is it authorised?|Is it unauthorised?
 How do I connect it?|How do I disconnect it?
 Is it useful for me?|Is it useless for me?
+I won't verify it|I can't verify it
+I can not verify it|I do not verify it
 Is my card not paid, and the fee charged?|Is my card paid, and the fee not charged?
 Can I tell him that "it is not so"?|Can I tell him that "it is so"?
 """,
