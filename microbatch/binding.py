@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
+from microbatch.batching.request import arguments_of
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
 from microbatch.template import MissingField, Template
@@ -14,6 +15,9 @@ from microbatch.template import MissingField, Template
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from typing_extensions import TypeForm
+
+    from microbatch.batching.intake import Intake
     from microbatch.messages import Messages, Reply, Result, Source
 
 T = TypeVar("T")
@@ -125,6 +129,38 @@ class BoundRequests(Generic[T]):
         """Return *result* with the error of its item, if no request could be made of that."""
         error = self._errors.pop(result.index, None)
         return result if error is None else msgspec.structs.replace(result, error=error)
+
+
+class Binds:
+    """The part of `Microbatcher` that binds questions."""
+
+    _intake: Intake
+    submit: Callable[..., Any]
+    map: Callable[..., Any]
+
+    def bind(
+        self,
+        system: str | None,
+        *,
+        output_type: TypeForm[T] = str,  # type: ignore[assignment]
+        template: str = "{}",
+        **options: Any,
+    ) -> BoundQuestion[T]:
+        """Return an async function of one item, which asks about it and returns the output; its `map` answers many items.
+
+        Args:
+            system: The instructions, or None.
+            output_type: What the answer is decoded to.
+            template: The question: `{}` stands for an item that is a value, `{name}` for a field of one that is a mapping or an object;
+                `{{` and `}}` are braces. Values that are not strings are written as JSON.
+            options: Further options of `submit`.
+
+        Raises:
+            ConfigError: The template has no field, or an option is wrong.
+        """
+        options["output_type"] = output_type
+        self._intake.read_options(*arguments_of(Request((), **options)))
+        return BoundQuestion(self.submit, self.map, Question(system, template), options)
 
 
 def _record_of(item: Any) -> Mapping[str, Any]:

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 from microbatch.accounting.prices import Price
 from microbatch.assembly import Assembly, Host, Settings
-from microbatch.batching.live_answer import LiveAnswer
-from microbatch.batching.request import arguments_of
 from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions, FlushReason
-from microbatch.binding import BoundQuestion, Question
+from microbatch.binding import Binds
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.checking import as_seconds, at_least, checks_arguments
+from microbatch.embedding.methods import Embeds
 from microbatch.errors import ConfigError
 from microbatch.forwarding import forwarded
-from microbatch.messages import Request
+from microbatch.live_answer import LiveAnswer
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import Cache, Transport
 from microbatch.spending.budget import Budget
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.stats import Stats
     from microbatch.batching.audits import Audits
-    from microbatch.messages import Messages, Priority, Reply, Requests, Result, Source, UseCache
+    from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source, UseCache
     from microbatch.spending.spending import Spending
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     T = TypeVar("T", default=str)
 
 
-class Microbatcher:
+class Microbatcher(Embeds, Binds):
     """Coalesces concurrent requests into combined prompts and gives each caller its own answer.
 
     Use it with `async with`, or `open` and `aclose`. One batcher belongs to one event loop and, unless callers pass `tenant=`, is
@@ -140,6 +139,8 @@ class Microbatcher:
         self._admission = parts.admission
         self._settlement = parts.settlement
         self._cache = parts.cache
+        self._embedder = parts.embedder
+        self._embedder.check_open = self._host.check_open
         self.audits: Audits | None = parts.audits
         """The audits; None without an audit."""
         self.spending: Spending | None = parts.spending
@@ -338,30 +339,6 @@ class Microbatcher:
             if progress is not None:
                 progress(warmed)
         return warmed
-
-    def bind(
-        self,
-        system: str | None,
-        *,
-        output_type: TypeForm[T] = str,  # type: ignore[assignment]
-        template: str = "{}",
-        **options: Any,
-    ) -> BoundQuestion[T]:
-        """Return an async function of one item, which asks about it and returns the output; its `map` answers many items.
-
-        Args:
-            system: The instructions, or None.
-            output_type: What the answer is decoded to.
-            template: The question: `{}` stands for an item that is a value, `{name}` for a field of one that is a mapping or an object;
-                `{{` and `}}` are braces. Values that are not strings are written as JSON.
-            options: Further options of `submit`.
-
-        Raises:
-            ConfigError: The template has no field, or an option is wrong.
-        """
-        options["output_type"] = output_type
-        self._intake.read_options(*arguments_of(Request((), **options)))
-        return BoundQuestion(self.submit, self.map, Question(system, template), options)
 
     # --- asking without waiting
 

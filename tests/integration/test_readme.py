@@ -32,7 +32,12 @@ IN_NOTEBOOK = "# in a notebook\n"
 
 
 def environment(endpoint, tmp_path):
-    return {**os.environ, "OPENAI_API_KEY": "test", "OPENAI_BASE_URL": endpoint.base_url, "PYTHONPATH": str(tmp_path)}
+    return {
+        **os.environ,
+        "OPENAI_API_KEY": "test",
+        "OPENAI_BASE_URL": endpoint.base_url,
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+    }
 
 
 @pytest.mark.parametrize("code", SCRIPTS.values(), ids=SCRIPTS)
