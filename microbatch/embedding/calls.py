@@ -201,7 +201,7 @@ class EmbeddingCalls:
             dimensions = cast("EmbeddingSpec", lane.spec).dimensions
             vectors = codec.read(completion, len(tickets), history.length if dimensions is None else dimensions)
             outcome.ending, outcome.fault = "complete" if vectors.fault is None else "wrong", vectors.fault
-            outcome.sound, outcome.odd = vectors.sound, vectors.odd
+            outcome.sound, outcome.odd, outcome.other = vectors.sound, vectors.odd, vectors.other
             history.learn(vectors, len(tickets), again=again)
             self._answer(tickets, vectors, completion, call_state, call_cost)
         alone = self._attribution.attribute_list(tickets, completion, call_cost, again=again)
