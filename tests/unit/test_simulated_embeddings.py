@@ -120,7 +120,9 @@ def test_a_wrong_option_is_a_config_error_that_names_it(options: dict[str, Any])
         SimulatedEmbeddings(**options)
 
 
-@pytest.mark.parametrize(("kinds", "options"), [("nonsense", {}), ([], {}), ("nan", {"rate": 2})])
+@pytest.mark.parametrize(
+    ("kinds", "options"), [("nonsense", {}), ([], {}), (3, {}), ("nan", {"rate": 2}), ("nan", {"seed": "x"})]
+)
 def test_wrong_faults_are_config_errors(kinds: Any, options: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigError):
         EmbeddingFaults(kinds, **options)
