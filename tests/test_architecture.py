@@ -78,6 +78,7 @@ IMPURE = {
         "attempt",
         "chat_wire",
         "connection",
+        "embeddings",
         "first_form",
         "http",
         "openai_chat",
