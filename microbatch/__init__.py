@@ -1,9 +1,10 @@
 """Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer.
 
-client          `Microbatcher`: submit, map, enqueue, forward, stats
+client          `Microbatcher`: submit, embed, map, enqueue, forward, stats
 calibration     `calibrate`: tries sizes of batches on a sample before a job
 schema, prompt  combined prompts: JSON Schema of an answer, composing, taking replies apart
 batching        the engine: admission, lanes, scheduling, calls, fallback
+embedding       embeddings: texts of concurrent callers in one call, vectors matched by index
 transports      `OpenAIChat`, retries, rate limits, capabilities of endpoints
 caching, spool  stores of answers, and of requests that no caller waits for
 spending        budgets

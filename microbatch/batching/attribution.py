@@ -132,6 +132,36 @@ class UsageAttribution:
             _finish([ticket], completion)
         finish_cost(ticket, self._ledger)
 
+    def attribute_list(
+        self, tickets: Sequence[Ticket], completion: Completion | None, call_cost: CallCost | None, *, again: bool
+    ) -> list[Usage]:
+        """Record the cost of an ended embeddings call; *again* if it has asked again.
+
+        Nothing but the texts is in such a call, so its tokens are those of calls for one each.
+
+        Returns:
+            The usage that each ticket would have had alone, which is its share; [] if it is unknown.
+        """
+        if call_cost is None:
+            self._ledger.unreported_calls += completion is not None
+        else:
+            price, shares = call_cost.price, call_cost.shares
+            self._book(tickets, call_cost)
+            alone, call = Usage(), tickets[0].call
+            for ticket, share in zip(tickets, shares, strict=True):
+                if ticket.reply is not None:
+                    alone += share
+                    self._record_joined(ticket, share, price)
+            self._ledger.pay(call_cost.usage, alone, price, damage=again or not alone.prompt_tokens)
+            if call is not None:
+                call.replaced(alone, price)
+        if completion is not None:
+            _finish(tickets, completion)
+        for ticket in tickets:
+            if ticket.waiters is not None or ticket.past is not None:
+                finish_cost(ticket, self._ledger)
+        return [] if call_cost is None else call_cost.shares
+
     def attribute_audit(self, call_cost: CallCost | None) -> None:
         """Record the cost of an audit, which belongs to no reply."""
         if call_cost is None:
