@@ -214,7 +214,9 @@ class EmbeddingCalls:
             cost_usd = None if price is None else price(usage)
             waited, latency = sent - ticket.created, now - ticket.created
             # The fields in their order: names would cost a third more.
-            reply: Reply[Any] = Reply(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop")
+            reply: Reply[Any] = Reply(
+                *(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop", completion.request_id)
+            )
             reply._wait = call_state.wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
         call_state.waiting -= self._settlement.answer(replies)

@@ -151,10 +151,10 @@ class Gateway:
         policy = batcher.get("policy") or FlushPolicy()
         shared = (self.batcher, self._access, self._relay, self._settings)
         embedding_model = (connection or {}).get("embedding_model")
-        self._routes: dict[str, ChatRoute | EmbeddingsRoute] = {
-            CHAT_COMPLETIONS: ChatRoute(*shared, model, HARMLESS.union(policy.combine_params)),
-            EMBEDDINGS: EmbeddingsRoute(*shared, embedding_model, HARMLESS_FIELDS.union(policy.combine_params)),
-        }
+        self._chat = ChatRoute(*shared, model, HARMLESS.union(policy.combine_params))
+        harmless = HARMLESS_FIELDS.union(policy.combine_params)
+        self._embeddings = EmbeddingsRoute(*shared, embedding_model, harmless)
+        self._routes = {CHAT_COMPLETIONS: self._chat.serve, EMBEDDINGS: self._embeddings.serve}
         self._serving = 0  # requests of the API
         self._draining = False  # the gateway is closing and takes no further requests of the API
         self._runner: web.AppRunner | None = None
@@ -403,9 +403,9 @@ class Gateway:
 
     async def _serve_api(self, request: web.Request) -> web.StreamResponse:
         place = self._upstream.place(request)
-        route = self._routes.get(place.api_path) if request.method == "POST" else None
-        if route is not None:
-            return await route.serve(request, place)
+        serve = self._routes.get(place.api_path) if request.method == "POST" else None
+        if serve is not None:
+            return await serve(request, place)
         caller = self._access.caller(request)
         served(request).tenant = caller.tenant
         self._access.check_relayed(request, place.api_path, caller)

@@ -72,10 +72,11 @@ def read_embedding_request(
         "encoding_format": "encoding_format" not in body or encoding in ("float", "base64"),
     }
     params = {name: value for name, value in body.items() if name not in sound}
-    kept = [name for name, is_sound in sound.items() if not is_sound]
-    kept += [shown_name(name) for name, value in params.items() if name not in harmless or value is None]
-    if kept:
-        return tuple(dict.fromkeys(kept))
+    sound |= {name: name in harmless and value is not None for name, value in params.items()}
+    if "user" in params:
+        sound["user"] = isinstance(params["user"], str)
+    if not all(sound.values()):
+        return tuple(dict.fromkeys(shown_name(name) for name, is_sound in sound.items() if not is_sound))
     return EmbeddingRequest(texts, {"model": model, "dimensions": dimensions, "params": params or None}, encoding)
 
 

@@ -374,7 +374,7 @@ async def test_keys_are_in_no_log_no_repr_and_no_error(caplog, capfd):
     caplog.set_level(logging.DEBUG)
     canary = "sk-canary-0123456789abcdef"
     async with recorder() as upstream, gateway(upstream.url, api_key=OWN, retry=ONE_ATTEMPT) as served:
-        shown = [repr(served), repr(served._access), repr(served._chat), repr(served.batcher)]
+        shown = [repr(served), repr(served._access), repr(served._chat), repr(served._embeddings), repr(served.batcher)]
         answers = [
             await talk(served.port, sent)
             for sent in (

@@ -23,7 +23,7 @@ from microbatch.gateway.vectors import AT_ONCE
 
 pytestmark = pytest.mark.slow
 
-COMPANY = {"max_wait": 0.5}
+PATIENT = {"max_wait": 60}
 QUICK_RETRY = mb.RetryPolicy(max_attempts=2, base=0.01)
 
 
@@ -56,42 +56,61 @@ def right(texts, dimensions=DIMENSIONS):
     return [vector_of(text, dimensions).tolist() for text in ([texts] if isinstance(texts, str) else texts)]
 
 
+async def together(served, texts, *requests):
+    """The results of *requests*, which leave when all of their *texts* wait."""
+    asked = asyncio.gather(*requests, return_exceptions=True)
+    await until(lambda: served.stats().queued == texts or asked.done())
+    served.batcher.flush()
+    results = await asked
+    for result in results:
+        if isinstance(result, Exception) and not isinstance(result, openai.APIError):
+            raise result
+    return results
+
+
 # --- combining
 
 
 @each("encoding", [{}, {"encoding_format": "float"}])
-async def test_200_clients_with_a_text_each_leave_as_few_calls_and_get_their_own_vectors(encoding):
+async def test_200_clients_with_a_text_each_leave_as_one_call_and_get_their_own_vectors(encoding):
+    async with embedding_upstream() as upstream, gateway(upstream, policy=PATIENT) as served, sdk(served) as client:
+        texts = [f"text {number}" for number in range(200)]
+        vectors = await together(served, 200, *(embed(client, text, **encoding) for text in texts))
+    assert len(upstream.calls) == 1
+    assert vectors == [right(text) for text in texts]
+
+
+async def test_200_clients_that_come_as_they_like_leave_as_few_calls():
     async with (
         embedding_upstream() as upstream,
-        gateway(upstream, policy={"max_wait": 3}) as served,
+        gateway(upstream, policy={"idle": "flush"}) as served,
         sdk(served) as client,
     ):
-        # The SDK takes a while over its first calls, and to open connections.
-        await asyncio.gather(*(embed(client, f"warming up {number}", **encoding) for number in range(50)))
+        await asyncio.gather(*(embed(client, f"warming up {number}") for number in range(50)))
         before = len(upstream.calls)
         texts = [f"text {number}" for number in range(200)]
-        vectors = await asyncio.gather(*(embed(client, text, **encoding) for text in texts))
-    assert len(upstream.calls) - before <= 10
+        vectors = await asyncio.gather(*(embed(client, text) for text in texts))
+    assert len(upstream.calls) - before <= 100
     assert vectors == [right(text) for text in texts]
 
 
 async def test_lists_of_several_clients_leave_together_and_come_back_in_order():
-    async with embedding_upstream() as upstream, gateway(upstream, policy=COMPANY) as served, sdk(served) as client:
+    async with embedding_upstream() as upstream, gateway(upstream, policy=PATIENT) as served, sdk(served) as client:
         lists = [[f"{number}/{place}" for place in range(number + 1)] for number in range(8)]
-        vectors = await asyncio.gather(*(embed(client, texts) for texts in lists))
+        vectors = await together(served, 36, *(embed(client, texts) for texts in lists))
     assert vectors == [right(texts) for texts in lists]
     assert sorted(upstream.texts) == sorted(text for texts in lists for text in texts)
-    assert len(upstream.calls) <= 2
+    assert len(upstream.calls) == 1
 
 
 async def test_the_shares_of_all_clients_add_up_to_what_the_upstream_reports():
-    async with embedding_upstream() as upstream, gateway(upstream, policy=COMPANY) as served, sdk(served) as client:
+    async with embedding_upstream() as upstream, gateway(upstream, policy=PATIENT) as served, sdk(served) as client:
         lists = [["a"], ["a b c", "d"], ["e f"], ["one two three four five six"]]
-        answers = await asyncio.gather(*(client.embeddings.create(model=EMBEDDER, input=texts) for texts in lists))
+        answers = await together(served, 5, *(client.embeddings.create(model=EMBEDDER, input=texts) for texts in lists))
         assert all(answer.usage.total_tokens == answer.usage.prompt_tokens > 0 for answer in answers)
         assert sum(answer.usage.prompt_tokens for answer in answers) == upstream.tokens
-        assert served.stats().usage.prompt_tokens == upstream.tokens
-        assert len(upstream.calls) < len(lists)
+        assert served.stats().prompt_tokens == upstream.tokens
+    assert len(upstream.calls) == 1
 
 
 @each(
@@ -104,8 +123,10 @@ async def test_the_shares_of_all_clients_add_up_to_what_the_upstream_reports():
     ],
 )
 async def test_requests_with_known_fields_are_combined_with_those_of_equal_fields(fields):
-    async with embedding_upstream() as upstream, gateway(upstream, policy=COMPANY) as served:
-        answers = await asyncio.gather(
+    async with embedding_upstream() as upstream, gateway(upstream, policy=PATIENT) as served:
+        answers = await together(
+            served,
+            5,
             *(talk(served.port, to_embeddings(asked(f"t{number}", **fields))) for number in range(4)),
             talk(served.port, to_embeddings(asked("another", user="of another"))),
         )
@@ -124,8 +145,10 @@ async def test_requests_with_known_fields_are_combined_with_those_of_equal_field
 
 
 async def test_encodings_of_answers_are_each_clients_own_and_share_a_call():
-    async with embedding_upstream() as upstream, gateway(upstream, policy=COMPANY) as served, sdk(served) as client:
-        plain, packed, usual = await asyncio.gather(
+    async with embedding_upstream() as upstream, gateway(upstream, policy=PATIENT) as served, sdk(served) as client:
+        plain, packed, usual = await together(
+            served,
+            3,
             client.embeddings.create(model=EMBEDDER, input="a", encoding_format="float"),
             client.embeddings.create(model=EMBEDDER, input="b", encoding_format="base64"),
             client.embeddings.create(model=EMBEDDER, input="c"),
@@ -137,12 +160,11 @@ async def test_encodings_of_answers_are_each_clients_own_and_share_a_call():
 
 
 async def test_fields_that_the_operator_allows_are_combined():
-    policy = {**COMPANY, "combine_params": ("input_type",)}
+    policy = {**PATIENT, "combine_params": ("input_type",)}
     async with embedding_upstream() as upstream, gateway(upstream, policy=policy) as served:
         kinds = ["query", "passage", "query", "passage"]
-        await asyncio.gather(
-            *(talk(served.port, to_embeddings(asked(f"t{at}", input_type=kind))) for at, kind in enumerate(kinds))
-        )
+        requests = (to_embeddings(asked(f"t{at}", input_type=kind)) for at, kind in enumerate(kinds))
+        await together(served, 4, *(talk(served.port, request) for request in requests))
     assert sorted((body["input_type"], sorted(body["input"])) for body in upstream.calls) == [
         ("passage", ["t1", "t3"]),
         ("query", ["t0", "t2"]),
@@ -152,12 +174,14 @@ async def test_fields_that_the_operator_allows_are_combined():
 async def test_callers_with_different_keys_share_no_call():
     async with (
         embedding_upstream() as upstream,
-        gateway(upstream, policy=COMPANY) as served,
+        gateway(upstream, policy=PATIENT) as served,
         sdk(served, "sk-one") as one,
         sdk(served, "sk-two") as two,
     ):
         clients = {"one": one, "two": two}
-        await asyncio.gather(*(embed(clients[name], f"{name} {number}") for number in range(3) for name in clients))
+        await together(
+            served, 6, *(embed(clients[name], f"{name} {number}") for number in range(3) for name in clients)
+        )
     for body, headers in zip(upstream.calls, upstream.headers, strict=True):
         owners = {text.split()[0] for text in body["input"]}
         assert len(owners) == 1
@@ -251,17 +275,15 @@ async def test_a_control_header_with_another_word_is_refused():
 
 
 async def test_a_text_that_the_endpoint_refuses_fails_its_request_and_no_other():
-    async with embedding_upstream() as upstream, gateway(upstream, policy=COMPANY) as served, sdk(served) as client:
-        others = asyncio.gather(*(embed(client, [f"a{number}", f"b{number}"]) for number in range(5)))
-        with pytest.raises(openai.BadRequestError) as caught:
-            await embed(client, ["good", REFUSED, "also good"])
-        assert await others == [right([f"a{number}", f"b{number}"]) for number in range(5)]
-        error = caught.value
+    async with embedding_upstream() as upstream, gateway(upstream, policy=PATIENT) as served, sdk(served) as client:
+        lists = [["good", REFUSED, "also good"], *([f"a{number}", f"b{number}"] for number in range(5))]
+        error, *others = await together(served, 13, *(embed(client, texts) for texts in lists))
+        assert others == [right(texts) for texts in lists[1:]]
         direct = await _direct_error(upstream)
     assert (error.status_code, error.code, error.param, error.type) == direct
     assert error.response.headers["x-should-retry"] == "false"
     assert error.response.headers["x-request-id"].startswith("req_")
-    assert len(set(map(len, map(upstream.inputs, upstream.calls)))) > 1  # it was combined
+    assert len(upstream.inputs(upstream.calls[0])) == 13
 
 
 async def _direct_error(upstream):
@@ -328,12 +350,12 @@ SPOILED = {
 async def test_a_wrong_index_never_gives_a_client_the_vector_of_another(name):
     async with (
         embedding_upstream() as upstream,
-        gateway(upstream, policy=COMPANY, retry=QUICK_RETRY) as served,
+        gateway(upstream, policy=PATIENT, retry=QUICK_RETRY) as served,
         sdk(served) as client,
     ):
         upstream.spoil = SPOILED[name]
         texts = [f"t{number}" for number in range(6)]
-        found = await asyncio.gather(*(embed(client, text) for text in texts), return_exceptions=True)
+        found = await together(served, 6, *(embed(client, text) for text in texts))
     for text, vectors in zip(texts, found, strict=True):
         assert isinstance(vectors, openai.APIError) or vectors == right(text)
     if name in ("another order", "one missing"):
@@ -341,18 +363,15 @@ async def test_a_wrong_index_never_gives_a_client_the_vector_of_another(name):
 
 
 async def test_a_client_that_leaves_withdraws_its_texts():
-    # Those who stay make the batch full once the other has left.
-    async with (
-        embedding_upstream() as upstream,
-        gateway(upstream, policy={"max_wait": 60, "max_batch_size": 4}) as served,
-    ):
+    async with embedding_upstream() as upstream, gateway(upstream, policy={"max_wait": 60}) as served:
         async with connection(served.port) as (_, writer):
             writer.write(to_embeddings(asked(["gone 1", "gone 2", "gone 3"])))
             await until(lambda: served.stats().queued == 3)
         await until(lambda: served.stats().queued == 0)
-        answers = await asyncio.gather(
-            *(talk(served.port, to_embeddings(asked(f"stays {number}"))) for number in range(4))
-        )
+        staying = asyncio.gather(*(talk(served.port, to_embeddings(asked(f"stays {number}"))) for number in range(4)))
+        await until(lambda: served.stats().queued == 4)
+        served.batcher.flush()
+        answers = await staying
         assert [status(answer) for answer in answers] == [200] * 4
         assert served.stats().cancelled == 3
     assert sorted(upstream.texts) == [f"stays {number}" for number in range(4)]
@@ -464,13 +483,13 @@ async def test_embeddings_are_logged_counted_and_shown_as_chat_completions_are(t
     log, prices = tmp_path / "access.jsonl", {EMBEDDER: mb.Price(1_000.0, 0.0)}
     secret = "words that no log may have"
     async with embedding_upstream() as upstream:
-        watched = gateway(upstream, policy=COMPANY, access_log=str(log), prices=prices, cache=mb.MemoryCache())
+        watched = gateway(upstream, policy=PATIENT, access_log=str(log), prices=prices, cache=mb.MemoryCache())
         async with watched as served, aiohttp.ClientSession() as session:
             client = Client(served, session)
             bodies = [{"model": EMBEDDER, "input": [f"{secret} {number}", f"more {number}"]} for number in range(3)]
-            answers = await asyncio.gather(*(client.post(body, "/v1/embeddings") for body in bodies))
+            answers = await together(served, 6, *(client.post(body, "/v1/embeddings") for body in bodies))
             again = await client.post(bodies[0], "/v1/embeddings")
-            refused = await client.post({"model": EMBEDDER, "input": REFUSED}, "/v1/embeddings")
+            (refused,) = await together(served, 1, client.post({"model": EMBEDDER, "input": REFUSED}, "/v1/embeddings"))
             alone = await client.post({"model": EMBEDDER, "input": [[1, 2]]}, "/v1/embeddings")
             text, samples = await metrics(session, client.root)
             hour = await client.hour()
