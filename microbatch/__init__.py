@@ -1,6 +1,7 @@
 """Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer.
 
-client          `Microbatcher`: submit, embed, map, enqueue, forward, stats
+client          `Microbatcher`: submit, embed, map, bind, enqueue, forward, stats
+blocking        `BlockingMicrobatcher`: the same for code that is not async
 calibration     `calibrate`: tries sizes of batches on a sample before a job
 schema, prompt  combined prompts: JSON Schema of an answer, composing, taking replies apart
 batching        the engine: admission, lanes, scheduling, calls, fallback
@@ -23,6 +24,7 @@ from microbatch.accounting.prices import Price, genai_prices
 from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.accounting.stats import Stats
 from microbatch.audit.calibration import CalibratedSize, Calibration
+from microbatch.blocking import BlockingMicrobatcher
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
@@ -71,7 +73,7 @@ from microbatch.transports.rate_limit import RateLimit
 # fmt: off
 __all__ = [  # noqa: RUF022 grouped by subject
     # asking
-    "Embedding", "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
+    "BlockingMicrobatcher", "Embedding", "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
     # settings
     "AuditPolicy", "Budget", "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
     # transports

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 from microbatch.accounting.prices import Price
 from microbatch.assembly import Assembly, Host, Settings
 from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions, FlushReason
+from microbatch.binding import Binds
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.checking import as_seconds, at_least, checks_arguments
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     T = TypeVar("T", default=str)
 
 
-class Microbatcher(Embeds):
+class Microbatcher(Embeds, Binds):
     """Coalesces concurrent requests into combined prompts and gives each caller its own answer.
 
     Use it with `async with`, or `open` and `aclose`. One batcher belongs to one event loop and, unless callers pass `tenant=`, is

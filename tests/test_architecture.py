@@ -15,14 +15,14 @@ HOME = Path(microbatch.__file__).parent
 
 FOUNDATION = (
     *("messages", "errors", "checking", "policy", "protocols"),
-    *("lru", "transience", "containment", "resources", "thoughts"),
+    *("lru", "transience", "containment", "resources", "thoughts", "template"),
 )
 LAYERS = (
     *FOUNDATION,
     *("schema", "prompt", "accounting", "audit", "storage"),
     *("transports", "batching", "embedding"),
     "caching, spool, spending",
-    *("assembly", "bulk", "forwarding", "live_answer", "client", "calibration", "listening"),
+    *("assembly", "bulk", "binding", "forwarding", "live_answer", "client", "blocking", "calibration", "listening"),
     *("openai", "gateway"),
     "demo, testing",
     *("cli", "__main__"),
@@ -31,6 +31,7 @@ LAYERS = (
 
 CORE = {"msgspec"}
 VENDORS = {
+    "blocking": {"anyio"},
     "accounting": {"anyio", "genai_prices", "opentelemetry", "prometheus_client", "tiktoken"},
     "batching": {"anyio"},
     "embedding": {"anyio"},
@@ -62,6 +63,7 @@ IMPURE = {
         "lane_table",
         "scheduler",
     },
+    "blocking": {""},
     "bulk": {""},
     "caching": {"answer_cache", "guard", "memory", "sqlite"},
     "resources": {""},

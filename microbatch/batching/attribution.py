@@ -205,19 +205,17 @@ class UsageAttribution:
             reply, past = ticket.reply, ticket.past
             if reply is not None and reply.usage is share:
                 continue  # handed out with it
-            cost_usd = None if price is None else price(share)
-            if past is not None and past.usage is not None:
-                share = past.usage + share  # noqa: PLW2901 with its shares of earlier calls
-                cost_usd = None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
+            whole, cost_usd = with_earlier(ticket, share, price)
+            if past is not None:
                 past.usage = None
             if reply is not None:
-                reply.usage = share
+                reply.usage = whole
                 reply.cost_usd = cost_usd
             elif ticket.done:
-                self._ledger.unclaimed += share
+                self._ledger.unclaimed += whole
             else:
                 past = ticket.remember()
-                past.usage, past.cost_usd = share, cost_usd
+                past.usage, past.cost_usd = whole, cost_usd
 
     def _record(self, batch: Batch, call_cost: CallCost, *, each: bool) -> list[Usage]:
         """Record the cost of a combined call, and what its answered requests would have cost one by one; see `attribute`."""
@@ -292,6 +290,14 @@ def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
             reply.request_id = completion.request_id
             if completion.model is not None:
                 reply.model = completion.model
+
+
+def with_earlier(ticket: Ticket, share: Usage, price: Callable[[Usage], float] | None) -> tuple[Usage, float | None]:
+    """Return the usage of *ticket*, its *share* of a call and those of earlier calls that are on no reply, and its cost."""
+    cost_usd, past = None if price is None else price(share), ticket.past
+    if past is None or past.usage is None:
+        return share, cost_usd
+    return past.usage + share, None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
 
 
 def estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Usage:

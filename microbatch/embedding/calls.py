@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from microbatch.batching.attribution import with_earlier
 from microbatch.batching.estimates import Budget
 from microbatch.batching.lane import Lane, why_only_one
 from microbatch.batching.lane_history import LaneHistories
@@ -187,7 +188,7 @@ class EmbeddingCalls:
             vectors = codec.read(completion, len(tickets), history.length if dimensions is None else dimensions)
             outcome.ending, outcome.fault = "complete" if vectors.fault is None else "wrong", vectors.fault
             outcome.sound, outcome.odd = vectors.sound, vectors.odd
-            history.learn(vectors, len(tickets))
+            history.learn(vectors, len(tickets), again=again)
             self._answer(tickets, vectors, completion, call_state, call_cost)
         alone = self._attribution.attribute_list(tickets, completion, call_cost, again=again)
         return alone or [Usage()] * len(tickets)
@@ -207,11 +208,10 @@ class EmbeddingCalls:
             if vector is None:
                 continue
             if call_cost is None:
-                usage = Usage(len(ticket.line) // _BYTES_A_TOKEN + 1, estimated=True)
-                price = call_state.price
+                estimated = Usage(len(ticket.line) // _BYTES_A_TOKEN + 1, estimated=True)
+                usage, cost_usd = with_earlier(ticket, estimated, call_state.price)
             else:
-                usage, price = call_cost.shares[position], call_cost.price
-            cost_usd = None if price is None else price(usage)
+                usage, cost_usd = with_earlier(ticket, call_cost.shares[position], call_cost.price)
             waited, latency = sent - ticket.created, now - ticket.created
             # The fields in their order: names would cost a third more.
             reply: Reply[Any] = Reply(

@@ -280,7 +280,7 @@ class _Run:
         """Send what waits: nothing more comes for now."""
         queues = {entry[0].queue: None for entry in self._pending if not isinstance(entry, Embedding)}
         for queue in queues:
-            if queue is not None and not queue.due:
+            if queue is not None:
                 queue.flush(FlushReason.DRAIN)
 
     def _leave(self) -> None:

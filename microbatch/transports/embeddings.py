@@ -86,7 +86,7 @@ class Encodings:
         self.answered = True
         if form.base64:
             form.entry.works |= in_base64
-            form.entry.refused = not in_base64
+            form.entry.refused = not form.entry.works
         elif form.doubt:
             form.entry.doubt += form.doubt
             form.entry.refused = form.entry.doubt >= _SURE
