@@ -223,6 +223,9 @@ async def _serve(args: argparse.Namespace) -> int:
 
 def _summary(gateway: Gateway) -> str:
     stats = gateway.stats()
-    combined = f"{plural(stats.items, 'chat completion')} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
+    asked = plural(max(0, stats.items - gateway.texts), "chat completion")
+    if gateway.texts:
+        asked = f"{asked} and {plural(gateway.texts, 'text')} to embed"
+    combined = f"{asked} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
     failed = f", {stats.failed:,} failed" if stats.failed else ""
     return f"served {combined}{failed}, and relayed {plural(stats.forwarded, 'request')}"

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class EmbeddingsRoute:
-    """Serves embeddings; *model* is the one for requests that name none, None for none, *harmless* fields are combined."""
+    """Serves embeddings; *model* is the one for requests that name none, None for none, *harmless* fields are combined.
+
+    Attributes:
+        texts: Texts that were asked for, of requests that were not relayed.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class EmbeddingsRoute:
         self._settings = settings
         self._model = model
         self._harmless = harmless
+        self.texts: int = 0
 
     async def serve(self, request: web.Request, place: Place) -> web.StreamResponse:
         """Answer *request*, which goes to *place*.
@@ -65,6 +70,7 @@ class EmbeddingsRoute:
             alone = asked if isinstance(asked, tuple) else ()
             return await self._relay.serve(request, place.path, body, caller, alone=alone)
         record.model = model
+        self.texts += len(asked.texts)
         embeddings = await embed_all(
             self._batcher,
             asked.texts,

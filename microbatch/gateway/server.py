@@ -202,6 +202,11 @@ class Gateway:
         """Return the batcher's figures so far."""
         return self.batcher.stats()
 
+    @property
+    def texts(self) -> int:
+        """Texts that clients have asked the vectors of; they are among the items of the figures."""
+        return self._embeddings.texts
+
     # --- lifecycle
 
     def make_application(self) -> web.Application:

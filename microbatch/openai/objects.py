@@ -257,6 +257,9 @@ class EmbeddingObject(Object, sdk=("openai.types", "Embedding")):
     index: int
     object: Literal["embedding"]
 
+    def __init__(self, members: Mapping[str, Any]) -> None:
+        dict.__init__(self, members)  # the numbers need no look at each of them
+
 
 class EmbeddingUsage(Object, sdk=("openai.types.create_embedding_response", "Usage")):
     """Token counts."""

@@ -488,6 +488,6 @@ CASES = (
     Case("openai", "embeddings, float", VECTOR, openai_embeddings(encoding_format="float"), OPENAI),
     Case("langchain-openai", "OpenAIEmbeddings", VECTOR, langchain_embeddings, LANGCHAIN),
     Case("litellm", "aembedding", VECTOR, litellm_embeddings, LITELLM),
-    Case("llama-index", "OpenAIEmbedding", VECTOR, llama_embeddings, LLAMA_EMBEDDINGS),
+    Case("llama-index-embeddings", "OpenAIEmbedding", VECTOR, llama_embeddings, LLAMA_EMBEDDINGS),
     Case("pydantic-ai", "Embedder", VECTOR, pydantic_ai_embeddings, PYDANTIC_AI),
 )

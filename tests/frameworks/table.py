@@ -26,7 +26,8 @@ _PACKAGES = {
     "pydantic-ai": ("pydantic-ai-slim",),
     "langchain-openai": ("langchain-openai",),
     "litellm": ("litellm",),
-    "llama-index": ("llama-index-llms-openai", "llama-index-llms-openai-like", "llama-index-embeddings-openai"),
+    "llama-index": ("llama-index-llms-openai", "llama-index-llms-openai-like"),
+    "llama-index-embeddings": ("llama-index-embeddings-openai",),
 }
 _NODE_VERSIONS = "ai 6.0, @ai-sdk/openai 3.0, @ai-sdk/openai-compatible 2.0"
 _HEAD = f"| framework | mode | {' | '.join(COLUMNS.values())} | versions |"

@@ -21,7 +21,7 @@ import microbatch as mb
 from microbatch.gateway import GatewaySettings
 from microbatch.gateway.vectors import AT_ONCE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.promise(of="gateway_vectors")]
 
 PATIENT = {"max_wait": 60}
 QUICK_RETRY = mb.RetryPolicy(max_attempts=2, base=0.01)
@@ -271,6 +271,29 @@ async def test_a_control_header_with_another_word_is_refused():
     assert upstream.requests == []
 
 
+async def test_the_operators_model_is_that_of_requests_that_name_none():
+    connection = {"embedding_model": EMBEDDER}
+    async with embedding_upstream() as upstream, gateway(upstream, model=MODEL, connection=connection) as served:
+        for fields in ({"input": "x"}, {"input": "y", "model": "another"}, {"input": ["z"]}):
+            answer = parts(await talk(served.port, to_embeddings(json.dumps(fields).encode())))
+            assert answer[0] == 200
+            assert answer[2]["model"] == fields.get("model", EMBEDDER)
+    assert [body["model"] for body in upstream.calls] == [EMBEDDER, "another", EMBEDDER]
+
+
+@each("upstream_path, more", [("/openai", {"query": {"api-version": "2024-10-21"}}), ("/v1", {})])
+async def test_the_deployment_in_azures_path_is_the_model_of_requests_that_name_none(upstream_path, more):
+    async with embedding_upstream() as upstream:
+        address = upstream.base_url.removesuffix("/v1") + upstream_path
+        async with gateway(address, policy=PATIENT, **more) as served:
+            path = "/openai/deployments/my-own/embeddings?api-version=2024-10-21"
+            requests = (post(json.dumps({"input": text}).encode(), path=path) for text in ("a", "b"))
+            answers = await together(served, 2, *(talk(served.port, request) for request in requests))
+    assert [parts(answer)[0] for answer in answers] == [200, 200]
+    assert upstream.paths == [path if upstream_path == "/openai" else "/v1/embeddings"]
+    assert [body["model"] for body in upstream.calls] == ["my-own"]
+
+
 # --- what goes wrong
 
 
@@ -375,6 +398,20 @@ async def test_a_client_that_leaves_withdraws_its_texts():
         assert [status(answer) for answer in answers] == [200] * 4
         assert served.stats().cancelled == 3
     assert sorted(upstream.texts) == [f"stays {number}" for number in range(4)]
+
+
+@each("number", [1, 2, 300])
+async def test_a_client_that_leaves_ends_a_call_that_nobody_else_waits_for(number):
+    async with embedding_upstream() as upstream, gateway(upstream) as served:
+        upstream.go.clear()
+        async with connection(served.port) as (_, writer):
+            writer.write(to_embeddings(asked([f"gone {place}" for place in range(number)])))
+            await until(lambda: upstream.calls)
+        await until(lambda: served._serving == 0)
+        await until(lambda: served.stats().in_flight == 0)
+        assert served.stats().cancelled == number
+        upstream.go.set()
+        assert status(await talk(served.port, to_embeddings(asked("stays")))) == 200
 
 
 # --- what comes back
