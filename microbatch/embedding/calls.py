@@ -228,7 +228,9 @@ class EmbeddingCalls:
                 usage, cost_usd = with_earlier(ticket, call_cost.shares[position], call_cost.price)
             waited, latency = sent - ticket.created, now - ticket.created
             # The fields in their order: names would cost a third more.
-            reply: Reply[Any] = Reply(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop")
+            reply: Reply[Any] = Reply(
+                *(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop", completion.request_id)
+            )
             reply._wait = call_state.wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
         call_state.waiting -= self._settlement.answer(replies)

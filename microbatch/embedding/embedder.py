@@ -309,4 +309,13 @@ def _ignore(_waiter: Waiter) -> None:
 
 def as_embedding(reply: Reply[Any]) -> Embedding:
     """Return the vector in *reply*, with its share of the cost."""
-    return Embedding(reply.output, reply.model, reply.usage, reply.cost_usd, reply.batch_size)
+    return Embedding(
+        reply.output,
+        reply.model,
+        reply.usage,
+        reply.cost_usd,
+        reply.batch_size,
+        reply.route,
+        reply.request_id,
+        reply.waited,
+    )
