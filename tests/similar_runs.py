@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from microbatch.semantic.checks import RATE
 from microbatch.semantic.evidence import KindEvidence, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BOUND = 0.01
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -57,6 +57,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
         origins: What `on_submit` returned for each request.
         tenant: The tenant of all its requests, or None.
         unbatched_cost_usd: The price, in US dollars, of what its answered requests would have used one by one.
+        operation: "chat" or "embeddings".
     """
 
     route: Route
@@ -77,6 +78,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     origins: tuple[Any, ...]
     tenant: str | None = None
     unbatched_cost_usd: float | None = None
+    operation: Literal["chat", "embeddings"] = "chat"
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,13 +30,13 @@ from microbatch.transports.lenient import as_object, is_array
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from microbatch.batching.live_answer import LiveAnswer
     from microbatch.client import Microbatcher
     from microbatch.gateway.access import Access
     from microbatch.gateway.chat_request import ChatRequest
     from microbatch.gateway.relay import Relay
     from microbatch.gateway.settings import GatewaySettings
     from microbatch.gateway.upstream import Place
+    from microbatch.live_answer import LiveAnswer
     from microbatch.messages import Reply
 
 _OF_A_DELTA: Final = ("role", "content", "refusal")
