@@ -42,7 +42,7 @@ from microbatch.prompt.ids import IdKey
 from microbatch.resources import acquire, release
 from microbatch.semantic.cache import SemanticCache
 from microbatch.semantic.checks import Checks
-from microbatch.semantic.embedding import by_function
+from microbatch.semantic.embedding import EndpointEmbedder, by_function
 from microbatch.semantic.look_ups import LookUps
 from microbatch.spending.spending import Spending
 from microbatch.spool.spool_client import SpoolClient
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.accounting.prices import Price
+    from microbatch.batching.attribution import UsageAttribution
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Usage
@@ -184,7 +185,8 @@ class Assembly:
             draw = random.Random("".join(key.draws(b"checks")(8)))  # noqa: S311 it chooses what is asked again
             checks = Checks(similar, self.cache, dispatcher, draw)
             checks.start(self.engine.start, self.engine.lease_slot, lambda: self.engine.closing)
-            self.look_ups = LookUps(similar, self.cache, given, kinds, embed=self._embed_by(similar), checks=checks)
+            embed = self._embed_by(similar, sending, dispatcher.attribution)
+            self.look_ups = LookUps(similar, self.cache, given, kinds, embed=embed, checks=checks)
             self.intake.look_up = self.look_ups.begin
             lanes.has_look_ups = True
 
@@ -195,10 +197,22 @@ class Assembly:
         if self.look_ups is not None:
             self.look_ups.keep(ticket for ticket, _ in answered)
 
-    def _embed_by(self, similar: SemanticCache) -> Embed:
-        if similar.embed is None:
-            raise ConfigError("a SemanticCache needs embed=")
-        return by_function(similar.embed)
+    def _embed_by(self, similar: SemanticCache, sending: Sending, attribution: UsageAttribution) -> Embed:
+        """Return what embeds look-ups. Raise `ConfigError` if there is nothing."""
+        if similar.embed is not None:
+            return by_function(similar.embed)
+        try:
+            self.embedder.check(similar.model)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or give SemanticCache(embed=) a function of your own") from error
+        return EndpointEmbedder(
+            self.given,
+            sending,
+            attribution,
+            read_options=self.embedder.read_options,
+            lease=self.engine.lease_slot,
+            model=similar.model,
+        )
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(

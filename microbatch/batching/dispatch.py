@@ -19,6 +19,7 @@ from microbatch.transports.chat_wire import completion_object
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from microbatch.accounting.stats import Beside
     from microbatch.batching.attribution import CallCost
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
@@ -316,7 +317,7 @@ class Dispatcher:
         return reply.error
 
     async def ask_again(
-        self, ticket: Ticket, permit: Permit, history: LaneHistory | None, route: Route = "audit"
+        self, ticket: Ticket, permit: Permit, history: LaneHistory | None, route: Beside = "audit"
     ) -> AloneAnswer:
         """Ask for *ticket*, which has been answered, alone again, for *history* too; raise what ends the call without a reply."""
         spec, pieces, model = ticket.spec, list[str](), ticket.spec.model or self._default_model
@@ -326,7 +327,7 @@ class Dispatcher:
 
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
-            self.attribution.attribute_again(route, self.attribution.cost(call_state, completion))
+            self.attribution.attribute_beside(route, self.attribution.cost(call_state, completion))
             return True
 
         self._ledger.singles_by_reason[AloneReason.AUDIT if route == "audit" else AloneReason.CHECK] += 1
@@ -336,7 +337,7 @@ class Dispatcher:
             if completion is None:
                 raise error or ShutDown("asking again was given up")
             call_cost = self.attribution.cost(call_state, completion)
-            self.attribution.attribute_again(route, call_cost)
+            self.attribution.attribute_beside(route, call_cost)
         finally:
             call_state.end()
             self._sending.note_called(call_state, call, [ticket], completion, error)

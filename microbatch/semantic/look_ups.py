@@ -233,7 +233,7 @@ class LookUps:
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 foreign code; a Rust panic is a BaseException
-            if isinstance(error, TimeoutError) and loop.time() - begun >= most:
+            if isinstance(error, TimeoutError) and loop.time() - begun > most / 2:
                 self._late = True
                 self._ledger.look_ups_late += sum(look_up.looks for look_up in looking)
             else:
