@@ -104,15 +104,27 @@ class Embedder:
         Raises:
             ConfigError: It does not, or an option is wrong.
         """
+        self._check_transport()
+        named = getattr(self._transport, "embedding_model", None)
+        options = read_options(model, dimensions, params, headers, tenant, priority, default_model=named)
+        self._check_price(options.model)
+        return options
+
+    def check(self, model: str | None) -> None:
+        """Check that the transport makes embeddings calls, to *model* or to one of its own.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        self._check_transport()
+        read_options(model, default_model=getattr(self._transport, "embedding_model", None))
+
+    def _check_transport(self) -> None:
         if getattr(self._transport, "embed", None) is None:
             raise ConfigError(
                 f"{type(self._transport).__name__} has no embed(): it makes no embeddings calls; use OpenAIChat, or give it "
                 "`async embed(call: EmbeddingCall) -> Embedded`"
             )
-        named = getattr(self._transport, "embedding_model", None)
-        options = read_options(model, dimensions, params, headers, tenant, priority, default_model=named)
-        self._check_price(options.model)
-        return options
 
     async def embed(
         self,
