@@ -36,6 +36,10 @@ from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.ids import IdKey
 from microbatch.resources import acquire, release
+from microbatch.semantic.cache import SemanticCache
+from microbatch.semantic.checks import Checks
+from microbatch.semantic.embedding import by_function
+from microbatch.semantic.look_ups import LookUps
 from microbatch.spending.spending import Spending
 from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
@@ -46,9 +50,12 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.prices import Price
     from microbatch.batching.request import Options
+    from microbatch.batching.ticket import Ticket
+    from microbatch.messages import Usage
     from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
     from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
+    from microbatch.semantic.embedding import Embed
     from microbatch.spending.budget import Budget
     from microbatch.spool.records import Spool
     from microbatch.transports.rate_limit import RateLimit
@@ -128,7 +135,9 @@ class Assembly:
             in_flight=self.in_flight,
             settlement=self.settlement,
         )
-        self.cache: AnswerCache | None = None if settings.cache is None else self._make_cache(settings.cache)
+        similar = settings.cache if isinstance(settings.cache, SemanticCache) else None
+        self.exact: Cache | None = settings.cache if similar is None else similar.exact
+        self.cache: AnswerCache | None = None if self.exact is None else self._make_cache(self.exact)
         self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
         kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
         lanes = LaneTable(given, kinds, names_prefix=getattr(transport, "takes_prompt_cache_key", False))
@@ -136,7 +145,7 @@ class Assembly:
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
         key = IdKey(settings.id_secret)
         codec = ChatCodec(settings.draw_ids, key=key, canary=canary, keep_thoughts=keep_thoughts)
-        dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self.cache.keep)
+        dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self._keep)
         self.audits: Audits | None = None
         if settings.audit is not None:
             self.audits = Audits(
@@ -156,6 +165,26 @@ class Assembly:
         self.engine: Engine = Engine(
             given, lanes, singles, dispatcher, self.audits, weigh_again=self.intake.weigh_again
         )
+        self.look_ups: LookUps | None = None
+        if similar is not None and self.cache is not None:
+            draw = random.Random("".join(key.draws(b"checks")(8)))  # noqa: S311 it chooses what is asked again
+            checks = Checks(similar, self.cache, dispatcher, draw)
+            checks.start(self.engine.start, self.engine.lease_slot, lambda: self.engine.closing)
+            self.look_ups = LookUps(similar, self.cache, given, kinds, embed=self._embed_by(similar), checks=checks)
+            self.intake.look_up = self.look_ups.begin
+            lanes.has_look_ups = True
+
+    async def _keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
+        """Store the answers of one reply; see `AnswerCache.keep`."""
+        if self.cache is not None:
+            await self.cache.keep(answered)
+        if self.look_ups is not None:
+            self.look_ups.keep(ticket for ticket, _ in answered)
+
+    def _embed_by(self, similar: SemanticCache) -> Embed:
+        if similar.embed is None:
+            raise ConfigError("a SemanticCache needs embed=")
+        return by_function(similar.embed)
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -197,6 +226,7 @@ class Assembly:
             spool_dead=None if spooled is None else spooled.dead,
             spool_oldest=None if spooled is None else spooled.oldest,
             budget=None if self.spending is None else self.spending.figures(),
+            **({} if self.look_ups is None else self.look_ups.figures()),
         )
 
 
@@ -213,7 +243,7 @@ class Host:
         self._engine = parts.engine
         settings = parts.settings
         counters = None if settings.budget is None else settings.budget.shared
-        used = (settings.transport, settings.cache, settings.spool, counters)
+        used = (settings.transport, parts.exact, settings.spool, counters)
         self._resources: list[Resource] = [each for each in used if each is not None]
         self._task: asyncio.Task[None] | None = None
         self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed
@@ -302,7 +332,7 @@ class Host:
 
     async def _serve(self, ready: asyncio.Future[None]) -> None:
         def begin() -> None:
-            for part in (self._parts.cache, self._parts.spool):
+            for part in (self._parts.cache, self._parts.spool, self._parts.look_ups):
                 for service in part.services if part is not None else ():
                     self._engine.start(service)
             if not ready.done():

@@ -22,6 +22,7 @@ LAYERS = (
     *("schema", "prompt", "accounting", "audit", "storage"),
     *("transports", "batching"),
     "caching, spool, spending",
+    "semantic",
     *("assembly", "bulk", "forwarding", "client", "calibration", "listening"),
     *("openai", "gateway"),
     "demo, testing",
@@ -36,13 +37,17 @@ VENDORS = {
     "cli": {"pyarrow", "tqdm", "uvloop"},
     "gateway": {"aiohttp"},
     "listening": {"aiohttp"},
+    "semantic": {"numpy", "usearch"},
     "spending": {"anyio"},
     "spool": {"anyio"},
     "storage": {"anyio", "redis"},
     "testing": {"aiohttp", "tiktoken"},
     "transports": {"aiohttp", "anyio", "multidict", "yarl"},
 }
-OPTIONAL = {"genai_prices", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "redis", "tqdm", "uvloop"}
+OPTIONAL = {
+    *("genai_prices", "numpy", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "redis", "tqdm", "usearch"),
+    "uvloop",
+}
 
 WAITING = {"anyio", "asyncio", "concurrent", "selectors", "signal", "socket", "ssl", "subprocess", "threading", "time"}
 """What a pure module does not import: it is told the time, and waits for nothing."""
@@ -70,6 +75,7 @@ IMPURE = {
         *("provider.api", "provider.input_file", "provider.output_file", "provider.worker"),
     },
     "forwarding": {""},
+    "semantic": {"checks", "embedding", "index", "look_ups"},
     "spending": {"spending"},
     "storage": {"coalescer", "redis", "sqlite"},
     "transports": {

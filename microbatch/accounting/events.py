@@ -41,7 +41,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     """The event of `on_call`: a call has ended, its repeated attempts included. What is None was not given, or is not known.
 
     Attributes:
-        route: "batch", "single", "fallback" or "audit".
+        route: "batch", "single", "fallback", "audit", or "check" (asked again to check the answer to a similar question).
         size: Number of requests.
         model: The model that answered, else the one asked for.
         requested_model: The model that the caller, else the transport, named.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.ticket import Call, Ticket
+    from microbatch.messages import Route
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.protocols import Completion
 
@@ -132,12 +133,13 @@ class UsageAttribution:
             _finish([ticket], completion)
         finish_cost(ticket, self._ledger)
 
-    def attribute_audit(self, call_cost: CallCost | None) -> None:
-        """Record the cost of an audit, which belongs to no reply."""
+    def attribute_again(self, route: Route, call_cost: CallCost | None) -> None:
+        """Record the cost of an audit or a check, by its *route*, which belongs to no reply."""
         if call_cost is None:
             self._ledger.unreported_calls += 1
         else:
-            self._ledger.pay_audit(call_cost.usage, call_cost.price)
+            pay = self._ledger.pay_audit if route == "audit" else self._ledger.pay_check
+            pay(call_cost.usage, call_cost.price)
 
     def learn_from_single(self, ticket: Ticket, history: LaneHistory) -> None:
         """Learn for the lane with *history* from the single call that has answered *ticket*, a request of its kind."""

@@ -46,7 +46,11 @@ _ALONE_WARNING = 100
 
 
 class Intake:
-    """The way in; *shares* if equal requests may share an answer unless they say otherwise."""
+    """The way in; *shares* if equal requests may share an answer unless they say otherwise.
+
+    Attributes:
+        look_up: Begins to look for the answer to a similar question, for a ticket that has just been queued; None if that is not done.
+    """
 
     def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
         harmless = HARMLESS.union(given.policy.combine_params)
@@ -62,6 +66,7 @@ class Intake:
         self._expire = given.settlement.expire
         self._lanes = lanes
         self._singles = singles
+        self.look_up: Callable[[Ticket, Messages, Options], None] | None = None
         self._bypasses = given.policy.when_full == "bypass"
         self._scratch = bytearray()
         self._shared: list[dict[str, Any]] = []  # of the latest request in an unusual form
@@ -112,6 +117,8 @@ class Intake:
                 ticket, waiter = self._accept_combinable(text, lane, options, caller, loop, on_taken)
                 if own is not None and waiter is ticket:
                     ticket.own = own
+            if self.look_up is not None and caller.key is not None and waiter is ticket:
+                self.look_up(ticket, messages, options)
             if self._capture is not None:
                 waiter.origin = self._capture()
             self._ledger.items += 1

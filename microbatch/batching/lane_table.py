@@ -52,10 +52,12 @@ class LaneTable:
 
     Attributes:
         latest: The lane of the latest request that may share a prompt, None before the first.
+        has_look_ups: Whether requests may be held by a look-up.
     """
 
     def __init__(self, given: Dependencies, kinds: LaneKinds, *, names_prefix: bool) -> None:
         self.latest: Lane | None = None
+        self.has_look_ups: bool = False
         self._kinds = kinds
         self._names_prefix = names_prefix
         self._given = given
@@ -106,7 +108,7 @@ class LaneTable:
         index = self._given.in_flight.index_of(spec.content)
         lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
         self._by_key[spec.key] = lane
-        lane.model = model
+        lane.model, lane.has_look_ups = model, self.has_look_ups
         lane.max_wait = policy.low_max_wait if lane.rank == LOW else policy.max_wait
         self._set_fast_path(lane)
         return lane
@@ -168,6 +170,11 @@ class LaneTable:
         left, self._left = self._left, {}
         for lane in left:
             self.rested(lane)
+
+    def looked_up(self, lane: Lane) -> None:
+        """Note that requests of *lane* may be held no longer."""
+        if lane.live:
+            self.changed(lane)
 
     def call_ended(self, lane: Lane, *, combined: bool) -> None:
         """Note that a call of *lane* and its fallback are over."""

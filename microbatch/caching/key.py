@@ -14,7 +14,7 @@ from microbatch.messages import Message
 from microbatch.prompt.message_forms import encoded, known
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from microbatch.batching.request import Options
     from microbatch.messages import Messages
@@ -51,17 +51,24 @@ class Keys:
 
     def of(self, messages: Messages, options: Options) -> bytes:
         """Return the key of a request; raise `ConfigError` if the messages are not JSON values, or `normalize` failed."""
+        keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
+        return self._digest(keyed, options)
+
+    def without_last_text(self, messages: Messages, options: Options) -> bytes:
+        """Return a digest of all of a request but its last text; that of no request is the same. For errors see `of`."""
+        return self._digest(_with_last_text(messages, ""), options, person=b"partition")
+
+    def _digest(self, messages: Sequence[Any], options: Options, person: bytes = b"") -> bytes:
         answer, model, max_tokens, fields, headers, tenant = options.content
         if fields:
             asked = asked_fields(options.params)
             fields = encoded(asked, "params", ordered=True) if asked else b""
         rest = (max_tokens, fields, asked_headers(headers), tenant)
-        keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
         try:
-            content = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, keyed])
+            content = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, messages])
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"messages must be JSON values: {error}") from error
-        return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret).digest()
+        return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret, person=person).digest()
 
     def tenant_digest(self, tenant: str | None) -> bytes | None:
         """Return a digest of *tenant*, under which its entries are found again; None for none."""
@@ -78,9 +85,8 @@ class Keys:
 
     @staticmethod
     def _normalized(messages: Messages, normalize: Callable[[str], str]) -> list[Any]:
-        last: Any = messages[-1] if messages else None
-        content = last.content if isinstance(last, Message) else last.get("content") if isinstance(last, dict) else None
-        if not isinstance(content, str):
+        content = last_text(messages)
+        if content is None:
             return list(messages)
         with contained() as normalizing:
             text = normalize(content)
@@ -88,7 +94,19 @@ class Keys:
             raise ConfigError(f"normalize raised {type(normalizing.error).__name__}") from normalizing.error
         if not isinstance(text, str):
             raise ConfigError(f"normalize must return a string, got {type(text).__name__}")
-        return [*messages[:-1], msgspec.to_builtins(last) | {"content": text}]
+        return _with_last_text(messages, text)
+
+
+def last_text(messages: Messages) -> str | None:
+    """Return the text of the last message; None if it is none."""
+    last: Any = messages[-1] if messages else None
+    content = last.content if isinstance(last, Message) else last.get("content") if isinstance(last, dict) else None
+    return content if isinstance(content, str) else None
+
+
+def _with_last_text(messages: Messages, text: str) -> list[Any]:
+    """Return *messages*, the last of which has a text, with another *text*."""
+    return [*messages[:-1], msgspec.to_builtins(messages[-1]) | {"content": text}]
 
 
 def tenant_digest(tenant: str, secret: bytes) -> bytes:
