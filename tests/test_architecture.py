@@ -84,6 +84,7 @@ IMPURE = {
         "attempt",
         "chat_wire",
         "connection",
+        "embeddings",
         "first_form",
         "http",
         "openai_chat",

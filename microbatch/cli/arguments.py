@@ -33,7 +33,7 @@ Group: TypeAlias = argparse._ActionsContainer  # noqa: SLF001 a parser, or one o
 
 CONNECTION: Final = (
     *("structured", "stream_options", "first_timeout", "connect_timeout", "max_header_bytes", "trust_env", "uds"),
-    *("proxy", "headers", "query"),
+    *("proxy", "headers", "query", "embedding_model"),
 )
 """Arguments of `OpenAIChat` that have flags of the same name, `headers` in the singular."""
 
@@ -267,6 +267,7 @@ def add_connection(group: Group, key: str) -> None:
     add_flag(group, "--query NAME=VALUE", query, action="append", default=[], type=_pair)
     form = "how a form of the answers is asked for (default: by a schema, and from then on as the endpoint takes it)"
     add_flag(group, "--structured FORM", form, choices=get_args(Structured))
+    add_flag(group, "--embedding-model NAME", "the model of embeddings; requests of clients may name their own")
     options = "fields of stream_options beside include_usage, as a JSON object; false sends none"
     add_flag(group, "--stream-options JSON", options, type=_json)
     add_flag(

@@ -90,7 +90,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         rate_limit=read_rate_limit(args),
         cache=None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE),
         audit=read_audit(args),
-        transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
+        transport=_simulated(args) if args.simulate else _read_transport(args),
         id_seed=args.id_seed,
         budget=read_max_cost(args),
         prices=read_prices(args),
@@ -123,6 +123,10 @@ def read_policy(args: argparse.Namespace) -> FlushPolicy:
 def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
     """Return the limit of `--rpm` and `--tpm`; None if neither is given."""
     return RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
+
+
+def _simulated(args: argparse.Namespace) -> SimulatedChat:
+    return SimulatedChat(args.model or SIMULATED_MODEL, args.embedding_model)
 
 
 def _read_transport(args: argparse.Namespace) -> OpenAIChat:

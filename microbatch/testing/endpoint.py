@@ -29,10 +29,10 @@ from microbatch.testing.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from types import TracebackType
 
-    from microbatch.testing.reply import SimulatedReply
+    from microbatch.testing.reply import Ending, SimulatedReply
 
 MAX_REQUEST_BYTES = 64 * 2**20
 
@@ -48,9 +48,9 @@ class SimulatedEndpoint(BatchModel):
     async with SimulatedEndpoint(latency=Latency(first_token=0.5, tokens_per_second=80)) as endpoint:
         transport = OpenAIChat("any-model", base_url=endpoint.base_url, api_key="any")
     ```
-    Serves `POST /v1/chat/completions`, `GET /v1/models`, and OpenAI's files and batches below `/v1/files` and `/v1/batches`.
-    The other options and the counters are those of `SimulatedModel`. The key whose quota is charged, and to which files and
-    batches belong, is the Authorization header. The lines of batches are no `calls` and use up no quota; as combined prompts,
+    Serves `POST /v1/chat/completions`, `POST /v1/embeddings`, `GET /v1/models`, and OpenAI's files and batches below `/v1/files` and
+    `/v1/batches`. The other options and the counters are those of `SimulatedModel`. The key whose quota is charged, and to which files
+    and batches belong, is the Authorization header. The lines of batches are no `calls` and use up no quota; as combined prompts,
     items and tokens they count like any others, and the same faults befall them.
 
     Args:
@@ -106,6 +106,7 @@ class SimulatedEndpoint(BatchModel):
         await asyncio.to_thread(load_encoding, ENCODING)
         application = web.Application(client_max_size=MAX_REQUEST_BYTES)
         application.router.add_post("/v1/chat/completions", self._chat)
+        application.router.add_post("/v1/embeddings", self._embed)
         application.router.add_get("/v1/models", self._list_models)
         BatchRoutes(self.files, self.batches, self.api_keys).add_to(application.router)
         application.router.add_route("*", "/{path:.*}", self._unknown)
@@ -153,7 +154,7 @@ class SimulatedEndpoint(BatchModel):
             return error_response(error, number)
         try:
             if reply.ending == "hang":
-                await self._break(request, reply)
+                await self._break(request, reply.ending)
                 return web.Response()
             respond = self._stream if body.get("stream") else self._whole
             return await respond(request, body, reply, start, number)
@@ -186,7 +187,7 @@ class SimulatedEndpoint(BatchModel):
             return response
         if include_usage and reply.ending == "done":
             self.report(reply.usage)
-        await self._break(request, reply)
+        await self._break(request, reply.ending)
         return response
 
     async def _whole(
@@ -198,18 +199,49 @@ class SimulatedEndpoint(BatchModel):
         if reply.ending in ("done", "cut"):
             self.report(reply.usage)
             return web.Response(body=content, headers=headers)
+        return await self._half(request, content, headers, reply.ending)
+
+    async def _embed(self, request: web.Request) -> web.StreamResponse:
+        start = asyncio.get_running_loop().time()
+        number = self.calls + 1
+        try:
+            key = authorize(request, self.api_keys)
+            raw = await request.read()
+            body = json_object(raw)
+            number = self.admit(body)
+            reply = await self.embed(body, key, len(raw))
+        except EndpointError as error:
+            return error_response(error, number)
+        headers = {"Content-Type": "application/json", **own_headers(number, reply.limits)}
+        try:
+            if reply.ending == "hang":
+                await self._break(request, reply.ending)
+                return web.Response()
+            await sleep_until(start + (self.latency.first_token or 0.0))
+            if reply.ending == "done":
+                self.report(reply.usage)
+                return web.Response(body=reply.body, headers=headers)
+            return await self._half(request, reply.body, headers, "reset")
+        except asyncio.CancelledError:
+            self.disconnects += not self._closing.is_set()
+            raise
+
+    async def _half(
+        self, request: web.Request, content: bytes, headers: Mapping[str, str], ending: Ending
+    ) -> web.StreamResponse:
+        """Send half of *content*, and break the connection."""
         response = web.StreamResponse(headers=headers)
         response.content_length = len(content)
         await response.prepare(request)
         await response.write(content[: len(content) // 2])
-        await self._break(request, reply)
+        await self._break(request, ending)
         return response
 
-    async def _break(self, request: web.Request, reply: SimulatedReply) -> None:
+    async def _break(self, request: web.Request, ending: Ending) -> None:
         """Break the connection of a reply that ends so; of one that stops, when either side closes."""
-        if reply.ending in ("stall", "hang"):
+        if ending in ("stall", "hang"):
             await self._closing.wait()
-        if reply.ending in ("reset", "stall", "hang") and request.transport is not None:
+        if ending in ("reset", "stall", "hang") and request.transport is not None:
             request.transport.abort()
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:

@@ -59,8 +59,35 @@ _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _UNIT = re.compile(r"\\u[0-9a-fA-F]{4}|\\.|[^\\]", re.DOTALL)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The selection of replies that go wrong; its fields are described at `Faults`."""
+
+    rate: Annotated[float, AtLeast(0)] = 0.2
+    seed: int = 0
+    limit: Annotated[int, AtLeast(0)] | None = None
+    retry_after: Seconds | None = 0.1
+
+    def check(self, kinds: Sequence[str], known: object) -> None:
+        """Check all fields; raise `ConfigError` if one is wrong, there is no kind, or one is not among the *known* ones."""
+        check_fields(self)
+        if not kinds:
+            raise ConfigError("kinds must name at least one fault")
+        for kind in kinds:
+            one_of(known, kinds=kind)
+        if self.rate > 1:
+            raise ConfigError(f"rate must be at most 1, got {self.rate!r}")
+
+    def drawn(self, number: int, spoiled: int) -> random.Random | None:
+        """Decide about one reply; return what its fault is drawn from, None for no fault. See `Faults.draw`."""
+        if self.limit is not None and spoiled >= self.limit:
+            return None
+        draw = random.Random(f"{self.seed}:{number}")  # noqa: S311 - repeatable, not secret
+        return draw if draw.random() < self.rate else None
+
+
 @dataclass(frozen=True, slots=True)
-class Faults:
+class Faults(Selection):
     """The selection of replies that go wrong, and their faults.
 
     The selection depends on the seed and on the number of earlier replies concerned, so a run in the same order repeats.
@@ -81,21 +108,10 @@ class Faults:
 
     kinds: Kind | Sequence[Kind]
     _: KW_ONLY
-    rate: Annotated[float, AtLeast(0)] = 0.2
     on: On = "combined"
-    seed: int = 0
-    limit: Annotated[int, AtLeast(0)] | None = None
-    retry_after: Seconds | None = 0.1
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        kinds = self._kinds
-        if not kinds:
-            raise ConfigError("kinds must name at least one fault")
-        for kind in kinds:
-            one_of(Kind, kinds=kind)
-        if self.rate > 1:
-            raise ConfigError(f"rate must be at most 1, got {self.rate!r}")
+        self.check(self._kinds, Kind)
 
     @property
     def _kinds(self) -> tuple[Kind, ...]:
@@ -107,10 +123,24 @@ class Faults:
 
     def draw(self, number: int, spoiled: int) -> Fault | None:
         """Decide about one reply, before which there were *number* of the kind concerned, *spoiled* ones among them."""
-        if self.limit is not None and spoiled >= self.limit:
+        drawn = self.drawn(number, spoiled)
+        return None if drawn is None else Fault(drawn.choice(self._kinds), drawn)
+
+
+def http_error(kind: str, retry_after: float | None, *, param: str) -> EndpointError | None:
+    """Return the error response that a fault of *kind* is, of whose request the field *param* holds the texts; None if it is none."""
+    match kind:
+        case "http_400":
+            message = "Invalid prompt: the request could not be processed."
+            return EndpointError(400, message, param=param, code="invalid_value")
+        case "http_429":
+            message = "Rate limit reached for requests. Please slow down."
+            return EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
+        case "http_500":
+            message = "The server had an error while processing your request. Sorry!"
+            return EndpointError(500, message, kind="server_error")
+        case _:
             return None
-        draw = random.Random(f"{self.seed}:{number}")  # noqa: S311 - repeatable, not secret
-        return Fault(draw.choice(self._kinds), draw) if draw.random() < self.rate else None
 
 
 _ABOUT_IDS = frozenset(get_args(ElementKind)) - {"wrong_type"}
@@ -138,20 +168,9 @@ class Fault:
 
     def error(self, retry_after: float | None) -> EndpointError | None:
         """Return the error response that this fault is, or None if it is none."""
-        match self.kind:
-            case "http_400":
-                message = "Invalid prompt: the request could not be processed."
-                return EndpointError(400, message, param="messages", code="invalid_value")
-            case "http_429":
-                message = "Rate limit reached for requests. Please slow down."
-                return EndpointError(429, message, kind="requests", code="rate_limit_exceeded", retry_after=retry_after)
-            case "http_500":
-                message = "The server had an error while processing your request. Sorry!"
-                return EndpointError(500, message, kind="server_error")
-            case "filtered" if self.random.random() < 0.5:  # noqa: PLR2004 - a coin
-                return EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
-            case _:
-                return None
+        if self.kind == "filtered" and self.random.random() < 0.5:  # noqa: PLR2004 - a coin
+            return EndpointError(400, "The response was filtered.", param="prompt", code="content_filter")
+        return None if self.kind is None else http_error(self.kind, retry_after, param="messages")
 
     def elements(
         self, elements: list[Element], schema: dict[str, Any] | None, words: Collection[str] = ()

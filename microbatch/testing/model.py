@@ -11,12 +11,14 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
+from microbatch.accounting.tokens import load_encoding
 from microbatch.checking import AtLeast, Count, check_fields
 from microbatch.messages import Usage
 from microbatch.testing.answers import simulated_answer, unwrap
 from microbatch.testing.counting import Pieces, compact, content_text, prompt_tokens, split, text_tokens
+from microbatch.testing.embeddings import ENCODING, SimulatedEmbeddings
 from microbatch.testing.faults import NO_FAULT, REFUSAL, WHITESPACE, Element, Fault, Faults
 from microbatch.testing.mistakes import Mistakes  # noqa: TC001 the type of a field that is checked
 from microbatch.testing.orders import answer_for_all, exact_word, obeying
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.messages import Limits
+    from microbatch.testing.embeddings import EmbeddingReply
+
+T = TypeVar("T")
 
 NO_DELAY = Latency(first_token=None, tokens_per_second=None)
 
@@ -91,12 +96,16 @@ class SimulatedModel:
         brief: Make the strings of the default answers shorter where the limit on the reply is low, as a model does that is asked for
             short ones. Otherwise the limit cuts them.
         record: Keep the bodies of all requests in `requests` and the texts of all replies in `replies`.
+        embeddings: The embedding models beside it. Their replies come `latency.first_token` after the request, and count for the same
+            quota.
 
     Attributes:
         calls: Requests that were well-formed JSON, refused ones included.
         combined_calls: Combined prompts that were refused neither for their parameters nor for the quota.
         single_calls: The other calls that were not.
         items: Items of both.
+        embedding_calls: Embeddings calls that were refused neither for their parameters nor for the quota.
+        embedded_texts: Texts of those.
         prompt_tokens: Tokens of the answered prompts, whether or not the client read the answer.
         completion_tokens: Tokens generated for them.
         reported: The usage sent to clients. It excludes streams that break off or end without usage.
@@ -133,6 +142,7 @@ class SimulatedModel:
     cached_prefixes: bool = False
     brief: bool = False
     record: bool = False
+    embeddings: SimulatedEmbeddings = SimulatedEmbeddings()  # noqa: RUF009 it is frozen
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -140,6 +150,8 @@ class SimulatedModel:
         self.combined_calls: int = 0
         self.single_calls: int = 0
         self.items: int = 0
+        self.embedding_calls: int = 0
+        self.embedded_texts: int = 0
         self.prompt_tokens: int = 0
         self.completion_tokens: int = 0
         self.faulted: int = 0
@@ -150,7 +162,8 @@ class SimulatedModel:
         self.reported: Usage = Usage()
         self.requests: list[dict[str, Any]] = []
         self.replies: list[str] = []
-        self._concerned = 0
+        self._concerned = self._spoiled = 0  # chat calls that faults concern, and embeddings calls that were spoiled
+        self._can_count = False
         self._meters: dict[tuple[str, str], Meter] = {}
         self._prefixes = Prefixes()
 
@@ -254,6 +267,37 @@ class SimulatedModel:
             raise
         return self.reply(prompt, key)
 
+    async def embed(self, body: dict[str, Any], key: str, size: int = 0) -> EmbeddingReply:
+        """Read an embeddings request, in a thread if its *size* in bytes is large, and reply to it.
+
+        Raises:
+            EndpointError: As `respond`.
+        """
+        if not self._can_count:
+            await asyncio.to_thread(load_encoding, ENCODING)  # takes half a second
+            self._can_count = True
+        embeddings, run = self.embeddings, partial(_call, in_thread=size > MAX_INLINE_BYTES)
+        try:
+            request = await run(embeddings.read, body)
+        except EndpointError as error:
+            error.limits = self.charge(body, key)
+            raise
+        limits = self.charge(body, key, request.tokens)
+        fault = None if embeddings.faults is None else embeddings.faults.draw(self.embedding_calls, self._spoiled)
+        self.embedding_calls += 1
+        self.embedded_texts += len(request.texts)
+        self._spoiled += fault is not None
+        self.faulted += fault is not None
+        refusal = embeddings.error(None if fault is None else fault[0])
+        if refusal is not None:
+            refusal.limits = limits
+            raise refusal
+        reply = await run(embeddings.reply, request, fault)
+        reply.limits = limits
+        if reply.ending != "hang":
+            self.prompt_tokens += request.tokens
+        return reply
+
     def reply(self, prompt: Prompt, key: str = "") -> SimulatedReply:
         """Charge *prompt*, which `read` returned, to the quota of *key*, answer it, and count it.
 
@@ -275,7 +319,7 @@ class SimulatedModel:
 
     def _reply(self, prompt: Prompt, key: str) -> SimulatedReply:
         faults = self.faults if self.faults is not None and self.faults.concern(combined=prompt.combined) else None
-        drawn = None if faults is None else faults.draw(self._concerned, self.faulted)
+        drawn = None if faults is None else faults.draw(self._concerned, self.faulted - self._spoiled)
         fault = drawn or NO_FAULT
         if not prompt.combined:
             fault = fault.for_single(typed=prompt.typed)
@@ -417,6 +461,10 @@ class SimulatedModel:
             tool=None if fault.kind == "refusal" else prompt.tool,
             service_tier=_granted(prompt.body.get("service_tier")),
         )
+
+
+async def _call(function: Callable[..., T], *args: object, in_thread: bool) -> T:
+    return await asyncio.to_thread(function, *args) if in_thread else function(*args)
 
 
 def _granted(tier: object) -> str | None:

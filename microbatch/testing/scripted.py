@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from microbatch.checking import checks_arguments
 from microbatch.messages import Usage
-from microbatch.protocols import ChatCall, Completion
+from microbatch.protocols import ChatCall, Completion, Embedded, EmbeddingCall
 from microbatch.testing.counting import content_text
+from microbatch.testing.embeddings import embedded
 from microbatch.testing.reading import read_combined
 
 if TYPE_CHECKING:
@@ -49,8 +50,15 @@ Step = str | BaseException | Completion | tuple[str, Completion] | Callable[[Scr
 `Completion`; or a function of the call that returns one of these."""
 
 
+EmbeddingStep = BaseException | Embedded | Callable[[EmbeddingCall], Any]
+"""The outcome of one embeddings call: an exception to raise; an `Embedded`; or a function of the call, async or not, that
+returns one of these."""
+
+
 class ScriptedTransport:
     """Answers calls from a script, then by a function; a double for tests.
+
+    Embeddings calls are answered from a script of their own, then with the vectors of `embedded`.
 
     Args:
         *script: A `Step` for each of the first calls, in order of arrival.
@@ -59,9 +67,12 @@ class ScriptedTransport:
         piece: Characters a piece when streaming; None sends all at once.
         interval: Seconds between pieces.
         usage: Whether calls report usage, of a quarter token a character.
+        embeddings: An `EmbeddingStep` for each of the first embeddings calls, in order of arrival.
+        embedding_model: Model of embeddings calls that name none.
 
     Attributes:
         calls: The calls received, in order.
+        embedding_calls: The embeddings calls received, in order.
         closed: How often it was closed.
     """
 
@@ -74,7 +85,12 @@ class ScriptedTransport:
         piece: int | None = None,
         interval: float = 0.0,
         usage: bool = True,
+        embeddings: Sequence[EmbeddingStep] = (),
+        embedding_model: str | None = "scripted",
     ) -> None:
+        self.embedding_calls: list[EmbeddingCall] = []
+        self.embedding_model = embedding_model
+        self._embeddings = list(embeddings)
         self.calls: list[ScriptedCall] = []
         self.closed: int = 0
         self.model: str | None = None
@@ -89,16 +105,8 @@ class ScriptedTransport:
         """Answer *call* by the next step of the script, or by the answer function."""
         received = ScriptedCall(call, asyncio.get_running_loop().time())
         self.calls.append(received)
-        step: Any = self._script.pop(0) if self._script else self._usual
         try:
-            if self._delay:
-                await asyncio.sleep(self._delay)
-            if callable(step):
-                step = step(received)
-                if asyncio.iscoroutine(step):
-                    step = await step
-            if isinstance(step, BaseException):
-                raise step
+            step = await self._next(self._script, received, self._usual)
             text, completion = (
                 step if isinstance(step, tuple) else ("", step) if isinstance(step, Completion) else (step, None)
             )
@@ -112,6 +120,31 @@ class ScriptedTransport:
             return completion
         prompt = sum(len(str(message.get("content"))) for message in call.messages)
         return Completion("stop", usage=Usage(prompt // 4, len(text) // 4) if self._usage else None)
+
+    async def embed(self, call: EmbeddingCall) -> Embedded:
+        """Answer *call* by the next step of the script, or with the vectors of `embedded`."""
+        self.embedding_calls.append(call)
+        step: Embedded = await self._next(self._embeddings, call, self._embedded)
+        return step
+
+    async def _next(self, script: list[Any], received: Any, usual: Callable[..., Any]) -> Any:
+        """Return the outcome of a call by the next step of *script*, or by the function *usual*; raise it if it is an exception."""
+        step: Any = script.pop(0) if script else usual
+        if self._delay:
+            await asyncio.sleep(self._delay)
+        if callable(step):
+            step = step(received)
+            if asyncio.iscoroutine(step):
+                step = await step
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def _embedded(self, call: EmbeddingCall) -> Embedded:
+        model = call.model or self.embedding_model or ""
+        usage = Usage(sum(map(len, call.inputs)) // 4) if self._usage else None
+        vectors = [(place, embedded(text, model, call.dimensions)) for place, text in enumerate(call.inputs)]
+        return Embedded(vectors=vectors, finish_reason="stop", usage=usage, model=model)
 
     async def _say(self, text: str, on_text: Callable[[str], None], *, stream: bool) -> None:
         piece = self._piece if stream and self._piece is not None else len(text)

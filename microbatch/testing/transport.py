@@ -7,23 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from microbatch.checking import checks_arguments
 from microbatch.errors import (
-    AuthFailed,
     BadRequest,
     ConnectFailed,
-    ContextTooLong,
-    Filtered,
-    RateLimited,
     ServerError,
     StatusError,
     TransportTimeout,
 )
-from microbatch.protocols import ChatCall, Completion
+from microbatch.protocols import ChatCall, Completion, Embedded, EmbeddingCall
 from microbatch.testing.counting import compact
 from microbatch.testing.model import SimulatedModel
 from microbatch.testing.pace import paced, sleep_until
 from microbatch.testing.reading import EndpointError
 from microbatch.testing.wire import completion_object, request_id
 from microbatch.transports.bound_refusals import lower, read_refusal
+from microbatch.transports.embedding_reply import EmbeddingReader
+from microbatch.transports.error_parsing import classify, read_failure
 from microbatch.transports.reply_fields import read_tier
 
 if TYPE_CHECKING:
@@ -65,6 +63,28 @@ class SimulatedTransport:
                 raise
             raise TransportTimeout(f"no answer within {call.timeout} s") from error
 
+    @property
+    def embedding_model(self) -> str:
+        """The model of embeddings calls that name none."""
+        return MODEL
+
+    async def embed(self, call: EmbeddingCall) -> Embedded:
+        """Make one attempt at *call*; see `Transport`.
+
+        Raises:
+            StatusError: The model refuses the call, or a fault is an error response or leaves no vector.
+            ConnectFailed: A fault broke the connection.
+            TransportTimeout: The call's timeout passed.
+        """
+        timeout = asyncio.timeout(call.timeout)
+        try:
+            async with timeout:
+                return await self._embed(call)
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise TransportTimeout(f"no answer within {call.timeout} s") from error
+
     async def aclose(self) -> None:
         """No-op: there are no connections."""
 
@@ -95,6 +115,41 @@ class SimulatedTransport:
         if reply.ending == "reset":
             raise ConnectFailed("the connection was reset in the middle of the reply")
         return self._completion(call, reply, number, body["model"])
+
+    async def _embed(self, call: EmbeddingCall) -> Embedded:
+        start, model = asyncio.get_running_loop().time(), self.simulated
+        await asyncio.sleep(0)
+        body: dict[str, Any] = {"model": call.model or MODEL, "input": [*call.inputs], **call.params}
+        if call.dimensions is not None:
+            body["dimensions"] = call.dimensions
+        number = model.admit(body)
+        try:
+            reply = await model.embed(body, _key(call.headers))
+        except EndpointError as error:
+            raise _refusal(error, number) from error
+        try:
+            if reply.ending == "hang":
+                await asyncio.get_running_loop().create_future()
+            await sleep_until(start + (model.latency.first_token or 0.0))
+        except asyncio.CancelledError:
+            model.disconnects += 1
+            raise
+        if reply.ending == "cut":
+            raise ConnectFailed("the connection was reset in the middle of the reply")
+        model.report(reply.usage)
+        reader = EmbeddingReader(bytearray(reply.body))
+        for _ in reader.read():
+            pass
+        if not reader.vectors:
+            raise ServerError("the answer has no vectors", status=200, request_id=request_id(number))
+        return Embedded(
+            vectors=reader.vectors,
+            finish_reason="stop",
+            usage=reader.usage,
+            model=reader.model,
+            request_id=request_id(number),
+            limits=reply.limits,
+        )
 
     def _completion(self, call: ChatCall, reply: SimulatedReply, number: int, model: str) -> Completion:
         unreported = call.stream and (reply.ending == "cut" or self.simulated.stream_options != "ok")
@@ -138,10 +193,6 @@ def _key(headers: Mapping[str, str]) -> str:
     return next((value for name, value in headers.items() if name.lower() == "authorization"), "")
 
 
-_BY_CODE: dict[str | None, type[StatusError]] = {"context_length_exceeded": ContextTooLong, "content_filter": Filtered}
-_BY_STATUS: dict[int, type[StatusError]] = {401: AuthFailed, 429: RateLimited, 500: ServerError}
-
-
 def _status_error(error: EndpointError, number: int, call: ChatCall) -> StatusError:
     """Return what an HTTP transport would raise for an error response to *call*, whose bound is lowered if that is why."""
     said = None
@@ -151,16 +202,21 @@ def _status_error(error: EndpointError, number: int, call: ChatCall) -> StatusEr
     if lowered is None:
         call.bound = None
     again = said is not None and lowered is not False
-    kind = BadRequest if again else _BY_CODE.get(error.error["code"]) or _BY_STATUS.get(error.status, BadRequest)
-    return kind(
+    refusal = _refusal(error, number, BadRequest if again else None)
+    refusal.again, refusal.token_limits = again, said
+    return refusal
+
+
+def _refusal(error: EndpointError, number: int, kind: type[StatusError] | None = None) -> StatusError:
+    """Return what an HTTP transport would raise for an error response; *kind* is its class, None for the usual one."""
+    body = compact(error.body)
+    return (kind or classify(read_failure(body.encode(), error.status)))(
         str(error),
         status=error.status,
         code=error.error["code"] or error.error["type"],
         param=error.error["param"],
         request_id=request_id(number),
         retry_after=error.retry_after,
-        body=compact(error.body),
+        body=body,
         limits=error.limits,
-        again=again,
-        token_limits=said,
     )

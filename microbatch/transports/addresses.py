@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BASE_URL: Final = "https://api.openai.com/v1"
 CHAT_COMPLETIONS: Final = "/chat/completions"
+EMBEDDINGS: Final = "/embeddings"
 
 # Path segments and query values of this length may be keys.
 _KEY_IN_PATH: Final = 16

@@ -4,83 +4,58 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from microbatch.errors import ConnectFailed
 from microbatch.transports.chat_wire import completion_object
-from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_parsing import Fault, has_failed, read_failure, to_error, unanswered
-from microbatch.transports.http import Pacer, guarded, read_all, read_some
+from microbatch.transports.error_parsing import Fault
+from microbatch.transports.exchange import MAX_ERROR_BYTES, Exchange
+from microbatch.transports.http import Pacer, guarded, read_all
 from microbatch.transports.reply_reader import ReplyReader
 from microbatch.transports.response_headers import read_limits
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     import aiohttp
 
-    from microbatch.errors import TransportTimeout
+    from microbatch.errors import StatusError
     from microbatch.protocols import Completion
     from microbatch.transports.capabilities import Capabilities, Plan
-    from microbatch.transports.http import Clock
 
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
-MAX_ERROR_BYTES: Final = 1024 * 1024
 # Seconds to wait, once the answer is complete, for the usage, the end mark, and the end of the body (which frees the connection).
 FINISH_GRACE: Final = 2.0
 DONE_GRACE: Final = 0.1
-ERROR_GRACE: Final = 5.0
 
 _BOM: Final = b"\xef\xbb\xbf"
 # Beginnings of the lines of an event stream.
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
-@dataclass(eq=False, repr=False)
-class Attempt:
-    """One attempt at one call, from the first byte sent to the last one read.
+@dataclass(eq=False, repr=False, kw_only=True)
+class Attempt(Exchange):
+    """One attempt at one call.
 
     Attributes:
-        headers: Those of the request.
-        address_secrets: Parts of the address that may be keys.
         on_event: See `ChatCall`.
     """
 
     plan: Plan
     capabilities: Capabilities
-    clock: Clock
     on_text: Callable[[str], None]
-    where: str
-    headers: Mapping[str, str]
-    address_secrets: Sequence[str]
     on_event: Callable[[bytes], None] | None = None
 
     def __post_init__(self) -> None:
-        self._response: aiohttp.ClientResponse
+        super().__post_init__()
         self._reader = ReplyReader()
         self._accepted = self._gave_text = self._finished_early = False
 
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* returns the response when its headers have arrived."""
-        failure: TransportTimeout | ConnectFailed | None = None
-        try:
-            async with self.clock.scope:
-                self._response = await guarded(sending, self.where)
-                try:
-                    await self._receive()
-                finally:
-                    # A half-read connection must not return to the pool: the next call would read the rest of this answer. Read to its
-                    # end it has returned already, and this has no effect.
-                    self._response.close()
-        except TimeoutError:
-            if not self.clock.scope.expired():
-                raise  # not the clock's
-            failure = self.clock.error(self.where)
-        except ConnectFailed as error:
-            failure = error
+        failure = await self._exchange(sending)
         if failure is not None and not self._reader.complete:
-            raise failure  # outside the except block, so that no error of aiohttp is attached
+            raise failure
         headers = self._response.headers
         completion = self._reader.completion(headers.get("x-request-id"), read_limits(headers))
         completion.bound = self.plan.bound
@@ -89,16 +64,9 @@ class Attempt:
             completion.body = completion_object(None, model=completion.model, finish_reason=reason, members=members)
         return completion
 
-    @property
-    def _content_type(self) -> str:
-        return self._response.content_type if "Content-Type" in self._response.headers else ""
-
     async def _receive(self) -> None:
+        await self._check_status()
         response = self._response
-        if has_failed(response.status):
-            self.clock.begin()
-            raw = await read_some(response, MAX_ERROR_BYTES, ERROR_GRACE)
-            self._refuse(read_failure(raw, response.status))
         if self.on_event is not None:
             self.on_event(b"")
         head = bytearray()
@@ -120,7 +88,10 @@ class Attempt:
                 self._refuse(text)
             self._deliver(text)
         if not self._reader.answering:
-            self._no_answer(raw)
+            # Gemini sends no choices, and no reason, for a prompt that its filter has blocked, each time that it is asked
+            # (BerriAI/litellm#40252).
+            blocked = self._reader.spoke and self.capabilities.unanswered(self.plan)
+            self._no_answer(self._reader.lack, raw, len(raw), known=self.capabilities.answered, blocked=blocked)
 
     async def _receive_stream(self, head: bytes) -> bytes:
         """Take a stream; return what of it came before it began to answer."""
@@ -178,39 +149,13 @@ class Attempt:
             self._gave_text = True
             self.on_text(text)
 
-    def _no_answer(self, raw: bytes) -> NoReturn:
-        """Raise the error for a status 200 without an answer.
+    def _asked(self) -> Sequence[Any]:
+        return [message.get("content") for message in self.plan.call.messages]
 
-        It is a failure of the endpoint or of a proxy, as a 502 is. But Gemini sends no choices, and no reason, for a prompt that its
-        filter has blocked, each time that it is asked (BerriAI/litellm#40252).
-        """
-        message = f"{self._reader.lack}; it sent {self._content_type or 'no content type'}, {len(raw)} bytes"
-        if not self.capabilities.answered:
-            message += ". base_url usually ends in /v1"
-        blocked = self._reader.spoke and self.capabilities.unanswered(self.plan)
-        secrets, headers = self._secrets(), self._response.headers
-        raise unanswered(message, blocked=blocked, where=self.where, headers=headers, raw=raw, secrets=secrets)
-
-    def _refuse(self, fault: Fault) -> NoReturn:
-        """Raise the error for *fault*, and learn from it what the endpoint does not support."""
-        error = to_error(
-            fault,
-            where=self.where,
-            headers=self._response.headers,
-            secrets=self._secrets(),
-            keyless=not any(map(is_credential, self.headers)),
-            asked=[message.get("content") for message in self.plan.call.messages],
-        )
-        if not self._gave_text:
-            error = self.capabilities.learn(self.plan, fault, error, asyncio.get_running_loop().time())
-        raise error
-
-    def _secrets(self) -> list[str]:
-        """Return what errors must not quote: header values, the key inside Authorization, and secrets in the address."""
-        values = {part for value in self.headers.values() for part in (value, value.rpartition(" ")[2])}
-        public = {"application/json", "microbatch"}
-        known = {*(value for value in values - public if len(value) >= 8), *self.address_secrets}  # noqa: PLR2004
-        return sorted(known, key=len, reverse=True)  # one may be a part of another
+    def _learned(self, fault: Fault, error: StatusError) -> StatusError:
+        if self._gave_text:
+            return error
+        return self.capabilities.learn(self.plan, fault, error, asyncio.get_running_loop().time())
 
 
 def _form(head: bytearray) -> Literal["json", "events", "neither", "unclear"]:

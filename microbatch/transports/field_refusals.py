@@ -79,6 +79,11 @@ _SOME_FIELD: Final = re.compile(
     r"(?:parameters?|arguments?|fields?|inputs|options?)\b|\binvalid[_ ](?:parameter|argument)"
     r"|\b(?:parameters?|arguments?|fields?) (?:is|are) (?:invalid|not|un)"
 )
+# Gemini: "Invalid value at 'encoding_format'"; others: "base64 is not supported".
+_ENCODING: Final = re.compile(r"(?i)\bencoding[ _-]?format\b|\bbase[ _-]?64\b")
+_OF_EMBEDDINGS: Final = re.compile(
+    r"(?i)\binputs?\b|\bdimensions?\b|\bmodels?\b|\bbatch|\btokens?\b|\btexts?\b|\bempty\b|\btoo (?:large|long|many)\b"
+)
 # Groq (json_validate_failed, tool_use_failed): the model's reply did not pass the endpoint's own check; another one may.
 _BAD_REPLY: Final = re.compile(
     r"(?i)json_validate_failed|tool_use_failed|\b(?:failed|unable|could not|did not)(?: to)? (?:generate|produce|return|output)(?: a)?"
@@ -107,9 +112,9 @@ class Refusal(msgspec.Struct, frozen=True):
 class _Words:
     """The words of a refusal, without those that it quotes of the prompt: users write about temperatures and streams, too."""
 
-    def __init__(self, text: str, messages: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, text: str, contents: Iterable[Any]) -> None:
         self._text = " ".join(text.split())
-        self._prompt = prompt_of(message.get("content") for message in messages)
+        self._prompt = prompt_of(contents)
 
     def have(self, pattern: re.Pattern[str]) -> bool:
         """Return whether *pattern* is found outside quotations."""
@@ -131,7 +136,7 @@ def read_fields(fault: Fault, sent: Iterable[str], call: ChatCall, *, streams: b
         streams: Whether a stream was asked for.
         bound: The limit on the reply that was sent, or 0.
     """
-    text, params, words = fault.text, call.params, _Words(fault.text, call.messages)
+    text, params, words = fault.text, call.params, _Words(fault.text, _contents(call))
     if _BAD_REPLY.search(text):
         return Refusal(bad_reply=True)
     told = _told(fault)
@@ -169,7 +174,24 @@ def read_fields(fault: Fault, sent: Iterable[str], call: ChatCall, *, streams: b
 
 def names_system(fault: Fault, call: ChatCall) -> bool:
     """Return whether the refusal of *call* is about a system message, or about the template that places it."""
-    return _Words(fault.text, call.messages).have(_SYSTEM)
+    return _Words(fault.text, _contents(call)).have(_SYSTEM)
+
+
+def refuses_encoding(fault: Fault, inputs: Iterable[str]) -> bool | None:
+    """Return whether the refusal of an embeddings call is about `encoding_format`; None if it says nothing about anything in the call.
+
+    *inputs* are the texts of the call.
+    """
+    if "encoding_format" in {fault.param, *_told(fault)}:
+        return True
+    words = _Words(fault.text, inputs)
+    if words.have(_ENCODING):
+        return True
+    return False if fault.param is not None or words.have(_OF_EMBEDDINGS) else None
+
+
+def _contents(call: ChatCall) -> Iterable[Any]:
+    return (message.get("content") for message in call.messages)
 
 
 def _told(fault: Fault) -> set[str]:

@@ -263,12 +263,16 @@ async def timed(clock: Clock, step: Awaitable[T], where: str) -> T:
 
 async def read_all(response: aiohttp.ClientResponse, limit: int, where: str, begun: bytearray) -> bytes:
     """Return the whole body, of which *begun* was read before; raise `TransportError` if it exceeds *limit* bytes."""
-    body, chunk = begun, b""
+    await read_into(begun, response, limit, where)
+    return bytes(begun)
+
+
+async def read_into(body: bytearray, response: aiohttp.ClientResponse, limit: int, where: str) -> None:
+    """Append the rest of a body to *body*; raise `TransportError` if that exceeds *limit* bytes."""
     while len(body) <= limit and (chunk := await guarded(response.content.readany(), where)):
         body += chunk
     if len(body) > limit:
         raise TransportError(f"{where} sent an answer of more than {limit} bytes")
-    return bytes(body)
 
 
 async def read_some(response: aiohttp.ClientResponse, limit: int, grace: float) -> bytes:

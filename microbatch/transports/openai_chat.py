@@ -1,4 +1,4 @@
-"""`OpenAIChat`: chat completions of OpenAI-compatible endpoints over an aiohttp session."""
+"""`OpenAIChat`: chat completions and embeddings of OpenAI-compatible endpoints over an aiohttp session."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from microbatch.errors import AuthFailed, ConfigError, StatusError
 from microbatch.transports.addresses import (
     CHAT_COMPLETIONS,
     DEFAULT_BASE_URL,
+    EMBEDDINGS,
     checked_address,
     checked_path,
     is_openai,
@@ -31,6 +32,8 @@ from microbatch.transports.capabilities import Capabilities, Structured
 from microbatch.transports.chat_wire import can_stream, request_body
 from microbatch.transports.connection import Connection
 from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of, is_credential
+from microbatch.transports.embeddings import EmbeddingAttempt, Encodings
+from microbatch.transports.embeddings import request_body as embeddings_body
 from microbatch.transports.http import FRAMING, Clock, checked, merged, requested, timed, without
 from microbatch.transports.relay import Forwarded, asks_for_stream
 
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from microbatch.protocols import ChatCall, Completion
+    from microbatch.protocols import ChatCall, Completion, Embedded, EmbeddingCall
     from microbatch.transports.capabilities import Plan
     from microbatch.transports.first_form import FirstForm
 
@@ -94,6 +97,7 @@ class OpenAIChat:
             it. It is left out once the endpoint has refused it.
         structured: How a reply's form is asked for: "json_schema", "json_object", or "none" for words in the prompt alone. An endpoint
             that refuses the one named fails the request. None starts with a schema and learns from refusals.
+        embedding_model: Model for embeddings calls that name none.
         thoughts: "strip" removes the thought before a single text, "keep" leaves it; `Reply.body` has it in any case. Thoughts before
             JSON, in combined and typed replies, are always removed.
 
@@ -130,11 +134,13 @@ class OpenAIChat:
         max_header_bytes: Count = 65_536,
         trust_env: bool = False,
         uds: str | os.PathLike[str] | None = None,
+        embedding_model: str | None = None,
     ) -> None:
         self.base_url: str
         self.base_url, self._key = _endpoint(base_url, api_key, local=uds is not None)
         self.takes_prompt_cache_key: bool = is_openai(self.base_url)
         self.model = model
+        self.embedding_model = embedding_model
         self._connection = Connection(
             self.base_url,
             proxy=proxy,
@@ -157,7 +163,8 @@ class OpenAIChat:
         self._stream_interval = stream_interval
         self._stream_options = _stream_fields(stream_options)
         self._capabilities = Capabilities(structured)
-        self._repeated: WeakSet[ChatCall] = WeakSet()
+        self._encodings = Encodings()
+        self._repeated: WeakSet[ChatCall | EmbeddingCall] = WeakSet()
         self._session: aiohttp.ClientSession | None = None
         self._responses: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -208,37 +215,84 @@ class OpenAIChat:
         model = call.model or self.model
         if not model:
             raise ConfigError("no model: name one in OpenAIChat(model=...) or in the call")
-        session = self._pool()
-        named = dict(call.headers)
-        path = checked_path(named.pop(":path", CHAT_COMPLETIONS))
-        own = checked(named)
-        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
-        key, total = await self._authorization(own, total)
-        headers = self._signed(key, own)
+        session, path, own = self._pool(), *_destination(call, CHAT_COMPLETIONS)
+        key, headers, total = await self._authorized(call, own)
         plan, first, total = await self._planned(call, model, own, total)
-        request = merged({"User-Agent": "microbatch"}, headers, {"Content-Type": "application/json"})
         body = request_body(call, model, plan)
         if body.pop("stream_options", None) and self._stream_options:
             body["stream_options"] = self._stream_options
         patience = self._first_timeout if plan.stream else None
         clock = Clock(total, self._idle_timeout, self._stream_interval, patience)
         attempt = Attempt(
-            plan, self._capabilities, clock, on_text, self._where, request, self._address_secrets, call.on_event
+            clock=clock,
+            where=self._where,
+            headers=headers,
+            address_secrets=self._address_secrets,
+            plan=plan,
+            capabilities=self._capabilities,
+            on_text=on_text,
+            on_event=call.on_event,
         )
         again = False
         try:
             return await attempt.run(
-                self._request(session, "POST", path, headers=request, who=own, body=_encoded(body))
+                self._request(session, "POST", path, headers=headers, who=own, body=_encoded(body))
             )
         except StatusError as error:
-            if isinstance(error, AuthFailed) and error.status == UNAUTHORIZED and self._key.refused(key):
-                error.again = call not in self._repeated
-                self._repeated.add(call)
+            self._note_refusal(call, key, error)
             again = error.again
             raise
         finally:
             if first is not None and not again:
                 first.end(call)
+
+    async def embed(self, call: EmbeddingCall) -> Embedded:
+        """Make one attempt at *call*.
+
+        Vectors are asked for in base64, unless `params` name an `encoding_format` or the endpoint has refused or ignored it.
+
+        Raises:
+            ConfigError: There is no embedding model, or the call cannot be written as an HTTP request.
+            ConnectFailed: The endpoint could not be reached, or the connection broke.
+            TransportTimeout: `timeout` passed.
+            StatusError: The endpoint refused; see `send`. A `ServerError` of status 200 is an answer without a vector.
+            TransportError: The answer is too long.
+        """
+        model = call.model or self.embedding_model
+        if not model:
+            raise ConfigError("no embedding model: name one in OpenAIChat(embedding_model=...) or in the call")
+        session, path, own = self._pool(), *_destination(call, EMBEDDINGS)
+        key, headers, total = await self._authorized(call, own)
+        form = self._encodings.form(call, (self.base_url, model, credentials_digest(own.items())))
+        attempt = EmbeddingAttempt(
+            clock=Clock(total, None),
+            where=self._where,
+            headers=headers,
+            address_secrets=self._address_secrets,
+            form=form,
+            encodings=self._encodings,
+        )
+        body = _encoded(embeddings_body(form, model))
+        try:
+            return await attempt.run(self._request(session, "POST", path, headers=headers, who=own, body=body))
+        except StatusError as error:
+            self._note_refusal(call, key, error)
+            raise
+
+    async def _authorized(
+        self, call: ChatCall | EmbeddingCall, own: Mapping[str, str]
+    ) -> tuple[Mapping[str, str], dict[str, str], float]:
+        """Return the header with the transport's key, all headers of *call*, whose *own* they include, and the seconds it may take."""
+        total = self._timeout if call.timeout is None else min(call.timeout, self._timeout)
+        key, total = await self._authorization(own, total)
+        headers = merged({"User-Agent": "microbatch"}, self._signed(key, own), {"Content-Type": "application/json"})
+        return key, headers, total
+
+    def _note_refusal(self, call: ChatCall | EmbeddingCall, key: Mapping[str, str], error: StatusError) -> None:
+        """Have *call* made again, once, if the endpoint refused the *key* and there may be a newer one."""
+        if isinstance(error, AuthFailed) and error.status == UNAUTHORIZED and self._key.refused(key):
+            error.again = call not in self._repeated
+            self._repeated.add(call)
 
     async def _planned(
         self, call: ChatCall, model: str, own: Mapping[str, str], total: float
@@ -351,6 +405,12 @@ class OpenAIChat:
         )
         self._responses.add(response)
         return response
+
+
+def _destination(call: ChatCall | EmbeddingCall, usual: str) -> tuple[str, dict[str, str]]:
+    """Return the path of *call*, by default the *usual* one, and its headers."""
+    named = dict(call.headers)
+    return checked_path(named.pop(":path", usual)), checked(named)
 
 
 def _endpoint(base_url: str | None, api_key: str | KeyFunction | None, *, local: bool) -> tuple[str, ApiKey]:

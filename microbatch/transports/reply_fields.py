@@ -125,6 +125,15 @@ def read_usage(*reported: Any) -> Usage | None:
     return None
 
 
+def read_prompt_usage(*reported: Any) -> Usage | None:
+    """Return what `read_usage` does for a call that generates nothing, whose sum alone may be reported (Voyage, DashScope)."""
+    usage = read_usage(*reported)
+    if usage is None or not usage.prompt_tokens:
+        total = next((total for each in reported if (total := _first("total", as_object(each)))), 0)
+        return Usage(total) if total else usage
+    return usage
+
+
 def total_usage(reports: Sequence[tuple[Usage, bool]]) -> Usage | None:
     """Return the usage of a reply from what its parts report, in order, each with whether text came with it; None for no report.
 

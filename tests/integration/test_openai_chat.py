@@ -975,7 +975,7 @@ async def test_advice_is_given_where_there_is_some(endpoint: Endpoint, connect: 
 async def test_an_error_whose_body_never_ends_is_still_an_error(
     endpoint: Endpoint, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microbatch.transports.attempt.ERROR_GRACE", 0.1)
+    monkeypatch.setattr("microbatch.transports.exchange.ERROR_GRACE", 0.1)
     async with raw_server(b"HTTP/1.1 429 Slow\r\nContent-Length: 500\r\n\r\n{", 1.0) as url:
         chat = OpenAIChat("m", base_url=url)
         assert type(await fails(chat)) is errors.RateLimited
