@@ -27,6 +27,7 @@ NAMES = (
     "quota",
     "integrity",
     "cheaper",
+    "semantic",
 )
 SEED = 1
 
