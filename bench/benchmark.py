@@ -28,6 +28,7 @@ NAMES = (
     "quota",
     "integrity",
     "cheaper",
+    "semantic",
 )
 SEED = 1
 

@@ -195,6 +195,7 @@ def test_every_benchmark_has_the_common_interface(name):
         ("overhead", ["--only", "minimal", "--pending", "1000"]),
         ("overload", ["--count", "2000", "--queued", "500"]),
         ("quota", ["--minutes", "3"]),
+        ("semantic", ["--encoder", "simulated", "--questions", "150", "--requests", "300", "--pairs", "4"]),
         ("stalls", []),
         ("throughput", ["--count", "160", "--items", "80", "--seconds", "0.05", "--rounds", "1"]),
     ],
