@@ -611,21 +611,3 @@ async def test_beyond_a_full_queue_a_text_waits_for_no_others():
         assert is_right(await batcher.embed("second"), "second")
         assert now() == 11.0
         await first
-
-
-# --- for the batcher itself
-
-
-async def test_what_is_urgent_waits_neither_for_others_nor_for_a_place():
-    transport = VectorTransport(delay=10.0)
-    async with batcher_for(transport, max_queued=1, max_wait=50.0) as batcher:
-        embedder = batcher._parts.embedder
-        options = embedder.read_options()
-        first = asyncio.ensure_future(batcher.embed("first"))
-        await asyncio.sleep(1.0)
-        found = await asyncio.gather(*(embedder.embed(text, options, urgent=True) for text in texts(5)))
-        assert now() == 11.0
-        assert all(is_right(*pair) for pair in zip(found, texts(5), strict=True))
-        await first
-        assert batcher.stats().queued == 0
-    assert transport.sizes == [1, 5]
