@@ -253,6 +253,7 @@ class _Run:
             if isinstance(caller, Embedding):
                 self._pending.append(caller)
                 continue
+            embedder.check_open()  # a list that is queued after the last flush would never leave
             if embedder.admission.must_wait(options.rank):
                 self._flush()  # or what waits here could be all that keeps the places
             await embedder.admission.acquire(options.rank, options.tenant, caller, patient=True)
@@ -276,7 +277,10 @@ class _Run:
     async def _hand_out(self) -> None:
         """Wait for the first text that is pending; raise its error."""
         first = self._pending[0]
-        if not isinstance(first, Embedding):
+        if not isinstance(first, Embedding) and not first[1].future.done():
+            queue = first[0].queue
+            if queue is not None and not queue.due:
+                queue.flush(FlushReason.DRAIN)  # what could fill its list may wait for this text
             await asyncio.wait([first[1].future])
         first = self._pending.popleft()
         self._found.append(first if isinstance(first, Embedding) else as_embedding(first[1].future.result()))
