@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 from array import array
+from contextlib import suppress
 
 import aiohttp
 import openai
@@ -252,13 +253,14 @@ async def test_what_only_the_endpoint_can_judge_is_relayed_unchanged_with_its_er
     [
         {"X_Microbatch_Batch": "no"},
         {"Content_Encoding": "gzip"},
+        {"Content_Encoding": "identity"},
         {"Content_Type": "application/octet-stream", "Authorization": "Bearer theirs"},
         {"path": "/v1/embeddings?key=abcdefgh12345678"},
     ],
 )
 async def test_requests_that_are_not_to_be_read_are_relayed_unchanged(given):
     raw = asked("a")
-    raw = gzip.compress(raw) if "Content_Encoding" in given else raw
+    raw = gzip.compress(raw) if given.get("Content_Encoding") == "gzip" else raw
     async with recorder() as upstream, gateway(upstream.url) as served:
         assert status(await talk(served.port, post(raw, **{"path": "/v1/embeddings", **given}))) == 203
     assert [body for *_, body in upstream.requests] == [raw]
@@ -480,9 +482,13 @@ async def test_a_client_that_does_not_read_a_large_answer_is_cut_off():
             writer.write(to_embeddings(asked([f"t{number}" for number in range(2_048)], dimensions=1_536)))
             await until(lambda: upstream.tokens)
             await until(lambda: served._serving == 0)
-            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                while await reader.readexactly(1024):
-                    pass
+            # What it has not read is dropped, not kept for it.
+            await until(lambda: served._runner.server.connections == [])
+            received = b""
+            with suppress(ConnectionError):
+                while chunk := await reader.read(65_536):
+                    received += chunk
+            assert not received.endswith(b"0\r\n\r\n")
         assert status(await talk(served.port, to_embeddings(asked("x")))) == 200
 
 
