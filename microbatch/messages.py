@@ -21,7 +21,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 Priority = Literal["high", "normal", "low"]  # by rank, the most urgent first
 UseCache: TypeAlias = bool | Literal["refresh"]
-Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit", "similar"]
+Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit", "similar", "check", "look_up"]
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):

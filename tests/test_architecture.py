@@ -22,6 +22,7 @@ LAYERS = (
     *("schema", "prompt", "accounting", "audit", "storage"),
     *("transports", "batching", "embedding"),
     "caching, spool, spending",
+    "semantic",
     *("assembly", "bulk", "binding", "forwarding", "live_answer", "client", "blocking", "calibration", "listening"),
     *("openai", "gateway"),
     "demo, testing",
@@ -38,13 +39,17 @@ VENDORS = {
     "cli": {"pyarrow", "tqdm", "uvloop"},
     "gateway": {"aiohttp"},
     "listening": {"aiohttp"},
+    "semantic": {"numpy", "usearch"},
     "spending": {"anyio"},
     "spool": {"anyio"},
     "storage": {"anyio", "redis"},
     "testing": {"aiohttp", "tiktoken"},
     "transports": {"aiohttp", "anyio", "multidict", "yarl"},
 }
-OPTIONAL = {"genai_prices", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "redis", "tqdm", "uvloop"}
+OPTIONAL = {
+    *("genai_prices", "numpy", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "redis", "tqdm", "usearch"),
+    "uvloop",
+}
 
 WAITING = {"anyio", "asyncio", "concurrent", "selectors", "signal", "socket", "ssl", "subprocess", "threading", "time"}
 """What a pure module does not import: it is told the time, and waits for nothing."""
@@ -74,6 +79,7 @@ IMPURE = {
     "embedding": {"embedder", "recovery"},
     "forwarding": {""},
     "live_answer": {""},
+    "semantic": {"checks", "embedding", "index", "look_ups"},
     "spending": {"spending"},
     "storage": {"coalescer", "redis", "sqlite"},
     "transports": {

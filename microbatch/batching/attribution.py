@@ -17,6 +17,7 @@ from microbatch.messages import Usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from microbatch.accounting.stats import Beside
     from microbatch.batching.call_state import Batch, CallState
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
@@ -162,12 +163,12 @@ class UsageAttribution:
                 finish_cost(ticket, self._ledger)
         return [] if call_cost is None else call_cost.shares
 
-    def attribute_audit(self, call_cost: CallCost | None) -> None:
-        """Record the cost of an audit, which belongs to no reply."""
+    def attribute_beside(self, what: Beside, call_cost: CallCost | None) -> None:
+        """Record the cost of a call that belongs to no reply; see `Ledger.pay_beside`."""
         if call_cost is None:
             self._ledger.unreported_calls += 1
         else:
-            self._ledger.pay_audit(call_cost.usage, call_cost.price)
+            self._ledger.pay_beside(what, call_cost.usage, call_cost.price)
 
     def learn_from_single(self, ticket: Ticket, history: LaneHistory) -> None:
         """Learn for the lane with *history* from the single call that has answered *ticket*, a request of its kind."""

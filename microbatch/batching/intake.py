@@ -45,7 +45,11 @@ logger: Final = logging.getLogger("microbatch")
 
 
 class Intake:
-    """The way in; *shares* if equal requests may share an answer unless they say otherwise."""
+    """The way in; *shares* if equal requests may share an answer unless they say otherwise.
+
+    Attributes:
+        look_up: Begins to look for the answer to a similar question, for a ticket that has just been queued; None if that is not done.
+    """
 
     def __init__(
         self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, chat: ChatCalls, *, shares: bool
@@ -63,6 +67,7 @@ class Intake:
         self._expire = given.settlement.expire
         self._lanes = lanes
         self._singles = singles
+        self.look_up: Callable[[Ticket, Messages, Options], None] | None = None
         self._chat = chat
         chat.weigh_again = self.weigh_again
         self._bypasses = given.policy.when_full == "bypass"
@@ -116,6 +121,8 @@ class Intake:
                 ticket, waiter = self._accept_combinable(line, lane, options.answer, caller, loop, on_taken)
                 if own is not None and waiter is ticket:
                     ticket.own = own
+            if self.look_up is not None and caller.key is not None and waiter is ticket:
+                self.look_up(ticket, messages, options)
             self._note_accepted(ticket, waiter, loop)
         except BaseException:
             self._admission.release()
