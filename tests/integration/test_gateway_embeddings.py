@@ -380,11 +380,38 @@ async def test_a_wrong_index_never_gives_a_client_the_vector_of_another(name):
     ):
         upstream.spoil = SPOILED[name]
         texts = [f"t{number}" for number in range(6)]
+        create = client.embeddings.create
+        found = await together(served, 6, *(create(model=EMBEDDER, input=text) for text in texts))
+        # Calls that had to be made again are paid for by those whom they were made for.
+        assert sum(answer.usage.prompt_tokens for answer in found) == upstream.tokens
+    assert [answer.data[0].embedding for answer in found] == [vector_of(text).tolist() for text in texts]
+    assert (len(upstream.calls) == 1) == (name == "another order")
+
+
+@each("failing", [{0}, {1, 4}, {0, 1, 2, 3, 4, 5}])
+async def test_a_text_that_never_gets_a_sound_vector_fails_its_request_alone(failing):
+    bad = {f"t{number}" for number in failing}
+
+    def spoil(data):
+        return [
+            {**each, "embedding": None} if text in bad else each
+            for each, text in zip(data, upstream.calls[-1]["input"], strict=True)
+        ]
+
+    async with (
+        embedding_upstream() as upstream,
+        gateway(upstream, policy=PATIENT, retry=QUICK_RETRY) as served,
+        sdk(served) as client,
+    ):
+        upstream.spoil = spoil
+        texts = [f"t{number}" for number in range(6)]
         found = await together(served, 6, *(embed(client, text) for text in texts))
     for text, vectors in zip(texts, found, strict=True):
-        assert isinstance(vectors, openai.APIError) or vectors == right(text)
-    if name in ("another order", "one missing"):
-        assert found == [right(text) for text in texts]
+        if text in bad:
+            assert isinstance(vectors, openai.InternalServerError), text
+            assert vectors.status_code == 502
+        else:
+            assert vectors == right(text)
 
 
 async def test_a_client_that_leaves_withdraws_its_texts():
