@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "overhead",
+    "embeddings",
     "semantics",
     "throughput",
     "latency",

@@ -21,6 +21,7 @@ from bench.benchmark import Option
 from bench.questions import Label, products, shared_instructions
 from bench.report import Run, Table, met
 from microbatch.accounting.tokens import load_encoding
+from microbatch.batching.chat_calls import ChatCalls
 from microbatch.batching.lane_history import LaneHistory
 from microbatch.testing import SimulatedModel, SimulatedTransport, VirtualClockLoop
 from microbatch.testing.counting import compact, prompt_tokens, text_tokens
@@ -101,10 +102,12 @@ def cell(kind: str, shared: int, size: int, rounds: int = 4) -> Cell:
 
 
 def _decided(lane: Lane, history: LaneHistory, size: int) -> list[list[bool]]:
-    lane.estimates.watch_cache(lane.spec, history)
+    assert isinstance(lane.calls, ChatCalls)
+    estimates = lane.calls._estimates
+    estimates.watch_cache(lane.spec, history)
     return [
         [
-            lane.estimates.is_cheaper_combined(lane.spec, history, size, mb.Price(1.0, output, cached), None)  # type: ignore[arg-type]
+            estimates.is_cheaper_combined(lane.spec, history, size, mb.Price(1.0, output, cached), None)  # type: ignore[arg-type]
             for cached in CACHED
         ]
         for output in OUTPUT
@@ -129,7 +132,7 @@ async def _asked(kind: str, shared: int, size: int, rounds: int, *, combined: bo
         for _ in range(rounds + 1):
             asked = [[system, {"role": "user", "content": text}] for text in itertools.islice(questions, size)]
             await asyncio.gather(*(batcher.submit(each, model=MODEL, output_type=KINDS[kind]) for each in asked))
-        lane = batcher._engine.lanes.latest
+        lane = batcher._intake._chat.latest
         assert lane is not None
     calls = rounds if combined else rounds * size
     assert len(model.replies) == calls + calls // rounds, "not all went the same way"

@@ -1,9 +1,11 @@
 """Request-coalescing microbatcher for LLM APIs: many callers, one combined prompt, each caller's own answer.
 
-client          `Microbatcher`: submit, map, enqueue, forward, stats
+client          `Microbatcher`: submit, embed, map, bind, enqueue, forward, stats
+blocking        `BlockingMicrobatcher`: the same for code that is not async
 calibration     `calibrate`: tries sizes of batches on a sample before a job
 schema, prompt  combined prompts: JSON Schema of an answer, composing, taking replies apart
 batching        the engine: admission, lanes, scheduling, calls, fallback
+embedding       embeddings: texts of concurrent callers in one call, vectors matched by index
 transports      `OpenAIChat`, retries, rate limits, capabilities of endpoints
 caching, spool  stores of answers, and of requests that no caller waits for
 semantic        `SemanticCache`: answers to similar questions
@@ -24,6 +26,7 @@ from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.accounting.similar import SimilarKind
 from microbatch.accounting.stats import Stats
 from microbatch.audit.calibration import CalibratedSize, Calibration
+from microbatch.blocking import BlockingMicrobatcher
 from microbatch.caching.memory import MemoryCache
 from microbatch.caching.redis import RedisCache
 from microbatch.caching.sqlite import SQLiteCache
@@ -73,7 +76,7 @@ from microbatch.transports.rate_limit import RateLimit
 # fmt: off
 __all__ = [  # noqa: RUF022 grouped by subject
     # asking
-    "Embedding", "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
+    "BlockingMicrobatcher", "Embedding", "Message", "Microbatcher", "Reply", "Request", "Result", "Usage", "calibrate",
     # settings
     "AuditPolicy", "Budget", "FallbackPolicy", "FlushPolicy", "RateLimit", "RetryPolicy",
     # transports

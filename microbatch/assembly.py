@@ -22,6 +22,7 @@ from microbatch.audit.lane_kind import LaneKinds
 from microbatch.batching.admission import AdmissionQueue
 from microbatch.batching.audits import Audits
 from microbatch.batching.bounds import Bounds
+from microbatch.batching.chat_calls import ChatCalls
 from microbatch.batching.dependencies import Dependencies
 from microbatch.batching.dispatch import Dispatcher
 from microbatch.batching.engine import CLOSED_EARLY, Engine
@@ -29,16 +30,19 @@ from microbatch.batching.estimates import Estimates
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
 from microbatch.batching.scheduler import Scheduler
+from microbatch.batching.sending import Sending
 from microbatch.batching.single_flight import InFlight, Settlement
 from microbatch.batching.single_queue import SingleQueues
 from microbatch.caching.answer_cache import AnswerCache
+from microbatch.embedding.calls import EmbeddingCalls
+from microbatch.embedding.embedder import Embedder
 from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.ids import IdKey
 from microbatch.resources import acquire, release
 from microbatch.semantic.cache import SemanticCache
 from microbatch.semantic.checks import Checks
-from microbatch.semantic.embedding import by_function
+from microbatch.semantic.embedding import EndpointEmbedder, by_function
 from microbatch.semantic.look_ups import LookUps
 from microbatch.spending.spending import Spending
 from microbatch.spool.spool_client import SpoolClient
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.accounting.prices import Price
+    from microbatch.batching.attribution import UsageAttribution
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Usage
@@ -140,12 +145,13 @@ class Assembly:
         self.cache: AnswerCache | None = None if self.exact is None else self._make_cache(self.exact)
         self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
         kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
-        lanes = LaneTable(given, kinds, names_prefix=getattr(transport, "takes_prompt_cache_key", False))
+        lanes = LaneTable(self.scheduler, policy.idle)
         singles = SingleQueues(self.scheduler.enqueue)
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
         key = IdKey(settings.id_secret)
         codec = ChatCodec(settings.draw_ids, key=key, canary=canary, keep_thoughts=keep_thoughts)
-        dispatcher = Dispatcher(given, self.sender.send, codec, None if self.cache is None else self._keep)
+        sending = Sending(given, self.sender.send, None if self.cache is None else self._keep)
+        dispatcher = Dispatcher(given, sending, codec)
         self.audits: Audits | None = None
         if settings.audit is not None:
             self.audits = Audits(
@@ -159,18 +165,28 @@ class Assembly:
             )
             if self.cache is not None:
                 self.cache.is_condemned = self.audits.is_condemned
-        self.intake: Intake = Intake(given, lanes, singles, shares=policy.share or self.cache is not None)
+        names_prefix = getattr(transport, "takes_prompt_cache_key", False)
+        chat = ChatCalls(given, dispatcher, lanes, singles, kinds=kinds, audits=self.audits, names_prefix=names_prefix)
+        self.intake: Intake = Intake(given, lanes, singles, chat, shares=policy.share or self.cache is not None)
         if budget is not None and budget.usd is not None:
             self.intake.read_options = partial(self._read_priced, self.intake.read_options)
-        self.engine: Engine = Engine(
-            given, lanes, singles, dispatcher, self.audits, weigh_again=self.intake.weigh_again
+        self.embedder: Embedder = Embedder(
+            given,
+            self.intake,
+            lanes,
+            EmbeddingCalls(given, sending, dispatcher.attribution, lanes, may_be_low=self.tokens.may_be_low_for),
+            transport=transport,
+            cache=self.cache,
+            check_price=self._check_price,
         )
+        self.engine: Engine = Engine(given, lanes, singles, chat)
         self.look_ups: LookUps | None = None
         if similar is not None and self.cache is not None:
             draw = random.Random("".join(key.draws(b"checks")(8)))  # noqa: S311 it chooses what is asked again
             checks = Checks(similar, self.cache, dispatcher, draw)
             checks.start(self.engine.start, self.engine.lease_slot, lambda: self.engine.closing)
-            self.look_ups = LookUps(similar, self.cache, given, kinds, embed=self._embed_by(similar), checks=checks)
+            embed = self._embed_by(similar, sending, dispatcher.attribution)
+            self.look_ups = LookUps(similar, self.cache, given, kinds, embed=embed, checks=checks)
             self.intake.look_up = self.look_ups.begin
             lanes.has_look_ups = True
 
@@ -181,10 +197,22 @@ class Assembly:
         if self.look_ups is not None:
             self.look_ups.keep(ticket for ticket, _ in answered)
 
-    def _embed_by(self, similar: SemanticCache) -> Embed:
-        if similar.embed is None:
-            raise ConfigError("a SemanticCache needs embed=")
-        return by_function(similar.embed)
+    def _embed_by(self, similar: SemanticCache, sending: Sending, attribution: UsageAttribution) -> Embed:
+        """Return what embeds look-ups. Raise `ConfigError` if there is nothing."""
+        if similar.embed is not None:
+            return by_function(similar.embed)
+        try:
+            self.embedder.check(similar.model)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or give SemanticCache(embed=) a function of your own") from error
+        return EndpointEmbedder(
+            self.given,
+            sending,
+            attribution,
+            read_options=self.embedder.read_options,
+            lease=self.engine.lease_slot,
+            model=similar.model,
+        )
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -204,9 +232,13 @@ class Assembly:
     def _read_priced(self, read: Callable[..., Options], *args: Any, **options: Any) -> Options:
         """Return the options of a request. Raise `ConfigError` if its model has no price."""
         asked = read(*args, **options)
-        if self.spending is not None:
-            self.spending.check([asked.model])
+        self._check_price(asked.model)
         return asked
+
+    def _check_price(self, model: str | None) -> None:
+        """Raise `ConfigError` if calls to *model* cannot be paid for."""
+        if self.spending is not None:
+            self.spending.check([model])
 
     def stats(self) -> Stats:
         """Return the figures so far."""

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 from microbatch.accounting.prices import Price
 from microbatch.assembly import Assembly, Host, Settings
-from microbatch.batching.live_answer import LiveAnswer
 from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions, FlushReason
+from microbatch.binding import Binds
 from microbatch.bulk import BulkRun
 from microbatch.caching.warming import Warmed, lasting
 from microbatch.checking import as_seconds, at_least, checks_arguments
+from microbatch.embedding.methods import Embeds
 from microbatch.errors import ConfigError
 from microbatch.forwarding import forwarded
+from microbatch.live_answer import LiveAnswer
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import Cache, Transport
 from microbatch.spending.budget import Budget
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Stats
     from microbatch.batching.audits import Audits
     from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source, UseCache
+    from microbatch.semantic.look_ups import LookUps
     from microbatch.spending.spending import Spending
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     T = TypeVar("T", default=str)
 
 
-class Microbatcher:
+class Microbatcher(Embeds, Binds):
     """Coalesces concurrent requests into combined prompts and gives each caller its own answer.
 
     Use it with `async with`, or `open` and `aclose`. One batcher belongs to one event loop and, unless callers pass `tenant=`, is
@@ -137,8 +140,12 @@ class Microbatcher:
         self._admission = parts.admission
         self._settlement = parts.settlement
         self._cache = parts.cache
+        self._embedder = parts.embedder
+        self._embedder.check_open = self._host.check_open
         self.audits: Audits | None = parts.audits
         """The audits; None without an audit."""
+        self.look_ups: LookUps | None = parts.look_ups
+        """The look-ups of a semantic cache; None without one."""
         self.spending: Spending | None = parts.spending
         """The account of the budget; None without one."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -41,7 +41,8 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     """The event of `on_call`: a call has ended, its repeated attempts included. What is None was not given, or is not known.
 
     Attributes:
-        route: "batch", "single", "fallback", "audit", or "check" (asked again to check the answer to a similar question).
+        route: "batch", "single", "fallback", "audit", "check" (asked again to check the answer to a similar question), or
+            "look_up" (the vectors of questions for a `SemanticCache`).
         size: Number of requests.
         model: The model that answered, else the one asked for.
         requested_model: The model that the caller, else the transport, named.
@@ -57,6 +58,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
         origins: What `on_submit` returned for each request.
         tenant: The tenant of all its requests, or None.
         unbatched_cost_usd: The price, in US dollars, of what its answered requests would have used one by one.
+        operation: "chat" or "embeddings".
     """
 
     route: Route
@@ -77,6 +79,7 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     origins: tuple[Any, ...]
     tenant: str | None = None
     unbatched_cost_usd: float | None = None
+    operation: Literal["chat", "embeddings"] = "chat"
 
 
 class Settled(msgspec.Struct, frozen=True, kw_only=True):

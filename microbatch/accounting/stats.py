@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -16,6 +16,9 @@ from microbatch.messages import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    Beside = Literal["audit", "check", "look_up"]
+    """Routes of calls that belong to no reply."""
 
 
 class _Figures(msgspec.Struct, kw_only=True):
@@ -307,17 +310,10 @@ class Ledger(_Figures, kw_only=True):
         elif name not in self.priced:
             setattr(self, name, None)
 
-    def pay_audit(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
-        """Add the call of an audit, which reported *usage*."""
-        self.audit_usage += usage
-        self._add("audit_cost_usd", usage, price)
-        self.unclaimed += usage
-        self.pay(usage, Usage(), price)
-
-    def pay_check(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
-        """Add a call that has asked a question again to check the answer to a similar one, and reported *usage*."""
-        self.check_usage += usage
-        self._add("check_cost_usd", usage, price)
+    def pay_beside(self, what: Beside, usage: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Add a call that reported *usage* and belongs to no reply: *what* it was for is part of the names of its sums."""
+        setattr(self, f"{what}_usage", getattr(self, f"{what}_usage") + usage)
+        self._add(f"{what}_cost_usd", usage, price)
         self.unclaimed += usage
         self.pay(usage, Usage(), price)
 
@@ -369,7 +365,14 @@ class Ledger(_Figures, kw_only=True):
             "cache_age": self.cache_ages / (self.cache_hits or 1),
         }
         if self.unreported_calls and not self.prompt_tokens and not self.completion_tokens:
-            unknown = "cost_usd", "unbatched_cost_usd", "damage_cost_usd", "audit_cost_usd", "check_cost_usd"
+            unknown = (
+                "cost_usd",
+                "unbatched_cost_usd",
+                "damage_cost_usd",
+                "audit_cost_usd",
+                "check_cost_usd",
+                "look_up_cost_usd",
+            )
             figures |= dict.fromkeys(unknown)
         return Stats(**figures | others)
 

@@ -1,4 +1,4 @@
-"""Makes calls: composes and sends them, takes their replies apart, and hands the answers to their callers."""
+"""Makes chat calls: composes and sends them, takes their replies apart, and hands the answers to their callers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from microbatch.batching.attribution import UsageAttribution, estimated_usage, measure
 from microbatch.batching.call_state import AloneAnswer, Batch, CallState
-from microbatch.batching.events import called
 from microbatch.batching.latency import ReplyClock
 from microbatch.batching.ticket import AloneReason
 from microbatch.containment import contained
@@ -18,52 +17,49 @@ from microbatch.prompt.outcome import CallOutcome, complaint, ending, may_differ
 from microbatch.transports.chat_wire import completion_object
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
+    from microbatch.accounting.stats import Beside
     from microbatch.batching.attribution import CallCost
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
+    from microbatch.batching.sending import Sending
     from microbatch.batching.ticket import Ticket
     from microbatch.messages import Route
     from microbatch.prompt.codec import ChatCodec
     from microbatch.prompt.demultiplexer import Answer
     from microbatch.prompt.outcome import Ending
-    from microbatch.protocols import ChatCall, Completion
+    from microbatch.protocols import Completion
     from microbatch.schema.asked_form import ForcedTool
     from microbatch.transports.accounts import Permit
 
     CallPath = tuple[int, ...]
-    Send = Callable[..., Coroutine[Any, Any, Completion]]  # `Sender.send`
-    Keep = Callable[[Sequence[tuple[Ticket, Usage]]], Awaitable[None]]  # `AnswerCache.keep`
 
 
 class Dispatcher:
-    """Makes calls and settles the requests that they answer.
+    """Makes chat calls and settles the requests that they answer.
 
     Args:
         given: What the parts of the batcher share.
-        send: Makes the attempts of a call.
+        sending: Sends the calls.
         codec: Composes calls and reads their replies.
-        keep: Stores answers in the cache, after their callers have them; None without a cache.
 
     Attributes:
         attribution: Attributes the cost of its calls.
     """
 
-    def __init__(self, given: Dependencies, send: Send, codec: ChatCodec, keep: Keep | None) -> None:
+    def __init__(self, given: Dependencies, sending: Sending, codec: ChatCodec) -> None:
         self._ledger = given.ledger
         self._estimates = given.estimates
         self._bounds = given.bounds
-        self._listeners = given.listeners
         self._settlement = given.settlement
         self._now = given.now
         self._price = given.price
         self._default_model = given.default_model
         self._early = given.fallback.early
         self.attribution: UsageAttribution = UsageAttribution(given)
-        self._send = send
+        self._sending = sending
         self._codec = codec
-        self._keep = keep
 
     async def admit(self, tickets: list[Ticket], permit: Permit) -> RequestFailed | ConfigError | None:
         """Wait for the slot of *permit* as long as any caller of *tickets* waits; return the error if it is refused."""
@@ -72,14 +68,7 @@ class Dispatcher:
 
     def _begin(self, tickets: list[Ticket], route: Route, permit: Permit, lane: LaneHistory | None) -> CallState:
         """Return the state of a call that carries *tickets* from now on; a combined one has the history of its *lane*."""
-        permit.expense = partial(self._estimates.expense, tickets, lane)
-        model, tier = tickets[0].spec.model or self._default_model, tickets[0].spec.tier
-        call_state = CallState(len(tickets), route, self._now(), self._price(model, tier), permit, model)
-        for ticket in tickets:
-            if ticket.call is not None:
-                ticket.remember().attempts += ticket.call.attempts
-            ticket.call = call_state
-        return call_state
+        return self._sending.begin(tickets, route, permit, partial(self._estimates.expense, tickets, lane))
 
     # --- combined calls
 
@@ -107,7 +96,7 @@ class Dispatcher:
         unclocked = history.times is not None and history.times.size is None  # a stream shows the time of an answer
         for_callers = self._early and (unclocked or not all(ticket.bulk for ticket in tickets))
         call.stream = for_callers or history.may_overrun  # only a stream can be cut
-        call.timeout = self._remaining(tickets)
+        call.timeout = self._sending.remaining(tickets)
         batch = Batch(tickets, lines, self._codec, combined, history, permit, call_state)
         batch.early, batch.tries, batch.instead = for_callers and not history.drafts, tries, instead
         batch.reset()
@@ -129,7 +118,7 @@ class Dispatcher:
         lower = partial(self._lower_bound, batch)
         try:
             caused_by = None if batch.instead else history
-            completion, error = await self._exchange(call_state, call, take_text, on_cut, caused_by, lower)
+            completion, error = await self._sending.exchange(call_state, call, take_text, on_cut, caused_by, lower)
             lower(error)
             if batch.bug is not None:
                 raise batch.bug
@@ -142,10 +131,10 @@ class Dispatcher:
         finally:
             call_state.end()
             self._bounds.of(call.model).trying -= batch.tries
-        self._note_called(call_state, call, tickets, completion, error)
+        self._sending.note_called(call_state, call, tickets, completion, error)
         # A reply with any fault answers the callers that wait, but is not cached.
         if how == "complete" and reply.trusted and not reply.elements.damaged:
-            await self._keep_answers(completion, zip(tickets, alone, strict=False))
+            await self._sending.keep(completion, zip(tickets, alone, strict=False))
         unanswered: list[int] = []
         if call_state.waiting > 0:
             unanswered = [position for position, ticket in enumerate(tickets) if not ticket.done]
@@ -206,7 +195,7 @@ class Dispatcher:
             batch.clock.found(batch.call_state.found + len(answers), self._now())
         call_cost = self._cost(batch, completion)
         self._hand_out(batch, call_cost)
-        return self.attribution.attribute(batch, completion, call_cost, each=self._keep is not None)
+        return self.attribution.attribute(batch, completion, call_cost, each=self._sending.keeps)
 
     def _cost(self, batch: Batch, completion: Completion | None) -> CallCost | None:
         return self.attribution.cost(batch.call_state, completion, batch.line_bytes, batch.answer_bytes)
@@ -295,20 +284,20 @@ class Dispatcher:
         completion: Completion | None = None
         error: RequestFailed | ConfigError | None = None
         call = self._codec.compose_alone(ticket.spec, ticket.answer, ticket.messages, unenforced=unenforced)
-        call.timeout = self._remaining([ticket])
+        call.timeout = self._sending.remaining([ticket])
         live = ticket.caller.live
         if live is not None and live.streamed and not ticket.answer.wrapped:
             call.stream, call.on_event = True, live.take
         try:
-            completion, error = await self._exchange(call_state, call, on_text, on_cut, history)
+            completion, error = await self._sending.exchange(call_state, call, on_text, on_cut, history)
             if completion is None:
                 return error
             error = self._answer_alone(ticket, completion, "".join(pieces), call_state, history)
         finally:
             call_state.end()
-            self._note_called(call_state, call, [ticket], completion, error)
+            self._sending.note_called(call_state, call, [ticket], completion, error)
         if error is None:
-            await self._keep_answers(completion, [(ticket, completion.usage or Usage())])
+            await self._sending.keep(completion, [(ticket, completion.usage or Usage())])
         else:
             error.completion = completion.body
         return error
@@ -328,7 +317,7 @@ class Dispatcher:
         return reply.error
 
     async def ask_again(
-        self, ticket: Ticket, permit: Permit, history: LaneHistory | None, route: Route = "audit"
+        self, ticket: Ticket, permit: Permit, history: LaneHistory | None, route: Beside = "audit"
     ) -> AloneAnswer:
         """Ask for *ticket*, which has been answered, alone again, for *history* too; raise what ends the call without a reply."""
         spec, pieces, model = ticket.spec, list[str](), ticket.spec.model or self._default_model
@@ -338,20 +327,20 @@ class Dispatcher:
 
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
-            self.attribution.attribute_again(route, self.attribution.cost(call_state, completion))
+            self.attribution.attribute_beside(route, self.attribution.cost(call_state, completion))
             return True
 
         self._ledger.singles_by_reason[AloneReason.AUDIT if route == "audit" else AloneReason.CHECK] += 1
         completion, error = None, None
         try:
-            completion, error = await self._exchange(call_state, call, pieces.append, on_cut, None)
+            completion, error = await self._sending.exchange(call_state, call, pieces.append, on_cut, None)
             if completion is None:
                 raise error or ShutDown("asking again was given up")
             call_cost = self.attribution.cost(call_state, completion)
-            self.attribution.attribute_again(route, call_cost)
+            self.attribution.attribute_beside(route, call_cost)
         finally:
             call_state.end()
-            self._note_called(call_state, call, [ticket], completion, error)
+            self._sending.note_called(call_state, call, [ticket], completion, error)
         reply = self._codec.read_alone(ticket.answer, completion, "".join(pieces), combinable=ticket.combinable)
         text = reply.text if reply.error is None else None
         if text is not None and call_cost is not None and history is not None:
@@ -360,75 +349,6 @@ class Dispatcher:
         return AloneAnswer(text, completion.model or spec.model, call_state.usage, completion.finish_reason == "stop")
 
     # --- both
-
-    async def _exchange(
-        self,
-        call_state: CallState,
-        call: ChatCall,
-        on_text: Callable[[str], None],
-        on_cut: Callable[[Completion | None], bool],
-        history: LaneHistory | None,
-        on_failure: Callable[[RequestFailed | None], None] | None = None,
-    ) -> tuple[Completion | None, RequestFailed | ConfigError | None]:
-        """Send *call* as long as any caller waits; return the completion or the error, neither if all callers have left.
-
-        *history* counts it, if it asks again because of combining. *on_failure* gets the error of the attempt before each attempt.
-        """
-        permit = call_state.permit
-
-        def on_attempt() -> None:
-            if on_failure is not None and permit is not None:
-                on_failure(permit.error)
-            self._count_attempt(call_state, history, 1)
-
-        def send() -> Coroutine[Any, Any, Completion]:
-            return self._send(call, on_text, on_attempt=on_attempt, on_cut=on_cut, permit=permit)
-
-        completion, error = await call_state.while_awaited(send)
-        if isinstance(error, ConfigError):
-            self._count_attempt(call_state, history, -1)  # nothing was sent
-        return completion, error
-
-    def _count_attempt(self, call_state: CallState, history: LaneHistory | None, count: int) -> None:
-        """Count an attempt (1), or that it was not made after all (-1); in *history* too, if combining caused it."""
-        first = call_state.attempts == (0 if count > 0 else 1)
-        self._ledger.upstream_calls += count
-        call_state.attempts += count
-        if first and call_state.route == "fallback":
-            self._ledger.fallback_calls += count
-            if history is not None:
-                history.economics.calls += count
-
-    def _note_called(
-        self,
-        call_state: CallState,
-        call: ChatCall,
-        tickets: list[Ticket],
-        completion: Completion | None,
-        error: Exception | None,
-    ) -> None:
-        """Call the hooks for an ended call."""
-        if self._listeners.call is not None:
-            now, model = self._now(), self._default_model
-            self._listeners.call(called(call_state, call, tickets, completion, error, now, default_model=model))
-
-    async def _keep_answers(self, completion: Completion | None, answered: Iterable[tuple[Ticket, Usage]]) -> None:
-        """Store the answers of a call in the cache, if it ended properly."""
-        if self._keep is None or completion is None or completion.finish_reason != "stop":
-            return
-        kept = [pair for pair in answered if pair[0].caller.key is not None and pair[0].reply is not None]
-        if kept:
-            await self._keep(kept)
-
-    def _remaining(self, tickets: list[Ticket]) -> float | None:
-        """Return the longest time any caller will still wait, in seconds; None if one sets no limit."""
-        latest = 0.0
-        for ticket in tickets:
-            deadline = ticket.last_deadline
-            if deadline is None:
-                return None
-            latest = max(latest, deadline.at)
-        return max(0.0, latest - self._now())
 
     def _answer(
         self,

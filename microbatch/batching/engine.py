@@ -15,14 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
 from microbatch.batching.events import flushed
-from microbatch.batching.fallback import Recovery
-from microbatch.batching.ticket import NORMAL, AloneReason, FlushReason, SlotLease
+from microbatch.batching.ticket import NORMAL, FlushReason, SlotLease
 from microbatch.containment import contained
 from microbatch.errors import BatcherClosed, RequestFailed, ShutDown
 
@@ -32,12 +30,10 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from microbatch.batching.admission import AdmissionQueue
-    from microbatch.batching.audits import Audits
-    from microbatch.batching.call_state import Batch
+    from microbatch.batching.chat_calls import ChatCalls
     from microbatch.batching.dependencies import Dependencies
-    from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.fair_queue import WaitQueue
-    from microbatch.batching.lane import Lane, Work
+    from microbatch.batching.lane import Calls, Work
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.scheduler import Scheduler
     from microbatch.batching.single_flight import Settlement
@@ -49,14 +45,12 @@ logger: Final = logging.getLogger("microbatch")
 
 CLOSED_EARLY = "the batcher was closed while it was opening"
 _NEVER_SENT = "the batcher closed before this request was sent"
-_COSTLY = "asking again for missing and broken answers costs more than combining saves"
-_USELESS = "combined replies hold nothing of use, or do not end, so that asking again costs more than combining saves"
 _NO_SLOT = "the batcher closed before a slot was free"
 _UNSETTLED = "a call ended without settling this request; this is a bug in microbatch"
 
 
 class Engine:
-    """Runs the calls of a batcher.
+    """Runs the calls of a batcher. Each lane has the object that composes and makes its calls; *chat* makes those outside of lanes.
 
     Attributes:
         accepting_loop: The event loop whose callers may come in; None before `admit` and after `close`.
@@ -67,10 +61,7 @@ class Engine:
         given: Dependencies,
         lanes: LaneTable,
         singles: SingleQueues,
-        dispatcher: Dispatcher,
-        audits: Audits | None = None,
-        *,
-        weigh_again: Callable[[Ticket], None],
+        chat: ChatCalls,
     ) -> None:
         self.admission: AdmissionQueue = given.admission
         self.scheduler: Scheduler = given.scheduler
@@ -80,11 +71,8 @@ class Engine:
         self.accepting_loop: asyncio.AbstractEventLoop | None = None
         self.closing: bool = False
         self._given = given
-        self._policy = given.policy
         self._ledger = given.ledger
-        self._dispatcher = dispatcher
-        self._audits = audits
-        self._weigh_again = weigh_again
+        self._chat = chat
         self._resting: dict[asyncio.Future[None], None] = {}  # an ordered set
         self._ended = False  # nothing is granted any more
         self._tasks: TaskGroup
@@ -100,8 +88,7 @@ class Engine:
         try:
             async with anyio.create_task_group() as self._tasks:
                 self.scheduler.start(self._tasks, self._begin, self._do)
-                if self._audits is not None:
-                    self._audits.start(self.start, self.lanes.kind_changed)
+                self._chat.start(self.start)
                 ready()
                 await self._close_asked.wait()
                 with anyio.move_on_after(self._grace):
@@ -135,8 +122,7 @@ class Engine:
         self.closing, self.accepting_loop = True, None
         if admitted:
             self._grace = grace
-            if self._audits is not None:
-                self._audits.close()
+            self._chat.close()
             self.admission.close()
             self.lanes.flush(FlushReason.DRAIN)
             self._close_asked.set()
@@ -175,59 +161,30 @@ class Engine:
     # --- work
 
     def _begin(self, queue: WaitQueue, permit: Permit) -> Work | None:
-        """Take the next work from *queue*, a batch already composed; None if all of its callers have just left, or it waits again."""
+        """Take the next work from *queue*, prepared to be sent; None if all of its callers have just left, or it waits again."""
         work = queue.take(permit)
-        tickets, lane, reason = work.tickets, work.lane, work.reason
         if work.lease is not None:
             return work
-        if not tickets or reason is None:
+        if not work.tickets:
             return None
-        if lane is None:
-            limited = self._policy.merge == "auto" and permit.account.requests_bind
-            if reason is AloneReason.NOT_CHEAPER and limited:
-                self._weigh_again(tickets[0])
+        with contained() as preparing:
+            if not self._calls_of(work).begin(work):
                 return None
-            self._note_flush(tickets, reason)
+            self._note_flush(work)
+            if work.lane is not None:
+                work.lane.in_flight += 1
+                work.lane.combined += len(work.tickets) > 1
             return work
-        combined = len(tickets) > 1
-        if combined and not self.lanes.pays(lane, len(tickets), tickets[0]):
-            for ticket in tickets:
-                self.singles.add(ticket, AloneReason.NOT_CHEAPER, lane.account)
-            return None
-        self._note_flush(tickets, reason if combined else self._why_alone(lane, reason))
-        with contained() as composing:
-            if self._audits is not None and lane.spec.kind is not None:
-                self._audits.count(lane.spec.kind, len(tickets))
-            if combined:
-                work.batch = self._dispatcher.compose(tickets, lane.history, permit)
-                if self._audits is not None:
-                    self._audits.sample(work.batch)
-                work.batch.taught = partial(self.lanes.taught, lane)
-                self.lanes.revise(lane)
-            lane.in_flight += 1
-            lane.combined += combined
-            return work
-        self._fail(tickets, _bug(composing.error))
+        self._fail(work.tickets, _bug(preparing.error))
         return None
 
-    def _why_alone(self, lane: Lane, reason: str) -> AloneReason:
-        """Return why the only request that leaves *lane* goes alone."""
-        if lane.history.consume_suspension():
-            self.lanes.revise(lane)
-            return AloneReason.NOT_CHEAPER
-        if lane.condemned:
-            return AloneReason.CONDEMNED
-        times = lane.history.times
-        if times is not None and times.left_alone():
-            lane.history.revised |= times.trial
-            self.lanes.revise(lane)
-            return AloneReason.LATENCY
-        if reason in (FlushReason.OUTPUT, FlushReason.TOKENS):
-            return AloneReason.OUTPUT if reason == FlushReason.OUTPUT else AloneReason.TOO_LONG
-        return AloneReason.IDLE if reason == FlushReason.IDLE else AloneReason.NO_COMPANY
+    def _calls_of(self, work: Work) -> Calls:
+        return self._chat if work.lane is None else work.lane.calls
 
-    def _note_flush(self, tickets: list[Ticket], reason: FlushReason | AloneReason) -> None:
-        ledger = self._ledger
+    def _note_flush(self, work: Work) -> None:
+        ledger, tickets, reason = self._ledger, work.tickets, work.reason
+        if reason is None:
+            return  # a lease
         (ledger.singles_by_reason if len(tickets) == 1 else ledger.batches_by_reason)[reason] += 1
         notify = self._given.listeners.flush
         if notify is not None:
@@ -241,10 +198,8 @@ class Engine:
                 await work.lease.returned.wait()
                 if work.lease.used:
                     work.permit.used()
-            elif work.batch is not None and work.lane is not None:
-                await self._answer_batch(work.batch, work.lane)
             else:
-                await self._answer_alone(work)
+                await self._calls_of(work).make(work)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             error = ShutDown("the batcher closed before the answer came")
             raise
@@ -255,47 +210,12 @@ class Engine:
             for ticket in work.tickets:
                 if ticket.reply is None:
                     self.settlement.fail(ticket, error or RequestFailed(_UNSETTLED))
-            if work.batch is not None and self._audits is not None:
-                self._audits.void(work.batch)
-            if work.lane is not None:
-                with contained() as ending:
-                    self.lanes.call_ended(work.lane, combined=work.batch is not None)
-                if ending.error is not None:
-                    _bug(ending.error)  # logged; it must not end the other slots
-
-    async def _answer_batch(self, batch: Batch, lane: Lane) -> None:
-        outcome = await self._dispatcher.batch(batch)
-        if self._audits is not None:
-            self._audits.call_ended(batch)
-        batch.permit.finish()  # the calls of its recovery have permits of their own
-        if outcome.ending == "complete" and not outcome.unanswered:
-            batch.history.grow(outcome.asked, self._policy.max_batch_size)
-        if not outcome.again:  # else what is asked now is the same call
-            self._heed(lane)
-        if outcome.unanswered or outcome.ending == "length":
-            recovery = Recovery(self._given, self._dispatcher, batch, lambda: self._heed(lane))
-            await recovery.after(outcome, batch.tickets, may_combine=True)
-            self._heed(lane, mended=True)
-
-    def _heed(self, lane: Lane, *, mended: bool = False) -> int:
-        """Apply what a combined call of *lane* has shown, *mended* by fallback calls or not; return the size of its batches now."""
-        history = lane.history
-        useless = history.is_fruitless
-        if history.is_useless(complete=mended):
-            history.suspend()
-            self._ledger.lanes_parted += 1
-            if history.suspensions == 1:  # once is enough
-                logger.warning("%s: requests of this kind go alone for a while", _USELESS if useless else _COSTLY)
-        self.lanes.taught(lane)
-        return lane.budget.size
-
-    async def _answer_alone(self, work: Work) -> None:
-        (ticket,) = work.tickets
-        error = await self._dispatcher.single(ticket, work.permit)
-        if error is not None:
-            self.settlement.fail(ticket, error)
-        elif (history := self.lanes.history_of(ticket) if work.lane is None else work.lane.history) is not None:
-            self._dispatcher.attribution.learn_from_single(ticket, history)
+            with contained() as ending:
+                self._calls_of(work).ended(work)
+                if work.lane is not None:
+                    self.lanes.call_ended(work.lane, combined=len(work.tickets) > 1)
+            if ending.error is not None:
+                _bug(ending.error)  # logged; it must not end the other slots
 
     @asynccontextmanager
     async def lease_slot(

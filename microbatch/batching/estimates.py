@@ -69,11 +69,13 @@ class Budget(msgspec.Struct, frozen=True, gc=False):
         size: Most requests.
         tokens: Most tokens of the items' lines, ids included.
         size_reason: What binds the size: SIZE, OUTPUT when the length of the reply does, or LATENCY when the time of replies does.
+        frame: The tokens that each item takes besides its line.
     """
 
     size: int
     tokens: int
     size_reason: FlushReason = FlushReason.SIZE
+    frame: int = ID_TOKENS
 
 
 class Estimates:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from microbatch.accounting.events import Called, Flushed, Settled
 from microbatch.messages import Priority, Usage
+from microbatch.protocols import ChatCall
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from microbatch.batching.call_state import CallState
-    from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Spec, Ticket
+    from microbatch.batching.ticket import Ticket
     from microbatch.messages import Reply
-    from microbatch.protocols import ChatCall, Completion
+    from microbatch.protocols import Completion, EmbeddingCall
+
+
+class Asked(Protocol):
+    """As much of a request's options as its event tells; see `Options` and `Spec`."""
+
+    @property
+    def model(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+
+    @property
+    def tenant(self) -> str | None: ...  # noqa: D102
+
 
 _PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
@@ -33,7 +47,7 @@ def flushed(tickets: Sequence[Ticket], reason: str, now: float) -> Flushed:
 
 def called(
     call_state: CallState,
-    call: ChatCall,
+    call: ChatCall | EmbeddingCall,
     tickets: Sequence[Ticket],
     completion: Completion | None,
     error: Exception | None,
@@ -43,6 +57,7 @@ def called(
 ) -> Called:
     """Return the event that *call*, which carried *tickets*, has ended."""
     requested = call.model if call.model is not None else default_model
+    chat = call if isinstance(call, ChatCall) else None
     temperature = call.params.get("temperature")
     return Called(
         route=call_state.route,
@@ -52,8 +67,8 @@ def called(
         duration=now - call_state.sent,
         first_text=None if call_state.first_text is None else call_state.first_text - call_state.sent,
         attempts=call_state.attempts,
-        streamed=call.stream,
-        max_tokens=call.bound if call.max_tokens is None else call.max_tokens,
+        streamed=chat is not None and chat.stream,
+        max_tokens=None if chat is None else chat.bound if chat.max_tokens is None else chat.max_tokens,
         temperature=temperature if isinstance(temperature, int | float) else None,
         usage=call_state.usage,
         cost_usd=call_state.cost_usd,
@@ -63,11 +78,12 @@ def called(
         origins=tuple(waiter.origin for ticket in tickets for waiter in ticket.callers),
         tenant=tickets[0].spec.tenant,
         unbatched_cost_usd=call_state.unbatched_cost_usd,
+        operation="embeddings" if chat is None else "chat",
     )
 
 
 def settled(
-    spec: Spec | Options,
+    spec: Asked,
     created: float,
     origin: Any,
     now: float,

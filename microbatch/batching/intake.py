@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from microbatch.batching.lane_table import MAX_LINE_BYTES
+from microbatch.batching.chat_calls import fitting
 from microbatch.batching.request import (
     canonical_messages,
     check_messages,
@@ -22,27 +22,26 @@ from microbatch.batching.request import (
     remembering,
     spec_of,
 )
-from microbatch.batching.ticket import HIGH, NEVER, NO_CONTEXT, AloneReason, Ticket, Waiter
+from microbatch.batching.ticket import NEVER, NO_CONTEXT, AloneReason, Ticket, Waiter
 from microbatch.errors import ConfigError
-from microbatch.prompt.compose import ID_TOKENS, item_line
+from microbatch.prompt.compose import item_line
 from microbatch.prompt.message_forms import copy_of
 from microbatch.prompt.parameters import HARMLESS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
+    from microbatch.batching.chat_calls import ChatCalls
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane import Lane
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.request import Options
     from microbatch.batching.single_queue import SingleQueues
-    from microbatch.batching.ticket import CallerOptions, Charge, Deadline, InFlightIndex, Spec
+    from microbatch.batching.ticket import CallerOptions, Deadline, InFlightIndex, Spec
     from microbatch.messages import Messages, UseCache
+    from microbatch.schema.answer_type import AnswerType
 
 logger: Final = logging.getLogger("microbatch")
-
-_ALONE_WARNING = 100
-"""Requests of one lane in a row that went alone, though they need not have by their form, before a warning is logged."""
 
 
 class Intake:
@@ -52,7 +51,9 @@ class Intake:
         look_up: Begins to look for the answer to a similar question, for a ticket that has just been queued; None if that is not done.
     """
 
-    def __init__(self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, *, shares: bool) -> None:
+    def __init__(
+        self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, chat: ChatCalls, *, shares: bool
+    ) -> None:
         harmless = HARMLESS.union(given.policy.combine_params)
         self.read_options: Callable[..., Options] = remembering(partial(read_options, harmless=harmless))
         self.shares = shares
@@ -67,6 +68,8 @@ class Intake:
         self._lanes = lanes
         self._singles = singles
         self.look_up: Callable[[Ticket, Messages, Options], None] | None = None
+        self._chat = chat
+        chat.weigh_again = self.weigh_again
         self._bypasses = given.policy.when_full == "bypass"
         self._scratch = bytearray()
         self._shared: list[dict[str, Any]] = []  # of the latest request in an unusual form
@@ -106,7 +109,7 @@ class Intake:
                 check_messages(messages)
                 messages = list(messages)
             loop = asyncio.get_running_loop()
-            lane, text, own = self._lanes.latest, None, None
+            lane, text, own = self._chat.latest, None, None
             if lane is not None and (options is lane.options or lane.serves(options)):
                 text = own_text(messages, lane.spec.plain)
             if text is None:
@@ -114,21 +117,51 @@ class Intake:
             if lane is None or text is None:
                 ticket, waiter = self._accept_alone(messages, options, caller, loop, on_taken)
             else:
-                ticket, waiter = self._accept_combinable(text, lane, options, caller, loop, on_taken)
+                line = item_line(text, self._scratch)
+                ticket, waiter = self._accept_combinable(line, lane, options.answer, caller, loop, on_taken)
                 if own is not None and waiter is ticket:
                     ticket.own = own
             if self.look_up is not None and caller.key is not None and waiter is ticket:
                 self.look_up(ticket, messages, options)
-            if self._capture is not None:
-                waiter.origin = self._capture()
-            self._ledger.items += 1
-            if waiter.deadline is not None:
-                at = waiter.deadline.at
-                waiter.deadline.timer = loop.call_at(at, self._expire, ticket, waiter, context=NO_CONTEXT)
+            self._note_accepted(ticket, waiter, loop)
         except BaseException:
             self._admission.release()
             raise
         return ticket, waiter
+
+    def accept_line(
+        self,
+        line: bytes,
+        lane: Lane,
+        caller: CallerOptions,
+        on_taken: Callable[[Waiter], None] | None = None,
+        *,
+        patience: float | None = None,
+    ) -> tuple[Ticket, Waiter]:
+        """Queue a request that is *line*, from `item_line`, in *lane*; otherwise as `accept` does.
+
+        *patience* are the seconds that it waits for others at most; None for those of its lane, or of bulk work.
+
+        Raises:
+            ConfigError: It can never be sent; nothing was queued.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+            answer = lane.spec.answer
+            ticket, waiter = self._accept_combinable(line, lane, answer, caller, loop, on_taken, patience)
+            self._note_accepted(ticket, waiter, loop)
+        except BaseException:
+            self._admission.release()
+            raise
+        return ticket, waiter
+
+    def _note_accepted(self, ticket: Ticket, waiter: Waiter, loop: asyncio.AbstractEventLoop) -> None:
+        if self._capture is not None:
+            waiter.origin = self._capture()
+        self._ledger.items += 1
+        if waiter.deadline is not None:
+            at = waiter.deadline.at
+            waiter.deadline.timer = loop.call_at(at, self._expire, ticket, waiter, context=NO_CONTEXT)
 
     def _read(
         self, messages: Messages, options: Options
@@ -142,7 +175,8 @@ class Intake:
             self.note_alone((read,))
             return None, None, None
         key, text, texts = read
-        return self._lanes.find(key, texts, options), text, None if texts is messages else self._own(messages)
+        lane = self._lanes.find(self._chat, key, lambda: spec_of(texts[:-1], options, key))
+        return lane, text, None if texts is messages else self._own(messages)
 
     def _own(self, messages: Messages) -> list[dict[str, Any]]:
         """Return a copy of *messages*, which shares those before the last with the copy before if they are equal."""
@@ -163,17 +197,18 @@ class Intake:
 
     def _accept_combinable(
         self,
-        text: str,
+        line: bytes,
         lane: Lane,
-        options: Options,
+        answer: AnswerType,
         caller: CallerOptions,
         loop: asyncio.AbstractEventLoop,
         on_taken: Callable[[Waiter], None] | None,
+        patience: float | None = None,
     ) -> tuple[Ticket, Waiter]:
-        line = item_line(text, self._scratch)
         now, bulk = loop.time(), on_taken is not None
         bypass = self._bypasses and self._admission.overfull(lane.rank)
-        patience = NEVER if bulk else lane.max_wait
+        if patience is None:
+            patience = NEVER if bulk else lane.max_wait
         deadline: Deadline | None = None
         if caller.timeout is not None:
             deadline = caller.deadline(now)
@@ -187,16 +222,16 @@ class Intake:
                 index, name = self._given.in_flight.digests, caller.key
             equal = index.get(name)
             if equal is not None and not bypass:
-                waiter = Waiter(loop.create_future(), options.answer, now, on_taken, deadline, None)
+                waiter = Waiter(loop.create_future(), answer, now, on_taken, deadline, None)
                 if self._join(equal, waiter, lane.spec, patience, lane):
                     return equal, waiter
         elif caller.key is not None:
             self._supersede(caller.key)
-        counted = None if self._upper is None else self._upper(f" {line.decode()}\n")
+        counted = None if self._upper is None else self._upper(lane.spec.counted_text(line))
         future = loop.create_future()
         ticket = Ticket(
             future,
-            options.answer,
+            answer,
             now,
             on_taken,
             deadline,
@@ -219,66 +254,23 @@ class Intake:
 
     def _inspect_and_queue(self, ticket: Ticket, lane: Lane, *, bypass: bool = False) -> None:
         """Queue *ticket* in *lane*, or alone if it is better off so."""
-        alone = self._why_alone(ticket, lane, bypass=bypass)
+        try:
+            alone = lane.calls.why_alone(ticket, lane, bypass=bypass)
+        except ConfigError:
+            self._lanes.drop_if_abandoned(lane)
+            raise
         if alone is not None:
             self._singles.add(ticket, alone, lane.account)
             self._lanes.drop_if_abandoned(lane)
         elif lane.add(ticket) and not lane.queued:
             self._lanes.joined(lane)
 
-    def _why_alone(self, ticket: Ticket, lane: Lane, *, bypass: bool) -> AloneReason | None:
-        """Return why *ticket* goes alone, or None if it does not."""
-        alone = self._weigh(ticket, lane) if lane.needs_inspection else None
-        if bypass:
-            return AloneReason.BYPASS
-        if alone is None and not self._fits(ticket, lane):
-            self._note_sent_alone(
-                lane,
-                f"too long to share a prompt (max_batch_tokens={self._policy.max_batch_tokens}, "
-                f"max_prompt_tokens={self._policy.max_prompt_tokens}, {MAX_LINE_BYTES} bytes)",
-            )
-            return AloneReason.TOO_LONG
-        return alone
-
-    def _weigh(self, ticket: Ticket, lane: Lane) -> AloneReason | None:
-        """Estimate what *ticket* costs alone, and return why it goes alone if its cost or priority is the reason.
-
-        Raises:
-            ConfigError: It is new, and can never be sent because it is larger than the whole quota.
-        """
-        history, quota = lane.history, lane.account.max_tokens
-        if quota is not None and ticket.charge is None:  # else it was accepted when the quota was larger
-            try:
-                ticket.charge = _fitting(self._estimates.alone(ticket, history), quota)
-            except ConfigError:
-                self._lanes.drop_if_abandoned(lane)
-                raise
-        if lane.rank == HIGH:
-            return AloneReason.HIGH
-        if self._policy.merge == "auto":
-            self._given.ledger.merge_rules[self._lanes.merge_rule(lane)] += 1
-        if lane.parted or self._lanes.pays(lane, lane.budget.size, ticket):
-            return None
-        if self._policy.merge != "auto":  # else it is for the batcher to choose
-            self._note_sent_alone(lane, "not cheaper together")
-        return AloneReason.NOT_CHEAPER
-
     def weigh_again(self, ticket: Ticket) -> None:
         """Queue *ticket*, which has left a queue to go alone because that is cheaper, by the rule that `merge="auto"` means by now."""
-        lane = self._lanes.find_again(ticket.spec)
+        lane = self._lanes.find_again(self._chat, ticket.spec)
         ticket.patience = self._given.now() - ticket.created + lane.max_wait  # bulk work waits for it no longer
         self._given.ledger.merge_rules["priced"] -= 1
         self._inspect_and_queue(ticket, lane)
-
-    def _fits(self, ticket: Ticket, lane: Lane) -> bool:
-        """Return whether *ticket* can share a prompt, counting its tokens if their bound does not tell."""
-        room = lane.budget.tokens - ID_TOKENS
-        return len(ticket.line) <= MAX_LINE_BYTES and (ticket.tokens <= room or ticket.count(self._given.count) <= room)
-
-    def _note_sent_alone(self, lane: Lane, why: str) -> None:
-        lane.history.alone += 1
-        if lane.history.alone == _ALONE_WARNING:
-            logger.warning("%d requests in a row were %s: each goes alone, and nothing is saved", _ALONE_WARNING, why)
 
     # --- requests that go alone by their form
 
@@ -314,7 +306,7 @@ class Intake:
         ticket.caller, ticket.bulk, ticket.index = caller, on_taken is not None, index
         account = self._given.accounts.of(options.model, options.headers)
         if account.max_tokens is not None:
-            ticket.charge = _fitting(self._estimates.of_any(spec), account.max_tokens)
+            ticket.charge = fitting(self._estimates.of_any(spec), account.max_tokens)
         self._singles.add(ticket, AloneReason.NOT_COMBINABLE, account)
         if index is not None:
             index[name] = ticket
@@ -354,17 +346,3 @@ class Intake:
         if lane is not None:
             self._lanes.drop_if_abandoned(lane)
         return True
-
-
-def _fitting(charge: Charge, quota: int) -> Charge:
-    """Return *charge* if it can ever be granted.
-
-    Raises:
-        ConfigError: It is larger than the whole quota.
-    """
-    if charge.tokens > quota:
-        raise ConfigError(
-            f"this request would be charged about {charge.tokens} tokens (its prompt and max_tokens), but the rate limit grants "
-            f"{quota} a minute, so it could never be sent: shorten it, lower max_tokens or raise tpm="
-        )
-    return charge

@@ -1,4 +1,4 @@
-"""A lane: the requests that may share a prompt, waiting for each other.
+"""A lane: the requests that may share a call, waiting for each other.
 
 Pure bookkeeping: a lane is told the time, the limits and how to count tokens; it sends nothing and sets no timer.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from microbatch.batching.ticket import LOW, NEVER, AloneReason, FlushReason
-from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
+from microbatch.prompt.compose import LINE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     import asyncio
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from microbatch.batching.bounds import ModelLimits
     from microbatch.batching.call_state import Batch
-    from microbatch.batching.estimates import Budget, Estimates
+    from microbatch.batching.estimates import Budget
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import InFlightIndex, SlotLease, Spec, Ticket
@@ -31,8 +31,6 @@ _AT_FIRST = 2
 """Combined calls of bulk work under way at once until one reply has been of use, because many could be wrong in the same way; while
 it is being tried how long a reply the model allows, it is one. So it is later on where callers have set `max_tokens`, as no other
 bound than their sum is sent meanwhile."""
-
-_OVERHEAD = LINE_OVERHEAD_BYTES + ID_TOKENS
 
 
 class Work(msgspec.Struct, eq=False):
@@ -62,11 +60,58 @@ class LaneOwner(Protocol):
     def rested(self, lane: Lane) -> None: ...  # noqa: D102
 
     def looked_up(self, lane: Lane) -> None: ...  # noqa: D102
+    def revise(self, lane: Lane) -> None: ...  # noqa: D102
+
+    def taught(self, lane: Lane) -> None: ...  # noqa: D102
+
+
+class Calls(Protocol):
+    """Composes and makes the calls of lanes, all of one kind: chat or embeddings. Learns from them what the lanes allow.
+
+    Attributes:
+        latest: The lane of the latest request that may share a call, None before the first.
+    """
+
+    latest: Lane | None
+
+    def open(self, spec: Spec, owner: LaneOwner) -> Lane:
+        """Return a new lane of the requests with *spec*."""
+
+    def revise(self, lane: Lane) -> None:
+        """Update the budget of *lane* from its history."""
+
+    def cost(self, lane: Lane, items: int, tokens: int, oldest: Ticket) -> int:
+        """Return the tokens that a call of *items* of *lane* is charged, the *oldest* among them, with *tokens* in their lines."""
+
+    def why_alone(self, ticket: Ticket, lane: Lane, *, bypass: bool) -> AloneReason | None:
+        """Return why *ticket*, which is not below `Lane.fast_path_max_bytes`, goes alone and not through *lane*; None if it does not.
+
+        *bypass* if the admission queue is overfull.
+
+        Raises:
+            ConfigError: It can never be sent.
+        """
+
+    def begin(self, work: Work) -> bool:
+        """Prepare the call of *work*, which has just left its queue; return False if its requests wait in another one now."""
+
+    async def make(self, work: Work) -> None:
+        """Make the call of *work*, and those that it takes to end all of its requests."""
+
+    def ended(self, work: Work) -> None:
+        """Note that *work* is over, whatever has happened."""
+
+
+def why_only_one(reason: object) -> AloneReason:
+    """Return why the only request that leaves a lane, for *reason*, goes alone."""
+    if reason in (FlushReason.OUTPUT, FlushReason.TOKENS):
+        return AloneReason.OUTPUT if reason == FlushReason.OUTPUT else AloneReason.TOO_LONG
+    return AloneReason.IDLE if reason == FlushReason.IDLE else AloneReason.NO_COMPANY
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Lane:
-    """Requests that may share a prompt, in order of arrival.
+    """Requests that may share a call, in order of arrival.
 
     The *fill* is the run of waiting requests, from the oldest, that the next batch will hold. It is extended as requests come, with
     upper bounds of their tokens as long as those suffice: only when one would overflow the budget are the largest bounds replaced by
@@ -89,7 +134,7 @@ class Lane:
     budget: Budget
     index: InFlightIndex
     count: Callable[[str], int]
-    estimates: Estimates
+    calls: Calls
     owner: LaneOwner
     options: Options | None = None
     max_wait: float = 0.0
@@ -186,12 +231,8 @@ class Lane:
             return 0
         if self._stale:
             self._refill()
-        history = self.history
-        if self._fill > 1:
-            return min(quota, self.estimates.together(self.spec, history, self._fill, self._fill_tokens, quota))
         oldest = next(ticket for ticket in self._pending if ticket.queue is self)
-        # A request that was to travel with others was charged before anything was known of single answers.
-        return min(quota, self.estimates.alone(oldest, history).tokens if self.parted else oldest.cost)
+        return min(quota, self.calls.cost(self, self._fill, self._fill_tokens, oldest))
 
     @property
     def abandoned(self) -> bool:
@@ -326,7 +367,8 @@ class Lane:
         """
         budget = self.budget
         counted = ticket.counted  # spelled out: `ticket.tokens` is a call
-        tokens = self._fill_tokens + (len(ticket.line) + _OVERHEAD if counted is None else counted + ID_TOKENS)
+        tokens = self._fill_tokens + budget.frame
+        tokens += len(ticket.line) + LINE_OVERHEAD_BYTES if counted is None else counted
         if tokens > budget.tokens and self._fill:
             if not self._fits_exactly(ticket):
                 self._full = FlushReason.TOKENS
@@ -347,7 +389,7 @@ class Lane:
         """Count the largest bounds until *ticket* fits behind the fill, or nothing is left to count."""
         fill = list(islice((waiting for waiting in self._pending if waiting.queue is self), self._fill))
         fill.append(ticket)
-        total = self._fill_tokens + ticket.tokens + ID_TOKENS
+        total = self._fill_tokens + ticket.tokens + self.budget.frame
         bounded_only = [waiting for waiting in fill if waiting.counted is None]
         for bounded in sorted(bounded_only, key=lambda waiting: waiting.tokens, reverse=True):
             if total <= self.budget.tokens:
@@ -355,5 +397,5 @@ class Lane:
             bound = bounded.tokens
             total -= bound - bounded.count(self.count)
         fits = total <= self.budget.tokens
-        self._fill_tokens = total if fits else total - ticket.tokens - ID_TOKENS
+        self._fill_tokens = total if fits else total - ticket.tokens - self.budget.frame
         return fits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 
@@ -14,11 +14,13 @@ from microbatch.batching.single_replies import SingleReplies
 from microbatch.lru import LRU
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from microbatch.batching.latency import ReplyTimes
     from microbatch.batching.overhead import PrefixCache, PromptOverhead
     from microbatch.messages import TokenLimits, Usage
+
+H = TypeVar("H", bound="LaneHistory")
 
 _RANK_AFTER = 32
 """Answers after which their percentile is computed anew, unless a longer one comes first."""
@@ -322,13 +324,14 @@ def above_most(known: float, tokens: float) -> float:
     return known + (tokens - known) * (_UP if tokens > known else _DOWN)
 
 
-class LaneHistories:
-    """The histories of the lanes used last, under a digest of their key."""
+class LaneHistories(Generic[H]):
+    """The histories of the lanes used last, which *make* makes, under a digest of their key."""
 
-    def __init__(self, size: int = 1_024) -> None:
-        self._histories: LRU[bytes, LaneHistory] = LRU(size)
+    def __init__(self, make: Callable[[], H], size: int = 1_024) -> None:
+        self._make = make
+        self._histories: LRU[bytes, H] = LRU(size)
 
-    def of(self, key: Hashable) -> LaneHistory:
+    def of(self, key: Hashable) -> H:
         """Return the history of the lane with *key*; the same object as long as it is kept."""
         digest = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        return self._histories.get_or_make(digest, LaneHistory)
+        return self._histories.get_or_make(digest, self._make)

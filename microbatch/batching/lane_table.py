@@ -5,65 +5,42 @@ Invariants:
 - A lane takes turns with the scheduler if it is due; one that no longer is, is passed over.
 - A lane that waits for a time has a timer; a lane that is empty or due has none. After requests have left a lane, that holds at the
   end of the step of the event loop.
-- A lane is open as long as tickets wait in it or are in flight from it. The lane of the latest request is kept beyond that, until
-  a request of another kind comes: the next one is mostly of the same kind, and making a lane costs as much as several submits.
+- A lane is open as long as tickets wait in it or are in flight from it. The lane of the latest request of a kind of calls is kept
+  beyond that, until a request of another lane comes: the next one mostly belongs to the same, and making a lane costs as much as
+  several submits.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from microbatch.batching.lane import Lane
-from microbatch.batching.lane_history import LaneHistories, LaneHistory
-from microbatch.batching.latency import ReplyTimes, first_size
-from microbatch.batching.overhead import MAX_COUNTED_CHARS
-from microbatch.batching.request import spec_of
-from microbatch.batching.ticket import HIGH, LOW, NEVER, NO_CONTEXT, FlushReason
-from microbatch.prompt.compose import ID_TOKENS, LINE_OVERHEAD_BYTES
+from microbatch.batching.ticket import LOW, NEVER, NO_CONTEXT, FlushReason
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
-    from microbatch.audit.lane_kind import LaneKind, LaneKinds
-    from microbatch.batching.dependencies import Dependencies
-    from microbatch.batching.request import Options
-    from microbatch.batching.ticket import Spec, Ticket
-    from microbatch.messages import Messages
-
-    MergeRule = Literal["priced", "unpriced", "requests_limited"]
-
-CACHE_KEY = "prompt_cache_key"
-"""The request field by which OpenAI brings calls with the same beginning to the same machine, which has it in its cache."""
-
-MAX_LINE_BYTES = MAX_COUNTED_CHARS
-"""A longer item goes alone: it would have to be counted, and it gains least from sharing a prompt."""
+    from microbatch.audit.lane_kind import LaneKind
+    from microbatch.batching.lane import Calls, Lane
+    from microbatch.batching.scheduler import Scheduler
+    from microbatch.batching.ticket import Spec
 
 
 class LaneTable:
     """The open lanes.
 
     Args:
-        given: The objects that the parts of a batcher share.
-        kinds: The kinds of the lanes.
-        names_prefix: Whether the shared messages of each lane are named for the endpoint's prefix cache.
+        scheduler: Serves the lanes that are due.
+        idle: See `FlushPolicy`.
 
     Attributes:
-        latest: The lane of the latest request that may share a prompt, None before the first.
         has_look_ups: Whether requests may be held by a look-up.
     """
 
-    def __init__(self, given: Dependencies, kinds: LaneKinds, *, names_prefix: bool) -> None:
-        self.latest: Lane | None = None
+    def __init__(self, scheduler: Scheduler, idle: str) -> None:
+        self._scheduler = scheduler
         self.has_look_ups: bool = False
-        self._kinds = kinds
-        self._names_prefix = names_prefix
-        self._given = given
-        self._policy = given.policy
-        self._estimates = given.estimates
-        self._histories = LaneHistories()
+        self._flushes_idle = idle == "flush"
         self._by_key: dict[Hashable, Lane] = {}
         self._left: dict[Lane, None] = {}  # lanes that requests have left in this step; an ordered set
 
@@ -73,78 +50,30 @@ class LaneTable:
 
     # --- which lane
 
-    def find(self, key: tuple[Hashable, ...], messages: Messages, options: Options) -> Lane:
-        """Return the lane of all requests with *key*, made if need be."""
-        before = self.latest
-        lane = self.latest = self._by_key.get(key) or self._open(spec_of(messages[:-1], options, key))
-        if before is not None:
+    def find(self, calls: Calls, key: tuple[Hashable, ...], spec: Callable[[], Spec]) -> Lane:
+        """Return the lane of all requests with *key*, whose calls *calls* makes; if need be, opened for what *spec* returns."""
+        before = calls.latest
+        lane = calls.latest = self._by_key.get(key) or self._open(calls, spec())
+        if before is not None and before is not lane:
             self.drop_if_abandoned(before)
         return lane
 
-    def find_again(self, spec: Spec) -> Lane:
+    def find_again(self, calls: Calls, spec: Spec) -> Lane:
         """Return the lane of the requests with *spec*, which has been one of a lane before."""
-        return self._by_key.get(spec.key) or self._open(spec)
+        return self._by_key.get(spec.key) or self._open(calls, spec)
 
-    def _open(self, spec: Spec) -> Lane:
-        kind = self._kinds.of(spec, spec.shared)
-        spec = msgspec.structs.replace(spec, kind=kind)
-        if self._names_prefix and spec.shared and CACHE_KEY not in spec.params:
-            # In the calls only: keys of lanes and caches are made before.
-            named = {**spec.params, CACHE_KEY: kind.digest}
-            spec = msgspec.structs.replace(spec, params=named)
-        history = self._histories.of(spec.key)
-        account = self._given.accounts.of(spec.model, spec.headers)
-        model = self._given.bounds.of(spec.model)
-        policy = self._policy
-        limits = (account.max_tokens, policy.max_prompt_tokens, model.context)
-        if policy.merge != "always":
-            self._estimates.watch_cache(spec, history)
-        elif any(limit is not None for limit in limits):
-            self._estimates.measure(spec, history)
-        limit = policy.max_latency
-        if limit is not None and history.times is None:
-            history.times = ReplyTimes(limit, first_size(limit, spec.answer.expected_tokens))
-        budget = self._estimates.budget(policy, spec, history, account.max_tokens)
-        index = self._given.in_flight.index_of(spec.content)
-        lane = Lane(spec, account, history, budget, index, self._given.count, self._estimates, owner=self)
-        self._by_key[spec.key] = lane
-        lane.model, lane.has_look_ups = model, self.has_look_ups
-        lane.max_wait = policy.low_max_wait if lane.rank == LOW else policy.max_wait
-        self._set_fast_path(lane)
+    def get(self, spec: Spec) -> Lane | None:
+        """Return the lane of the requests with *spec*; None if it is not open."""
+        return self._by_key.get(spec.key)
+
+    def _open(self, calls: Calls, spec: Spec) -> Lane:
+        lane = self._by_key[spec.key] = calls.open(spec, self)
+        lane.has_look_ups = self.has_look_ups
         return lane
-
-    def _set_fast_path(self, lane: Lane) -> None:
-        lane.needs_inspection = (
-            lane.rank == HIGH or lane.account.max_tokens is not None or self._policy.merge != "always"
-        )
-        # Every token is at least a byte of UTF-8, but not by a caller's own count: there each bound is looked at.
-        by_bytes = min(lane.budget.tokens - ID_TOKENS - LINE_OVERHEAD_BYTES, MAX_LINE_BYTES)
-        lane.fast_path_max_bytes = -1 if lane.needs_inspection or self._given.upper is not None else by_bytes
-
-    def merge_rule(self, lane: Lane) -> MergeRule:
-        """Return what `merge="auto"` means for *lane* now; see `Stats.merge_rules`."""
-        if lane.account.requests_bind:
-            return "requests_limited"
-        return "unpriced" if self._given.price_of(lane.spec.model) is None else "priced"
-
-    def pays(self, lane: Lane, items: int, ticket: Ticket) -> bool:
-        """Return whether *items* of *lane*, such as *ticket*, may be combined, by the policy and all that is known of their cost."""
-        merge = self._policy.merge
-        if merge == "always" or items < 2 or (merge == "auto" and self.merge_rule(lane) != "priced"):  # noqa: PLR2004 two
-            return True
-        price = self._given.price_of(lane.spec.model)
-        return self._estimates.is_cheaper_combined(lane.spec, lane.history, items, price, ticket)
-
-    def history_of(self, ticket: Ticket) -> LaneHistory | None:
-        """Return the history that learns from the single call of *ticket*, which waited in no lane; None if none does."""
-        if self._policy.merge == "always" or not ticket.combinable:
-            return None
-        lane = self._by_key.get(ticket.spec.key)
-        return self._histories.of(ticket.spec.key) if lane is None else lane.history
 
     def drop_if_abandoned(self, lane: Lane) -> None:
         """Drop *lane* if nothing waits in it and nothing is under way, unless it is the latest."""
-        if lane.abandoned and lane is not self.latest and self._by_key.get(lane.spec.key) is lane:
+        if lane.abandoned and lane is not lane.calls.latest and self._by_key.get(lane.spec.key) is lane:
             self._disarm(lane)
             del self._by_key[lane.spec.key]
 
@@ -187,12 +116,10 @@ class LaneTable:
         self.drop_if_abandoned(lane)
 
     def revise(self, lane: Lane) -> None:
-        """Update the budget of *lane* from its history."""
+        """Update the budget of *lane*, if its history has changed."""
         if lane.history.revised:
             lane.history.revised = False
-            quota = lane.account.max_tokens
-            lane.rebudget(self._estimates.budget(self._policy, lane.spec, lane.history, quota))
-            self._set_fast_path(lane)
+            lane.calls.revise(lane)
 
     def taught(self, lane: Lane) -> None:
         """Apply the record of an ended call of *lane* whose fallback is still under way."""
@@ -223,11 +150,11 @@ class LaneTable:
             return
         if not lane.queued:
             self._disarm(lane)
-        self._given.scheduler.enqueue(lane)
+        self._scheduler.enqueue(lane)
 
     def _flush_if_idle(self, lane: Lane) -> None:
         # A lane in which only bulk work waits has no time at which it falls due.
-        idle = self._policy.idle == "flush" and lane.rank != LOW and not lane.in_flight
+        idle = self._flushes_idle and lane.rank != LOW and not lane.in_flight
         if idle and lane.due is None and lane.due_at < NEVER:
             lane.schedule_flush(FlushReason.IDLE)
 

@@ -83,8 +83,8 @@ def read_options(
         max_tokens = plainly(max_tokens, "max_tokens")
     whole(1, max_tokens=max_tokens)
     one_of(Priority, priority=priority)
-    model, tenant = _word("model", model), _word("tenant", tenant)
-    fields = {} if params is None else _fields(params)
+    model, tenant = as_word("model", model), as_word("tenant", tenant)
+    fields = {} if params is None else request_fields(params)
     response_format = None
     if fields:
         asked = fields.get("response_format")
@@ -99,7 +99,7 @@ def read_options(
         temperature = plainly(temperature, "temperature")
         fields["temperature"] = temperature
     answer = form or answer_type(output_type, response_format)
-    sent = _headers(headers)
+    sent = as_headers(headers)
     return Options(
         answer=answer,
         content=(
@@ -136,7 +136,12 @@ def arguments_of(request: Request[Any]) -> tuple[Any, ...]:
     )
 
 
-def _word(name: str, value: object) -> str | None:
+def as_word(name: str, value: object) -> str | None:
+    """Return *value*, an argument that is a string or None, as a plain string.
+
+    Raises:
+        ConfigError: It is something else.
+    """
     if value is None or type(value) is str:
         return value
     if not isinstance(value, str):
@@ -144,8 +149,12 @@ def _word(name: str, value: object) -> str | None:
     return str.__str__(value)
 
 
-def _fields(params: object) -> dict[str, Any]:
-    """Return the request fields that *params* stands for, a copy."""
+def request_fields(params: object, ours: Collection[str] = OURS, method: str = "submit") -> dict[str, Any]:
+    """Return the request fields that *params* stands for, a copy; they must not be among *ours*, which *method* decides.
+
+    Raises:
+        ConfigError: They are, or are no request fields.
+    """
     if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
         raise ConfigError(f"params must be a mapping of request fields, got {type(params).__name__}")
     # JSON that is given as such is sent as such.
@@ -155,9 +164,9 @@ def _fields(params: object) -> dict[str, Any]:
         if not isinstance(extra, dict):
             raise ConfigError(f"params: extra_body must be a mapping of request fields, got {type(extra).__name__}")
         fields |= extra  # as OpenAI's SDK does
-    taken = sorted(OURS & fields.keys())
+    taken = sorted(fields.keys() & ours)
     if taken:
-        raise ConfigError(f"params: {', '.join(taken)}: submit() has an argument for this or decides it itself")
+        raise ConfigError(f"params: {', '.join(taken)}: {method}() has an argument for this or decides it itself")
     for name in _SDKS.keys() & fields.keys():
         raise ConfigError(f"params: {name} is no request field: use {_SDKS[name]}")
     return fields
@@ -184,7 +193,12 @@ def _read_form(
     return form, fields, alone
 
 
-def _headers(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+def as_headers(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """Return names, in lower case, and values of *headers*, sorted.
+
+    Raises:
+        ConfigError: They are no mapping of strings.
+    """
     if headers is None:
         return ()
     if not isinstance(headers, Mapping) or not all(

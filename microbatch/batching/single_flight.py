@@ -110,7 +110,7 @@ class Settlement:
         output, text = reply.output, reply.text
         if waiter is not ticket:
             with contained() as decoding:
-                output, text = waiter.answer.decode_again(reply.text)
+                output, text = waiter.answer.again(output, text)
             if decoding.error is not None:
                 error = MalformedAnswer(misfit_message(decoding.error), raw=reply.text)
                 error.__cause__ = decoding.error

@@ -30,7 +30,8 @@ NO_CONTEXT = contextvars.Context()
 HIGH, NORMAL, LOW = range(3)
 """Priorities as ranks: a lower one is more urgent."""
 
-_text_of = msgspec.json.Decoder(str).decode
+text_of: Callable[[bytes], str] = msgspec.json.Decoder(str).decode
+"""Return the text in a line."""
 
 
 class FlushReason(enum.StrEnum):
@@ -90,6 +91,10 @@ class Spec(Settings, frozen=True, eq=False):
     def tier(self) -> str | None:
         """The service tier that its calls ask for, in lower case; None for the usual one."""
         return read_tier(self.params.get("service_tier"), None) if self.params else None
+
+    def counted_text(self, line: bytes) -> str:
+        """Return the text whose tokens an item with *line* takes in a call, its frame aside."""
+        return f" {line.decode()}\n"
 
     def __repr__(self) -> str:
         """Return the model, without texts or headers."""
@@ -263,7 +268,7 @@ class Ticket(Waiter, eq=False):
     of them need is kept apart, in `charge`, `past` and `waiters`.
 
     Attributes:
-        line: The last user message as its line will hold it, or b"" if it cannot be combined.
+        line: The last user message, or the text to embed, as its line will hold it: JSON; b"" if it cannot be combined.
         counted: The line's tokens without its id; None while they are known by their bound only.
         patience: Seconds that it waits for other requests; `NEVER` for bulk work, which waits for a full batch.
         bulk: Whether all of its callers are bulk work.
@@ -329,7 +334,7 @@ class Ticket(Waiter, eq=False):
     @property
     def text(self) -> str:
         """The last user message; "" if it is not combinable. Read from the line, because one copy is enough to keep."""
-        return _text_of(self.line) if self.line else ""
+        return text_of(self.line) if self.line else ""
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -395,7 +400,7 @@ class Ticket(Waiter, eq=False):
         if self.counted is None:
             bound = self.tokens
             try:
-                self.counted = counter(f" {self.line.decode()}\n")
+                self.counted = counter(self.spec.counted_text(self.line))
             except ConfigError:  # the counter failed; the bound still holds
                 self.counted = bound
         return self.tokens

@@ -17,10 +17,11 @@ import msgspec
 from microbatch.batching.events import settled
 from microbatch.batching.request import check_messages
 from microbatch.caching import entry as entries
-from microbatch.caching.entry import MAX_CLOCK_SKEW
+from microbatch.caching.entry import MAX_CLOCK_SKEW, VECTOR_KIND
 from microbatch.caching.guard import LIVE_TIMEOUT, Deadline, Guard
 from microbatch.caching.key import Keys
 from microbatch.containment import contained
+from microbatch.embedding.vectors import VECTOR, vector_bytes
 from microbatch.errors import DeadlineExceeded, StorageError
 from microbatch.messages import Reply, Usage
 from microbatch.storage.coalescer import Coalescer
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from microbatch.batching.call_state import AloneAnswer
     from microbatch.batching.request import Options
     from microbatch.batching.ticket import CallerOptions, Ticket
+    from microbatch.embedding.request import EmbeddingOptions
     from microbatch.messages import Messages
     from microbatch.protocols import Cache
     from microbatch.schema.answer_type import AnswerType
@@ -122,14 +124,14 @@ class AnswerCache:
 
     # --- looking up
 
-    def key(self, messages: Messages, options: Options) -> bytes | None:
+    def key(self, asked: Messages | bytes, options: Options | EmbeddingOptions) -> bytes | None:
         """Return the key of a request (see `Keys.of`); None, counted as a miss, while the secret is not available."""
         now = asyncio.get_running_loop().time()
         if self._keys is None or now - self._secret_read_at >= SECRET_REFRESH:
             self._secret_read_at = now
             self._secret_reads.submit_detached(None)
         if self._keys is not None:
-            return self._keys.of(messages, options)
+            return self._keys.of(asked, options)
         self._ledger.cache_misses += 1
         return None
 
@@ -153,12 +155,14 @@ class AnswerCache:
 
         return Coalescer(get_many, max_items=PAGE, max_trips=_MAX_LOOK_UPS)
 
-    def read(self, key: bytes, value: bytes | None, options: Options, created: float) -> Reply[Any] | None:
+    def read(
+        self, key: bytes, value: bytes | None, options: Options | EmbeddingOptions, created: float
+    ) -> Reply[Any] | None:
         """Return the reply stored in *value*, counted as a hit; None, counted as a miss, if there is no valid one.
 
         It is decoded to the output type of *options*; *created* is the loop time of the caller's submit.
         """
-        entry = self.entry(key, value)
+        entry = self.entry(key, value, vector=options.answer is VECTOR)
         reply = None if entry is None else self.reply(entry, options.answer, created)
         if entry is None or reply is None:
             self._ledger.cache_misses += 1
@@ -172,10 +176,10 @@ class AnswerCache:
             )
         return reply
 
-    def entry(self, key: bytes, value: bytes | None) -> entries.Entry | None:
-        """Return the entry stored as *value* under *key*; None if there is no valid one, or it is to be asked for anew."""
+    def entry(self, key: bytes, value: bytes | None, *, vector: bool = False) -> entries.Entry | None:
+        """Return the entry, or *vector*, stored as *value* under *key*; None if it is not valid, or to be asked for anew."""
         now = self._now()
-        entry = None if value is None else entries.read(value, key, now, alone=self._alone)
+        entry = None if value is None else entries.read(value, key, now, alone=self._alone and not vector)
         if entry is None or _is_ahead(entry, now) or self._asks_anew(self._kind_of(entry), entry):
             return None
         return entry
@@ -183,7 +187,7 @@ class AnswerCache:
     def reply(self, entry: entries.Entry, answer: AnswerType, created: float) -> Reply[Any] | None:
         """Return *entry* as a reply to a caller who wants it as *answer*, submitted at *created*; None if it does not fit."""
         with contained() as decoding:
-            output, text = answer.decode_again(entry.text)
+            output, text = answer.stored(entry.text, entry.body)
         if decoding.error is not None:  # a caller's validator may raise anything; a new answer may satisfy it
             return None
         body, tool = entry.json(), answer.tool
@@ -206,7 +210,7 @@ class AnswerCache:
 
     def _kind_of(self, entry: entries.Entry) -> str | None:
         """Return the digest of the kind of lane in which *entry* was asked for; None if it is not known."""
-        if entry.lane_kind is None or self._keys is None:
+        if entry.lane_kind is None or entry.is_vector or self._keys is None:
             return None
         return self._keys.masked(entry.key, entry.lane_kind).hex()
 
@@ -223,7 +227,9 @@ class AnswerCache:
         ledger.pay(Usage(), entry.alone, price)
         return None if price is None else price(entry.alone)
 
-    async def find(self, messages: Messages, options: Options, caller: CallerOptions) -> Reply[Any] | CallerOptions:
+    async def find(
+        self, asked: Messages | bytes, options: Options | EmbeddingOptions, caller: CallerOptions
+    ) -> Reply[Any] | CallerOptions:
         """Return the reply that is kept for a request, or the options with which it is to be asked.
 
         A caller that does not share has none of them: its answer will replace the one that is kept.
@@ -232,8 +238,9 @@ class AnswerCache:
             ConfigError: The messages are wrong.
             DeadlineExceeded: The caller's timeout passed meanwhile.
         """
-        check_messages(messages)
-        key = self.key(messages, options)
+        if not isinstance(asked, bytes):
+            check_messages(asked)
+        key = self.key(asked, options)
         if key is None:
             return caller
         created, value = asyncio.get_running_loop().time(), None
@@ -263,6 +270,8 @@ class AnswerCache:
             assert reply is not None  # noqa: S101 see above
             as_it_came = not ticket.combinable or (reply.batch_size == 1 and ticket.answer.form is not None)
             body = msgspec.json.encode(reply.body) if reply.body is not None and as_it_came else None
+            if ticket.answer is VECTOR:
+                body = vector_bytes(reply.output)
             storing.append(self._put(ticket, reply.text, reply.model, alone, reply.batch_size, body))
         if all(ticket.bulk for ticket, _ in answered):
             await asyncio.wait(storing)
@@ -301,7 +310,11 @@ class AnswerCache:
             alone.cached_tokens,
             body,
             batch_size,
-            None if spec.kind is None else keys.masked(key, bytes.fromhex(spec.kind.digest)),
+            VECTOR_KIND
+            if ticket.answer is VECTOR
+            else None
+            if spec.kind is None
+            else keys.masked(key, bytes.fromhex(spec.kind.digest)),
             keys.tenant_digest(spec.tenant),
         )
         value = self._fresh[key] = entries.encode(entry)

@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.embedding.vectors import vector_of
 from microbatch.errors import StorageError
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
 
 
 DEFAULT_TTL: Final = 7 * 24 * 3600.0  # seconds for which answers are valid by default
 MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that share a cache may differ
+
+
+VECTOR_KIND: Final = b"embedding"
 
 
 class Entry1(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -55,13 +60,31 @@ class Entry(Entry1, frozen=True, array_like=True, tag=2):
     Attributes:
         batch_size: Requests in the call that answered.
         lane_kind: Names the kind of the lane, as `Keys.masked` makes it of `LaneKind.digest`; None for requests that go alone by their
-            form.
+            form. `VECTOR_KIND` for the vector of a text, which is in `body` as 32-bit floats, little-endian.
         tenant: Digest of the tenant, as `Keys.tenant_digest` makes it; None for none.
     """
 
     batch_size: int = 1
     lane_kind: bytes | None = None
     tenant: bytes | None = None
+
+    @property
+    def is_vector(self) -> bool:
+        """True if it is the vector of a text."""
+        return self.lane_kind == VECTOR_KIND
+
+    def vector(self) -> array[float] | None:
+        """Return the vector; None if it is none."""
+        if not self.is_vector or self.body is None:
+            return None
+        try:
+            return vector_of(self.body)
+        except ValueError:
+            return None
+
+    def json(self) -> dict[str, Any] | None:
+        """See `Entry1`; None for a vector."""
+        return None if self.is_vector else super().json()
 
 
 _decode = msgspec.msgpack.Decoder(Entry | Entry1).decode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
@@ -14,9 +14,10 @@ from microbatch.messages import Message
 from microbatch.prompt.message_forms import encoded, known
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from microbatch.batching.request import Options
+    from microbatch.embedding.request import EmbeddingOptions
     from microbatch.messages import Messages
 
 FORMAT: Final = 1  # version of the digested content, any change of which makes all earlier entries misses
@@ -49,16 +50,31 @@ class Keys:
         self._model = model
         self._normalize = normalize
 
-    def of(self, messages: Messages, options: Options) -> bytes:
-        """Return the key of a request; raise `ConfigError` if the messages are not JSON values, or `normalize` failed."""
-        keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
-        return self._digest(keyed, options)
+    def of(self, asked: Messages | bytes, options: Options | EmbeddingOptions) -> bytes:
+        """Return the key of a request: of messages, or of a text to embed as its line.
+
+        Raises:
+            ConfigError: The messages are not JSON values, or `normalize` failed.
+        """
+        if isinstance(asked, bytes):
+            return self._of_text(asked, cast("EmbeddingOptions", options))
+        keyed = asked if self._normalize is None else self._normalized(asked, self._normalize)
+        return self._of_messages(keyed, cast("Options", options))
+
+    def _of_text(self, line: bytes, options: EmbeddingOptions) -> bytes:
+        _, model, dimensions, fields, headers, tenant = options.content
+        if fields:
+            asked = asked_fields(options.params)
+            fields = encoded(asked, "params", ordered=True) if asked else b""
+        rest = (dimensions, fields, asked_headers(headers), tenant)
+        content = b"%s\n%s" % (_encode([FORMAT, self._endpoint, model, rest]), line)  # neither holds a line break
+        return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret, person=b"embedding").digest()
 
     def without_last_text(self, messages: Messages, options: Options) -> bytes:
         """Return a digest of all of a request but its last text; that of no request is the same. For errors see `of`."""
-        return self._digest(_with_last_text(messages, ""), options, person=b"partition")
+        return self._of_messages(_with_last_text(messages, ""), options, person=b"partition")
 
-    def _digest(self, messages: Sequence[Any], options: Options, person: bytes = b"") -> bytes:
+    def _of_messages(self, messages: Messages, options: Options, person: bytes = b"") -> bytes:
         answer, model, max_tokens, fields, headers, tenant = options.content
         if fields:
             asked = asked_fields(options.params)

@@ -12,9 +12,9 @@ from microbatch.transports.lenient import as_object
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from microbatch.batching.live_answer import LiveAnswer
     from microbatch.gateway.errors import GatewayError
     from microbatch.gateway.relay import Relay
+    from microbatch.live_answer import LiveAnswer
 
 HEARTBEAT: Final = 15.0
 """Seconds of silence after which a comment is sent: proxies end connections that are silent for 30 to 60 s."""

@@ -132,6 +132,14 @@ class AnswerType:
         # A single reply to a form is an answer whatever it holds; one in a combined reply was checked.
         return (text, text) if self.is_text or self.form is not None else self.decode(text)
 
+    def again(self, output: Any, text: str) -> tuple[Any, str]:  # noqa: ARG002 see `VectorAnswer`
+        """Return an accepted answer, *output* and its *text*, anew for another caller; see `decode_again`."""
+        return self.decode_again(text)
+
+    def stored(self, text: str, body: bytes | None) -> tuple[Any, str]:  # noqa: ARG002 likewise
+        """Return the answer that a cache holds as *text* and *body*; see `decode_again`."""
+        return self.decode_again(text)
+
     def __repr__(self) -> str:
         """Show the schema, which is code of the caller and no prompt."""
         return f"AnswerType({_compact(self.schema)})"

@@ -7,7 +7,7 @@ model's disagreement with itself.
 
 A kind begins *in shadow*: its questions are asked, and the pairs compared.
 
-- *Training* looks for a threshold: the lowest similarity from which on the pairs so far show an excess of at most half of the bound.
+- *Training* looks for a threshold: the lowest similarity from which on the pairs so far show an excess well below the bound.
 - The *test* of a threshold takes fresh pairs only, and bets against "the excess at or above it is at least the bound", as audits do.
   At a wealth of 20 k (k + 1) in the k-th test the kind is *proven*, and answers are handed out at or above the threshold. By Ville's
   inequality the k-th test errs with a probability of at most 1 / (20 k (k + 1)), and all tests of a kind together with at most 5 %.
@@ -211,8 +211,8 @@ class KindEvidence(msgspec.Struct, kw_only=True):
                     return self._close("even the most similar questions have different answers")
             if count >= _TOP and excess <= _HOPELESS * self.bound * count:
                 floor = similarity
-            # Half a wrong pair more than there were, so that a few good ones are not enough.
-            if similarity > self._above and count >= enough and 2 * excess + 1 <= self.bound * count * (1 + 1e-9):
+            # A quarter of the bound, and a quarter of a wrong pair more than there were, so that a few good ones are not enough.
+            if similarity > self._above and count >= enough and 4 * excess + 1 <= self.bound * count * (1 + 1e-9):
                 chosen = similarity
         self._floor = self._floor if floor is None else floor
         if chosen is not None:

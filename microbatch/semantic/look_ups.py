@@ -21,6 +21,7 @@ from microbatch.audit.comparison import can_compare
 from microbatch.audit.evidence import Evidence
 from microbatch.batching.ticket import HIGH, NO_CONTEXT
 from microbatch.caching.key import last_text
+from microbatch.containment import contained
 from microbatch.errors import MicrobatchError
 from microbatch.semantic.evidence import interval
 from microbatch.semantic.guards import Signature, signature
@@ -49,7 +50,7 @@ logger: Final = logging.getLogger("microbatch")
 _MORE_THAN_TEXT: Final = frozenset({"n", "logprobs", "top_logprobs", "modalities", "audio"})
 """Request parameters with which an answer is more than the text that is compared."""
 
-_SLICE: Final = 32
+_SLICE: Final = 8
 """Questions whose facts are read before the event loop gets its turn."""
 
 _HOLD: Final = 4.0
@@ -65,7 +66,6 @@ class LookUp(msgspec.Struct, eq=False):
     Attributes:
         text: Its last text.
         partition: The digest of its partition.
-        begun: Loop time.
         looks: Whether the answer to a similar question will do; False only adds its own to the index.
         holds: Whether its ticket waits for it.
         vector: The vector of the text, once it has come.
@@ -77,7 +77,6 @@ class LookUp(msgspec.Struct, eq=False):
     text: str
     partition: bytes
     kind: KindEvidence
-    begun: float
     looks: bool
     holds: bool = False
     signature: Signature | None = None
@@ -97,6 +96,9 @@ class LookUps:
         kinds: Names the kinds of questions.
         embed: Returns vectors.
         checks: Compares answers and asks again.
+
+    Attributes:
+        checks: As given.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class LookUps:
         self._default_model = given.default_model
         self._kinds = kinds
         self._embed = embed
-        self._checks = checks
+        self.checks: Checks = checks
         self._trips: Coalescer[Ticket, None] = Coalescer(self._look_up_all)
         self._typical = 0.0  # seconds that a look-up takes
         self._late = False  # whether the latest one took too long
@@ -126,7 +128,7 @@ class LookUps:
     @property
     def services(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
         """Functions that have to run while requests are accepted."""
-        return self._trips.serve, *self._checks.services
+        return self._trips.serve, *self.checks.services
 
     def figures(self) -> dict[str, Any]:
         """Return those fields of `Stats` that the evidence holds."""
@@ -148,25 +150,27 @@ class LookUps:
 
     def begin(self, ticket: Ticket, messages: Messages, options: Options) -> None:
         """Begin to look for the answer to a question similar to that of *ticket*, which has just been queued, if there may be one."""
+        with contained() as beginning:  # the ticket is queued, and has to be answered whatever happens here
+            ticket.look_up = look_up = self._look_up(ticket, messages, options)
+            if look_up is not None:
+                self._ledger.look_ups += look_up.looks
+                self._trips.submit_detached(ticket)
+        if beginning.error is not None:
+            logger.error("a look-up failed in microbatch itself", exc_info=beginning.error)
+
+    def _look_up(self, ticket: Ticket, messages: Messages, options: Options) -> LookUp | None:
+        """Return the look-up of *ticket*; None if it takes no part."""
         keys, text = self._answers.keys, last_text(messages)
         if keys is None or not text or _role(messages[-1]) != "user" or not _MORE_THAN_TEXT.isdisjoint(options.params):
-            return
+            return None
         partition = keys.without_last_text(messages, options)
         kind = self._cache.kind(self._name(ticket, partition), ticket.spec.model or self._default_model)
         if kind.state == "closed":
-            return
-        now = asyncio.get_running_loop().time()
-        look_up = LookUp(text, partition, kind, now, ticket.caller.shared)
-        look_up.holds = (
-            look_up.looks
-            and kind.state == "proven"
-            and not self._late
-            and ticket.spec.rank != HIGH
-            and self._cache.index.get(partition) is not None
-        )
-        ticket.look_up = look_up
-        self._ledger.look_ups += look_up.looks
-        self._trips.submit_detached(ticket)
+            return None
+        looks = ticket.caller.shared
+        may_hit = looks and kind.state == "proven" and self._cache.index.get(partition) is not None
+        holds = may_hit and not self._late and ticket.spec.rank != HIGH
+        return LookUp(text, partition, kind, looks, holds)
 
     def _name(self, ticket: Ticket, partition: bytes) -> str:
         """Return the digest of the kind of question."""
@@ -196,7 +200,7 @@ class LookUps:
         tenant = keys.tenant_digest(ticket.spec.tenant)
         self._cache.index.add(look_up.partition, tenant, key, look_up.signature, look_up.vector)
         if look_up.neighbour is not None:
-            self._checks.compare(ticket, look_up.kind, look_up.neighbour, look_up.similarity)
+            self.checks.compare(ticket, look_up.kind, look_up.neighbour, look_up.similarity)
 
     # --- look-ups
 
@@ -229,7 +233,7 @@ class LookUps:
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 foreign code; a Rust panic is a BaseException
-            if isinstance(error, TimeoutError) and loop.time() - begun >= most:
+            if isinstance(error, TimeoutError) and loop.time() - begun > most / 2:
                 self._late = True
                 self._ledger.look_ups_late += sum(look_up.looks for look_up in looking)
             else:
@@ -328,7 +332,7 @@ class LookUps:
             if waiter.own_reply is not None:
                 self._ledger.save(entry.alone, price)
         if ticket.reply is not None:
-            self._checks.sample(ticket, kind, entry, similarity)
+            self.checks.sample(ticket, kind, entry, similarity)
 
 
 def _of(ticket: Ticket) -> LookUp | None:

@@ -16,14 +16,15 @@ from microbatch.errors import (
     TransportError,
 )
 from microbatch.policy import MAX_WAIT
+from microbatch.protocols import EmbeddingCall
 from microbatch.transience import Backoff, is_transient
 from microbatch.transports.rate_limit import WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from microbatch.policy import RetryPolicy
-    from microbatch.protocols import ChatCall, Completion, Transport
+    from microbatch.protocols import ChatCall, Completion, Embedded, Transport
     from microbatch.transports.accounts import Permit
     from microbatch.transports.expenses import Purse
 
@@ -51,6 +52,7 @@ class Sender:
         purse: Purse | None = None,
     ) -> None:
         self._transport = transport
+        self._embed: Callable[[EmbeddingCall], Awaitable[Embedded]] = getattr(transport, "embed", _no_embed)
         self._policy = policy
         self._draw = draw
         self._purse = purse
@@ -60,7 +62,7 @@ class Sender:
 
     async def send(
         self,
-        call: ChatCall,
+        call: ChatCall | EmbeddingCall,
         on_text: Callable[[str], None],
         *,
         on_attempt: Callable[[], None],
@@ -156,7 +158,11 @@ class Sender:
         return outcome, heard
 
     async def _attempt(
-        self, call: ChatCall, on_text: Callable[[str], None], on_attempt: Callable[[], None], permit: Permit
+        self,
+        call: ChatCall | EmbeddingCall,
+        on_text: Callable[[str], None],
+        on_attempt: Callable[[], None],
+        permit: Permit,
     ) -> tuple[Completion | RequestFailed, bool]:
         """Make one attempt; return how it ended, and whether it brought text. Raise `ConfigError` if it was not made."""
         heard = False
@@ -175,8 +181,12 @@ class Sender:
             earned = account.budget.first()
         on_attempt()
         try:
-            completion = await self._transport.send(call, hear)
-            reserved = call.max_tokens is not None or completion.bound is not None
+            if isinstance(call, EmbeddingCall):
+                completion: Completion = await self._embed(call)
+                reserved = False
+            else:
+                completion = await self._transport.send(call, hear)
+                reserved = call.max_tokens is not None or completion.bound is not None
             account.ended(permit, completion, reserved=reserved)
         except RequestFailed as error:
             account.ended(permit, error)
@@ -209,3 +219,7 @@ class Sender:
         permit.drawn = not free
         # The delay that the endpoint asks for is the minimum; the random part spreads clients that were told the same.
         await permit.back_off(asked + backoff.next())
+
+
+async def _no_embed(_call: EmbeddingCall) -> Embedded:
+    raise ConfigError("the transport has no embed(): it cannot make embeddings calls")

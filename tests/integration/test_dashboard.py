@@ -473,6 +473,38 @@ async def test_the_page_of_a_gateway_shows_what_its_clients_asked():
             assert page.complaints == []
 
 
+@pytest.mark.chromium
+async def test_the_page_adds_up_under_load():
+    models, keys = ("gpt-4.1-mini", "gpt-4.1"), ("sk-of-the-shop", "sk-of-the-desk", "sk-of-the-night")
+    async with (
+        SimulatedEndpoint() as upstream,
+        Gateway(upstream.base_url, policy=POLICY, tokens="bytes") as gateway,
+        browser() as opened,
+        ClientSession() as session,
+    ):
+        root = gateway.base_url.removesuffix("/v1")
+
+        async def client(number):
+            signed = {"Authorization": f"Bearer {keys[number % len(keys)]}"}
+            for turn in range(10):
+                body = {"model": models[turn % len(models)], "messages": ask(f"product {number} {turn}", SYSTEM)}
+                async with session.post(f"{root}/v1/chat/completions", json=body, headers=signed) as answer:
+                    assert answer.status == 200
+
+        async with opened(f"{root}/dashboard") as page:
+            await asyncio.gather(*map(client, range(60)))
+            await page.until("document.querySelector('#hour-requests').innerText === '600'")
+            counted = sorted(row[:3] for row in await table(page, "models"))
+            assert counted == [[model, "300", "0"] for model in sorted(models)]
+            assert [row[1] for row in await table(page, "callers")] == ["200"] * len(keys)
+            async with session.get(f"{root}/stats") as answer:
+                stats = await answer.json()
+            assert stats["answered"] == 600
+            assert await page.text("#hour-calls") == str(stats["upstream_calls"])
+            keep("dashboard-load.png", await page.screenshot())
+            assert page.complaints == []
+
+
 async def test_the_page_comes_with_a_policy_and_is_not_kept():
     async with (
         site(bytes) as served,

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import aiohttp
@@ -23,12 +24,20 @@ PYTHON = {
     for number, code in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL), 1)
 }
 SERVED = re.compile(r"# (\w+)\.py, served by: (.+)\n")
-SCRIPTS = {name: code for name, code in PYTHON.items() if not SERVED.match(code)}
+WORKED = re.compile(r"# (\w+)\.py, run by: (.+)\n")
 SERVICES = {name: code for name, code in PYTHON.items() if SERVED.match(code)}
+WORKERS = {name: code for name, code in PYTHON.items() if WORKED.match(code)}
+SCRIPTS = {name: code for name, code in PYTHON.items() if name not in {*SERVICES, *WORKERS}}
+IN_NOTEBOOK = "# in a notebook\n"
 
 
 def environment(endpoint, tmp_path):
-    return {**os.environ, "OPENAI_API_KEY": "test", "OPENAI_BASE_URL": endpoint.base_url, "PYTHONPATH": str(tmp_path)}
+    return {
+        **os.environ,
+        "OPENAI_API_KEY": "test",
+        "OPENAI_BASE_URL": endpoint.base_url,
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+    }
 
 
 @pytest.mark.parametrize("code", SCRIPTS.values(), ids=SCRIPTS)
@@ -36,6 +45,8 @@ async def test_python_blocks_run_as_they_stand(code, tmp_path):
     ray = "import ray" in code
     if ray and importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
+    if code.startswith(IN_NOTEBOOK):  # whose cells run on an event loop
+        code = f"import asyncio\nasync def cell():\n    exec({code!r}, {{}})\nasyncio.run(cell())"
     async with SimulatedEndpoint() as endpoint:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, *([] if ray else ["-W", "error"]), "-c", code),
@@ -58,7 +69,11 @@ async def test_services_answer_concurrent_requests_in_few_calls(code, tmp_path):
     (tmp_path / f"{name}.py").write_text(code)
     port = free_port()
     words = shlex.split(command.removeprefix("python -m "))
-    flags = ["--port", str(port), *(["--log-level", "warning"] if words[0] == "uvicorn" else ["-H", "127.0.0.1"])]
+    flags = {
+        "uvicorn": ["--port", str(port), "--log-level", "warning"],
+        "aiohttp.web": ["--port", str(port), "-H", "127.0.0.1"],
+        "gunicorn": ["--bind", f"127.0.0.1:{port}", "--log-level", "warning"],
+    }[words[0]]
     async with SimulatedEndpoint() as endpoint, aiohttp.ClientSession() as session:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-W", "error", "-m", words[0], *flags, *words[1:]),
@@ -78,6 +93,36 @@ async def test_services_answer_concurrent_requests_in_few_calls(code, tmp_path):
             process.terminate()
             _, complaints = await process.communicate()
         assert "Error" not in complaints.decode()
+
+
+@pytest.mark.parametrize("code", WORKERS.values(), ids=WORKERS)
+async def test_tasks_of_a_worker_share_calls(code, tmp_path, redis_url):
+    name, command = WORKED.match(code).groups()
+    (tmp_path / f"{name}.py").write_text(code)
+    ask = f"""
+        import celery, {name}
+        results = celery.group({name}.label.s(f"chair {{number}}") for number in range(60)).apply_async().get(timeout=60)
+        print(len(results), set(results) <= {{"furniture", "kitchen"}})
+    """
+    async with SimulatedEndpoint() as endpoint:
+        given = environment(endpoint, tmp_path) | {"REDIS_URL": redis_url}
+        worker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", *shlex.split(command)),
+            cwd=tmp_path,
+            env=given,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            asking = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", textwrap.dedent(ask)), cwd=tmp_path, env=given, stdout=asyncio.subprocess.PIPE
+            )
+            output, _ = await asking.communicate()
+        finally:
+            worker.terminate()
+            await worker.wait()
+        assert output.split() == [b"60", b"True"]
+        assert endpoint.calls <= 20
 
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,10 @@ import microbatch.batching.audits as audits_module
 import microbatch.batching.dispatch as call_module
 from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.audits import Audits
+from microbatch.batching.chat_calls import ChatCalls
 from microbatch.batching.dispatch import Dispatcher
-from microbatch.batching.engine import Engine
 from microbatch.batching.fallback import Recovery
+from microbatch.batching.sending import Sending
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.demultiplexer import Demultiplexer
 
@@ -33,11 +34,10 @@ BODY = (
             "single",
             "_ask_alone",
             "_answer_alone",
-            "_exchange",
             "_answer",
-            "_remaining",
         ),
     ),
+    (Sending, ("begin", "exchange", "remaining")),
     (UsageAttribution, ("cost", "attribute", "attribute_alone", "_book", "_record")),
     (ChatCodec, ("compose", "demultiplex", "compose_alone", "read_alone")),
     (Demultiplexer, ("feed", "close", "_search", "_deliver")),
@@ -110,7 +110,7 @@ def broken_awaits(breaker: Breaker) -> Iterator[None]:
 
         return wrapper
 
-    with _wrapped(((Engine, ("_answer_batch", "_answer_alone")), (Recovery, ("_ask",))), driven):
+    with _wrapped(((ChatCalls, ("_answer_batch", "_answer_alone")), (Recovery, ("_ask",))), driven):
         yield
 
 

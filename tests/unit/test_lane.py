@@ -67,7 +67,7 @@ def sized(number, size):
 def lane_of(*, size=16, tokens=1_000, count=None, reason=FlushReason.SIZE):
     return Lane(
         *(SPEC, ACCOUNT, LaneHistory(), Budget(size, tokens, reason)),
-        count=count or Counted(), index=InFlightIndex(), estimates=None, owner=Owner(),
+        count=count or Counted(), index=InFlightIndex(), calls=None, owner=Owner(),
     )  # fmt: skip
 
 
@@ -404,7 +404,7 @@ def test_the_answer_length_is_the_95th_percentile_of_the_latest():
 
 
 def test_what_was_learned_is_kept_for_the_lanes_used_last():
-    memory = LaneHistories(size=3)
+    memory = LaneHistories(LaneHistory, size=3)
     first = memory.of(("a", 1))
     for key in ("b", "c"):
         memory.of(key)

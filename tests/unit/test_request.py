@@ -43,7 +43,7 @@ def short_look(spec, messages, options):
         *(spec, None, LaneHistory(), Budget(16, 1_000, FlushReason.SIZE)),
         count=len,
         index=InFlightIndex(),
-        estimates=None,
+        calls=None,
         owner=None,
     )
     return own_text(messages, spec.plain) if lane.serves(options) else None
@@ -98,9 +98,9 @@ async def test_of_the_lanes_that_rest_only_the_latest_is_kept():
             await batcher.submit(ask("x", f"Lane {number}."))
             assert [lane.spec.shared[0]["content"] for lane in lanes._by_key.values()] == [f"Lane {number}."]
         assert not list(lanes)
-        kept = lanes.latest
+        kept = batcher._intake._chat.latest
         await batcher.submit(ask("y", "Lane 9."))
-        assert lanes.latest is kept
+        assert batcher._intake._chat.latest is kept
 
 
 settings_given = st.tuples(

@@ -281,7 +281,7 @@ async def test_audits_and_damage_are_weighed_by_the_price_of_a_bill():
     transport = SimulatedTransport(SimulatedModel())
     async with mb.Microbatcher(transport, prices={"m": price}, audit=mb.AuditPolicy()) as batcher:
         await batcher.submit(ask("one", "Sort."), model="m")
-        (lane,) = [batcher._engine.lanes.latest]
+        lane = batcher._intake._chat.latest
         assert batcher.audits._cost(lane.spec, usage) == in_prompt_tokens(usage, price) == pytest.approx(550.4)
     for given in (price, None):
         economics = LaneEconomics()

@@ -14,8 +14,9 @@ import msgspec
 
 from microbatch.cli.console import UsageError, plural
 from microbatch.cli.digests import Digests
-from microbatch.cli.reading.questions import LineError, value_of
+from microbatch.cli.reading.questions import LineError
 from microbatch.cli.reading.records import Broken, Entry, Form, RecordFile
+from microbatch.template import value_of
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence

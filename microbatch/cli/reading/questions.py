@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from hashlib import blake2b
-from string import Formatter
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import msgspec
@@ -13,6 +12,7 @@ from microbatch.cli.console import UsageError
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
 from microbatch.spool.payload import DIGEST_BYTES, Payload
+from microbatch.template import MissingField, Template, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,12 +71,14 @@ class Templated:
         self.examples: Sequence[dict[str, Any]] = ()
         self.labels = labels
         self.schema = schema
-        self._parts = _parts(template, escapes=escapes)
-        self.fields: tuple[str, ...] = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
-        if not self.fields:
-            raise UsageError(
-                f"--template {template!r} names no field: every question would be the same; write {{name}}"
-            )
+        text = re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], template) if escapes else template
+        try:
+            self._template = Template(text)
+        except ConfigError as error:
+            raise UsageError(f"--template {error}") from None
+        if "" in self._template.fields:
+            raise UsageError(f"--template {text!r}: braces hold the name of a field, as in {{name}}")
+        self.fields: tuple[str, ...] = self._template.fields
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._options: dict[str, Any] = dict(options or {})
         if labels is not None:
@@ -95,40 +97,10 @@ class Templated:
 
     def render(self, record: dict[str, Any]) -> str:
         """Return the question about *record*, with values that are not strings as JSON. Raise `LineError` if a field is missing."""
-        texts = []
-        for literal, name in self._parts:
-            texts.append(literal)
-            if name is not None:
-                value = value_of(record, name)
-                if value is msgspec.UNSET:
-                    raise LineError(f'the field "{name}" is missing', name)
-                texts.append(value if isinstance(value, str) else msgspec.json.encode(value).decode())
-        return "".join(texts)
-
-
-def _parts(template: str, *, escapes: bool) -> list[tuple[str, str | None]]:
-    """Return the texts of *template*, each with the field that follows it."""
-    text = re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], template) if escapes else template
-    try:
-        parsed = list(Formatter().parse(text))
-    except ValueError as error:
-        raise UsageError(f"--template {template!r}: {error}; a brace itself is written {{{{ or }}}}") from None
-    for _, name, form, conversion in parsed:
-        if name is not None and (not name.strip() or form or conversion):
-            raise UsageError(
-                f"--template {template!r}: braces hold the name of a field and nothing else, as in {{name}}"
-            )
-    return [(literal, name) for literal, name, _, _ in parsed]
-
-
-def value_of(record: dict[str, Any], name: str) -> Any:
-    """Return a field of *record*; UNSET if there is none."""
-    if name in record:
-        return record[name]
-    value: Any = record
-    for part in name.split("."):
-        value = value.get(part, msgspec.UNSET) if isinstance(value, dict) else msgspec.UNSET
-    return value
+        try:
+            return self._template.render(record)
+        except MissingField as error:
+            raise LineError(str(error), error.name) from None
 
 
 def _is_blank(value: Any) -> bool:

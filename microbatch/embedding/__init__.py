@@ -1,0 +1,1 @@
+"""Embeddings: texts of concurrent callers travel in one call and get their vectors by index."""
