@@ -39,7 +39,7 @@ VENDORS = {
     "cli": {"pyarrow", "tqdm", "uvloop"},
     "gateway": {"aiohttp"},
     "listening": {"aiohttp"},
-    "semantic": {"numpy", "usearch"},
+    "semantic": {"anyio", "numpy", "usearch"},
     "spending": {"anyio"},
     "spool": {"anyio"},
     "storage": {"anyio", "redis"},
@@ -79,7 +79,7 @@ IMPURE = {
     "embedding": {"embedder", "recovery"},
     "forwarding": {""},
     "live_answer": {""},
-    "semantic": {"checks", "embedding", "index", "look_ups"},
+    "semantic": {"checks", "embedding", "index", "look_ups", "older"},
     "spending": {"spending"},
     "storage": {"coalescer", "redis", "sqlite"},
     "transports": {

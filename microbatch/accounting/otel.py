@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.accounting.events import BESIDE
 from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.messages import Usage
@@ -142,8 +143,8 @@ class OpenTelemetryHooks:
             attributes=self._common | of_call | failure | _of_span(event),
             links=[self._trace.Link(caller) for caller in callers.values()],
         )
-        # An audit answers no caller: its duration and tokens are kept apart from those of the others.
-        audit: Attributes = {ROUTE: event.route} if event.route == "audit" else {}
+        # Such a call answers no caller: its duration and tokens are kept apart from those of the others.
+        audit: Attributes = {ROUTE: event.route} if event.route in BESIDE else {}
         self._count_call(event, self._common | of_call | audit, failure)
 
     def _count_call(self, event: Called, common: Attributes, failure: Attributes) -> None:

@@ -22,9 +22,9 @@ from microbatch.audit.evidence import Evidence
 from microbatch.batching.ticket import HIGH, NO_CONTEXT
 from microbatch.caching.key import last_text
 from microbatch.containment import contained
-from microbatch.errors import MicrobatchError
+from microbatch.errors import MalformedAnswer, MicrobatchError
 from microbatch.semantic.evidence import interval
-from microbatch.semantic.guards import Signature, signature
+from microbatch.semantic.guards import LONGEST, Signature, signature
 from microbatch.semantic.index import NOTHING, Found
 from microbatch.storage.coalescer import Coalescer
 
@@ -84,6 +84,10 @@ class LookUp(msgspec.Struct, eq=False):
     neighbour: bytes | None = None
     similarity: float = -1.0
     kept: bool = False
+
+    def __repr__(self) -> str:
+        """Return the state, without the text."""
+        return f"LookUp(looks={self.looks}, holds={self.holds}, similarity={self.similarity}, kept={self.kept})"
 
 
 class LookUps:
@@ -161,16 +165,34 @@ class LookUps:
     def _look_up(self, ticket: Ticket, messages: Messages, options: Options) -> LookUp | None:
         """Return the look-up of *ticket*; None if it takes no part."""
         keys, text = self._answers.keys, last_text(messages)
-        if keys is None or not text or _role(messages[-1]) != "user" or not _MORE_THAN_TEXT.isdisjoint(options.params):
+        if (
+            keys is None
+            or not text
+            or len(text) > LONGEST
+            or _role(messages[-1]) != "user"
+            or not _MORE_THAN_TEXT.isdisjoint(options.params)
+        ):
             return None
         partition = keys.without_last_text(messages, options)
         kind = self._cache.kind(self._name(ticket, partition), ticket.spec.model or self._default_model)
         if kind.state == "closed":
             return None
-        looks = ticket.caller.shared
+        looks = ticket.caller.shared and ticket.caller.audited  # not to fill a cache
         may_hit = looks and kind.state == "proven" and self._cache.index.get(partition) is not None
-        holds = may_hit and not self._late and ticket.spec.rank != HIGH
-        return LookUp(text, partition, kind, looks, holds)
+        return LookUp(text, partition, kind, looks, may_hit and self._may_wait(ticket))
+
+    def _may_wait(self, ticket: Ticket) -> bool:
+        """Return whether *ticket* has the time to wait for a look-up."""
+        if self._late or ticket.spec.rank == HIGH:
+            return False
+        # As it may wait for other requests: no longer than for half of its caller's time.
+        left = None if ticket.deadline is None else ticket.deadline.at - asyncio.get_running_loop().time()
+        return left is None or self._patience <= left / 2
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for which requests are held."""
+        return min(self._cache.lookup_timeout, max(_SHORTEST_HOLD, _HOLD * self._typical))
 
     def _name(self, ticket: Ticket, partition: bytes) -> str:
         """Return the digest of the kind of question."""
@@ -205,8 +227,7 @@ class LookUps:
     # --- look-ups
 
     async def _look_up_all(self, tickets: list[Ticket]) -> list[None]:
-        patience = min(self._cache.lookup_timeout, max(_SHORTEST_HOLD, _HOLD * self._typical))
-        timer = asyncio.get_running_loop().call_later(patience, _release, tickets, context=NO_CONTEXT)
+        timer = asyncio.get_running_loop().call_later(self._patience, _release, tickets, context=NO_CONTEXT)
         try:
             await self._read_vectors(tickets)
             await self._find([ticket for ticket in tickets if (found := _of(ticket)) and found.vector is not None])
@@ -245,10 +266,12 @@ class LookUps:
         for number, (look_up, vector) in enumerate(zip(looking, vectors, strict=True)):
             partition = self._cache.index.get(look_up.partition)
             if vector is None:
-                self._note_failure([look_up], ValueError("a vector is not one of finite numbers, or has no length"))
+                self._note_failure(
+                    [look_up], MalformedAnswer("a vector is not one of finite numbers, or has no length")
+                )
             elif partition is not None and not partition.fits(vector):
                 misfit = f"a vector has {len(vector)} numbers, and those before had {partition.dimension}"
-                self._note_failure([look_up], ValueError(misfit))
+                self._note_failure([look_up], MalformedAnswer(misfit))
             else:
                 look_up.signature, look_up.vector = signature(look_up.text), vector
             if number % _SLICE == _SLICE - 1:
@@ -261,7 +284,8 @@ class LookUps:
             logger.warning(
                 "the semantic cache got no vectors, and looks nothing up without them (told once): %s: %s",
                 type(error).__name__,
-                error if isinstance(error, ValueError | MicrobatchError) else "see its own log",
+                # Foreign messages may hold texts and keys.
+                error if isinstance(error, MicrobatchError) else "raised by the embedding function",
             )
 
     async def _find(self, tickets: list[Ticket]) -> None:
