@@ -174,7 +174,7 @@ class Assembly:
             given,
             self.intake,
             lanes,
-            EmbeddingCalls(given, sending, dispatcher.attribution, lanes),
+            EmbeddingCalls(given, sending, dispatcher.attribution, lanes, may_be_low=self.tokens.may_be_low_for),
             transport=transport,
             cache=self.cache,
             check_price=self._check_price,

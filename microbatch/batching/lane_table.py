@@ -54,7 +54,7 @@ class LaneTable:
         """Return the lane of all requests with *key*, whose calls *calls* makes; if need be, opened for what *spec* returns."""
         before = calls.latest
         lane = calls.latest = self._by_key.get(key) or self._open(calls, spec())
-        if before is not None:
+        if before is not None and before is not lane:
             self.drop_if_abandoned(before)
         return lane
 

@@ -2,14 +2,14 @@ r"""`microbatch serve --upstream URL [options]`: serve the gateway, which combin
 
 Serve an OpenAI-compatible API in front of another. Chat completions of many
 clients leave as combined prompts, and each client gets its own answer, as JSON
-or as a stream; everything else under /v1 is relayed as it is. Clients change
-nothing but their base URL, and use their own keys: requests with different keys
+or as a stream; texts to embed leave as lists. Everything else under /v1 is
+relayed as it is. Clients change nothing but their base URL, and use their own keys: requests with different keys
 never share a prompt, a call or a cached answer. Azure's clients take the
 gateway as their azure_endpoint, whatever the upstream is.
 
 With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
-(or with the key "microbatch") use that one, for chat completions and the list
-of models only; off loopback this needs --access-token-file.
+(or with the key "microbatch") use that one, for chat completions, embeddings
+and the list of models only; off loopback this needs --access-token-file.
 
 Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no
 or refresh, X-Microbatch-Batch: no (relayed byte for byte), and
@@ -215,7 +215,9 @@ async def _serve(args: argparse.Namespace) -> int:
             note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
         if not args.no_own_key and (args.api_key_command or args.api_key_env or os.environ.get("OPENAI_API_KEY")):
             clients = "with the access token" if args.access_token_file else "without a key"
-            note(f"Clients {clients} use {_name_of_key(args)}, for chat completions and the list of models.")
+            note(
+                f"Clients {clients} use {_name_of_key(args)}, for chat completions, embeddings and the list of models."
+            )
         await stopped.wait()
         note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
     note(_summary(gateway))
@@ -224,6 +226,9 @@ async def _serve(args: argparse.Namespace) -> int:
 
 def _summary(gateway: Gateway) -> str:
     stats = gateway.stats()
-    combined = f"{plural(stats.items, 'chat completion')} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
+    asked = plural(max(0, stats.items - gateway.texts), "chat completion")
+    if gateway.texts:
+        asked = f"{asked} and {plural(gateway.texts, 'text')} to embed"
+    combined = f"{asked} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
     failed = f", {stats.failed:,} failed" if stats.failed else ""
     return f"served {combined}{failed}, and relayed {plural(stats.forwarded, 'request')}"

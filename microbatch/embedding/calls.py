@@ -20,7 +20,7 @@ from microbatch.prompt.outcome import complaint, ending
 from microbatch.transports.expenses import Expense
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from microbatch.batching.attribution import CallCost, UsageAttribution
     from microbatch.batching.call_state import CallState
@@ -41,6 +41,9 @@ MAX_INPUTS: Final = 2_048
 MAX_TOKENS: Final = 300_000
 """Most tokens of one call, which is OpenAI's limit."""
 
+_MARGIN: Final = 1.05
+"""By which a limit is divided where tokens are counted in another encoding than the model's, which is close for most texts."""
+
 _BYTES_A_TOKEN: Final = 4
 """Of English, for usage that is not reported."""
 
@@ -53,12 +56,21 @@ class EmbeddingCalls:
         sending: Sends the calls.
         attribution: Attributes their cost.
         lanes: The open lanes.
+        may_be_low: Returns whether our count of tokens may be too low for a model.
 
     Attributes:
         latest: See `Calls`.
     """
 
-    def __init__(self, given: Dependencies, sending: Sending, attribution: UsageAttribution, lanes: LaneTable) -> None:
+    def __init__(
+        self,
+        given: Dependencies,
+        sending: Sending,
+        attribution: UsageAttribution,
+        lanes: LaneTable,
+        *,
+        may_be_low: Callable[[str | None], bool],
+    ) -> None:
         self.latest: Lane | None = None
         self._given = given
         self._policy = given.policy
@@ -67,6 +79,7 @@ class EmbeddingCalls:
         self._sending = sending
         self._attribution = attribution
         self._lanes = lanes
+        self._may_be_low = may_be_low
         self._histories = LaneHistories(ListHistory)
 
     # --- lanes
@@ -87,7 +100,8 @@ class EmbeddingCalls:
         """See `Calls`."""
         history, quota = lane.history, lane.account.max_tokens
         size = 1 if history.suspended_for else MAX_INPUTS if history.batch_size is None else history.batch_size
-        lane.rebudget(Budget(size, MAX_TOKENS if quota is None else min(MAX_TOKENS, quota), frame=0))
+        tokens = int(MAX_TOKENS / _MARGIN) if self._may_be_low(lane.spec.model) else MAX_TOKENS
+        lane.rebudget(Budget(size, tokens if quota is None else min(tokens, quota), frame=0))
         lane.fast_path_max_bytes = sys.maxsize if quota is None else -1
 
     def cost(self, lane: Lane, items: int, tokens: int, oldest: Ticket) -> int:  # noqa: ARG002 see `Calls`
@@ -187,7 +201,7 @@ class EmbeddingCalls:
             dimensions = cast("EmbeddingSpec", lane.spec).dimensions
             vectors = codec.read(completion, len(tickets), history.length if dimensions is None else dimensions)
             outcome.ending, outcome.fault = "complete" if vectors.fault is None else "wrong", vectors.fault
-            outcome.sound, outcome.odd = vectors.sound, vectors.odd
+            outcome.sound, outcome.odd, outcome.other = vectors.sound, vectors.odd, vectors.other
             history.learn(vectors, len(tickets), again=again)
             self._answer(tickets, vectors, completion, call_state, call_cost)
         alone = self._attribution.attribute_list(tickets, completion, call_cost, again=again)
@@ -214,7 +228,9 @@ class EmbeddingCalls:
                 usage, cost_usd = with_earlier(ticket, call_cost.shares[position], call_cost.price)
             waited, latency = sent - ticket.created, now - ticket.created
             # The fields in their order: names would cost a third more.
-            reply: Reply[Any] = Reply(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop")
+            reply: Reply[Any] = Reply(
+                *(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop", completion.request_id)
+            )
             reply._wait = call_state.wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
         call_state.waiting -= self._settlement.answer(replies)

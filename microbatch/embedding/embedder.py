@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import Protocol
 
+    from microbatch.accounting.stats import Ledger
     from microbatch.batching.admission import AdmissionQueue
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.intake import Intake
@@ -80,6 +81,7 @@ class Embedder:
         self.check_open: Callable[[], None]
         self.admission: AdmissionQueue = given.admission
         self.settlement: Settlement = given.settlement
+        self.ledger: Ledger = given.ledger
         self.cache = cache
         self._intake = intake
         self._lanes = lanes
@@ -176,7 +178,7 @@ class Embedder:
         return await _Run(self, options, self._caller(timeout, use_cache), use_cache=use_cache).of(iter(texts))
 
     def _caller(self, timeout: float | None, use_cache: UseCache) -> CallerOptions:
-        if use_cache not in (True, False, "refresh"):
+        if use_cache is not True and use_cache is not False and use_cache != "refresh":
             raise ConfigError(f'use_cache must be True, False or "refresh", got {use_cache!r}')
         # A vector is exact, so that of an equal text under way always serves.
         caller = SHARED if use_cache is True else UNSHARED
@@ -243,6 +245,7 @@ class _Run:
             raise
         failure = ended or taking
         if failure is not None:
+            self._leave()
             raise failure
         return self._found
 
@@ -296,7 +299,10 @@ class _Run:
                 queue.flush(FlushReason.DRAIN)
 
     def _leave(self) -> None:
-        """Give up what is pending: the caller is gone."""
+        """Give up what is pending, and the shares of what was found: no caller gets it."""
+        for found in self._found:
+            if not found.usage.estimated:
+                self._embedder.ledger.unclaimed += found.usage
         for entry in self._pending:
             if not isinstance(entry, Embedding):
                 ticket, waiter = entry
@@ -315,4 +321,13 @@ def _ignore(_waiter: Waiter) -> None:
 
 def as_embedding(reply: Reply[Any]) -> Embedding:
     """Return the vector in *reply*, with its share of the cost."""
-    return Embedding(reply.output, reply.model, reply.usage, reply.cost_usd, reply.batch_size)
+    return Embedding(
+        reply.output,
+        reply.model,
+        reply.usage,
+        reply.cost_usd,
+        reply.batch_size,
+        reply.route,
+        reply.request_id,
+        reply.waited,
+    )

@@ -5,13 +5,15 @@
 - A list whose reply cannot be trusted, or holds vectors that cannot be used, is asked for in halves. When that brought nothing of use
   twice, texts go alone; n texts that are always answered wrong take about 2n further calls. What is wrong alone as well is repeated
   once, and ends with an error then.
+- If all vectors of a list have the same other length, one text is asked for alone first. If its vector has that length too, the model
+  has changed, which is believed; or it ignores the dimensions asked for, and every text fails.
 - Anything else has no cause in the texts and would fail them again: every text fails with the error.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import anyio
 import msgspec
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.ticket import Ticket
     from microbatch.embedding.codec import Vectors
+    from microbatch.embedding.request import EmbeddingSpec
     from microbatch.errors import ConfigError, RequestFailed
     from microbatch.messages import Route
     from microbatch.transports.accounts import Permit
@@ -103,6 +106,7 @@ class ListOutcome(msgspec.Struct):
         fault: What is wrong with the reply, or None.
         sound: Whether any text was answered.
         odd: Whether the fault is the length of a vector.
+        other: See `Vectors`.
     """
 
     tickets: list[Ticket]
@@ -111,6 +115,7 @@ class ListOutcome(msgspec.Struct):
     fault: str | None = None
     sound: bool = False
     odd: bool = False
+    other: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -168,6 +173,8 @@ class Recovery:
 
     async def after(self, outcome: ListOutcome) -> None:
         """Deal with what the first call has left."""
+        if outcome.other is not None and len(outcome.tickets) > 1 and await self._ignores_dimensions(outcome):
+            return
         parts, vain = [_Part(outcome.tickets, outcome=outcome)], 0
         sound = outcome.sound
         while parts := [part for each in parts for part in self._divided(each)]:
@@ -183,6 +190,19 @@ class Recovery:
         if len(outcome.tickets) > 1 and (sound or outcome.ending == "wrong"):
             self._history.record_outcome(good=sound, judged=True)
             self._note_vain()
+
+    async def _ignores_dimensions(self, outcome: ListOutcome) -> bool:
+        """Ask for one text alone after a list of another length; return whether all have failed, because nothing else will come."""
+        probe = _Part(outcome.tickets[:1])
+        await self._ask(probe)
+        if probe.outcome is None or probe.outcome.other != outcome.other:
+            return False
+        if cast("EmbeddingSpec", self._lane.spec).dimensions is None:
+            self._history.length = None
+            return False
+        for ticket in outcome.tickets:
+            self._fail(ticket, MalformedAnswer(f"{outcome.fault}, in a list and alone: the model ignores dimensions="))
+        return True
 
     def _divided(self, part: _Part) -> list[_Part]:
         """Return the parts in which *part* is asked for again; none if all of its texts have ended."""

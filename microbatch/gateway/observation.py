@@ -76,7 +76,7 @@ class Observation:
             pair = self._labels.pair(record.model, record.tenant, answered=record.answered)
             self._by_caller.labels(*pair, status).inc()
 
-    def _note(self, log: AccessLog, record: Served, reply: Reply[str] | None) -> None:
+    def _note(self, log: AccessLog, record: Served, reply: Reply[Any] | None) -> None:
         """Add the line of *record* to *log*; if its call is under way, when that has ended and the cost is known."""
         if reply is None or not reply.usage.estimated:
             log.write(record)

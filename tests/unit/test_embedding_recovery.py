@@ -187,6 +187,44 @@ async def test_dimensions_that_a_model_ignores_are_an_error():
             await batcher.embed("x", dimensions=3)
 
 
+async def test_dimensions_that_a_model_ignores_cost_a_list_and_one_more_call():
+    transport = VectorTransport(
+        lambda _, inputs, __: [(index, vector_of(text, 5)) for index, text in enumerate(inputs)]
+    )
+    async with batcher_for(transport) as batcher:
+        found = await embed_all(batcher, texts(), dimensions=3)
+        conserved(batcher, transport, found)
+    assert {type(one) for one in found} == {mb.MalformedAnswer}
+    assert all("5 numbers in place of 3" in str(one) and "ignores dimensions" in str(one) for one in found)
+    assert transport.sizes == [64, 1]
+
+
+async def test_lists_of_another_length_are_believed_if_a_text_alone_has_it_too():
+    length = LENGTH
+    transport = VectorTransport(
+        lambda _, inputs, __: [(index, vector_of(text, length)) for index, text in enumerate(inputs)]
+    )
+    async with batcher_for(transport) as batcher:
+        await batcher.embed("before")
+        length = 6
+        found = await embed_all(batcher, texts())
+        assert all(is_right(*pair, 6) for pair in zip(found, texts(), strict=True))
+        conserved(batcher, transport, [*found, mb.Embedding(vector_of("before"), usage=mb.Usage(len("before")))])
+        assert transport.sizes == [1, 64, 1, 32, 32]
+        assert is_right(await batcher.embed("after"), "after", 6)
+    assert transport.sizes == [1, 64, 1, 32, 32, 1]
+
+
+async def test_a_list_of_another_length_is_not_believed_if_a_text_alone_has_the_known_one():
+    transport = VectorTransport(
+        lambda _, inputs, pairs: pairs if len(inputs) == 1 else [(index, vector[:2]) for index, vector in pairs]
+    )
+    async with batcher_for(transport) as batcher:
+        await batcher.embed("before")
+        found = await embed_all(batcher, texts())
+    assert all(is_right(*pair) for pair in zip(found, texts(), strict=True))
+
+
 async def test_a_model_whose_vectors_have_another_length_from_now_on_is_believed_in_the_end():
     changed = False
     transport = VectorTransport(

@@ -131,7 +131,7 @@ What is x = 1 for?|What is y = 1 for?
 What is {"a": 1} for?|What is {"b": 1} for?
 """,
     "order": """
-Can the buyer pay the seller?|Can the seller pay the buyer?
+Can the bank pay the shop?|Can the shop pay the bank?
 Why do cats chase dogs?|Why do dogs chase cats?
 How do I fly from berlin to paris?|how can i fly from paris to berlin
 Is it open before noon?|Is it open after noon?
@@ -170,6 +170,8 @@ Is it a debit card?|Is it a credit card?
 Is he here?|Is she here?
 Who is his father?|Who is his mother?
 Can I cancel it and start?|Can I start?
+Did my brother ask for his card?|Did his brother ask for my card?
+Can they see my card, and my PIN?|Can they see my card, and his PIN?
 Will it be charged?|Was it charged?
 Is it the red one?|Is it the blue one?
 Can I pay the fee?|Must I pay the fee?

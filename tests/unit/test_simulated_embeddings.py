@@ -120,7 +120,9 @@ def test_a_wrong_option_is_a_config_error_that_names_it(options: dict[str, Any])
         SimulatedEmbeddings(**options)
 
 
-@pytest.mark.parametrize(("kinds", "options"), [("nonsense", {}), ([], {}), ("nan", {"rate": 2})])
+@pytest.mark.parametrize(
+    ("kinds", "options"), [("nonsense", {}), ([], {}), (3, {}), ("nan", {"rate": 2}), ("nan", {"seed": "x"})]
+)
 def test_wrong_faults_are_config_errors(kinds: Any, options: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigError):
         EmbeddingFaults(kinds, **options)
@@ -287,6 +289,19 @@ async def test_the_quota_counts_embeddings_and_chat_of_a_model_together() -> Non
     assert model.quota_refusals == 1
     await transport.embed(call("x", model="another"))
     await transport.embed(call(headers={"authorization": "Bearer other"}))
+
+
+async def test_what_is_refused_counts_as_a_request_and_uses_no_tokens() -> None:
+    model = SimulatedModel(quota=Quota(rpm=3, tpm=6), embeddings=SimulatedEmbeddings(poison="poison"))
+    transport = SimulatedTransport(model)
+    for remaining in (2, 1):
+        with pytest.raises(errors.BadRequest) as caught:
+            await transport.embed(call("poison"))
+        assert (caught.value.limits.remaining_requests, caught.value.limits.remaining_tokens) == (remaining, 6)
+    await transport.embed(call())
+    with pytest.raises(errors.RateLimited):
+        await transport.embed(call("more"))
+    assert (model.embedding_calls, model.calls) == (1, 4)
 
 
 async def test_faults_of_chat_and_of_embeddings_are_counted_apart() -> None:
