@@ -81,7 +81,7 @@ IMPURE = {
     "embedding": {"embedder", "recovery"},
     "forwarding": {""},
     "live_answer": {""},
-    "semantic": {"checks", "embedding", "index", "look_ups"},
+    "semantic": {"checks", "embedding", "index", "look_ups", "older"},
     "spending": {"spending"},
     "storage": {"coalescer", "redis", "sqlite"},
     "transports": {
