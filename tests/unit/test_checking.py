@@ -120,7 +120,7 @@ UNKNOWN = {"tracer_provider", "meter_provider", "registry", "pages"}
 """Arguments whose types are of optional packages, or for type checkers only."""
 
 NO_SETTINGS = {
-    *("AsyncStream", "Chat", "ChatCompletion", "Completions", "ScriptedCall", "VirtualClockLoop"),
+    *("AsyncStream", "Chat", "ChatCompletion", "Completions", "Embeddings", "ScriptedCall", "VirtualClockLoop"),
     "BlockingMicrobatcher",
 }
 """Classes that are not made by users, have no arguments, or hand them on to a class that checks them."""
