@@ -8,6 +8,8 @@ from bisect import bisect_left
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.accounting.events import BESIDE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -33,8 +35,8 @@ class LiveFigures:
         self._errors = Counter[str]()
 
     def on_call(self, event: Called) -> None:
-        """Record the size and the duration of a call; an audit answers no request, and is not recorded."""
-        if event.route == "audit":
+        """Record the size and the duration of a call, unless it belongs to no request, as audits do."""
+        if event.route in BESIDE:
             return
         self._sizes[min(bisect_left(_SIZES, event.size), len(_SIZES) - 1)] += 1
         self._calls.append((self._now(), event.duration))

@@ -119,7 +119,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
         since: Loop time from which `timeout` counts; None for the time at which the request is accepted.
         live: What takes the answer while it arrives, and whatever it is; None to take it when it is complete and fits.
-        audited: Whether its answer may be audited.
+        audited: Whether its answer may be audited, or another one handed out in its place if that is right often enough.
     """
 
     timeout: float | None = None

@@ -49,6 +49,7 @@ from microbatch.cli.environment import with_environment
 from microbatch.cli.logs import call_logs, logging_to
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.prices import read_prices
+from microbatch.cli.semantic import add_semantic_cache, semantic_cache
 from microbatch.cli.stopping import listening
 from microbatch.errors import ConfigError
 from microbatch.gateway.access import is_loopback
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
     arguments.add_rate_limits(parser)
     arguments.add_cache(parser)
+    add_semantic_cache(parser)
     arguments.add_prices(parser)
     _add_access_log(parser)
     _add_access(parser.add_argument_group("access"))
@@ -139,6 +141,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
     policy = read_policy(args)
     token = _read_secret(args, "access_token_file", least=1)
     own_key = _own_key(args)
+    exact = None if args.cache is None else cache_at(args.cache)
     try:
         return Gateway(
             args.upstream,
@@ -156,7 +159,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             policy=policy,
             fallback=FallbackPolicy(canary=args.canary),
             rate_limit=read_rate_limit(args),
-            cache=None if args.cache is None else cache_at(args.cache),
+            cache=semantic_cache(args, exact) or exact,
             audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
             budget=arguments.read_budget(args),
             prices=read_prices(args),

@@ -142,6 +142,8 @@ class Gateway:
         self._observed.watch(self.batcher)
         if self.batcher.audits is not None:
             self.batcher.audits.callers_pay = self._access.callers_pay
+        if self.batcher.look_ups is not None:
+            self.batcher.look_ups.checks.callers_pay = self._access.callers_pay
         self._cache = batcher.get("cache")
         self._secret = secret
         own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}

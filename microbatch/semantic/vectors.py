@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from microbatch.errors import ConfigError
+from microbatch.errors import ConfigError, MalformedAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,12 +42,12 @@ def read_vectors(found: Any, count: int) -> list[Floats | None]:
     """Return the *count* vectors that an embedding function has *found*, with length 1; None for one that is none.
 
     Raises:
-        ValueError: It has not found *count* of them.
+        MalformedAnswer: It has not found *count* of them.
     """
     np = load_numpy()
-    vectors: Sequence[Any] = found if hasattr(found, "__len__") and hasattr(found, "__getitem__") else list(found)
+    vectors: list[Any] = [*found] if isinstance(found, Iterable) else []
     if len(vectors) != count:
-        raise ValueError(f"{len(vectors)} vectors for {count} texts")
+        raise MalformedAnswer(f"{len(vectors)} vectors for {count} texts")
     return [_unit(np, vector) for vector in vectors]
 
 
@@ -54,7 +55,8 @@ def _unit(np: Any, vector: Any) -> Floats | None:
     try:
         # Wider than what is kept: squares of large numbers must not overflow.
         values = np.asarray(vector, dtype=np.float64)
-        length = float(np.sqrt(values @ values)) if values.ndim == 1 and values.size else 0.0
+        with np.errstate(over="ignore"):
+            length = float(np.sqrt(values @ values)) if values.ndim == 1 and values.size else 0.0
     except (TypeError, ValueError, OverflowError):
         return None
     if not 0 < length < float("inf"):  # NaN is neither

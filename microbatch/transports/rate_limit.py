@@ -17,7 +17,8 @@ our estimates are low): the surplus counts as used until the endpoint says other
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from heapq import merge
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -88,6 +89,10 @@ class RateLimit:
             if limit is not None and limit * self.share < 1:
                 raise ConfigError(f"{name}={limit} times share={self.share} leaves less than one {one} a minute")
         self._buckets: SharedLRU[Hashable, Bucket] = SharedLRU(_CAPACITY)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the settings: what is left of the limits is that of this process."""
+        return partial(type(self), **{each.name: getattr(self, each.name) for each in fields(self)}), ()
 
     @property
     def max_tokens(self) -> int | None:
