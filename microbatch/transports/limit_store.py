@@ -129,6 +129,9 @@ class LimitStore(RedisStore):
         except StorageError as error:
             bucket.failed(order, str(error), now())
             self._note(error)
+        except asyncio.CancelledError:
+            bucket.failed(order, "closed", now())  # it may not have arrived
+            raise
         else:
             bucket.answered(order, answer, now())
             self._failing = False

@@ -143,6 +143,8 @@ class SharedBucket:
         self._contact = float("-inf")
         self._tried = float("-inf")
         self._failure: str | None = None
+        self._round = 0  # the latest outage of which the server has told
+        self._untold = False  # whether all has to be reported at once
         self._licence = float("-inf")  # until then it may go on as without the server
         self._alone_since: float | None = None
         self._own, self._base = [0, 0], [0, 0]  # when that began: what counted, and what could be spent besides
@@ -337,6 +339,8 @@ class SharedBucket:
         """Return the seconds until the next contact is due."""
         if self._failure is not None:
             due = self._tried + RETRY
+        elif self._untold:
+            due = now
         else:
             due = self._contact + HEARTBEAT
             if self._alone_since is not None and not self._epoch:
@@ -360,7 +364,7 @@ class SharedBucket:
             if self._units_held() > self._ahead // 2:
                 self._ahead //= 2
         slots = [slot for slot in self._slots if slot.changed]
-        self._asked, self._tried = needed, now
+        self._asked, self._tried, self._untold = needed, now, False
         self._sequence += 1
         arguments: list[Any] = [self._sequence, self._epoch, int(leaving)]
         for limit, unit in zip(self._limits, (1.0, 0.0), strict=True):
@@ -394,6 +398,9 @@ class SharedBucket:
         self._ask_at = now + int(wait) / 1_000
         if word != b"settled":
             self._go_alone(now)
+            if int(answer[9]) != self._round:
+                self._round = int(answer[9])
+                self._report_all()
             self._licence = order.sent + LICENCE if word == b"unsettled" else float("-inf")
             return
         self._alone_since = None
@@ -421,5 +428,11 @@ class SharedBucket:
         self._base = [held + share for held, share in zip(self._held, self._shares, strict=True)]
         self._held, self._ahead = [0, 0], 0
         for slot in self._slots:
-            slot.closed = slot.changed = True  # a server that was emptied has to be told all
+            slot.closed = True
             slot.alone = False  # those of an earlier outage count like others now
+
+    def _report_all(self) -> None:
+        """Have all of the last window reported at once: the server may have lost it, or taken it for older than it is."""
+        self._untold = True
+        for slot in self._slots:
+            slot.closed = slot.changed = True

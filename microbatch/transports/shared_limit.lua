@@ -108,9 +108,17 @@ end
 
 -- The members
 
-if state.mode == 'settled' and passed > GAP and next(members) then
-  state.mode, state.round, state.back = 'gap', now, 0
-  for _, m in pairs(members) do m.seen = now end
+if passed > GAP and next(members) then
+  -- An outage, or the clock was set forward.
+  if state.mode == 'settled' or state.mode == 'gap' then
+    state.mode, state.round, state.back = 'gap', now, 0
+  else
+    state.round, state.created = state.round + passed, state.created + passed
+  end
+  for id, m in pairs(members) do
+    m.seen = now
+    redis.call('HSET', members_key, id, written(m))
+  end
 end
 if state.mode == 'settled' then
   for id, m in pairs(members) do
@@ -143,21 +151,23 @@ if leaving then
   return finish({'left'})
 end
 if not me then
-  me = {want = {0, 0}, since = 0, free = 0}
+  me = {want = {0, 0}, since = 0, free = 0, round = 0}
   members[me_id] = me
 end
-me.seen, me.seq, me.held, me.part, me.share, me.round = now, seq, held, told_part, told_share, state.round
+me.seen, me.seq, me.held, me.part, me.share = now, seq, held, told_part, told_share
+-- It is back when it has been told of the outage before, and so has reported all of the last window again.
+if me.free >= state.round or state.mode == 'settled' then me.round = state.round end
 if not front then me.want, me.since = {0, 0}, 0 end
 
 local count, part_of_others, shared_of_others, held_by_all = 0, 0, {0, 0}, {0, 0}
 local all_back, free = true, 0
 for id, m in pairs(members) do
   count = count + 1
+  all_back = all_back and m.round == state.round
   for d = 1, 2 do held_by_all[d] = held_by_all[d] + m.held[d] end
   if id ~= me_id then
     part_of_others = part_of_others + m.part
     for d = 1, 2 do shared_of_others[d] = shared_of_others[d] + m.share[d] end
-    all_back = all_back and m.round == state.round
     free = math.max(free, m.free)
   end
 end
@@ -167,7 +177,7 @@ end
 local function answer(word, granted, wait)
   redis.call('HSET', members_key, me_id, written(me))
   return finish({word, granted[1], granted[2], math.ceil(wait), count, string.format('%.17g', me.part), me.share[1], me.share[2],
-    state.epoch})
+    state.epoch, state.round})
 end
 
 if state.mode ~= 'settled' then
