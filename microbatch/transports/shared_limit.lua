@@ -288,7 +288,7 @@ for d = 1, 2 do
   end
 end
 local reply = {'settled', granted[1], granted[2], math.ceil(wait), count, string.format('%.17g', part), shown[1], shown[2], state.epoch,
-  used(1), used(2)}
+  total[1] + held_by_all[1], total[2] + held_by_all[2]}
 me.part = math.max(me.part, part)
 for d = 1, 2 do me.share[d] = math.max(me.share[d], shown[d]) end
 redis.call('HSET', members_key, me_id, written(me))
