@@ -354,10 +354,12 @@ def _json(text: str) -> Any:
 
 
 def add_rate_limits(group: Group) -> None:
-    """Add `--rpm` and `--tpm`."""
+    """Add `--rpm`, `--tpm` and `--limit-store`."""
     tokens = "send at most N tokens in any minute, prompts and the answers reserved for them together"
     add_flag(group, "--rpm N", "send at most N requests in any minute")
     add_flag(group, "--tpm N", tokens)
+    store = "have --rpm and --tpm together with all processes that name the same Redis server, at redis://HOST:PORT/DB (default: alone)"
+    add_flag(group, "--limit-store URL", store)
 
 
 def add_prices(group: Group) -> None:

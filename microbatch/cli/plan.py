@@ -126,8 +126,12 @@ def read_policy(args: argparse.Namespace) -> FlushPolicy:
 
 
 def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
-    """Return the limit of `--rpm` and `--tpm`; None if neither is given."""
-    return RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
+    """Return the limit of `--rpm`, `--tpm` and `--limit-store`; None if there is none."""
+    if args.rpm or args.tpm:
+        return RateLimit(rpm=args.rpm, tpm=args.tpm, store=args.limit_store)
+    if args.limit_store is not None:
+        raise UsageError("--limit-store needs --rpm or --tpm")
+    return None
 
 
 def _simulated(args: argparse.Namespace) -> SimulatedChat:
