@@ -23,7 +23,9 @@ requests with a key of the client's are audited only with --audit-own-keys.
 Beside the API there are /healthz, /readyz, /stats, /metrics and /dashboard, and
 with --access-log a line of JSON for each request. On Ctrl-C or SIGTERM no more
 requests are taken, and those under way are answered; a second signal stops at
-once. Every flag can be given as an environment variable too, --max-wait as
+once. On SIGHUP the key command is run again, and the files of --prices,
+--access-token-file, --tls-cert and --tls-key are read again; log files that were
+renamed are made anew. Every flag can be given as an environment variable too, --max-wait as
 MICROBATCH_MAX_WAIT; a flag takes precedence.
 
 Examples:
@@ -36,8 +38,10 @@ Examples:
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -49,7 +53,7 @@ from microbatch.cli.environment import with_environment
 from microbatch.cli.logs import call_logs, logging_to
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.prices import read_prices
-from microbatch.cli.stopping import listening
+from microbatch.cli.stopping import at_hangup, listening
 from microbatch.errors import ConfigError
 from microbatch.gateway.access import is_loopback
 from microbatch.gateway.access_log import STDOUT
@@ -61,7 +65,6 @@ from microbatch.policy import FallbackPolicy
 from microbatch.transports.credentials import is_credential, is_for_a_proxy
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable
 
 _LEAST_SECRET_BYTES: Final = 16
@@ -70,25 +73,47 @@ _LEAST_SECRET_BYTES: Final = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.set_defaults(parser=parser)
-    add_flag(parser, "--upstream URL", "address of the API to serve, up to /v1")
-    add_flag(parser, "--host ADDRESS", "address to listen on", default="127.0.0.1")
-    add_flag(parser, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
-    add_flag(parser, "--model NAME", "the model for requests that name none (default: refuse these)")
-    arguments.add_connection(parser.add_argument_group("upstream"), "OPENAI_API_KEY")
-    add_flag(parser, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
-    arguments.add_rate_limits(parser)
-    arguments.add_cache(parser)
-    arguments.add_prices(parser)
-    _add_access_log(parser)
+    _add_listening(parser.add_argument_group("where clients connect"))
+    upstream = parser.add_argument_group("upstream")
+    add_flag(upstream, "--upstream URL", "address of the API to serve, up to /v1")
+    add_flag(upstream, "--model NAME", "the model for requests that name none (default: refuse these)")
+    arguments.add_connection(upstream, "OPENAI_API_KEY", uds="--upstream-uds")
+    arguments.add_rate_limits(upstream)
     _add_access(parser.add_argument_group("access"))
     arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings, also={"upstream_timeout": "--timeout"})
-    arguments.add_log_file(parser)
+    operation = parser.add_argument_group("operation")
+    add_flag(operation, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
+    _add_access_log(operation)
+    arguments.add_log_file(operation)
+    arguments.add_cache(operation)
+    arguments.add_prices(operation)
     batching = parser.add_argument_group("batching")
     arguments.add_policy(batching)
     arguments.add_audit(batching)
     own = "audit requests with a client's own key too, at that client's expense"
     add_flag(batching, "--audit-own-keys", own)
     arguments.add_budget(parser.add_argument_group("budget"))
+
+
+def _add_listening(group: arguments.Group) -> None:
+    add_flag(group, "--host ADDRESS", "address to listen on", default="127.0.0.1")
+    add_flag(group, "--port N", "port, 0 for a free one", least=0, most=65_535, default=8080)
+    add_flag(
+        group, "--uds PATH", "listen on a Unix socket in place of host and port; one that was left behind is replaced"
+    )
+    mode = "permissions of that socket (default: 600, for this user only)"
+    add_flag(group, "--uds-mode MODE", mode, type=_mode, default=0o600)
+    certificate = "a TLS certificate in PEM, and those that lead to its issuer"
+    add_flag(group, "--tls-cert FILE", f"{certificate}; clients use https:// then")
+    add_flag(group, "--tls-key FILE", "its key in PEM, not encrypted (default: in the same file)")
+    origin = "an origin whose web pages may use the API, as https://app.example; may be repeated"
+    add_flag(group, "--cors-origin ORIGIN", origin, action="append", default=[])
+
+
+def _mode(text: str) -> int:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise argparse.ArgumentTypeError(f"must be three octal digits, as 660, got {text!r}")
+    return int(text, 8)
 
 
 _NO_LOG: Final = "none"
@@ -104,7 +129,7 @@ def _add_access_log(group: arguments.Group) -> None:
 
 def _read_access_log(args: argparse.Namespace) -> str | None:
     if args.access_log is None:
-        return None if is_loopback(args.host) else STDOUT
+        return None if args.uds is not None or is_loopback(args.host) else STDOUT
     path: str = args.access_log
     return None if path == _NO_LOG else path
 
@@ -144,6 +169,11 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             args.upstream,
             host=args.host,
             port=args.port,
+            uds=args.uds,
+            uds_mode=args.uds_mode,
+            tls_cert=args.tls_cert,
+            tls_key=args.tls_key,
+            cors_origins=args.cors_origin,
             model=args.model,
             api_key=own_key,
             **_read_connection(args),
@@ -163,7 +193,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             hooks=call_logs(),
         )
     except ConfigError as error:
-        message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION))
+        message = in_flags(arguments.with_flags(str(error), arguments.CONNECTION)).replace("--uds", "--upstream-uds")
         raise UsageError(message.replace("api_key", args.api_key_env or "OPENAI_API_KEY")) from error
 
 
@@ -205,18 +235,45 @@ def _read_secret(args: argparse.Namespace, name: str, *, least: int) -> bytes | 
 
 async def _serve(args: argparse.Namespace) -> int:
     gateway = make_gateway(args)
-    async with listening(args, gateway.open, lambda: gateway.aclose(args.grace)) as stopped:
-        report(gateway.base_url)
-        note(f"The gateway to {args.upstream} listens there. Ctrl-C ends it.")
-        if lacks_version(args.upstream):
-            note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
-        if not args.no_own_key and (args.api_key_command or args.api_key_env or os.environ.get("OPENAI_API_KEY")):
-            clients = "with the access token" if args.access_token_file else "without a key"
-            note(f"Clients {clients} use {_name_of_key(args)}, for chat completions and the list of models.")
-        await stopped.wait()
-        note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
+    place = gateway.connections.place
+
+    async def reload() -> None:
+        await _reload(gateway, args)
+
+    async with listening(str(place), place.remedy, gateway.open, lambda: gateway.aclose(args.grace)) as stopped:
+        with at_hangup(reload, stopped.set):
+            introduce(args, gateway.base_url)
+            await stopped.wait()
+            note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
     note(_summary(gateway))
     return console.OK
+
+
+def introduce(args: argparse.Namespace, base_url: str) -> None:
+    """Print the address for clients, and what they should know."""
+    report(base_url)
+    where = "there" if args.uds is None else f"on {args.uds}"
+    note(f"The gateway to {args.upstream} listens {where}. Ctrl-C ends it.")
+    if lacks_version(args.upstream):
+        note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
+    if not args.no_own_key and (args.api_key_command or args.api_key_env or os.environ.get("OPENAI_API_KEY")):
+        clients = "with the access token" if args.access_token_file else "without a key"
+        note(f"Clients {clients} use {_name_of_key(args)}, for chat completions and the list of models.")
+
+
+async def _reload(gateway: Gateway, args: argparse.Namespace) -> None:
+    """Read the files of the flags again, and let the key be asked for again; if one is wrong, leave all as it was."""
+    try:
+        if args.api_key_command is not None and not args.no_own_key:
+            await asyncio.to_thread(arguments.read_key, args)  # a command that fails would make the calls fail
+        token = _read_secret(args, "access_token_file", least=1)
+        gateway.reload(
+            prices=read_prices(args), access_token=None if token is None else token.decode("utf-8", "replace")
+        )
+    except (UsageError, ConfigError) as error:
+        note(f"microbatch serve: not reloaded, all stays as it was: {error}")
+    else:
+        note("Reloaded: key, access token, prices and TLS files.")
 
 
 def _summary(gateway: Gateway) -> str:

@@ -138,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace, endpoint: SimulatedEndpoint) -> int:
-    async with listening(args, endpoint.open, endpoint.aclose) as stopped:
+    where, remedy = f"{args.host}:{args.port}", "choose another --port, or 0 for a free one"
+    async with listening(where, remedy, endpoint.open, endpoint.aclose) as stopped:
         report(endpoint.base_url)
         note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
         note(f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ...")

@@ -1,16 +1,16 @@
-"""Ctrl-C and SIGTERM end a command in order."""
+"""Ctrl-C and SIGTERM end a command in order, and SIGHUP lets a server read its files again."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from typing import TYPE_CHECKING
 
 from microbatch.cli.console import UsageError
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,22 +70,50 @@ def at_signals(*actions: Callable[[], None]) -> Generator[None]:
         usual()
 
 
+@contextlib.contextmanager
+def at_hangup(reload: Callable[[], Awaitable[None]], stop: Callable[[], object]) -> Generator[None]:
+    """Call *reload* at each SIGHUP, once at a time; if the signal says that the terminal of the process is gone, call *stop*."""
+    loop = asyncio.get_running_loop()
+    terminals = [number for number in range(3) if os.isatty(number)]
+    wanted = asyncio.Event()
+
+    def act() -> None:
+        if terminals and not any(map(os.isatty, terminals)):
+            stop()
+        else:
+            wanted.set()
+
+    async def reload_when_wanted() -> None:
+        while True:
+            await wanted.wait()
+            wanted.clear()
+            await reload()
+
+    with _unsupported:
+        loop.add_signal_handler(signal.SIGHUP, act)
+    task = loop.create_task(reload_when_wanted())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with _unsupported:
+            loop.remove_signal_handler(signal.SIGHUP)
+
+
 @contextlib.asynccontextmanager
 async def listening(
-    args: argparse.Namespace, start: Callable[[], Awaitable[object]], aclose: Callable[[], Awaitable[None]]
+    where: str, remedy: str, start: Callable[[], Awaitable[object]], aclose: Callable[[], Awaitable[None]]
 ) -> AsyncGenerator[asyncio.Event]:
-    """Open a server on `args.host` and `args.port` with *start*, and close it with *aclose* at the end of the block.
+    """Open a server with *start*, and close it with *aclose* at the end of the block.
 
-    Yield an event that the first signal sets. Raise `UsageError` if the server cannot listen there.
+    Yield an event that the first signal sets. Raise `UsageError` if the server cannot listen *where* it should, with the *remedy*.
     """
     stopped = asyncio.Event()
     with at_signals(stopped.set):
         try:
             await start()
         except OSError as error:
-            raise UsageError(
-                f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port, or 0 for a free one"
-            ) from None
+            raise UsageError(f"cannot listen on {where}: {error.strerror}; {remedy}") from None
         try:
             yield stopped
         finally:
