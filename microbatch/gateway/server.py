@@ -22,9 +22,11 @@ from microbatch.gateway.certificate import Certificate
 from microbatch.gateway.chat import ChatRoute
 from microbatch.gateway.connections import Connections
 from microbatch.gateway.cors import Cors
-from microbatch.gateway.dashboard import figures, show_dashboard
+from microbatch.gateway.crew import Lifecycle
+from microbatch.gateway.dashboard import show_dashboard
 from microbatch.gateway.errors import GatewayError, from_aiohttp, translate
 from microbatch.gateway.observation import Observation
+from microbatch.gateway.own_pages import OwnPages
 from microbatch.gateway.place import Place
 from microbatch.gateway.relay import Relay
 from microbatch.gateway.secret import secret_of
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Stats
+    from microbatch.gateway.crew import Crew
+    from microbatch.gateway.report import Report
     from microbatch.gateway.served import Served
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -125,6 +129,7 @@ class Gateway:
     ) -> None:
         check_given(Microbatcher.__init__, batcher)
         self.host = host
+        self._life = Lifecycle()
         self._certificate = _certificate(tls_cert, tls_key)
         place = Place(host=host, port=port, uds=uds, uds_mode=uds_mode)
         self.connections: Connections = Connections(place, self._certificate, self._refuse_unreadable)
@@ -140,29 +145,33 @@ class Gateway:
         )
         self._upstream = Upstream(upstream, query)
         self._transport = self._make_transport(model, api_key, query, batcher.get("policy"), connection or {})
-        self._prices = batcher.pop("prices", None) or {}
-        if not callable(self._prices):
-            self._prices = PriceTable(self._prices)
+        prices = batcher.pop("prices", None) or {}
+        self._prices = prices if callable(prices) else PriceTable(prices)
         self._observed = Observation(None if access_log is None else AccessLog(access_log))
-        self.batcher: Microbatcher = Microbatcher(
-            self._transport,
-            **{**batcher, "prices": self._prices, "hooks": [*batcher.get("hooks", ()), *self._observed.hooks]},
-        )
-        self._observed.watch(self.batcher)
-        if self.batcher.audits is not None:
-            self.batcher.audits.callers_pay = self._access.callers_pay
+        self.batcher: Microbatcher = self._make_batcher(batcher)
         self._cache = batcher.get("cache")
         self._secret = secret
-        own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
-        self._pages: dict[str, Handler] = {**own, **(pages or {})}
-        self._open_pages: dict[str, Handler] = {"/healthz": self._health, "/readyz": self._ready}
+        self._open_pages: dict[str, Handler] = {}
+        self._pages: dict[str, Handler] = {}
+        self._add_pages(pages or {})
         self._relay = Relay(self.batcher, self._settings.client_timeout)
         policy = batcher.get("policy") or FlushPolicy()
         harmless = HARMLESS.union(policy.combine_params)
         self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model, harmless)
         self._serving = 0  # requests of the API
-        self._draining = False  # the gateway is closing and takes no further requests of the API
-        self._retiring = False  # each connection ends with the next answer on it
+
+    def _make_batcher(self, options: dict[str, Any]) -> Microbatcher:
+        hooks = [*options.pop("hooks", ()), *self._observed.hooks]
+        batcher = Microbatcher(self._transport, prices=self._prices, hooks=hooks, **options)
+        self._observed.watch(batcher)
+        if batcher.audits is not None:
+            batcher.audits.callers_pay = self._access.callers_pay
+        return batcher
+
+    def _add_pages(self, pages: Mapping[str, Handler]) -> None:
+        own = OwnPages(self._life, self.report, self._observed.metrics)
+        self._open_pages = {"/healthz": own.health, "/readyz": own.ready}
+        self._pages = {"/stats": own.stats, "/metrics": own.metrics, "/dashboard": show_dashboard, **pages}
 
     def _make_transport(
         self,
@@ -188,7 +197,7 @@ class Gateway:
 
     def __repr__(self) -> str:
         """Return the address and the state, without keys."""
-        state = "closing" if self._draining else "open" if self.connections.open else "not listening"
+        state = "closing" if self._life.draining else "open" if self.connections.open else "not listening"
         place = self.connections.place.uds or f"{self.host}:{self.port}"
         return f"Gateway({place}, {state}, serving={self._serving})"
 
@@ -211,6 +220,10 @@ class Gateway:
     def stats(self) -> Stats:
         """Return the batcher's figures so far."""
         return self.batcher.stats()
+
+    def report(self) -> Report:
+        """Return what this process has counted."""
+        return self._observed.report(self.batcher.stats())
 
     # --- lifecycle
 
@@ -250,8 +263,16 @@ class Gateway:
             raise
         return self
 
-    async def start(self) -> None:
-        """Open the batcher without listening: another process accepts connections, and they are added to `connections`."""
+    async def start(self, crew: Crew | None = None, began: float | None = None) -> None:
+        """Open the batcher without listening: another process accepts connections, and they are added to `connections`.
+
+        Args:
+            crew: The workers of which this gateway is one; None if it is alone.
+            began: Monotonic time at which the first of them began.
+        """
+        self._life.crew = crew
+        if began is not None:
+            self._observed.begin_at(began)
         if self.connections.open:
             raise BatcherClosed("a Gateway is opened once; make a new one")
         await self.connections.start(self.make_application())
@@ -264,7 +285,7 @@ class Gateway:
         Args:
             grace: Seconds to wait for answers, after which the remaining requests fail. None waits as long as their deadlines allow.
         """
-        self._draining = True
+        self._life.draining = True
         await self.batcher.aclose(grace)
         await self.connections.close()
 
@@ -273,7 +294,7 @@ class Gateway:
 
         Return when there are none left, at the latest after *patience* seconds, when idle ones are closed.
         """
-        self._retiring = True
+        self._life.retiring = True
         await self.connections.all_closed(patience)
 
     def reload(self, *, prices: Mapping[str, Price] | None = None, access_token: str | None = None) -> None:
@@ -313,7 +334,7 @@ class Gateway:
             raise
 
     async def _close_batcher(self, _application: web.Application) -> None:
-        self._draining = True
+        self._life.draining = True
         await self.batcher.aclose()
         await self._observed.aclose()
 
@@ -331,13 +352,9 @@ class Gateway:
         finally:
             record.seconds = asyncio.get_running_loop().time() - record.began
             self._observed.add(record)
-        if self._leaving:
+        if self._life.leaving:
             response.force_close()  # a stream that began before has sent its headers
         return response
-
-    @property
-    def _leaving(self) -> bool:
-        return self._draining or self._retiring
 
     def _begin(self, request: web.Request) -> Served:
         return begin(request, page=request.path in self._pages or request.path in self._open_pages)
@@ -373,7 +390,7 @@ class Gateway:
 
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer a request of the API, unless the gateway is closing or full."""
-        if self._draining:
+        if self._life.draining:
             raise BatcherClosed
         if self._serving >= self._settings.max_requests:
             raise Overloaded
@@ -393,7 +410,7 @@ class Gateway:
         # Versions are not disclosed; an upstream's own Server header is relayed.
         if response.headers.get("Server") == SERVER_SOFTWARE:
             del response.headers["Server"]
-        if self._leaving:
+        if self._life.leaving:
             # force_close alone closes without announcing it, and the client may be sending its next request already.
             response.headers["Connection"] = "close"
             response.force_close()
@@ -418,31 +435,12 @@ class Gateway:
 
     # --- routes
 
-    async def _health(self, _request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    async def _ready(self, _request: web.Request) -> web.Response:
-        if self._draining:
-            return web.json_response({"status": "draining"}, status=503)
-        return web.json_response({"status": "ready"})
-
     def _guarded(self, page: Handler) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
             self._access.check_page(request)
             return await page(request)
 
         return guarded
-
-    async def _stats(self, _request: web.Request) -> web.Response:
-        body = figures(self.batcher.stats(), self._observed.snapshot())
-        return web.Response(body=body, content_type="application/json", headers={"Cache-Control": "no-store"})
-
-    async def _show_metrics(self, _request: web.Request) -> web.Response:
-        metrics = self._observed.metrics
-        if metrics is None:
-            message = "This needs the package prometheus-client: pip install 'microbatch[prometheus]'."
-            raise GatewayError(501, message, code="no_metrics")
-        return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
 
     async def _serve_api(self, request: web.Request) -> web.StreamResponse:
         place = self._upstream.place(request)

@@ -323,7 +323,9 @@ async def test_a_hangup_reads_prices_and_keys_again_and_loses_nothing(tmp_path):
     assert len(after) == 2
     assert [line["cost_usd"] / line["prompt_tokens"] for line in (before[0], after[1])] == pytest.approx([1.0, 2.0])
     # What is no token is a client's own key.
-    assert [key for key, _ in upstream.heard] == [f"Bearer {key}" for key in ("sk-old", "sk-old", "second", "first", "sk-new")]
+    assert [key for key, _ in upstream.heard] == [
+        f"Bearer {key}" for key in ("sk-old", "sk-old", "second", "first", "sk-new")
+    ]
 
 
 async def test_connections_that_another_process_accepted_are_served(tmp_path):
