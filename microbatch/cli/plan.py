@@ -120,9 +120,9 @@ def read_policy(args: argparse.Namespace) -> FlushPolicy:
     return read_settings(args, FlushPolicy, max_batch_size=1)
 
 
-def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
-    """Return the limit of `--rpm` and `--tpm`; None if neither is given."""
-    return RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
+def read_rate_limit(args: argparse.Namespace, *, processes: int = 1) -> RateLimit | None:
+    """Return the limit of `--rpm` and `--tpm` for one of so many *processes* that share it; None if neither is given."""
+    return RateLimit(rpm=args.rpm, tpm=args.tpm, share=1 / processes) if args.rpm or args.tpm else None
 
 
 def _read_transport(args: argparse.Namespace) -> OpenAIChat:

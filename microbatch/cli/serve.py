@@ -24,14 +24,19 @@ Beside the API there are /healthz, /readyz, /stats, /metrics and /dashboard, and
 with --access-log a line of JSON for each request. On Ctrl-C or SIGTERM no more
 requests are taken, and those under way are answered; a second signal stops at
 once. On SIGHUP the key command is run again, and the files of --prices,
---access-token-file, --tls-cert and --tls-key are read again; log files that were
-renamed are made anew. Every flag can be given as an environment variable too, --max-wait as
+--access-token-file, --tls-cert and --tls-key are read again; log files that
+were renamed are made anew. With --workers N there are N processes behind one
+port; on SIGHUP they are replaced one after the other, and no request is lost.
+
+Every flag can be given as an environment variable too, --max-wait as
 MICROBATCH_MAX_WAIT; a flag takes precedence.
 
 Examples:
   microbatch serve --upstream https://api.openai.com/v1 --port 8080
   microbatch serve --upstream http://localhost:8000/v1 --max-wait 0.05 --rpm 500
   microbatch serve --upstream https://NAME.openai.azure.com
+  microbatch serve --upstream https://api.openai.com/v1 --uds /run/llm.sock \
+      --workers 4 --access-log /var/log/llm.jsonl
   microbatch serve --upstream https://api.openai.com/v1 --host 0.0.0.0 \
       --access-token-file token.txt --cache redis://localhost:6379/0
 """
@@ -42,7 +47,9 @@ import argparse
 import asyncio
 import os
 import re
+import socket
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,11 +60,14 @@ from microbatch.cli.environment import with_environment
 from microbatch.cli.logs import call_logs, logging_to
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.prices import read_prices
-from microbatch.cli.stopping import at_hangup, listening
+from microbatch.cli.stopping import Server, listening
+from microbatch.cli.workers.supervisor import Supervisor
+from microbatch.cli.workers.work import Work, sockets_of_worker
 from microbatch.errors import ConfigError
 from microbatch.gateway.access import is_loopback
 from microbatch.gateway.access_log import STDOUT
 from microbatch.gateway.errors import in_flags
+from microbatch.gateway.place import Place
 from microbatch.gateway.server import Gateway
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.gateway.upstream import lacks_version
@@ -66,6 +76,8 @@ from microbatch.transports.credentials import is_credential, is_for_a_proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from microbatch.accounting.stats import Stats
 
 _LEAST_SECRET_BYTES: Final = 16
 
@@ -82,6 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_access(parser.add_argument_group("access"))
     arguments.add_settings(parser.add_argument_group("limits"), GatewaySettings, also={"upstream_timeout": "--timeout"})
     operation = parser.add_argument_group("operation")
+    workers = (
+        "serve with N processes behind one port; a worker that ends is replaced, and a limit in this process is divided"
+    )
+    add_flag(operation, "--workers N", workers, default=1)
     add_flag(operation, "--grace SECONDS", "time to answer what is under way after a signal", default=30.0)
     _add_access_log(operation)
     arguments.add_log_file(operation)
@@ -102,7 +118,7 @@ def _add_listening(group: arguments.Group) -> None:
         group, "--uds PATH", "listen on a Unix socket in place of host and port; one that was left behind is replaced"
     )
     mode = "permissions of that socket (default: 600, for this user only)"
-    add_flag(group, "--uds-mode MODE", mode, type=_mode, default=0o600)
+    add_flag(group, "--uds-mode MODE", mode, type=_mode)
     certificate = "a TLS certificate in PEM, and those that lead to its issuer"
     add_flag(group, "--tls-cert FILE", f"{certificate}; clients use https:// then")
     add_flag(group, "--tls-key FILE", "its key in PEM, not encrypted (default: in the same file)")
@@ -116,6 +132,11 @@ def _mode(text: str) -> int:
     return int(text, 8)
 
 
+def _uds_mode(args: argparse.Namespace) -> int:
+    return _USERS_ONLY if args.uds_mode is None else args.uds_mode
+
+
+_USERS_ONLY: Final = 0o600
 _NO_LOG: Final = "none"
 
 
@@ -153,11 +174,19 @@ def run(args: argparse.Namespace) -> int:
     found.argv = args.argv
     # The flag has been heeded already.
     with logging_to(found) if args.log_file is None else nullcontext():
-        return asyncio.run(_serve(found))
+        sockets = sockets_of_worker()
+        if sockets is not None:
+            asyncio.run(Work(sockets, partial(make_gateway, found), workers=found.workers, grace=found.grace).run())
+            return console.OK
+        return asyncio.run(_serve(found) if found.workers == 1 else _supervise(found))
 
 
-def make_gateway(args: argparse.Namespace) -> Gateway:
-    """Return the gateway of the flags, not open. Raise `UsageError` if a setting is wrong."""
+def make_gateway(args: argparse.Namespace, secret: bytes | None = None) -> Gateway:
+    """Return the gateway of the flags, not open; *secret* is its own if neither `--secret-file` nor a cache has one.
+
+    Raises:
+        UsageError: A setting is wrong.
+    """
     if not args.upstream:
         raise UsageError("no upstream: give --upstream URL, the address of the API to serve")
     settings = read_settings(args, GatewaySettings)
@@ -170,7 +199,7 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             host=args.host,
             port=args.port,
             uds=args.uds,
-            uds_mode=args.uds_mode,
+            uds_mode=_uds_mode(args),
             tls_cert=args.tls_cert,
             tls_key=args.tls_key,
             cors_origins=args.cors_origin,
@@ -178,14 +207,14 @@ def make_gateway(args: argparse.Namespace) -> Gateway:
             api_key=own_key,
             **_read_connection(args),
             access_token=None if token is None else token.decode("utf-8", "replace"),
-            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES),
+            secret=_read_secret(args, "secret_file", least=_LEAST_SECRET_BYTES) or (None if args.cache else secret),
             lane_headers=args.lane_header,
             allowed_hosts=args.allowed_host,
             access_log=_read_access_log(args),
             settings=settings,
             policy=policy,
             fallback=FallbackPolicy(canary=args.canary),
-            rate_limit=read_rate_limit(args),
+            rate_limit=read_rate_limit(args, processes=args.workers),
             cache=None if args.cache is None else cache_at(args.cache),
             audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
             budget=arguments.read_budget(args),
@@ -237,23 +266,58 @@ async def _serve(args: argparse.Namespace) -> int:
     gateway = make_gateway(args)
     place = gateway.connections.place
 
+    async def aclose() -> None:
+        await gateway.aclose(args.grace)
+
     async def reload() -> None:
         await _reload(gateway, args)
 
-    async with listening(str(place), place.remedy, gateway.open, lambda: gateway.aclose(args.grace)) as stopped:
-        with at_hangup(reload, stopped.set):
-            introduce(args, gateway.base_url)
-            await stopped.wait()
-            note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
-    note(_summary(gateway))
+    async with listening(Server(str(place), place.remedy, gateway.open, aclose, reload)) as stopped:
+        await _wait(args, gateway.base_url, stopped)
+    note(_summary(gateway.stats()))
     return console.OK
 
 
-def introduce(args: argparse.Namespace, base_url: str) -> None:
+async def _supervise(args: argparse.Namespace) -> int:
+    _check_workers(args)
+    place = Place(host=args.host, port=args.port, uds=args.uds, uds_mode=_uds_mode(args))
+    supervisor = Supervisor(place, args.argv, args.workers, grace=args.grace, tls=args.tls_cert is not None)
+    how = (supervisor.open, supervisor.aclose, supervisor.replace_all, supervisor.kill)
+    async with listening(Server(str(place), place.remedy, *how)) as stopped:
+        await _wait(args, f"{supervisor.origin}/v1", stopped)
+    if supervisor.counted is not None:
+        note(_summary(supervisor.counted.stats))
+    return console.OK
+
+
+async def _wait(args: argparse.Namespace, base_url: str, stopped: asyncio.Event) -> None:
+    _introduce(args, base_url)
+    await stopped.wait()
+    note(f"Stopping: requests under way are answered, for up to {args.grace:g} s.")
+
+
+def _check_workers(args: argparse.Namespace) -> None:
+    """Raise `UsageError` if several workers cannot keep to the settings together."""
+    if not hasattr(socket, "send_fds"):
+        raise UsageError("--workers needs a system on which processes can hand sockets to each other")
+    if arguments.read_budget(args) is not None and args.budget_store is None:
+        raise UsageError("--workers with a budget needs --budget-store: each worker would have a budget of its own")
+    for name in ("rpm", "tpm"):
+        limit = getattr(args, name)
+        if limit is not None and limit < args.workers:
+            raise UsageError(f"--{name} {limit} cannot be divided among {args.workers} workers")
+
+
+def _introduce(args: argparse.Namespace, base_url: str) -> None:
     """Print the address for clients, and what they should know."""
     report(base_url)
     where = "there" if args.uds is None else f"on {args.uds}"
-    note(f"The gateway to {args.upstream} listens {where}. Ctrl-C ends it.")
+    by = f" with {args.workers} workers" if args.workers > 1 else ""
+    note(f"The gateway to {args.upstream} listens {where}{by}. Ctrl-C ends it.")
+    for name in ("rpm", "tpm"):
+        limit = getattr(args, name)
+        if limit is not None and args.workers > 1:
+            note(f"--{name} {limit} is divided: {limit / args.workers:,.0f} for each worker.")
     if lacks_version(args.upstream):
         note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
     if not args.no_own_key and (args.api_key_command or args.api_key_env or os.environ.get("OPENAI_API_KEY")):
@@ -276,8 +340,7 @@ async def _reload(gateway: Gateway, args: argparse.Namespace) -> None:
         note("Reloaded: key, access token, prices and TLS files.")
 
 
-def _summary(gateway: Gateway) -> str:
-    stats = gateway.stats()
+def _summary(stats: Stats) -> str:
     combined = f"{plural(stats.items, 'chat completion')} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
     failed = f", {stats.failed:,} failed" if stats.failed else ""
     return f"served {combined}{failed}, and relayed {plural(stats.forwarded, 'request')}"

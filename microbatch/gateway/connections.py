@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from microbatch.gateway.place import BACKLOG, Place, identity, remove_socket
+from microbatch.gateway.place import BACKLOG, Place, identity, origin_of, remove_socket
 
 if TYPE_CHECKING:
     import socket
@@ -114,13 +114,7 @@ class Connections:
     @property
     def origin(self) -> str:
         """The scheme and the host of the gateway's addresses; "" if there is no port before it listens."""
-        scheme = "http" if self._certificate is None else "https"
-        if self.place.uds is not None:
-            return f"{scheme}://localhost"
-        host = (
-            f"[{self.place.host}]" if ":" in self.place.host else self.place.host
-        )  # RFC 3986: IPv6 addresses in brackets
-        return f"{scheme}://{host}:{self.port}" if self.port else ""
+        return origin_of(self.place, self.port, tls=self._certificate is not None)
 
     def added(self) -> None:
         """Note that there is one more."""

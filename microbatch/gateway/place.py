@@ -149,3 +149,12 @@ def close_all(sockets: Sequence[socket.socket]) -> None:
     """Close *sockets*."""
     for each in sockets:
         each.close()
+
+
+def origin_of(place: Place, port: int, *, tls: bool) -> str:
+    """Return the scheme and the host of the addresses of a server at *place*, which has the *port*; "" without a port."""
+    scheme = "https" if tls else "http"
+    if place.uds is not None:
+        return f"{scheme}://localhost"
+    host = f"[{place.host}]" if ":" in place.host else place.host  # RFC 3986: IPv6 addresses in brackets
+    return f"{scheme}://{host}:{port}" if port else ""
