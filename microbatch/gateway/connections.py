@@ -101,6 +101,7 @@ class Connections:
         self._handshake = None if certificate is None else HANDSHAKE_SECONDS
         self._runner: web.AppRunner | None = None
         self._listening: list[asyncio.Server] = []
+        self._closing = False
         self._socket_made: tuple[int, int] | None = None
         self._count = 0
         self._none_left = asyncio.Event()
@@ -144,7 +145,7 @@ class Connections:
     def _server(self) -> web.Server:
         server = None if self._runner is None else self._runner.server
         if server is None:
-            raise ConnectionAbortedError("the gateway is closed")
+            raise ConnectionAbortedError("the gateway is not open")
         return server
 
     async def listen(self) -> None:
@@ -169,6 +170,8 @@ class Connections:
         """Add a connection that was accepted elsewhere; one that breaks in the TLS handshake is dropped."""
         context = None if self._certificate is None else self._certificate.context
         try:
+            if self._closing:
+                raise ConnectionAbortedError("the gateway is closing")
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol, connection, ssl=context, ssl_handshake_timeout=self._handshake
             )
@@ -189,6 +192,7 @@ class Connections:
         """Stop listening, close the connections when they have been answered, and end the application."""
         if self._runner is None:
             return
+        self._closing = True
         # asyncio makes the transport of an accepted connection one turn of the loop later and announces it to aiohttp in the turn
         # after that (https://github.com/python/cpython/issues/109564).
         await asyncio.sleep(0)

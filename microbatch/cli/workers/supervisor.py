@@ -192,6 +192,8 @@ class Supervisor:
         """Replace one worker after the other by a new one, which reads all files again; what was begun is brought to an end."""
         for number in range(self._count):
             if not await self._replace(number):
+                if self._stopping:
+                    return
                 note("Not reloaded: the new worker has not started; those that were not replaced serve on.")
                 return
         note(f"Reloaded: {plural(self._count, 'worker')} replaced.")
