@@ -87,6 +87,10 @@ class ApiKey:
             self._known = False  # else another call has asked for one already
         return True
 
+    def renew(self) -> None:
+        """Call the function again before the next call; a fixed key stays."""
+        self._known = self._function is None
+
     def close(self) -> None:
         """Stop waiting for the function."""
         if self._asking is not None and not self._asking.get_loop().is_closed():

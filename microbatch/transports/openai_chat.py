@@ -199,6 +199,10 @@ class OpenAIChat:
         """
         self._pool()
 
+    def renew_key(self) -> None:
+        """Call the function that returns the key again before the next call; a fixed key stays."""
+        self._key.renew()
+
     async def aclose(self) -> None:
         """Close the connections; calls under way end with `ConnectFailed`. It can be opened again."""
         self._key.close()

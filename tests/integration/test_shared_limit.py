@@ -16,7 +16,7 @@ from microbatch.testing import Quota, ScriptedTransport, SimulatedEndpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.promise(of="shared_limits")]
 
-SECRET = "sk-of-one-account"  # noqa: S105 no real one
+SECRET = "sk-of-one-account"
 
 
 def limit_on(url, **limits):
