@@ -58,6 +58,9 @@ VARIANTS = {
 }
 """The error that is accepted, and the model's noise, of the semantic caches that each stream is asked of."""
 
+WARMING = 3_000
+"""Most requests after which answers should be handed out, before what must not be handed out is asked."""
+
 LOWEST, WIDTH = 0.5, 0.05
 """The similarities that pairs of questions are counted by."""
 
@@ -96,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for stream, texts in streams.items():
             answers = {text: right[text] for text in texts}
             samples["streams"] += _stream(stream, task, answers, vectors, options.seed)
-    samples["walls"] = _walls(right, half, list(gold), pairs, vectors, options.seed)
+    samples["walls"] = _walls(right, list(rewritten)[:WARMING], list(gold), pairs, vectors, options.seed)
     samples["one point"] = _one_point(gold, options.seed)
     return samples
 
