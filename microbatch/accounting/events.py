@@ -20,6 +20,10 @@ logger: Final = logging.getLogger("microbatch")
 _METHODS: Final = ("on_submit", "on_flush", "on_call", "on_settle", "on_audit")
 
 
+BESIDE: Final = ("audit", "check", "look_up")
+"""Routes of calls that belong to no request."""
+
+
 class Flushed(msgspec.Struct, frozen=True, kw_only=True):
     """The event of `on_flush`: a batch, or a request alone, has left its queue.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.accounting.events import BESIDE
 from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.messages import Usage
@@ -142,9 +143,9 @@ class OpenTelemetryHooks:
             attributes=common | of_call | failure | _of_span(event),
             links=[self._trace.Link(caller) for caller in callers.values()],
         )
-        # An audit answers no caller: its duration and tokens are kept apart from those of the others.
-        audit: Attributes = {ROUTE: event.route} if event.route == "audit" else {}
-        self._count_call(event, common | of_call | audit, failure)
+        # Such a call answers no caller: its duration and tokens are kept apart from those of the others.
+        beside: Attributes = {ROUTE: event.route} if event.route in BESIDE else {}
+        self._count_call(event, common | of_call | beside, failure)
 
     def _count_call(self, event: Called, common: Attributes, failure: Attributes) -> None:
         # Endpoints do not distinguish text from other tokens, and guesses would not add up.

@@ -211,6 +211,9 @@ _MEANS: Final = {"batch_size_mean": "batches", "cache_age": "cache_hits"}
 """Figures that are means, and the counts they are means of."""
 
 
+OF_THE_CACHE: Final = ("shadow_pairs", "similar_checks", "false_hits", "false_hit_interval", "similar")
+"""Figures of a `SemanticCache`, which all batchers that share it report."""
+
 _MAX_FIELDS: Final = 64
 """Most names in `alone_by_field`: callers may make them up."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from microbatch.audit.lane_kind import LaneKind
     from microbatch.messages import Reply, Usage
     from microbatch.schema.answer_type import AnswerType
-    from microbatch.transports.accounts import Permit
+    from microbatch.transports.accounts import Account, Permit
 
 NEVER = float("inf")
 
@@ -119,7 +119,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
         since: Loop time from which `timeout` counts; None for the time at which the request is accepted.
         live: What takes the answer while it arrives, and whatever it is; None to take it when it is complete and fits.
-        audited: Whether its answer may be audited.
+        audited: Whether its answer may be audited, or another one handed out in its place if that is right often enough.
     """
 
     timeout: float | None = None
@@ -206,6 +206,10 @@ class LookUp(Protocol):
 
 class TicketQueue(Protocol):
     """The queue in which a ticket waits to be sent."""
+
+    @property
+    def account(self) -> Account:
+        """The account that pays for its calls."""
 
     @property
     def due(self) -> object:

@@ -13,6 +13,9 @@ ACTION is one of
   clear    delete all entries
   export   write a line of JSON for each entry
 
+Of a semantic cache it has the answers only: the vectors of questions, and what
+was shown about them, are those of the process that uses it.
+
 Entries of earlier releases, and damaged ones, do not say whose they are:
 they are deleted with any --tenant. A running batcher may store answers that it
 has under way at that moment.

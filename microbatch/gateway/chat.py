@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply
 
 _OF_A_DELTA: Final = ("role", "content", "refusal")
-_ALREADY_PAID: Final = frozenset({"cache", "shared"})
+_ALREADY_PAID: Final = frozenset({"cache", "shared", "similar"})
 """Routes of answers whose calls another request has paid for."""
 
 _encode: Final = msgspec.json.Encoder().encode

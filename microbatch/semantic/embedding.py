@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import msgspec
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     """Returns the vectors of texts, those of tickets, within a number of seconds; None for one that cannot be used."""
 
     ReadOptions = Callable[..., EmbeddingOptions]  # `Embedder.read_options`
+
+_GROW_AFTER: Final = 200
+"""Calls in a row after which longer lists are tried again: what was refused may have been a text."""
 
 
 def by_function(embed: Callable[[list[str]], Awaitable[Sequence[Any]]]) -> Embed:
@@ -91,6 +94,7 @@ class EndpointEmbedder:
         self._lease = lease
         self._model = model
         self._most = MAX_INPUTS  # texts of one call; fewer after a refusal
+        self._sound = 0  # calls since the last refusal
 
     async def __call__(self, tickets: Sequence[Ticket], texts: Sequence[str], seconds: float) -> list[Floats | None]:
         """Return the vectors of *texts*, those of *tickets*; None for one that cannot be used. Raise what ended all calls."""
@@ -132,11 +136,14 @@ class EndpointEmbedder:
         try:
             vectors = await self._vectors(each, seconds)
         except BadRequest as error:
-            self._most = min(self._most, max(1, len(each.texts) // 2))
+            self._most, self._sound = min(self._most, max(1, len(each.texts) // 2)), 0
             errors.append(error)
         except Exception as error:  # noqa: BLE001 raised once all calls have ended
             errors.append(error)
         else:
+            self._sound += 1
+            if self._sound % _GROW_AFTER == 0:
+                self._most = min(MAX_INPUTS, 2 * self._most)
             for ticket, text, vector in zip(each.tickets, each.texts, vectors, strict=True):
                 found[_sharing(ticket), text] = vector
 

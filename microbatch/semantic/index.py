@@ -15,23 +15,29 @@ import msgspec
 from microbatch.lru import LRU
 from microbatch.semantic.evidence import rounded
 from microbatch.semantic.guards import Signature, refusal
+from microbatch.semantic.older import Older
 from microbatch.semantic.vectors import Vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from microbatch.semantic.vectors import Floats, Ranked
+    from microbatch.semantic.vectors import Floats
 
 logger: Final = logging.getLogger("microbatch")
 
 MOST_EXACT: Final = 100_000
-"""Entries of a partition that are all compared with a question."""
+"""Entries of a partition that are all compared with a question: the newest."""
+
+MOST_OLDER: Final = 1_000_000
+"""Further entries of a partition, if usearch is installed."""
 
 _MOST_PARTITIONS: Final = 1_024
 _MOST_BYTES: Final = 1 << 30  # of vectors in all partitions
 
 _CANDIDATES: Final = 8
 """Nearest entries whose guards are asked."""
+
+_OLDER_CANDIDATES: Final = 32  # among them are entries that state other facts
 
 _INLINE: Final = 1_000_000
 """Numbers that are multiplied on the event loop, in less than a millisecond; more in a thread."""
@@ -57,9 +63,16 @@ NOTHING: Final = Found()
 
 
 class _Entry(msgspec.Struct, eq=False):
+    """An entry: its row, or with a *number* that it is an older one."""
+
     key: bytes
     signature: Signature
     row: int
+    number: int | None = None
+
+    def __repr__(self) -> str:
+        """Return the place, without what the question states."""
+        return f"_Entry(row={self.row}, number={self.number})"
 
 
 class _Group(msgspec.Struct, eq=False):
@@ -77,23 +90,23 @@ class Partition:
         dimension: That of its vectors; None as long as it has had none.
     """
 
-    def __init__(self, tenant: bytes | None, *, most: int = MOST_EXACT) -> None:
+    def __init__(self, tenant: bytes | None, *, most: int = MOST_EXACT, most_older: int = MOST_OLDER) -> None:
         self.tenant = tenant
         self.dimension: int | None = None
         self._most = most
+        self._most_older = most_older
         self._vectors: Vectors | None = None
-        self._entries: dict[bytes, _Entry] = {}  # the oldest first
-        self._rows: dict[int, _Entry] = {}
+        self._older: Older | None = None
+        self._entries: dict[bytes, _Entry] = {}
+        self._rows: dict[int, _Entry] = {}  # the oldest first, like the next
+        self._numbers: dict[int, _Entry] = {}
+        self._last_number = 0
         self._groups: dict[tuple[Any, ...], _Group] = {}
         self._last_group = 0
 
     def __len__(self) -> int:
         """Return the number of entries."""
         return len(self._entries)
-
-    def __contains__(self, key: bytes) -> bool:
-        """Return whether there is an entry with *key*."""
-        return key in self._entries
 
     @property
     def keys(self) -> Iterable[bytes]:
@@ -118,10 +131,7 @@ class Partition:
             self.dimension = len(vector)
             self._vectors = Vectors(self.dimension)
         self.remove(key)
-        evicted: bytes | None = None
-        if len(self._entries) >= self._most:
-            evicted = next(iter(self._entries))
-            self.remove(evicted)
+        evicted = self._make_room(self._vectors) if len(self._rows) >= self._most else None
         group = self._groups.get(signature.facts)
         if group is None:
             self._last_group += 1
@@ -131,13 +141,38 @@ class Partition:
         self._entries[key] = self._rows[entry.row] = entry
         return evicted
 
+    def _make_room(self, vectors: Vectors) -> bytes | None:
+        """Move the oldest entry that has a row to the older ones; return the key of an entry that had to go, if any."""
+        if self._older is None:
+            self._older = Older.of(vectors.dimension)
+        oldest = next(iter(self._rows.values()))
+        if self._older is None:
+            self.remove(oldest.key)
+            return oldest.key
+        evicted: bytes | None = None
+        if len(self._numbers) >= self._most_older:
+            evicted = next(iter(self._numbers.values())).key
+            self.remove(evicted)
+        self._last_number += 1
+        self._older.add(self._last_number, vectors.vector(oldest.row))
+        del self._rows[oldest.row]
+        vectors.remove(oldest.row)
+        oldest.number = self._last_number
+        self._numbers[oldest.number] = oldest
+        return evicted
+
     def remove(self, key: bytes) -> None:
         """Remove the entry with *key*, if there is one."""
         entry = self._entries.pop(key, None)
         if entry is None or self._vectors is None:
             return
-        del self._rows[entry.row]
-        self._vectors.remove(entry.row)
+        if entry.number is None:
+            del self._rows[entry.row]
+            self._vectors.remove(entry.row)
+        else:
+            del self._numbers[entry.number]
+            if self._older is not None:
+                self._older.remove(entry.number)
         group = self._groups[entry.signature.facts]
         group.entries -= 1
         if not group.entries:
@@ -152,33 +187,43 @@ class Partition:
         if vectors is None or not self._entries:
             return [NOTHING] * len(asked)
         groups = [self._groups.get(signature.facts) for _, signature, _ in asked]
-        search = vectors.search(
-            [
-                (vector, 0 if group is None else group.number)
-                for (vector, _, _), group in zip(asked, groups, strict=True)
-            ],
-            _CANDIDATES,
-        )
-        small = vectors.numbers * len(asked) <= _INLINE
-        ranked = search() if small else await asyncio.to_thread(search)
-        return [self._judged(vectors, question, *rows) for question, rows in zip(asked, ranked, strict=True)]
+        queries = [vector for vector, _, _ in asked]
+        wanted = [0 if group is None else group.number for group in groups]
+        search = vectors.search(list(zip(queries, wanted, strict=True)), _CANDIDATES)
+        if self._older is not None:
+            among_older = self._older.search(queries, _OLDER_CANDIDATES)
+            ranked, older = await asyncio.to_thread(lambda: (search(), among_older()))
+        else:
+            small = vectors.numbers * len(asked) <= _INLINE
+            ranked, older = search() if small else await asyncio.to_thread(search), [[]] * len(asked)
+        found: list[Found] = []
+        for question, (allowed, any_), behind in zip(asked, ranked, older, strict=True):
+            vector = question[0]
+            # Looked at again, because rows may have changed since.
+            near = [(vectors.similarity(vector, row), self._rows[row]) for _, row in allowed if row in self._rows]
+            others = [(vectors.similarity(vector, row), self._rows[row]) for _, row in any_ if row in self._rows]
+            near += (old := [(each, self._numbers[number]) for each, number in behind if number in self._numbers])
+            found.append(_judged(question, near, others + old))
+        return found
 
-    def _judged(self, vectors: Vectors, asked: tuple[Floats, Signature, bytes], allowed: Ranked, any_: Ranked) -> Found:
-        """Return what was found, looked at again, because rows may have changed since."""
-        vector, signature, own = asked
 
-        def near(ranked: Ranked) -> list[tuple[float, _Entry]]:
-            found = [(vectors.similarity(vector, row), self._rows[row]) for _, row in ranked if row in self._rows]
-            return sorted(found, key=lambda pair: -pair[0])
+def _judged(
+    asked: tuple[Floats, Signature, bytes], near: list[tuple[float, _Entry]], others: list[tuple[float, _Entry]]
+) -> Found:
+    """Return what is nearest of *near*, and what the guards say to the nearest of all, those and *others*."""
+    _, signature, own = asked
+    candidates = sorted(((each, entry) for each, entry in near if entry.key != own), key=_similarity, reverse=True)
+    nearest = max([*candidates, *(pair for pair in others if pair[1].key != own)], key=_similarity, default=None)
+    refused = None if nearest is None else refusal(signature, nearest[1].signature)
+    refused_similarity = -1.0 if nearest is None or refused is None else rounded(nearest[0])
+    for similarity, entry in candidates:
+        if refusal(signature, entry.signature) is None:
+            return Found(entry.key, rounded(similarity), refused, refused_similarity)
+    return Found(None, -1.0, refused, refused_similarity)
 
-        refused, refused_similarity = None, -1.0
-        candidates = near(allowed)
-        for similarity, entry in near(any_) or candidates[:1]:
-            refused, refused_similarity = refusal(signature, entry.signature), rounded(similarity)
-        for similarity, entry in candidates:
-            if entry.key != own and refusal(signature, entry.signature) is None:
-                return Found(entry.key, rounded(similarity), refused, refused_similarity)
-        return Found(None, -1.0, refused, refused_similarity)
+
+def _similarity(pair: tuple[float, _Entry]) -> float:
+    return pair[0]
 
 
 class Index:
@@ -193,6 +238,7 @@ class Index:
         self._partitions: LRU[bytes, Partition] = LRU(None)
         self._of_key: dict[bytes, Partition] = {}
         self._told = False
+        self._bytes = 0  # of the vectors in all partitions, older ones aside
 
     def __len__(self) -> int:
         """Return the number of entries."""
@@ -207,7 +253,9 @@ class Index:
         partition = self._partitions.get_or_make(digest, lambda: Partition(tenant))
         if not partition.fits(vector):
             return False
+        self._bytes -= partition.nbytes
         evicted = partition.add(key, signature, vector)
+        self._bytes += partition.nbytes
         self._of_key[key] = partition
         if evicted is not None:
             self._of_key.pop(evicted, None)
@@ -215,28 +263,26 @@ class Index:
             if not self._told:
                 self._told = True
                 logger.warning(
-                    "the semantic cache keeps %d entries of a kind, and drops the oldest: for more install usearch "
-                    "(pip install 'microbatch[semantic]')",
-                    MOST_EXACT,
+                    "the semantic cache has %d questions of a kind, and drops the oldest for each new one; with usearch "
+                    "(pip install 'microbatch[semantic]') it keeps %d",
+                    len(partition),
+                    MOST_EXACT + MOST_OLDER,
                 )
         self._fit(partition)
         return True
 
     def _fit(self, kept: Partition) -> None:
         """Drop the partitions used the longest time ago, except *kept*, while there are too many or too large ones."""
-        while len(self._partitions) > _MOST_PARTITIONS or (len(self._partitions) > 1 and self._too_large):
+        while len(self._partitions) > _MOST_PARTITIONS or self._bytes > _MOST_BYTES:
             oldest = self._partitions.oldest()
             if oldest is None or oldest[1] is kept:
                 return
             self.evictions += len(oldest[1])
             self._drop(*oldest)
 
-    @property
-    def _too_large(self) -> bool:
-        return sum(partition.nbytes for partition in self._partitions.values()) > _MOST_BYTES
-
     def _drop(self, digest: bytes, partition: Partition) -> None:
         self._partitions.pop(digest)
+        self._bytes -= partition.nbytes
         for key in partition.keys:
             self._of_key.pop(key, None)
 

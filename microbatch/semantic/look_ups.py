@@ -6,14 +6,15 @@ was late none is held until one was in time. On a hit it leaves its queue and is
 
 A look-up has four steps: the vector; the nearest entry of the partition that the guards allow; the evidence, whether it may be handed
 out or is worth a comparison; the exact entry, read at that moment. What fails is a miss. When the answer of a request that was asked is
-stored, its own entry is added to the index.
+stored, its own entry is added to the index. Before that, one that had no neighbour is looked up once more: of many that are asked at
+the same time the later ones are compared with the first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
@@ -22,9 +23,9 @@ from microbatch.audit.evidence import Evidence
 from microbatch.batching.ticket import HIGH, NO_CONTEXT
 from microbatch.caching.key import last_text
 from microbatch.containment import contained
-from microbatch.errors import MicrobatchError
+from microbatch.errors import MalformedAnswer, MicrobatchError
 from microbatch.semantic.evidence import interval
-from microbatch.semantic.guards import Signature, signature
+from microbatch.semantic.guards import LONGEST, Signature, signature
 from microbatch.semantic.index import NOTHING, Found
 from microbatch.storage.coalescer import Coalescer
 
@@ -57,7 +58,7 @@ _HOLD: Final = 4.0
 """Requests are held for so many times as long as look-ups take, and at least for `_SHORTEST_HOLD` seconds."""
 
 _SHORTEST_HOLD: Final = 0.01
-_WEIGHT: Final = 0.1  # of the latest look-up in the mean
+_WEIGHT: Final = 0.1  # of the latest look-up, unless it took longer than those before
 
 
 class LookUp(msgspec.Struct, eq=False):
@@ -84,6 +85,13 @@ class LookUp(msgspec.Struct, eq=False):
     neighbour: bytes | None = None
     similarity: float = -1.0
     kept: bool = False
+
+    def __repr__(self) -> str:
+        """Return the state, without the text."""
+        return f"LookUp(looks={self.looks}, holds={self.holds}, similarity={self.similarity}, kept={self.kept})"
+
+
+Looking: TypeAlias = tuple["Ticket", LookUp]
 
 
 class LookUps:
@@ -121,14 +129,15 @@ class LookUps:
         self._embed = embed
         self.checks: Checks = checks
         self._trips: Coalescer[Ticket, None] = Coalescer(self._look_up_all)
-        self._typical = 0.0  # seconds that a look-up takes
+        self._answered: Coalescer[Ticket, None] = Coalescer(self._add_all)
+        self._typical = 0.0  # seconds that look-ups have taken lately
         self._late = False  # whether the latest one took too long
         self._failed = False  # whether one has failed, which was logged
 
     @property
     def services(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
         """Functions that have to run while requests are accepted."""
-        return self._trips.serve, *self.checks.services
+        return self._trips.serve, self._answered.serve, *self.checks.services
 
     def figures(self) -> dict[str, Any]:
         """Return those fields of `Stats` that the evidence holds."""
@@ -161,16 +170,34 @@ class LookUps:
     def _look_up(self, ticket: Ticket, messages: Messages, options: Options) -> LookUp | None:
         """Return the look-up of *ticket*; None if it takes no part."""
         keys, text = self._answers.keys, last_text(messages)
-        if keys is None or not text or _role(messages[-1]) != "user" or not _MORE_THAN_TEXT.isdisjoint(options.params):
+        if (
+            keys is None
+            or not text
+            or len(text) > LONGEST
+            or _role(messages[-1]) != "user"
+            or not _MORE_THAN_TEXT.isdisjoint(options.params)
+        ):
             return None
         partition = keys.without_last_text(messages, options)
         kind = self._cache.kind(self._name(ticket, partition), ticket.spec.model or self._default_model)
         if kind.state == "closed":
             return None
-        looks = ticket.caller.shared
+        looks = ticket.caller.shared and ticket.caller.audited  # not to fill a cache
         may_hit = looks and kind.state == "proven" and self._cache.index.get(partition) is not None
-        holds = may_hit and not self._late and ticket.spec.rank != HIGH
-        return LookUp(text, partition, kind, looks, holds)
+        return LookUp(text, partition, kind, looks, may_hit and self._may_wait(ticket))
+
+    def _may_wait(self, ticket: Ticket) -> bool:
+        """Return whether *ticket* has the time to wait for a look-up."""
+        if self._late or ticket.spec.rank == HIGH:
+            return False
+        # As it may wait for other requests: no longer than for half of its caller's time.
+        left = None if ticket.deadline is None else ticket.deadline.at - asyncio.get_running_loop().time()
+        return left is None or self._patience <= left / 2
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for which requests are held."""
+        return min(self._cache.lookup_timeout, max(_SHORTEST_HOLD, _HOLD * self._typical))
 
     def _name(self, ticket: Ticket, partition: bytes) -> str:
         """Return the digest of the kind of question."""
@@ -189,7 +216,25 @@ class LookUps:
             if look_up is not None:
                 look_up.kept = True
                 if look_up.vector is not None:
-                    self._add(ticket, look_up)
+                    self._answered.submit_detached(ticket)
+
+    async def _add_all(self, tickets: list[Ticket]) -> list[None]:
+        """Add the questions of *tickets*, whose answers are stored, to the index, and compare them with those before."""
+        shadow = [
+            (ticket, look_up)
+            for ticket in tickets
+            if (look_up := _of(ticket))
+            and look_up.looks
+            and look_up.neighbour is None
+            and look_up.kind.state == "shadow"
+        ]
+        for (_, look_up), found in await self._nearest_of_all(shadow):
+            if found.key is not None and look_up.kind.wants(found.similarity):
+                look_up.neighbour, look_up.similarity = found.key, found.similarity
+        for ticket in tickets:
+            if (look_up := _of(ticket)) is not None:
+                self._add(ticket, look_up)
+        return [None] * len(tickets)
 
     def _add(self, ticket: Ticket, look_up: LookUp) -> None:
         """Add the question of *ticket* to the index, and compare its answer with that of its neighbour."""
@@ -205,11 +250,15 @@ class LookUps:
     # --- look-ups
 
     async def _look_up_all(self, tickets: list[Ticket]) -> list[None]:
-        patience = min(self._cache.lookup_timeout, max(_SHORTEST_HOLD, _HOLD * self._typical))
-        timer = asyncio.get_running_loop().call_later(patience, _release, tickets, context=NO_CONTEXT)
+        loop = asyncio.get_running_loop()
+        begun, timer = loop.time(), loop.call_later(self._patience, _release, tickets, context=NO_CONTEXT)
         try:
             await self._read_vectors(tickets)
-            await self._find([ticket for ticket in tickets if (found := _of(ticket)) and found.vector is not None])
+            read = [ticket for ticket in tickets if (found := _of(ticket)) and found.vector is not None]
+            await self._find(read)
+            if read:
+                took = loop.time() - begun
+                self._typical = max(took, self._typical + _WEIGHT * (took - self._typical))
         except Exception:
             logger.exception("a look-up failed in microbatch itself")
         finally:
@@ -239,16 +288,16 @@ class LookUps:
             else:
                 self._note_failure(looking, error)
             return
-        took = loop.time() - begun
-        self._typical += (took - self._typical) * _WEIGHT if self._typical else took
         self._late = False
         for number, (look_up, vector) in enumerate(zip(looking, vectors, strict=True)):
             partition = self._cache.index.get(look_up.partition)
             if vector is None:
-                self._note_failure([look_up], ValueError("a vector is not one of finite numbers, or has no length"))
+                self._note_failure(
+                    [look_up], MalformedAnswer("a vector is not one of finite numbers, or has no length")
+                )
             elif partition is not None and not partition.fits(vector):
                 misfit = f"a vector has {len(vector)} numbers, and those before had {partition.dimension}"
-                self._note_failure([look_up], ValueError(misfit))
+                self._note_failure([look_up], MalformedAnswer(misfit))
             else:
                 look_up.signature, look_up.vector = signature(look_up.text), vector
             if number % _SLICE == _SLICE - 1:
@@ -261,40 +310,44 @@ class LookUps:
             logger.warning(
                 "the semantic cache got no vectors, and looks nothing up without them (told once): %s: %s",
                 type(error).__name__,
-                error if isinstance(error, ValueError | MicrobatchError) else "see its own log",
+                # Foreign messages may hold texts and keys.
+                error if isinstance(error, MicrobatchError) else "raised by the embedding function",
             )
 
     async def _find(self, tickets: list[Ticket]) -> None:
         """Find what is nearest to each of *tickets*, which have vectors, and hand out what may be."""
-        groups: dict[bytes, list[tuple[Ticket, LookUp]]] = {}
-        for ticket in tickets:
-            look_up = _of(ticket)
-            if look_up is not None and look_up.looks:
-                groups.setdefault(look_up.partition, []).append((ticket, look_up))
+        looking = [(ticket, look_up) for ticket in tickets if (look_up := _of(ticket)) and look_up.looks]
         hits: list[tuple[Ticket, LookUp, Found]] = []
-        for digest, group in groups.items():
-            for (ticket, look_up), found in zip(group, await self._nearest(digest, group), strict=True):
-                kind, similarity = look_up.kind, found.similarity
-                if found.refused is not None and _matters(kind, found.refused_similarity):
-                    self._ledger.guard_refusals[found.refused] += 1
-                if found.key is not None and kind.allows(similarity):
-                    hits.append((ticket, look_up, found))
-                elif found.key is not None and kind.wants(similarity):
-                    look_up.neighbour, look_up.similarity = found.key, similarity
+        for (ticket, look_up), found in await self._nearest_of_all(looking):
+            kind, similarity = look_up.kind, found.similarity
+            if found.refused is not None and _matters(kind, found.refused_similarity):
+                self._ledger.guard_refusals[found.refused] += 1
+            if found.key is not None and kind.allows(similarity):
+                hits.append((ticket, look_up, found))
+            elif found.key is not None and kind.wants(similarity):
+                look_up.neighbour, look_up.similarity = found.key, similarity
         await self._hand_out_all(hits)
         for ticket in tickets:
             look_up = _of(ticket)
             if look_up is not None and look_up.kept:
-                self._add(ticket, look_up)
+                self._answered.submit_detached(ticket)
 
-    async def _nearest(self, digest: bytes, group: Sequence[tuple[Ticket, LookUp]]) -> Sequence[Found]:
-        partition = self._cache.index.get(digest)
-        asked = [
-            (look_up.vector, look_up.signature, ticket.caller.key or b"")
-            for ticket, look_up in group
-            if look_up.vector is not None and look_up.signature is not None
-        ]
-        return [NOTHING] * len(group) if partition is None else await partition.nearest(asked)
+    async def _nearest_of_all(self, looking: Sequence[Looking]) -> list[tuple[Looking, Found]]:
+        """Return each of *looking*, which have vectors, with what is nearest to it."""
+        groups: dict[bytes, list[Looking]] = {}
+        for each in looking:
+            groups.setdefault(each[1].partition, []).append(each)
+        nearest: list[tuple[Looking, Found]] = []
+        for digest, group in groups.items():
+            partition = self._cache.index.get(digest)
+            asked = [
+                (look_up.vector, look_up.signature, ticket.caller.key or b"")
+                for ticket, look_up in group
+                if look_up.vector is not None and look_up.signature is not None
+            ]
+            found = [NOTHING] * len(group) if partition is None else await partition.nearest(asked)
+            nearest += zip(group, found, strict=True)
+        return nearest
 
     # --- hits
 

@@ -200,6 +200,39 @@ async def test_many_texts_get_through_a_small_queue(places):
     assert all(is_right(*pair) for pair in zip(found, texts(700), strict=True))
 
 
+async def test_more_equal_texts_than_the_window_holds_are_one_text():
+    transport = VectorTransport(delay=1.0)
+    async with batcher_for(transport) as batcher:
+        found = await batcher.embed_many(["same"] * 20_000)
+    assert len(found) == 20_000
+    assert all(is_right(one, "same") for one in found)
+    assert len(transport.calls) <= 3
+    assert sum(one.usage.prompt_tokens for one in found) == transport.tokens
+
+
+async def test_many_texts_end_with_an_error_when_the_batcher_closes_in_the_middle():
+    transport = VectorTransport(delay=10.0)
+
+    def source():
+        for number, text in enumerate(texts(30_000)):
+            yield text
+            if number == 5_000:
+                closing.append(asyncio.ensure_future(batcher.aclose()))
+
+    for grace in (30.0, 0.0):
+        closing = []
+        begun = now()
+        batcher = await batcher_for(transport).open()
+        task = asyncio.ensure_future(batcher.embed_many(source()))
+        found = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(found[0], mb.BatcherClosed | mb.ShutDown)
+        await batcher.aclose(grace)
+        assert now() - begun <= 20.0  # it does not wait for what was queued too late
+        stats = batcher.stats()
+        assert stats.queued == 0
+        assert stats.items == stats.answered + stats.failed + stats.cancelled
+
+
 async def test_none_is_no_work():
     async with batcher_for(transport := VectorTransport()) as batcher:
         assert await batcher.embed_many([]) == []
@@ -611,21 +644,3 @@ async def test_beyond_a_full_queue_a_text_waits_for_no_others():
         assert is_right(await batcher.embed("second"), "second")
         assert now() == 11.0
         await first
-
-
-# --- for the batcher itself
-
-
-async def test_what_is_urgent_waits_neither_for_others_nor_for_a_place():
-    transport = VectorTransport(delay=10.0)
-    async with batcher_for(transport, max_queued=1, max_wait=50.0) as batcher:
-        embedder = batcher._parts.embedder
-        options = embedder.read_options()
-        first = asyncio.ensure_future(batcher.embed("first"))
-        await asyncio.sleep(1.0)
-        found = await asyncio.gather(*(embedder.embed(text, options, urgent=True) for text in texts(5)))
-        assert now() == 11.0
-        assert all(is_right(*pair) for pair in zip(found, texts(5), strict=True))
-        await first
-        assert batcher.stats().queued == 0
-    assert transport.sizes == [1, 5]

@@ -45,6 +45,7 @@ async def test_answers_are_handed_out_once_the_kind_is_proven_and_not_before():
             reply = await batcher.submit(ask_about(thing, next(numbers[thing])))
             assert (reply.route, reply.text) == ("similar", thing.upper())
             assert kind.threshold <= reply.score <= 1.0
+        await settled(batcher)
         stats = batcher.stats()
         assert stats.similar_hits == len(THINGS)
         assert len(transport.calls) - asked == stats.similar_checks

@@ -25,6 +25,7 @@ def kind_with(scores, similarity=0.9, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.promise(of="similar")
 @pytest.mark.parametrize("name", AT_THE_BOUND)
 def test_a_threshold_above_which_too_many_are_wrong_is_proven_in_five_per_cent_of_the_runs_at_most(name):
     options = {**SCENARIOS[name], "questions": 2_500}
@@ -32,6 +33,7 @@ def test_a_threshold_above_which_too_many_are_wrong_is_proven_in_five_per_cent_o
     assert beyond <= 0.05 * 400
 
 
+@pytest.mark.promise(of="similar")
 @each("name", AT_THE_BOUND)
 def test_the_same_for_a_few_runs(name):
     options = {**SCENARIOS[name], "questions": 2_500}
