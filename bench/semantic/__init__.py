@@ -214,7 +214,8 @@ def tables(run: Run) -> dict[str, Table]:
     for row in told["streams"]:
         share = row["false_hits"] / row["hits"] if row["hits"] else None
         late = row["late"]["hits"] / row["late"]["requests"] if "late" in row else None
-        interval = wilson(row["false_hits"], row["hits"]) if row["hits"] else (None, None)
+        low, high = wilson(row["false_hits"], row["hits"]) if row["hits"] else (None, None)
+        interval = (low and max(0.0, low), high)
         beyond = None if share is None else share - row["noise"]
         hits.add(
             *(row[name] for name in ("stream", "task", "cache", "guards", "noise", "requests", "hits")),
@@ -259,6 +260,10 @@ def _part(some: int, others: int) -> float | None:
     return some / (some + others) if some + others else None
 
 
+def _share(row: dict[str, Any]) -> str:
+    return "no hit" if row["wrong"] is None else f"{row['hit rate']:.1%} hits, {row['wrong']:.1%} of them wrong,"
+
+
 def findings(run: Run, tables: dict[str, Table]) -> list[str]:
     told = run.samples
     real = "a real encoder" if "SIMULATED" not in told["encoder"] else "no encoder: words and letters in common"
@@ -266,7 +271,14 @@ def findings(run: Run, tables: dict[str, Table]) -> list[str]:
         f"Vectors: {told['encoder']} ({real}). A pair of questions with the same label is closer than one with two labels with a probability "
         f"of {told['paraphrases']['auc']:.3f} (the area under the ROC curve)."
     ]
-    for row in tables["hits"].by("stream", "asked for", "cache", "guards", "noise").values():
+    rows = tables["hits"].by("stream", "asked for", "cache", "guards", "noise")
+    for (stream, task, cache, guards, _), row in rows.items():
+        if stream == CHANGED and guards and not cache.startswith(SEMANTIC):
+            without = rows[stream, task, cache, False, 0.0]
+            found.append(
+                f"A fixed threshold of {cache}, {stream}, {task}: {_share(without)} without guards, {_share(row)} with them."
+            )
+    for row in rows.values():
         if not str(row["cache"]).startswith(SEMANTIC):
             continue
         bound = float(row["cache"].rpartition(" ")[2])
@@ -283,6 +295,7 @@ def findings(run: Run, tables: dict[str, Table]) -> list[str]:
     changed = walls["changed"].values()
     return [
         *found,
+        "The verdicts are on the shares seen; an interval that reaches above the bound says that the hits are too few to tell more.",
         f"Pairs that differ in a fact: {passed} of {sum(len(one['scores']) for one in told['changes'].values()):,} pass the guards, "
         f"{sum(one['crossed'] for one in changed)} of {sum(one['asked'] for one in changed):,} are hits: "
         f"{met(not passed and not any(one['crossed'] for one in changed))}. The same questions unchanged, in other words: "
