@@ -135,12 +135,8 @@ class Intake:
         lane: Lane,
         caller: CallerOptions,
         on_taken: Callable[[Waiter], None] | None = None,
-        *,
-        patience: float | None = None,
     ) -> tuple[Ticket, Waiter]:
         """Queue a request that is *line*, from `item_line`, in *lane*; otherwise as `accept` does.
-
-        *patience* are the seconds that it waits for others at most; None for those of its lane, or of bulk work.
 
         Raises:
             ConfigError: It can never be sent; nothing was queued.
@@ -148,7 +144,7 @@ class Intake:
         try:
             loop = asyncio.get_running_loop()
             answer = lane.spec.answer
-            ticket, waiter = self._accept_combinable(line, lane, answer, caller, loop, on_taken, patience)
+            ticket, waiter = self._accept_combinable(line, lane, answer, caller, loop, on_taken)
             self._note_accepted(ticket, waiter, loop)
         except BaseException:
             self._admission.release()
@@ -203,12 +199,10 @@ class Intake:
         caller: CallerOptions,
         loop: asyncio.AbstractEventLoop,
         on_taken: Callable[[Waiter], None] | None,
-        patience: float | None = None,
     ) -> tuple[Ticket, Waiter]:
         now, bulk = loop.time(), on_taken is not None
         bypass = self._bypasses and self._admission.overfull(lane.rank)
-        if patience is None:
-            patience = NEVER if bulk else lane.max_wait
+        patience = NEVER if bulk else lane.max_wait
         deadline: Deadline | None = None
         if caller.timeout is not None:
             deadline = caller.deadline(now)

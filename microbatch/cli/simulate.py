@@ -1,10 +1,11 @@
 """`microbatch simulate [options]`: serve a simulated OpenAI-compatible endpoint.
 
-Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
-/v1/models, and OpenAI's files and batches below /v1/files and /v1/batches). It
-makes up answers that keep to the schema asked for and counts tokens as OpenAI
-does, takes its time as a model does, and can be told to keep to a quota, to
-lack features or to go wrong. Any key and any model name will do.
+Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions and
+/v1/embeddings, GET /v1/models, and OpenAI's files and batches below /v1/files
+and /v1/batches). It makes up answers that keep to the schema asked for, and
+vectors that are near where texts share words, counts tokens as OpenAI does,
+takes its time as a model does, and can be told to keep to a quota, to lack
+features or to go wrong. Any key and any model name will do.
 
 Examples:
   microbatch simulate --port 8000
@@ -25,7 +26,7 @@ from typing import Final, get_args
 from microbatch.cli import console
 from microbatch.cli.arguments import Group, add_flag, number
 from microbatch.cli.console import note, plural, report
-from microbatch.cli.stopping import listening
+from microbatch.cli.stopping import Server, listening
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import ElementKind, Faults, On, TextKind, WireKind
 from microbatch.testing.mistakes import Mistakes
@@ -138,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace, endpoint: SimulatedEndpoint) -> int:
-    async with listening(args, endpoint.open, endpoint.aclose) as stopped:
+    where, remedy = f"{args.host}:{args.port}", "choose another --port, or 0 for a free one"
+    async with listening(Server(where, remedy, endpoint.open, endpoint.aclose)) as stopped:
         report(endpoint.base_url)
         note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
         note(f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ...")

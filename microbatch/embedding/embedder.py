@@ -54,7 +54,7 @@ _SLICE = 256
 
 
 class Embedder:
-    """The way in for texts, for callers and for the batcher itself, which has look-ups embedded with `urgent`.
+    """The way in for texts.
 
     Args:
         given: The objects that the parts of a batcher share.
@@ -133,13 +133,8 @@ class Embedder:
         *,
         timeout: float | None = None,
         use_cache: UseCache = True,
-        urgent: bool = False,
     ) -> Embedding:
-        """Return the vector of *text*; see `Microbatcher.embed`.
-
-        An *urgent* one waits for no others but those of the same step of the event loop, with which it leaves together, and needs no
-        place in the admission queue. It is for look-ups of a cache, whose request takes a place of its own.
-        """
+        """Return the vector of *text*; see `Microbatcher.embed`."""
         line = read_text(text, scratch=self.scratch)
         caller = self._caller(timeout, use_cache)
         if self.cache is not None and use_cache:
@@ -149,11 +144,8 @@ class Embedder:
                 return as_embedding(found)
             caller = found
         self.check_open()
-        if urgent:
-            self.admission.occupied += 1
-        else:
-            await self.admission.acquire(options.rank, options.tenant, caller)
-        ticket, waiter = self.accept(line, options, caller, patience=0.0 if urgent else None)
+        await self.admission.acquire(options.rank, options.tenant, caller)
+        ticket, waiter = self.accept(line, options, caller)
         try:
             return as_embedding(await waiter.future)
         except asyncio.CancelledError:
@@ -193,8 +185,6 @@ class Embedder:
         options: EmbeddingOptions,
         caller: CallerOptions,
         on_taken: Callable[[Waiter], None] | None = None,
-        *,
-        patience: float | None = None,
     ) -> tuple[Ticket, Waiter]:
         """Queue a text whose caller occupies a place; see `Intake.accept_line`."""
         try:
@@ -202,7 +192,7 @@ class Embedder:
         except BaseException:
             self.admission.release()
             raise
-        return self._intake.accept_line(line, lane, caller, on_taken, patience=patience)
+        return self._intake.accept_line(line, lane, caller, on_taken)
 
 
 class _Run:
@@ -263,6 +253,7 @@ class _Run:
             if isinstance(caller, Embedding):
                 self._pending.append(caller)
                 continue
+            embedder.check_open()  # a list that is queued after the last flush would never leave
             if embedder.admission.must_wait(options.rank):
                 self._flush()  # or what waits here could be all that keeps the places
             await embedder.admission.acquire(options.rank, options.tenant, caller, patient=True)
@@ -286,7 +277,10 @@ class _Run:
     async def _hand_out(self) -> None:
         """Wait for the first text that is pending; raise its error."""
         first = self._pending[0]
-        if not isinstance(first, Embedding):
+        if not isinstance(first, Embedding) and not first[1].future.done():
+            queue = first[0].queue
+            if queue is not None and not queue.due:
+                queue.flush(FlushReason.DRAIN)  # what could fill its list may wait for this text
             await asyncio.wait([first[1].future])
         first = self._pending.popleft()
         self._found.append(first if isinstance(first, Embedding) else as_embedding(first[1].future.result()))

@@ -3,8 +3,8 @@
 - A refused list is halved until the cause is alone: k causes among n texts take at most 1 + 2k * ceil(log2 n) calls. If there is no
   cause, the endpoint takes smaller lists only, and the lane learns how small.
 - A list whose reply cannot be trusted, or holds vectors that cannot be used, is asked for in halves. When that brought nothing of use
-  twice, texts go alone; n texts that are always answered wrong take about 2n further calls. What is wrong alone as well is repeated
-  once, and ends with an error then.
+  twice, or many lists were wrong, texts go alone: n texts that are always answered wrong take about 2n further calls. What is wrong
+  alone as well is repeated once, and ends with an error then.
 - If all vectors of a list have the same other length, one text is asked for alone first. If its vector has that length too, the model
   has changed, which is believed; or it ignores the dimensions asked for, and every text fails.
 - Anything else has no cause in the texts and would fail them again: every text fails with the error.
@@ -49,6 +49,12 @@ logger: Final = logging.getLogger("microbatch")
 
 _TRIED_AFTER: Final = 8_192
 """Texts answered in full lists after which a learned size is doubled; twice as many each time that was in vain."""
+
+_VAIN: Final = 2
+"""Times that a list was divided in vain after which texts go alone."""
+
+_WRONG_SHARE: Final = 8
+"""One list in so many texts may be answered wrong, before the rest go alone."""
 
 _ODD_ONES: Final = 3
 """Texts that failed by the length of their vectors, none answered between them, after which the known length is forgotten."""
@@ -130,7 +136,6 @@ class _Part(msgspec.Struct, eq=False):
         within: The part that it was divided from, None for the whole list.
         repeated: Whether it repeats a call for the same text.
         accepted: The longest list within it that the endpoint took.
-        cause: Whether a text in it was refused alone.
     """
 
     tickets: list[Ticket]
@@ -138,7 +143,6 @@ class _Part(msgspec.Struct, eq=False):
     outcome: ListOutcome | None = None
     repeated: bool = False
     accepted: int = 0
-    cause: bool = False
 
     def around(self) -> Iterator[_Part]:
         """Yield this part, and those that it was divided from."""
@@ -175,7 +179,7 @@ class Recovery:
         """Deal with what the first call has left."""
         if outcome.other is not None and len(outcome.tickets) > 1 and await self._ignores_dimensions(outcome):
             return
-        parts, vain = [_Part(outcome.tickets, outcome=outcome)], 0
+        parts, vain, wrong = [_Part(outcome.tickets, outcome=outcome)], 0, 0
         sound = outcome.sound
         while parts := [part for each in parts for part in self._divided(each)]:
             async with anyio.create_task_group() as tasks:
@@ -184,8 +188,9 @@ class Recovery:
             self._learn_sizes()
             endings = [part.outcome for part in parts if part.outcome is not None]
             sound = sound or any(each.sound and len(each.tickets) > 1 for each in endings)
-            vain += any(each.ending == "wrong" for each in endings)
-            self._alone = self._alone or (vain >= 2 and not sound)  # noqa: PLR2004 twice
+            wrong_lists = sum(each.ending == "wrong" and len(each.tickets) > 1 for each in endings)
+            vain, wrong = vain + bool(wrong_lists), wrong + wrong_lists
+            self._alone = (vain >= _VAIN and not sound) or wrong * _WRONG_SHARE > len(outcome.tickets)
             self._lanes.taught(self._lane)
         if len(outcome.tickets) > 1 and (sound or outcome.ending == "wrong"):
             self._history.record_outcome(good=sound, judged=True)
@@ -221,9 +226,6 @@ class Recovery:
             if self._history.batch_size is not None:
                 size = min(size, self._history.batch_size)
         else:
-            if outcome.ending == "refused":
-                for each in part.around():
-                    each.cause = True
             if outcome.error is not None:
                 for ticket in left:
                     self._fail(ticket, outcome.error)
@@ -252,7 +254,7 @@ class Recovery:
     def _learn_sizes(self) -> None:
         """Learn from the refused lists whose texts have all been answered in smaller ones."""
         for part in self._refused:
-            if part.accepted and not part.cause and all(ticket.reply is not None for ticket in part.tickets):
+            if part.accepted and all(ticket.reply is not None for ticket in part.tickets):
                 self._history.learn_size(part.accepted)
 
     def _note_vain(self) -> None:

@@ -171,6 +171,12 @@ async def test_many_texts_come_in_order_in_full_lists():
     assert sorted(transport.sizes) == [904, 2_048, 2_048]
 
 
+async def test_the_last_texts_do_not_wait_for_the_lists_before_them():
+    async with batcher_for(VectorTransport(delay=10.0), max_wait=50.0) as batcher:
+        await batcher.embed_many(texts(2_500))
+        assert now() == 10.0
+
+
 async def test_of_an_iterator_no_more_is_read_than_the_window_holds():
     read = 0
 
@@ -200,6 +206,39 @@ async def test_many_texts_get_through_a_small_queue(places):
     assert all(is_right(*pair) for pair in zip(found, texts(700), strict=True))
 
 
+async def test_more_equal_texts_than_the_window_holds_are_one_text():
+    transport = VectorTransport(delay=1.0)
+    async with batcher_for(transport) as batcher:
+        found = await batcher.embed_many(["same"] * 20_000)
+    assert len(found) == 20_000
+    assert all(is_right(one, "same") for one in found)
+    assert len(transport.calls) <= 3
+    assert sum(one.usage.prompt_tokens for one in found) == transport.tokens
+
+
+async def test_many_texts_end_with_an_error_when_the_batcher_closes_in_the_middle():
+    transport = VectorTransport(delay=10.0)
+
+    def source():
+        for number, text in enumerate(texts(30_000)):
+            yield text
+            if number == 5_000:
+                closing.append(asyncio.ensure_future(batcher.aclose()))
+
+    for grace in (30.0, 0.0):
+        closing = []
+        begun = now()
+        batcher = await batcher_for(transport).open()
+        task = asyncio.ensure_future(batcher.embed_many(source()))
+        found = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(found[0], mb.BatcherClosed | mb.ShutDown)
+        await batcher.aclose(grace)
+        assert now() - begun <= 20.0  # it does not wait for what was queued too late
+        stats = batcher.stats()
+        assert stats.queued == 0
+        assert stats.items == stats.answered + stats.failed + stats.cancelled
+
+
 async def test_none_is_no_work():
     async with batcher_for(transport := VectorTransport()) as batcher:
         assert await batcher.embed_many([]) == []
@@ -214,7 +253,9 @@ async def test_the_error_of_the_earliest_text_is_raised_when_all_that_were_sent_
             await batcher.embed_many(texts(9))
         assert batcher.stats().queued == 0
     assert caught.value.attempts > 1
-    assert (batcher.stats().answered, batcher.stats().failed) == (7, 2)
+    stats = batcher.stats()
+    assert (stats.answered, stats.failed) == (7, 2)
+    assert stats.unclaimed.prompt_tokens == stats.prompt_tokens == transport.tokens > 0  # no caller has a vector
 
 
 async def test_after_an_error_no_more_is_read():
@@ -490,6 +531,14 @@ async def test_a_limit_on_tokens_is_charged_by_the_texts():
     assert now() > 120.0
 
 
+async def test_a_limit_on_tokens_gets_back_what_the_endpoint_did_not_count():
+    transport = VectorTransport(scale=0.1)
+    async with batcher_for(transport, rate_limit=mb.RateLimit(tpm=600)) as batcher:
+        await batcher.embed("x" * 500)
+        await batcher.embed("y" * 500)
+    assert now() < 1.0
+
+
 async def test_hooks_see_texts_as_they_see_messages():
     class Hook:
         def __init__(self):
@@ -544,6 +593,24 @@ async def test_an_error_of_no_text_ends_all_and_is_not_bisected():
     assert {type(each) for each in found} == {mb.BadRequest}
     assert len({id(each) for each in found}) == 9
     assert transport.sizes == [9]
+
+
+async def test_a_list_that_is_forbidden_stops_no_other_calls_of_the_key():
+    def spoil(_, inputs, pairs):
+        if "bad" in inputs and len(inputs) > 1:
+            raise mb.AuthFailed("you may not embed this", status=403)
+        return pairs
+
+    transport = VectorTransport(spoil)
+    async with batcher_for(transport) as batcher:
+        await batcher.embed("which works")
+        found = await asyncio.gather(*(batcher.embed(text) for text in [*texts(7), "bad"]), return_exceptions=True)
+        assert [type(one) for one in found] == [mb.Embedding] * 8
+        for number in range(5):
+            found = await asyncio.gather(
+                *(batcher.embed(f"{text} {number}") for text in texts(3)), batcher.embed("bad")
+            )
+            assert len(found) == 4
 
 
 async def test_a_foreign_error_of_the_transport_ends_as_a_typed_one():
@@ -611,21 +678,3 @@ async def test_beyond_a_full_queue_a_text_waits_for_no_others():
         assert is_right(await batcher.embed("second"), "second")
         assert now() == 11.0
         await first
-
-
-# --- for the batcher itself
-
-
-async def test_what_is_urgent_waits_neither_for_others_nor_for_a_place():
-    transport = VectorTransport(delay=10.0)
-    async with batcher_for(transport, max_queued=1, max_wait=50.0) as batcher:
-        embedder = batcher._parts.embedder
-        options = embedder.read_options()
-        first = asyncio.ensure_future(batcher.embed("first"))
-        await asyncio.sleep(1.0)
-        found = await asyncio.gather(*(embedder.embed(text, options, urgent=True) for text in texts(5)))
-        assert now() == 11.0
-        assert all(is_right(*pair) for pair in zip(found, texts(5), strict=True))
-        await first
-        assert batcher.stats().queued == 0
-    assert transport.sizes == [1, 5]

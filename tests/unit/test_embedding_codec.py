@@ -5,7 +5,7 @@ from array import array
 
 import pytest
 from helpers import each
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import microbatch as mb
@@ -42,6 +42,8 @@ indices = st.lists(st.one_of(st.integers(-2, 5), st.none(), st.booleans(), st.ju
 
 
 @given(given=indices, asked=st.integers(2, 6))
+@example(given=[True, False], asked=2)
+@example(given=[0.0, 1.0], asked=2)
 def test_unless_each_text_has_its_own_index_no_vector_is_taken(given, asked):
     found = read([(index, vector(1.0)) for index in given], asked)
     right = all(type(index) is int for index in given) and sorted(given) == list(range(asked))

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import random
 from array import array
 
 import pytest
@@ -239,6 +240,41 @@ async def test_a_model_whose_vectors_have_another_length_from_now_on_is_believed
     failed = [one for (one,) in found if isinstance(one, mb.MalformedAnswer)]
     assert len(failed) == 3
     assert is_right(found[9][0], "text 9", 6)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("count", [2, 7, 128, 1_000])
+async def test_however_often_replies_are_wrong_n_texts_take_about_2n_further_calls(count, rate):
+    draw = random.Random(count)
+
+    def spoil(_, inputs, pairs):
+        if draw.random() >= rate:
+            return pairs
+        kind = draw.choice(["missing", "empty", *SPOILED])
+        if kind in SPOILED:
+            place = draw.randrange(len(pairs))
+            return [*pairs[:place], SPOILED[kind](pairs[place]), *pairs[place + 1 :]]
+        return UNTRUSTED[kind](pairs)
+
+    transport = VectorTransport(spoil)
+    async with batcher_for(transport) as batcher:
+        found = await embed_all(batcher, texts(count))
+        conserved(batcher, transport, found)
+    for one, text in zip(found, texts(count), strict=True):
+        assert isinstance(one, mb.MalformedAnswer) or is_right(one, text)
+    assert len(transport.calls) <= 1 + 2.25 * count + 6
+
+
+async def test_a_model_that_has_one_sound_vector_in_a_list_and_no_other_is_not_bisected_to_the_end():
+    def spoil(_, inputs, pairs):
+        return [pair if text == "text 0" else (pair[0], None) for pair, text in zip(pairs, inputs, strict=True)]
+
+    transport = VectorTransport(spoil)
+    async with batcher_for(transport) as batcher:
+        found = await embed_all(batcher, texts(400))
+        conserved(batcher, transport, found)
+    assert [type(one) for one in found].count(mb.MalformedAnswer) == 399
+    assert len(transport.calls) <= 1 + 2.25 * 400 + 6
 
 
 # --- refusals
