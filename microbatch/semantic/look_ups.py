@@ -379,8 +379,8 @@ class LookUps:
         reply.route, reply.score = "similar", similarity
         reply._wait = None  # noqa: SLF001 no field, see `Reply`
         queue.discard(ticket)
-        self._settlement.answer([(ticket, reply)])
         price = self._price(entry.model)
+        self._settlement.answer([(ticket, reply)], saved=None if price is None else price(entry.alone))
         for waiter in ticket.callers:
             if waiter.own_reply is not None:
                 self._ledger.save(entry.alone, price)
