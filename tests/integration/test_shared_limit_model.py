@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from limit_world import World
 
-pytestmark = [pytest.mark.slow, pytest.mark.promise(of="shared limit")]
+pytestmark = [pytest.mark.slow, pytest.mark.promise(of="shared_limits")]
 
 LIMITS = [(1_000, 200_000), (40, None), (None, 30_000), (7, 5_000)]
 SEEDS = range(8)
