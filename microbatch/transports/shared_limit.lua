@@ -59,8 +59,8 @@ local flat = redis.call('HGETALL', state_key)
 for i = 1, #flat, 2 do state[flat[i]] = tonumber(flat[i + 1]) or flat[i + 1] end
 
 local slots = redis.call('ZCARD', log_key)
-if #flat > 0 and (state.slots ~= slots or slots ~= redis.call('HLEN', amounts_key)
-    or state.members ~= redis.call('HLEN', members_key) or now < state.last - WINDOW) then
+if state.slots ~= slots or slots ~= redis.call('HLEN', amounts_key) or state.members ~= redis.call('HLEN', members_key)
+    or now < state.last - WINDOW then
   -- A part was evicted or deleted, or the clock was set back by far: nothing of it can be used.
   redis.call('DEL', state_key, members_key, log_key, amounts_key)
   state = {}
@@ -161,10 +161,10 @@ me.seen, me.seq, me.held, me.part, me.share = now, seq, held, told_part, told_sh
 if me.free >= state.round or state.mode == 'settled' then me.round = state.round end
 if not front then me.want, me.since = {0, 0}, 0 end
 
-if state.mode == 'gap' and state.back == 1 and now >= state.round + LEASE then
-  -- Those that are not back have died, and may have spent their part before.
+if state.mode == 'gap' and state.back == 1 then
+  -- Those whose lease has ended since the outage have died, and may have spent their part before.
   for id, m in pairs(members) do
-    if id ~= me_id and m.round ~= state.round and m.free < state.round then
+    if id ~= me_id and m.seen + LEASE <= now then
       add(string.format('%s:gone:%.0f', id, state.round), now, math.floor(m.part * math.max(0, limit[1])),
         math.floor(m.part * math.max(0, limit[2])))
       redis.call('HDEL', members_key, id)

@@ -55,7 +55,6 @@ async def client(base_url: str, store: str, rpm: int, tpm: int, load: str) -> No
         transport,
         policy=mb.FlushPolicy(max_batch_size=size, max_wait=0.02, max_concurrent_batches=64),
         rate_limit=mb.RateLimit(rpm=rpm, tpm=tpm, store=store),
-        tokens="bytes",
     )
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
