@@ -95,7 +95,7 @@ class Supervisor:
                     group.create_task(self._fill(number))
         except BaseException as error:
             self.kill()
-            await self._all_ended(ENDING)
+            await self._all_ended()
             self._close_sockets()
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
@@ -110,24 +110,30 @@ class Supervisor:
         self._note_change()
 
     async def aclose(self) -> None:
-        """Let all workers answer what is under way; meanwhile they refuse what comes."""
+        """Let all workers answer what is under way; until the last one has, they refuse what comes."""
         self._stopping = True
         for worker in self._workers:
             worker.drain()
-        await self._all_ended(self._grace + ENDING)
-        self._accept(wanted=False)
+        await self._all([worker.drained() for worker in self._workers], self._grace + ENDING)
+        for worker in self._workers:
+            worker.end()
+        await self._all_ended()
         self._close_sockets()
         for task in self._tasks:
             task.cancel()
 
-    async def _all_ended(self, patience: float) -> None:
-        if self._workers:
-            loop = asyncio.get_running_loop()
-            waiting = [loop.create_task(worker.ended()) for worker in self._workers]
-            _, late = await asyncio.wait(waiting, timeout=patience)
-            if late:
-                self.kill()
-                await asyncio.wait(late)
+    async def _all_ended(self) -> None:
+        await self._all([worker.ended() for worker in self._workers], ENDING)
+
+    async def _all(self, work: Sequence[Coroutine[Any, Any, Any]], patience: float) -> None:
+        """Wait for *work*; after *patience* seconds kill the workers."""
+        if not work:
+            return
+        loop = asyncio.get_running_loop()
+        _, late = await asyncio.wait([loop.create_task(each) for each in work], timeout=patience)
+        if late:
+            self.kill()
+            await asyncio.wait(late)
 
     def kill(self) -> None:
         """End all workers at once."""
